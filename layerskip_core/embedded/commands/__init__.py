@@ -1,0 +1,236 @@
+"""`commands`: task-oriented semantic parsing generated from a hand-written grammar, in TOP's bracket notation.
+
+    utterance   remind me to call mom at 5
+    parse       [IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to [SL:TODO call mom ] [SL:DATE_TIME at 5 ] ]
+
+The grammar is the `*.txt` files beside this one; `GRAMMAR.md` says how to read them. Rows are a function of (split, seed, index).
+
+Two hashes keep the splits apart. Every expansion of an `open` rule (a slot value: a name, a place, a time) belongs to one split by its
+surface string, and so does every phrasing skeleton (the parse with its open values blanked out). A test row draws both from the test
+side, so neither its values nor its phrasings occur in training. `compositional` takes test values too, and nestings marked `!` in the
+grammar, which no other split uses.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+
+SPLITS = ("train", "validation", "test", "compositional")
+_BUCKETS = 10  # of ten hash buckets, 0 is test, 1 is validation, the others are training
+_MAX_TRIES = 4000
+_REFERENCE = re.compile(r"\{([a-z_]+)\}")
+_PIECE = re.compile(r"\(([^()]*)\)|\{([a-z_]+)\}|(\S+)")
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One right-hand side: its pieces are a literal token, a rule's name in braces, or an inline choice."""
+
+    pieces: tuple["str | Choice", ...]
+    compositional: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`(a|b|)`: one of several alternatives written in place."""
+
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass
+class Rule:
+    name: str
+    domain: str
+    open: bool = False
+    root: bool = False
+    alternatives: list[Alternative] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CommandRow:
+    domain: str
+    utterance: str
+    parse: str
+
+
+@dataclass
+class _Derivation:
+    """Tokens of a row, open values still blank, and whether a compositional alternative was used."""
+
+    tokens: list[str] = field(default_factory=list)
+    compositional: bool = False
+
+
+class Grammar:
+    """The rules of all domains. `check()` lists what is wrong with them."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self.rules: dict[str, Rule] = {}
+        for domain, text in files.items():
+            self._read(domain, text)
+        self.roots: dict[str, list[Alternative]] = {}
+        for rule in self.rules.values():
+            if rule.root:
+                self.roots.setdefault(rule.domain, []).extend(rule.alternatives)
+
+    def _read(self, domain: str, text: str) -> None:
+        rule: Rule | None = None
+        for number, line in enumerate(text.splitlines(), start=1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            if line.startswith("== "):
+                name, *flags = line[3:].split()
+                if name in self.rules:
+                    raise ValueError(f"{domain}.txt:{number}: rule {name} is defined twice")
+                rule = Rule(name, domain, open="open" in flags, root="root" in flags)
+                self.rules[name] = rule
+            elif rule is None:
+                raise ValueError(f"{domain}.txt:{number}: an alternative before any rule")
+            else:
+                compositional = line.startswith("! ")
+                rule.alternatives.append(_alternative(line.removeprefix("! "), compositional))
+
+    def check(self) -> list[str]:
+        """What is wrong with the grammar, one line each."""
+        problems = []
+        for rule in self.rules.values():
+            for alternative in rule.alternatives:
+                text = _source(alternative)
+                where = f"{rule.domain}.txt, {rule.name}: {text}"
+                problems += [
+                    f"{where}: no rule {name}" for name in _REFERENCE.findall(text) if name not in self.rules
+                ]
+                opening = sum(token.startswith("[") for token in text.split())
+                if opening != text.split().count("]"):
+                    problems.append(f"{where}: unbalanced brackets")
+                if rule.root and not text.startswith("[IN:"):
+                    problems.append(f"{where}: a root alternative starts with [IN:")
+                if "(" in text.replace("(|", "") and re.search(r"\([^)]*[\[\]]", text):
+                    problems.append(f"{where}: a bracket inside an inline choice")
+                if text != text.lower() and re.search(r"(?<![:_A-Z0-9])[A-Z](?![A-Z]*[:_])", text):
+                    problems.append(f"{where}: upper case outside a label")
+        return problems
+
+    def row(self, split: str, rng: random.Random) -> CommandRow:
+        """Draws one row of a split.
+
+        Raises:
+            ValueError: the grammar has no row on this side of the split (a rule with too few expansions).
+        """
+        domains = sorted(self.roots)
+        for _ in range(_MAX_TRIES):
+            domain = domains[_below(rng, len(domains))]
+            derivation = _Derivation()
+            # A whole root alternative is picked, so an intent weighs as much as the phrasings written for it.
+            usable = [a for a in self.roots[domain] if split == "compositional" or not a.compositional]
+            self._closed(usable[_below(rng, len(usable))], split, rng, derivation)
+            skeleton = " ".join(derivation.tokens)
+            if derivation.compositional != (split == "compositional"):
+                continue
+            if split != "compositional" and _side(skeleton) != split:
+                continue
+            parse = " ".join(
+                self._open(token[1:-1], split, rng) if token.startswith("{") else token
+                for token in derivation.tokens
+            )
+            words = [token for token in parse.split() if not token.startswith("[") and token != "]"]
+            return CommandRow(domain, " ".join(words), " ".join(parse.split()))
+        raise ValueError(f"no row of split {split} in {_MAX_TRIES} tries")
+
+    def _closed(self, alternative: Alternative, split: str, rng: random.Random, out: _Derivation) -> None:
+        """Expands everything but open rules, which stay as `{name}`."""
+        out.compositional |= alternative.compositional
+        for piece in alternative.pieces:
+            if isinstance(piece, Choice):
+                options = piece.alternatives
+            elif piece.startswith("{") and not self.rules[piece[1:-1]].open:
+                options = tuple(
+                    a
+                    for a in self.rules[piece[1:-1]].alternatives
+                    if split == "compositional" or not a.compositional
+                )
+            else:
+                out.tokens.append(piece)
+                continue
+            self._closed(options[_below(rng, len(options))], split, rng, out)
+
+    def _open(self, name: str, split: str, rng: random.Random) -> str:
+        """A value of an open rule whose surface string, and that of every open value in it, is on this side."""
+        side = "test" if split == "compositional" else split
+        rule = self.rules[name]
+        for _ in range(_MAX_TRIES):
+            derivation = _Derivation()
+            self._closed(rule.alternatives[_below(rng, len(rule.alternatives))], split, rng, derivation)
+            references = [token for token in derivation.tokens if token.startswith("{")]
+            if references == derivation.tokens and len(references) == 1:
+                return self._open(references[0][1:-1], split, rng)
+            value = " ".join(
+                self._open(token[1:-1], split, rng) if token.startswith("{") else token
+                for token in derivation.tokens
+            )
+            if _side(value) == side:
+                return value
+        raise ValueError(f"rule {name} has no value on the {side} side: give it more alternatives")
+
+
+def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
+    """`count` rows of a split with pairwise different utterances, the same for the same (split, seed).
+
+    Raises:
+        ValueError: `split` is none of SPLITS, or the split has too few distinct rows.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split}")
+    grammar, seen, index, found = load_grammar(), set(), 0, 0
+    while found < count:
+        row = grammar.row(split, random.Random(f"{seed}:{split}:{index}"))
+        index += 1
+        if row.utterance in seen:
+            if index > 20 * count + 1000:
+                raise ValueError(f"split {split} has fewer than {count} distinct rows")
+            continue
+        seen.add(row.utterance)
+        found += 1
+        yield row
+
+
+@cache
+def load_grammar() -> Grammar:
+    """The grammar that ships with the package."""
+    files = sorted(
+        (f for f in resources.files(__name__).iterdir() if f.name.endswith(".txt")), key=lambda f: f.name
+    )
+    return Grammar({f.name.removesuffix(".txt"): f.read_text(encoding="utf-8") for f in files})
+
+
+def _alternative(text: str, compositional: bool = False) -> Alternative:
+    pieces: list[str | Choice] = []
+    for match in _PIECE.finditer(text):
+        choice, reference, literal = match.groups()
+        if choice is not None:
+            pieces.append(Choice(tuple(_alternative(option) for option in choice.split("|"))))
+        else:
+            pieces.append(f"{{{reference}}}" if reference else literal)
+    return Alternative(tuple(pieces), compositional)
+
+
+def _source(alternative: Alternative) -> str:
+    return " ".join(
+        piece if isinstance(piece, str) else f"({'|'.join(_source(a) for a in piece.alternatives)})"
+        for piece in alternative.pieces
+    )
+
+
+def _side(text: str) -> str:
+    bucket = hashlib.blake2b(text.encode(), digest_size=4).digest()[0] % _BUCKETS
+    return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+def _below(rng: random.Random, count: int) -> int:
+    """A draw from 0..count-1 that is the same on every Python version."""
+    return int(rng.random() * count)

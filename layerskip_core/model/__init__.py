@@ -1,0 +1,10 @@
+"""A decoder that can run any span of its layers.
+
+Shape letters, used everywhere: B batch rows, T tokens of this call, S key positions, D hidden size, V vocabulary, L layers,
+E exit layer (a count, 1..L), K drafted tokens of a round.
+"""
+
+from .cache import DepthCache
+from .depth import DepthModel, SpanInputs
+
+__all__ = ["DepthCache", "DepthModel", "SpanInputs"]

@@ -1,0 +1,42 @@
+"""Tiny random models on the CPU. No network, ever."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_SHAPE = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **changes: object):
+    """A random model of six layers; weights far from their usual tiny scale, so that logits and exits differ clearly."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**_SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0 if "embed" not in name else 20.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny_model()
