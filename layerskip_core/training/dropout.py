@@ -1,0 +1,58 @@
+"""Layer dropout: which rows skip which layer. The rate grows exponentially with depth (LayerSkip section 4.1)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..model import DepthModel, SpanInputs
+
+
+def depth_scale(layer: int, num_layers: int) -> float:
+    """D(l) = exp(l ln2 / (L-1)) - 1 for layer index l: 0 at the first layer, 1 at the last."""
+    if num_layers < 2:
+        raise ConfigError(f"layer dropout needs at least 2 layers, got {num_layers}")
+    return math.exp(layer * math.log(2) / (num_layers - 1)) - 1
+
+
+def time_scale(step: int, total_steps: int, from_scratch: bool) -> float:
+    """S(t): 1 for an existing checkpoint; exp(t ln2 / (T-1)) - 1 for training from scratch."""
+    if not from_scratch:
+        return 1.0
+    if total_steps < 2:
+        raise ConfigError(f"--steps must be at least 2 to train from scratch with layer dropout, got {total_steps}")
+    return math.exp(step * math.log(2) / (total_steps - 1)) - 1
+
+
+def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0) -> list[float]:
+    """p(l, t) = S(t) D(l) p_max for each layer index; `scale` is S(t)."""
+    if p_max == 0:
+        return [0.0] * num_layers
+    return [scale * depth_scale(layer, num_layers) * p_max for layer in range(num_layers)]
+
+
+def kept_rows(rate: float, batch_size: int, seed: int, step: int, micro_batch: int, layer: int) -> list[int]:
+    """Indices of the batch rows that run a layer, drawn from (seed, step, micro-batch, layer) alone.
+
+    No global random state: a resumed run, a recomputed activation checkpoint and every rank see the same rows.
+    """
+    if rate == 0:
+        return list(range(batch_size))
+    generator = torch.Generator().manual_seed(hash((seed, step, micro_batch, layer)) % (1 << 63))
+    return [row for row, draw in enumerate(torch.rand(batch_size, generator=generator).tolist()) if draw >= rate]
+
+
+def run_layer_on(depth: DepthModel, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:
+    """Runs a layer on the kept rows of (B, T, D) only and scatters them back; the others pass it unchanged.
+
+    With no row kept it still runs on one, times zero: its parameters must get a gradient on every rank (DDP, FSDP2).
+    """
+    if len(kept) == hidden.shape[0]:
+        return depth.run_layer(layer, hidden, inputs)
+    index = torch.tensor(kept or [0], device=hidden.device)
+    selected = hidden.index_select(0, index)
+    output = depth.run_layer(layer, selected, inputs.rows(index))
+    if not kept:
+        output = selected + 0.0 * output
+    return hidden.index_copy(0, index, output.to(hidden.dtype))

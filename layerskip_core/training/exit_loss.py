@@ -1,0 +1,50 @@
+"""The early-exit loss: cross-entropy of every exit through one shared LM head (LayerSkip section 4.2)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100  # a label that takes no part in the loss
+_CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
+
+
+def exit_scales(num_layers: int, e_scale: float) -> list[float]:
+    """e(l) for layer index l: e_scale * (0 + 1 + ... + l), and (L-1) + e_scale * (0 + ... + L-2) for the last layer."""
+    scales = [e_scale * layer * (layer + 1) / 2 for layer in range(num_layers - 1)]
+    last = num_layers - 1
+    return [*scales, last + e_scale * last * (last - 1) / 2]
+
+
+def exit_weights(exit_layers: Sequence[int], num_layers: int, e_scale: float) -> list[float]:
+    """Normalised e~ of the exits that are on, in the order given; they sum to 1. A single layer has weight 1."""
+    scales = exit_scales(num_layers, e_scale)
+    chosen = [scales[exit_layer - 1] for exit_layer in exit_layers]
+    total = sum(chosen)
+    return [scale / total for scale in chosen] if total else [1.0 / len(chosen)] * len(chosen)
+
+
+def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states (N, D) that predict an unmasked label, and those labels (N,), of (B, T, D) and (B, T)."""
+    shifted = labels[:, 1:]
+    wanted = shifted != IGNORED
+    return hidden[:, :-1][wanted], shifted[wanted]
+
+
+def summed_cross_entropy(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Sum of the cross-entropy over N tokens, hidden (N, D), in fp32.
+
+    Above _CHUNK_LOGITS logits it goes chunk by chunk and recomputes them in the backward pass, so that (N, V) is never alive.
+    """
+
+    def chunk_loss(part: Tensor, wanted: Tensor) -> Tensor:
+        return functional.cross_entropy(unembed(part).float(), wanted, reduction="sum")
+
+    rows = max(1, _CHUNK_LOGITS // vocab_size)
+    if hidden.shape[0] <= rows:
+        return chunk_loss(hidden, targets)
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    losses = [checkpoint(chunk_loss, part, wanted, use_reentrant=False) for part, wanted in parts]
+    return torch.stack(losses).sum()

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from conftest import tiny_model
+
+from layerskip_core.config import RecipeConfig
+from layerskip_core.training import exit_loss
+from layerskip_core.training.exit_loss import exit_scales, exit_weights
+from layerskip_core.training.module import Moment, RecipeModule
+
+
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 67, (3, 9), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[1, 7:] = -100
+    return ids, labels
+
+
+def manual_cross_entropy(model, ids, labels, exit_layer):
+    """Loop over rows and tokens with the truncated model: the definition, spelled out."""
+    truncated = tiny_model(num_hidden_layers=exit_layer)
+    truncated.load_state_dict(model.state_dict(), strict=False)
+    log_probs = truncated(ids).logits.log_softmax(-1)
+    return -sum(
+        log_probs[row, column - 1, labels[row, column]]
+        for row in range(ids.shape[0])
+        for column in range(1, ids.shape[1])
+        if labels[row, column] != -100
+    )
+
+
+def test_the_literal_scales():
+    """RECIPE: L = 5, e_scale = 0.2: e = 0, 0.2, 0.6, 1.2, 5.2, sum 7.2."""
+    assert exit_scales(5, 0.2) == pytest.approx([0, 0.2, 0.6, 1.2, 5.2])
+    assert exit_weights([1, 2, 3, 4, 5], 5, 0.2) == pytest.approx([e / 7.2 for e in (0, 0.2, 0.6, 1.2, 5.2)])
+    assert exit_weights([5], 5, 0.2) == [1.0]
+    assert exit_weights([3, 5], 5, 0.0) == [0.0, 1.0]
+
+
+def test_the_loss_equals_a_manual_loop(llama):
+    ids, labels = batch()
+    module = RecipeModule(llama, RecipeConfig(p_max=0, e_scale=0.5, curriculum="all")).train()
+    output = module(ids, labels, Moment(0, 10))
+    expected = [manual_cross_entropy(llama, ids, labels, exit_layer) for exit_layer in range(1, 7)]
+    assert output["exit_layers"] == (1, 2, 3, 4, 5, 6)
+    torch.testing.assert_close(output["per_exit"].double(), torch.stack(expected).detach(), rtol=1e-5, atol=1e-4)
+    weights = torch.tensor(exit_weights(range(1, 7), 6, 0.5), dtype=torch.float64)
+    torch.testing.assert_close(output["loss"].double(), (weights * torch.stack(expected)).sum(), rtol=1e-5, atol=1e-4)
+
+
+def test_every_layer_gets_a_gradient_without_dropout():
+    ids, labels = batch()
+    model = tiny_model()
+    RecipeModule(model, RecipeConfig(p_max=0)).train()(ids, labels, Moment(0, 10))["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_exits_go_through_the_one_head():
+    """The exits' losses reach the shared final norm and head: their gradient is the weighted sum over exits."""
+    ids, labels = batch()
+    gradients = {}
+    for curriculum in ("all", "none"):
+        model = tiny_model()
+        RecipeModule(model, RecipeConfig(p_max=0, curriculum=curriculum)).train()(ids, labels, Moment(0, 10))["loss"].backward()
+        gradients[curriculum] = model.lm_head.weight.grad
+    assert not torch.allclose(gradients["all"], gradients["none"])
+
+
+def test_chunks_with_recompute_change_nothing(llama, monkeypatch):
+    ids, labels = batch()
+    module = RecipeModule(llama, RecipeConfig(p_max=0, curriculum="all")).train()
+    results = []
+    for logits in (1 << 24, 5 * 67):  # one chunk, then chunks of five tokens
+        monkeypatch.setattr(exit_loss, "_CHUNK_LOGITS", logits)
+        llama.zero_grad()
+        loss = module(ids, labels, Moment(0, 10))["loss"]
+        loss.backward()
+        results.append((loss.detach(), llama.model.layers[0].mlp.up_proj.weight.grad.clone()))
+    llama.zero_grad()
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
+    ids, labels = batch()
+    module = RecipeModule(llama, RecipeConfig(p_max=0.9, curriculum="none")).eval()
+    with torch.no_grad():
+        first, second = (module(ids, labels, Moment(step, 10)) for step in (0, 7))
+    assert first["exit_layers"] == (1, 2, 3, 4, 5, 6)
+    torch.testing.assert_close(first["per_exit"], second["per_exit"])
+
+
+def test_dropout_skips_rows_in_training(llama):
+    ids, labels = batch()
+    module = RecipeModule(llama, RecipeConfig(p_max=0.9, curriculum="none"), seed=3).train()
+    rows = [0] * 6
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, at=at: rows.__setitem__(at, rows[at] + args[0].shape[0]))
+        for at, layer in enumerate(llama.model.layers)
+    ]
+    for step in range(20):
+        module(ids, labels, Moment(step, 20))
+    for hook in hooks:
+        hook.remove()
+    assert rows[0] == 60 and rows[5] < 30 and rows[0] > rows[3] > rows[5]
