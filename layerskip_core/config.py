@@ -77,8 +77,8 @@ class DecodingConfig:
 class RecipeConfig:
     """The LayerSkip recipe (Elhoushi et al., ACL 2024, sections 4.1 and 4.2).
 
-    `rotation` is R of the rotational curriculum; None picks L/3 (at least 1) up to a vocabulary of 8k and L-1 above it, where every
-    extra exit costs a head.
+    `rotation` is R of the rotational curriculum; None picks L/3 (at least 1) up to a vocabulary of 8k and L-1 above it,
+    where every extra exit costs a head.
     """
 
     p_max: float = 0.2
@@ -91,3 +91,65 @@ class RecipeConfig:
         require(self.e_scale >= 0, "--escale", "at least 0", self.e_scale)
         require_choice(self.curriculum, "--curriculum", CURRICULA)
         require(self.rotation is None or self.rotation >= 1, "--rotation", "at least 1", self.rotation)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; which columns; how many rows (0: all)."""
+
+    name: str = "commands"
+    split: str = "train"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    limit: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 0, "--samples", "at least 0", self.limit)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One training run. None means: the preset of the regime (see training/presets.py), or the data decides."""
+
+    model: str = "embedded-base"
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "layerskip-model"
+    regime: Regime = "finetune"
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    lr: float | None = None
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 16
+    accumulation: int = 1
+    max_length: int = 512
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    seed: int = 0
+    dtype: DType = "auto"
+    device: str = "auto"
+    lora_rank: int = 0
+    save_steps: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    prompt_template: str | None = None
+    vocab_size: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice(self.regime, "--regime", REGIMES)
+        require_choice(self.dtype, "--dtype", DTYPES)
+        require(self.lr is None or self.lr > 0, "--lr", "above 0", self.lr)
+        require(self.steps is None or self.steps >= 1, "--steps", "at least 1", self.steps)
+        require(self.epochs > 0, "--epochs", "above 0", self.epochs)
+        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        require(self.accumulation >= 1, "--accumulation", "at least 1", self.accumulation)
+        require(self.max_length >= 2, "--max-length", "at least 2", self.max_length)
+        require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
+        require(self.weight_decay >= 0, "--weight-decay", "at least 0", self.weight_decay)
+        require(self.lora_rank >= 0, "--lora-rank", "at least 0", self.lora_rank)
+        require(self.save_steps >= 0, "--save-steps", "at least 0", self.save_steps)
+        require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
+        require(self.vocab_size is None or self.vocab_size >= 260, "--vocab-size", "at least 260", self.vocab_size)
+        require(self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
+                "--prompt-template", "'chat' or a text with {prompt} in it", self.prompt_template)

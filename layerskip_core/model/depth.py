@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .cache import DepthCache
 
-# Decoders whose forward is embed, a chain of layers, a final norm and a head, and nothing else. Each is tested against model(...).
+# Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
 SUPPORTED = (
     "llama",
     "mistral",

@@ -8,9 +8,9 @@ _LARGE_VOCABULARY = 8192
 def exits_on(recipe: RecipeConfig, step: int, total_steps: int, num_layers: int, vocab_size: int = 0) -> tuple[int, ...]:
     """Exit layers (counts, 1..L, ascending) whose loss is on at optimizer step `step` of `total_steps`.
 
-    LayerSkip section 4.2. rotational: layer index l is on when l % R == step % R. gradual: when 2*L*step >= T*(L - l), from the last
-    layer down, one more every T/(2L) steps. The last layer is on whatever the curriculum: taken literally the paper's rotation
-    would train it on one step in R.
+    LayerSkip section 4.2. rotational: layer index l is on when l % R == step % R. gradual: when 2*L*step >= T*(L - l), from
+    the last layer down, one more every T/(2L) steps. The last layer is on whatever the curriculum: taken literally the paper's
+    rotation would train it on one step in R.
     """
     if recipe.curriculum == "rotational":
         rotation = rotation_of(recipe, num_layers, vocab_size)

@@ -8,6 +8,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..model import DepthModel, SpanInputs
 
+_MIX = 1_000_003
+
 
 def depth_scale(layer: int, num_layers: int) -> float:
     """D(l) = exp(l ln2 / (L-1)) - 1 for layer index l: 0 at the first layer, 1 at the last."""
@@ -39,7 +41,8 @@ def kept_rows(rate: float, batch_size: int, seed: int, step: int, micro_batch: i
     """
     if rate == 0:
         return list(range(batch_size))
-    generator = torch.Generator().manual_seed(hash((seed, step, micro_batch, layer)) % (1 << 63))
+    mixed = ((seed * _MIX + step) * _MIX + micro_batch) * _MIX + layer
+    generator = torch.Generator().manual_seed(mixed % (1 << 63))
     return [row for row, draw in enumerate(torch.rand(batch_size, generator=generator).tolist()) if draw >= rate]
 
 

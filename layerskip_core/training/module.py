@@ -1,6 +1,7 @@
 """The training forward: layers with dropout, a tap at every exit that is on, and the weighted loss.
 
-Spans and loss run inside this module's own `forward`, because DDP and FSDP2 act there: layers called beside it would let ranks drift.
+Spans and loss run inside this module's own `forward`, because DDP and FSDP2 act there: layers called beside it would let
+ranks drift.
 """
 
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ class RecipeModule(nn.Module):
     ) -> dict[str, Tensor | tuple[int, ...]]:
         """Ids and labels (B, T), -100 where masked; `attention_mask` (B, T) only for rows that are not padded at the right.
 
-        Returns `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the summed
-        cross-entropy of each exit, detached (exits,), and `exit_layers`, the counts that `per_exit` belongs to.
+        Returns `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the
+        summed cross-entropy of each exit, detached (exits,), and `exit_layers`, the counts that `per_exit` belongs to.
         """
         layers = self.depth.num_layers
         exits = exits_on(self.recipe, moment.step, moment.total_steps, layers, self.depth.vocab_size)

@@ -1,4 +1,4 @@
-"""`python -m layerskip_core.embedded.commands --check`: lints the grammar and prints its counts and sample rows."""
+"""`python -m layerskip_core.embedded.commands`: checks the grammar and prints its counts and sample rows."""
 
 import re
 import sys

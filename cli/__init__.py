@@ -1,0 +1,1 @@
+"""The `layerskip` command: turns flags into the core's settings, and its results into text."""

@@ -1,0 +1,5 @@
+"""`python -m layerskip_cli`, which torchrun needs."""
+
+from .main import main
+
+main()

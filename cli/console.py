@@ -1,0 +1,72 @@
+"""What people read while a command works: all of it on stderr, so that stdout carries results only."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Precision = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]
+
+_PLAIN_SECONDS = 10.0  # between two plain lines
+
+
+@cache
+def stderr_console() -> Console:
+    return Console(stderr=True)
+
+
+def narrate(text: str) -> None:
+    """One line for the person who waits."""
+    stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def use_threads(threads: int) -> None:
+    """Sets torch's CPU threads, unless 0."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
+    """Gives `update(done, text)`: a bar on a terminal, else a plain line every ten seconds and at the end."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield _plain_updates(total, label)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total, text="")
+        yield lambda done, text: bar.update(task, completed=done, text=text)
+
+
+def _plain_updates(total: int, label: str) -> Callable[[int, str], None]:
+    started = time.monotonic()
+    shown = started
+
+    def update(done: int, text: str) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < _PLAIN_SECONDS and done < total:
+            return
+        shown = now
+        left = (now - started) / max(done, 1) * (total - done)
+        print(f"{label} {done}/{total} {text} {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return update

@@ -1,0 +1,165 @@
+"""`layerskip generate`: prompts in, text out, for shell pipelines."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from layerskip_core.config import DecodingConfig, SamplingConfig, Strategy
+from layerskip_core.errors import LayerSkipError
+
+from .console import Device, Precision, Threads, narrate, use_threads
+
+if TYPE_CHECKING:
+    from layerskip_core.checkpoint import LoadedModel
+    from layerskip_core.decoding import DecodeStats
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; without it, standard input is read.")] = None,
+    model: Annotated[str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.")] = "embedded",
+    exit_layer: Annotated[
+        int | None, typer.Option("--exit", help="Draft with this many layers. [default: the checkpoint's]")
+    ] = None,
+    spec: Annotated[int | None, typer.Option("--spec", help="Drafted tokens a round. [default: the checkpoint's]")] = None,
+    strategy: Annotated[str, typer.Option(help="self-speculative, early-exit or autoregressive.")] = "self-speculative",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens of this total probability.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    draft_confidence: Annotated[float, typer.Option(help="Stop drafting below this probability; 0 is never.")] = 0.0,
+    lines: Annotated[bool, typer.Option("--lines", help="Standard input holds one prompt a line.")] = False,
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="Standard input holds objects with `prompt`, one a line; answers are objects too.")
+    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave out the checkpoint's prompt template.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print counts and speed to stderr.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")] = False,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Generate text with self-speculative decoding: the text of plain decoding, in fewer full passes.
+
+    Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
+    """
+    if prompt is not None and (lines or jsonl):
+        raise typer.BadParameter("--lines and --jsonl read standard input; give no PROMPT with them")
+    if lines and jsonl:
+        raise typer.BadParameter("give --lines or --jsonl, not both")
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
+    config = DecodingConfig(
+        strategy=cast(Strategy, strategy),
+        exit_layer=exit_layer if exit_layer is not None else 1,
+        num_draft_tokens=spec if spec is not None else 1,
+        max_new_tokens=max_new_tokens,
+        draft_confidence=draft_confidence,
+        stop=tuple(stop or ()),
+        sampling=SamplingConfig(temperature, top_k, top_p, seed),
+    )
+    use_threads(threads)
+    from layerskip_core.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(model, device, dtype, trust_remote_code)
+    best_exit, best_spec = loaded.recommended()
+    config = replace(config, exit_layer=exit_layer or best_exit, num_draft_tokens=spec or best_spec)
+    try:
+        failed, total = _answer_all(loaded, config, prompt, lines, jsonl, raw)
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        raise typer.Exit(130) from None
+    if stats:
+        narrate(_stats_text(total, loaded))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _answer_all(
+    loaded: "LoadedModel", config: DecodingConfig, prompt: str | None, lines: bool, jsonl: bool, raw: bool
+) -> tuple[bool, "DecodeStats"]:
+    """Answers every prompt in order; returns whether one failed, and the counts of all."""
+    from layerskip_core.decoding import DecodeStats
+    from layerskip_core.decoding.text import Answer
+
+    failed, total = False, DecodeStats()
+    for number, text, problem in _prompts(prompt, lines, jsonl):
+        try:
+            if problem:
+                raise LayerSkipError(problem)
+            answer = Answer(loaded, text, config, raw)
+            for piece in answer:
+                if not jsonl:
+                    _write(piece)
+        except LayerSkipError as error:
+            if not (lines or jsonl):
+                raise
+            failed = True
+            if jsonl:
+                _write(json.dumps({"error": str(error)}, ensure_ascii=False))
+            else:
+                narrate(f"error: line {number}: {error}")
+        else:
+            total = total + answer.stats
+            if jsonl:
+                _write(json.dumps(_answer_object(answer), ensure_ascii=False))
+        _write("\n")
+    return failed, total
+
+
+def _prompts(prompt: str | None, lines: bool, jsonl: bool) -> Iterator[tuple[int, str, str | None]]:
+    """(line number, prompt, what is wrong with it): the argument, all of standard input, or one a line of it."""
+    if prompt is not None:
+        yield 1, prompt, None
+        return
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    if not (lines or jsonl):
+        yield 1, sys.stdin.read().removesuffix("\n"), None
+        return
+    for number, line in enumerate(sys.stdin, start=1):
+        line = line.rstrip("\r\n")
+        if not jsonl:
+            yield number, line, None
+        elif line.strip():
+            yield number, *_prompt_of(line, number)
+
+
+def _prompt_of(line: str, number: int) -> tuple[str, str | None]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return "", f"line {number}: not valid JSON: {error}"
+    text = row.get("prompt") if isinstance(row, dict) else None
+    return (text, None) if isinstance(text, str) else ("", f"line {number}: needed an object with a text `prompt`")
+
+
+def _answer_object(answer: Any) -> dict[str, Any]:
+    stats = answer.stats
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": stats.new_tokens,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "rounds": stats.rounds,
+        "acceptance_rate": round(stats.acceptance_rate, 4),
+    }
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _stats_text(stats: "DecodeStats", loaded: "LoadedModel") -> str:
+    return (
+        f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; drafted {stats.drafted}, "
+        f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
+        f"{loaded.depth.implementation} layers, {str(loaded.depth.dtype).removeprefix('torch.')} on {loaded.depth.device}"
+    )

@@ -1,0 +1,299 @@
+"""Models on disk: a folder, a GGUF file, a hub id or an embedded default <-> model, tokenizer and layerskip.json."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError, ConfigError
+from .model import DepthModel
+from .model.depth import refuse_unsupported
+
+EMBEDDED = {"embedded": "converted", "embedded-base": "base"}
+CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
+INFO_FILE = "layerskip.json"
+_LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
+
+# (exit layer, draft tokens) of the published checkpoints: LayerSkip tables 3-5; Llama 3 as in their model cards.
+PUBLISHED = {
+    "facebook/layerskip-llama2-7B": (8, 12),
+    "facebook/layerskip-llama2-13B": (15, 12),
+    "facebook/layerskip-llama2-70B": (10, 12),
+    "facebook/layerskip-llama3-8B": (8, 6),
+    "facebook/layerskip-llama3.2-1B": (4, 6),
+    "facebook/layerskip-codellama-7B": (6, 12),
+    "facebook/layerskip-codellama-34B": (8, 12),
+}
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What layerskip.json says. `details` holds the rest of it: recipe, data, seed, versions, losses."""
+
+    prompt_template: str | None = None
+    exit_layer: int | None = None
+    num_draft_tokens: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        recommended = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
+        document = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended, **self.details}
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> "CheckpointInfo":
+        """Raises CheckpointError when the text is not what `to_json` writes."""
+        try:
+            document = json.loads(text)
+            recommended = document.pop("recommended", {})
+            document.pop("format", None)
+            template = document.pop("prompt_template", None)
+            return cls(template, recommended.get("exit_layer"), recommended.get("num_draft_tokens"), document)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not valid: {error}") from None
+
+
+@dataclass
+class LoadedModel:
+    """A checkpoint in memory, ready to run any span of its layers."""
+
+    name: str
+    model: Any  # a transformers causal language model
+    tokenizer: Any
+    info: CheckpointInfo
+    depth: DepthModel
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends an answer: the generation config's, the config's and the tokenizer's."""
+        found: set[int] = set()
+        for source in (getattr(self.model, "generation_config", None), self.model.config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
+            found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+        return frozenset(found)
+
+    @property
+    def prompt_template(self) -> str | None:
+        """layerskip.json's template, else the tokenizer's chat template, else none."""
+        if self.info.prompt_template is not None:
+            return self.info.prompt_template
+        return CHAT if getattr(self.tokenizer, "chat_template", None) else None
+
+    def encode_prompt(self, prompt: str, raw: bool = False) -> list[int]:
+        """Token ids of a prompt in this checkpoint's template (`raw`: as it stands)."""
+        return encode_prompt(self.tokenizer, None if raw else self.prompt_template, prompt)
+
+    def detokenize(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def recommended(self) -> tuple[int, int]:
+        """(exit layer, draft tokens): of layerskip.json, of the published checkpoint, or a quarter of the layers and 6."""
+        exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.depth.num_layers // 4), 6))
+        return self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts
+
+
+def encode_prompt(tokenizer: Any, template: str | None, prompt: str) -> list[int]:
+    """Token ids of a prompt, special tokens at its start included and none at its end; training and decoding both use it."""
+    if template == CHAT:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return list(ids)
+    text = prompt if template is None else template.replace("{prompt}", prompt)
+    ids = list(tokenizer(text)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises ConfigError for a device that is not here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {device}") from None
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(chosen.type, False):
+        raise ConfigError(f"--device {device} was asked for, but this machine or this build of torch has none")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype:
+    """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for models of 50M parameters and more; else fp32."""
+    if dtype != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    fast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return torch.bfloat16 if fast and (device.type == "cuda" or parameters >= _LARGE_MODEL) else torch.float32
+
+
+def load_checkpoint(
+    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Loads a model by embedded name, folder, GGUF file or hub id, in evaluation mode.
+
+    Raises:
+        CheckpointError: it is not there, is incomplete or damaged, or cannot be split by depth.
+        ConfigError: the device is not here.
+    """
+    target = pick_device(device)
+    path, keywords = _locate(name)
+    keywords["trust_remote_code"] = trust_remote_code
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords))
+    refuse_unsupported(config)
+    tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords))
+    extra = dict(keywords)
+    if "gguf_file" in keywords:
+        from transformers import GgufConfig
+
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    model, report = _reading(
+        name,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", attn_implementation=attention, output_loading_info=True, **extra
+        ),
+    )
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
+    if missing:
+        raise CheckpointError(f"model {name} is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
+    if "gguf_file" in keywords:
+        model = _without_quantization(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = model.to(device=target, dtype=pick_dtype(dtype, target, parameters)).eval()
+    return LoadedModel(name, model, tokenizer, read_info(path), DepthModel(model))
+
+
+def load_blank(name: str, seed: int, tokenizer: Any = None, trust_remote_code: bool = False) -> LoadedModel:
+    """The architecture of a checkpoint with fresh random weights, in fp32 on the CPU.
+
+    With a `tokenizer` the vocabulary takes its size; without one the checkpoint's own is used. The folder needs no weights.
+    """
+    path, keywords = _locate(name)
+    keywords["trust_remote_code"] = trust_remote_code
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords))
+    refuse_unsupported(config)
+    if tokenizer is None:
+        tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords))
+    else:
+        config.vocab_size = len(tokenizer)
+        for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config, special, getattr(tokenizer, special))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    return LoadedModel(name, model, tokenizer, read_info(path), DepthModel(model))
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The precision a checkpoint's weights are stored in, by its config; a converted model is saved in the same."""
+    path, keywords = _locate(name)
+    from transformers import AutoConfig
+
+    dtype = getattr(_reading(name, lambda: AutoConfig.from_pretrained(path, **keywords)), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def read_info(path: str) -> CheckpointInfo:
+    """layerskip.json of a folder; an empty one where there is none (a hub model, a plain checkpoint)."""
+    file = Path(path) / INFO_FILE
+    return CheckpointInfo.from_json(file.read_text(encoding="utf-8"), file) if file.is_file() else CheckpointInfo()
+
+
+def holds_model(path: str | Path) -> bool:
+    """Whether a folder holds a complete checkpoint: config.json is the last file that `save_checkpoint` puts there."""
+    return (Path(path) / "config.json").is_file()
+
+
+def refuse_overwrite(output: str, overwrite: bool) -> None:
+    """Raises ConfigError when `output` holds a model, or is no folder, and may not be replaced."""
+    if holds_model(output) and not overwrite:
+        raise ConfigError(f"--output {output} already holds a model; give --overwrite to replace it, or another folder")
+    if Path(output).exists() and not Path(output).is_dir():
+        raise ConfigError(f"--output must be a folder, got the file {output}")
+
+
+def save_checkpoint(model: nn.Module, tokenizer: Any, info: CheckpointInfo, output: str, dtype: torch.dtype) -> None:
+    """Writes an ordinary transformers checkpoint and layerskip.json, aside first: `output` never holds half a model.
+
+    `model` is converted to `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held then
+    stays as it was.
+    """
+    folder = Path(output)
+    staging = folder / ".writing"
+    transformers_model: Any = model
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        transformers_model.to(dtype).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        (staging / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
+    except Exception as error:  # safetensors reports a full disk as its own error type
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
+    (folder / "config.json").unlink(missing_ok=True)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder / file.name)
+    staging.rmdir()
+
+
+def write_info(path: str, info: CheckpointInfo) -> None:
+    """Replaces layerskip.json of a folder, atomically. Raises CheckpointError when it cannot be written."""
+    file = Path(path) / INFO_FILE
+    aside = file.with_suffix(".json.writing")
+    try:
+        aside.write_text(info.to_json(), encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {file}: {error}") from error
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained takes for a model name: a path or hub id, and keywords."""
+    if name in EMBEDDED:
+        folder = resources.files("layerskip_core.embedded") / EMBEDDED[name]
+        return str(folder), {}
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not holds_model(path):
+            raise CheckpointError(f"folder {name} holds no model: there is no config.json in it")
+        return name, {}
+    if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
+        return name, {}
+    names = ", ".join(EMBEDDED)
+    raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
+
+
+def _reading(name: str, read: Any) -> Any:
+    """Runs a from_pretrained call; whatever it raises becomes one line that names the model."""
+    try:
+        return read()
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot load model {name}: {reason}") from error
+
+
+def _without_quantization(model: nn.Module) -> nn.Module:
+    """The same weights in a model that transformers agrees to save: rebuilt from its config without the GGUF part."""
+    from transformers import AutoModelForCausalLM
+
+    original: Any = model
+    config = original.config.__class__.from_dict(
+        {key: value for key, value in original.config.to_dict().items() if key != "quantization_config"}
+    )
+    rebuilt = AutoModelForCausalLM.from_config(config, dtype=next(model.parameters()).dtype, attn_implementation="sdpa")
+    rebuilt.load_state_dict(model.state_dict())
+    rebuilt.generation_config = original.generation_config
+    return rebuilt  # type: ignore[no-any-return]

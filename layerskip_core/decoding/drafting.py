@@ -1,0 +1,105 @@
+"""Drafts for a round of speculation, from the first layers of the model itself."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..model.cache import DepthCache
+from .sampling import Sampler
+
+
+class SpanModel(Protocol):
+    """What decoding needs of a model: the operations of `DepthModel`, whichever implementation runs."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> DepthCache: ...
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+    def run_layers(
+        self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache | None = None
+    ) -> Tensor: ...
+
+    def unembed(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens for the target to run: those committed without KV yet (one; the prompt at first), then K drafts.
+
+    `exit_states` are the target's own hidden states after layer `exit_layer`, pre-norm, of all tokens or of all but the last;
+    None when the draft has no such states: then the target starts at layer 0.
+    """
+
+    tokens: Tensor  # (1, T)
+    num_drafts: int = 0  # K, the last of the tokens
+    probs: Tensor | None = None  # (1, K, V), what each draft was drawn from; None when greedy or without drafts
+    exit_states: Tensor | None = None  # (1, T or T-1, D)
+    exit_layer: int = 0
+
+
+class Drafter(Protocol):
+    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache) -> Draft:
+        """At most one draft for each of `positions` (1, d), d >= 1; `token` (1, 1), committed, stands at the first of them."""
+
+
+class ExitDrafter:
+    """Drafts with layers 0..E-1 and the shared head, on the target's own cache (Elhoushi et al., ACL 2024, section 4.3)."""
+
+    def __init__(
+        self,
+        model: SpanModel,
+        sampler: Sampler,
+        exit_layer: int,
+        confidence: float = 0.0,
+        eos_ids: frozenset[int] = frozenset(),
+        reuse_exit_states: bool = True,
+    ) -> None:
+        """Without `reuse_exit_states` the target recomputes the first layers, as it must for drafts that are not its own."""
+        self._model = model
+        self._sampler = sampler
+        self._exit_layer = exit_layer
+        self._confidence = confidence
+        # Elsewhere than on the CPU, waiting for every id costs more than the few drafts behind an EOS, once an output.
+        self._eos_ids = eos_ids if model.device.type == "cpu" else frozenset()
+        self._reuse = reuse_exit_states
+
+    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache) -> Draft:
+        """Ends early behind an EOS, or before a token where the most probable one has less than the confidence."""
+        tokens, probs, states = [token], [], []
+        for step in range(positions.shape[1]):
+            hidden = self._model.embed(token)
+            hidden = self._model.run_layers(hidden, 0, self._exit_layer, positions[:, step : step + 1], cache)
+            states.append(hidden)
+            logits = self._model.unembed(hidden)
+            draft_probs = self._sampler.probs(logits)
+            if self._confidence and self._unsure(logits, draft_probs):
+                break
+            token = self._sampler.choose(logits, draft_probs)
+            tokens.append(token)
+            if draft_probs is not None:
+                probs.append(draft_probs)
+            if self._eos_ids and int(token) in self._eos_ids:
+                break
+        return Draft(
+            torch.cat(tokens, dim=1),
+            num_drafts=len(tokens) - 1,
+            probs=torch.cat(probs, dim=1) if probs else None,
+            exit_states=torch.cat(states, dim=1) if self._reuse else None,
+            exit_layer=self._exit_layer,
+        )
+
+    def _unsure(self, logits: Tensor, draft_probs: Tensor | None) -> bool:
+        # Decided before a token is drawn: to drop a drawn token for its probability would bias what is sampled.
+        distribution = logits.float().softmax(-1) if draft_probs is None else draft_probs
+        return float(distribution.amax()) < self._confidence

@@ -1,0 +1,235 @@
+"""The decoding loop: one step is a draft (empty for plain decoding), a pass of the target, and the tokens that it verified."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DecodingConfig, require, require_exit_layer
+from ..errors import ConfigError
+from .drafting import Draft, Drafter, ExitDrafter, SpanModel
+from .sampling import Sampler, sampler_for
+from .stopping import Detokenize, Stopping, StopReason, StopScanner
+
+
+@dataclass(frozen=True)
+class Token:
+    """A verified token of the output; `from_draft` when it was an accepted draft."""
+
+    id: int
+    from_draft: bool
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """Counts and seconds of one output, or of many added up; `DecodeStats()` is the zero. Ratios are properties.
+
+    `drafted` counts every draft that the target verified, `accepted` those it accepted that are also part of the output: what
+    stands behind an EOS, a stop string or the last token allowed is drafted but not accepted. `rounds` counts the passes that
+    verified drafts. `tested_by_position[j]`: in how many rounds draft j+1 was compared, all drafts before it being accepted
+    and not ending the output; `accepted_by_position[j]`: in how many of these it was accepted. Steps without drafts count in
+    `verify_seconds`; the first token is the prefill's.
+    """
+
+    sequences: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    total_seconds: float = 0.0
+    tested_by_position: tuple[int, ...] = ()
+    accepted_by_position: tuple[int, ...] = ()
+
+    @property
+    def acceptance_rate(self) -> float:
+        return _ratio(self.accepted, self.drafted)
+
+    @property
+    def mean_accepted_tokens(self) -> float:
+        """Accepted drafts a round, without the target's own token."""
+        return _ratio(self.accepted, self.rounds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, prefill included."""
+        return _ratio(self.new_tokens, self.total_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """The same behind the prefill, which gives the first token of each output."""
+        return _ratio(self.new_tokens - self.sequences, self.total_seconds - self.prefill_seconds)
+
+    def __add__(self, other: "DecodeStats") -> "DecodeStats":
+        return DecodeStats(*(_sum(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+
+
+class Decoding:
+    """Iterates over the lists of newly verified tokens, one list a step; afterwards says why it ended.
+
+    Each step is complete in itself, so a Decoding may be abandoned at any point: it changes nothing but its own cache.
+    """
+
+    def __init__(
+        self,
+        model: SpanModel,
+        prompt_ids: list[int],
+        stopping: Stopping,
+        sampler: Sampler,
+        depth: int,
+        drafter: Drafter | None = None,
+        num_draft_tokens: int = 0,
+        detokenize: Detokenize | None = None,
+    ) -> None:
+        """The target is layers 0..depth-1 of the model. Raises ConfigError for a prompt that is empty or leaves no room."""
+        limit = model.max_positions
+        require(bool(prompt_ids), "the prompt", "at least 1 token", "none")
+        if len(prompt_ids) >= limit:
+            raise ConfigError(
+                f"the prompt must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
+            )
+        self.finish_reason: StopReason | None = None
+        self._model = model
+        self._sampler = sampler
+        self._depth = depth
+        self._drafter = drafter
+        self._num_draft_tokens = num_draft_tokens if drafter else 0
+        self._scanner = StopScanner(stopping, limit - len(prompt_ids), detokenize)
+        end = len(prompt_ids) + self._scanner.room
+        self._cache = model.new_cache(1, end)
+        self._positions = torch.arange(end)[None]  # (1, end), on the host
+        self._prompt_tokens = len(prompt_ids)
+        self._pending = torch.tensor([prompt_ids], device=model.device)  # (1, T), committed tokens without KV
+        self._cached = 0  # committed positions in the cache
+        self._steps: list[DecodeStats] = []
+
+    @property
+    def stats(self) -> DecodeStats:
+        """Counts and seconds of the steps so far. The time between two steps is the caller's and not counted."""
+        return sum(self._steps, DecodeStats())
+
+    def __iter__(self) -> Iterator[list[Token]]:
+        return self
+
+    def __next__(self) -> list[Token]:
+        if self.finish_reason is not None:
+            raise StopIteration
+        # Entered here and not in a generator, whose caller would run in inference mode between two steps.
+        with torch.inference_mode():
+            return self._step()
+
+    def _step(self) -> list[Token]:
+        started = time.perf_counter()
+        draft = self._draft()
+        drafted_at = self._clock() if draft.num_drafts else started
+        logits = self._target_logits(draft)
+        first_draft = draft.tokens.shape[1] - draft.num_drafts
+        verdict = self._sampler.verify(draft.tokens[0, first_draft:], None if draft.probs is None else draft.probs[0], logits)
+        verified_at = time.perf_counter()
+        prefill = self._cached == 0
+        self._commit(draft, verdict.accepted)
+        self._pending = verdict.newest
+        count, self.finish_reason = self._scanner.cut(verdict.ids)
+        accepted = min(verdict.accepted, count)
+        tested = min(draft.num_drafts, count)
+        target_seconds = verified_at - drafted_at
+        self._steps.append(
+            DecodeStats(
+                sequences=int(prefill),
+                prompt_tokens=self._prompt_tokens if prefill else 0,
+                new_tokens=count,
+                drafted=draft.num_drafts,
+                accepted=accepted,
+                rounds=int(draft.num_drafts > 0),
+                prefill_seconds=target_seconds if prefill else 0.0,
+                draft_seconds=drafted_at - started,
+                verify_seconds=0.0 if prefill else target_seconds,
+                total_seconds=time.perf_counter() - started,
+                tested_by_position=(1,) * tested,
+                accepted_by_position=(1,) * accepted,
+            )
+        )
+        return [Token(token, place < accepted) for place, token in enumerate(verdict.ids[:count])]
+
+    def _draft(self) -> Draft:
+        """No drafts for the prompt, nor where only the target's own token has room."""
+        room = min(self._num_draft_tokens, self._scanner.room - 1)
+        if self._drafter is None or self._cached == 0 or room == 0:
+            return Draft(self._pending)
+        return self._drafter.draft(self._pending, self._positions[:, self._cached : self._cached + room], self._cache)
+
+    def _target_logits(self, draft: Draft) -> Tensor:
+        """Logits (K+1, V) of the draft's last K+1 tokens: the layers that its exit states leave, once over all tokens."""
+        model, cache, tokens = self._model, self._cache, draft.tokens
+        positions = self._positions[:, self._cached : self._cached + tokens.shape[1]]
+        hidden = draft.exit_states
+        if hidden is None:
+            hidden = model.run_layers(model.embed(tokens), 0, self._depth, positions, cache)
+        else:
+            known = hidden.shape[1]
+            if known < tokens.shape[1]:
+                last = model.run_layers(model.embed(tokens[:, known:]), 0, draft.exit_layer, positions[:, known:], cache)
+                hidden = torch.cat((hidden, last), dim=1)
+            hidden = model.run_layers(hidden, draft.exit_layer, self._depth, positions, cache)
+        return model.unembed(hidden[:, -(draft.num_drafts + 1) :])[0]
+
+    def _commit(self, draft: Draft, accepted: int) -> None:
+        """The pass wrote every token's KV; a rejected draft's is forgotten by length alone."""
+        written = draft.tokens.shape[1]
+        rejected = draft.num_drafts - accepted
+        self._cache.lengths += written
+        if rejected:
+            self._cache.rollback(self._cache.lengths - rejected)
+        self._cached += written - rejected
+
+    def _clock(self) -> float:
+        """Now, with the device's work done. Only between draft and target: after the target, verifying has waited for it."""
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        return time.perf_counter()
+
+
+def decode(
+    model: SpanModel,
+    prompt_ids: list[int],
+    config: DecodingConfig,
+    eos_ids: frozenset[int] = frozenset(),
+    detokenize: Detokenize | None = None,
+    *,
+    reuse_exit_states: bool = True,
+) -> Decoding:
+    """Decodes a prompt by the config's strategy. All strategies are one loop; greedy self-speculation gives the tokens of
+    autoregressive decoding, sampled self-speculation its distribution.
+
+    `detokenize` (ids to text) is needed for stop strings only. `reuse_exit_states` off makes the target recompute the layers
+    below the exit, for measuring. Raises ConfigError for an exit that the model does not have and a prompt that does not fit.
+    """
+    sampler = sampler_for(config.sampling, model.device)
+    depth, drafter = model.num_layers, None
+    if config.exit_layer is not None and config.strategy != "autoregressive":
+        require_exit_layer(config.exit_layer, model.num_layers, config.strategy)
+        if config.strategy == "early-exit":
+            depth = config.exit_layer
+        else:
+            drafter = ExitDrafter(
+                model, sampler, config.exit_layer, config.draft_confidence, eos_ids, reuse_exit_states=reuse_exit_states
+            )
+    stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
+    return Decoding(model, prompt_ids, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _sum(mine: Any, other: Any) -> Any:
+    if isinstance(mine, tuple):
+        return tuple(a + b for a, b in zip_longest(mine, other, fillvalue=0))
+    return mine + other

@@ -1,0 +1,86 @@
+"""Where an output ends: EOS ids, stop strings, a token count, the context. The earliest token that ends it decides."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config import require
+
+StopReason = Literal["eos", "stop", "length", "context"]
+Detokenize = Callable[[list[int]], str]
+
+_MARGIN = 16  # characters of context that keep a window's first tokens (split characters, stripped spaces) off a match
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What ends an output. An EOS token and the tokens that complete a stop string are still part of the output's tokens."""
+
+    eos_ids: frozenset[int]
+    stop: tuple[str, ...]
+    max_new_tokens: int
+
+    def visible(self, text: str, finished: bool) -> str:
+        """What may be shown of the `text` decoded so far: never a stop string nor what follows it.
+
+        Unless the output is finished, an end of the text that may be the start of a stop string is held back too, so that
+        successive results only ever grow and can be streamed.
+        """
+        hits = [found for stop in self.stop if (found := text.find(stop)) >= 0]
+        if hits:
+            return text[: min(hits)]
+        held = 0 if finished else max((_overlap(text, stop) for stop in self.stop), default=0)
+        return text[: len(text) - held]
+
+
+class StopScanner:
+    """Reads an output token by token and says where it ends, the same whether tokens arrive singly or as accepted drafts."""
+
+    def __init__(self, stopping: Stopping, context_room: int, detokenize: Detokenize | None = None) -> None:
+        """`context_room`: how many new tokens the context has place for. Stop strings need `detokenize`."""
+        require(not stopping.stop or detokenize is not None, "--stop", "used with a detokenizer", "none")
+        self._stopping = stopping
+        self._context_room = context_room
+        self._detokenize = detokenize
+        self._ids: list[int] = []
+        self._window = 0  # the first token that a stop string not yet complete can begin in
+        self._reach = max(map(len, stopping.stop), default=0) + _MARGIN
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still come."""
+        return min(self._stopping.max_new_tokens, self._context_room) - len(self._ids)
+
+    def cut(self, ids: list[int]) -> tuple[int, StopReason | None]:
+        """Takes in new tokens up to the first that ends the output; returns how many that were, and the reason if one did."""
+        for count, token in enumerate(ids, start=1):
+            self._ids.append(token)
+            if (reason := self._reason(token)) is not None:
+                return count, reason
+        return len(ids), None
+
+    def _reason(self, token: int) -> StopReason | None:
+        if token in self._stopping.eos_ids:
+            return "eos"
+        if self._stopping.stop and self._completes_stop():
+            return "stop"
+        if len(self._ids) >= self._stopping.max_new_tokens:
+            return "length"
+        return "context" if len(self._ids) >= self._context_room else None
+
+    def _completes_stop(self) -> bool:
+        assert self._detokenize is not None
+        text = self._detokenize(self._ids[self._window :])
+        if any(stop in text for stop in self._stopping.stop):
+            return True
+        if len(text) > 4 * self._reach:
+            # Decoding only the end keeps a long output linear; counting characters allows for tokens without any.
+            middle = (self._window + len(self._ids)) // 2
+            if len(self._detokenize(self._ids[middle:])) >= self._reach:
+                self._window = middle
+        return False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,61 @@
+"""From a prompt to text, as it is verified."""
+
+from collections.abc import Iterator
+
+from ..checkpoint import LoadedModel
+from ..config import DecodingConfig
+from .loop import DecodeStats, decode
+from .stopping import Detokenize, Stopping, StopReason
+
+_INCOMPLETE = "\ufffd"  # what a character becomes whose last bytes are still to come
+
+
+class Answer:
+    """Iterates over the pieces of one answer's text; `text`, `stats` and `finish_reason` say the rest at any time."""
+
+    def __init__(self, loaded: LoadedModel, prompt: str, config: DecodingConfig, raw: bool = False) -> None:
+        """`raw` leaves out the checkpoint's prompt template. Raises ConfigError for a prompt or exit that does not fit."""
+        ids = loaded.encode_prompt(prompt, raw)
+        self.text = ""
+        self._eos_ids = loaded.eos_ids
+        self._decoding = decode(loaded.depth, ids, config, self._eos_ids, loaded.detokenize)
+        self._stopping = Stopping(self._eos_ids, config.stop, config.max_new_tokens)
+        self._decoder = _IncrementalText(loaded.detokenize)
+
+    @property
+    def stats(self) -> DecodeStats:
+        return self._decoding.stats
+
+    @property
+    def finish_reason(self) -> StopReason | None:
+        return self._decoding.finish_reason
+
+    def __iter__(self) -> Iterator[str]:
+        for tokens in self._decoding:
+            finished = self.finish_reason is not None
+            decoded = self._decoder.add([token.id for token in tokens if token.id not in self._eos_ids], finished)
+            visible = self._stopping.visible(decoded, finished)
+            piece, self.text = visible[len(self.text) :], visible
+            if piece:
+                yield piece
+
+
+class _IncrementalText:
+    """Text of a growing list of ids. Only the end is decoded again: a token's text can depend on the one before it."""
+
+    def __init__(self, detokenize: Detokenize) -> None:
+        self._detokenize = detokenize
+        self._ids: list[int] = []
+        self._settled = 0  # ids[:settled] are in `text`; ids[context:settled] are decoded again as context
+        self._context = 0
+        self._text = ""
+
+    def add(self, ids: list[int], finished: bool) -> str:
+        """The text so far, without an incomplete character at its end unless nothing follows."""
+        self._ids += ids
+        before = self._detokenize(self._ids[self._context : self._settled])
+        now = self._detokenize(self._ids[self._context :])
+        if finished or not now.endswith(_INCOMPLETE):
+            self._text += now[len(before) :]
+            self._context, self._settled = self._settled, len(self._ids)
+        return self._text

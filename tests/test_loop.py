@@ -1,0 +1,561 @@
+"""The loop's invariants: on tiny random transformers models, and on a table of known probabilities."""
+
+import time
+from functools import cache
+from itertools import chain, count, product
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import tensor
+
+from layerskip_core.config import DecodingConfig, SamplingConfig
+from layerskip_core.decoding import DecodeStats, Decoding, Stopping, Token, decode, sampling
+from layerskip_core.decoding.drafting import Draft, ExitDrafter
+from layerskip_core.decoding.sampling import Greedy, Stochastic, probabilities
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import DepthCache, DepthModel
+
+WINDOWED = {"sliding_window": 5}
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def models(llama):
+    return {"llama": llama, "gemma3_text": tiny_model("gemma3_text", **WINDOWED)}
+
+
+@pytest.fixture(scope="module")
+def depth(llama):
+    return DepthModel(llama)
+
+
+def prompt_of(length: int) -> list[int]:
+    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def run(model, prompt, eos_ids=(), reuse_exit_states=True, **settings):
+    """Ids, finish reason and stats of a decoding."""
+    stops = {"detokenize": letters} if "stop" in settings else {}
+    decoding = decode(
+        model, prompt, DecodingConfig(**settings), frozenset(eos_ids), reuse_exit_states=reuse_exit_states, **stops
+    )
+    ids = [token.id for token in chain.from_iterable(decoding)]
+    return ids, decoding.finish_reason, decoding.stats
+
+
+def letters(ids):
+    return "".join(chr(ord("0") + token) for token in ids)
+
+
+def plain(model, prompt, **settings):
+    return run(model, prompt, strategy="autoregressive", **settings)
+
+
+# --- the same tokens as other ways to the same answer ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_self_speculation_equals_autoregressive_decoding(models, model_type):
+    model = DepthModel(models[model_type])
+    drafted = accepted = 0
+    for length in (1, 2, 9):
+        prompt = prompt_of(length)
+        expected, _, _ = plain(model, prompt, max_new_tokens=13)
+        for exit_layer, num_draft_tokens, max_new_tokens in product((1, 3, 5), (1, 2, 5), (1, 2, 13)):
+            ids, reason, stats = run(
+                model, prompt, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens
+            )
+            assert (ids, reason) == (expected[:max_new_tokens], "length")
+            assert stats.new_tokens == max_new_tokens
+            drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
+    assert drafted / 20 < accepted < drafted  # both paths were walked
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_autoregressive_decoding_equals_generate(models, model_type):
+    prompt = prompt_of(9)
+    model = DepthModel(models[model_type])
+    without_eos, _, _ = plain(model, prompt, max_new_tokens=20)
+    eos_ids = [66, without_eos[8]]
+    for stops_at in ([], eos_ids):
+        expected = generate(models[model_type], prompt, 20, eos_token_id=stops_at or None)
+        assert plain(model, prompt, max_new_tokens=20, eos_ids=stops_at)[0] == expected
+
+
+def generate(model, prompt, max_new_tokens, **settings):
+    model.generation_config.eos_token_id = None
+    output = model.generate(tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, **settings)
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("exit_layer", [1, 4, 6])
+def test_early_exit_equals_the_truncated_model(llama, depth, exit_layer):
+    truncated = tiny_model(num_hidden_layers=exit_layer)
+    truncated.load_state_dict(llama.state_dict(), strict=False)
+    ids, _, _ = run(depth, prompt_of(9), strategy="early-exit", exit_layer=exit_layer, max_new_tokens=20)
+    assert ids == generate(truncated, prompt_of(9), 20)
+
+
+def test_in_fp32_a_first_difference_stands_at_a_near_tie():
+    model = tiny_model(dtype=torch.float32)
+    depth = DepthModel(model)
+    for length, exit_layer in product((1, 9), (1, 5)):
+        prompt = prompt_of(length)
+        expected, _, _ = plain(depth, prompt, max_new_tokens=30)
+        ids, _, _ = run(depth, prompt, exit_layer=exit_layer, num_draft_tokens=4, max_new_tokens=30)
+        place = next((place for place in range(30) if ids[place] != expected[place]), None)
+        if place is not None:
+            with torch.no_grad():
+                first, second = model(tensor([prompt + ids[:place]])).logits[0, -1].topk(2).values
+            assert first - second < 1e-3
+
+
+def test_recomputing_the_first_layers_changes_no_token(depth):
+    for exit_layer, num_draft_tokens in product((1, 3, 5), (1, 4)):
+        settings = {"exit_layer": exit_layer, "num_draft_tokens": num_draft_tokens, "max_new_tokens": 17}
+        ids, _, stats = run(depth, prompt_of(9), **settings)
+        again, _, recomputed = run(depth, prompt_of(9), reuse_exit_states=False, **settings)
+        assert (ids, stats.drafted, stats.accepted) == (again, recomputed.drafted, recomputed.accepted)
+
+
+@cache
+def shared_model():
+    """For hypothesis, which takes no fixture."""
+    return DepthModel(tiny_model())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    exit_layer=st.integers(1, LAYERS - 1),
+    num_draft_tokens=st.integers(1, 7),
+    length=st.integers(1, 12),
+    max_new_tokens=st.integers(1, 20),
+    eos_places=st.sets(st.integers(0, 19), max_size=2),
+    stop_places=st.lists(st.tuples(st.integers(0, 18), st.integers(1, 3)), max_size=2),
+    draft_confidence=st.sampled_from([0.0, 0.3, 0.9]),
+    reuse_exit_states=st.booleans(),
+)
+def test_any_self_speculation_ends_as_autoregressive_decoding_does(
+    exit_layer, num_draft_tokens, length, max_new_tokens, eos_places, stop_places, draft_confidence, reuse_exit_states
+):
+    """EOS ids and stop strings are taken from the output itself, so that they are met."""
+    model, prompt = shared_model(), prompt_of(length)
+    free, _, _ = plain(model, prompt, max_new_tokens=20)
+    ends = {
+        "eos_ids": [free[place] for place in eos_places],
+        "stop": tuple(letters(free[place : place + size]) for place, size in stop_places),
+        "max_new_tokens": max_new_tokens,
+    }
+    expected, reason, _ = plain(model, prompt, **ends)
+    ids, self_reason, stats = run(
+        model,
+        prompt,
+        exit_layer=exit_layer,
+        num_draft_tokens=num_draft_tokens,
+        draft_confidence=draft_confidence,
+        reuse_exit_states=reuse_exit_states,
+        **ends,
+    )
+    assert (ids, self_reason) == (expected, reason)
+    assert expected == free[: len(expected)]
+    assert sum(stats.accepted_by_position) == stats.accepted <= sum(stats.tested_by_position) <= stats.drafted
+
+
+# --- how much is computed ----------------------------------------------------------------------------------------------
+
+
+def tokens_by_layer(model, run_it):
+    """For each layer, the number of tokens of each of its calls."""
+    calls: list[list[int]] = [[] for _ in model.layers]
+
+    def watch(layer):
+        return lambda module, args: calls[layer].append(args[0].shape[1])
+
+    hooks = [layer.register_forward_pre_hook(watch(index)) for index, layer in enumerate(model.layers)]
+    try:
+        run_it()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def test_a_round_runs_the_first_layers_once_a_token_and_the_others_once(depth):
+    """E = 2, d = 3: (d+1)E = 8 passes of one token and L-E = 4 passes of d+1 tokens; the prompt of 9 once through all."""
+    decoding = decode(depth, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3))
+    assert tokens_by_layer(depth, lambda: next(decoding)) == [[9]] * 6
+    assert tokens_by_layer(depth, lambda: next(decoding)) == [[1, 1, 1, 1]] * 2 + [[4]] * 4
+
+
+def test_without_reuse_the_target_runs_every_layer(depth):
+    decoding = decode(depth, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3), reuse_exit_states=False)
+    next(decoding)
+    assert tokens_by_layer(depth, lambda: next(decoding)) == [[1, 1, 1, 4]] * 2 + [[4]] * 4
+
+
+def test_an_unsure_draft_costs_no_layer_twice(depth):
+    """No draft is sure enough: the step is a plain one, over the exit state that the drafter has left."""
+    config = DecodingConfig(exit_layer=2, num_draft_tokens=3, draft_confidence=1 - 1e-12)
+    decoding = decode(depth, prompt_of(9), config)
+    next(decoding)
+    assert tokens_by_layer(depth, lambda: next(decoding)) == [[1]] * 6
+    assert (decoding.stats.rounds, decoding.stats.drafted) == (0, 0)
+
+
+def test_drafts_stay_within_the_room_left(depth):
+    """Of 3 tokens the prefill gives one: the round may draft one, and its two tokens end the output."""
+    decoding = decode(depth, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=3))
+    next(decoding)
+    assert tokens_by_layer(depth, lambda: next(decoding)) == [[1, 1]] * 2 + [[2]] * 4
+
+
+def test_early_exit_runs_no_later_layer(depth):
+    config = DecodingConfig(strategy="early-exit", exit_layer=2, max_new_tokens=3)
+    assert tokens_by_layer(depth, lambda: list(decode(depth, prompt_of(9), config))) == [[9, 1, 1]] * 2 + [[]] * 4
+
+
+# --- rejected drafts, interruptions ------------------------------------------------------------------------------------
+
+
+class Recording(DepthModel):
+    """Keeps the logits that each pass of the target gives for its first row."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.first_rows = []
+
+    def unembed(self, hidden):
+        logits = super().unembed(hidden)
+        self.first_rows.append(logits[0, 0].clone())
+        return logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_rejected_drafts_leave_no_trace_in_the_logits(models, model_type):
+    model, prompt = Recording(models[model_type]), prompt_of(7)
+    decoding = Decoding(model, prompt, Stopping(frozenset(), (), 9), Greedy(), LAYERS, Scripted(lambda *_: 66), 3)
+    ids = [token.id for token in chain.from_iterable(decoding)]
+    assert 66 not in ids
+    with torch.no_grad():
+        expected = models[model_type](tensor([prompt + ids])).logits[0, 6:-1]
+    torch.testing.assert_close(torch.stack(model.first_rows), expected)
+
+
+def test_an_abandoned_decoding_leaves_the_model_usable(depth):
+    config = DecodingConfig(exit_layer=3, max_new_tokens=17)
+    expected, _, _ = plain(depth, prompt_of(9), max_new_tokens=17)
+    for tokens in decode(depth, prompt_of(9), config):
+        assert tokens
+        assert not torch.is_inference_mode_enabled()
+        break
+    assert torch.is_grad_enabled()
+    assert depth.config.num_hidden_layers == len(depth.layers) == LAYERS
+    assert run(depth, prompt_of(9), exit_layer=3, max_new_tokens=17)[0] == expected
+
+
+def test_an_interrupted_step_can_be_taken_again(depth):
+    expected, _, _ = plain(depth, prompt_of(9), max_new_tokens=17)
+    for layer in (0, 2, LAYERS - 1):  # while drafting, before and during verification
+        decoding = decode(depth, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=17))
+        ids = [token.id for token in next(decoding)]
+        hook = depth.layers[layer].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(decoding)
+        hook.remove()
+        assert not torch.is_inference_mode_enabled()
+        assert ids + [token.id for token in chain.from_iterable(decoding)] == expected
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+# --- doubles with known answers ----------------------------------------------------------------------------------------
+
+
+class TableModel:
+    """A model of two layers whose logits are `table[layers run, position, token]`, (3, P, V, V): all is known.
+
+    Hidden states are (token, layers run, position); a state given to the wrong layer or a committed position fails.
+    """
+
+    num_layers, device = 2, torch.device("cpu")
+
+    def __init__(self, table):
+        self.table, self.max_positions = table, table.shape[1]
+
+    def new_cache(self, batch_size=1, max_positions=None):
+        return DepthCache(2, batch_size, max_positions)
+
+    def embed(self, ids):
+        return torch.stack((ids, torch.zeros_like(ids), torch.zeros_like(ids)), dim=-1)
+
+    def run_layers(self, hidden, start, stop, positions, cache=None):
+        assert (hidden[..., 1] == start).all()
+        assert int(positions[0, 0]) >= int(cache.lengths[0])
+        return torch.stack((hidden[..., 0], torch.full_like(positions, stop), positions), dim=-1)
+
+    def unembed(self, hidden):
+        token, layer, position = hidden.unbind(-1)
+        return self.table[layer, position, token]
+
+
+class Scripted:
+    """Drafts `choose(place, token before it)`, without exit states."""
+
+    def __init__(self, choose):
+        self.choose = choose
+
+    def draft(self, token, positions, cache):
+        ids = [int(token)]
+        for place in range(positions.shape[1]):
+            ids.append(self.choose(place, ids[-1]))
+        return Draft(tensor([ids]), num_drafts=len(ids) - 1)
+
+
+def counting_model(limit=100):
+    """Its greedy continuation counts up, modulo 50."""
+    return TableModel(torch.eye(50, dtype=torch.double).roll(1, dims=1).expand(3, limit, 50, 50))
+
+
+def scripted_decoding(choose, max_new_tokens=9, eos_ids=(), stop=(), limit=100):
+    stopping = Stopping(frozenset(eos_ids), stop, max_new_tokens)
+    return Decoding(counting_model(limit), [3, 4], stopping, Greedy(), 2, Scripted(choose), 3, letters)
+
+
+def written(decoding):
+    """Ids round by round, accepted drafts negative."""
+    return [[-token.id if token.from_draft else token.id for token in tokens] for tokens in decoding]
+
+
+def counts(stats):
+    return stats.rounds, stats.drafted, stats.accepted, stats.tested_by_position, stats.accepted_by_position
+
+
+def always(place, token):
+    return token + 1
+
+
+def never(place, token):
+    return token + 2
+
+
+def first_only(place, token):
+    return token + 1 if place == 0 else token + 2
+
+
+def test_always_accepted_drafts():
+    decoding = scripted_decoding(always)
+    assert written(decoding) == [[5], [-6, -7, -8, 9], [-10, -11, -12, 13]]
+    assert counts(decoding.stats) == (2, 6, 6, (2, 2, 2), (2, 2, 2))
+    assert (decoding.stats.acceptance_rate, decoding.stats.mean_accepted_tokens) == (1.0, 3.0)
+
+
+def test_never_accepted_drafts():
+    """With 4, 3, 2 tokens of room after it, the round drafts 3, 2, 1; the last token has no room for a draft."""
+    decoding = scripted_decoding(never, max_new_tokens=5)
+    assert written(decoding) == [[5], [6], [7], [8], [9]]
+    assert counts(decoding.stats) == (3, 6, 0, (3,), ())
+    assert (decoding.stats.acceptance_rate, decoding.stats.mean_accepted_tokens) == (0.0, 0.0)
+
+
+def test_sometimes_accepted_drafts():
+    decoding = scripted_decoding(first_only)
+    assert written(decoding) == [[5], [-6, 7], [-8, 9], [-10, 11], [-12, 13]]
+    assert counts(decoding.stats) == (4, 3 + 3 + 3 + 1, 4, (4, 3), (4,))
+    assert decoding.stats.acceptance_rate == 0.4
+
+
+def test_drafts_behind_an_eos_are_drafted_but_not_accepted():
+    decoding = scripted_decoding(always, eos_ids=[30, 7])
+    assert written(decoding) == [[5], [-6, -7]]
+    assert decoding.finish_reason == "eos"
+    assert counts(decoding.stats) == (1, 3, 2, (1, 1), (1, 1))
+
+
+def test_a_stop_string_inside_accepted_drafts_cuts_them():
+    decoding = scripted_decoding(always, stop=(letters([7, 8]), letters([40])), max_new_tokens=20)
+    assert written(decoding) == [[5], [-6, -7, -8]]
+    assert decoding.finish_reason == "stop"
+    assert decoding.stats.new_tokens == 4
+
+
+def test_the_first_token_can_end_the_output():
+    decoding = scripted_decoding(always, eos_ids=[5])
+    assert written(decoding) == [[5]]
+    assert (decoding.finish_reason, decoding.stats.new_tokens, decoding.stats.rounds) == ("eos", 1, 0)
+    assert list(decoding) == []
+
+
+@pytest.mark.parametrize("choose", [always, never, first_only])
+def test_the_context_ends_the_output(choose):
+    """A prompt of 2 tokens and 5 new ones fill a context of 7."""
+    decoding = scripted_decoding(choose, limit=7)
+    assert [abs(token) for token in chain.from_iterable(written(decoding))] == [5, 6, 7, 8, 9]
+    assert decoding.finish_reason == "context"
+    assert scripted_finish(choose, max_new_tokens=5, limit=7) == "length"
+
+
+def scripted_finish(choose, **settings):
+    decoding = scripted_decoding(choose, **settings)
+    list(decoding)
+    return decoding.finish_reason
+
+
+def test_the_last_position_of_a_real_context(depth):
+    prompt = prompt_of(120)
+    expected, reason, _ = plain(depth, prompt, max_new_tokens=50)
+    assert (len(expected), reason) == (8, "context")
+    assert run(depth, prompt, exit_layer=3, num_draft_tokens=5, max_new_tokens=50)[:2] == (expected, "context")
+
+
+def test_seconds_are_counted_where_they_are_spent(monkeypatch):
+    """Every look at the clock takes a second: 2 in a plain step, 3 in a round."""
+    monkeypatch.setattr(time, "perf_counter", count().__next__)
+    decoding = scripted_decoding(always, max_new_tokens=6)
+    for _ in decoding:
+        time.perf_counter()  # the caller's time
+    stats = decoding.stats
+    assert (stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.total_seconds) == (1, 1, 2, 2 + 3 + 2)
+    assert stats.tokens_per_second == 6 / 7
+    assert stats.decode_tokens_per_second == 5 / 6
+
+
+def test_stats_add_exactly():
+    one = DecodeStats(1, 2, 9, 6, 4, 2, 0.25, 0.5, 1.0, 2.0, (2, 1), (2, 1))
+    two = DecodeStats(1, 3, 5, 4, 1, 2, 0.5, 0.25, 2.0, 3.0, (2,), (1,))
+    assert one + two == DecodeStats(2, 5, 14, 10, 5, 4, 0.75, 0.75, 3.0, 5.0, (4, 1), (3, 1))
+    assert sum([one, two], DecodeStats()) == one + two
+    assert (one + two).acceptance_rate == 0.5
+    assert DecodeStats().acceptance_rate == DecodeStats().tokens_per_second == 0
+
+
+def test_bad_settings_are_refused(depth):
+    with pytest.raises(ConfigError, match="the prompt must be at least 1 token, got none"):
+        run(depth, [], exit_layer=3)
+    with pytest.raises(ConfigError, match=r"at most 127 tokens, got 128 \(the model's context is 128 tokens\)"):
+        run(depth, [5] * 128, exit_layer=3)
+    with pytest.raises(ConfigError, match=r"--exit must be in 1..5, got 6 \(model has 6 layers\)"):
+        run(depth, [5], exit_layer=6)
+    with pytest.raises(ConfigError, match="--stop must be used with a detokenizer"):
+        decode(depth, [5], DecodingConfig(strategy="autoregressive", stop=("x",)))
+    assert run(depth, [5] * 127, exit_layer=3)[1] == "context"
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def p_value_of(outputs, joint):
+    """Chi-square of outputs (tuples of ids) against their exact joint {ids: probability}; rare ones are one cell."""
+    assert set(outputs) <= {ids for ids, mass in joint.items() if mass > 0}  # never a token of zero target mass
+    total, cells, rare = len(outputs), [], [0.0, 0.0]
+    observed = dict.fromkeys(joint, 0)
+    for ids in outputs:
+        observed[ids] += 1
+    for ids, mass in joint.items():
+        if mass * total >= 5:
+            cells.append((observed[ids], mass * total))
+        else:
+            rare = [rare[0] + observed[ids], rare[1] + mass * total]
+    if rare[1] > 0:
+        cells.append(tuple(rare))
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    return float(torch.special.gammaincc(tensor((len(cells) - 1) / 2), tensor(statistic / 2)))
+
+
+def joint_of(next_probs, length, vocabulary):
+    """Exact probability of every continuation of `length`; `next_probs(ids)` (V,) are those behind a continuation."""
+    joint = {(): 1.0}
+    for _ in range(length):
+        joint = {
+            (*ids, token): mass * float(probs[token])
+            for ids, mass in joint.items()
+            for probs in [next_probs(ids)]
+            for token in range(vocabulary)
+        }
+    return joint
+
+
+VOCABULARY, NEW = 5, 4
+COMBINATIONS = [
+    SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.7, top_k=3),
+    SamplingConfig(temperature=1.5, top_p=0.8),
+    SamplingConfig(temperature=1.2, top_k=4, top_p=0.9),
+]
+
+
+def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
+    """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
+    table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    model, sampler, stopping = TableModel(table), Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
+    drafter = ExitDrafter(model, sampler, 1)
+    outputs = [
+        tuple(token.id for token in chain.from_iterable(Decoding(model, [3], stopping, sampler, 2, drafter, num_draft_tokens)))
+        for _ in range(draws)
+    ]
+    joint = joint_of(lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config), NEW, VOCABULARY)
+    return p_value_of(outputs, joint)
+
+
+@pytest.mark.parametrize("config", COMBINATIONS, ids=str)
+def test_sampled_output_follows_the_target_s_joint_distribution(config):
+    assert sampled_table_p_value(config) > 1e-3
+
+
+def accept_half(draft_ids, draft_probs, target_probs, generator):
+    """Wrong: a coin for every draft, and the target where it says no."""
+    accepted = (torch.rand(len(draft_ids), generator=generator) < 0.5).cumprod(0).sum()[None]
+    return torch.cat((accepted, sampling.draw(target_probs.index_select(0, accepted), generator)))
+
+
+def no_residual(draft_ids, draft_probs, target_probs, generator):
+    """Wrong: accepts rightly, but draws a rejected token's successor from the target itself."""
+    accepted = sampling_verify(draft_ids, draft_probs, target_probs, generator)[:1]
+    return torch.cat((accepted, sampling.draw(target_probs.index_select(0, accepted), generator)))
+
+
+sampling_verify = sampling.verify
+
+
+@pytest.mark.parametrize("wrong", [accept_half, no_residual])
+def test_the_chi_square_test_finds_a_wrong_verification(monkeypatch, wrong):
+    monkeypatch.setattr(sampling, "verify", wrong)
+    assert sampled_table_p_value(SamplingConfig(temperature=1.0)) < 1e-6
+
+
+def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
+    """The target's probabilities depend on the whole prefix here, through the cache that rejected drafts have written."""
+    model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
+    config, prompt = SamplingConfig(temperature=4.0, top_k=2), [3, 1, 4]
+    depth = DepthModel(model)
+    sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
+    drafter = ExitDrafter(depth, sampler, 1)
+    stats, outputs = DecodeStats(), []
+    for _ in range(300):
+        decoding = Decoding(depth, prompt, stopping, sampler, 2, drafter, 2)
+        outputs.append(tuple(token.id for token in chain.from_iterable(decoding)))
+        stats += decoding.stats
+
+    def next_probs(ids):
+        return probabilities(model(tensor([[*prompt, *ids]])).logits[0, -1], config)
+
+    with torch.no_grad():
+        joint = joint_of(next_probs, NEW, VOCABULARY)
+    assert 0.2 < stats.acceptance_rate < 0.8
+    assert p_value_of(outputs, joint) > 1e-3
+
+
+def test_sampling_is_repeatable_by_its_seed(depth):
+    def sampled(seed):
+        config = SamplingConfig(temperature=2.0, seed=seed)
+        return run(depth, prompt_of(9), exit_layer=4, num_draft_tokens=3, max_new_tokens=17, sampling=config)[0]
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_tokens_say_whether_they_were_drafted():
+    assert next(scripted_decoding(always)) == [Token(5, from_draft=False)]

@@ -1,0 +1,139 @@
+import pytest
+import torch
+from torch import tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from layerskip_core.config import SamplingConfig
+from layerskip_core.decoding.sampling import Greedy, Stochastic, draw, probabilities, sampler_for, verify
+
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Pearson's chi-square test of counts against probabilities, all of them above zero."""
+    expected = probs.double() * counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(tensor((len(probs) - 1) / 2, dtype=torch.double), statistic / 2))
+
+
+# softmax of these logits is (8, 4, 2, 1, 1) / 16
+LOGITS = tensor([8.0, 4.0, 2.0, 1.0, 1.0]).log()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SamplingConfig(temperature=1), [8 / 16, 4 / 16, 2 / 16, 1 / 16, 1 / 16]),
+        (SamplingConfig(temperature=0.5), [64 / 86, 16 / 86, 4 / 86, 1 / 86, 1 / 86]),
+        (SamplingConfig(temperature=1, top_k=2), [8 / 12, 4 / 12, 0, 0, 0]),
+        (SamplingConfig(temperature=1, top_k=9), [8 / 16, 4 / 16, 2 / 16, 1 / 16, 1 / 16]),
+        (SamplingConfig(temperature=1, top_p=0.7), [8 / 12, 4 / 12, 0, 0, 0]),
+        (SamplingConfig(temperature=1, top_p=0.4), [1, 0, 0, 0, 0]),
+        (SamplingConfig(temperature=1, top_p=0.01), [1, 0, 0, 0, 0]),
+        # top-p counts the mass after top-k: 8/14 is under 0.6, 12/14 is not
+        (SamplingConfig(temperature=1, top_k=3, top_p=0.6), [8 / 12, 4 / 12, 0, 0, 0]),
+        (SamplingConfig(temperature=1e-30), [1, 0, 0, 0, 0]),
+    ],
+)
+def test_probabilities_after_temperature_top_k_and_top_p(config, expected):
+    torch.testing.assert_close(probabilities(LOGITS, config), tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.3, 11, 1.0), (1.0, 0, 0.8), (0.9, 20, 0.6)])
+def test_probabilities_equal_the_warpers_of_transformers(temperature, top_k, top_p):
+    logits = torch.randn(6, 50, generator=generator(), dtype=torch.double) * 3
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    expected = TopPLogitsWarper(top_p)(None, expected).softmax(-1)
+    torch.testing.assert_close(probabilities(logits, SamplingConfig(temperature, top_k, top_p)), expected)
+
+
+def test_half_precision_logits_give_fp32_probabilities():
+    assert probabilities(LOGITS.bfloat16(), SamplingConfig(temperature=1)).dtype == torch.float32
+
+
+def test_draws_follow_their_weights_and_never_fall_on_zero():
+    weights = tensor([0.0, 0.3, 0.0, 0.1, 0.6, 0.0])
+    counts = draw(weights.expand(20_000, -1), generator()).bincount(minlength=6)
+    assert counts[weights == 0].tolist() == [0, 0, 0]
+    assert p_value(counts[weights > 0], weights[weights > 0]) > 1e-3
+    assert p_value(counts[weights > 0], tensor([0.33, 0.1, 0.57])) < 1e-6
+
+
+def test_drafts_are_accepted_where_the_target_has_more_mass():
+    draft_probs, target_probs = tensor([[0.5, 0.5], [0.2, 0.8]]), tensor([[0.4, 0.6], [0.1, 0.9], [0.0, 1.0]])
+    for seed in range(50):
+        assert verify(tensor([1, 1]), draft_probs, target_probs, generator(seed)).tolist() == [2, 1]
+
+
+def test_a_rejected_draft_is_replaced_from_the_residual():
+    """Draft 2 has no target mass. Only tokens 0 and 3 have more mass in the target than in the draft: 0.2 and 0.1 of 0.3."""
+    draft_probs, target_probs = tensor([[0.3, 0.3, 0.3, 0.1]]), tensor([[0.5, 0.3, 0.0, 0.2], [1.0, 0.0, 0.0, 0.0]])
+    draws, shared = torch.zeros(4), generator()
+    for _ in range(3000):
+        accepted, token = verify(tensor([2]), draft_probs, target_probs, shared).tolist()
+        assert accepted == 0
+        draws[token] += 1
+    assert draws[[1, 2]].tolist() == [0, 0]
+    assert p_value(draws[[0, 3]], tensor([2 / 3, 1 / 3])) > 1e-3
+
+
+def test_a_draft_is_accepted_with_the_ratio_of_the_masses():
+    draft_probs, target_probs = tensor([[0.8, 0.2]]), tensor([[0.2, 0.8], [1.0, 0.0]])
+    shared = generator()
+    outcomes = [tuple(verify(tensor([0]), draft_probs, target_probs, shared).tolist()) for _ in range(3000)]
+    accepted = outcomes.count((1, 0))
+    assert outcomes.count((0, 1)) == 3000 - accepted
+    assert p_value(tensor([accepted, 3000 - accepted]), tensor([0.25, 0.75])) > 1e-3
+
+
+def test_an_empty_residual_falls_back_to_the_target():
+    """As rounding can leave it: the draft is rejected, and no token has more mass in the target than in the draft."""
+    for seed in range(20):
+        assert verify(tensor([0]), tensor([[0.5, 0.5]]), tensor([[0.0, 0.5], [1.0, 0.0]]), generator(seed)).tolist() == [0, 1]
+
+
+def one_hot(*ids: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(tensor(ids), 10).float()
+
+
+@pytest.mark.parametrize(
+    ("drafts", "choices", "output"),
+    [
+        ([], [7], [7]),
+        ([7, 8], [7, 8, 9], [7, 8, 9]),
+        ([7, 8], [7, 5, 9], [7, 5]),
+        ([7, 8], [6, 8, 9], [6]),
+    ],
+)
+def test_greedy_keeps_the_drafts_that_the_target_would_choose(drafts, choices, output):
+    verdict = Greedy().verify(tensor(drafts, dtype=torch.long), None, one_hot(*choices))
+    assert verdict.ids == output
+    assert verdict.accepted == len(output) - 1
+    assert verdict.newest.tolist() == [output[-1:]]
+
+
+def test_stochastic_verification_gives_drafts_and_then_the_next_token():
+    sampler = Stochastic(SamplingConfig(temperature=1e-6), CPU)
+    sure = one_hot(7, 8, 9)
+    verdict = sampler.verify(tensor([7, 8]), one_hot(7, 8), sure)
+    assert (verdict.ids, verdict.newest.tolist()) == ([7, 8, 9], [[9]])
+    verdict = sampler.verify(tensor([7, 5]), one_hot(7, 5), sure)
+    assert (verdict.ids, verdict.newest.tolist()) == ([7, 8], [[8]])
+    verdict = sampler.verify(tensor([], dtype=torch.long), None, sure[:1])
+    assert (verdict.ids, verdict.newest.tolist()) == ([7], [[7]])
+
+
+def test_the_seed_decides_what_is_drawn():
+    logits = torch.zeros(40, 1000)
+
+    def drawn(seed):
+        return sampler_for(SamplingConfig(temperature=1, seed=seed), CPU).choose(logits, None).tolist()
+
+    assert drawn(3) == drawn(3) != drawn(4)
+    assert sampler_for(SamplingConfig(), CPU).choose(LOGITS, None).item() == 0

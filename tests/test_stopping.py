@@ -1,0 +1,107 @@
+import pytest
+
+from layerskip_core.decoding.stopping import Stopping, StopScanner
+from layerskip_core.errors import ConfigError
+
+EOS, OTHER_EOS = 0, 1
+
+
+def detokenize(ids: list[int]) -> str:
+    """Ids 2..27 are the letters a..z, 28 is 'ab', 29 has no text, EOS ids are special and have none either."""
+    return "".join({28: "ab", 29: ""}.get(i, chr(ord("a") + i - 2)) for i in ids if i > 1)
+
+
+def ids_of(text: str) -> list[int]:
+    return [ord(letter) - ord("a") + 2 for letter in text]
+
+
+def scan(ids, stop=(), eos=(EOS, OTHER_EOS), max_new_tokens=500, context_room=500, chunk=1):
+    """Tokens kept and the reason, feeding `chunk` tokens at once, as a round of accepted drafts would."""
+    scanner = StopScanner(Stopping(frozenset(eos), tuple(stop), max_new_tokens), context_room, detokenize)
+    kept: list[int] = []
+    for start in range(0, len(ids), chunk):
+        count, reason = scanner.cut(ids[start : start + chunk])
+        kept += ids[start : start + count]
+        if reason is not None:
+            return kept, reason
+    return kept, None
+
+
+CASES = {
+    "nothing ends it": (ids_of("xyzxyz"), {}, (6, None)),
+    "the earliest EOS id, not the first listed": ([5, OTHER_EOS, 5, EOS], {}, (2, "eos")),
+    "a stop string split over tokens": (ids_of("xyabcz"), {"stop": ["abc"]}, (5, "stop")),
+    "a stop string that begins inside a token": ([5, 28, 4, 5], {"stop": ["bc"]}, (3, "stop")),
+    "a stop string that ends inside a token": ([*ids_of("x"), 28, 5], {"stop": ["xa"]}, (2, "stop")),
+    "a stop string before an EOS": ([*ids_of("xab"), EOS], {"stop": ["ab"]}, (3, "stop")),
+    "an EOS before a stop string": ([5, EOS, *ids_of("ab")], {"stop": ["ab"]}, (2, "eos")),
+    "the stop string complete first, not the first listed": (ids_of("xyab"), {"stop": ["ab", "xy"]}, (2, "stop")),
+    "tokens without text inside a stop string": ([*ids_of("a"), *[29] * 60, *ids_of("bx")], {"stop": ["ab"]}, (62, "stop")),
+    "the token count": (ids_of("xyz"), {"max_new_tokens": 2}, (2, "length")),
+    "the context": (ids_of("xyz"), {"context_room": 2}, (2, "context")),
+    "the token count at the context's end": (ids_of("xyz"), {"context_room": 2, "max_new_tokens": 2}, (2, "length")),
+    "an EOS as the last token allowed": ([5, EOS], {"max_new_tokens": 2}, (2, "eos")),
+    "a stop string far into a long output": (ids_of("xyz" * 30 + "abc"), {"stop": ["zabc"]}, (93, "stop")),
+    "a stop string over the place where the window moves": (
+        ids_of("xyz" * 113 + "q"),
+        {"stop": ["xyz" * 20 + "q"]},
+        (340, "stop"),
+    ),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_the_earliest_token_that_ends_the_output_decides(case, chunk):
+    ids, settings, (count, reason) = CASES[case]
+    assert scan(ids, chunk=chunk, **settings) == (ids[:count], reason)
+
+
+def test_a_long_output_is_not_decoded_again_and_again():
+    longest = 0
+
+    def watched(ids):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return detokenize(ids)
+
+    scanner = StopScanner(Stopping(frozenset(), ("zz",), 10_000), 10_000, watched)
+    assert scanner.cut(ids_of("xy" * 1000)) == (2000, None)
+    assert longest < 100
+    assert scanner.cut(ids_of("zz")) == (2, "stop")
+
+
+def test_room_is_what_the_tighter_limit_leaves():
+    scanner = StopScanner(Stopping(frozenset(), (), 7), 5)
+    assert scanner.room == 5
+    scanner.cut([5, 6])
+    assert scanner.room == 3
+
+
+def test_stop_strings_need_a_detokenizer():
+    with pytest.raises(ConfigError, match="--stop must be used with a detokenizer, got none"):
+        StopScanner(Stopping(frozenset(), ("x",), 5), 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "shown"),
+    [
+        ("call mom", False, "call mom"),
+        ("call mom\n\nand", False, "call mom"),
+        ("call mom\n\nand", True, "call mom"),
+        ("call mom\n", False, "call mom"),  # may become the stop string
+        ("call mom\n", True, "call mom\n"),
+        ("call EN", False, "call "),
+        ("EN\n\nEND", False, "EN"),  # the first in the text, not the first listed
+        ("", False, ""),
+    ],
+)
+def test_no_part_of_a_stop_string_is_shown(text, finished, shown):
+    assert Stopping(frozenset(), ("END", "\n\n"), 5).visible(text, finished) == shown
+
+
+def test_shown_text_only_grows():
+    stopping = Stopping(frozenset(), ("aab",), 5)
+    text = "xaaxaaaabz"
+    shown = [stopping.visible(text[:end], False) for end in range(len(text) + 1)]
+    assert shown == ["", "x", "x", "x", "xaax", "xaax", "xaax", "xaaxa", "xaaxaa", "xaaxaa", "xaaxaa"]
