@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config import REGIMES, Curriculum, DataConfig, DType, FinetuneConfig, Regime, require_choice
+from layerskip_core.config import REGIMES, DataConfig, DType, FinetuneConfig, Regime, require_choice
 from layerskip_core.errors import ConfigError
 
 from .console import Device, Precision, Threads, narrate, progress_bar, use_threads
@@ -84,7 +84,7 @@ def finetune(
     from layerskip_core.training.presets import RECIPES
     from layerskip_core.training.run import prepare
 
-    given = {"p_max": pmax, "e_scale": escale, "curriculum": cast(Curriculum | None, curriculum), "rotation": rotation}
+    given: dict[str, Any] = {"p_max": pmax, "e_scale": escale, "curriculum": curriculum, "rotation": rotation}
     settings = FinetuneConfig(
         model=model,
         data=DataConfig(data, split, prompt_column, completion_column, samples, seed),
@@ -125,7 +125,7 @@ def _plan_text(config: FinetuneConfig, plan: "TrainingPlan") -> str:
     recipe = config.recipe
     return (
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
-        f"on {config.data.name}: {plan.rows} rows, {plan.tokens} tokens, {plan.truncated} rows truncated at {config.max_length}\n"
+        f"on {config.data.name}: {plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {config.max_length}\n"
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
         f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"

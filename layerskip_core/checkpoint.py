@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -55,7 +58,7 @@ class CheckpointInfo:
             document.pop("format", None)
             template = document.pop("prompt_template", None)
             return cls(template, recommended.get("exit_layer"), recommended.get("num_draft_tokens"), document)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is not valid: {error}") from None
 
 
@@ -133,6 +136,25 @@ def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype
     return torch.bfloat16 if fast and (device.type == "cuda" or parameters >= _LARGE_MODEL) else torch.float32
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars, log lines and notes on its future off stderr, in a block or a decorated function."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@quiet_transformers()
 def load_checkpoint(
     name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:
@@ -172,6 +194,7 @@ def load_checkpoint(
     return LoadedModel(name, model, tokenizer, read_info(path), DepthModel(model))
 
 
+@quiet_transformers()
 def load_blank(name: str, seed: int, tokenizer: Any = None, trust_remote_code: bool = False) -> LoadedModel:
     """The architecture of a checkpoint with fresh random weights, in fp32 on the CPU.
 
@@ -222,11 +245,12 @@ def refuse_overwrite(output: str, overwrite: bool) -> None:
         raise ConfigError(f"--output must be a folder, got the file {output}")
 
 
+@quiet_transformers()
 def save_checkpoint(model: nn.Module, tokenizer: Any, info: CheckpointInfo, output: str, dtype: torch.dtype) -> None:
     """Writes an ordinary transformers checkpoint and layerskip.json, aside first: `output` never holds half a model.
 
-    `model` is converted to `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held then
-    stays as it was.
+    `model` is converted to `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held
+    then stays as it was.
     """
     folder = Path(output)
     staging = folder / ".writing"

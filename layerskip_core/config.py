@@ -153,3 +153,89 @@ class FinetuneConfig:
         require(self.vocab_size is None or self.vocab_size >= 260, "--vocab-size", "at least 260", self.vocab_size)
         require(self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
                 "--prompt-template", "'chat' or a text with {prompt} in it", self.prompt_template)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is evaluated on which rows. The data are `data`, else the task's own; `samples` of them (0: all).
+
+    `task` is `commands` or `topv2` (parsing), or a name of data with prompts and references. None for `max_new_tokens` and the
+    columns: the task decides, and the reference may stand in `completion` or `reference`.
+    """
+
+    task: str | None = None
+    data: str | None = None
+    split: str = "test"
+    samples: int = 16
+    seed: int = 0
+    max_new_tokens: int | None = None
+    prompt_column: str = "prompt"
+    completion_column: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 0, "--samples", "at least 0", self.samples)
+        require(self.max_new_tokens is None or self.max_new_tokens >= 1, "--max-new-tokens", "at least 1", self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Three ways of decoding side by side. None for the exit and the draft length: what the checkpoint recommends."""
+
+    model: str = "embedded"
+    task: TaskConfig = field(default_factory=TaskConfig)
+    exit_layer: int | None = None
+    num_draft_tokens: int | None = None
+    repeats: int = 3
+    device: str = "auto"
+    dtype: DType = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.num_draft_tokens is None or self.num_draft_tokens >= 1, "--spec", "at least 1", self.num_draft_tokens)
+        require(self.repeats >= 1, "--repeats", "at least 1", self.repeats)
+        require_choice(self.dtype, "--dtype", DTYPES)
+        require(self.threads >= 0, "--threads", "at least 0", self.threads)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Every exit with every draft length. No exits: a spread over the model's layers."""
+
+    model: str = "embedded"
+    task: TaskConfig = field(default_factory=TaskConfig)
+    exits: tuple[int, ...] = ()
+    specs: tuple[int, ...] = (2, 4, 6, 8, 12)
+    device: str = "auto"
+    dtype: DType = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        require(all(exit_layer >= 1 for exit_layer in self.exits), "--exits", "layers of at least 1", _listed(self.exits))
+        require(bool(self.specs), "--specs", "at least one draft length", "none")
+        require(all(spec >= 1 for spec in self.specs), "--specs", "draft lengths of at least 1", _listed(self.specs))
+        require_choice(self.dtype, "--dtype", DTYPES)
+        require(self.threads >= 0, "--threads", "at least 0", self.threads)
+
+
+def parse_counts(text: str, flag: str) -> tuple[int, ...]:
+    """Distinct counts in ascending order from `3,6,8`, or from `A:B` or `A:B:STEP` with both ends included.
+
+    Raises ConfigError naming the flag.
+    """
+    try:
+        counts = _range(text) if ":" in text else [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts:
+        raise ConfigError(f"{flag} must be a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1, got {text!r}")
+    return tuple(sorted(set(counts)))
+
+
+def _range(text: str) -> list[int]:
+    start, stop, *step = map(int, text.split(":"))
+    (stride,) = step or [1]
+    return list(range(start, stop + 1, stride)) if stride >= 1 else []
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    return ",".join(map(str, counts))

@@ -18,7 +18,6 @@ from .training.exit_loss import IGNORED
 
 PARSING_TEMPLATE = "{prompt}\n"  # of `commands` and `topv2`: utterance, line end, parse
 _DEFAULT_COMMANDS = 20_000  # rows, when nobody says how many
-_LIBRARY_NAMES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _TOPV2_COLUMNS = ["domain", "utterance", "semantic_parse"]
 _TOPV2_HUB = "WillHeld/top_v2"
 _TOPV2_SPLITS = {"train": "train", "validation": "eval", "test": "test"}
@@ -46,9 +45,12 @@ def load_examples(config: DataConfig) -> list[Example]:
     if path.is_dir():
         return _spread(list(_topv2_folder(path, config.split)), config.limit)
     if path.is_file():
-        return _spread(list(_file(path, config)), config.limit)
+        return _spread(_file(path, config), config.limit)
+    if path.suffix in _READERS:
+        raise DataError(f"--data {config.name}: there is no such file")
     if config.name.count("/") == 1 and not path.is_absolute() and not config.name.startswith("."):
-        return _spread(list(_hub(config.name, config)), config.limit)
+        rows = _load_dataset(config.name, split=config.split)
+        return _spread(list(_library_rows(rows, config, config.name)), config.limit)
     raise DataError(
         f"--data {config.name} is none of: commands, topv2, a .jsonl/.csv/.parquet/.txt file, a folder of TOPv2 files, a hub id"
     )
@@ -80,7 +82,8 @@ def encode_examples(
 
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     completions = tokenizer([example.completion for example in examples], add_special_tokens=False)["input_ids"]
-    rows, truncated, targets = [], 0, 0
+    rows: list[dict[str, Any]] = []
+    truncated = targets = 0
     for example, completion in zip(examples, completions, strict=True):
         prompt = encode_prompt(tokenizer, template if example.prompt else None, example.prompt)
         ids = prompt + list(completion) + eos
@@ -92,7 +95,7 @@ def encode_examples(
             rows.append({"input_ids": ids, "labels": labels, "length": len(ids)})
     if not rows:
         raise DataError(f"no row has room for a completion within --max-length {max_length}: every prompt is longer")
-    return EncodedData(Dataset.from_list(rows), sum(row["length"] for row in rows), targets, truncated)
+    return EncodedData(Dataset.from_list(rows), sum(len(row["input_ids"]) for row in rows), targets, truncated)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,10 @@ def _commands(config: DataConfig) -> list[Example]:
     if config.split not in commands.SPLITS:
         raise DataError(f"--split must be one of {', '.join(commands.SPLITS)} for commands, got {config.split}")
     rows = commands.rows(config.split, config.limit or _DEFAULT_COMMANDS, config.seed)
-    return [Example(row.utterance, row.parse) for row in rows]
+    try:
+        return [Example(row.utterance, row.parse) for row in rows]
+    except ValueError as error:
+        raise DataError(f"--samples {config.limit}: {error}") from None
 
 
 def _topv2_folder(folder: Path, split: str) -> Iterator[Example]:
@@ -126,104 +132,122 @@ def _topv2_folder(folder: Path, split: str) -> Iterator[Example]:
     if not files:
         raise DataError(f"folder {folder} holds no TOPv2 files named DOMAIN_{_TOPV2_SPLITS[split]}.tsv")
     for file in files:
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = next(rows, [])
-            if header != _TOPV2_COLUMNS:
-                raise DataError(f"{file}:1: needed the columns {', '.join(_TOPV2_COLUMNS)}, found {', '.join(header)}")
-            for row in rows:
-                if len(row) != len(_TOPV2_COLUMNS):
-                    raise DataError(f"{file}:{rows.line_num}: needed 3 tab-separated fields, found {len(row)}")
-                yield _example(row[1], row[2], f"{file}:{rows.line_num}")
+        rows = _table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        _, header = next(rows, (1, []))
+        if header != _TOPV2_COLUMNS:
+            raise DataError(f"{file}:1: needed the columns {', '.join(_TOPV2_COLUMNS)}, found {', '.join(header) or 'none'}")
+        for number, row in rows:
+            if len(row) != len(_TOPV2_COLUMNS):
+                raise DataError(f"{file}:{number}: needed {len(_TOPV2_COLUMNS)} tab-separated fields, found {len(row)}")
+            yield _example(row[1], row[2], f"{file}:{number}")
 
 
 def _topv2_from_hub(split: str) -> list[Example]:
     if split not in _TOPV2_SPLITS:
         raise DataError(f"--split must be one of {', '.join(_TOPV2_SPLITS)} for TOPv2, got {split}")
     rows = _load_dataset(_TOPV2_HUB, split=_TOPV2_SPLITS[split])
-    return [_example(row["utterance"], row["semantic_parse"], f"{_TOPV2_HUB} row {n}") for n, row in enumerate(rows)]
+    config = DataConfig(_TOPV2_HUB, prompt_column="utterance", completion_column="semantic_parse")
+    return list(_library_rows(rows, config, _TOPV2_HUB))
 
 
-def _file(path: Path, config: DataConfig) -> Iterator[Example]:
-    """Checks a file line by line, then reads it with datasets, which alone would turn a bad row into None in silence."""
-    kind = _LIBRARY_NAMES.get(path.suffix)
-    if kind is None:
-        raise DataError(f"{path}: needed one of {', '.join(_LIBRARY_NAMES)}, found the ending {path.suffix or 'none'!r}")
-    numbers = list(_CHECKS[kind](path, config))
-    if not numbers:
+def _file(path: Path, config: DataConfig) -> list[Example]:
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise DataError(f"{path}: needed one of {', '.join(_READERS)}, found the ending {path.suffix or 'none'!r}")
+    examples = list(reader(path, config))
+    if not examples:
         raise DataError(f"{path} holds no rows")
-    rows = _load_dataset(kind, data_files=str(path), split="train")
-    if kind == "text":
-        texts = (row["text"] for row in rows)
-        yield from (_example("", text, f"{path}") for text in texts if text.strip())
-        return
-    for number, row in zip(numbers, rows, strict=True):
-        yield _example(row.get(config.prompt_column), row[config.completion_column], f"{path}:{number}")
+    return examples
 
 
-def _hub(name: str, config: DataConfig) -> Iterator[Example]:
-    rows = _load_dataset(name, split=config.split)
-    _require_columns(rows.column_names, config, name)
-    for number, row in enumerate(rows):
-        yield _example(row.get(config.prompt_column), row[config.completion_column], f"{name} row {number}")
+# Files of lines are read here and not by datasets, which in silence turns a bad row into None, the text 2020-01-01 into a date,
+# 7 into a number and NA into nothing.
 
 
-def _check_jsonl(path: Path, config: DataConfig) -> Iterator[int]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: needed a JSON object, found {type(row).__name__}")
-            _require_columns(list(row), config, f"{path}:{number}")
-            yield number
+def _jsonl(path: Path, config: DataConfig) -> Iterator[Example]:
+    needed: dict[str, str] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: needed a JSON object a line, found {type(row).__name__}")
+        needed = needed or _needed_columns(list(row), config)
+        _require_columns(list(row), needed, where)
+        yield _example(row.get(config.prompt_column), row[config.completion_column], where)
 
 
-def _check_csv(path: Path, config: DataConfig) -> Iterator[int]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = csv.reader(lines)
-        header = next(rows, [])
-        _require_columns(header, config, f"{path}:1")
-        for row in rows:
-            if row and len(row) != len(header):
-                raise DataError(f"{path}:{rows.line_num}: needed {len(header)} fields, found {len(row)}")
-            if row:
-                yield rows.line_num
+def _csv(path: Path, config: DataConfig) -> Iterator[Example]:
+    rows = _table(path, strict=True)
+    _, header = next(rows, (1, []))
+    _require_columns(header, _needed_columns(header, config), f"{path}:1")
+    for number, fields in rows:
+        if fields and len(fields) != len(header):
+            raise DataError(f"{path}:{number}: needed {len(header)} fields, found {len(fields)}")
+        if fields:
+            row = dict(zip(header, fields, strict=True))
+            yield _example(row.get(config.prompt_column), row[config.completion_column], f"{path}:{number}")
 
 
-def _check_parquet(path: Path, config: DataConfig) -> Iterator[int]:
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except Exception as error:  # pyarrow's errors have no common base that is public
-        raise DataError(f"{path} is no Parquet file: {error}") from None
-    _require_columns(file.schema_arrow.names, config, str(path))
-    yield from range(1, file.metadata.num_rows + 1)
+def _parquet(path: Path, config: DataConfig) -> Iterator[Example]:
+    return _library_rows(_load_dataset("parquet", data_files=str(path), split="train"), config, str(path))
 
 
-def _check_text(path: Path, _: DataConfig) -> Iterator[int]:
-    with path.open(encoding="utf-8") as lines:
-        yield from (number for number, line in enumerate(lines, start=1) if line.strip())
+def _text(path: Path, _: DataConfig) -> Iterator[Example]:
+    lines = (line.rstrip("\r\n") for line in _lines(path))
+    yield from (_example("", line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip())
 
 
-_CHECKS: dict[str, Callable[[Path, DataConfig], Iterator[int]]] = {
-    "json": _check_jsonl,
-    "csv": _check_csv,
-    "parquet": _check_parquet,
-    "text": _check_text,
+_READERS: dict[str, Callable[[Path, DataConfig], Iterator[Example]]] = {
+    ".jsonl": _jsonl,
+    ".json": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _text,
 }
 
 
-def _require_columns(found: list[str], config: DataConfig, where: str) -> None:
-    """The completion column must be there, and the prompt column too unless it is the default one (plain text has none)."""
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, their ends kept and a byte order mark at the start left out."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+            yield text
+
+
+def _table(path: Path, **dialect: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a delimited file, each with the number of its last line."""
+    rows = csv.reader(_lines(path), **dialect)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num}: {error}") from None
+
+
+def _library_rows(rows: Any, config: DataConfig, where: str) -> Iterator[Example]:
+    """The rows of a datasets.Dataset, counted from 1."""
+    _require_columns(rows.column_names, _needed_columns(rows.column_names, config), where)
+    for number, row in enumerate(rows, start=1):
+        yield _example(row.get(config.prompt_column), row[config.completion_column], f"{where}:{number}")
+
+
+def _needed_columns(found: list[str], config: DataConfig) -> dict[str, str]:
+    """Flag to column: the completion, and the prompt unless the default one is not among `found` (plain text has none)."""
     needed = {"--completion-column": config.completion_column}
-    if config.prompt_column != DataConfig.prompt_column or "prompt" in found:
+    if config.prompt_column != DataConfig.prompt_column or config.prompt_column in found:
         needed["--prompt-column"] = config.prompt_column
+    return needed
+
+
+def _require_columns(found: list[str], needed: dict[str, str], where: str) -> None:
     for flag, column in needed.items():
         if column not in found:
             raise DataError(f"{where}: no column {column!r} ({flag}); found {', '.join(found) or 'none'}")

@@ -64,15 +64,15 @@ class DepthModel:
         """Raises CheckpointError for an architecture that cannot be split by depth."""
         refuse_unsupported(model.config)
         self.model = model
+        transformers_model: Any = model
         self.config: Any = model.config
-        decoder: Any = model.model
-        self.layers: nn.ModuleList = decoder.layers
-        self._decoder = decoder
-        self._head: Any = model.get_output_embeddings()
+        self._decoder: Any = transformers_model.model
+        self._head: Any = transformers_model.get_output_embeddings()
+        self.layers: nn.ModuleList = self._decoder.layers
         parameters = inspect.signature(type(self.layers[0]).forward).parameters
         # transformers 5.24 renamed past_key_values; a wrong keyword would vanish in **kwargs without a word.
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
-        self._rope_by_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        self._rope_by_type = "layer_type" in inspect.signature(self._decoder.rotary_emb.forward).parameters
         self._kinds = _layer_kinds(self.config)
 
     @property
@@ -132,7 +132,7 @@ class DepthModel:
         """One layer over (B, T, D), with the inputs that `prepare` made for these rows."""
         kind = self._kinds[layer]
         keywords = {self._cache_keyword: inputs.writer} if inputs.writer is not None else {}
-        output = self.layers[layer](
+        output: Any = self.layers[layer](
             hidden,
             attention_mask=inputs.mask[kind],
             position_ids=inputs.positions,
@@ -140,7 +140,7 @@ class DepthModel:
             use_cache=False,
             **keywords,
         )
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     def prepare(
         self,
@@ -160,7 +160,8 @@ class DepthModel:
             and self.config._attn_implementation == "sdpa"
         )
         single_row = writer is not None and positions.shape == (1, 1)
-        rope, mask = {}, {}
+        rope: dict[str, tuple[Tensor, Tensor]] = {}
+        mask: dict[str, Tensor | None] = {}
         for kind in dict.fromkeys(self._kinds):
             rope[kind] = self._rope(hidden, on_device, kind)
             window = self._window(kind)

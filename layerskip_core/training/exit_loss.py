@@ -45,6 +45,6 @@ def summed_cross_entropy(unembed: Callable[[Tensor], Tensor], hidden: Tensor, ta
     rows = max(1, _CHUNK_LOGITS // vocab_size)
     if hidden.shape[0] <= rows:
         return chunk_loss(hidden, targets)
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     losses = [checkpoint(chunk_loss, part, wanted, use_reentrant=False) for part, wanted in parts]
     return torch.stack(losses).sum()

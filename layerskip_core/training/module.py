@@ -5,6 +5,7 @@ ranks drift.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Moment:
 class RecipeModule(nn.Module):
     """A causal language model under the LayerSkip recipe."""
 
-    def __init__(self, model: nn.Module, recipe: RecipeConfig, seed: int = 0, from_scratch: bool = False) -> None:
+    def __init__(self, model: Any, recipe: RecipeConfig, seed: int = 0, from_scratch: bool = False) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t)."""
         super().__init__()
         self.model = model

@@ -1,6 +1,7 @@
 """finetune from start to end: plan, train, save."""
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from ..checkpoint import (
     load_checkpoint,
     pick_device,
     pick_dtype,
+    quiet_transformers,
     refuse_overwrite,
     save_checkpoint,
     stored_dtype,
@@ -23,7 +25,7 @@ from ..config import FinetuneConfig
 from ..data import PARSING_TEMPLATE, EncodedData, encode_examples, is_parsing, load_examples
 from ..errors import CheckpointError, ConfigError
 from .curriculum import mean_exits, rotation_of
-from .dropout import dropout_rates
+from .dropout import dropout_rates, time_scale
 from .module import RecipeModule
 from .presets import learning_rate
 from .trainer import StepReport, checkpoints_folder, make_trainer
@@ -61,15 +63,17 @@ class FinetuneJob:
     plan: TrainingPlan
     save_dtype: torch.dtype
     autocast: bool
+    resume_from: str | None = None
 
+    @quiet_transformers()
     def run(self, on_step: Callable[[StepReport], None]) -> CheckpointInfo:
         """Trains, then writes the checkpoint to `config.output`; the last losses per exit are in the info it returns.
 
-        Raises CheckpointError when there is nothing to resume from, or the checkpoint cannot be written.
+        Raises CheckpointError when the checkpoint cannot be written.
         """
         config = self.config
         scratch = config.regime == "scratch"
-        model = _with_lora(self.loaded.model, config.lora_rank) if config.lora_rank else self.loaded.model
+        model = _with_lora(self.loaded.model, config.lora_rank, config.seed) if config.lora_rank else self.loaded.model
         module = RecipeModule(model, config.recipe, config.seed, from_scratch=scratch)
         last: list[StepReport] = []
 
@@ -81,7 +85,10 @@ class FinetuneJob:
         trainer = make_trainer(
             module, self.loaded.tokenizer, self.data, config, self.plan.steps, remember, device, self.autocast
         )
-        trainer.train(resume_from_checkpoint=_last_checkpoint(config.output) if config.resume else None)
+        if self.resume_from is None:
+            # What an earlier run left there must never be what a later --resume finds.
+            shutil.rmtree(checkpoints_folder(config.output), ignore_errors=True)
+        trainer.train(resume_from_checkpoint=self.resume_from)
         trained = model.merge_and_unload() if config.lora_rank else model
         info = CheckpointInfo(prompt_template=self.template, details=self._details(last[0] if last else None))
         save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype)
@@ -104,6 +111,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     Raises LayerSkipError for whatever would make the run fail.
     """
     refuse_overwrite(config.output, config.overwrite)
+    resume_from = _resume_from(config)
     device = pick_device(config.device)
     loaded, data, template = _model_and_data(config)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -123,13 +131,13 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         num_layers=depth.num_layers,
         rotation=rotation_of(config.recipe, depth.num_layers, depth.vocab_size) if rotational else None,
         exits_per_step=exits,
-        cost=_cost(loaded, config, exits, data),
+        cost=_cost(loaded, config, steps, exits, data),
         memory_mb=_memory_mb(loaded, config, data),
         device=str(device),
         dtype="bf16 autocast" if autocast else "fp32",
     )
     save_dtype = stored_dtype(config.model)
-    return FinetuneJob(config, loaded, data, template, plan, save_dtype, autocast)
+    return FinetuneJob(config, loaded, data, template, plan, save_dtype, autocast, resume_from)
 
 
 def _model_and_data(config: FinetuneConfig) -> tuple[LoadedModel, EncodedData, str | None]:
@@ -168,12 +176,16 @@ def _steps(config: FinetuneConfig, rows: int) -> int:
     return max(1, math.ceil(rows / (config.batch_size * config.accumulation) * config.epochs))
 
 
-def _cost(loaded: LoadedModel, config: FinetuneConfig, exits: float, data: EncodedData) -> float:
-    """Multiply-adds of a step over those of one without the recipe: dropout saves layers, every exit adds a head."""
+def _cost(loaded: LoadedModel, config: FinetuneConfig, steps: int, exits: float, data: EncodedData) -> float:
+    """Multiply-adds of a step over those of one without the recipe: dropout saves layers, every exit adds a head.
+
+    Training from scratch is judged by the dropout in the middle of its schedule.
+    """
     depth = loaded.depth
     layers = float(sum(parameter.numel() for parameter in depth.layers.parameters()))
     head = float(depth.hidden_size * depth.vocab_size) * data.target_tokens / data.tokens
-    rates = dropout_rates(config.recipe.p_max, depth.num_layers)
+    scale = time_scale(steps // 2, steps, config.regime == "scratch") if config.recipe.p_max else 1.0
+    rates = dropout_rates(config.recipe.p_max, depth.num_layers, scale)
     kept = 1 - sum(rates) / len(rates)
     return (layers * kept + head * exits) / (layers + head)
 
@@ -182,27 +194,36 @@ def _memory_mb(loaded: LoadedModel, config: FinetuneConfig, data: EncodedData) -
     """Weights, gradients and two moments in fp32, and the activations of one batch of the longest rows: an estimate."""
     depth = loaded.depth
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    longest = max(data.rows["length"])
-    inner = getattr(depth.config, "intermediate_size", 4 * depth.hidden_size)
+    longest = int(max(data.rows["length"]))
+    inner: int = getattr(depth.config, "intermediate_size", 4 * depth.hidden_size)
     activations = config.batch_size * longest * depth.num_layers * (14 * depth.hidden_size + 4 * inner)
     logits = min(config.batch_size * longest * depth.vocab_size, 1 << 24) * 3
-    return (16 * parameters + 4 * (activations + logits)) / 2**20
+    return float((16 * parameters + 4 * (activations + logits)) / 2**20)
 
 
-def _with_lora(model: Any, rank: int) -> Any:
+def _with_lora(model: Any, rank: int, seed: int) -> Any:
     """Adapters on every linear layer but the head. The name of the head differs by family; peft's own list leaves it out."""
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(seed)
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
 
 
-def _last_checkpoint(output: str) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
+def _resume_from(config: FinetuneConfig) -> str | None:
+    """The newest complete checkpoint of an interrupted run, for --resume; without it there must be none to lose.
 
-    folder = checkpoints_folder(output)
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise CheckpointError(f"--resume: there is no checkpoint in {folder}; a run writes them with --save-steps N")
-    return str(found)
+    Trainer writes a checkpoint in place, trainer_state.json last: a folder without it was cut short.
+    """
+    folder = checkpoints_folder(config.output)
+    complete = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    if config.resume:
+        if not complete:
+            raise CheckpointError(f"--resume: there is no checkpoint in {folder}; a run writes them with --save-steps N")
+        return str(max(complete, key=lambda checkpoint: int(checkpoint.name.removeprefix("checkpoint-"))))
+    if complete and not config.overwrite:
+        raise ConfigError(
+            f"--output {config.output} holds an unfinished run; give --resume to go on, or --overwrite to start anew"
+        )
+    return None

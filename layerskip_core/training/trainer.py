@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..config import FinetuneConfig
 from ..data import Collator, EncodedData
+from ..errors import CheckpointError
 from .module import Moment, RecipeModule
 
 _BETAS = (0.9, 0.95)
@@ -124,16 +125,27 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         inner: Any = self.accelerator.unwrap_model(model or self.model).model
         super()._load_from_checkpoint(resume_from_checkpoint, model=inner)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuses a checkpoint that lacks weights, where Trainer only warns; tied weights are stored once."""
+        inner: Any = self.accelerator.unwrap_model(self.model).model
+        missing = set(load_result.missing_keys) - set(inner.all_tied_weights_keys)
+        if missing:
+            raise CheckpointError(f"the checkpoint to resume from is incomplete: it lacks {', '.join(sorted(missing))}")
+
 
 class _ReportCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: RecipeTrainer) -> None:
         self._trainer = trainer
+        self._learning_rate = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.progress.started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
-        self._trainer.report(float(lr_scheduler.get_last_lr()[0]))
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        self._learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.report(self._learning_rate)
 
 
 def make_trainer(

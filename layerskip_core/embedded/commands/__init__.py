@@ -3,12 +3,12 @@
     utterance   remind me to call mom at 5
     parse       [IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to [SL:TODO call mom ] [SL:DATE_TIME at 5 ] ]
 
-The grammar is the `*.txt` files beside this one; `GRAMMAR.md` says how to read them. Rows are a function of (split, seed, index).
+The grammar is the `*.txt` files beside this one; `GRAMMAR.md` says how to read them. Rows are a function of (split, seed).
 
 Two hashes keep the splits apart. Every expansion of an `open` rule (a slot value: a name, a place, a time) belongs to one split
 by its surface string, and so does every phrasing skeleton (the parse with its open values blanked out). A test row draws both
-from the test side, so neither its values nor its phrasings occur in training. `compositional` takes test values too, and nestings
-marked `!` in the grammar, which no other split uses.
+from the test side, so neither its values nor its phrasings occur in training. `compositional` takes test values too, and
+nestings marked `!` in the grammar, which no other split uses.
 """
 
 import hashlib

@@ -1,0 +1,79 @@
+"""`layerskip bench`: autoregressive, early-exit and self-speculative decoding side by side."""
+
+from typing import Annotated, cast
+
+import typer
+
+from layerskip_core.config import BenchConfig, DType, TaskConfig, require_choice
+
+from .console import Device, Precision, Threads, narrate, use_threads
+from .evaluation import (
+    FORMATS,
+    CompletionColumn,
+    Format,
+    MaxNewTokens,
+    Model,
+    Output,
+    PromptColumn,
+    RemoteCode,
+    Samples,
+    Seed,
+    Source,
+    Split,
+    TaskName,
+    narrate_failures,
+    print_result,
+    watch,
+)
+
+
+def bench(
+    model: Model = "embedded",
+    task: TaskName = None,
+    data: Source = None,
+    split: Split = "test",
+    samples: Samples = 20,
+    exit_layer: Annotated[int | None, typer.Option("--exit", help="Exit and draft layers. [default: the checkpoint's]")] = None,
+    spec: Annotated[int | None, typer.Option("--spec", help="Drafted tokens a round. [default: the checkpoint's]")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    repeats: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 3,
+    prompt_column: PromptColumn = "prompt",
+    completion_column: CompletionColumn = None,
+    format: Format = "table",
+    output: Output = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Compare three ways of decoding on one task: quality, acceptance, speed, latency and memory.
+
+    Example: layerskip bench --exit 8 --spec 6 --format json
+    """
+    require_choice(format, "--format", FORMATS)
+    config = BenchConfig(
+        model=model,
+        task=TaskConfig(task, data, split, samples, seed, max_new_tokens, prompt_column, completion_column),
+        exit_layer=exit_layer,
+        num_draft_tokens=spec,
+        repeats=repeats,
+        device=device,
+        dtype=cast(DType, dtype),
+        threads=threads,
+    )
+    use_threads(threads)
+    from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.evaluation.bench import bench as run_bench
+    from layerskip_core.evaluation.report import bench_table, prepare_output, to_csv, to_json, write_files
+    from layerskip_core.evaluation.tasks import load_task
+
+    folder = prepare_output(output) if output is not None else None
+    rows = load_task(config.task)
+    loaded = load_checkpoint(model, device, dtype, trust_remote_code)
+    record = watch(run_bench(loaded, rows, config))
+    narrate_failures(record)
+    if folder is not None:
+        write_files(folder, {"bench.json": to_json(record).encode(), "bench.csv": to_csv(record).encode()})
+        narrate(f"wrote bench.json and bench.csv to {folder}")
+    print_result(record, bench_table(record), format)

@@ -1,0 +1,90 @@
+"""What sweep-exits and bench share: the flags of a task, progress on stderr, and the result on stdout and in files."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .console import narrate, progress_bar
+
+if TYPE_CHECKING:
+    from layerskip_core.evaluation.generation import Progress
+    from layerskip_core.evaluation.record import RunRecord
+    from layerskip_core.evaluation.report import TextTable
+
+FORMATS = ("table", "json", "csv", "markdown")
+Result = TypeVar("Result")
+
+Model = Annotated[str, typer.Option("--model", help="embedded, embedded-base, a folder, a .gguf file or a hub id.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option("--task", help="commands, topv2, or data with prompts and references. [default: --data, else commands]"),
+]
+Source = Annotated[
+    str | None, typer.Option("--data", help="A .jsonl, .csv or .parquet file, a TOPv2 folder, a hub id. [default: the task's]")
+]
+Split = Annotated[str, typer.Option("--split", help="train, validation, test; compositional for commands.")]
+Samples = Annotated[int, typer.Option("--samples", help="How many rows; 0 is all, for `commands` 20000.")]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Most tokens of an answer. [default: 128]")]
+PromptColumn = Annotated[str, typer.Option("--prompt-column", help="Column of the prompt.")]
+CompletionColumn = Annotated[
+    str | None, typer.Option("--completion-column", help="Column of the reference. [default: completion, or reference]")
+]
+Format = Annotated[str, typer.Option("--format", help="Of standard output: table, json, csv or markdown.")]
+Output = Annotated[str | None, typer.Option("--output", help="Folder for the result files.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+
+
+def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result]":
+    """Shows progress, a bar for each phase, until the record comes."""
+    from layerskip_core.evaluation.generation import Progress
+
+    phase, update = None, None
+    with ExitStack() as bars:
+        for event in events:
+            if not isinstance(event, Progress):
+                return event
+            if update is None or event.phase != phase:
+                bars.close()
+                update = bars.enter_context(progress_bar(event.total, event.phase))
+                phase = event.phase
+            update(event.done, "")
+    raise RuntimeError("a measurement ended without its record")
+
+
+def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> None:
+    """Writes the result to stdout, and nothing else there."""
+    from layerskip_core.evaluation import report
+
+    if form == "json":
+        typer.echo(report.to_json(record), nl=False)
+    elif form == "csv":
+        typer.echo(report.to_csv(record), nl=False)
+    elif form == "markdown":
+        typer.echo(table.markdown(), nl=False)
+    else:
+        _print_table(table)
+
+
+def narrate_failures(record: "RunRecord[Result]") -> None:
+    """Says on stderr how many prompts failed; the record has each."""
+    failures = record.document()["results"][0]["failures"]
+    if failures:
+        first = failures[0]
+        narrate(f"{len(failures)} prompts failed and count as wrong answers; sample {first['sample']}: {first['error']}")
+
+
+def _print_table(table: "TextTable") -> None:
+    console = Console(highlight=False)
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for place, header in enumerate(table.headers):
+        grid.add_column(header, justify="left" if place == 0 else "right", no_wrap=True)
+    for row in table.rows:
+        grid.add_row(*row)
+    console.print(grid)
+    console.print(f"\n{table.note}", markup=False)

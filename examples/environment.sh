@@ -1,0 +1,12 @@
+# Sourced by the scripts: makes the virtual environment $LAYERSKIP_ENV (default .venv) and installs this project with extras "$1".
+# Needs Python 3.11 or newer as $PYTHON (default python3) and nothing else.
+PYTHON=${PYTHON:-python3}
+LAYERSKIP_ENV=${LAYERSKIP_ENV:-.venv}
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: Python 3.11 or newer is needed, found $("$PYTHON" --version 2>&1); set PYTHON=..." >&2
+    exit 1
+fi
+[ -x "$LAYERSKIP_ENV/bin/python" ] || "$PYTHON" -m venv "$LAYERSKIP_ENV"
+. "$LAYERSKIP_ENV/bin/activate"
+python -m pip install --quiet --disable-pip-version-check --upgrade pip
+python -m pip install --quiet --disable-pip-version-check --editable ".${1:-}"

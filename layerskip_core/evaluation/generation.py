@@ -1,0 +1,180 @@
+"""One prompt decoded and timed, and a whole task in many settings: what sweeps and benchmarks are made of."""
+
+import math
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoint import LoadedModel
+from ..config import DecodingConfig
+from ..data import Example
+from ..decoding import DecodeStats, StopReason, decode
+from ..errors import LayerSkipError
+from .memory import PeakMemory
+from .metrics import Difference, first_difference, top2_gap
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a phase of a measurement is."""
+
+    done: int
+    total: int
+    phase: str
+
+
+class Step(NamedTuple):
+    """Tokens that one step of the decoding loop gave, and the wall-clock seconds that it took."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one prompt gave. The first step is the prefill, with the first token; `error` says why there are no tokens."""
+
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    steps: tuple[Step, ...] = ()
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    finish_reason: StopReason | None = None
+    peak_memory_mb: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample without an output, and why."""
+
+    sample: int
+    error: str
+
+
+def measure(loaded: LoadedModel, prompt: str, config: DecodingConfig) -> Output:
+    """Decodes a prompt in the checkpoint's template. Neither tokenizing nor detokenizing is timed.
+
+    A prompt that fits neither the context nor the memory gives an output with an error. The config must suit the model.
+    """
+    ids: list[int] = []
+    steps: list[Step] = []
+    memory = PeakMemory(loaded.depth.device)
+    try:
+        prompt_ids = loaded.encode_prompt(prompt)
+        started = time.perf_counter()
+        decoding = decode(loaded.depth, prompt_ids, config, loaded.eos_ids)
+        for tokens in decoding:
+            steps.append(Step(len(tokens), time.perf_counter() - started))
+            ids += [token.id for token in tokens]
+            started = time.perf_counter()
+    except (LayerSkipError, torch.OutOfMemoryError) as error:
+        return Output(error=str(error))
+    text = loaded.detokenize([token for token in ids if token not in loaded.eos_ids])
+    return Output(tuple(ids), text, tuple(steps), decoding.stats, decoding.finish_reason, memory.peak_mb())
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One output for each example of a task, by one way of decoding. Those that failed have no part in the times."""
+
+    each: tuple[Output, ...]
+
+    @cached_property
+    def stats(self) -> DecodeStats:
+        return sum((one.stats for one in self.each), DecodeStats())
+
+    @property
+    def texts(self) -> list[str]:
+        return [one.text for one in self.each]
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        return tuple(Failure(sample, one.error) for sample, one in enumerate(self.each) if one.error is not None)
+
+    @property
+    def peak_memory_mb(self) -> float | None:
+        return max((one.peak_memory_mb for one in self.each if one.peak_memory_mb is not None), default=None)
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Total generation time, prefill included, by new token. NaN when there is none."""
+        return _seconds_per_token([step for one in self.each for step in one.steps])
+
+    @property
+    def decode_seconds_per_token(self) -> float:
+        """The same without the prefill and the first token, which it gives. NaN when there is no other."""
+        return _seconds_per_token([step for one in self.each for step in one.steps[1:]])
+
+    @property
+    def first_token_seconds(self) -> float:
+        """Median over the prompts. NaN when none gave a token."""
+        firsts = [one.steps[0].seconds for one in self.each if one.steps]
+        return median(firsts) if firsts else math.nan
+
+    def token_seconds(self, quantile: float) -> float:
+        """Quantile over the tokens behind the first of each output, a step's tokens sharing its time. NaN without any."""
+        shares = sorted(step.seconds / step.tokens for one in self.each for step in one.steps[1:] for _ in range(step.tokens))
+        return shares[math.ceil(quantile * len(shares)) - 1] if shares else math.nan
+
+    def identical_outputs(self, baseline: "Outputs") -> float:
+        """Share of the samples that the baseline answered whose tokens equal the baseline's."""
+        pairs = [(one.ids, other.ids) for one, other in zip(self.each, baseline.each, strict=True) if other.error is None]
+        return sum(ids == expected for ids, expected in pairs) / len(pairs)
+
+
+def measure_interleaved(
+    loaded: LoadedModel, examples: Sequence[Example], settings: Sequence[DecodingConfig], repeats: int = 1
+) -> Generator[Progress, None, list[list[Outputs]]]:
+    """Decodes every prompt in every setting, `repeats` times; yields progress, returns outputs by [setting][repeat].
+
+    All settings meet a prompt one after the other, in an order that rotates from prompt to prompt: a machine that slows down
+    slows all of them. Before that each decodes the first prompt, unmeasured. Raises LayerSkipError when every prompt failed.
+    """
+    for setting in settings:
+        measure(loaded, examples[0].prompt, setting)
+    outputs: list[list[Outputs]] = [[] for _ in settings]
+    for repeat in range(repeats):
+        found: list[list[Output]] = [[] for _ in settings]
+        for number, example in enumerate(examples):
+            for place in range(len(settings)):
+                turn = (place + number + repeat) % len(settings)
+                found[turn].append(measure(loaded, example.prompt, settings[turn]))
+            yield Progress(repeat * len(examples) + number + 1, repeats * len(examples), "prompts")
+        for mine, new in zip(outputs, found, strict=True):
+            mine.append(Outputs(tuple(new)))
+        _require_outputs(outputs[0][-1])
+    return outputs
+
+
+def differences(
+    loaded: LoadedModel, examples: Sequence[Example], outputs: Outputs, baseline: Outputs
+) -> tuple[Difference, ...]:
+    """Where outputs that should be the baseline's first differ from it; a sample that failed has no place."""
+    differing = []
+    for sample, (one, other) in enumerate(zip(outputs.each, baseline.each, strict=True)):
+        position = first_difference(one.ids, other.ids)
+        if position is not None and one.error is None and other.error is None:
+            prefix = loaded.encode_prompt(examples[sample].prompt) + list(other.ids[:position])
+            differing.append(Difference(sample, position, top2_gap(loaded.depth, prefix)))
+    return tuple(differing)
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for a NaN, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
+def _seconds_per_token(steps: Sequence[Step]) -> float:
+    tokens = sum(step.tokens for step in steps)
+    return sum(step.seconds for step in steps) / tokens if tokens else math.nan
+
+
+def _require_outputs(outputs: Outputs) -> None:
+    failures = outputs.failures
+    if len(failures) == len(outputs.each):
+        raise LayerSkipError(f"none of the {len(failures)} prompts could be answered; the first: {failures[0].error}")

@@ -1,0 +1,185 @@
+"""Records of sweeps and benchmarks as JSON, CSV, tables and a plot; files appear whole or not at all."""
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import LayerSkipError
+from .bench import BenchResult
+from .record import RunRecord
+from .sweep import ExitResult
+
+_PROBE_BYTES = 1 << 20  # more than any report takes
+_SHORT_NAMES = {"exact_match": "EM", "rouge2": "R2"}
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Cells as people read them."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
+
+    def markdown(self) -> str:
+        lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{self.note}\n"
+
+
+def to_json(record: RunRecord[Any]) -> str:
+    return json.dumps(record.document(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_csv(record: RunRecord[Any]) -> str:
+    """A row for each result: metrics and percentiles in columns of their own, differences and failures as their count."""
+    rows = [_flat(result) for result in record.document()["results"]]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
+    """A line for each way of decoding; fits 80 columns."""
+    metrics = list(record.results[0].metrics)
+    names = [_SHORT_NAMES.get(name, name) for name in metrics]
+    headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "tok/s", "speed", "same", "")
+    rows = [
+        (
+            result.strategy,
+            _count(result.exit_layer),
+            _count(result.num_draft_tokens),
+            *(_percent(result.metrics[name]) for name in metrics),
+            _number(result.perplexity, ".3g"),
+            _percent(result.acceptance_rate),
+            _number(result.mean_accepted_tokens, ".1f"),
+            _number(result.tokens_per_second, ".0f"),
+            _number(result.speedup, ".2f"),
+            _percent(result.identical_outputs),
+            "*" if result.pareto else "",
+        )
+        for result in record.results
+    ]
+    note = "* on the Pareto frontier of quality against speed."
+    if record.recommendation is not None:
+        note += f"\nRecommended: {record.recommendation.reason}."
+    return TextTable(headers, tuple(rows), note)
+
+
+def bench_table(record: RunRecord[BenchResult]) -> TextTable:
+    """A column for each strategy, a line for each figure."""
+    results = record.results
+    lines: list[tuple[str, list[str]]] = [
+        ("exit layer", [_count(result.exit_layer) for result in results]),
+        ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
+        *((name.replace("_", " "), [_percent(result.metrics[name]) for result in results]) for name in results[0].metrics),
+        ("identical outputs", [_percent(result.identical_outputs) for result in results]),
+        ("acceptance rate", [_percent(result.acceptance_rate) for result in results]),
+        ("mean accepted tokens", [_number(result.mean_accepted_tokens, ".2f") for result in results]),
+        ("tokens/s", [_number(result.tokens_per_second, ".1f") for result in results]),
+        ("speedup", [_number(result.speedup, ".2f") for result in results]),
+        ("speedup behind prefill", [_number(result.decode_speedup, ".2f") for result in results]),
+        ("first token (ms)", [_number(result.ttft_ms, ".1f") for result in results]),
+        ("token p50 (ms)", [_number(result.time_per_token_ms["p50"], ".2f") for result in results]),
+        ("token p95 (ms)", [_number(result.time_per_token_ms["p95"], ".2f") for result in results]),
+        ("peak memory (MB)", [_number(result.peak_memory_mb, ".0f") for result in results]),
+    ]
+    machine = record.environment
+    where = f"{machine['dtype']} on {machine['device_name']}, {machine['threads']} threads"
+    note = f"Medians of {record.config['repeats']} repeats; {where}."
+    return TextTable(("", *(result.strategy for result in results)), tuple((name, *cells) for name, cells in lines), note)
+
+
+def pareto_plot(record: RunRecord[ExitResult], quality_metric: str) -> bytes:
+    """A PNG of quality against tokens a second, the frontier joined."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    markers = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
+    for strategy, marker in markers.items():
+        mine = [result for result in record.results if result.strategy == strategy]
+        points = [_point(result, quality_metric) for result in mine]
+        axes.scatter([x for x, _ in points], [y for _, y in points], marker=marker, alpha=0.75, label=strategy)
+    frontier = sorted((result for result in record.results if result.pareto), key=lambda result: _point(result, quality_metric))
+    points = [_point(result, quality_metric) for result in frontier]
+    axes.plot([x for x, _ in points], [y for _, y in points], color="grey", linewidth=1, zorder=0, label="Pareto frontier")
+    for result, point in zip(frontier, points, strict=True):
+        axes.annotate(_label(result), point, textcoords="offset points", xytext=(4, 6), fontsize=8)
+    axes.set_xlabel("tokens per second")
+    axes.set_ylabel(f"{quality_metric.replace('_', ' ')} (%)")
+    axes.set_ylim(-5, 105)
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+    axes.set_title(f"{record.config['model']} on {record.config['task']['task']}")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def prepare_output(folder: str) -> Path:
+    """Creates the folder and tries that it takes a report. Raises LayerSkipError, before a long run rather than behind it."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise LayerSkipError(f"--output {folder} must be a folder that can be written, got: {error.strerror}") from error
+    return path
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes each file aside and renames it. Raises LayerSkipError when one cannot be written; it is then as it was before."""
+    for name, content in files.items():
+        aside = folder / f".{name}.writing"
+        try:
+            aside.write_bytes(content)
+            os.replace(aside, folder / name)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise LayerSkipError(f"cannot write {folder / name}: {error.strerror}") from error
+
+
+def _flat(result: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in result.items():
+        if key == "metrics":
+            flat |= value
+        elif isinstance(value, dict):
+            flat |= {f"{key}_{name}": part for name, part in value.items()}
+        else:
+            flat[key] = len(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return flat
+
+
+def _point(result: ExitResult, quality_metric: str) -> tuple[float, float]:
+    return result.tokens_per_second or 0.0, 100 * result.metrics[quality_metric]
+
+
+def _label(result: ExitResult) -> str:
+    if result.exit_layer is None:
+        return result.strategy
+    return f"exit {result.exit_layer}" + (f", spec {result.num_draft_tokens}" if result.num_draft_tokens else "")
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

@@ -1,0 +1,175 @@
+"""Every exit with every draft length on one task: how good, how fast, and which to decode with."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from statistics import median
+
+from ..checkpoint import LoadedModel
+from ..config import DecodingConfig, Strategy, SweepConfig, require_exit_layer
+from .generation import Failure, Outputs, Progress, differences, finite, measure_interleaved
+from .metrics import NEAR_TIE, Difference, ReferenceLosses, reference_losses
+from .record import Recommendation, RunRecord, environment
+from .tasks import Task
+
+_WORTHWHILE = 1.05  # a speedup below this is not worth the words
+_NOISY = 0.1  # a baseline that drifts by more makes small differences meaningless
+
+
+@dataclass(frozen=True)
+class ExitResult:
+    """One way of decoding: autoregressive, an early exit, or an exit as the draft of self-speculation.
+
+    `perplexity` is that of the reference through the exit, None for self-speculation, which answers with the last layer.
+    `speedup` compares the total generation time by new token, prefill included, with the autoregressive one of the same run.
+    `pareto`: nothing else in the sweep is as good by the task's quality metric and as fast, and better in one of them.
+    """
+
+    strategy: Strategy
+    exit_layer: int | None
+    num_draft_tokens: int | None
+    metrics: dict[str, float]
+    perplexity: float | None
+    acceptance_rate: float | None
+    mean_accepted_tokens: float | None
+    tokens_per_second: float | None
+    speedup: float | None
+    identical_outputs: float
+    pareto: bool = False
+    differences: tuple[Difference, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord[ExitResult]]:
+    """Yields progress, then the record with a recommendation.
+
+    Raises:
+        ConfigError: an exit is outside the model.
+        LayerSkipError: no prompt could be answered.
+    """
+    config = _resolved(loaded, task, config)
+    machine = environment(loaded)
+    losses = ReferenceLosses(0, {})
+    for number, example in enumerate(task.examples, start=1):
+        losses = losses + reference_losses(loaded, example, [*config.exits, loaded.depth.num_layers])
+        yield Progress(number, len(task.examples), "perplexity")
+    baseline, ways = _settings(config, task.max_new_tokens)
+    # The baseline runs twice among the others, half of them apart: what it is compared with, and how steady the machine was.
+    half = len(ways) // 2
+    measured = yield from measure_interleaved(loaded, task.examples, [baseline, *ways[:half], baseline, *ways[half:]])
+    first, *others = (repeats[0] for repeats in measured)
+    second = others.pop(half)
+    seconds = Outputs(first.each + second.each).seconds_per_token
+    perplexity = losses.perplexity(loaded.depth.num_layers)
+    results = [exit_result(baseline, first, first, seconds, task.score(first.texts), perplexity)]
+    for setting, found in zip(ways, others, strict=True):
+        drafts = setting.strategy == "self-speculative"
+        perplexity = None if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
+        parted = differences(loaded, task.examples, found, first) if drafts else ()
+        results.append(exit_result(setting, found, first, seconds, task.score(found.texts), perplexity, parted))
+    marked = mark_pareto(results, task.quality_metric)
+    advice = recommend(marked, NEAR_TIE[loaded.depth.dtype], baseline_drift(first, second))
+    yield RunRecord(asdict(config), machine, tuple(marked), advice)
+
+
+def exit_result(
+    setting: DecodingConfig,
+    outputs: Outputs,
+    baseline: Outputs,
+    baseline_seconds_per_token: float,
+    metrics: dict[str, float],
+    perplexity: float | None,
+    parted: tuple[Difference, ...] = (),
+) -> ExitResult:
+    """The figures of one way of decoding, from its outputs and the autoregressive ones."""
+    speculative = setting.strategy == "self-speculative"
+    return ExitResult(
+        strategy=setting.strategy,
+        exit_layer=setting.exit_layer,
+        num_draft_tokens=setting.num_draft_tokens if speculative else None,
+        metrics=metrics,
+        perplexity=perplexity,
+        acceptance_rate=outputs.stats.acceptance_rate if speculative else None,
+        mean_accepted_tokens=outputs.stats.mean_accepted_tokens if speculative else None,
+        tokens_per_second=finite(1 / outputs.seconds_per_token),
+        speedup=finite(baseline_seconds_per_token / outputs.seconds_per_token),
+        identical_outputs=outputs.identical_outputs(baseline),
+        differences=parted,
+        failures=outputs.failures,
+    )
+
+
+def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[ExitResult]:
+    """The results with `pareto` set, by the quality metric and tokens a second."""
+    points = [(result.metrics[quality_metric], result.tokens_per_second or 0.0) for result in results]
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
+
+    return [replace(result, pareto=not beaten(point)) for result, point in zip(results, points, strict=True)]
+
+
+def recommend(results: Sequence[ExitResult], near_tie: float, drift: float) -> Recommendation:
+    """The fastest self-speculative setting whose outputs are the autoregressive ones, or part from them at near-ties only."""
+    baseline = next(result for result in results if result.strategy == "autoregressive")
+    speculative = [result for result in results if result.strategy == "self-speculative"]
+    faithful = [result for result in speculative if _is_faithful(result, baseline, near_tie)]
+    notes = ""
+    if len(faithful) < len(speculative):
+        notes += f"; {len(speculative) - len(faithful)} of {len(speculative)} settings gave other outputs and were set aside"
+    if drift > _NOISY:
+        notes += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
+    best = max(faithful, key=lambda result: result.speedup or 0.0, default=None)
+    if best is None:
+        return Recommendation(None, None, None, drift, f"no self-speculative setting kept the autoregressive outputs{notes}")
+    speedup = best.speedup or 0.0
+    name = f"exit {best.exit_layer} with {best.num_draft_tokens} draft tokens"
+    if speedup < _WORTHWHILE:
+        reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {speedup:.2f}x{notes}"
+        return Recommendation(None, None, best.speedup, drift, reason)
+    reason = (
+        f"{name} is the fastest of {len(faithful)} settings, {speedup:.2f}x autoregressive decoding "
+        f"({best.tokens_per_second:.0f} against {baseline.tokens_per_second:.0f} tokens/s): {best.acceptance_rate:.0%} of the "
+        f"drafts are accepted, and {best.identical_outputs:.0%} of the outputs are identical{_near_ties(best)}{notes}"
+    )
+    return Recommendation(best.exit_layer, best.num_draft_tokens, best.speedup, drift, reason)
+
+
+def baseline_drift(first: Outputs, second: Outputs) -> float:
+    """Median over the prompts of how much the second measurement's time differs from the first's, as a share of it."""
+    pairs = [(one, other) for one, other in zip(first.each, second.each, strict=True) if one.steps and other.steps]
+    times = [(Outputs((one,)).seconds_per_token, Outputs((other,)).seconds_per_token) for one, other in pairs]
+    return median(abs(later / earlier - 1) for earlier, later in times)
+
+
+def default_exits(num_layers: int) -> tuple[int, ...]:
+    """Six exits, denser among the early ones, where a draft is cheap; of 24 layers 3, 4, 6, 8, 12 and 18."""
+    shares = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
+    return tuple(sorted({max(1, round(num_layers * share)) for share in shares}))
+
+
+def _resolved(loaded: LoadedModel, task: Task, config: SweepConfig) -> SweepConfig:
+    """The config with its defaults filled in."""
+    num_layers = loaded.depth.num_layers
+    exits = config.exits or default_exits(num_layers)
+    for exit_layer in exits:
+        require_exit_layer(exit_layer, num_layers, flag="--exits")
+    return replace(config, task=task.config, exits=exits)
+
+
+def _settings(config: SweepConfig, max_new_tokens: int) -> tuple[DecodingConfig, list[DecodingConfig]]:
+    """The baseline, and what is compared with it: every exit alone, then every exit with every draft length."""
+    alone = [DecodingConfig("early-exit", exit_layer, max_new_tokens=max_new_tokens) for exit_layer in config.exits]
+    drafting = [
+        DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens)
+        for exit_layer, drafts in product(config.exits, config.specs)
+    ]
+    return DecodingConfig("autoregressive", max_new_tokens=max_new_tokens), alone + drafting
+
+
+def _is_faithful(result: ExitResult, baseline: ExitResult, near_tie: float) -> bool:
+    return result.failures == baseline.failures and all(place.top2_gap <= near_tie for place in result.differences)
+
+
+def _near_ties(result: ExitResult) -> str:
+    return f" (the others part at near-ties, {len(result.differences)} of them)" if result.differences else ""

@@ -1,0 +1,57 @@
+"""A tiny random model with a real tokenizer, for the tests of evaluation."""
+
+from functools import cache
+
+import torch
+from conftest import tiny_model
+
+from layerskip_core.checkpoint import CheckpointInfo, LoadedModel
+from layerskip_core.config import DataConfig, DecodingConfig, TaskConfig
+from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
+from layerskip_core.decoding import DecodeStats
+from layerskip_core.evaluation.generation import Output, Outputs, Step, measure
+from layerskip_core.evaluation.tasks import Task
+from layerskip_core.model import DepthModel
+from layerskip_core.training.vocabulary import train_tokenizer
+
+LAYERS = 6
+NEW_TOKENS = 12
+
+
+@cache
+def tiny_loaded(dtype: torch.dtype = torch.float64) -> LoadedModel:
+    """Six random layers, a context of 128 tokens, and a tokenizer of 300 entries."""
+    tokenizer = train_tokenizer(load_examples(DataConfig("commands", "train", limit=60)), 300)
+    model = tiny_model(
+        dtype=dtype, vocab_size=300, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return LoadedModel("tiny", model, tokenizer, CheckpointInfo(PARSING_TEMPLATE), DepthModel(model))
+
+
+def task_of(*examples: Example, parsing: bool = True) -> Task:
+    config = TaskConfig("known", "known", max_new_tokens=NEW_TOKENS, completion_column="completion")
+    return Task("known", examples, parsing, NEW_TOKENS, config)
+
+
+@cache
+def own_answers(samples: int = 3) -> Task:
+    """Prompts of `commands` whose references are what the model itself answers."""
+    loaded = tiny_loaded()
+    prompts = [row.prompt for row in load_examples(DataConfig("commands", "test", limit=samples))]
+    setting = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
+    return task_of(*(Example(prompt, measure(loaded, prompt, setting).text) for prompt in prompts))
+
+
+TOO_LONG = Example("word " * 200, "x")  # more than the tiny model's context
+
+
+def outputs_of(*steps: list[tuple[int, float]], ids: tuple[tuple[int, ...], ...] = (), stats: DecodeStats | None = None) -> Outputs:
+    """Outputs with the steps (tokens, seconds) given; all the stats are the first one's."""
+    each = []
+    for number, mine in enumerate(steps):
+        count = sum(tokens for tokens, _ in mine)
+        tokens = ids[number] if ids else tuple(range(count))
+        one = stats if stats is not None and number == 0 else DecodeStats()
+        each.append(Output(tokens, "", tuple(Step(*step) for step in mine), one, "length"))
+    return Outputs(tuple(each))

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Sets up an environment, then: lint, types, tests, and the wheel built and run in an empty environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/environment.sh '[dev,gguf]'
+
+ruff check .
+ruff format --check .
+mypy
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+python -m build --wheel --outdir "$scratch" . >/dev/null
+wheel=$(ls "$scratch"/*.whl)
+[ "$(du -k "$wheel" | cut -f1)" -le 40960 ] || { echo "error: $wheel is over 40 MB" >&2; exit 1; }
+"$PYTHON" -m venv "$scratch/empty"
+"$scratch/empty/bin/python" -m pip install --quiet --disable-pip-version-check "$wheel"
+(
+    cd "$scratch" # nothing of the checkout may be found
+    layerskip="$scratch/empty/bin/layerskip"
+    "$layerskip" --version
+    printf 'remind me to call mom at 5' | "$layerskip" generate --exit 8 --spec 6 | tee answer.txt
+    grep -q '^\[IN:CREATE_REMINDER ' answer.txt
+    "$layerskip" finetune --steps 3 --batch-size 2 --output tiny
+    "$layerskip" sweep-exits --model tiny --samples 2 --exits 6,12 --specs 4 --max-new-tokens 16 >/dev/null
+    "$layerskip" bench --model tiny --samples 2 --repeats 1 --max-new-tokens 16 --format json | python -m json.tool >/dev/null
+)
+
+pytest

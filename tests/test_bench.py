@@ -1,0 +1,148 @@
+"""The benchmark: its figures from known times, and a run on the tiny model."""
+
+import json
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
+
+from layerskip_core.config import BenchConfig, DecodingConfig
+from layerskip_core.decoding import DecodeStats
+from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation import memory
+from layerskip_core.evaluation.bench import BenchResult, bench, bench_result
+from layerskip_core.evaluation.generation import Failure, Output, Outputs, Progress
+from layerskip_core.evaluation.memory import PeakMemory
+from layerskip_core.evaluation.metrics import Difference
+from layerskip_core.evaluation.report import to_json
+
+FIELDS = [
+    "strategy", "exit_layer", "num_draft_tokens", "metrics", "acceptance_rate", "mean_accepted_tokens", "tokens_per_second",
+    "time_per_token_ms", "ttft_ms", "peak_memory_mb", "speedup", "decode_speedup", "identical_outputs",
+]  # fmt: skip
+DRAFTED = DecodingConfig("self-speculative", 5, 3)
+
+
+def record_of(task, config):
+    *progress, record = bench(tiny_loaded(), task, config)
+    assert all(isinstance(event, Progress) for event in progress)
+    return record
+
+
+def test_figures_from_known_times_are_medians_over_the_repeats():
+    # Baseline: 1 + 4 tokens, prefill 1 s, decoding 4 s: 1 s a token. Each repeat of the other decodes its 4 tokens in one step.
+    baseline = [outputs_of([(1, 1.0), (1, 1.0), (1, 1.0), (1, 1.0), (1, 1.0)])] * 3
+    stats = DecodeStats(drafted=6, accepted=3, rounds=2)
+    repeats = [outputs_of([(1, 1.0), (4, seconds)], stats=stats) for seconds in (1.0, 4.0, 1.5)]
+    result = bench_result(DRAFTED, repeats, baseline, {"exact_match": 0.5}, (Difference(0, 1, 0.25),))
+    assert result == BenchResult(
+        strategy="self-speculative",
+        exit_layer=5,
+        num_draft_tokens=3,
+        metrics={"exact_match": 0.5},
+        acceptance_rate=0.5,
+        mean_accepted_tokens=1.5,
+        tokens_per_second=5 / 2.5,
+        time_per_token_ms={"p50": 375.0, "p95": 375.0},
+        ttft_ms=1000.0,
+        peak_memory_mb=None,
+        speedup=2.0,  # 5 s against 2, 5 and 2.5 s
+        decode_speedup=pytest.approx(4 / 1.5),
+        identical_outputs=1.0,
+        differences=(Difference(0, 1, 0.25),),
+    )
+
+
+def test_speedup_is_by_token_not_by_output():
+    # Half the tokens in half the time is no speedup.
+    baseline, shorter = outputs_of([(1, 1.0), (1, 1.0)]), outputs_of([(1, 1.0)])
+    result = bench_result(DecodingConfig("early-exit", 5), [shorter], [baseline], {})
+    assert (result.speedup, result.decode_speedup, result.identical_outputs) == (1.0, None, 0.0)
+    assert (result.acceptance_rate, result.mean_accepted_tokens, result.num_draft_tokens) == (None, None, None)
+    assert result.time_per_token_ms == {"p50": None, "p95": None}
+
+
+def test_a_run_on_the_models_own_answers():
+    task = own_answers()
+    record = record_of(task, BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2))
+    assert [field.name for field in fields(BenchResult)] == [*FIELDS, "differences", "failures"]
+    plain, early, drafted = record.results
+    assert [result.strategy for result in record.results] == ["autoregressive", "early-exit", "self-speculative"]
+    assert [result.exit_layer for result in record.results] == [None, 5, 5]
+    assert [result.num_draft_tokens for result in record.results] == [None, None, 3]
+    assert plain.metrics == drafted.metrics == {"exact_match": 1.0}
+    assert (plain.speedup, plain.decode_speedup, plain.identical_outputs) == (1.0, 1.0, 1.0)
+    assert (early.metrics["exact_match"], early.identical_outputs) == (0.0, 0.0)
+    assert (drafted.identical_outputs, drafted.differences) == (1.0, ())
+    assert drafted.mean_accepted_tokens == pytest.approx(drafted.acceptance_rate * 3, rel=0.5)
+    assert plain.acceptance_rate is None
+    assert record.config["exit_layer"] == 5
+    assert record.config["task"]["max_new_tokens"] == NEW_TOKENS
+    assert record.environment["dtype"] == "float64"
+    assert record.environment["implementation"] == "generic"
+    assert record.environment["threads"] == torch.get_num_threads()
+
+
+def test_one_valid_document_with_the_promised_names():
+    document = json.loads(to_json(record_of(own_answers(1), BenchConfig("tiny", repeats=1))))
+    assert list(document) == ["config", "environment", "results"]
+    assert list(document["results"][0])[: len(FIELDS)] == FIELDS
+    # Six layers: a quarter of them, and 6 drafts, is what a checkpoint without advice gets.
+    assert (document["config"]["exit_layer"], document["config"]["num_draft_tokens"]) == (1, 6)
+
+
+def test_the_first_difference_of_a_wrong_draft_verifier_would_show(monkeypatch):
+    from layerskip_core.evaluation import generation
+
+    honest = generation.measure
+
+    def broken(loaded, prompt, config):
+        output = honest(loaded, prompt, config)
+        return replace(output, ids=(*output.ids[:2], 7, *output.ids[3:])) if config.num_draft_tokens == 3 else output
+
+    monkeypatch.setattr(generation, "measure", broken)
+    task = own_answers()
+    assert all(len(example.completion) > 0 for example in task.examples)
+    *_, drafted = record_of(task, BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=1)).results
+    assert drafted.identical_outputs == 0.0
+    assert [(place.sample, place.position) for place in drafted.differences] == [(0, 2), (1, 2), (2, 2)]
+    assert all(place.top2_gap > 1e-6 for place in drafted.differences)
+
+
+def test_failures_are_in_every_result():
+    record = record_of(task_of(own_answers().examples[0], TOO_LONG), BenchConfig("tiny", exit_layer=5, repeats=1))
+    for result in record.results:
+        assert [failure.sample for failure in result.failures] == [1]
+    assert record.results[0].metrics == {"exact_match": 0.5}
+    assert record.results[2].identical_outputs == 1.0
+    assert asdict(Failure(1, "x")) == {"sample": 1, "error": "x"}
+
+
+@pytest.mark.parametrize("exit_layer", [0, 6])
+def test_an_exit_outside_the_model_is_refused(exit_layer):
+    with pytest.raises(ConfigError, match=rf"--exit must be in 1..5, got {exit_layer} \(model has 6 layers\)"):
+        record_of(own_answers(), BenchConfig("tiny", exit_layer=exit_layer))
+
+
+@pytest.mark.parametrize(("setting", "flag"), [({"num_draft_tokens": 0}, "--spec"), ({"repeats": 0}, "--repeats")])
+def test_settings_are_checked(setting, flag):
+    with pytest.raises(ConfigError, match=f"{flag} must be at least 1, got 0"):
+        BenchConfig(**setting)
+
+
+def test_peak_memory_is_the_highest_of_the_outputs():
+    outputs = Outputs((Output((1,), peak_memory_mb=20.0), Output((1,), peak_memory_mb=30.0), Output(error="x")))
+    assert outputs.peak_memory_mb == 30.0
+
+
+def test_peak_memory_starts_anew(tmp_path, monkeypatch):
+    clear_refs, status = tmp_path / "clear_refs", tmp_path / "status"
+    monkeypatch.setattr(memory, "_CLEAR_REFS", clear_refs)
+    monkeypatch.setattr(memory, "_STATUS", status)
+    status.write_text("VmPeak:\t 9999 kB\nVmHWM:\t  2048 kB\n")
+    peak = PeakMemory(torch.device("cpu"))
+    assert clear_refs.read_text() == "5"
+    assert peak.peak_mb() == 2.0
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    assert PeakMemory(torch.device("cpu")).peak_mb() is None

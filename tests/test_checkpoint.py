@@ -1,0 +1,315 @@
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers.utils import logging
+
+from layerskip_core.checkpoint import (
+    CHAT,
+    PUBLISHED,
+    CheckpointInfo,
+    LoadedModel,
+    encode_prompt,
+    holds_model,
+    load_blank,
+    load_checkpoint,
+    pick_device,
+    pick_dtype,
+    quiet_transformers,
+    read_info,
+    refuse_overwrite,
+    save_checkpoint,
+    stored_dtype,
+    write_info,
+)
+from layerskip_core.config import DataConfig
+from layerskip_core.data import load_examples
+from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.model import DepthModel
+from layerskip_core.training.vocabulary import train_tokenizer
+
+INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
+IDS = torch.tensor([[5, 9, 33, 7]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(load_examples(DataConfig(limit=300)), 300)
+
+
+def model_of(vocab_size=300, **changes):
+    return tiny_model(dtype=torch.float32, vocab_size=vocab_size, **changes)
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A saved model of six layers."""
+    path = tmp_path / "model"
+    save_checkpoint(model_of(), tokenizer, INFO, str(path), torch.float32)
+    return path
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+
+
+def test_a_model_comes_back_as_it_was_saved(folder, tokenizer):
+    loaded = load_checkpoint(str(folder), "cpu", "fp32")
+    expected = model_of().state_dict()
+    assert loaded.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
+    assert loaded.info == INFO and loaded.depth.num_layers == 6 and not loaded.model.training
+    assert loaded.encode_prompt("remind me") == tokenizer("remind me ->")["input_ids"]
+    assert loaded.encode_prompt("remind me", raw=True) == tokenizer("remind me")["input_ids"]
+    assert loaded.detokenize([*tokenizer("remind  me , 's")["input_ids"], 2]) == "remind  me , 's"
+    assert loaded.recommended() == (3, 5)
+
+
+def test_plain_transformers_loads_it(folder):
+    written = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(contents(folder)) == {*written, "layerskip.json"}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    torch.testing.assert_close(model(IDS).logits, model_of()(IDS).logits)
+    assert tokenizer.eos_token_id == 2
+
+
+def test_layerskip_json_is_documented_and_readable(folder):
+    assert json.loads((folder / "layerskip.json").read_text(encoding="utf-8")) == {
+        "format": 1,
+        "prompt_template": "{prompt} ->",
+        "recommended": {"exit_layer": 3, "num_draft_tokens": 5},
+        "rows": 7,
+        "note": "naïve",
+    }
+    write_info(str(folder), CheckpointInfo("x {prompt}"))
+    assert read_info(str(folder)) == CheckpointInfo("x {prompt}")
+    (folder / "layerskip.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"layerskip\.json is not valid"):
+        read_info(str(folder))
+
+
+def test_weights_are_stored_in_the_precision_asked_for(tmp_path, tokenizer):
+    save_checkpoint(model_of(), tokenizer, INFO, str(tmp_path), torch.bfloat16)
+    assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert stored_dtype(str(tmp_path)) == torch.bfloat16
+    assert load_checkpoint(str(tmp_path), "cpu", "fp32").depth.dtype == torch.float32
+    assert load_checkpoint(str(tmp_path), "cpu", "bf16").depth.dtype == torch.bfloat16
+
+
+def test_tied_weights_stay_tied(tmp_path, tokenizer):
+    save_checkpoint(model_of(tie_word_embeddings=True), tokenizer, INFO, str(tmp_path), torch.float32)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model = load_checkpoint(str(tmp_path), "cpu", "fp32").model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model(IDS).logits, model_of(tie_word_embeddings=True)(IDS).logits)
+
+
+def test_a_soft_capped_model_is_loaded_with_the_attention_that_knows_the_cap(tmp_path, tokenizer):
+    shape = {"vocab_size": 300, "attn_logit_softcapping": 2.0}
+    save_checkpoint(tiny_model("gemma2", torch.float32, **shape), tokenizer, INFO, str(tmp_path), torch.float32)
+    assert load_checkpoint(str(tmp_path), "cpu").model.config._attn_implementation == "eager"
+
+
+def test_a_cut_short_file_is_one_clear_line(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=f"cannot load model {folder}: ") as error:
+        load_checkpoint(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_weights_are_not_filled_with_random_ones(folder):
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.layers.4.mlp.up_proj.weight", "model.norm.weight"):
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"2 weights are missing, model\.layers\.4\.mlp\.up_proj\.weight the first"):
+        load_checkpoint(str(folder))
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(CheckpointError, match=r"cannot load model .* size mismatch|mismatch"):
+        load_checkpoint(str(folder))
+
+
+def test_what_cannot_be_found(tmp_path, folder):
+    (folder / "config.json").unlink()
+    assert not holds_model(folder)
+    with pytest.raises(CheckpointError, match=f"folder {folder} holds no model: there is no config.json in it"):
+        load_checkpoint(str(folder))
+    with pytest.raises(CheckpointError, match="no model 'nonsense': needed embedded, embedded-base, a folder, "):
+        load_checkpoint("nonsense")
+    with pytest.raises(CheckpointError, match="cannot load model nobody/nothing: "):
+        load_checkpoint("nobody/nothing")
+
+
+def test_a_damaged_config_or_a_missing_tokenizer_is_one_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    (folder / "config.json").write_text("{")
+    (tmp_path / "other" / "tokenizer.json").unlink()
+    for path in (folder, tmp_path / "other"):
+        with pytest.raises(CheckpointError, match=f"cannot load model {path}: "):
+            load_checkpoint(str(path))
+
+
+def test_an_architecture_without_spans_is_refused_by_name(tmp_path):
+    GPT2Config(n_layer=2).save_pretrained(tmp_path)
+    for load in (load_checkpoint, lambda name: load_blank(name, 0)):
+        with pytest.raises(CheckpointError, match="model type 'gpt2' cannot be split by depth; supported: llama, "):
+            load(str(tmp_path))
+
+
+def test_devices_and_precisions():
+    with pytest.raises(ConfigError, match="--device must be auto, cpu, cuda, cuda:N or mps, got gpu"):
+        pick_device("gpu")
+    for absent in {"cuda", "mps"} - ({"cuda"} if torch.cuda.is_available() else set()):
+        with pytest.raises(ConfigError, match=f"--device {absent} was asked for, but"):
+            pick_device(absent)
+    cpu = torch.device("cpu")
+    assert pick_device("cpu") == cpu
+    assert pick_dtype("auto", cpu, 1_000_000) == torch.float32
+    assert pick_dtype("auto", torch.device("cuda"), 1) == torch.bfloat16
+    assert pick_dtype("bf16", cpu, 1) == torch.bfloat16 and pick_dtype("fp32", torch.device("cuda"), 1) == torch.float32
+
+
+def test_every_end_of_text_counts(folder):
+    loaded = load_checkpoint(str(folder))
+    loaded.model.generation_config.eos_token_id = [4, 6]
+    loaded.model.config.eos_token_id = 8
+    assert loaded.eos_ids == {4, 6, 8, 2}  # generation config, config, tokenizer
+    loaded.model.generation_config.eos_token_id = loaded.model.config.eos_token_id = None
+    assert loaded.eos_ids == {2}
+
+
+def test_the_template_of_layerskip_json_goes_before_the_chat_template(tokenizer):
+    chat = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    model = model_of()
+
+    def template(stored, chat_template):
+        tokenizer.chat_template = chat_template
+        return LoadedModel("m", model, tokenizer, CheckpointInfo(stored), DepthModel(model)).prompt_template
+
+    assert template("a {prompt}", chat) == "a {prompt}"
+    assert template(None, chat) == CHAT
+    assert encode_prompt(tokenizer, CHAT, "go") == tokenizer("<go>!")["input_ids"]
+    assert template(None, None) is None
+    assert encode_prompt(tokenizer, None, "go") == tokenizer("go")["input_ids"]
+    assert encode_prompt(tokenizer, "{x} {prompt}", "{prompt}") == tokenizer("{x} {prompt}")["input_ids"]  # no str.format
+
+
+def test_a_prompt_keeps_no_end_of_text(tokenizer):
+    class Ending:
+        eos_token_id = 2
+
+        def __call__(self, text):
+            return {"input_ids": [1, *tokenizer(text)["input_ids"], 2]}
+
+    assert encode_prompt(Ending(), None, "go") == [1, *tokenizer("go")["input_ids"]]
+
+
+def test_recommendations():
+    def recommended(name, exit_layer=None):
+        return LoadedModel(name, model, None, CheckpointInfo(exit_layer=exit_layer), DepthModel(model)).recommended()
+
+    model = model_of(num_hidden_layers=8)
+    assert recommended("facebook/layerskip-llama2-7B") == (8, 12)
+    assert recommended("some/model") == (2, 6)  # a quarter of 8 layers
+    assert recommended("facebook/layerskip-llama2-7B", exit_layer=5) == (5, 12)
+    assert set(PUBLISHED) == {
+        f"facebook/layerskip-{name}"
+        for name in ("llama2-7B", "llama2-13B", "llama2-70B", "llama3-8B", "llama3.2-1B", "codellama-7B", "codellama-34B")
+    }
+
+
+def test_fresh_weights_depend_on_the_seed_alone(folder, tokenizer):
+    first, again, other = (load_blank(str(folder), seed).model.lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first, model_of().lm_head.weight)
+
+
+def test_a_blank_model_takes_the_size_of_a_new_tokenizer(tmp_path, tokenizer):
+    model_of(vocab_size=67, eos_token_id=5).config.save_pretrained(tmp_path)  # a config alone: no weights, no tokenizer
+    loaded = load_blank(str(tmp_path), 0, tokenizer)
+    assert loaded.depth.vocab_size == 300 and loaded.eos_ids == {2}
+    assert loaded.model.config.pad_token_id == 0
+
+
+def test_a_full_disk_leaves_the_older_model(folder, tokenizer, monkeypatch):
+    before = contents(folder)
+    other = model_of(num_hidden_layers=2)
+
+    def full(*_, **__):
+        (folder / ".writing" / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(other), "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=f"cannot write the model to {folder}: .*No space left on device"):
+        save_checkpoint(other, tokenizer, CheckpointInfo(), str(folder), torch.float32)
+    assert contents(folder) == before
+    assert not (folder / ".writing").exists()
+
+
+def test_an_interrupt_while_saving_leaves_no_model(tmp_path, tokenizer, monkeypatch):
+    model = model_of()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(model, tokenizer, INFO, str(tmp_path), torch.float32)
+    assert not holds_model(tmp_path)
+    monkeypatch.undo()
+    save_checkpoint(model, tokenizer, INFO, str(tmp_path), torch.float32)  # what the interrupt left is no obstacle
+    assert holds_model(tmp_path) and not (tmp_path / ".writing").exists()
+
+
+def test_an_older_model_is_replaced_whole(folder, tokenizer):
+    save_checkpoint(model_of(num_hidden_layers=2), tokenizer, CheckpointInfo(), str(folder), torch.float32)
+    loaded = load_checkpoint(str(folder))
+    assert loaded.depth.num_layers == 2 and loaded.info == CheckpointInfo()
+    assert not [file for file in folder.iterdir() if file.is_dir()]
+
+
+def test_write_info_on_a_full_disk_keeps_the_old_one(folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*layerskip\.json"):
+        write_info(str(folder), CheckpointInfo())
+    assert read_info(str(folder)) == INFO
+
+
+def test_a_model_is_not_overwritten_by_mistake(folder, tmp_path):
+    with pytest.raises(ConfigError, match=f"--output {folder} already holds a model; give --overwrite"):
+        refuse_overwrite(str(folder), overwrite=False)
+    refuse_overwrite(str(folder), overwrite=True)
+    refuse_overwrite(str(tmp_path / "new"), overwrite=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--output must be a folder, got the file"):
+        refuse_overwrite(str(tmp_path / "file"), overwrite=True)
+
+
+def test_nothing_is_written_to_the_terminal(folder, tokenizer, capfd):
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "unexpected": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_checkpoint(str(folder))
+    save_checkpoint(loaded.model, tokenizer, INFO, str(folder), torch.float32)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_gives_back_what_it_found():
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with pytest.raises(KeyError), quiet_transformers():
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+        raise KeyError
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -1,0 +1,191 @@
+import itertools
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from layerskip_core.data import Example
+from layerskip_core.embedded import commands
+from layerskip_core.training.vocabulary import train_tokenizer
+
+# Slots that the grammar fills from closed lists, which all splits share.
+CLOSED_SLOTS = {
+    *("AMOUNT", "ATTRIBUTE_EVENT", "CATEGORY_LOCATION", "CONTACT_RELATED", "METHOD_SHARE", "METHOD_TIMER", "METHOD_TRAVEL"),
+    *("MUSIC_PROVIDER_NAME", "MUSIC_TYPE", "NAME_APP", "ORDINAL", "PERSON_REMINDED", "ROAD_CONDITION", "TAG_MESSAGE"),
+    *("TYPE_CONTENT", "TYPE_REACTION", "TYPE_RSVP", "UNIT_DISTANCE", "WEATHER_ATTRIBUTE", "WEATHER_TEMPERATURE_UNIT"),
+}
+# Calendar words stand in closed lists besides being values of open rules.
+CLOSED_CALENDAR = re.compile(
+    r"(an )?(hour|dai|week|night|month|year)ly|((every|each) )?(mon|tues|wednes|thurs|fri|satur|sun)days?"
+)
+
+
+def labels_of(rows):
+    return {label for row in rows for label in re.findall(r"\[((?:IN|SL):[A-Z_]+)", row.parse)}
+
+
+def leaf_slots(row):
+    """(label, words) of every slot that holds words only."""
+    return set(re.findall(r"\[SL:([A-Z_]+) ([^\[\]]*) \]", row.parse))
+
+
+def chains(row):
+    """Label paths from the root to every intent: (IN:A,), (IN:A, SL:B, IN:C), ..."""
+    path, found = [], set()
+    for token in row.parse.split():
+        if token.startswith("["):
+            path.append(token[1:])
+            if token.startswith("[IN:"):
+                found.add(tuple(path))
+        elif token == "]":
+            path.pop()
+    assert not path
+    return found
+
+
+def novelties(row):
+    """The chains of a row, and which of them occur together."""
+    found = chains(row)
+    return found | {frozenset(pair) for pair in itertools.combinations(found, 2)}
+
+
+def recorded_rows(split, count, monkeypatch):
+    """Rows of a split with their open values and their skeleton, seen as the generator draws them."""
+    grammar = commands.load_grammar()
+    values, blanks, depth = set(), [], [0]
+    root = []
+    draw_open, draw_closed = grammar._open, grammar._closed
+
+    def recording_open(name, *rest):
+        depth[0] += 1
+        value = draw_open(name, *rest)
+        depth[0] -= 1
+        values.add(value)
+        if depth[0] == 0:
+            blanks.append(value)
+        return value
+
+    def recording_closed(alternative, split, rng, out):
+        if depth[0] == 0:
+            root[:] = [out]
+        draw_closed(alternative, split, rng, out)
+
+    monkeypatch.setattr(grammar, "_open", recording_open)
+    monkeypatch.setattr(grammar, "_closed", recording_closed)
+    skeletons = set()
+    for index in range(count):
+        blanks.clear()
+        row = grammar.row(split, random.Random(f"recorded:{split}:{index}"))
+        filled = iter(blanks)
+        tokens = root[0].tokens
+        parse = " ".join(next(filled) if token.startswith("{") else token for token in tokens)
+        assert " ".join(parse.split()) == row.parse  # what was recorded is what the row is made of
+        skeletons.add(" ".join(tokens))
+    monkeypatch.undo()
+    return values, skeletons
+
+
+@pytest.fixture(scope="module")
+def train():
+    return list(commands.rows("train", 20_000))
+
+
+def test_the_grammar_is_sound():
+    assert commands.load_grammar().check() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("== a root\n[IN:X {nowhere} ]", "no rule nowhere"),
+        ("== a root\n[IN:X [SL:Y word ]", "unbalanced brackets"),
+        ("== a root\nplay [SL:Y word ]", "a root alternative starts with [IN:"),
+        ("== a root\n[IN:X (a|[SL:Y b ]) ]", "a bracket inside an inline choice"),
+        ("== a root\n[IN:X Word ]", "upper case outside a label"),
+    ],
+)
+def test_check_names_what_is_wrong(text, problem):
+    assert any(problem in line for line in commands.Grammar({"domain": text}).check())
+
+
+def test_a_malformed_grammar_is_refused_with_its_line():
+    with pytest.raises(ValueError, match=r"d\.txt:3: rule a is defined twice"):
+        commands.Grammar({"d": "== a\nword\n== a"})
+    with pytest.raises(ValueError, match=r"d\.txt:1: an alternative before any rule"):
+        commands.Grammar({"d": "word"})
+
+
+def test_rows_are_a_function_of_split_and_seed():
+    first = list(commands.rows("train", 50, seed=3))
+    assert first == list(commands.rows("train", 50, seed=3))
+    assert first[:20] == list(commands.rows("train", 20, seed=3))
+    assert not {row.utterance for row in first} & {row.utterance for row in commands.rows("train", 50, seed=4)}
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split must be one of train, validation, test, compositional, got dev"):
+        next(commands.rows("dev", 1))
+
+
+def test_a_split_that_runs_dry_says_so(monkeypatch):
+    tiny = commands.Grammar({"d": "== a root\n" + "\n".join(f"[IN:X {'w' * n} ]" for n in range(1, 30))})
+    monkeypatch.setattr(commands, "load_grammar", lambda: tiny)
+    with pytest.raises(ValueError, match="split train has fewer than 50 distinct rows"):
+        list(commands.rows("train", 50))
+
+
+def test_utterance_is_the_parse_without_brackets_and_brackets_balance(train):
+    for row in train[:3000]:
+        assert row.utterance == " ".join(re.sub(r"\[(IN|SL):[A-Z_]+|\]", " ", row.parse).split())
+        assert re.fullmatch(r"(\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+)( (\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+))*", row.parse)
+        assert chains(row)  # and the brackets close
+
+
+def test_there_are_enough_domains_and_labels(train):
+    domains = Counter(row.domain for row in train)
+    assert set(domains) == {"alarms", "events", "messages", "music", "navigation", "reminders", "timers", "weather"}
+    assert min(domains.values()) > 20_000 / len(domains) * 0.9
+    assert len(labels_of(train)) >= 60
+
+
+def test_there_are_over_a_hundred_thousand_training_rows():
+    """Of n draws from N equally likely rows, n^2 / 2N repeat: 40 repeats in 20k draws is N = 5M (skew only raises N)."""
+    grammar = commands.load_grammar()
+    drawn = [grammar.row("train", random.Random(f"birthday:{index}")).utterance for index in range(20_000)]
+    assert len(drawn) - len(set(drawn)) < 40
+
+
+def test_values_and_skeletons_of_test_rows_never_occur_in_training(monkeypatch):
+    trained_values, trained_skeletons = recorded_rows("train", 5000, monkeypatch)
+    for split, count in (("validation", 300), ("test", 300)):
+        values, skeletons = recorded_rows(split, count, monkeypatch)
+        assert len(values) > 300 and len(skeletons) > 200
+        assert not values & trained_values
+        assert not skeletons & trained_skeletons
+    values, _ = recorded_rows("compositional", 300, monkeypatch)
+    assert not values & trained_values
+
+
+def test_only_closed_lists_share_slot_values_between_splits(train):
+    """The same from the rows' text alone."""
+    trained = {value for row in train[:5000] for _, value in leaf_slots(row)}
+    tested = set().union(*(leaf_slots(row) for row in commands.rows("test", 1000)))
+    shared = {(label, value) for label, value in tested if label not in CLOSED_SLOTS and value in trained}
+    assert {value for _, value in shared if not CLOSED_CALENDAR.fullmatch(value)} == set()
+    assert len({value for label, value in tested if label not in CLOSED_SLOTS}) > 1000
+
+
+def test_compositional_rows_nest_as_training_never_does(train):
+    """A chain of labels, or two chains in one row, that 20k training rows do not have, made of labels that they have."""
+    trained = set().union(*(novelties(row) for row in train))
+    rows = list(commands.rows("compositional", 500))
+    assert all(novelties(row) - trained for row in rows)
+    assert labels_of(rows) <= labels_of(train)
+    assert not any(novelties(row) - trained for row in commands.rows("test", 300))
+
+
+def test_outputs_are_long_enough_to_speculate_on(train):
+    tokenizer = train_tokenizer([Example(row.utterance, row.parse) for row in train[:3000]], 1000)
+    lengths = [len(ids) for ids in tokenizer([row.parse for row in commands.rows("test", 500)])["input_ids"]]
+    assert sum(lengths) / len(lengths) >= 30

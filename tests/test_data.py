@@ -1,0 +1,276 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from layerskip_core import data
+from layerskip_core.config import DataConfig
+from layerskip_core.data import PARSING_TEMPLATE, Collator, Example, encode_examples, is_parsing, load_examples
+from layerskip_core.embedded import commands
+from layerskip_core.errors import DataError
+from layerskip_core.training.vocabulary import train_tokenizer
+
+TOPV2_HEADER = "domain\tutterance\tsemantic_parse\n"
+
+
+def written(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(file)
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def load(name, **settings):
+    return [(example.prompt, example.completion) for example in load_examples(DataConfig(name=name, **settings))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(load_examples(DataConfig(limit=300)), 300)
+
+
+GOOD = {
+    "lines of JSON": ("a.jsonl", lines({"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d", "more": 1})),
+    "blank lines between": ("a.jsonl", '{"prompt": "p", "completion": "c"}\n\n{"prompt": "q", "completion": "d"}\n'),
+    "the ending .json": ("a.json", lines({"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d"})),
+    "CSV": ("a.csv", "completion,prompt\nc,p\nd,q\n"),
+    "CSV with a blank line": ("a.csv", "completion,prompt\nc,p\n\nd,q\n"),
+    "JSON with a mark and CRLF": (
+        "a.jsonl",
+        b'\xef\xbb\xbf{"prompt":"p","completion":"c"}\r\n{"prompt":"q","completion":"d"}\r\n',
+    ),
+    "CSV with a mark and CRLF": ("a.csv", b"\xef\xbb\xbfprompt,completion\r\np,c\r\nq,d\r\n"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), GOOD.values(), ids=GOOD.keys())
+def test_good_files(tmp_path, name, content):
+    assert load(written(tmp_path, name, content)) == [("p", "c"), ("q", "d")]
+
+
+def test_parquet(tmp_path):
+    file = tmp_path / "a.parquet"
+    Dataset.from_list([{"prompt": "p", "completion": "c"}, {"prompt": None, "completion": "d"}]).to_parquet(file)
+    assert load(str(file)) == [("p", "c"), ("", "d")]
+
+
+def test_text_is_a_completion_a_line(tmp_path):
+    assert load(written(tmp_path, "a.txt", b"\xef\xbb\xbf one\r\n\r\ntwo \xe2\x80\xa8 words\n")) == [
+        ("", " one"),
+        ("", "two \u2028 words"),
+    ]
+
+
+def test_texts_that_look_like_something_else_stay_as_they_are(tmp_path):
+    """The readers of `datasets` make a date, a number, nothing and a truth value of these."""
+    texts = ["2020-01-01", "07", "NA", "true"]
+    rows = lines(*({"prompt": "null", "completion": text} for text in texts))
+    assert load(written(tmp_path, "a.jsonl", rows)) == [("null", text) for text in texts]
+    table = "prompt,completion\n" + "".join(f"null,{text}\n" for text in texts)
+    assert load(written(tmp_path, "a.csv", table)) == [("null", text) for text in texts]
+
+
+def test_quoted_fields_may_hold_commas_and_line_ends(tmp_path):
+    assert load(written(tmp_path, "a.csv", 'prompt,completion\n"a, b","c\nd"\n')) == [("a, b", "c\nd")]
+
+
+def test_columns_by_flag(tmp_path):
+    name = written(tmp_path, "a.jsonl", lines({"prompt": "x", "question": "q", "answer": "a"}))
+    assert load(name, prompt_column="question", completion_column="answer") == [("q", "a")]
+
+
+def test_without_a_prompt_column_a_row_is_plain_text(tmp_path):
+    assert load(written(tmp_path, "a.jsonl", lines({"text": "t"})), completion_column="text") == [("", "t")]
+    assert load(written(tmp_path, "a.csv", "completion\nc\n")) == [("", "c")]
+
+
+FULL = {"prompt": "p", "completion": "c"}
+BAD = {
+    "malformed JSON": ("a.jsonl", lines(FULL) + '\n{"prompt": "p",\n', r"a\.jsonl:3: not valid JSON"),
+    "not an object": ("a.jsonl", lines(FULL, ["p", "c"]), r"a\.jsonl:2: needed a JSON object a line, found list"),
+    "no completion": (
+        "a.jsonl",
+        lines(FULL, {"prompt": "p"}),
+        r"a\.jsonl:2: no column 'completion' \(--completion-column\); found prompt",
+    ),
+    "a prompt that stops coming": (
+        "a.jsonl",
+        lines(FULL, {"completion": "c"}),
+        r"a\.jsonl:2: no column 'prompt' \(--prompt-column\)",
+    ),
+    "an empty completion": (
+        "a.jsonl",
+        lines(FULL, {"prompt": "p", "completion": " "}),
+        r"a\.jsonl:2: the completion must be a text",
+    ),
+    "null": ("a.jsonl", lines(FULL, {"prompt": "p", "completion": None}), r"a\.jsonl:2: the completion must be .* found None"),
+    "a number": ("a.jsonl", lines(FULL, {"prompt": "p", "completion": 5}), r"a\.jsonl:2: the completion must be .* found 5"),
+    "a prompt that is a list": (
+        "a.jsonl",
+        lines({"prompt": ["p"], "completion": "c"}),
+        r"a\.jsonl:1: the prompt must be a text",
+    ),
+    "JSON in Latin-1": (
+        "a.jsonl",
+        lines(FULL).encode() + b'{"completion": "\xe9"}\n',
+        r"a\.jsonl:2: not UTF-8 text: .* at byte 17",
+    ),
+    "empty JSON": ("a.jsonl", "\n", r"a\.jsonl holds no rows"),
+    "too many fields": ("a.csv", "prompt,completion\np,c\np,c,d\n", r"a\.csv:3: needed 2 fields, found 3"),
+    "no such CSV column": ("a.csv", "prompt,target\np,c\n", r"a\.csv:1: no column 'completion' .* found prompt, target"),
+    "an empty CSV field": ("a.csv", "prompt,completion\np,c\np,\n", r"a\.csv:3: the completion must be a text"),
+    "a quote left open": ("a.csv", 'prompt,completion\np,c\np,"c\nq,d\n', r"a\.csv:4: unexpected end of data"),
+    "CSV in UTF-16": ("a.csv", "prompt,completion\np,c\n".encode("utf-16"), r"a\.csv:1: not UTF-8 text"),
+    "empty CSV": ("a.csv", "", r"a\.csv:1: no column 'completion' .* found none"),
+    "only a header": ("a.csv", "prompt,completion\n", r"a\.csv holds no rows"),
+    "no Parquet": ("a.parquet", "text", r"cannot load data .*a\.parquet: "),
+    "empty text": ("a.txt", " \n", r"a\.txt holds no rows"),
+    "text in Latin-1": ("a.txt", b"one\ntw\xf6\n", r"a\.txt:2: not UTF-8 text: .* at byte 3"),
+    "another ending": ("a.xml", "<a/>", r"a\.xml: needed one of \.jsonl, .* found the ending '\.xml'"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message) as error:
+        load(written(tmp_path, name, content))
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path):
+    file = tmp_path / "a.parquet"
+    Dataset.from_list([{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": None}]).to_parquet(file)
+    with pytest.raises(DataError, match=r"a\.parquet:2: the completion must be"):
+        load(str(file))
+    with pytest.raises(DataError, match=r"no column 'answer' \(--completion-column\); found prompt, completion"):
+        load(str(file), completion_column="answer")
+
+
+def test_missing_and_unknown_data(tmp_path):
+    with pytest.raises(DataError, match=r"--data some/missing\.jsonl: there is no such file"):
+        load("some/missing.jsonl")
+    with pytest.raises(DataError, match="--data nonsense is none of: commands, topv2, a "):
+        load("nonsense")
+    with pytest.raises(DataError, match="cannot load data nobody/nothing: "):
+        load("nobody/nothing")
+
+
+def topv2(tmp_path, **files):
+    for name, rows in files.items():
+        written(tmp_path, f"{name}.tsv", TOPV2_HEADER + rows)
+    return str(tmp_path)
+
+
+def test_a_topv2_folder_reads_every_domain_of_a_split(tmp_path):
+    folder = topv2(
+        tmp_path,
+        b_train='b\tsay "hi\t[IN:B say "hi ]\r\n',
+        a_train="a\tgo\t[IN:A go ]\n",
+        a_eval="a\tstop\t[IN:A stop ]\n",
+    )
+    assert load(folder) == [("go", "[IN:A go ]"), ('say "hi', '[IN:B say "hi ]')]
+    assert load(folder, split="validation") == [("stop", "[IN:A stop ]")]
+
+
+def test_bad_topv2_folders(tmp_path):
+    with pytest.raises(DataError, match=r"holds no TOPv2 files named DOMAIN_train\.tsv"):
+        load(str(tmp_path))
+    with pytest.raises(DataError, match="--split must be one of train, validation, test for TOPv2, got dev"):
+        load(str(tmp_path), split="dev")
+    topv2(tmp_path, a_train="a\tgo\t[IN:A go ]\na\tgo\n")
+    with pytest.raises(DataError, match=r"a_train\.tsv:3: needed 3 tab-separated fields, found 2"):
+        load(str(tmp_path))
+    topv2(tmp_path, a_train="a\tgo\t\n")
+    with pytest.raises(DataError, match=r"a_train\.tsv:2: the completion must be"):
+        load(str(tmp_path))
+    written(tmp_path, "a_train.tsv", "domain\tutterance\na\tgo\n")
+    with pytest.raises(DataError, match=r"a_train\.tsv:1: needed the columns domain, .* found domain, utterance"):
+        load(str(tmp_path))
+
+
+def test_topv2_by_name_comes_from_the_hub(monkeypatch):
+    asked = []
+
+    def hub(name, **keywords):
+        asked.append((name, keywords))
+        return Dataset.from_list([{"domain": "a", "utterance": "go", "semantic_parse": "[IN:A go ]"}])
+
+    monkeypatch.setattr(data, "_load_dataset", hub)
+    assert load("topv2", split="validation") == [("go", "[IN:A go ]")]
+    assert asked == [("WillHeld/top_v2", {"split": "eval"})]
+    with pytest.raises(DataError, match="--split must be one of"):
+        load("topv2", split="dev")
+
+
+def test_rows_of_a_hub_id_are_checked_too(monkeypatch):
+    rows = [{"question": "q", "answer": "a"}, {"question": "r", "answer": ""}]
+    monkeypatch.setattr(data, "_load_dataset", lambda name, split: Dataset.from_list(rows))
+    columns = {"prompt_column": "question", "completion_column": "answer"}
+    with pytest.raises(DataError, match="owner/set:2: the completion must be a text that is not empty, found ''"):
+        load("owner/set", **columns)
+    rows.pop()
+    assert load("owner/set", **columns) == [("q", "a")]
+    with pytest.raises(DataError, match=r"owner/set: no column 'completion' \(--completion-column\); found question, answer"):
+        load("owner/set")
+
+
+def test_the_limit_is_spread_over_the_rows(tmp_path):
+    name = written(tmp_path, "a.txt", "".join(f"{row}\n" for row in range(10)))
+    assert [completion for _, completion in load(name, limit=4)] == ["0", "2", "5", "7"]
+    assert len(load(name, limit=99)) == len(load(name)) == 10
+
+
+def test_commands_by_name():
+    rows = load_examples(DataConfig(limit=5, seed=1))
+    assert rows == load_examples(DataConfig(limit=7, seed=1))[:5] != load_examples(DataConfig(limit=5, seed=2))
+    with pytest.raises(DataError, match="--split must be one of train, validation, test, compositional for commands, got dev"):
+        load("commands", split="dev")
+
+
+def test_more_commands_than_there_are(monkeypatch):
+    tiny = commands.Grammar({"d": "== a root\n" + "\n".join(f"[IN:X {'w' * length} ]" for length in range(1, 30))})
+    monkeypatch.setattr(commands, "load_grammar", lambda: tiny)
+    with pytest.raises(DataError, match="--samples 50: split train has fewer than 50 distinct rows"):
+        load("commands", limit=50)
+
+
+def test_what_is_parsing(tmp_path):
+    assert [is_parsing(DataConfig(name=name)) for name in ("commands", "topv2", str(tmp_path), "a.jsonl")] == [True] * 3 + [
+        False
+    ]
+
+
+def test_prompts_are_masked_and_rows_end(tokenizer):
+    encoded = encode_examples([Example("hi", "[IN:A ]"), Example("", "go")], tokenizer, PARSING_TEMPLATE, 64)
+    prompt, completion = tokenizer("hi\n")["input_ids"], tokenizer("[IN:A ]")["input_ids"]
+    plain = tokenizer("go")["input_ids"]  # no prompt, no template
+    assert encoded.rows[0] == {
+        "input_ids": [*prompt, *completion, 2],
+        "labels": [-100] * len(prompt) + [*completion, 2],
+        "length": len(prompt) + len(completion) + 1,
+    }
+    assert encoded.rows[1]["input_ids"] == encoded.rows[1]["labels"] == [*plain, 2]
+    assert encoded.tokens == len(prompt) + len(completion) + len(plain) + 2
+    assert encoded.target_tokens == len(completion) + len(plain) + 2
+    assert encoded.truncated == 0
+
+
+def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
+    long = Example("hi", "go " * 50)
+    encoded = encode_examples([long, Example("hi " * 50, "go"), Example("hi", "go")], tokenizer, PARSING_TEMPLATE, 20)
+    assert encoded.truncated == 2 and len(encoded.rows) == 2
+    whole = tokenizer("hi\n")["input_ids"] + tokenizer(long.completion)["input_ids"]
+    assert encoded.rows[0]["input_ids"] == whole[:20]
+    with pytest.raises(DataError, match="no row has room for a completion within --max-length 3"):
+        encode_examples([long], tokenizer, "a prompt of many tokens: {prompt}\n", 3)
+
+
+def test_batches_are_padded_at_the_right_and_their_first_label_does_not_count():
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    batch = Collator(pad_id=0)(rows)
+    torch.testing.assert_close(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 0]]))
+    torch.testing.assert_close(batch["labels"], torch.tensor([[-100, 6, 7], [-100, 9, -100]]))

@@ -1,0 +1,135 @@
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
+
+from layerskip_core.config import RecipeConfig
+from layerskip_core.training.exit_loss import exit_weights
+from layerskip_core.training.module import Moment, RecipeModule
+
+
+def batch(rows=4, length=9):
+    ids = torch.randint(3, 67, (rows, length), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return ids, labels
+
+
+def run(model, recipe, moment, ids, labels, **keywords):
+    return RecipeModule(model, recipe, **keywords).train()(ids, labels, moment)
+
+
+def layer_rows(model):
+    """Counts the rows that each layer runs from now on."""
+    rows = [0] * len(model.model.layers)
+
+    def count(at):
+        return lambda _, args: rows.__setitem__(at, rows[at] + args[0].shape[0])
+
+    for at, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(count(at))  # inside the layer, so that a recomputation counts too
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "step", "exits"),
+    [
+        ("rotational", 0, (1, 4, 6)),  # R = 3: layer indices 0 and 3, and the last
+        ("rotational", 1, (2, 5, 6)),
+        ("rotational", 2, (3, 6)),
+        ("gradual", 0, (6,)),
+        ("gradual", 2, (5, 6)),  # T = 12, L = 6: one more exit a step from t = 1 on
+        ("gradual", 6, (1, 2, 3, 4, 5, 6)),
+        ("none", 3, (6,)),
+    ],
+)
+def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step, exits):
+    ids, labels = batch()
+    recipe = RecipeConfig(p_max=0, e_scale=0.2, curriculum=curriculum, rotation=3)
+    output = run(llama, recipe, Moment(step, 12), ids, labels)
+    assert output["exit_layers"] == exits
+    weights = torch.tensor(exit_weights(exits, 6, 0.2))
+    torch.testing.assert_close(output["loss"], (weights * output["per_exit"]).sum())
+
+
+def test_without_the_recipe_it_is_the_plain_loss(llama):
+    ids, labels = batch()
+    output = run(llama, RecipeConfig(p_max=0, curriculum="none"), Moment(0, 1), ids, labels)
+    targets = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(output["loss"] / targets, llama(ids, labels=labels).loss.float())
+
+
+def test_padding_changes_nothing(llama):
+    """At the right without a mask, at the left with one."""
+    ids, labels = batch()
+    recipe = RecipeConfig(p_max=0, curriculum="all")
+    plain = run(llama, recipe, Moment(0, 1), ids, labels)["per_exit"]
+    filler, ignored = torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), -100)
+    right = run(llama, recipe, Moment(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1))
+    torch.testing.assert_close(right["per_exit"], plain)
+    mask = torch.cat([filler, torch.ones_like(ids)], 1)
+    left = RecipeModule(llama, recipe).train()(
+        torch.cat([filler, ids], 1), torch.cat([ignored, labels], 1), Moment(0, 1), attention_mask=mask
+    )
+    torch.testing.assert_close(left["per_exit"], plain)
+
+
+def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
+    """S(t) is 0 at the first step and 1 at the last, where p is 0.9 at the last layer."""
+    ids, labels = batch(rows=40)
+    recipe = RecipeConfig(p_max=0.9, curriculum="none")
+    for step, scratch, expected in ((0, True, 40), (9, True, 4), (0, False, 4)):
+        model = tiny_model()
+        rows = layer_rows(model)
+        run(model, recipe, Moment(step, 10), ids, labels, from_scratch=scratch)
+        assert rows[0] == 40  # p of the first layer is 0
+        assert rows[5] == pytest.approx(expected, abs=6)  # 3 standard deviations of 40 draws at 0.9
+
+
+def test_dropout_is_a_function_of_seed_and_moment(llama):
+    ids, labels = batch()
+    recipe = RecipeConfig(p_max=0.9, curriculum="none")
+    first = run(llama, recipe, Moment(3, 10, 1), ids, labels, seed=7)["loss"]
+    torch.manual_seed(99)
+    torch.testing.assert_close(run(llama, recipe, Moment(3, 10, 1), ids, labels, seed=7)["loss"], first, rtol=0, atol=0)
+    others = [(Moment(4, 10, 1), 7), (Moment(3, 10, 2), 7), (Moment(3, 10, 1), 8)]
+    losses = [run(llama, recipe, moment, ids, labels, seed=seed)["loss"].item() for moment, seed in others]
+    assert first.item() not in losses
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    """The backward pass runs the layers again: it must drop the same rows."""
+    ids, labels = batch()
+    recipe = RecipeConfig(p_max=0.8, curriculum="all")
+    gradients = []
+    for recompute in (False, True):
+        model = tiny_model()
+        module = RecipeModule(model, recipe).train()
+        if recompute:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rows = layer_rows(model)
+        module(ids, labels, Moment(2, 10))["loss"].backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert rows[0] == (8 if recompute else 4) and rows[5] < rows[0]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
+
+
+def test_lora_trains_adapters_only_and_the_exits_see_them():
+    ids, labels = batch()
+    base = tiny_model()
+    before = copy.deepcopy(base.state_dict())
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    module = RecipeModule(adapted, RecipeConfig(p_max=0, curriculum="all")).train()
+    first = module(ids, labels, Moment(0, 10))
+    first["loss"].backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert trained and all("lora_" in name for name in trained)
+    torch.optim.SGD([parameter for parameter in adapted.parameters() if parameter.requires_grad], 1e-3).step()
+    second = module(ids, labels, Moment(0, 10))
+    assert (second["per_exit"] != first["per_exit"]).all()
+    merged = adapted.unload()
+    assert all(torch.equal(value, before[name]) for name, value in merged.state_dict().items())

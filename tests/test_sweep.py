@@ -1,0 +1,172 @@
+"""The sweep: marks and advice from known tables, and a run on the tiny model."""
+
+from dataclasses import replace
+
+import pytest
+from evaluating import LAYERS, outputs_of, own_answers, tiny_loaded
+
+from layerskip_core.config import DecodingConfig, SweepConfig, parse_counts
+from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.generation import Failure, Progress
+from layerskip_core.evaluation.metrics import Difference, reference_losses
+from layerskip_core.evaluation.sweep import ExitResult, baseline_drift, default_exits, exit_result, mark_pareto, recommend, sweep
+
+
+def row(strategy, exit_layer=None, drafts=None, quality=1.0, speed=100.0, **changes):
+    speculative = strategy == "self-speculative"
+    accepted = (0.7, 0.7 * drafts) if speculative else (None, None)
+    return ExitResult(
+        strategy, exit_layer, drafts, {"exact_match": quality}, None, *accepted, speed, speed / 100, 1.0, **changes
+    )  # fmt: skip
+
+
+PLAIN = row("autoregressive")
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [("3,6,8", (3, 6, 8)), ("8, 3,3", (3, 8)), ("5", (5,)), ("2:8:3", (2, 5, 8)), ("2:7:3", (2, 5)), ("4:6", (4, 5, 6)), ("4:4", (4,))],
+)
+def test_counts(text, counts):
+    assert parse_counts(text, "--exits") == counts
+
+
+@pytest.mark.parametrize("text", ["", "a", "3,", "8:2", "2:8:0", "2:8:-1", "1:2:3:4", ":", "2:", "1.5"])
+def test_bad_counts_name_the_flag(text):
+    with pytest.raises(ConfigError, match=r"--exits must be a list such as 3,6,8 or a range A:B:STEP"):
+        parse_counts(text, "--exits")
+
+
+@pytest.mark.parametrize(("layers", "exits"), [(24, (3, 4, 6, 8, 12, 18)), (6, (1, 2, 3, 4)), (2, (1,)), (30, (4, 5, 8, 10, 15, 22))])
+def test_default_exits(layers, exits):
+    assert default_exits(layers) == exits
+
+
+def test_pareto_marks_of_a_known_table():
+    table = [
+        PLAIN,  # as good as the drafted ones, and slower
+        row("early-exit", 3, quality=0.2, speed=400),  # the fastest
+        row("early-exit", 6, quality=0.1, speed=300),  # beaten by exit 3 in both
+        row("early-exit", 12, quality=0.9, speed=190),  # slower and worse than exit 6 with drafts
+        row("early-exit", 8, quality=0.9, speed=250),
+        row("self-speculative", 6, 4, speed=200),
+        row("self-speculative", 6, 8, speed=200),  # the very same point: neither beats the other
+        row("self-speculative", 8, 8, speed=150),
+    ]
+    marks = [result.pareto for result in mark_pareto(table, "exact_match")]
+    assert marks == [False, True, False, False, True, True, True, False]
+
+
+def test_the_fastest_faithful_setting_is_recommended():
+    table = [PLAIN, row("early-exit", 3, speed=900), row("self-speculative", 6, 4, speed=170), row("self-speculative", 8, 6, speed=182)]
+    advice = recommend(table, near_tie=1e-3, drift=0.02)
+    assert (advice.exit_layer, advice.num_draft_tokens, advice.speedup, advice.baseline_drift) == (8, 6, 1.82, 0.02)
+    assert advice.reason == (
+        "exit 8 with 6 draft tokens is the fastest of 2 settings, 1.82x autoregressive decoding (182 against 100 tokens/s): "
+        "70% of the drafts are accepted, and 100% of the outputs are identical"
+    )
+
+
+def test_other_outputs_are_set_aside_and_near_ties_are_not():
+    wrong = row("self-speculative", 6, 4, speed=300, differences=(Difference(0, 3, 0.5),))
+    failed = row("self-speculative", 6, 6, speed=300, failures=(Failure(0, "out of memory"),))
+    tied = replace(row("self-speculative", 8, 6, speed=182), identical_outputs=0.9, differences=(Difference(1, 3, 1e-4),))
+    advice = recommend([PLAIN, wrong, failed, tied], near_tie=1e-3, drift=0.0)
+    assert (advice.exit_layer, advice.num_draft_tokens) == (8, 6)
+    assert advice.reason.endswith(
+        "90% of the outputs are identical (the others part at near-ties, 1 of them); "
+        "2 of 3 settings gave other outputs and were set aside"
+    )
+    nothing = recommend([PLAIN, wrong], near_tie=1e-3, drift=0.0)
+    assert (nothing.exit_layer, nothing.num_draft_tokens, nothing.speedup) == (None, None, None)
+    assert nothing.reason.startswith("no self-speculative setting kept the autoregressive outputs")
+
+
+def test_says_that_speculation_does_not_pay():
+    advice = recommend([PLAIN, row("self-speculative", 8, 6, speed=104)], near_tie=1e-3, drift=0.0)
+    assert (advice.exit_layer, advice.num_draft_tokens, advice.speedup) == (None, None, 1.04)
+    assert advice.reason == (
+        "speculation does not pay on this model and machine: exit 8 with 6 draft tokens, the best setting, reaches 1.04x"
+    )
+
+
+def test_a_restless_machine_is_told():
+    reason = recommend([PLAIN, row("self-speculative", 8, 6, speed=200)], near_tie=1e-3, drift=0.25).reason
+    assert reason.endswith("; the autoregressive baseline itself varied by 25%, so measure again on a quieter machine")
+
+
+def test_drift_is_the_median_change_of_the_baseline():
+    first, second = outputs_of([(1, 1.0)], [(2, 1.0)], [(1, 1.0)]), outputs_of([(1, 1.1)], [(2, 0.8)], [(1, 3.0)])
+    assert baseline_drift(first, second) == pytest.approx(0.2)
+
+
+def test_speedup_from_known_times():
+    baseline = outputs_of([(1, 1.0), (1, 1.0)])
+    found = outputs_of([(1, 1.0), (3, 1.0)])
+    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, baseline, 1.25, {"exact_match": 0.0}, None)
+    assert (result.tokens_per_second, result.speedup, result.identical_outputs) == (2.0, 2.5, 0.0)
+
+
+def test_a_sweep_of_the_tiny_model():
+    loaded, task = tiny_loaded(), own_answers()
+    *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
+    assert progress == [Progress(done, 3, phase) for phase in ("perplexity", "prompts") for done in (1, 2, 3)]
+    ways = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
+    assert ways == [
+        ("autoregressive", None, None),
+        ("early-exit", 2, None),
+        ("early-exit", 5, None),
+        ("self-speculative", 2, 2),
+        ("self-speculative", 2, 4),
+        ("self-speculative", 5, 2),
+        ("self-speculative", 5, 4),
+    ]
+    plain, *early_exits = record.results[:3]
+    drafted = record.results[3:]
+    assert [result.metrics["exact_match"] for result in record.results] == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert [result.identical_outputs for result in record.results] == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert plain.speedup == pytest.approx(1.0, abs=0.99)
+    losses = sum((reference_losses(loaded, example, [2, 5, LAYERS]) for example in task.examples[1:]),
+                 reference_losses(loaded, task.examples[0], [2, 5, LAYERS]))
+    assert [result.perplexity for result in (plain, *early_exits)] == [losses.perplexity(layer) for layer in (LAYERS, 2, 5)]
+    assert all(result.perplexity is None for result in drafted)
+    # A deeper exit of this model agrees with it more often.
+    assert drafted[2].acceptance_rate > drafted[0].acceptance_rate
+    for result in drafted:
+        assert 0 <= result.mean_accepted_tokens <= result.num_draft_tokens
+    assert record.config["exits"] == (2, 5)
+    assert record.recommendation.reason
+
+
+def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
+    from layerskip_core.evaluation import generation
+
+    order = []
+    honest = generation.measure
+
+    def recorded(loaded, prompt, config):
+        order.append(config.strategy)
+        return honest(loaded, prompt, config)
+
+    monkeypatch.setattr(generation, "measure", recorded)
+    list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", exits=(2, 5), specs=(2,))))
+    once = ["autoregressive", "early-exit", "early-exit", "autoregressive", "self-speculative", "self-speculative"]
+    assert order == once * 2  # warm-up and measurement
+
+
+def test_exits_outside_the_model_are_refused():
+    with pytest.raises(ConfigError, match=r"--exits must be in 1..5, got 6 \(model has 6 layers\)"):
+        list(sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 6))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exits": (0, 2)}, "--exits must be layers of at least 1, got 0,2"),
+        ({"specs": (0, 2)}, "--specs must be draft lengths of at least 1, got 0,2"),
+        ({"specs": ()}, "--specs must be at least one draft length, got none"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SweepConfig(**settings)
