@@ -34,7 +34,7 @@ def sweep_exits(
     task: TaskName = None,
     data: Source = None,
     split: Split = "test",
-    samples: Samples = 16,
+    samples: Samples = 12,
     exits: Annotated[str | None, typer.Option(help="3,6,8 or A:B:STEP, both ends included. [default: six of them]")] = None,
     specs: Annotated[str, typer.Option(help="Draft lengths, in the same form.")] = "2,4,6,8,12",
     max_new_tokens: MaxNewTokens = None,

@@ -166,7 +166,7 @@ class TaskConfig:
     task: str | None = None
     data: str | None = None
     split: str = "test"
-    samples: int = 16
+    samples: int = 12
     seed: int = 0
     max_new_tokens: int | None = None
     prompt_column: str = "prompt"

@@ -46,7 +46,9 @@ def own_answers(samples: int = 3) -> Task:
 TOO_LONG = Example("word " * 200, "x")  # more than the tiny model's context
 
 
-def outputs_of(*steps: list[tuple[int, float]], ids: tuple[tuple[int, ...], ...] = (), stats: DecodeStats | None = None) -> Outputs:
+def outputs_of(
+    *steps: list[tuple[int, float]], ids: tuple[tuple[int, ...], ...] = (), stats: DecodeStats | None = None
+) -> Outputs:
     """Outputs with the steps (tokens, seconds) given; all the stats are the first one's."""
     each = []
     for number, mine in enumerate(steps):

@@ -79,7 +79,7 @@ def test_a_difference_is_located_with_the_targets_gap_there():
     assert differences(loaded, task.examples, plain, plain) == ()
 
 
-def test_the_order_rotates_and_every_setting_answers_every_prompt(monkeypatch):
+def test_the_order_changes_and_every_setting_answers_every_prompt(monkeypatch):
     calls = []
 
     def recorded(loaded, prompt, config):
@@ -93,7 +93,7 @@ def test_the_order_rotates_and_every_setting_answers_every_prompt(monkeypatch):
     progress, outputs = collect(measure_interleaved(None, task.examples, settings, repeats=2))
     assert calls[:3] == [(prompts[0], 1), (prompts[0], 2), (prompts[0], 3)]  # warm-up
     orders = [[layer for _, layer in calls[start : start + 3]] for start in range(3, len(calls), 3)]
-    assert orders == [[1, 2, 3], [2, 3, 1], [3, 1, 2], [2, 3, 1], [3, 1, 2], [1, 2, 3]]
+    assert orders == [[1, 2, 3], [2, 1, 3], [3, 1, 2], [2, 1, 3], [3, 1, 2], [1, 3, 2]]
     assert [prompt for prompt, _ in calls[3::3]] == prompts * 2
     assert [[one.ids for one in found.each] for repeats in outputs for found in repeats] == [
         [(layer,)] * 3 for layer in (1, 1, 2, 2, 3, 3)
@@ -112,7 +112,7 @@ def test_a_prompt_that_fails_is_recorded_and_the_others_go_on():
 
 
 def test_nothing_but_failures_is_an_error():
-    with pytest.raises(LayerSkipError, match=r"none of the 1 prompts could be answered; the first: the prompt must be at most 127"):
+    with pytest.raises(LayerSkipError, match=r"none of the 1 prompts could be answered; the first: the prompt must"):
         collect(measure_interleaved(tiny_loaded(), task_of(TOO_LONG).examples, [PLAIN]))
 
 

@@ -69,6 +69,12 @@ def test_bad_data_is_named(tmp_path, name, content, message):
         load_task(TaskConfig(str(tmp_path / name)))
 
 
+def test_a_split_without_rows_is_named(tmp_path):
+    (tmp_path / "music_test.tsv").write_text("domain\tutterance\tsemantic_parse\n")
+    with pytest.raises(DataError, match="has no rows in split test"):
+        load_task(TaskConfig(data=str(tmp_path)))
+
+
 def test_an_unknown_task_is_named():
     with pytest.raises(DataError, match="nothing-here"):
         load_task(TaskConfig("nothing-here"))

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from ..decoding import DecodeStats, StopReason, decode
 from ..errors import LayerSkipError
 from .memory import PeakMemory
 from .metrics import Difference, first_difference, top2_gap
+
+_WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -132,18 +134,18 @@ def measure_interleaved(
 ) -> Generator[Progress, None, list[list[Outputs]]]:
     """Decodes every prompt in every setting, `repeats` times; yields progress, returns outputs by [setting][repeat].
 
-    All settings meet a prompt one after the other, in an order that rotates from prompt to prompt: a machine that slows down
-    slows all of them. Before that each decodes the first prompt, unmeasured. Raises LayerSkipError when every prompt failed.
+    All settings meet a prompt one after the other, so a machine that slows down slows all of them. From prompt to prompt the
+    order rotates and turns round, so none always follows the same other. Before all that each decodes a few tokens,
+    unmeasured. Raises LayerSkipError when every prompt failed.
     """
     for setting in settings:
-        measure(loaded, examples[0].prompt, setting)
+        measure(loaded, examples[0].prompt, replace(setting, max_new_tokens=min(_WARM_UP_TOKENS, setting.max_new_tokens)))
     outputs: list[list[Outputs]] = [[] for _ in settings]
     for repeat in range(repeats):
         found: list[list[Output]] = [[] for _ in settings]
         for number, example in enumerate(examples):
-            for place in range(len(settings)):
-                turn = (place + number + repeat) % len(settings)
-                found[turn].append(measure(loaded, example.prompt, settings[turn]))
+            for place in _order(len(settings), number + repeat):
+                found[place].append(measure(loaded, example.prompt, settings[place]))
             yield Progress(repeat * len(examples) + number + 1, repeats * len(examples), "prompts")
         for mine, new in zip(outputs, found, strict=True):
             mine.append(Outputs(tuple(new)))
@@ -167,6 +169,12 @@ def differences(
 def finite(value: float) -> float | None:
     """The value, or None for a NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
+
+
+def _order(count: int, turn: int) -> list[int]:
+    """0..count-1 beginning at `turn`, backwards on every odd turn."""
+    step = -1 if turn % 2 else 1
+    return [(turn + step * place) % count for place in range(count)]
 
 
 def _seconds_per_token(steps: Sequence[Step]) -> float:

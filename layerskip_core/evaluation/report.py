@@ -68,8 +68,9 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
         for result in record.results
     ]
     note = "* on the Pareto frontier of quality against speed."
-    if record.recommendation is not None:
-        note += f"\nRecommended: {record.recommendation.reason}."
+    advice = record.recommendation
+    if advice is not None:
+        note += f"\n{'Not recommended' if advice.exit_layer is None else 'Recommended'}: {advice.reason}."
     return TextTable(headers, tuple(rows), note)
 
 
@@ -117,11 +118,12 @@ def pareto_plot(record: RunRecord[ExitResult], quality_metric: str) -> bytes:
         axes.annotate(_label(result), point, textcoords="offset points", xytext=(4, 6), fontsize=8)
     axes.set_xlabel("tokens per second")
     axes.set_ylabel(f"{quality_metric.replace('_', ' ')} (%)")
-    axes.set_ylim(-5, 105)
+    top = 110 * max(result.metrics[quality_metric] for result in record.results) or 1.0
+    axes.set_ylim(-0.05 * top, top)
     axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
-    axes.set_title(f"{record.config['model']} on {record.config['task']['task']}")
+    axes.set_title(f"{Path(record.config['model']).name} on {Path(record.config['task']['task']).name}")
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

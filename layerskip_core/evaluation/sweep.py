@@ -61,7 +61,8 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
     second = others.pop(half)
     seconds = Outputs(first.each + second.each).seconds_per_token
     perplexity = losses.perplexity(loaded.depth.num_layers)
-    results = [exit_result(baseline, first, first, seconds, task.score(first.texts), perplexity)]
+    plain = exit_result(baseline, first, first, seconds, task.score(first.texts), perplexity)
+    results = [replace(plain, tokens_per_second=1 / seconds, speedup=1.0)]  # of both its measurements
     for setting, found in zip(ways, others, strict=True):
         drafts = setting.strategy == "self-speculative"
         perplexity = None if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
@@ -145,7 +146,7 @@ def baseline_drift(first: Outputs, second: Outputs) -> float:
 def default_exits(num_layers: int) -> tuple[int, ...]:
     """Six exits, denser among the early ones, where a draft is cheap; of 24 layers 3, 4, 6, 8, 12 and 18."""
     shares = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
-    return tuple(sorted({max(1, round(num_layers * share)) for share in shares}))
+    return tuple(sorted({max(1, min(round(num_layers * share), num_layers - 1)) for share in shares}))
 
 
 def _resolved(loaded: LoadedModel, task: Task, config: SweepConfig) -> SweepConfig:

@@ -43,13 +43,15 @@ def load_task(config: TaskConfig) -> Task:
     """The task's rows, read at once.
 
     Raises:
-        DataError: no such data, no such column, a malformed row, or a row without a prompt.
+        DataError: no such data, no such column, no rows, a malformed row, or a row without a prompt.
     """
     name = config.task or config.data or "commands"
     source = config.data or name
     column = config.completion_column or _reference_column(Path(source))
     data = DataConfig(source, config.split, config.prompt_column, column, config.samples, config.seed)
     examples = tuple(load_examples(data))
+    if not examples:
+        raise DataError(f"--data {source} has no rows in split {config.split}")
     for number, example in enumerate(examples, start=1):
         if not example.prompt.strip():
             raise DataError(f"--data {source}: a task needs a prompt in every row, found none in row {number} of those read")

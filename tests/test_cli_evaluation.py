@@ -1,0 +1,141 @@
+"""`sweep-exits` and `bench` from the command line, on a tiny model in a folder."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+import typer
+from evaluating import own_answers, tiny_loaded
+from typer.testing import CliRunner
+
+from cli.bench import bench
+from cli.sweep_exits import sweep_exits
+from layerskip_core.checkpoint import read_info, save_checkpoint
+from layerskip_core.errors import LayerSkipError
+
+app = typer.Typer()
+app.command("sweep-exits")(sweep_exits)
+app.command("bench")(bench)
+
+
+@pytest.fixture
+def model(tmp_path):
+    loaded = tiny_loaded(torch.float32)
+    save_checkpoint(loaded.model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The model's own answers as a file: exact match is 100% wherever decoding is the model's own."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": example.prompt, "reference": example.completion} for example in own_answers().examples]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def run(*arguments):
+    """A command in this process; whatever it raises comes through."""
+    result = CliRunner().invoke(app, list(arguments))
+    if isinstance(result.exception, LayerSkipError):
+        raise result.exception
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def test_sweep_prints_json_and_writes_files(tmp_path, model):
+    result = run(
+        "sweep-exits", "--model", model, "--samples", "2", "--exits", "2,5", "--specs", "2", "--max-new-tokens", "6",
+        "--format", "json", "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    document = json.loads(result.stdout)
+    assert [(one["strategy"], one["exit_layer"]) for one in document["results"]] == [
+        ("autoregressive", None), ("early-exit", 2), ("early-exit", 5), ("self-speculative", 2), ("self-speculative", 5),
+    ]  # fmt: skip
+    assert document["config"]["task"]["task"] == "commands"
+    assert document["environment"]["dtype"] == "float32"
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pareto.png", "sweep.csv", "sweep.json"]
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == document
+    assert "wrote sweep.json, sweep.csv and pareto.png" in result.stderr
+
+
+def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run("sweep-exits", "--model", model, "--data", data, "--exits", "5", "--specs", "12", "--max-new-tokens", "12")
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["strategy", "exit", "spec", "R2", "EM", "ppl", "accept", "mean", "tok/s", "speed", "same"]
+    assert [line.split()[0] for line in lines[2:5]] == ["autoregressive", "early-exit", "self-speculative"]
+    cells = lines[4].split()
+    assert (cells[:3], cells[4]) == (["self-speculative", "5", "12"], "100%")
+    assert max(map(len, lines)) <= 80
+    assert "…" not in result.stdout
+    assert "ecommended: " in result.stdout
+    assert "prompts 3/3" in result.stderr
+    assert "prompts 3/3" not in result.stdout
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_save_writes_the_recommendation_if_there_is_one(model, monkeypatch, pays):
+    monkeypatch.setattr("layerskip_core.evaluation.sweep._WORTHWHILE", 0.0 if pays else 1e9)
+    result = run(
+        "sweep-exits", "--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6", "--save"
+    )
+    info = read_info(model)
+    assert (info.exit_layer, info.num_draft_tokens) == ((5, 3) if pays else (None, None))
+    assert info.prompt_template == "{prompt}\n"
+    assert ("saved exit 5 and 3 draft tokens" if pays else "--save changed nothing: speculation does not pay") in result.stderr
+
+
+def test_save_needs_a_folder():
+    with pytest.raises(LayerSkipError, match=r"--save needs a --model that is a folder.*got embedded"):
+        run("sweep-exits", "--save")
+
+
+def test_bench_formats(tmp_path, model, data):
+    arguments = ("bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1")
+    arguments += ("--max-new-tokens", "12")
+    table = run(*arguments, "--output", str(tmp_path / "out")).stdout.splitlines()
+    assert table[0].split() == ["autoregressive", "early-exit", "self-speculative"]
+    figures = {line[:22].strip(): line[22:].split() for line in table[2:]}
+    assert figures["exit layer"] == ["-", "5", "5"]
+    assert figures["exact match"][::2] == ["100%", "100%"]
+    assert figures["identical outputs"][::2] == ["100%", "100%"]
+    assert max(map(len, table)) <= 80
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["bench.csv", "bench.json"]
+    rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").stdout)))
+    assert [row["num_draft_tokens"] for row in rows] == ["", "", "3"]
+    assert run(*arguments, "--format", "markdown").stdout.startswith("|  | autoregressive | early-exit | self-speculative |\n")
+
+
+def test_bench_tells_failures_and_goes_on(tmp_path, model):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "word " * 200, "reference": "x"}) + '\n{"prompt": "hi", "reference": "y"}\n')
+    result = run("bench", "--model", model, "--data", str(file), "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
+    assert [[failure["sample"] for failure in one["failures"]] for one in json.loads(result.stdout)["results"]] == [[0]] * 3
+    assert "1 prompts failed and count as wrong answers; sample 0: the prompt must be at most 127 tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "--format", "xml"), "--format must be one of table, json, csv, markdown, got xml"),
+        (("bench", "--repeats", "0"), "--repeats must be at least 1, got 0"),
+        (("bench", "--spec", "0"), "--spec must be at least 1, got 0"),
+        (("bench", "--dtype", "fp8"), "--dtype must be one of auto, fp32, bf16, got fp8"),
+        (("bench", "--data", "nothing-here"), "nothing-here"),
+        (("sweep-exits", "--exits", "8:2"), "--exits must be a list such as 3,6,8"),
+        (("sweep-exits", "--specs", "0,2"), "--specs must be draft lengths of at least 1, got 0,2"),
+        (("sweep-exits", "--samples", "-1"), "--samples must be at least 0, got -1"),
+    ],
+)
+def test_bad_flags_are_named(arguments, message):
+    with pytest.raises(LayerSkipError, match=message):
+        run(*arguments)
+
+
+def test_an_exit_outside_the_model_leaves_no_files(tmp_path, model):
+    with pytest.raises(LayerSkipError, match=r"--exits must be in 1..5, got 6 \(model has 6 layers\)"):
+        run("sweep-exits", "--model", model, "--samples", "1", "--exits", "6", "--output", str(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []

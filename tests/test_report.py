@@ -1,0 +1,156 @@
+"""Records as documents, tables, files and a plot."""
+
+import csv
+import errno
+import io
+import json
+import math
+import os
+import struct
+
+import pytest
+
+from layerskip_core.errors import LayerSkipError
+from layerskip_core.evaluation.bench import BenchResult
+from layerskip_core.evaluation.generation import Failure
+from layerskip_core.evaluation.metrics import Difference
+from layerskip_core.evaluation.record import Recommendation, RunRecord
+from layerskip_core.evaluation.report import (
+    bench_table,
+    pareto_plot,
+    prepare_output,
+    sweep_table,
+    to_csv,
+    to_json,
+    write_files,
+)
+from layerskip_core.evaluation.sweep import ExitResult
+
+MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
+SWEEP = RunRecord(
+    {"model": "tiny", "task": {"task": "commands"}},
+    MACHINE,
+    (
+        ExitResult("autoregressive", None, None, {"exact_match": 0.875}, 1.25, None, None, 100.0, 1.0, 1.0),
+        ExitResult("early-exit", 12, None, {"exact_match": 0.5}, 12345.678, None, None, 1900.0, 19.0, 0.4375, pareto=True),
+        ExitResult(
+            "self-speculative", 12, 12, {"exact_match": 0.875}, None, 0.71, 10.8, 182.4, 1.824, 1.0, pareto=True,
+            differences=(Difference(0, 3, 1e-4),), failures=(Failure(1, "no, really"),),
+        ),
+    ),
+    Recommendation(12, 12, 1.824, 0.01, "it is the only one"),
+)  # fmt: skip
+BENCH = RunRecord(
+    {"model": "tiny", "repeats": 3},
+    MACHINE,
+    (
+        BenchResult("autoregressive", None, None, {"rouge2": 0.4, "exact_match": 0.0}, None, None, 150.0,
+                    {"p50": 6.5, "p95": 7.25}, 12.0, 512.0, 1.0, 1.0, 1.0),
+        BenchResult("self-speculative", 8, 6, {"rouge2": 0.4, "exact_match": 0.0}, 0.7, 4.2, 300.0,
+                    {"p50": None, "p95": None}, 12.5, None, 2.0, 2.25, 0.95),
+    ),
+)  # fmt: skip
+
+
+def test_json_holds_everything():
+    document = json.loads(to_json(SWEEP))
+    assert list(document) == ["config", "environment", "results", "recommendation"]
+    assert document["results"][2] == {
+        "strategy": "self-speculative",
+        "exit_layer": 12,
+        "num_draft_tokens": 12,
+        "metrics": {"exact_match": 0.875},
+        "perplexity": None,
+        "acceptance_rate": 0.71,
+        "mean_accepted_tokens": 10.8,
+        "tokens_per_second": 182.4,
+        "speedup": 1.824,
+        "identical_outputs": 1.0,
+        "pareto": True,
+        "differences": [{"sample": 0, "position": 3, "top2_gap": 0.0001}],
+        "failures": [{"sample": 1, "error": "no, really"}],
+    }
+    assert document["recommendation"]["reason"] == "it is the only one"
+    assert list(json.loads(to_json(BENCH))) == ["config", "environment", "results"]
+
+
+def test_json_never_holds_a_nan():
+    with pytest.raises(ValueError, match="JSON"):
+        to_json(RunRecord({"x": math.nan}, {}, ()))
+
+
+def test_csv_round_trip():
+    rows = list(csv.DictReader(io.StringIO(to_csv(SWEEP))))
+    assert [row["strategy"] for row in rows] == ["autoregressive", "early-exit", "self-speculative"]
+    assert rows[0]["exit_layer"] == rows[0]["acceptance_rate"] == ""
+    assert rows[2] == {
+        "strategy": "self-speculative", "exit_layer": "12", "num_draft_tokens": "12", "exact_match": "0.875", "perplexity": "",
+        "acceptance_rate": "0.71", "mean_accepted_tokens": "10.8", "tokens_per_second": "182.4", "speedup": "1.824",
+        "identical_outputs": "1.0", "pareto": "True", "differences": "1", "failures": "1",
+    }  # fmt: skip
+    (plain, _) = csv.DictReader(io.StringIO(to_csv(BENCH)))
+    assert (plain["rouge2"], plain["time_per_token_ms_p50"], plain["time_per_token_ms_p95"]) == ("0.4", "6.5", "7.25")
+
+
+def test_the_table_of_a_sweep():
+    table = sweep_table(SWEEP)
+    assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "tok/s", "speed", "same", "")
+    assert table.rows == (
+        ("autoregressive", "-", "-", "88%", "1.25", "-", "-", "100", "1.00", "100%", ""),
+        ("early-exit", "12", "-", "50%", "1.23e+04", "-", "-", "1900", "19.00", "44%", "*"),
+        ("self-speculative", "12", "12", "88%", "-", "71%", "10.8", "182", "1.82", "100%", "*"),
+    )
+    assert table.note == "* on the Pareto frontier of quality against speed.\nRecommended: it is the only one."
+
+
+def test_markdown_is_a_table_and_a_note():
+    lines = bench_table(BENCH).markdown().splitlines()
+    assert lines[:4] == [
+        "|  | autoregressive | self-speculative |",
+        "| --- | --- | --- |",
+        "| exit layer | - | 8 |",
+        "| draft tokens | - | 6 |",
+    ]
+    assert "| token p95 (ms) | 7.25 | - |" in lines
+    assert "| speedup | 1.00 | 2.00 |" in lines
+    assert "| rouge2 | 40% | 40% |" in lines
+    assert lines[-2:] == ["", "Medians of 3 repeats; float32 on a CPU, 2 threads."]
+
+
+def test_the_plot_is_a_png_of_a_readable_size():
+    image = pareto_plot(SWEEP, "exact_match")
+    assert image[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", image[16:24]) == (960, 600)
+
+
+def test_files_are_replaced_whole(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    write_files(tmp_path, {"a.json": b"new", "b.csv": b"x"})
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": "new", "b.csv": "x"}
+
+
+def test_no_space_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(LayerSkipError, match=r"cannot write .*a\.json: No space left on device"):
+        write_files(tmp_path, {"a.json": b"new"})
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": "old"}
+
+
+def test_the_output_folder_is_tried_before_the_run(tmp_path, monkeypatch):
+    assert prepare_output(str(tmp_path / "new" / "folder")).is_dir()
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LayerSkipError, match=r"--output .*file must be a folder that can be written, got: File exists"):
+        prepare_output(str(tmp_path / "file"))
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(LayerSkipError, match="No space left on device"):
+        prepare_output(str(tmp_path))
