@@ -1,5 +1,6 @@
 """What people read while a command works: all of it on stderr, so that stdout carries results only."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ def stderr_console() -> Console:
 
 def narrate(text: str) -> None:
     """One line for the person who waits."""
-    stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
+    if _is_first_process():
+        stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def use_threads(threads: int) -> None:
@@ -40,6 +42,9 @@ def use_threads(threads: int) -> None:
 def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
     """Gives `update(done, text)`: a bar on a terminal, else a plain line every ten seconds and at the end."""
     console = stderr_console()
+    if not _is_first_process():
+        yield lambda done, text: None
+        return
     if not console.is_terminal:
         yield _plain_updates(total, label)
         return
@@ -54,6 +59,11 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=total, text="")
         yield lambda done, text: bar.update(task, completed=done, text=text)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _plain_updates(total: int, label: str) -> Callable[[int, str], None]:

@@ -21,6 +21,7 @@ from .model.depth import refuse_unsupported
 EMBEDDED = {"embedded": "converted", "embedded-base": "base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
 INFO_FILE = "layerskip.json"
+_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "chat_template*", "generation_config.json")
 _LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
 
 # (exit layer, draft tokens) of the published checkpoints: LayerSkip tables 3-5; Llama 3 as in their model cards.
@@ -265,6 +266,9 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, info: CheckpointInfo, outp
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
     (folder / "config.json").unlink(missing_ok=True)
+    for pattern in _MODEL_FILES:  # of an older model there, whose shards or template the new one may not have
+        for file in folder.glob(pattern):
+            file.unlink()
     for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
     staging.rmdir()
@@ -306,7 +310,8 @@ def _reading(name: str, read: Any) -> Any:
         return read()
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot load model {name}: {reason}") from error
+        absent = "" if Path(name).exists() or name in EMBEDDED else "there is no such folder, and as a hub id: "
+        raise CheckpointError(f"cannot load model {name}: {absent}{reason}") from error
 
 
 def _without_quantization(model: nn.Module) -> nn.Module:

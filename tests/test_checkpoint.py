@@ -313,3 +313,14 @@ def test_quiet_gives_back_what_it_found():
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
         raise KeyError
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+
+def test_overwriting_leaves_no_file_of_the_older_model(folder, tokenizer):
+    for stale in ("model-00002-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"):
+        (folder / stale).write_text("{}")
+    (folder / "notes.md").write_text("mine")
+    save_checkpoint(model_of(), tokenizer, INFO, str(folder), torch.float32)
+    assert sorted(file.name for file in folder.glob("*model*")) == ["model.safetensors"]
+    assert not (folder / "chat_template.jinja").exists()
+    assert (folder / "notes.md").read_text() == "mine"

@@ -108,7 +108,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
         model = tiny_model()
         module = RecipeModule(model, recipe).train()
         if recompute:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         rows = layer_rows(model)
         module(ids, labels, Moment(2, 10))["loss"].backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})

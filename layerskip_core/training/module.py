@@ -70,9 +70,6 @@ class RecipeModule(nn.Module):
                 per_exit.append(loss.detach())
         return {"loss": total, "per_exit": torch.stack(per_exit), "exit_layers": exits}
 
-    def gradient_checkpointing_enable(self, **keywords: object) -> None:
-        self.model.gradient_checkpointing_enable(**keywords)
-
     def _rates(self, moment: Moment) -> list[float]:
         layers = self.depth.num_layers
         if not self.training or self.recipe.p_max == 0:

@@ -1,6 +1,7 @@
 """finetune from start to end: plan, train, save."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -85,13 +86,14 @@ class FinetuneJob:
         trainer = make_trainer(
             module, self.loaded.tokenizer, self.data, config, self.plan.steps, remember, device, self.autocast
         )
-        if self.resume_from is None:
+        if self.resume_from is None and trainer.is_world_process_zero():
             # What an earlier run left there must never be what a later --resume finds.
             shutil.rmtree(checkpoints_folder(config.output), ignore_errors=True)
         trainer.train(resume_from_checkpoint=self.resume_from)
         trained = model.merge_and_unload() if config.lora_rank else model
         info = CheckpointInfo(prompt_template=self.template, details=self._details(last[0] if last else None))
-        save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype)
+        if trainer.is_world_process_zero():
+            save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype)
         return info
 
     def _details(self, last: StepReport | None) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def _model_and_data(config: FinetuneConfig) -> tuple[LoadedModel, EncodedData, s
     wanted = config.data
     if wanted.name == "commands" and not wanted.limit:
         # The generator has no end: a run draws as many rows as it will see, so that none repeats.
-        wanted = replace(wanted, limit=(config.steps or _COMMANDS_STEPS) * config.batch_size * config.accumulation)
+        wanted = replace(wanted, limit=(config.steps or _COMMANDS_STEPS) * _rows_per_step(config))
     examples = load_examples(wanted)
     if config.regime == "scratch":
         tokenizer = None if config.vocab_size is None else train_tokenizer(examples, config.vocab_size)
@@ -173,7 +175,12 @@ def _steps(config: FinetuneConfig, rows: int) -> int:
         return config.steps
     if config.data.name == "commands" and not config.data.limit:
         return _COMMANDS_STEPS
-    return max(1, math.ceil(rows / (config.batch_size * config.accumulation) * config.epochs))
+    return max(1, math.ceil(rows / _rows_per_step(config) * config.epochs))
+
+
+def _rows_per_step(config: FinetuneConfig) -> int:
+    """Rows of an optimizer step, over all processes that torchrun started."""
+    return config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _cost(loaded: LoadedModel, config: FinetuneConfig, steps: int, exits: float, data: EncodedData) -> float:

@@ -177,6 +177,7 @@ def make_trainer(
         train_sampling_strategy="group_by_length",
         length_column_name="length",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # a layer without rows and an exit that is off leave no parameter unused
         dataloader_pin_memory=device.type == "cuda",
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
