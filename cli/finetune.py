@@ -1,5 +1,6 @@
 """`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
 
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -118,7 +119,7 @@ def finetune(
         info = job.run(lambda report: update(report.step, _report_text(report)))
     losses = {int(layer): loss for layer, loss in info.details["final_losses"].items()}
     narrate("loss by exit: " + "  ".join(f"{layer}: {losses[layer]:.3f}" for layer in sorted(losses)))
-    narrate(f"saved {output}; next: layerskip sweep-exits --model {output}")
+    narrate(f"saved {output}; next: layerskip sweep-exits --model {shlex.quote(output)}")
 
 
 def _plan_text(config: FinetuneConfig, plan: "TrainingPlan") -> str:
@@ -145,4 +146,5 @@ def _report_text(report: "StepReport") -> str:
 def _spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:
     """At most `count` exits at even distances: a line has room for no more."""
     items = list(losses.items())
-    return [items[index * len(items) // count] for index in range(min(count, len(items)))] if items else []
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config import DecodingConfig, SamplingConfig, Strategy
+from layerskip_core.config import DTYPES, DecodingConfig, SamplingConfig, Strategy, require_choice, require_exit_layer
 from layerskip_core.errors import LayerSkipError
 
 from .console import Device, Precision, Threads, narrate, use_threads
@@ -52,7 +52,7 @@ def generate(
         raise typer.BadParameter("--lines and --jsonl read standard input; give no PROMPT with them")
     if lines and jsonl:
         raise typer.BadParameter("give --lines or --jsonl, not both")
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
     config = DecodingConfig(
         strategy=cast(Strategy, strategy),
@@ -63,12 +63,16 @@ def generate(
         stop=tuple(stop or ()),
         sampling=SamplingConfig(temperature, top_k, top_p, seed),
     )
+    require_choice(dtype, "--dtype", DTYPES)
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(model, device, dtype, trust_remote_code)
     best_exit, best_spec = loaded.recommended()
-    config = replace(config, exit_layer=exit_layer or best_exit, num_draft_tokens=spec or best_spec)
+    chosen_exit = best_exit if exit_layer is None else exit_layer
+    if strategy != "autoregressive":
+        require_exit_layer(chosen_exit, loaded.depth.num_layers, strategy)
+    config = replace(config, exit_layer=chosen_exit, num_draft_tokens=best_spec if spec is None else spec)
     try:
         failed, total = _answer_all(loaded, config, prompt, lines, jsonl, raw)
     except KeyboardInterrupt:

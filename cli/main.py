@@ -1,15 +1,16 @@
-"""The Typer app, and the one place where a LayerSkipError becomes `error: ...` and exit status 1."""
+"""The Typer app, and the one place where a LayerSkipError, or one of the system's, becomes `error: ...` and exit status 1."""
 
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 # The commands are quiet by default, and never ask a hub when the model is a folder; both must be set before transformers loads.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
+from typer.core import TyperGroup
 
 from layerskip_core.errors import LayerSkipError
 
@@ -20,8 +21,21 @@ from .finetune import finetune
 from .generate import generate
 from .sweep_exits import sweep_exits
 
+
+class _Commands(TyperGroup):
+    """Ends quietly when the reader of stdout (`| head`) has what it wanted; Typer alone would exit with 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there
+            raise typer.Exit() from None
+
+
 app = typer.Typer(
     name="layerskip",
+    cls=_Commands,
     help="Turn a causal language model into a LayerSkip model and decode faster with the same output.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -52,11 +66,9 @@ def _root(
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 an error told in one line, 2 wrong usage, 130 interrupted."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # whatever the locale
     try:
         app()
-    except LayerSkipError as error:
+    except (LayerSkipError, OSError) as error:
         stderr_console().print(f"error: {error}", style=None, markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except BrokenPipeError:  # the reader (`| head`) has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

@@ -18,7 +18,7 @@ from .errors import CheckpointError, ConfigError
 from .model import DepthModel
 from .model.depth import refuse_unsupported
 
-EMBEDDED = {"embedded": "converted", "embedded-base": "base"}
+EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
 INFO_FILE = "layerskip.json"
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "chat_template*", "generation_config.json")
@@ -55,12 +55,20 @@ class CheckpointInfo:
         """Raises CheckpointError when the text is not what `to_json` writes."""
         try:
             document = json.loads(text)
-            recommended = document.pop("recommended", {})
             document.pop("format", None)
-            template = document.pop("prompt_template", None)
-            return cls(template, recommended.get("exit_layer"), recommended.get("num_draft_tokens"), document)
+            recommended = document.pop("recommended", {})
+            template = _typed(document.pop("prompt_template", None), str, "prompt_template")
+            exit_layer = _typed(recommended.get("exit_layer"), int, "exit_layer")
+            drafts = _typed(recommended.get("num_draft_tokens"), int, "num_draft_tokens")
+            return cls(template, exit_layer, drafts, document)
         except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is not valid: {error}") from None
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    return value
 
 
 @dataclass
@@ -230,7 +238,13 @@ def stored_dtype(name: str) -> torch.dtype:
 def read_info(path: str) -> CheckpointInfo:
     """layerskip.json of a folder; an empty one where there is none (a hub model, a plain checkpoint)."""
     file = Path(path) / INFO_FILE
-    return CheckpointInfo.from_json(file.read_text(encoding="utf-8"), file) if file.is_file() else CheckpointInfo()
+    if not file.is_file():
+        return CheckpointInfo()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not valid: {error}") from None
+    return CheckpointInfo.from_json(text, file)
 
 
 def holds_model(path: str | Path) -> bool:

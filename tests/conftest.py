@@ -40,3 +40,16 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
 @pytest.fixture(scope="session")
 def llama():
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder with the tiny model of `evaluating`: six layers, a context of 128 tokens, a tokenizer of 300 entries."""
+    from evaluating import tiny_loaded
+
+    from layerskip_core.checkpoint import save_checkpoint
+
+    loaded = tiny_loaded(torch.float32)
+    folder = str(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    save_checkpoint(loaded.model, loaded.tokenizer, loaded.info, folder, torch.float32)
+    return folder

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ..checkpoint import LoadedModel
 from ..config import DecodingConfig
+from ..errors import ConfigError
 from .loop import DecodeStats, decode
 from .stopping import Detokenize, Stopping, StopReason
 
@@ -15,6 +16,10 @@ class Answer:
 
     def __init__(self, loaded: LoadedModel, prompt: str, config: DecodingConfig, raw: bool = False) -> None:
         """`raw` leaves out the checkpoint's prompt template. Raises ConfigError for a prompt or exit that does not fit."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, an argument can hold any bytes
+            raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
         ids = loaded.encode_prompt(prompt, raw)
         self.text = ""
         self._eos_ids = loaded.eos_ids
@@ -55,7 +60,8 @@ class _IncrementalText:
         self._ids += ids
         before = self._detokenize(self._ids[self._context : self._settled])
         now = self._detokenize(self._ids[self._context :])
-        if finished or not now.endswith(_INCOMPLETE):
-            self._text += now[len(before) :]
+        new = now[len(before) :]
+        if new and (finished or not now.endswith(_INCOMPLETE)):  # ids without text would be no context
+            self._text += new
             self._context, self._settled = self._settled, len(self._ids)
         return self._text

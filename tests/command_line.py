@@ -1,0 +1,53 @@
+"""Runs the command line: `run` in this process, `start` in one of its own."""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from cli.main import main
+
+ROOT = Path(__file__).parent.parent
+COMMAND = (sys.executable, "-m", "cli")
+_LISTING = "import sys; from cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+LISTING_MODULES = (sys.executable, "-c", _LISTING)  # at its end it names on stderr every module that it loaded
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> Result:
+    """`main()` itself, so that errors become what people see; any other exception than its exit comes through."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
+    source = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin), encoding)
+    with redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source), patch("sys.argv", ["layerskip", *arguments]):
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+    return Result(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+def fails(message: str, *arguments: str, **keywords: str | bytes) -> None:
+    """The command ends with status 1, one line that is exactly `error: message`, and nothing on stdout."""
+    assert run(*arguments, **keywords) == Result(1, "", f"error: {message}\n")
+
+
+def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: object) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=ENVIRONMENT, text=True, **{**pipes, **keywords})
+
+
+def finish(process: subprocess.Popen[str], stdin: str | None = None) -> Result:
+    out, err = process.communicate(stdin, timeout=120)
+    return Result(process.returncode, out or "", err or "")

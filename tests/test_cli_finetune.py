@@ -1,0 +1,177 @@
+"""`layerskip finetune`: what it says, writes and refuses."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from command_line import fails, run
+
+from cli.finetune import _spread
+from layerskip_core.checkpoint import load_checkpoint
+
+SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
+
+
+@pytest.fixture
+def finetune(checkpoint, tmp_path, monkeypatch):
+    """The command in an empty folder, on four rows in a file elsewhere; `--output` is `out` there."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "row {row}", "completion": "answer {row}"}}\n' for row in range(4)))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def command(*arguments):
+        return ("finetune", "--model", checkpoint, "--data", str(file), "--output", "out", *SHORT, *arguments)
+
+    return command
+
+
+def files():
+    return sorted(str(file) for file in Path().rglob("*") if file.is_file())
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
+    result = run(*finetune("--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"))
+    assert (result.code, result.out) == (0, "")
+    what, how, recipe = result.err.splitlines()
+    assert re.fullmatch(
+        rf"finetune of {re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: "
+        r"4 rows, \d+ tokens, 0 truncated at 48",
+        what,
+    )
+    assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu, about \d+ MB", how)
+    # R = L / 3; of the six layer indices every second one is on, and the last always.
+    assert re.fullmatch(
+        r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits a step; a step costs [\d.]+x one without the recipe",
+        recipe,
+    )
+    assert list(Path().iterdir()) == []
+
+
+def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
+    result = run(*finetune("--steps", "2", "--curriculum", "all", "--output", "my model"))
+    assert (result.code, result.out) == (0, "")
+    *_, progress, exits, saved = result.err.splitlines()
+    assert re.fullmatch(
+        r"training 2/2 loss [\d.]+ last layer [\d.]+ exits 1:[\d.]+ 2:[\d.]+ 4:[\d.]+ 5:[\d.]+ "
+        r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
+        progress,
+    )
+    assert re.fullmatch(r"loss by exit: 1: [\d.]+  2: [\d.]+  3: [\d.]+  4: [\d.]+  5: [\d.]+  6: [\d.]+", exits)
+    assert saved == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')}"
+    loaded = load_checkpoint("my model", "cpu", "fp32")
+    assert loaded.depth.num_layers == 6 and loaded.prompt_template == "{prompt}\n"
+    config = loaded.info.details["config"]
+    assert (config["steps"], config["batch_size"], config["recipe"]["curriculum"]) == (2, 2, "all")
+    assert run("generate", "row 1", "--model", "my model", "--max-new-tokens", "4").code == 0
+
+
+def plan_of(*arguments):
+    result = run(*arguments, "--dry-run")
+    assert (result.code, result.out) == (0, "")
+    return result.err
+
+
+def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
+    data = finetune()[finetune().index("--data") + 1]
+    Path("run.toml").write_text(
+        f"model = {json.dumps(checkpoint)}\ndata = {json.dumps(data)}\nsteps = 9\npmax = 0.4\nmax-length = 20\n"
+        'curriculum = "gradual"\nbatch_size = 3\ndevice = "cpu"\n'
+    )
+    plan = plan_of("finetune", "--config", "run.toml")
+    assert "4 rows" in plan and "truncated at 20" in plan and "9 steps of 3 x 1" in plan
+    assert "recipe: p_max 0.4, e_scale 1.0, gradual, " in plan
+    plan = plan_of("finetune", "--steps", "5", "--config", "run.toml", "--pmax", "0")
+    assert "truncated at 20" in plan and "5 steps of 3 x 1" in plan and "p_max 0.0" in plan
+    Path("run.toml").write_text("dry-run = true\n")
+    assert run(*finetune("--config", "run.toml")).code == 0  # a switch too
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 3\nlearning-speed = 1\n", r"--config run\.toml: 'learning_speed' is no flag of finetune; known: .*, lr, .*"),
+        ("[recipe]\npmax = 0.1\n", r"--config run\.toml: 'recipe' is no flag of finetune; known: .*"),
+        ('config = "other.toml"\n', r"--config run\.toml: 'config' is no flag of finetune; known: .*"),
+        ("steps = \n", r"--config run\.toml is not valid TOML: .*line 1.*"),
+        (b"model = '\xff'\n", r"--config run\.toml is not valid TOML: .*"),
+        (None, r"--config run\.toml cannot be read: No such file or directory"),
+    ],
+)
+def test_a_config_file_that_cannot_be(finetune, text, message):
+    if text is not None:
+        Path("run.toml").write_bytes(text.encode() if isinstance(text, str) else text)
+    result = run(*finetune("--config", "run.toml"))
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(f"error: {message}\n", result.err)
+    assert not Path("out").exists()
+
+
+def test_a_value_of_the_wrong_type_in_a_config_file_is_wrong_usage(finetune):
+    Path("run.toml").write_text('steps = "many"\n')
+    result = run(*finetune("--config", "run.toml"))
+    assert (result.code, result.out) == (2, "")
+    assert "Invalid value for '--steps'" in result.err
+
+
+def test_settings_that_cannot_be(finetune):
+    for arguments, message in (
+        (["--pmax", "1.0"], "--pmax must be in [0, 1), got 1.0"),
+        (["--pmax", "-0.1"], "--pmax must be in [0, 1), got -0.1"),
+        (["--escale", "-1"], "--escale must be at least 0, got -1.0"),
+        (["--curriculum", "spiral"], "--curriculum must be one of rotational, gradual, all, none, got spiral"),
+        (["--rotation", "0"], "--rotation must be at least 1, got 0"),
+        (["--regime", "boot"], "--regime must be one of finetune, continual, scratch, code, got boot"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be above 0, got 0.0"),
+        (["--lr", "0"], "--lr must be above 0, got 0.0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--max-length", "129"], "--max-length must be at most the model's context of 128 tokens, got 129"),
+        (["--dtype", "fp8"], "--dtype must be one of auto, fp32, bf16, got fp8"),
+        (["--vocab-size", "400"], "--vocab-size must be used with --regime scratch, got finetune"),
+        (["--prompt-template", "Q:"], "--prompt-template must be 'chat' or a text with {prompt} in it, got Q:"),
+        (
+            ["--model", "here/none/such"],
+            "no model 'here/none/such': needed embedded, embedded-base, a folder, a .gguf file or a hub id such as owner/name",
+        ),
+        (["--data", "none.jsonl"], "--data none.jsonl: there is no such file"),
+        (["--samples", "-1"], "--samples must be at least 0, got -1"),
+        (["--resume"], "--resume: there is no checkpoint in out/checkpoints; a run writes them with --save-steps N"),
+    ):
+        fails(message, *finetune(*arguments))
+        assert list(Path().iterdir()) == [], arguments
+
+
+def test_a_malformed_row_is_named_and_nothing_written(finetune):
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    fails("rows.jsonl:2: no column 'completion' (--completion-column); found prompt", *finetune("--data", "rows.jsonl"))
+    assert files() == ["rows.jsonl"]
+
+
+def test_an_output_that_may_not_be_replaced(finetune):
+    Path("out").mkdir()
+    Path("out", "config.json").write_text("{}")
+    fails("--output out already holds a model; give --overwrite to replace it, or another folder", *finetune())
+    assert (files(), Path("out", "config.json").read_text()) == (["out/config.json"], "{}")
+    assert run(*finetune("--overwrite", "--dry-run")).code == 0
+    Path("file").write_text("mine")
+    fails("--output must be a folder, got the file file", *finetune("--output", "file"))
+
+
+def test_an_output_that_cannot_be_written(finetune):
+    """A folder below a file: whatever the system says is one line too."""
+    Path("file").write_text("mine")
+    result = run(*finetune("--steps", "1", "--output", "file/below"))
+    assert (result.code, result.out) == (1, "")
+    assert re.match(r"error: .*Not a directory.*", result.err.splitlines()[-1])
+    assert "Traceback" not in result.err and files() == ["file"]
+
+
+def test_the_progress_line_shows_exits_at_even_distances():
+    losses = {layer: layer / 10 for layer in range(1, 9)}
+    assert _spread(losses) == [(1, 0.1), (3, 0.3), (5, 0.5), (7, 0.7)]
+    assert _spread({3: 0.3, 6: 0.6}) == [(3, 0.3), (6, 0.6)]
+    assert _spread({}) == []

@@ -1,0 +1,289 @@
+"""`layerskip generate`: prompts from anywhere in, text out and nothing else, errors in their place."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+from command_line import LISTING_MODULES, Result, fails, finish, run, start
+
+from layerskip_core.checkpoint import load_checkpoint, read_info, write_info
+from layerskip_core.config import DecodingConfig
+from layerskip_core.decoding.text import Answer
+
+PROMPT = "wake me up"
+PLAIN = DecodingConfig("autoregressive", max_new_tokens=20)
+TOO_LONG = "word " * 200
+LONGER = re.compile(r"the prompt must be at most 127 tokens, got \d+ \(the model's context is 128 tokens\)")
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load_checkpoint(checkpoint, "cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def expected(loaded):
+    """The text of plain decoding, as the core gives it."""
+
+    def answer(prompt=PROMPT, raw=False, **changes):
+        return "".join(Answer(loaded, prompt, replace(PLAIN, **changes), raw))
+
+    return answer
+
+
+@pytest.fixture
+def generate(checkpoint):
+    def command(*arguments, **keywords):
+        return run("generate", *arguments, "--model", checkpoint, "--max-new-tokens", "20", "--dtype", "fp32", **keywords)
+
+    return command
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A checkpoint of one's own, to damage."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def test_the_prompt_as_an_argument_or_from_a_pipe(generate, expected):
+    text = Result(0, expected() + "\n", "")
+    assert generate(PROMPT) == text
+    assert generate(stdin=PROMPT) == generate(stdin=PROMPT + "\n") == text
+    assert generate(stdin="two\nlines\n").out == expected("two\nlines") + "\n"  # all of it is one prompt
+    assert generate(stdin="né".encode() + b"\xff").out == expected("né\ufffd") + "\n"
+
+
+def test_every_strategy_and_the_text_of_plain_decoding(generate, expected):
+    plain = expected() + "\n"
+    assert generate(PROMPT, "--strategy", "autoregressive").out == plain
+    for exit_layer, spec in ((1, 3), (4, 1), (5, 12)):
+        assert generate(PROMPT, "--exit", str(exit_layer), "--spec", str(spec)).out == plain
+    assert generate(PROMPT, "--strategy", "early-exit", "--exit", "6").out == plain
+    early = expected(strategy="early-exit", exit_layer=3)
+    assert generate(PROMPT, "--strategy", "early-exit", "--exit", "3").out == early + "\n" != plain
+
+
+def test_sampling_follows_the_seed(generate):
+    hot = ("--temperature", "0.9", "--top-k", "50", "--top-p", "0.95", "--strategy", "autoregressive")
+    one, again, other = (generate(PROMPT, *hot, "--seed", seed).out for seed in ("1", "1", "2"))
+    assert one == again != other
+
+
+def test_raw_leaves_out_the_template(generate, expected):
+    assert generate(PROMPT, "--raw").out == expected(raw=True) + "\n" != generate(PROMPT).out
+    assert generate(PROMPT + "\n", "--raw").out == generate(PROMPT).out  # the template is the prompt and a line end
+
+
+def test_stop_may_be_repeated(generate, expected):
+    text = expected()
+    characters = [character for character in dict.fromkeys(text) if character != "\ufffd"]
+    early, late = characters[2], characters[5]  # by their first places
+    assert generate(PROMPT, "--stop", late).out == text[: text.index(late)] + "\n"
+    assert generate(PROMPT, "--stop", late, "--stop", early).out == text[: text.index(early)] + "\n"
+
+
+def test_stats_are_on_stderr(generate, expected):
+    result = generate(PROMPT, "--exit", "4", "--spec", "5", "--stats")
+    assert (result.code, result.out) == (0, expected() + "\n")
+    counts = re.fullmatch(
+        r"20 tokens, [\d.]+ tokens/s; drafted (\d+), accepted (\d+) \(([\d.]+)%\) in (\d+) rounds; "
+        r"[\w ]+ layers, float32 on cpu\n",
+        result.err,
+    )
+    drafted, accepted, share, rounds = map(float, counts.groups())
+    assert 0 < accepted < drafted <= 5 * rounds and share == pytest.approx(100 * accepted / drafted, abs=0.06)
+    assert 20 - (1 + rounds + accepted) in (0, 1)  # the prefill's, one a round, the drafts; a last one has no room for drafts
+
+
+def test_lines_are_prompts(generate, expected):
+    result = generate("--lines", stdin=f"{PROMPT}\r\nplay jazz\nset an alarm")
+    assert result == Result(0, "".join(expected(prompt) + "\n" for prompt in (PROMPT, "play jazz", "set an alarm")), "")
+
+
+def test_a_line_that_fails_leaves_its_place_empty(generate, expected):
+    result = generate("--lines", "--stats", stdin=f"{TOO_LONG}\n{PROMPT}\n")
+    assert (result.code, result.out) == (1, "\n" + expected() + "\n")
+    error, stats = result.err.splitlines()
+    assert error.startswith("error: line 1: ") and LONGER.fullmatch(error.removeprefix("error: line 1: "))
+    assert stats.startswith("20 tokens, ")
+
+
+def test_jsonl_answers_in_order_with_errors_in_their_place(generate, loaded, expected):
+    rows = [
+        json.dumps({"prompt": PROMPT, "id": 7}), "", "{", '["x"]', '{"prompt": 3}', json.dumps({"prompt": TOO_LONG}),
+        r'{"prompt": "\ud83c"}', '{"prompt": "play jazz"}',
+    ]  # fmt: skip
+    result = generate("--jsonl", "--exit", "4", "--spec", "5", stdin="\n".join(rows))
+    assert (result.code, result.err) == (1, "")
+    first, *errors, last = map(json.loads, result.out.splitlines())
+    assert (first["text"], last["text"]) == (expected(), expected("play jazz"))
+    assert (first["finish_reason"], first["new_tokens"]) == ("length", 20)
+    assert first["prompt_tokens"] == len(loaded.encode_prompt(PROMPT))
+    assert 0 < first["accepted"] < first["drafted"] <= 5 * first["rounds"]
+    assert first["acceptance_rate"] == round(first["accepted"] / first["drafted"], 4)
+    messages = [error.pop("error") for error in errors]
+    assert errors == [{}] * 5
+    assert messages[0].startswith("line 3: not valid JSON: ")
+    assert messages[1:3] == [f"line {number}: needed an object with a text `prompt`" for number in (4, 5)]
+    assert LONGER.fullmatch(messages[3])
+    assert messages[4] == r"the prompt must be valid Unicode, got '\ud83c' in it"
+
+
+def test_jsonl_of_good_rows_ends_with_0(generate, expected):
+    result = generate("--jsonl", stdin='{"prompt": "wake me up"}\n', encoding="ascii")
+    assert (result.code, json.loads(result.out)["text"]) == (0, expected())
+
+
+def test_flags_that_cannot_be(checkpoint):
+    for arguments, message in (
+        (["--exit", "0"], "--exit must be in 1..5, got 0 (model has 6 layers)"),
+        (["--exit", "6"], "--exit must be in 1..5, got 6 (model has 6 layers)"),
+        (["--exit", "99", "--strategy", "early-exit"], "--exit must be in 1..6, got 99 (model has 6 layers)"),
+        (["--spec", "0"], "--spec must be at least 1, got 0"),
+        (["--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
+        (["--temperature", "nan"], "--temperature must be at least 0, got nan"),
+        (["--top-k", "-1"], "--top-k must be at least 0, got -1"),
+        (["--top-p", "0"], "--top-p must be in (0, 1], got 0.0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--draft-confidence", "1"], "--draft-confidence must be in [0, 1), got 1.0"),
+        (["--stop", ""], "--stop must be a text that is not empty, got an empty one"),
+        (["--strategy", "magic"], "--strategy must be one of self-speculative, early-exit, autoregressive, got magic"),
+        (["--dtype", "int3"], "--dtype must be one of auto, fp32, bf16, got int3"),
+        (["--device", "abacus"], "--device must be auto, cpu, cuda, cuda:N or mps, got abacus"),
+    ):
+        fails(message, "generate", PROMPT, "--model", checkpoint, *arguments)
+    # A wrong flag is no failure of a prompt: it is told once.
+    fails(
+        "--exit must be in 1..5, got 9 (model has 6 layers)",
+        "generate", "--lines", "--exit", "9", "--model", checkpoint, stdin="a\nb\n",
+    )  # fmt: skip
+
+
+def test_prompts_that_cannot_be(generate):
+    result = generate(TOO_LONG)
+    assert (result.code, result.out) == (1, "")
+    assert LONGER.fullmatch(result.err.removeprefix("error: ").rstrip("\n"))
+    assert generate("", "--raw") == Result(1, "", "error: the prompt must be at least 1 token, got none\n")
+    assert generate("a\udcffb") == Result(1, "", "error: the prompt must be valid Unicode, got '\\udcff' in it\n")
+
+
+def test_models_that_cannot_be(tmp_path):
+    fails(
+        "no model 'nonesuch': needed embedded, embedded-base, a folder, a .gguf file or a hub id such as owner/name",
+        "generate", PROMPT, "--model", "nonesuch",
+    )  # fmt: skip
+    fails(f"folder {tmp_path} holds no model: there is no config.json in it", "generate", PROMPT, "--model", str(tmp_path))
+    result = run("generate", PROMPT, "--model", "nobody/nothing")
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert result.err.startswith("error: cannot load model nobody/nothing: ")
+
+
+@pytest.mark.parametrize("arguments", [[PROMPT, "--lines"], [PROMPT, "--jsonl"], ["--lines", "--jsonl"]], ids=" ".join)
+def test_flags_that_exclude_each_other(generate, arguments):
+    result = generate(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "--lines" in result.err and "--jsonl" in result.err
+
+
+def test_exit_and_spec_come_from_the_checkpoint(copy, expected):
+    write_info(str(copy), replace(read_info(str(copy)), exit_layer=5, num_draft_tokens=2))
+
+    def counts(*arguments):
+        fixed = ("generate", "--jsonl", "--model", str(copy), "--max-new-tokens", "20", "--dtype", "fp32")
+        answer = json.loads(run(*fixed, *arguments, stdin=json.dumps({"prompt": PROMPT})).out)
+        assert answer["text"] == expected()
+        return answer["drafted"], answer["rounds"], answer["accepted"]
+
+    default = counts()
+    assert default == counts("--exit", "5", "--spec", "2") == counts("--exit", "5") == counts("--spec", "2")
+    assert default not in (counts("--exit", "1"), counts("--spec", "7"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"recommended": {"exit_layer": "4"}}', "{file} is not valid: "),
+        (b'{"recommended": {"num_draft_tokens": 2.5}}', "{file} is not valid: "),
+        (b'{"prompt_template": 7}', "{file} is not valid: "),
+        (b"\xff{}", "{file} is not valid: "),
+        (b"{", "{file} is not valid: "),
+        (b"[]", "{file} is not valid: "),
+        (b'{"recommended": [8, 6]}', "{file} is not valid: "),
+        (b'{"recommended": {"exit_layer": 40}}', "--exit must be in 1..5, got 40 (model has 6 layers)"),
+        (b'{"recommended": {"num_draft_tokens": -1}}', "--spec must be at least 1, got -1"),
+    ],
+)
+def test_a_damaged_layerskip_json(copy, text, message):
+    file = copy / "layerskip.json"
+    file.write_bytes(text)
+    result = run("generate", PROMPT, "--model", str(copy))
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert result.err.startswith("error: " + message.format(file=file))
+
+
+def test_an_interrupt_keeps_the_output_so_far(generate, monkeypatch):
+    def interrupted(_):
+        yield "half an ans"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answer, "__iter__", interrupted)
+    assert generate(PROMPT) == Result(130, "half an ans\n", "")
+
+
+def test_a_terminal_as_standard_input_is_wrong_usage():
+    keyboard, terminal = pty.openpty()
+    try:
+        result = finish(start("generate", stdin=terminal))
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+    assert (result.code, result.out) == (2, "")
+    assert "give a PROMPT, or pipe one into standard input" in result.err
+
+
+def test_no_standard_input_at_all_is_wrong_usage():
+    result = finish(start("-c", f'exec "{sys.executable}" -m cli generate <&-', command=("/bin/sh",)))
+    assert (result.code, result.out) == (2, "")
+    assert "give a PROMPT" in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.slow
+def test_generating_loads_nothing_of_training(checkpoint, expected):
+    arguments = ("generate", "--model", checkpoint, "--max-new-tokens", "20", "--dtype", "fp32")
+    result = finish(start(*arguments, command=LISTING_MODULES), stdin=PROMPT)
+    assert (result.code, result.out) == (0, expected() + "\n")
+    modules = set(result.err.split())
+    assert {"torch", "transformers"} <= modules
+    assert not {"transformers.trainer", "peft", "datasets", "matplotlib", "evaluate"} & modules
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_ends_quietly(checkpoint):
+    arguments = ("generate", "--lines", "--raw", "--stop", "\n", "--model", checkpoint, "--max-new-tokens", "2")
+    process = start(*arguments)
+    process.stdin.write(f"{PROMPT}\n")
+    process.stdin.flush()
+    assert process.stdout.readline().endswith("\n")
+    process.stdout.close()
+    process.stdin.write(f"{PROMPT}\n" * 50)
+    process.stdin.close()
+    assert (process.wait(timeout=120), process.stderr.read()) == (0, "")
+    process.stderr.close()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_cleanly(checkpoint, expected):
+    """It comes while the second prompt is awaited: the first answer was shown as soon as it was there."""
+    process = start("generate", "--lines", "--model", checkpoint, "--max-new-tokens", "20", "--dtype", "fp32")
+    process.stdin.write(f"{PROMPT}\n")
+    process.stdin.flush()
+    shown = "".join(process.stdout.readline() for _ in range(expected().count("\n") + 1))
+    process.send_signal(signal.SIGINT)
+    result = finish(process)
+    assert (result.code, shown + result.out, result.err) == (130, expected() + "\n\n", "")
