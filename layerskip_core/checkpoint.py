@@ -70,7 +70,7 @@ class LoadedModel:
     model: Any  # a transformers causal language model
     tokenizer: Any
     info: CheckpointInfo
-    depth: DepthModel | PackedModel
+    depth: Any  # a DepthModel; a PackedModel when loaded for decoding and the architecture allows it
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -1,4 +1,5 @@
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from layerskip_core.checkpoint import load_checkpoint
 from layerskip_core.config import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import DepthModel, PackedModel, can_pack, packed
+from layerskip_core.model import DepthModel, PackedModel, can_pack, linear
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
@@ -57,7 +58,7 @@ def assert_equal_spans(generic, fast, ids, edges, dtype):
     """Hidden states after layers 2 and 6 and logits of every piece ids[start:stop], through one cache each."""
     caches = generic.new_cache(len(ids)), fast.new_cache(len(ids))
     with torch.inference_mode():
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in pairwise(edges):
             positions = torch.arange(start, stop).expand(len(ids), -1)
             results = []
             for model, cache in zip((generic, fast), caches, strict=True):
@@ -78,16 +79,16 @@ def test_spans_equal_the_generic_ones(pair, case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["llama, biases, tied", "qwen3"])
 def test_prepacked_spans_equal_the_generic_ones(pair, case, dtype, monkeypatch):
-    if not packed._prepacks(dtype):
+    if not linear.prepacks(dtype):
         pytest.skip("no oneDNN kernel for this precision here")
-    monkeypatch.setattr(packed, "_PREPACKED_SIZE", 0)
+    monkeypatch.setattr(linear, "_PREPACKED_SIZE", 0)
     generic, fast = pair(case, dtype)
     assert fast.implementation == "packed (oneDNN)"
     assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], dtype)
 
 
 def test_without_onednn_plain_layers_run(pair, monkeypatch):
-    monkeypatch.setattr(packed, "_prepacks", lambda dtype: False)
+    monkeypatch.setattr(linear, "prepacks", lambda dtype: False)
     generic, fast = pair("llama", torch.bfloat16)
     assert fast.implementation == "packed"
     assert_equal_spans(generic, fast, ids_of(1, 12), [0, 8, 12], torch.bfloat16)

@@ -65,18 +65,18 @@ class SpanWriter:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Writes (B, kv heads, T, head dim) of one layer; returns views of its filled part, (B, kv heads, S, head dim)."""
-        _, kv_heads, _, head_dim = keys.shape
-        held = self._cache.room(self.stop, kv_heads, head_dim, keys)[layer_idx]
+        held = self._cache.room(self.stop, keys.shape[1], keys.shape[3], keys)[layer_idx]
         for place, new in enumerate((keys, values)):
             if self.contiguous:
                 held[:, self.start : self.stop, place] = new.transpose(1, 2)
             else:
-                held[*self.indices(keys.device), place] = new.transpose(1, 2)
+                rows, columns = self.indices(keys.device)
+                held[rows, columns, place] = new.transpose(1, 2)
         filled = held[:, : self.stop].transpose(1, 3)  # (B, kv heads, 2, S, head dim)
         return filled[:, :, 0], filled[:, :, 1]
 
     def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
-        """Where each layer of a span writes and reads, made at once: a view a layer and token would cost more than it serves."""
+        """Where each layer of a span writes and reads, made at once: one view a layer and token would be slower."""
         held = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop]
         filled = held[:, :, : self.stop].transpose(2, 4)  # (layers, B, kv heads, 2, S, head dim)
         keys, values = filled[:, :, :, 0].unbind(), filled[:, :, :, 1].unbind()

@@ -3,8 +3,7 @@
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,11 @@ from torch import Tensor, nn
 
 from .cache import DepthCache, LayerSlots, SpanWriter
 from .depth import _layer_kinds
+from .linear import Linear, OneDnnLinear, linear
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
 _CHUNK = 256  # tokens of a prompt that run at once: bounds the attention mask and the activations
-_PREPACKED_SIZE = 1 << 18  # elements; calling oneDNN costs 9 us, which a smaller fp32 matrix does not win back at one row
-_TYPICAL_ROWS = 8  # the row count that oneDNN chooses the layout for: a round of speculation, and good at one row too
-_POINTWISE: Any = torch.ops.mkldnn._linear_pointwise
 
 
 def can_pack(config: Any) -> bool:
@@ -51,7 +48,7 @@ class PackedModel:
         self._rope = _Rope(deepcopy(decoder.rotary_emb), self._embedding)
         with torch.inference_mode():
             self._norm = _Norm(decoder.norm)
-            self._head = _linear(self._norm.folded_into(head.weight.detach()), head.bias)
+            self._head = linear(self._norm.folded_into(head.weight.detach()), head.bias)
             self._layers: list[_Layer] = []
             for layer in decoder.layers:
                 self._layers.append(_Layer(layer, self.config))
@@ -62,7 +59,7 @@ class PackedModel:
 
     @property
     def implementation(self) -> str:
-        prepacked = any(isinstance(linear, _OneDnnLinear) for linear in (self._head, *self._layers[0].linears))
+        prepacked = any(isinstance(part, OneDnnLinear) for part in (self._head, *self._layers[0].linears))
         return "packed (oneDNN)" if prepacked else "packed"
 
     @property
@@ -111,7 +108,7 @@ class PackedModel:
         if cache is None:
             cache = self.new_cache(batch)
         if count > _CHUNK:
-            parts = zip(hidden.split(_CHUNK, 1), positions.split(_CHUNK, 1), strict=True)
+            parts = zip(torch.split(hidden, _CHUNK, 1), torch.split(positions, _CHUNK, 1), strict=True)
             return torch.cat([self.run_layers(part, start, stop, places, cache) for part, places in parts], dim=1)
         writer = cache.writer(positions)
         step = self._step(writer, positions, batch, count)
@@ -173,19 +170,19 @@ class _Layer:
         qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
         up = (mlp.gate_proj, mlp.up_proj)
         columns = attention.o_proj.weight.detach().view(-1, self.kv_heads, self.groups, self.head_dim).transpose(1, 2)
-        self._qkv = _linear(
+        self._qkv = linear(
             self._attention_norm.folded_into(self._slots(*(part.weight for part in qkv))),
             None if qkv[0].bias is None else self._slots(*(part.bias for part in qkv)),
         )
-        self._output = _linear(columns.reshape(-1, self._width), attention.o_proj.bias)
-        self._up = _linear(
+        self._output = linear(columns.reshape(-1, self._width), attention.o_proj.bias)
+        self._up = linear(
             self._mlp_norm.folded_into(torch.cat([part.weight for part in up])),
             None if up[0].bias is None else torch.cat([part.bias for part in up]),
         )
-        self._down = _linear(mlp.down_proj.weight.detach(), mlp.down_proj.bias)
+        self._down = linear(mlp.down_proj.weight.detach(), mlp.down_proj.bias)
 
     @property
-    def linears(self) -> tuple["_Linear", ...]:
+    def linears(self) -> tuple[Linear, ...]:
         return self._qkv, self._output, self._up, self._down
 
     def __call__(self, hidden: Tensor, step: _Step, mask: Tensor | None, held: LayerSlots) -> Tensor:
@@ -270,7 +267,8 @@ class _Norm:
             return torch.rms_norm(hidden, self._weight.shape, self._weight, self._eps)
         # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
         length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=self._wide).hypot_(self._floor)
-        return hidden / length if self._folds else (hidden / length).mul_(self._scale).to(hidden.dtype)
+        normed: Tensor = hidden / length
+        return normed if self._folds else normed.mul_(self._scale).to(hidden.dtype)
 
 
 class _HeadNorm:
@@ -288,61 +286,7 @@ class _HeadNorm:
         slots.div_(length).mul_(self._scale)
 
 
-class _Linear(Protocol):
-    def __call__(self, rows: Tensor) -> Tensor:
-        """(rows, in) to (rows, out)."""
-
-    def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
-        """residual (rows, out) plus the layer's output, as one operation."""
-
-
-class _PlainLinear:
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight.t().contiguous()  # (in, out): some 10% faster than (out, in) for one row in fp32
-        self._bias = None if bias is None else bias.detach()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.mm(rows, self._weight) if self._bias is None else torch.addmm(self._bias, rows, self._weight)
-
-    def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
-        added = torch.addmm(residual, rows, self._weight)
-        return added if self._bias is None else added.add_(self._bias)
-
-
-class _OneDnnLinear:
-    """In oneDNN's blocked layout: near the memory limit, and nearly as fast for several rows as for one."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
-        self._bias = None if bias is None else bias.detach()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return _POINTWISE.default(rows, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
-
-    def add_to(self, residual: Tensor, rows: Tensor) -> Tensor:
-        return _POINTWISE.binary(rows, residual, self._weight, self._bias, "add")  # type: ignore[no-any-return]
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> _Linear:
-    """A linear layer (out, in) by the best kernel for its device, precision and size."""
-    large = weight.dtype == torch.bfloat16 or weight.numel() >= _PREPACKED_SIZE
-    if weight.device.type == "cpu" and large and _prepacks(weight.dtype):
-        return _OneDnnLinear(weight, bias)
-    return _PlainLinear(weight, bias)
-
-
-@cache
-def _prepacks(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a prepacked kernel for this precision on this CPU (none for fp64, on ARM, for bf16 without AVX-512)."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        _OneDnnLinear(torch.zeros(16, 16, dtype=dtype), None)(torch.zeros(1, 16, dtype=dtype))
-    except (RuntimeError, AttributeError):
-        return False
-    return True
-
-
 def _interleaved(tensor: Tensor, dim: int) -> Tensor:
     """The two halves of a head, which rope pairs, alternating along `dim`."""
-    return tensor.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+    halves = torch.stack(tensor.chunk(2, dim), dim + 1)
+    return halves.flatten(dim, dim + 1)
