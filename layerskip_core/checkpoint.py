@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .errors import CheckpointError, ConfigError
-from .model import DepthModel
+from .model import DepthModel, PackedModel, can_pack
 from .model.depth import refuse_unsupported
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
@@ -79,7 +79,7 @@ class LoadedModel:
     model: Any  # a transformers causal language model
     tokenizer: Any
     info: CheckpointInfo
-    depth: DepthModel
+    depth: Any  # a DepthModel; a PackedModel when loaded for decoding and the architecture allows it
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -165,9 +165,16 @@ def quiet_transformers() -> Iterator[None]:
 
 @quiet_transformers()
 def load_checkpoint(
-    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    implementation: Literal["auto", "generic"] = "generic",
 ) -> LoadedModel:
     """Loads a model by embedded name, folder, GGUF file or hub id, in evaluation mode.
+
+    `implementation="auto"` is for decoding alone: where the architecture allows it the weights are repacked, and `model`
+    keeps its configuration but no weights.
 
     Raises:
         CheckpointError: it is not there, is incomplete or damaged, or cannot be split by depth.
@@ -199,8 +206,9 @@ def load_checkpoint(
     if "gguf_file" in keywords:
         model = _without_quantization(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = model.to(device=target, dtype=pick_dtype(dtype, target, parameters)).eval()
-    return LoadedModel(name, model, tokenizer, read_info(path), DepthModel(model))
+    model = _converted(model.to(target), pick_dtype(dtype, target, parameters)).eval()
+    depth = PackedModel(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
 @quiet_transformers()
@@ -326,6 +334,13 @@ def _reading(name: str, read: Any) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         absent = "" if Path(name).exists() or name in EMBEDDED else "there is no such folder, and as a hub id: "
         raise CheckpointError(f"cannot load model {name}: {absent}{reason}") from error
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The parameters in `dtype`. Not `model.to(dtype)`, which would round the rotary frequencies, a buffer in fp32, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _without_quantization(model: nn.Module) -> nn.Module:

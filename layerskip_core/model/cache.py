@@ -1,6 +1,6 @@
 """A KV cache addressed by position: rejecting drafted tokens moves a length back and copies nothing."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class DepthCache:
         """`max_positions` is the context limit: a token beyond it is refused."""
         self.max_positions = max_positions
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
-        self._keys: list[Tensor | None] = [None] * num_layers  # each (B, kv heads, capacity, head dim)
-        self._values: list[Tensor | None] = [None] * num_layers
+        self._num_layers = num_layers
+        self._storage: Tensor | None = None  # (L, B, capacity, 2 for key and value, kv heads, head dim)
 
     def rollback(self, lengths: Tensor) -> None:
         """Forgets every position at or after `lengths` (B,)."""
@@ -35,25 +35,16 @@ class DepthCache:
         """What a span of layers writes its keys and values through, for tokens at `positions` (B, T), on the host."""
         return SpanWriter(self, positions)
 
-    def store(self, keys: Tensor, values: Tensor, layer: int, slots: "SpanWriter") -> tuple[Tensor, Tensor]:
-        """Writes (B, kv heads, T, head dim) of one layer; returns views of its filled part, (B, kv heads, S, head dim)."""
-        held_keys, held_values = self._room(layer, keys, values, slots.stop)
-        if slots.contiguous:
-            held_keys[:, :, slots.start : slots.stop] = keys
-            held_values[:, :, slots.start : slots.stop] = values
-        else:
-            rows, columns = slots.indices(keys.device)
-            held_keys[rows, :, columns] = keys.transpose(1, 2)
-            held_values[rows, :, columns] = values.transpose(1, 2)
-        return held_keys[:, :, : slots.stop], held_values[:, :, : slots.stop]
-
-    def _room(self, layer: int, keys: Tensor, values: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        held_keys, held_values = self._keys[layer], self._values[layer]
-        if held_keys is None or held_values is None or held_keys.shape[2] < stop:
+    def room(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
+        """All layers' keys and values, (L, B, capacity >= stop, 2, kv heads, head dim): views of it are the cache."""
+        held = self._storage
+        if held is None or held.shape[2] < stop:
             capacity = min(self.max_positions, -(-stop // _BLOCK) * _BLOCK)
-            self._keys[layer] = held_keys = _grown(held_keys, keys, capacity)
-            self._values[layer] = held_values = _grown(held_values, values, capacity)
-        return held_keys, held_values
+            grown = like.new_zeros(self._num_layers, len(self.lengths), capacity, 2, kv_heads, head_dim)
+            if held is not None:
+                grown[:, :, : held.shape[2]] = held
+            self._storage = held = grown
+        return held
 
 
 class SpanWriter:
@@ -62,19 +53,38 @@ class SpanWriter:
     def __init__(self, cache: DepthCache, positions: Tensor) -> None:
         self._cache = cache
         self._positions = positions
-        self.start, self.stop = int(positions[0, 0]), int(positions.max()) + 1
+        rows: list[list[int]] = positions.tolist()
+        self.start, self.stop = rows[0][0], max(map(max, rows)) + 1
         if self.stop > cache.max_positions:
             raise ConfigError(
                 f"the context limit of {cache.max_positions} tokens is reached: position {self.stop - 1} was asked for"
             )
         # Rows that stand at the same, consecutive positions (always so for one row) are written as one slice.
-        span = torch.arange(self.start, self.start + positions.shape[1])
-        self.contiguous = bool((positions == span).all())
+        span = list(range(self.start, self.start + positions.shape[1]))
+        self.contiguous = all(row == span for row in rows)
 
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self._cache.store(keys, values, layer_idx, self)
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Writes (B, kv heads, T, head dim) of one layer; returns views of its filled part, (B, kv heads, S, head dim)."""
+        held = self._cache.room(self.stop, keys.shape[1], keys.shape[3], keys)[layer_idx]
+        for place, new in enumerate((keys, values)):
+            if self.contiguous:
+                held[:, self.start : self.stop, place] = new.transpose(1, 2)
+            else:
+                rows, columns = self.indices(keys.device)
+                held[rows, columns, place] = new.transpose(1, 2)
+        filled = held[:, : self.stop].transpose(1, 3)  # (B, kv heads, 2, S, head dim)
+        return filled[:, :, 0], filled[:, :, 1]
+
+    def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
+        """Where each layer of a span writes and reads, made at once: one view a layer and token would be slower."""
+        held = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop]
+        filled = held[:, :, : self.stop].transpose(2, 4)  # (layers, B, kv heads, 2, S, head dim)
+        keys, values = filled[:, :, :, 0].unbind(), filled[:, :, :, 1].unbind()
+        if self.contiguous:
+            slots, indices = held[:, :, self.start : self.stop].unbind(), None
+        else:
+            slots, indices = held.unbind(), self.indices(like.device)
+        return [LayerSlots(*views, indices) for views in zip(keys, values, slots, strict=True)]
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row and column index, (B, 1) and (B, T), of every token."""
@@ -82,9 +92,17 @@ class SpanWriter:
         return rows, self._positions.to(device, non_blocking=True)
 
 
-def _grown(held: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-    batch, heads, _, head_dim = like.shape
-    grown = like.new_zeros(batch, heads, capacity, head_dim)
-    if held is not None:
-        grown[:, :, : held.shape[2]] = held
-    return grown
+class LayerSlots(NamedTuple):
+    """One layer's part of the cache in one call."""
+
+    keys: Tensor  # (B, kv heads, S, head dim), to be read after `write`
+    values: Tensor
+    slots: Tensor  # (B, T, 2, kv heads, head dim), or the whole layer where `indices` say which tokens of it are meant
+    indices: tuple[Tensor, Tensor] | None
+
+    def write(self, new: Tensor) -> None:
+        """Keys and values (B, T, 2, kv heads, head dim) of the call's tokens."""
+        if self.indices is None:
+            self.slots.copy_(new)
+        else:
+            self.slots[self.indices] = new.to(self.slots.dtype)

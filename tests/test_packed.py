@@ -1,0 +1,178 @@
+from copy import deepcopy
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from layerskip_core.checkpoint import load_checkpoint
+from layerskip_core.config import DecodingConfig
+from layerskip_core.decoding import decode
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import DepthModel, PackedModel, can_pack, linear
+
+BIASES = {"attention_bias": True, "mlp_bias": True}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
+YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}}
+CASES = {
+    "llama": ("llama", {}),
+    "llama, biases, tied": ("llama", {**BIASES, "tie_word_embeddings": True}),
+    "llama, one kv head": ("llama", {"num_key_value_heads": 1}),
+    "llama, no groups": ("llama", {"num_key_value_heads": 4}),
+    "llama, yarn": ("llama", YARN),
+    "mistral, window": ("mistral", {"sliding_window": 5}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, some windows": ("qwen2", WINDOW),
+    "qwen3": ("qwen3", {}),
+    "smollm3": ("smollm3", {}),
+}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.3}  # of logits whose deviation is 1 to 2.5
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """(generic, packed) over the same random weights, those of norms and biases included."""
+
+    def make(case="llama", dtype=torch.float64, **changes):
+        model_type, fixed = CASES[case]
+        model = tiny_model(model_type, dtype, **fixed, **changes)
+        # transformers' norms compute in fp32 even in an fp64 model, which would hide any difference under 1e-6.
+        if dtype == torch.float64:
+            monkeypatch.setattr(
+                type(model.model.norm), "forward", lambda n, x: torch.rms_norm(x, n.weight.shape, n.weight, n.variance_epsilon)
+            )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        return DepthModel(deepcopy(model)), PackedModel(model)
+
+    return make
+
+
+def ids_of(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 67, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def assert_equal_spans(generic, fast, ids, edges, dtype):
+    """Hidden states after layers 2 and 6 and logits of every piece ids[start:stop], through one cache each."""
+    caches = generic.new_cache(len(ids)), fast.new_cache(len(ids))
+    with torch.inference_mode():
+        for start, stop in pairwise(edges):
+            positions = torch.arange(start, stop).expand(len(ids), -1)
+            results = []
+            for model, cache in zip((generic, fast), caches, strict=True):
+                early = model.run_layers(model.embed(ids[:, start:stop]), 0, 2, positions, cache)
+                late = model.run_layers(early, 2, 6, positions, cache)
+                results.append((early, late, model.unembed(late)))
+            for expected, actual in zip(*results, strict=True):
+                scale = float(expected.std())
+                torch.testing.assert_close(actual / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_spans_equal_the_generic_ones(pair, case, dtype):
+    assert_equal_spans(*pair(case, dtype), ids_of(2, 17), [0, 9, 10, 17], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["llama, biases, tied", "qwen3"])
+def test_prepacked_spans_equal_the_generic_ones(pair, case, dtype, monkeypatch):
+    if not linear.prepacks(dtype):
+        pytest.skip("no oneDNN kernel for this precision here")
+    monkeypatch.setattr(linear, "_PREPACKED_SIZE", 0)
+    generic, fast = pair(case, dtype)
+    assert fast.implementation == "packed (oneDNN)"
+    assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], dtype)
+
+
+def test_without_onednn_plain_layers_run(pair, monkeypatch):
+    monkeypatch.setattr(linear, "prepacks", lambda dtype: False)
+    generic, fast = pair("llama", torch.bfloat16)
+    assert fast.implementation == "packed"
+    assert_equal_spans(generic, fast, ids_of(1, 12), [0, 8, 12], torch.bfloat16)
+
+
+def test_a_long_prompt_in_chunks_and_a_growing_cache(pair):
+    """300 tokens are more than one chunk, 390 more than three blocks of the cache and than the first rope table."""
+    generic, fast = pair(max_position_embeddings=400)
+    assert_equal_spans(generic, fast, ids_of(1, 390), [0, 300, 301, 383, 384, 385, 390], torch.float64)
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral, window"])
+def test_ragged_rows_and_overwritten_positions(pair, case):
+    """Positions 5..8 hold rejected tokens when two rows go on from positions 5 and 4; without a cache it is the same."""
+    generic, fast = pair(case)
+    ids, wrong, cache = ids_of(2, 9), ids_of(2, 4), fast.new_cache(2)
+
+    def run(tokens, positions, cache=None):
+        return fast.unembed(fast.run_layers(fast.embed(tokens), 0, 6, positions, cache))
+
+    with torch.inference_mode():
+        positions = torch.arange(9).expand(2, -1)
+        expected = generic.unembed(generic.run_layers(generic.embed(ids), 0, 6, positions))
+        run(ids[:, :5], positions[:, :5], cache)
+        run(wrong, positions[:, 5:], cache)
+        ragged = run(torch.stack([ids[0, 5:7], ids[1, 4:6]]), torch.tensor([[5, 6], [4, 5]]), cache)
+        torch.testing.assert_close(ragged[0], expected[0, 5:7])
+        torch.testing.assert_close(ragged[1], expected[1, 4:6])
+        torch.testing.assert_close(run(ids, positions), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_self_speculative_output_equals_autoregressive_output(pair, case):
+    generic, fast = pair(case)
+    prompt = ids_of(1, 7)[0].tolist()
+
+    def output(model, **config):
+        return [token.id for tokens in decode(model, prompt, DecodingConfig(max_new_tokens=24, **config)) for token in tokens]
+
+    expected = output(generic, strategy="autoregressive")
+    assert output(fast, strategy="autoregressive") == expected
+    for exit_layer, drafts in ((1, 3), (3, 6), (5, 1)):
+        config = {"strategy": "self-speculative", "exit_layer": exit_layer, "num_draft_tokens": drafts}
+        assert output(fast, **config) == expected
+
+
+def test_the_context_limit_is_an_error(pair):
+    _, fast = pair()
+    with pytest.raises(ConfigError, match="context limit of 128 tokens"):
+        fast.run_layers(fast.embed(ids_of(1, 1)), 0, 1, torch.tensor([[128]]), fast.new_cache())
+
+
+def test_the_original_weights_are_released():
+    model = tiny_model()
+    PackedModel(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_what_is_not_known_is_not_packed():
+    config = tiny_model().config
+    assert can_pack(config)
+    for change in ({"hidden_act": "gelu"}, {"model_type": "gemma"}, {"rope_parameters": {"rope_type": "dynamic"}}):
+        changed = deepcopy(config)
+        for name, value in change.items():
+            object.__setattr__(changed, name, value)
+        assert not can_pack(changed)
+
+
+@pytest.mark.parametrize(("model_type", "implementation"), [("llama", "packed"), ("gemma", "generic")])
+def test_a_checkpoint_is_loaded_for_decoding(tmp_path, monkeypatch, model_type, implementation):
+    from transformers import AutoTokenizer
+
+    tiny_model(model_type, torch.float32).save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    assert load_checkpoint(str(tmp_path), "cpu", "fp32", implementation="auto").depth.implementation == implementation
+    assert load_checkpoint(str(tmp_path), "cpu", "fp32").depth.implementation == "generic"
+
+
+def test_bf16_weights_leave_the_rotary_frequencies_in_fp32(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    loaded = load_checkpoint(str(tmp_path), "cpu", "bf16")
+    expected = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(loaded.model.model.rotary_emb.inv_freq, expected)
+    assert loaded.depth.dtype == torch.bfloat16
