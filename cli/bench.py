@@ -70,7 +70,7 @@ def bench(
 
     folder = prepare_output(output) if output is not None else None
     rows = load_task(config.task)
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code)
+    loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
     record = watch(run_bench(loaded, rows, config))
     narrate_failures(record)
     if folder is not None:

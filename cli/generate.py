@@ -67,7 +67,7 @@ def generate(
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code)
+    loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
     best_exit, best_spec = loaded.recommended()
     chosen_exit = best_exit if exit_layer is None else exit_layer
     if strategy != "autoregressive":

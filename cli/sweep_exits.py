@@ -73,7 +73,7 @@ def sweep_exits(
         raise ConfigError(f"--save needs a --model that is a folder, to write its layerskip.json; got {model}")
     folder = prepare_output(output) if output is not None else None
     rows = load_task(config.task)
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code)
+    loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
     record = watch(sweep(loaded, rows, config))
     narrate_failures(record)
     if folder is not None:

@@ -151,8 +151,12 @@ class FinetuneConfig:
         require(self.save_steps >= 0, "--save-steps", "at least 0", self.save_steps)
         require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
         require(self.vocab_size is None or self.vocab_size >= 260, "--vocab-size", "at least 260", self.vocab_size)
-        require(self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
-                "--prompt-template", "'chat' or a text with {prompt} in it", self.prompt_template)
+        require(
+            self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
+            "--prompt-template",
+            "'chat' or a text with {prompt} in it",
+            self.prompt_template,
+        )
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,7 @@ class EncodedData:
     truncated: int
 
 
-def encode_examples(
-    examples: list[Example], tokenizer: Any, template: str | None, max_length: int
-) -> EncodedData:
+def encode_examples(examples: list[Example], tokenizer: Any, template: str | None, max_length: int) -> EncodedData:
     """Prompt, completion and end of text as ids, the prompt's labels masked.
 
     Raises DataError when no row has a completion token within `max_length`.

@@ -315,7 +315,6 @@ def test_quiet_gives_back_what_it_found():
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-
 def test_overwriting_leaves_no_file_of_the_older_model(folder, tokenizer):
     for stale in ("model-00002-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"):
         (folder / stale).write_text("{}")

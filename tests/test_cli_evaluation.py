@@ -100,8 +100,8 @@ def test_bench_formats(tmp_path, model, data):
     assert table[0].split() == ["autoregressive", "early-exit", "self-speculative"]
     figures = {line[:22].strip(): line[22:].split() for line in table[2:]}
     assert figures["exit layer"] == ["-", "5", "5"]
-    assert figures["exact match"][::2] == ["100%", "100%"]
-    assert figures["identical outputs"][::2] == ["100%", "100%"]
+    assert figures["exact match"][::2] == ["100.0%", "100.0%"]
+    assert figures["identical outputs"][::2] == ["100.0%", "100.0%"]
     assert max(map(len, table)) <= 80
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["bench.csv", "bench.json"]
     rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").stdout)))

@@ -28,8 +28,10 @@ def test_the_schedule_from_scratch():
 
 
 def test_rows_depend_on_the_moment_and_on_nothing_else():
-    draws = [kept_rows(0.5, 64, seed, step, micro, layer) for seed, step, micro, layer in
-             [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]]
+    draws = [
+        kept_rows(0.5, 64, seed, step, micro, layer)
+        for seed, step, micro, layer in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    ]
     assert len({tuple(draw) for draw in draws}) == 5
     torch.manual_seed(123)
     assert kept_rows(0.5, 64, 0, 0, 0, 0) == draws[0]

@@ -96,9 +96,9 @@ def test_the_table_of_a_sweep():
     table = sweep_table(SWEEP)
     assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "tok/s", "speed", "same", "")
     assert table.rows == (
-        ("autoregressive", "-", "-", "88%", "1.25", "-", "-", "100", "1.00", "100%", ""),
-        ("early-exit", "12", "-", "50%", "1.23e+04", "-", "-", "1900", "19.00", "44%", "*"),
-        ("self-speculative", "12", "12", "88%", "-", "71%", "10.8", "182", "1.82", "100%", "*"),
+        ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "100", "1.00", "100%", ""),
+        ("early-exit", "12", "-", "50.0%", "1.23e+04", "-", "-", "1900", "19.00", "44%", "*"),
+        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "182", "1.82", "100%", "*"),
     )
     assert table.note == "* on the Pareto frontier of quality against speed.\nRecommended: it is the only one."
 
@@ -113,7 +113,7 @@ def test_markdown_is_a_table_and_a_note():
     ]
     assert "| token p95 (ms) | 7.25 | - |" in lines
     assert "| speedup | 1.00 | 2.00 |" in lines
-    assert "| rouge2 | 40% | 40% |" in lines
+    assert "| rouge2 | 40.0% | 40.0% |" in lines
     assert lines[-2:] == ["", "Medians of 3 repeats; float32 on a CPU, 2 threads."]
 
 

@@ -56,9 +56,9 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
             result.strategy,
             _count(result.exit_layer),
             _count(result.num_draft_tokens),
-            *(_percent(result.metrics[name]) for name in metrics),
+            *(_percent(result.metrics[name], 1) for name in metrics),
             _number(result.perplexity, ".3g"),
-            _percent(result.acceptance_rate),
+            _percent(result.acceptance_rate, 1),
             _number(result.mean_accepted_tokens, ".1f"),
             _number(result.tokens_per_second, ".0f"),
             _number(result.speedup, ".2f"),
@@ -80,9 +80,9 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     lines: list[tuple[str, list[str]]] = [
         ("exit layer", [_count(result.exit_layer) for result in results]),
         ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
-        *((name.replace("_", " "), [_percent(result.metrics[name]) for result in results]) for name in results[0].metrics),
-        ("identical outputs", [_percent(result.identical_outputs) for result in results]),
-        ("acceptance rate", [_percent(result.acceptance_rate) for result in results]),
+        *((name.replace("_", " "), [_percent(result.metrics[name], 1) for result in results]) for name in results[0].metrics),
+        ("identical outputs", [_percent(result.identical_outputs, 1) for result in results]),
+        ("acceptance rate", [_percent(result.acceptance_rate, 1) for result in results]),
         ("mean accepted tokens", [_number(result.mean_accepted_tokens, ".2f") for result in results]),
         ("tokens/s", [_number(result.tokens_per_second, ".1f") for result in results]),
         ("speedup", [_number(result.speedup, ".2f") for result in results]),
@@ -183,5 +183,5 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+def _percent(value: float | None, decimals: int = 0) -> str:
+    return "-" if value is None else f"{value:.{decimals}%}"

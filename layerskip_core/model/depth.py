@@ -172,7 +172,7 @@ class DepthModel:
         return SpanInputs(on_device, rope, mask, writer)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head, shared by every exit: (B, T, D) to logits (B, T, V)."""
+        """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
         logits = self._head(self._decoder.norm(hidden))
         scaling = getattr(self.config, "logits_scaling", None)
         if scaling is not None:
@@ -218,9 +218,7 @@ class DepthModel:
 def refuse_unsupported(config: Any) -> None:
     """Raises CheckpointError, naming the architecture, unless its decoder can be run in spans."""
     if config.model_type not in SUPPORTED:
-        raise CheckpointError(
-            f"model type {config.model_type!r} cannot be split by depth; supported: {', '.join(SUPPORTED)}"
-        )
+        raise CheckpointError(f"model type {config.model_type!r} cannot be split by depth; supported: {', '.join(SUPPORTED)}")
 
 
 def _layer_kinds(config: Any) -> list[str]:

@@ -95,9 +95,7 @@ class PackedModel:
         """Token ids (B, T) to hidden states (B, T, D)."""
         return F.embedding(ids, self._embedding)
 
-    def run_layers(
-        self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache | None = None
-    ) -> Tensor:
+    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache | None = None) -> Tensor:
         """Layers start..stop-1 over hidden states (B, T, D) of the tokens at `positions` (B, T), on the host.
 
         Without a cache the tokens see each other only. Returns the pre-norm hidden states (B, T, D).
@@ -119,9 +117,9 @@ class PackedModel:
         return rows.view(batch, count, size)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head, shared by every exit: (B, T, D) to logits (B, T, V)."""
-        batch, count, size = hidden.shape
-        return self._head(self._norm(hidden.reshape(batch * count, size))).view(batch, count, -1)
+        """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
+        *shape, size = hidden.shape
+        return self._head(self._norm(hidden.reshape(-1, size))).view(*shape, -1)
 
     def _step(self, writer: SpanWriter, positions: Tensor, batch: int, count: int) -> "_Step":
         places = positions.to(self.device, non_blocking=True)

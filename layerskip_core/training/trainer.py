@@ -187,9 +187,7 @@ def make_trainer(
         disable_tqdm=True,
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return RecipeTrainer(
-        module, tokenizer, on_step, args=arguments, train_dataset=data.rows, data_collator=Collator(pad or 0)
-    )
+    return RecipeTrainer(module, tokenizer, on_step, args=arguments, train_dataset=data.rows, data_collator=Collator(pad or 0))
 
 
 def checkpoints_folder(output: str) -> Path:

@@ -102,9 +102,7 @@ class Grammar:
             for alternative in rule.alternatives:
                 text = _source(alternative)
                 where = f"{rule.domain}.txt, {rule.name}: {text}"
-                problems += [
-                    f"{where}: no rule {name}" for name in _REFERENCE.findall(text) if name not in self.rules
-                ]
+                problems += [f"{where}: no rule {name}" for name in _REFERENCE.findall(text) if name not in self.rules]
                 opening = sum(token.startswith("[") for token in text.split())
                 if opening != text.split().count("]"):
                     problems.append(f"{where}: unbalanced brackets")
@@ -135,8 +133,7 @@ class Grammar:
             if split != "compositional" and _side(skeleton) != split:
                 continue
             parse = " ".join(
-                self._open(token[1:-1], split, rng) if token.startswith("{") else token
-                for token in derivation.tokens
+                self._open(token[1:-1], split, rng) if token.startswith("{") else token for token in derivation.tokens
             )
             words = [token for token in parse.split() if not token.startswith("[") and token != "]"]
             return CommandRow(domain, " ".join(words), " ".join(parse.split()))
@@ -150,9 +147,7 @@ class Grammar:
                 options = piece.alternatives
             elif piece.startswith("{") and not self.rules[piece[1:-1]].open:
                 options = tuple(
-                    a
-                    for a in self.rules[piece[1:-1]].alternatives
-                    if split == "compositional" or not a.compositional
+                    a for a in self.rules[piece[1:-1]].alternatives if split == "compositional" or not a.compositional
                 )
             else:
                 out.tokens.append(piece)
@@ -170,8 +165,7 @@ class Grammar:
             if references == derivation.tokens and len(references) == 1:
                 return self._open(references[0][1:-1], split, rng)
             value = " ".join(
-                self._open(token[1:-1], split, rng) if token.startswith("{") else token
-                for token in derivation.tokens
+                self._open(token[1:-1], split, rng) if token.startswith("{") else token for token in derivation.tokens
             )
             if _side(value) == side:
                 return value
@@ -202,9 +196,7 @@ def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
 @cache
 def load_grammar() -> Grammar:
     """The grammar that ships with the package."""
-    files = sorted(
-        (f for f in resources.files(__name__).iterdir() if f.name.endswith(".txt")), key=lambda f: f.name
-    )
+    files = sorted((f for f in resources.files(__name__).iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
     return Grammar({f.name.removesuffix(".txt"): f.read_text(encoding="utf-8") for f in files})
 
 
