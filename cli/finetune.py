@@ -48,6 +48,7 @@ def finetune(
     regime: Annotated[str, typer.Option(help="Preset: finetune, continual, scratch or code.")] = "finetune",
     pmax: Annotated[float | None, typer.Option(help="Dropout rate of the last layer. [default: the regime's]")] = None,
     escale: Annotated[float | None, typer.Option(help="Scale of the early exits' loss. [default: the regime's]")] = None,
+    exit_weights: Annotated[str, typer.Option(help="How exits weigh: paper, linear, sqrt or uniform.")] = "paper",
     curriculum: Annotated[str | None, typer.Option(help="rotational, gradual, all or none. [default: the regime's]")] = None,
     rotation: Annotated[int | None, typer.Option(help="R: each exit is trained once every R steps.")] = None,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate. [default: by regime and model size]")] = None,
@@ -85,7 +86,13 @@ def finetune(
     from layerskip_core.training.presets import RECIPES
     from layerskip_core.training.run import prepare
 
-    given: dict[str, Any] = {"p_max": pmax, "e_scale": escale, "curriculum": curriculum, "rotation": rotation}
+    given: dict[str, Any] = {
+        "p_max": pmax,
+        "e_scale": escale,
+        "exit_weights": exit_weights,
+        "curriculum": curriculum,
+        "rotation": rotation,
+    }
     settings = FinetuneConfig(
         model=model,
         data=DataConfig(data, split, prompt_column, completion_column, samples, seed),

@@ -7,11 +7,13 @@ from .errors import ConfigError
 
 Strategy = Literal["self-speculative", "early-exit", "autoregressive"]
 Curriculum = Literal["rotational", "gradual", "all", "none"]
+ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
 Regime = Literal["finetune", "continual", "scratch", "code"]
 DType = Literal["auto", "fp32", "bf16"]
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
+EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
 DTYPES: tuple[str, ...] = get_args(DType)
 
@@ -77,18 +79,21 @@ class DecodingConfig:
 class RecipeConfig:
     """The LayerSkip recipe (Elhoushi et al., ACL 2024, sections 4.1 and 4.2).
 
+    `exit_weights`: how the exits' losses weigh, see training/exit_loss.py; the paper's formula gives early ones very little.
     `rotation` is R of the rotational curriculum; None picks L/3 (at least 1) up to a vocabulary of 8k and L-1 above it,
     where every extra exit costs a head.
     """
 
     p_max: float = 0.2
     e_scale: float = 1.0
+    exit_weights: ExitWeights = "paper"
     curriculum: Curriculum = "rotational"
     rotation: int | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.p_max < 1, "--pmax", "in [0, 1)", self.p_max)
         require(self.e_scale >= 0, "--escale", "at least 0", self.e_scale)
+        require_choice(self.exit_weights, "--exit-weights", EXIT_WEIGHTS)
         require_choice(self.curriculum, "--curriculum", CURRICULA)
         require(self.rotation is None or self.rotation >= 1, "--rotation", "at least 1", self.rotation)
 

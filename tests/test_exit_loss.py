@@ -38,6 +38,14 @@ def test_the_literal_scales():
     assert exit_weights([3, 5], 5, 0.0) == [0.0, 1.0]
 
 
+def test_other_scales_by_hand():
+    """L = 4, e_scale = 0.5: linear 0.5, 1, 1.5, 4; sqrt half of it under the root, 2; uniform 0.5 and 1."""
+    assert exit_scales(4, 0.5, "linear") == [0.5, 1.0, 1.5, 4.0]
+    assert exit_scales(4, 0.5, "sqrt") == pytest.approx([0.5, 0.5 * 2**0.5, 0.5 * 3**0.5, 2.0])
+    assert exit_scales(4, 0.5, "uniform") == [0.5, 0.5, 0.5, 1.0]
+    assert exit_weights([1, 4], 4, 0.5, "uniform") == pytest.approx([1 / 3, 2 / 3])
+
+
 def test_the_loss_equals_a_manual_loop(llama):
     ids, labels = batch()
     module = RecipeModule(llama, RecipeConfig(p_max=0, e_scale=0.5, curriculum="all")).train()

@@ -1,5 +1,6 @@
 """The early-exit loss: cross-entropy of every exit through one shared LM head (LayerSkip section 4.2)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,20 +8,29 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ..config import ExitWeights
+
 IGNORED = -100  # a label that takes no part in the loss
 _CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
 
 
-def exit_scales(num_layers: int, e_scale: float) -> list[float]:
-    """e(l) for layer index l: e_scale * (0 + 1 + ... + l), and (L-1) + e_scale * (0 + ... + L-2) for the last layer."""
+def exit_scales(num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:
+    """e(l) for layer index l.
+
+    paper: e_scale * (0 + 1 + ... + l), and (L-1) + e_scale * (0 + ... + L-2) for the last layer. Ours: e_scale * w(l + 1), and
+    w(L) for the last layer, with w(n) = n (linear), sqrt(n) or 1 (uniform).
+    """
+    if kind != "paper":
+        power = {"linear": 1.0, "sqrt": 0.5, "uniform": 0.0}[kind]
+        return [*(e_scale * math.pow(layer, power) for layer in range(1, num_layers)), math.pow(num_layers, power)]
     scales = [e_scale * layer * (layer + 1) / 2 for layer in range(num_layers - 1)]
     last = num_layers - 1
     return [*scales, last + e_scale * last * (last - 1) / 2]
 
 
-def exit_weights(exit_layers: Sequence[int], num_layers: int, e_scale: float) -> list[float]:
+def exit_weights(exit_layers: Sequence[int], num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:
     """Normalised e~ of the exits that are on, in the order given; they sum to 1. A single layer has weight 1."""
-    scales = exit_scales(num_layers, e_scale)
+    scales = exit_scales(num_layers, e_scale, kind)
     chosen = [scales[exit_layer - 1] for exit_layer in exit_layers]
     total = sum(chosen)
     return [scale / total for scale in chosen] if total else [1.0 / len(chosen)] * len(chosen)

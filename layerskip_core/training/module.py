@@ -52,7 +52,7 @@ class RecipeModule(nn.Module):
         exits = exits_on(self.recipe, moment.step, moment.total_steps, layers, self.depth.vocab_size)
         if not self.training:
             exits = tuple(range(1, layers + 1))
-        weights = dict(zip(exits, exit_weights(exits, layers, self.recipe.e_scale), strict=True))
+        weights = dict(zip(exits, self._weights(exits), strict=True))
         positions = torch.arange(input_ids.shape[1])[None]
         if attention_mask is not None:
             positions = (attention_mask.cpu().cumsum(1) - 1).clamp(min=0)
@@ -69,6 +69,9 @@ class RecipeModule(nn.Module):
                 total = total + weights[layer + 1] * loss
                 per_exit.append(loss.detach())
         return {"loss": total, "per_exit": torch.stack(per_exit), "exit_layers": exits}
+
+    def _weights(self, exits: tuple[int, ...]) -> list[float]:
+        return exit_weights(exits, self.depth.num_layers, self.recipe.e_scale, self.recipe.exit_weights)
 
     def _rates(self, moment: Moment) -> list[float]:
         layers = self.depth.num_layers
