@@ -73,7 +73,7 @@ class DepthModel:
         # transformers 5.24 renamed past_key_values; a wrong keyword would vanish in **kwargs without a word.
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
         self._rope_by_type = "layer_type" in inspect.signature(self._decoder.rotary_emb.forward).parameters
-        self._kinds = _layer_kinds(self.config)
+        self._kinds = layer_kinds(self.config)
 
     @property
     def num_layers(self) -> int:
@@ -221,7 +221,7 @@ def refuse_unsupported(config: Any) -> None:
         raise CheckpointError(f"model type {config.model_type!r} cannot be split by depth; supported: {', '.join(SUPPORTED)}")
 
 
-def _layer_kinds(config: Any) -> list[str]:
+def layer_kinds(config: Any) -> list[str]:
     """'full_attention' or 'sliding_attention' for each layer."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

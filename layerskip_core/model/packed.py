@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import DepthCache, LayerSlots, SpanWriter
-from .depth import _layer_kinds
+from .depth import layer_kinds
 from .linear import Linear, OneDnnLinear, linear
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -44,7 +44,7 @@ class PackedModel:
         self.config: Any = model.config
         decoder, head = transformers_model.model, transformers_model.get_output_embeddings()
         self._embedding: Tensor = decoder.embed_tokens.weight.detach()
-        self._kinds = _layer_kinds(self.config)
+        self._kinds = layer_kinds(self.config)
         self._rope = _Rope(deepcopy(decoder.rotary_emb), self._embedding)
         with torch.inference_mode():
             self._norm = _Norm(decoder.norm)
