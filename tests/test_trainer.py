@@ -239,7 +239,8 @@ def test_what_is_saved_is_a_plain_checkpoint_with_its_story(settings, base, tmp_
     assert loaded.info == info and loaded.prompt_template == "{prompt}\n"
     details = info.details
     assert (details["base_model"], details["steps"], details["rows"]) == (base, 4, 32)
-    assert details["config"]["recipe"] == {"p_max": 0.2, "e_scale": 1.0, "curriculum": "rotational", "rotation": 2}
+    recipe = {"p_max": 0.2, "e_scale": 1.0, "exit_weights": "paper", "curriculum": "rotational", "rotation": 2}
+    assert details["config"]["recipe"] == recipe
     assert sorted(details["final_losses"]) == ["1", "2", "3", "4"]
     assert set(details["versions"]) == {"layerskip", "torch", "transformers"}
     model = AutoModelForCausalLM.from_pretrained(output)

@@ -49,6 +49,7 @@ def to_csv(record: RunRecord[Any]) -> str:
 def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     """A line for each way of decoding; fits 80 columns."""
     metrics = list(record.results[0].metrics)
+    decimals = 1 if len(metrics) == 1 else 0  # two metrics leave no room for more
     names = [_SHORT_NAMES.get(name, name) for name in metrics]
     headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "tok/s", "speed", "same", "")
     rows = [
@@ -56,7 +57,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
             result.strategy,
             _count(result.exit_layer),
             _count(result.num_draft_tokens),
-            *(_percent(result.metrics[name], 1) for name in metrics),
+            *(_percent(result.metrics[name], decimals) for name in metrics),
             _number(result.perplexity, ".3g"),
             _percent(result.acceptance_rate, 1),
             _number(result.mean_accepted_tokens, ".1f"),
