@@ -32,7 +32,7 @@ from .presets import learning_rate
 from .trainer import StepReport, checkpoints_folder, make_trainer
 from .vocabulary import train_tokenizer
 
-_COMMANDS_STEPS = 300  # of a run on `commands` without --steps: under five minutes on two cores
+_COMMANDS_STEPS = 300  # of a run on `commands` without --steps: sized for five minutes on two cores
 
 
 @dataclass(frozen=True)
