@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
-# The commands are quiet by default, and never ask a hub when the model is a folder; both must be set before transformers loads.
+# The libraries beneath are quiet by default; both must be set before transformers loads.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

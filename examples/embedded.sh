@@ -20,7 +20,7 @@ layerskip finetune --model "$runs/base" "${plain[@]}" \
 
 # What the model card says.
 for name in embedded control base; do
-    layerskip sweep-exits --model "$runs/$name" --samples 1000 --exits 8 --specs 6 --output "$runs/$name/test-1000" --format markdown
-    layerskip sweep-exits --model "$runs/$name" --samples 200 --exits 6,8,12,18 --specs 6 --output "$runs/$name/test-200" --format markdown
-    layerskip sweep-exits --model "$runs/$name" --split compositional --samples 200 --exits 6,8,12,18 --specs 6 --format markdown
+    layerskip bench --model "$runs/$name" --samples 500 --repeats 1 --exit 14 --spec 6 --threads 1 --format markdown
 done
+layerskip bench --model "$runs/embedded" --split compositional --samples 200 --repeats 1 --exit 14 --spec 6 --threads 1 --format markdown
+layerskip sweep-exits --model "$runs/embedded" --samples 40 --exits 4,6,8,10,12,14,16,18 --specs 4,6,10 --threads 1
