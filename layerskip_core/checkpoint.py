@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -269,11 +270,18 @@ def refuse_overwrite(output: str, overwrite: bool) -> None:
 
 
 @quiet_transformers()
-def save_checkpoint(model: nn.Module, tokenizer: Any, info: CheckpointInfo, output: str, dtype: torch.dtype) -> None:
+def save_checkpoint(
+    model: nn.Module,
+    tokenizer: Any,
+    info: CheckpointInfo,
+    output: str,
+    dtype: torch.dtype,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Writes an ordinary transformers checkpoint and layerskip.json, aside first: `output` never holds half a model.
 
-    `model` is converted to `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held
-    then stays as it was.
+    `files` by name are written beside them. `model` is converted to `dtype` in place. Raises CheckpointError when the disk is
+    full or not writable; what `output` held then stays as it was.
     """
     folder = Path(output)
     staging = folder / ".writing"
@@ -284,6 +292,8 @@ def save_checkpoint(model: nn.Module, tokenizer: Any, info: CheckpointInfo, outp
         transformers_model.to(dtype).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         (staging / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
     except Exception as error:  # safetensors reports a full disk as its own error type
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error

@@ -136,6 +136,7 @@ class FinetuneConfig:
     lora_rank: int = 0
     save_steps: int = 0
     resume: bool = False
+    report_to: str = ""
     overwrite: bool = False
     prompt_template: str | None = None
     vocab_size: int | None = None
