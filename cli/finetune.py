@@ -27,11 +27,15 @@ def finetune(
     exit_weights: Annotated[str, typer.Option(help="How exits weigh: paper, linear, sqrt or uniform.")] = "paper",
     curriculum: Annotated[str | None, typer.Option(help="rotational, gradual, all or none. [default: the regime's]")] = None,
     rotation: Annotated[int | None, typer.Option(help="R: each exit is trained once every R steps.")] = None,
+    distill: Annotated[float, typer.Option(help="Share of KL to the last layer in the exits' loss, 0 to 1.")] = 0.0,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate. [default: by regime and model size]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs. [default: 300 on commands]")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Rows of a forward pass.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Forward passes of an optimizer step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute layers in the backward pass: less memory, more time.")
+    ] = False,
     max_length: Annotated[int, typer.Option(help="Tokens of a row, prompt included.")] = 512,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
@@ -41,7 +45,11 @@ def finetune(
     completion_column: Annotated[str, typer.Option(help="Column of what should follow it.")] = "completion",
     prompt_template: Annotated[str | None, typer.Option(help="'chat', or a text with {prompt} in it.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="scratch: train a BPE tokenizer of this size on the data.")] = None,
-    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA adapters, merged on save; 0 trains all weights.")] = 0,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA adapters; 0 trains all weights.")] = 0,
+    lora_targets: Annotated[str, typer.Option(help="Modules that get one: all-linear, or names with commas.")] = "all-linear",
+    lora_keep: Annotated[
+        bool, typer.Option("--lora-keep", help="Save the adapter alone, not merged; it loads as a model.")
+    ] = False,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
     report_to: Annotated[str, typer.Option(help="Where losses go too: tensorboard, wandb, ...; several with commas.")] = "",
@@ -71,6 +79,7 @@ def finetune(
         "exit_weights": exit_weights,
         "curriculum": curriculum,
         "rotation": rotation,
+        "distill": distill,
     }
     settings = FinetuneConfig(
         model=model,
@@ -83,6 +92,7 @@ def finetune(
         epochs=epochs,
         batch_size=batch_size,
         accumulation=accumulation,
+        gradient_checkpointing=gradient_checkpointing,
         max_length=max_length,
         warmup=warmup,
         weight_decay=weight_decay,
@@ -90,6 +100,8 @@ def finetune(
         dtype=cast(DType, dtype),
         device=device,
         lora_rank=lora_rank,
+        lora_targets=lora_targets,
+        lora_keep=lora_keep,
         save_steps=save_steps,
         resume=resume,
         report_to=report_to,

@@ -1,7 +1,9 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_runs import RECIPE, train, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
@@ -130,6 +132,7 @@ def test_what_is_saved_is_a_plain_checkpoint_with_its_story(settings, base, tmp_
     details = info.details
     assert (details["base_model"], details["steps"], details["rows"]) == (base, 4, 32)
     recipe = {"p_max": 0.2, "e_scale": 1.0, "exit_weights": "paper", "curriculum": "rotational", "rotation": 2}
+    recipe["distill"] = 0.0
     assert details["config"]["recipe"] == recipe
     assert sorted(details["final_losses"]) == ["1", "2", "3", "4"]
     assert set(details["versions"]) == {"layerskip", "torch", "transformers"}
@@ -295,3 +298,26 @@ def test_the_order_is_a_function_of_the_seed_and_sees_every_row_once_a_pass():
     spans = [max(step) - min(step) for step in ([lengths[row] for row in order[at : at + 4]] for at in range(0, 80, 4))]
     assert sum(spans) / len(spans) < 2  # of 0..6: without sorting about 4.5
     assert len(list(RunOrder([1, 1], 8, 3, seed=0))) == 24  # fewer rows than a step takes
+
+
+def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_path):
+    kept, merged = str(tmp_path / "kept"), str(tmp_path / "merged")
+    changes = {"lora_rank": 2, "lr": 1e-2, "lora_targets": "q_proj, down_proj", "steps": 2}
+    train(settings(**changes, output=kept, lora_keep=True))
+    train(settings(**changes, output=merged))
+    assert not (Path(kept) / "model.safetensors").exists()
+    names = load_file(Path(kept) / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in names} == {"q_proj", "down_proj"}
+    expected = load_checkpoint(merged, "cpu", "fp32")
+    found = load_checkpoint(kept, "cpu", "fp32")
+    assert found.prompt_template == "{prompt}\n" and len(found.tokenizer) == 300
+    state = found.model.state_dict()
+    assert state.keys() == expected.model.state_dict().keys()
+    for name, weight in expected.model.state_dict().items():
+        torch.testing.assert_close(state[name], weight, rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(state[name], weight) for name, weight in weights(base).items())
+    with pytest.raises(ConfigError, match="already holds a model"):
+        prepare(settings(output=kept))
+    assert train(settings(model=kept, output=str(tmp_path / "on"), steps=1))[0].step == 1  # and trains on
+    with pytest.raises(ConfigError, match=r"--lora-targets nothing: Target modules .*nothing.* not found"):
+        train(settings(**{**changes, "lora_targets": "nothing"}))

@@ -58,8 +58,8 @@ class FinetuneJob:
         """
         config = self.config
         scratch = config.regime == "scratch"
-        model = _with_lora(self.loaded.model, config.lora_rank, config.seed) if config.lora_rank else self.loaded.model
-        module = RecipeModule(model, config.recipe, config.seed, from_scratch=scratch)
+        model = _with_lora(self.loaded.model, config) if config.lora_rank else self.loaded.model
+        module = RecipeModule(model, config.recipe, config.seed, scratch, config.gradient_checkpointing)
         with Interruption() as interruption:
             trainer = make_trainer(
                 module,
@@ -73,7 +73,7 @@ class FinetuneJob:
                 self.autocast,
             )
             self._train(trainer, interruption)
-            trained = model.merge_and_unload() if config.lora_rank else model
+            trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
             info = CheckpointInfo(prompt_template=self.template, details=self._details(trainer.history))
             if trainer.is_world_process_zero():
                 files = {"losses.jsonl": trainer.history.to_jsonl().encode(), "losses.png": loss_plot(trainer.history)}
@@ -158,12 +158,23 @@ def _template(config: FinetuneConfig, loaded: LoadedModel) -> str | None:
     return loaded.prompt_template or PARSING_TEMPLATE
 
 
-def _with_lora(model: Any, rank: int, seed: int) -> Any:
-    """Adapters on every linear layer but the head. The name of the head differs by family; peft's own list leaves it out."""
+def _with_lora(model: Any, config: FinetuneConfig) -> Any:
+    """Adapters on the linear layers that --lora-targets names; `all-linear` is all but the head."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    rank, targets = config.lora_rank, [name.strip() for name in config.lora_targets.split(",")]
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=config.model,
+    )
+    torch.manual_seed(config.seed)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"--lora-targets {config.lora_targets}: {str(error).splitlines()[0]}") from error
 
 
 def _resume_point(config: FinetuneConfig) -> ResumePoint | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..checkpoint import write_model
 from ..config import FinetuneConfig
 from ..data import Collator, EncodedData
 from ..errors import CheckpointError, ConfigError, TrainingError
@@ -170,8 +171,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).model.save_pretrained(folder)
+        write_model(self.accelerator.unwrap_model(self.model).model, Path(folder))
         self.tokenizer_to_save.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
