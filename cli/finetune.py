@@ -40,6 +40,13 @@ def finetune(
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
     samples: Annotated[int, typer.Option(help="Rows to use; 0 is all, for `commands` as many as the steps need.")] = 0,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read a file or hub set as it goes; needs --steps.")] = False,
+    pack: Annotated[
+        bool | None, typer.Option(help="Pack plain text into full rows. [default: yes, but for --regime finetune]")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="A split of --data, or other data, to measure every exit on.")] = None,
+    validation_samples: Annotated[int, typer.Option(help="Rows of it to use; 0 is all.")] = 256,
+    eval_steps: Annotated[int, typer.Option(help="Steps between validations. [default: ten a run]")] = 0,
     split: Annotated[str, typer.Option(help="Split of the data to train on.")] = "train",
     prompt_column: Annotated[str, typer.Option(help="Column of the prompt.")] = "prompt",
     completion_column: Annotated[str, typer.Option(help="Column of what should follow it.")] = "completion",
@@ -105,6 +112,11 @@ def finetune(
         save_steps=save_steps,
         resume=resume,
         report_to=report_to,
+        streaming=streaming,
+        pack=pack,
+        validation=validation,
+        validation_samples=validation_samples,
+        eval_steps=eval_steps,
         overwrite=overwrite,
         prompt_template=prompt_template,
         vocab_size=vocab_size,
@@ -120,8 +132,9 @@ def finetune(
     except TrainingInterrupted as interrupted:
         narrate(f"{interrupted}; go on with: {_resuming()}")
         raise typer.Exit(128 + interrupted.signal) from None
-    losses = {int(layer): loss for layer, loss in info.details["final_losses"].items()}
-    narrate("loss by exit: " + "  ".join(f"{layer}: {losses[layer]:.3f}" for layer in sorted(losses)))
+    for name, what in (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows")):
+        if info.details[name]:
+            narrate(f"{what}: " + "  ".join(f"{layer}: {loss:.3f}" for layer, loss in info.details[name].items()))
     narrate(f"saved {output}; next: layerskip sweep-exits --model {shlex.quote(output)}")
 
 

@@ -143,6 +143,11 @@ class FinetuneConfig:
     save_steps: int = 0
     resume: bool = False
     report_to: str = ""
+    streaming: bool = False
+    pack: bool | None = None
+    validation: str | None = None
+    validation_samples: int = 256
+    eval_steps: int = 0
     overwrite: bool = False
     prompt_template: str | None = None
     vocab_size: int | None = None
@@ -160,6 +165,13 @@ class FinetuneConfig:
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(self.weight_decay >= 0, "--weight-decay", "at least 0", self.weight_decay)
         require(self.lora_rank >= 0, "--lora-rank", "at least 0", self.lora_rank)
+        require(self.validation_samples >= 0, "--validation-samples", "at least 0", self.validation_samples)
+        require(self.eval_steps >= 0, "--eval-steps", "at least 0", self.eval_steps)
+        require(not self.eval_steps or self.validation is not None, "--eval-steps", "used with --validation", "none")
+        if self.streaming:
+            require(self.steps is not None, "--steps", "given with --streaming, whose rows cannot be counted", "none")
+            require(not self.data.limit, "--samples", "0 with --streaming", self.data.limit)
+            require(self.vocab_size is None, "--vocab-size", "left out with --streaming", self.vocab_size)
         require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
         require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
         require(self.save_steps >= 0, "--save-steps", "at least 0", self.save_steps)
