@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -36,7 +35,7 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute layers in the backward pass: less memory, more time.")
     ] = False,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row, prompt included.")] = 512,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row, prompt included. [default: the regime's]")] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
     samples: Annotated[int, typer.Option(help="Rows to use; 0 is all, for `commands` as many as the steps need.")] = 0,
@@ -75,7 +74,6 @@ def finetune(
     """Convert a checkpoint to the LayerSkip recipe: layer dropout and early-exit loss through one shared head."""
     require_choice(regime, "--regime", REGIMES)
     use_threads(threads)
-    from layerskip_core.training.presets import RECIPES
     from layerskip_core.training.run import prepare
 
     from .training_text import plan_text, report_text
@@ -93,7 +91,7 @@ def finetune(
         data=DataConfig(data, split, prompt_column, completion_column, samples, seed),
         output=output,
         regime=cast(Regime, regime),
-        recipe=replace(RECIPES[regime], **{name: value for name, value in given.items() if value is not None}),
+        recipe_changes={name: value for name, value in given.items() if value is not None},
         lr=lr,
         steps=steps,
         epochs=epochs,

@@ -7,6 +7,7 @@ from layerskip_core.training.progress import StepReport
 
 def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
     recipe = config.recipe
+    assert recipe is not None
     return (
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
         f"on {config.data.name}: {_rows_text(config, plan)}\n"

@@ -61,11 +61,12 @@ def make_plan(
     config: FinetuneConfig, loaded: LoadedModel, data: EncodedData, device: str, autocast: bool, packed: bool
 ) -> TrainingPlan:
     """Raises ConfigError when the recipe is undefined for this model or number of steps."""
-    depth = loaded.depth
+    recipe, depth = config.recipe, loaded.depth
+    assert recipe is not None
     rows = None if data.streamed else len(data.rows)
     steps = _steps(config, rows or 0)
-    rotational = config.recipe.curriculum == "rotational"
-    exits = mean_exits(config.recipe, steps, depth.num_layers, depth.vocab_size)
+    rotational = recipe.curriculum == "rotational"
+    exits = mean_exits(recipe, steps, depth.num_layers, depth.vocab_size)
     return TrainingPlan(
         rows=rows,
         tokens=data.tokens,
@@ -73,9 +74,9 @@ def make_plan(
         steps=steps,
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         num_layers=depth.num_layers,
-        rotation=rotation_of(config.recipe, depth.num_layers, depth.vocab_size) if rotational else None,
+        rotation=rotation_of(recipe, depth.num_layers, depth.vocab_size) if rotational else None,
         exits_per_step=exits,
-        cost=_cost(loaded, config, steps, exits, data),
+        cost=_cost(loaded, recipe.p_max, steps, config.regime == "scratch", exits, data),
         memory_mb=_memory_mb(loaded, config, data),
         device=device,
         dtype="bf16 autocast" if autocast else "fp32",
@@ -108,7 +109,7 @@ def _steps(config: FinetuneConfig, rows: int) -> int:
     return max(1, math.ceil(rows / rows_per_step(config) * config.epochs))
 
 
-def _cost(loaded: LoadedModel, config: FinetuneConfig, steps: int, exits: float, data: EncodedData) -> float:
+def _cost(loaded: LoadedModel, p_max: float, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
     """Multiply-adds of a step over those of one without the recipe: dropout saves layers, every exit adds a head.
 
     Training from scratch is judged by the dropout in the middle of its schedule.
@@ -116,8 +117,8 @@ def _cost(loaded: LoadedModel, config: FinetuneConfig, steps: int, exits: float,
     depth = loaded.depth
     layers = float(sum(parameter.numel() for parameter in depth.layers.parameters()))
     head = float(depth.hidden_size * depth.vocab_size) * data.target_tokens / data.tokens
-    scale = time_scale(steps // 2, steps, config.regime == "scratch") if config.recipe.p_max else 1.0
-    rates = dropout_rates(config.recipe.p_max, depth.num_layers, scale)
+    scale = time_scale(steps // 2, steps, from_scratch) if p_max else 1.0
+    rates = dropout_rates(p_max, depth.num_layers, scale)
     kept = 1 - sum(rates) / len(rates)
     return (layers * kept + head * exits) / (layers + head)
 

@@ -33,7 +33,7 @@ from .interruption import Interruption
 from .loss_plot import loss_plot
 from .module import RecipeModule
 from .plan import COMMANDS_STEPS, TrainingPlan, make_plan, rows_per_step, run_settings
-from .presets import learning_rate
+from .presets import learning_rate, recipe_preset, sequence_length
 from .progress import LossHistory, StepReport
 from .trainer import RecipeTrainer, make_trainer
 from .vocabulary import train_tokenizer
@@ -63,6 +63,7 @@ class FinetuneJob:
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
         """
         config = self.config
+        assert config.recipe is not None
         scratch = config.regime == "scratch"
         model = _with_lora(self.loaded.model, config) if config.lora_rank else self.loaded.model
         module = RecipeModule(model, config.recipe, config.seed, scratch, config.gradient_checkpointing)
@@ -126,10 +127,10 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     resume = _resume_point(config)
     device = pick_device(config.device)
     _refuse_sharding(device)
-    loaded, data, held_out, encoder = _model_and_data(config)
+    loaded, rows = _model_and_rows(config)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    if config.lr is None:
-        config = replace(config, lr=learning_rate(config.regime, parameters))
+    config = _resolved(config, parameters, loaded.depth.max_positions)
+    data, held_out, encoder = _encoded(config, loaded, rows)
     autocast = pick_dtype(config.dtype, device, parameters) == torch.bfloat16
     plan = make_plan(config, loaded, data, str(device), autocast, encoder.pack)
     if resume is not None:
@@ -148,26 +149,43 @@ def _refuse_sharding(device: torch.device) -> None:
         )
 
 
-def _model_and_data(config: FinetuneConfig) -> tuple[LoadedModel, EncodedData, EncodedData | None, Encoder]:
-    """The model, the rows to train on, those to validate on, and how both were encoded."""
-    wanted = config.data
-    if wanted.name == "commands" and not wanted.limit:
-        # The generator has no end: a run draws as many rows as it will see, so that none repeats.
-        wanted = replace(wanted, limit=(config.steps or COMMANDS_STEPS) * rows_per_step(config))
+def _model_and_rows(config: FinetuneConfig) -> tuple[LoadedModel, list[Row]]:
+    """The model, and the rows to train on: of a stream the first one, to see what they are."""
+    wanted = _training_data(config)
     rows = list(itertools.islice(stream_rows(wanted), 1)) if config.streaming else load_rows(wanted)
     if config.regime == "scratch":
         tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
-        loaded = load_blank(config.model, config.seed, tokenizer, config.trust_remote_code)
-    else:
-        loaded = load_checkpoint(config.model, "cpu", "fp32", config.trust_remote_code)
-    if config.max_length > loaded.depth.max_positions:
-        raise ConfigError(
-            f"--max-length must be at most the model's context of {loaded.depth.max_positions} tokens, got {config.max_length}"
-        )
+        return load_blank(config.model, config.seed, tokenizer, config.trust_remote_code), rows
+    return load_checkpoint(config.model, "cpu", "fp32", config.trust_remote_code), rows
+
+
+def _training_data(config: FinetuneConfig) -> DataConfig:
+    if config.data.name == "commands" and not config.data.limit:
+        # The generator has no end: a run draws as many rows as it will see, so that none repeats.
+        return replace(config.data, limit=(config.steps or COMMANDS_STEPS) * rows_per_step(config))
+    return config.data
+
+
+def _resolved(config: FinetuneConfig, parameters: int, context: int) -> FinetuneConfig:
+    """With the regime's values for a model of this size in the place of what was not given."""
+    if config.max_length is not None and config.max_length > context:
+        raise ConfigError(f"--max-length must be at most the model's context of {context} tokens, got {config.max_length}")
+    return replace(
+        config,
+        recipe=config.recipe or replace(recipe_preset(config.regime, parameters), **config.recipe_changes),
+        recipe_changes={},
+        lr=config.lr or learning_rate(config.regime, parameters),
+        max_length=config.max_length or sequence_length(config.regime, context),
+    )
+
+
+def _encoded(config: FinetuneConfig, loaded: LoadedModel, rows: list[Row]) -> tuple[EncodedData, EncodedData | None, Encoder]:
+    """The rows to train on, those to validate on, and how both were encoded."""
+    assert config.max_length is not None
     encoder = Encoder(loaded.tokenizer, _template(config, loaded, rows), config.max_length, _packs(config, rows))
-    data = encode_stream(wanted, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
+    data = encode_stream(config.data, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
     held_out = None if config.validation is None else encode_rows(load_rows(validation_data(config)), encoder)
-    return loaded, data, held_out, encoder
+    return data, held_out, encoder
 
 
 def validation_data(config: FinetuneConfig) -> DataConfig:
