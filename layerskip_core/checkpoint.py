@@ -207,7 +207,7 @@ def load_checkpoint(
         model = _without_quantization(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model = _converted(model.to(target), pick_dtype(dtype, target, parameters)).eval()
-    depth = PackedModel(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    depth = PackedModel.of(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
