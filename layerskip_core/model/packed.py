@@ -30,6 +30,31 @@ def can_pack(config: Any) -> bool:
     )
 
 
+def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that PackedModel cannot do without, as in a checkpoint."""
+    size, inner = config.hidden_size, config.intermediate_size
+    queries, keys = (heads * _head_dim(config) for heads in (config.num_attention_heads, config.num_key_value_heads))
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (size,),
+        "self_attn.q_proj": (queries, size),
+        "self_attn.k_proj": (keys, size),
+        "self_attn.v_proj": (keys, size),
+        "self_attn.o_proj": (size, queries),
+        "post_attention_layernorm": (size,),
+        "mlp.gate_proj": (inner, size),
+        "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, size),
+        "model.norm.weight": (size,),
+        **({} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, size)}),
+    }
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
 class PackedModel:
     """The same operations and results as `DepthModel`, for inference only.
 
