@@ -5,12 +5,12 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,8 @@ from .model.depth import refuse_unsupported
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
 INFO_FILE = "layerskip.json"
+_ADAPTER_FILE = "adapter_config.json"
+_LAST_WRITTEN = ("config.json", _ADAPTER_FILE)
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "chat_template*", "generation_config.json")
 _LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
 
@@ -183,6 +185,8 @@ def load_checkpoint(
         ConfigError: the device is not here.
     """
     target = pick_device(device)
+    if (Path(name) / _ADAPTER_FILE).is_file():
+        return _load_adapted(name, device, dtype, trust_remote_code, implementation)
     path, keywords = _locate(name)
     if implementation == "auto" and Path(path).is_dir() and not keywords:
         info = read_info(path)
@@ -243,6 +247,32 @@ def _load_with_transformers(
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
+def _load_adapted(
+    name: str, device: str, dtype: str, trust_remote_code: bool, implementation: Literal["auto", "generic"]
+) -> LoadedModel:
+    """An adapter merged into its base, which its config names as `--model` would."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    loaded = load_checkpoint(adapter_base(name), device, dtype, trust_remote_code)
+    model = _reading(name, lambda: PeftModel.from_pretrained(loaded.model, name).merge_and_unload().eval())
+    model.requires_grad_(True)  # peft froze the base
+    tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+    depth = PackedModel.of(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    return LoadedModel(name, model, tokenizer, read_info(name), depth)
+
+
+def adapter_base(name: str) -> str:
+    """The model that an adapter folder belongs to; any other model is its own. Raises CheckpointError for a broken config."""
+    file = Path(name) / _ADAPTER_FILE
+    if not file.is_file():
+        return name
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not valid: {error!r}") from None
+
+
 @quiet_transformers()
 def load_blank(name: str, seed: int, tokenizer: Any = None, trust_remote_code: bool = False) -> LoadedModel:
     """The architecture of a checkpoint with fresh random weights, in fp32 on the CPU.
@@ -268,7 +298,7 @@ def load_blank(name: str, seed: int, tokenizer: Any = None, trust_remote_code: b
 
 def stored_dtype(name: str) -> torch.dtype:
     """The precision a checkpoint's weights are stored in, by its config; a converted model is saved in the same."""
-    path, keywords = _locate(name)
+    path, keywords = _locate(adapter_base(name))
     from transformers import AutoConfig
 
     dtype = getattr(_reading(name, lambda: AutoConfig.from_pretrained(path, **keywords)), "dtype", None)
@@ -288,8 +318,8 @@ def read_info(path: str) -> CheckpointInfo:
 
 
 def holds_model(path: str | Path) -> bool:
-    """Whether a folder holds a complete checkpoint: config.json is the last file that `save_checkpoint` puts there."""
-    return (Path(path) / "config.json").is_file()
+    """Whether a folder holds a complete model or adapter: `save_checkpoint` puts their config there last."""
+    return any((Path(path) / name).is_file() for name in _LAST_WRITTEN)
 
 
 def refuse_overwrite(output: str, overwrite: bool) -> None:
@@ -301,31 +331,46 @@ def refuse_overwrite(output: str, overwrite: bool) -> None:
 
 
 @quiet_transformers()
-def save_checkpoint(model: nn.Module, tokenizer: Any, info: CheckpointInfo, output: str, dtype: torch.dtype) -> None:
+def save_checkpoint(
+    model: nn.Module,
+    tokenizer: Any,
+    info: CheckpointInfo,
+    output: str,
+    dtype: torch.dtype,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Writes an ordinary transformers checkpoint and layerskip.json, aside first: `output` never holds half a model.
 
-    `model` is converted to `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held
-    then stays as it was.
+    An adapter (a peft model) is written alone and names its base. `files` by name are written beside. `model` is converted to
+    `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held then stays as it was.
     """
     folder = Path(output)
     staging = folder / ".writing"
-    transformers_model: Any = model
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        transformers_model.to(dtype).save_pretrained(staging)
+        write_model(model.to(dtype), staging)
         tokenizer.save_pretrained(staging)
         (staging / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
     except Exception as error:  # safetensors reports a full disk as its own error type
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
-    (folder / "config.json").unlink(missing_ok=True)
+    for name in _LAST_WRITTEN:
+        (folder / name).unlink(missing_ok=True)
     for pattern in _MODEL_FILES:  # of an older model there, whose shards or template the new one may not have
         for file in folder.glob(pattern):
             file.unlink()
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+    for file in sorted(staging.iterdir(), key=lambda file: file.name in _LAST_WRITTEN):
         os.replace(file, folder / file.name)
     staging.rmdir()
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """The weights and config of a transformers model, or of a peft model's adapter, as safetensors in a folder."""
+    adapter = hasattr(model, "get_base_model")
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
 
 
 def write_info(path: str, info: CheckpointInfo) -> None:

@@ -81,7 +81,8 @@ class RecipeConfig:
 
     `exit_weights`: how the exits' losses weigh, see training/exit_loss.py; the paper's formula gives early ones very little.
     `rotation` is R of the rotational curriculum; None picks L/3 (at least 1) up to a vocabulary of 8k and L-1 above it,
-    where every extra exit costs a head.
+    where every extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
+    cross-entropy.
     """
 
     p_max: float = 0.2
@@ -89,8 +90,10 @@ class RecipeConfig:
     exit_weights: ExitWeights = "paper"
     curriculum: Curriculum = "rotational"
     rotation: int | None = None
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
+        require(0 <= self.distill <= 1, "--distill", "in [0, 1]", self.distill)
         require(0 <= self.p_max < 1, "--pmax", "in [0, 1)", self.p_max)
         require(self.e_scale >= 0, "--escale", "at least 0", self.e_scale)
         require_choice(self.exit_weights, "--exit-weights", EXIT_WEIGHTS)
@@ -134,8 +137,12 @@ class FinetuneConfig:
     dtype: DType = "auto"
     device: str = "auto"
     lora_rank: int = 0
+    lora_targets: str = "all-linear"
+    lora_keep: bool = False
+    gradient_checkpointing: bool = False
     save_steps: int = 0
     resume: bool = False
+    report_to: str = ""
     overwrite: bool = False
     prompt_template: str | None = None
     vocab_size: int | None = None
@@ -153,6 +160,8 @@ class FinetuneConfig:
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(self.weight_decay >= 0, "--weight-decay", "at least 0", self.weight_decay)
         require(self.lora_rank >= 0, "--lora-rank", "at least 0", self.lora_rank)
+        require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
+        require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
         require(self.save_steps >= 0, "--save-steps", "at least 0", self.save_steps)
         require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
         require(self.vocab_size is None or self.vocab_size >= 260, "--vocab-size", "at least 260", self.vocab_size)
