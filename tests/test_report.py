@@ -16,6 +16,7 @@ from layerskip_core.evaluation.generation import Failure
 from layerskip_core.evaluation.metrics import Difference
 from layerskip_core.evaluation.record import Recommendation, RunRecord
 from layerskip_core.evaluation.report import (
+    TextTable,
     bench_table,
     pareto_plot,
     prepare_output,
@@ -115,6 +116,16 @@ def test_markdown_is_a_table_and_a_note():
     assert "| speedup | 1.00 | 2.00 |" in lines
     assert "| rouge2 | 40.0% | 40.0% |" in lines
     assert lines[-2:] == ["", "Medians of 3 repeats; float32 on a CPU, 2 threads."]
+
+
+def test_columns_without_room_go_into_a_table_of_their_own():
+    table = TextTable(("", "one", "two", "three"), (("name", "1", "22222", "3"), ("x", "1", "2", "3")), "note")
+    # Widths with their space: 5, 4, 6, 6; the last one needs none behind it.
+    assert table.column_blocks(20) == [[0, 1, 2, 3]]
+    assert table.column_blocks(19) == [[0, 1, 2], [0, 3]]
+    assert table.column_blocks(9) == [[0, 1], [0, 2], [0, 3]]
+    assert table.column_blocks(1) == [[0, 1], [0, 2], [0, 3]]
+    assert TextTable(table.headers, table.rows, "", labels=2).column_blocks(15) == [[0, 1, 2], [0, 1, 3]]
 
 
 def test_the_plot_is_a_png_of_a_readable_size():

@@ -21,11 +21,23 @@ _SHORT_NAMES = {"exact_match": "EM", "rouge2": "R2"}
 
 @dataclass(frozen=True)
 class TextTable:
-    """Cells as people read them."""
+    """Cells as people read them. The first `labels` columns say what a row is."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str
+    labels: int = 1
+
+    def column_blocks(self, width: int) -> list[list[int]]:
+        """The columns as one table, or as several of at most `width` characters, a space between columns; labels in each."""
+        sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]
+        labels = list(range(self.labels))
+        blocks = [labels]
+        for place in range(self.labels, len(sizes)):
+            if len(blocks[-1]) > self.labels and sum(sizes[one] for one in [*blocks[-1], place]) - 1 > width:
+                blocks.append(labels)
+            blocks[-1] = [*blocks[-1], place]
+        return blocks
 
     def markdown(self) -> str:
         lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
@@ -78,6 +90,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
 def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     """A column for each strategy, a line for each figure."""
     results = record.results
+    versus = [result.speedup_over_transformers for result in results]
     lines: list[tuple[str, list[str]]] = [
         ("exit layer", [_count(result.exit_layer) for result in results]),
         ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
@@ -87,6 +100,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         ("mean accepted tokens", [_number(result.mean_accepted_tokens, ".2f") for result in results]),
         ("tokens/s", [_number(result.tokens_per_second, ".1f") for result in results]),
         ("speedup", [_number(result.speedup, ".2f") for result in results]),
+        *([("over transformers", [_number(over, ".2f") for over in versus])] if any(versus) else []),
         ("speedup behind prefill", [_number(result.decode_speedup, ".2f") for result in results]),
         ("first token (ms)", [_number(result.ttft_ms, ".1f") for result in results]),
         ("token p50 (ms)", [_number(result.time_per_token_ms["p50"], ".2f") for result in results]),
