@@ -65,7 +65,20 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
     monkeypatch.setenv("COLUMNS", "80")
     result = run("sweep-exits", "--model", model, "--data", data, "--exits", "5", "--specs", "12", "--max-new-tokens", "12")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["strategy", "exit", "spec", "R2", "EM", "ppl", "accept", "mean", "tok/s", "speed", "same"]
+    assert lines[0].split() == [
+        "strategy",
+        "exit",
+        "spec",
+        "R2",
+        "EM",
+        "ppl",
+        "accept",
+        "mean",
+        "pred",
+        "tok/s",
+        "speed",
+        "same",
+    ]
     assert [line.split()[0] for line in lines[2:5]] == ["autoregressive", "early-exit", "self-speculative"]
     cells = lines[4].split()
     assert (cells[:3], cells[4]) == (["self-speculative", "5", "12"], "100%")

@@ -218,7 +218,7 @@ def measure_interleaved(
             yield Progress(repeat * len(examples) + number + 1, repeats * len(examples), "prompts")
         for of_setting, new in zip(outputs, zip(*found, strict=True), strict=True):
             of_setting.append(Outputs(new))
-        _require_outputs(outputs[0][-1])
+        require_outputs(outputs[0][-1])
     return outputs
 
 
@@ -238,6 +238,14 @@ def differences(
 def drafts_tokens(setting: Setting) -> bool:
     """Whether this way of decoding drafts tokens and verifies them."""
     return setting.strategy not in ("autoregressive", "early-exit", "transformers")
+
+
+def require_outputs(outputs: Outputs) -> Outputs:
+    """The same. Raises LayerSkipError when every prompt failed."""
+    failures = outputs.failures
+    if len(failures) == len(outputs.each):
+        raise LayerSkipError(f"none of the {len(failures)} prompts could be answered; the first: {failures[0].error}")
+    return outputs
 
 
 def finite(value: float) -> float | None:
@@ -260,9 +268,3 @@ def _order(count: int, turn: int) -> list[int]:
 def _seconds_per_token(steps: Sequence[Step]) -> float:
     tokens = sum(step.tokens for step in steps)
     return sum(step.seconds for step in steps) / tokens if tokens else math.nan
-
-
-def _require_outputs(outputs: Outputs) -> None:
-    failures = outputs.failures
-    if len(failures) == len(outputs.each):
-        raise LayerSkipError(f"none of the {len(failures)} prompts could be answered; the first: {failures[0].error}")
