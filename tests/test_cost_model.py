@@ -74,7 +74,7 @@ def test_the_time_of_rounds():
     assert Rounds(6, 4, 3, 2) + Rounds(1, 1, 1, 1) == Rounds(7, 5, 4, 3)
 
 
-def test_pass_times_are_medians_over_full_rounds(monkeypatch):
+def test_pass_times_are_those_of_full_rounds(monkeypatch):
     # A prefill, a first round that is left out, rounds of 3 drafts, and a short one that does not count.
     steps = [(0, 0.0, 9.0), (3, 9.0, 9.0), (3, 0.3, 0.5), (3, 0.6, 0.6), (3, 0.9, 0.4), (1, 7.0, 7.0)]
 
@@ -90,16 +90,18 @@ def test_pass_times_are_medians_over_full_rounds(monkeypatch):
 
     monkeypatch.setattr(cost_model, "decode", lambda *_: Known())
     times = pass_times(tiny_loaded(), [1], 2, 3)
-    assert (times.draft, times.verify) == pytest.approx((0.2, 0.5))
+    assert [one.draft for one in times] == pytest.approx([0.1, 0.2, 0.3])
+    assert [one.verify for one in times] == pytest.approx([0.5, 0.6, 0.4])
+    assert [one.other for one in times] == pytest.approx([0.01] * 3)
 
 
 def test_pass_times_of_the_real_loop():
     loaded = tiny_loaded()
     times = pass_times(loaded, loaded.encode_prompt("hi"), 2, 4)
-    assert times.draft > 0
-    assert times.verify > 0
+    assert len(times) >= 2
+    assert all(one.draft > 0 and one.verify > 0 for one in times)
     full = [5] * (loaded.depth.max_positions - 1)
-    assert pass_times(loaded, full, 2, 4) is None
+    assert pass_times(loaded, full, 2, 4) == []
 
 
 def test_speed_from_known_passes(monkeypatch):
@@ -107,7 +109,9 @@ def test_speed_from_known_passes(monkeypatch):
     honest = measure(loaded, task.examples[0].prompt, DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS))
     (known,) = outputs_of([(1, 0.5), *[(1, 0.1)] * (len(honest.ids) - 1)], ids=(honest.ids,)).each
     monkeypatch.setattr(cost_model, "measure", lambda *_: known)
-    monkeypatch.setattr(cost_model, "pass_times", lambda *_: PassTimes(0.01, 0.2, 0.0))
+    monkeypatch.setattr(
+        cost_model, "pass_times", lambda *_: [PassTimes(0.01, 0.1, 0.0), PassTimes(0.01, 0.3, 0.0)]
+    )  # 0.2 s on the average
     _, found = collect(predict(loaded, task.examples, (5,), (3,), NEW_TOKENS))
     prediction = found.settings[5, 3]
     rounds = prediction.rounds

@@ -97,7 +97,8 @@ def test_csv_round_trip():
         "strategy": "self-speculative", "exit_layer": "12", "num_draft_tokens": "12", "exact_match": "0.875", "perplexity": "",
         "acceptance_rate": "0.71", "mean_accepted_tokens": "10.8", "tokens_per_second": "182.4", "speedup": "1.824",
         "identical_outputs": "1.0", "pareto": "True", "predicted_tokens_per_second": "190.2",
-        "predicted_acceptance_rate": "0.7", "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
+        "predicted_acceptance_rate": "0.7",
+        "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
         "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1",
     }  # fmt: skip
     (plain, _) = csv.DictReader(io.StringIO(to_csv(BENCH)))

@@ -131,7 +131,7 @@ def test_speedup_from_known_times():
 def test_a_sweep_of_the_tiny_model():
     loaded, task = tiny_loaded(), own_answers()
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
-    phases = (("perplexity", 3), ("prediction", 7), ("prompts", 3))  # 3 prompts, and 4 settings whose passes are timed
+    phases = (("perplexity", 3), ("prediction", 11), ("prompts", 3))  # 3 prompts, and 4 settings whose passes are timed twice
     assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
     ways = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
     assert ways == [
@@ -187,7 +187,7 @@ def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
 
     # An early exit costs a second a layer, whatever is verified: exit 2 should win, for both draft lengths.
     def known_times(loaded, prompt_ids, exit_layer, drafts):
-        return PassTimes(draft=exit_layer, verify=1.0, other=0.0)
+        return [PassTimes(draft=exit_layer, verify=1.0, other=0.0)]
 
     monkeypatch.setattr(cost_model, "pass_times", known_times)
     monkeypatch.setattr("layerskip_core.evaluation.sweep._QUICK", 1)
