@@ -1,5 +1,7 @@
 """transformers' decoders as baselines: the same tokens, known counts, and the traps of each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -18,7 +20,7 @@ PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 
 def baseline(name, exit_layer=5, drafts=3, **changes):
     config = BenchConfig("tiny", exit_layer=exit_layer, num_draft_tokens=drafts, baselines=(name,), **changes)
-    (found,) = load_baselines(tiny_loaded(), config, NEW_TOKENS, False)
+    (found,) = load_baselines(tiny_loaded(), config, PLAIN, False)
     return found
 
 
@@ -73,6 +75,21 @@ def test_a_draft_model_that_is_the_model_itself_is_always_right():
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
     assert [step.tokens for step in found.steps] == [4, 4, 4]
     assert found.stats.tested_by_position == found.stats.accepted_by_position == (3, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
+def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
+    loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
+    text = measure(loaded, prompt, PLAIN).text
+    stop = text[4:6]
+    plain = replace(PLAIN, stop=(stop,))
+    config = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, baselines=(name,))
+    (setting,) = load_baselines(loaded, config, plain, False)
+    expected = decode(loaded.depth, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
+    ids = tuple(token.id for step in expected for token in step)
+    found = measure(loaded, prompt, setting)
+    assert (found.error, found.ids, found.finish_reason) == (None, ids, "stop")
+    assert len(ids) < NEW_TOKENS
 
 
 def tiny_copy():

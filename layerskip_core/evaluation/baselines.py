@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 from ..checkpoint import LoadedModel, load_checkpoint, quiet_transformers
 from ..config import BenchConfig, DecodingConfig
 from ..decoding import DecodeStats, StopReason, decode
+from ..decoding.stopping import Stopping, StopScanner
 from ..errors import ConfigError, LayerSkipError
+from ..model import DepthModel
 from .generation import Peer, Step, Timed, timed
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -26,11 +28,13 @@ class WithoutReuse:
     exit_layer: int
     num_draft_tokens: int
     max_new_tokens: int
+    stop: tuple[str, ...] = ()
     strategy: str = "no-reuse"
 
     def run(self, loaded: LoadedModel, prompt_ids: list[int]) -> Timed:
-        config = DecodingConfig("self-speculative", self.exit_layer, self.num_draft_tokens, self.max_new_tokens)
-        return timed(decode(loaded.depth, prompt_ids, config, loaded.eos_ids, reuse_exit_states=False))
+        drafts, limit = self.num_draft_tokens, self.max_new_tokens
+        config = DecodingConfig("self-speculative", self.exit_layer, drafts, limit, stop=self.stop)
+        return timed(decode(loaded.depth, prompt_ids, config, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False))
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Generate:
     max_new_tokens: int
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
+    stop: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     assistant: Any = None
 
@@ -54,10 +59,10 @@ class Generate:
         room = loaded.depth.max_positions - len(prompt_ids)
         if room < 1:
             raise ConfigError(f"the prompt must be at most {loaded.depth.max_positions - 1} tokens, got {len(prompt_ids)}")
-        limit = min(self.max_new_tokens, room)
+        scanner = StopScanner(Stopping(loaded.eos_ids, self.stop, self.max_new_tokens), room, loaded.detokenize)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=limit,
+            max_new_tokens=scanner.room,
             eos_token_id=sorted(loaded.eos_ids) or None,
             pad_token_id=min(loaded.eos_ids, default=0),
             num_assistant_tokens=self.num_draft_tokens or 1,
@@ -66,9 +71,10 @@ class Generate:
             **self.options,
         )
         ids = torch.tensor([prompt_ids], device=self.model.device)
-        watch = _Watch(self.model, len(prompt_ids))
+        watch = _Watch(self.model, len(prompt_ids), scanner)
         try:
             with (
+                suppress(_StopString),
                 quiet_transformers(),
                 _own_settings(self.model, config),
                 _own_settings(self.assistant or self.model, config),
@@ -85,16 +91,23 @@ class Generate:
             raise
         except Exception as error:  # whatever transformers raises is this prompt's failure, not the end of the run
             raise LayerSkipError(f"transformers ({self.strategy}): {error or type(error).__name__}") from error
-        return watch.timed(loaded.eos_ids, limit)
+        return watch.timed()
+
+
+class _StopString(Exception):
+    """Raised in `generate` by its streamer, for what transformers does about stop strings misses those within a round."""
 
 
 class _Watch(BaseStreamer):  # type: ignore[misc]
     """Counts and times what `generate` does: as its streamer, and through hooks around the forward passes of the target.
 
-    A pass over K+1 rows behind the tokens known so far verifies K drafts. A pass with fewer layers is an early-exit draft.
+    A pass over K+1 rows behind the tokens known so far verifies K drafts. A pass with fewer layers is an early-exit draft. The
+    output ends where the scanner says, the one that this engine's own decoding ends by.
     """
 
-    def __init__(self, model: Any, prompt_tokens: int) -> None:
+    def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
+        self._scanner = scanner
+        self._finish_reason: StopReason | None = None
         self._model = model
         self._num_layers = int(model.config.num_hidden_layers)
         self._prompt_tokens = prompt_tokens
@@ -124,9 +137,11 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
             self._prompt_seen = True
             return
         now = time.perf_counter()
-        tokens = value.flatten().tolist()
         prefill = not self._steps
-        accepted = min(len(tokens) - 1, self._drafted)
+        tokens = value.flatten().tolist()
+        count, self._finish_reason = self._scanner.cut(tokens)
+        tokens = tokens[:count]
+        accepted = min(len(value.flatten()) - 1, count, self._drafted)
         target_seconds = self._target_ended - self._target_started
         self._stats.append(
             DecodeStats(
@@ -146,14 +161,15 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
         )
         self._steps.append(Step(len(tokens), now - self._started))
         self._ids += tokens
+        if self._finish_reason == "stop":
+            raise _StopString
         self._started = time.perf_counter()
 
     def end(self) -> None:
         """Called by `generate` behind the last token."""
 
-    def timed(self, eos_ids: frozenset[int], limit: int) -> Timed:
-        reason: StopReason = "eos" if self._ids and self._ids[-1] in eos_ids else "length"
-        return Timed(tuple(self._ids[:limit]), tuple(self._steps), sum(self._stats, DecodeStats()), reason)
+    def timed(self) -> Timed:
+        return Timed(tuple(self._ids), tuple(self._steps), sum(self._stats, DecodeStats()), self._finish_reason)
 
     def _before(self, _: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self._model.config.num_hidden_layers == self._num_layers:
@@ -166,14 +182,16 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
             self._target_ended = time.perf_counter()
 
 
-def load_baselines(loaded: LoadedModel, config: BenchConfig, max_new_tokens: int, trust_remote_code: bool) -> list[Peer]:
-    """The config's baselines, whose exit and draft length must be filled in; transformers' weights are read again for them.
+def load_baselines(loaded: LoadedModel, config: BenchConfig, plain: DecodingConfig, trust_remote_code: bool) -> list[Peer]:
+    """The config's baselines, whose exit and draft length must be filled in, with the limits of the `plain` decoding.
+
+    They run on transformers' own layers; where `loaded` has repacked the weights, they are read again.
 
     Raises:
         ConfigError: the draft model has another tokenizer, or transformers ignores an early exit of this architecture.
         CheckpointError: a model cannot be read.
     """
-    exit_layer, drafts = config.exit_layer, config.num_draft_tokens
+    exit_layer, drafts, limit, stop = config.exit_layer, config.num_draft_tokens, plain.max_new_tokens, plain.stop
     assert exit_layer is not None and drafts is not None
 
     def transformers_model(name: str) -> LoadedModel:
@@ -182,26 +200,26 @@ def load_baselines(loaded: LoadedModel, config: BenchConfig, max_new_tokens: int
 
     def make(name: str) -> Peer:
         if name == "no-reuse":
-            return WithoutReuse(exit_layer, drafts, max_new_tokens)
+            return WithoutReuse(exit_layer, drafts, limit, stop)
         if name == "assistant-early-exit":
             require_early_exit(model)
-            return Generate(name, model, max_new_tokens, exit_layer, drafts, {"assistant_early_exit": exit_layer})
+            return Generate(name, model, limit, exit_layer, drafts, stop, {"assistant_early_exit": exit_layer})
         if name == "prompt-lookup":
-            return Generate(name, model, max_new_tokens, None, drafts, {"prompt_lookup_num_tokens": drafts})
+            return Generate(name, model, limit, None, drafts, stop, {"prompt_lookup_num_tokens": drafts})
         if name == "draft-model":
             assert config.draft_model is not None
-            return Generate(name, model, max_new_tokens, None, drafts, assistant=_draft_model(config.draft_model))
-        return Generate(name, model, max_new_tokens)
+            return Generate(name, model, limit, None, drafts, stop, assistant=_draft_model(config.draft_model))
+        return Generate(name, model, limit, stop=stop)
 
     def _draft_model(name: str) -> Any:
         draft = transformers_model(name)
-        if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():
             raise ConfigError(f"--draft-model must have the tokenizer of {loaded.name}; {name} has another")
         return draft.model
 
-    held = not any(parameter.is_meta for parameter in loaded.model.parameters())
-    needed = any(name != "no-reuse" for name in config.baselines)
-    model = loaded.model if held or not needed else transformers_model(loaded.name).model
+    needed = any(name != "no-reuse" for name in config.baselines) and not isinstance(loaded.depth, DepthModel)
+    target = transformers_model(loaded.name) if needed else loaded
+    model = target.model
     return [make(name) for name in config.baselines]
 
 

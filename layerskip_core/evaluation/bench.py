@@ -64,8 +64,8 @@ def bench(
         LayerSkipError: no prompt could be answered, or the folder holds a run of other settings to resume.
     """
     config = _resolved(loaded, task, config)
-    baselines = load_baselines(loaded, config, task.max_new_tokens, trust_remote_code)
-    settings: list[Setting] = [*_settings(config, task.max_new_tokens), *baselines]
+    own = _settings(config, task.max_new_tokens)
+    settings: list[Setting] = [*own, *load_baselines(loaded, config, own[0], trust_remote_code)]
     machine = environment(loaded)
     journal = Journal(folder, asdict(config), resume) if folder is not None else None
     outputs = yield from measure_interleaved(loaded, task.examples, settings, config.repeats, journal)
