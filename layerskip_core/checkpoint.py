@@ -1,6 +1,7 @@
 """Models on disk: a folder, a GGUF file, a hub id or an embedded default <-> model, tokenizer and layerskip.json."""
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -9,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .errors import CheckpointError, ConfigError
+from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
 from .model import DepthModel, PackedModel, can_pack
 from .model.depth import refuse_unsupported
 
@@ -79,7 +81,7 @@ class LoadedModel:
     """A checkpoint in memory, ready to run any span of its layers."""
 
     name: str
-    model: Any  # a transformers causal language model
+    model: Any  # a transformers causal language model; only its configurations when loaded for decoding
     tokenizer: Any
     info: CheckpointInfo
     depth: Any  # a DepthModel; a PackedModel when loaded for decoding and the architecture allows it
@@ -166,7 +168,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@quiet_transformers()
 def load_checkpoint(
     name: str,
     device: str = "auto",
@@ -186,6 +187,36 @@ def load_checkpoint(
     target = pick_device(device)
     if (Path(name) / _ADAPTER_FILE).is_file():
         return _load_adapted(name, device, dtype, trust_remote_code, implementation)
+    path, keywords = _locate(name)
+    if implementation == "auto" and Path(path).is_dir() and not keywords:
+        info = read_info(path)
+        lean: LoadedModel | None = _reading(name, lambda: _load_lean(name, path, info, target, dtype))
+        if lean is not None:
+            return lean
+    return _load_with_transformers(name, target, dtype, trust_remote_code, implementation)
+
+
+def _load_lean(name: str, path: str, info: CheckpointInfo, device: torch.device, dtype: str) -> LoadedModel | None:
+    """Weights straight from the files, transformers not imported; None where it has to be."""
+    config = lean_config(path)
+    if config is None:
+        return None
+    weights = FileWeights(path, config, device)
+    parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+    tokenizer = lean_tokenizer(path)
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    depth = PackedModel(config, weights.reader(pick_dtype(dtype, device, parameters)))
+    model = SimpleNamespace(config=config, generation_config=generation_config(path))
+    return LoadedModel(name, model, tokenizer, info, depth)
+
+
+@quiet_transformers()
+def _load_with_transformers(
+    name: str, target: torch.device, dtype: str, trust_remote_code: bool, implementation: Literal["auto", "generic"]
+) -> LoadedModel:
     path, keywords = _locate(name)
     keywords["trust_remote_code"] = trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -212,7 +243,7 @@ def load_checkpoint(
         model = _without_quantization(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model = _converted(model.to(target), pick_dtype(dtype, target, parameters)).eval()
-    depth = PackedModel(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    depth = PackedModel.of(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
@@ -227,7 +258,7 @@ def _load_adapted(
     model = _reading(name, lambda: PeftModel.from_pretrained(loaded.model, name).merge_and_unload().eval())
     model.requires_grad_(True)  # peft froze the base
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
-    depth = PackedModel(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    depth = PackedModel.of(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
     return LoadedModel(name, model, tokenizer, read_info(name), depth)
 
 

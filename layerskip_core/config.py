@@ -16,6 +16,7 @@ CURRICULA: tuple[str, ...] = get_args(Curriculum)
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
 DTYPES: tuple[str, ...] = get_args(DType)
+BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse")
 
 
 def require(condition: bool, flag: str, needed: str, found: object) -> None:
@@ -214,13 +215,15 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Three ways of decoding side by side. None for the exit and the draft length: what the checkpoint recommends."""
+    """Three ways of decoding side by side, and baselines. None for exit and draft length: what the checkpoint recommends."""
 
     model: str = "embedded"
     task: TaskConfig = field(default_factory=TaskConfig)
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     repeats: int = 3
+    baselines: tuple[str, ...] = ()
+    draft_model: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0
@@ -228,18 +231,25 @@ class BenchConfig:
     def __post_init__(self) -> None:
         require(self.num_draft_tokens is None or self.num_draft_tokens >= 1, "--spec", "at least 1", self.num_draft_tokens)
         require(self.repeats >= 1, "--repeats", "at least 1", self.repeats)
+        for name in self.baselines:
+            require_choice(name, "--baselines", BASELINES)
+        drafting = "draft-model" in self.baselines
+        require(
+            drafting == (self.draft_model is not None), "--draft-model", "given with the baseline draft-model", self.draft_model
+        )
         require_choice(self.dtype, "--dtype", DTYPES)
         require(self.threads >= 0, "--threads", "at least 0", self.threads)
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Every exit with every draft length. No exits: a spread over the model's layers."""
+    """Every exit with every draft length; `quick`: only those that should be fastest. No exits: a spread over the layers."""
 
     model: str = "embedded"
     task: TaskConfig = field(default_factory=TaskConfig)
     exits: tuple[int, ...] = ()
     specs: tuple[int, ...] = (2, 4, 6, 8, 12)
+    quick: bool = False
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0
