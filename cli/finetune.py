@@ -1,5 +1,6 @@
 """`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -139,4 +140,5 @@ def finetune(
 def _resuming() -> str:
     """The command line that goes on with this run."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
-    return shlex.join(["layerskip", *arguments, "--resume"])
+    command = shlex.join(["layerskip", *arguments, "--resume"])
+    return command if "WORLD_SIZE" not in os.environ else f"{command} (under torchrun, as before)"

@@ -66,8 +66,8 @@ def newest_whole(folder: Path) -> ResumePoint:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a run left anything there that may be worth resuming."""
-    return any((checkpoint / _SEAL).exists() for checkpoint in _newest_first(folder))
+    """Whether a run left anything there that must not be lost unasked."""
+    return bool(_newest_first(folder))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

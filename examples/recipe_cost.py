@@ -1,0 +1,101 @@
+"""Peak memory and time of a training step under the recipe, over those of a plain step with the same chunked last-layer loss.
+
+    python examples/recipe_cost.py MODEL --batch 8 --length 256 --rotation 8 --steps 2
+
+Each kind of step runs in a process of its own, on random tokens, with AdamW. The count beside the times: multiply-adds of the
+same steps, rows that dropout left out and heads of the exits that were on included.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+PLAIN = ["--pmax", "0", "--curriculum", "none"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="as for layerskip finetune --model")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rotation", type=int, default=8)
+    parser.add_argument("--pmax", type=float, default=0.2)
+    parser.add_argument("--curriculum", default="rotational")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", action="store_true", help="measure this setting alone, in this process")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measured(arguments)))
+        return
+    plain, recipe = (in_a_process([*sys.argv[1:], *extra, "--one"]) for extra in (PLAIN, []))
+    for name, result in (("plain", plain), ("recipe", recipe)):
+        print(f"{name:7} {result['seconds']:.2f} s a step, peak {result['peak_mb']:.0f} MB, {result['exits']:.1f} exits a step")
+    counted = recipe["count"] / plain["count"]
+    took = recipe["seconds"] / plain["seconds"]
+    print(f"memory {recipe['peak_mb'] / plain['peak_mb']:.3f}x plain")
+    print(f"time {took:.3f}x plain; counted {counted:.3f}x; time over count {took / counted:.3f}")
+
+
+def in_a_process(arguments: list[str]) -> dict[str, float]:
+    output = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout
+    return json.loads(output)
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, float]:
+    """Mean seconds and multiply-adds of a step, and the peak memory of the process in MB."""
+    import torch
+
+    from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.config import RecipeConfig
+    from layerskip_core.training.module import Moment, RecipeModule
+
+    torch.set_num_threads(arguments.threads)
+    loaded = load_checkpoint(arguments.model, "cpu", "fp32")
+    recipe = RecipeConfig(arguments.pmax, 0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
+    training = RecipeModule(loaded.model, recipe).train()
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)
+    ids = torch.randint(3, loaded.depth.vocab_size, (arguments.batch, arguments.length))
+
+    def step(number: int, rows: torch.Tensor) -> tuple[int, ...]:
+        output = training(rows, rows, Moment(number, 1000))
+        (output["loss"] / rows.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return output["exit_layers"]
+
+    step(0, ids[:1, :16])  # the optimizer's state
+    counts, exits = [], []
+    started = time.perf_counter()
+    for number in range(arguments.steps):
+        on = step(number, ids)
+        counts.append(multiply_adds(training, number, on, arguments.batch, arguments.length))
+        exits.append(len(on))
+    seconds = (time.perf_counter() - started) / arguments.steps
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    steps = arguments.steps
+    return {"seconds": seconds, "peak_mb": peak_mb, "count": sum(counts) / steps, "exits": sum(exits) / steps}
+
+
+def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, length: int) -> float:
+    """Of one step: forward once and backward twice; a head whose logits come in chunks once more; one of no weight once."""
+    from layerskip_core.training import exit_loss
+    from layerskip_core.training.dropout import kept_rows
+    from layerskip_core.training.module import Moment
+
+    depth = training.depth
+    rates = training._rates(Moment(number, 1000))
+    kept = sum(max(1, len(kept_rows(rate, batch, training.seed, number, 0, layer))) for layer, rate in enumerate(rates))
+    layer = sum(parameter.numel() for parameter in depth.layers[0].parameters())
+    attention = length * depth.config.num_attention_heads * depth.layers[0].self_attn.head_dim  # scores and values, causal
+    head = depth.hidden_size * depth.vocab_size
+    chunked = batch * (length - 1) > exit_loss._CHUNK_LOGITS // depth.vocab_size
+    heads = sum((3 + chunked) if weight > 0 else 1 for weight in training._weights(exits))
+    return length * (3.0 * kept * (layer + attention) + batch * heads * head)
+
+
+if __name__ == "__main__":
+    main()
