@@ -146,7 +146,15 @@ def test_a_signal_in_the_last_step_changes_nothing(settings, tmp_path):
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_second_ctrl_c_stops_at_once(settings, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C: a shell that starts tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_stops_at_once(settings, tmp_path, interruptible):
     def impatient(report):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
