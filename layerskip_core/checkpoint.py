@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .config import PackingConfig
 from .errors import CheckpointError, ConfigError
 from .model import DepthModel, PackedModel, can_pack
 from .model.depth import refuse_unsupported
@@ -170,15 +171,16 @@ def load_checkpoint(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     implementation: Literal["auto", "generic"] = "generic",
+    packing: PackingConfig | None = None,
 ) -> LoadedModel:
     """Loads a model by embedded name, folder, GGUF file or hub id, in evaluation mode.
 
     `implementation="auto"` is for decoding alone: where the architecture allows it the weights are repacked, and `model`
-    keeps its configuration but no weights.
+    keeps its configuration but no weights. `packing` says how.
 
     Raises:
         CheckpointError: it is not there, is incomplete or damaged, or cannot be split by depth.
-        ConfigError: the device is not here.
+        ConfigError: the device is not here, or the packing is not to be had for this architecture, device or machine.
     """
     target = pick_device(device)
     path, keywords = _locate(name)
@@ -206,8 +208,15 @@ def load_checkpoint(
     if "gguf_file" in keywords:
         model = _without_quantization(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = _converted(model.to(target), pick_dtype(dtype, target, parameters)).eval()
-    depth = PackedModel(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    precision = pick_dtype(dtype, target, parameters)
+    model = model.to(target).eval()
+    depth: DepthModel | PackedModel
+    if implementation == "auto" and can_pack(model.config):
+        depth = PackedModel(model, packing, precision)
+    elif packing is not None and packing != PackingConfig():
+        raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
+    else:
+        depth = DepthModel(_converted(model, precision))
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
