@@ -65,7 +65,20 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
     monkeypatch.setenv("COLUMNS", "80")
     result = run("sweep-exits", "--model", model, "--data", data, "--exits", "5", "--specs", "12", "--max-new-tokens", "12")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["strategy", "exit", "spec", "R2", "EM", "ppl", "accept", "mean", "tok/s", "speed", "same"]
+    assert lines[0].split() == [
+        "strategy",
+        "exit",
+        "spec",
+        "R2",
+        "EM",
+        "ppl",
+        "accept",
+        "mean",
+        "pred",
+        "tok/s",
+        "speed",
+        "same",
+    ]
     assert [line.split()[0] for line in lines[2:5]] == ["autoregressive", "early-exit", "self-speculative"]
     cells = lines[4].split()
     assert (cells[:3], cells[4]) == (["self-speculative", "5", "12"], "100%")
@@ -107,6 +120,32 @@ def test_bench_formats(tmp_path, model, data):
     rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").stdout)))
     assert [row["num_draft_tokens"] for row in rows] == ["", "", "3"]
     assert run(*arguments, "--format", "markdown").stdout.startswith("|  | autoregressive | early-exit | self-speculative |\n")
+
+
+def test_all_baselines_at_80_columns(model, data, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse"]
+    result = run(
+        "bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1", "--samples", "1",
+        "--max-new-tokens", "12", "--baselines", ",".join(names), "--draft-model", model,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    headers = [line.split() for line in lines if "early-exit" in line]
+    assert headers == [["autoregressive", "early-exit", "self-speculative", "transformers"], names[1:]]
+    same = [line.split()[2:] for line in lines if line.startswith("identical outputs")]
+    assert same == [["100.0%", "0.0%", "100.0%", "100.0%"], ["100.0%"] * 4]
+    over = [line.split()[2:] for line in lines if line.startswith("over transformers")]
+    assert over[0][3] == "1.00"
+    assert max(map(len, lines)) <= 80
+    assert "…" not in result.stdout
+
+
+def test_resume_needs_a_folder_and_leaves_nothing_there(tmp_path, model):
+    arguments = ("bench", "--model", model, "--samples", "1", "--repeats", "1", "--max-new-tokens", "2", "--resume")
+    with pytest.raises(LayerSkipError, match="--resume must be used with the --output of the interrupted run, got none"):
+        run(*arguments)
+    run(*arguments, "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "unfinished.jsonl").exists()
 
 
 def test_bench_tells_failures_and_goes_on(tmp_path, model):

@@ -20,7 +20,7 @@ WIDE = {"intermediate_size": 64, "hidden_size": 64}
 
 @cache
 def packed(dtype=torch.float32, **packing):
-    return PackedModel(tiny_model(dtype=dtype, **WIDE), PackingConfig(**packing))
+    return PackedModel.of(tiny_model(dtype=dtype, **WIDE), PackingConfig(**packing))
 
 
 def prompt_of(length):
@@ -178,7 +178,7 @@ def test_exact_logits_do_not_depend_on_the_strategy(quantize, dtype, exit_layer,
 
 def test_where_rows_depend_on_each_other_they_run_alone(monkeypatch):
     """A layer that sees how many rows there are is found out, and given one row at a time."""
-    model = PackedModel(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(exact=True))
+    model = PackedModel.of(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(exact=True))
     head, seen = model._head, []
 
     def counting(rows):
@@ -195,7 +195,7 @@ def test_where_rows_depend_on_each_other_they_run_alone(monkeypatch):
 
 def test_exact_windows_see_what_masked_ones_see():
     models = [
-        PackedModel(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
+        PackedModel.of(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
         for exact in (True, False)
     ]
     exact, masked = (plain(model, prompt_of(9)) for model in models)

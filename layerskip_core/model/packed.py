@@ -1,7 +1,7 @@
 """The operations of DepthModel on repacked weights: the fast path of decoding, for the Llama family."""
 
 import math
-from copy import copy, deepcopy
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from .cache import DepthCache, SpanWriter
 from .depth import layer_kinds
 from .linear import Head, KernelLinear, linear
 from .packed_layer import Norm, PackedLayer, Step, Workspace
+from .rope import Rope
+from .weights import Take, Weights
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
@@ -38,43 +40,50 @@ class PackedModel:
     draft: "PackedModel | None" = None  # what drafts where that is not this model itself
     drafts_own_states = True  # whether the hidden states of what drafts are this model's
 
-    def __init__(self, model: nn.Module, packing: PackingConfig | None = None, dtype: torch.dtype | None = None) -> None:
-        """Takes the weights of a model that `can_pack`, in `dtype` if given; its own are released layer by layer, so that it
-        can no longer run. Raises ConfigError where there is no kernel for what `packing` asks for.
+    def __init__(self, config: Any, take: Take, packing: PackingConfig | None = None) -> None:
+        """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
+
+        Raises CheckpointError for one that is missing, ConfigError where there is no kernel for what `packing` asks for.
         """
         packing = packing or PackingConfig()
-        transformers_model: Any = model
-        self.config: Any = model.config
-        decoder, head = transformers_model.model, transformers_model.get_output_embeddings()
-        dtype = dtype or head.weight.dtype
+        self.config = config
         self.exact = packing.exact
         self._quantize = packing.quantize
-        self._kinds = layer_kinds(self.config)
+        self._kinds = layer_kinds(config)
         self._spaces: dict[tuple[int, int], Workspace] = {}
         self._proven: dict[int, int] = {}  # by number of threads
-        drafts: list[PackedLayer] = []
-        copies = 0 if packing.draft_weights is None else packing.draft_layers or len(decoder.layers) - 1
+        weights = Weights(take)
         with torch.inference_mode():
-            self._norm, self._head = _head(decoder.norm, head, dtype, packing.quantize, packing.exact)
-            draft_head = self._norm, self._head
+            self._embedding = weights.of("model.embed_tokens.weight")
+            self._rope = Rope(config, self._embedding)
+            norm, bias = weights.of("model.norm.weight"), weights.get("lm_head.bias")
+            head = None if config.tie_word_embeddings else weights.get("lm_head.weight")
+            head = self._embedding if head is None else head
+            self._norm, self._head = _head(norm, head, bias, config, packing.quantize, packing.exact)
             if packing.drafts_apart:
+                self.draft = copy(self)
+                self.draft.exact, self.draft._spaces = False, {}
                 bits = packing.draft_weights or packing.quantize
-                draft_head = _head(decoder.norm, head, dtype, bits, exact=False, vocabulary=packing.draft_vocab)
-            self._embedding: Tensor = decoder.embed_tokens.weight.detach().to(dtype)
-            self._rope = _Rope(deepcopy(decoder.rotary_emb), self._embedding)
+                self.draft._norm, self.draft._head = _head(norm, head, bias, config, bits, False, packing.draft_vocab)
+            del head
             self._layers: list[PackedLayer] = []
-            for number, layer in enumerate(decoder.layers):
-                self._layers.append(PackedLayer(layer, self.config, dtype, packing.quantize, packing.exact))
-                if number < copies:
-                    drafts.append(PackedLayer(layer, self.config, dtype, packing.draft_weights, exact=False))
-                layer.to("meta")
-        model.to("meta")
-        if packing.drafts_apart:
-            self.draft = copy(self)
-            self.draft.exact, self.draft._spaces = False, {}
-            self.draft._norm, self.draft._head = draft_head
+            drafts: list[PackedLayer] = []
+            copies = 0 if packing.draft_weights is None else packing.draft_layers or len(self._kinds) - 1
+            for index in range(len(self._kinds)):
+                mine = weights.remembered(f"model.layers.{index}.")
+                self._layers.append(PackedLayer(mine, config, index, packing.quantize, packing.exact))
+                if index < copies:
+                    drafts.append(PackedLayer(mine, config, index, packing.draft_weights, exact=False))
+        if self.draft is not None:
             self.draft._layers = drafts or self._layers
             self.drafts_own_states = not drafts
+
+    @classmethod
+    def of(cls, model: nn.Module, packing: PackingConfig | None = None) -> "PackedModel":
+        """Takes the weights of a transformers model; its own are released, so that it can no longer run."""
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        model.to("meta")
+        return cls(model.config, lambda name: weights.pop(name, None), packing)
 
     @property
     def implementation(self) -> str:
@@ -218,15 +227,20 @@ class PackedModel:
 
 
 def _head(
-    norm: Any, head: Any, dtype: torch.dtype, quantization: Quantization | None, exact: bool, vocabulary: int = 0
+    norm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Any,
+    quantization: Quantization | None,
+    exact: bool,
+    vocabulary: int = 0,
 ) -> tuple[Norm, Head]:
     """Final norm and head; with a `vocabulary`, only its first so many rows."""
-    rows, bias = head.weight.detach(), head.bias
-    kept = min(vocabulary or len(rows), len(rows))
-    packed_norm = Norm(norm, dtype, folds=quantization is None)
-    weight = packed_norm.folded_into(rows[:kept].to(dtype))
-    layer = linear(weight, None if bias is None else bias[:kept].to(dtype), quantization, exact)
-    return packed_norm, layer if kept == len(rows) else _PaddedHead(layer, len(rows) - kept)
+    kept = min(vocabulary or len(weight), len(weight))
+    packed_norm = Norm(norm, config, folds=quantization is None)
+    rows = packed_norm.folded_into(weight[:kept])
+    layer = linear(rows, None if bias is None else bias[:kept], quantization, exact)
+    return packed_norm, layer if kept == len(weight) else _PaddedHead(layer, len(weight) - kept)
 
 
 class _PaddedHead:
@@ -237,26 +251,3 @@ class _PaddedHead:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return F.pad(self._head(rows), self._padding, value=-math.inf)
-
-
-class _Rope:
-    """Rotations by position as complex numbers, from the model's own rotary embedding; the table grows with the text."""
-
-    def __init__(self, rotary: Any, like: Tensor) -> None:
-        self._rotary = rotary
-        self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        self._table = self._angles(0)  # (positions, 2, 1, half a head): the rotation, and 1 for what does not rotate
-
-    def at(self, writer: SpanWriter, places: Tensor, groups: int) -> Tensor:
-        """(B or 1, T, G+2, 1, half a head); 1 for rows that stand at the same positions."""
-        if len(self._table) < writer.stop:
-            self._table = self._angles(2 * writer.stop)
-        rotations = self._table[None, writer.start : writer.stop] if writer.contiguous else self._table[places]
-        one, kept = rotations[:, :, :1], rotations[:, :, 1:]
-        return torch.cat([one.expand(-1, -1, groups + 1, -1, -1), kept], dim=2)
-
-    def _angles(self, count: int) -> Tensor:
-        positions = torch.arange(count, device=self._like.device)[None]
-        cos, sin = (part[0, :, : part.shape[-1] // 2] for part in self._rotary(self._like, positions))
-        rotation = torch.complex(cos, sin)
-        return torch.stack([rotation, torch.ones_like(rotation)], dim=1)[:, :, None]

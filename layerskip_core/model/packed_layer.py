@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..config import Quantization
 from .cache import LayerSlots
 from .linear import linear
+from .weights import Weights, head_dim
 
 
 @dataclass(frozen=True)
@@ -47,39 +49,28 @@ class PackedLayer:
     value are one copy into the cache. The two halves of a rotated head interleave as complex numbers: rope is one product.
     """
 
-    def __init__(self, layer: Any, config: Any, dtype: torch.dtype, quantization: Quantization | None, exact: bool) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.head_dim = int(attention.head_dim)
+    def __init__(self, weights: Weights, config: Any, index: int, quantization: Quantization | None, exact: bool) -> None:
+        self.head_dim = head_dim(config)
         self.kv_heads = int(config.num_key_value_heads)
         self.groups = int(config.num_attention_heads) // self.kv_heads
-        self.intermediate_size = int(mlp.gate_proj.weight.shape[0])
+        self.intermediate_size = int(config.intermediate_size)
         self._width = self.groups * self.kv_heads * self.head_dim
-        self._scale = float(attention.scaling)
-        self._rotates = bool(getattr(attention, "use_rope", True))
-        self._attention_norm = Norm(layer.input_layernorm, dtype, folds=quantization is None)
-        self._mlp_norm = Norm(layer.post_attention_layernorm, dtype, folds=quantization is None)
-        self._head_norm = _HeadNorm(attention, self.groups, dtype) if hasattr(attention, "q_norm") else None
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        up = (mlp.gate_proj, mlp.up_proj)
-        columns = attention.o_proj.weight.detach().view(-1, self.kv_heads, self.groups, self.head_dim).transpose(1, 2)
-
-        def packed(weight: Tensor, bias: Tensor | None, norm: Norm | None = None) -> Any:
-            weight = weight.detach().to(dtype)
-            weight = weight if norm is None else norm.folded_into(weight)
-            return linear(weight, None if bias is None else bias.to(dtype), quantization, exact)
-
-        self._qkv = packed(
-            self._slots(*(part.weight for part in qkv)),
-            None if qkv[0].bias is None else self._slots(*(part.bias for part in qkv)),
-            self._attention_norm,
-        )
-        self._output = packed(columns.reshape(-1, self._width), attention.o_proj.bias)
-        self._up = packed(
-            torch.cat([part.weight for part in up]),
-            None if up[0].bias is None else torch.cat([part.bias for part in up]),
-            self._mlp_norm,
-        )
-        self._down = packed(mlp.down_proj.weight, mlp.down_proj.bias)
+        self._scale = self.head_dim**-0.5
+        self._rotates = bool(config.no_rope_layers[index]) if config.model_type == "smollm3" else True
+        attention, mlp = weights.below("self_attn."), weights.below("mlp.")
+        folds = quantization is None
+        attention_norm = self._attention_norm = Norm(weights.of("input_layernorm.weight"), config, folds)
+        mlp_norm = self._mlp_norm = Norm(weights.of("post_attention_layernorm.weight"), config, folds)
+        norm = attention.get("q_norm.weight")
+        self._head_norm = None if norm is None else _HeadNorm(norm, attention.of("k_norm.weight"), config, self.groups)
+        qkv, qkv_bias = attention.together(("q_proj", "k_proj", "v_proj"))
+        up, up_bias = mlp.together(("gate_proj", "up_proj"))
+        columns = attention.of("o_proj.weight").view(-1, self.kv_heads, self.groups, self.head_dim).transpose(1, 2)
+        packed = partial(linear, quantization=quantization, exact=exact)
+        self._qkv = packed(attention_norm.folded_into(self._slots(*qkv)), None if qkv_bias is None else self._slots(*qkv_bias))
+        self._output = packed(columns.reshape(-1, self._width), attention.get("o_proj.bias"))
+        self._up = packed(mlp_norm.folded_into(torch.cat(up)), None if up_bias is None else torch.cat(up_bias))
+        self._down = packed(mlp.of("down_proj.weight"), mlp.get("down_proj.bias"))
         self.linears = (self._qkv, self._output, self._up, self._down)
 
     def run_(self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace) -> None:
@@ -111,9 +102,9 @@ class PackedLayer:
     def _slots(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Weights (out, D) or biases (out,) of the three projections as those of one, by slot."""
         heads, rest = (self.kv_heads, self.groups), query.shape[1:]
-        queries = _interleaved(query.detach().view(*heads, self.head_dim, *rest), dim=2).transpose(0, 1)
-        keys = _interleaved(key.detach().view(1, self.kv_heads, self.head_dim, *rest), dim=2)
-        return torch.cat([queries, keys, value.detach().view_as(keys)]).reshape(-1, *rest)
+        queries = _interleaved(query.view(*heads, self.head_dim, *rest), dim=2).transpose(0, 1)
+        keys = _interleaved(key.view(1, self.kv_heads, self.head_dim, *rest), dim=2)
+        return torch.cat([queries, keys, value.view_as(keys)]).reshape(-1, *rest)
 
 
 class Norm:
@@ -123,13 +114,13 @@ class Norm:
     the linear layer behind the norm. (Not in bf16 or fewer bits: the weights of that layer would be rounded once more.)
     """
 
-    def __init__(self, norm: Any, dtype: torch.dtype, folds: bool) -> None:
-        self._weight: Tensor = norm.weight.detach().to(dtype)
-        self._eps = float(norm.variance_epsilon)
+    def __init__(self, weight: Tensor, config: Any, folds: bool) -> None:
+        self._weight = weight
+        self._eps = float(config.rms_norm_eps)
         size = self._weight.numel()
         self._on_cpu = self._weight.device.type == "cpu"
-        self._folds = self._on_cpu and folds and dtype.itemsize >= 4
-        self._wide = torch.promote_types(dtype, torch.float32)
+        self._folds = self._on_cpu and folds and weight.dtype.itemsize >= 4
+        self._wide = torch.promote_types(weight.dtype, torch.float32)
         self._scale = self._weight.to(self._wide) * math.sqrt(size)
         self._floor = self._scale.new_tensor(math.sqrt(size * self._eps))
 
@@ -149,12 +140,11 @@ class Norm:
 class _HeadNorm:
     """RMSNorm of each query and key (qwen3), in place over (B, T, G+1, kv heads, head dim)."""
 
-    def __init__(self, attention: Any, groups: int, dtype: torch.dtype) -> None:
-        norms = [attention.q_norm] * groups + [attention.k_norm]
-        weights = torch.stack([_interleaved(norm.weight.detach(), dim=0) for norm in norms])[:, None]
+    def __init__(self, query: Tensor, key: Tensor, config: Any, groups: int) -> None:
+        weights = torch.stack([_interleaved(norm, dim=0) for norm in [query] * groups + [key]])[:, None]
         size = weights.shape[-1]
-        self._scale = weights.to(torch.promote_types(dtype, torch.float32)) * math.sqrt(size)
-        self._floor = self._scale.new_tensor(math.sqrt(size * attention.q_norm.variance_epsilon))
+        self._scale = weights.to(torch.promote_types(weights.dtype, torch.float32)) * math.sqrt(size)
+        self._floor = self._scale.new_tensor(math.sqrt(size * config.rms_norm_eps))
 
     def apply_(self, slots: Tensor) -> None:
         length = torch.linalg.vector_norm(slots, dim=-1, keepdim=True).hypot_(self._floor)
