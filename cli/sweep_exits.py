@@ -8,7 +8,18 @@ import typer
 from layerskip_core.config import DType, SweepConfig, TaskConfig, parse_counts, require_choice
 from layerskip_core.errors import ConfigError
 
-from .console import Device, Precision, Threads, narrate, use_threads
+from .console import (
+    Device,
+    DraftVocab,
+    DraftWeights,
+    Exact,
+    Precision,
+    Quantize,
+    Threads,
+    narrate,
+    packing,
+    use_threads,
+)
 from .evaluation import (
     FORMATS,
     CompletionColumn,
@@ -48,6 +59,10 @@ def sweep_exits(
     trust_remote_code: RemoteCode = False,
     device: Device = "auto",
     dtype: Precision = "auto",
+    quantize: Quantize = None,
+    draft_weights: DraftWeights = None,
+    draft_vocab: DraftVocab = 0,
+    exact: Exact = False,
     threads: Threads = 0,
 ) -> None:
     """Measure every exit, alone and as the draft of self-speculation, beside what was predicted of it, and recommend one.
@@ -64,6 +79,7 @@ def sweep_exits(
         device=device,
         dtype=cast(DType, dtype),
         threads=threads,
+        packing=packing(quantize, draft_weights, draft_vocab, exact),
     )
     use_threads(threads)
     from layerskip_core.checkpoint import holds_model, load_checkpoint, write_info
@@ -75,7 +91,7 @@ def sweep_exits(
         raise ConfigError(f"--save needs a --model that is a folder, to write its layerskip.json; got {model}")
     folder = prepare_output(output) if output is not None else None
     rows = load_task(config.task)
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
+    loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
     record = watch(sweep(loaded, rows, config))
     narrate_failures(record)
     if folder is not None:

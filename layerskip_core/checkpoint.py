@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .config import PackingConfig
 from .errors import CheckpointError, ConfigError
 from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
 from .model import DepthModel, PackedModel, can_pack
@@ -174,29 +175,32 @@ def load_checkpoint(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     implementation: Literal["auto", "generic"] = "generic",
+    packing: PackingConfig | None = None,
 ) -> LoadedModel:
     """Loads a model by embedded name, folder, GGUF file or hub id, in evaluation mode.
 
     `implementation="auto"` is for decoding alone: where the architecture allows it the weights are repacked, and `model`
-    keeps its configuration but no weights.
+    keeps its configuration but no weights. `packing` says how.
 
     Raises:
         CheckpointError: it is not there, is incomplete or damaged, or cannot be split by depth.
-        ConfigError: the device is not here.
+        ConfigError: the device is not here, or the packing is not to be had for this architecture, device or machine.
     """
     target = pick_device(device)
     if (Path(name) / _ADAPTER_FILE).is_file():
-        return _load_adapted(name, device, dtype, trust_remote_code, implementation)
+        return _load_adapted(name, device, dtype, trust_remote_code, implementation, packing)
     path, keywords = _locate(name)
     if implementation == "auto" and Path(path).is_dir() and not keywords:
         info = read_info(path)
-        lean: LoadedModel | None = _reading(name, lambda: _load_lean(name, path, info, target, dtype))
+        lean: LoadedModel | None = _reading(name, lambda: _load_lean(name, path, info, target, dtype, packing))
         if lean is not None:
             return lean
-    return _load_with_transformers(name, target, dtype, trust_remote_code, implementation)
+    return _load_with_transformers(name, target, dtype, trust_remote_code, implementation, packing)
 
 
-def _load_lean(name: str, path: str, info: CheckpointInfo, device: torch.device, dtype: str) -> LoadedModel | None:
+def _load_lean(
+    name: str, path: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig | None
+) -> LoadedModel | None:
     """Weights straight from the files, transformers not imported; None where it has to be."""
     config = lean_config(path)
     if config is None:
@@ -208,14 +212,19 @@ def _load_lean(name: str, path: str, info: CheckpointInfo, device: torch.device,
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path)
-    depth = PackedModel(config, weights.reader(pick_dtype(dtype, device, parameters)))
+    depth = PackedModel(config, weights.reader(pick_dtype(dtype, device, parameters)), packing)
     model = SimpleNamespace(config=config, generation_config=generation_config(path))
     return LoadedModel(name, model, tokenizer, info, depth)
 
 
 @quiet_transformers()
 def _load_with_transformers(
-    name: str, target: torch.device, dtype: str, trust_remote_code: bool, implementation: Literal["auto", "generic"]
+    name: str,
+    target: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    implementation: Literal["auto", "generic"],
+    packing: PackingConfig | None,
 ) -> LoadedModel:
     path, keywords = _locate(name)
     keywords["trust_remote_code"] = trust_remote_code
@@ -243,12 +252,17 @@ def _load_with_transformers(
         model = _without_quantization(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model = _converted(model.to(target), pick_dtype(dtype, target, parameters)).eval()
-    depth = PackedModel.of(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    depth = _depth_of(model, implementation, packing)
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
 def _load_adapted(
-    name: str, device: str, dtype: str, trust_remote_code: bool, implementation: Literal["auto", "generic"]
+    name: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    implementation: Literal["auto", "generic"],
+    packing: PackingConfig | None,
 ) -> LoadedModel:
     """An adapter merged into its base, which its config names as `--model` would."""
     from peft import PeftModel
@@ -258,8 +272,18 @@ def _load_adapted(
     model = _reading(name, lambda: PeftModel.from_pretrained(loaded.model, name).merge_and_unload().eval())
     model.requires_grad_(True)  # peft froze the base
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
-    depth = PackedModel.of(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    depth = _depth_of(model, implementation, packing)
     return LoadedModel(name, model, tokenizer, read_info(name), depth)
+
+
+def _depth_of(
+    model: Any, implementation: Literal["auto", "generic"], packing: PackingConfig | None
+) -> DepthModel | PackedModel:
+    if implementation == "auto" and can_pack(model.config):
+        return PackedModel.of(model, packing)
+    if packing is not None and packing != PackingConfig():
+        raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
+    return DepthModel(model)
 
 
 def adapter_base(name: str) -> str:
@@ -407,6 +431,8 @@ def _reading(name: str, read: Any) -> Any:
     """Runs a from_pretrained call; whatever it raises becomes one line that names the model."""
     try:
         return read()
+    except ConfigError:  # of the weights asked for, not of the model
+        raise
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         absent = "" if Path(name).exists() or name in EMBEDDED else "there is no such folder, and as a hub id: "

@@ -10,12 +10,14 @@ Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
 Regime = Literal["finetune", "continual", "scratch", "code"]
 DType = Literal["auto", "fp32", "bf16"]
+Quantization = Literal["int8", "int4"]
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
 DTYPES: tuple[str, ...] = get_args(DType)
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse")
 
 
@@ -74,6 +76,37 @@ class DecodingConfig:
         require(self.max_new_tokens >= 1, "--max-new-tokens", "at least 1", self.max_new_tokens)
         require(0 <= self.draft_confidence < 1, "--draft-confidence", "in [0, 1)", self.draft_confidence)
         require(all(self.stop), "--stop", "a text that is not empty", "an empty one")
+
+
+EXACT_TOKENS = 64  # an exact call has no more; longer ones are prompts, which every way of decoding runs alike
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How the weights of a model that only decodes are stored; the embedding keeps its precision.
+
+    `quantize`: low-bit linear layers and head. `draft_weights`: a low-bit copy of the head and of the first `draft_layers` (0:
+    all but the last), used to draft only. `draft_vocab`: drafts are chosen among the first so many tokens of the vocabulary,
+    which tokenizers order by frequency (0: all). `exact`: self-speculative output is that of plain decoding bit for bit, in
+    every precision.
+    """
+
+    quantize: Quantization | None = None
+    draft_weights: Quantization | None = None
+    draft_layers: int = 0
+    draft_vocab: int = 0
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--quantize", self.quantize), ("--draft-weights", self.draft_weights)):
+            if value is not None:
+                require_choice(value, flag, QUANTIZATIONS)
+        require(self.draft_vocab >= 0, "--draft-vocab", "at least 0", self.draft_vocab)
+
+    @property
+    def drafts_apart(self) -> bool:
+        """Whether drafts have a head, and perhaps layers, of their own."""
+        return self.draft_weights is not None or self.draft_vocab > 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +260,7 @@ class BenchConfig:
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0
+    packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
         require(self.num_draft_tokens is None or self.num_draft_tokens >= 1, "--spec", "at least 1", self.num_draft_tokens)
@@ -253,6 +287,7 @@ class SweepConfig:
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0
+    packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
         require(all(exit_layer >= 1 for exit_layer in self.exits), "--exits", "layers of at least 1", _listed(self.exits))
