@@ -256,6 +256,7 @@ def _load_with_transformers(
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
+@quiet_transformers()
 def _load_adapted(
     name: str,
     device: str,
