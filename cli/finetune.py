@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -36,10 +35,17 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute layers in the backward pass: less memory, more time.")
     ] = False,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row, prompt included.")] = 512,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row, prompt included. [default: the regime's]")] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
     samples: Annotated[int, typer.Option(help="Rows to use; 0 is all, for `commands` as many as the steps need.")] = 0,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read a file or hub set as it goes; needs --steps.")] = False,
+    pack: Annotated[
+        bool | None, typer.Option(help="Pack plain text into full rows. [default: yes, but for --regime finetune]")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="A split of --data, or other data, to measure every exit on.")] = None,
+    validation_samples: Annotated[int, typer.Option(help="Rows of it to use; 0 is all.")] = 256,
+    eval_steps: Annotated[int, typer.Option(help="Steps between validations. [default: ten a run]")] = 0,
     split: Annotated[str, typer.Option(help="Split of the data to train on.")] = "train",
     prompt_column: Annotated[str, typer.Option(help="Column of the prompt.")] = "prompt",
     completion_column: Annotated[str, typer.Option(help="Column of what should follow it.")] = "completion",
@@ -68,7 +74,6 @@ def finetune(
     """Convert a checkpoint to the LayerSkip recipe: layer dropout and early-exit loss through one shared head."""
     require_choice(regime, "--regime", REGIMES)
     use_threads(threads)
-    from layerskip_core.training.presets import RECIPES
     from layerskip_core.training.run import prepare
 
     from .training_text import plan_text, report_text
@@ -86,7 +91,7 @@ def finetune(
         data=DataConfig(data, split, prompt_column, completion_column, samples, seed),
         output=output,
         regime=cast(Regime, regime),
-        recipe=replace(RECIPES[regime], **{name: value for name, value in given.items() if value is not None}),
+        recipe_changes={name: value for name, value in given.items() if value is not None},
         lr=lr,
         steps=steps,
         epochs=epochs,
@@ -105,6 +110,11 @@ def finetune(
         save_steps=save_steps,
         resume=resume,
         report_to=report_to,
+        streaming=streaming,
+        pack=pack,
+        validation=validation,
+        validation_samples=validation_samples,
+        eval_steps=eval_steps,
         overwrite=overwrite,
         prompt_template=prompt_template,
         vocab_size=vocab_size,
@@ -120,8 +130,9 @@ def finetune(
     except TrainingInterrupted as interrupted:
         narrate(f"{interrupted}; go on with: {_resuming()}")
         raise typer.Exit(128 + interrupted.signal) from None
-    losses = {int(layer): loss for layer, loss in info.details["final_losses"].items()}
-    narrate("loss by exit: " + "  ".join(f"{layer}: {losses[layer]:.3f}" for layer in sorted(losses)))
+    for name, what in (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows")):
+        if info.details[name]:
+            narrate(f"{what}: " + "  ".join(f"{layer}: {loss:.3f}" for layer, loss in info.details[name].items()))
     narrate(f"saved {output}; next: layerskip sweep-exits --model {shlex.quote(output)}")
 
 

@@ -7,9 +7,10 @@ from layerskip_core.training.progress import StepReport
 
 def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
     recipe = config.recipe
+    assert recipe is not None
     return (
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
-        f"on {config.data.name}: {plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {config.max_length}\n"
+        f"on {config.data.name}: {_rows_text(config, plan)}\n"
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
         f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"
@@ -18,10 +19,17 @@ def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
     )
 
 
+def _rows_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
+    if plan.rows is None:
+        return f"a stream, cut at {config.max_length} tokens"
+    return f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {config.max_length}"
+
+
 def report_text(report: StepReport) -> str:
     exits = " ".join(f"{layer}:{loss:.2f}" for layer, loss in spread(report.exit_losses))
+    held_out = f"held-out {report.validation_losses[max(report.validation_losses)]:.3f} " if report.validation_losses else ""
     return (
-        f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} "
+        f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}"
         f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
     )
 

@@ -1,7 +1,7 @@
 """Settings of every command, validated where they are made. Standard library only, so that `--help` stays fast."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
@@ -152,19 +152,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One training run. None means: the preset of the regime (see training/presets.py), or the data decides."""
+    """One training run. None means: the preset of the regime (see training/presets.py), or the data decides.
+
+    `recipe_changes`: fields of RecipeConfig that differ from the preset, where `recipe` is None.
+    """
 
     model: str = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
     output: str = "layerskip-model"
     regime: Regime = "finetune"
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    recipe: RecipeConfig | None = None
+    recipe_changes: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
     steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 16
     accumulation: int = 1
-    max_length: int = 512
+    max_length: int | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     seed: int = 0
@@ -177,6 +181,11 @@ class FinetuneConfig:
     save_steps: int = 0
     resume: bool = False
     report_to: str = ""
+    streaming: bool = False
+    pack: bool | None = None
+    validation: str | None = None
+    validation_samples: int = 256
+    eval_steps: int = 0
     overwrite: bool = False
     prompt_template: str | None = None
     vocab_size: int | None = None
@@ -190,10 +199,18 @@ class FinetuneConfig:
         require(self.epochs > 0, "--epochs", "above 0", self.epochs)
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
         require(self.accumulation >= 1, "--accumulation", "at least 1", self.accumulation)
-        require(self.max_length >= 2, "--max-length", "at least 2", self.max_length)
+        require(self.max_length is None or self.max_length >= 2, "--max-length", "at least 2", self.max_length)
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(self.weight_decay >= 0, "--weight-decay", "at least 0", self.weight_decay)
         require(self.lora_rank >= 0, "--lora-rank", "at least 0", self.lora_rank)
+        require(self.validation_samples >= 0, "--validation-samples", "at least 0", self.validation_samples)
+        require(self.eval_steps >= 0, "--eval-steps", "at least 0", self.eval_steps)
+        require(not self.eval_steps or self.validation is not None, "--eval-steps", "used with --validation", "none")
+        RecipeConfig(**self.recipe_changes)  # raises now what would be raised after the model is loaded
+        if self.streaming:
+            require(self.steps is not None, "--steps", "given with --streaming, whose rows cannot be counted", "none")
+            require(not self.data.limit, "--samples", "0 with --streaming", self.data.limit)
+            require(self.vocab_size is None, "--vocab-size", "left out with --streaming", self.vocab_size)
         require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
         require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
         require(self.save_steps >= 0, "--save-steps", "at least 0", self.save_steps)

@@ -9,7 +9,10 @@ _POINTS = 200  # of a curve: a long run is drawn as means over stretches
 
 
 def loss_plot(history: LossHistory) -> bytes:
-    """A PNG: loss of each exit over the steps, shallow exits dark and deep ones bright, the last layer in black."""
+    """A PNG: loss of each exit over the steps, shallow exits dark and deep ones bright, the last layer in black.
+
+    Losses on held-out rows are dots.
+    """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -23,9 +26,12 @@ def loss_plot(history: LossHistory) -> bytes:
     colours = colormaps["viridis"]
     for layer in layers:
         seen = [(step.step, step.exits[layer]) for step in history.steps if layer in step.exits]
+        held_out = [(step.step, step.validation[layer]) for step in history.steps if step.validation]
         last = layer == layers[-1]
+        colour = "black" if last else colours((layer - 1) / max(layers))
+        axes.plot([step for step, _ in held_out], [loss for _, loss in held_out], ".", color=colour)
         axes.plot(
-            *_thinned(seen), color="black" if last else colours((layer - 1) / max(layers)), linewidth=2 if last else 1,
+            *_thinned(seen), color=colour, linewidth=2 if last else 1,
             marker="." if len(seen) == 1 else None, label=f"last layer ({layer})" if last else None,
         )  # fmt: skip
     axes.set(xlabel="optimizer step", ylabel="loss, nats a token")

@@ -1,7 +1,7 @@
 """What a run has seen so far: sums over a step's micro-batches, the report of each step, the history of losses."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ class StepReport:
     exit_losses: dict[int, float]
     learning_rate: float
     tokens_per_second: float
+    validation_losses: dict[int, float]  # of every exit at the last validation; empty before the first
 
 
 @dataclass
@@ -42,11 +43,12 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepLosses:
-    """A step's losses in nats a target token: the weighted one, and those of the exits that were on."""
+    """A step's losses in nats a target token: the weighted one, those of the exits that were on, and all on held-out rows."""
 
     step: int
     loss: float
     exits: dict[int, float]
+    validation: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,10 +57,17 @@ class LossHistory:
 
     steps: list[StepLosses] = field(default_factory=list)
     latest: dict[int, float] = field(default_factory=dict)  # of every exit seen, by exit layer
+    validated: dict[int, float] = field(default_factory=dict)  # of every exit at the last validation
 
     def add(self, losses: StepLosses) -> None:
         self.steps.append(losses)
         self.latest = dict(sorted({**self.latest, **losses.exits}.items()))
+        self.validated = losses.validation or self.validated
+
+    def validate(self, losses: dict[int, float]) -> None:
+        """Losses of every exit on held-out rows after the last step."""
+        self.steps[-1] = replace(self.steps[-1], validation=losses)
+        self.validated = losses
 
     def to_jsonl(self) -> str:
         return "".join(json.dumps(vars(step)) + "\n" for step in self.steps)
@@ -67,6 +76,9 @@ class LossHistory:
     def from_jsonl(cls, path: Path) -> "LossHistory":
         history = cls()
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            exits = {int(layer): loss for layer, loss in row["exits"].items()}
-            history.add(StepLosses(row["step"], row["loss"], exits))
+            history.add(StepLosses(row["step"], row["loss"], _by_layer(row["exits"]), _by_layer(row["validation"])))
         return history
+
+
+def _by_layer(losses: dict[str, float]) -> dict[int, float]:
+    return {int(layer): loss for layer, loss in losses.items()}

@@ -1,14 +1,18 @@
 """finetune from start to end: plan, train, save."""
 
+import itertools
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint import (
+    CHAT,
     CheckpointInfo,
     LoadedModel,
     load_blank,
@@ -20,15 +24,16 @@ from ..checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
-from ..config import FinetuneConfig
-from ..data import PARSING_TEMPLATE, EncodedData, encode_examples, is_parsing, load_examples
+from ..config import DataConfig, FinetuneConfig
+from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
+from ..encoding import EncodedData, Encoder, encode_rows, encode_stream
 from ..errors import ConfigError, TrainingInterrupted
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, has_checkpoints, last_checkpoint, newest_whole
 from .interruption import Interruption
 from .loss_plot import loss_plot
 from .module import RecipeModule
 from .plan import COMMANDS_STEPS, TrainingPlan, make_plan, rows_per_step, run_settings
-from .presets import learning_rate
+from .presets import learning_rate, recipe_preset, sequence_length
 from .progress import LossHistory, StepReport
 from .trainer import RecipeTrainer, make_trainer
 from .vocabulary import train_tokenizer
@@ -41,6 +46,7 @@ class FinetuneJob:
     config: FinetuneConfig
     loaded: LoadedModel
     data: EncodedData
+    held_out: EncodedData | None
     template: str | None
     plan: TrainingPlan
     save_dtype: torch.dtype
@@ -57,6 +63,7 @@ class FinetuneJob:
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
         """
         config = self.config
+        assert config.recipe is not None
         scratch = config.regime == "scratch"
         model = _with_lora(self.loaded.model, config) if config.lora_rank else self.loaded.model
         module = RecipeModule(model, config.recipe, config.seed, scratch, config.gradient_checkpointing)
@@ -65,6 +72,7 @@ class FinetuneJob:
                 module,
                 self.loaded.tokenizer,
                 self.data,
+                self.held_out,
                 config,
                 run_settings(config, self.plan),
                 on_step,
@@ -105,6 +113,7 @@ class FinetuneJob:
             "steps": self.plan.steps,
             "rows": self.plan.rows,
             "final_losses": {str(layer): loss for layer, loss in history.latest.items()},
+            "validation_losses": {str(layer): loss for layer, loss in history.validated.items()},
             "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
         }
 
@@ -117,40 +126,90 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     refuse_overwrite(config.output, config.overwrite)
     resume = _resume_point(config)
     device = pick_device(config.device)
-    loaded, data, template = _model_and_data(config)
+    _refuse_sharding(device)
+    loaded, rows = _model_and_rows(config)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    if config.lr is None:
-        config = replace(config, lr=learning_rate(config.regime, parameters))
+    config = _resolved(config, parameters, loaded.depth.max_positions)
+    data, held_out, encoder = _encoded(config, loaded, rows)
     autocast = pick_dtype(config.dtype, device, parameters) == torch.bfloat16
-    plan = make_plan(config, loaded, data, str(device), autocast)
+    plan = make_plan(config, loaded, data, str(device), autocast, encoder.pack)
     if resume is not None:
         _require_same_run(resume.settings, run_settings(config, plan))
         notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
-        plan = replace(plan, resumed_step=resume.step, notes=notes)
-    return FinetuneJob(config, loaded, data, template, plan, stored_dtype(config.model), autocast, resume)
+        plan = replace(plan, resumed_step=resume.step, notes=plan.notes + notes)
+    save_dtype = stored_dtype(config.model)
+    return FinetuneJob(config, loaded, data, held_out, encoder.template, plan, save_dtype, autocast, resume)
 
 
-def _model_and_data(config: FinetuneConfig) -> tuple[LoadedModel, EncodedData, str | None]:
-    wanted = config.data
-    if wanted.name == "commands" and not wanted.limit:
-        # The generator has no end: a run draws as many rows as it will see, so that none repeats.
-        wanted = replace(wanted, limit=(config.steps or COMMANDS_STEPS) * rows_per_step(config))
-    examples = load_examples(wanted)
-    if config.regime == "scratch":
-        tokenizer = None if config.vocab_size is None else train_tokenizer(examples, config.vocab_size)
-        loaded = load_blank(config.model, config.seed, tokenizer, config.trust_remote_code)
-    else:
-        loaded = load_checkpoint(config.model, "cpu", "fp32", config.trust_remote_code)
-    template = _template(config, loaded)
-    if config.max_length > loaded.depth.max_positions:
+def _refuse_sharding(device: torch.device) -> None:
+    if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise ConfigError(
-            f"--max-length must be at most the model's context of {loaded.depth.max_positions} tokens, got {config.max_length}"
+            "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got --device cpu, where accelerate would run DDP without a word; start it "
+            "with torchrun alone"
         )
-    return loaded, encode_examples(examples, loaded.tokenizer, template, config.max_length), template
 
 
-def _template(config: FinetuneConfig, loaded: LoadedModel) -> str | None:
-    """The flag, else the parsing template for parsing data, else the checkpoint's own, else the prompt and a line end."""
+def _model_and_rows(config: FinetuneConfig) -> tuple[LoadedModel, list[Row]]:
+    """The model, and the rows to train on: of a stream the first one, to see what they are."""
+    wanted = _training_data(config)
+    rows = list(itertools.islice(stream_rows(wanted), 1)) if config.streaming else load_rows(wanted)
+    if config.regime == "scratch":
+        tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
+        return load_blank(config.model, config.seed, tokenizer, config.trust_remote_code), rows
+    return load_checkpoint(config.model, "cpu", "fp32", config.trust_remote_code), rows
+
+
+def _training_data(config: FinetuneConfig) -> DataConfig:
+    if config.data.name == "commands" and not config.data.limit:
+        # The generator has no end: a run draws as many rows as it will see, so that none repeats.
+        return replace(config.data, limit=(config.steps or COMMANDS_STEPS) * rows_per_step(config))
+    return config.data
+
+
+def _resolved(config: FinetuneConfig, parameters: int, context: int) -> FinetuneConfig:
+    """With the regime's values for a model of this size in the place of what was not given."""
+    if config.max_length is not None and config.max_length > context:
+        raise ConfigError(f"--max-length must be at most the model's context of {context} tokens, got {config.max_length}")
+    return replace(
+        config,
+        recipe=config.recipe or replace(recipe_preset(config.regime, parameters), **config.recipe_changes),
+        recipe_changes={},
+        lr=config.lr or learning_rate(config.regime, parameters),
+        max_length=config.max_length or sequence_length(config.regime, context),
+    )
+
+
+def _encoded(config: FinetuneConfig, loaded: LoadedModel, rows: list[Row]) -> tuple[EncodedData, EncodedData | None, Encoder]:
+    """The rows to train on, those to validate on, and how both were encoded."""
+    assert config.max_length is not None
+    encoder = Encoder(loaded.tokenizer, _template(config, loaded, rows), config.max_length, _packs(config, rows))
+    data = encode_stream(config.data, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
+    held_out = None if config.validation is None else encode_rows(load_rows(validation_data(config)), encoder)
+    return data, held_out, encoder
+
+
+def validation_data(config: FinetuneConfig) -> DataConfig:
+    """--validation: other data (a named set, a file, a folder, a hub id), or else a split of --data."""
+    assert config.validation is not None
+    name = config.validation
+    other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
+    held_out = replace(config.data, limit=config.validation_samples)
+    return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
+
+
+def _packs(config: FinetuneConfig, rows: list[Row]) -> bool:
+    """Whether documents are packed: by default when language-model data, without prompts, meets a regime for such."""
+    if config.pack is not None:
+        return config.pack
+    return config.regime != "finetune" and all(isinstance(row, Example) and not row.prompt for row in rows)
+
+
+def _template(config: FinetuneConfig, loaded: LoadedModel, rows: list[Row]) -> str | None:
+    """The chat template for chat; the flag, else the parsing template for parsing data, else the checkpoint's own, else prompt
+    and line end.
+    """
+    if any(isinstance(row, Conversation) for row in rows):
+        return CHAT
     if config.prompt_template is not None:
         return config.prompt_template
     if is_parsing(config.data):

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..checkpoint import write_model
 from ..config import FinetuneConfig
-from ..data import Collator, EncodedData
+from ..encoding import Collator, EncodedData
 from ..errors import CheckpointError, ConfigError, TrainingError
 from .checkpoints import checkpoints_folder, last_checkpoint, publish, staging_folder
 from .interruption import Interruption
@@ -24,6 +25,7 @@ from .progress import LossHistory, StepLosses, StepReport, StepSums
 
 _BETAS = (0.9, 0.95)
 _LOSSES = "losses.jsonl"
+_VALIDATIONS = 10  # a run, unless --eval-steps says otherwise
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
 
 
@@ -41,12 +43,13 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         settings: Mapping[str, Any],
         on_step: Callable[[StepReport], None],
         interruption: Interruption,
+        eval_steps: int,
         **keywords: Any,
     ) -> None:
-        """`settings` are sealed into the checkpoints: what a resumed run must agree with."""
+        """`eval_steps`: steps between validations, 0 for none. `settings`, sealed into the checkpoints, bind a resumed run."""
         super().__init__(model=module, **keywords)
         self.remove_callback(PrinterCallback)  # it writes to stdout
-        self.add_callback(_StepCallback(self))
+        self.add_callback(_StepCallback(self, eval_steps))
         self.model_accepts_loss_kwargs = True  # makes Trainer count the targets of the whole step
         self.tokenizer_to_save = tokenizer
         self.history = LossHistory()
@@ -57,7 +60,9 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         self._targets: Tensor | int = 1
         self.started = time.perf_counter()
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> RunOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> RunOrder | None:
+        if isinstance(self.train_dataset, IterableDataset):
+            return None
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return RunOrder(self.train_dataset["length"], rows_per_step, self.args.max_steps, self.args.seed)
 
@@ -104,9 +109,32 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
                 exit_losses=self.history.latest,
                 learning_rate=learning_rate,
                 tokens_per_second=tokens / elapsed,
+                validation_losses=self.history.validated,
             )
         )
         return bool(stops) and self.state.global_step < self.state.max_steps
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss of every exit over the held-out rows, into the history and to the trackers."""
+        inner: Any = self.accelerator.unwrap_model(self.model)
+        inner.eval()
+        sums = torch.zeros(inner.depth.num_layers + 1, device=self.args.device)
+        mine = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        size = self.args.train_batch_size
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for at in range(0, len(mine), size):
+                batch = self._prepare_inputs(self.data_collator([self.eval_dataset[row] for row in mine[at : at + size]]))
+                output = inner(**batch, moment=Moment(self.state.global_step, self.state.max_steps))
+                sums[:-1] += output["per_exit"]
+                sums[-1] += (batch["labels"] != -100).sum()
+        inner.train()
+        *per_exit, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
+        losses = {layer: part / targets for layer, part in enumerate(per_exit, start=1)}
+        self.history.validate(losses)
+        metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()} | {"eval_loss": per_exit[-1] / targets}
+        self.log(dict(metrics))
+        self.started = time.perf_counter()  # the next step's speed is its own
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every exit's loss to what goes to `--report-to`."""
@@ -206,8 +234,9 @@ def _first_line(error: Exception) -> str:
 
 
 class _StepCallback(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, trainer: RecipeTrainer) -> None:
+    def __init__(self, trainer: RecipeTrainer, eval_steps: int) -> None:
         self._trainer = trainer
+        self._eval_steps = eval_steps
         self._learning_rate = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -219,12 +248,15 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._trainer.finish_step(self._learning_rate):
             control.should_save = control.should_training_stop = True
+        last = state.global_step >= state.max_steps
+        control.should_evaluate = self._eval_steps > 0 and (last or state.global_step % self._eval_steps == 0)
 
 
 def make_trainer(
     module: RecipeModule,
     tokenizer: Any,
     data: EncodedData,
+    held_out: EncodedData | None,
     config: FinetuneConfig,
     settings: Mapping[str, Any],
     on_step: Callable[[StepReport], None],
@@ -258,6 +290,7 @@ def make_trainer(
         dataloader_pin_memory=device.type == "cuda",
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
+        accelerator_config={"dispatch_batches": False},  # of a stream each rank reads its share: rows differ in length
         logging_strategy="steps" if config.report_to else "no",
         logging_steps=1,
         report_to=[name for name in config.report_to.split(",") if name],
@@ -271,8 +304,10 @@ def make_trainer(
             settings,
             on_step,
             interruption,
+            eval_steps=0 if held_out is None else config.eval_steps or max(1, steps // _VALIDATIONS),
             args=arguments,
             train_dataset=data.rows,
+            eval_dataset=None if held_out is None else held_out.rows,
             data_collator=Collator(pad or 0),
         )
     except (RuntimeError, ValueError) as error:
