@@ -1,16 +1,14 @@
 """`layerskip generate`: prompts in, text out, for shell pipelines."""
 
-import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from layerskip_core.config import DTYPES, DecodingConfig, SamplingConfig, Strategy, require_choice, require_exit_layer
-from layerskip_core.errors import LayerSkipError
 
+from .answers import answer_all, answer_in_batches
 from .console import (
     Device,
     DraftVocab,
@@ -47,6 +45,7 @@ def generate(
     jsonl: Annotated[
         bool, typer.Option("--jsonl", help="Standard input holds objects with `prompt`, one a line; answers are objects too.")
     ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --lines or --jsonl to decode together.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Leave out the checkpoint's prompt template.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print counts and speed to stderr.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
@@ -67,6 +66,8 @@ def generate(
         raise typer.BadParameter("--lines and --jsonl read standard input; give no PROMPT with them")
     if lines and jsonl:
         raise typer.BadParameter("give --lines or --jsonl, not both")
+    if batch_size > 1 and not (lines or jsonl):
+        raise typer.BadParameter("--batch-size is for the prompts of --lines or --jsonl")
     if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
     config = DecodingConfig(
@@ -90,7 +91,10 @@ def generate(
         require_exit_layer(chosen_exit, loaded.depth.num_layers, strategy)
     config = replace(config, exit_layer=chosen_exit, num_draft_tokens=best_spec if spec is None else spec)
     try:
-        failed, total = _answer_all(loaded, config, prompt, lines, jsonl, raw)
+        if batch_size > 1:
+            failed, total = answer_in_batches(loaded, config, batch_size, jsonl, raw)
+        else:
+            failed, total = answer_all(loaded, config, prompt, lines, jsonl, raw)
     except KeyboardInterrupt:
         sys.stdout.write("\n")
         raise typer.Exit(130) from None
@@ -98,83 +102,6 @@ def generate(
         narrate(_stats_text(total, loaded))
     if failed:
         raise typer.Exit(1)
-
-
-def _answer_all(
-    loaded: "LoadedModel", config: DecodingConfig, prompt: str | None, lines: bool, jsonl: bool, raw: bool
-) -> tuple[bool, "DecodeStats"]:
-    """Answers every prompt in order; returns whether one failed, and the counts of all."""
-    from layerskip_core.decoding import DecodeStats
-    from layerskip_core.decoding.text import Answer
-
-    failed, total = False, DecodeStats()
-    for number, text, problem in _prompts(prompt, lines, jsonl):
-        try:
-            if problem:
-                raise LayerSkipError(problem)
-            answer = Answer(loaded, text, config, raw)
-            for piece in answer:
-                if not jsonl:
-                    _write(piece)
-        except LayerSkipError as error:
-            if not (lines or jsonl):
-                raise
-            failed = True
-            if jsonl:
-                _write(json.dumps({"error": str(error)}, ensure_ascii=False))
-            else:
-                narrate(f"error: line {number}: {error}")
-        else:
-            total = total + answer.stats
-            if jsonl:
-                _write(json.dumps(_answer_object(answer), ensure_ascii=False))
-        _write("\n")
-    return failed, total
-
-
-def _prompts(prompt: str | None, lines: bool, jsonl: bool) -> Iterator[tuple[int, str, str | None]]:
-    """(line number, prompt, what is wrong with it): the argument, all of standard input, or one a line of it."""
-    if prompt is not None:
-        yield 1, prompt, None
-        return
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    if not (lines or jsonl):
-        yield 1, sys.stdin.read().removesuffix("\n"), None
-        return
-    for number, line in enumerate(sys.stdin, start=1):
-        line = line.rstrip("\r\n")
-        if not jsonl:
-            yield number, line, None
-        elif line.strip():
-            yield number, *_prompt_of(line, number)
-
-
-def _prompt_of(line: str, number: int) -> tuple[str, str | None]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return "", f"line {number}: not valid JSON: {error}"
-    text = row.get("prompt") if isinstance(row, dict) else None
-    return (text, None) if isinstance(text, str) else ("", f"line {number}: needed an object with a text `prompt`")
-
-
-def _answer_object(answer: Any) -> dict[str, Any]:
-    stats = answer.stats
-    return {
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": stats.prompt_tokens,
-        "new_tokens": stats.new_tokens,
-        "drafted": stats.drafted,
-        "accepted": stats.accepted,
-        "rounds": stats.rounds,
-        "acceptance_rate": round(stats.acceptance_rate, 4),
-    }
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _stats_text(stats: "DecodeStats", loaded: "LoadedModel") -> str:

@@ -132,7 +132,7 @@ def test_low_bit_drafts_are_the_target_s_own_guesses_mostly():
     own, low = packed(torch.float64), packed(torch.float64, draft_weights="int8")
     settings = {"exit_layer": 5, "num_draft_tokens": 4, "max_new_tokens": 60}
     expected, found = output(own, prompt_of(9), **settings)[1], output(low, prompt_of(9), **settings)[1]
-    assert not low.drafts_own_states
+    assert not low.drafts_own_states and low.implementation == "packed, int8 drafts"
     assert found.accepted > 0.7 * expected.accepted > 0
     sampled, _ = output(low, prompt_of(9), sampling=SamplingConfig(temperature=1.0), **settings)
     assert len(sampled) == 60

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..config import DecodingConfig, require, require_exit_layer
 from ..errors import ConfigError
-from .drafting import Draft, Drafter, SpanModel, drafter_for
+from ..model.cache import DepthCache
+from .drafting import Draft, Drafter, ExitDrafter, SpanModel, drafter_for
 from .sampling import Sampler, sampler_for
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
 
@@ -90,11 +91,7 @@ class Decoding:
     ) -> None:
         """The target is layers 0..depth-1 of the model. Raises ConfigError for a prompt that is empty or leaves no room."""
         limit = model.max_positions
-        require(bool(prompt_ids), "the prompt", "at least 1 token", "none")
-        if len(prompt_ids) >= limit:
-            raise ConfigError(
-                f"the prompt must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
-            )
+        check_prompt(prompt_ids, limit)
         self.finish_reason: StopReason | None = None
         self._model = model
         self._sampler = sampler
@@ -129,7 +126,8 @@ class Decoding:
         started = time.perf_counter()
         draft = self._draft()
         drafted_at = self._clock() if draft.num_drafts else started
-        logits = self._target_logits(draft)
+        positions = self._positions[:, self._cached : self._cached + draft.tokens.shape[1]]
+        logits = target_logits(self._model, draft, positions, self._cache, self._depth)[0]
         first_draft = draft.tokens.shape[1] - draft.num_drafts
         verdict = self._sampler.verify(draft.tokens[0, first_draft:], None if draft.probs is None else draft.probs[0], logits)
         verified_at = time.perf_counter()
@@ -137,26 +135,20 @@ class Decoding:
         self._commit(draft, verdict.accepted)
         self._pending = verdict.newest
         count, self.finish_reason = self._scanner.cut(verdict.ids)
-        accepted = min(verdict.accepted, count)
-        tested = min(draft.num_drafts, count)
         target_seconds = verified_at - drafted_at
-        self._steps.append(
-            DecodeStats(
-                sequences=int(prefill),
-                prompt_tokens=self._prompt_tokens if prefill else 0,
-                new_tokens=count,
-                drafted=draft.num_drafts,
-                accepted=accepted,
-                rounds=int(draft.num_drafts > 0),
-                prefill_seconds=target_seconds if prefill else 0.0,
-                draft_seconds=drafted_at - started,
-                verify_seconds=0.0 if prefill else target_seconds,
-                total_seconds=time.perf_counter() - started,
-                tested_by_position=(1,) * tested,
-                accepted_by_position=(1,) * accepted,
-            )
+        step = step_counts(
+            draft.num_drafts,
+            verdict.accepted,
+            count,
+            sequences=int(prefill),
+            prompt_tokens=self._prompt_tokens if prefill else 0,
+            prefill_seconds=target_seconds if prefill else 0.0,
+            draft_seconds=drafted_at - started,
+            verify_seconds=0.0 if prefill else target_seconds,
+            total_seconds=time.perf_counter() - started,
         )
-        return [Token(token, place < accepted) for place, token in enumerate(verdict.ids[:count])]
+        self._steps.append(step)
+        return [Token(token, place < step.accepted) for place, token in enumerate(verdict.ids[:count])]
 
     def _draft(self) -> Draft:
         """No drafts for the prompt, nor where only the target's own token has room."""
@@ -164,21 +156,6 @@ class Decoding:
         if self._drafter is None or self._cached == 0 or room == 0:
             return Draft(self._pending)
         return self._drafter.draft(self._pending, self._positions[:, self._cached : self._cached + room], self._cache)
-
-    def _target_logits(self, draft: Draft) -> Tensor:
-        """Logits (K+1, V) of the draft's last K+1 tokens: the layers that its exit states leave, once over all tokens."""
-        model, cache, tokens = self._model, self._cache, draft.tokens
-        positions = self._positions[:, self._cached : self._cached + tokens.shape[1]]
-        hidden = draft.exit_states
-        if hidden is None:
-            hidden = model.run_layers(model.embed(tokens), 0, self._depth, positions, cache)
-        else:
-            known = hidden.shape[1]
-            if known < tokens.shape[1]:
-                last = model.run_layers(model.embed(tokens[:, known:]), 0, draft.exit_layer, positions[:, known:], cache)
-                hidden = torch.cat((hidden, last), dim=1)
-            hidden = model.run_layers(hidden, draft.exit_layer, self._depth, positions, cache)
-        return model.unembed(hidden[:, -(draft.num_drafts + 1) :])[0]
 
     def _commit(self, draft: Draft, accepted: int) -> None:
         """The pass wrote every token's KV; a rejected draft's is forgotten by length alone."""
@@ -212,15 +189,58 @@ def decode(
     below the exit, for measuring. Raises ConfigError for an exit that the model does not have and a prompt that does not fit.
     """
     sampler = sampler_for(config.sampling, model.device)
-    depth, drafter = model.num_layers, None
-    if config.exit_layer is not None and config.strategy != "autoregressive":
-        require_exit_layer(config.exit_layer, model.num_layers, config.strategy)
-        if config.strategy == "early-exit":
-            depth = config.exit_layer
-        else:
-            drafter = drafter_for(model, sampler, config, eos_ids, reuse_exit_states)
+    depth, drafter = depth_and_drafter(model, config, sampler, eos_ids, reuse_exit_states)
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
     return Decoding(model, prompt_ids, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize)
+
+
+def check_prompt(prompt_ids: list[int], limit: int) -> None:
+    """Raises ConfigError for a prompt that is empty or leaves no room for a token in a context of `limit` tokens."""
+    require(bool(prompt_ids), "the prompt", "at least 1 token", "none")
+    if len(prompt_ids) >= limit:
+        raise ConfigError(
+            f"the prompt must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
+        )
+
+
+def depth_and_drafter(
+    model: SpanModel, config: DecodingConfig, sampler: Sampler, eos_ids: frozenset[int], reuse_exit_states: bool = True
+) -> tuple[int, ExitDrafter | None]:
+    """How many layers the config's strategy takes for its target, and what drafts for them, if anything does."""
+    if config.exit_layer is None or config.strategy == "autoregressive":
+        return model.num_layers, None
+    require_exit_layer(config.exit_layer, model.num_layers, config.strategy)
+    if config.strategy == "early-exit":
+        return config.exit_layer, None
+    return model.num_layers, drafter_for(model, sampler, config, eos_ids, reuse_exit_states)
+
+
+def target_logits(model: SpanModel, draft: Draft, positions: Tensor, cache: DepthCache, depth: int) -> Tensor:
+    """Logits (B, K+1, V) of the draft's last K+1 tokens: the layers that its exit states leave, once over all tokens."""
+    tokens, hidden = draft.tokens, draft.exit_states
+    if hidden is None:
+        hidden = model.run_layers(model.embed(tokens), 0, depth, positions, cache)
+    else:
+        known = hidden.shape[1]
+        if known < tokens.shape[1]:
+            last = model.run_layers(model.embed(tokens[:, known:]), 0, draft.exit_layer, positions[:, known:], cache)
+            hidden = torch.cat((hidden, last), dim=1)
+        hidden = model.run_layers(hidden, draft.exit_layer, depth, positions, cache)
+    return model.unembed(hidden[:, -(draft.num_drafts + 1) :])
+
+
+def step_counts(drafted: int, accepted: int, count: int, **more: float) -> DecodeStats:
+    """The counts of a step that gave `count` tokens, when `accepted` of its drafts were the target's; `more` of its fields."""
+    accepted = min(accepted, count)
+    return DecodeStats(
+        new_tokens=count,
+        drafted=drafted,
+        accepted=accepted,
+        rounds=int(drafted > 0),
+        tested_by_position=(1,) * min(drafted, count),
+        accepted_by_position=(1,) * accepted,
+        **more,  # type: ignore[arg-type]
+    )
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -42,6 +42,7 @@ class StopScanner:
         self._stopping = stopping
         self._context_room = context_room
         self._detokenize = detokenize
+        self.reason: StopReason | None = None  # why the output ended, once it has
         self._ids: list[int] = []
         self._window = 0  # the first token that a stop string not yet complete can begin in
         self._reach = max(map(len, stopping.stop), default=0) + _MARGIN
@@ -55,8 +56,9 @@ class StopScanner:
         """Takes in new tokens up to the first that ends the output; returns how many that were, and the reason if one did."""
         for count, token in enumerate(ids, start=1):
             self._ids.append(token)
-            if (reason := self._reason(token)) is not None:
-                return count, reason
+            self.reason = self._reason(token)
+            if self.reason is not None:
+                return count, self.reason
         return len(ids), None
 
     def _reason(self, token: int) -> StopReason | None:

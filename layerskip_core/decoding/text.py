@@ -1,11 +1,14 @@
 """From a prompt to text, as it is verified."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ..checkpoint import LoadedModel
 from ..config import DecodingConfig
-from ..errors import ConfigError
-from .loop import DecodeStats, decode
+from ..errors import ConfigError, LayerSkipError
+from .batch import decode_batch
+from .loop import DecodeStats, check_prompt, decode
 from .stopping import Detokenize, Stopping, StopReason
 
 _INCOMPLETE = "\ufffd"  # what a character becomes whose last bytes are still to come
@@ -16,11 +19,7 @@ class Answer:
 
     def __init__(self, loaded: LoadedModel, prompt: str, config: DecodingConfig, raw: bool = False) -> None:
         """`raw` leaves out the checkpoint's prompt template. Raises ConfigError for a prompt or exit that does not fit."""
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, an argument can hold any bytes
-            raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
-        ids = loaded.encode_prompt(prompt, raw)
+        ids = _encoded(loaded, prompt, raw)
         self.text = ""
         self._eos_ids = loaded.eos_ids
         self._decoding = decode(loaded.depth, ids, config, self._eos_ids, loaded.detokenize)
@@ -43,6 +42,47 @@ class Answer:
             piece, self.text = visible[len(self.text) :], visible
             if piece:
                 yield piece
+
+
+@dataclass(frozen=True)
+class WholeAnswer:
+    """An answer that was decoded together with others; the seconds are those of all of them."""
+
+    text: str
+    finish_reason: StopReason
+    stats: DecodeStats
+
+
+def answer_together(
+    loaded: LoadedModel, prompts: Sequence[str], config: DecodingConfig, raw: bool = False
+) -> tuple[list[WholeAnswer | LayerSkipError], DecodeStats]:
+    """Answers in the order of the prompts, an error in the place of a prompt that does not fit, and the stats of all."""
+    started = time.perf_counter()
+    answers: dict[int, WholeAnswer | LayerSkipError] = {}
+    encoded: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        try:
+            ids = _encoded(loaded, prompt, raw)
+            check_prompt(ids, loaded.depth.max_positions)
+            encoded[place] = ids
+        except LayerSkipError as error:
+            answers[place] = error
+    places, total = list(encoded), DecodeStats()
+    stopping = Stopping(loaded.eos_ids, config.stop, config.max_new_tokens)
+    if places:
+        for one in decode_batch(loaded.depth, list(encoded.values()), config, loaded.eos_ids, loaded.detokenize):
+            text = loaded.detokenize([token for token in one.ids if token not in loaded.eos_ids])
+            answers[places[one.row]] = WholeAnswer(stopping.visible(text, True), one.finish_reason, one.stats)
+            total += one.stats
+    return [answers[place] for place in range(len(prompts))], replace(total, total_seconds=time.perf_counter() - started)
+
+
+def _encoded(loaded: LoadedModel, prompt: str, raw: bool) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, an argument can hold any bytes
+        raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
+    return loaded.encode_prompt(prompt, raw)
 
 
 class _IncrementalText:

@@ -31,6 +31,12 @@ class DepthCache:
             raise ValueError(f"cannot roll forward from {self.lengths.tolist()} to {lengths.tolist()}")
         self.lengths = lengths.clone()
 
+    def keep_rows(self, rows: list[int]) -> None:
+        """Forgets every row but those at `rows`, which take its order."""
+        self.lengths = self.lengths[rows]
+        if self._storage is not None:
+            self._storage = self._storage[:, rows]
+
     def writer(self, positions: Tensor) -> "SpanWriter":
         """What a span of layers writes its keys and values through, for tokens at `positions` (B, T), on the host."""
         return SpanWriter(self, positions)

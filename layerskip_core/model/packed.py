@@ -48,7 +48,7 @@ class PackedModel:
         packing = packing or PackingConfig()
         self.config = config
         self.exact = packing.exact
-        self._quantize = packing.quantize
+        self._quantize, self._draft_weights = packing.quantize, packing.draft_weights
         self._kinds = layer_kinds(config)
         self._spaces: dict[tuple[int, int], Workspace] = {}
         self._proven: dict[int, int] = {}  # by number of threads
@@ -87,8 +87,11 @@ class PackedModel:
 
     @property
     def implementation(self) -> str:
-        kernels = [part for part in (self._head, *self._layers[0].linears) if isinstance(part, KernelLinear)]
-        return f"packed ({self._quantize or 'oneDNN'})" if kernels else "packed"
+        """Which kernels run, for people who measure."""
+        prepacked = any(isinstance(part, KernelLinear) for part in (self._head, *self._layers[0].linears))
+        kernels = f"packed ({self._quantize or 'oneDNN'})" if prepacked else "packed"
+        drafts = f", {self._draft_weights} drafts" if self._draft_weights else ""
+        return kernels + drafts + (", exact" if self.exact else "")
 
     @property
     def num_layers(self) -> int:

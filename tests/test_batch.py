@@ -1,0 +1,102 @@
+"""Batches: every row gives what it gives alone."""
+
+from functools import cache
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_core.config import DecodingConfig, PackingConfig, SamplingConfig
+from layerskip_core.decoding import decode
+from layerskip_core.decoding.batch import decode_batch
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import DepthModel, PackedModel
+
+
+@cache
+def model_of(kind):
+    if kind == "generic":
+        return DepthModel(tiny_model())
+    if kind == "windows":
+        return PackedModel.of(tiny_model("mistral", sliding_window=5))
+    packing = PackingConfig(draft_weights="int8", draft_vocab=50) if kind == "low-bit drafts" else None
+    return PackedModel.of(tiny_model(), packing)
+
+
+def prompt_of(length):
+    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def letters(ids):
+    return "".join(chr(ord("0") + token) for token in ids)
+
+
+def alone(model, prompt, config, eos_ids):
+    decoding = decode(model, prompt, config, eos_ids, letters)
+    ids = [token.id for tokens in decoding for token in tokens]
+    return ids, decoding.finish_reason
+
+
+STRATEGIES = ("autoregressive", "early-exit", "self-speculative")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(["generic", "packed", "windows", "low-bit drafts"]),
+    strategy=st.sampled_from(STRATEGIES),
+    exit_layer=st.integers(1, 5),
+    num_draft_tokens=st.integers(1, 6),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    max_new_tokens=st.integers(1, 16),
+    eos_place=st.none() | st.integers(0, 12),
+    stop_place=st.none() | st.integers(0, 12),
+)
+def test_each_row_ends_as_it_does_alone(
+    kind, strategy, exit_layer, num_draft_tokens, lengths, max_new_tokens, eos_place, stop_place
+):
+    """EOS and stop string are taken from one row's output, so that rows end at different times."""
+    model, prompts = model_of(kind), [prompt_of(length) for length in lengths]
+    config = DecodingConfig(strategy, exit_layer, num_draft_tokens, 16)
+    free, _ = alone(model, prompts[0], config, frozenset())
+    eos_ids = frozenset() if eos_place is None else frozenset({66, free[eos_place]})
+    stop = () if stop_place is None else (letters(free[stop_place : stop_place + 2]),)
+    config = DecodingConfig(strategy, exit_layer, num_draft_tokens, max_new_tokens, stop=stop)
+    found = {one.row: (one.ids, one.finish_reason) for one in decode_batch(model, prompts, config, eos_ids, letters)}
+    assert found == {row: alone(model, prompt, config, eos_ids) for row, prompt in enumerate(prompts)}
+
+
+def test_counts_are_those_of_each_row_alone():
+    """Without an EOS in the way, the drafts of a row are the ones that it has alone."""
+    model, prompts = model_of("packed"), [prompt_of(length) for length in (3, 9, 5)]
+    config = DecodingConfig(exit_layer=3, num_draft_tokens=3, max_new_tokens=15)
+    for one in decode_batch(model, prompts, config):
+        decoding = decode(model, prompts[one.row], config)
+        list(decoding)
+        for name in ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position"):
+            assert getattr(one.stats, name) == getattr(decoding.stats, name), name
+
+
+def test_rows_near_the_end_of_the_context_do_not_stop_the_others():
+    model, prompts = model_of("packed"), [prompt_of(122), prompt_of(4)]
+    config = DecodingConfig(exit_layer=3, num_draft_tokens=6, max_new_tokens=30)
+    found = {one.row: (one.ids, one.finish_reason) for one in decode_batch(model, prompts, config)}
+    assert found == {row: alone(model, prompt, config, frozenset()) for row, prompt in enumerate(prompts)}
+    assert found[0][1] == "context" and found[1][1] == "length"
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "self-speculative"])
+def test_sampled_rows_draw_as_they_do_alone(strategy):
+    model, prompts = model_of("packed"), [prompt_of(4), prompt_of(9)]
+    config = DecodingConfig(strategy, 3, 3, 12, sampling=SamplingConfig(temperature=1.0, top_k=20, seed=5))
+    found = {one.row: (one.ids, one.finish_reason) for one in decode_batch(model, prompts, config)}
+    assert found == {row: alone(model, prompt, config, frozenset()) for row, prompt in enumerate(prompts)}
+
+
+def test_what_cannot_be_batched_is_refused():
+    exact = PackedModel.of(tiny_model(), PackingConfig(exact=True))
+    with pytest.raises(ConfigError, match="--batch-size must be 1 with --exact, got 2"):
+        list(decode_batch(exact, [[3], [4]], DecodingConfig("autoregressive")))
+    with pytest.raises(ConfigError, match="at most 127 tokens, got 128"):
+        list(decode_batch(model_of("packed"), [[3], [4] * 128], DecodingConfig("autoregressive")))
