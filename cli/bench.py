@@ -4,23 +4,30 @@ from typing import Annotated, cast
 
 import typer
 
-from layerskip_core.config import BenchConfig, DType, TaskConfig, require_choice
+from layerskip_core.config import BenchConfig, DType, TaskConfig, parse_counts, require_choice
 
 from .console import Device, Precision, Threads, narrate, use_threads
 from .evaluation import (
     FORMATS,
+    AllowCode,
     CompletionColumn,
     Format,
     MaxNewTokens,
+    Metric,
     Model,
     Output,
+    PassK,
+    ProblemSamples,
     PromptColumn,
     RemoteCode,
     Samples,
     Seed,
+    Shots,
     Source,
     Split,
     TaskName,
+    Temperature,
+    Template,
     narrate_failures,
     print_result,
     watch,
@@ -37,8 +44,15 @@ def bench(
     spec: Annotated[int | None, typer.Option("--spec", help="Drafted tokens a round. [default: the checkpoint's]")] = None,
     max_new_tokens: MaxNewTokens = None,
     repeats: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 3,
-    prompt_column: PromptColumn = "prompt",
+    prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    metric: Metric = None,
+    shots: Shots = None,
+    template: Template = None,
+    pass_k: PassK = "1",
+    problem_samples: ProblemSamples = 1,
+    temperature: Temperature = 0.0,
+    allow_code_execution: AllowCode = False,
     format: Format = "table",
     output: Output = None,
     seed: Seed = 0,
@@ -54,7 +68,23 @@ def bench(
     require_choice(format, "--format", FORMATS)
     config = BenchConfig(
         model=model,
-        task=TaskConfig(task, data, split, samples, seed, max_new_tokens, prompt_column, completion_column),
+        task=TaskConfig(
+            task,
+            data,
+            split,
+            samples,
+            seed,
+            max_new_tokens,
+            prompt_column,
+            completion_column,
+            metric,
+            shots,
+            template,
+            parse_counts(pass_k, "--pass-k"),
+            problem_samples,
+            temperature,
+            allow_code_execution,
+        ),
         exit_layer=exit_layer,
         num_draft_tokens=spec,
         repeats=repeats,
@@ -70,6 +100,8 @@ def bench(
 
     folder = prepare_output(output) if output is not None else None
     rows = load_task(config.task)
+    for note in rows.notes:
+        narrate(note)
     loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
     record = watch(run_bench(loaded, rows, config))
     narrate_failures(record)

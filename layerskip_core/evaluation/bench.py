@@ -7,7 +7,7 @@ from statistics import median
 from ..checkpoint import LoadedModel
 from ..config import BenchConfig, DecodingConfig, Strategy, require_exit_layer
 from .generation import Failure, Outputs, Progress, differences, finite, measure_interleaved
-from .metrics import Difference
+from .metrics import Difference, ReferenceLosses
 from .record import RunRecord, environment
 from .tasks import Task
 
@@ -48,15 +48,20 @@ def bench(loaded: LoadedModel, task: Task, config: BenchConfig) -> Iterator[Prog
         LayerSkipError: no prompt could be answered.
     """
     config = _resolved(loaded, task, config)
-    settings = _settings(config, task.max_new_tokens)
+    loaded = task.prepared(loaded)
+    settings = [task.decoding(setting) for setting in _settings(config, task.max_new_tokens)]
     machine = environment(loaded)
+    losses = ReferenceLosses(0, {})
+    if task.text is not None:
+        losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in settings]), losses)
     outputs = yield from measure_interleaved(loaded, task.examples, settings, config.repeats)
     baseline = outputs[0]
     results = []
     for setting, repeats in zip(settings, outputs, strict=True):
-        speculative = setting.strategy == "self-speculative"
-        parted = differences(loaded, task.examples, repeats[0], baseline[0]) if speculative else ()
-        results.append(bench_result(setting, repeats, baseline, task.score(repeats[0].texts), parted))
+        comparable = setting.strategy == "self-speculative" and not setting.sampling.temperature
+        parted = differences(loaded, task.examples, repeats[0], baseline[0]) if comparable else ()
+        metrics = task.score(repeats[0].texts, losses.perplexity(_depth(setting, loaded)))
+        results.append(bench_result(setting, repeats, baseline, metrics, parted))
     yield RunRecord(asdict(config), machine, tuple(results))
 
 
@@ -112,6 +117,12 @@ def _settings(config: BenchConfig, max_new_tokens: int) -> list[DecodingConfig]:
         DecodingConfig("early-exit", exit_layer, max_new_tokens=max_new_tokens),
         DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens),
     ]
+
+
+def _depth(setting: DecodingConfig, loaded: LoadedModel) -> int:
+    """How many layers an answer comes from."""
+    early = setting.strategy == "early-exit" and setting.exit_layer is not None
+    return setting.exit_layer if early and setting.exit_layer else int(loaded.depth.num_layers)
 
 
 def _median(values: Iterable[float]) -> float | None:

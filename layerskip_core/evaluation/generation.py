@@ -69,14 +69,16 @@ def measure(loaded: LoadedModel, prompt: str, config: DecodingConfig) -> Output:
     try:
         prompt_ids = loaded.encode_prompt(prompt)
         started = time.perf_counter()
-        decoding = decode(loaded.depth, prompt_ids, config, loaded.eos_ids)
+        decoding = decode(loaded.depth, prompt_ids, config, loaded.eos_ids, loaded.detokenize)
         for tokens in decoding:
             steps.append(Step(len(tokens), time.perf_counter() - started))
             ids += [token.id for token in tokens]
             started = time.perf_counter()
     except (LayerSkipError, torch.OutOfMemoryError) as error:
         return Output(error=str(error))
-    text = loaded.detokenize([token for token in ids if token not in loaded.eos_ids])
+    # Decoded behind the prompt: some tokenizers drop the space that a text begins with, and code is indented by it.
+    text = loaded.detokenize(prompt_ids + [token for token in ids if token not in loaded.eos_ids])
+    text = text[len(loaded.detokenize(prompt_ids)) :]
     return Output(tuple(ids), text, tuple(steps), decoding.stats, decoding.finish_reason, memory.peak_mb())
 
 
@@ -145,7 +147,7 @@ def measure_interleaved(
         found: list[list[Output]] = [[] for _ in settings]
         for number, example in enumerate(examples):
             for place in _order(len(settings), number + repeat):
-                found[place].append(measure(loaded, example.prompt, settings[place]))
+                found[place].append(measure(loaded, example.prompt, _seeded(settings[place], number)))
             yield Progress(repeat * len(examples) + number + 1, repeats * len(examples), "prompts")
         for mine, new in zip(outputs, found, strict=True):
             mine.append(Outputs(tuple(new)))
@@ -169,6 +171,12 @@ def differences(
 def finite(value: float) -> float | None:
     """The value, or None for a NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
+
+
+def _seeded(setting: DecodingConfig, sample: int) -> DecodingConfig:
+    """With a seed of the sample's own, so that several answers to one prompt differ where they are drawn."""
+    sampling = setting.sampling
+    return replace(setting, sampling=replace(sampling, seed=sampling.seed + sample)) if sampling.temperature else setting
 
 
 def _order(count: int, turn: int) -> list[int]:

@@ -8,7 +8,7 @@ from statistics import median
 from ..checkpoint import LoadedModel
 from ..config import DecodingConfig, Strategy, SweepConfig, require_exit_layer
 from .generation import Failure, Outputs, Progress, differences, finite, measure_interleaved
-from .metrics import NEAR_TIE, Difference, ReferenceLosses, reference_losses
+from .metrics import NEAR_TIE, Difference, ReferenceLosses, quality
 from .record import Recommendation, RunRecord, environment
 from .tasks import Task
 
@@ -48,26 +48,28 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
         LayerSkipError: no prompt could be answered.
     """
     config = _resolved(loaded, task, config)
+    loaded = task.prepared(loaded)
     machine = environment(loaded)
     losses = ReferenceLosses(0, {})
-    for number, example in enumerate(task.examples, start=1):
-        losses = losses + reference_losses(loaded, example, [*config.exits, loaded.depth.num_layers])
-        yield Progress(number, len(task.examples), "perplexity")
-    baseline, ways = _settings(config, task.max_new_tokens)
+    for number, one in enumerate(task.losses(loaded, [*config.exits, loaded.depth.num_layers]), start=1):
+        losses = losses + one
+        yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
+    baseline, ways = _settings(config, task)
     # The baseline runs twice among the others, half of them apart: what it is compared with, and how steady the machine was.
     half = len(ways) // 2
     measured = yield from measure_interleaved(loaded, task.examples, [baseline, *ways[:half], baseline, *ways[half:]])
     first, *others = (repeats[0] for repeats in measured)
     second = others.pop(half)
     seconds = Outputs(first.each + second.each).seconds_per_token
-    perplexity = losses.perplexity(loaded.depth.num_layers)
-    plain = exit_result(baseline, first, first, seconds, task.score(first.texts), perplexity)
+    full = losses.perplexity(loaded.depth.num_layers)
+    plain = exit_result(baseline, first, first, seconds, task.score(first.texts, full), full)
     results = [replace(plain, tokens_per_second=1 / seconds, speedup=1.0)]  # of both its measurements
     for setting, found in zip(ways, others, strict=True):
         drafts = setting.strategy == "self-speculative"
         perplexity = None if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
-        parted = differences(loaded, task.examples, found, first) if drafts else ()
-        results.append(exit_result(setting, found, first, seconds, task.score(found.texts), perplexity, parted))
+        parted = differences(loaded, task.examples, found, first) if drafts and not setting.sampling.temperature else ()
+        metrics = task.score(found.texts, full if drafts else perplexity)
+        results.append(exit_result(setting, found, first, seconds, metrics, perplexity, parted))
     marked = mark_pareto(results, task.quality_metric)
     advice = recommend(marked, NEAR_TIE[loaded.depth.dtype], baseline_drift(first, second))
     yield RunRecord(asdict(config), machine, tuple(marked), advice)
@@ -102,7 +104,7 @@ def exit_result(
 
 def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[ExitResult]:
     """The results with `pareto` set, by the quality metric and tokens a second."""
-    points = [(result.metrics[quality_metric], result.tokens_per_second or 0.0) for result in results]
+    points = [(quality(result.metrics, quality_metric), result.tokens_per_second or 0.0) for result in results]
 
     def beaten(point: tuple[float, float]) -> bool:
         return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
@@ -158,14 +160,16 @@ def _resolved(loaded: LoadedModel, task: Task, config: SweepConfig) -> SweepConf
     return replace(config, task=task.config, exits=exits)
 
 
-def _settings(config: SweepConfig, max_new_tokens: int) -> tuple[DecodingConfig, list[DecodingConfig]]:
+def _settings(config: SweepConfig, task: Task) -> tuple[DecodingConfig, list[DecodingConfig]]:
     """The baseline, and what is compared with it: every exit alone, then every exit with every draft length."""
+    max_new_tokens = task.max_new_tokens
     alone = [DecodingConfig("early-exit", exit_layer, max_new_tokens=max_new_tokens) for exit_layer in config.exits]
     drafting = [
         DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens)
         for exit_layer, drafts in product(config.exits, config.specs)
     ]
-    return DecodingConfig("autoregressive", max_new_tokens=max_new_tokens), alone + drafting
+    baseline = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
+    return task.decoding(baseline), [task.decoding(setting) for setting in alone + drafting]
 
 
 def _is_faithful(result: ExitResult, baseline: ExitResult, near_tie: float) -> bool:
