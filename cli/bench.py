@@ -4,7 +4,7 @@ from typing import Annotated, cast
 
 import typer
 
-from layerskip_core.config import BenchConfig, DType, TaskConfig, parse_counts, require_choice
+from layerskip_core.config import BenchConfig, DType, TaskConfig, parse_counts, require, require_choice
 
 from .console import Device, Precision, Threads, narrate, use_threads
 from .evaluation import (
@@ -44,6 +44,11 @@ def bench(
     spec: Annotated[int | None, typer.Option("--spec", help="Drafted tokens a round. [default: the checkpoint's]")] = None,
     max_new_tokens: MaxNewTokens = None,
     repeats: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 3,
+    baselines: Annotated[
+        str,
+        typer.Option(help="Besides: transformers,assistant-early-exit,prompt-lookup,draft-model,no-reuse, or some of them."),
+    ] = "",
+    draft_model: Annotated[str | None, typer.Option(help="The model that the baseline draft-model drafts with.")] = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
     metric: Metric = None,
@@ -55,17 +60,19 @@ def bench(
     allow_code_execution: AllowCode = False,
     format: Format = "table",
     output: Output = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted in --output.")] = False,
     seed: Seed = 0,
     trust_remote_code: RemoteCode = False,
     device: Device = "auto",
     dtype: Precision = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Compare three ways of decoding on one task: quality, acceptance, speed, latency and memory.
+    """Compare three ways of decoding, and baselines, on one task: quality, acceptance, speed, latency and memory.
 
-    Example: layerskip bench --exit 8 --spec 6 --format json
+    Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
     require_choice(format, "--format", FORMATS)
+    require(output is not None or not resume, "--resume", "used with the --output of the interrupted run", "none")
     config = BenchConfig(
         model=model,
         task=TaskConfig(
@@ -88,6 +95,8 @@ def bench(
         exit_layer=exit_layer,
         num_draft_tokens=spec,
         repeats=repeats,
+        baselines=tuple(dict.fromkeys(name.strip() for name in baselines.split(",") if name.strip())),
+        draft_model=draft_model,
         device=device,
         dtype=cast(DType, dtype),
         threads=threads,
@@ -95,6 +104,7 @@ def bench(
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
     from layerskip_core.evaluation.bench import bench as run_bench
+    from layerskip_core.evaluation.journal import forget
     from layerskip_core.evaluation.report import bench_table, prepare_output, to_csv, to_json, write_files
     from layerskip_core.evaluation.tasks import load_task
 
@@ -103,9 +113,10 @@ def bench(
     for note in rows.notes:
         narrate(note)
     loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
-    record = watch(run_bench(loaded, rows, config))
+    record = watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
     narrate_failures(record)
     if folder is not None:
         write_files(folder, {"bench.json": to_json(record).encode(), "bench.csv": to_csv(record).encode()})
+        forget(folder)
         narrate(f"wrote bench.json and bench.csv to {folder}")
     print_result(record, bench_table(record), format)

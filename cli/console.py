@@ -57,8 +57,17 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=total, text="")
-        yield lambda done, text: bar.update(task, completed=done, text=text)
+        task = bar.add_task(label, total=total, text="", start=False)
+        begun = False
+
+        def update(done: int, text: str) -> None:
+            nonlocal begun
+            if not begun:  # a resumed run begins in the middle, which is no measure of its speed
+                bar.reset(task, completed=done - 1)
+                begun = True
+            bar.update(task, completed=done, text=text)
+
+        yield update
 
 
 def _is_first_process() -> bool:
@@ -69,14 +78,16 @@ def _is_first_process() -> bool:
 def _plain_updates(total: int, label: str) -> Callable[[int, str], None]:
     started = time.monotonic()
     shown = started
+    before = -1  # steps done when the first was reported begun: not 0 in a resumed run
 
     def update(done: int, text: str) -> None:
-        nonlocal shown
+        nonlocal shown, before
+        before = done - 1 if before < 0 else before
         now = time.monotonic()
         if now - shown < _PLAIN_SECONDS and done < total:
             return
         shown = now
-        left = (now - started) / max(done, 1) * (total - done)
+        left = (now - started) / max(done - before, 1) * (total - done)
         print(f"{label} {done}/{total} {text} {left:.0f} s left", file=sys.stderr, flush=True)
 
     return update

@@ -98,11 +98,14 @@ def narrate_failures(record: "RunRecord[Result]") -> None:
 
 
 def _print_table(table: "TextTable") -> None:
+    """As wide as the terminal at most: columns for which there is no room follow in a table of their own."""
     console = Console(highlight=False)
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for place, header in enumerate(table.headers):
-        grid.add_column(header, justify="left" if place == 0 else "right", no_wrap=True)
-    for row in table.rows:
-        grid.add_row(*row)
-    console.print(grid)
-    console.print(f"\n{table.note}", markup=False)
+    for places in table.column_blocks(console.width):
+        grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+        for place in places:
+            grid.add_column(table.headers[place], justify="left" if place == 0 else "right", no_wrap=True)
+        for row in table.rows:
+            grid.add_row(*(row[place] for place in places))
+        console.print(grid)
+        console.print()
+    console.print(table.note, markup=False)

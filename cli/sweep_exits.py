@@ -44,6 +44,7 @@ def sweep_exits(
     samples: Samples = 12,
     exits: Annotated[str | None, typer.Option(help="3,6,8 or A:B:STEP, both ends included. [default: six of them]")] = None,
     specs: Annotated[str, typer.Option(help="Draft lengths, in the same form.")] = "2,4,6,8,12",
+    quick: Annotated[bool, typer.Option("--quick", help="Measure only the settings that should be fastest.")] = False,
     max_new_tokens: MaxNewTokens = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
@@ -63,7 +64,7 @@ def sweep_exits(
     dtype: Precision = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Measure every exit, alone and as the draft of self-speculation, and recommend one with a draft length.
+    """Measure every exit, alone and as the draft of self-speculation, beside what was predicted of it, and recommend one.
 
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
@@ -89,6 +90,7 @@ def sweep_exits(
         ),
         exits=parse_counts(exits, "--exits") if exits is not None else (),
         specs=parse_counts(specs, "--specs"),
+        quick=quick,
         device=device,
         dtype=cast(DType, dtype),
         threads=threads,

@@ -17,6 +17,7 @@ EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
 DTYPES: tuple[str, ...] = get_args(DType)
 METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
+BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse")
 
 
 def require(condition: bool, flag: str, needed: str, found: object) -> None:
@@ -82,7 +83,8 @@ class RecipeConfig:
 
     `exit_weights`: how the exits' losses weigh, see training/exit_loss.py; the paper's formula gives early ones very little.
     `rotation` is R of the rotational curriculum; None picks L/3 (at least 1) up to a vocabulary of 8k and L-1 above it,
-    where every extra exit costs a head.
+    where every extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
+    cross-entropy.
     """
 
     p_max: float = 0.2
@@ -90,8 +92,10 @@ class RecipeConfig:
     exit_weights: ExitWeights = "paper"
     curriculum: Curriculum = "rotational"
     rotation: int | None = None
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
+        require(0 <= self.distill <= 1, "--distill", "in [0, 1]", self.distill)
         require(0 <= self.p_max < 1, "--pmax", "in [0, 1)", self.p_max)
         require(self.e_scale >= 0, "--escale", "at least 0", self.e_scale)
         require_choice(self.exit_weights, "--exit-weights", EXIT_WEIGHTS)
@@ -135,8 +139,12 @@ class FinetuneConfig:
     dtype: DType = "auto"
     device: str = "auto"
     lora_rank: int = 0
+    lora_targets: str = "all-linear"
+    lora_keep: bool = False
+    gradient_checkpointing: bool = False
     save_steps: int = 0
     resume: bool = False
+    report_to: str = ""
     overwrite: bool = False
     prompt_template: str | None = None
     vocab_size: int | None = None
@@ -154,6 +162,8 @@ class FinetuneConfig:
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(self.weight_decay >= 0, "--weight-decay", "at least 0", self.weight_decay)
         require(self.lora_rank >= 0, "--lora-rank", "at least 0", self.lora_rank)
+        require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
+        require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
         require(self.save_steps >= 0, "--save-steps", "at least 0", self.save_steps)
         require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
         require(self.vocab_size is None or self.vocab_size >= 260, "--vocab-size", "at least 260", self.vocab_size)
@@ -212,13 +222,15 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Three ways of decoding side by side. None for the exit and the draft length: what the checkpoint recommends."""
+    """Three ways of decoding side by side, and baselines. None for exit and draft length: what the checkpoint recommends."""
 
     model: str = "embedded"
     task: TaskConfig = field(default_factory=TaskConfig)
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     repeats: int = 3
+    baselines: tuple[str, ...] = ()
+    draft_model: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0
@@ -226,18 +238,27 @@ class BenchConfig:
     def __post_init__(self) -> None:
         require(self.num_draft_tokens is None or self.num_draft_tokens >= 1, "--spec", "at least 1", self.num_draft_tokens)
         require(self.repeats >= 1, "--repeats", "at least 1", self.repeats)
+        for name in self.baselines:
+            require_choice(name, "--baselines", BASELINES)
+        temperature = self.task.temperature
+        require(not self.baselines or temperature == 0, "--temperature", "0 with --baselines, which are greedy", temperature)
+        drafting = "draft-model" in self.baselines
+        require(
+            drafting == (self.draft_model is not None), "--draft-model", "given with the baseline draft-model", self.draft_model
+        )
         require_choice(self.dtype, "--dtype", DTYPES)
         require(self.threads >= 0, "--threads", "at least 0", self.threads)
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Every exit with every draft length. No exits: a spread over the model's layers."""
+    """Every exit with every draft length; `quick`: only those that should be fastest. No exits: a spread over the layers."""
 
     model: str = "embedded"
     task: TaskConfig = field(default_factory=TaskConfig)
     exits: tuple[int, ...] = ()
     specs: tuple[int, ...] = (2, 4, 6, 8, 12)
+    quick: bool = False
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0

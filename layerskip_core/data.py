@@ -110,7 +110,12 @@ class Collator:
             input_ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
             labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
         labels[:, 0] = IGNORED  # nothing predicts a row's first token; it must not count as a target either
-        return {"input_ids": input_ids, "labels": labels}
+        batch = {"input_ids": input_ids, "labels": labels}
+        if "documents" in rows[0]:
+            batch["documents"] = torch.full((len(rows), length), -1, dtype=torch.long)
+            for index, row in enumerate(rows):
+                batch["documents"][index, : len(row["documents"])] = torch.tensor(row["documents"])
+        return batch
 
 
 def _commands(config: DataConfig) -> list[Example]:

@@ -50,6 +50,7 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
         speedup=2.0,  # 5 s against 2, 5 and 2.5 s
         decode_speedup=pytest.approx(4 / 1.5),
         identical_outputs=1.0,
+        acceptance_by_position=(),
         differences=(Difference(0, 1, 0.25),),
     )
 
@@ -63,10 +64,31 @@ def test_speedup_is_by_token_not_by_output():
     assert result.time_per_token_ms == {"p50": None, "p95": None}
 
 
+def test_both_autoregressive_rows_are_compared_with():
+    # 1 s a token here, 4 s a token with transformers, 0.5 s a token drafted.
+    baseline, transformers = [outputs_of([(1, 1.0), (1, 1.0)])] * 2, [outputs_of([(1, 4.0), (1, 4.0)])] * 2
+    repeats = [outputs_of([(1, 0.5), (1, seconds)]) for seconds in (0.5, 1.5)]
+    result = bench_result(DRAFTED, repeats, baseline, {}, (), transformers)
+    assert (result.speedup, result.speedup_over_transformers) == (1.5, 6.0)  # medians of 2 and 1, of 8 and 4
+    assert bench_result(DRAFTED, repeats, baseline, {}).speedup_over_transformers is None
+
+
+def test_acceptance_by_position_and_what_the_time_went_to():
+    stats = DecodeStats(
+        new_tokens=4, prefill_seconds=0.5, draft_seconds=1.0, verify_seconds=2.0,
+        tested_by_position=(4, 2, 1), accepted_by_position=(2, 1),
+    )  # fmt: skip
+    result = bench_result(DRAFTED, [outputs_of([(1, 0.6), (3, 3.3)], stats=stats)], [outputs_of([(1, 1.0)])], {})
+    assert result.acceptance_by_position == (0.5, 0.5, 0.0)
+    assert result.time_split_ms == pytest.approx({"prefill": 125.0, "draft": 250.0, "verify": 500.0, "other": 100.0})
+
+
 def test_a_run_on_the_models_own_answers():
     task = own_answers()
     record = record_of(task, BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2))
-    assert [field.name for field in fields(BenchResult)] == [*FIELDS, "differences", "failures"]
+    assert [field.name for field in fields(BenchResult)] == [
+        *FIELDS, "speedup_over_transformers", "acceptance_by_position", "time_split_ms", "differences", "failures",
+    ]  # fmt: skip
     plain, early, drafted = record.results
     assert [result.strategy for result in record.results] == ["autoregressive", "early-exit", "self-speculative"]
     assert [result.exit_layer for result in record.results] == [None, 5, 5]

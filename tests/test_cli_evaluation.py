@@ -65,7 +65,20 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
     monkeypatch.setenv("COLUMNS", "80")
     result = run("sweep-exits", "--model", model, "--data", data, "--exits", "5", "--specs", "12", "--max-new-tokens", "12")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["strategy", "exit", "spec", "R2", "EM", "ppl", "accept", "mean", "tok/s", "speed", "same"]
+    assert lines[0].split() == [
+        "strategy",
+        "exit",
+        "spec",
+        "R2",
+        "EM",
+        "ppl",
+        "accept",
+        "mean",
+        "pred",
+        "tok/s",
+        "speed",
+        "same",
+    ]
     assert [line.split()[0] for line in lines[2:5]] == ["autoregressive", "early-exit", "self-speculative"]
     cells = lines[4].split()
     assert (cells[:3], cells[4]) == (["self-speculative", "5", "12"], "100%")
@@ -109,12 +122,66 @@ def test_bench_formats(tmp_path, model, data):
     assert run(*arguments, "--format", "markdown").stdout.startswith("|  | autoregressive | early-exit | self-speculative |\n")
 
 
+def test_all_baselines_at_80_columns(model, data, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse"]
+    result = run(
+        "bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1", "--samples", "1",
+        "--max-new-tokens", "12", "--baselines", ",".join(names), "--draft-model", model,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    headers = [line.split() for line in lines if "early-exit" in line]
+    assert headers == [["autoregressive", "early-exit", "self-speculative", "transformers"], names[1:]]
+    same = [line.split()[2:] for line in lines if line.startswith("identical outputs")]
+    assert same == [["100.0%", "0.0%", "100.0%", "100.0%"], ["100.0%"] * 4]
+    over = [line.split()[2:] for line in lines if line.startswith("over transformers")]
+    assert over[0][3] == "1.00"
+    assert max(map(len, lines)) <= 80
+    assert "…" not in result.stdout
+
+
+def test_resume_needs_a_folder_and_leaves_nothing_there(tmp_path, model):
+    arguments = ("bench", "--model", model, "--samples", "1", "--repeats", "1", "--max-new-tokens", "2", "--resume")
+    with pytest.raises(LayerSkipError, match="--resume must be used with the --output of the interrupted run, got none"):
+        run(*arguments)
+    run(*arguments, "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "unfinished.jsonl").exists()
+
+
 def test_bench_tells_failures_and_goes_on(tmp_path, model):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "word " * 200, "reference": "x"}) + '\n{"prompt": "hi", "reference": "y"}\n')
     result = run("bench", "--model", model, "--data", str(file), "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
     assert [[failure["sample"] for failure in one["failures"]] for one in json.loads(result.stdout)["results"]] == [[0]] * 3
     assert "1 prompts failed and count as wrong answers; sample 0: the prompt must be at most 127 tokens" in result.stderr
+
+
+def test_code_is_judged_with_the_flag_alone(tmp_path, model):
+    file = tmp_path / "problems.jsonl"
+    row = {"task_id": 1, "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"}
+    file.write_text(json.dumps({**row, "test": "def check(f):\n    assert f(1) == 1\n"}) + "\n")
+    arguments = ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--exit", "5", "--repeats", "1")
+    arguments += ("--max-new-tokens", "4", "--format", "json")
+    without = run(*arguments)
+    assert list(json.loads(without.stdout)["results"][0]["metrics"]) == ["rouge2"]
+    assert "pass@k needs --allow-code-execution" in without.stderr
+    drawn = ("--allow-code-execution", "--pass-k", "1,2", "--problem-samples", "2", "--temperature", "1.0")
+    result = run(*arguments, *drawn)
+    for one in json.loads(result.stdout)["results"]:
+        assert list(one["metrics"]) == ["pass@1", "pass@2", "rouge2"]
+        assert (one["metrics"]["pass@1"], one["differences"]) == (0.0, [])
+
+
+def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("layerskip_core.evaluation.tasks.language_modelling._PROMPT_WORDS", 20)  # for a context of 128 tokens
+    file = tmp_path / "text.txt"
+    file.write_text("remind me to call mom at five and to buy some milk on the way " * 40)
+    arguments = ("--model", model, "--task", "lm", "--data", str(file), "--samples", "1", "--max-new-tokens", "3")
+    swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2", "--format", "json").stdout)["results"]
+    assert [one["metrics"]["perplexity"] for one in swept[:2]] == [one["perplexity"] for one in swept[:2]]
+    assert swept[2]["metrics"] == swept[0]["metrics"] != swept[1]["metrics"]
+    benched = json.loads(run("bench", *arguments, "--exit", "5", "--repeats", "1", "--format", "json").stdout)["results"]
+    assert [one["metrics"] for one in benched] == [swept[place]["metrics"] for place in (0, 1, 0)]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +192,13 @@ def test_bench_tells_failures_and_goes_on(tmp_path, model):
         (("bench", "--spec", "0"), "--spec must be at least 1, got 0"),
         (("bench", "--dtype", "fp8"), "--dtype must be one of auto, fp32, bf16, got fp8"),
         (("bench", "--data", "nothing-here"), "nothing-here"),
+        (("bench", "--task", "nothing-here"), "--task must be one of commands, topv2, jsonl"),
+        (
+            ("bench", "--temperature", "1", "--baselines", "no-reuse"),
+            "--temperature must be 0 with --baselines, which are greedy",
+        ),
+        (("bench", "--pass-k", "none"), "--pass-k must be a list such as"),
+        (("sweep-exits", "--metric", "bleu"), "--metric must be one of exact_match"),
         (("sweep-exits", "--exits", "8:2"), "--exits must be a list such as 3,6,8"),
         (("sweep-exits", "--specs", "0,2"), "--specs must be draft lengths of at least 1, got 0,2"),
         (("sweep-exits", "--samples", "-1"), "--samples must be at least 0, got -1"),

@@ -14,8 +14,9 @@ from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.bench import BenchResult
 from layerskip_core.evaluation.generation import Failure
 from layerskip_core.evaluation.metrics import Difference
-from layerskip_core.evaluation.record import Recommendation, RunRecord
+from layerskip_core.evaluation.record import PredictionError, Recommendation, RunRecord
 from layerskip_core.evaluation.report import (
+    TextTable,
     bench_table,
     pareto_plot,
     prepare_output,
@@ -35,10 +36,13 @@ SWEEP = RunRecord(
         ExitResult("early-exit", 12, None, {"exact_match": 0.5}, 12345.678, None, None, 1900.0, 19.0, 0.4375, pareto=True),
         ExitResult(
             "self-speculative", 12, 12, {"exact_match": 0.875}, None, 0.71, 10.8, 182.4, 1.824, 1.0, pareto=True,
+            predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7, acceptance_by_position=(0.75, 0.5),
+            pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5},
             differences=(Difference(0, 3, 1e-4),), failures=(Failure(1, "no, really"),),
         ),
     ),
     Recommendation(12, 12, 1.824, 0.01, "it is the only one"),
+    PredictionError(1, 0.0428, 0.0428, 0.0428),
 )  # fmt: skip
 BENCH = RunRecord(
     {"model": "tiny", "repeats": 3},
@@ -54,7 +58,7 @@ BENCH = RunRecord(
 
 def test_json_holds_everything():
     document = json.loads(to_json(SWEEP))
-    assert list(document) == ["config", "environment", "results", "recommendation"]
+    assert list(document) == ["config", "environment", "results", "recommendation", "prediction_error"]
     assert document["results"][2] == {
         "strategy": "self-speculative",
         "exit_layer": 12,
@@ -67,6 +71,12 @@ def test_json_holds_everything():
         "speedup": 1.824,
         "identical_outputs": 1.0,
         "pareto": True,
+        "predicted_tokens_per_second": 190.2,
+        "predicted_acceptance_rate": 0.7,
+        "pass_times_ms": {"draft": 2.5, "verify": 5.0, "other": 0.5},
+        "agreement": None,
+        "acceptance_by_position": [0.75, 0.5],
+        "time_split_ms": {},
         "differences": [{"sample": 0, "position": 3, "top2_gap": 0.0001}],
         "failures": [{"sample": 1, "error": "no, really"}],
     }
@@ -86,7 +96,10 @@ def test_csv_round_trip():
     assert rows[2] == {
         "strategy": "self-speculative", "exit_layer": "12", "num_draft_tokens": "12", "exact_match": "0.875", "perplexity": "",
         "acceptance_rate": "0.71", "mean_accepted_tokens": "10.8", "tokens_per_second": "182.4", "speedup": "1.824",
-        "identical_outputs": "1.0", "pareto": "True", "differences": "1", "failures": "1",
+        "identical_outputs": "1.0", "pareto": "True", "predicted_tokens_per_second": "190.2",
+        "predicted_acceptance_rate": "0.7",
+        "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
+        "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1",
     }  # fmt: skip
     (plain, _) = csv.DictReader(io.StringIO(to_csv(BENCH)))
     assert (plain["rouge2"], plain["time_per_token_ms_p50"], plain["time_per_token_ms_p95"]) == ("0.4", "6.5", "7.25")
@@ -94,13 +107,18 @@ def test_csv_round_trip():
 
 def test_the_table_of_a_sweep():
     table = sweep_table(SWEEP)
-    assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "tok/s", "speed", "same", "")
+    assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "pred", "tok/s", "speed", "same", "")
     assert table.rows == (
-        ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "100", "1.00", "100%", ""),
-        ("early-exit", "12", "-", "50.0%", "1.23e+04", "-", "-", "1900", "19.00", "44%", "*"),
-        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "182", "1.82", "100%", "*"),
+        ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "-", "100", "1.00", "100%", ""),
+        ("early-exit", "12", "-", "50.0%", "1.2e4", "-", "-", "-", "1900", "19.00", "44%", "*"),
+        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "190", "182", "1.82", "100%", "*"),
     )
-    assert table.note == "* on the Pareto frontier of quality against speed.\nRecommended: it is the only one."
+    assert table.note == (
+        "* on the Pareto frontier of quality against speed; pred: tokens/s as predicted by the cost model.\n"
+        "Prediction error over 1 settings: median 4.3%, largest 4.3%, mean +4.3%.\n"
+        "Recommended: it is the only one."
+    )
+    assert len(table.column_blocks(80)) == 1
 
 
 def test_markdown_is_a_table_and_a_note():
@@ -115,6 +133,16 @@ def test_markdown_is_a_table_and_a_note():
     assert "| speedup | 1.00 | 2.00 |" in lines
     assert "| rouge2 | 40.0% | 40.0% |" in lines
     assert lines[-2:] == ["", "Medians of 3 repeats; float32 on a CPU, 2 threads."]
+
+
+def test_columns_without_room_go_into_a_table_of_their_own():
+    table = TextTable(("", "one", "two", "three"), (("name", "1", "22222", "3"), ("x", "1", "2", "3")), "note")
+    # Widths with their space: 5, 4, 6, 6; the last one needs none behind it.
+    assert table.column_blocks(20) == [[0, 1, 2, 3]]
+    assert table.column_blocks(19) == [[0, 1, 2], [0, 3]]
+    assert table.column_blocks(9) == [[0, 1], [0, 2], [0, 3]]
+    assert table.column_blocks(1) == [[0, 1], [0, 2], [0, 3]]
+    assert TextTable(table.headers, table.rows, "", labels=2).column_blocks(15) == [[0, 1, 2], [0, 1, 3]]
 
 
 def test_the_plot_is_a_png_of_a_readable_size():

@@ -7,6 +7,7 @@ from evaluating import LAYERS, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.config import DecodingConfig, SweepConfig, parse_counts
 from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.cost_model import PassTimes
 from layerskip_core.evaluation.generation import Failure, Progress
 from layerskip_core.evaluation.metrics import Difference, ReferenceLosses, reference_losses
 from layerskip_core.evaluation.sweep import (
@@ -15,6 +16,7 @@ from layerskip_core.evaluation.sweep import (
     default_exits,
     exit_result,
     mark_pareto,
+    prediction_error,
     recommend,
     sweep,
 )
@@ -122,14 +124,15 @@ def test_drift_is_the_median_change_of_the_baseline():
 def test_speedup_from_known_times():
     baseline = outputs_of([(1, 1.0), (1, 1.0)])
     found = outputs_of([(1, 1.0), (3, 1.0)])
-    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, baseline, 1.25, {"exact_match": 0.0}, None)
+    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, baseline, 1.25, {"exact_match": 0.0})
     assert (result.tokens_per_second, result.speedup, result.identical_outputs) == (2.0, 2.5, 0.0)
 
 
 def test_a_sweep_of_the_tiny_model():
     loaded, task = tiny_loaded(), own_answers()
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
-    assert progress == [Progress(done, 3, phase) for phase in ("perplexity", "prompts") for done in (1, 2, 3)]
+    phases = (("perplexity", 3), ("prediction", 11), ("prompts", 3))  # 3 prompts, and 4 settings whose passes are timed twice
+    assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
     ways = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
     assert ways == [
         ("autoregressive", None, None),
@@ -154,6 +157,11 @@ def test_a_sweep_of_the_tiny_model():
     assert drafted[2].acceptance_rate > drafted[0].acceptance_rate
     for result in drafted:
         assert 0 <= result.mean_accepted_tokens <= result.num_draft_tokens
+        assert result.predicted_acceptance_rate == result.acceptance_rate  # in fp64 the simulated rounds are the real ones
+        assert result.predicted_tokens_per_second > 0
+        assert list(result.pass_times_ms) == ["draft", "verify", "other"]
+    assert early_exits[0].agreement < early_exits[1].agreement < 1
+    assert record.prediction_error.settings == 4
     assert record.config["exits"] == (2, 5)
     assert record.recommendation.reason
 
@@ -172,6 +180,38 @@ def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
     list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", exits=(2, 5), specs=(2,))))
     once = ["autoregressive", "early-exit", "early-exit", "autoregressive", "self-speculative", "self-speculative"]
     assert order == once * 2  # warm-up and measurement
+
+
+def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
+    from layerskip_core.evaluation import cost_model
+
+    # An early exit costs a second a layer, whatever is verified: exit 2 should win, for both draft lengths.
+    def known_times(loaded, prompt_ids, exit_layer, drafts):
+        return [PassTimes(draft=exit_layer, verify=1.0, other=0.0)]
+
+    monkeypatch.setattr(cost_model, "pass_times", known_times)
+    monkeypatch.setattr("layerskip_core.evaluation.sweep._QUICK", 1)
+    *_, record = sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 5), specs=(2, 4), quick=True))
+    rows = {(result.strategy, result.exit_layer, result.num_draft_tokens): result for result in record.results}
+    assert len(rows) == 7
+    measured = [way for way, result in rows.items() if result.metrics]
+    assert measured == [("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 2)]
+    skipped = rows["self-speculative", 5, 4]
+    assert skipped.predicted_tokens_per_second < rows["self-speculative", 2, 2].predicted_tokens_per_second
+    assert (skipped.tokens_per_second, skipped.identical_outputs, skipped.pareto) == (None, None, False)
+    assert rows["early-exit", 5, None].perplexity is not None
+    assert record.prediction_error.settings == 1
+    assert "3 more should be slower and were not measured" in record.recommendation.reason
+
+
+def test_prediction_error_of_known_figures():
+    table = [
+        PLAIN,
+        *(replace(row("self-speculative", 2, 2, speed=100.0), predicted_tokens_per_second=x) for x in (90, 104, 101)),
+    ]
+    error = prediction_error(table)
+    assert (error.settings, error.median, error.largest, error.mean) == pytest.approx((3, 0.04, 0.1, -0.05 / 3))
+    assert prediction_error([PLAIN]) is None
 
 
 def test_exits_outside_the_model_are_refused():

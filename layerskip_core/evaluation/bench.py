@@ -1,12 +1,15 @@
-"""Autoregressive, early-exit and self-speculative decoding side by side: the same prompts, in one process, interleaved."""
+"""The three ways of decoding and baselines side by side: the same prompts, in one process, interleaved."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import median
 
 from ..checkpoint import LoadedModel
-from ..config import BenchConfig, DecodingConfig, Strategy, require_exit_layer
-from .generation import Failure, Outputs, Progress, differences, finite, measure_interleaved
+from ..config import BenchConfig, DecodingConfig, require_exit_layer
+from .baselines import load_baselines
+from .generation import Failure, Outputs, Progress, Setting, differences, drafts_tokens, finite, measure_interleaved
+from .journal import Journal
 from .metrics import Difference, ReferenceLosses
 from .record import RunRecord, environment
 from .tasks import Task
@@ -14,16 +17,18 @@ from .tasks import Task
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One strategy. Rates and times are medians over the repeats; metrics, drafts and outputs are the first repeat's, for
-    greedy decoding repeats itself.
+    """One strategy or baseline. Rates and times are medians over the repeats; metrics, drafts and outputs are the first
+    repeat's, for greedy decoding repeats itself.
 
     `speedup` compares the total generation time by new token, prefill included on both sides, with the autoregressive one of
-    the same repeat; `decode_speedup` the same behind the first token. `identical_outputs` is the share of samples whose tokens
-    equal the autoregressive ones, and `differences` where those of self-speculative decoding part from them. None: it does not
-    apply (no drafts, a single token), or this system cannot measure it.
+    the same repeat, `speedup_over_transformers` with that of transformers' generate; `decode_speedup` compares the time behind
+    the first token. `identical_outputs` is the share of samples whose tokens equal the autoregressive ones, and `differences`
+    where those of drafting strategies part from them. `acceptance_by_position`: of the drafts compared at each position of a
+    round, how many were accepted. `time_split_ms`: milliseconds a token by what they went to. None: it does not apply (no
+    drafts, a single token, no such baseline), or cannot be measured.
     """
 
-    strategy: Strategy
+    strategy: str
     exit_layer: int | None
     num_draft_tokens: int | None
     metrics: dict[str, float]
@@ -36,53 +41,69 @@ class BenchResult:
     speedup: float | None
     decode_speedup: float | None
     identical_outputs: float
+    speedup_over_transformers: float | None = None
+    acceptance_by_position: tuple[float, ...] | None = None
+    time_split_ms: dict[str, float] = field(default_factory=dict)
     differences: tuple[Difference, ...] = ()
     failures: tuple[Failure, ...] = ()
 
 
-def bench(loaded: LoadedModel, task: Task, config: BenchConfig) -> Iterator[Progress | RunRecord[BenchResult]]:
-    """Yields progress, then the record.
+def bench(
+    loaded: LoadedModel,
+    task: Task,
+    config: BenchConfig,
+    folder: Path | None = None,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+) -> Iterator[Progress | RunRecord[BenchResult]]:
+    """Yields progress, then the record. With a `folder` every prompt measured is noted there, for a later run to resume.
 
     Raises:
-        ConfigError: the exit is outside the model.
-        LayerSkipError: no prompt could be answered.
+        ConfigError: the exit is outside the model, or a baseline cannot run this model.
+        CheckpointError: a baseline's model cannot be read.
+        LayerSkipError: no prompt could be answered, or the folder holds a run of other settings to resume.
     """
     config = _resolved(loaded, task, config)
+    sampled = task.config.temperature > 0
     loaded = task.prepared(loaded)
-    settings = [task.decoding(setting) for setting in _settings(config, task.max_new_tokens)]
+    own = [task.decoding(setting) for setting in _settings(config, task.max_new_tokens)]
+    settings: list[Setting] = [*own, *load_baselines(loaded, config, own[0], trust_remote_code)]
     machine = environment(loaded)
+    journal = Journal(folder, asdict(config), resume) if folder is not None else None
     losses = ReferenceLosses(0, {})
     if task.text is not None:
         losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in settings]), losses)
-    outputs = yield from measure_interleaved(loaded, task.examples, settings, config.repeats)
-    baseline = outputs[0]
+    outputs = yield from measure_interleaved(loaded, task.examples, settings, config.repeats, journal)
+    transformers = next((found for one, found in zip(settings, outputs, strict=True) if one.strategy == "transformers"), None)
     results = []
     for setting, repeats in zip(settings, outputs, strict=True):
-        comparable = setting.strategy == "self-speculative" and not setting.sampling.temperature
-        parted = differences(loaded, task.examples, repeats[0], baseline[0]) if comparable else ()
+        comparable = setting.strategy != "early-exit" and not sampled
+        parted = differences(loaded, task.examples, repeats[0], outputs[0][0]) if comparable else ()
         metrics = task.score(repeats[0].texts, losses.perplexity(_depth(setting, loaded)))
-        results.append(bench_result(setting, repeats, baseline, metrics, parted))
+        results.append(bench_result(setting, repeats, outputs[0], metrics, parted, transformers))
     yield RunRecord(asdict(config), machine, tuple(results))
 
 
 def bench_result(
-    setting: DecodingConfig,
+    setting: Setting,
     repeats: Sequence[Outputs],
     baseline: Sequence[Outputs],
     metrics: dict[str, float],
     parted: tuple[Difference, ...] = (),
+    transformers: Sequence[Outputs] | None = None,
 ) -> BenchResult:
-    """The figures of one strategy, from its outputs and the autoregressive ones of the same repeats."""
+    """The figures of one strategy, from its outputs and the autoregressive ones of the same repeats, ours and transformers'."""
     first = repeats[0]
-    speculative = setting.strategy == "self-speculative"
+    drafts = drafts_tokens(setting)
     pairs = list(zip(baseline, repeats, strict=True))
+    peers = list(zip(transformers or (), repeats, strict=False))
     return BenchResult(
         strategy=setting.strategy,
         exit_layer=setting.exit_layer,
-        num_draft_tokens=setting.num_draft_tokens if speculative else None,
+        num_draft_tokens=setting.num_draft_tokens if drafts else None,
         metrics=metrics,
-        acceptance_rate=first.stats.acceptance_rate if speculative else None,
-        mean_accepted_tokens=first.stats.mean_accepted_tokens if speculative else None,
+        acceptance_rate=first.stats.acceptance_rate if drafts else None,
+        mean_accepted_tokens=first.stats.mean_accepted_tokens if drafts else None,
         tokens_per_second=_median(1 / one.seconds_per_token for one in repeats),
         time_per_token_ms={
             "p50": _median(1000 * one.token_seconds(0.50) for one in repeats),
@@ -93,6 +114,9 @@ def bench_result(
         speedup=_median(base.seconds_per_token / one.seconds_per_token for base, one in pairs),
         decode_speedup=_median(base.decode_seconds_per_token / one.decode_seconds_per_token for base, one in pairs),
         identical_outputs=first.identical_outputs(baseline[0]),
+        speedup_over_transformers=_median(base.seconds_per_token / one.seconds_per_token for base, one in peers),
+        acceptance_by_position=first.acceptance_by_position if drafts else None,
+        time_split_ms=first.time_split_ms,
         differences=parted,
         failures=first.failures,
     )
@@ -119,11 +143,12 @@ def _settings(config: BenchConfig, max_new_tokens: int) -> list[DecodingConfig]:
     ]
 
 
-def _depth(setting: DecodingConfig, loaded: LoadedModel) -> int:
+def _depth(setting: Setting, loaded: LoadedModel) -> int:
     """How many layers an answer comes from."""
     early = setting.strategy == "early-exit" and setting.exit_layer is not None
     return setting.exit_layer if early and setting.exit_layer else int(loaded.depth.num_layers)
 
 
 def _median(values: Iterable[float]) -> float | None:
-    return finite(median(values))
+    known = list(values)
+    return finite(median(known)) if known else None

@@ -6,17 +6,20 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 
 from ..checkpoint import LoadedModel
 from ..config import DecodingConfig
 from ..data import Example
-from ..decoding import DecodeStats, StopReason, decode
+from ..decoding import DecodeStats, Decoding, StopReason, decode
 from ..errors import LayerSkipError
 from .memory import PeakMemory
 from .metrics import Difference, first_difference, top2_gap
+
+if TYPE_CHECKING:
+    from .journal import Journal
 
 _WARM_UP_TOKENS = 16
 
@@ -58,28 +61,68 @@ class Failure:
     error: str
 
 
-def measure(loaded: LoadedModel, prompt: str, config: DecodingConfig) -> Output:
-    """Decodes a prompt in the checkpoint's template. Neither tokenizing nor detokenizing is timed.
+class Peer(Protocol):
+    """A way of decoding that no DecodingConfig describes, named by `strategy`; a dataclass, so that `replace` shortens it."""
 
-    A prompt that fits neither the context nor the memory gives an output with an error. The config must suit the model.
-    """
+    @property
+    def strategy(self) -> str: ...
+
+    @property
+    def exit_layer(self) -> int | None: ...
+
+    @property
+    def num_draft_tokens(self) -> int | None: ...
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    def run(self, loaded: LoadedModel, prompt_ids: list[int]) -> "Timed":
+        """Raises LayerSkipError when the prompt cannot be answered."""
+
+
+Setting = DecodingConfig | Peer
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a way of decoding made of a prompt. The first step is the prefill, with the first token."""
+
+    ids: tuple[int, ...]
+    steps: tuple[Step, ...]
+    stats: DecodeStats
+    finish_reason: StopReason | None
+
+
+def timed(decoding: Decoding) -> Timed:
+    """Decodes to the end; a step's time is all that passes until its tokens are there."""
     ids: list[int] = []
     steps: list[Step] = []
+    started = time.perf_counter()
+    for tokens in decoding:
+        steps.append(Step(len(tokens), time.perf_counter() - started))
+        ids += [token.id for token in tokens]
+        started = time.perf_counter()
+    return Timed(tuple(ids), tuple(steps), decoding.stats, decoding.finish_reason)
+
+
+def measure(loaded: LoadedModel, prompt: str, setting: Setting) -> Output:
+    """Decodes a prompt in the checkpoint's template. Neither tokenizing nor detokenizing is timed.
+
+    A prompt that fits neither the context nor the memory gives an output with an error. The setting must suit the model.
+    """
     memory = PeakMemory(loaded.depth.device)
     try:
         prompt_ids = loaded.encode_prompt(prompt)
-        started = time.perf_counter()
-        decoding = decode(loaded.depth, prompt_ids, config, loaded.eos_ids, loaded.detokenize)
-        for tokens in decoding:
-            steps.append(Step(len(tokens), time.perf_counter() - started))
-            ids += [token.id for token in tokens]
-            started = time.perf_counter()
+        if isinstance(setting, DecodingConfig):
+            found = timed(decode(loaded.depth, prompt_ids, setting, loaded.eos_ids, loaded.detokenize))
+        else:
+            found = setting.run(loaded, prompt_ids)
     except (LayerSkipError, torch.OutOfMemoryError) as error:
         return Output(error=str(error))
     # Decoded behind the prompt: some tokenizers drop the space that a text begins with, and code is indented by it.
-    text = loaded.detokenize(prompt_ids + [token for token in ids if token not in loaded.eos_ids])
+    text = loaded.detokenize(prompt_ids + [token for token in found.ids if token not in loaded.eos_ids])
     text = text[len(loaded.detokenize(prompt_ids)) :]
-    return Output(tuple(ids), text, tuple(steps), decoding.stats, decoding.finish_reason, memory.peak_mb())
+    return Output(found.ids, text, found.steps, found.stats, found.finish_reason, memory.peak_mb())
 
 
 @dataclass(frozen=True)
@@ -120,6 +163,21 @@ class Outputs:
         firsts = [one.steps[0].seconds for one in self.each if one.steps]
         return median(firsts) if firsts else math.nan
 
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """Of the drafts compared at each position of a round, all before them being accepted: the share accepted."""
+        stats = self.stats
+        accepted = (*stats.accepted_by_position, *[0] * len(stats.tested_by_position))
+        return tuple(yes / tested for yes, tested in zip(accepted, stats.tested_by_position, strict=False))
+
+    @property
+    def time_split_ms(self) -> dict[str, float]:
+        """Milliseconds by new token that prefill, drafting, verifying (or plain steps) and all else took."""
+        stats = self.stats
+        parts = {"prefill": stats.prefill_seconds, "draft": stats.draft_seconds, "verify": stats.verify_seconds}
+        parts["other"] = sum(step.seconds for one in self.each for step in one.steps) - sum(parts.values())
+        return {name: 1000 * seconds / stats.new_tokens for name, seconds in parts.items()} if stats.new_tokens else {}
+
     def token_seconds(self, quantile: float) -> float:
         """Quantile over the tokens behind the first of each output, a step's tokens sharing its time. NaN without any."""
         shares = sorted(step.seconds / step.tokens for one in self.each for step in one.steps[1:] for _ in range(step.tokens))
@@ -132,26 +190,37 @@ class Outputs:
 
 
 def measure_interleaved(
-    loaded: LoadedModel, examples: Sequence[Example], settings: Sequence[DecodingConfig], repeats: int = 1
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    settings: Sequence[Setting],
+    repeats: int = 1,
+    journal: "Journal | None" = None,
 ) -> Generator[Progress, None, list[list[Outputs]]]:
     """Decodes every prompt in every setting, `repeats` times; yields progress, returns outputs by [setting][repeat].
 
     All settings meet a prompt one after the other, so a machine that slows down slows all of them. From prompt to prompt the
     order rotates and turns round, so none always follows the same other. Before all that each decodes a few tokens,
-    unmeasured. Raises LayerSkipError when every prompt failed.
+    unmeasured. What the journal holds is not measured again, and what is measured is added to it. Raises LayerSkipError when
+    every prompt failed in the first setting.
     """
     for setting in settings:
-        measure(loaded, examples[0].prompt, replace(setting, max_new_tokens=min(_WARM_UP_TOKENS, setting.max_new_tokens)))
+        measure(loaded, examples[0].prompt, _shortened(setting))
     outputs: list[list[Outputs]] = [[] for _ in settings]
     for repeat in range(repeats):
-        found: list[list[Output]] = [[] for _ in settings]
+        found: list[list[Output]] = []  # by [sample][setting]
         for number, example in enumerate(examples):
-            for place in _order(len(settings), number + repeat):
-                found[place].append(measure(loaded, example.prompt, _seeded(settings[place], number)))
+            mine = journal.recall(repeat, number) if journal is not None else None
+            if mine is None:
+                turn = _order(len(settings), number + repeat)
+                by_place = {place: measure(loaded, example.prompt, _seeded(settings[place], number)) for place in turn}
+                mine = [by_place[place] for place in range(len(settings))]
+                if journal is not None:
+                    journal.add(repeat, number, mine)
+            found.append(mine)
             yield Progress(repeat * len(examples) + number + 1, repeats * len(examples), "prompts")
-        for mine, new in zip(outputs, found, strict=True):
-            mine.append(Outputs(tuple(new)))
-        _require_outputs(outputs[0][-1])
+        for of_setting, new in zip(outputs, zip(*found, strict=True), strict=True):
+            of_setting.append(Outputs(new))
+        require_outputs(outputs[0][-1])
     return outputs
 
 
@@ -168,15 +237,35 @@ def differences(
     return tuple(differing)
 
 
+def drafts_tokens(setting: Setting) -> bool:
+    """Whether this way of decoding drafts tokens and verifies them."""
+    return setting.strategy not in ("autoregressive", "early-exit", "transformers")
+
+
+def require_outputs(outputs: Outputs) -> Outputs:
+    """The same. Raises LayerSkipError when every prompt failed."""
+    failures = outputs.failures
+    if len(failures) == len(outputs.each):
+        raise LayerSkipError(f"none of the {len(failures)} prompts could be answered; the first: {failures[0].error}")
+    return outputs
+
+
 def finite(value: float) -> float | None:
     """The value, or None for a NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
-def _seeded(setting: DecodingConfig, sample: int) -> DecodingConfig:
+def _seeded(setting: Setting, sample: int) -> Setting:
     """With a seed of the sample's own, so that several answers to one prompt differ where they are drawn."""
-    sampling = setting.sampling
-    return replace(setting, sampling=replace(sampling, seed=sampling.seed + sample)) if sampling.temperature else setting
+    if not isinstance(setting, DecodingConfig) or not setting.sampling.temperature:
+        return setting
+    return replace(setting, sampling=replace(setting.sampling, seed=setting.sampling.seed + sample))
+
+
+def _shortened(setting: Setting) -> Setting:
+    """The same, for a few tokens."""
+    changed: Setting = replace(cast(Any, setting), max_new_tokens=min(_WARM_UP_TOKENS, setting.max_new_tokens))
+    return changed
 
 
 def _order(count: int, turn: int) -> list[int]:
@@ -188,9 +277,3 @@ def _order(count: int, turn: int) -> list[int]:
 def _seconds_per_token(steps: Sequence[Step]) -> float:
     tokens = sum(step.tokens for step in steps)
     return sum(step.seconds for step in steps) / tokens if tokens else math.nan
-
-
-def _require_outputs(outputs: Outputs) -> None:
-    failures = outputs.failures
-    if len(failures) == len(outputs.each):
-        raise LayerSkipError(f"none of the {len(failures)} prompts could be answered; the first: {failures[0].error}")

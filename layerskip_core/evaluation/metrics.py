@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import LoadedModel
+from ..checkpoint import LoadedModel, quiet_transformers
 from ..data import Example
 from ..decoding.drafting import SpanModel
 from ..training.exit_loss import summed_cross_entropy
@@ -133,7 +133,8 @@ def text_losses(
     `window_tokens` or what the context allows. Each begins with what the tokenizer puts before a text; where that is nothing,
     its first token is not counted.
     """
-    ids = list(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    with quiet_transformers():  # which would say that the text is longer than the context
+        ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     start = loaded.encode_prompt("", raw=True)
     size = min(window_tokens, loaded.depth.max_positions - len(start))
     places = range(0, max(len(ids) - size, 0) + 1, size)

@@ -30,6 +30,16 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
+class PredictionError:
+    """How far the cost model was from what was measured: predicted over measured tokens a second, less 1, over `settings`."""
+
+    settings: int
+    median: float  # of the absolute values
+    largest: float
+    mean: float  # with its sign: above 0 the model promised too much
+
+
+@dataclass(frozen=True)
 class RunRecord(Generic[Result]):
     """One run. `config` is complete: what was left to a default holds the value that it took."""
 
@@ -37,11 +47,13 @@ class RunRecord(Generic[Result]):
     environment: dict[str, Any]
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
+    prediction_error: PredictionError | None = None  # of a sweep
 
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float in it is finite."""
         fields = asdict(self)
-        return fields if self.recommendation is not None else {key: fields[key] for key in fields if key != "recommendation"}
+        optional = ("recommendation", "prediction_error")
+        return {key: value for key, value in fields.items() if value is not None or key not in optional}
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:

@@ -22,11 +22,23 @@ _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "
 
 @dataclass(frozen=True)
 class TextTable:
-    """Cells as people read them."""
+    """Cells as people read them. The first `labels` columns say what a row is."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str
+    labels: int = 1
+
+    def column_blocks(self, width: int) -> list[list[int]]:
+        """The columns as one table, or as several of at most `width` characters, a space between columns; labels in each."""
+        sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]
+        labels = list(range(self.labels))
+        blocks = [labels]
+        for place in range(self.labels, len(sizes)):
+            if len(blocks[-1]) > self.labels and sum(sizes[one] for one in [*blocks[-1], place]) - 1 > width:
+                blocks.append(labels)
+            blocks[-1] = [*blocks[-1], place]
+        return blocks
 
     def markdown(self) -> str:
         lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
@@ -38,30 +50,32 @@ def to_json(record: RunRecord[Any]) -> str:
 
 
 def to_csv(record: RunRecord[Any]) -> str:
-    """A row for each result: metrics and percentiles in columns of their own, differences and failures as their count."""
+    """A row for each result: metrics and times in columns of their own, differences and failures as their count."""
     rows = [_flat(result) for result in record.document()["results"]]
+    columns = max(rows, key=len)  # some results lack the parts of some dictionaries
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
 def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
-    """A line for each way of decoding; fits 80 columns."""
+    """A line for each way of decoding; fits 80 columns with one metric or two. Empty cells were not measured."""
     metrics = [name for name in record.results[0].metrics if name != "perplexity"]  # it has a column of its own
     decimals = 1 if len(metrics) == 1 else 0  # two metrics leave no room for more
     names = [_SHORT_NAMES.get(name, name.replace("pass@", "p@")) for name in metrics]
-    headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "tok/s", "speed", "same", "")
+    headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "pred", "tok/s", "speed", "same", "")
     rows = [
         (
             result.strategy,
             _count(result.exit_layer),
             _count(result.num_draft_tokens),
-            *(_percent(result.metrics[name], decimals) for name in metrics),
-            _number(result.perplexity, ".3g"),
+            *(_percent(result.metrics.get(name), decimals) for name in metrics),
+            _perplexity(result.perplexity),
             _percent(result.acceptance_rate, 1),
             _number(result.mean_accepted_tokens, ".1f"),
+            _number(result.predicted_tokens_per_second, ".0f"),
             _number(result.tokens_per_second, ".0f"),
             _number(result.speedup, ".2f"),
             _percent(result.identical_outputs),
@@ -69,16 +83,23 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
         )
         for result in record.results
     ]
-    note = "* on the Pareto frontier of quality against speed."
+    note = "* on the Pareto frontier of quality against speed; pred: tokens/s as predicted by the cost model."
+    error = record.prediction_error
+    if error is not None:
+        note += (
+            f"\nPrediction error over {error.settings} settings: median {error.median:.1%}, largest {error.largest:.1%}, "
+            f"mean {error.mean:+.1%}."
+        )
     advice = record.recommendation
     if advice is not None:
         note += f"\n{'Not recommended' if advice.exit_layer is None else 'Recommended'}: {advice.reason}."
-    return TextTable(headers, tuple(rows), note)
+    return TextTable(headers, tuple(rows), note, labels=3)
 
 
 def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     """A column for each strategy, a line for each figure."""
     results = record.results
+    versus = [result.speedup_over_transformers for result in results]
     lines: list[tuple[str, list[str]]] = [
         ("exit layer", [_count(result.exit_layer) for result in results]),
         ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
@@ -88,6 +109,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         ("mean accepted tokens", [_number(result.mean_accepted_tokens, ".2f") for result in results]),
         ("tokens/s", [_number(result.tokens_per_second, ".1f") for result in results]),
         ("speedup", [_number(result.speedup, ".2f") for result in results]),
+        *([("over transformers", [_number(over, ".2f") for over in versus])] if any(versus) else []),
         ("speedup behind prefill", [_number(result.decode_speedup, ".2f") for result in results]),
         ("first token (ms)", [_number(result.ttft_ms, ".1f") for result in results]),
         ("token p50 (ms)", [_number(result.time_per_token_ms["p50"], ".2f") for result in results]),
@@ -162,6 +184,8 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
             flat |= value
         elif isinstance(value, dict):
             flat |= {f"{key}_{name}": part for name, part in value.items()}
+        elif key == "acceptance_by_position":
+            flat[key] = " ".join(map(str, value or ()))
         else:
             flat[key] = len(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
     return flat
@@ -188,6 +212,11 @@ def _metric(metrics: dict[str, float], name: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _perplexity(value: float | None) -> str:
+    """Three figures, large ones short: 12.3, 1.2e4."""
+    return _number(value, ".3g") if value is None or value < 1000 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _percent(value: float | None, decimals: int = 0) -> str:

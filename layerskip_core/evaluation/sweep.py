@@ -1,18 +1,20 @@
 """Every exit with every draft length on one task: how good, how fast, and which to decode with."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from statistics import median
+from statistics import mean, median
 
 from ..checkpoint import LoadedModel
 from ..config import DecodingConfig, Strategy, SweepConfig, require_exit_layer
-from .generation import Failure, Outputs, Progress, differences, finite, measure_interleaved
+from .cost_model import Predictions, predict
+from .generation import Failure, Outputs, Progress, differences, drafts_tokens, finite, measure_interleaved
 from .metrics import NEAR_TIE, Difference, ReferenceLosses, quality
-from .record import Recommendation, RunRecord, environment
+from .record import PredictionError, Recommendation, RunRecord, environment
 from .tasks import Task
 
 _WORTHWHILE = 1.05  # a speedup below this is not worth the words
+_QUICK = 3  # settings that a quick sweep measures
 _NOISY = 0.1  # a baseline that drifts by more makes small differences meaningless
 
 
@@ -23,6 +25,9 @@ class ExitResult:
     `perplexity` is that of the reference through the exit, None for self-speculation, which answers with the last layer.
     `speedup` compares the total generation time by new token, prefill included, with the autoregressive one of the same run.
     `pareto`: nothing else in the sweep is as good by the task's quality metric and as fast, and better in one of them.
+    `agreement`: the share of the autoregressive tokens that the exit would have chosen too. The predictions are the cost
+    model's, made before anything but the autoregressive baseline was measured, from the pass times given with them. A setting
+    that a quick sweep did not measure has only these; `metrics` is then empty.
     """
 
     strategy: Strategy
@@ -34,8 +39,14 @@ class ExitResult:
     mean_accepted_tokens: float | None
     tokens_per_second: float | None
     speedup: float | None
-    identical_outputs: float
+    identical_outputs: float | None
     pareto: bool = False
+    predicted_tokens_per_second: float | None = None
+    predicted_acceptance_rate: float | None = None
+    pass_times_ms: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+    acceptance_by_position: tuple[float, ...] | None = None
+    time_split_ms: dict[str, float] = field(default_factory=dict)
     differences: tuple[Difference, ...] = ()
     failures: tuple[Failure, ...] = ()
 
@@ -54,25 +65,32 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
     for number, one in enumerate(task.losses(loaded, [*config.exits, loaded.depth.num_layers]), start=1):
         losses = losses + one
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
+    predictions = yield from predict(loaded, task.examples, config.exits, config.specs, task.max_new_tokens, task.stop)
     baseline, ways = _settings(config, task)
+    chosen = _promising(ways, predictions) if config.quick else ways
     # The baseline runs twice among the others, half of them apart: what it is compared with, and how steady the machine was.
-    half = len(ways) // 2
-    measured = yield from measure_interleaved(loaded, task.examples, [baseline, *ways[:half], baseline, *ways[half:]])
+    half = len(chosen) // 2
+    measured = yield from measure_interleaved(loaded, task.examples, [baseline, *chosen[:half], baseline, *chosen[half:]])
     first, *others = (repeats[0] for repeats in measured)
     second = others.pop(half)
     seconds = Outputs(first.each + second.each).seconds_per_token
     full = losses.perplexity(loaded.depth.num_layers)
-    plain = exit_result(baseline, first, first, seconds, task.score(first.texts, full), full)
+    plain = exit_result(baseline, first, first, seconds, task.score(first.texts, full))
     results = [replace(plain, tokens_per_second=1 / seconds, speedup=1.0)]  # of both its measurements
-    for setting, found in zip(ways, others, strict=True):
-        drafts = setting.strategy == "self-speculative"
-        perplexity = None if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
+    outputs = dict(zip(chosen, others, strict=True))
+    for setting in ways:
+        found = outputs.get(setting)
+        if found is None:
+            results.append(_unmeasured(setting))
+            continue
+        drafts = drafts_tokens(setting)
         parted = differences(loaded, task.examples, found, first) if drafts and not setting.sampling.temperature else ()
-        metrics = task.score(found.texts, full if drafts else perplexity)
-        results.append(exit_result(setting, found, first, seconds, metrics, perplexity, parted))
+        perplexity = full if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
+        results.append(exit_result(setting, found, first, seconds, task.score(found.texts, perplexity), parted))
+    results = [_with_predictions(result, losses, loaded.depth.num_layers, predictions) for result in results]
     marked = mark_pareto(results, task.quality_metric)
     advice = recommend(marked, NEAR_TIE[loaded.depth.dtype], baseline_drift(first, second))
-    yield RunRecord(asdict(config), machine, tuple(marked), advice)
+    yield RunRecord(asdict(config), machine, tuple(marked), advice, prediction_error(marked))
 
 
 def exit_result(
@@ -81,45 +99,64 @@ def exit_result(
     baseline: Outputs,
     baseline_seconds_per_token: float,
     metrics: dict[str, float],
-    perplexity: float | None,
     parted: tuple[Difference, ...] = (),
 ) -> ExitResult:
     """The figures of one way of decoding, from its outputs and the autoregressive ones."""
-    speculative = setting.strategy == "self-speculative"
-    return ExitResult(
-        strategy=setting.strategy,
-        exit_layer=setting.exit_layer,
-        num_draft_tokens=setting.num_draft_tokens if speculative else None,
+    drafts = drafts_tokens(setting)
+    return replace(
+        _unmeasured(setting),
         metrics=metrics,
-        perplexity=perplexity,
-        acceptance_rate=outputs.stats.acceptance_rate if speculative else None,
-        mean_accepted_tokens=outputs.stats.mean_accepted_tokens if speculative else None,
+        acceptance_rate=outputs.stats.acceptance_rate if drafts else None,
+        mean_accepted_tokens=outputs.stats.mean_accepted_tokens if drafts else None,
         tokens_per_second=finite(1 / outputs.seconds_per_token),
         speedup=finite(baseline_seconds_per_token / outputs.seconds_per_token),
         identical_outputs=outputs.identical_outputs(baseline),
+        acceptance_by_position=outputs.acceptance_by_position if drafts else None,
+        time_split_ms=outputs.time_split_ms,
         differences=parted,
         failures=outputs.failures,
     )
 
 
+def prediction_error(results: Sequence[ExitResult]) -> PredictionError | None:
+    """Over the results that were both predicted and measured; None when there is none."""
+    errors = [
+        result.predicted_tokens_per_second / result.tokens_per_second - 1
+        for result in results
+        if result.predicted_tokens_per_second and result.tokens_per_second
+    ]
+    sizes = [abs(error) for error in errors]
+    return PredictionError(len(errors), median(sizes), max(sizes), mean(errors)) if errors else None
+
+
 def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[ExitResult]:
-    """The results with `pareto` set, by the quality metric and tokens a second."""
-    points = [(quality(result.metrics, quality_metric), result.tokens_per_second or 0.0) for result in results]
+    """The results with `pareto` set, by the quality metric and tokens a second, for those that were measured."""
+    points = {
+        place: (quality(result.metrics, quality_metric), result.tokens_per_second or 0.0)
+        for place, result in enumerate(results)
+        if result.metrics
+    }
 
-    def beaten(point: tuple[float, float]) -> bool:
-        return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
+    def best(place: int) -> bool:
+        mine = points.get(place)
+        return mine is not None and not any(
+            other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in points.values()
+        )
 
-    return [replace(result, pareto=not beaten(point)) for result, point in zip(results, points, strict=True)]
+    return [replace(result, pareto=best(place)) for place, result in enumerate(results)]
 
 
 def recommend(results: Sequence[ExitResult], near_tie: float, drift: float) -> Recommendation:
     """The fastest self-speculative setting whose outputs are the autoregressive ones, or part from them at near-ties only."""
     baseline = next(result for result in results if result.strategy == "autoregressive")
-    speculative = [result for result in results if result.strategy == "self-speculative"]
+    drafting = [result for result in results if result.strategy == "self-speculative"]
+    speculative = [result for result in drafting if result.metrics]  # measured
     faithful = [result for result in speculative if _is_faithful(result, baseline, near_tie)]
     notes = ""
     if len(faithful) < len(speculative):
         notes += f"; {len(speculative) - len(faithful)} of {len(speculative)} settings gave other outputs and were set aside"
+    if len(speculative) < len(drafting):
+        notes += f"; {len(drafting) - len(speculative)} more should be slower and were not measured"
     if drift > _NOISY:
         notes += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
     best = max(faithful, key=lambda result: result.speedup or 0.0, default=None)
@@ -133,7 +170,7 @@ def recommend(results: Sequence[ExitResult], near_tie: float, drift: float) -> R
     reason = (
         f"{name} is the fastest of {len(faithful)} settings, {speedup:.2f}x autoregressive decoding "
         f"({best.tokens_per_second:.0f} against {baseline.tokens_per_second:.0f} tokens/s): {best.acceptance_rate:.0%} of the "
-        f"drafts are accepted, and {best.identical_outputs:.0%} of the outputs are identical{_near_ties(best)}{notes}"
+        f"drafts are accepted, and {best.identical_outputs or 0.0:.0%} of the outputs are identical{_near_ties(best)}{notes}"
     )
     return Recommendation(best.exit_layer, best.num_draft_tokens, best.speedup, drift, reason)
 
@@ -170,6 +207,39 @@ def _settings(config: SweepConfig, task: Task) -> tuple[DecodingConfig, list[Dec
     ]
     baseline = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
     return task.decoding(baseline), [task.decoding(setting) for setting in alone + drafting]
+
+
+def _promising(ways: Sequence[DecodingConfig], predictions: Predictions) -> list[DecodingConfig]:
+    """The settings that should be fastest, and their exits alone."""
+    best = predictions.promising(_QUICK)
+    exits = {exit_layer for exit_layer, _ in best}
+    return [
+        way
+        for way in ways
+        if (way.exit_layer in exits if not drafts_tokens(way) else (way.exit_layer, way.num_draft_tokens) in best)
+    ]
+
+
+def _unmeasured(setting: DecodingConfig) -> ExitResult:
+    drafts = setting.num_draft_tokens if drafts_tokens(setting) else None
+    return ExitResult(setting.strategy, setting.exit_layer, drafts, {}, None, None, None, None, None, None)
+
+
+def _with_predictions(result: ExitResult, losses: ReferenceLosses, num_layers: int, predictions: Predictions) -> ExitResult:
+    """The result with what is known of it without decoding: perplexity and agreement of an exit, the speed of a setting."""
+    if result.strategy != "self-speculative":
+        agreement = predictions.agreement[result.exit_layer] if result.exit_layer else None
+        return replace(result, perplexity=losses.perplexity(result.exit_layer or num_layers), agreement=agreement)
+    assert result.exit_layer is not None and result.num_draft_tokens is not None
+    found = predictions.settings.get((result.exit_layer, result.num_draft_tokens))
+    if found is None:
+        return result
+    return replace(
+        result,
+        predicted_tokens_per_second=finite(found.tokens_per_second),
+        predicted_acceptance_rate=found.rounds.acceptance_rate,
+        pass_times_ms={name: 1000 * seconds for name, seconds in asdict(found.times).items()},
+    )
 
 
 def _is_faithful(result: ExitResult, baseline: ExitResult, near_tie: float) -> bool:

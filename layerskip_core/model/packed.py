@@ -1,7 +1,7 @@
 """The operations of DepthModel on repacked weights: the fast path of decoding, for the Llama family."""
 
 import math
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from .cache import DepthCache, LayerSlots, SpanWriter
 from .depth import layer_kinds
 from .linear import Linear, OneDnnLinear, linear
@@ -29,6 +30,31 @@ def can_pack(config: Any) -> bool:
     )
 
 
+def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that PackedModel cannot do without, as in a checkpoint."""
+    size, inner = config.hidden_size, config.intermediate_size
+    queries, keys = (heads * _head_dim(config) for heads in (config.num_attention_heads, config.num_key_value_heads))
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (size,),
+        "self_attn.q_proj": (queries, size),
+        "self_attn.k_proj": (keys, size),
+        "self_attn.v_proj": (keys, size),
+        "self_attn.o_proj": (size, queries),
+        "post_attention_layernorm": (size,),
+        "mlp.gate_proj": (inner, size),
+        "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, size),
+        "model.norm.weight": (size,),
+        **({} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, size)}),
+    }
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
 class PackedModel:
     """The same operations and results as `DepthModel`, for inference only.
 
@@ -38,24 +64,30 @@ class PackedModel:
     value are one copy into the cache. The two halves of a rotated head interleave as complex numbers: rope is one product.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Takes the weights of a model that `can_pack`; its own are released one by one, so that it can no longer run."""
-        transformers_model: Any = model
-        self.config: Any = model.config
-        decoder, head = transformers_model.model, transformers_model.get_output_embeddings()
-        self._embedding: Tensor = decoder.embed_tokens.weight.detach()
-        self._kinds = layer_kinds(self.config)
-        self._rope = _Rope(deepcopy(decoder.rotary_emb), self._embedding)
+    def __init__(self, config: Any, take: "Take") -> None:
+        """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
+
+        Raises CheckpointError for one that is missing.
+        """
+        self.config = config
+        weights = _Weights(take)
+        self._kinds = layer_kinds(config)
         with torch.inference_mode():
-            self._norm = _Norm(decoder.norm)
-            self._head = linear(self._norm.folded_into(head.weight.detach()), head.bias)
-            self._layers: list[_Layer] = []
-            for layer in decoder.layers:
-                self._layers.append(_Layer(layer, self.config))
-                layer.to("meta")
-        model.to("meta")
+            self._embedding = weights.of("model.embed_tokens.weight")
+            self._rope = _Rope(config, self._embedding)
+            self._norm = _Norm(weights.of("model.norm.weight"), config)
+            head = None if config.tie_word_embeddings else weights.get("lm_head.weight")
+            self._head = linear(self._norm.folded_into(self._embedding if head is None else head), weights.get("lm_head.bias"))
+            self._layers = [_Layer(weights.below(f"model.layers.{index}."), config, index) for index in range(len(self._kinds))]
         attention = self._layers[0]
         self._groups, self._kv_heads, self._head_dim = attention.groups, attention.kv_heads, attention.head_dim
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "PackedModel":
+        """Takes the weights of a transformers model; its own are released, so that it can no longer run."""
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        model.to("meta")
+        return cls(model.config, lambda name: weights.pop(name, None))
 
     @property
     def implementation(self) -> str:
@@ -154,30 +186,27 @@ class _Step:
 class _Layer:
     """A decoder layer over rows (B*T, D)."""
 
-    def __init__(self, layer: Any, config: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.head_dim = int(attention.head_dim)
+    def __init__(self, weights: "_Weights", config: Any, index: int) -> None:
+        self.head_dim = _head_dim(config)
         self.kv_heads = int(config.num_key_value_heads)
         self.groups = int(config.num_attention_heads) // self.kv_heads
         self._width = self.groups * self.kv_heads * self.head_dim
-        self._scale = float(attention.scaling)
-        self._rotates = bool(getattr(attention, "use_rope", True))
-        self._attention_norm = _Norm(layer.input_layernorm)
-        self._mlp_norm = _Norm(layer.post_attention_layernorm)
-        self._head_norm = _HeadNorm(attention, self.groups) if hasattr(attention, "q_norm") else None
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        up = (mlp.gate_proj, mlp.up_proj)
-        columns = attention.o_proj.weight.detach().view(-1, self.kv_heads, self.groups, self.head_dim).transpose(1, 2)
+        self._scale = self.head_dim**-0.5
+        self._rotates = bool(config.no_rope_layers[index]) if config.model_type == "smollm3" else True
+        attention, mlp = weights.below("self_attn."), weights.below("mlp.")
+        self._attention_norm = _Norm(weights.of("input_layernorm.weight"), config)
+        self._mlp_norm = _Norm(weights.of("post_attention_layernorm.weight"), config)
+        norm = attention.get("q_norm.weight")
+        self._head_norm = None if norm is None else _HeadNorm(norm, attention.of("k_norm.weight"), config, self.groups)
+        qkv, qkv_bias = attention.together(("q_proj", "k_proj", "v_proj"))
+        up, up_bias = mlp.together(("gate_proj", "up_proj"))
+        columns = attention.of("o_proj.weight").view(-1, self.kv_heads, self.groups, self.head_dim).transpose(1, 2)
         self._qkv = linear(
-            self._attention_norm.folded_into(self._slots(*(part.weight for part in qkv))),
-            None if qkv[0].bias is None else self._slots(*(part.bias for part in qkv)),
+            self._attention_norm.folded_into(self._slots(*qkv)), None if qkv_bias is None else self._slots(*qkv_bias)
         )
-        self._output = linear(columns.reshape(-1, self._width), attention.o_proj.bias)
-        self._up = linear(
-            self._mlp_norm.folded_into(torch.cat([part.weight for part in up])),
-            None if up[0].bias is None else torch.cat([part.bias for part in up]),
-        )
-        self._down = linear(mlp.down_proj.weight.detach(), mlp.down_proj.bias)
+        self._output = linear(columns.reshape(-1, self._width), attention.get("o_proj.bias"))
+        self._up = linear(self._mlp_norm.folded_into(torch.cat(up)), None if up_bias is None else torch.cat(up_bias))
+        self._down = linear(mlp.of("down_proj.weight"), mlp.get("down_proj.bias"))
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -211,16 +240,48 @@ class _Layer:
     def _slots(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Weights (out, D) or biases (out,) of the three projections as those of one, by slot; see PackedModel."""
         heads, rest = (self.kv_heads, self.groups), query.shape[1:]
-        queries = _interleaved(query.detach().view(*heads, self.head_dim, *rest), dim=2).transpose(0, 1)
-        keys = _interleaved(key.detach().view(1, self.kv_heads, self.head_dim, *rest), dim=2)
-        return torch.cat([queries, keys, value.detach().view_as(keys)]).reshape(-1, *rest)
+        queries = _interleaved(query.view(*heads, self.head_dim, *rest), dim=2).transpose(0, 1)
+        keys = _interleaved(key.view(1, self.kv_heads, self.head_dim, *rest), dim=2)
+        return torch.cat([queries, keys, value.view_as(keys)]).reshape(-1, *rest)
+
+
+Take = Callable[[str], Tensor | None]  # the weight of a name, or None where there is none
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Weights by name, below a prefix."""
+
+    take: Take
+    prefix: str = ""
+
+    def below(self, prefix: str) -> "_Weights":
+        return _Weights(self.take, self.prefix + prefix)
+
+    def get(self, name: str) -> Tensor | None:
+        return self.take(self.prefix + name)
+
+    def of(self, name: str) -> Tensor:
+        weight = self.get(name)
+        if weight is None:
+            raise CheckpointError(f"the weight {self.prefix}{name} is missing")
+        return weight
+
+    def together(self, parts: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Weights of several projections, and their biases, which all or none of them have."""
+        biases = [bias for part in parts if (bias := self.get(f"{part}.bias")) is not None]
+        return [self.of(f"{part}.weight") for part in parts], biases or None
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 class _Rope:
-    """Rotations by position as complex numbers, from the model's own rotary embedding; the table grows with the text."""
+    """Rotations by position as complex numbers; the table grows with the text."""
 
-    def __init__(self, rotary: Any, like: Tensor) -> None:
-        self._rotary = rotary
+    def __init__(self, config: Any, like: Tensor) -> None:
+        self._frequencies, self._scaling = _rope_frequencies(config)
         self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         self._table = self._angles(0)  # (positions, 2, 1, half a head): the rotation, and 1 for what does not rotate
 
@@ -233,10 +294,22 @@ class _Rope:
         return torch.cat([one.expand(-1, groups + 1, -1, -1), kept], dim=1)
 
     def _angles(self, count: int) -> Tensor:
-        positions = torch.arange(count, device=self._like.device)[None]
-        cos, sin = (part[0, :, : part.shape[-1] // 2] for part in self._rotary(self._like, positions))
+        angles = torch.outer(torch.arange(count, dtype=torch.float32), self._frequencies)
+        cos, sin = ((part * self._scaling).to(self._like) for part in (angles.cos(), angles.sin()))
         rotation = torch.complex(cos, sin)
         return torch.stack([rotation, torch.ones_like(rotation)], dim=1)[:, :, None]
+
+
+def _rope_frequencies(config: Any) -> tuple[Tensor, float]:
+    """Radians a position of each pair of a head, (half a head,) in fp32, and what cosine and sine are multiplied by."""
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":  # transformers has this one in each model's own module, which takes seconds to import
+        size = _head_dim(config)
+        return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))  # type: ignore[no-any-return]
 
 
 class _Norm:
@@ -246,9 +319,9 @@ class _Norm:
     linear layer behind the norm. (Not in bf16: the weights of that layer would be rounded once more.)
     """
 
-    def __init__(self, norm: Any) -> None:
-        self._weight: Tensor = norm.weight.detach()
-        self._eps = float(norm.variance_epsilon)
+    def __init__(self, weight: Tensor, config: Any) -> None:
+        self._weight = weight
+        self._eps = float(config.rms_norm_eps)
         size = self._weight.numel()
         self._on_cpu = self._weight.device.type == "cpu"
         self._folds = self._on_cpu and self._weight.dtype.itemsize >= 4
@@ -272,12 +345,11 @@ class _Norm:
 class _HeadNorm:
     """RMSNorm of each query and key (qwen3), in place over (rows, G+1, kv heads, head dim)."""
 
-    def __init__(self, attention: Any, groups: int) -> None:
-        norms = [attention.q_norm] * groups + [attention.k_norm]
-        weights = torch.stack([_interleaved(norm.weight.detach(), dim=0) for norm in norms])[:, None]
+    def __init__(self, query: Tensor, key: Tensor, config: Any, groups: int) -> None:
+        weights = torch.stack([_interleaved(norm, dim=0) for norm in [query] * groups + [key]])[:, None]
         size = weights.shape[-1]
         self._scale = weights.to(torch.promote_types(weights.dtype, torch.float32)) * math.sqrt(size)
-        self._floor = self._scale.new_tensor(math.sqrt(size * attention.q_norm.variance_epsilon))
+        self._floor = self._scale.new_tensor(math.sqrt(size * config.rms_norm_eps))
 
     def apply_(self, slots: Tensor) -> None:
         length = torch.linalg.vector_norm(slots, dim=-1, keepdim=True).hypot_(self._floor)

@@ -1,0 +1,176 @@
+"""transformers' decoders as baselines: the same tokens, known counts, and the traps of each."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model
+from evaluating import NEW_TOKENS, TOO_LONG, own_answers, tiny_loaded
+
+from layerskip_core.checkpoint import LoadedModel
+from layerskip_core.config import BenchConfig, DecodingConfig
+from layerskip_core.decoding import decode
+from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.baselines import Generate, load_baselines, require_early_exit
+from layerskip_core.evaluation.bench import bench
+from layerskip_core.evaluation.generation import measure
+
+PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
+
+
+def baseline(name, exit_layer=5, drafts=3, **changes):
+    config = BenchConfig("tiny", exit_layer=exit_layer, num_draft_tokens=drafts, baselines=(name,), **changes)
+    (found,) = load_baselines(tiny_loaded(), config, PLAIN, False)
+    return found
+
+
+@pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
+def test_every_baseline_gives_the_autoregressive_tokens(name):
+    loaded, setting = tiny_loaded(), baseline(name)
+    for example in own_answers().examples:
+        expected, found = measure(loaded, example.prompt, PLAIN), measure(loaded, example.prompt, setting)
+        assert (found.ids, found.text, found.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
+        assert sum(step.tokens for step in found.steps) == found.stats.new_tokens == len(expected.ids)
+        assert found.stats.sequences == 1
+        assert all(step.seconds > 0 for step in found.steps)
+
+
+def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
+    # A prompt's rounds: transformers drafts 3 from the prompt on, this engine from the first token on. Both draft with the same
+    # 5 layers, so the drafts that stand at the same place are the same, and so is how many of them are right.
+    loaded, setting = tiny_loaded(), baseline("assistant-early-exit")
+    prompt = own_answers().examples[0].prompt
+    ids = loaded.encode_prompt(prompt)
+    expected = list(measure(loaded, prompt, PLAIN).ids)
+    found = measure(loaded, prompt, setting)
+    place, accepted, drafted = 0, [], 0
+    while place < len(expected):
+        count = min(3, NEW_TOKENS - place - 1)
+        exit_only = DecodingConfig("early-exit", 5, max_new_tokens=max(count, 1))
+        drafts = [
+            token.id for step in decode(loaded.depth, ids + expected[:place], exit_only, loaded.eos_ids) for token in step
+        ]
+        right = 0
+        while right < count and right < len(drafts) and drafts[right] == expected[place + right]:
+            right += 1
+        accepted.append(right)
+        drafted += min(count, len(drafts))
+        place += right + 1
+    assert [step.tokens for step in found.steps] == [right + 1 for right in accepted]
+    assert (found.stats.accepted, found.stats.drafted) == (sum(accepted), drafted)
+
+
+def test_without_reuse_nothing_but_the_time_changes():
+    loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
+    with_reuse = measure(loaded, prompt, DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)).stats
+    without = measure(loaded, prompt, baseline("no-reuse")).stats
+    assert (without.drafted, without.accepted, without.rounds) == (with_reuse.drafted, with_reuse.accepted, with_reuse.rounds)
+
+
+def test_a_draft_model_that_is_the_model_itself_is_always_right():
+    loaded = tiny_loaded()
+    setting = Generate("draft-model", loaded.model, NEW_TOKENS, None, 3, assistant=tiny_copy())
+    found = measure(loaded, own_answers().examples[0].prompt, setting)
+    assert found.stats.accepted == found.stats.drafted > 0
+    # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
+    assert [step.tokens for step in found.steps] == [4, 4, 4]
+    assert found.stats.tested_by_position == found.stats.accepted_by_position == (3, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
+def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
+    loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
+    text = measure(loaded, prompt, PLAIN).text
+    stop = text[4:6]
+    plain = replace(PLAIN, stop=(stop,))
+    config = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, baselines=(name,))
+    (setting,) = load_baselines(loaded, config, plain, False)
+    expected = decode(loaded.depth, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
+    ids = tuple(token.id for step in expected for token in step)
+    found = measure(loaded, prompt, setting)
+    assert (found.error, found.ids, found.finish_reason) == (None, ids, "stop")
+    assert len(ids) < NEW_TOKENS
+
+
+def tiny_copy():
+    model = tiny_loaded().model
+    copy = tiny_model(dtype=torch.float64, vocab_size=300)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def test_what_the_checkpoint_recommends_for_sampling_does_not_reach_the_baselines():
+    loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
+    expected = measure(loaded, prompt, PLAIN).ids
+    before = loaded.model.generation_config
+    changed = type(before)(repetition_penalty=5.0, do_sample=True, temperature=9.0, eos_token_id=before.eos_token_id)
+    loaded.model.generation_config = changed
+    try:
+        assert measure(loaded, prompt, baseline("assistant-early-exit")).ids == expected
+        assert loaded.model.generation_config is changed
+    finally:
+        loaded.model.generation_config = before
+
+
+def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
+    loaded, setting = tiny_loaded(), baseline("assistant-early-exit")
+    assert "at most 127 tokens" in measure(loaded, TOO_LONG.prompt, setting).error
+
+    def fail(*_, **__):
+        assert loaded.model.config.num_hidden_layers == 5
+        raise RuntimeError("no luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded.model.model.layers[2], "forward", fail)
+        assert measure(loaded, "hi", setting).error == "transformers (assistant-early-exit): no luck"
+    assert loaded.model.config.num_hidden_layers == 6
+    assert measure(loaded, "hi", setting).error is None
+
+
+def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
+    model = tiny_loaded().model
+    require_early_exit(model)
+    honest = type(model.model).forward
+
+    def stubborn(self, *args, **keywords):
+        self.config.num_hidden_layers = 6
+        return honest(self, *args, **keywords)
+
+    monkeypatch.setattr(type(model.model), "forward", stubborn)
+    with pytest.raises(ConfigError, match="transformers ignores the early exit of llama models"):
+        require_early_exit(model)
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused():
+    with pytest.raises(ConfigError, match="--draft-model must have the tokenizer of tiny; embedded-base has another"):
+        baseline("draft-model", draft_model="embedded-base")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"baselines": ("vllm",)}, "--baselines must be one of transformers, .* got vllm"),
+        ({"baselines": ("draft-model",)}, "--draft-model must be given with the baseline draft-model, got None"),
+        ({"draft_model": "x"}, "--draft-model must be given with the baseline draft-model, got x"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        BenchConfig(**settings)
+
+
+def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
+    from layerskip_core.checkpoint import load_checkpoint
+
+    packed = load_checkpoint(checkpoint, implementation="auto")
+    assert isinstance(packed, LoadedModel)
+    config = BenchConfig(checkpoint, exit_layer=5, num_draft_tokens=3, repeats=1, baselines=("transformers", "no-reuse"))
+    *_, record = bench(packed, own_answers(2), config)
+    plain, _, drafted, transformers, without = record.results
+    assert [one.strategy for one in record.results[3:]] == ["transformers", "no-reuse"]
+    assert transformers.identical_outputs == without.identical_outputs == 1.0
+    assert transformers.speedup_over_transformers == 1.0
+    assert transformers.acceptance_rate is None
+    assert without.acceptance_rate == drafted.acceptance_rate
+    assert plain.speedup_over_transformers == pytest.approx(1 / transformers.speedup)
+    assert record.config["baselines"] == ("transformers", "no-reuse")

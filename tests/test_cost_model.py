@@ -1,0 +1,135 @@
+"""The cost model: rounds that are simulated exactly, pass times from the loop itself, and the arithmetic between them."""
+
+import pytest
+from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
+
+from layerskip_core.config import DecodingConfig
+from layerskip_core.decoding import DecodeStats, decode
+from layerskip_core.errors import LayerSkipError
+from layerskip_core.evaluation import cost_model
+from layerskip_core.evaluation.cost_model import (
+    PassTimes,
+    Prediction,
+    Predictions,
+    Rounds,
+    agreement,
+    pass_times,
+    predict,
+    simulate,
+)
+from layerskip_core.evaluation.generation import measure
+
+EOS = frozenset({9})
+
+
+def collect(events):
+    seen = []
+    while True:
+        try:
+            seen.append(next(events))
+        except StopIteration as end:
+            return seen, end.value
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 5, NEW_TOKENS])
+@pytest.mark.parametrize("drafts", [1, 3, 8])
+@pytest.mark.parametrize("exit_layer", [2, 4, 5])
+def test_simulated_rounds_are_the_real_ones(exit_layer, drafts, new_tokens):
+    loaded = tiny_loaded()
+    for example in own_answers().examples:
+        prompt = loaded.encode_prompt(example.prompt)
+        output = list(measure(loaded, example.prompt, DecodingConfig("autoregressive", max_new_tokens=new_tokens)).ids)
+        choices = agreement(loaded, prompt, output, [2, 4, 5])[exit_layer]
+        found = simulate(choices, output, drafts, new_tokens, loaded.eos_ids)
+        real = decode(loaded.depth, prompt, DecodingConfig("self-speculative", exit_layer, drafts, new_tokens), loaded.eos_ids)
+        assert [token.id for step in real for token in step] == output
+        stats = real.stats
+        assert (found.drafted, found.accepted, found.rounds) == (stats.drafted, stats.accepted, stats.rounds)
+
+
+@pytest.mark.parametrize(
+    ("choices", "output", "drafts", "room", "rounds"),
+    [
+        # The first token is the prefill's. 2 3 right and 4 the target's; 5 6 right, and 7 where no draft has room.
+        ([1, 2, 3, 0, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7], 2, 7, Rounds(4, 4, 2, 0)),
+        # Never right: a token a round; the last but one has room for one draft, the last for none.
+        ([0, 0, 0, 0], [1, 2, 3, 4], 2, 4, Rounds(3, 0, 2, 1)),
+        # An accepted EOS ends the draft, and the output.
+        ([1, 2, 9], [1, 2, 9], 2, 5, Rounds(2, 2, 1, 0)),
+        # A wrong EOS ends the draft, and is rejected.
+        ([1, 9, 3, 4, 5], [1, 2, 3, 4, 5], 3, 5, Rounds(3, 2, 2, 0)),
+        ([1], [1], 2, 5, Rounds()),
+    ],
+)
+def test_rounds_of_known_choices(choices, output, drafts, room, rounds):
+    assert simulate(choices, output, drafts, room, EOS) == rounds
+
+
+def test_the_time_of_rounds():
+    # 6 drafts of 2 ms, 3 rounds of 10 + 1 ms, 2 plain steps of 8 ms.
+    seconds = Rounds(6, 4, 3, 2).seconds(PassTimes(0.002, 0.010, 0.001), plain=0.008)
+    assert seconds == pytest.approx(0.012 + 0.033 + 0.016)
+    assert Rounds(6, 4, 3, 2).acceptance_rate == pytest.approx(4 / 6)
+    assert Rounds().acceptance_rate == 0.0
+    assert Rounds(6, 4, 3, 2) + Rounds(1, 1, 1, 1) == Rounds(7, 5, 4, 3)
+
+
+def test_pass_times_are_those_of_full_rounds(monkeypatch):
+    # A prefill, a first round that is left out, rounds of 3 drafts, and a short one that does not count.
+    steps = [(0, 0.0, 9.0), (3, 9.0, 9.0), (3, 0.3, 0.5), (3, 0.6, 0.6), (3, 0.9, 0.4), (1, 7.0, 7.0)]
+
+    class Known:
+        def __init__(self):
+            self.stats = DecodeStats()
+
+        def __iter__(self):
+            for drafted, draft, verify in steps:
+                total = draft + verify + 0.01
+                self.stats += DecodeStats(drafted=drafted, draft_seconds=draft, verify_seconds=verify, total_seconds=total)
+                yield []
+
+    monkeypatch.setattr(cost_model, "decode", lambda *_: Known())
+    times = pass_times(tiny_loaded(), [1], 2, 3)
+    assert [one.draft for one in times] == pytest.approx([0.1, 0.2, 0.3])
+    assert [one.verify for one in times] == pytest.approx([0.5, 0.6, 0.4])
+    assert [one.other for one in times] == pytest.approx([0.01] * 3)
+
+
+def test_pass_times_of_the_real_loop():
+    loaded = tiny_loaded()
+    times = pass_times(loaded, loaded.encode_prompt("hi"), 2, 4)
+    assert len(times) >= 2
+    assert all(one.draft > 0 and one.verify > 0 for one in times)
+    full = [5] * (loaded.depth.max_positions - 1)
+    assert pass_times(loaded, full, 2, 4) == []
+
+
+def test_speed_from_known_passes(monkeypatch):
+    loaded, task = tiny_loaded(), own_answers(1)
+    honest = measure(loaded, task.examples[0].prompt, DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS))
+    (known,) = outputs_of([(1, 0.5), *[(1, 0.1)] * (len(honest.ids) - 1)], ids=(honest.ids,)).each
+    monkeypatch.setattr(cost_model, "measure", lambda *_: known)
+    monkeypatch.setattr(
+        cost_model, "pass_times", lambda *_: [PassTimes(0.01, 0.1, 0.0), PassTimes(0.01, 0.3, 0.0)]
+    )  # 0.2 s on the average
+    _, found = collect(predict(loaded, task.examples, (5,), (3,), NEW_TOKENS))
+    prediction = found.settings[5, 3]
+    rounds = prediction.rounds
+    expected = 0.5 + 0.01 * rounds.drafted + 0.2 * rounds.rounds + 0.1 * rounds.plain_steps
+    assert prediction.tokens_per_second == pytest.approx(len(honest.ids) / expected)
+    choices = agreement(loaded, loaded.encode_prompt(task.examples[0].prompt), honest.ids, [5])[5]
+    assert found.agreement == {5: sum(a == b for a, b in zip(choices, honest.ids, strict=True)) / len(honest.ids)}
+
+
+def test_the_most_promising_first():
+    settings = {(2, speed): Prediction(Rounds(), PassTimes(1, 1, 0), speed) for speed in (5, 9, 7)}
+    assert Predictions({}, settings).promising(2) == [(2, 9), (2, 7)]
+
+
+def test_prompts_that_fail_are_left_out_and_nothing_but_failures_is_an_error():
+    loaded, task = tiny_loaded(), own_answers(1)
+    _, alone = collect(predict(loaded, task.examples, (5,), (3,), NEW_TOKENS))
+    _, found = collect(predict(loaded, (TOO_LONG, *task.examples), (5,), (3,), NEW_TOKENS))
+    assert found.agreement == alone.agreement
+    with pytest.raises(LayerSkipError, match="none of the 1 prompts could be answered"):
+        collect(predict(loaded, task_of(TOO_LONG).examples, (5,), (3,), NEW_TOKENS))
