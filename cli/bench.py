@@ -4,7 +4,7 @@ from typing import Annotated, cast
 
 import typer
 
-from layerskip_core.config import BenchConfig, DType, TaskConfig, require, require_choice
+from layerskip_core.config import BenchConfig, DType, TaskConfig, parse_counts, require, require_choice
 
 from .console import (
     Device,
@@ -20,18 +20,25 @@ from .console import (
 )
 from .evaluation import (
     FORMATS,
+    AllowCode,
     CompletionColumn,
     Format,
     MaxNewTokens,
+    Metric,
     Model,
     Output,
+    PassK,
+    ProblemSamples,
     PromptColumn,
     RemoteCode,
     Samples,
     Seed,
+    Shots,
     Source,
     Split,
     TaskName,
+    Temperature,
+    Template,
     narrate_failures,
     print_result,
     watch,
@@ -53,8 +60,15 @@ def bench(
         typer.Option(help="Besides: transformers,assistant-early-exit,prompt-lookup,draft-model,no-reuse, or some of them."),
     ] = "",
     draft_model: Annotated[str | None, typer.Option(help="The model that the baseline draft-model drafts with.")] = None,
-    prompt_column: PromptColumn = "prompt",
+    prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    metric: Metric = None,
+    shots: Shots = None,
+    template: Template = None,
+    pass_k: PassK = "1",
+    problem_samples: ProblemSamples = 1,
+    temperature: Temperature = 0.0,
+    allow_code_execution: AllowCode = False,
     format: Format = "table",
     output: Output = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted in --output.")] = False,
@@ -76,7 +90,23 @@ def bench(
     require(output is not None or not resume, "--resume", "used with the --output of the interrupted run", "none")
     config = BenchConfig(
         model=model,
-        task=TaskConfig(task, data, split, samples, seed, max_new_tokens, prompt_column, completion_column),
+        task=TaskConfig(
+            task,
+            data,
+            split,
+            samples,
+            seed,
+            max_new_tokens,
+            prompt_column,
+            completion_column,
+            metric,
+            shots,
+            template,
+            parse_counts(pass_k, "--pass-k"),
+            problem_samples,
+            temperature,
+            allow_code_execution,
+        ),
         exit_layer=exit_layer,
         num_draft_tokens=spec,
         repeats=repeats,
@@ -96,6 +126,8 @@ def bench(
 
     folder = prepare_output(output) if output is not None else None
     rows = load_task(config.task)
+    for note in rows.notes:
+        narrate(note)
     loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
     record = watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
     narrate_failures(record)

@@ -22,17 +22,35 @@ Result = TypeVar("Result")
 Model = Annotated[str, typer.Option("--model", help="embedded, embedded-base, a folder, a .gguf file or a hub id.")]
 TaskName = Annotated[
     str | None,
-    typer.Option("--task", help="commands, topv2, or data with prompts and references. [default: --data, else commands]"),
+    typer.Option(
+        "--task", help="commands, topv2, cnn_dm, xsum, humaneval, mbpp, lm, jsonl. [default: by --data, else commands]"
+    ),
 ]
 Source = Annotated[
-    str | None, typer.Option("--data", help="A .jsonl, .csv or .parquet file, a TOPv2 folder, a hub id. [default: the task's]")
+    str | None, typer.Option("--data", help="A file, a TOPv2 folder, a hub id. [default: the task's own on the hub]")
 ]
 Split = Annotated[str, typer.Option("--split", help="train, validation, test; compositional for commands.")]
 Samples = Annotated[int, typer.Option("--samples", help="How many rows; 0 is all, for `commands` 20000.")]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Most tokens of an answer. [default: 128]")]
-PromptColumn = Annotated[str, typer.Option("--prompt-column", help="Column of the prompt.")]
+PromptColumn = Annotated[
+    str | None, typer.Option("--prompt-column", help="Column of the prompt. [default: by its usual names]")
+]
 CompletionColumn = Annotated[
-    str | None, typer.Option("--completion-column", help="Column of the reference. [default: completion, or reference]")
+    str | None, typer.Option("--completion-column", help="Column of the reference. [default: by its usual names]")
+]
+Metric = Annotated[
+    str | None, typer.Option("--metric", help="Of jsonl: exact_match, rouge1, rouge2 or rougeL. [default: rouge2]")
+]
+Shots = Annotated[int | None, typer.Option("--shots", help="Solved rows before each prompt. [default: the task's]")]
+Template = Annotated[
+    str | None,
+    typer.Option("--template", help="A row's prompt: a text with {prompt} in it, raw, or chat. [default: the task's]"),
+]
+PassK = Annotated[str, typer.Option("--pass-k", help="The k of pass@k, such as 1,10.")]
+ProblemSamples = Annotated[int, typer.Option("--problem-samples", help="Answers to each problem, for pass@k.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="Of answers to code problems; 0 is greedy.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, in a sandbox.")
 ]
 Format = Annotated[str, typer.Option("--format", help="Of standard output: table, json, csv or markdown.")]
 Output = Annotated[str | None, typer.Option("--output", help="Folder for the result files.")]

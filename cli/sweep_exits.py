@@ -22,18 +22,25 @@ from .console import (
 )
 from .evaluation import (
     FORMATS,
+    AllowCode,
     CompletionColumn,
     Format,
     MaxNewTokens,
+    Metric,
     Model,
     Output,
+    PassK,
+    ProblemSamples,
     PromptColumn,
     RemoteCode,
     Samples,
     Seed,
+    Shots,
     Source,
     Split,
     TaskName,
+    Temperature,
+    Template,
     narrate_failures,
     print_result,
     watch,
@@ -50,8 +57,15 @@ def sweep_exits(
     specs: Annotated[str, typer.Option(help="Draft lengths, in the same form.")] = "2,4,6,8,12",
     quick: Annotated[bool, typer.Option("--quick", help="Measure only the settings that should be fastest.")] = False,
     max_new_tokens: MaxNewTokens = None,
-    prompt_column: PromptColumn = "prompt",
+    prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    metric: Metric = None,
+    shots: Shots = None,
+    template: Template = None,
+    pass_k: PassK = "1",
+    problem_samples: ProblemSamples = 1,
+    temperature: Temperature = 0.0,
+    allow_code_execution: AllowCode = False,
     format: Format = "table",
     output: Output = None,
     save: Annotated[bool, typer.Option("--save", help="Write the recommendation into the model's layerskip.json.")] = False,
@@ -72,7 +86,23 @@ def sweep_exits(
     require_choice(format, "--format", FORMATS)
     config = SweepConfig(
         model=model,
-        task=TaskConfig(task, data, split, samples, seed, max_new_tokens, prompt_column, completion_column),
+        task=TaskConfig(
+            task,
+            data,
+            split,
+            samples,
+            seed,
+            max_new_tokens,
+            prompt_column,
+            completion_column,
+            metric,
+            shots,
+            template,
+            parse_counts(pass_k, "--pass-k"),
+            problem_samples,
+            temperature,
+            allow_code_execution,
+        ),
         exits=parse_counts(exits, "--exits") if exits is not None else (),
         specs=parse_counts(specs, "--specs"),
         quick=quick,
@@ -91,6 +121,8 @@ def sweep_exits(
         raise ConfigError(f"--save needs a --model that is a folder, to write its layerskip.json; got {model}")
     folder = prepare_output(output) if output is not None else None
     rows = load_task(config.task)
+    for note in rows.notes:
+        narrate(note)
     loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
     record = watch(sweep(loaded, rows, config))
     narrate_failures(record)

@@ -18,6 +18,7 @@ EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
 DTYPES: tuple[str, ...] = get_args(DType)
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
 BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse")
 
 
@@ -228,8 +229,9 @@ class FinetuneConfig:
 class TaskConfig:
     """What is evaluated on which rows. The data are `data`, else the task's own; `samples` of them (0: all).
 
-    `task` is `commands` or `topv2` (parsing), or a name of data with prompts and references. None for `max_new_tokens` and the
-    columns: the task decides, and the reference may stand in `completion` or `reference`.
+    `task` is one of evaluation/tasks, or a name of data with prompts and references. None for `max_new_tokens`, `shots` and the
+    columns: the task decides. `template` is the form of a row's prompt with {prompt} in it, or `raw`, or `chat`. Code gets
+    `problem_samples` answers a problem, drawn at `temperature`, of which pass@k is estimated for each of `pass_k`.
     """
 
     task: str | None = None
@@ -238,12 +240,34 @@ class TaskConfig:
     samples: int = 12
     seed: int = 0
     max_new_tokens: int | None = None
-    prompt_column: str = "prompt"
+    prompt_column: str | None = None
     completion_column: str | None = None
+    metric: str | None = None
+    shots: int | None = None
+    template: str | None = None
+    pass_k: tuple[int, ...] = (1,)
+    problem_samples: int = 1
+    temperature: float = 0.0
+    allow_code_execution: bool = False
 
     def __post_init__(self) -> None:
         require(self.samples >= 0, "--samples", "at least 0", self.samples)
         require(self.max_new_tokens is None or self.max_new_tokens >= 1, "--max-new-tokens", "at least 1", self.max_new_tokens)
+        if self.metric is not None:
+            require_choice(self.metric, "--metric", METRICS)
+        require(self.shots is None or self.shots >= 0, "--shots", "at least 0", self.shots)
+        require(
+            self.template in (None, "raw", "chat") or "{prompt}" in (self.template or ""),
+            "--template",
+            "raw, chat or a text with {prompt} in it",
+            self.template,
+        )
+        require(bool(self.pass_k) and min(self.pass_k) >= 1, "--pass-k", "counts of at least 1", _listed(self.pass_k))
+        most = max(self.pass_k)
+        require(self.problem_samples >= most, "--problem-samples", f"at least {most}, for --pass-k", self.problem_samples)
+        require(self.temperature >= 0, "--temperature", "at least 0", self.temperature)
+        drawn = self.problem_samples == 1 or self.temperature > 0
+        require(drawn, "--temperature", "above 0 for several --problem-samples", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -267,6 +291,8 @@ class BenchConfig:
         require(self.repeats >= 1, "--repeats", "at least 1", self.repeats)
         for name in self.baselines:
             require_choice(name, "--baselines", BASELINES)
+        temperature = self.task.temperature
+        require(not self.baselines or temperature == 0, "--temperature", "0 with --baselines, which are greedy", temperature)
         drafting = "draft-model" in self.baselines
         require(
             drafting == (self.draft_model is not None), "--draft-model", "given with the baseline draft-model", self.draft_model

@@ -10,6 +10,7 @@ from layerskip_core.config import DataConfig, DecodingConfig, TaskConfig
 from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.evaluation.generation import Output, Outputs, Step, measure
+from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.tasks import Task
 from layerskip_core.model import DepthModel
 from layerskip_core.training.vocabulary import train_tokenizer
@@ -29,9 +30,11 @@ def tiny_loaded(dtype: torch.dtype = torch.float64) -> LoadedModel:
     return LoadedModel("tiny", model, tokenizer, CheckpointInfo(PARSING_TEMPLATE), DepthModel(model))
 
 
-def task_of(*examples: Example, parsing: bool = True) -> Task:
+def task_of(*examples: Example) -> Task:
+    """Prompts with known answers, scored by exact match."""
     config = TaskConfig("known", "known", max_new_tokens=NEW_TOKENS, completion_column="completion")
-    return Task("known", examples, parsing, NEW_TOKENS, config)
+    references = [[example.completion] for example in examples]
+    return Task("known", examples, config, "exact_match", lambda texts: {"exact_match": exact_match(texts, references)})
 
 
 @cache

@@ -156,6 +156,34 @@ def test_bench_tells_failures_and_goes_on(tmp_path, model):
     assert "1 prompts failed and count as wrong answers; sample 0: the prompt must be at most 127 tokens" in result.stderr
 
 
+def test_code_is_judged_with_the_flag_alone(tmp_path, model):
+    file = tmp_path / "problems.jsonl"
+    row = {"task_id": 1, "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"}
+    file.write_text(json.dumps({**row, "test": "def check(f):\n    assert f(1) == 1\n"}) + "\n")
+    arguments = ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--exit", "5", "--repeats", "1")
+    arguments += ("--max-new-tokens", "4", "--format", "json")
+    without = run(*arguments)
+    assert list(json.loads(without.stdout)["results"][0]["metrics"]) == ["rouge2"]
+    assert "pass@k needs --allow-code-execution" in without.stderr
+    drawn = ("--allow-code-execution", "--pass-k", "1,2", "--problem-samples", "2", "--temperature", "1.0")
+    result = run(*arguments, *drawn)
+    for one in json.loads(result.stdout)["results"]:
+        assert list(one["metrics"]) == ["pass@1", "pass@2", "rouge2"]
+        assert (one["metrics"]["pass@1"], one["differences"]) == (0.0, [])
+
+
+def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("layerskip_core.evaluation.tasks.language_modelling._PROMPT_WORDS", 20)  # for a context of 128 tokens
+    file = tmp_path / "text.txt"
+    file.write_text("remind me to call mom at five and to buy some milk on the way " * 40)
+    arguments = ("--model", model, "--task", "lm", "--data", str(file), "--samples", "1", "--max-new-tokens", "3")
+    swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2", "--format", "json").stdout)["results"]
+    assert [one["metrics"]["perplexity"] for one in swept[:2]] == [one["perplexity"] for one in swept[:2]]
+    assert swept[2]["metrics"] == swept[0]["metrics"] != swept[1]["metrics"]
+    benched = json.loads(run("bench", *arguments, "--exit", "5", "--repeats", "1", "--format", "json").stdout)["results"]
+    assert [one["metrics"] for one in benched] == [swept[place]["metrics"] for place in (0, 1, 0)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,6 +192,13 @@ def test_bench_tells_failures_and_goes_on(tmp_path, model):
         (("bench", "--spec", "0"), "--spec must be at least 1, got 0"),
         (("bench", "--dtype", "fp8"), "--dtype must be one of auto, fp32, bf16, got fp8"),
         (("bench", "--data", "nothing-here"), "nothing-here"),
+        (("bench", "--task", "nothing-here"), "--task must be one of commands, topv2, jsonl"),
+        (
+            ("bench", "--temperature", "1", "--baselines", "no-reuse"),
+            "--temperature must be 0 with --baselines, which are greedy",
+        ),
+        (("bench", "--pass-k", "none"), "--pass-k must be a list such as"),
+        (("sweep-exits", "--metric", "bleu"), "--metric must be one of exact_match"),
         (("sweep-exits", "--exits", "8:2"), "--exits must be a list such as 3,6,8"),
         (("sweep-exits", "--specs", "0,2"), "--specs must be draft lengths of at least 1, got 0,2"),
         (("sweep-exits", "--samples", "-1"), "--samples must be at least 0, got -1"),

@@ -1,13 +1,34 @@
-"""Tasks by name and from files, and how they score."""
+"""Tasks by name and from files: their prompts, how answers end, and how they score."""
 
+import gzip
 import json
 
+import datasets
 import pytest
+from evaluating import tiny_loaded
 
-from layerskip_core.config import TaskConfig
+from layerskip_core.config import DecodingConfig, TaskConfig
 from layerskip_core.data import Example
-from layerskip_core.errors import DataError
+from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.tasks import load_task
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of the rows given, by (id, split); `calls` are the keywords it was asked with."""
+    rows, calls = {}, []
+
+    def load_dataset(hub_id, split, streaming=False, **keywords):
+        calls.append((hub_id, split, streaming, keywords))
+        return datasets.Dataset.from_list(rows[hub_id, split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return rows, calls
 
 
 def test_commands_is_the_default_and_a_parsing_task():
@@ -33,23 +54,190 @@ def test_jsonl_and_csv_with_prompt_and_reference(tmp_path, column):
     jsonl, table = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
     jsonl.write_text("\n" + "\n".join(map(json.dumps, rows)))
     table.write_text(f"prompt,{column}\none,the cat sat down\ntwo,b a\n")
-    for task in (load_task(TaskConfig(str(jsonl))), load_task(TaskConfig("text", str(table)))):
+    for task in (load_task(TaskConfig(str(jsonl))), load_task(TaskConfig("jsonl", str(table)))):
         assert task.examples == (Example("one", "the cat sat down"), Example("two", "b a"))
-        assert (task.parsing, task.quality_metric, task.config.completion_column) == (False, "rouge2", column)
+        assert (task.template, task.quality_metric, task.config.completion_column) == (None, "rouge2", column)
         assert task.score(["the cat sat", "b a"]) == pytest.approx({"rouge2": 0.9, "exact_match": 0.5})
 
 
 def test_columns_by_flag(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"q": "one", "a": "two"}\n')
+    file.write_text('{"q": "one", "a": "two", "prompt": "not this"}\n')
     assert load_task(TaskConfig(data=str(file), prompt_column="q", completion_column="a")).examples == (Example("one", "two"),)
+
+
+def test_lists_are_sentences_of_a_prompt_and_references_to_choose_from(tmp_path):
+    file = write_lines(tmp_path / "rows.json", [{"source": ["One. ", "Two."], "target": ["a b c", "the cat sat down"]}])
+    task = load_task(TaskConfig(data=file, metric="rouge1"))
+    assert task.examples == (Example("One. Two.", "a b c"),)
+    # Against the second reference: 3 of 3 words, of 4; 2 of 2 bigrams, of 3.
+    scores = {"rouge1": 6 / 7, "rouge2": 0.8, "rougeL": 6 / 7}
+    assert task.score(["the cat sat"]) == pytest.approx(scores)
+    assert task.quality_metric == "rouge1"
+    assert load_task(TaskConfig(data=file, metric="exact_match")).score(["the cat sat down"]) == {"exact_match": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "completion", "model_template"),
+    [
+        (None, "one\nA\n\ntwo\nB\n\nthree", "C", None),
+        ("chat", "one\nA\n\ntwo\nB\n\nthree", "C", "chat"),
+        ("raw", "one\nA\n\ntwo\nB\n\nthree\n", "C", "{prompt}"),
+        ("Q: {prompt}\nA:", "Q: one\nA: A\n\nQ: two\nA: B\n\nQ: three\nA:", " C", "{prompt}"),
+    ],
+)
+def test_first_rows_are_shots_in_the_template(tmp_path, template, prompt, completion, model_template):
+    rows = [{"prompt": "one", "answer": "A"}, {"prompt": "two", "answer": "B"}, {"prompt": "three", "answer": "C"}]
+    task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows), shots=2, template=template))
+    assert task.examples == (Example(prompt, completion),)
+    assert (task.stop, task.template) == (("\n\n",), model_template)
+    assert task.score(["C\n\nQ: four"])["exact_match"] == 1.0
+    loaded = task.prepared(tiny_loaded())
+    assert loaded.prompt_template == (model_template or "{prompt}\n")
+    assert task.decoding(DecodingConfig("autoregressive")).stop == ("\n\n",)
 
 
 def test_a_folder_of_topv2_files(tmp_path):
     (tmp_path / "music_test.tsv").write_text("domain\tutterance\tsemantic_parse\nmusic\tplay it\t[IN:PLAY_MUSIC play it ]\n")
     for task in (load_task(TaskConfig("topv2", str(tmp_path))), load_task(TaskConfig(data=str(tmp_path)))):
-        assert task.parsing
+        assert task.quality_metric == "exact_match"
         assert task.examples == (Example("play it", "[IN:PLAY_MUSIC play it ]"),)
+
+
+def test_cnn_dm_from_the_hub_shows_one_article_of_the_training_split(hub):
+    rows, calls = hub
+    rows["abisee/cnn_dailymail", "train"] = [{"article": "Rain fell.", "highlights": "It rained .\nA lot ."}] * 2
+    rows["abisee/cnn_dailymail", "test"] = [{"article": "Snow fell.", "highlights": "It snowed ."}]
+    task = load_task(TaskConfig("cnn_dm"))
+    prompt = "Article: Rain fell.\nSummary: It rained . A lot .\n\nArticle: Snow fell.\nSummary:"
+    assert task.examples == (Example(prompt, " It snowed ."),)
+    assert calls == [
+        ("abisee/cnn_dailymail", "train", True, {"name": "3.0.0"}),
+        ("abisee/cnn_dailymail", "test", False, {"name": "3.0.0"}),
+    ]
+    assert (task.quality_metric, task.template, task.max_new_tokens) == ("rouge2", "{prompt}", 128)
+    assert task.score([" It snowed .\nArticle: more"]) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
+    assert load_task(TaskConfig("cnn_dm", shots=0)).examples[0].prompt == "Article: Snow fell.\nSummary:"
+
+
+def test_xsum_from_the_hub_has_no_shots(hub):
+    rows, calls = hub
+    rows["EdinburghNLP/xsum", "validation"] = [{"document": "Snow fell.", "summary": "It snowed."}]
+    task = load_task(TaskConfig("xsum", split="validation"))
+    assert task.examples == (Example("Article: Snow fell.\nSummary:", " It snowed."),)
+    assert calls == [("EdinburghNLP/xsum", "validation", False, {"revision": "refs/convert/parquet"})]
+
+
+def test_xsum_prompts_that_bring_their_shots_stay_as_they_are(tmp_path):
+    rows = [{"article": "###\nArticle: Snow fell.\n\nSummarize it.\n", "summary_gt": "It snowed."}]
+    task = load_task(TaskConfig("xsum", write_lines(tmp_path / "rows.jsonl", rows)))
+    assert task.examples == (Example("###\nArticle: Snow fell.\n\nSummarize it.\n", " It snowed."),)
+    assert task.score(["It snowed.\n\n###\nArticle"])["rouge2"] == 1.0
+
+
+def problem(number):
+    return {
+        "task_id": f"Own/{number}",
+        "prompt": f'def add{number}(x):\n    """Adds {number} to x."""\n',
+        "entry_point": f"add{number}",
+        "canonical_solution": f"    return x + {number}\n",
+        "test": f"def check(candidate):\n    assert candidate(1) == {1 + number}\n    assert candidate(2) == {2 + number}\n",
+    }
+
+
+def test_humaneval_judges_by_running_the_tests(tmp_path):
+    file = tmp_path / "problems.jsonl.gz"
+    file.write_bytes(gzip.compress("".join(json.dumps(problem(number)) + "\n" for number in (1, 2)).encode()))
+    config = TaskConfig("humaneval", str(file), problem_samples=2, temperature=0.8, pass_k=(1, 2), allow_code_execution=True)
+    task = load_task(config)
+    first, second = problem(1), problem(2)
+    assert [example.prompt for example in task.examples] == [first["prompt"]] * 2 + [second["prompt"]] * 2
+    assert (task.quality_metric, task.template) == ("pass@1", "{prompt}")
+    right = "    return x + 1\n\ndef add1(x):\n    return 0\n"  # what stands behind a stop string is no part of the answer
+    scores = task.score([right, "    return x", "    return x", ""])
+    assert (scores["pass@1"], scores["pass@2"]) == (0.25, 0.5)
+    assert task.decoding(DecodingConfig("autoregressive")).sampling.temperature == 0.8
+
+
+def test_without_the_flag_no_code_runs_and_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("layerskip_core.evaluation.tasks.code.run_tests", None)
+    task = load_task(TaskConfig("humaneval", write_lines(tmp_path / "problems.jsonl", [problem(1)])))
+    assert task.score(["    return x + 1\n"]) == {"rouge2": 1.0}
+    assert task.quality_metric == "rouge2"
+    assert "pass@k needs --allow-code-execution" in task.notes[0]
+
+
+def small(number, **changes):
+    row = {
+        "task_id": number,
+        "text": f"Write f{number}.",
+        "code": f"def f{number}():\r\n  return {number}",
+        "test_setup_code": "",
+    }
+    return {**row, "test_list": [f"assert f{number}() == {number}"], "challenge_test_list": [], **changes}
+
+
+SHOT = "You are an expert Python programmer, and here is your task: Write f{0}. Your code should pass these tests:\n\n"
+SHOT += "assert f{0}() == {0}\n[BEGIN]\n"
+SOLVED = SHOT + "def f{0}():\n  return {0}\n[DONE]\n\n"
+
+
+def test_mbpp_shows_problems_2_to_4_and_asks_those_of_the_split(tmp_path):
+    file = write_lines(tmp_path / "mbpp.jsonl", [small(number) for number in (1, 2, 3, 4, 5, 11, 12, 511)])
+    task = load_task(TaskConfig("mbpp", file, allow_code_execution=True))
+    assert [example.prompt for example in task.examples] == [
+        "".join(SOLVED.format(number) for number in (2, 3, 4)) + SHOT.format(number) for number in (11, 12)
+    ]
+    assert task.examples[0].completion == "def f11():\n  return 11"
+    assert task.score(["def f11():\n  return 11\n[DONE]\nnot python", "def f12():\n  return 11"])["pass@1"] == 0.5
+    (only,) = load_task(TaskConfig("mbpp", file, split="validation", shots=0)).examples
+    assert only.prompt == SHOT.format(511)
+
+
+def test_mbpp_in_its_sanitized_form_brings_imports(tmp_path):
+    rows = [small(7), small(8, test_imports=["import math"], test_list=["assert math.floor(f8()) == 8"])]
+    for row in rows:
+        row["prompt"] = row.pop("text")
+        del row["test_setup_code"]
+    file = tmp_path / "sanitized.json"
+    file.write_text(json.dumps(rows, indent=1))
+    task = load_task(TaskConfig("mbpp", str(file), shots=1, allow_code_execution=True))
+    assert [example.prompt.count("[BEGIN]") for example in task.examples] == [2]
+    assert task.score(["def f8(): return 8"])["pass@1"] == 1.0
+
+
+def test_code_from_the_hub(hub):
+    rows, calls = hub
+    rows["openai/openai_humaneval", "test"] = [problem(1)]
+    rows["google-research-datasets/mbpp", "prompt"] = [small(number) for number in range(1, 11)]
+    rows["google-research-datasets/mbpp", "test"] = [small(11)]
+    assert load_task(TaskConfig("humaneval")).examples[0].completion == "    return x + 1\n"
+    (example,) = load_task(TaskConfig("mbpp", shots=1)).examples
+    assert example.prompt == SOLVED.format(2) + SHOT.format(11)
+    assert [call[:2] for call in calls] == [
+        ("openai/openai_humaneval", "test"),
+        ("google-research-datasets/mbpp", "prompt"),
+        ("google-research-datasets/mbpp", "test"),
+    ]
+
+
+def test_lm_takes_passages_of_a_text(tmp_path):
+    words = [f"w{number}" for number in range(3000)]
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(words) + "\n")
+    task = load_task(TaskConfig("lm", str(file), samples=4))
+    assert task.examples[0].prompt.split()[0] == "w0"
+    assert [len(example.prompt.split()) for example in task.examples] == [100] * 4
+    assert task.examples[0].completion.split()[0] == "w100"
+    assert (task.quality_metric, task.score(["a", "b", "c", "d"], 7.5)) == ("perplexity", {"perplexity": 7.5})
+
+
+def test_lm_of_rows_and_of_the_hub(tmp_path, hub):
+    rows, calls = hub
+    rows["Salesforce/wikitext", "test"] = [{"text": " = Snow = \n"}, {"text": ""}, {"text": " It fell . \n"}]
+    assert load_task(TaskConfig("lm")).text == " = Snow = \n It fell . \n"
+    assert calls[0][3] == {"name": "wikitext-2-raw-v1"}
+    assert load_task(TaskConfig("lm", write_lines(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}]))).text == "a\n\nb"
 
 
 @pytest.mark.parametrize(
@@ -57,10 +245,13 @@ def test_a_folder_of_topv2_files(tmp_path):
     [
         ("rows.jsonl", '{"prompt": "a", "reference": "b"}\n{"prompt": ', r"rows.jsonl:2: not valid JSON"),
         ("rows.jsonl", "[1]\n", r"rows.jsonl:1: needed a JSON object"),
-        ("rows.jsonl", '{"prompt": "a", "answer": "b"}\n', r"rows.jsonl:1: no column 'completion'"),
+        ("rows.jsonl", '{"prompt": "a", "label": "b"}\n', r"rows.jsonl:1: no column 'completion' \(--completion-column\)"),
+        ("rows.jsonl", '{"prompt": "a", "target": [1]}\n', r"rows.jsonl:1: target must be a text that is not empty, or a list"),
         ("rows.jsonl", '{"prompt": " ", "reference": "b"}\n', r"a prompt in every row, found none in row 1"),
         ("rows.txt", "plain text\n", r"a prompt in every row, found none in row 1"),
         ("rows.csv", "", r"rows.csv:1: no column 'completion'"),
+        ("rows.json.gz", "not gzip", r"rows.json.gz: not readable"),
+        ("rows.jsonl", "\n", r"rows.jsonl holds no rows"),
     ],
 )
 def test_bad_data_is_named(tmp_path, name, content, message):
@@ -75,6 +266,43 @@ def test_a_split_without_rows_is_named(tmp_path):
         load_task(TaskConfig(data=str(tmp_path)))
 
 
-def test_an_unknown_task_is_named():
-    with pytest.raises(DataError, match="nothing-here"):
-        load_task(TaskConfig("nothing-here"))
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"task": "nothing-here"}, r"--task must be one of commands, topv2, jsonl, .*; got nothing-here"),
+        ({"task": "jsonl"}, r"--data must be given for --task jsonl"),
+        ({"task": "lm", "data": "nothing.txt"}, r"--data nothing.txt must be a UTF-8 text"),
+        ({"task": "humaneval", "data": "nothing.jsonl"}, r"--data nothing.jsonl: there is no such file"),
+        ({"task": "humaneval", "shots": 1}, r"--shots must be 0 for --task humaneval, got 1"),
+        ({"task": "xsum", "metric": "rouge1"}, r"--metric must be used with --task jsonl, got --task xsum"),
+        ({"task": "xsum", "temperature": 1.0}, r"--temperature must be 0 for --task xsum"),
+        ({"task": "mbpp", "split": "dev"}, r"--split must be one of test, validation, train for --task mbpp, got dev"),
+    ],
+)
+def test_what_a_task_does_not_have_is_named(keywords, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        load_task(TaskConfig(**keywords))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"metric": "bleu"}, "--metric must be one of exact_match, rouge1, rouge2, rougeL, got bleu"),
+        ({"template": "Q:"}, r"--template must be raw, chat or a text with {prompt} in it, got Q:"),
+        ({"pass_k": (10,)}, "--problem-samples must be at least 10, for --pass-k, got 1"),
+        ({"problem_samples": 5}, "--temperature must be above 0 for several --problem-samples, got 0"),
+        ({"shots": -1}, "--shots must be at least 0, got -1"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(keywords, message):
+    with pytest.raises(ConfigError, match=message):
+        TaskConfig(**keywords)
+
+
+def test_a_hub_that_cannot_be_reached_points_to_data(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("offline\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"cannot load data openai/openai_humaneval: offline; a file .* by --data"):
+        load_task(TaskConfig("humaneval"))

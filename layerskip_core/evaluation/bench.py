@@ -10,7 +10,7 @@ from ..config import BenchConfig, DecodingConfig, require_exit_layer
 from .baselines import load_baselines
 from .generation import Failure, Outputs, Progress, Setting, differences, drafts_tokens, finite, measure_interleaved
 from .journal import Journal
-from .metrics import Difference
+from .metrics import Difference, ReferenceLosses
 from .record import RunRecord, environment
 from .tasks import Task
 
@@ -64,17 +64,23 @@ def bench(
         LayerSkipError: no prompt could be answered, or the folder holds a run of other settings to resume.
     """
     config = _resolved(loaded, task, config)
-    own = _settings(config, task.max_new_tokens)
+    sampled = task.config.temperature > 0
+    loaded = task.prepared(loaded)
+    own = [task.decoding(setting) for setting in _settings(config, task.max_new_tokens)]
     settings: list[Setting] = [*own, *load_baselines(loaded, config, own[0], trust_remote_code)]
     machine = environment(loaded)
     journal = Journal(folder, asdict(config), resume) if folder is not None else None
+    losses = ReferenceLosses(0, {})
+    if task.text is not None:
+        losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in settings]), losses)
     outputs = yield from measure_interleaved(loaded, task.examples, settings, config.repeats, journal)
     transformers = next((found for one, found in zip(settings, outputs, strict=True) if one.strategy == "transformers"), None)
     results = []
     for setting, repeats in zip(settings, outputs, strict=True):
-        parted = differences(loaded, task.examples, repeats[0], outputs[0][0]) if setting.strategy != "early-exit" else ()
-        result = bench_result(setting, repeats, outputs[0], task.score(repeats[0].texts), parted, transformers)
-        results.append(result)
+        comparable = setting.strategy != "early-exit" and not sampled
+        parted = differences(loaded, task.examples, repeats[0], outputs[0][0]) if comparable else ()
+        metrics = task.score(repeats[0].texts, losses.perplexity(_depth(setting, loaded)))
+        results.append(bench_result(setting, repeats, outputs[0], metrics, parted, transformers))
     yield RunRecord(asdict(config), machine, tuple(results))
 
 
@@ -135,6 +141,12 @@ def _settings(config: BenchConfig, max_new_tokens: int) -> list[DecodingConfig]:
         DecodingConfig("early-exit", exit_layer, max_new_tokens=max_new_tokens),
         DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens),
     ]
+
+
+def _depth(setting: Setting, loaded: LoadedModel) -> int:
+    """How many layers an answer comes from."""
+    early = setting.strategy == "early-exit" and setting.exit_layer is not None
+    return setting.exit_layer if early and setting.exit_layer else int(loaded.depth.num_layers)
 
 
 def _median(values: Iterable[float]) -> float | None:

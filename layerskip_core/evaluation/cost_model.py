@@ -148,14 +148,19 @@ class Predictions:
 
 
 def predict(
-    loaded: LoadedModel, examples: Sequence[Example], exits: Sequence[int], specs: Sequence[int], max_new_tokens: int
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    exits: Sequence[int],
+    specs: Sequence[int],
+    max_new_tokens: int,
+    stop: tuple[str, ...] = (),
 ) -> Generator[Progress, None, Predictions]:
     """Decodes every prompt once, autoregressively, and times a few rounds of each setting; yields progress.
 
     Raises LayerSkipError when no prompt could be answered.
     """
     total = len(examples) + _TURNS * len(exits) * len(specs)
-    plain = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
+    plain = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens, stop=stop)
     measure(loaded, examples[0].prompt, plain)  # warm-up
     known: list[_Known] = []
     outputs = []

@@ -114,12 +114,14 @@ def measure(loaded: LoadedModel, prompt: str, setting: Setting) -> Output:
     try:
         prompt_ids = loaded.encode_prompt(prompt)
         if isinstance(setting, DecodingConfig):
-            found = timed(decode(loaded.depth, prompt_ids, setting, loaded.eos_ids))
+            found = timed(decode(loaded.depth, prompt_ids, setting, loaded.eos_ids, loaded.detokenize))
         else:
             found = setting.run(loaded, prompt_ids)
     except (LayerSkipError, torch.OutOfMemoryError) as error:
         return Output(error=str(error))
-    text = loaded.detokenize([token for token in found.ids if token not in loaded.eos_ids])
+    # Decoded behind the prompt: some tokenizers drop the space that a text begins with, and code is indented by it.
+    text = loaded.detokenize(prompt_ids + [token for token in found.ids if token not in loaded.eos_ids])
+    text = text[len(loaded.detokenize(prompt_ids)) :]
     return Output(found.ids, text, found.steps, found.stats, found.finish_reason, memory.peak_mb())
 
 
@@ -210,7 +212,7 @@ def measure_interleaved(
             mine = journal.recall(repeat, number) if journal is not None else None
             if mine is None:
                 turn = _order(len(settings), number + repeat)
-                by_place = {place: measure(loaded, example.prompt, settings[place]) for place in turn}
+                by_place = {place: measure(loaded, example.prompt, _seeded(settings[place], number)) for place in turn}
                 mine = [by_place[place] for place in range(len(settings))]
                 if journal is not None:
                     journal.add(repeat, number, mine)
@@ -251,6 +253,13 @@ def require_outputs(outputs: Outputs) -> Outputs:
 def finite(value: float) -> float | None:
     """The value, or None for a NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
+
+
+def _seeded(setting: Setting, sample: int) -> Setting:
+    """With a seed of the sample's own, so that several answers to one prompt differ where they are drawn."""
+    if not isinstance(setting, DecodingConfig) or not setting.sampling.temperature:
+        return setting
+    return replace(setting, sampling=replace(setting.sampling, seed=setting.sampling.seed + sample))
 
 
 def _shortened(setting: Setting) -> Setting:

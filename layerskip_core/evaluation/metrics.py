@@ -1,7 +1,7 @@
-"""How good answers are: exact match, ROUGE-2, perplexity through every exit, and where two decodings part."""
+"""How good answers are: exact match, ROUGE, pass@k, perplexity through every exit, and where two decodings part."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import LoadedModel
+from ..checkpoint import LoadedModel, quiet_transformers
 from ..data import Example
 from ..decoding.drafting import SpanModel
 from ..training.exit_loss import summed_cross_entropy
@@ -19,45 +19,80 @@ from ..training.exit_loss import summed_cross_entropy
 NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.25}
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str], fold_whitespace: bool = False) -> float:
-    """Share of predictions equal to their reference, both stripped; `fold_whitespace` takes every run of it as one space."""
+ROUGES = ("rouge1", "rouge2", "rougeL")
+LOWER_IS_BETTER = ("perplexity",)
+_WINDOW_TOKENS = 512
+
+
+def quality(metrics: Mapping[str, float], name: str) -> float:
+    """A metric such that more is better; minus infinity where it is missing."""
+    value = metrics.get(name)
+    if value is None:
+        return -math.inf
+    return -value if name in LOWER_IS_BETTER else value
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], fold_whitespace: bool = False) -> float:
+    """Share of predictions equal to one of their references, all stripped; `fold_whitespace` takes every run of it as one
+    space.
+    """
 
     def normal(text: str) -> str:
         return " ".join(text.split()) if fold_whitespace else text.strip()
 
     pairs = list(zip(predictions, references, strict=True))
-    return sum(normal(prediction) == normal(reference) for prediction, reference in pairs) / len(pairs)
+    return sum(normal(prediction) in map(normal, texts) for prediction, texts in pairs) / len(pairs)
 
 
-def rouge2(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F-measure of ROUGE-2 with stemming (Lin, 2004), by the rouge-score package."""
-    return float(_rouge2_metric().compute(predictions=list(predictions), references=list(references))["rouge2"])
+def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str] = ROUGES) -> dict[str, float]:
+    """Mean F-measure of each kind of ROUGE with stemming (Lin, 2004), by the rouge-score package; the best of a prediction's
+    references counts.
+    """
+    pairs = {"predictions": list(predictions), "references": [list(texts) for texts in references]}
+    return {kind: float(value) for kind, value in _metrics()["rouge"].compute(**pairs, kinds=tuple(kinds)).items()}
+
+
+def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, float]:
+    """`pass@k` for each k, from whether each of n answers to each problem passed: the mean of the unbiased estimator
+    1 - C(n - c, k) / C(n, k), where c passed (Chen et al., 2021, equation 1). n must be at least k.
+    """
+    computed = _metrics()["pass_at_k"].compute(predictions=[list(answers) for answers in verdicts], ks=tuple(ks))
+    return {name: float(value) for name, value in computed.items()}
 
 
 @cache
-def _rouge2_metric() -> Any:
-    """A metric of our own, for `evaluate.load("rouge")` fetches a script from the hub. Made late: the import takes 2 s."""
+def _metrics() -> dict[str, Any]:
+    """Metrics of our own, for `evaluate.load` fetches a script from the hub. Made late: the imports take 2 s."""
     import datasets
     import evaluate
     from rouge_score.rouge_scorer import RougeScorer
 
-    class Rouge2(evaluate.Metric):  # type: ignore[misc]
+    def info(description: str, **features: Any) -> Any:
+        return evaluate.MetricInfo(
+            description=description, citation="", inputs_description="", features=datasets.Features(features)
+        )
+
+    class Rouge(evaluate.Metric):  # type: ignore[misc]
         def _info(self) -> Any:
             text = datasets.Value("string")
-            return evaluate.MetricInfo(
-                description="Mean ROUGE-2 F-measure",
-                citation="",
-                inputs_description="",
-                features=datasets.Features({"predictions": text, "references": text}),
-            )
+            return info("Mean ROUGE F-measures", predictions=text, references=datasets.Sequence(text))
 
-        def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-            scorer = RougeScorer(["rouge2"], use_stemmer=True)
-            pairs = zip(references, predictions, strict=True)
-            scores = [scorer.score(reference, prediction)["rouge2"].fmeasure for reference, prediction in pairs]
-            return {"rouge2": sum(scores) / len(scores)}
+        def _compute(self, predictions: list[str], references: list[list[str]], kinds: tuple[str, ...]) -> dict[str, float]:
+            scorer = RougeScorer(list(kinds), use_stemmer=True)
+            best = [scorer.score_multi(texts, text) for texts, text in zip(references, predictions, strict=True)]
+            return {kind: sum(scores[kind].fmeasure for scores in best) / len(best) for kind in kinds}
 
-    return Rouge2(keep_in_memory=True)
+    class PassAtK(evaluate.Metric):  # type: ignore[misc]
+        def _info(self) -> Any:
+            return info("Unbiased pass@k", predictions=datasets.Sequence(datasets.Value("bool")))
+
+        def _compute(self, predictions: list[list[bool]], ks: tuple[int, ...]) -> dict[str, float]:
+            def chance(answers: list[bool], k: int) -> float:
+                return 1.0 - math.comb(answers.count(False), k) / math.comb(len(answers), k)
+
+            return {f"pass@{k}": sum(chance(answers, k) for answers in predictions) / len(predictions) for k in ks}
+
+    return {"rouge": Rouge(keep_in_memory=True), "pass_at_k": PassAtK(keep_in_memory=True)}
 
 
 @dataclass(frozen=True)
@@ -79,16 +114,38 @@ class ReferenceLosses:
         return math.exp(mean) if self.tokens and mean < 700 else None
 
 
-@torch.inference_mode()
 def reference_losses(loaded: LoadedModel, example: Example, exit_layers: Sequence[int]) -> ReferenceLosses:
     """The reference and the end of text, teacher-forced behind the prompt (which is not counted), through each exit at once.
 
     A row beyond the context limit is cut there, as in training.
     """
-    model, tokenizer = loaded.depth, loaded.tokenizer
+    tokenizer = loaded.tokenizer
     prompt = loaded.encode_prompt(example.prompt)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     reference = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"]) + end
+    return _losses(loaded.depth, prompt, reference, exit_layers)
+
+
+def text_losses(
+    loaded: LoadedModel, text: str, windows: int, exit_layers: Sequence[int], window_tokens: int = _WINDOW_TOKENS
+) -> Iterator[ReferenceLosses]:
+    """Of `windows` (0: all) at even distances, of those that a text falls into: windows that do not overlap, of
+    `window_tokens` or what the context allows. Each begins with what the tokenizer puts before a text; where that is nothing,
+    its first token is not counted.
+    """
+    with quiet_transformers():  # which would say that the text is longer than the context
+        ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = loaded.encode_prompt("", raw=True)
+    size = min(window_tokens, loaded.depth.max_positions - len(start))
+    places = range(0, max(len(ids) - size, 0) + 1, size)
+    count = min(windows or len(places), len(places))
+    for number in range(count):
+        place = places[number * len(places) // count]
+        yield _losses(loaded.depth, start, ids[place : place + size], exit_layers)
+
+
+@torch.inference_mode()
+def _losses(model: Any, prompt: list[int], reference: list[int], exit_layers: Sequence[int]) -> ReferenceLosses:
     ids = (prompt + reference)[: model.max_positions]
     first = max(len(prompt), 1)  # nothing predicts the first token of all
     targets = torch.tensor(ids[first:], device=model.device)

@@ -12,11 +12,12 @@ from typing import Any
 
 from ..errors import LayerSkipError
 from .bench import BenchResult
+from .metrics import LOWER_IS_BETTER
 from .record import RunRecord
 from .sweep import ExitResult
 
 _PROBE_BYTES = 1 << 20  # more than any report takes
-_SHORT_NAMES = {"exact_match": "EM", "rouge2": "R2"}
+_SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def to_csv(record: RunRecord[Any]) -> str:
 
 def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     """A line for each way of decoding; fits 80 columns with one metric or two. Empty cells were not measured."""
-    metrics = list(record.results[0].metrics)
+    metrics = [name for name in record.results[0].metrics if name != "perplexity"]  # it has a column of its own
     decimals = 1 if len(metrics) == 1 else 0  # two metrics leave no room for more
-    names = [_SHORT_NAMES.get(name, name) for name in metrics]
+    names = [_SHORT_NAMES.get(name, name.replace("pass@", "p@")) for name in metrics]
     headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "pred", "tok/s", "speed", "same", "")
     rows = [
         (
@@ -102,7 +103,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     lines: list[tuple[str, list[str]]] = [
         ("exit layer", [_count(result.exit_layer) for result in results]),
         ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
-        *((name.replace("_", " "), [_percent(result.metrics[name], 1) for result in results]) for name in results[0].metrics),
+        *((name.replace("_", " "), [_metric(result.metrics, name) for result in results]) for name in results[0].metrics),
         ("identical outputs", [_percent(result.identical_outputs, 1) for result in results]),
         ("acceptance rate", [_percent(result.acceptance_rate, 1) for result in results]),
         ("mean accepted tokens", [_number(result.mean_accepted_tokens, ".2f") for result in results]),
@@ -140,8 +141,8 @@ def pareto_plot(record: RunRecord[ExitResult], quality_metric: str) -> bytes:
     for result, point in zip(frontier, points, strict=True):
         axes.annotate(_label(result), point, textcoords="offset points", xytext=(4, 6), fontsize=8)
     axes.set_xlabel("tokens per second")
-    axes.set_ylabel(f"{quality_metric.replace('_', ' ')} (%)")
-    top = 110 * max(result.metrics[quality_metric] for result in record.results) or 1.0
+    axes.set_ylabel(quality_metric.replace("_", " ") + ("" if quality_metric in LOWER_IS_BETTER else " (%)"))
+    top = 1.1 * max(_point(result, quality_metric)[1] for result in record.results) or 1.0
     axes.set_ylim(-0.05 * top, top)
     axes.margins(x=0.1)
     axes.grid(alpha=0.3)
@@ -191,7 +192,8 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _point(result: ExitResult, quality_metric: str) -> tuple[float, float]:
-    return result.tokens_per_second or 0.0, 100 * result.metrics[quality_metric]
+    value = result.metrics.get(quality_metric, 0.0)
+    return result.tokens_per_second or 0.0, value if quality_metric in LOWER_IS_BETTER else 100 * value
 
 
 def _label(result: ExitResult) -> str:
@@ -202,6 +204,10 @@ def _label(result: ExitResult) -> str:
 
 def _count(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _metric(metrics: dict[str, float], name: str) -> str:
+    return _number(metrics.get(name), ".4g") if name in LOWER_IS_BETTER else _percent(metrics.get(name), 1)
 
 
 def _number(value: float | None, form: str) -> str:

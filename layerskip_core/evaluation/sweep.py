@@ -9,7 +9,7 @@ from ..checkpoint import LoadedModel
 from ..config import DecodingConfig, Strategy, SweepConfig, require_exit_layer
 from .cost_model import Predictions, predict
 from .generation import Failure, Outputs, Progress, differences, drafts_tokens, finite, measure_interleaved
-from .metrics import NEAR_TIE, Difference, ReferenceLosses, reference_losses
+from .metrics import NEAR_TIE, Difference, ReferenceLosses, quality
 from .record import PredictionError, Recommendation, RunRecord, environment
 from .tasks import Task
 
@@ -59,13 +59,14 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
         LayerSkipError: no prompt could be answered.
     """
     config = _resolved(loaded, task, config)
+    loaded = task.prepared(loaded)
     machine = environment(loaded)
     losses = ReferenceLosses(0, {})
-    for number, example in enumerate(task.examples, start=1):
-        losses = losses + reference_losses(loaded, example, [*config.exits, loaded.depth.num_layers])
-        yield Progress(number, len(task.examples), "perplexity")
-    predictions = yield from predict(loaded, task.examples, config.exits, config.specs, task.max_new_tokens)
-    baseline, ways = _settings(config, task.max_new_tokens)
+    for number, one in enumerate(task.losses(loaded, [*config.exits, loaded.depth.num_layers]), start=1):
+        losses = losses + one
+        yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
+    predictions = yield from predict(loaded, task.examples, config.exits, config.specs, task.max_new_tokens, task.stop)
+    baseline, ways = _settings(config, task)
     chosen = _promising(ways, predictions) if config.quick else ways
     # The baseline runs twice among the others, half of them apart: what it is compared with, and how steady the machine was.
     half = len(chosen) // 2
@@ -73,7 +74,8 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
     first, *others = (repeats[0] for repeats in measured)
     second = others.pop(half)
     seconds = Outputs(first.each + second.each).seconds_per_token
-    plain = exit_result(baseline, first, first, seconds, task.score(first.texts))
+    full = losses.perplexity(loaded.depth.num_layers)
+    plain = exit_result(baseline, first, first, seconds, task.score(first.texts, full))
     results = [replace(plain, tokens_per_second=1 / seconds, speedup=1.0)]  # of both its measurements
     outputs = dict(zip(chosen, others, strict=True))
     for setting in ways:
@@ -81,8 +83,10 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
         if found is None:
             results.append(_unmeasured(setting))
             continue
-        parted = differences(loaded, task.examples, found, first) if drafts_tokens(setting) else ()
-        results.append(exit_result(setting, found, first, seconds, task.score(found.texts), parted))
+        drafts = drafts_tokens(setting)
+        parted = differences(loaded, task.examples, found, first) if drafts and not setting.sampling.temperature else ()
+        perplexity = full if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
+        results.append(exit_result(setting, found, first, seconds, task.score(found.texts, perplexity), parted))
     results = [_with_predictions(result, losses, loaded.depth.num_layers, predictions) for result in results]
     marked = mark_pareto(results, task.quality_metric)
     advice = recommend(marked, NEAR_TIE[loaded.depth.dtype], baseline_drift(first, second))
@@ -128,7 +132,7 @@ def prediction_error(results: Sequence[ExitResult]) -> PredictionError | None:
 def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[ExitResult]:
     """The results with `pareto` set, by the quality metric and tokens a second, for those that were measured."""
     points = {
-        place: (result.metrics[quality_metric], result.tokens_per_second or 0.0)
+        place: (quality(result.metrics, quality_metric), result.tokens_per_second or 0.0)
         for place, result in enumerate(results)
         if result.metrics
     }
@@ -193,14 +197,16 @@ def _resolved(loaded: LoadedModel, task: Task, config: SweepConfig) -> SweepConf
     return replace(config, task=task.config, exits=exits)
 
 
-def _settings(config: SweepConfig, max_new_tokens: int) -> tuple[DecodingConfig, list[DecodingConfig]]:
+def _settings(config: SweepConfig, task: Task) -> tuple[DecodingConfig, list[DecodingConfig]]:
     """The baseline, and what is compared with it: every exit alone, then every exit with every draft length."""
+    max_new_tokens = task.max_new_tokens
     alone = [DecodingConfig("early-exit", exit_layer, max_new_tokens=max_new_tokens) for exit_layer in config.exits]
     drafting = [
         DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens)
         for exit_layer, drafts in product(config.exits, config.specs)
     ]
-    return DecodingConfig("autoregressive", max_new_tokens=max_new_tokens), alone + drafting
+    baseline = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
+    return task.decoding(baseline), [task.decoding(setting) for setting in alone + drafting]
 
 
 def _promising(ways: Sequence[DecodingConfig], predictions: Predictions) -> list[DecodingConfig]:

@@ -1,0 +1,119 @@
+"""Python programs judged by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
+
+HumanEval's prompts are the functions' heads as they stand; its answers end as in Chen et al., section 3. MBPP's are those of
+Austin et al., section 4: three solved problems, each between [BEGIN] and [DONE].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from ...config import TaskConfig, require
+from ...data import Example
+from ..metrics import pass_at_k, rouge
+from ..sandbox import WALLS, run_tests, standing_walls
+from .prompts import BARE, forms, with_shots
+from .rows import Row, file_rows, hub_rows, spread
+from .task import Task
+
+_HUMANEVAL_HUB = "openai/openai_humaneval"
+_HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+_MBPP_HUB = "google-research-datasets/mbpp"
+_MBPP_FORM = "You are an expert Python programmer, and here is your task: {prompt}\n[BEGIN]\n"
+_MBPP_STOP = ("[DONE]",)
+_MBPP_SHOTS = 3
+_MBPP_SHOT_IDS = range(2, 11)
+_MBPP_SPLITS = {"test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+_MAX_NEW_TOKENS = 512
+_NEEDS_FLAG = "pass@k needs --allow-code-execution, which runs what the model writes; without it the answers get ROUGE-2 only"
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A prompt with its reference answer, what stands before an answer in its program, and the tests behind it."""
+
+    example: Example
+    head: str
+    tests: str
+
+
+def humaneval(config: TaskConfig) -> Task:
+    every = file_rows(Path(config.data)) if config.data else hub_rows(_HUMANEVAL_HUB, "test")
+    form, template = forms(config.template, BARE, BARE)
+    problems = [_humaneval_problem(row) for row in spread(every, config.samples)]
+    problems = [replace(problem, example=with_shots(form, problem.example)) for problem in problems]
+    return _task(replace(config, data=config.data or _HUMANEVAL_HUB, shots=0), problems, _HUMANEVAL_STOP, template)
+
+
+def mbpp(config: TaskConfig) -> Task:
+    """A file of either form, full or sanitized. The shots are problems 2, 3, 4, ...; a file without those gives its first."""
+    require(config.split in _MBPP_SPLITS, "--split", f"one of {', '.join(_MBPP_SPLITS)} for --task mbpp", config.split)
+    count = _MBPP_SHOTS if config.shots is None else config.shots
+    if config.data:
+        every = file_rows(Path(config.data))
+        known = {row.fields.get("task_id"): row for row in every}
+        shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
+        rows = [row for row in every if row.fields.get("task_id") in _MBPP_SPLITS[config.split]]
+        if len(shots) < count or not rows:
+            shots, rows = every[:count], every[count:]
+    else:
+        shots = hub_rows(_MBPP_HUB, "prompt", name="full")[1 : count + 1]  # the first is problem 1
+        rows = hub_rows(_MBPP_HUB, config.split, name="full")
+    form, template = forms(config.template, _MBPP_FORM, BARE)
+    solved = [_mbpp_problem(row).example for row in shots]
+    solved = [Example(example.prompt, example.completion + "\n[DONE]") for example in solved]
+    problems = [_mbpp_problem(row) for row in spread(rows, config.samples)]
+    problems = [replace(problem, example=with_shots(form, problem.example, solved)) for problem in problems]
+    return _task(replace(config, data=config.data or _MBPP_HUB, shots=count), problems, _MBPP_STOP, template)
+
+
+def _humaneval_problem(row: Row) -> _Problem:
+    head = row.text("prompt")
+    example = Example(head, row.text("canonical_solution"))
+    return _Problem(example, head, f"{row.text('test')}\ncheck({row.text('entry_point')})\n")
+
+
+def _mbpp_problem(row: Row) -> _Problem:
+    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`."""
+    tests = "\n".join(row.texts("test_list"))
+    example = Example(
+        f"{row.text(row.first_column(('text', 'prompt')))} Your code should pass these tests:\n\n{tests}", row.text("code")
+    )
+    setup = row.fields.get("test_setup_code") or "\n".join(row.fields.get("test_imports") or ())
+    return _Problem(example, f"{setup}\n", tests)
+
+
+def _task(config: TaskConfig, problems: Sequence[_Problem], stop: tuple[str, ...], template: str | None) -> Task:
+    """Each problem as often as answers to it are wanted."""
+    answers = config.problem_samples
+    examples = tuple(problem.example for problem in problems for _ in range(answers))
+    resolved = replace(config, max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS)
+    references = [[example.completion] for example in examples]
+
+    @cache  # ways of decoding that agree need not be judged twice
+    def passes(number: int, answer: str) -> bool:
+        return run_tests(problems[number].head + answer, problems[number].tests).passed
+
+    def score(predictions: Sequence[str]) -> dict[str, float]:
+        scores = _pass_scores(predictions, answers, config.pass_k, passes) if config.allow_code_execution else {}
+        return scores | rouge(predictions, references, ("rouge2",))
+
+    metric = f"pass@{config.pass_k[0]}" if config.allow_code_execution else "rouge2"
+    return Task(config.task or "", examples, resolved, metric, score, stop, template, notes=_notes(config))
+
+
+def _pass_scores(
+    predictions: Sequence[str], answers: int, ks: Sequence[int], passes: Callable[[int, str], bool]
+) -> dict[str, float]:
+    verdicts: list[list[bool]] = [[] for _ in range(len(predictions) // answers)]
+    for place, answer in enumerate(predictions):
+        verdicts[place // answers].append(passes(place // answers, answer))
+    return pass_at_k(verdicts, ks)
+
+
+def _notes(config: TaskConfig) -> tuple[str, ...]:
+    if not config.allow_code_execution:
+        return (_NEEDS_FLAG,)
+    missing = [wall for wall in WALLS if wall not in standing_walls()]
+    return (f"this machine runs generated code without walls around: {', '.join(missing)}",) if missing else ()

@@ -1,0 +1,58 @@
+"""Perplexity of any text through every exit; decoding continues passages of it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from ...config import TaskConfig
+from ...data import Example
+from ...errors import DataError
+from .prompts import BARE
+from .rows import ENDINGS, file_rows, hub_rows
+from .task import Task
+
+_HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
+_TEXT_COLUMNS = ("text", "completion", "content")
+_PROMPT_WORDS = 100  # as in LayerSkip's evaluation of continuations
+_MAX_NEW_TOKENS = 64
+_PASSAGE = 2000  # characters; about the 512 tokens that perplexity is measured on at a time
+
+
+def language_modelling(config: TaskConfig) -> Task:
+    """A plain text, or rows of texts set together; the prompts are at even distances in it."""
+    text = _text(config)
+    most = max(len(text) // _PASSAGE, 1)
+    starts = min(config.samples or most, most)
+    examples = tuple(_passage(text, place * len(text) // starts) for place in range(starts))
+    limit = config.max_new_tokens or _MAX_NEW_TOKENS
+    resolved = replace(config, data=config.data or f"{_HUB}/{_HUB_NAME}", max_new_tokens=limit)
+    return Task("lm", examples, resolved, "perplexity", _unscored, template=BARE, text=text)
+
+
+def _text(config: TaskConfig) -> str:
+    if config.data is None:
+        return "".join(str(row.fields["text"]) for row in hub_rows(_HUB, config.split, name=_HUB_NAME))
+    path = Path(config.data)
+    if path.suffix in ENDINGS:
+        rows = file_rows(path)
+        column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
+        return "\n\n".join(row.text(column, "--completion-column") for row in rows)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--data {path} must be a UTF-8 text or JSON lines for --task lm: {error}") from None
+    if not text.strip():
+        raise DataError(f"--data {path} holds no text")
+    return text
+
+
+def _passage(text: str, start: int) -> Example:
+    """The words behind a place: those of a prompt, and as many that follow."""
+    words = list(islice(text[start : start + 20 * _PROMPT_WORDS].split(), 1 if start else 0, 2 * _PROMPT_WORDS + 1))
+    return Example(" ".join(words[:_PROMPT_WORDS]), " " + " ".join(words[_PROMPT_WORDS:]))
+
+
+def _unscored(predictions: Sequence[str]) -> dict[str, float]:
+    """A continuation has no reference worth comparing with."""
+    return {}

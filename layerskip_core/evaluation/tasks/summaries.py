@@ -1,0 +1,63 @@
+"""Summaries of news: CNN/DM with one solved article before each, XSUM with none, in the prompts of LayerSkip's evaluation."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...config import TaskConfig
+from ...data import Example
+from .prompts import BARE, forms, with_shots
+from .rows import Row, file_rows, hub_rows, spread
+from .task import Task
+from .text import text_scores
+
+_FORM = "Article: {prompt}\nSummary:"
+_STOP = ("\nArticle:",)  # a base model goes on with an article of its own
+_ARTICLES = ("article", "document")
+_SUMMARIES = ("highlights", "summary", "summary_gt")
+_READY_STOP = ("###",)  # of prompts in HELM's form, which bring their own shots
+
+
+@dataclass(frozen=True)
+class _Source:
+    hub_id: str
+    keywords: dict[str, Any]
+    shots: int
+    max_new_tokens: int
+
+
+def cnn_dm(config: TaskConfig) -> Task:
+    return _summaries(config, _Source("abisee/cnn_dailymail", {"name": "3.0.0"}, shots=1, max_new_tokens=128))
+
+
+def xsum(config: TaskConfig) -> Task:
+    # The repository holds a script, which datasets no longer runs; the hub keeps its rows as parquet beside it.
+    return _summaries(config, _Source("EdinburghNLP/xsum", {"revision": "refs/convert/parquet"}, shots=0, max_new_tokens=64))
+
+
+def _summaries(config: TaskConfig, source: _Source) -> Task:
+    """A file's first rows are its shots; on the hub they are the first of the training split."""
+    count = source.shots if config.shots is None else config.shots
+    if config.data:
+        every = file_rows(Path(config.data))
+        ready = "summary_gt" in every[0].fields
+        count = 0 if ready and config.shots is None else count
+        shots, rows = every[:count], every[count:]
+    else:
+        ready = False
+        shots = hub_rows(source.hub_id, "train", count, **source.keywords) if count else []
+        rows = hub_rows(source.hub_id, config.split, **source.keywords)
+    form, template = forms(config.template, BARE if ready else _FORM, BARE)
+    examples = tuple(
+        with_shots(form, _example(row), [_example(shot) for shot in shots]) for row in spread(rows, config.samples)
+    )
+    limit = config.max_new_tokens or source.max_new_tokens
+    resolved = replace(config, data=config.data or source.hub_id, shots=count, max_new_tokens=limit)
+    scorer = partial(text_scores, "rouge2", [[example.completion] for example in examples])
+    return Task(config.task or "", examples, resolved, "rouge2", scorer, _READY_STOP if ready else _STOP, template)
+
+
+def _example(row: Row) -> Example:
+    summary = row.text(row.first_column(_SUMMARIES))
+    return Example(row.text(row.first_column(_ARTICLES)), " " + " ".join(summary.split()))
