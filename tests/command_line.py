@@ -2,10 +2,12 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -44,8 +46,12 @@ def fails(message: str, *arguments: str, **keywords: str | bytes) -> None:
 
 
 def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: object) -> subprocess.Popen[str]:
+    """It heeds Ctrl-C even where the shell started the tests in the background, which ignores it."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=ENVIRONMENT, text=True, **{**pipes, **keywords})
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        [*command, *arguments], cwd=ROOT, env=ENVIRONMENT, text=True, preexec_fn=heed, **{**pipes, **keywords}
+    )
 
 
 def finish(process: subprocess.Popen[str], stdin: str | None = None) -> Result:
