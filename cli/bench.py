@@ -6,7 +6,7 @@ import typer
 
 from layerskip_core.config import BenchConfig, DType, TaskConfig, require, require_choice
 
-from .console import Device, Precision, Threads, narrate, use_threads
+from .console import Device, Precision, Threads, use_threads
 from .evaluation import (
     FORMATS,
     CompletionColumn,
@@ -17,12 +17,12 @@ from .evaluation import (
     PromptColumn,
     RemoteCode,
     Samples,
+    Saved,
     Seed,
     Source,
     Split,
     TaskName,
-    narrate_failures,
-    print_result,
+    deliver,
     watch,
 )
 
@@ -46,6 +46,7 @@ def bench(
     completion_column: CompletionColumn = None,
     format: Format = "table",
     output: Output = None,
+    saved: Saved = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted in --output.")] = False,
     seed: Seed = 0,
     trust_remote_code: RemoteCode = False,
@@ -73,18 +74,19 @@ def bench(
     )
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.evaluation.bench import BenchResult
     from layerskip_core.evaluation.bench import bench as run_bench
     from layerskip_core.evaluation.journal import forget
-    from layerskip_core.evaluation.report import bench_table, prepare_output, to_csv, to_json, write_files
+    from layerskip_core.evaluation.report import bench_table, prepare_output, read_record
     from layerskip_core.evaluation.tasks import load_task
 
     folder = prepare_output(output) if output is not None else None
-    rows = load_task(config.task)
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
-    record = watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
-    narrate_failures(record)
-    if folder is not None:
-        write_files(folder, {"bench.json": to_json(record).encode(), "bench.csv": to_csv(record).encode()})
+    if saved is not None:
+        record = read_record(saved, BenchResult)
+    else:
+        rows = load_task(config.task)
+        loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
+        record = watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
+    deliver(record, bench_table(record), format, folder)
+    if folder is not None and saved is None:
         forget(folder)
-        narrate(f"wrote bench.json and bench.csv to {folder}")
-    print_result(record, bench_table(record), format)

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import struct
 
 import pytest
 
@@ -18,8 +17,8 @@ from layerskip_core.evaluation.record import PredictionError, Recommendation, Ru
 from layerskip_core.evaluation.report import (
     TextTable,
     bench_table,
-    pareto_plot,
     prepare_output,
+    read_record,
     sweep_table,
     to_csv,
     to_json,
@@ -145,10 +144,20 @@ def test_columns_without_room_go_into_a_table_of_their_own():
     assert TextTable(table.headers, table.rows, "", labels=2).column_blocks(15) == [[0, 1, 2], [0, 1, 3]]
 
 
-def test_the_plot_is_a_png_of_a_readable_size():
-    image = pareto_plot(SWEEP, "exact_match")
-    assert image[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", image[16:24]) == (960, 600)
+@pytest.mark.parametrize("record", [SWEEP, BENCH])
+def test_a_record_comes_back_from_its_json(tmp_path, record):
+    file = tmp_path / "results.json"
+    file.write_text(to_json(record))
+    assert read_record(str(file), type(record.results[0])) == record
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", to_json(BENCH), '{"config": {}, "environment": {}, "results": [{"x": 1}]}'])
+def test_what_is_no_record_of_a_sweep_is_refused(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(LayerSkipError, match=r"--from .*x.json must be a results.json that sweep-exits wrote"):
+        read_record(str(tmp_path / "x.json"), ExitResult)
+    with pytest.raises(LayerSkipError, match=r"--from .*nothing.json cannot be read: No such file"):
+        read_record(str(tmp_path / "nothing.json"), ExitResult)
 
 
 def test_files_are_replaced_whole(tmp_path):

@@ -75,7 +75,7 @@ def bench(
         parted = differences(loaded, task.examples, repeats[0], outputs[0][0]) if setting.strategy != "early-exit" else ()
         result = bench_result(setting, repeats, outputs[0], task.score(repeats[0].texts), parted, transformers)
         results.append(result)
-    yield RunRecord(asdict(config), machine, tuple(results))
+    yield RunRecord(asdict(config) | {"quality_metric": task.quality_metric}, machine, tuple(results))
 
 
 def bench_result(

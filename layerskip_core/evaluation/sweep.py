@@ -10,7 +10,7 @@ from ..config import DecodingConfig, Strategy, SweepConfig, require_exit_layer
 from .cost_model import Predictions, predict
 from .generation import Failure, Outputs, Progress, differences, drafts_tokens, finite, measure_interleaved
 from .metrics import NEAR_TIE, Difference, ReferenceLosses, reference_losses
-from .record import PredictionError, Recommendation, RunRecord, environment
+from .record import PredictionError, Recommendation, RunRecord, environment, frontier
 from .tasks import Task
 
 _WORTHWHILE = 1.05  # a speedup below this is not worth the words
@@ -86,7 +86,8 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
     results = [_with_predictions(result, losses, loaded.depth.num_layers, predictions) for result in results]
     marked = mark_pareto(results, task.quality_metric)
     advice = recommend(marked, NEAR_TIE[loaded.depth.dtype], baseline_drift(first, second))
-    yield RunRecord(asdict(config), machine, tuple(marked), advice, prediction_error(marked))
+    settings = asdict(config) | {"quality_metric": task.quality_metric}
+    yield RunRecord(settings, machine, tuple(marked), advice, prediction_error(marked))
 
 
 def exit_result(
@@ -127,19 +128,10 @@ def prediction_error(results: Sequence[ExitResult]) -> PredictionError | None:
 
 def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[ExitResult]:
     """The results with `pareto` set, by the quality metric and tokens a second, for those that were measured."""
-    points = {
-        place: (result.metrics[quality_metric], result.tokens_per_second or 0.0)
-        for place, result in enumerate(results)
-        if result.metrics
-    }
-
-    def best(place: int) -> bool:
-        mine = points.get(place)
-        return mine is not None and not any(
-            other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in points.values()
-        )
-
-    return [replace(result, pareto=best(place)) for place, result in enumerate(results)]
+    measured = [place for place, result in enumerate(results) if result.metrics]
+    points = [(results[place].metrics[quality_metric], results[place].tokens_per_second or 0.0) for place in measured]
+    best = {measured[place] for place in frontier(points)}
+    return [replace(result, pareto=place in best) for place, result in enumerate(results)]
 
 
 def recommend(results: Sequence[ExitResult], near_tie: float, drift: float) -> Recommendation:
