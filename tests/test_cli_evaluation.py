@@ -81,9 +81,9 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
         "ppl",
         "accept",
         "mean",
-        "pred",
         "tok/s",
         "speed",
+        "pred",
         "same",
     ]
     assert [line.split()[0] for line in lines[2:5]] == ["autoregressive", "early-exit", "self-speculative"]

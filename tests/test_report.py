@@ -35,7 +35,8 @@ SWEEP = RunRecord(
         ExitResult("early-exit", 12, None, {"exact_match": 0.5}, 12345.678, None, None, 1900.0, 19.0, 0.4375, pareto=True),
         ExitResult(
             "self-speculative", 12, 12, {"exact_match": 0.875}, None, 0.71, 10.8, 182.4, 1.824, 1.0, pareto=True,
-            predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7, acceptance_by_position=(0.75, 0.5),
+            predicted_speedup=1.902, predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7,
+            acceptance_by_position=(0.75, 0.5),
             pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5},
             differences=(Difference(0, 3, 1e-4),), failures=(Failure(1, "no, really"),),
         ),
@@ -70,6 +71,7 @@ def test_json_holds_everything():
         "speedup": 1.824,
         "identical_outputs": 1.0,
         "pareto": True,
+        "predicted_speedup": 1.902,
         "predicted_tokens_per_second": 190.2,
         "predicted_acceptance_rate": 0.7,
         "pass_times_ms": {"draft": 2.5, "verify": 5.0, "other": 0.5},
@@ -95,7 +97,7 @@ def test_csv_round_trip():
     assert rows[2] == {
         "strategy": "self-speculative", "exit_layer": "12", "num_draft_tokens": "12", "exact_match": "0.875", "perplexity": "",
         "acceptance_rate": "0.71", "mean_accepted_tokens": "10.8", "tokens_per_second": "182.4", "speedup": "1.824",
-        "identical_outputs": "1.0", "pareto": "True", "predicted_tokens_per_second": "190.2",
+        "identical_outputs": "1.0", "pareto": "True", "predicted_speedup": "1.902", "predicted_tokens_per_second": "190.2",
         "predicted_acceptance_rate": "0.7",
         "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
         "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1",
@@ -106,14 +108,14 @@ def test_csv_round_trip():
 
 def test_the_table_of_a_sweep():
     table = sweep_table(SWEEP)
-    assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "pred", "tok/s", "speed", "same", "")
+    assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     assert table.rows == (
-        ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "-", "100", "1.00", "100%", ""),
-        ("early-exit", "12", "-", "50.0%", "1.2e4", "-", "-", "-", "1900", "19.00", "44%", "*"),
-        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "190", "182", "1.82", "100%", "*"),
+        ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "100", "1.00", "-", "100%", ""),
+        ("early-exit", "12", "-", "50.0%", "1.2e4", "-", "-", "1900", "19.00", "-", "44%", "*"),
+        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "182", "1.82", "1.90", "100%", "*"),
     )
     assert table.note == (
-        "* on the Pareto frontier of quality against speed; pred: tokens/s as predicted by the cost model.\n"
+        "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted.\n"
         "Prediction error over 1 settings: median 4.3%, largest 4.3%, mean +4.3%.\n"
         "Recommended: it is the only one."
     )

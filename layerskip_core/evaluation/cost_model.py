@@ -141,6 +141,7 @@ class Predictions:
 
     agreement: dict[int, float]
     settings: dict[tuple[int, int], Prediction]
+    baseline_tokens_per_second: float  # autoregressive, measured just before the pass times: a speedup is relative to it
 
     def promising(self, count: int) -> list[tuple[int, int]]:
         """The settings that should be fastest, best first."""
@@ -178,7 +179,8 @@ def predict(
     }
     tokens = sum(len(one.output.ids) for one in known)
     agreeing = {exit_layer: sum(map(sum, (one.agreeing(exit_layer) for one in known))) for exit_layer in exits}
-    return Predictions({exit_layer: count / tokens for exit_layer, count in agreeing.items()}, found)
+    shares = {exit_layer: count / tokens for exit_layer, count in agreeing.items()}
+    return Predictions(shares, found, 1 / baseline.seconds_per_token)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ for (const head of document.querySelectorAll("th")) head.querySelector("button")
 });
 """
 _PERCENT = ("acceptance_rate", "identical_outputs", "agreement", "predicted_acceptance_rate")
+_TWO_DECIMALS = ("speedup", "decode_speedup", "speedup_over_transformers", "predicted_speedup", "mean_accepted_tokens")
 _HIDDEN = ("acceptance_by_position", "pareto", "time_split_ms")
 _NAMES = {
     "exit_layer": "exit",
@@ -66,7 +67,7 @@ def html_report(record: RunRecord[Any], figures: dict[str, Figure], notes: Seque
     """The page. `notes` are paragraphs above the table, the first of them the verdict."""
     machine = record.environment
     parts = ("dtype", "device_name", "implementation", "threads")
-    where = ", ".join(f"{machine[part]}" for part in parts if part in machine) + " threads"
+    where = ", ".join(f"{machine[part]}" for part in parts if part in machine) + " thread(s)"
     shown = "".join(
         f"<figure><figcaption>{escape(str(figure.get_label()))}</figcaption>{to_svg(figure)}</figure>"
         for figure in figures.values()
@@ -125,6 +126,8 @@ def _text(column: str, value: Any) -> str:
         return "\N{EN DASH}"
     if column in _PERCENT or column.startswith("metrics."):
         return f"{value:.1%}"
+    if column in _TWO_DECIMALS:
+        return f"{value:.2f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -160,22 +160,24 @@ def _perplexity(record: Record) -> Figure | None:
     for full in (one for one in known if one.exit_layer is None):
         axes.axhline(full.perplexity, linestyle="--", color="#888888", label="all layers")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if max(value for _, value in line) < 100 else "")
     axes.set(xlabel="exit layer", ylabel="perplexity")
     axes.legend(fontsize=7)
     return figure
 
 
 def _prediction(record: Record) -> Figure | None:
-    found = [one for one in record.results if getattr(one, "predicted_tokens_per_second", None) and one.tokens_per_second]
+    found = [one for one in record.results if getattr(one, "predicted_speedup", None) and one.speedup]
     if not found:
         return None
-    figure, axes = _figure("Predicted and measured speed")
+    figure, axes = _figure("Predicted and measured speedup")
     for number, exit_layer in enumerate(sorted({one.exit_layer for one in found})):
-        mine = [(one.predicted_tokens_per_second, one.tokens_per_second) for one in found if one.exit_layer == exit_layer]
+        mine = [(one.predicted_speedup, one.speedup) for one in found if one.exit_layer == exit_layer]
         axes.scatter(*zip(*mine, strict=True), marker="^", color=_color(number), alpha=0.8, label=f"exit {exit_layer}")
-    ends = [speed for one in found for speed in (one.predicted_tokens_per_second, one.tokens_per_second)]
+    ends = [speed for one in found for speed in (one.predicted_speedup, one.speedup)]
     axes.axline((min(ends), min(ends)), slope=1, color="#888888", linewidth=1, zorder=0)
-    axes.set(xlabel="predicted tokens per second", ylabel="measured")
+    axes.set(xlabel="predicted speedup", ylabel="measured")
     axes.legend(fontsize=7)
     return figure
 

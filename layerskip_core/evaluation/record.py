@@ -32,7 +32,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class PredictionError:
-    """How far the cost model was from what was measured: predicted over measured tokens a second, less 1, over `settings`."""
+    """How far the cost model was from what was measured: predicted over measured speedup, less 1, over so many `settings`."""
 
     settings: int
     median: float  # of the absolute values

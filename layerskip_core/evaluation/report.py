@@ -66,7 +66,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     metrics = list(record.results[0].metrics)
     decimals = 1 if len(metrics) == 1 else 0  # two metrics leave no room for more
     names = [_SHORT_NAMES.get(name, name) for name in metrics]
-    headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "pred", "tok/s", "speed", "same", "")
+    headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     rows = [
         (
             result.strategy,
@@ -76,15 +76,15 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
             _perplexity(result.perplexity),
             _percent(result.acceptance_rate, 1),
             _number(result.mean_accepted_tokens, ".1f"),
-            _number(result.predicted_tokens_per_second, ".0f"),
             _number(result.tokens_per_second, ".0f"),
             _number(result.speedup, ".2f"),
+            _number(result.predicted_speedup, ".2f"),
             _percent(result.identical_outputs),
             "*" if result.pareto else "",
         )
         for result in record.results
     ]
-    note = "* on the Pareto frontier of quality against speed; pred: tokens/s as predicted by the cost model."
+    note = "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted."
     error = record.prediction_error
     if error is not None:
         note += (

@@ -26,7 +26,8 @@ class ExitResult:
     `speedup` compares the total generation time by new token, prefill included, with the autoregressive one of the same run.
     `pareto`: nothing else in the sweep is as good by the task's quality metric and as fast, and better in one of them.
     `agreement`: the share of the autoregressive tokens that the exit would have chosen too. The predictions are the cost
-    model's, made before anything but the autoregressive baseline was measured, from the pass times given with them. A setting
+    model's, made from the pass times given with them before the settings themselves were measured; the predicted speedup is
+    relative to the autoregressive speed of that time, so that a machine which becomes slower later does not spoil it. A setting
     that a quick sweep did not measure has only these; `metrics` is then empty.
     """
 
@@ -41,6 +42,7 @@ class ExitResult:
     speedup: float | None
     identical_outputs: float | None
     pareto: bool = False
+    predicted_speedup: float | None = None
     predicted_tokens_per_second: float | None = None
     predicted_acceptance_rate: float | None = None
     pass_times_ms: dict[str, float] = field(default_factory=dict)
@@ -118,9 +120,7 @@ def exit_result(
 def prediction_error(results: Sequence[ExitResult]) -> PredictionError | None:
     """Over the results that were both predicted and measured; None when there is none."""
     errors = [
-        result.predicted_tokens_per_second / result.tokens_per_second - 1
-        for result in results
-        if result.predicted_tokens_per_second and result.tokens_per_second
+        result.predicted_speedup / result.speedup - 1 for result in results if result.predicted_speedup and result.speedup
     ]
     sizes = [abs(error) for error in errors]
     return PredictionError(len(errors), median(sizes), max(sizes), mean(errors)) if errors else None
@@ -222,6 +222,7 @@ def _with_predictions(result: ExitResult, losses: ReferenceLosses, num_layers: i
         return result
     return replace(
         result,
+        predicted_speedup=found.tokens_per_second / predictions.baseline_tokens_per_second,
         predicted_tokens_per_second=finite(found.tokens_per_second),
         predicted_acceptance_rate=found.rounds.acceptance_rate,
         pass_times_ms={name: 1000 * seconds for name, seconds in asdict(found.times).items()},
