@@ -120,6 +120,10 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     machine = record.environment
     where = f"{machine['dtype']} on {machine['device_name']}, {machine['threads']} threads"
     note = f"Medians of {record.config['repeats']} repeats; {where}."
+    if any(name != "no-reuse" for name in record.config.get("baselines", ())) and not str(machine.get("device")).startswith(
+        "cuda"
+    ):
+        note += " Memory is the whole process's, which holds a copy of the model for transformers besides the engine's."
     return TextTable(("", *(result.strategy for result in results)), tuple((name, *cells) for name, cells in lines), note)
 
 
