@@ -6,7 +6,17 @@ import typer
 
 from layerskip_core.config import BenchConfig, DType, TaskConfig, require, require_choice
 
-from .console import Device, Precision, Threads, use_threads
+from .console import (
+    Device,
+    DraftVocab,
+    DraftWeights,
+    Exact,
+    Precision,
+    Quantize,
+    Threads,
+    packing,
+    use_threads,
+)
 from .evaluation import (
     FORMATS,
     CompletionColumn,
@@ -52,6 +62,10 @@ def bench(
     trust_remote_code: RemoteCode = False,
     device: Device = "auto",
     dtype: Precision = "auto",
+    quantize: Quantize = None,
+    draft_weights: DraftWeights = None,
+    draft_vocab: DraftVocab = 0,
+    exact: Exact = False,
     threads: Threads = 0,
 ) -> None:
     """Compare three ways of decoding, and baselines, on one task: quality, acceptance, speed, latency and memory.
@@ -71,6 +85,7 @@ def bench(
         device=device,
         dtype=cast(DType, dtype),
         threads=threads,
+        packing=packing(quantize, draft_weights, draft_vocab, exact),
     )
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
@@ -85,7 +100,7 @@ def bench(
         record = read_record(saved, BenchResult)
     else:
         rows = load_task(config.task)
-        loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
+        loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
         record = watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
     deliver(record, bench_table(record), format, folder)
     if folder is not None and saved is None:

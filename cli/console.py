@@ -6,15 +6,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from layerskip_core.config import PackingConfig, Quantization
+
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]
+Quantize = Annotated[str | None, typer.Option("--quantize", help="int8 or int4 weights, on the CPU. [default: none]")]
+DraftWeights = Annotated[
+    str | None, typer.Option("--draft-weights", help="Draft with int8 or int4 copies of the weights; the target keeps its own.")
+]
+DraftVocab = Annotated[int, typer.Option("--draft-vocab", help="Draft only the vocabulary's first so many tokens; 0 is all.")]
+Exact = Annotated[bool, typer.Option("--exact", help="Output bit for bit that of plain decoding, in any precision; slower.")]
 
 _PLAIN_SECONDS = 10.0  # between two plain lines
 
@@ -28,6 +36,15 @@ def narrate(text: str) -> None:
     """One line for the person who waits."""
     if _is_first_process():
         stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def packing(
+    quantize: str | None, draft_weights: str | None, draft_vocab: int, exact: bool, draft_layers: int = 0
+) -> PackingConfig:
+    """The flags about weights as settings."""
+    return PackingConfig(
+        cast(Quantization | None, quantize), cast(Quantization | None, draft_weights), draft_layers, draft_vocab, exact
+    )
 
 
 def use_threads(threads: int) -> None:
@@ -57,8 +74,17 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=total, text="")
-        yield lambda done, text: bar.update(task, completed=done, text=text)
+        task = bar.add_task(label, total=total, text="", start=False)
+        begun = False
+
+        def update(done: int, text: str) -> None:
+            nonlocal begun
+            if not begun:  # a resumed run begins in the middle, which is no measure of its speed
+                bar.reset(task, completed=done - 1)
+                begun = True
+            bar.update(task, completed=done, text=text)
+
+        yield update
 
 
 def _is_first_process() -> bool:
@@ -69,14 +95,16 @@ def _is_first_process() -> bool:
 def _plain_updates(total: int, label: str) -> Callable[[int, str], None]:
     started = time.monotonic()
     shown = started
+    before = -1  # steps done when the first was reported begun: not 0 in a resumed run
 
     def update(done: int, text: str) -> None:
-        nonlocal shown
+        nonlocal shown, before
+        before = done - 1 if before < 0 else before
         now = time.monotonic()
         if now - shown < _PLAIN_SECONDS and done < total:
             return
         shown = now
-        left = (now - started) / max(done, 1) * (total - done)
+        left = (now - started) / max(done - before, 1) * (total - done)
         print(f"{label} {done}/{total} {text} {left:.0f} s left", file=sys.stderr, flush=True)
 
     return update

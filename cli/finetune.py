@@ -1,42 +1,17 @@
 """`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
 
 import shlex
-import tomllib
-from collections.abc import Mapping
-from dataclasses import replace
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from layerskip_core.config import REGIMES, DataConfig, DType, FinetuneConfig, Regime, require_choice
-from layerskip_core.errors import ConfigError
+from layerskip_core.errors import TrainingInterrupted
 
+from .config_file import read_config
 from .console import Device, Precision, Threads, narrate, progress_bar, use_threads
-
-if TYPE_CHECKING:
-    from layerskip_core.training.run import TrainingPlan
-    from layerskip_core.training.trainer import StepReport
-
-
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Takes a TOML file's values as the defaults of the flags, so that a flag given beside it wins."""
-    if path is None:
-        return None
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
-    known = {parameter.name for parameter in context.command.params} - {"config"}
-    given = {key.replace("-", "_"): value for key, value in values.items()}
-    for key in given:
-        if key not in known:
-            names = ", ".join(sorted(name.replace("_", "-") for name in known if name))
-            raise ConfigError(f"--config {path}: {key!r} is no flag of finetune; known: {names}")
-    context.default_map = {**cast(Mapping[str, Any], context.default_map or {}), **given}
-    return path
 
 
 def finetune(
@@ -51,23 +26,39 @@ def finetune(
     exit_weights: Annotated[str, typer.Option(help="How exits weigh: paper, linear, sqrt or uniform.")] = "paper",
     curriculum: Annotated[str | None, typer.Option(help="rotational, gradual, all or none. [default: the regime's]")] = None,
     rotation: Annotated[int | None, typer.Option(help="R: each exit is trained once every R steps.")] = None,
+    distill: Annotated[float, typer.Option(help="Share of KL to the last layer in the exits' loss, 0 to 1.")] = 0.0,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate. [default: by regime and model size]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs. [default: 300 on commands]")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Rows of a forward pass.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Forward passes of an optimizer step.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row, prompt included.")] = 512,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute layers in the backward pass: less memory, more time.")
+    ] = False,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row, prompt included. [default: the regime's]")] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.01,
     samples: Annotated[int, typer.Option(help="Rows to use; 0 is all, for `commands` as many as the steps need.")] = 0,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read a file or hub set as it goes; needs --steps.")] = False,
+    pack: Annotated[
+        bool | None, typer.Option(help="Pack plain text into full rows. [default: yes, but for --regime finetune]")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="A split of --data, or other data, to measure every exit on.")] = None,
+    validation_samples: Annotated[int, typer.Option(help="Rows of it to use; 0 is all.")] = 256,
+    eval_steps: Annotated[int, typer.Option(help="Steps between validations. [default: ten a run]")] = 0,
     split: Annotated[str, typer.Option(help="Split of the data to train on.")] = "train",
     prompt_column: Annotated[str, typer.Option(help="Column of the prompt.")] = "prompt",
     completion_column: Annotated[str, typer.Option(help="Column of what should follow it.")] = "completion",
     prompt_template: Annotated[str | None, typer.Option(help="'chat', or a text with {prompt} in it.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="scratch: train a BPE tokenizer of this size on the data.")] = None,
-    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA adapters, merged on save; 0 trains all weights.")] = 0,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA adapters; 0 trains all weights.")] = 0,
+    lora_targets: Annotated[str, typer.Option(help="Modules that get one: all-linear, or names with commas.")] = "all-linear",
+    lora_keep: Annotated[
+        bool, typer.Option("--lora-keep", help="Save the adapter alone, not merged; it loads as a model.")
+    ] = False,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; 0 writes none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    report_to: Annotated[str, typer.Option(help="Where losses go too: tensorboard, wandb, ...; several with commas.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of data, order, dropout and fresh weights.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
@@ -77,14 +68,15 @@ def finetune(
     threads: Threads = 0,
     config: Annotated[
         Path | None,
-        typer.Option(callback=_read_config, is_eager=True, help="TOML file with any of these flags; flags given here win."),
+        typer.Option(callback=read_config, is_eager=True, help="TOML file with any of these flags; flags given here win."),
     ] = None,
 ) -> None:
     """Convert a checkpoint to the LayerSkip recipe: layer dropout and early-exit loss through one shared head."""
     require_choice(regime, "--regime", REGIMES)
     use_threads(threads)
-    from layerskip_core.training.presets import RECIPES
     from layerskip_core.training.run import prepare
+
+    from .training_text import plan_text, report_text
 
     given: dict[str, Any] = {
         "p_max": pmax,
@@ -92,18 +84,20 @@ def finetune(
         "exit_weights": exit_weights,
         "curriculum": curriculum,
         "rotation": rotation,
+        "distill": distill,
     }
     settings = FinetuneConfig(
         model=model,
         data=DataConfig(data, split, prompt_column, completion_column, samples, seed),
         output=output,
         regime=cast(Regime, regime),
-        recipe=replace(RECIPES[regime], **{name: value for name, value in given.items() if value is not None}),
+        recipe_changes={name: value for name, value in given.items() if value is not None},
         lr=lr,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,
         accumulation=accumulation,
+        gradient_checkpointing=gradient_checkpointing,
         max_length=max_length,
         warmup=warmup,
         weight_decay=weight_decay,
@@ -111,47 +105,38 @@ def finetune(
         dtype=cast(DType, dtype),
         device=device,
         lora_rank=lora_rank,
+        lora_targets=lora_targets,
+        lora_keep=lora_keep,
         save_steps=save_steps,
         resume=resume,
+        report_to=report_to,
+        streaming=streaming,
+        pack=pack,
+        validation=validation,
+        validation_samples=validation_samples,
+        eval_steps=eval_steps,
         overwrite=overwrite,
         prompt_template=prompt_template,
         vocab_size=vocab_size,
         trust_remote_code=trust_remote_code,
     )
     job = prepare(settings)
-    narrate(_plan_text(job.config, job.plan))
+    narrate(plan_text(job.config, job.plan))
     if dry_run:
         return
-    with progress_bar(job.plan.steps, "training") as update:
-        info = job.run(lambda report: update(report.step, _report_text(report)))
-    losses = {int(layer): loss for layer, loss in info.details["final_losses"].items()}
-    narrate("loss by exit: " + "  ".join(f"{layer}: {losses[layer]:.3f}" for layer in sorted(losses)))
+    try:
+        with progress_bar(job.plan.steps, "training") as update:
+            info = job.run(lambda report: update(report.step, report_text(report)))
+    except TrainingInterrupted as interrupted:
+        narrate(f"{interrupted}; go on with: {_resuming()}")
+        raise typer.Exit(128 + interrupted.signal) from None
+    for name, what in (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows")):
+        if info.details[name]:
+            narrate(f"{what}: " + "  ".join(f"{layer}: {loss:.3f}" for layer, loss in info.details[name].items()))
     narrate(f"saved {output}; next: layerskip sweep-exits --model {shlex.quote(output)}")
 
 
-def _plan_text(config: FinetuneConfig, plan: "TrainingPlan") -> str:
-    recipe = config.recipe
-    return (
-        f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
-        f"on {config.data.name}: {plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {config.max_length}\n"
-        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
-        f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"
-        f"{f' R={plan.rotation}' if plan.rotation else ''}, {plan.exits_per_step:.1f} exits a step; "
-        f"a step costs {plan.cost:.2f}x one without the recipe"
-    )
-
-
-def _report_text(report: "StepReport") -> str:
-    exits = " ".join(f"{layer}:{loss:.2f}" for layer, loss in _spread(report.exit_losses))
-    return (
-        f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} "
-        f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
-    )
-
-
-def _spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:
-    """At most `count` exits at even distances: a line has room for no more."""
-    items = list(losses.items())
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
+def _resuming() -> str:
+    """The command line that goes on with this run."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["layerskip", *arguments, "--resume"])

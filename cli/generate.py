@@ -11,7 +11,18 @@ import typer
 from layerskip_core.config import DTYPES, DecodingConfig, SamplingConfig, Strategy, require_choice, require_exit_layer
 from layerskip_core.errors import LayerSkipError
 
-from .console import Device, Precision, Threads, narrate, use_threads
+from .console import (
+    Device,
+    DraftVocab,
+    DraftWeights,
+    Exact,
+    Precision,
+    Quantize,
+    Threads,
+    narrate,
+    packing,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint import LoadedModel
@@ -42,6 +53,10 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")] = False,
     device: Device = "auto",
     dtype: Precision = "auto",
+    quantize: Quantize = None,
+    draft_weights: DraftWeights = None,
+    draft_vocab: DraftVocab = 0,
+    exact: Exact = False,
     threads: Threads = 0,
 ) -> None:
     """Generate text with self-speculative decoding: the text of plain decoding, in fewer full passes.
@@ -64,10 +79,11 @@ def generate(
         sampling=SamplingConfig(temperature, top_k, top_p, seed),
     )
     require_choice(dtype, "--dtype", DTYPES)
+    weights = packing(quantize, draft_weights, draft_vocab, exact, exit_layer or 0)
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
+    loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", weights)
     best_exit, best_spec = loaded.recommended()
     chosen_exit = best_exit if exit_layer is None else exit_layer
     if strategy != "autoregressive":

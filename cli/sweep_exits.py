@@ -8,7 +8,18 @@ import typer
 from layerskip_core.config import DType, SweepConfig, TaskConfig, parse_counts, require_choice
 from layerskip_core.errors import ConfigError
 
-from .console import Device, Precision, Threads, narrate, use_threads
+from .console import (
+    Device,
+    DraftVocab,
+    DraftWeights,
+    Exact,
+    Precision,
+    Quantize,
+    Threads,
+    narrate,
+    packing,
+    use_threads,
+)
 from .evaluation import (
     FORMATS,
     CompletionColumn,
@@ -52,6 +63,10 @@ def sweep_exits(
     trust_remote_code: RemoteCode = False,
     device: Device = "auto",
     dtype: Precision = "auto",
+    quantize: Quantize = None,
+    draft_weights: DraftWeights = None,
+    draft_vocab: DraftVocab = 0,
+    exact: Exact = False,
     threads: Threads = 0,
 ) -> None:
     """Measure every exit, alone and as the draft of self-speculation, beside what was predicted of it, and recommend one.
@@ -68,6 +83,7 @@ def sweep_exits(
         device=device,
         dtype=cast(DType, dtype),
         threads=threads,
+        packing=packing(quantize, draft_weights, draft_vocab, exact),
     )
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
@@ -82,7 +98,7 @@ def sweep_exits(
     folder = prepare_output(output) if output is not None else None
     if record is None:
         rows = load_task(config.task)
-        loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
+        loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
         record = watch(sweep(loaded, rows, config))
     deliver(record, sweep_table(record), format, folder)
     if save and record.recommendation is not None:

@@ -1,26 +1,32 @@
 """Models on disk: a folder, a GGUF file, a hub id or an embedded default <-> model, tokenizer and layerskip.json."""
 
 import json
+import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from .config import PackingConfig
 from .errors import CheckpointError, ConfigError
+from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
 from .model import DepthModel, PackedModel, can_pack
 from .model.depth import refuse_unsupported
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
 INFO_FILE = "layerskip.json"
+_ADAPTER_FILE = "adapter_config.json"
+_LAST_WRITTEN = ("config.json", _ADAPTER_FILE)
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "chat_template*", "generation_config.json")
 _LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
 
@@ -76,7 +82,7 @@ class LoadedModel:
     """A checkpoint in memory, ready to run any span of its layers."""
 
     name: str
-    model: Any  # a transformers causal language model
+    model: Any  # a transformers causal language model; only its configurations when loaded for decoding
     tokenizer: Any
     info: CheckpointInfo
     depth: Any  # a DepthModel; a PackedModel when loaded for decoding and the architecture allows it
@@ -163,24 +169,63 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@quiet_transformers()
 def load_checkpoint(
     name: str,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     implementation: Literal["auto", "generic"] = "generic",
+    packing: PackingConfig | None = None,
 ) -> LoadedModel:
     """Loads a model by embedded name, folder, GGUF file or hub id, in evaluation mode.
 
     `implementation="auto"` is for decoding alone: where the architecture allows it the weights are repacked, and `model`
-    keeps its configuration but no weights.
+    keeps its configuration but no weights. `packing` says how.
 
     Raises:
         CheckpointError: it is not there, is incomplete or damaged, or cannot be split by depth.
-        ConfigError: the device is not here.
+        ConfigError: the device is not here, or the packing is not to be had for this architecture, device or machine.
     """
     target = pick_device(device)
+    if (Path(name) / _ADAPTER_FILE).is_file():
+        return _load_adapted(name, device, dtype, trust_remote_code, implementation, packing)
+    path, keywords = _locate(name)
+    if implementation == "auto" and Path(path).is_dir() and not keywords:
+        info = read_info(path)
+        lean: LoadedModel | None = _reading(name, lambda: _load_lean(name, path, info, target, dtype, packing))
+        if lean is not None:
+            return lean
+    return _load_with_transformers(name, target, dtype, trust_remote_code, implementation, packing)
+
+
+def _load_lean(
+    name: str, path: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig | None
+) -> LoadedModel | None:
+    """Weights straight from the files, transformers not imported; None where it has to be."""
+    config = lean_config(path)
+    if config is None:
+        return None
+    weights = FileWeights(path, config, device)
+    parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+    tokenizer = lean_tokenizer(path)
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    depth = PackedModel(config, weights.reader(pick_dtype(dtype, device, parameters)), packing)
+    model = SimpleNamespace(config=config, generation_config=generation_config(path))
+    return LoadedModel(name, model, tokenizer, info, depth)
+
+
+@quiet_transformers()
+def _load_with_transformers(
+    name: str,
+    target: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    implementation: Literal["auto", "generic"],
+    packing: PackingConfig | None,
+) -> LoadedModel:
     path, keywords = _locate(name)
     keywords["trust_remote_code"] = trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -207,8 +252,49 @@ def load_checkpoint(
         model = _without_quantization(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model = _converted(model.to(target), pick_dtype(dtype, target, parameters)).eval()
-    depth = PackedModel(model) if implementation == "auto" and can_pack(model.config) else DepthModel(model)
+    depth = _depth_of(model, implementation, packing)
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
+
+
+def _load_adapted(
+    name: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    implementation: Literal["auto", "generic"],
+    packing: PackingConfig | None,
+) -> LoadedModel:
+    """An adapter merged into its base, which its config names as `--model` would."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    loaded = load_checkpoint(adapter_base(name), device, dtype, trust_remote_code)
+    model = _reading(name, lambda: PeftModel.from_pretrained(loaded.model, name).merge_and_unload().eval())
+    model.requires_grad_(True)  # peft froze the base
+    tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+    depth = _depth_of(model, implementation, packing)
+    return LoadedModel(name, model, tokenizer, read_info(name), depth)
+
+
+def _depth_of(
+    model: Any, implementation: Literal["auto", "generic"], packing: PackingConfig | None
+) -> DepthModel | PackedModel:
+    if implementation == "auto" and can_pack(model.config):
+        return PackedModel.of(model, packing)
+    if packing is not None and packing != PackingConfig():
+        raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
+    return DepthModel(model)
+
+
+def adapter_base(name: str) -> str:
+    """The model that an adapter folder belongs to; any other model is its own. Raises CheckpointError for a broken config."""
+    file = Path(name) / _ADAPTER_FILE
+    if not file.is_file():
+        return name
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not valid: {error!r}") from None
 
 
 @quiet_transformers()
@@ -236,7 +322,7 @@ def load_blank(name: str, seed: int, tokenizer: Any = None, trust_remote_code: b
 
 def stored_dtype(name: str) -> torch.dtype:
     """The precision a checkpoint's weights are stored in, by its config; a converted model is saved in the same."""
-    path, keywords = _locate(name)
+    path, keywords = _locate(adapter_base(name))
     from transformers import AutoConfig
 
     dtype = getattr(_reading(name, lambda: AutoConfig.from_pretrained(path, **keywords)), "dtype", None)
@@ -256,8 +342,8 @@ def read_info(path: str) -> CheckpointInfo:
 
 
 def holds_model(path: str | Path) -> bool:
-    """Whether a folder holds a complete checkpoint: config.json is the last file that `save_checkpoint` puts there."""
-    return (Path(path) / "config.json").is_file()
+    """Whether a folder holds a complete model or adapter: `save_checkpoint` puts their config there last."""
+    return any((Path(path) / name).is_file() for name in _LAST_WRITTEN)
 
 
 def refuse_overwrite(output: str, overwrite: bool) -> None:
@@ -269,31 +355,46 @@ def refuse_overwrite(output: str, overwrite: bool) -> None:
 
 
 @quiet_transformers()
-def save_checkpoint(model: nn.Module, tokenizer: Any, info: CheckpointInfo, output: str, dtype: torch.dtype) -> None:
+def save_checkpoint(
+    model: nn.Module,
+    tokenizer: Any,
+    info: CheckpointInfo,
+    output: str,
+    dtype: torch.dtype,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Writes an ordinary transformers checkpoint and layerskip.json, aside first: `output` never holds half a model.
 
-    `model` is converted to `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held
-    then stays as it was.
+    An adapter (a peft model) is written alone and names its base. `files` by name are written beside. `model` is converted to
+    `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held then stays as it was.
     """
     folder = Path(output)
     staging = folder / ".writing"
-    transformers_model: Any = model
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        transformers_model.to(dtype).save_pretrained(staging)
+        write_model(model.to(dtype), staging)
         tokenizer.save_pretrained(staging)
         (staging / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
     except Exception as error:  # safetensors reports a full disk as its own error type
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
-    (folder / "config.json").unlink(missing_ok=True)
+    for name in _LAST_WRITTEN:
+        (folder / name).unlink(missing_ok=True)
     for pattern in _MODEL_FILES:  # of an older model there, whose shards or template the new one may not have
         for file in folder.glob(pattern):
             file.unlink()
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+    for file in sorted(staging.iterdir(), key=lambda file: file.name in _LAST_WRITTEN):
         os.replace(file, folder / file.name)
     staging.rmdir()
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """The weights and config of a transformers model, or of a peft model's adapter, as safetensors in a folder."""
+    adapter = hasattr(model, "get_base_model")
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
 
 
 def write_info(path: str, info: CheckpointInfo) -> None:
@@ -330,6 +431,8 @@ def _reading(name: str, read: Any) -> Any:
     """Runs a from_pretrained call; whatever it raises becomes one line that names the model."""
     try:
         return read()
+    except ConfigError:  # of the weights asked for, not of the model
+        raise
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         absent = "" if Path(name).exists() or name in EMBEDDED else "there is no such folder, and as a hub id: "

@@ -1,7 +1,7 @@
 """Settings of every command, validated where they are made. Standard library only, so that `--help` stays fast."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
@@ -10,12 +10,14 @@ Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
 Regime = Literal["finetune", "continual", "scratch", "code"]
 DType = Literal["auto", "fp32", "bf16"]
+Quantization = Literal["int8", "int4"]
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
 DTYPES: tuple[str, ...] = get_args(DType)
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse")
 
 
@@ -76,13 +78,45 @@ class DecodingConfig:
         require(all(self.stop), "--stop", "a text that is not empty", "an empty one")
 
 
+EXACT_TOKENS = 64  # an exact call has no more; longer ones are prompts, which every way of decoding runs alike
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How the weights of a model that only decodes are stored; the embedding keeps its precision.
+
+    `quantize`: low-bit linear layers and head. `draft_weights`: a low-bit copy of the head and of the first `draft_layers` (0:
+    all but the last), used to draft only. `draft_vocab`: drafts are chosen among the first so many tokens of the vocabulary,
+    which tokenizers order by frequency (0: all). `exact`: self-speculative output is that of plain decoding bit for bit, in
+    every precision.
+    """
+
+    quantize: Quantization | None = None
+    draft_weights: Quantization | None = None
+    draft_layers: int = 0
+    draft_vocab: int = 0
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--quantize", self.quantize), ("--draft-weights", self.draft_weights)):
+            if value is not None:
+                require_choice(value, flag, QUANTIZATIONS)
+        require(self.draft_vocab >= 0, "--draft-vocab", "at least 0", self.draft_vocab)
+
+    @property
+    def drafts_apart(self) -> bool:
+        """Whether drafts have a head, and perhaps layers, of their own."""
+        return self.draft_weights is not None or self.draft_vocab > 0
+
+
 @dataclass(frozen=True)
 class RecipeConfig:
     """The LayerSkip recipe (Elhoushi et al., ACL 2024, sections 4.1 and 4.2).
 
     `exit_weights`: how the exits' losses weigh, see training/exit_loss.py; the paper's formula gives early ones very little.
     `rotation` is R of the rotational curriculum; None picks L/3 (at least 1) up to a vocabulary of 8k and L-1 above it,
-    where every extra exit costs a head.
+    where every extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
+    cross-entropy.
     """
 
     p_max: float = 0.2
@@ -90,8 +124,10 @@ class RecipeConfig:
     exit_weights: ExitWeights = "paper"
     curriculum: Curriculum = "rotational"
     rotation: int | None = None
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
+        require(0 <= self.distill <= 1, "--distill", "in [0, 1]", self.distill)
         require(0 <= self.p_max < 1, "--pmax", "in [0, 1)", self.p_max)
         require(self.e_scale >= 0, "--escale", "at least 0", self.e_scale)
         require_choice(self.exit_weights, "--exit-weights", EXIT_WEIGHTS)
@@ -116,27 +152,40 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One training run. None means: the preset of the regime (see training/presets.py), or the data decides."""
+    """One training run. None means: the preset of the regime (see training/presets.py), or the data decides.
+
+    `recipe_changes`: fields of RecipeConfig that differ from the preset, where `recipe` is None.
+    """
 
     model: str = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
     output: str = "layerskip-model"
     regime: Regime = "finetune"
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    recipe: RecipeConfig | None = None
+    recipe_changes: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
     steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 16
     accumulation: int = 1
-    max_length: int = 512
+    max_length: int | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     seed: int = 0
     dtype: DType = "auto"
     device: str = "auto"
     lora_rank: int = 0
+    lora_targets: str = "all-linear"
+    lora_keep: bool = False
+    gradient_checkpointing: bool = False
     save_steps: int = 0
     resume: bool = False
+    report_to: str = ""
+    streaming: bool = False
+    pack: bool | None = None
+    validation: str | None = None
+    validation_samples: int = 256
+    eval_steps: int = 0
     overwrite: bool = False
     prompt_template: str | None = None
     vocab_size: int | None = None
@@ -150,10 +199,20 @@ class FinetuneConfig:
         require(self.epochs > 0, "--epochs", "above 0", self.epochs)
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
         require(self.accumulation >= 1, "--accumulation", "at least 1", self.accumulation)
-        require(self.max_length >= 2, "--max-length", "at least 2", self.max_length)
+        require(self.max_length is None or self.max_length >= 2, "--max-length", "at least 2", self.max_length)
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(self.weight_decay >= 0, "--weight-decay", "at least 0", self.weight_decay)
         require(self.lora_rank >= 0, "--lora-rank", "at least 0", self.lora_rank)
+        require(self.validation_samples >= 0, "--validation-samples", "at least 0", self.validation_samples)
+        require(self.eval_steps >= 0, "--eval-steps", "at least 0", self.eval_steps)
+        require(not self.eval_steps or self.validation is not None, "--eval-steps", "used with --validation", "none")
+        RecipeConfig(**self.recipe_changes)  # raises now what would be raised after the model is loaded
+        if self.streaming:
+            require(self.steps is not None, "--steps", "given with --streaming, whose rows cannot be counted", "none")
+            require(not self.data.limit, "--samples", "0 with --streaming", self.data.limit)
+            require(self.vocab_size is None, "--vocab-size", "left out with --streaming", self.vocab_size)
+        require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
+        require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
         require(self.save_steps >= 0, "--save-steps", "at least 0", self.save_steps)
         require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
         require(self.vocab_size is None or self.vocab_size >= 260, "--vocab-size", "at least 260", self.vocab_size)
@@ -201,6 +260,7 @@ class BenchConfig:
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0
+    packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
         require(self.num_draft_tokens is None or self.num_draft_tokens >= 1, "--spec", "at least 1", self.num_draft_tokens)
@@ -227,6 +287,7 @@ class SweepConfig:
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0
+    packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
         require(all(exit_layer >= 1 for exit_layer in self.exits), "--exits", "layers of at least 1", _listed(self.exits))

@@ -1,22 +1,18 @@
-"""Data sets by name, file, folder or hub id -> examples of prompt and completion -> token ids with masked prompts."""
+"""Data sets by name, file, folder or hub id -> examples of prompt and completion, or conversations."""
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .checkpoint import encode_prompt
 from .config import DataConfig
 from .embedded import commands
 from .errors import DataError
-from .training.exit_loss import IGNORED
 
 PARSING_TEMPLATE = "{prompt}\n"  # of `commands` and `topv2`: utterance, line end, parse
+_MESSAGES = "messages"  # the column of a conversation
 _DEFAULT_COMMANDS = 20_000  # rows, when nobody says how many
 _TOPV2_COLUMNS = ["domain", "utterance", "semantic_parse"]
 _TOPV2_HUB = "WillHeld/top_v2"
@@ -31,86 +27,71 @@ class Example:
     completion: str
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """One row of chat: messages as (role, content), at least one of them the assistant's."""
+
+    messages: tuple[tuple[str, str], ...]
+
+
+Row = Example | Conversation
+
+
 def load_examples(config: DataConfig) -> list[Example]:
     """The rows of a data set, in its order; `config.limit` takes that many, spread evenly over it.
 
     Raises:
         DataError: no such data, no such column, or a row that is empty or malformed, named file:line.
     """
+    rows = load_rows(config)
+    examples = [row for row in rows if isinstance(row, Example)]
+    if len(examples) < len(rows):
+        raise DataError(f"{config.name} holds conversations (a column 'messages'); needed a prompt and a completion")
+    return examples
+
+
+def load_rows(config: DataConfig) -> list[Row]:
+    """As `load_examples`; rows with `messages` and no completion become conversations."""
     path = Path(config.name)
     if config.name == "commands":
-        return _commands(config)
+        return list(_commands(config))
     if config.name == "topv2":
-        return _spread(_topv2_from_hub(config.split), config.limit)
+        return _spread(list(_topv2_from_hub(config.split)), config.limit)
     if path.is_dir():
         return _spread(list(_topv2_folder(path, config.split)), config.limit)
+    return _spread(list(_files_or_hub(config, streaming=False)), config.limit)
+
+
+def stream_rows(config: DataConfig) -> Iterator[Row]:
+    """The rows of a file or a hub data set one by one, never all in memory. Raises DataError as `load_examples`."""
+    if config.name in ("commands", "topv2") or Path(config.name).is_dir():
+        raise DataError(f"--streaming needs a file or a hub id as --data, got {config.name}, which fits in memory")
+    return _files_or_hub(config, streaming=True)
+
+
+def _files_or_hub(config: DataConfig, streaming: bool) -> Iterator[Row]:
+    path = Path(config.name)
     if path.is_file():
-        return _spread(_file(path, config), config.limit)
-    if path.suffix in _READERS:
+        yield from _file(path, config, streaming)
+    elif path.suffix in _READERS:
         raise DataError(f"--data {config.name}: there is no such file")
-    if config.name.count("/") == 1 and not path.is_absolute() and not config.name.startswith("."):
-        rows = _load_dataset(config.name, split=config.split)
-        return _spread(list(_library_rows(rows, config, config.name)), config.limit)
-    raise DataError(
-        f"--data {config.name} is none of: commands, topv2, a .jsonl/.csv/.parquet/.txt file, a folder of TOPv2 files, a hub id"
-    )
+    elif config.name.count("/") == 1 and not path.is_absolute() and not config.name.startswith("."):
+        rows = _load_dataset(config.name, split=config.split, **_streaming(streaming))
+        yield from _library_rows(rows, config, config.name)
+    else:
+        raise DataError(
+            f"--data {config.name} is none of: commands, topv2, a .jsonl/.csv/.parquet/.txt file, a folder of TOPv2 files, "
+            "a hub id"
+        )
+
+
+def _streaming(wanted: bool) -> dict[str, bool]:
+    return {"streaming": True} if wanted else {}
 
 
 def is_parsing(config: DataConfig) -> bool:
     """Whether the data is semantic parsing by name or layout, with PARSING_TEMPLATE as its prompt template."""
     return config.name in ("commands", "topv2") or Path(config.name).is_dir()
-
-
-@dataclass(frozen=True)
-class EncodedData:
-    """Tokenised rows, for a Trainer. `truncated` rows were cut at the maximum length; `tokens` counts all that are left."""
-
-    rows: Any  # datasets.Dataset of input_ids, labels and length
-    tokens: int
-    target_tokens: int
-    truncated: int
-
-
-def encode_examples(examples: list[Example], tokenizer: Any, template: str | None, max_length: int) -> EncodedData:
-    """Prompt, completion and end of text as ids, the prompt's labels masked.
-
-    Raises DataError when no row has a completion token within `max_length`.
-    """
-    from datasets import Dataset
-
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    completions = tokenizer([example.completion for example in examples], add_special_tokens=False)["input_ids"]
-    rows: list[dict[str, Any]] = []
-    truncated = targets = 0
-    for example, completion in zip(examples, completions, strict=True):
-        prompt = encode_prompt(tokenizer, template if example.prompt else None, example.prompt)
-        ids = prompt + list(completion) + eos
-        truncated += len(ids) > max_length
-        ids = ids[:max_length]
-        if len(ids) > max(len(prompt), 1):
-            labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-            targets += len(ids) - len(prompt)
-            rows.append({"input_ids": ids, "labels": labels, "length": len(ids)})
-    if not rows:
-        raise DataError(f"no row has room for a completion within --max-length {max_length}: every prompt is longer")
-    return EncodedData(Dataset.from_list(rows), sum(len(row["input_ids"]) for row in rows), targets, truncated)
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Rows to a batch (B, T), padded at the right: causality alone then keeps real tokens from seeing padding."""
-
-    pad_id: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
-        labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
-        for index, row in enumerate(rows):
-            input_ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
-        labels[:, 0] = IGNORED  # nothing predicts a row's first token; it must not count as a target either
-        return {"input_ids": input_ids, "labels": labels}
 
 
 def _commands(config: DataConfig) -> list[Example]:
@@ -140,7 +121,7 @@ def _topv2_folder(folder: Path, split: str) -> Iterator[Example]:
             yield _example(row[1], row[2], f"{file}:{number}")
 
 
-def _topv2_from_hub(split: str) -> list[Example]:
+def _topv2_from_hub(split: str) -> list[Row]:
     if split not in _TOPV2_SPLITS:
         raise DataError(f"--split must be one of {', '.join(_TOPV2_SPLITS)} for TOPv2, got {split}")
     rows = _load_dataset(_TOPV2_HUB, split=_TOPV2_SPLITS[split])
@@ -148,21 +129,22 @@ def _topv2_from_hub(split: str) -> list[Example]:
     return list(_library_rows(rows, config, _TOPV2_HUB))
 
 
-def _file(path: Path, config: DataConfig) -> list[Example]:
+def _file(path: Path, config: DataConfig, streaming: bool) -> Iterator[Row]:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise DataError(f"{path}: needed one of {', '.join(_READERS)}, found the ending {path.suffix or 'none'!r}")
-    examples = list(reader(path, config))
-    if not examples:
+    number = 0
+    for number, row in enumerate(reader(path, config, streaming), start=1):  # noqa: B007
+        yield row
+    if not number:
         raise DataError(f"{path} holds no rows")
-    return examples
 
 
 # Files of lines are read here and not by datasets, which in silence turns a bad row into None, the text 2020-01-01 into a date,
 # 7 into a number and NA into nothing.
 
 
-def _jsonl(path: Path, config: DataConfig) -> Iterator[Example]:
+def _jsonl(path: Path, config: DataConfig, _: bool) -> Iterator[Row]:
     needed: dict[str, str] = {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -176,31 +158,31 @@ def _jsonl(path: Path, config: DataConfig) -> Iterator[Example]:
             raise DataError(f"{where}: needed a JSON object a line, found {type(row).__name__}")
         needed = needed or _needed_columns(list(row), config)
         _require_columns(list(row), needed, where)
-        yield _example(row.get(config.prompt_column), row[config.completion_column], where)
+        yield _row(row, config, where)
 
 
-def _csv(path: Path, config: DataConfig) -> Iterator[Example]:
+def _csv(path: Path, config: DataConfig, _: bool) -> Iterator[Row]:
     rows = _table(path, strict=True)
-    _, header = next(rows, (1, []))
+    header = next(rows, (1, []))[1]
     _require_columns(header, _needed_columns(header, config), f"{path}:1")
     for number, fields in rows:
         if fields and len(fields) != len(header):
             raise DataError(f"{path}:{number}: needed {len(header)} fields, found {len(fields)}")
         if fields:
-            row = dict(zip(header, fields, strict=True))
-            yield _example(row.get(config.prompt_column), row[config.completion_column], f"{path}:{number}")
+            yield _row(dict(zip(header, fields, strict=True)), config, f"{path}:{number}")
 
 
-def _parquet(path: Path, config: DataConfig) -> Iterator[Example]:
-    return _library_rows(_load_dataset("parquet", data_files=str(path), split="train"), config, str(path))
+def _parquet(path: Path, config: DataConfig, streaming: bool) -> Iterator[Row]:
+    rows = _load_dataset("parquet", data_files=str(path), split="train", **_streaming(streaming))
+    return _library_rows(rows, config, str(path))
 
 
-def _text(path: Path, _: DataConfig) -> Iterator[Example]:
+def _text(path: Path, config: DataConfig, _: bool) -> Iterator[Row]:
     lines = (line.rstrip("\r\n") for line in _lines(path))
     yield from (_example("", line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip())
 
 
-_READERS: dict[str, Callable[[Path, DataConfig], Iterator[Example]]] = {
+_READERS: dict[str, Callable[[Path, DataConfig, bool], Iterator[Row]]] = {
     ".jsonl": _jsonl,
     ".json": _jsonl,
     ".csv": _csv,
@@ -230,15 +212,20 @@ def _table(path: Path, **dialect: Any) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}:{rows.line_num}: {error}") from None
 
 
-def _library_rows(rows: Any, config: DataConfig, where: str) -> Iterator[Example]:
-    """The rows of a datasets.Dataset, counted from 1."""
-    _require_columns(rows.column_names, _needed_columns(rows.column_names, config), where)
+def _library_rows(rows: Any, config: DataConfig, where: str) -> Iterator[Row]:
+    """The rows of a datasets.Dataset, or of a stream of one, counted from 1."""
+    needed: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        yield _example(row.get(config.prompt_column), row[config.completion_column], f"{where}:{number}")
+        if number == 1:
+            needed = _needed_columns(list(row), config)
+            _require_columns(list(row), needed, where)
+        yield _row(row, config, f"{where}:{number}")
 
 
 def _needed_columns(found: list[str], config: DataConfig) -> dict[str, str]:
     """Flag to column: the completion, and the prompt unless the default one is not among `found` (plain text has none)."""
+    if _is_chat(found, config):
+        return {}
     needed = {"--completion-column": config.completion_column}
     if config.prompt_column != DataConfig.prompt_column or config.prompt_column in found:
         needed["--prompt-column"] = config.prompt_column
@@ -249,6 +236,32 @@ def _require_columns(found: list[str], needed: dict[str, str], where: str) -> No
     for flag, column in needed.items():
         if column not in found:
             raise DataError(f"{where}: no column {column!r} ({flag}); found {', '.join(found) or 'none'}")
+
+
+def _is_chat(columns: Collection[str], config: DataConfig) -> bool:
+    return _MESSAGES in columns and config.completion_column not in columns
+
+
+def _row(row: Mapping[str, Any], config: DataConfig, where: str) -> Row:
+    if _is_chat(row.keys(), config):
+        return _conversation(row[_MESSAGES], where)
+    if config.completion_column not in row:  # of a file whose rows differ
+        raise DataError(f"{where}: no column {config.completion_column!r} (--completion-column); found {', '.join(row)}")
+    return _example(row.get(config.prompt_column), row[config.completion_column], where)
+
+
+def _conversation(messages: Any, where: str) -> Conversation:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{where}: messages must be a list of objects with role and content, found {messages!r}")
+    turns = tuple((message.get("role"), message.get("content")) for message in messages)
+    for role, content in turns:
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"{where}: a message must have a text as role and as content, found {role!r} and {content!r}")
+    if not any(role == "assistant" and content.strip() for role, content in turns):
+        raise DataError(
+            f"{where}: needed a message of the role 'assistant', found {', '.join(role for role, _ in turns) or 'none'}"
+        )
+    return Conversation(turns)
 
 
 def _example(prompt: Any, completion: Any, where: str) -> Example:
@@ -270,7 +283,7 @@ def _load_dataset(name: str, **keywords: Any) -> Any:
         raise DataError(f"cannot load data {keywords.get('data_files', name)}: {reason}") from error
 
 
-def _spread(examples: list[Example], limit: int) -> list[Example]:
+def _spread(examples: list[Row], limit: int) -> list[Row]:
     """`limit` rows at even distances, so that a sample of a set sorted by domain holds every domain."""
     if not limit or limit >= len(examples):
         return examples

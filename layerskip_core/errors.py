@@ -15,3 +15,16 @@ class CheckpointError(LayerSkipError):
 
 class DataError(LayerSkipError):
     """A data set cannot be found or one of its rows cannot be used; the message names file and line."""
+
+
+class TrainingError(LayerSkipError):
+    """Training cannot go on: the message names the step and the last good checkpoint."""
+
+
+class TrainingInterrupted(LayerSkipError):
+    """A signal asked a run to stop: it was saved at `step`, and can be resumed."""
+
+    def __init__(self, message: str, signal: int, step: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        self.step = step

@@ -53,3 +53,19 @@ def checkpoint(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("checkpoint") / "tiny")
     save_checkpoint(loaded.model, loaded.tokenizer, loaded.info, folder, torch.float32)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder with a small untrained model of four layers, a context of 256 tokens, 300 entries."""
+    from training_runs import saved_base
+
+    return saved_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def settings(base, tmp_path):
+    """Makes the FinetuneConfig of a run of a few steps on `base`, into `out`."""
+    from training_runs import settings_on
+
+    return settings_on(base, tmp_path)

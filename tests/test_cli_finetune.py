@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import fails, run
 
-from cli.finetune import _spread
+from cli.training_text import spread
 from layerskip_core.checkpoint import load_checkpoint
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
@@ -172,6 +172,6 @@ def test_an_output_that_cannot_be_written(finetune):
 
 def test_the_progress_line_shows_exits_at_even_distances():
     losses = {layer: layer / 10 for layer in range(1, 9)}
-    assert _spread(losses) == [(1, 0.1), (3, 0.3), (5, 0.5), (7, 0.7)]
-    assert _spread({3: 0.3, 6: 0.6}) == [(3, 0.3), (6, 0.6)]
-    assert _spread({}) == []
+    assert spread(losses) == [(1, 0.1), (3, 0.3), (5, 0.5), (7, 0.7)]
+    assert spread({3: 0.3, 6: 0.6}) == [(3, 0.3), (6, 0.6)]
+    assert spread({}) == []

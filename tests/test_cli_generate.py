@@ -259,8 +259,8 @@ def test_generating_loads_nothing_of_training(checkpoint, expected):
     result = finish(start(*arguments, command=LISTING_MODULES), stdin=PROMPT)
     assert (result.code, result.out) == (0, expected() + "\n")
     modules = set(result.err.split())
-    assert {"torch", "transformers"} <= modules
-    assert not {"transformers.trainer", "peft", "datasets", "matplotlib", "evaluate"} & modules
+    assert "torch" in modules
+    assert not {"transformers", "peft", "datasets", "matplotlib", "evaluate"} & modules
 
 
 @pytest.mark.slow

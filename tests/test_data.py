@@ -1,12 +1,11 @@
 import json
 
 import pytest
-import torch
 from datasets import Dataset
 
 from layerskip_core import data
 from layerskip_core.config import DataConfig
-from layerskip_core.data import PARSING_TEMPLATE, Collator, Example, encode_examples, is_parsing, load_examples
+from layerskip_core.data import Conversation, is_parsing, load_examples, load_rows, stream_rows
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError
 from layerskip_core.training.vocabulary import train_tokenizer
@@ -244,33 +243,30 @@ def test_what_is_parsing(tmp_path):
     ]
 
 
-def test_prompts_are_masked_and_rows_end(tokenizer):
-    encoded = encode_examples([Example("hi", "[IN:A ]"), Example("", "go")], tokenizer, PARSING_TEMPLATE, 64)
-    prompt, completion = tokenizer("hi\n")["input_ids"], tokenizer("[IN:A ]")["input_ids"]
-    plain = tokenizer("go")["input_ids"]  # no prompt, no template
-    assert encoded.rows[0] == {
-        "input_ids": [*prompt, *completion, 2],
-        "labels": [-100] * len(prompt) + [*completion, 2],
-        "length": len(prompt) + len(completion) + 1,
-    }
-    assert encoded.rows[1]["input_ids"] == encoded.rows[1]["labels"] == [*plain, 2]
-    assert encoded.tokens == len(prompt) + len(completion) + len(plain) + 2
-    assert encoded.target_tokens == len(completion) + len(plain) + 2
-    assert encoded.truncated == 0
+CHAT_ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+MALFORMED = {
+    "no list": ({"messages": "hi"}, r"a\.jsonl:2: messages must be a list of objects .* found 'hi'"),
+    "no role": ({"messages": [{"content": "hi"}]}, r"a\.jsonl:2: a message must have a text as role .* found None and 'hi'"),
+    "no text": ({"messages": [{"role": "user", "content": 5}]}, r"a\.jsonl:2: a message must .* found 'user' and 5"),
+    "no answer": ({"messages": [{"role": "user", "content": "hi"}]}, r"a\.jsonl:2: needed a message .*'assistant', found user"),
+    "no messages": ({"text": "hi"}, r"a\.jsonl:2: no column 'completion' \(--completion-column\); found text"),
+}
 
 
-def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
-    long = Example("hi", "go " * 50)
-    encoded = encode_examples([long, Example("hi " * 50, "go"), Example("hi", "go")], tokenizer, PARSING_TEMPLATE, 20)
-    assert encoded.truncated == 2 and len(encoded.rows) == 2
-    whole = tokenizer("hi\n")["input_ids"] + tokenizer(long.completion)["input_ids"]
-    assert encoded.rows[0]["input_ids"] == whole[:20]
-    with pytest.raises(DataError, match="no row has room for a completion within --max-length 3"):
-        encode_examples([long], tokenizer, "a prompt of many tokens: {prompt}\n", 3)
+def test_conversations(tmp_path):
+    name = written(tmp_path, "a.jsonl", lines(CHAT_ROW))
+    expected = [Conversation((("user", "hi"), ("assistant", "yes")))]
+    assert load_rows(DataConfig(name=name)) == list(stream_rows(DataConfig(name=name))) == expected
+    with pytest.raises(DataError, match=r"holds conversations .*; needed a prompt and a completion"):
+        load_examples(DataConfig(name=name))
+    Dataset.from_list([CHAT_ROW]).to_parquet(tmp_path / "a.parquet")
+    for read in (load_rows, stream_rows):
+        assert list(read(DataConfig(name=str(tmp_path / "a.parquet")))) == expected
+    both = written(tmp_path, "both.jsonl", lines({**CHAT_ROW, "prompt": "p", "completion": "c"}))
+    assert load(both) == [("p", "c")]  # who names a completion means it
 
 
-def test_batches_are_padded_at_the_right_and_their_first_label_does_not_count():
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
-    batch = Collator(pad_id=0)(rows)
-    torch.testing.assert_close(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 0]]))
-    torch.testing.assert_close(batch["labels"], torch.tensor([[-100, 6, 7], [-100, 9, -100]]))
+@pytest.mark.parametrize(("row", "message"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_conversations_are_named_with_their_line(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        load_rows(DataConfig(name=written(tmp_path, "a.jsonl", lines(CHAT_ROW, row))))

@@ -41,7 +41,8 @@ def test_cached_spans_equal_the_model_itself(model_type):
             positions = positions_of(start, stop)
             early = depth.run_layers(depth.embed(ids[:, start:stop]), 0, 2, positions, cache)
             rows.append(depth.unembed(depth.run_layers(early, 2, 6, positions, cache)))
-    torch.testing.assert_close(torch.cat(rows, dim=1), expected)
+    # Norms compute in fp32 even here, so that the last bit of a sum in another order can become 1e-6.
+    torch.testing.assert_close(torch.cat(rows, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_exit_equals_the_truncated_model(llama):

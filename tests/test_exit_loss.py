@@ -112,3 +112,49 @@ def test_dropout_skips_rows_in_training(llama):
     for hook in hooks:
         hook.remove()
     assert rows[0] == 60 and rows[5] < 30 and rows[0] > rows[3] > rows[5]
+
+
+def manual_mixed_loss(model, ids, labels, exit_layer, share):
+    """Cross-entropy and KL(last || exit) token by token in fp64, from the truncated model and the whole one."""
+    truncated = tiny_model(num_hidden_layers=exit_layer)
+    truncated.load_state_dict(model.state_dict(), strict=False)
+    student, teacher = truncated(ids).logits.log_softmax(-1), model(ids).logits.log_softmax(-1).detach()
+    total = 0.0
+    for row in range(ids.shape[0]):
+        for column in range(1, ids.shape[1]):
+            if labels[row, column] != -100:
+                said, aim = student[row, column - 1], teacher[row, column - 1]
+                divergence = (aim.exp() * (aim - said)).sum()
+                total += (1 - share) * -said[labels[row, column]] + share * divergence
+    return total
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_distillation_equals_a_manual_computation(llama, monkeypatch, share):
+    """In one chunk and in chunks of five tokens. The last layer keeps its cross-entropy; the reports do not mix."""
+    ids, labels = batch()
+    recipe = RecipeConfig(p_max=0, e_scale=0.5, curriculum="all", distill=share)
+    weights = exit_weights(range(1, 7), 6, 0.5)
+    expected = [manual_mixed_loss(llama, ids, labels, exit_layer, share) for exit_layer in range(1, 6)]
+    expected.append(manual_cross_entropy(llama, ids, labels, 6))
+    for logits in (1 << 24, 5 * 67):
+        monkeypatch.setattr(exit_loss, "_CHUNK_LOGITS", logits)
+        output = RecipeModule(llama, recipe).train()(ids, labels, Moment(0, 10))
+        total = sum(weight * loss for weight, loss in zip(weights, expected, strict=True))
+        torch.testing.assert_close(output["loss"].double(), total, rtol=1e-5, atol=1e-4)
+        plain = [manual_cross_entropy(llama, ids, labels, exit_layer) for exit_layer in range(1, 7)]
+        torch.testing.assert_close(output["per_exit"].double(), torch.stack(plain).detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_the_teacher_is_a_constant(llama, monkeypatch):
+    """With all of the loss on exit 3 and nothing but distillation, layers 4 to 6 get no gradient; in chunks too."""
+    ids, labels = batch()
+    for logits in (1 << 24, 5 * 67):
+        monkeypatch.setattr(exit_loss, "_CHUNK_LOGITS", logits)
+        module = RecipeModule(llama, RecipeConfig(p_max=0, curriculum="all", distill=1.0)).train()
+        monkeypatch.setattr(module, "_weights", lambda exits: [float(exit_layer == 3) for exit_layer in exits])
+        llama.zero_grad()
+        module(ids, labels, Moment(0, 10))["loss"].backward()
+        seen = [layer.mlp.up_proj.weight.grad is not None for layer in llama.model.layers]
+        assert seen == [True] * 3 + [False] * 3
+    llama.zero_grad()

@@ -45,7 +45,7 @@ def pair(monkeypatch):
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.3)
-        return DepthModel(deepcopy(model)), PackedModel(model)
+        return DepthModel(deepcopy(model)), PackedModel.of(model)
 
     return make
 
@@ -143,7 +143,7 @@ def test_the_context_limit_is_an_error(pair):
 
 def test_the_original_weights_are_released():
     model = tiny_model()
-    PackedModel(model)
+    PackedModel.of(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 

@@ -6,8 +6,11 @@ from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 
 from layerskip_core.config import RecipeConfig
+from layerskip_core.encoding import Collator
+from layerskip_core.training import exit_loss
 from layerskip_core.training.exit_loss import exit_weights
 from layerskip_core.training.module import Moment, RecipeModule
+from layerskip_core.training.packing import packed
 
 
 def batch(rows=4, length=9):
@@ -99,23 +102,51 @@ def test_dropout_is_a_function_of_seed_and_moment(llama):
     assert first.item() not in losses
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
-    """The backward pass runs the layers again: it must drop the same rows."""
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp64", "bf16 autocast"])
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
+def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf16, lora):
+    """The backward pass runs layers and heads again: dropping the same rows, with taps, in the same precision."""
+    monkeypatch.setattr(exit_loss, "_CHUNK_LOGITS", 5 * 67)
     ids, labels = batch()
-    recipe = RecipeConfig(p_max=0.8, curriculum="all")
+    recipe = RecipeConfig(p_max=0.8, curriculum="all", distill=0.5)
     gradients = []
     for recompute in (False, True):
-        model = tiny_model()
-        module = RecipeModule(model, recipe).train()
-        if recompute:
-            module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        rows = layer_rows(model)
-        module(ids, labels, Moment(2, 10))["loss"].backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model = tiny_model(dtype=torch.float32 if bf16 else torch.float64, tie_word_embeddings=True)
+        if lora:
+            torch.manual_seed(1)
+            model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        module = RecipeModule(model, recipe, recompute=recompute).train()
+        rows = layer_rows(module.depth.model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = module(ids, labels, Moment(2, 10))["loss"]
+        assert loss.dtype == torch.float32
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
         assert rows[0] == (8 if recompute else 4) and rows[5] < rows[0]
     assert gradients[0].keys() == gradients[1].keys()
+    assert any(gradient.abs().sum() > 0 for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
+
+
+def test_packed_documents_give_the_losses_of_each_alone():
+    """Documents of 5, 9 and 4 tokens in a row of 18, one sliding window of 4; and a second row with padding."""
+    for model_type, changes in (("llama", {}), ("mistral", {"sliding_window": 4}), ("gemma2", {"sliding_window": 4})):
+        model = tiny_model(model_type, **changes)
+        if model_type == "gemma2":
+            model.set_attn_implementation("eager")  # masks are numbers there, not truth values
+        module = RecipeModule(model, RecipeConfig(p_max=0, curriculum="all")).train()
+        ids, _ = batch(rows=1, length=18)
+        alone = []
+        for start, stop in ((0, 5), (5, 14), (14, 18)):
+            part = ids[:, start:stop]
+            alone.append(module(part, part, Moment(0, 1))["per_exit"])
+        (row,) = packed([ids[0, :5].tolist(), ids[0, 5:14].tolist(), ids[0, 14:].tolist()], 18)
+        (short,) = packed([ids[0, :5].tolist()], 18)
+        collated = Collator(0)([row, short])
+        assert collated["documents"][1].tolist() == [0] * 5 + [-1] * 13
+        together = module(**collated, moment=Moment(0, 1))["per_exit"]
+        torch.testing.assert_close(together, sum(alone) + alone[0])
 
 
 def test_lora_trains_adapters_only_and_the_exits_see_them():

@@ -1,85 +1,23 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from training_runs import RECIPE, train, weights
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations import integration_utils
 
-from layerskip_core.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
-from layerskip_core.config import DataConfig, FinetuneConfig, RecipeConfig
-from layerskip_core.data import load_examples
-from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.checkpoint import load_checkpoint
+from layerskip_core.config import DataConfig, RecipeConfig
+from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
 from layerskip_core.training import module
 from layerskip_core.training.dropout import kept_rows
+from layerskip_core.training.loss_plot import _thinned
+from layerskip_core.training.order import RunOrder
 from layerskip_core.training.run import prepare
-from layerskip_core.training.vocabulary import train_tokenizer
 
 PLAIN = RecipeConfig(p_max=0, curriculum="none")
-RECIPE = RecipeConfig(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
-
-
-class Interrupted(Exception):
-    """What a test stops a run with."""
-
-
-def stop_at(step):
-    """A listener that ends the run with the report of a step, before that step's checkpoint."""
-
-    def listen(report):
-        if report.step == step:
-            raise Interrupted
-
-    return listen
-
-
-def saved_base(folder, **changes):
-    """A small untrained model of four layers, 300 tokens."""
-    tokenizer = train_tokenizer(load_examples(DataConfig(limit=300)), 300)
-    shape = {"vocab_size": 300, "num_hidden_layers": 4, "max_position_embeddings": 256}
-    model = tiny_model(dtype=torch.float32, **shape, **changes)
-    model.apply(model._init_weights)  # the usual small random weights: these are to be trained
-    save_checkpoint(model, tokenizer, CheckpointInfo(), str(folder), torch.float32)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return saved_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def settings(base, tmp_path):
-    """FinetuneConfig of a run of a few steps on the CPU."""
-
-    def make(**changes):
-        defaults = {
-            "model": base,
-            "data": DataConfig(limit=32, seed=1),
-            "output": str(tmp_path / "out"),
-            "recipe": RECIPE,
-            "lr": 1e-3,
-            "steps": 4,
-            "batch_size": 4,
-            "max_length": 128,
-            "warmup": 0.0,
-            "device": "cpu",
-            "dtype": "fp32",
-        }
-        return FinetuneConfig(**{**defaults, **changes})
-
-    return make
-
-
-def train(config):
-    """The reports of a run."""
-    reports = []
-    prepare(config).run(reports.append)
-    return reports
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
 
 
 def same_length_rows(tmp_path, count=8):
@@ -179,52 +117,6 @@ def test_the_run_is_reproducible_and_the_seed_matters(settings, tmp_path):
     assert all(torch.equal(weight, weights(tmp_path / "b")[name]) for name, weight in weights(tmp_path / "a").items())
 
 
-@pytest.mark.parametrize(("rank", "tied"), [(0, False), (0, True), (2, True)], ids=["all weights", "tied", "LoRA"])
-def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, rank, tied):
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
-    model = saved_base(tmp_path / "base", tie_word_embeddings=tied)
-    changes = {"model": model, "steps": 4, "save_steps": 2, "lora_rank": rank}
-    expected = train(settings(**changes, output=whole))
-
-    with pytest.raises(Interrupted):
-        prepare(settings(**changes, output=cut)).run(stop_at(3))
-    assert not (Path(cut) / "config.json").exists()
-    # A checkpoint that was being written when the run died does not count.
-    (Path(cut) / "checkpoints" / "checkpoint-3").mkdir()
-    reports = train(settings(**changes, output=cut, resume=True))
-    assert [report.step for report in reports] == [3, 4]
-    assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
-    assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(cut).items())
-
-
-def test_resume_needs_a_checkpoint(settings, tmp_path):
-    with pytest.raises(CheckpointError, match=r"--resume: there is no checkpoint in .*out.checkpoints; .* --save-steps N"):
-        prepare(settings(resume=True))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_that_lacks_weights_is_refused(settings, tmp_path):
-    with pytest.raises(Interrupted):
-        prepare(settings(save_steps=1)).run(stop_at(2))
-    file = tmp_path / "out" / "checkpoints" / "checkpoint-1" / "model.safetensors"
-    stored = load_file(file)
-    del stored["model.layers.1.mlp.up_proj.weight"], stored["lm_head.weight"]
-    save_file(stored, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"incomplete: it lacks lm_head\.weight, model\.layers\.1\.mlp\.up_proj\.weight"):
-        train(settings(resume=True))
-
-
-def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
-    with pytest.raises(Interrupted):
-        prepare(settings(save_steps=2)).run(stop_at(3))
-    with pytest.raises(ConfigError, match=r"--output .*out holds an unfinished run; give --resume .* or --overwrite"):
-        prepare(settings(save_steps=1))
-    with pytest.raises(Interrupted):
-        prepare(settings(save_steps=1, overwrite=True)).run(stop_at(1))
-    with pytest.raises(CheckpointError, match="--resume: there is no checkpoint"):  # checkpoint-2 was the older run's
-        prepare(settings(resume=True))
-
-
 def test_an_output_that_holds_a_model_is_refused(settings):
     train(settings(steps=1))
     with pytest.raises(ConfigError, match=r"--output .*out already holds a model; give --overwrite"):
@@ -240,6 +132,7 @@ def test_what_is_saved_is_a_plain_checkpoint_with_its_story(settings, base, tmp_
     details = info.details
     assert (details["base_model"], details["steps"], details["rows"]) == (base, 4, 32)
     recipe = {"p_max": 0.2, "e_scale": 1.0, "exit_weights": "paper", "curriculum": "rotational", "rotation": 2}
+    recipe["distill"] = 0.0
     assert details["config"]["recipe"] == recipe
     assert sorted(details["final_losses"]) == ["1", "2", "3", "4"]
     assert set(details["versions"]) == {"layerskip", "torch", "transformers"}
@@ -321,3 +214,110 @@ def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
     train(settings(save_steps=2, lora_rank=2, overwrite=True))
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list  # Python would print them
+
+
+def spoiling(job, step, factor):
+    """A listener that multiplies the head by a factor once a step is done."""
+
+    def listen(report):
+        if report.step == step:
+            job.loaded.model.lm_head.weight.data.mul_(factor)
+
+    return listen
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (float("nan"), r"the loss of step 3 is nan"),
+        (1e4, r"the loss exploded at step 3: \d+\.\d in the last layer, first 5\.\d"),
+    ],
+)
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_a_loss_beyond_reason_stops_the_run(settings, tmp_path, factor, message, save_steps):
+    last = tmp_path / "out" / "checkpoints" / "checkpoint-2"
+    where = r"no checkpoint was written" if not save_steps else f"the last good checkpoint is {last}: start from it"
+    job = prepare(settings(save_steps=save_steps, recipe=RECIPE))
+    with pytest.raises(TrainingError, match=f"{message}; {where}.* a lower --lr"):
+        job.run(spoiling(job, 2, factor))
+    assert last.exists() == bool(save_steps) and not (last.parent / "checkpoint-3").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_gradients_that_are_not_finite_do_not_reach_the_weights(settings):
+    job = prepare(settings())
+    head = job.loaded.model.lm_head.weight
+    head.register_hook(lambda gradient: gradient * float("inf"))
+    before = head.detach().clone()
+    with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
+        job.run(lambda report: None)
+    assert torch.equal(head, before)
+
+
+def test_losses_go_where_they_are_reported_to(settings, monkeypatch):
+    logged = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            logged.append((state.global_step, logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    reports = train(settings(report_to="recorder"))
+    steps = [(step, logs) for step, logs in logged if "loss" in logs]
+    assert [step for step, _ in steps] == [1, 2, 3, 4]
+    for (_, logs), report in zip(steps, reports, strict=True):
+        assert logs["loss"] == report.loss and logs["exit_4_loss"] == report.final_loss
+        assert logs["learning_rate"] == report.learning_rate and logs["grad_norm"] > 0
+    assert [("exit_1_loss" in logs, "exit_2_loss" in logs) for _, logs in steps] == [(True, False), (False, True)] * 2
+    with pytest.raises(ConfigError, match="--report-to nowhere: nowhere is not supported, only "):
+        train(settings(report_to="nowhere", overwrite=True))
+
+
+def test_the_losses_stand_beside_the_model(settings, tmp_path):
+    reports = train(settings(steps=3))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "losses.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(report.step, report.loss) for report in reports]
+    assert [sorted(row["exits"]) for row in rows] == [["1", "3", "4"], ["2", "4"], ["1", "3", "4"]]
+    assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_long_run_is_drawn_as_means():
+    points = [(step, float(step % 2)) for step in range(1, 1001)]
+    steps, losses = _thinned(points)
+    assert len(steps) == 200 and steps[0] == 3 and steps[-1] == 998  # stretches of five
+    assert losses[0] == pytest.approx(0.6) and losses[1] == pytest.approx(0.4)
+    assert _thinned(points[:3]) == ([1, 2, 3], [1.0, 0.0, 1.0])
+
+
+def test_the_order_is_a_function_of_the_seed_and_sees_every_row_once_a_pass():
+    lengths = [row % 7 for row in range(30)]
+    order = list(RunOrder(lengths, 4, 20, seed=3))  # 80 of 2 2/3 passes
+    assert order == list(RunOrder(lengths, 4, 20, seed=3)) != list(RunOrder(lengths, 4, 20, seed=4))
+    assert order[:40] == list(RunOrder(lengths, 4, 10, seed=3))  # what a longer run does does not change its beginning
+    assert sorted(order[:60]) == sorted([*range(30), *range(30)])  # 7 steps, the 2 rows left and 2 of the next, 7 steps
+    spans = [max(step) - min(step) for step in ([lengths[row] for row in order[at : at + 4]] for at in range(0, 80, 4))]
+    assert sum(spans) / len(spans) < 2  # of 0..6: without sorting about 4.5
+    assert len(list(RunOrder([1, 1], 8, 3, seed=0))) == 24  # fewer rows than a step takes
+
+
+def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_path):
+    kept, merged = str(tmp_path / "kept"), str(tmp_path / "merged")
+    changes = {"lora_rank": 2, "lr": 1e-2, "lora_targets": "q_proj, down_proj", "steps": 2}
+    train(settings(**changes, output=kept, lora_keep=True))
+    train(settings(**changes, output=merged))
+    assert not (Path(kept) / "model.safetensors").exists()
+    names = load_file(Path(kept) / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in names} == {"q_proj", "down_proj"}
+    expected = load_checkpoint(merged, "cpu", "fp32")
+    found = load_checkpoint(kept, "cpu", "fp32")
+    assert found.prompt_template == "{prompt}\n" and len(found.tokenizer) == 300
+    state = found.model.state_dict()
+    assert state.keys() == expected.model.state_dict().keys()
+    for name, weight in expected.model.state_dict().items():
+        torch.testing.assert_close(state[name], weight, rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(state[name], weight) for name, weight in weights(base).items())
+    with pytest.raises(ConfigError, match="already holds a model"):
+        prepare(settings(output=kept))
+    assert train(settings(model=kept, output=str(tmp_path / "on"), steps=1))[0].step == 1  # and trains on
+    with pytest.raises(ConfigError, match=r"--lora-targets nothing: Target modules .*nothing.* not found"):
+        train(settings(**{**changes, "lora_targets": "nothing"}))

@@ -1,11 +1,12 @@
 """Drafts for a round of speculation, from the first layers of the model itself."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config import EXACT_TOKENS, DecodingConfig, require
 from ..model.cache import DepthCache
 from .sampling import Sampler
 
@@ -103,3 +104,26 @@ class ExitDrafter:
         # Decided before a token is drawn: to drop a drawn token for its probability would bias what is sampled.
         distribution = logits.float().softmax(-1) if draft_probs is None else draft_probs
         return float(distribution.amax()) < self._confidence
+
+
+def drafter_for(
+    model: SpanModel, sampler: Sampler, config: DecodingConfig, eos_ids: frozenset[int], reuse_exit_states: bool = True
+) -> ExitDrafter:
+    """Drafts by the layers and the head that the model keeps for that, where it has such, else by its own.
+
+    Raises ConfigError for an exit behind the layers that it keeps, and for drafts too long to be verified exactly.
+    """
+    assert config.exit_layer is not None
+    own: Any = getattr(model, "draft", None)
+    if own is not None:
+        reuse_exit_states = reuse_exit_states and bool(getattr(model, "drafts_own_states", True))
+        kept = own.num_layers
+        require(config.exit_layer <= kept, "--exit", f"at most the {kept} layers kept for drafting", config.exit_layer)
+    exact = bool(getattr(model, "exact", False))
+    require(
+        not exact or config.num_draft_tokens < EXACT_TOKENS,
+        "--spec",
+        f"below {EXACT_TOKENS} with --exact",
+        config.num_draft_tokens,
+    )
+    return ExitDrafter(own or model, sampler, config.exit_layer, config.draft_confidence, eos_ids, reuse_exit_states)

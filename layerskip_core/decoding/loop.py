@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import DecodingConfig, require, require_exit_layer
 from ..errors import ConfigError
-from .drafting import Draft, Drafter, ExitDrafter, SpanModel
+from .drafting import Draft, Drafter, SpanModel, drafter_for
 from .sampling import Sampler, sampler_for
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
 
@@ -218,9 +218,7 @@ def decode(
         if config.strategy == "early-exit":
             depth = config.exit_layer
         else:
-            drafter = ExitDrafter(
-                model, sampler, config.exit_layer, config.draft_confidence, eos_ids, reuse_exit_states=reuse_exit_states
-            )
+            drafter = drafter_for(model, sampler, config, eos_ids, reuse_exit_states)
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
     return Decoding(model, prompt_ids, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize)
 

@@ -62,7 +62,7 @@ def agreement(
     One pass over an output answers for every exit: a greedy draft is compared only behind accepted ones, so what it continues
     is the autoregressive output itself.
     """
-    model = loaded.depth
+    model = getattr(loaded.depth, "draft", None) or loaded.depth  # low-bit or trimmed drafts choose with weights of their own
     ids = [*prompt_ids, *output_ids]
     tokens = torch.tensor([ids[:-1]], device=model.device)
     positions = torch.arange(len(ids) - 1)[None]

@@ -23,7 +23,7 @@ class DepthCache:
         self.max_positions = max_positions
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self._num_layers = num_layers
-        self._storage: Tensor | None = None  # (L, B, capacity, 2 for key and value, kv heads, head dim)
+        self._storage: Tensor | None = None  # (L, B, 2 for key and value, kv heads, capacity, head dim)
 
     def rollback(self, lengths: Tensor) -> None:
         """Forgets every position at or after `lengths` (B,)."""
@@ -36,13 +36,16 @@ class DepthCache:
         return SpanWriter(self, positions)
 
     def room(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
-        """All layers' keys and values, (L, B, capacity >= stop, 2, kv heads, head dim): views of it are the cache."""
+        """All layers' keys and values, (L, B, 2, kv heads, capacity >= stop, head dim): views of it are the cache.
+
+        The keys of a head lie one behind the other, for attention over a long text takes the time of reading them.
+        """
         held = self._storage
-        if held is None or held.shape[2] < stop:
+        if held is None or held.shape[4] < stop:
             capacity = min(self.max_positions, -(-stop // _BLOCK) * _BLOCK)
-            grown = like.new_zeros(self._num_layers, len(self.lengths), capacity, 2, kv_heads, head_dim)
+            grown = like.new_zeros(self._num_layers, len(self.lengths), 2, kv_heads, capacity, head_dim)
             if held is not None:
-                grown[:, :, : held.shape[2]] = held
+                grown[:, :, :, :, : held.shape[4]] = held
             self._storage = held = grown
         return held
 
@@ -68,20 +71,20 @@ class SpanWriter:
         held = self._cache.room(self.stop, keys.shape[1], keys.shape[3], keys)[layer_idx]
         for place, new in enumerate((keys, values)):
             if self.contiguous:
-                held[:, self.start : self.stop, place] = new.transpose(1, 2)
+                held[:, place, :, self.start : self.stop] = new
             else:
                 rows, columns = self.indices(keys.device)
-                held[rows, columns, place] = new.transpose(1, 2)
-        filled = held[:, : self.stop].transpose(1, 3)  # (B, kv heads, 2, S, head dim)
-        return filled[:, :, 0], filled[:, :, 1]
+                held[rows, place, :, columns] = new.transpose(1, 2)
+        filled = held[:, :, :, : self.stop]
+        return filled[:, 0], filled[:, 1]
 
     def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
         """Where each layer of a span writes and reads, made at once: one view a layer and token would be slower."""
         held = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop]
-        filled = held[:, :, : self.stop].transpose(2, 4)  # (layers, B, kv heads, 2, S, head dim)
-        keys, values = filled[:, :, :, 0].unbind(), filled[:, :, :, 1].unbind()
+        filled = held[..., : self.stop, :]  # (layers, B, 2, kv heads, S, head dim)
+        keys, values = filled[:, :, 0].unbind(), filled[:, :, 1].unbind()
         if self.contiguous:
-            slots, indices = held[:, :, self.start : self.stop].unbind(), None
+            slots, indices = held[..., self.start : self.stop, :].unbind(), None
         else:
             slots, indices = held.unbind(), self.indices(like.device)
         return [LayerSlots(*views, indices) for views in zip(keys, values, slots, strict=True)]
@@ -97,12 +100,13 @@ class LayerSlots(NamedTuple):
 
     keys: Tensor  # (B, kv heads, S, head dim), to be read after `write`
     values: Tensor
-    slots: Tensor  # (B, T, 2, kv heads, head dim), or the whole layer where `indices` say which tokens of it are meant
+    slots: Tensor  # (B, 2, kv heads, T, head dim), or the whole layer where `indices` say which tokens of it are meant
     indices: tuple[Tensor, Tensor] | None
 
     def write(self, new: Tensor) -> None:
-        """Keys and values (B, T, 2, kv heads, head dim) of the call's tokens."""
+        """Keys and values (B, 2, kv heads, T, head dim) of the call's tokens."""
         if self.indices is None:
             self.slots.copy_(new)
         else:
-            self.slots[self.indices] = new.to(self.slots.dtype)
+            rows, columns = self.indices
+            self.slots[rows, :, :, columns] = new.permute(0, 3, 1, 2, 4).to(self.slots.dtype)

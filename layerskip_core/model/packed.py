@@ -1,21 +1,26 @@
 """The operations of DepthModel on repacked weights: the fast path of decoding, for the Llama family."""
 
 import math
-from copy import deepcopy
-from dataclasses import dataclass
+from copy import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import DepthCache, LayerSlots, SpanWriter
+from ..config import EXACT_TOKENS, PackingConfig, Quantization
+from .cache import DepthCache, SpanWriter
 from .depth import layer_kinds
-from .linear import Linear, OneDnnLinear, linear
+from .linear import Head, KernelLinear, linear
+from .packed_layer import Norm, PackedLayer, Step, Workspace
+from .rope import Rope
+from .weights import Take, Weights
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
 _CHUNK = 256  # tokens of a prompt that run at once: bounds the attention mask and the activations
+_WORKSPACES = 16  # shapes of calls whose buffers are kept
+_EXACT_ROWS = 8  # most rows that an exact call runs at once
 
 
 def can_pack(config: Any) -> bool:
@@ -30,37 +35,60 @@ def can_pack(config: Any) -> bool:
 
 
 class PackedModel:
-    """The same operations and results as `DepthModel`, for inference only.
+    """The same operations and results as `DepthModel`, for inference only. Not for two threads at once."""
 
-    Query, key and value are one matrix, gate and up another. Rows of the first are ordered (slot, kv head, head dim), the slots
-    being the G queries of a key's group, the key and the value. So the queries of T tokens are the G*T rows of one attention
-    call, its output needs no transposition (the columns of the output matrix have the same order), and a token's key and
-    value are one copy into the cache. The two halves of a rotated head interleave as complex numbers: rope is one product.
-    """
+    draft: "PackedModel | None" = None  # what drafts where that is not this model itself
+    drafts_own_states = True  # whether the hidden states of what drafts are this model's
 
-    def __init__(self, model: nn.Module) -> None:
-        """Takes the weights of a model that `can_pack`; its own are released one by one, so that it can no longer run."""
-        transformers_model: Any = model
-        self.config: Any = model.config
-        decoder, head = transformers_model.model, transformers_model.get_output_embeddings()
-        self._embedding: Tensor = decoder.embed_tokens.weight.detach()
-        self._kinds = layer_kinds(self.config)
-        self._rope = _Rope(deepcopy(decoder.rotary_emb), self._embedding)
+    def __init__(self, config: Any, take: Take, packing: PackingConfig | None = None) -> None:
+        """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
+
+        Raises CheckpointError for one that is missing, ConfigError where there is no kernel for what `packing` asks for.
+        """
+        packing = packing or PackingConfig()
+        self.config = config
+        self.exact = packing.exact
+        self._quantize = packing.quantize
+        self._kinds = layer_kinds(config)
+        self._spaces: dict[tuple[int, int], Workspace] = {}
+        self._proven: dict[int, int] = {}  # by number of threads
+        weights = Weights(take)
         with torch.inference_mode():
-            self._norm = _Norm(decoder.norm)
-            self._head = linear(self._norm.folded_into(head.weight.detach()), head.bias)
-            self._layers: list[_Layer] = []
-            for layer in decoder.layers:
-                self._layers.append(_Layer(layer, self.config))
-                layer.to("meta")
+            self._embedding = weights.of("model.embed_tokens.weight")
+            self._rope = Rope(config, self._embedding)
+            norm, bias = weights.of("model.norm.weight"), weights.get("lm_head.bias")
+            head = None if config.tie_word_embeddings else weights.get("lm_head.weight")
+            head = self._embedding if head is None else head
+            self._norm, self._head = _head(norm, head, bias, config, packing.quantize, packing.exact)
+            if packing.drafts_apart:
+                self.draft = copy(self)
+                self.draft.exact, self.draft._spaces = False, {}
+                bits = packing.draft_weights or packing.quantize
+                self.draft._norm, self.draft._head = _head(norm, head, bias, config, bits, False, packing.draft_vocab)
+            del head
+            self._layers: list[PackedLayer] = []
+            drafts: list[PackedLayer] = []
+            copies = 0 if packing.draft_weights is None else packing.draft_layers or len(self._kinds) - 1
+            for index in range(len(self._kinds)):
+                mine = weights.remembered(f"model.layers.{index}.")
+                self._layers.append(PackedLayer(mine, config, index, packing.quantize, packing.exact))
+                if index < copies:
+                    drafts.append(PackedLayer(mine, config, index, packing.draft_weights, exact=False))
+        if self.draft is not None:
+            self.draft._layers = drafts or self._layers
+            self.drafts_own_states = not drafts
+
+    @classmethod
+    def of(cls, model: nn.Module, packing: PackingConfig | None = None) -> "PackedModel":
+        """Takes the weights of a transformers model; its own are released, so that it can no longer run."""
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         model.to("meta")
-        attention = self._layers[0]
-        self._groups, self._kv_heads, self._head_dim = attention.groups, attention.kv_heads, attention.head_dim
+        return cls(model.config, lambda name: weights.pop(name, None), packing)
 
     @property
     def implementation(self) -> str:
-        prepacked = any(isinstance(part, OneDnnLinear) for part in (self._head, *self._layers[0].linears))
-        return "packed (oneDNN)" if prepacked else "packed"
+        kernels = [part for part in (self._head, *self._layers[0].linears) if isinstance(part, KernelLinear)]
+        return f"packed ({self._quantize or 'oneDNN'})" if kernels else "packed"
 
     @property
     def num_layers(self) -> int:
@@ -95,42 +123,99 @@ class PackedModel:
         """Token ids (B, T) to hidden states (B, T, D)."""
         return F.embedding(ids, self._embedding)
 
+    @torch.inference_mode()
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache | None = None) -> Tensor:
         """Layers start..stop-1 over hidden states (B, T, D) of the tokens at `positions` (B, T), on the host.
 
         Without a cache the tokens see each other only. Returns the pre-norm hidden states (B, T, D).
         """
-        batch, count, size = hidden.shape
+        batch, count, _ = hidden.shape
         if start == stop:
             return hidden
         if cache is None:
             cache = self.new_cache(batch)
-        if count > _CHUNK:
-            parts = zip(torch.split(hidden, _CHUNK, 1), torch.split(positions, _CHUNK, 1), strict=True)
-            return torch.cat([self.run_layers(part, start, stop, places, cache) for part, places in parts], dim=1)
-        writer = cache.writer(positions)
-        step = self._step(writer, positions, batch, count)
-        slots = writer.layers(start, stop, self._kv_heads, self._head_dim, hidden)
-        rows = hidden.reshape(batch * count, size)
-        for layer, kind, held in zip(self._layers[start:stop], self._kinds[start:stop], slots, strict=True):
-            rows = layer(rows, step, step.masks[kind], held)
-        return rows.view(batch, count, size)
+        piece = self._rows_at_once() if self.exact and 1 < count <= EXACT_TOKENS else _CHUNK
+        if count <= piece:
+            return self._run(hidden, start, stop, positions, cache)
+        parts = zip(torch.split(hidden, piece, 1), torch.split(positions, piece, 1), strict=True)
+        return torch.cat([self._run(part, start, stop, places, cache) for part, places in parts], dim=1)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
         *shape, size = hidden.shape
-        return self._head(self._norm(hidden.reshape(-1, size))).view(*shape, -1)
+        rows = hidden.reshape(-1, size)
+        if self.exact and 1 < len(rows) <= EXACT_TOKENS:
+            logits = torch.cat([self._logits(part) for part in torch.split(rows, self._rows_at_once())])
+        else:
+            logits = self._logits(rows)
+        return logits.view(*shape, -1)
 
-    def _step(self, writer: SpanWriter, positions: Tensor, batch: int, count: int) -> "_Step":
+    def _logits(self, rows: Tensor) -> Tensor:
+        return self._head(self._norm(rows))
+
+    def _run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache) -> Tensor:
+        batch, count, size = hidden.shape
+        writer = cache.writer(positions)
+        step = self._step(writer, positions)
+        space = self._workspace(batch, count)
+        slots = writer.layers(start, stop, self._layers[0].kv_heads, self._layers[0].head_dim, hidden)
+        rows = hidden.reshape(batch * count, size).clone()
+        for layer, kind, held in zip(self._layers[start:stop], self._kinds[start:stop], slots, strict=True):
+            layer.run_(rows, step, kind, held, space)
+        return rows.view(batch, count, size)
+
+    def _rows_at_once(self) -> int:
+        """How many rows a call may have so that each has the bits that it has alone, found by trying on this machine."""
+        threads = torch.get_num_threads()
+        if threads not in self._proven:
+            self._proven[threads] = next(
+                (rows for rows in range(1, _EXACT_ROWS) if not self._same_alone(rows + 1)), _EXACT_ROWS
+            )
+        return self._proven[threads]
+
+    def _same_alone(self, count: int) -> bool:
+        """Whether a layer and the head give `count` random rows what they give each alone. All layers have the same shapes."""
+        generator = torch.Generator(self.device).manual_seed(count)
+        hidden = torch.randn(1, 24 + count, self.hidden_size, generator=generator, device=self.device).to(self.dtype)
+        before, positions = hidden[:, :24], torch.arange(24 + count)[None]
+        cache = self.new_cache(max_positions=24 + count)
+        self._run(before, 0, 1, positions[:, :24], cache)
+        together = self._run(hidden[:, 24:], 0, 1, positions[:, 24:], cache)
+        places = range(24, 24 + count)
+        alone = [self._run(hidden[:, [place]], 0, 1, positions[:, [place]], cache) for place in places]
+        logits = [self._logits(rows[0]) for rows in alone]
+        return torch.equal(together, torch.cat(alone, dim=1)) and torch.equal(self._logits(together[0]), torch.cat(logits))
+
+    def _step(self, writer: SpanWriter, positions: Tensor) -> Step:
         places = positions.to(self.device, non_blocking=True)
-        rope = self._rope.at(writer, places, self._groups)
-        masks = {kind: self._mask(kind, writer, places) for kind in dict.fromkeys(self._kinds)}
-        return _Step(batch, count, rope, masks)
+        rope = self._rope.at(writer, places, self._layers[0].groups)
+        kinds = dict.fromkeys(self._kinds)
+        if self.exact and positions.shape[1] <= EXACT_TOKENS and len(positions) == 1:
+            return Step(rope, {}, {kind: self._spans(kind, positions[0].tolist()) for kind in kinds})
+        return Step(rope, {kind: self._mask(kind, writer, places) for kind in kinds}, None)
+
+    def _spans(self, kind: str, places: list[int]) -> list[tuple[int, int]]:
+        window = self._window(kind)
+        return [(0 if window is None else max(0, place + 1 - window), place + 1) for place in places]
+
+    def _window(self, kind: str) -> int | None:
+        return int(self.config.sliding_window) if kind == "sliding_attention" else None
+
+    def _workspace(self, batch: int, count: int) -> Workspace:
+        """Kept for the calls that decoding repeats; those over a prompt are not."""
+        space = self._spaces.get((batch, count))
+        if space is None:
+            space = Workspace(batch, count, self._layers[0], self._embedding)
+            if batch * count <= _CHUNK // 2:
+                if len(self._spaces) >= _WORKSPACES:
+                    self._spaces.pop(next(iter(self._spaces)))
+                self._spaces[batch, count] = space
+        return space
 
     def _mask(self, kind: str, writer: SpanWriter, places: Tensor) -> Tensor | None:
         """What is added to the scores, (B or 1, 1, T*G, S); None where every key of the filled part may be seen."""
-        window = self.config.sliding_window if kind == "sliding_attention" else None
-        if places.numel() == 1 and (window is None or writer.stop <= window):
+        window = self._window(kind)
+        if writer.contiguous and places.shape[1] == 1 and (window is None or writer.stop <= window):
             return None
         queries = (places[:1] if writer.contiguous else places)[:, None, :, None]
         keys = torch.arange(writer.stop, device=places.device)
@@ -138,153 +223,31 @@ class PackedModel:
         if window is not None:
             hidden |= keys <= queries - window
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=places.device).masked_fill_(hidden, -math.inf)
-        return mask.repeat_interleave(self._groups, dim=2)
+        return mask.repeat_interleave(self._layers[0].groups, dim=2)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What all layers of a call share."""
-
-    batch: int
-    count: int  # T
-    rope: Tensor  # (rows, G+2, 1, half a head) complex, rows = B*T, or T where all batch rows have the same positions
-    masks: dict[str, Tensor | None]  # by kind of layer
-
-
-class _Layer:
-    """A decoder layer over rows (B*T, D)."""
-
-    def __init__(self, layer: Any, config: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.head_dim = int(attention.head_dim)
-        self.kv_heads = int(config.num_key_value_heads)
-        self.groups = int(config.num_attention_heads) // self.kv_heads
-        self._width = self.groups * self.kv_heads * self.head_dim
-        self._scale = float(attention.scaling)
-        self._rotates = bool(getattr(attention, "use_rope", True))
-        self._attention_norm = _Norm(layer.input_layernorm)
-        self._mlp_norm = _Norm(layer.post_attention_layernorm)
-        self._head_norm = _HeadNorm(attention, self.groups) if hasattr(attention, "q_norm") else None
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        up = (mlp.gate_proj, mlp.up_proj)
-        columns = attention.o_proj.weight.detach().view(-1, self.kv_heads, self.groups, self.head_dim).transpose(1, 2)
-        self._qkv = linear(
-            self._attention_norm.folded_into(self._slots(*(part.weight for part in qkv))),
-            None if qkv[0].bias is None else self._slots(*(part.bias for part in qkv)),
-        )
-        self._output = linear(columns.reshape(-1, self._width), attention.o_proj.bias)
-        self._up = linear(
-            self._mlp_norm.folded_into(torch.cat([part.weight for part in up])),
-            None if up[0].bias is None else torch.cat([part.bias for part in up]),
-        )
-        self._down = linear(mlp.down_proj.weight.detach(), mlp.down_proj.bias)
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        return self._qkv, self._output, self._up, self._down
-
-    def __call__(self, hidden: Tensor, step: _Step, mask: Tensor | None, held: LayerSlots) -> Tensor:
-        batch, count, groups, heads, size = step.batch, step.count, self.groups, self.kv_heads, self.head_dim
-        qkv = self._qkv(self._attention_norm(hidden))
-        slots = self._rotated(qkv.view(-1, groups + 2, heads, size), step.rope).view(batch, count, groups + 2, heads, size)
-        held.write(slots[:, :, groups:])
-        queries = slots[:, :, :groups].reshape(batch, count * groups, heads, size).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            queries.to(hidden.dtype), held.keys, held.values, attn_mask=mask, scale=self._scale
-        )
-        hidden = self._output.add_to(hidden, mixed.transpose(1, 2).reshape(batch * count, self._width))
-        gate, up = self._up(self._mlp_norm(hidden)).chunk(2, dim=1)
-        return self._down.add_to(hidden, F.silu(gate).mul_(up))
-
-    def _rotated(self, slots: Tensor, rope: Tensor) -> Tensor:
-        """Head norms and rope over (B*T, G+2, kv heads, head dim), in at least fp32."""
-        if self._head_norm is None and not self._rotates:
-            return slots
-        wide = slots.float() if slots.dtype.itemsize < 4 else slots
-        if self._head_norm is not None:
-            self._head_norm.apply_(wide[:, : self.groups + 1])
-        if self._rotates:
-            pairs = torch.view_as_complex(wide.view(-1, len(rope), *wide.shape[1:-1], self.head_dim // 2, 2))
-            pairs.mul_(rope)
-        return wide
-
-    def _slots(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Weights (out, D) or biases (out,) of the three projections as those of one, by slot; see PackedModel."""
-        heads, rest = (self.kv_heads, self.groups), query.shape[1:]
-        queries = _interleaved(query.detach().view(*heads, self.head_dim, *rest), dim=2).transpose(0, 1)
-        keys = _interleaved(key.detach().view(1, self.kv_heads, self.head_dim, *rest), dim=2)
-        return torch.cat([queries, keys, value.detach().view_as(keys)]).reshape(-1, *rest)
+def _head(
+    norm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Any,
+    quantization: Quantization | None,
+    exact: bool,
+    vocabulary: int = 0,
+) -> tuple[Norm, Head]:
+    """Final norm and head; with a `vocabulary`, only its first so many rows."""
+    kept = min(vocabulary or len(weight), len(weight))
+    packed_norm = Norm(norm, config, folds=quantization is None)
+    rows = packed_norm.folded_into(weight[:kept])
+    layer = linear(rows, None if bias is None else bias[:kept], quantization, exact)
+    return packed_norm, layer if kept == len(weight) else _PaddedHead(layer, len(weight) - kept)
 
 
-class _Rope:
-    """Rotations by position as complex numbers, from the model's own rotary embedding; the table grows with the text."""
+class _PaddedHead:
+    """Gives the tokens that `head` leaves out no chance."""
 
-    def __init__(self, rotary: Any, like: Tensor) -> None:
-        self._rotary = rotary
-        self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        self._table = self._angles(0)  # (positions, 2, 1, half a head): the rotation, and 1 for what does not rotate
+    def __init__(self, head: Head, left_out: int) -> None:
+        self._head, self._padding = head, (0, left_out)
 
-    def at(self, writer: SpanWriter, places: Tensor, groups: int) -> Tensor:
-        """(T, G+2, 1, half a head), or (B*T, ...) for rows that stand at different positions."""
-        if len(self._table) < writer.stop:
-            self._table = self._angles(2 * writer.stop)
-        rotations = self._table[writer.start : writer.stop] if writer.contiguous else self._table[places.flatten()]
-        one, kept = rotations[:, :1], rotations[:, 1:]
-        return torch.cat([one.expand(-1, groups + 1, -1, -1), kept], dim=1)
-
-    def _angles(self, count: int) -> Tensor:
-        positions = torch.arange(count, device=self._like.device)[None]
-        cos, sin = (part[0, :, : part.shape[-1] // 2] for part in self._rotary(self._like, positions))
-        rotation = torch.complex(cos, sin)
-        return torch.stack([rotation, torch.ones_like(rotation)], dim=1)[:, :, None]
-
-
-class _Norm:
-    """RMSNorm over the last dimension.
-
-    On the CPU torch.rms_norm takes some eight passes: here they are three, and in fp32 and fp64 the weight becomes part of the
-    linear layer behind the norm. (Not in bf16: the weights of that layer would be rounded once more.)
-    """
-
-    def __init__(self, norm: Any) -> None:
-        self._weight: Tensor = norm.weight.detach()
-        self._eps = float(norm.variance_epsilon)
-        size = self._weight.numel()
-        self._on_cpu = self._weight.device.type == "cpu"
-        self._folds = self._on_cpu and self._weight.dtype.itemsize >= 4
-        self._wide = torch.promote_types(self._weight.dtype, torch.float32)
-        self._scale = self._weight.to(self._wide) * math.sqrt(size)
-        self._floor = self._scale.new_tensor(math.sqrt(size * self._eps))
-
-    def folded_into(self, weight: Tensor) -> Tensor:
-        """`weight` (out, D) of the linear layer behind this norm, to be used instead of the original."""
-        return weight * self._scale if self._folds else weight
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        if not self._on_cpu:
-            return torch.rms_norm(hidden, self._weight.shape, self._weight, self._eps)
-        # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
-        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=self._wide).hypot_(self._floor)
-        normed: Tensor = hidden / length
-        return normed if self._folds else normed.mul_(self._scale).to(hidden.dtype)
-
-
-class _HeadNorm:
-    """RMSNorm of each query and key (qwen3), in place over (rows, G+1, kv heads, head dim)."""
-
-    def __init__(self, attention: Any, groups: int) -> None:
-        norms = [attention.q_norm] * groups + [attention.k_norm]
-        weights = torch.stack([_interleaved(norm.weight.detach(), dim=0) for norm in norms])[:, None]
-        size = weights.shape[-1]
-        self._scale = weights.to(torch.promote_types(weights.dtype, torch.float32)) * math.sqrt(size)
-        self._floor = self._scale.new_tensor(math.sqrt(size * attention.q_norm.variance_epsilon))
-
-    def apply_(self, slots: Tensor) -> None:
-        length = torch.linalg.vector_norm(slots, dim=-1, keepdim=True).hypot_(self._floor)
-        slots.div_(length).mul_(self._scale)
-
-
-def _interleaved(tensor: Tensor, dim: int) -> Tensor:
-    """The two halves of a head, which rope pairs, alternating along `dim`."""
-    halves = torch.stack(tensor.chunk(2, dim), dim + 1)
-    return halves.flatten(dim, dim + 1)
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.pad(self._head(rows), self._padding, value=-math.inf)

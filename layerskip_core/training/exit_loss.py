@@ -44,17 +44,42 @@ def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def summed_cross_entropy(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum of the cross-entropy over N tokens, hidden (N, D), in fp32.
+    """Sum of the cross-entropy over N tokens, hidden (N, D), in fp32; in chunks as `summed_losses`."""
+    return summed_losses(unembed, hidden, targets, vocab_size)[1]
 
-    Above _CHUNK_LOGITS logits it goes chunk by chunk and recomputes them in the backward pass, so that (N, V) is never alive.
+
+def summed_losses(
+    unembed: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    teacher: Tensor | None = None,
+    distill: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(loss to train on, cross-entropy) of an exit, each summed over N tokens, in fp32; hidden (N, D), targets (N,).
+
+    With the last layer's hidden states as `teacher` (N, D) the loss is (1 - distill) * cross-entropy + distill * KL(last layer
+    || exit), in which the last layer is a constant. Above _CHUNK_LOGITS logits all goes chunk by chunk and is recomputed in
+    the backward pass, so that (N, V) is never alive.
     """
 
-    def chunk_loss(part: Tensor, wanted: Tensor) -> Tensor:
-        return functional.cross_entropy(unembed(part).float(), wanted, reduction="sum")
+    def chunk_losses(part: Tensor, wanted: Tensor, taught: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = unembed(part).float()
+        cross_entropy = functional.cross_entropy(logits, wanted, reduction="sum")
+        if taught is None:
+            return cross_entropy, cross_entropy
+        with torch.no_grad():
+            aim = unembed(taught).float().log_softmax(-1)
+        divergence = functional.kl_div(logits.log_softmax(-1), aim, reduction="sum", log_target=True)
+        return (1 - distill) * cross_entropy + distill * divergence, cross_entropy
 
     rows = max(1, _CHUNK_LOGITS // vocab_size)
+    constant = None if teacher is None else teacher.detach()
     if hidden.shape[0] <= rows:
-        return chunk_loss(hidden, targets)
-    parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
-    losses = [checkpoint(chunk_loss, part, wanted, use_reentrant=False) for part, wanted in parts]
-    return torch.stack(losses).sum()
+        return chunk_losses(hidden, targets, constant)
+    wanted = torch.split(targets, rows)
+    taught = [None] * len(wanted) if constant is None else torch.split(constant, rows)
+    parts = zip(torch.split(hidden, rows), wanted, taught, strict=True)
+    losses = [checkpoint(chunk_losses, *part, use_reentrant=False) for part in parts]
+    trained, seen = zip(*losses, strict=True)
+    return torch.stack(trained).sum(), torch.stack(seen).sum()

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import RecipeConfig
-from ..model import DepthModel
+from ..model import DepthModel, SpanInputs
 from .curriculum import exits_on
 from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
-from .exit_loss import exit_weights, summed_cross_entropy, target_rows
+from .exit_loss import exit_weights, summed_losses, target_rows
+from .packing import between_documents, positions_in_documents
 
 
 @dataclass(frozen=True)
@@ -29,46 +31,86 @@ class Moment:
 class RecipeModule(nn.Module):
     """A causal language model under the LayerSkip recipe."""
 
-    def __init__(self, model: Any, recipe: RecipeConfig, seed: int = 0, from_scratch: bool = False) -> None:
-        """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t)."""
+    def __init__(
+        self, model: Any, recipe: RecipeConfig, seed: int = 0, from_scratch: bool = False, recompute: bool = False
+    ) -> None:
+        """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).
+
+        `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
+        """
         super().__init__()
         self.model = model
         self.config = model.config
         self.recipe = recipe
         self.seed = seed
         self.from_scratch = from_scratch
+        self.recompute = recompute
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.depth = DepthModel(base)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, moment: Moment, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        moment: Moment,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> dict[str, Tensor | tuple[int, ...]]:
         """Ids and labels (B, T), -100 where masked; `attention_mask` (B, T) only for rows that are not padded at the right.
 
-        Returns `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the
-        summed cross-entropy of each exit, detached (exits,), and `exit_layers`, the counts that `per_exit` belongs to.
+        `documents` (B, T) numbers the documents packed into a row: none sees another, and each starts at position 0. Returns
+        `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the summed
+        cross-entropy of each exit, detached (exits,), and `exit_layers`, the counts that `per_exit` belongs to.
         """
         layers = self.depth.num_layers
         exits = exits_on(self.recipe, moment.step, moment.total_steps, layers, self.depth.vocab_size)
         if not self.training:
             exits = tuple(range(1, layers + 1))
-        weights = dict(zip(exits, self._weights(exits), strict=True))
-        positions = torch.arange(input_ids.shape[1])[None]
-        if attention_mask is not None:
-            positions = (attention_mask.cpu().cumsum(1) - 1).clamp(min=0)
-        hidden = self.depth.embed(input_ids)
-        inputs = self.depth.prepare(hidden, positions, key_mask=attention_mask)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        taps = self._taps(input_ids, exits, moment, attention_mask, documents)
+        rows = {exit_layer: target_rows(hidden, labels) for exit_layer, hidden in taps.items()}
+        total = rows[layers][0].new_zeros((), dtype=torch.float32)
         per_exit = []
+        for weight, exit_layer in zip(self._weights(exits), exits, strict=True):
+            taught = self.training and self.recipe.distill > 0 and exit_layer < layers
+            teacher = rows[layers][0] if taught else None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):  # the paper's first exit weighs nothing
+                loss, cross_entropy = summed_losses(
+                    self.depth.unembed, *rows[exit_layer], self.depth.vocab_size, teacher, self.recipe.distill
+                )
+            total = total + weight * loss
+            per_exit.append(cross_entropy.detach())
+        return {"loss": total, "per_exit": torch.stack(per_exit), "exit_layers": exits}
+
+    def _taps(
+        self,
+        input_ids: Tensor,
+        exits: tuple[int, ...],
+        moment: Moment,
+        attention_mask: Tensor | None,
+        documents: Tensor | None,
+    ) -> dict[int, Tensor]:
+        """The hidden states (B, T, D) after each exit layer that is on."""
+        hidden = self.depth.embed(input_ids)
+        inputs = self._span_inputs(hidden, attention_mask, documents)
+        taps = {}
         for layer, rate in enumerate(self._rates(moment)):
             kept = kept_rows(rate, hidden.shape[0], self.seed, moment.step, moment.micro_batch, layer)
-            hidden = run_layer_on(self.depth, layer, hidden, inputs, kept)
-            if layer + 1 in weights:
-                rows, targets = target_rows(hidden, labels)
-                loss = summed_cross_entropy(self.depth.unembed, rows, targets, self.depth.vocab_size)
-                total = total + weights[layer + 1] * loss
-                per_exit.append(loss.detach())
-        return {"loss": total, "per_exit": torch.stack(per_exit), "exit_layers": exits}
+            if self.recompute and self.training:
+                hidden = checkpoint(run_layer_on, self.depth, layer, hidden, inputs, kept, use_reentrant=False)
+            else:
+                hidden = run_layer_on(self.depth, layer, hidden, inputs, kept)
+            if layer + 1 in exits:
+                taps[layer + 1] = hidden
+        return taps
+
+    def _span_inputs(self, hidden: Tensor, attention_mask: Tensor | None, documents: Tensor | None) -> SpanInputs:
+        if documents is not None:
+            positions = positions_in_documents(documents.cpu())
+            return between_documents(self.depth.prepare(hidden, positions, key_mask=documents >= 0), documents)
+        positions = torch.arange(hidden.shape[1])[None]
+        if attention_mask is not None:
+            positions = (attention_mask.cpu().cumsum(1) - 1).clamp(min=0)
+        return self.depth.prepare(hidden, positions, key_mask=attention_mask)
 
     def _weights(self, exits: tuple[int, ...]) -> list[float]:
         return exit_weights(exits, self.depth.num_layers, self.recipe.e_scale, self.recipe.exit_weights)

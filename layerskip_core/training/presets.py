@@ -1,19 +1,38 @@
-"""What a regime means: the paper's hyper-parameters, each of which a flag can change (LayerSkip tables 1 and 2)."""
+"""What a regime means: the paper's hyper-parameters by model size, each changed by a flag (LayerSkip tables 1, 2)."""
 
-from ..config import RecipeConfig
+from ..config import RecipeConfig, Regime
 
 _SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for 1B and more
-
-RECIPES = {
-    "finetune": RecipeConfig(p_max=0.2, e_scale=1.0, curriculum="rotational"),
-    "continual": RecipeConfig(p_max=0.1, e_scale=0.2, curriculum="rotational", rotation=8),
-    "scratch": RecipeConfig(p_max=0.1, e_scale=0.2, curriculum="rotational"),
-    "code": RecipeConfig(p_max=0.1, e_scale=1.0, curriculum="rotational", rotation=16),
-}
 _LEARNING_RATES = {"finetune": 1e-4, "continual": 3e-5, "scratch": 8e-4, "code": 1e-4}
 _SMALL_LEARNING_RATES = {"finetune": 5e-4, "continual": 2e-4, "scratch": 2e-3, "code": 5e-4}
+_LENGTHS = {"finetune": 512, "continual": 2048, "scratch": 2048, "code": 2048}
+
+
+def recipe_preset(regime: Regime, parameters: int) -> RecipeConfig:
+    """The paper's recipe for a regime and a model of that many parameters.
+
+    Where the paper gives R = L-1 (23, 31 and 39 for 24, 32 and 40 layers) the rotation is left to RecipeConfig, which takes L-1
+    above a vocabulary of 8k. For tasks the paper has the gradual curriculum, whose later half trains every exit on every
+    step; the rotational one costs a fraction of that.
+    """
+    if regime == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
+        if parameters >= 10e9:
+            return RecipeConfig(p_max=0.1, e_scale=0.1)
+        return RecipeConfig(p_max=0.1, e_scale=0.2 if 3e9 <= parameters < 7.5e9 else 0.1, rotation=8)
+    if regime == "scratch":  # 1.5B; 7B
+        return RecipeConfig(p_max=0.1 if parameters < 4e9 else 0.2, e_scale=0.2)
+    if regime == "code":  # Llama1-7B
+        return RecipeConfig(p_max=0.1, e_scale=1.0, rotation=16)
+    return RecipeConfig(p_max=0.2, e_scale=1.0)  # TOPv2, 1.5B
 
 
 def learning_rate(regime: str, parameters: int) -> float:
     """The initial learning rate of a regime: the paper's, or one that suits models under 50M parameters."""
+    if regime == "continual" and parameters >= 10e9:
+        return 2e-5
     return (_SMALL_LEARNING_RATES if parameters < _SMALL_MODEL else _LEARNING_RATES)[regime]
+
+
+def sequence_length(regime: str, context: int) -> int:
+    """Tokens of a row: 512 for tasks, 2048 for language-model data (ours: the paper's table names none), within the context."""
+    return min(_LENGTHS[regime], context)

@@ -1,16 +1,18 @@
 """finetune from start to end: plan, train, save."""
 
-import math
+import itertools
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint import (
+    CHAT,
     CheckpointInfo,
     LoadedModel,
     load_blank,
@@ -22,35 +24,19 @@ from ..checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
-from ..config import FinetuneConfig
-from ..data import PARSING_TEMPLATE, EncodedData, encode_examples, is_parsing, load_examples
-from ..errors import CheckpointError, ConfigError
-from .curriculum import mean_exits, rotation_of
-from .dropout import dropout_rates, time_scale
+from ..config import DataConfig, FinetuneConfig
+from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
+from ..encoding import EncodedData, Encoder, encode_rows, encode_stream
+from ..errors import ConfigError, TrainingInterrupted
+from .checkpoints import ResumePoint, checkpoints_folder, discard_after, has_checkpoints, last_checkpoint, newest_whole
+from .interruption import Interruption
+from .loss_plot import loss_plot
 from .module import RecipeModule
-from .presets import learning_rate
-from .trainer import StepReport, checkpoints_folder, make_trainer
+from .plan import COMMANDS_STEPS, TrainingPlan, make_plan, rows_per_step, run_settings
+from .presets import learning_rate, recipe_preset, sequence_length
+from .progress import LossHistory, StepReport
+from .trainer import RecipeTrainer, make_trainer
 from .vocabulary import train_tokenizer
-
-_COMMANDS_STEPS = 300  # of a run on `commands` without --steps: sized for five minutes on two cores
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What a run is about to do. `cost` is a step's computation as a multiple of one without the recipe; memory in MB."""
-
-    rows: int
-    tokens: int
-    truncated: int
-    steps: int
-    parameters: int
-    num_layers: int
-    rotation: int | None  # R, of the rotational curriculum
-    exits_per_step: float
-    cost: float
-    memory_mb: float
-    device: str
-    dtype: str
 
 
 @dataclass
@@ -60,49 +46,74 @@ class FinetuneJob:
     config: FinetuneConfig
     loaded: LoadedModel
     data: EncodedData
+    held_out: EncodedData | None
     template: str | None
     plan: TrainingPlan
     save_dtype: torch.dtype
     autocast: bool
-    resume_from: str | None = None
+    resume: ResumePoint | None = None
 
     @quiet_transformers()
     def run(self, on_step: Callable[[StepReport], None]) -> CheckpointInfo:
         """Trains, then writes the checkpoint to `config.output`; the last losses per exit are in the info it returns.
 
-        Raises CheckpointError when the checkpoint cannot be written.
+        Raises:
+            CheckpointError: a checkpoint cannot be read or written.
+            TrainingError: the loss is not finite, or explodes.
+            TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
         """
         config = self.config
+        assert config.recipe is not None
         scratch = config.regime == "scratch"
-        model = _with_lora(self.loaded.model, config.lora_rank, config.seed) if config.lora_rank else self.loaded.model
-        module = RecipeModule(model, config.recipe, config.seed, from_scratch=scratch)
-        last: list[StepReport] = []
-
-        def remember(report: StepReport) -> None:
-            last[:] = [report]
-            on_step(report)
-
-        device = torch.device(self.plan.device)
-        trainer = make_trainer(
-            module, self.loaded.tokenizer, self.data, config, self.plan.steps, remember, device, self.autocast
-        )
-        if self.resume_from is None and trainer.is_world_process_zero():
-            # What an earlier run left there must never be what a later --resume finds.
-            shutil.rmtree(checkpoints_folder(config.output), ignore_errors=True)
-        trainer.train(resume_from_checkpoint=self.resume_from)
-        trained = model.merge_and_unload() if config.lora_rank else model
-        info = CheckpointInfo(prompt_template=self.template, details=self._details(last[0] if last else None))
-        if trainer.is_world_process_zero():
-            save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype)
+        model = _with_lora(self.loaded.model, config) if config.lora_rank else self.loaded.model
+        module = RecipeModule(model, config.recipe, config.seed, scratch, config.gradient_checkpointing)
+        with Interruption() as interruption:
+            trainer = make_trainer(
+                module,
+                self.loaded.tokenizer,
+                self.data,
+                self.held_out,
+                config,
+                run_settings(config, self.plan),
+                on_step,
+                interruption,
+                torch.device(self.plan.device),
+                self.autocast,
+            )
+            self._train(trainer, interruption)
+            trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
+            info = CheckpointInfo(prompt_template=self.template, details=self._details(trainer.history))
+            if trainer.is_world_process_zero():
+                files = {"losses.jsonl": trainer.history.to_jsonl().encode(), "losses.png": loss_plot(trainer.history)}
+                save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype, files)
         return info
 
-    def _details(self, last: StepReport | None) -> dict[str, Any]:
+    def _train(self, trainer: RecipeTrainer, interruption: Interruption) -> None:
+        """Trains to the end, or raises what stopped it."""
+        folder = checkpoints_folder(self.config.output)
+        if trainer.is_world_process_zero():
+            # What an earlier run left there must never be what a later --resume finds.
+            if self.resume is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                discard_after(folder, self.resume.step)
+        trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume.folder))
+        step = trainer.state.global_step
+        if step < self.plan.steps:
+            raise TrainingInterrupted(
+                f"interrupted after step {step} of {self.plan.steps}; saved {last_checkpoint(folder)}",
+                interruption.signal or 0,
+                step,
+            )
+
+    def _details(self, history: LossHistory) -> dict[str, Any]:
         return {
             "base_model": self.config.model,
             "config": asdict(self.config),
             "steps": self.plan.steps,
             "rows": self.plan.rows,
-            "final_losses": {} if last is None else {str(layer): loss for layer, loss in last.exit_losses.items()},
+            "final_losses": {str(layer): loss for layer, loss in history.latest.items()},
+            "validation_losses": {str(layer): loss for layer, loss in history.validated.items()},
             "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
         }
 
@@ -113,56 +124,92 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     Raises LayerSkipError for whatever would make the run fail.
     """
     refuse_overwrite(config.output, config.overwrite)
-    resume_from = _resume_from(config)
+    resume = _resume_point(config)
     device = pick_device(config.device)
-    loaded, data, template = _model_and_data(config)
+    _refuse_sharding(device)
+    loaded, rows = _model_and_rows(config)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    if config.lr is None:
-        config = replace(config, lr=learning_rate(config.regime, parameters))
+    config = _resolved(config, parameters, loaded.depth.max_positions)
+    data, held_out, encoder = _encoded(config, loaded, rows)
     autocast = pick_dtype(config.dtype, device, parameters) == torch.bfloat16
-    steps = _steps(config, len(data.rows))
-    depth = loaded.depth
-    rotational = config.recipe.curriculum == "rotational"
-    exits = mean_exits(config.recipe, steps, depth.num_layers, depth.vocab_size)
-    plan = TrainingPlan(
-        rows=len(data.rows),
-        tokens=data.tokens,
-        truncated=data.truncated,
-        steps=steps,
-        parameters=parameters,
-        num_layers=depth.num_layers,
-        rotation=rotation_of(config.recipe, depth.num_layers, depth.vocab_size) if rotational else None,
-        exits_per_step=exits,
-        cost=_cost(loaded, config, steps, exits, data),
-        memory_mb=_memory_mb(loaded, config, data),
-        device=str(device),
-        dtype="bf16 autocast" if autocast else "fp32",
-    )
+    plan = make_plan(config, loaded, data, str(device), autocast, encoder.pack)
+    if resume is not None:
+        _require_same_run(resume.settings, run_settings(config, plan))
+        notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
+        plan = replace(plan, resumed_step=resume.step, notes=plan.notes + notes)
     save_dtype = stored_dtype(config.model)
-    return FinetuneJob(config, loaded, data, template, plan, save_dtype, autocast, resume_from)
+    return FinetuneJob(config, loaded, data, held_out, encoder.template, plan, save_dtype, autocast, resume)
 
 
-def _model_and_data(config: FinetuneConfig) -> tuple[LoadedModel, EncodedData, str | None]:
-    wanted = config.data
-    if wanted.name == "commands" and not wanted.limit:
-        # The generator has no end: a run draws as many rows as it will see, so that none repeats.
-        wanted = replace(wanted, limit=(config.steps or _COMMANDS_STEPS) * _rows_per_step(config))
-    examples = load_examples(wanted)
-    if config.regime == "scratch":
-        tokenizer = None if config.vocab_size is None else train_tokenizer(examples, config.vocab_size)
-        loaded = load_blank(config.model, config.seed, tokenizer, config.trust_remote_code)
-    else:
-        loaded = load_checkpoint(config.model, "cpu", "fp32", config.trust_remote_code)
-    template = _template(config, loaded)
-    if config.max_length > loaded.depth.max_positions:
+def _refuse_sharding(device: torch.device) -> None:
+    if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise ConfigError(
-            f"--max-length must be at most the model's context of {loaded.depth.max_positions} tokens, got {config.max_length}"
+            "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got --device cpu, where accelerate would run DDP without a word; start it "
+            "with torchrun alone"
         )
-    return loaded, encode_examples(examples, loaded.tokenizer, template, config.max_length), template
 
 
-def _template(config: FinetuneConfig, loaded: LoadedModel) -> str | None:
-    """The flag, else the parsing template for parsing data, else the checkpoint's own, else the prompt and a line end."""
+def _model_and_rows(config: FinetuneConfig) -> tuple[LoadedModel, list[Row]]:
+    """The model, and the rows to train on: of a stream the first one, to see what they are."""
+    wanted = _training_data(config)
+    rows = list(itertools.islice(stream_rows(wanted), 1)) if config.streaming else load_rows(wanted)
+    if config.regime == "scratch":
+        tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
+        return load_blank(config.model, config.seed, tokenizer, config.trust_remote_code), rows
+    return load_checkpoint(config.model, "cpu", "fp32", config.trust_remote_code), rows
+
+
+def _training_data(config: FinetuneConfig) -> DataConfig:
+    if config.data.name == "commands" and not config.data.limit:
+        # The generator has no end: a run draws as many rows as it will see, so that none repeats.
+        return replace(config.data, limit=(config.steps or COMMANDS_STEPS) * rows_per_step(config))
+    return config.data
+
+
+def _resolved(config: FinetuneConfig, parameters: int, context: int) -> FinetuneConfig:
+    """With the regime's values for a model of this size in the place of what was not given."""
+    if config.max_length is not None and config.max_length > context:
+        raise ConfigError(f"--max-length must be at most the model's context of {context} tokens, got {config.max_length}")
+    return replace(
+        config,
+        recipe=config.recipe or replace(recipe_preset(config.regime, parameters), **config.recipe_changes),
+        recipe_changes={},
+        lr=config.lr or learning_rate(config.regime, parameters),
+        max_length=config.max_length or sequence_length(config.regime, context),
+    )
+
+
+def _encoded(config: FinetuneConfig, loaded: LoadedModel, rows: list[Row]) -> tuple[EncodedData, EncodedData | None, Encoder]:
+    """The rows to train on, those to validate on, and how both were encoded."""
+    assert config.max_length is not None
+    encoder = Encoder(loaded.tokenizer, _template(config, loaded, rows), config.max_length, _packs(config, rows))
+    data = encode_stream(config.data, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
+    held_out = None if config.validation is None else encode_rows(load_rows(validation_data(config)), encoder)
+    return data, held_out, encoder
+
+
+def validation_data(config: FinetuneConfig) -> DataConfig:
+    """--validation: other data (a named set, a file, a folder, a hub id), or else a split of --data."""
+    assert config.validation is not None
+    name = config.validation
+    other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
+    held_out = replace(config.data, limit=config.validation_samples)
+    return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
+
+
+def _packs(config: FinetuneConfig, rows: list[Row]) -> bool:
+    """Whether documents are packed: by default when language-model data, without prompts, meets a regime for such."""
+    if config.pack is not None:
+        return config.pack
+    return config.regime != "finetune" and all(isinstance(row, Example) and not row.prompt for row in rows)
+
+
+def _template(config: FinetuneConfig, loaded: LoadedModel, rows: list[Row]) -> str | None:
+    """The chat template for chat; the flag, else the parsing template for parsing data, else the checkpoint's own, else prompt
+    and line end.
+    """
+    if any(isinstance(row, Conversation) for row in rows):
+        return CHAT
     if config.prompt_template is not None:
         return config.prompt_template
     if is_parsing(config.data):
@@ -170,65 +217,41 @@ def _template(config: FinetuneConfig, loaded: LoadedModel) -> str | None:
     return loaded.prompt_template or PARSING_TEMPLATE
 
 
-def _steps(config: FinetuneConfig, rows: int) -> int:
-    if config.steps is not None:
-        return config.steps
-    if config.data.name == "commands" and not config.data.limit:
-        return _COMMANDS_STEPS
-    return max(1, math.ceil(rows / _rows_per_step(config) * config.epochs))
-
-
-def _rows_per_step(config: FinetuneConfig) -> int:
-    """Rows of an optimizer step, over all processes that torchrun started."""
-    return config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _cost(loaded: LoadedModel, config: FinetuneConfig, steps: int, exits: float, data: EncodedData) -> float:
-    """Multiply-adds of a step over those of one without the recipe: dropout saves layers, every exit adds a head.
-
-    Training from scratch is judged by the dropout in the middle of its schedule.
-    """
-    depth = loaded.depth
-    layers = float(sum(parameter.numel() for parameter in depth.layers.parameters()))
-    head = float(depth.hidden_size * depth.vocab_size) * data.target_tokens / data.tokens
-    scale = time_scale(steps // 2, steps, config.regime == "scratch") if config.recipe.p_max else 1.0
-    rates = dropout_rates(config.recipe.p_max, depth.num_layers, scale)
-    kept = 1 - sum(rates) / len(rates)
-    return (layers * kept + head * exits) / (layers + head)
-
-
-def _memory_mb(loaded: LoadedModel, config: FinetuneConfig, data: EncodedData) -> float:
-    """Weights, gradients and two moments in fp32, and the activations of one batch of the longest rows: an estimate."""
-    depth = loaded.depth
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    longest = int(max(data.rows["length"]))
-    inner: int = getattr(depth.config, "intermediate_size", 4 * depth.hidden_size)
-    activations = config.batch_size * longest * depth.num_layers * (14 * depth.hidden_size + 4 * inner)
-    logits = min(config.batch_size * longest * depth.vocab_size, 1 << 24) * 3
-    return float((16 * parameters + 4 * (activations + logits)) / 2**20)
-
-
-def _with_lora(model: Any, rank: int, seed: int) -> Any:
-    """Adapters on every linear layer but the head. The name of the head differs by family; peft's own list leaves it out."""
+def _with_lora(model: Any, config: FinetuneConfig) -> Any:
+    """Adapters on the linear layers that --lora-targets names; `all-linear` is all but the head."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    rank, targets = config.lora_rank, [name.strip() for name in config.lora_targets.split(",")]
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=config.model,
+    )
+    torch.manual_seed(config.seed)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"--lora-targets {config.lora_targets}: {str(error).splitlines()[0]}") from error
 
 
-def _resume_from(config: FinetuneConfig) -> str | None:
-    """The newest complete checkpoint of an interrupted run, for --resume; without it there must be none to lose.
-
-    Trainer writes a checkpoint in place, trainer_state.json last: a folder without it was cut short.
-    """
+def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
+    """Where --resume goes on; without it there must be no run to lose."""
     folder = checkpoints_folder(config.output)
-    complete = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
     if config.resume:
-        if not complete:
-            raise CheckpointError(f"--resume: there is no checkpoint in {folder}; a run writes them with --save-steps N")
-        return str(max(complete, key=lambda checkpoint: int(checkpoint.name.removeprefix("checkpoint-"))))
-    if complete and not config.overwrite:
+        return newest_whole(folder)
+    if has_checkpoints(folder) and not config.overwrite:
         raise ConfigError(
             f"--output {config.output} holds an unfinished run; give --resume to go on, or --overwrite to start anew"
         )
     return None
+
+
+def _require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if sealed.get(name) != value:
+            raise ConfigError(
+                f"--resume: {name} was {sealed.get(name)} in the run to go on with, and is {value} now; a run is resumed with "
+                "the same settings on the same data"
+            )

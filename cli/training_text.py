@@ -1,0 +1,41 @@
+"""What a training run says of itself, as lines for people."""
+
+from layerskip_core.config import FinetuneConfig
+from layerskip_core.training.plan import TrainingPlan
+from layerskip_core.training.progress import StepReport
+
+
+def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
+    recipe = config.recipe
+    assert recipe is not None
+    return (
+        f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
+        f"on {config.data.name}: {_rows_text(config, plan)}\n"
+        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
+        f"{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
+        f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"
+        f"{f' R={plan.rotation}' if plan.rotation else ''}, {plan.exits_per_step:.1f} exits a step; "
+        f"a step costs {plan.cost:.2f}x one without the recipe" + "".join(f"\n{note}" for note in plan.notes)
+    )
+
+
+def _rows_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
+    if plan.rows is None:
+        return f"a stream, cut at {config.max_length} tokens"
+    return f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {config.max_length}"
+
+
+def report_text(report: StepReport) -> str:
+    exits = " ".join(f"{layer}:{loss:.2f}" for layer, loss in spread(report.exit_losses))
+    held_out = f"held-out {report.validation_losses[max(report.validation_losses)]:.3f} " if report.validation_losses else ""
+    return (
+        f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}"
+        f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
+    )
+
+
+def spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:
+    """At most `count` exits at even distances: a line has room for no more."""
+    items = list(losses.items())
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

@@ -1,0 +1,110 @@
+"""Runs generated code in a process of its own, behind every wall that the kernel allows, and says whether its tests passed.
+
+harness -> supervisor (own session) -> init (process 1 of its own process namespace) -> program
+
+See supervisor.py for the verdict and walls.py for what keeps the program from the machine.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import LayerSkipError
+
+WALLS = ("files", "network", "processes", "privileges")
+_GRACE_SECONDS = 20.0  # for the supervisor itself, on a machine that is busy
+_ROOT = str(Path(__file__).parents[3])
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox.supervisor import main; main()"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one program: wall-clock and CPU time, address space and file size (MB of 2**20 bytes), processes and threads."""
+
+    seconds: float = 10.0
+    cpu_seconds: int = 5
+    memory_mb: int = 512
+    file_mb: int = 1
+    processes: int = 8
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a program's tests ran to their end without an error. `reason` is for people: parts of it are the program's."""
+
+    passed: bool
+    reason: str
+
+
+def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces: bool = True) -> Verdict:
+    """Runs a program, then its tests in the same module; passed when both came to their end.
+
+    What passes runs a second time with a failing assertion behind its tests, and must then fail by that very assertion: a
+    program that makes every test pass, or ends the tests early, does not. `namespaces` off leaves those out, as a kernel does
+    that forbids them; for tests.
+
+    Raises LayerSkipError when the sandbox itself cannot be started.
+    """
+    limits = limits or Limits()
+    verdict, _ = _supervised(program, tests, limits, namespaces)
+    if verdict.passed:
+        token = secrets.token_hex(16)
+        again, _ = _supervised(program, f"{tests}\nraise AssertionError({token!r})\n", limits, namespaces)
+        if again != Verdict(False, f"AssertionError: {token}"):
+            return Verdict(False, "a failing assertion behind its tests was not reached")
+    return verdict
+
+
+@cache
+def standing_walls() -> tuple[str, ...]:
+    """Which of WALLS this machine puts up around a program."""
+    return _supervised("", "", Limits(), namespaces=True)[1]
+
+
+def _supervised(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple[Verdict, tuple[str, ...]]:
+    """One run: its verdict, and the walls that stood."""
+    with tempfile.TemporaryDirectory(prefix="layerskip-", ignore_cleanup_errors=True) as folder:
+        request = {"program": program, "tests": tests, "folder": folder, "namespaces": namespaces, **asdict(limits)}
+        answer = _ask_supervisor(json.dumps(request), folder, limits.seconds + _GRACE_SECONDS)
+    if answer is None:
+        return Verdict(False, f"took more than {limits.seconds:g} s"), ()
+    return Verdict(answer["passed"], answer["reason"]), tuple(answer["walls"])
+
+
+def _ask_supervisor(request: str, folder: str, seconds: float) -> dict[str, Any] | None:
+    """The supervisor's answer; None when it gave none in time."""
+    # The fixed seed makes the order of sets, and with it the verdict, the same on every run; the program never sees it.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-s", "-B", "-c", _START, _ROOT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env={"PYTHONHASHSEED": "0"},
+        start_new_session=True,
+        text=True,
+        encoding="utf-8",
+    )
+    try:
+        answer, errors = process.communicate(request, seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode != 0 or not answer:
+        told = errors.strip().splitlines() or [f"exit status {process.returncode}"]
+        raise LayerSkipError(f"generated code cannot be run here: {told[-1]}")
+    found: dict[str, Any] = json.loads(answer)
+    return found

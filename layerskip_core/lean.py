@@ -1,0 +1,154 @@
+"""Reads a checkpoint's folder without transformers, whose model and configuration modules take seconds to import.
+
+Only what a recent transformers wrote: there every default is in config.json, and tokenizer.json is the whole tokenizer.
+Anything else is left to transformers.
+"""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .model import can_pack, weight_shapes
+
+_CONFIG_KEYS = {
+    "model_type",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "vocab_size",
+}
+_TOKENIZER_CLASS = "TokenizersBackend"  # a tokenizer that adds nothing to tokenizer.json
+
+
+class LeanConfig(SimpleNamespace):
+    """config.json as attributes."""
+
+
+def lean_config(folder: str) -> LeanConfig | None:
+    """The configuration of a folder that can be read without transformers; None where only transformers can tell."""
+    config = _json(Path(folder) / "config.json")
+    major = str(config.get("transformers_version", "")).split(".")[0]
+    recent = major.isdecimal() and int(major) >= 5
+    special = {"quantization_config", "auto_map"} & config.keys()
+    if not recent or special or not config.keys() >= _CONFIG_KEYS or not list(Path(folder).glob("*.safetensors")):
+        return None
+    lean = LeanConfig(**config)
+    rope = lean.rope_parameters
+    simple_rope = isinstance(rope, dict) and rope.get("rope_type") == "default" and "rope_theta" in rope
+    return lean if simple_rope and can_pack(lean) else None
+
+
+def generation_config(folder: str) -> SimpleNamespace:
+    """generation_config.json as attributes, none where there is none."""
+    return SimpleNamespace(**_json(Path(folder) / "generation_config.json"))
+
+
+class FileWeights:
+    """The weights of a folder's safetensors files, each read when it is taken: no second copy of the model is ever there."""
+
+    def __init__(self, folder: str, config: LeanConfig, device: torch.device) -> None:
+        """Raises CheckpointError when a weight is missing or has another shape than the configuration says."""
+        from safetensors import safe_open
+
+        self._device = device
+        self._files: dict[str, Any] = {}
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            file: Any = safe_open(path, "pt", device="cpu")
+            self._files.update(dict.fromkeys(file.keys(), file))
+        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        _require_shapes(self.shapes, weight_shapes(config).items())
+
+    def reader(self, dtype: torch.dtype) -> Any:
+        """A function from a weight's name to the weight in `dtype`, or to None where there is none."""
+
+        def take(name: str) -> Tensor | None:
+            file = self._files.get(name)
+            return None if file is None else file.get_tensor(name).to(self._device, dtype)
+
+        return take
+
+
+class LeanTokenizer:
+    """tokenizer.json by the tokenizers library: what decoding needs. For anything else it becomes transformers' tokenizer."""
+
+    def __init__(self, folder: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._folder = folder
+        self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        settings = _json(Path(folder) / "tokenizer_config.json")
+        self.eos_token_id = self._id(settings.get("eos_token"))
+        self.pad_token_id = self._id(settings.get("pad_token"))
+        template = Path(folder) / "chat_template.jinja"
+        self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, Any]:
+        if isinstance(text, str):
+            return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+        encoded = self._tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": [encoding.ids for encoding in encoded]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False) -> str:
+        if clean_up_tokenization_spaces:
+            return str(self.full.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    @cached_property
+    def full(self) -> Any:
+        """transformers' tokenizer of the same folder."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._folder)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_folder" not in self.__dict__:  # copying and pickling ask before there is anything
+            raise AttributeError(name)
+        return getattr(self.full, name)
+
+    def _id(self, token: Any) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        found: int | None = None if content is None else self._tokenizer.token_to_id(content)
+        return found
+
+
+def lean_tokenizer(folder: str) -> LeanTokenizer | None:
+    """The tokenizer of a folder if tokenizer.json is all of it; None where only transformers can tell."""
+    settings = _json(Path(folder) / "tokenizer_config.json")
+    whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
+    return LeanTokenizer(folder) if whole else None
+
+
+def _require_shapes(found: dict[str, tuple[int, ...]], needed: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    needed = list(needed)
+    missing = sorted(name for name, _ in needed if name not in found)
+    if missing:
+        raise CheckpointError(f"{len(missing)} weights are missing, {missing[0]} the first")
+    for name, shape in needed:
+        if found[name] != shape:
+            raise CheckpointError(f"size mismatch of {name}: needed {list(shape)}, found {list(found[name])}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object in a file; empty when the file is not there."""
+    if not path.is_file():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(document).__name__}")
+    return document

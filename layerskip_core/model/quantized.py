@@ -1,0 +1,84 @@
+"""Weight-only int8 and int4 linear layers: weights rounded to the nearest level, activations in bf16 at the kernel's border.
+
+The kernels take fp32 activations too, but without AVX-512 they are then ten times as slow as with bf16 ones, which every CPU
+runs well. The layers around them keep their own precision.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Quantization
+from ..errors import ConfigError
+
+GROUP_SIZE = 32  # inputs that share an int4 scale: 5 bits a weight, and a size that divides most widths
+_STEP = 16  # outputs that the int4 kernel wants at a time
+
+
+class Int8Linear:
+    """Each output's weights are 8-bit levels of one scale, its largest magnitude / 127."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        wide = weight.float()
+        scale = wide.abs().amax(1).clamp_min_(1e-12).div_(127)
+        self._weight = (wide / scale[:, None]).round_().to(torch.int8)
+        self._scale = scale.to(torch.bfloat16)
+        self._bias = None if bias is None else bias.detach()
+        self._multiply: Any = torch.ops.aten._weight_int8pack_mm.default
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(rows, in) in any precision to (rows, out) in bf16, or in the bias's where there is one."""
+        product: Tensor = self._multiply(rows.to(torch.bfloat16), self._weight, self._scale)
+        return product if self._bias is None else product + self._bias
+
+
+class Int4Linear:
+    """Each group of inputs of an output has 16 levels from its smallest to its largest weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, group_size: int = GROUP_SIZE) -> None:
+        self._outputs, inputs = weight.shape
+        if inputs % group_size:
+            raise ConfigError(f"int4 weights need layer widths that the group size {group_size} divides, got {inputs}")
+        padded = F.pad(weight.float(), (0, 0, 0, -self._outputs % _STEP))
+        groups = padded.view(-1, inputs // group_size, group_size)
+        low, high = groups.aminmax(dim=2)
+        scale = ((high - low) / 15).clamp_min_(1e-12)
+        levels = ((groups - low[..., None]) / scale[..., None]).round_().to(torch.int32).view(-1, inputs)
+        self._group_size = group_size
+        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 2)
+        zero = low + 8 * scale  # the kernel takes a weight as (level - 8) * scale + zero
+        self._scale_and_zero = torch.stack([scale, zero], dim=-1).to(torch.bfloat16).transpose(0, 1).contiguous()
+        self._bias = None if bias is None else bias.detach()
+        self._multiply: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """As Int8Linear."""
+        product: Tensor = self._multiply(rows.to(torch.bfloat16), self._weight, self._group_size, self._scale_and_zero)
+        product = product[:, : self._outputs]
+        return product if self._bias is None else product + self._bias
+
+
+def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Int8Linear | Int4Linear:
+    """A low-bit linear layer of weight (out, in). Raises ConfigError where there is no kernel for it."""
+    if weight.device.type != "cpu":
+        raise ConfigError(f"{quantization} weights need --device cpu, got {weight.device.type}")
+    if not _works(quantization):
+        raise ConfigError(f"{quantization} weights need a kernel that torch {torch.__version__} does not have for this CPU")
+    return Int8Linear(weight, bias) if quantization == "int8" else Int4Linear(weight, bias)
+
+
+@cache
+def _works(quantization: Quantization) -> bool:
+    """Whether the kernel is there and right: weights that are levels themselves must come out unchanged."""
+    weight = (torch.arange(64 * 64).view(64, 64) * 7 % 16).float()
+    weight[:, ::GROUP_SIZE], weight[:, 1::GROUP_SIZE] = 0, 15
+    expected = weight.sum(1)
+    try:
+        layer = Int8Linear(weight, None) if quantization == "int8" else Int4Linear(weight, None)
+        found = layer(torch.ones(1, 64))[0].float()
+    except (RuntimeError, AttributeError):
+        return False
+    return bool(((found - expected).abs() <= 0.02 * expected).all())

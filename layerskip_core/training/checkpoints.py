@@ -1,0 +1,132 @@
+"""Checkpoints of a run in progress: written aside, sealed with the digest of every file, then renamed into place.
+
+A folder that was cut short or damaged since fails its seal, and the one before it is used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+_SEAL = "complete.json"
+_PREFIX = "checkpoint-"
+_KEPT = 2  # should the newest be damaged, there is one before it
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The newest whole checkpoint, the settings of the run that wrote it, and what is wrong with newer ones."""
+
+    folder: Path
+    step: int
+    settings: dict[str, Any]
+    damaged: tuple[str, ...]
+
+
+def checkpoints_folder(output: str) -> Path:
+    """Where a run keeps what it can be resumed from."""
+    return Path(output) / "checkpoints"
+
+
+def staging_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return folder / ".writing"
+
+
+def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Seals a checkpoint written aside, moves it into `folder` by one rename, and drops the oldest. Returns its place."""
+    _seal(written, settings)
+    target = folder / written.name
+    shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+    os.replace(written, target)
+    _synchronise(folder)
+    for old in _newest_first(folder)[_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def newest_whole(folder: Path) -> ResumePoint:
+    """The checkpoint to resume from. Raises CheckpointError when there is none, saying what is wrong with those there are."""
+    damaged: list[str] = []
+    for checkpoint in _newest_first(folder):
+        fault = _fault(checkpoint)
+        if fault is None:
+            settings = json.loads((checkpoint / _SEAL).read_text(encoding="utf-8"))["settings"]
+            return ResumePoint(checkpoint, _step(checkpoint), settings, tuple(damaged))
+        damaged.append(f"{checkpoint.name}: {fault}")
+    if damaged:
+        raise CheckpointError(f"--resume: no checkpoint in {folder} is whole: {'; '.join(damaged)}")
+    raise CheckpointError(f"--resume: there is no checkpoint in {folder}; a run writes them with --save-steps N")
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run left anything there that may be worth resuming."""
+    return any((checkpoint / _SEAL).exists() for checkpoint in _newest_first(folder))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in place; its files are not read."""
+    return next(iter(_newest_first(folder)), None)
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Removes what lies beyond a step that a run goes on from: damaged checkpoints, and one that was being written."""
+    shutil.rmtree(staging_folder(folder), ignore_errors=True)
+    for checkpoint in _newest_first(folder):
+        if _step(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
+def _seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    files = {file.name: _digest(file) for file in sorted(checkpoint.iterdir())}
+    seal = checkpoint / _SEAL
+    seal.write_text(json.dumps({"files": files, "settings": settings}, indent=2), encoding="utf-8")
+    for file in checkpoint.iterdir():
+        _synchronise(file)
+    _synchronise(checkpoint)
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint in one phrase; None when every file is as it was written."""
+    try:
+        sealed = json.loads((checkpoint / _SEAL).read_text(encoding="utf-8"))
+        for name, digest in sealed["files"].items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if _digest(file) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return "it was cut short"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{_SEAL} is damaged"
+    return None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _synchronise(path: Path) -> None:
+    """Has the system write a file or a folder's entries to disk: a rename may otherwise outlive its content in a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))

@@ -1,0 +1,55 @@
+"""Documents packed into rows of one length: how they are cut, and what keeps them from seeing each other."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import SpanInputs
+from .exit_loss import IGNORED
+
+
+def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
+    """Rows of exactly `length` tokens (the last may be shorter) that hold all documents one after the other.
+
+    A document that does not fit goes on in the next row, where what came before it is out of sight. `documents` numbers those
+    of a row; the label of each one's first token is masked, for nothing predicts it.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    numbers: list[int] = []
+    for document in documents:
+        at = 0
+        while at < len(document):
+            part = document[at : at + length - len(ids)]
+            number = numbers[-1] + 1 if numbers else 0
+            ids += part
+            labels += [IGNORED, *part[1:]]
+            numbers += [number] * len(part)
+            at += len(part)
+            if len(ids) == length:
+                yield {"input_ids": ids, "labels": labels, "documents": numbers, "length": length}
+                ids, labels, numbers = [], [], []
+    if any(label != IGNORED for label in labels):
+        yield {"input_ids": ids, "labels": labels, "documents": numbers, "length": len(ids)}
+
+
+def positions_in_documents(documents: Tensor) -> Tensor:
+    """Positions (B, T) that start at 0 with each document of a row; `documents` (B, T) numbers them."""
+    columns = torch.arange(documents.shape[1]).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return columns - torch.where(starts, columns, 0).cummax(1).values
+
+
+def between_documents(inputs: SpanInputs, documents: Tensor) -> SpanInputs:
+    """The same inputs of a span, with each query's view cut to its own document; every mask must be there, (B, 1, T, T)."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    mask: dict[str, Tensor | None] = {}
+    for kind, seen in inputs.mask.items():
+        assert seen is not None
+        hidden = torch.finfo(seen.dtype).min if seen.is_floating_point() else False
+        mask[kind] = seen.masked_fill(~same, hidden)
+    return replace(inputs, mask=mask)

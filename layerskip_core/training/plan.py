@@ -1,0 +1,133 @@
+"""What a run is about to do: steps, cost of a step, memory. Nothing is trained or written here."""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..checkpoint import LoadedModel
+from ..config import FinetuneConfig
+from ..encoding import EncodedData
+from .curriculum import mean_exits, rotation_of
+from .dropout import dropout_rates, time_scale
+
+COMMANDS_STEPS = 300  # of a run on `commands` without --steps: sized for five minutes on two cores
+
+_PACKED = "documents are packed into whole rows; none sees another"
+_STREAMED = "streaming: --resume reads past the rows already seen, and is exact only if they come in the same order again"
+
+# What may differ between a run and its resumption: none of it changes the steps that follow.
+_FREE = {
+    "model",
+    "data",
+    "output",
+    "resume",
+    "overwrite",
+    "save_steps",
+    "validation",
+    "validation_samples",
+    "eval_steps",
+    "report_to",
+    "epochs",
+    "device",
+    "trust_remote_code",
+}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run is about to do. `cost` is a step's computation as a multiple of one without the recipe; memory in MB.
+
+    Of a stream `rows` is None, and `tokens` and `truncated` are those of its first rows.
+    """
+
+    rows: int | None
+    tokens: int
+    truncated: int
+    steps: int
+    parameters: int
+    num_layers: int
+    rotation: int | None  # R, of the rotational curriculum
+    exits_per_step: float
+    cost: float
+    memory_mb: float
+    device: str
+    dtype: str
+    resumed_step: int = 0
+    notes: tuple[str, ...] = ()  # what the user should know before it starts
+
+
+def make_plan(
+    config: FinetuneConfig, loaded: LoadedModel, data: EncodedData, device: str, autocast: bool, packed: bool
+) -> TrainingPlan:
+    """Raises ConfigError when the recipe is undefined for this model or number of steps."""
+    recipe, depth = config.recipe, loaded.depth
+    assert recipe is not None
+    rows = None if data.streamed else len(data.rows)
+    steps = _steps(config, rows or 0)
+    rotational = recipe.curriculum == "rotational"
+    exits = mean_exits(recipe, steps, depth.num_layers, depth.vocab_size)
+    return TrainingPlan(
+        rows=rows,
+        tokens=data.tokens,
+        truncated=data.truncated,
+        steps=steps,
+        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        num_layers=depth.num_layers,
+        rotation=rotation_of(recipe, depth.num_layers, depth.vocab_size) if rotational else None,
+        exits_per_step=exits,
+        cost=_cost(loaded, recipe.p_max, steps, config.regime == "scratch", exits, data),
+        memory_mb=_memory_mb(loaded, config, data),
+        device=device,
+        dtype="bf16 autocast" if autocast else "fp32",
+        notes=(_PACKED,) * packed + (_STREAMED,) * data.streamed,
+    )
+
+
+def rows_per_step(config: FinetuneConfig) -> int:
+    """Rows of an optimizer step, over all processes that torchrun started."""
+    return config.batch_size * config.accumulation * _world_size()
+
+
+def run_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
+    """What decides a run's steps, in JSON's types: a run is resumed with the same or not at all."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    recipe = settings.pop("recipe")
+    facts = {"steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": _world_size()}
+    return {**settings, **recipe, **facts}
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _steps(config: FinetuneConfig, rows: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    if config.data.name == "commands" and not config.data.limit:
+        return COMMANDS_STEPS
+    return max(1, math.ceil(rows / rows_per_step(config) * config.epochs))
+
+
+def _cost(loaded: LoadedModel, p_max: float, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
+    """Multiply-adds of a step over those of one without the recipe: dropout saves layers, every exit adds a head.
+
+    Training from scratch is judged by the dropout in the middle of its schedule.
+    """
+    depth = loaded.depth
+    layers = float(sum(parameter.numel() for parameter in depth.layers.parameters()))
+    head = float(depth.hidden_size * depth.vocab_size) * data.target_tokens / data.tokens
+    scale = time_scale(steps // 2, steps, from_scratch) if p_max else 1.0
+    rates = dropout_rates(p_max, depth.num_layers, scale)
+    kept = 1 - sum(rates) / len(rates)
+    return (layers * kept + head * exits) / (layers + head)
+
+
+def _memory_mb(loaded: LoadedModel, config: FinetuneConfig, data: EncodedData) -> float:
+    """Weights, gradients and two moments in fp32, and the activations of one batch of the longest rows: an estimate."""
+    depth = loaded.depth
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    inner: int = getattr(depth.config, "intermediate_size", 4 * depth.hidden_size)
+    activations = config.batch_size * data.longest * depth.num_layers * (14 * depth.hidden_size + 4 * inner)
+    logits = min(config.batch_size * data.longest * depth.vocab_size, 1 << 24) * 3
+    return float((16 * parameters + 4 * (activations + logits)) / 2**20)

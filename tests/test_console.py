@@ -1,0 +1,13 @@
+"""Progress for people: what is left of a resumed run is judged by its own speed."""
+
+from cli import console
+
+
+def test_time_left_counts_from_where_a_run_began(monkeypatch, capsys):
+    now = iter([0.0, 1.0, 11.0, 21.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with console.progress_bar(840, "training") as update:
+        update(801, "a")  # a second after the start: too early for a line
+        update(811, "b")  # 11 steps in 11 s, 29 to go
+        update(821, "c")
+    assert capsys.readouterr().err.splitlines() == ["training 811/840 b 29 s left", "training 821/840 c 19 s left"]

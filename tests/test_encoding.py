@@ -1,0 +1,174 @@
+import itertools
+
+import pytest
+import torch
+from training_runs import Interrupted, stop_at, train, weights
+
+from layerskip_core import encoding
+from layerskip_core.config import DataConfig
+from layerskip_core.data import PARSING_TEMPLATE, Conversation, Example, load_examples
+from layerskip_core.encoding import Collator, Encoder, StreamedRows, encode_rows
+from layerskip_core.errors import ConfigError, DataError
+from layerskip_core.training.packing import packed
+from layerskip_core.training.run import prepare
+from layerskip_core.training.vocabulary import train_tokenizer
+
+TURNS = (("user", "hi"), ("assistant", "hello you"), ("user", "bye"), ("assistant", "so long"))
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eos|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(load_examples(DataConfig(limit=300)), 300)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer.chat_template = CHAT
+    yield tokenizer
+    tokenizer.chat_template = None
+
+
+def encoded_rows(rows, tokenizer, template, max_length):
+    return encode_rows(rows, Encoder(tokenizer, template, max_length))
+
+
+def test_prompts_are_masked_and_rows_end(tokenizer):
+    encoded = encoded_rows([Example("hi", "[IN:A ]"), Example("", "go")], tokenizer, PARSING_TEMPLATE, 64)
+    prompt, completion = tokenizer("hi\n")["input_ids"], tokenizer("[IN:A ]")["input_ids"]
+    plain = tokenizer("go")["input_ids"]  # no prompt, no template
+    assert encoded.rows[0] == {
+        "input_ids": [*prompt, *completion, 2],
+        "labels": [-100] * len(prompt) + [*completion, 2],
+        "length": len(prompt) + len(completion) + 1,
+        "truncated": False,
+    }
+    assert encoded.rows[1]["input_ids"] == encoded.rows[1]["labels"] == [*plain, 2]
+    assert encoded.tokens == len(prompt) + len(completion) + len(plain) + 2
+    assert encoded.target_tokens == len(completion) + len(plain) + 2
+    assert encoded.truncated == 0
+
+
+def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
+    long = Example("hi", "go " * 50)
+    encoded = encoded_rows([long, Example("hi " * 50, "go"), Example("hi", "go")], tokenizer, PARSING_TEMPLATE, 20)
+    assert encoded.truncated == 2 and len(encoded.rows) == 2
+    whole = tokenizer("hi\n")["input_ids"] + tokenizer(long.completion)["input_ids"]
+    assert encoded.rows[0]["input_ids"] == whole[:20]
+    with pytest.raises(DataError, match="no row has room for a completion within --max-length 3"):
+        encoded_rows([long], tokenizer, "a prompt of many tokens: {prompt}\n", 3)
+
+
+def test_batches_are_padded_at_the_right_and_their_first_label_does_not_count():
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    batch = Collator(pad_id=0)(rows)
+    torch.testing.assert_close(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 0]]))
+    torch.testing.assert_close(batch["labels"], torch.tensor([[-100, 6, 7], [-100, 9, -100]]))
+
+
+def test_of_a_conversation_only_what_the_assistant_says_is_a_target(chat_tokenizer):
+    (row,) = Encoder(chat_tokenizer, None, 128).rows([Conversation(TURNS)])
+    text = "<user>hi<|eos|>\n<assistant>hello you<|eos|>\n<user>bye<|eos|>\n<assistant>so long<|eos|>\n"
+    assert row["input_ids"] == chat_tokenizer(text)["input_ids"]
+    said = [token for token in row["labels"] if token != -100]
+    assert chat_tokenizer.decode(said) == "hello you<|eos|>\nso long<|eos|>\n"
+    # What stands before the first target is what `generate` gives the model as its prompt.
+    first = next(at for at, label in enumerate(row["labels"]) if label != -100)
+    assert row["input_ids"][:first] == chat_tokenizer("<user>hi<|eos|>\n<assistant>")["input_ids"]
+
+
+def test_conversations_that_cannot_be_encoded(tokenizer, chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ messages | length }}" + CHAT  # what a turn looks like depends on what follows it
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        list(Encoder(chat_tokenizer, None, 128).rows([Conversation(TURNS)]))
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        list(Encoder(tokenizer, None, 128).rows([Conversation(TURNS)]))
+
+
+def test_documents_fill_rows_and_lose_nothing():
+    rows = list(packed([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12], [13]], 5))
+    assert [row["input_ids"] for row in rows] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13]]
+    assert [row["documents"] for row in rows] == [[0, 0, 0, 1, 1], [0] * 5, [0, 0, 1]]
+    assert [row["labels"] for row in rows] == [[-100, 2, 3, -100, 5], [-100, 7, 8, 9, 10], [-100, 12, -100]]
+
+
+def written(tmp_path, count=50):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"document {row} says {'abc' * (row % 5)}\n" for row in range(count)))
+    return str(file)
+
+
+def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_path):
+    data = DataConfig(name=written(tmp_path))
+    job = prepare(settings(data=data, regime="continual", max_length=32))
+    assert set(job.data.rows["length"][:-1]) == {32} and "packed into whole rows" in job.plan.notes[0]
+    assert job.plan.truncated == 0 and job.plan.tokens == sum(prepare(settings(data=data)).data.rows["length"])
+    for changes in ({"regime": "finetune"}, {"regime": "continual", "pack": False}):
+        job = prepare(settings(data=data, **changes))
+        assert job.plan.rows == 50 and not job.plan.notes
+    with pytest.raises(DataError, match="--pack is for plain text"):
+        prepare(settings(pack=True))
+    assert len(train(settings(data=data, regime="scratch", max_length=32, steps=2))) == 2
+
+
+def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_SHUFFLED", 8)
+    stream = StreamedRows(DataConfig(name=written(tmp_path, 20)), Encoder(tokenizer, None, 64), seed=1)
+    first = [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
+    assert first == [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
+    passes = [first[at : at + 20] for at in (0, 20, 40)]
+    assert all(set(each) == set(first) and len(set(each)) == 20 for each in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_a_streamed_run_and_its_resumption(settings, tmp_path):
+    """Not promised, but so it is while the file stays as it was: the rows already seen are read past."""
+    changes = {"data": DataConfig(name=written(tmp_path)), "streaming": True, "steps": 4, "save_steps": 2}
+    plan = prepare(settings(**changes)).plan
+    assert plan.rows is None and "streaming: --resume reads past" in plan.notes[0]
+    reports = train(settings(**changes, output=str(tmp_path / "whole")))
+    with pytest.raises(Interrupted):
+        prepare(settings(**changes)).run(stop_at(3))
+    assert [report.loss for report in train(settings(**changes, resume=True))] == [report.loss for report in reports[2:]]
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path / "out").items())
+
+
+def test_streams_that_cannot_be(settings, tmp_path):
+    with pytest.raises(ConfigError, match="--steps must be given with --streaming"):
+        settings(streaming=True, steps=None, data=DataConfig())
+    with pytest.raises(ConfigError, match="--samples must be 0 with --streaming, got 32"):
+        settings(streaming=True)
+    with pytest.raises(DataError, match="--streaming needs a file or a hub id as --data, got commands"):
+        prepare(settings(streaming=True, data=DataConfig()))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"completion": "a"}\n' * 70 + "oops\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:71: not valid JSON"):  # met on the way
+        train(settings(streaming=True, data=DataConfig(name=str(bad)), steps=40))
+
+
+@pytest.mark.parametrize("validation", ["validation", "commands"])
+def test_every_exit_is_measured_on_held_out_rows(settings, validation):
+    """Every two steps and at the end; after no training at all that is the loss of the base model's own exits."""
+    changes = {"validation": validation, "validation_samples": 6, "eval_steps": 2, "steps": 5}
+    job = prepare(settings(**changes))
+    assert job.held_out.rows["input_ids"] == prepare(settings(**changes)).held_out.rows["input_ids"]
+    assert not set(map(tuple, job.held_out.rows["input_ids"])) & set(map(tuple, job.data.rows["input_ids"]))
+    reports = []
+    info = job.run(reports.append)
+    assert [sorted(report.validation_losses) for report in reports] == [[], [], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
+    assert reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
+    batch = Collator(0)([job.held_out.rows[at] for at in range(6)])
+    logits = job.loaded.model.eval()(batch["input_ids"]).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_validation_changes_nothing_in_training(settings, tmp_path):
+    plain = train(settings(output=str(tmp_path / "plain")))
+    measured = train(settings(validation="test", eval_steps=1, validation_samples=5, output=str(tmp_path / "measured")))
+    assert [report.loss for report in measured] == [report.loss for report in plain]

@@ -1,0 +1,98 @@
+"""A folder read without transformers gives what transformers gives, or is left to it."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from evaluating import tiny_loaded
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from layerskip_core.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from layerskip_core.errors import CheckpointError
+from layerskip_core.lean import LeanTokenizer, lean_config, lean_tokenizer
+from layerskip_core.model import PackedModel
+
+TEXTS = ["wake me up", "", "né ☃\n  two  spaces", "<|eos|> inside <|bos|>"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(model_type="llama", **changes):
+        tokenizer = tiny_loaded(torch.float32).tokenizer
+        model = tiny_model(model_type, torch.float32, vocab_size=len(tokenizer), **changes)
+        save_checkpoint(model, tokenizer, CheckpointInfo("{prompt}\n"), str(tmp_path), torch.float32)
+        return tmp_path
+
+    return make
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_logits_and_ids_equal_transformers(folder, model_type):
+    path = str(folder(model_type, tie_word_embeddings=model_type == "qwen2"))
+    assert lean_config(path) is not None
+    expected, lean = load_checkpoint(path, "cpu", "fp32"), load_checkpoint(path, "cpu", "fp32", implementation="auto")
+    assert isinstance(lean.depth, PackedModel) and isinstance(lean.tokenizer, LeanTokenizer)
+    ids = torch.tensor([expected.encode_prompt("wake me up")])
+    assert lean.encode_prompt("wake me up") == ids[0].tolist()
+    with torch.inference_mode():
+        hidden = lean.depth.run_layers(lean.depth.embed(ids), 0, 6, torch.arange(ids.shape[1])[None])
+        wanted = expected.model(ids).logits
+    torch.testing.assert_close(lean.depth.unembed(hidden), wanted, atol=1e-4 * float(wanted.std()), rtol=0)
+    assert (lean.eos_ids, lean.info, lean.depth.dtype) == (expected.eos_ids, expected.info, torch.float32)
+
+
+def test_the_tokenizer_is_the_same(folder):
+    path = str(folder())
+    expected, lean = AutoTokenizer.from_pretrained(path), lean_tokenizer(path)
+    for text in TEXTS:
+        ids = expected(text)["input_ids"]
+        assert lean(text)["input_ids"] == ids
+        assert lean.decode(ids, skip_special_tokens=True) == expected.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    assert lean(TEXTS, add_special_tokens=False)["input_ids"] == expected(TEXTS, add_special_tokens=False)["input_ids"]
+    assert (lean.eos_token_id, lean.pad_token_id) == (expected.eos_token_id, expected.pad_token_id)
+    assert (lean.chat_template, lean.bos_token) == (expected.chat_template, expected.bos_token)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"transformers_version": "4.45.0"},
+        {"rope_parameters": {"rope_type": "llama3"}},
+        {"model_type": "gemma"},
+        {"quantization_config": {}},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_what_only_transformers_can_tell_is_left_to_it(folder, changes):
+    path = folder()
+    edit(path / "config.json", **changes)
+    assert lean_config(str(path)) is None
+
+
+def test_a_tokenizer_with_rules_of_its_own_is_left_to_transformers(folder):
+    path = folder()
+    edit(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    assert lean_tokenizer(str(path)) is None
+
+
+def test_incomplete_and_mismatched_weights_are_refused(folder):
+    path = folder()
+    weights = load_file(path / "model.safetensors")
+    edit(path / "config.json", intermediate_size=40)
+    with pytest.raises(CheckpointError, match=rf"cannot load model {path}: size mismatch of model\.layers\.0\.mlp\.gate_proj"):
+        load_checkpoint(str(path), "cpu", implementation="auto")
+    del weights["model.norm.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 weights are missing, model\.norm\.weight the first"):
+        load_checkpoint(str(path), "cpu", implementation="auto")
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=f"cannot load model {path}: "):
+        load_checkpoint(str(path), "cpu", implementation="auto")

@@ -1,0 +1,226 @@
+"""Low-bit weights, low-bit and trimmed drafts, and exact decoding, on tiny random packed models."""
+
+from functools import cache
+
+import pytest
+import torch
+from command_line import fails, run
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_core.config import DecodingConfig, PackingConfig, SamplingConfig
+from layerskip_core.decoding import decode
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import DepthModel, PackedModel
+from layerskip_core.model.quantized import Int4Linear, Int8Linear, quantized
+
+WIDE = {"intermediate_size": 64, "hidden_size": 64}
+
+
+@cache
+def packed(dtype=torch.float32, **packing):
+    return PackedModel.of(tiny_model(dtype=dtype, **WIDE), PackingConfig(**packing))
+
+
+def prompt_of(length):
+    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def output(model, prompt, max_new_tokens=24, **config):
+    decoding = decode(model, prompt, DecodingConfig(max_new_tokens=max_new_tokens, **config))
+    return [token.id for tokens in decoding for token in tokens], decoding.stats
+
+
+def plain(model, prompt, **config):
+    return output(model, prompt, strategy="autoregressive", **config)[0]
+
+
+# --- the layers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("kind", "levels"), [(Int8Linear, 255), (Int4Linear, 16)])
+def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
+    """Unit vectors read the weights back; half a level is the most that rounding moves one, beside bf16's own 2^-8."""
+    weight = torch.randn(70, 64, generator=torch.Generator().manual_seed(0))
+    offset = torch.linspace(-1, 1, 70) if bias else None
+    found = kind(weight, offset)(torch.eye(64)).float().t() - (0 if offset is None else offset[:, None])
+    groups = weight.view(70, -1, 64 if kind is Int8Linear else 32)
+    largest = groups.abs().amax(2, keepdim=True)
+    spread = 2 * largest if kind is Int8Linear else groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)
+    allowed = (spread / (levels - 1) / 2 + 3 * largest * 2**-8 + (0 if offset is None else 2**-8)).expand_as(groups)
+    assert ((found - weight).view_as(groups).abs() <= allowed).all()
+    assert (found - weight).abs().max() > allowed.min() / 8  # it is not the weight itself
+
+
+def test_a_group_of_16_levels_comes_out_unchanged():
+    weight = (torch.arange(32 * 64).view(32, 64) * 7 % 16).float() / 16
+    weight[:, ::32], weight[:, 1::32] = 0, 15 / 16
+    torch.testing.assert_close(Int4Linear(weight, None)(torch.eye(64)).float().t(), weight, atol=2**-8, rtol=0)
+
+
+def test_what_has_no_kernel_is_refused():
+    with pytest.raises(ConfigError, match="int4 weights need layer widths that the group size 32 divides, got 48"):
+        quantized(torch.zeros(32, 48), None, "int4")
+    with pytest.raises(ConfigError, match="int8 weights need --device cpu, got meta"):
+        quantized(torch.zeros(32, 48, device="meta"), None, "int8")
+    with pytest.raises(ConfigError, match="--quantize must be one of int8, int4, got int3"):
+        PackingConfig(quantize="int3")
+    with pytest.raises(ConfigError, match="--draft-vocab must be at least 0, got -1"):
+        PackingConfig(draft_vocab=-1)
+
+
+def test_a_missing_kernel_is_one_error(monkeypatch):
+    from layerskip_core.model import quantized as module
+
+    def missing(*_):
+        raise RuntimeError("no such operator")
+
+    module._works.cache_clear()
+    monkeypatch.setattr(module, "Int4Linear", missing)
+    with pytest.raises(ConfigError, match=r"int4 weights need a kernel that torch .* does not have for this CPU"):
+        quantized(torch.zeros(32, 32), None, "int4")
+    module._works.cache_clear()
+
+
+# --- whole models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.1), ("int4", 0.7)])
+def test_quantized_logits_are_near_the_original_ones(quantize, tolerance):
+    ids, positions = torch.tensor([prompt_of(12)]), torch.arange(12)[None]
+    generic, model = DepthModel(tiny_model(dtype=torch.float32, **WIDE)), packed(quantize=quantize)
+    assert model.implementation == f"packed ({quantize})"
+    with torch.inference_mode():
+        expected, found = (m.unembed(m.run_layers(m.embed(ids), 0, 6, positions)) for m in (generic, model))
+    error = (found - expected).std() / expected.std()
+    assert 1e-4 < error < tolerance
+    assert found.dtype == torch.float32
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    packing=st.sampled_from(
+        [{}, {"draft_weights": "int8"}, {"draft_weights": "int4", "draft_vocab": 40}, {"draft_vocab": 20}, {"draft_vocab": 99}]
+    ),
+    exit_layer=st.integers(1, 5),
+    num_draft_tokens=st.integers(1, 7),
+    length=st.integers(1, 12),
+    max_new_tokens=st.integers(1, 20),
+)
+def test_drafts_of_their_own_change_no_token(packing, exit_layer, num_draft_tokens, length, max_new_tokens):
+    """In fp64, where no near-tie is near enough; the low-bit kernels only draft."""
+    model, prompt = packed(torch.float64, **packing), prompt_of(length)
+    settings = {"exit_layer": exit_layer, "num_draft_tokens": num_draft_tokens, "max_new_tokens": max_new_tokens}
+    assert output(model, prompt, **settings)[0] == plain(model, prompt, max_new_tokens=max_new_tokens)
+
+
+def test_a_draft_vocabulary_bounds_the_drafts_alone():
+    model, prompt = packed(torch.float64, draft_vocab=20), prompt_of(9)
+    hidden = model.draft.embed(torch.tensor([prompt]))
+    with torch.inference_mode():
+        logits, full = model.draft.unembed(hidden), model.unembed(hidden)
+    torch.testing.assert_close(logits[..., :20], full[..., :20])
+    assert (logits[..., 20:] == -torch.inf).all() and model.drafts_own_states
+    ids, stats = output(model, prompt, exit_layer=5, num_draft_tokens=3)
+    assert any(token >= 20 for token in ids) and 0 < stats.accepted < stats.drafted
+
+
+def test_low_bit_drafts_are_the_target_s_own_guesses_mostly():
+    """The copy of 5 of 6 layers drafts nearly what these layers draft themselves; sampled tokens follow the same path."""
+    own, low = packed(torch.float64), packed(torch.float64, draft_weights="int8")
+    settings = {"exit_layer": 5, "num_draft_tokens": 4, "max_new_tokens": 60}
+    expected, found = output(own, prompt_of(9), **settings)[1], output(low, prompt_of(9), **settings)[1]
+    assert not low.drafts_own_states
+    assert found.accepted > 0.7 * expected.accepted > 0
+    sampled, _ = output(low, prompt_of(9), sampling=SamplingConfig(temperature=1.0), **settings)
+    assert len(sampled) == 60
+
+
+def test_only_the_layers_asked_for_are_copied():
+    model = packed(draft_weights="int8", draft_layers=2)
+    assert model.draft.num_layers == 2
+    with pytest.raises(ConfigError, match="--exit must be at most the 2 layers kept for drafting, got 3"):
+        output(model, prompt_of(3), exit_layer=3)
+
+
+# --- exact -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    quantize=st.sampled_from([None, "int8", "int4"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    exit_layer=st.integers(1, 5),
+    num_draft_tokens=st.sampled_from([1, 3, 6, 12]),
+    length=st.sampled_from([1, 5, 70]),
+)
+def test_exact_logits_do_not_depend_on_the_strategy(quantize, dtype, exit_layer, num_draft_tokens, length):
+    """Not only the tokens: whatever passes verify, each row of the target's logits has the bits that it has alone."""
+    model, prompt = packed(dtype, quantize=quantize, exact=True), prompt_of(length)
+    expected = plain(model, prompt, max_new_tokens=14)
+    found, _ = output(model, prompt, max_new_tokens=14, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    assert found == expected
+    ids = torch.tensor([prompt + expected])
+    places = torch.arange(ids.shape[1])[None]
+
+    def logits(edges):
+        cache, rows = model.new_cache(), []
+        for start, stop in zip([0, *edges], [*edges, ids.shape[1]], strict=True):
+            hidden = model.run_layers(model.embed(ids[:, start:stop]), 0, 6, places[:, start:stop], cache)
+            rows.append(model.unembed(hidden[:, -1:] if start == 0 else hidden))
+        return torch.cat(rows, dim=1)
+
+    one_by_one = logits(range(length, ids.shape[1]))
+    assert torch.equal(one_by_one, logits(range(length, ids.shape[1], num_draft_tokens + 1)))
+
+
+def test_where_rows_depend_on_each_other_they_run_alone(monkeypatch):
+    """A layer that sees how many rows there are is found out, and given one row at a time."""
+    model = PackedModel.of(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(exact=True))
+    head, seen = model._head, []
+
+    def counting(rows):
+        seen.append(len(rows))
+        return head(rows) * len(rows)
+
+    model._head = counting
+    hidden = torch.randn(1, 5, 64)
+    with torch.inference_mode():
+        model.unembed(hidden)
+    assert model._rows_at_once() == 1
+    assert seen[-5:] == [1] * 5
+
+
+def test_exact_windows_see_what_masked_ones_see():
+    models = [
+        PackedModel.of(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
+        for exact in (True, False)
+    ]
+    exact, masked = (plain(model, prompt_of(9)) for model in models)
+    assert exact == masked == output(models[0], prompt_of(9), exit_layer=3, num_draft_tokens=4)[0]
+
+
+def test_long_drafts_are_refused_where_they_would_not_be_exact():
+    with pytest.raises(ConfigError, match="--spec must be below 64 with --exact, got 64"):
+        output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
+
+
+# --- on the command line -----------------------------------------------------------------------------------------------
+
+
+def test_flags_of_the_weights(tmp_path, checkpoint):
+    fixed = ("--model", checkpoint, "--max-new-tokens", "12", "--dtype", "fp32", "--exit", "4")
+    expected = run("generate", "wake me up", *fixed)
+    drafted = run("generate", "wake me up", *fixed, "--draft-weights", "int8", "--draft-vocab", "200", "--exact", "--stats")
+    assert (drafted.code, drafted.out) == (0, expected.out)
+    eight = run("generate", "wake me up", *fixed, "--quantize", "int8", "--stats")
+    assert eight.code == 0 and "packed (int8) layers, float32 on cpu" in eight.err
+    fails(
+        "int4 weights need layer widths that the group size 32 divides, got 48",
+        "generate", "x", *fixed, "--quantize", "int4",
+    )  # fmt: skip
+    fails("--draft-weights must be one of int8, int4, got fp8", "generate", "x", *fixed, "--draft-weights", "fp8")
+    bench = run("bench", *fixed, "--task", "commands", "--samples", "2", "--repeats", "1", "--quantize", "int8", "--exact")
+    assert bench.code == 0, bench.err

@@ -1,0 +1,318 @@
+"""Runs that end early: by a signal, by kill -9, by a full disk; and what a later run makes of what they left."""
+
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run, start
+from training_runs import Interrupted, saved_base, stop_at, train, weights
+
+from layerskip_core.config import DataConfig
+from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
+from layerskip_core.training import checkpoints, module
+from layerskip_core.training.run import prepare
+
+
+def checkpoint(folder, step):
+    return Path(folder) / "checkpoints" / f"checkpoint-{step}"
+
+
+def steps_saved(folder):
+    return sorted(int(path.name.split("-")[1]) for path in Path(folder, "checkpoints").glob("checkpoint-*"))
+
+
+def same_weights(one, other):
+    expected = weights(other)
+    return all(torch.equal(weight, expected[name]) for name, weight in weights(one).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied"),
+    [({}, False), ({}, True), ({"lora_rank": 2}, True), ({"accumulation": 2, "batch_size": 2}, False)],
+    ids=["all weights", "tied", "LoRA", "accumulation"],
+)
+def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes, tied):
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    changes = {**changes, "model": saved_base(tmp_path / "base", tie_word_embeddings=tied), "steps": 4, "save_steps": 2}
+    expected = train(settings(**changes, output=whole))
+
+    with pytest.raises(Interrupted):
+        prepare(settings(**changes, output=cut)).run(stop_at(3))
+    assert not (Path(cut) / "config.json").exists()
+    reports = train(settings(**changes, output=cut, resume=True))
+    assert [report.step for report in reports] == [3, 4]
+    assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
+    assert reports[-1].exit_losses == expected[-1].exit_losses  # those of exits that were on before the cut too
+    assert same_weights(cut, whole)
+    assert (Path(cut) / "losses.jsonl").read_text() == (Path(whole) / "losses.jsonl").read_text()
+
+
+def when_there(process, *paths):
+    """Waits until one of the paths exists, while the process runs."""
+    while process.poll() is None and not any(path.exists() for path in paths):
+        time.sleep(0.005)
+    assert process.poll() is None, process.stderr.read()
+
+
+def test_killed_then_terminated_then_damaged_it_ends_as_if_nothing_had_been(base, tmp_path):
+    """kill -9 in one process, SIGTERM in a second, a checkpoint cut short, and a third run to the end: bit for bit."""
+    threads = torch.get_num_threads()
+    shared = ("finetune", "--model", base, "--samples", "16", "--steps", "40", "--batch-size", "4", "--max-length", "64",
+              "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--save-steps", "3")  # fmt: skip
+    cut, whole = str(tmp_path / "cut"), str(tmp_path / "whole")
+    process = start(*shared, "--output", cut)
+    when_there(process, checkpoint(cut, 3))
+    process.kill()
+    process.communicate()
+    first = max(steps_saved(cut))
+    assert 3 <= first < 40
+
+    process = start(*shared, "--output", cut, "--resume")
+    when_there(process, checkpoint(cut, first + 3))
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, "")
+    assert f"going on from {checkpoint(cut, first)}" in err
+    told = re.search(r"interrupted after step (\d+) of 40; saved (\S+); go on with: layerskip (.*)\n", err)
+    last = int(told[1])
+    assert first + 3 <= last < 40 and told[2] == str(checkpoint(cut, last)) and max(steps_saved(cut)) == last
+    assert told[3].split() == [*shared, "--output", cut, "--resume"]
+
+    optimizer = checkpoint(cut, last) / "optimizer.pt"
+    os.truncate(optimizer, optimizer.stat().st_size // 2)
+    try:
+        ended = run(*told[3].split())
+        assert ended.code == 0 and f"checkpoint-{last}: optimizer.pt is damaged; it is not used" in ended.err
+        assert run(*shared, "--output", whole).code == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert same_weights(cut, whole)
+    assert (Path(cut) / "losses.jsonl").read_text() == (Path(whole) / "losses.jsonl").read_text()
+
+
+def signal_in_step(monkeypatch, at, number):
+    """Sends this process a signal in the middle of the forward pass of a step, counted from 1."""
+    drawn = module.kept_rows
+
+    def interrupting(rate, batch_size, seed, step, micro_batch, layer):
+        if (step + 1, layer) == (at, 1):
+            os.kill(os.getpid(), number)
+        return drawn(rate, batch_size, seed, step, micro_batch, layer)
+
+    monkeypatch.setattr(module, "kept_rows", interrupting)
+
+
+def test_ctrl_c_saves_and_ends_with_130(base, tmp_path, monkeypatch):
+    """The signal arrives in the third step, whose end it waits for."""
+    signal_in_step(monkeypatch, 3, signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    output = str(tmp_path / "out")
+    result = run(
+        "finetune",
+        "--model",
+        base,
+        "--samples",
+        "16",
+        "--steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--max-length",
+        "64",
+        "--output",
+        output,
+    )
+    assert (result.code, result.out) == (130, "")
+    assert "interrupted after step 3 of 6" in result.err and result.err.endswith(f"--output {output} --resume\n")
+    assert steps_saved(output) == [3] and not checkpoints.staging_folder(Path(output, "checkpoints")).exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_in_the_last_step_changes_nothing(settings, tmp_path):
+    def terminate(report):
+        if report.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    prepare(settings()).run(terminate)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(settings, tmp_path):
+    def impatient(report):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings()).run(impatient)
+    assert steps_saved(tmp_path / "out") == []
+
+
+@contextmanager
+def tmpfs(folder, megabytes):
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes * 1024:.0f}k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def file_limit(folder, megabytes):
+    """No file may grow beyond a size: what a quota does."""
+    folder.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2**20), hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("disk", [tmpfs, file_limit])
+def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, disk):
+    """A checkpoint takes about 0.5 MB: 0.15 MB of weights and twice that for the optimizer."""
+    folder = tmp_path / "disk"
+    changes = {"output": str(folder / "out"), "save_steps": 1}
+    with disk(folder, 0.8 if disk is tmpfs else 0.1) as shrink:
+
+        def fill(report):
+            if shrink is not None and report.step == 2:
+                shrink()
+
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint of step 2 .*MB are free") as error:
+            prepare(settings(**changes)).run(fill)
+        assert f"{checkpoint(folder / 'out', 1)} before it is whole: go on from it with --resume" in str(error.value)
+        assert [path.name for path in (folder / "out" / "checkpoints").iterdir()] == ["checkpoint-1"]
+        assert prepare(settings(**changes, resume=True)).plan.resumed_step == 1
+
+
+def test_resume_needs_a_checkpoint(settings, tmp_path):
+    with pytest.raises(CheckpointError, match=r"--resume: there is no checkpoint in .*out.checkpoints; .* --save-steps N"):
+        prepare(settings(resume=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
+    with pytest.raises(Interrupted):
+        prepare(settings(save_steps=2)).run(stop_at(3))
+    with pytest.raises(ConfigError, match=r"--output .*out holds an unfinished run; give --resume .* or --overwrite"):
+        prepare(settings(save_steps=1))
+    with pytest.raises(Interrupted):
+        prepare(settings(save_steps=1, overwrite=True)).run(stop_at(1))
+    with pytest.raises(CheckpointError, match="--resume: there is no checkpoint"):  # checkpoint-2 was the older run's
+        prepare(settings(resume=True))
+
+
+@pytest.fixture
+def two_checkpoints(settings, tmp_path):
+    """An output with checkpoints of steps 1 and 2."""
+    with pytest.raises(Interrupted):
+        prepare(settings(save_steps=1)).run(stop_at(3))
+    assert steps_saved(tmp_path / "out") == [1, 2]
+    return tmp_path / "out"
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", flip, "model.safetensors is damaged"),
+        ("trainer_state.json", cut, "trainer_state.json is damaged"),
+        ("scheduler.pt", Path.unlink, "scheduler.pt is missing"),
+        ("complete.json", cut, "complete.json is damaged"),
+        ("complete.json", Path.unlink, "it was cut short"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(settings, two_checkpoints, name, damage, message):
+    damage(checkpoint(two_checkpoints, 2) / name)
+    plan = prepare(settings(save_steps=1, resume=True)).plan
+    assert plan.resumed_step == 1
+    assert plan.notes == (
+        f"checkpoint-2: {message}; it is not used",
+        f"going on from {checkpoint(two_checkpoints, 1)}",
+    )
+    damage(checkpoint(two_checkpoints, 1) / name)
+    with pytest.raises(
+        CheckpointError, match=f"no checkpoint in .* is whole: checkpoint-2: {message}; checkpoint-1: {message}"
+    ):
+        prepare(settings(save_steps=1, resume=True))
+
+
+def test_a_run_is_resumed_with_the_same_settings_or_not_at_all(settings, two_checkpoints):
+    for changes, message in (
+        ({"batch_size": 2}, "batch_size was 4 in the run to go on with, and is 2 now"),
+        ({"lr": 1e-4}, "lr was 0.001 in"),
+        ({"steps": 5}, "steps was 4 in"),
+        ({"data": DataConfig(limit=31, seed=1)}, "rows was 32 in"),
+    ):
+        with pytest.raises(ConfigError, match=f"--resume: {message}"):
+            prepare(settings(**changes, resume=True))
+    prepare(settings(save_steps=3, resume=True))
+
+
+class Payload:
+    """A pickle that creates a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_pickle_is_run(settings, two_checkpoints, tmp_path):
+    """Whoever writes a checkpoint can seal it: still nothing in it may run code here. training_args.bin is not even read."""
+    folder = checkpoint(two_checkpoints, 2)
+    assert not (folder / "training_args.bin").exists()
+    seal = json.loads((folder / "complete.json").read_text())
+    for name in ("training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / f"ran {name}"), protocol=2))
+        seal["files"][name] = checkpoints._digest(folder / name)
+    (folder / "complete.json").write_text(json.dumps(seal))
+    with pytest.raises(CheckpointError, match=r"cannot read the optimizer's state in .*checkpoint-2: Weights only load failed"):
+        prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
+    assert not list(tmp_path.glob("ran *"))
+
+
+def test_the_state_of_random_numbers_is_no_pickle_to_run_either(settings, two_checkpoints, tmp_path):
+    folder = checkpoint(two_checkpoints, 2)
+    seal = json.loads((folder / "complete.json").read_text())
+    (folder / "rng_state.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol=2))
+    seal["files"]["rng_state.pth"] = checkpoints._digest(folder / "rng_state.pth")
+    (folder / "complete.json").write_text(json.dumps(seal))
+    with pytest.raises(CheckpointError, match="cannot read the random state in"):
+        prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_that_was_being_written_does_not_count(settings, two_checkpoints, monkeypatch):
+    """What kill -9 leaves of a checkpoint, aside; a resumed run clears it away."""
+    written = checkpoints.staging_folder(two_checkpoints / "checkpoints") / "checkpoint-3"
+    written.mkdir(parents=True)
+    (written / "model.safetensors").write_bytes(b"half")
+    job = prepare(settings(save_steps=1, resume=True))
+    assert job.plan.resumed_step == 2
+    signal_in_step(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted):
+        job.run(lambda report: None)
+    assert steps_saved(two_checkpoints) == [2, 3] and not written.parent.exists()

@@ -1,0 +1,72 @@
+"""Runs of a few steps on a small untrained model, for the tests of training."""
+
+from pathlib import Path
+
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+
+from layerskip_core.checkpoint import CheckpointInfo, save_checkpoint
+from layerskip_core.config import DataConfig, FinetuneConfig, RecipeConfig
+from layerskip_core.data import load_examples
+from layerskip_core.training.run import prepare
+from layerskip_core.training.vocabulary import train_tokenizer
+
+RECIPE = RecipeConfig(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
+
+
+class Interrupted(Exception):
+    """What a test stops a run with."""
+
+
+def stop_at(step):
+    """A listener that ends the run with the report of a step, before that step's checkpoint."""
+
+    def listen(report):
+        if report.step == step:
+            raise Interrupted
+
+    return listen
+
+
+def saved_base(folder, **changes):
+    """A small untrained model of four layers, 300 tokens."""
+    tokenizer = train_tokenizer(load_examples(DataConfig(limit=300)), 300)
+    shape = {"vocab_size": 300, "num_hidden_layers": 4, "max_position_embeddings": 256}
+    model = tiny_model(dtype=torch.float32, **shape, **changes)
+    model.apply(model._init_weights)  # the usual small random weights: these are to be trained
+    save_checkpoint(model, tokenizer, CheckpointInfo(), str(folder), torch.float32)
+    return str(folder)
+
+
+def settings_on(base, tmp_path):
+    """Makes FinetuneConfigs of a few steps on the CPU: defaults that keywords change."""
+
+    def make(**changes):
+        defaults = {
+            "model": base,
+            "data": DataConfig(limit=32, seed=1),
+            "output": str(tmp_path / "out"),
+            "recipe": RECIPE,
+            "lr": 1e-3,
+            "steps": 4,
+            "batch_size": 4,
+            "max_length": 128,
+            "warmup": 0.0,
+            "device": "cpu",
+            "dtype": "fp32",
+        }
+        return FinetuneConfig(**{**defaults, **changes})
+
+    return make
+
+
+def train(config):
+    """The reports of a run."""
+    reports = []
+    prepare(config).run(reports.append)
+    return reports
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
