@@ -32,6 +32,7 @@ from .evaluation import (
     PromptColumn,
     RemoteCode,
     Samples,
+    Saved,
     Seed,
     Shots,
     Source,
@@ -39,8 +40,7 @@ from .evaluation import (
     TaskName,
     Temperature,
     Template,
-    narrate_failures,
-    print_result,
+    deliver,
     watch,
 )
 
@@ -71,6 +71,7 @@ def bench(
     allow_code_execution: AllowCode = False,
     format: Format = "table",
     output: Output = None,
+    saved: Saved = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted in --output.")] = False,
     seed: Seed = 0,
     trust_remote_code: RemoteCode = False,
@@ -119,20 +120,21 @@ def bench(
     )
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.evaluation.bench import BenchResult
     from layerskip_core.evaluation.bench import bench as run_bench
     from layerskip_core.evaluation.journal import forget
-    from layerskip_core.evaluation.report import bench_table, prepare_output, to_csv, to_json, write_files
+    from layerskip_core.evaluation.report import bench_table, prepare_output, read_record
     from layerskip_core.evaluation.tasks import load_task
 
     folder = prepare_output(output) if output is not None else None
-    rows = load_task(config.task)
-    for note in rows.notes:
-        narrate(note)
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
-    record = watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
-    narrate_failures(record)
-    if folder is not None:
-        write_files(folder, {"bench.json": to_json(record).encode(), "bench.csv": to_csv(record).encode()})
+    if saved is not None:
+        record = read_record(saved, BenchResult)
+    else:
+        rows = load_task(config.task)
+        for note in rows.notes:
+            narrate(note)
+        loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
+        record = watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
+    deliver(record, bench_table(record), format, folder)
+    if folder is not None and saved is None:
         forget(folder)
-        narrate(f"wrote bench.json and bench.csv to {folder}")
-    print_result(record, bench_table(record), format)

@@ -12,6 +12,8 @@ from rich.table import Table
 from .console import narrate, progress_bar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from layerskip_core.evaluation.generation import Progress
     from layerskip_core.evaluation.record import RunRecord
     from layerskip_core.evaluation.report import TextTable
@@ -53,7 +55,8 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, in a sandbox.")
 ]
 Format = Annotated[str, typer.Option("--format", help="Of standard output: table, json, csv or markdown.")]
-Output = Annotated[str | None, typer.Option("--output", help="Folder for the result files.")]
+Output = Annotated[str | None, typer.Option("--output", help="Folder for report.html, results.json, results.csv and plots.")]
+Saved = Annotated[str | None, typer.Option("--from", help="Measure nothing: render this results.json again.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
 
@@ -87,6 +90,18 @@ def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> 
         typer.echo(table.markdown(), nl=False)
     else:
         _print_table(table)
+
+
+def deliver(record: "RunRecord[Result]", table: "TextTable", form: str, folder: "Path | None") -> None:
+    """The report files, if there is a folder for them, and the result on stdout."""
+    from layerskip_core.evaluation.report import report_files, write_files
+
+    narrate_failures(record)
+    if folder is not None:
+        files = report_files(record, table)
+        write_files(folder, files)
+        narrate(f"wrote {', '.join(files)} to {folder}")
+    print_result(record, table, form)
 
 
 def narrate_failures(record: "RunRecord[Result]") -> None:

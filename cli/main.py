@@ -19,6 +19,7 @@ from .console import stderr_console
 from .data import data
 from .finetune import finetune
 from .generate import generate
+from .inspect import inspect
 from .sweep_exits import sweep_exits
 
 
@@ -46,6 +47,7 @@ app.command("finetune")(finetune)
 app.command("sweep-exits")(sweep_exits)
 app.command("generate")(generate)
 app.command("bench")(bench)
+app.command("inspect")(inspect)
 app.command("data")(data)
 
 

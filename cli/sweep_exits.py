@@ -1,7 +1,7 @@
 """`layerskip sweep-exits`: which exit and draft length pay on this model and machine."""
 
 from dataclasses import replace
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -34,6 +34,7 @@ from .evaluation import (
     PromptColumn,
     RemoteCode,
     Samples,
+    Saved,
     Seed,
     Shots,
     Source,
@@ -41,10 +42,12 @@ from .evaluation import (
     TaskName,
     Temperature,
     Template,
-    narrate_failures,
-    print_result,
+    deliver,
     watch,
 )
+
+if TYPE_CHECKING:
+    from layerskip_core.evaluation.record import Recommendation
 
 
 def sweep_exits(
@@ -68,6 +71,7 @@ def sweep_exits(
     allow_code_execution: AllowCode = False,
     format: Format = "table",
     output: Output = None,
+    saved: Saved = None,
     save: Annotated[bool, typer.Option("--save", help="Write the recommendation into the model's layerskip.json.")] = False,
     seed: Seed = 0,
     trust_remote_code: RemoteCode = False,
@@ -112,29 +116,40 @@ def sweep_exits(
         packing=packing(quantize, draft_weights, draft_vocab, exact),
     )
     use_threads(threads)
-    from layerskip_core.checkpoint import holds_model, load_checkpoint, write_info
-    from layerskip_core.evaluation.report import pareto_plot, prepare_output, sweep_table, to_csv, to_json, write_files
-    from layerskip_core.evaluation.sweep import sweep
+    from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.evaluation.report import prepare_output, read_record, sweep_table
+    from layerskip_core.evaluation.sweep import ExitResult, sweep
     from layerskip_core.evaluation.tasks import load_task
 
-    if save and not holds_model(model):
-        raise ConfigError(f"--save needs a --model that is a folder, to write its layerskip.json; got {model}")
+    record = read_record(saved, ExitResult) if saved is not None else None
+    target = model if record is None else str(record.config["model"])
+    if save:
+        _require_folder(target)
     folder = prepare_output(output) if output is not None else None
-    rows = load_task(config.task)
-    for note in rows.notes:
-        narrate(note)
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
-    record = watch(sweep(loaded, rows, config))
-    narrate_failures(record)
-    if folder is not None:
-        plot = pareto_plot(record, rows.quality_metric)
-        write_files(folder, {"sweep.json": to_json(record).encode(), "sweep.csv": to_csv(record).encode(), "pareto.png": plot})
-        narrate(f"wrote sweep.json, sweep.csv and pareto.png to {folder}")
-    print_result(record, sweep_table(record), format)
-    advice = record.recommendation
-    if advice is None or advice.exit_layer is None:
-        if save:
-            narrate(f"--save changed nothing: {advice.reason if advice else 'no recommendation'}")
-    elif save:
-        write_info(model, replace(loaded.info, exit_layer=advice.exit_layer, num_draft_tokens=advice.num_draft_tokens))
-        narrate(f"saved exit {advice.exit_layer} and {advice.num_draft_tokens} draft tokens as the defaults of {model}")
+    if record is None:
+        rows = load_task(config.task)
+        for note in rows.notes:
+            narrate(note)
+        loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
+        record = watch(sweep(loaded, rows, config))
+    deliver(record, sweep_table(record), format, folder)
+    if save and record.recommendation is not None:
+        _save(target, record.recommendation)
+
+
+def _require_folder(model: str) -> None:
+    from layerskip_core.checkpoint import holds_model
+
+    if not holds_model(model):
+        raise ConfigError(f"--save needs a --model that is a folder, to write its layerskip.json; got {model}")
+
+
+def _save(model: str, advice: "Recommendation") -> None:
+    """Makes the recommended exit and draft length the model's defaults."""
+    from layerskip_core.checkpoint import read_info, write_info
+
+    if advice.exit_layer is None:
+        narrate(f"--save changed nothing: {advice.reason}")
+        return
+    write_info(model, replace(read_info(model), exit_layer=advice.exit_layer, num_draft_tokens=advice.num_draft_tokens))
+    narrate(f"saved exit {advice.exit_layer} and {advice.num_draft_tokens} draft tokens as the defaults of {model}")

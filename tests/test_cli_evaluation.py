@@ -56,9 +56,16 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     ]  # fmt: skip
     assert document["config"]["task"]["task"] == "commands"
     assert document["environment"]["dtype"] == "float32"
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["pareto.png", "sweep.csv", "sweep.json"]
-    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == document
-    assert "wrote sweep.json, sweep.csv and pareto.png" in result.stderr
+    plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity", "prediction", "time_split"]
+    files = ["report.html", "results.csv", "results.json"]
+    out = tmp_path / "out"
+    assert sorted(file.name for file in out.iterdir()) == sorted([f"{name}.png" for name in plots] + files)
+    assert json.loads((out / "results.json").read_text()) == document
+    assert "wrote report.html, results.json, results.csv, pareto.png" in result.stderr
+    again = run("sweep-exits", "--from", str(out / "results.json"), "--format", "json", "--output", str(tmp_path / "again"))
+    assert again.stdout == result.stdout
+    for name in files:
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
 def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkeypatch):
@@ -74,9 +81,9 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
         "ppl",
         "accept",
         "mean",
-        "pred",
         "tok/s",
         "speed",
+        "pred",
         "same",
     ]
     assert [line.split()[0] for line in lines[2:5]] == ["autoregressive", "early-exit", "self-speculative"]
@@ -116,7 +123,12 @@ def test_bench_formats(tmp_path, model, data):
     assert figures["exact match"][::2] == ["100.0%", "100.0%"]
     assert figures["identical outputs"][::2] == ["100.0%", "100.0%"]
     assert max(map(len, table)) <= 80
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["bench.csv", "bench.json"]
+    files = ["acceptance_by_position.png", "pareto.png", "report.html", "results.csv", "results.json", "time_split.png"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == files
+    saved = str(tmp_path / "out" / "results.json")
+    assert run("bench", "--from", saved).stdout.splitlines() == table
+    with pytest.raises(LayerSkipError, match=r"must be a results\.json that sweep-exits wrote"):
+        run("sweep-exits", "--from", saved)
     rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").stdout)))
     assert [row["num_draft_tokens"] for row in rows] == ["", "", "3"]
     assert run(*arguments, "--format", "markdown").stdout.startswith("|  | autoregressive | early-exit | self-speculative |\n")

@@ -117,13 +117,14 @@ def test_speed_from_known_passes(monkeypatch):
     rounds = prediction.rounds
     expected = 0.5 + 0.01 * rounds.drafted + 0.2 * rounds.rounds + 0.1 * rounds.plain_steps
     assert prediction.tokens_per_second == pytest.approx(len(honest.ids) / expected)
+    assert found.baseline_tokens_per_second == pytest.approx(len(honest.ids) / (0.5 + 0.1 * (len(honest.ids) - 1)))
     choices = agreement(loaded, loaded.encode_prompt(task.examples[0].prompt), honest.ids, [5])[5]
     assert found.agreement == {5: sum(a == b for a, b in zip(choices, honest.ids, strict=True)) / len(honest.ids)}
 
 
 def test_the_most_promising_first():
     settings = {(2, speed): Prediction(Rounds(), PassTimes(1, 1, 0), speed) for speed in (5, 9, 7)}
-    assert Predictions({}, settings).promising(2) == [(2, 9), (2, 7)]
+    assert Predictions({}, settings, 1.0).promising(2) == [(2, 9), (2, 7)]
 
 
 def test_prompts_that_fail_are_left_out_and_nothing_but_failures_is_an_error():

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import struct
 
 import pytest
 
@@ -18,8 +17,8 @@ from layerskip_core.evaluation.record import PredictionError, Recommendation, Ru
 from layerskip_core.evaluation.report import (
     TextTable,
     bench_table,
-    pareto_plot,
     prepare_output,
+    read_record,
     sweep_table,
     to_csv,
     to_json,
@@ -36,7 +35,8 @@ SWEEP = RunRecord(
         ExitResult("early-exit", 12, None, {"exact_match": 0.5}, 12345.678, None, None, 1900.0, 19.0, 0.4375, pareto=True),
         ExitResult(
             "self-speculative", 12, 12, {"exact_match": 0.875}, None, 0.71, 10.8, 182.4, 1.824, 1.0, pareto=True,
-            predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7, acceptance_by_position=(0.75, 0.5),
+            predicted_speedup=1.902, predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7,
+            acceptance_by_position=(0.75, 0.5),
             pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5},
             differences=(Difference(0, 3, 1e-4),), failures=(Failure(1, "no, really"),),
         ),
@@ -71,6 +71,7 @@ def test_json_holds_everything():
         "speedup": 1.824,
         "identical_outputs": 1.0,
         "pareto": True,
+        "predicted_speedup": 1.902,
         "predicted_tokens_per_second": 190.2,
         "predicted_acceptance_rate": 0.7,
         "pass_times_ms": {"draft": 2.5, "verify": 5.0, "other": 0.5},
@@ -96,7 +97,7 @@ def test_csv_round_trip():
     assert rows[2] == {
         "strategy": "self-speculative", "exit_layer": "12", "num_draft_tokens": "12", "exact_match": "0.875", "perplexity": "",
         "acceptance_rate": "0.71", "mean_accepted_tokens": "10.8", "tokens_per_second": "182.4", "speedup": "1.824",
-        "identical_outputs": "1.0", "pareto": "True", "predicted_tokens_per_second": "190.2",
+        "identical_outputs": "1.0", "pareto": "True", "predicted_speedup": "1.902", "predicted_tokens_per_second": "190.2",
         "predicted_acceptance_rate": "0.7",
         "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
         "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1",
@@ -107,14 +108,14 @@ def test_csv_round_trip():
 
 def test_the_table_of_a_sweep():
     table = sweep_table(SWEEP)
-    assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "pred", "tok/s", "speed", "same", "")
+    assert table.headers == ("strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     assert table.rows == (
-        ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "-", "100", "1.00", "100%", ""),
-        ("early-exit", "12", "-", "50.0%", "1.2e4", "-", "-", "-", "1900", "19.00", "44%", "*"),
-        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "190", "182", "1.82", "100%", "*"),
+        ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "100", "1.00", "-", "100%", ""),
+        ("early-exit", "12", "-", "50.0%", "1.2e4", "-", "-", "1900", "19.00", "-", "44%", "*"),
+        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "182", "1.82", "1.90", "100%", "*"),
     )
     assert table.note == (
-        "* on the Pareto frontier of quality against speed; pred: tokens/s as predicted by the cost model.\n"
+        "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted.\n"
         "Prediction error over 1 settings: median 4.3%, largest 4.3%, mean +4.3%.\n"
         "Recommended: it is the only one."
     )
@@ -145,10 +146,20 @@ def test_columns_without_room_go_into_a_table_of_their_own():
     assert TextTable(table.headers, table.rows, "", labels=2).column_blocks(15) == [[0, 1, 2], [0, 1, 3]]
 
 
-def test_the_plot_is_a_png_of_a_readable_size():
-    image = pareto_plot(SWEEP, "exact_match")
-    assert image[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", image[16:24]) == (960, 600)
+@pytest.mark.parametrize("record", [SWEEP, BENCH])
+def test_a_record_comes_back_from_its_json(tmp_path, record):
+    file = tmp_path / "results.json"
+    file.write_text(to_json(record))
+    assert read_record(str(file), type(record.results[0])) == record
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", to_json(BENCH), '{"config": {}, "environment": {}, "results": [{"x": 1}]}'])
+def test_what_is_no_record_of_a_sweep_is_refused(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(LayerSkipError, match=r"--from .*x.json must be a results.json that sweep-exits wrote"):
+        read_record(str(tmp_path / "x.json"), ExitResult)
+    with pytest.raises(LayerSkipError, match=r"--from .*nothing.json cannot be read: No such file"):
+        read_record(str(tmp_path / "nothing.json"), ExitResult)
 
 
 def test_files_are_replaced_whole(tmp_path):

@@ -207,7 +207,7 @@ def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
 def test_prediction_error_of_known_figures():
     table = [
         PLAIN,
-        *(replace(row("self-speculative", 2, 2, speed=100.0), predicted_tokens_per_second=x) for x in (90, 104, 101)),
+        *(replace(row("self-speculative", 2, 2, speed=100.0), predicted_speedup=x) for x in (0.9, 1.04, 1.01)),
     ]
     error = prediction_error(table)
     assert (error.settings, error.median, error.largest, error.mean) == pytest.approx((3, 0.04, 0.1, -0.05 / 3))

@@ -81,7 +81,7 @@ def bench(
         parted = differences(loaded, task.examples, repeats[0], outputs[0][0]) if comparable else ()
         metrics = task.score(repeats[0].texts, losses.perplexity(_depth(setting, loaded)))
         results.append(bench_result(setting, repeats, outputs[0], metrics, parted, transformers))
-    yield RunRecord(asdict(config), machine, tuple(results))
+    yield RunRecord(asdict(config) | {"quality_metric": task.quality_metric}, machine, tuple(results))
 
 
 def bench_result(

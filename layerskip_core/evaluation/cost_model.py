@@ -62,7 +62,7 @@ def agreement(
     One pass over an output answers for every exit: a greedy draft is compared only behind accepted ones, so what it continues
     is the autoregressive output itself.
     """
-    model = loaded.depth
+    model = getattr(loaded.depth, "draft", None) or loaded.depth  # low-bit or trimmed drafts choose with weights of their own
     ids = [*prompt_ids, *output_ids]
     tokens = torch.tensor([ids[:-1]], device=model.device)
     positions = torch.arange(len(ids) - 1)[None]
@@ -141,6 +141,7 @@ class Predictions:
 
     agreement: dict[int, float]
     settings: dict[tuple[int, int], Prediction]
+    baseline_tokens_per_second: float  # autoregressive, measured just before the pass times: a speedup is relative to it
 
     def promising(self, count: int) -> list[tuple[int, int]]:
         """The settings that should be fastest, best first."""
@@ -183,7 +184,8 @@ def predict(
     }
     tokens = sum(len(one.output.ids) for one in known)
     agreeing = {exit_layer: sum(map(sum, (one.agreeing(exit_layer) for one in known))) for exit_layer in exits}
-    return Predictions({exit_layer: count / tokens for exit_layer, count in agreeing.items()}, found)
+    shares = {exit_layer: count / tokens for exit_layer, count in agreeing.items()}
+    return Predictions(shares, found, 1 / baseline.seconds_per_token)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class PredictionError:
-    """How far the cost model was from what was measured: predicted over measured tokens a second, less 1, over `settings`."""
+    """How far the cost model was from what was measured: predicted over measured speedup, less 1, over so many `settings`."""
 
     settings: int
     median: float  # of the absolute values
@@ -54,6 +55,15 @@ class RunRecord(Generic[Result]):
         fields = asdict(self)
         optional = ("recommendation", "prediction_error")
         return {key: value for key, value in fields.items() if value is not None or key not in optional}
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The places of the points that no other equals or exceeds in both coordinates while differing from them."""
+    return [
+        place
+        for place, mine in enumerate(points)
+        if not any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in points)
+    ]
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:

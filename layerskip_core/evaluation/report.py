@@ -1,4 +1,4 @@
-"""Records of sweeps and benchmarks as JSON, CSV, tables and a plot; files appear whole or not at all."""
+"""Records of sweeps and benchmarks as JSON, CSV, tables and reports, and back; files appear whole or not at all."""
 
 import csv
 import io
@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import LayerSkipError
 from .bench import BenchResult
-from .metrics import LOWER_IS_BETTER
-from .record import RunRecord
+from .generation import Failure
+from .metrics import LOWER_IS_BETTER, Difference
+from .record import PredictionError, Recommendation, RunRecord
 from .sweep import ExitResult
 
 _PROBE_BYTES = 1 << 20  # more than any report takes
@@ -65,7 +66,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     metrics = [name for name in record.results[0].metrics if name != "perplexity"]  # it has a column of its own
     decimals = 1 if len(metrics) == 1 else 0  # two metrics leave no room for more
     names = [_SHORT_NAMES.get(name, name.replace("pass@", "p@")) for name in metrics]
-    headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "pred", "tok/s", "speed", "same", "")
+    headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     rows = [
         (
             result.strategy,
@@ -75,15 +76,15 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
             _perplexity(result.perplexity),
             _percent(result.acceptance_rate, 1),
             _number(result.mean_accepted_tokens, ".1f"),
-            _number(result.predicted_tokens_per_second, ".0f"),
             _number(result.tokens_per_second, ".0f"),
             _number(result.speedup, ".2f"),
+            _number(result.predicted_speedup, ".2f"),
             _percent(result.identical_outputs),
             "*" if result.pareto else "",
         )
         for result in record.results
     ]
-    note = "* on the Pareto frontier of quality against speed; pred: tokens/s as predicted by the cost model."
+    note = "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted."
     error = record.prediction_error
     if error is not None:
         note += (
@@ -119,38 +120,59 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     machine = record.environment
     where = f"{machine['dtype']} on {machine['device_name']}, {machine['threads']} threads"
     note = f"Medians of {record.config['repeats']} repeats; {where}."
+    if any(name != "no-reuse" for name in record.config.get("baselines", ())) and not str(machine.get("device")).startswith(
+        "cuda"
+    ):
+        note += " Memory is the whole process's, which holds a copy of the model for transformers besides the engine's."
     return TextTable(("", *(result.strategy for result in results)), tuple((name, *cells) for name, cells in lines), note)
 
 
-def pareto_plot(record: RunRecord[ExitResult], quality_metric: str) -> bytes:
-    """A PNG of quality against tokens a second, the frontier joined."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
+    """Everything that --output writes: the report, the record as JSON and CSV, and a PNG for each figure."""
+    from .html_report import html_report  # matplotlib takes a while to import
+    from .plots import figures, to_png
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    markers = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
-    for strategy, marker in markers.items():
-        mine = [result for result in record.results if result.strategy == strategy]
-        points = [_point(result, quality_metric) for result in mine]
-        axes.scatter([x for x, _ in points], [y for _, y in points], marker=marker, alpha=0.75, label=strategy)
-    frontier = sorted((result for result in record.results if result.pareto), key=lambda result: _point(result, quality_metric))
-    points = [_point(result, quality_metric) for result in frontier]
-    axes.plot([x for x, _ in points], [y for _, y in points], color="grey", linewidth=1, zorder=0, label="Pareto frontier")
-    for result, point in zip(frontier, points, strict=True):
-        axes.annotate(_label(result), point, textcoords="offset points", xytext=(4, 6), fontsize=8)
-    axes.set_xlabel("tokens per second")
-    axes.set_ylabel(quality_metric.replace("_", " ") + ("" if quality_metric in LOWER_IS_BETTER else " (%)"))
-    top = 1.1 * max(_point(result, quality_metric)[1] for result in record.results) or 1.0
-    axes.set_ylim(-0.05 * top, top)
-    axes.margins(x=0.1)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize=8)
-    axes.set_title(f"{Path(record.config['model']).name} on {Path(record.config['task']['task']).name}")
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
+    made = figures(record)
+    notes = table.note.replace("* on the", "Marked: on the").splitlines()
+    files = {
+        "report.html": html_report(record, made, notes[::-1]).encode(),
+        "results.json": to_json(record).encode(),
+        "results.csv": to_csv(record).encode(),
+    }
+    return files | {f"{name}.png": to_png(figure) for name, figure in made.items()}
+
+
+def read_record(file: str, result: type[Any]) -> RunRecord[Any]:
+    """A results.json again, of ExitResults or BenchResults. Raises LayerSkipError for what is none of these."""
+    try:
+        document = json.loads(Path(file).read_text(encoding="utf-8"))
+        results = tuple(_result(result, fields) for fields in document["results"])
+        advice, error = document.get("recommendation"), document.get("prediction_error")
+        return RunRecord(
+            document["config"],
+            document["environment"],
+            results,
+            Recommendation(**advice) if advice else None,
+            PredictionError(**error) if error else None,
+        )
+    except OSError as error:
+        raise LayerSkipError(f"--from {file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        kind = "sweep-exits" if result is ExitResult else "bench"
+        raise LayerSkipError(f"--from {file} must be a results.json that {kind} wrote") from None
+
+
+def _result(kind: type[Any], fields: dict[str, Any]) -> Any:
+    """One result from its JSON fields."""
+    shares = fields.get("acceptance_by_position")
+    return kind(
+        **fields
+        | {
+            "acceptance_by_position": None if shares is None else tuple(shares),
+            "differences": tuple(Difference(**one) for one in fields["differences"]),
+            "failures": tuple(Failure(**one) for one in fields["failures"]),
+        }
+    )
 
 
 def prepare_output(folder: str) -> Path:
@@ -189,17 +211,6 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = len(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
     return flat
-
-
-def _point(result: ExitResult, quality_metric: str) -> tuple[float, float]:
-    value = result.metrics.get(quality_metric, 0.0)
-    return result.tokens_per_second or 0.0, value if quality_metric in LOWER_IS_BETTER else 100 * value
-
-
-def _label(result: ExitResult) -> str:
-    if result.exit_layer is None:
-        return result.strategy
-    return f"exit {result.exit_layer}" + (f", spec {result.num_draft_tokens}" if result.num_draft_tokens else "")
 
 
 def _count(value: int | None) -> str:

@@ -10,7 +10,7 @@ from ..config import DecodingConfig, Strategy, SweepConfig, require_exit_layer
 from .cost_model import Predictions, predict
 from .generation import Failure, Outputs, Progress, differences, drafts_tokens, finite, measure_interleaved
 from .metrics import NEAR_TIE, Difference, ReferenceLosses, quality
-from .record import PredictionError, Recommendation, RunRecord, environment
+from .record import PredictionError, Recommendation, RunRecord, environment, frontier
 from .tasks import Task
 
 _WORTHWHILE = 1.05  # a speedup below this is not worth the words
@@ -26,7 +26,8 @@ class ExitResult:
     `speedup` compares the total generation time by new token, prefill included, with the autoregressive one of the same run.
     `pareto`: nothing else in the sweep is as good by the task's quality metric and as fast, and better in one of them.
     `agreement`: the share of the autoregressive tokens that the exit would have chosen too. The predictions are the cost
-    model's, made before anything but the autoregressive baseline was measured, from the pass times given with them. A setting
+    model's, made from the pass times given with them before the settings themselves were measured; the predicted speedup is
+    relative to the autoregressive speed of that time, so that a machine which becomes slower later does not spoil it. A setting
     that a quick sweep did not measure has only these; `metrics` is then empty.
     """
 
@@ -41,6 +42,7 @@ class ExitResult:
     speedup: float | None
     identical_outputs: float | None
     pareto: bool = False
+    predicted_speedup: float | None = None
     predicted_tokens_per_second: float | None = None
     predicted_acceptance_rate: float | None = None
     pass_times_ms: dict[str, float] = field(default_factory=dict)
@@ -90,7 +92,8 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
     results = [_with_predictions(result, losses, loaded.depth.num_layers, predictions) for result in results]
     marked = mark_pareto(results, task.quality_metric)
     advice = recommend(marked, NEAR_TIE[loaded.depth.dtype], baseline_drift(first, second))
-    yield RunRecord(asdict(config), machine, tuple(marked), advice, prediction_error(marked))
+    settings = asdict(config) | {"quality_metric": task.quality_metric}
+    yield RunRecord(settings, machine, tuple(marked), advice, prediction_error(marked))
 
 
 def exit_result(
@@ -121,9 +124,7 @@ def exit_result(
 def prediction_error(results: Sequence[ExitResult]) -> PredictionError | None:
     """Over the results that were both predicted and measured; None when there is none."""
     errors = [
-        result.predicted_tokens_per_second / result.tokens_per_second - 1
-        for result in results
-        if result.predicted_tokens_per_second and result.tokens_per_second
+        result.predicted_speedup / result.speedup - 1 for result in results if result.predicted_speedup and result.speedup
     ]
     sizes = [abs(error) for error in errors]
     return PredictionError(len(errors), median(sizes), max(sizes), mean(errors)) if errors else None
@@ -131,19 +132,10 @@ def prediction_error(results: Sequence[ExitResult]) -> PredictionError | None:
 
 def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[ExitResult]:
     """The results with `pareto` set, by the quality metric and tokens a second, for those that were measured."""
-    points = {
-        place: (quality(result.metrics, quality_metric), result.tokens_per_second or 0.0)
-        for place, result in enumerate(results)
-        if result.metrics
-    }
-
-    def best(place: int) -> bool:
-        mine = points.get(place)
-        return mine is not None and not any(
-            other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in points.values()
-        )
-
-    return [replace(result, pareto=best(place)) for place, result in enumerate(results)]
+    measured = [place for place, result in enumerate(results) if result.metrics]
+    points = [(quality(results[place].metrics, quality_metric), results[place].tokens_per_second or 0.0) for place in measured]
+    best = {measured[place] for place in frontier(points)}
+    return [replace(result, pareto=place in best) for place, result in enumerate(results)]
 
 
 def recommend(results: Sequence[ExitResult], near_tie: float, drift: float) -> Recommendation:
@@ -236,6 +228,7 @@ def _with_predictions(result: ExitResult, losses: ReferenceLosses, num_layers: i
         return result
     return replace(
         result,
+        predicted_speedup=found.tokens_per_second / predictions.baseline_tokens_per_second,
         predicted_tokens_per_second=finite(found.tokens_per_second),
         predicted_acceptance_rate=found.rounds.acceptance_rate,
         pass_times_ms={name: 1000 * seconds for name, seconds in asdict(found.times).items()},

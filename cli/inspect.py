@@ -1,0 +1,125 @@
+"""`layerskip inspect`: what the model would have said after every layer."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from layerskip_core.config import DTYPES, parse_counts, require, require_choice
+from layerskip_core.errors import LayerSkipError
+
+from .console import Device, Precision, Threads, narrate, use_threads
+from .evaluation import Model, RemoteCode
+
+if TYPE_CHECKING:
+    from layerskip_core.evaluation.inspect import Inspection, TokenTrace
+
+_EXAMPLE = "remind me to call mom at 5"
+_CELL = 9  # characters of a token that are shown
+_FORMATS = ("table", "json")
+
+
+def inspect(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it standard input is read, or an example shown on a terminal.")
+    ] = None,
+    model: Model = "embedded",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 24,
+    layers: Annotated[str | None, typer.Option(help="Those shown: 2,4,8 or A:B:STEP. [default: what has room]")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave out the checkpoint's prompt template.")] = False,
+    format: Annotated[str, typer.Option("--format", help="Of standard output: table or json.")] = "table",
+    output: Annotated[str | None, typer.Option("--output", help="An HTML file, with every layer.")] = None,
+    trust_remote_code: RemoteCode = False,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Show what the model would have said after every layer, and from which layer on each token was right.
+
+    Example: layerskip inspect "set an alarm for 7 am" --layers 2:24:2 --output inspect.html
+    """
+    require_choice(format, "--format", _FORMATS)
+    require_choice(dtype, "--dtype", DTYPES)
+    require(max_new_tokens >= 1, "--max-new-tokens", "at least 1", max_new_tokens)
+    wanted = parse_counts(layers, "--layers") if layers is not None else None
+    use_threads(threads)
+    from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.evaluation.inspect import inspect as run_inspect
+    from layerskip_core.evaluation.inspect_page import inspection_page
+    from layerskip_core.evaluation.report import write_files
+
+    loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
+    count = loaded.depth.num_layers
+    console = Console(highlight=False)
+    shown = wanted or _spread(count, _room(console))
+    require(shown[0] >= 1 and shown[-1] <= count, "--layers", f"in 1..{count}", ",".join(map(str, shown)))
+    found = run_inspect(loaded, _prompt(prompt), max_new_tokens, raw)
+    if output is not None:
+        file = Path(output)
+        if not file.parent.is_dir():
+            raise LayerSkipError(f"--output {output}: there is no folder {file.parent}")
+        write_files(file.parent, {file.name: inspection_page(found).encode()})
+        narrate(f"wrote {output}")
+    if format == "json":
+        typer.echo(json.dumps(found.document(), indent=2, ensure_ascii=False))
+    else:
+        _print(found, shown, console)
+
+
+def _prompt(given: str | None) -> str:
+    if given is None and sys.stdin is not None and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+        given = sys.stdin.read().removesuffix("\n") or None
+    if given is None:
+        narrate(f"no PROMPT given; an example: {_EXAMPLE}")
+    return given or _EXAMPLE
+
+
+def _room(console: Console) -> int:
+    """How many layers fit beside a token and its count."""
+    return max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))
+
+
+def _spread(num_layers: int, count: int) -> tuple[int, ...]:
+    """About that many layers at even distances, the last one among them."""
+    return tuple(sorted({max(1, round(num_layers * part / count)) for part in range(1, count + 1)}))
+
+
+def _print(found: "Inspection", layers: tuple[int, ...], console: Console) -> None:
+    """A row for each token, a column for each layer; in as many tables as the terminal's width asks for."""
+    room = _room(console)
+    for start in range(0, len(layers), room):
+        part = layers[start : start + room]
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        table.add_column("token", no_wrap=True, width=_CELL)
+        table.add_column("needed", justify="right", no_wrap=True)
+        for layer in part:
+            table.add_column(f"layer {layer}", no_wrap=True, width=_CELL)
+        for one in found.tokens:
+            table.add_row(Text(_visible(one.token)), str(one.settled), *(_cell(one, layer) for layer in part))
+        console.print(table)
+        console.print()
+    console.print(
+        f"A token needed {found.mean_layers:.1f} of {found.num_layers} layers on the average. Green, or behind =: right from "
+        "there on; yellow, or behind ~: right, but given up again.",
+        markup=False,
+    )
+
+
+def _cell(one: "TokenTrace", layer: int) -> Text:
+    said = _visible(one.predictions[layer - 1].token)
+    if layer >= one.settled:
+        return Text("=" + said, "bold green")
+    right = one.predictions[layer - 1].token == one.token
+    return Text("~" + said, "yellow") if right else Text(" " + said, "dim")
+
+
+def _visible(token: str) -> str:
+    """A token on one line, its blanks to be seen."""
+    line_end, blank = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
+    return token.replace("\n", line_end).replace("\t", blank).replace(" ", blank)

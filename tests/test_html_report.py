@@ -1,0 +1,117 @@
+"""The report: one page that needs nothing else, with the figures that its record has data for."""
+
+import re
+import struct
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from test_report import BENCH, SWEEP
+
+from layerskip_core.evaluation.html_report import html_report
+from layerskip_core.evaluation.plots import figures, to_png, to_svg
+from layerskip_core.evaluation.record import frontier
+
+FULL = replace(
+    SWEEP,
+    config={**SWEEP.config, "quality_metric": "exact_match"},
+    results=tuple(
+        replace(one, time_split_ms={"prefill": 1.0, "draft": 2.0, "verify": 3.0, "other": 0.5}) for one in SWEEP.results
+    ),
+)
+TABLES = replace(BENCH, config={**BENCH.config, "task": {"task": "rows<.jsonl"}, "quality_metric": "rouge2"})
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.links, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta",):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        self.links += [
+            value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith("#")
+        ]
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "button"):
+            self.rows[-1].append(data)
+
+
+def page(record):
+    return html_report(record, figures(record), ["the verdict & more"])
+
+
+@pytest.mark.parametrize("record", [FULL, TABLES])
+def test_the_page_is_whole_and_needs_nothing_else(record):
+    text = page(record)
+    found = Page(text)
+    assert found.open == []
+    assert found.links == []
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    assert "the verdict &amp; more" in text
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_the_table_of_the_page():
+    rows = Page(page(FULL)).rows
+    head, plain, early, drafted = rows
+    assert head[:6] == ["strategy", "exit", "drafts", "exact match", "perplexity", "accepted"]
+    assert plain[:6] == ["autoregressive", "–", "–", "87.5%", "1.25", "–"]  # noqa: RUF001
+    assert early[1:5] == ["12", "–", "50.0%", "1.235e+04"]  # noqa: RUF001
+    assert drafted[head.index("predicted tokens/s")] == "190.2"
+    assert drafted[head.index("pass times verify (ms)")] == "5"
+    assert len({len(row) for row in rows}) == 1
+    assert page(FULL).count("class=mark") == 2
+    assert "rows&lt;.jsonl" in page(TABLES)
+
+
+def test_only_figures_with_data():
+    assert list(figures(FULL)) == [
+        "pareto",
+        "acceptance_by_position",
+        "time_split",
+        "perplexity",
+        "prediction",
+    ]  # a single exit
+    assert list(figures(TABLES)) == ["pareto"]
+
+
+def test_an_svg_takes_the_pages_colour_and_width():
+    made = figures(FULL)
+    for figure in made.values():
+        text = to_svg(figure)
+        root = ElementTree.fromstring(text.replace("xlink:href", "href"))
+        assert root.get("width") is root.get("height") is None
+        assert root.get("viewBox")
+        assert "currentColor" in text
+        assert "#010203" not in text
+    assert ">exit 12, 12 drafts</text>" in to_svg(made["pareto"])
+
+
+def test_no_two_elements_of_the_page_share_an_id():
+    ids = re.findall(r' id="([^"]+)"', page(FULL))
+    assert len(ids) == len(set(ids))
+
+
+def test_a_png_for_papers():
+    image = to_png(figures(FULL)["pareto"])
+    assert image[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", image[16:24]) == (1120, 760)  # 5.6 x 3.8 inches at 200 dots
+
+
+def test_the_frontier_of_known_points():
+    assert frontier([(1, 5), (2, 4), (2, 3), (0, 5), (3, 1), (3, 1)]) == [0, 1, 4, 5]

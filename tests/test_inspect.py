@@ -1,0 +1,112 @@
+"""What a model would have said after every layer: the figures, the page, and the command."""
+
+import json
+import re
+
+import pytest
+import torch
+from command_line import fails, run
+from evaluating import LAYERS, own_answers, tiny_loaded
+
+from layerskip_core.config import DecodingConfig
+from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.generation import measure
+from layerskip_core.evaluation.inspect import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
+from layerskip_core.evaluation.inspect_page import inspection_page
+
+
+@pytest.mark.parametrize(
+    ("chosen", "layer"), [([5], 1), ([5, 5, 5], 1), ([1, 5, 5], 2), ([5, 1, 5], 3), ([1, 2, 5], 3), ([5, 5, 1, 5, 5], 4)]
+)
+def test_right_for_good(chosen, layer):
+    assert settled_layer(chosen) == layer
+
+
+def test_every_layer_is_what_transformers_says_there():
+    loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
+    found = inspect(loaded, prompt, 6)
+    ids = loaded.encode_prompt(prompt)
+    answer = list(measure(loaded, prompt, DecodingConfig("autoregressive", max_new_tokens=6)).ids)
+    assert [one.token for one in found.tokens] == [loaded.detokenize([token]) for token in answer]
+    with torch.no_grad():
+        states = loaded.model(torch.tensor([ids + answer]), output_hidden_states=True).hidden_states
+        for place, one in enumerate(found.tokens):
+            for layer in range(1, LAYERS + 1):
+                state = states[layer][0, len(ids) - 1 + place]
+                normed = state if layer == LAYERS else loaded.model.model.norm(state)  # the last one is given normed
+                probability, token = loaded.model.lm_head(normed).float().softmax(-1).max(-1)
+                said = one.predictions[layer - 1]
+                assert said.token == loaded.detokenize([int(token)])
+                assert said.probability == pytest.approx(float(probability), abs=1e-5)
+    assert found.mean_layers == sum(one.settled for one in found.tokens) / 6
+    assert all(one.predictions[-1].token == one.token for one in found.tokens)
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="the prompt must be at most 127 tokens"):
+        inspect(tiny_loaded(), "word " * 200, 4)
+
+
+KNOWN = Inspection(
+    "tiny",
+    "a <b>",
+    3,
+    (
+        TokenTrace(" x", 2, (LayerPrediction("y", 0.25), LayerPrediction(" x", 0.5), LayerPrediction(" x", 1.0))),
+        TokenTrace("<", 3, (LayerPrediction("<", 0.5), LayerPrediction("\n", 0.5), LayerPrediction("<", 0.75))),
+    ),
+)
+
+
+def test_the_page_of_a_known_inspection():
+    page = inspection_page(KNOWN)
+    assert KNOWN.mean_layers == 2.5
+    assert "On the average a token needed 2.5 of 3 layers." in page
+    rows = re.findall(r"<tr><th scope=row>(\d)</th>(.*?)</tr>", page)
+    cells = {int(layer): re.findall(r"<td class=(\w+) .*?>(.*?)</td>", row) for layer, row in rows}
+    assert cells == {
+        3: [("right", "␣x"), ("right", "&lt;")],
+        2: [("right", "␣x"), ("wrong", "↵")],
+        1: [("wrong", "y"), ("early", "&lt;")],
+    }
+    assert "a &lt;b&gt;" in page
+    assert not re.search(r"https?://|url\(|<script", page)
+
+
+def test_the_command_at_80_columns(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    file = tmp_path / "out.html"
+    result = run("inspect", "hi", "--model", checkpoint, "--max-new-tokens", "3", "--output", str(file))
+    lines = result.out.splitlines()
+    assert result.code == 0
+    assert lines[0].split() == ["token", "needed", *[part for layer in range(1, 7) for part in ("layer", str(layer))]]
+    assert max(map(len, lines)) <= 80
+    assert re.search(r"A token needed \d\.\d of 6 layers", result.out)
+    assert file.read_text().count("<tr>") == 2 + LAYERS
+    narrow = run("inspect", "hi", "--model", checkpoint, "--max-new-tokens", "3", "--layers", "2,6").out.splitlines()[0]
+    assert narrow.split() == ["token", "needed", "layer", "2", "layer", "6"]
+
+
+def test_json_from_standard_input(checkpoint):
+    given = run("inspect", "--model", checkpoint, "--max-new-tokens", "2", "--format", "json", stdin="hi\n")
+    document = json.loads(given.out)
+    assert (document["prompt"], document["num_layers"], len(document["tokens"])) == ("hi", LAYERS, 2)
+    assert [len(one["predictions"]) for one in document["tokens"]] == [LAYERS] * 2
+    assert document["mean_layers"] == sum(one["settled"] for one in document["tokens"]) / 2
+
+
+def test_without_a_prompt_it_shows_an_example(checkpoint):
+    result = run("inspect", "--model", checkpoint, "--max-new-tokens", "1")
+    assert "no PROMPT given; an example: remind me to call mom at 5" in result.err
+    assert result.code == 0
+
+
+def test_bad_flags(checkpoint, tmp_path):
+    fails("--layers must be in 1..6, got 2,7", "inspect", "hi", "--model", checkpoint, "--layers", "2,7")
+    fails("--format must be one of table, json, got csv", "inspect", "hi", "--format", "csv")
+    fails("--max-new-tokens must be at least 1, got 0", "inspect", "hi", "--max-new-tokens", "0")
+    file = tmp_path / "none" / "x.html"
+    fails(
+        f"--output {file}: there is no folder {file.parent}",
+        "inspect", "hi", "--model", checkpoint, "--output", str(file), "--max-new-tokens", "1",
+    )  # fmt: skip
