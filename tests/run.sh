@@ -20,7 +20,7 @@ wheel=$(ls "$scratch"/*.whl)
     layerskip="$scratch/empty/bin/layerskip"
     "$layerskip" --version
     printf 'remind me to call mom at 5' | "$layerskip" generate --exit 8 --spec 6 | tee answer.txt
-    grep -q '^\[IN:.* call .* mom .* at 5 .*\]$' answer.txt
+    grep -q '^\[IN:CREATE_REMINDER .* call .* mom .* at 5 .*\]$' answer.txt
     printf 'remind me to call mom at 5' | "$layerskip" generate --strategy autoregressive | diff - answer.txt
     "$layerskip" finetune --steps 3 --batch-size 2 --output tiny
     "$layerskip" sweep-exits --model tiny --samples 2 --exits 6,12 --specs 4 --max-new-tokens 16 >/dev/null

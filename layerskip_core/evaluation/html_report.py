@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .metrics import LOWER_IS_BETTER
 from .plots import title, to_svg
 from .record import RunRecord
 
@@ -124,7 +125,7 @@ def _cell(column: str, value: Any) -> str:
 def _text(column: str, value: Any) -> str:
     if value is None:
         return "\N{EN DASH}"
-    if column in _PERCENT or column.startswith("metrics."):
+    if column in _PERCENT or (column.startswith("metrics.") and column.removeprefix("metrics.") not in LOWER_IS_BETTER):
         return f"{value:.1%}"
     if column in _TWO_DECIMALS:
         return f"{value:.2f}"
