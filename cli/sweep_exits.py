@@ -146,7 +146,8 @@ def _require_folder(model: str) -> None:
 
 def _save(model: str, advice: "Recommendation") -> None:
     """Makes the recommended exit and draft length the model's defaults."""
-    from layerskip_core.checkpoint import read_info, write_info
+    from layerskip_core.checkpoint import read_info
+    from layerskip_core.saving import write_info
 
     if advice.exit_layer is None:
         narrate(f"--save changed nothing: {advice.reason}")

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -26,8 +24,7 @@ EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
 INFO_FILE = "layerskip.json"
 _ADAPTER_FILE = "adapter_config.json"
-_LAST_WRITTEN = ("config.json", _ADAPTER_FILE)
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "chat_template*", "generation_config.json")
+LAST_WRITTEN = ("config.json", _ADAPTER_FILE)  # a folder without either holds no complete model
 _LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
 
 # (exit layer, draft tokens) of the published checkpoints: LayerSkip tables 3-5; Llama 3 as in their model cards.
@@ -344,70 +341,7 @@ def read_info(path: str) -> CheckpointInfo:
 
 def holds_model(path: str | Path) -> bool:
     """Whether a folder holds a complete model or adapter: `save_checkpoint` puts their config there last."""
-    return any((Path(path) / name).is_file() for name in _LAST_WRITTEN)
-
-
-def refuse_overwrite(output: str, overwrite: bool) -> None:
-    """Raises ConfigError when `output` holds a model, or is no folder, and may not be replaced."""
-    if holds_model(output) and not overwrite:
-        raise ConfigError(f"--output {output} already holds a model; give --overwrite to replace it, or another folder")
-    if Path(output).exists() and not Path(output).is_dir():
-        raise ConfigError(f"--output must be a folder, got the file {output}")
-
-
-@quiet_transformers()
-def save_checkpoint(
-    model: nn.Module,
-    tokenizer: Any,
-    info: CheckpointInfo,
-    output: str,
-    dtype: torch.dtype,
-    files: Mapping[str, bytes] = MappingProxyType({}),
-) -> None:
-    """Writes an ordinary transformers checkpoint and layerskip.json, aside first: `output` never holds half a model.
-
-    An adapter (a peft model) is written alone and names its base. `files` by name are written beside. `model` is converted to
-    `dtype` in place. Raises CheckpointError when the disk is full or not writable; what `output` held then stays as it was.
-    """
-    folder = Path(output)
-    staging = folder / ".writing"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        write_model(model.to(dtype), staging)
-        tokenizer.save_pretrained(staging)
-        (staging / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
-    except Exception as error:  # safetensors reports a full disk as its own error type
-        shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
-    for name in _LAST_WRITTEN:
-        (folder / name).unlink(missing_ok=True)
-    for pattern in _MODEL_FILES:  # of an older model there, whose shards or template the new one may not have
-        for file in folder.glob(pattern):
-            file.unlink()
-    for file in sorted(staging.iterdir(), key=lambda file: file.name in _LAST_WRITTEN):
-        os.replace(file, folder / file.name)
-    staging.rmdir()
-
-
-def write_model(model: Any, folder: Path) -> None:
-    """The weights and config of a transformers model, or of a peft model's adapter, as safetensors in a folder."""
-    adapter = hasattr(model, "get_base_model")
-    model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
-
-
-def write_info(path: str, info: CheckpointInfo) -> None:
-    """Replaces layerskip.json of a folder, atomically. Raises CheckpointError when it cannot be written."""
-    file = Path(path) / INFO_FILE
-    aside = file.with_suffix(".json.writing")
-    try:
-        aside.write_text(info.to_json(), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {file}: {error}") from error
+    return any((Path(path) / name).is_file() for name in LAST_WRITTEN)
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:

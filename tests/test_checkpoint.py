@@ -23,15 +23,13 @@ from layerskip_core.checkpoint import (
     pick_dtype,
     quiet_transformers,
     read_info,
-    refuse_overwrite,
-    save_checkpoint,
     stored_dtype,
-    write_info,
 )
 from layerskip_core.config import DataConfig
 from layerskip_core.data import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import DepthModel
+from layerskip_core.saving import refuse_overwrite, save_checkpoint, write_info
 from layerskip_core.training.vocabulary import train_tokenizer
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})

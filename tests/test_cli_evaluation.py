@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from cli.bench import bench
 from cli.sweep_exits import sweep_exits
-from layerskip_core.checkpoint import read_info, save_checkpoint
+from layerskip_core.checkpoint import read_info
 from layerskip_core.errors import LayerSkipError
+from layerskip_core.saving import save_checkpoint
 
 app = typer.Typer()
 app.command("sweep-exits")(sweep_exits)

@@ -20,14 +20,13 @@ from ..checkpoint import (
     pick_device,
     pick_dtype,
     quiet_transformers,
-    refuse_overwrite,
-    save_checkpoint,
     stored_dtype,
 )
 from ..config import DataConfig, FinetuneConfig
 from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
 from ..encoding import EncodedData, Encoder, encode_rows, encode_stream
 from ..errors import ConfigError, TrainingInterrupted
+from ..saving import refuse_overwrite, save_checkpoint
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, has_checkpoints, last_checkpoint, newest_whole
 from .interruption import Interruption
 from .loss_plot import loss_plot

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..checkpoint import write_model
 from ..config import FinetuneConfig
 from ..encoding import Collator, EncodedData
 from ..errors import CheckpointError, ConfigError, TrainingError
+from ..saving import write_model
 from .checkpoints import checkpoints_folder, last_checkpoint, publish, staging_folder
 from .interruption import Interruption
 from .module import Moment, RecipeModule
