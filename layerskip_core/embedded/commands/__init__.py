@@ -22,6 +22,10 @@ from importlib import resources
 SPLITS = ("train", "validation", "test", "compositional")
 _BUCKETS = 10  # of ten hash buckets, 0 is test, 1 is validation, the others are training
 _MAX_TRIES = 4000
+_COINED = 0.25  # of the words of `coined` rules in training are made up
+_ONSETS = "b c d f g h j k l m n p r s t v w x y z bl br ch cl cr dr fl gl gr ph pl pr qu sh sk sl st th tr wh".split() + [""]
+_VOWELS = "a e i o u y ai au ea ee ei ia ie io oa oo ou ue".split()
+_CODAS = ["", "", "", "", *"b ck d g l ll m n nd ng nt ph r rd rt s sh ss st t th x z tz".split()]
 _REFERENCE = re.compile(r"\{([a-z_]+)\}")
 _PIECE = re.compile(r"\(([^()]*)\)|\{([a-z_]+)\}|(\S+)")
 
@@ -47,6 +51,7 @@ class Rule:
     domain: str
     open: bool = False
     root: bool = False
+    coined: bool = False
     alternatives: list[Alternative] = field(default_factory=list)
 
 
@@ -87,7 +92,7 @@ class Grammar:
                 name, *flags = line[3:].split()
                 if name in self.rules:
                     raise ValueError(f"{domain}.txt:{number}: rule {name} is defined twice")
-                rule = Rule(name, domain, open="open" in flags, root="root" in flags)
+                rule = Rule(name, domain, open="open" in flags, root="root" in flags, coined="coined" in flags)
                 self.rules[name] = rule
             elif rule is None:
                 raise ValueError(f"{domain}.txt:{number}: an alternative before any rule")
@@ -145,6 +150,9 @@ class Grammar:
         for piece in alternative.pieces:
             if isinstance(piece, Choice):
                 options = piece.alternatives
+            elif self._coins(piece, split, rng):
+                out.tokens.append(_coined_word(rng))
+                continue
             elif piece.startswith("{") and not self.rules[piece[1:-1]].open:
                 options = tuple(
                     a for a in self.rules[piece[1:-1]].alternatives if split == "compositional" or not a.compositional
@@ -159,6 +167,10 @@ class Grammar:
         side = "test" if split == "compositional" else split
         rule = self.rules[name]
         for _ in range(_MAX_TRIES):
+            if self._coins(f"{{{name}}}", split, rng):
+                if _side(word := _coined_word(rng)) == side:
+                    return word
+                continue
             derivation = _Derivation()
             self._closed(rule.alternatives[_below(rng, len(rule.alternatives))], split, rng, derivation)
             references = [token for token in derivation.tokens if token.startswith("{")]
@@ -170,6 +182,11 @@ class Grammar:
             if _side(value) == side:
                 return value
         raise ValueError(f"rule {name} has no value on the {side} side: give it more alternatives")
+
+    def _coins(self, piece: str, split: str, rng: random.Random) -> bool:
+        """Whether a made-up word takes the place of this reference: sometimes, for `coined` rules, in training alone."""
+        coined = split == "train" and piece.startswith("{") and self.rules[piece[1:-1]].coined
+        return coined and rng.random() < _COINED
 
 
 def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
@@ -216,6 +233,15 @@ def _source(alternative: Alternative) -> str:
         piece if isinstance(piece, str) else f"({'|'.join(_source(a) for a in piece.alternatives)})"
         for piece in alternative.pieces
     )
+
+
+def _coined_word(rng: random.Random) -> str:
+    """A pronounceable word of one to three syllables that most likely means nothing."""
+    syllables = [
+        _ONSETS[_below(rng, len(_ONSETS))] + _VOWELS[_below(rng, len(_VOWELS))] + _CODAS[_below(rng, len(_CODAS))]
+        for _ in range(1 + _below(rng, 2) + _below(rng, 2))
+    ]
+    return "".join(syllables)
 
 
 def _side(text: str) -> str:
