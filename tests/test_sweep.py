@@ -124,7 +124,7 @@ def test_drift_is_the_median_change_of_the_baseline():
 def test_speedup_from_known_times():
     baseline = outputs_of([(1, 1.0), (1, 1.0)])
     found = outputs_of([(1, 1.0), (3, 1.0)])
-    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, baseline, 1.25, {"exact_match": 0.0})
+    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, 1.25, found, baseline, {"exact_match": 0.0})
     assert (result.tokens_per_second, result.speedup, result.identical_outputs) == (2.0, 2.5, 0.0)
 
 

@@ -75,13 +75,15 @@ def _humaneval_problem(row: Row) -> _Problem:
 
 
 def _mbpp_problem(row: Row) -> _Problem:
-    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`."""
+    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`. The setup belongs to the
+    tests: in row 367 it uses a class that the answer defines.
+    """
     tests = "\n".join(row.texts("test_list"))
     example = Example(
         f"{row.text(row.first_column(('text', 'prompt')))} Your code should pass these tests:\n\n{tests}", row.text("code")
     )
     setup = row.fields.get("test_setup_code") or "\n".join(row.fields.get("test_imports") or ())
-    return _Problem(example, f"{setup}\n", tests)
+    return _Problem(example, "", f"{setup}\n{tests}")
 
 
 def _task(config: TaskConfig, problems: Sequence[_Problem], stop: tuple[str, ...], template: str | None) -> Task:
