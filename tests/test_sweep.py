@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from evaluating import LAYERS, outputs_of, own_answers, tiny_loaded
+from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.config import DecodingConfig, SweepConfig, parse_counts
 from layerskip_core.errors import ConfigError
@@ -145,8 +145,10 @@ def test_a_sweep_of_the_tiny_model():
     ]
     plain, *early_exits = record.results[:3]
     drafted = record.results[3:]
-    assert [result.metrics["exact_match"] for result in record.results] == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
-    assert [result.identical_outputs for result in record.results] == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    shares = [early_exit_share(loaded, task, layer) for layer in (2, 5)]
+    assert max(shares) < 1
+    assert [result.metrics["exact_match"] for result in record.results] == [1.0, *shares, 1.0, 1.0, 1.0, 1.0]
+    assert [result.identical_outputs for result in record.results] == [1.0, *shares, 1.0, 1.0, 1.0, 1.0]
     assert plain.speedup == 1.0
     for result in record.results:
         assert result.speedup == pytest.approx(result.tokens_per_second / plain.tokens_per_second)
