@@ -23,9 +23,12 @@ body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--back);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; margin: .5rem 0; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 60rem; } .soft { color: var(--soft); }
-.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
+.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px;  /* a shadow where more is to be scrolled to */
+  background: linear-gradient(to left, var(--back) 50%, transparent) right / 4rem 100% no-repeat local,
+    linear-gradient(to left, rgb(128 128 128 / .45), transparent) right / 1.2rem 100% no-repeat; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
 tbody tr:hover td { background: var(--row); } tr.mark td { background: var(--mark); } tbody tr:last-child td { border: 0; }
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--soft); }

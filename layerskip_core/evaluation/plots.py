@@ -151,7 +151,7 @@ def _time_split(record: Record) -> Figure | None:
     axes.set_yticks(range(len(found)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a token")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=len(_PARTS), loc="lower left", bbox_to_anchor=(0, 1))  # above: bars are everywhere below
     return figure
 
 

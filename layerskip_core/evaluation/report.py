@@ -18,6 +18,7 @@ from .record import PredictionError, Recommendation, RunRecord
 from .sweep import ExitResult
 
 _PROBE_BYTES = 1 << 20  # more than any report takes
+_MARKS = "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
 
@@ -84,7 +85,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
         )
         for result in record.results
     ]
-    note = "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted."
+    note = _MARKS
     error = record.prediction_error
     if error is not None:
         note += (
@@ -133,7 +134,7 @@ def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
     from .plots import figures, to_png
 
     made = figures(record)
-    notes = table.note.replace("* on the", "Marked: on the").splitlines()
+    notes = table.note.replace(_MARKS, "Green rows are on the Pareto frontier of quality against speed.").splitlines()
     files = {
         "report.html": html_report(record, made, notes[::-1]).encode(),
         "results.json": to_json(record).encode(),
