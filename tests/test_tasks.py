@@ -194,6 +194,14 @@ def test_mbpp_shows_problems_2_to_4_and_asks_those_of_the_split(tmp_path):
     assert only.prompt == SHOT.format(511)
 
 
+def test_what_mbpp_sets_up_for_its_tests_may_use_the_answer(tmp_path):
+    row = small(367, test_setup_code="root = Node(1)\r\n", test_list=["assert root.value == 1"])
+    task = load_task(TaskConfig("mbpp", write_lines(tmp_path / "mbpp.jsonl", [row]), shots=0, allow_code_execution=True))
+    answer = "class Node:\n  def __init__(self, value):\n    self.value = value"
+    assert task.score([answer])["pass@1"] == 1.0
+    assert task.score(["def f(): pass"])["pass@1"] == 0.0
+
+
 def test_mbpp_in_its_sanitized_form_brings_imports(tmp_path):
     rows = [small(7), small(8, test_imports=["import math"], test_list=["assert math.floor(f8()) == 8"])]
     for row in rows:
