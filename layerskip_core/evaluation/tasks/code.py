@@ -1,7 +1,9 @@
 """Python programs judged by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
 
-HumanEval's prompts are the functions' heads as they stand; its answers end as in Chen et al., section 3. MBPP's are those of
-Austin et al., section 4: three solved problems, each between [BEGIN] and [DONE].
+HumanEval's prompts are the functions' heads without the line end behind them, which tokenizers join to the indentation of what
+follows: behind a bare one, models write anything but code. Answers end as in Chen et al., section 3, or with the fence that a
+model which answers people closes its code by. MBPP's prompts are those of Austin et al., section 4: three solved problems, each
+between [BEGIN] and [DONE].
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from .rows import Row, file_rows, hub_rows, spread
 from .task import Task
 
 _HUMANEVAL_HUB = "openai/openai_humaneval"
-_HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+_HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
 _MBPP_HUB = "google-research-datasets/mbpp"
 _MBPP_FORM = "You are an expert Python programmer, and here is your task: {prompt}\n[BEGIN]\n"
 _MBPP_STOP = ("[DONE]",)
@@ -70,7 +72,8 @@ def mbpp(config: TaskConfig) -> Task:
 
 def _humaneval_problem(row: Row) -> _Problem:
     head = row.text("prompt")
-    example = Example(head, row.text("canonical_solution"))
+    prompt = head.rstrip()
+    example = Example(prompt, head[len(prompt) :] + row.text("canonical_solution"))
     return _Problem(example, head, f"{row.text('test')}\ncheck({row.text('entry_point')})\n")
 
 
