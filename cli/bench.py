@@ -80,7 +80,7 @@ def bench(
     console.use_threads(threads)
     from layerskip_core.evaluation.bench import BenchResult
     from layerskip_core.evaluation.bench import bench as run_bench
-    from layerskip_core.evaluation.journal import forget
+    from layerskip_core.evaluation.journal import close
     from layerskip_core.evaluation.report import bench_table, prepare_output, read_record
 
     folder = prepare_output(output) if output is not None else None
@@ -91,7 +91,7 @@ def bench(
         record = evaluation.watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
     evaluation.deliver(record, bench_table(record), format, folder)
     if folder is not None and saved is None:
-        forget(folder)
+        close(folder)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -118,14 +118,26 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         ("token p95 (ms)", [_number(result.time_per_token_ms["p95"], ".2f") for result in results]),
         ("peak memory (MB)", [_number(result.peak_memory_mb, ".0f") for result in results]),
     ]
+    lines = [(name, cells) for name, cells in lines if set(cells) != {"-"}]
     machine = record.environment
-    where = f"{machine['dtype']} on {machine['device_name']}, {machine['threads']} threads"
-    note = f"Medians of {record.config['repeats']} repeats; {where}."
-    if any(name != "no-reuse" for name in record.config.get("baselines", ())) and not str(machine.get("device")).startswith(
-        "cuda"
+    where = f"{machine['dtype']} on {machine['device_name']}, {_plural(machine['threads'], 'thread')}"
+    note = f"{_how(record.config)}; {where}."
+    if (
+        record.config.get("timed") != 0
+        and any(name != "no-reuse" for name in record.config.get("baselines", ()))
+        and not str(machine.get("device")).startswith("cuda")
     ):
         note += " Memory is the whole process's, which holds a copy of the model for transformers besides the engine's."
     return TextTable(("", *(result.strategy for result in results)), tuple((name, *cells) for name, cells in lines), note)
+
+
+def _how(config: dict[str, Any]) -> str:
+    """How the figures of a benchmark came about."""
+    medians = f"medians of {_plural(config['repeats'], 'repeat')}"
+    if config.get("batch_size", 1) == 1:
+        return medians.capitalize()
+    speed = f"speed: {_plural(config['timed'], 'prompt')} alone, {medians}" if config["timed"] else "speed was not measured"
+    return f"Quality: answers in batches of {config['batch_size']}; {speed}"
 
 
 def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
@@ -216,6 +228,10 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 def _count(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _metric(metrics: dict[str, float], name: str) -> str:
