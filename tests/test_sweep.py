@@ -161,7 +161,7 @@ def test_a_sweep_of_the_tiny_model():
         assert 0 <= result.mean_accepted_tokens <= result.num_draft_tokens
         assert result.predicted_acceptance_rate == result.acceptance_rate  # in fp64 the simulated rounds are the real ones
         assert result.predicted_tokens_per_second > 0
-        assert list(result.pass_times_ms) == ["draft", "verify", "other"]
+        assert list(result.pass_times_ms) == ["draft", "verify", "other", "plain"]
     assert early_exits[0].agreement < early_exits[1].agreement < 1
     assert record.prediction_error.settings == 4
     assert record.config["exits"] == (2, 5)
@@ -188,8 +188,8 @@ def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
     from layerskip_core.evaluation import cost_model
 
     # An early exit costs a second a layer, whatever is verified: exit 2 should win, for both draft lengths.
-    def known_times(loaded, prompt_ids, exit_layer, drafts):
-        return [PassTimes(draft=exit_layer, verify=1.0, other=0.0)]
+    def known_times(loaded, prompt_ids, exit_layer, drafts, plain):
+        return [PassTimes(draft=exit_layer, verify=1.0, other=0.0, plain=6.0)]
 
     monkeypatch.setattr(cost_model, "pass_times", known_times)
     monkeypatch.setattr("layerskip_core.evaluation.sweep._QUICK", 1)

@@ -122,11 +122,8 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     machine = record.environment
     where = f"{machine['dtype']} on {machine['device_name']}, {_plural(machine['threads'], 'thread')}"
     note = f"{_how(record.config)}; {where}."
-    if (
-        record.config.get("timed") != 0
-        and any(name != "no-reuse" for name in record.config.get("baselines", ()))
-        and not str(machine.get("device")).startswith("cuda")
-    ):
+    elsewhere = any(name != "no-reuse" for name in record.config.get("baselines", ()))
+    if elsewhere and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is the whole process's, which holds a copy of the model for transformers besides the engine's."
     return TextTable(("", *(result.strategy for result in results)), tuple((name, *cells) for name, cells in lines), note)
 

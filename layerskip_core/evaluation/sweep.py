@@ -28,7 +28,7 @@ class ExitResult:
     `pareto`: nothing else in the sweep is as good by the task's quality metric and as fast, and better in one of them.
     `agreement`: the share of the autoregressive tokens that the exit would have chosen too. The predictions are the cost
     model's, made from the pass times given with them before the settings themselves were measured; the predicted speedup is
-    relative to the autoregressive speed of that time, so that a machine which becomes slower later does not spoil it. A setting
+    relative to the autoregressive steps among them, so that a machine which becomes slower later does not spoil it. A setting
     that a quick sweep did not measure has only these; `metrics` is then empty.
     """
 
@@ -238,7 +238,7 @@ def _with_predictions(result: ExitResult, losses: ReferenceLosses, num_layers: i
         return result
     return replace(
         result,
-        predicted_speedup=found.tokens_per_second / predictions.baseline_tokens_per_second,
+        predicted_speedup=found.speedup,
         predicted_tokens_per_second=finite(found.tokens_per_second),
         predicted_acceptance_rate=found.rounds.acceptance_rate,
         pass_times_ms={name: 1000 * seconds for name, seconds in asdict(found.times).items()},
