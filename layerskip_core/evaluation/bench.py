@@ -75,7 +75,7 @@ def bench(
     journal = Journal(folder, asdict(config), resume) if folder is not None else None
     losses = ReferenceLosses(0, {})
     if task.text is not None:
-        losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in settings]), losses)
+        losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in own]), losses)
     together = None
     if config.batch_size > 1:
         together = yield from answer_together(loaded, task.examples, settings, config.batch_size, journal)
@@ -88,7 +88,8 @@ def bench(
     for setting, mine, times in zip(settings, answers, outputs, strict=True):
         comparable = setting.strategy != "early-exit" and not sampled
         parted = differences(loaded, task.examples, mine, answers[0]) if comparable else ()
-        metrics = task.score(mine.texts, losses.perplexity(_depth(setting, loaded)))
+        perplexity = losses.perplexity(_depth(setting, loaded)) if setting in own else None  # of this engine's own passes
+        metrics = task.score(mine.texts, perplexity)
         results.append(bench_result(setting, times, outputs[0], metrics, parted, transformers, (mine, answers[0])))
     yield RunRecord(asdict(config) | {"quality_metric": task.quality_metric}, machine, tuple(results))
 
@@ -158,7 +159,7 @@ def _settings(config: BenchConfig, max_new_tokens: int) -> list[DecodingConfig]:
     return [setting for setting in every if setting.strategy in config.strategies]
 
 
-def _depth(setting: Setting, loaded: LoadedModel) -> int:
+def _depth(setting: DecodingConfig, loaded: LoadedModel) -> int:
     """How many layers an answer comes from."""
     early = setting.strategy == "early-exit" and setting.exit_layer is not None
     return setting.exit_layer if early and setting.exit_layer else int(loaded.depth.num_layers)
