@@ -71,11 +71,14 @@ def html_report(record: RunRecord[Any], figures: dict[str, Figure], notes: Seque
     """The page. `notes` are paragraphs above the table, the first of them the verdict."""
     machine = record.environment
     parts = ("dtype", "device_name", "implementation", "threads")
-    where = ", ".join(f"{machine[part]}" for part in parts if part in machine) + " thread(s)"
+    threads = "thread" if machine.get("threads") == 1 else "threads"
+    where = ", ".join(f"{machine[part]}" for part in parts if part in machine) + f" {threads}"
     shown = "".join(
         f"<figure><figcaption>{escape(str(figure.get_label()))}</figcaption>{to_svg(figure)}</figure>"
         for figure in figures.values()
     )
+    if shown:
+        shown = f'<h2>Figures</h2><div class="figures">{shown}</div>'
     text = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
     name = escape(title(record))
     settings = json.dumps({"config": record.config, "environment": record.environment}, indent=2, ensure_ascii=False)
@@ -83,7 +86,7 @@ def html_report(record: RunRecord[Any], figures: dict[str, Figure], notes: Seque
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head>'
         f'<body><h1>{name}</h1><p class="soft">{escape(where)}</p>{text}{_table(record)}'
-        f'<h2>Figures</h2><div class="figures">{shown}</div>'
+        f"{shown}"
         f"<details><summary>Settings and machine</summary><pre>{escape(settings)}</pre></details>"
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
