@@ -131,7 +131,7 @@ def test_speedup_from_known_times():
 def test_a_sweep_of_the_tiny_model():
     loaded, task = tiny_loaded(), own_answers()
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
-    phases = (("perplexity", 3), ("prediction", 11), ("prompts", 3))  # 3 prompts, and 4 settings whose passes are timed twice
+    phases = (("perplexity", 3), ("prediction", 15), ("prompts", 3))  # 3 prompts, and 4 settings timed thrice
     assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
     ways = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
     assert ways == [

@@ -15,8 +15,8 @@ from ..data import Example
 from ..decoding import DecodeStats, Decoding, decode
 from .generation import Output, Outputs, Progress, measure, require_outputs
 
-_ROUNDS = 6  # and as many plain steps, measured in a turn for the pass times of a setting
-_TURNS = 2  # of all settings, so that a moment in which the machine is slow does not fall on one of them alone
+_ROUNDS = 4  # and as many plain steps, measured in a turn for the pass times of a setting
+_TURNS = 3  # of all settings, so that a moment in which the machine is slow does not fall on one of them alone
 
 
 @dataclass(frozen=True)
