@@ -61,6 +61,8 @@ _NAMES = {
     "predicted_acceptance_rate": "predicted accepted",
     "identical_outputs": "identical",
     "ttft_ms": "first token (ms)",
+    "time_per_token p50 (ms)": "token p50 (ms)",
+    "time_per_token p95 (ms)": "token p95 (ms)",
     "peak_memory_mb": "memory (MB)",
     "decode_speedup": "speedup behind prefill",
     "speedup_over_transformers": "over transformers",

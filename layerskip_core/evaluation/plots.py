@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .bench import BenchResult
 from .metrics import LOWER_IS_BETTER, quality
@@ -32,6 +33,7 @@ _STYLE = {
 }
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
 _COLORS = ("#3b82c4", "#e07b39", "#3f9b5f", "#b0579b", "#c9a227", "#8a6fd1", "#d1495b", "#4aa3a2")  # for light and dark
+_WIDE = 8  # the largest speed over the smallest that still has room on a linear axis
 _PARTS = ("prefill", "draft", "verify", "other")
 
 Result = ExitResult | BenchResult
@@ -102,6 +104,12 @@ def _pareto(record: Record) -> Figure | None:
     highest = max(value for _, value in points) or 1.0
     axes.set_ylim(-0.05 * highest, 1.15 * highest)
     axes.margins(x=0.15)
+    speeds = [speed for speed, _ in points]
+    if max(speeds) > _WIDE * min(speeds):  # a shallow exit alone is so fast that all else would lie on one spot
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     axes.legend(fontsize=7)
     return figure
 
