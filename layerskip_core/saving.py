@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import INFO_FILE, LAST_WRITTEN, CheckpointInfo, holds_model, quiet_transformers
+from .checkpoint import (
+    INFO_FILE,
+    LAST_WRITTEN,
+    CheckpointInfo,
+    holds_model,
+    load_checkpoint,
+    quiet_transformers,
+    stored_dtype,
+)
 from .errors import CheckpointError, ConfigError
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "chat_template*", "generation_config.json")
@@ -59,6 +68,18 @@ def save_checkpoint(
     for file in sorted(staging.iterdir(), key=lambda file: file.name in LAST_WRITTEN):
         os.replace(file, folder / file.name)
     staging.rmdir()
+
+
+def import_checkpoint(name: str, output: str, dtype: str, trust_remote_code: bool = False) -> torch.dtype:
+    """Writes any model that can be loaded to `output`, GGUF dequantised and adapters merged; returns the precision written.
+
+    `dtype` is fp32, bf16, or auto: as stored, which for a GGUF file is fp32. Raises CheckpointError for what fails.
+    """
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
+    loaded = load_checkpoint(name, "cpu", "fp32", trust_remote_code)
+    info = replace(loaded.info, details={**loaded.info.details, "imported_from": name})
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision)
+    return precision
 
 
 def write_model(model: Any, folder: Path) -> None:
