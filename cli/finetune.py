@@ -139,6 +139,6 @@ def finetune(
 
 def _resuming() -> str:
     """The command line that goes on with this run."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     command = shlex.join(["layerskip", *arguments, "--resume"])
     return command if "WORLD_SIZE" not in os.environ else f"{command} (under torchrun, as before)"

@@ -11,9 +11,10 @@ from transformers.integrations import integration_utils
 from layerskip_core.checkpoint import load_checkpoint
 from layerskip_core.config import DataConfig, RecipeConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
-from layerskip_core.training import module
+from layerskip_core.training import module, run, trainer
 from layerskip_core.training.dropout import kept_rows
 from layerskip_core.training.loss_plot import _thinned
+from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.order import RunOrder
 from layerskip_core.training.run import prepare
 
@@ -79,6 +80,33 @@ def test_every_micro_batch_has_its_own_moment(settings, monkeypatch):
     monkeypatch.setattr(module, "kept_rows", recording)
     train(settings(steps=2, accumulation=2))
     assert drawn == [(step, micro_batch, layer) for step in (0, 1) for micro_batch in (0, 1) for layer in range(4)]
+
+
+def test_one_process_takes_one_gpu(settings, monkeypatch):
+    """Where Trainer finds two it would split the batch of each between them, and double its rows."""
+    make = trainer.TrainingArguments
+
+    def finding_two(**keywords):
+        arguments = make(**keywords)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr(trainer, "TrainingArguments", finding_two)
+    batches = []
+    monkeypatch.setattr(RecipeModule, "forward", recording_batches(RecipeModule.forward, batches))
+    train(settings(steps=2))
+    assert batches == [4, 4]
+    monkeypatch.setattr(run, "pick_device", lambda name: torch.device(name))
+    with pytest.raises(ConfigError, match=r"--device cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
+        prepare(settings(device="cuda:1", overwrite=True))
+
+
+def recording_batches(forward, batches):
+    def recorded(self, input_ids, *arguments, **keywords):
+        batches.append(len(input_ids))
+        return forward(self, input_ids, *arguments, **keywords)
+
+    return recorded
 
 
 def test_a_small_set_is_memorised(settings, tmp_path):

@@ -125,7 +125,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     refuse_overwrite(config.output, config.overwrite)
     resume = _resume_point(config)
     device = pick_device(config.device)
-    _refuse_sharding(device)
+    _require_device(device)
     loaded, rows = _model_and_rows(config)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     config = _resolved(config, parameters, loaded.depth.max_positions)
@@ -140,7 +140,13 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     return FinetuneJob(config, loaded, data, held_out, encoder.template, plan, save_dtype, autocast, resume)
 
 
-def _refuse_sharding(device: torch.device) -> None:
+def _require_device(device: torch.device) -> None:
+    """Raises ConfigError for what Trainer would silently do otherwise."""
+    if device.index:
+        raise ConfigError(
+            f"--device {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
+            "environment and give --device cuda"
+        )
     if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise ConfigError(
             "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got --device cpu, where accelerate would run DDP without a word; start it "

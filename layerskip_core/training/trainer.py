@@ -64,7 +64,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         if isinstance(self.train_dataset, IterableDataset):
             return None
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return RunOrder(self.train_dataset["length"], rows_per_step, self.args.max_steps, self.args.seed)
+        return RunOrder(self.train_dataset["length"][:], rows_per_step, self.args.max_steps, self.args.seed)
 
     def compute_loss(
         self,
@@ -296,6 +296,8 @@ def make_trainer(
         report_to=[name for name in config.report_to.split(",") if name],
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else torch's DataParallel, which knows nothing of the order; torchrun starts a process for each
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         return RecipeTrainer(
