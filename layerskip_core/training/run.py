@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -92,10 +91,7 @@ class FinetuneJob:
         folder = checkpoints_folder(self.config.output)
         if trainer.is_world_process_zero():
             # What an earlier run left there must never be what a later --resume finds.
-            if self.resume is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                discard_after(folder, self.resume.step)
+            discard_after(folder, 0 if self.resume is None else self.resume.step)
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume.folder))
         step = trainer.state.global_step
         if step < self.plan.steps:

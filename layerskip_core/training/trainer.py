@@ -133,6 +133,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         self.history.validate(losses)
         metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()} | {"eval_loss": per_exit[-1] / targets}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.started = time.perf_counter()  # the next step's speed is its own
         return metrics
 
