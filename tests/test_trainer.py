@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,18 @@ def test_the_cost_of_a_step(settings):
     assert job.plan.exits_per_step == 2.5
     assert job.plan.cost == pytest.approx((layers * kept + head * 2.5) / (layers + head), rel=1e-6)
     assert prepare(settings(recipe=PLAIN)).plan.cost == 1
+    taught = prepare(settings(recipe=replace(RECIPE, distill=0.5))).plan  # 1.5 early exits a step, a third of a head each
+    assert taught.cost == pytest.approx((layers * kept + head * 3) / (layers + head), rel=1e-6)
+
+
+def test_the_memory_of_a_step(settings):
+    """Hidden size 32, feed-forward 48, four layers, 300 tokens; in fp32, by hand."""
+    job = prepare(settings())
+    tokens, weights = 4 * job.data.longest, job.plan.parameters
+    layer, logits = 14 * 32 + 4 * 48, 3 * tokens * 300
+    assert job.plan.memory_mb == pytest.approx((16 * weights + 4 * (tokens * 4 * layer + logits)) / 2**20)
+    saving = prepare(settings(lora_rank=2, gradient_checkpointing=True)).plan
+    assert saving.memory_mb == pytest.approx((4 * weights + 4 * (tokens * (4 * 32 + layer) + logits)) / 2**20)
 
 
 def test_commands_without_a_limit_never_repeat_a_row(settings):
@@ -307,6 +320,15 @@ def test_the_losses_stand_beside_the_model(settings, tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(report.step, report.loss) for report in reports]
     assert [sorted(row["exits"]) for row in rows] == [["1", "3", "4"], ["2", "4"], ["1", "3", "4"]]
     assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_order_of_its_tokens_stands_beside_the_model(settings, tmp_path):
+    job = prepare(settings(steps=1))
+    job.run(lambda report: None)
+    order = json.loads((tmp_path / "out" / "token_order.json").read_text())["token_order"]
+    assert sorted(order) == list(range(300))
+    targets = [token for row in job.data.rows for token in row["labels"]]
+    assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)
 
 
 def test_a_long_run_is_drawn_as_means():

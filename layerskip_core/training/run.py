@@ -34,7 +34,7 @@ from .plan import COMMANDS_STEPS, TrainingPlan, make_plan, rows_per_step, run_se
 from .presets import learning_rate, recipe_preset, sequence_length
 from .progress import LossHistory, StepReport
 from .trainer import RecipeTrainer, make_trainer
-from .vocabulary import train_tokenizer
+from .vocabulary import TOKEN_ORDER_FILE, token_order, token_order_json, train_tokenizer
 
 
 @dataclass
@@ -65,6 +65,9 @@ class FinetuneJob:
         scratch = config.regime == "scratch"
         model = _with_lora(self.loaded.model, config) if config.lora_rank else self.loaded.model
         module = RecipeModule(model, config.recipe, config.seed, scratch, config.gradient_checkpointing)
+        order = token_order(
+            self.data, module.depth.vocab_size
+        )  # now: a stream that cannot be read must not cost a trained model
         with Interruption() as interruption:
             trainer = make_trainer(
                 module,
@@ -82,7 +85,11 @@ class FinetuneJob:
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
             info = CheckpointInfo(prompt_template=self.template, details=self._details(trainer.history))
             if trainer.is_world_process_zero():
-                files = {"losses.jsonl": trainer.history.to_jsonl().encode(), "losses.png": loss_plot(trainer.history)}
+                files = {
+                    "losses.jsonl": trainer.history.to_jsonl().encode(),
+                    "losses.png": loss_plot(trainer.history),
+                    TOKEN_ORDER_FILE: token_order_json(order),
+                }
                 save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype, files)
         return info
 

@@ -36,6 +36,8 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
     that is not finite or explodes raises TrainingError.
     """
 
+    control: Any
+
     def __init__(
         self,
         module: RecipeModule,
