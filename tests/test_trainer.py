@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,6 +249,23 @@ def test_a_failure_while_saving_leaves_no_model(settings, tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match=r"cannot write the model to .*No space left on device"):
         job.run(lambda report: None)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_model_is_on_disk_before_it_is_moved_into_place(settings, monkeypatch):
+    """What a power cut would leave cannot be tried; that every file is written out before the first of them is renamed can.
+
+    A file keeps its inode when it is renamed.
+    """
+    done = []
+    fsync, replace_file = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda opened: (done.append(os.fstat(opened).st_ino), fsync(opened)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (done.append(Path(target).name), replace_file(source, target)))
+    train(settings(steps=1))
+    out = Path(settings().output)
+    files = {file.name: file.stat().st_ino for file in out.iterdir() if file.is_file()}
+    assert "model.safetensors" in files
+    assert set(done[: len(files)]) == set(files.values())
+    assert set(done[len(files) : -1]) == set(files) and done[-1] == out.stat().st_ino
 
 
 def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
