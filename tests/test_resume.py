@@ -350,3 +350,12 @@ def test_a_checkpoint_that_was_being_written_does_not_count(settings, two_checkp
     with pytest.raises(TrainingInterrupted):
         job.run(lambda report: None)
     assert steps_saved(two_checkpoints) == [2, 3] and not written.parent.exists()
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told_now(settings, tmp_path, monkeypatch):
+    signal_in_step(monkeypatch, 2, signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted):
+        prepare(settings(steps=9)).run(lambda report: None)
+    assert steps_saved(tmp_path / "out") == [2]
+    train(settings(steps=9, save_steps=4, resume=True))
+    assert steps_saved(tmp_path / "out") == [8, 9]

@@ -244,6 +244,7 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.started = time.perf_counter()
+        state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         self._learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
@@ -296,7 +297,7 @@ def make_trainer(
         accelerator_config={"dispatch_batches": False},  # of a stream each rank reads its share: rows differ in length
         logging_strategy="steps" if config.report_to else "no",
         logging_steps=1,
-        report_to=[name for name in config.report_to.split(",") if name],
+        report_to=[name.strip() for name in config.report_to.split(",") if name.strip()],
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:
