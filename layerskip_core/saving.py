@@ -57,6 +57,8 @@ def save_checkpoint(
         (staging / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
         for name, content in files.items():
             (staging / name).write_bytes(content)
+        for file in staging.iterdir():
+            synchronise(file)
     except Exception as error:  # safetensors reports a full disk as its own error type
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
@@ -68,6 +70,7 @@ def save_checkpoint(
     for file in sorted(staging.iterdir(), key=lambda file: file.name in LAST_WRITTEN):
         os.replace(file, folder / file.name)
     staging.rmdir()
+    synchronise(folder)
 
 
 def import_checkpoint(name: str, output: str, dtype: str, trust_remote_code: bool = False) -> torch.dtype:
@@ -86,6 +89,15 @@ def write_model(model: Any, folder: Path) -> None:
     """The weights and config of a transformers model, or of a peft model's adapter, as safetensors in a folder."""
     adapter = hasattr(model, "get_base_model")
     model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
+
+
+def synchronise(path: Path) -> None:
+    """Has the system write a file or a folder's entries to disk: a rename may otherwise outlive its content in a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_info(path: str, info: CheckpointInfo) -> None:
