@@ -14,9 +14,12 @@ from .console import narrate, progress_bar
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from layerskip_core.checkpoint import LoadedModel
+    from layerskip_core.config import BenchConfig, SweepConfig
     from layerskip_core.evaluation.generation import Progress
     from layerskip_core.evaluation.record import RunRecord
     from layerskip_core.evaluation.report import TextTable
+    from layerskip_core.evaluation.tasks import Task
 
 FORMATS = ("table", "json", "csv", "markdown")
 Result = TypeVar("Result")
@@ -54,11 +57,28 @@ Temperature = Annotated[float, typer.Option("--temperature", help="Of answers to
 AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, in a sandbox.")
 ]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", help="Prompts answered together, for quality; speed is measured one by one.")
+]
+Timed = Annotated[
+    int | None, typer.Option("--timed", help="With --batch-size: how many of the prompts speed is measured on. [default: 8]")
+]
 Format = Annotated[str, typer.Option("--format", help="Of standard output: table, json, csv or markdown.")]
 Output = Annotated[str | None, typer.Option("--output", help="Folder for report.html, results.json, results.csv and plots.")]
 Saved = Annotated[str | None, typer.Option("--from", help="Measure nothing: render this results.json again.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+
+
+def load(config: "BenchConfig | SweepConfig", trust_remote_code: bool) -> "tuple[LoadedModel, Task]":
+    """The rows, about which it says what there is to say, and the model."""
+    from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.evaluation.tasks import load_task
+
+    rows = load_task(config.task)
+    for note in rows.notes:
+        narrate(note)
+    return load_checkpoint(config.model, config.device, config.dtype, trust_remote_code, "auto", config.packing), rows
 
 
 def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result]":

@@ -8,118 +8,71 @@ import typer
 from layerskip_core.config import DType, SweepConfig, TaskConfig, parse_counts, require_choice
 from layerskip_core.errors import ConfigError
 
-from .console import (
-    Device,
-    DraftVocab,
-    DraftWeights,
-    Exact,
-    Precision,
-    Quantize,
-    Threads,
-    narrate,
-    packing,
-    use_threads,
-)
-from .evaluation import (
-    FORMATS,
-    AllowCode,
-    CompletionColumn,
-    Format,
-    MaxNewTokens,
-    Metric,
-    Model,
-    Output,
-    PassK,
-    ProblemSamples,
-    PromptColumn,
-    RemoteCode,
-    Samples,
-    Saved,
-    Seed,
-    Shots,
-    Source,
-    Split,
-    TaskName,
-    Temperature,
-    Template,
-    deliver,
-    watch,
-)
+from . import console, evaluation
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.record import Recommendation
 
 
 def sweep_exits(
-    model: Model = "embedded",
-    task: TaskName = None,
-    data: Source = None,
-    split: Split = "test",
-    samples: Samples = 12,
+    model: evaluation.Model = "embedded",
+    task: evaluation.TaskName = None,
+    data: evaluation.Source = None,
+    split: evaluation.Split = "test",
+    samples: evaluation.Samples = 12,
     exits: Annotated[str | None, typer.Option(help="3,6,8 or A:B:STEP, both ends included. [default: six of them]")] = None,
     specs: Annotated[str, typer.Option(help="Draft lengths, in the same form.")] = "2,4,6,8,12",
     quick: Annotated[bool, typer.Option("--quick", help="Measure only the settings that should be fastest.")] = False,
-    max_new_tokens: MaxNewTokens = None,
-    prompt_column: PromptColumn = None,
-    completion_column: CompletionColumn = None,
-    metric: Metric = None,
-    shots: Shots = None,
-    template: Template = None,
-    pass_k: PassK = "1",
-    problem_samples: ProblemSamples = 1,
-    temperature: Temperature = 0.0,
-    allow_code_execution: AllowCode = False,
-    format: Format = "table",
-    output: Output = None,
-    saved: Saved = None,
+    max_new_tokens: evaluation.MaxNewTokens = None,
+    batch_size: evaluation.BatchSize = 1,
+    timed: evaluation.Timed = None,
+    prompt_column: evaluation.PromptColumn = None,
+    completion_column: evaluation.CompletionColumn = None,
+    metric: evaluation.Metric = None,
+    shots: evaluation.Shots = None,
+    template: evaluation.Template = None,
+    pass_k: evaluation.PassK = "1",
+    problem_samples: evaluation.ProblemSamples = 1,
+    temperature: evaluation.Temperature = 0.0,
+    allow_code_execution: evaluation.AllowCode = False,
+    format: evaluation.Format = "table",
+    output: evaluation.Output = None,
+    saved: evaluation.Saved = None,
     save: Annotated[bool, typer.Option("--save", help="Write the recommendation into the model's layerskip.json.")] = False,
-    seed: Seed = 0,
-    trust_remote_code: RemoteCode = False,
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    quantize: Quantize = None,
-    draft_weights: DraftWeights = None,
-    draft_vocab: DraftVocab = 0,
-    exact: Exact = False,
-    threads: Threads = 0,
+    seed: evaluation.Seed = 0,
+    trust_remote_code: evaluation.RemoteCode = False,
+    device: console.Device = "auto",
+    dtype: console.Precision = "auto",
+    quantize: console.Quantize = None,
+    draft_weights: console.DraftWeights = None,
+    draft_vocab: console.DraftVocab = 0,
+    exact: console.Exact = False,
+    threads: console.Threads = 0,
 ) -> None:
     """Measure every exit, alone and as the draft of self-speculation, beside what was predicted of it, and recommend one.
 
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
-    require_choice(format, "--format", FORMATS)
+    require_choice(format, "--format", evaluation.FORMATS)
     config = SweepConfig(
         model=model,
         task=TaskConfig(
-            task,
-            data,
-            split,
-            samples,
-            seed,
-            max_new_tokens,
-            prompt_column,
-            completion_column,
-            metric,
-            shots,
-            template,
-            parse_counts(pass_k, "--pass-k"),
-            problem_samples,
-            temperature,
-            allow_code_execution,
+            task, data, split, samples, seed, max_new_tokens, prompt_column, completion_column, metric, shots, template,
+            parse_counts(pass_k, "--pass-k"), problem_samples, temperature, allow_code_execution,
         ),
         exits=parse_counts(exits, "--exits") if exits is not None else (),
         specs=parse_counts(specs, "--specs"),
         quick=quick,
+        batch_size=batch_size,
+        timed=timed,
         device=device,
         dtype=cast(DType, dtype),
         threads=threads,
-        packing=packing(quantize, draft_weights, draft_vocab, exact),
-    )
-    use_threads(threads)
-    from layerskip_core.checkpoint import load_checkpoint
+        packing=console.packing(quantize, draft_weights, draft_vocab, exact),
+    )  # fmt: skip
+    console.use_threads(threads)
     from layerskip_core.evaluation.report import prepare_output, read_record, sweep_table
     from layerskip_core.evaluation.sweep import ExitResult, sweep
-    from layerskip_core.evaluation.tasks import load_task
 
     record = read_record(saved, ExitResult) if saved is not None else None
     target = model if record is None else str(record.config["model"])
@@ -127,12 +80,9 @@ def sweep_exits(
         _require_folder(target)
     folder = prepare_output(output) if output is not None else None
     if record is None:
-        rows = load_task(config.task)
-        for note in rows.notes:
-            narrate(note)
-        loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", config.packing)
-        record = watch(sweep(loaded, rows, config))
-    deliver(record, sweep_table(record), format, folder)
+        loaded, rows = evaluation.load(config, trust_remote_code)
+        record = evaluation.watch(sweep(loaded, rows, config))
+    evaluation.deliver(record, sweep_table(record), format, folder)
     if save and record.recommendation is not None:
         _save(target, record.recommendation)
 
@@ -150,7 +100,7 @@ def _save(model: str, advice: "Recommendation") -> None:
     from layerskip_core.saving import write_info
 
     if advice.exit_layer is None:
-        narrate(f"--save changed nothing: {advice.reason}")
+        console.narrate(f"--save changed nothing: {advice.reason}")
         return
     write_info(model, replace(read_info(model), exit_layer=advice.exit_layer, num_draft_tokens=advice.num_draft_tokens))
-    narrate(f"saved exit {advice.exit_layer} and {advice.num_draft_tokens} draft tokens as the defaults of {model}")
+    console.narrate(f"saved exit {advice.exit_layer} and {advice.num_draft_tokens} draft tokens as the defaults of {model}")

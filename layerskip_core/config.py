@@ -272,12 +272,18 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Three ways of decoding side by side, and baselines. None for exit and draft length: what the checkpoint recommends."""
+    """Ways of decoding side by side, and baselines. None for exit and draft length: what the checkpoint recommends.
+
+    With a `batch_size` above 1 answers come from batches, and `timed` of the prompts (0: none, None: some) are measured.
+    """
 
     model: str = "embedded"
     task: TaskConfig = field(default_factory=TaskConfig)
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
+    strategies: tuple[str, ...] = STRATEGIES
+    batch_size: int = 1
+    timed: int | None = None
     repeats: int = 3
     baselines: tuple[str, ...] = ()
     draft_model: str | None = None
@@ -289,6 +295,13 @@ class BenchConfig:
     def __post_init__(self) -> None:
         require(self.num_draft_tokens is None or self.num_draft_tokens >= 1, "--spec", "at least 1", self.num_draft_tokens)
         require(self.repeats >= 1, "--repeats", "at least 1", self.repeats)
+        for name in self.strategies:
+            require_choice(name, "--strategies", STRATEGIES)
+        known = "autoregressive" in self.strategies
+        require(
+            known, "--strategies", "a list with autoregressive, which the others are compared with", ",".join(self.strategies)
+        )
+        _require_batches(self.batch_size, self.timed, 0, self.task, self.packing)
         for name in self.baselines:
             require_choice(name, "--baselines", BASELINES)
         temperature = self.task.temperature
@@ -303,13 +316,18 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Every exit with every draft length; `quick`: only those that should be fastest. No exits: a spread over the layers."""
+    """Every exit with every draft length; `quick`: only those that should be fastest. No exits: a spread over the layers.
+
+    With a `batch_size` above 1 answers come from batches, and `timed` of the prompts (None: some) are measured.
+    """
 
     model: str = "embedded"
     task: TaskConfig = field(default_factory=TaskConfig)
     exits: tuple[int, ...] = ()
     specs: tuple[int, ...] = (2, 4, 6, 8, 12)
     quick: bool = False
+    batch_size: int = 1
+    timed: int | None = None
     device: str = "auto"
     dtype: DType = "auto"
     threads: int = 0
@@ -319,8 +337,17 @@ class SweepConfig:
         require(all(exit_layer >= 1 for exit_layer in self.exits), "--exits", "layers of at least 1", _listed(self.exits))
         require(bool(self.specs), "--specs", "at least one draft length", "none")
         require(all(spec >= 1 for spec in self.specs), "--specs", "draft lengths of at least 1", _listed(self.specs))
+        _require_batches(self.batch_size, self.timed, 1, self.task, self.packing)
         require_choice(self.dtype, "--dtype", DTYPES)
         require(self.threads >= 0, "--threads", "at least 0", self.threads)
+
+
+def _require_batches(batch_size: int, timed: int | None, fewest: int, task: TaskConfig, packing: PackingConfig) -> None:
+    require(batch_size >= 1, "--batch-size", "at least 1", batch_size)
+    require(batch_size == 1 or not packing.exact, "--batch-size", "1 with --exact", batch_size)
+    require(batch_size == 1 or task.temperature == 0, "--batch-size", "1 with a --temperature above 0", batch_size)
+    require(timed is None or batch_size > 1, "--timed", "used with --batch-size; without it every prompt is timed", timed)
+    require(timed is None or timed >= fewest, "--timed", f"at least {fewest}", timed)
 
 
 def parse_counts(text: str, flag: str) -> tuple[int, ...]:

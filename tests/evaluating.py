@@ -46,6 +46,13 @@ def own_answers(samples: int = 3) -> Task:
     return task_of(*(Example(prompt, measure(loaded, prompt, setting).text) for prompt in prompts))
 
 
+def early_exit_share(loaded: LoadedModel, task: Task, exit_layer: int) -> float:
+    """How many of a task's references an exit alone answers."""
+    setting = DecodingConfig("early-exit", exit_layer, max_new_tokens=NEW_TOKENS)
+    texts = [measure(loaded, example.prompt, setting).text for example in task.examples]
+    return exact_match(texts, [[example.completion] for example in task.examples])
+
+
 TOO_LONG = Example("word " * 200, "x")  # more than the tiny model's context
 
 

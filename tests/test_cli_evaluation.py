@@ -125,7 +125,7 @@ def test_bench_formats(tmp_path, model, data):
     assert figures["identical outputs"][::2] == ["100.0%", "100.0%"]
     assert max(map(len, table)) <= 80
     files = ["acceptance_by_position.png", "pareto.png", "report.html", "results.csv", "results.json", "time_split.png"]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == files
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted([*files, "outputs.jsonl"])
     saved = str(tmp_path / "out" / "results.json")
     assert run("bench", "--from", saved).stdout.splitlines() == table
     with pytest.raises(LayerSkipError, match=r"must be a results\.json that sweep-exits wrote"):
@@ -151,6 +151,22 @@ def test_all_baselines_at_80_columns(model, data, monkeypatch):
     assert over[0][3] == "1.00"
     assert max(map(len, lines)) <= 80
     assert "…" not in result.stdout
+
+
+def test_answers_in_batches_without_speed(tmp_path, model, data):
+    arguments = ("bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--max-new-tokens", "12")
+    arguments += ("--strategies", "autoregressive,self-speculative", "--batch-size", "2")
+    lines = run(*arguments, "--timed", "0", "--output", str(tmp_path / "out")).stdout.splitlines()
+    assert [line[:22].strip() for line in lines[2 : lines.index("")]] == [
+        "exit layer", "draft tokens", "rouge2", "exact match", "identical outputs", "acceptance rate", "mean accepted tokens",
+    ]  # fmt: skip
+    assert " ".join(lines).count("Quality: answers in batches of 2; speed was not measured; float32 on") == 1
+    answers = [json.loads(line)["outputs"] for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()[1:]]
+    assert len(answers) == 3
+    assert all(plain["text"] == drafted["text"] for plain, drafted in answers)
+    timed = run(*arguments, "--timed", "1", "--repeats", "2").stdout
+    assert "tokens/s" in timed
+    assert "speed: 1 prompt alone, medians of 2 repeats" in " ".join(timed.split())
 
 
 def test_resume_needs_a_folder_and_leaves_nothing_there(tmp_path, model):

@@ -1,5 +1,7 @@
 """The cost model: rounds that are simulated exactly, pass times from the loop itself, and the arithmetic between them."""
 
+from itertools import islice
+
 import pytest
 from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
 
@@ -12,8 +14,10 @@ from layerskip_core.evaluation.cost_model import (
     Prediction,
     Predictions,
     Rounds,
+    _Step,
     agreement,
     pass_times,
+    plain_steps,
     predict,
     simulate,
 )
@@ -56,6 +60,8 @@ def test_simulated_rounds_are_the_real_ones(exit_layer, drafts, new_tokens):
         ([0, 0, 0, 0], [1, 2, 3, 4], 2, 4, Rounds(3, 0, 2, 1)),
         # An accepted EOS ends the draft, and the output.
         ([1, 2, 9], [1, 2, 9], 2, 5, Rounds(2, 2, 1, 0)),
+        # Behind a wrong draft the next ones are taken to end where the output does.
+        ([1, 0, 9], [1, 2, 9], 4, 9, Rounds(3, 1, 2, 0)),
         # A wrong EOS ends the draft, and is rejected.
         ([1, 9, 3, 4, 5], [1, 2, 3, 4, 5], 3, 5, Rounds(3, 2, 2, 0)),
         ([1], [1], 2, 5, Rounds()),
@@ -67,7 +73,7 @@ def test_rounds_of_known_choices(choices, output, drafts, room, rounds):
 
 def test_the_time_of_rounds():
     # 6 drafts of 2 ms, 3 rounds of 10 + 1 ms, 2 plain steps of 8 ms.
-    seconds = Rounds(6, 4, 3, 2).seconds(PassTimes(0.002, 0.010, 0.001), plain=0.008)
+    seconds = Rounds(6, 4, 3, 2).seconds(PassTimes(0.002, 0.010, 0.001, plain=0.008))
     assert seconds == pytest.approx(0.012 + 0.033 + 0.016)
     assert Rounds(6, 4, 3, 2).acceptance_rate == pytest.approx(4 / 6)
     assert Rounds().acceptance_rate == 0.0
@@ -77,54 +83,68 @@ def test_the_time_of_rounds():
 def test_pass_times_are_those_of_full_rounds(monkeypatch):
     # A prefill, a first round that is left out, rounds of 3 drafts, and a short one that does not count.
     steps = [(0, 0.0, 9.0), (3, 9.0, 9.0), (3, 0.3, 0.5), (3, 0.6, 0.6), (3, 0.9, 0.4), (1, 7.0, 7.0)]
+    clock = 0.0
 
     class Known:
         def __init__(self):
             self.stats = DecodeStats()
 
         def __iter__(self):
+            nonlocal clock
             for drafted, draft, verify in steps:
-                total = draft + verify + 0.01
-                self.stats += DecodeStats(drafted=drafted, draft_seconds=draft, verify_seconds=verify, total_seconds=total)
+                clock += draft + verify + 0.01
+                self.stats += DecodeStats(drafted=drafted, draft_seconds=draft, verify_seconds=verify)
                 yield []
 
     monkeypatch.setattr(cost_model, "decode", lambda *_: Known())
-    times = pass_times(tiny_loaded(), [1], 2, 3)
+    monkeypatch.setattr(cost_model.time, "perf_counter", lambda: clock)
+    plain = iter([_Step(0, 0.0, 0.0, seconds) for seconds in (1.0, 2.0, 3.0, 4.0)])
+    times = pass_times(tiny_loaded(), [1], 2, 3, plain)
     assert [one.draft for one in times] == pytest.approx([0.1, 0.2, 0.3])
     assert [one.verify for one in times] == pytest.approx([0.5, 0.6, 0.4])
     assert [one.other for one in times] == pytest.approx([0.01] * 3)
+    assert [one.plain for one in times] == [1.0, 2.0, 3.0]
 
 
 def test_pass_times_of_the_real_loop():
     loaded = tiny_loaded()
-    times = pass_times(loaded, loaded.encode_prompt("hi"), 2, 4)
+    prompt = loaded.encode_prompt("hi")
+    times = pass_times(loaded, prompt, 2, 4, plain_steps(loaded, prompt))
     assert len(times) >= 2
-    assert all(one.draft > 0 and one.verify > 0 for one in times)
+    assert all(one.draft > 0 and one.verify > 0 and one.plain > 0 for one in times)
     full = [5] * (loaded.depth.max_positions - 1)
-    assert pass_times(loaded, full, 2, 4) == []
+    assert pass_times(loaded, full, 2, 4, plain_steps(loaded, full)) == []
+
+
+def test_plain_steps_go_on_where_the_context_ends():
+    loaded = tiny_loaded()
+    nearly = [5] * (loaded.depth.max_positions - 3)
+    steps = list(islice(plain_steps(loaded, nearly), 7))  # a prefill and two steps have room
+    assert len(steps) == 7
+    assert all(step.drafted == 0 and step.total > 0 for step in steps)
 
 
 def test_speed_from_known_passes(monkeypatch):
     loaded, task = tiny_loaded(), own_answers(1)
     honest = measure(loaded, task.examples[0].prompt, DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS))
-    (known,) = outputs_of([(1, 0.5), *[(1, 0.1)] * (len(honest.ids) - 1)], ids=(honest.ids,)).each
+    (known,) = outputs_of([(1, 0.5), *[(1, 7.0)] * (len(honest.ids) - 1)], ids=(honest.ids,)).each
     monkeypatch.setattr(cost_model, "measure", lambda *_: known)
-    monkeypatch.setattr(
-        cost_model, "pass_times", lambda *_: [PassTimes(0.01, 0.1, 0.0), PassTimes(0.01, 0.3, 0.0)]
-    )  # 0.2 s on the average
+    # A pass that was disturbed does not count, nor does how fast the prompts were answered before.
+    usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
+    monkeypatch.setattr(cost_model, "pass_times", lambda *_: [usual, disturbed, usual])
     _, found = collect(predict(loaded, task.examples, (5,), (3,), NEW_TOKENS))
     prediction = found.settings[5, 3]
     rounds = prediction.rounds
     expected = 0.5 + 0.01 * rounds.drafted + 0.2 * rounds.rounds + 0.1 * rounds.plain_steps
     assert prediction.tokens_per_second == pytest.approx(len(honest.ids) / expected)
-    assert found.baseline_tokens_per_second == pytest.approx(len(honest.ids) / (0.5 + 0.1 * (len(honest.ids) - 1)))
+    assert prediction.speedup == pytest.approx((0.5 + 0.1 * (len(honest.ids) - 1)) / expected)
     choices = agreement(loaded, loaded.encode_prompt(task.examples[0].prompt), honest.ids, [5])[5]
     assert found.agreement == {5: sum(a == b for a, b in zip(choices, honest.ids, strict=True)) / len(honest.ids)}
 
 
 def test_the_most_promising_first():
-    settings = {(2, speed): Prediction(Rounds(), PassTimes(1, 1, 0), speed) for speed in (5, 9, 7)}
-    assert Predictions({}, settings, 1.0).promising(2) == [(2, 9), (2, 7)]
+    settings = {(2, speed): Prediction(Rounds(), PassTimes(1, 1, 0, 1), 1.0, speed) for speed in (5, 9, 7)}
+    assert Predictions({}, settings).promising(2) == [(2, 9), (2, 7)]
 
 
 def test_prompts_that_fail_are_left_out_and_nothing_but_failures_is_an_error():

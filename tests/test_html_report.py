@@ -83,9 +83,9 @@ def test_only_figures_with_data():
     assert list(figures(FULL)) == [
         "pareto",
         "acceptance_by_position",
-        "time_split",
         "perplexity",
         "prediction",
+        "time_split",
     ]  # a single exit
     assert list(figures(TABLES)) == ["pareto"]
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from evaluating import LAYERS, outputs_of, own_answers, tiny_loaded
+from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.config import DecodingConfig, SweepConfig, parse_counts
 from layerskip_core.errors import ConfigError
@@ -124,14 +124,14 @@ def test_drift_is_the_median_change_of_the_baseline():
 def test_speedup_from_known_times():
     baseline = outputs_of([(1, 1.0), (1, 1.0)])
     found = outputs_of([(1, 1.0), (3, 1.0)])
-    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, baseline, 1.25, {"exact_match": 0.0})
+    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, 1.25, found, baseline, {"exact_match": 0.0})
     assert (result.tokens_per_second, result.speedup, result.identical_outputs) == (2.0, 2.5, 0.0)
 
 
 def test_a_sweep_of_the_tiny_model():
     loaded, task = tiny_loaded(), own_answers()
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
-    phases = (("perplexity", 3), ("prediction", 11), ("prompts", 3))  # 3 prompts, and 4 settings whose passes are timed twice
+    phases = (("perplexity", 3), ("prediction", 15), ("prompts", 3))  # 3 prompts, and 4 settings timed thrice
     assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
     ways = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
     assert ways == [
@@ -145,8 +145,10 @@ def test_a_sweep_of_the_tiny_model():
     ]
     plain, *early_exits = record.results[:3]
     drafted = record.results[3:]
-    assert [result.metrics["exact_match"] for result in record.results] == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
-    assert [result.identical_outputs for result in record.results] == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    shares = [early_exit_share(loaded, task, layer) for layer in (2, 5)]
+    assert max(shares) < 1
+    assert [result.metrics["exact_match"] for result in record.results] == [1.0, *shares, 1.0, 1.0, 1.0, 1.0]
+    assert [result.identical_outputs for result in record.results] == [1.0, *shares, 1.0, 1.0, 1.0, 1.0]
     assert plain.speedup == 1.0
     for result in record.results:
         assert result.speedup == pytest.approx(result.tokens_per_second / plain.tokens_per_second)
@@ -159,7 +161,7 @@ def test_a_sweep_of_the_tiny_model():
         assert 0 <= result.mean_accepted_tokens <= result.num_draft_tokens
         assert result.predicted_acceptance_rate == result.acceptance_rate  # in fp64 the simulated rounds are the real ones
         assert result.predicted_tokens_per_second > 0
-        assert list(result.pass_times_ms) == ["draft", "verify", "other"]
+        assert list(result.pass_times_ms) == ["draft", "verify", "other", "plain"]
     assert early_exits[0].agreement < early_exits[1].agreement < 1
     assert record.prediction_error.settings == 4
     assert record.config["exits"] == (2, 5)
@@ -186,8 +188,8 @@ def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
     from layerskip_core.evaluation import cost_model
 
     # An early exit costs a second a layer, whatever is verified: exit 2 should win, for both draft lengths.
-    def known_times(loaded, prompt_ids, exit_layer, drafts):
-        return [PassTimes(draft=exit_layer, verify=1.0, other=0.0)]
+    def known_times(loaded, prompt_ids, exit_layer, drafts, plain):
+        return [PassTimes(draft=exit_layer, verify=1.0, other=0.0, plain=6.0)]
 
     monkeypatch.setattr(cost_model, "pass_times", known_times)
     monkeypatch.setattr("layerskip_core.evaluation.sweep._QUICK", 1)

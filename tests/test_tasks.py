@@ -151,11 +151,14 @@ def test_humaneval_judges_by_running_the_tests(tmp_path):
     config = TaskConfig("humaneval", str(file), problem_samples=2, temperature=0.8, pass_k=(1, 2), allow_code_execution=True)
     task = load_task(config)
     first, second = problem(1), problem(2)
-    assert [example.prompt for example in task.examples] == [first["prompt"]] * 2 + [second["prompt"]] * 2
+    heads = [one["prompt"].removesuffix("\n") for one in (first, second)]
+    assert [example.prompt for example in task.examples] == [heads[0]] * 2 + [heads[1]] * 2
     assert (task.quality_metric, task.template) == ("pass@1", "{prompt}")
     right = "    return x + 1\n\ndef add1(x):\n    return 0\n"  # what stands behind a stop string is no part of the answer
     scores = task.score([right, "    return x", "    return x", ""])
     assert (scores["pass@1"], scores["pass@2"]) == (0.25, 0.5)
+    fenced = "\n    return x + 2\n```\n\nThis adds 2."
+    assert task.score([fenced] * 4)["pass@1"] == 0.5
     assert task.decoding(DecodingConfig("autoregressive")).sampling.temperature == 0.8
 
 
@@ -194,6 +197,14 @@ def test_mbpp_shows_problems_2_to_4_and_asks_those_of_the_split(tmp_path):
     assert only.prompt == SHOT.format(511)
 
 
+def test_what_mbpp_sets_up_for_its_tests_may_use_the_answer(tmp_path):
+    row = small(367, test_setup_code="root = Node(1)\r\n", test_list=["assert root.value == 1"])
+    task = load_task(TaskConfig("mbpp", write_lines(tmp_path / "mbpp.jsonl", [row]), shots=0, allow_code_execution=True))
+    answer = "class Node:\n  def __init__(self, value):\n    self.value = value"
+    assert task.score([answer])["pass@1"] == 1.0
+    assert task.score(["def f(): pass"])["pass@1"] == 0.0
+
+
 def test_mbpp_in_its_sanitized_form_brings_imports(tmp_path):
     rows = [small(7), small(8, test_imports=["import math"], test_list=["assert math.floor(f8()) == 8"])]
     for row in rows:
@@ -211,7 +222,7 @@ def test_code_from_the_hub(hub):
     rows["openai/openai_humaneval", "test"] = [problem(1)]
     rows["google-research-datasets/mbpp", "prompt"] = [small(number) for number in range(1, 11)]
     rows["google-research-datasets/mbpp", "test"] = [small(11)]
-    assert load_task(TaskConfig("humaneval")).examples[0].completion == "    return x + 1\n"
+    assert load_task(TaskConfig("humaneval")).examples[0].completion == "\n    return x + 1\n"
     (example,) = load_task(TaskConfig("mbpp", shots=1)).examples
     assert example.prompt == SOLVED.format(2) + SHOT.format(11)
     assert [call[:2] for call in calls] == [

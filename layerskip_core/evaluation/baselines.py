@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint import LoadedModel, load_checkpoint, quiet_transformers
 from ..config import BenchConfig, DecodingConfig
 from ..decoding import DecodeStats, StopReason, decode
+from ..decoding.loop import step_counts
 from ..decoding.stopping import Stopping, StopScanner
 from ..errors import ConfigError, LayerSkipError
 from ..model import DepthModel
@@ -35,6 +36,9 @@ class WithoutReuse:
         drafts, limit = self.num_draft_tokens, self.max_new_tokens
         config = DecodingConfig("self-speculative", self.exit_layer, drafts, limit, stop=self.stop)
         return timed(decode(loaded.depth, prompt_ids, config, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False))
+
+    def run_together(self, loaded: LoadedModel, prompts: list[list[int]]) -> list[Timed]:
+        return [self.run(loaded, prompt) for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -59,43 +63,73 @@ class Generate:
         room = loaded.depth.max_positions - len(prompt_ids)
         if room < 1:
             raise ConfigError(f"the prompt must be at most {loaded.depth.max_positions - 1} tokens, got {len(prompt_ids)}")
-        scanner = StopScanner(Stopping(loaded.eos_ids, self.stop, self.max_new_tokens), room, loaded.detokenize)
+        scanner = self._scanner(loaded, prompt_ids)
+        ids = torch.tensor([prompt_ids], device=self.model.device)
+        watch = _Watch(self.model, len(prompt_ids), scanner)
+        with watch, suppress(_StopString):
+            self._generate(loaded, ids, torch.ones_like(ids), scanner.room, streamer=watch, assistant_model=self.assistant)
+        return watch.timed()
+
+    def run_together(self, loaded: LoadedModel, prompts: list[list[int]]) -> list[Timed]:
+        """One batch, padded on the left, where nothing drafts: transformers drafts for one prompt only."""
+        if self.assistant is not None or self.options:
+            return [self.run(loaded, prompt) for prompt in prompts]
+        longest, pad = max(map(len, prompts)), _pad(loaded)
+        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
+        ends = _Ends([self._scanner(loaded, prompt) for prompt in prompts])
+        self._generate(loaded, ids, mask, max(scanner.room for scanner in ends.scanners), stopping_criteria=[ends])
+        return [
+            Timed(tuple(found), (), step_counts(0, 0, len(found), sequences=1, prompt_tokens=len(prompt)), scanner.reason)
+            for prompt, found, scanner in zip(prompts, ends.ids, ends.scanners, strict=True)
+        ]
+
+    def _scanner(self, loaded: LoadedModel, prompt_ids: list[int]) -> StopScanner:
+        room = loaded.depth.max_positions - len(prompt_ids)
+        return StopScanner(Stopping(loaded.eos_ids, self.stop, self.max_new_tokens), room, loaded.detokenize)
+
+    def _generate(self, loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **how: Any) -> None:
+        """Greedy, from ids (B, T) with their mask. Raises LayerSkipError when transformers fails."""
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=scanner.room,
+            max_new_tokens=max_new_tokens,
             eos_token_id=sorted(loaded.eos_ids) or None,
-            pad_token_id=min(loaded.eos_ids, default=0),
+            pad_token_id=_pad(loaded),
             num_assistant_tokens=self.num_draft_tokens or 1,
             num_assistant_tokens_schedule="constant",
             assistant_confidence_threshold=0.0,
             **self.options,
         )
-        ids = torch.tensor([prompt_ids], device=self.model.device)
-        watch = _Watch(self.model, len(prompt_ids), scanner)
         try:
             with (
-                suppress(_StopString),
                 quiet_transformers(),
                 _own_settings(self.model, config),
                 _own_settings(self.assistant or self.model, config),
-                watch,
             ):
-                self.model.generate(
-                    ids,
-                    generation_config=config,
-                    attention_mask=torch.ones_like(ids),
-                    streamer=watch,
-                    assistant_model=self.assistant,
-                )
-        except (torch.OutOfMemoryError, KeyboardInterrupt):
+                self.model.generate(ids, generation_config=config, attention_mask=mask, **how)
+        except (torch.OutOfMemoryError, KeyboardInterrupt, _StopString):
             raise
         except Exception as error:  # whatever transformers raises is this prompt's failure, not the end of the run
             raise LayerSkipError(f"transformers ({self.strategy}): {error or type(error).__name__}") from error
-        return watch.timed()
 
 
 class _StopString(Exception):
     """Raised in `generate` by its streamer, for what transformers does about stop strings misses those within a round."""
+
+
+class _Ends(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch where this engine's own decoding ends it, and keeps its tokens up to there."""
+
+    def __init__(self, scanners: list[StopScanner]) -> None:
+        self.scanners = scanners
+        self.ids: list[list[int]] = [[] for _ in scanners]
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        for found, scanner, token in zip(self.ids, self.scanners, input_ids[:, -1].tolist(), strict=True):
+            if scanner.reason is None:
+                scanner.cut([token])
+                found.append(token)
+        return torch.tensor([scanner.reason is not None for scanner in self.scanners], device=input_ids.device)
 
 
 class _Watch(BaseStreamer):  # type: ignore[misc]
@@ -180,6 +214,10 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
     def _after(self, *_: Any) -> None:
         if self._model.config.num_hidden_layers == self._num_layers:
             self._target_ended = time.perf_counter()
+
+
+def _pad(loaded: LoadedModel) -> int:
+    return min(loaded.eos_ids, default=0)
 
 
 def load_baselines(loaded: LoadedModel, config: BenchConfig, plain: DecodingConfig, trust_remote_code: bool) -> list[Peer]:

@@ -13,12 +13,13 @@ from .journal import Journal
 from .metrics import Difference, ReferenceLosses
 from .record import RunRecord, environment
 from .tasks import Task
+from .together import answer_together, timed_by_default, timed_examples
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One strategy or baseline. Rates and times are medians over the repeats; metrics, drafts and outputs are the first
-    repeat's, for greedy decoding repeats itself.
+    """One strategy or baseline. Rates and times are medians over the repeats; metrics, drafts and outputs are those of the
+    batches where there are any, else of the first repeat, for greedy decoding repeats itself.
 
     `speedup` compares the total generation time by new token, prefill included on both sides, with the autoregressive one of
     the same repeat, `speedup_over_transformers` with that of transformers' generate; `decode_speedup` compares the time behind
@@ -58,6 +59,8 @@ def bench(
 ) -> Iterator[Progress | RunRecord[BenchResult]]:
     """Yields progress, then the record. With a `folder` every prompt measured is noted there, for a later run to resume.
 
+    With a batch size all prompts are answered in batches, for quality, and only some of them measured, alone as ever.
+
     Raises:
         ConfigError: the exit is outside the model, or a baseline cannot run this model.
         CheckpointError: a baseline's model cannot be read.
@@ -72,15 +75,22 @@ def bench(
     journal = Journal(folder, asdict(config), resume) if folder is not None else None
     losses = ReferenceLosses(0, {})
     if task.text is not None:
-        losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in settings]), losses)
-    outputs = yield from measure_interleaved(loaded, task.examples, settings, config.repeats, journal)
+        losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in own]), losses)
+    together = None
+    if config.batch_size > 1:
+        together = yield from answer_together(loaded, task.examples, settings, config.batch_size, journal)
+    outputs: list[list[Outputs]] = [[] for _ in settings]
+    if examples := timed_examples(task.examples, config.timed):
+        outputs = yield from measure_interleaved(loaded, examples, settings, config.repeats, journal)
+    answers = together or [repeats[0] for repeats in outputs]
     transformers = next((found for one, found in zip(settings, outputs, strict=True) if one.strategy == "transformers"), None)
     results = []
-    for setting, repeats in zip(settings, outputs, strict=True):
+    for setting, mine, times in zip(settings, answers, outputs, strict=True):
         comparable = setting.strategy != "early-exit" and not sampled
-        parted = differences(loaded, task.examples, repeats[0], outputs[0][0]) if comparable else ()
-        metrics = task.score(repeats[0].texts, losses.perplexity(_depth(setting, loaded)))
-        results.append(bench_result(setting, repeats, outputs[0], metrics, parted, transformers))
+        parted = differences(loaded, task.examples, mine, answers[0]) if comparable else ()
+        perplexity = losses.perplexity(_depth(setting, loaded)) if setting in own else None  # of this engine's own passes
+        metrics = task.score(mine.texts, perplexity)
+        results.append(bench_result(setting, times, outputs[0], metrics, parted, transformers, (mine, answers[0])))
     yield RunRecord(asdict(config) | {"quality_metric": task.quality_metric}, machine, tuple(results))
 
 
@@ -91,9 +101,13 @@ def bench_result(
     metrics: dict[str, float],
     parted: tuple[Difference, ...] = (),
     transformers: Sequence[Outputs] | None = None,
+    answers: tuple[Outputs, Outputs] | None = None,
 ) -> BenchResult:
-    """The figures of one strategy, from its outputs and the autoregressive ones of the same repeats, ours and transformers'."""
-    first = repeats[0]
+    """The figures of one strategy, from its outputs and the autoregressive ones of the same repeats, ours and transformers'.
+
+    `answers`: its own and the autoregressive ones that were found apart from the measurements.
+    """
+    first, expected = answers or (repeats[0], baseline[0])
     drafts = drafts_tokens(setting)
     pairs = list(zip(baseline, repeats, strict=True))
     peers = list(zip(transformers or (), repeats, strict=False))
@@ -113,10 +127,10 @@ def bench_result(
         peak_memory_mb=max((one.peak_memory_mb for one in repeats if one.peak_memory_mb is not None), default=None),
         speedup=_median(base.seconds_per_token / one.seconds_per_token for base, one in pairs),
         decode_speedup=_median(base.decode_seconds_per_token / one.decode_seconds_per_token for base, one in pairs),
-        identical_outputs=first.identical_outputs(baseline[0]),
+        identical_outputs=first.identical_outputs(expected),
         speedup_over_transformers=_median(base.seconds_per_token / one.seconds_per_token for base, one in peers),
         acceptance_by_position=first.acceptance_by_position if drafts else None,
-        time_split_ms=first.time_split_ms,
+        time_split_ms=repeats[0].time_split_ms if repeats else {},
         differences=parted,
         failures=first.failures,
     )
@@ -129,21 +143,23 @@ def _resolved(loaded: LoadedModel, task: Task, config: BenchConfig) -> BenchConf
         exit_layer = config.exit_layer
     require_exit_layer(exit_layer, loaded.depth.num_layers)
     num_draft_tokens = config.num_draft_tokens or num_draft_tokens
-    return replace(config, task=task.config, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    config = replace(config, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    return replace(config, task=task.config, timed=timed_by_default(config))
 
 
 def _settings(config: BenchConfig, max_new_tokens: int) -> list[DecodingConfig]:
-    """The three strategies, the baseline first."""
+    """The strategies, the baseline first."""
     exit_layer, drafts = config.exit_layer, config.num_draft_tokens
     assert exit_layer is not None and drafts is not None
-    return [
+    every = [
         DecodingConfig("autoregressive", max_new_tokens=max_new_tokens),
         DecodingConfig("early-exit", exit_layer, max_new_tokens=max_new_tokens),
         DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens),
     ]
+    return [setting for setting in every if setting.strategy in config.strategies]
 
 
-def _depth(setting: Setting, loaded: LoadedModel) -> int:
+def _depth(setting: DecodingConfig, loaded: LoadedModel) -> int:
     """How many layers an answer comes from."""
     early = setting.strategy == "early-exit" and setting.exit_layer is not None
     return setting.exit_layer if early and setting.exit_layer else int(loaded.depth.num_layers)

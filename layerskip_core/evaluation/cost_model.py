@@ -1,30 +1,33 @@
 """How fast each exit and draft length should be, before it is measured: acceptance, and the time of each kind of pass."""
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
-from statistics import mean
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice, pairwise, product
+from statistics import median
+from typing import NamedTuple
 
 import torch
 
 from ..checkpoint import LoadedModel
 from ..config import DecodingConfig
 from ..data import Example
-from ..decoding import DecodeStats, decode
+from ..decoding import DecodeStats, Decoding, decode
 from .generation import Output, Outputs, Progress, measure, require_outputs
 
-_ROUNDS = 6  # measured in a turn for the pass times of a setting
-_TURNS = 2  # of all settings, so that a moment in which the machine is slow does not fall on one of them alone
+_ROUNDS = 4  # and as many plain steps, measured in a turn for the pass times of a setting
+_TURNS = 3  # of all settings, so that a moment in which the machine is slow does not fall on one of them alone
 
 
 @dataclass(frozen=True)
 class PassTimes:
     """Seconds on this machine: of one draft token (layers 0..E-1 and the head), of verifying a round (with the first layers of
-    its last draft), and of the rest of a round."""
+    its last draft), of the rest of a round, and of an autoregressive step in the same moments."""
 
     draft: float
     verify: float
     other: float
+    plain: float
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Rounds:
             self.plain_steps + other.plain_steps,
         )
 
-    def seconds(self, times: PassTimes, plain: float) -> float:
-        """Of the steps behind the prefill; `plain` is what an autoregressive step takes."""
-        return self.drafted * times.draft + self.rounds * (times.verify + times.other) + self.plain_steps * plain
+    def seconds(self, times: PassTimes) -> float:
+        """Of the steps behind the prefill."""
+        return self.drafted * times.draft + self.rounds * (times.verify + times.other) + self.plain_steps * times.plain
 
 
 @torch.inference_mode()
@@ -79,11 +82,14 @@ def simulate(
     """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens; `choices` are `agreement`'s.
 
     Exact, but for one thing: behind a wrong draft the next ones are unknown, and one that is an EOS would end the round early.
+    They are taken to end where the output does.
     """
     place, plain = 1, 0  # the first token is the prefill's
     drafted = accepted = rounds = 0
     while place < len(output):
         count = min(num_draft_tokens, room - place - 1)
+        if output[-1] in eos_ids:
+            count = min(count, len(output) - place)
         if count == 0:
             plain += 1
             place += 1
@@ -100,8 +106,11 @@ def simulate(
     return Rounds(drafted, accepted, rounds, plain)
 
 
-def pass_times(loaded: LoadedModel, prompt_ids: list[int], exit_layer: int, num_draft_tokens: int) -> list[PassTimes]:
-    """Those of a few rounds of the decoding loop itself, whatever they accept, so that nothing a round does is left out.
+def pass_times(
+    loaded: LoadedModel, prompt_ids: list[int], exit_layer: int, num_draft_tokens: int, plain: Iterator["_Step"]
+) -> list[PassTimes]:
+    """Those of a few rounds of the decoding loop itself, whatever they accept, so that nothing a round does is left out, each
+    with a step of `plain` (see `plain_steps`), half of which run before the rounds and half behind them.
 
     Empty where the context has no room for a round.
     """
@@ -109,21 +118,43 @@ def pass_times(loaded: LoadedModel, prompt_ids: list[int], exit_layer: int, num_
     length = min(room, (_ROUNDS + 1) * (num_draft_tokens + 1))
     config = DecodingConfig("self-speculative", exit_layer, num_draft_tokens, max(length, 1))
     decoding = decode(loaded.depth, prompt_ids, config)  # without an EOS, which would end it
-    states = [DecodeStats()] + [decoding.stats for _ in zip(range(_ROUNDS + 2), decoding, strict=False)]
-    full = [(old, new) for old, new in pairwise(states) if new.drafted - old.drafted == num_draft_tokens]
-    return [_times(old, new) for old, new in full[1:] or full]
+    steps = list(islice(plain, _ROUNDS // 2))
+    rounds = [one for one in islice(_steps(decoding), _ROUNDS + 2) if one.drafted == num_draft_tokens]
+    steps += islice(plain, _ROUNDS - len(steps))
+    pairs = zip(rounds[1:] or rounds, steps, strict=False)
+    return [
+        PassTimes(one.draft / one.drafted, one.verify, one.total - one.draft - one.verify, step.total) for one, step in pairs
+    ]
 
 
-def _times(before: DecodeStats, after: DecodeStats) -> PassTimes:
-    """Of the one round between two states of the counts."""
-    draft, verify = after.draft_seconds - before.draft_seconds, after.verify_seconds - before.verify_seconds
-    total = after.total_seconds - before.total_seconds
-    return PassTimes(draft / (after.drafted - before.drafted), verify, max(0.0, total - draft - verify))
+def plain_steps(loaded: LoadedModel, prompt_ids: list[int]) -> Iterator["_Step"]:
+    """One autoregressive step after the other, from the prompt anew where the context ends; none where it has no room."""
+    config = DecodingConfig("autoregressive", max_new_tokens=loaded.depth.max_positions)
+    while len(prompt_ids) + 1 < loaded.depth.max_positions:
+        yield from islice(_steps(decode(loaded.depth, prompt_ids, config)), 1, None)
 
 
-def _mean(times: Sequence[PassTimes]) -> PassTimes:
-    """The mean, not the median: what is predicted is a sum of times, slow passes included."""
-    return PassTimes(mean(one.draft for one in times), mean(one.verify for one in times), mean(one.other for one in times))
+class _Step(NamedTuple):
+    """What a step drafted, and the seconds that went to drafting, verifying and all of it."""
+
+    drafted: int
+    draft: float
+    verify: float
+    total: float
+
+
+def _steps(decoding: Decoding) -> Iterator[_Step]:
+    before, started = DecodeStats(), time.perf_counter()
+    for _ in decoding:
+        total, now = time.perf_counter() - started, decoding.stats
+        draft, verify = now.draft_seconds - before.draft_seconds, now.verify_seconds - before.verify_seconds
+        yield _Step(now.drafted - before.drafted, draft, verify, total)
+        before, started = now, time.perf_counter()
+
+
+def _typical(times: Sequence[PassTimes]) -> PassTimes:
+    """The medians: what is predicted is a ratio of times, in which a disturbance of a few passes has no place."""
+    return PassTimes(*(median(getattr(one, field.name) for one in times) for field in fields(PassTimes)))
 
 
 @dataclass(frozen=True)
@@ -133,6 +164,7 @@ class Prediction:
     rounds: Rounds
     times: PassTimes
     tokens_per_second: float
+    speedup: float  # over autoregressive decoding by the plain steps, so that a machine which changes its speed is no matter
 
 
 @dataclass(frozen=True)
@@ -141,11 +173,10 @@ class Predictions:
 
     agreement: dict[int, float]
     settings: dict[tuple[int, int], Prediction]
-    baseline_tokens_per_second: float  # autoregressive, measured just before the pass times: a speedup is relative to it
 
     def promising(self, count: int) -> list[tuple[int, int]]:
         """The settings that should be fastest, best first."""
-        return sorted(self.settings, key=lambda setting: -self.settings[setting].tokens_per_second)[:count]
+        return sorted(self.settings, key=lambda setting: -self.settings[setting].speedup)[:count]
 
 
 def predict(
@@ -173,19 +204,21 @@ def predict(
             room = min(max_new_tokens, loaded.depth.max_positions - len(prompt_ids))
             known.append(_Known(prompt_ids, output, room, agreement(loaded, prompt_ids, output.ids, exits)))
         yield Progress(number, total, "prediction")
-    baseline = require_outputs(Outputs(tuple(outputs)))
+    require_outputs(Outputs(tuple(outputs)))
     typical = _typical_context(known)
     times: dict[tuple[int, int], list[PassTimes]] = {setting: [] for setting in product(exits, specs)}
-    for number, setting in enumerate([*times] * _TURNS, start=1):
-        times[setting] += pass_times(loaded, typical, *setting)
-        yield Progress(len(examples) + number, total, "prediction")
-    found = {
-        setting: _prediction(known, *setting, _mean(mine), baseline, loaded.eos_ids) for setting, mine in times.items() if mine
-    }
+    done = len(examples)
+    for exit_layer in [*exits] * _TURNS:
+        steps = plain_steps(loaded, typical)
+        for drafts in specs:
+            times[exit_layer, drafts] += pass_times(loaded, typical, exit_layer, drafts, steps)
+            done += 1
+            yield Progress(done, total, "prediction")
+    found = {setting: _prediction(known, *setting, _typical(mine), loaded.eos_ids) for setting, mine in times.items() if mine}
     tokens = sum(len(one.output.ids) for one in known)
     agreeing = {exit_layer: sum(map(sum, (one.agreeing(exit_layer) for one in known))) for exit_layer in exits}
     shares = {exit_layer: count / tokens for exit_layer, count in agreeing.items()}
-    return Predictions(shares, found, 1 / baseline.seconds_per_token)
+    return Predictions(shares, found)
 
 
 @dataclass(frozen=True)
@@ -201,16 +234,13 @@ class _Known:
         return [mine == token for mine, token in zip(self.choices[exit_layer], self.output.ids, strict=True)]
 
 
-def _prediction(
-    known: Sequence[_Known], exit_layer: int, drafts: int, times: PassTimes, baseline: Outputs, eos_ids: frozenset[int]
-) -> Prediction:
-    """Speed = tokens / (drafts * t_draft(E) + rounds * t_verify(E, d)), with the prefill and the plain steps that there are."""
+def _prediction(known: Sequence[_Known], exit_layer: int, drafts: int, times: PassTimes, eos_ids: frozenset[int]) -> Prediction:
+    """Time = drafts * t_draft(E) + rounds * t_verify(E, d), with the prefill and the plain steps that there are."""
     rounds = [simulate(one.choices[exit_layer], one.output.ids, drafts, one.room, eos_ids) for one in known]
-    whole = sum(rounds, Rounds())
+    whole, tokens = sum(rounds, Rounds()), sum(len(one.output.ids) for one in known)
     prefill = sum(one.output.steps[0].seconds for one in known)
-    plain = baseline.decode_seconds_per_token if whole.plain_steps else 0.0
-    seconds = prefill + whole.seconds(times, plain)
-    return Prediction(whole, times, sum(len(one.output.ids) for one in known) / seconds)
+    seconds = prefill + whole.seconds(times)
+    return Prediction(whole, times, tokens / seconds, (prefill + (tokens - len(known)) * times.plain) / seconds)
 
 
 def _typical_context(known: Sequence[_Known]) -> list[int]:

@@ -79,6 +79,9 @@ class Peer(Protocol):
     def run(self, loaded: LoadedModel, prompt_ids: list[int]) -> "Timed":
         """Raises LayerSkipError when the prompt cannot be answered."""
 
+    def run_together(self, loaded: LoadedModel, prompts: list[list[int]]) -> "list[Timed]":
+        """The same for several prompts, without times; one after the other where there is no other way."""
+
 
 Setting = DecodingConfig | Peer
 
@@ -119,10 +122,16 @@ def measure(loaded: LoadedModel, prompt: str, setting: Setting) -> Output:
             found = setting.run(loaded, prompt_ids)
     except (LayerSkipError, torch.OutOfMemoryError) as error:
         return Output(error=str(error))
-    # Decoded behind the prompt: some tokenizers drop the space that a text begins with, and code is indented by it.
-    text = loaded.detokenize(prompt_ids + [token for token in found.ids if token not in loaded.eos_ids])
-    text = text[len(loaded.detokenize(prompt_ids)) :]
+    text = answer_text(loaded, prompt_ids, found.ids)
     return Output(found.ids, text, found.steps, found.stats, found.finish_reason, memory.peak_mb())
+
+
+def answer_text(loaded: LoadedModel, prompt_ids: list[int], ids: Sequence[int]) -> str:
+    """The text of an answer. Decoded behind its prompt: some tokenizers drop the space that a text begins with, and code is
+    indented by it.
+    """
+    text = loaded.detokenize(prompt_ids + [token for token in ids if token not in loaded.eos_ids])
+    return text[len(loaded.detokenize(prompt_ids)) :]
 
 
 @dataclass(frozen=True)

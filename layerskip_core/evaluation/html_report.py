@@ -23,9 +23,12 @@ body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--back);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; margin: .5rem 0; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 60rem; } .soft { color: var(--soft); }
-.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
+.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px;  /* a shadow where more is to be scrolled to */
+  background: linear-gradient(to left, var(--back) 50%, transparent) right / 4rem 100% no-repeat local,
+    linear-gradient(to left, rgb(128 128 128 / .45), transparent) right / 1.2rem 100% no-repeat; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
 tbody tr:hover td { background: var(--row); } tr.mark td { background: var(--mark); } tbody tr:last-child td { border: 0; }
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--soft); }
@@ -68,11 +71,14 @@ def html_report(record: RunRecord[Any], figures: dict[str, Figure], notes: Seque
     """The page. `notes` are paragraphs above the table, the first of them the verdict."""
     machine = record.environment
     parts = ("dtype", "device_name", "implementation", "threads")
-    where = ", ".join(f"{machine[part]}" for part in parts if part in machine) + " thread(s)"
+    threads = "thread" if machine.get("threads") == 1 else "threads"
+    where = ", ".join(f"{machine[part]}" for part in parts if part in machine) + f" {threads}"
     shown = "".join(
         f"<figure><figcaption>{escape(str(figure.get_label()))}</figcaption>{to_svg(figure)}</figure>"
         for figure in figures.values()
     )
+    if shown:
+        shown = f'<h2>Figures</h2><div class="figures">{shown}</div>'
     text = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
     name = escape(title(record))
     settings = json.dumps({"config": record.config, "environment": record.environment}, indent=2, ensure_ascii=False)
@@ -80,7 +86,7 @@ def html_report(record: RunRecord[Any], figures: dict[str, Figure], notes: Seque
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head>'
         f'<body><h1>{name}</h1><p class="soft">{escape(where)}</p>{text}{_table(record)}'
-        f'<h2>Figures</h2><div class="figures">{shown}</div>'
+        f"{shown}"
         f"<details><summary>Settings and machine</summary><pre>{escape(settings)}</pre></details>"
         f"<script>{_SCRIPT}</script></body></html>\n"
     )

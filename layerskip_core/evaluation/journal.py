@@ -11,6 +11,7 @@ from ..errors import LayerSkipError
 from .generation import Output, Step
 
 FILE_NAME = "unfinished.jsonl"
+OUTPUTS = "outputs.jsonl"  # what it becomes
 
 
 class Journal:
@@ -52,9 +53,9 @@ class Journal:
             raise LayerSkipError(f"cannot write {self._path}: {error.strerror}") from error
 
 
-def forget(folder: Path) -> None:
-    """For a measurement that is complete, its results written: nothing is left to resume."""
-    (folder / FILE_NAME).unlink(missing_ok=True)
+def close(folder: Path) -> None:
+    """For a measurement that is complete, its results written: nothing is left to resume, and every answer to be read."""
+    (folder / FILE_NAME).replace(folder / OUTPUTS)
 
 
 def _output(fields: dict[str, Any]) -> Output:

@@ -44,9 +44,9 @@ def figures(record: Record) -> dict[str, Figure]:
         "pareto": _pareto,
         "acceptance_by_exit": _acceptance_by_exit,
         "acceptance_by_position": _acceptance_by_position,
-        "time_split": _time_split,
         "perplexity": _perplexity,
         "prediction": _prediction,
+        "time_split": _time_split,  # the last: it can be long
     }
     with rc_context(_STYLE):
         made = {name: make(record) for name, make in makers.items()}
@@ -150,8 +150,9 @@ def _time_split(record: Record) -> Figure | None:
         done = [before + size for before, size in zip(done, sizes, strict=True)]
     axes.set_yticks(range(len(found)), names, fontsize=7)
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set_xlabel("milliseconds a token")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=len(_PARTS), loc="lower left", bbox_to_anchor=(0, 1))  # above: bars are everywhere below
     return figure
 
 
@@ -216,4 +217,6 @@ def _color(number: int) -> str:
 
 
 def title(record: Record) -> str:
-    return f"{Path(record.config['model']).name} on {Path(record.config['task']['task']).name}"
+    task = record.config["task"]
+    data = task["data"] if task["task"] == "jsonl" else task["task"]
+    return f"{Path(record.config['model']).name} on {Path(data).name}"

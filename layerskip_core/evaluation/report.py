@@ -18,6 +18,7 @@ from .record import PredictionError, Recommendation, RunRecord
 from .sweep import ExitResult
 
 _PROBE_BYTES = 1 << 20  # more than any report takes
+_MARKS = "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
 
@@ -84,7 +85,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
         )
         for result in record.results
     ]
-    note = "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted."
+    note = _MARKS
     error = record.prediction_error
     if error is not None:
         note += (
@@ -117,14 +118,23 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         ("token p95 (ms)", [_number(result.time_per_token_ms["p95"], ".2f") for result in results]),
         ("peak memory (MB)", [_number(result.peak_memory_mb, ".0f") for result in results]),
     ]
+    lines = [(name, cells) for name, cells in lines if set(cells) != {"-"}]
     machine = record.environment
-    where = f"{machine['dtype']} on {machine['device_name']}, {machine['threads']} threads"
-    note = f"Medians of {record.config['repeats']} repeats; {where}."
-    if any(name != "no-reuse" for name in record.config.get("baselines", ())) and not str(machine.get("device")).startswith(
-        "cuda"
-    ):
+    where = f"{machine['dtype']} on {machine['device_name']}, {_plural(machine['threads'], 'thread')}"
+    note = f"{_how(record.config)}; {where}."
+    elsewhere = any(name != "no-reuse" for name in record.config.get("baselines", ()))
+    if elsewhere and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is the whole process's, which holds a copy of the model for transformers besides the engine's."
     return TextTable(("", *(result.strategy for result in results)), tuple((name, *cells) for name, cells in lines), note)
+
+
+def _how(config: dict[str, Any]) -> str:
+    """How the figures of a benchmark came about."""
+    medians = f"medians of {_plural(config['repeats'], 'repeat')}"
+    if config.get("batch_size", 1) == 1:
+        return medians.capitalize()
+    speed = f"speed: {_plural(config['timed'], 'prompt')} alone, {medians}" if config["timed"] else "speed was not measured"
+    return f"Quality: answers in batches of {config['batch_size']}; {speed}"
 
 
 def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
@@ -133,7 +143,7 @@ def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
     from .plots import figures, to_png
 
     made = figures(record)
-    notes = table.note.replace("* on the", "Marked: on the").splitlines()
+    notes = table.note.replace(_MARKS, "Green rows are on the Pareto frontier of quality against speed.").splitlines()
     files = {
         "report.html": html_report(record, made, notes[::-1]).encode(),
         "results.json": to_json(record).encode(),
@@ -215,6 +225,10 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 def _count(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _metric(metrics: dict[str, float], name: str) -> str:

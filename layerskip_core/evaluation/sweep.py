@@ -12,6 +12,7 @@ from .generation import Failure, Outputs, Progress, differences, drafts_tokens, 
 from .metrics import NEAR_TIE, Difference, ReferenceLosses, quality
 from .record import PredictionError, Recommendation, RunRecord, environment, frontier
 from .tasks import Task
+from .together import answer_together, timed_by_default, timed_examples
 
 _WORTHWHILE = 1.05  # a speedup below this is not worth the words
 _QUICK = 3  # settings that a quick sweep measures
@@ -27,7 +28,7 @@ class ExitResult:
     `pareto`: nothing else in the sweep is as good by the task's quality metric and as fast, and better in one of them.
     `agreement`: the share of the autoregressive tokens that the exit would have chosen too. The predictions are the cost
     model's, made from the pass times given with them before the settings themselves were measured; the predicted speedup is
-    relative to the autoregressive speed of that time, so that a machine which becomes slower later does not spoil it. A setting
+    relative to the autoregressive steps among them, so that a machine which becomes slower later does not spoil it. A setting
     that a quick sweep did not measure has only these; `metrics` is then empty.
     """
 
@@ -67,28 +68,34 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
     for number, one in enumerate(task.losses(loaded, [*config.exits, loaded.depth.num_layers]), start=1):
         losses = losses + one
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
-    predictions = yield from predict(loaded, task.examples, config.exits, config.specs, task.max_new_tokens, task.stop)
+    examples = timed_examples(task.examples, config.timed)
+    predictions = yield from predict(loaded, examples, config.exits, config.specs, task.max_new_tokens, task.stop)
     baseline, ways = _settings(config, task)
     chosen = _promising(ways, predictions) if config.quick else ways
+    together = None
+    if config.batch_size > 1:
+        together = yield from answer_together(loaded, task.examples, [baseline, *chosen], config.batch_size)
     # The baseline runs twice among the others, half of them apart: what it is compared with, and how steady the machine was.
     half = len(chosen) // 2
-    measured = yield from measure_interleaved(loaded, task.examples, [baseline, *chosen[:half], baseline, *chosen[half:]])
+    measured = yield from measure_interleaved(loaded, examples, [baseline, *chosen[:half], baseline, *chosen[half:]])
     first, *others = (repeats[0] for repeats in measured)
     second = others.pop(half)
     seconds = Outputs(first.each + second.each).seconds_per_token
     full = losses.perplexity(loaded.depth.num_layers)
-    plain = exit_result(baseline, first, first, seconds, task.score(first.texts, full))
+    expected, *answers = together or [first, *others]
+    plain = exit_result(baseline, first, seconds, expected, expected, task.score(expected.texts, full))
     results = [replace(plain, tokens_per_second=1 / seconds, speedup=1.0)]  # of both its measurements
-    outputs = dict(zip(chosen, others, strict=True))
+    found = dict(zip(chosen, zip(others, answers, strict=True), strict=True))
     for setting in ways:
-        found = outputs.get(setting)
-        if found is None:
+        if setting not in found:
             results.append(_unmeasured(setting))
             continue
+        outputs, mine = found[setting]
         drafts = drafts_tokens(setting)
-        parted = differences(loaded, task.examples, found, first) if drafts and not setting.sampling.temperature else ()
+        parted = differences(loaded, task.examples, mine, expected) if drafts and not setting.sampling.temperature else ()
         perplexity = full if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
-        results.append(exit_result(setting, found, first, seconds, task.score(found.texts, perplexity), parted))
+        metrics = task.score(mine.texts, perplexity)
+        results.append(exit_result(setting, outputs, seconds, mine, expected, metrics, parted))
     results = [_with_predictions(result, losses, loaded.depth.num_layers, predictions) for result in results]
     marked = mark_pareto(results, task.quality_metric)
     advice = recommend(marked, NEAR_TIE[loaded.depth.dtype], baseline_drift(first, second))
@@ -99,25 +106,28 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
 def exit_result(
     setting: DecodingConfig,
     outputs: Outputs,
-    baseline: Outputs,
     baseline_seconds_per_token: float,
+    answers: Outputs,
+    expected: Outputs,
     metrics: dict[str, float],
     parted: tuple[Difference, ...] = (),
 ) -> ExitResult:
-    """The figures of one way of decoding, from its outputs and the autoregressive ones."""
+    """The figures of one way of decoding: of speed from the outputs measured, of all else from its answers and those expected
+    of it, the autoregressive ones.
+    """
     drafts = drafts_tokens(setting)
     return replace(
         _unmeasured(setting),
         metrics=metrics,
-        acceptance_rate=outputs.stats.acceptance_rate if drafts else None,
-        mean_accepted_tokens=outputs.stats.mean_accepted_tokens if drafts else None,
+        acceptance_rate=answers.stats.acceptance_rate if drafts else None,
+        mean_accepted_tokens=answers.stats.mean_accepted_tokens if drafts else None,
         tokens_per_second=finite(1 / outputs.seconds_per_token),
         speedup=finite(baseline_seconds_per_token / outputs.seconds_per_token),
-        identical_outputs=outputs.identical_outputs(baseline),
-        acceptance_by_position=outputs.acceptance_by_position if drafts else None,
+        identical_outputs=answers.identical_outputs(expected),
+        acceptance_by_position=answers.acceptance_by_position if drafts else None,
         time_split_ms=outputs.time_split_ms,
         differences=parted,
-        failures=outputs.failures,
+        failures=answers.failures,
     )
 
 
@@ -186,7 +196,7 @@ def _resolved(loaded: LoadedModel, task: Task, config: SweepConfig) -> SweepConf
     exits = config.exits or default_exits(num_layers)
     for exit_layer in exits:
         require_exit_layer(exit_layer, num_layers, flag="--exits")
-    return replace(config, task=task.config, exits=exits)
+    return replace(config, task=task.config, exits=exits, timed=timed_by_default(config))
 
 
 def _settings(config: SweepConfig, task: Task) -> tuple[DecodingConfig, list[DecodingConfig]]:
@@ -228,7 +238,7 @@ def _with_predictions(result: ExitResult, losses: ReferenceLosses, num_layers: i
         return result
     return replace(
         result,
-        predicted_speedup=found.tokens_per_second / predictions.baseline_tokens_per_second,
+        predicted_speedup=found.speedup,
         predicted_tokens_per_second=finite(found.tokens_per_second),
         predicted_acceptance_rate=found.rounds.acceptance_rate,
         pass_times_ms={name: 1000 * seconds for name, seconds in asdict(found.times).items()},

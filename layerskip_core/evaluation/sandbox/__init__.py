@@ -30,8 +30,8 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evalu
 class Limits:
     """Of one program: wall-clock and CPU time, address space and file size (MB of 2**20 bytes), processes and threads."""
 
-    seconds: float = 10.0
-    cpu_seconds: int = 5
+    seconds: float = 30.0  # generous, for MBPP's slowest solution (row 123) takes 2.4 s of a core to itself
+    cpu_seconds: int = 10
     memory_mb: int = 512
     file_mb: int = 1
     processes: int = 8

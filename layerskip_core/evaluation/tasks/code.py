@@ -1,7 +1,9 @@
 """Python programs judged by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
 
-HumanEval's prompts are the functions' heads as they stand; its answers end as in Chen et al., section 3. MBPP's are those of
-Austin et al., section 4: three solved problems, each between [BEGIN] and [DONE].
+HumanEval's prompts are the functions' heads without the line end behind them, which tokenizers join to the indentation of what
+follows: behind a bare one, models write anything but code. Answers end as in Chen et al., section 3, or with the fence that a
+model which answers people closes its code by. MBPP's prompts are those of Austin et al., section 4: three solved problems, each
+between [BEGIN] and [DONE].
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from .rows import Row, file_rows, hub_rows, spread
 from .task import Task
 
 _HUMANEVAL_HUB = "openai/openai_humaneval"
-_HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+_HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
 _MBPP_HUB = "google-research-datasets/mbpp"
 _MBPP_FORM = "You are an expert Python programmer, and here is your task: {prompt}\n[BEGIN]\n"
 _MBPP_STOP = ("[DONE]",)
@@ -70,18 +72,21 @@ def mbpp(config: TaskConfig) -> Task:
 
 def _humaneval_problem(row: Row) -> _Problem:
     head = row.text("prompt")
-    example = Example(head, row.text("canonical_solution"))
+    prompt = head.rstrip()
+    example = Example(prompt, head[len(prompt) :] + row.text("canonical_solution"))
     return _Problem(example, head, f"{row.text('test')}\ncheck({row.text('entry_point')})\n")
 
 
 def _mbpp_problem(row: Row) -> _Problem:
-    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`."""
+    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`. The setup belongs to the
+    tests: in row 367 it uses a class that the answer defines.
+    """
     tests = "\n".join(row.texts("test_list"))
     example = Example(
         f"{row.text(row.first_column(('text', 'prompt')))} Your code should pass these tests:\n\n{tests}", row.text("code")
     )
     setup = row.fields.get("test_setup_code") or "\n".join(row.fields.get("test_imports") or ())
-    return _Problem(example, f"{setup}\n", tests)
+    return _Problem(example, "", f"{setup}\n{tests}")
 
 
 def _task(config: TaskConfig, problems: Sequence[_Problem], stop: tuple[str, ...], template: str | None) -> Task:

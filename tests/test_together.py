@@ -1,0 +1,153 @@
+"""Answers in batches: those that every way of decoding gives alone, for quality."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluating import NEW_TOKENS, TOO_LONG, own_answers, task_of, tiny_loaded
+
+from layerskip_core.config import BenchConfig, DecodingConfig, PackingConfig, SweepConfig, TaskConfig
+from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.evaluation import together
+from layerskip_core.evaluation.baselines import Generate, load_baselines
+from layerskip_core.evaluation.bench import bench
+from layerskip_core.evaluation.generation import measure
+from layerskip_core.evaluation.journal import FILE_NAME, Journal
+from layerskip_core.evaluation.sweep import sweep
+from layerskip_core.evaluation.together import answer_together
+
+PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
+CONFIG = BenchConfig(
+    "tiny", exit_layer=5, num_draft_tokens=3, repeats=1, batch_size=2, baselines=("transformers", "prompt-lookup", "no-reuse")
+)
+
+
+def collect(generator):
+    """What a generator yields, and what it returns."""
+    events = []
+    while True:
+        try:
+            events.append(next(generator))
+        except StopIteration as end:
+            return events, end.value
+
+
+@pytest.mark.parametrize("stop", [(), "of an answer"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_way_of_decoding_answers_as_it_does_alone(dtype, stop):
+    loaded, examples = tiny_loaded(dtype), own_answers(5).examples
+    if stop:
+        stop = (measure(loaded, examples[1].prompt, PLAIN).text[4:6],)
+    plain = replace(PLAIN, stop=stop)
+    settings = [
+        plain,
+        replace(plain, strategy="early-exit", exit_layer=5),
+        replace(plain, strategy="self-speculative", exit_layer=5, num_draft_tokens=3),
+        *load_baselines(loaded, CONFIG, plain, False),
+    ]
+    progress, answers = collect(answer_together(loaded, examples, settings, batch_size=2))
+    assert [event.done for event in progress] == [2, 4, 5]
+    for setting, found in zip(settings, answers, strict=True):
+        alone = [measure(loaded, example.prompt, setting) for example in examples]
+        assert [(one.ids, one.text, one.finish_reason) for one in found.each] == [
+            (one.ids, one.text, one.finish_reason) for one in alone
+        ]
+        assert [one.stats.new_tokens for one in found.each] == [len(one.ids) for one in alone]
+    assert not stop or "stop" in [one.finish_reason for one in answers[3].each]  # transformers' own
+
+
+def test_transformers_answers_a_batch_in_one_call(monkeypatch):
+    loaded, calls = tiny_loaded(), []
+    honest = Generate._generate
+    monkeypatch.setattr(Generate, "_generate", lambda *given, **how: calls.append(given[2].shape[0]) or honest(*given, **how))
+    collect(answer_together(loaded, own_answers(5).examples, load_baselines(loaded, CONFIG, PLAIN, False)[:1], batch_size=3))
+    assert calls == [3, 2]
+
+
+def test_a_prompt_that_does_not_fit_fails_alone():
+    loaded, (first, second) = tiny_loaded(), own_answers(2).examples
+    settings = [PLAIN, *load_baselines(loaded, CONFIG, PLAIN, False)[:1]]
+    _, answers = collect(answer_together(loaded, [first, TOO_LONG, second], settings, batch_size=3))
+    for found in answers:
+        assert [failure.sample for failure in found.failures] == [1]
+        assert [found.each[place].text for place in (0, 2)] == [first.completion, second.completion]
+    with pytest.raises(LayerSkipError, match="none of the 1 prompts could be answered"):
+        collect(answer_together(loaded, [TOO_LONG], settings, batch_size=2))
+
+
+def test_only_what_the_journal_lacks_is_answered(tmp_path, monkeypatch):
+    loaded, examples = tiny_loaded(), own_answers(4).examples
+    _, whole = collect(answer_together(loaded, examples, [PLAIN], 2))
+    running = answer_together(loaded, examples, [PLAIN], 2, Journal(tmp_path, {}, resume=False))
+    next(running)
+    running.close()
+    batches = []
+    honest = together.decode_batch
+    monkeypatch.setattr(
+        together, "decode_batch", lambda model, prompts, *more: batches.append(len(prompts)) or honest(model, prompts, *more)
+    )
+    _, again = collect(answer_together(loaded, examples, [PLAIN], 3, Journal(tmp_path, {}, resume=True)))
+    assert (again, batches) == (whole, [2])
+    assert len((tmp_path / FILE_NAME).read_text().splitlines()) == 5
+
+
+def test_a_bench_with_batches_differs_in_speed_only():
+    task = own_answers(5)
+    *_, alone = bench(tiny_loaded(), task, replace(CONFIG, batch_size=1))
+    *_, batched = bench(tiny_loaded(), task, replace(CONFIG, timed=2))
+    *_, untimed = bench(tiny_loaded(), task, replace(CONFIG, timed=0))
+    for one, other, third in zip(alone.results, batched.results, untimed.results, strict=True):
+        assert one.metrics == other.metrics == third.metrics
+        assert one.identical_outputs == other.identical_outputs == third.identical_outputs
+        assert other.tokens_per_second > 0
+        assert (third.tokens_per_second, third.speedup, third.ttft_ms, third.peak_memory_mb) == (None, None, None, None)
+    assert (batched.config["batch_size"], batched.config["timed"]) == (2, 2)
+    assert batched.results[2].acceptance_rate == pytest.approx(alone.results[2].acceptance_rate, abs=0.1)
+    json.dumps(untimed.document(), allow_nan=False)
+
+
+def test_a_sweep_with_batches_differs_in_speed_only():
+    task = own_answers(5)
+    config = SweepConfig("tiny", exits=(2, 5), specs=(3,))
+    *_, alone = sweep(tiny_loaded(), task, config)
+    *events, batched = sweep(tiny_loaded(), task, replace(config, batch_size=4, timed=2))
+    for one, other in zip(alone.results, batched.results, strict=True):
+        assert (one.metrics, one.identical_outputs) == (other.metrics, other.identical_outputs)
+        assert one.perplexity == other.perplexity
+        assert other.speedup > 0
+    assert max(event.total for event in events if event.phase == "prompts") == 2
+
+
+def test_only_the_strategies_wanted_run():
+    *_, record = bench(tiny_loaded(), own_answers(), BenchConfig("tiny", strategies=("autoregressive",), repeats=1))
+    assert [result.strategy for result in record.results] == ["autoregressive"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"batch_size": 2, "packing": PackingConfig(exact=True)}, "--batch-size must be 1 with --exact"),
+        ({"batch_size": 2, "task": TaskConfig(temperature=0.5)}, "--batch-size must be 1 with a --temperature above 0"),
+        ({"timed": 4}, "--timed must be used with --batch-size"),
+    ],
+)
+@pytest.mark.parametrize("config", [BenchConfig, SweepConfig])
+def test_settings_of_batches_are_checked(config, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_a_sweep_measures_something():
+    with pytest.raises(ConfigError, match="--timed must be at least 1, got 0"):
+        SweepConfig(batch_size=2, timed=0)
+    with pytest.raises(ConfigError, match="--strategies must be a list with autoregressive"):
+        BenchConfig(strategies=("early-exit",))
+
+
+def test_a_task_with_a_hard_row_still_has_its_row_in_order():
+    task = task_of(*own_answers(3).examples, TOO_LONG)
+    *_, record = bench(tiny_loaded(), task, replace(CONFIG, baselines=(), timed=1))
+    assert [failure.sample for failure in record.results[0].failures] == [3]
+    assert record.results[0].metrics == {"exact_match": 0.75}
