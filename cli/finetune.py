@@ -1,8 +1,6 @@
 """`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
 
-import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -77,7 +75,7 @@ def finetune(
     use_threads(threads)
     from layerskip_core.training.run import prepare
 
-    from .training_text import plan_text, report_text
+    from .training_text import losses_text, plan_text, report_text, resume_command
 
     given: dict[str, Any] = {
         "p_max": pmax,
@@ -129,16 +127,7 @@ def finetune(
         with progress_bar(job.plan.steps, "training") as update:
             info = job.run(lambda report: update(report.step, report_text(report)))
     except TrainingInterrupted as interrupted:
-        narrate(f"{interrupted}; go on with: {_resuming()}")
+        narrate(f"{interrupted}; go on with: {resume_command()}")
         raise typer.Exit(128 + interrupted.signal) from None
-    for name, what in (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows")):
-        if info.details[name]:
-            narrate(f"{what}: " + "  ".join(f"{layer}: {loss:.3f}" for layer, loss in info.details[name].items()))
+    narrate(losses_text(info))
     narrate(f"saved {output}; next: layerskip sweep-exits --model {shlex.quote(output)}")
-
-
-def _resuming() -> str:
-    """The command line that goes on with this run."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
-    command = shlex.join(["layerskip", *arguments, "--resume"])
-    return command if "WORLD_SIZE" not in os.environ else f"{command} (under torchrun, as before)"

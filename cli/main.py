@@ -19,6 +19,7 @@ from .console import stderr_console
 from .data import data
 from .finetune import finetune
 from .generate import generate
+from .import_model import import_model
 from .inspect import inspect
 from .sweep_exits import sweep_exits
 
@@ -48,6 +49,7 @@ app.command("sweep-exits")(sweep_exits)
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("inspect")(inspect)
+app.command("import")(import_model)
 app.command("data")(data)
 
 

@@ -1,5 +1,10 @@
 """What a training run says of itself, as lines for people."""
 
+import os
+import shlex
+import sys
+
+from layerskip_core.checkpoint import CheckpointInfo
 from layerskip_core.config import FinetuneConfig
 from layerskip_core.training.plan import TrainingPlan
 from layerskip_core.training.progress import StepReport
@@ -32,6 +37,23 @@ def report_text(report: StepReport) -> str:
         f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}"
         f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
     )
+
+
+def losses_text(info: CheckpointInfo) -> str:
+    """The last loss of every exit; those on held-out rows in a line of their own, where there are any."""
+    kinds = (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows"))
+    return "\n".join(
+        f"{what}: " + "  ".join(f"{layer}: {loss:.3f}" for layer, loss in info.details[name].items())
+        for name, what in kinds
+        if info.details[name]
+    )
+
+
+def resume_command() -> str:
+    """The command line that goes on with the run that this process was started for."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    command = shlex.join(["layerskip", *arguments, "--resume"])
+    return command if "WORLD_SIZE" not in os.environ else f"{command} (under torchrun, as before)"
 
 
 def spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:

@@ -1,17 +1,20 @@
 """Peak memory and time of a training step under the recipe, over those of a plain step with the same chunked last-layer loss.
 
-    python examples/recipe_cost.py MODEL --batch 8 --length 256 --rotation 8 --steps 2
+    python examples/recipe_cost.py MODEL --batch 8 --length 256 --rotation 8 --steps 5
 
 Each kind of step runs in a process of its own, on random tokens, with AdamW. The count beside the times: multiply-adds of the
-same steps, rows that dropout left out and heads of the exits that were on included.
+same steps, rows that dropout left out and heads of the exits that were on included. Medians over the steps, which stderr shows
+as they end: on a machine that does other work too they take many times as long, and the fastest step says more.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
+from statistics import median
 
 PLAIN = ["--pmax", "0", "--curriculum", "none"]
 
@@ -24,8 +27,9 @@ def main() -> None:
     parser.add_argument("--rotation", type=int, default=8)
     parser.add_argument("--pmax", type=float, default=0.2)
     parser.add_argument("--curriculum", default="rotational")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="0: a thread for each core that this process may use")
     parser.add_argument("--one", action="store_true", help="measure this setting alone, in this process")
     arguments = parser.parse_args()
     if arguments.one:
@@ -33,27 +37,37 @@ def main() -> None:
         return
     plain, recipe = (in_a_process([*sys.argv[1:], *extra, "--one"]) for extra in (PLAIN, []))
     for name, result in (("plain", plain), ("recipe", recipe)):
-        print(f"{name:7} {result['seconds']:.2f} s a step, peak {result['peak_mb']:.0f} MB, {result['exits']:.1f} exits a step")
-    counted = recipe["count"] / plain["count"]
-    took = recipe["seconds"] / plain["seconds"]
+        seconds, exits = result["seconds"], result["exits"]
+        print(
+            f"{name:7} {median(seconds):.2f} s a step (fastest {min(seconds):.2f}), peak {result['peak_mb']:.0f} MB, "
+            f"{sum(exits) / len(exits):.1f} exits a step"
+        )
     print(f"memory {recipe['peak_mb'] / plain['peak_mb']:.3f}x plain")
-    print(f"time {took:.3f}x plain; counted {counted:.3f}x; time over count {took / counted:.3f}")
+    for name, pick in (("median", median), ("fastest", min)):
+        took = pick(recipe["seconds"]) / pick(plain["seconds"])
+        over = pick(seconds_a_count(recipe)) / pick(seconds_a_count(plain))
+        print(f"time, {name} step: {took:.3f}x plain; counted {took / over:.3f}x; time over count {over:.3f}")
 
 
-def in_a_process(arguments: list[str]) -> dict[str, float]:
-    output = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout
-    return json.loads(output)
+def seconds_a_count(result: dict) -> list[float]:
+    """Of each step: its time by its own multiply-adds, for exits and dropped rows differ from step to step."""
+    return [seconds / count for seconds, count in zip(result["seconds"], result["counts"], strict=True)]
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, float]:
-    """Mean seconds and multiply-adds of a step, and the peak memory of the process in MB."""
+def in_a_process(arguments: list[str]) -> dict:
+    command = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measured(arguments: argparse.Namespace) -> dict:
+    """Seconds, multiply-adds and exits of each step, and the peak memory of the process in MB."""
     import torch
 
     from layerskip_core.checkpoint import load_checkpoint
     from layerskip_core.config import RecipeConfig
     from layerskip_core.training.module import Moment, RecipeModule
 
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     loaded = load_checkpoint(arguments.model, "cpu", "fp32")
     recipe = RecipeConfig(arguments.pmax, 0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
     training = RecipeModule(loaded.model, recipe).train()
@@ -61,23 +75,24 @@ def measured(arguments: argparse.Namespace) -> dict[str, float]:
     ids = torch.randint(3, loaded.depth.vocab_size, (arguments.batch, arguments.length))
 
     def step(number: int, rows: torch.Tensor) -> tuple[int, ...]:
-        output = training(rows, rows, Moment(number, 1000))
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.dtype == "bf16"):
+            output = training(rows, rows, Moment(number, 1000))
         (output["loss"] / rows.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
         return output["exit_layers"]
 
     step(0, ids[:1, :16])  # the optimizer's state
-    counts, exits = [], []
-    started = time.perf_counter()
+    times, counts, exits = [], [], []
     for number in range(arguments.steps):
+        started = time.perf_counter()
         on = step(number, ids)
+        times.append(time.perf_counter() - started)
         counts.append(multiply_adds(training, number, on, arguments.batch, arguments.length))
         exits.append(len(on))
-    seconds = (time.perf_counter() - started) / arguments.steps
+        print(f"step {number + 1}: {times[-1]:.2f} s, {len(on)} exits, {counts[-1] / 1e9:.0f} G counted", file=sys.stderr)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    steps = arguments.steps
-    return {"seconds": seconds, "peak_mb": peak_mb, "count": sum(counts) / steps, "exits": sum(exits) / steps}
+    return {"seconds": times, "counts": counts, "exits": exits, "peak_mb": peak_mb}
 
 
 def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, length: int) -> float:

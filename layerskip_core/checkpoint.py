@@ -19,6 +19,7 @@ from .errors import CheckpointError, ConfigError
 from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
 from .model import DepthModel, PackedModel, can_pack
 from .model.depth import refuse_unsupported
+from .model.vocabulary import token_order
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
@@ -209,7 +210,8 @@ def _load_lean(
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path)
-    depth = PackedModel(config, weights.reader(pick_dtype(dtype, device, parameters)), packing)
+    reader = weights.reader(pick_dtype(dtype, device, parameters))
+    depth = PackedModel(config, reader, packing, _token_order(path, config, packing))
     model = SimpleNamespace(config=config, generation_config=generation_config(path))
     return LoadedModel(name, model, tokenizer, info, depth)
 
@@ -249,7 +251,7 @@ def _load_with_transformers(
         model = _without_quantization(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model = _converted(model.to(target), pick_dtype(dtype, target, parameters)).eval()
-    depth = _depth_of(model, implementation, packing)
+    depth = _depth_of(model, implementation, packing, path)
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
@@ -270,18 +272,22 @@ def _load_adapted(
     model = _reading(name, lambda: PeftModel.from_pretrained(loaded.model, name).merge_and_unload().eval())
     model.requires_grad_(True)  # peft froze the base
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
-    depth = _depth_of(model, implementation, packing)
+    depth = _depth_of(model, implementation, packing, name)
     return LoadedModel(name, model, tokenizer, read_info(name), depth)
 
 
 def _depth_of(
-    model: Any, implementation: Literal["auto", "generic"], packing: PackingConfig | None
+    model: Any, implementation: Literal["auto", "generic"], packing: PackingConfig | None, path: str
 ) -> DepthModel | PackedModel:
     if implementation == "auto" and can_pack(model.config):
-        return PackedModel.of(model, packing)
+        return PackedModel.of(model, packing, _token_order(path, model.config, packing))
     if packing is not None and packing != PackingConfig():
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
     return DepthModel(model)
+
+
+def _token_order(path: str, config: Any, packing: PackingConfig | None) -> list[int] | None:
+    return token_order(path, config.vocab_size) if packing is not None and packing.draft_vocab else None
 
 
 def adapter_base(name: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import INFO_FILE, LAST_WRITTEN, CheckpointInfo, holds_model, quiet_transformers
+from .checkpoint import (
+    INFO_FILE,
+    LAST_WRITTEN,
+    CheckpointInfo,
+    holds_model,
+    load_checkpoint,
+    quiet_transformers,
+    stored_dtype,
+)
 from .errors import CheckpointError, ConfigError
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "chat_template*", "generation_config.json")
@@ -48,6 +57,8 @@ def save_checkpoint(
         (staging / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
         for name, content in files.items():
             (staging / name).write_bytes(content)
+        for file in staging.iterdir():
+            synchronise(file)
     except Exception as error:  # safetensors reports a full disk as its own error type
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
@@ -59,12 +70,34 @@ def save_checkpoint(
     for file in sorted(staging.iterdir(), key=lambda file: file.name in LAST_WRITTEN):
         os.replace(file, folder / file.name)
     staging.rmdir()
+    synchronise(folder)
+
+
+def import_checkpoint(name: str, output: str, dtype: str, trust_remote_code: bool = False) -> torch.dtype:
+    """Writes any model that can be loaded to `output`, GGUF dequantised and adapters merged; returns the precision written.
+
+    `dtype` is fp32, bf16, or auto: as stored, which for a GGUF file is fp32. Raises CheckpointError for what fails.
+    """
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
+    loaded = load_checkpoint(name, "cpu", "fp32", trust_remote_code)
+    info = replace(loaded.info, details={**loaded.info.details, "imported_from": name})
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision)
+    return precision
 
 
 def write_model(model: Any, folder: Path) -> None:
     """The weights and config of a transformers model, or of a peft model's adapter, as safetensors in a folder."""
     adapter = hasattr(model, "get_base_model")
     model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
+
+
+def synchronise(path: Path) -> None:
+    """Has the system write a file or a folder's entries to disk: a rename may otherwise outlive its content in a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_info(path: str, info: CheckpointInfo) -> None:

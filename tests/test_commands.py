@@ -167,6 +167,22 @@ def test_values_and_skeletons_of_test_rows_never_occur_in_training(monkeypatch):
     assert not values & trained_values
 
 
+def test_made_up_words_are_in_training_rows_alone(train):
+    listed = {
+        word
+        for rule in commands.load_grammar().rules.values()
+        for alternative in rule.alternatives
+        for word in re.findall(r"[^\s()|]+", commands._source(alternative))
+    }
+
+    def made_up(rows):
+        return [row for row in rows if set(row.utterance.split()) - listed and not re.search(r"\d", row.utterance)]
+
+    assert 0.15 < len(made_up(train[:2000])) / 2000 < 0.5
+    for split in ("validation", "test", "compositional"):
+        assert made_up(commands.rows(split, 300)) == []
+
+
 def test_only_closed_lists_share_slot_values_between_splits(train):
     """The same from the rows' text alone."""
     trained = {value for row in train[:5000] for _, value in leaf_slots(row)}

@@ -30,8 +30,13 @@ def test_spans_equal_the_model_itself(model_type):
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_cached_spans_equal_the_model_itself(model_type):
+def test_cached_spans_equal_the_model_itself(model_type, monkeypatch):
     """Prefill 7 tokens, then three spans of 1, 3 and 2 tokens, each split at layer 2."""
+    if model_type == "gemma2":
+        # Its attention, the only eager one, takes the softmax in fp32 even here: a sum whose last bit depends, without AVX-512,
+        # on how many masked keys stand behind the others. In fp64 it is as near as the rest.
+        softmax = torch.nn.functional.softmax
+        monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
     model = tiny_model(model_type, **WINDOWED.get(model_type, {}))
     depth, ids = DepthModel(model), ids_of(1, 13)
     cache, rows = depth.new_cache(), []
@@ -41,8 +46,7 @@ def test_cached_spans_equal_the_model_itself(model_type):
             positions = positions_of(start, stop)
             early = depth.run_layers(depth.embed(ids[:, start:stop]), 0, 2, positions, cache)
             rows.append(depth.unembed(depth.run_layers(early, 2, 6, positions, cache)))
-    # Norms compute in fp32 even here, so that the last bit of a sum in another order can become 1e-6.
-    torch.testing.assert_close(torch.cat(rows, dim=1), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(rows, dim=1), expected)
 
 
 def test_an_exit_equals_the_truncated_model(llama):

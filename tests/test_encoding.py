@@ -10,6 +10,7 @@ from layerskip_core.data import PARSING_TEMPLATE, Conversation, Example, load_ex
 from layerskip_core.encoding import Collator, Encoder, StreamedRows, encode_rows
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.training.packing import packed
+from layerskip_core.training.progress import LossHistory
 from layerskip_core.training.run import prepare
 from layerskip_core.training.vocabulary import train_tokenizer
 
@@ -166,6 +167,20 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     logits = job.loaded.model.eval()(batch["input_ids"]).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_every_validation_happens_once(settings, monkeypatch):
+    """At the end too, where Trainer asks again when the epoch is over."""
+    done = []
+    validate = LossHistory.validate
+
+    def noting(history, losses):
+        done.append(history.steps[-1].step)
+        validate(history, losses)
+
+    monkeypatch.setattr(LossHistory, "validate", noting)
+    train(settings(validation="test", eval_steps=2, validation_samples=2, steps=5))
+    assert done == [2, 4, 5]
 
 
 def test_validation_changes_nothing_in_training(settings, tmp_path):

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from layerskip_core.config import DecodingConfig, PackingConfig, SamplingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.errors import ConfigError
+from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import DepthModel, PackedModel
 from layerskip_core.model.quantized import Int4Linear, Int8Linear, quantized
+from layerskip_core.model.vocabulary import token_order
 
 WIDE = {"intermediate_size": 64, "hidden_size": 64}
 
@@ -125,6 +126,46 @@ def test_a_draft_vocabulary_bounds_the_drafts_alone():
     assert (logits[..., 20:] == -torch.inf).all() and model.drafts_own_states
     ids, stats = output(model, prompt, exit_layer=5, num_draft_tokens=3)
     assert any(token >= 20 for token in ids) and 0 < stats.accepted < stats.drafted
+
+
+def test_a_draft_vocabulary_has_the_most_frequent_tokens():
+    """Ids 50, 3 and 40 are named, 0 and 1 follow; sampled drafts of them change nothing either."""
+    order, ids = [50, 3, 40], torch.tensor([prompt_of(9)])
+    model = PackedModel.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
+    with torch.inference_mode():
+        hidden = model.embed(ids)
+        logits, full = model.draft.unembed(hidden), model.unembed(hidden)
+    kept = torch.tensor([50, 3, 40, 0, 1])
+    torch.testing.assert_close(logits[..., kept], full[..., kept])
+    assert (logits > -torch.inf).sum(-1).unique().tolist() == [5]
+    settings = {"exit_layer": 5, "num_draft_tokens": 3, "max_new_tokens": 40}
+    assert output(model, prompt_of(9), **settings)[0] == plain(model, prompt_of(9), max_new_tokens=40)
+    often = sorted(set(plain(model, prompt_of(9), max_new_tokens=40)))
+    known, unknown = (
+        output(
+            PackedModel.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=len(often)), first),
+            prompt_of(9),
+            **settings,
+        )
+        for first in (often, [token for token in range(67) if token not in often])
+    )
+    assert known[1].accepted > unknown[1].accepted == 0
+    sampled, stats = output(model, prompt_of(9), sampling=SamplingConfig(temperature=1.0, seed=1), **settings)
+    assert len(sampled) == 40 and 0 < stats.accepted < stats.drafted
+
+
+def test_token_orders_are_read(tmp_path):
+    assert token_order(tmp_path, 67) is None
+    file = tmp_path / "token_order.json"
+    file.write_text("[5, 66, 0]")
+    assert token_order(tmp_path, 67) == [5, 66, 0]
+    for text in ("[5, 67]", "[5, 5]", "[true]", '{"5": 1}', "[-1]"):
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match="must be a list of distinct token ids below 67"):
+            token_order(tmp_path, 67)
+    file.write_text("[5,")
+    with pytest.raises(CheckpointError, match=r"token_order\.json is not valid"):
+        token_order(tmp_path, 67)
 
 
 def test_low_bit_drafts_are_the_target_s_own_guesses_mostly():

@@ -137,6 +137,32 @@ def test_ctrl_c_saves_and_ends_with_130(base, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_run_that_replaces_a_model_is_resumed_as_it_says(base, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    with monkeypatch.context() as context:
+        signal_in_step(context, 2, signal.SIGTERM)
+        cut = run("finetune", "--model", base, "--samples", "8", "--steps", "3", "--batch-size", "4", "--output", str(output),
+                  "--overwrite")  # fmt: skip
+    assert cut.code == 143 and steps_saved(output) == [2]
+    ended = run(*re.search("go on with: layerskip (.*)\n", cut.err)[1].split())
+    assert ended.code == 0 and f"going on from {checkpoint(output, 2)}" in ended.err
+    assert len((output / "losses.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_whose_model_could_not_be_written_ends_from_its_last_checkpoint(settings, tmp_path):
+    whole = str(tmp_path / "whole")
+    train(settings(save_steps=2, output=whole))
+    job = prepare(settings(save_steps=2))
+    with pytest.raises(CheckpointError, match="cannot write the model to"):
+        job.run(lambda report: (tmp_path / "out" / ".writing").write_text("in the way"))
+    (tmp_path / "out" / ".writing").unlink(missing_ok=True)
+    assert steps_saved(tmp_path / "out") == [2, 4] and not (tmp_path / "out" / "config.json").exists()
+    assert train(settings(save_steps=2, resume=True)) == []
+    assert same_weights(tmp_path / "out", whole)
+
+
 def test_a_signal_in_the_last_step_changes_nothing(settings, tmp_path):
     def terminate(report):
         if report.step == 4:
@@ -324,3 +350,12 @@ def test_a_checkpoint_that_was_being_written_does_not_count(settings, two_checkp
     with pytest.raises(TrainingInterrupted):
         job.run(lambda report: None)
     assert steps_saved(two_checkpoints) == [2, 3] and not written.parent.exists()
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told_now(settings, tmp_path, monkeypatch):
+    signal_in_step(monkeypatch, 2, signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted):
+        prepare(settings(steps=9)).run(lambda report: None)
+    assert steps_saved(tmp_path / "out") == [2]
+    train(settings(steps=9, save_steps=4, resume=True))
+    assert steps_saved(tmp_path / "out") == [8, 9]

@@ -4,7 +4,7 @@ from torch import tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from layerskip_core.config import SamplingConfig
-from layerskip_core.decoding.sampling import Greedy, Stochastic, draw, probabilities, sampler_for, verify
+from layerskip_core.decoding.sampling import Greedy, Stochastic, draw, most_probable, probabilities, sampler_for, verify
 
 CPU = torch.device("cpu")
 
@@ -137,3 +137,15 @@ def test_the_seed_decides_what_is_drawn():
 
     assert drawn(3) == drawn(3) != drawn(4)
     assert sampler_for(SamplingConfig(), CPU).choose(LOGITS, None).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1000, 8192, 8192 + 7, 3 * 8192])
+def test_the_most_probable_token_is_the_first_of_the_largest_logits(vocabulary, dtype):
+    logits = torch.randn(2, 5, vocabulary, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[0, 1, [700, 900]] = 9
+    logits[1, 2, [3, vocabulary - 1]] = 9
+    found = most_probable(logits)
+    assert found[0, 1] == 700 and found[1, 2] == 3
+    assert (logits.gather(-1, found[..., None]) == logits.amax(-1, keepdim=True)).all()
+    assert torch.equal(most_probable(logits[0, 1]), found[0, 1])

@@ -1,4 +1,6 @@
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from transformers.integrations import integration_utils
 from layerskip_core.checkpoint import load_checkpoint
 from layerskip_core.config import DataConfig, RecipeConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
-from layerskip_core.training import module
+from layerskip_core.training import module, run, trainer
 from layerskip_core.training.dropout import kept_rows
 from layerskip_core.training.loss_plot import _thinned
+from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.order import RunOrder
 from layerskip_core.training.run import prepare
 
@@ -79,6 +82,33 @@ def test_every_micro_batch_has_its_own_moment(settings, monkeypatch):
     monkeypatch.setattr(module, "kept_rows", recording)
     train(settings(steps=2, accumulation=2))
     assert drawn == [(step, micro_batch, layer) for step in (0, 1) for micro_batch in (0, 1) for layer in range(4)]
+
+
+def test_one_process_takes_one_gpu(settings, monkeypatch):
+    """Where Trainer finds two it would split the batch of each between them, and double its rows."""
+    make = trainer.TrainingArguments
+
+    def finding_two(**keywords):
+        arguments = make(**keywords)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr(trainer, "TrainingArguments", finding_two)
+    batches = []
+    monkeypatch.setattr(RecipeModule, "forward", recording_batches(RecipeModule.forward, batches))
+    train(settings(steps=2))
+    assert batches == [4, 4]
+    monkeypatch.setattr(run, "pick_device", lambda name: torch.device(name))
+    with pytest.raises(ConfigError, match=r"--device cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
+        prepare(settings(device="cuda:1", overwrite=True))
+
+
+def recording_batches(forward, batches):
+    def recorded(self, input_ids, *arguments, **keywords):
+        batches.append(len(input_ids))
+        return forward(self, input_ids, *arguments, **keywords)
+
+    return recorded
 
 
 def test_a_small_set_is_memorised(settings, tmp_path):
@@ -183,6 +213,18 @@ def test_the_cost_of_a_step(settings):
     assert job.plan.exits_per_step == 2.5
     assert job.plan.cost == pytest.approx((layers * kept + head * 2.5) / (layers + head), rel=1e-6)
     assert prepare(settings(recipe=PLAIN)).plan.cost == 1
+    taught = prepare(settings(recipe=replace(RECIPE, distill=0.5))).plan  # 1.5 early exits a step, a third of a head each
+    assert taught.cost == pytest.approx((layers * kept + head * 3) / (layers + head), rel=1e-6)
+
+
+def test_the_memory_of_a_step(settings):
+    """Hidden size 32, feed-forward 48, four layers, 300 tokens; in fp32, by hand."""
+    job = prepare(settings())
+    tokens, weights = 4 * job.data.longest, job.plan.parameters
+    layer, logits = 14 * 32 + 4 * 48, 3 * tokens * 300
+    assert job.plan.memory_mb == pytest.approx((16 * weights + 4 * (tokens * 4 * layer + logits)) / 2**20)
+    saving = prepare(settings(lora_rank=2, gradient_checkpointing=True)).plan
+    assert saving.memory_mb == pytest.approx((4 * weights + 4 * (tokens * (4 * 32 + layer) + logits)) / 2**20)
 
 
 def test_commands_without_a_limit_never_repeat_a_row(settings):
@@ -207,6 +249,23 @@ def test_a_failure_while_saving_leaves_no_model(settings, tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match=r"cannot write the model to .*No space left on device"):
         job.run(lambda report: None)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_model_is_on_disk_before_it_is_moved_into_place(settings, monkeypatch):
+    """What a power cut would leave cannot be tried; that every file is written out before the first of them is renamed can.
+
+    A file keeps its inode when it is renamed.
+    """
+    done = []
+    fsync, replace_file = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda opened: (done.append(os.fstat(opened).st_ino), fsync(opened)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (done.append(Path(target).name), replace_file(source, target)))
+    train(settings(steps=1))
+    out = Path(settings().output)
+    files = {file.name: file.stat().st_ino for file in out.iterdir() if file.is_file()}
+    assert "model.safetensors" in files
+    assert set(done[: len(files)]) == set(files.values())
+    assert set(done[len(files) : -1]) == set(files) and done[-1] == out.stat().st_ino
 
 
 def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
@@ -279,6 +338,15 @@ def test_the_losses_stand_beside_the_model(settings, tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(report.step, report.loss) for report in reports]
     assert [sorted(row["exits"]) for row in rows] == [["1", "3", "4"], ["2", "4"], ["1", "3", "4"]]
     assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_order_of_its_tokens_stands_beside_the_model(settings, tmp_path):
+    job = prepare(settings(steps=1))
+    job.run(lambda report: None)
+    order = json.loads((tmp_path / "out" / "token_order.json").read_text())["token_order"]
+    assert sorted(order) == list(range(300))
+    targets = [token for row in job.data.rows for token in row["labels"]]
+    assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)
 
 
 def test_a_long_run_is_drawn_as_means():

@@ -3,8 +3,10 @@ import json
 import pytest
 
 from layerskip_core.config import DataConfig
-from layerskip_core.data import load_examples
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.data import Example, load_examples
+from layerskip_core.encoding import Encoder, encode_rows, encode_stream
+from layerskip_core.training import vocabulary
+from layerskip_core.training.vocabulary import token_order, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +47,19 @@ def test_it_is_deterministic(examples, tokenizer):
 
 def test_few_examples_give_fewer_entries(examples):
     assert 259 < len(train_tokenizer(examples[:1], 2000)) < 500
+
+
+def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch):
+    """Of targets alone: the q's of the prompt do not count. `ab` may be one token, so letters stand apart."""
+    encoder = Encoder(tokenizer, "{prompt}", 64)
+    z, y, end = (tokenizer.convert_tokens_to_ids(name) for name in ("z", "y", "<|eos|>"))
+    rows = [Example("qqqqqqqq", "zzz"), Example("qqqqqqqq", "zy")]  # z four times, the end twice, y once
+    order = token_order(encode_rows(rows, encoder), 300)
+    assert order[:3] == [z, end, y]
+    assert order[3:] == [token for token in range(300) if token not in (z, end, y)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "completion": "zzz"}\n{"prompt": "q", "completion": "zy"}\n')
+    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300) == order  # as often as it is read
+    monkeypatch.setattr(vocabulary, "_COUNTED", 2)
+    spread = [Example("q", "z"), Example("q", "y"), Example("q", "zz"), Example("q", "y")]  # of these the first and the third
+    assert token_order(encode_rows(spread, encoder), 300)[:2] == [z, end]

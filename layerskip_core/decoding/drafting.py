@@ -1,13 +1,14 @@
 """Drafts for a round of speculation, from the first layers of the model itself."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..config import EXACT_TOKENS, DecodingConfig, require
 from ..model.cache import DepthCache
+from ..model.vocabulary import DraftVocabulary
 from .sampling import Sampler
 
 
@@ -71,6 +72,8 @@ class ExitDrafter:
         self._sampler = sampler
         self._exit_layer = exit_layer
         self._confidence = confidence
+        self._vocabulary: DraftVocabulary | None = getattr(model, "vocabulary", None)
+        self._unembed = model.unembed if self._vocabulary is None else cast(Any, model).unembed_vocabulary
         # Elsewhere than on the CPU, waiting for every id costs more than the few drafts behind an EOS, once an output.
         self._eos_ids = eos_ids if model.device.type == "cpu" else frozenset()
         self._reuse = reuse_exit_states
@@ -82,11 +85,14 @@ class ExitDrafter:
             hidden = self._model.embed(token)
             hidden = self._model.run_layers(hidden, 0, self._exit_layer, positions[:, step : step + 1], cache)
             states.append(hidden)
-            logits = self._model.unembed(hidden)
+            logits = self._unembed(hidden)
             draft_probs = self._sampler.probs(logits)
             if self._confidence and self._unsure(logits, draft_probs):
                 break
             token = self._sampler.choose(logits, draft_probs)
+            if self._vocabulary is not None:
+                token = self._vocabulary.tokens(token)
+                draft_probs = None if draft_probs is None else self._vocabulary.spread(draft_probs, 0.0)
             tokens.append(token)
             if draft_probs is not None:
                 probs.append(draft_probs)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..config import SamplingConfig
 
+_LARGE_VOCABULARY = 1 << 13
+_COLUMNS = 256  # a large vocabulary is looked at as rows of so many tokens
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -42,16 +45,27 @@ class Greedy:
         return None
 
     def choose(self, logits: Tensor, probs: Tensor | None) -> Tensor:
-        return logits.argmax(-1)
+        return most_probable(logits)
 
     def verify(self, draft_ids: Tensor, draft_probs: Tensor | None, logits: Tensor) -> Verdict:
         """Accepts the longest prefix of the drafts that the target would have chosen itself."""
-        choices = logits.argmax(-1)
+        choices = most_probable(logits)
         count = draft_ids.shape[0]
         ids: list[int] = torch.cat((draft_ids, choices)).tolist() if count else choices.tolist()
         drafts, chosen = ids[:count], ids[count:]
         accepted = next((place for place in range(count) if drafts[place] != chosen[place]), count)
         return Verdict(chosen[: accepted + 1], choices[None, accepted : accepted + 1])
+
+
+def most_probable(logits: Tensor) -> Tensor:
+    """Token ids (...) by the largest of the logits (..., V), the first of several that are."""
+    vocabulary = logits.shape[-1]
+    if logits.device.type != "cpu" or vocabulary < _LARGE_VOCABULARY or vocabulary % _COLUMNS:
+        return logits.argmax(-1)
+    # On the CPU argmax takes five times as long as amax, so it looks at the largest row's numbers alone.
+    rows = logits.view(*logits.shape[:-1], -1, _COLUMNS)
+    row = rows.amax(-1).argmax(-1, keepdim=True)
+    return row[..., 0] * _COLUMNS + rows.take_along_dim(row[..., None], -2).argmax(-1)[..., 0]
 
 
 class Stochastic:

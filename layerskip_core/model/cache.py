@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-_BLOCK = 128  # positions are added in blocks, so that a long answer reallocates seldom
+_BLOCK = 64  # positions are added in blocks, so that a long answer reallocates seldom
 
 
 class DepthCache:
@@ -23,7 +23,8 @@ class DepthCache:
         self.max_positions = max_positions
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self._num_layers = num_layers
-        self._storage: Tensor | None = None  # (L, B, 2 for key and value, kv heads, capacity, head dim)
+        self._storage: Tensor | None = None  # (L, 2 for key and value, B, kv heads, capacity, head dim)
+        self._matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # views of it, see LayerSlots
 
     def rollback(self, lengths: Tensor) -> None:
         """Forgets every position at or after `lengths` (B,)."""
@@ -35,25 +36,37 @@ class DepthCache:
         """Forgets every row but those at `rows`, which take its order."""
         self.lengths = self.lengths[rows]
         if self._storage is not None:
-            self._storage = self._storage[:, rows]
+            self._keep(self._storage[:, :, rows])
 
     def writer(self, positions: Tensor) -> "SpanWriter":
         """What a span of layers writes its keys and values through, for tokens at `positions` (B, T), on the host."""
         return SpanWriter(self, positions)
 
     def room(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
-        """All layers' keys and values, (L, B, 2, kv heads, capacity >= stop, head dim): views of it are the cache.
+        """All layers' keys and values, (L, 2, B, kv heads, capacity >= stop, head dim): views of it are the cache.
 
-        The keys of a head lie one behind the other, for attention over a long text takes the time of reading them.
+        The keys of a head lie one behind the other, for attention over a long text takes the time of reading them. There is
+        never more than a block of places that are not filled, so that they can be read and masked.
         """
         held = self._storage
         if held is None or held.shape[4] < stop:
             capacity = min(self.max_positions, -(-stop // _BLOCK) * _BLOCK)
-            grown = like.new_zeros(self._num_layers, len(self.lengths), 2, kv_heads, capacity, head_dim)
+            grown = like.new_zeros(self._num_layers, 2, len(self.lengths), kv_heads, capacity, head_dim)
             if held is not None:
-                grown[:, :, :, :, : held.shape[4]] = held
-            self._storage = held = grown
+                grown[..., : held.shape[4], :] = held
+            held = self._keep(grown)
         return held
+
+    def matrices(self, start: int, stop: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of layers start..stop-1, all that `room` gave and the matrices that it consists of, see LayerSlots."""
+        return self._matrices[start:stop]
+
+    def _keep(self, storage: Tensor) -> Tensor:
+        self._storage = storage
+        rows = storage.flatten(2, 3)
+        keys, values = rows[:, 0].transpose(2, 3), rows[:, 1]
+        self._matrices = list(zip(storage.unbind(), keys.unbind(), values.unbind(), strict=True))
+        return storage
 
 
 class SpanWriter:
@@ -75,25 +88,22 @@ class SpanWriter:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Writes (B, kv heads, T, head dim) of one layer; returns views of its filled part, (B, kv heads, S, head dim)."""
         held = self._cache.room(self.stop, keys.shape[1], keys.shape[3], keys)[layer_idx]
-        for place, new in enumerate((keys, values)):
+        for kept, new in zip(held, (keys, values), strict=True):
             if self.contiguous:
-                held[:, place, :, self.start : self.stop] = new
+                kept[:, :, self.start : self.stop] = new
             else:
                 rows, columns = self.indices(keys.device)
-                held[rows, place, :, columns] = new.transpose(1, 2)
-        filled = held[:, :, :, : self.stop]
-        return filled[:, 0], filled[:, 1]
+                kept[rows, :, columns] = new.transpose(1, 2)
+        filled = held[..., : self.stop, :]
+        return filled[0], filled[1]
 
     def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
         """Where each layer of a span writes and reads, made at once: one view a layer and token would be slower."""
         held = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop]
-        filled = held[..., : self.stop, :]  # (layers, B, 2, kv heads, S, head dim)
-        keys, values = filled[:, :, 0].unbind(), filled[:, :, 1].unbind()
-        if self.contiguous:
-            slots, indices = held[..., self.start : self.stop, :].unbind(), None
-        else:
-            slots, indices = held.unbind(), self.indices(like.device)
-        return [LayerSlots(*views, indices) for views in zip(keys, values, slots, strict=True)]
+        indices = None if self.contiguous else self.indices(like.device)
+        slots = (held[..., self.start : self.stop, :] if self.contiguous else held).unbind()
+        matrices = self._cache.matrices(start, stop)
+        return [LayerSlots(*views, into, indices) for views, into in zip(matrices, slots, strict=True)]
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row and column index, (B, 1) and (B, T), of every token."""
@@ -102,17 +112,23 @@ class SpanWriter:
 
 
 class LayerSlots(NamedTuple):
-    """One layer's part of the cache in one call."""
+    """One layer's part of the cache in one call. It has places behind those that are filled."""
 
-    keys: Tensor  # (B, kv heads, S, head dim), to be read after `write`
-    values: Tensor
-    slots: Tensor  # (B, 2, kv heads, T, head dim), or the whole layer where `indices` say which tokens of it are meant
+    all: Tensor  # (2, B, kv heads, capacity, head dim)
+    keys: Tensor  # (B * kv heads, head dim, capacity), to be read after `write`
+    values: Tensor  # (B * kv heads, capacity, head dim)
+    slots: Tensor  # (2, B, kv heads, T, head dim), or the whole layer where `indices` say which tokens of it are meant
     indices: tuple[Tensor, Tensor] | None
 
+    def filled(self, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at positions before `stop`, each (B, kv heads, S, head dim)."""
+        keys, values = self.all[..., :stop, :].unbind()
+        return keys, values
+
     def write(self, new: Tensor) -> None:
-        """Keys and values (B, 2, kv heads, T, head dim) of the call's tokens."""
+        """Keys and values (2, B, kv heads, T, head dim) of the call's tokens."""
         if self.indices is None:
             self.slots.copy_(new)
         else:
             rows, columns = self.indices
-            self.slots[rows, :, :, columns] = new.permute(0, 3, 1, 2, 4).to(self.slots.dtype)
+            self.slots[:, rows, :, columns] = new.permute(1, 3, 0, 2, 4).to(self.slots.dtype)

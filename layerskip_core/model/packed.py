@@ -5,7 +5,6 @@ from copy import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import EXACT_TOKENS, PackingConfig, Quantization
@@ -14,12 +13,14 @@ from .depth import layer_kinds
 from .linear import Head, KernelLinear, linear
 from .packed_layer import Norm, PackedLayer, Step, Workspace
 from .rope import Rope
+from .vocabulary import DraftVocabulary
 from .weights import Take, Weights
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
 _CHUNK = 256  # tokens of a prompt that run at once: bounds the attention mask and the activations
 _WORKSPACES = 16  # shapes of calls whose buffers are kept
+_PRODUCT_TOKENS = 16  # most tokens a row that attention by two matrix products is for; a prompt's mask would be large
 _EXACT_ROWS = 8  # most rows that an exact call runs at once
 
 
@@ -39,10 +40,14 @@ class PackedModel:
 
     draft: "PackedModel | None" = None  # what drafts where that is not this model itself
     drafts_own_states = True  # whether the hidden states of what drafts are this model's
+    vocabulary: DraftVocabulary | None = None  # the tokens that there is a head for, where it is not all
 
-    def __init__(self, config: Any, take: Take, packing: PackingConfig | None = None) -> None:
+    def __init__(
+        self, config: Any, take: Take, packing: PackingConfig | None = None, token_order: list[int] | None = None
+    ) -> None:
         """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
 
+        `token_order`: token ids, the most frequent first, as `draft_vocab` counts them; None for the tokenizer's order.
         Raises CheckpointError for one that is missing, ConfigError where there is no kernel for what `packing` asks for.
         """
         packing = packing or PackingConfig()
@@ -50,12 +55,14 @@ class PackedModel:
         self.exact = packing.exact
         self._quantize, self._draft_weights = packing.quantize, packing.draft_weights
         self._kinds = layer_kinds(config)
+        self._kinds_once = tuple(dict.fromkeys(self._kinds))
         self._spaces: dict[tuple[int, int], Workspace] = {}
         self._proven: dict[int, int] = {}  # by number of threads
         weights = Weights(take)
         with torch.inference_mode():
             self._embedding = weights.of("model.embed_tokens.weight")
             self._rope = Rope(config, self._embedding)
+            self._ahead = self._embedding.new_empty(0)
             norm, bias = weights.of("model.norm.weight"), weights.get("lm_head.bias")
             head = None if config.tie_word_embeddings else weights.get("lm_head.weight")
             head = self._embedding if head is None else head
@@ -64,7 +71,13 @@ class PackedModel:
                 self.draft = copy(self)
                 self.draft.exact, self.draft._spaces = False, {}
                 bits = packing.draft_weights or packing.quantize
-                self.draft._norm, self.draft._head = _head(norm, head, bias, config, bits, False, packing.draft_vocab)
+                if packing.draft_vocab:
+                    kept = self.draft.vocabulary = DraftVocabulary(len(head), packing.draft_vocab, token_order)
+                    kept_head, kept_bias = kept.rows_of(head), None if bias is None else kept.rows_of(bias)
+                else:
+                    kept_head, kept_bias = head, bias
+                self.draft._norm, self.draft._head = _head(norm, kept_head, kept_bias, config, bits, exact=False)
+                del kept_head, kept_bias
             del head
             self._layers: list[PackedLayer] = []
             drafts: list[PackedLayer] = []
@@ -79,11 +92,11 @@ class PackedModel:
             self.drafts_own_states = not drafts
 
     @classmethod
-    def of(cls, model: nn.Module, packing: PackingConfig | None = None) -> "PackedModel":
+    def of(cls, model: nn.Module, packing: PackingConfig | None = None, token_order: list[int] | None = None) -> "PackedModel":
         """Takes the weights of a transformers model; its own are released, so that it can no longer run."""
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         model.to("meta")
-        return cls(model.config, lambda name: weights.pop(name, None), packing)
+        return cls(model.config, lambda name: weights.pop(name, None), packing, token_order)
 
     @property
     def implementation(self) -> str:
@@ -124,14 +137,16 @@ class PackedModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to hidden states (B, T, D)."""
-        return F.embedding(ids, self._embedding)
+        return torch.embedding(self._embedding, ids)
 
-    @torch.inference_mode()
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache | None = None) -> Tensor:
         """Layers start..stop-1 over hidden states (B, T, D) of the tokens at `positions` (B, T), on the host.
 
         Without a cache the tokens see each other only. Returns the pre-norm hidden states (B, T, D).
         """
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self.run_layers(hidden, start, stop, positions, cache)
         batch, count, _ = hidden.shape
         if start == stop:
             return hidden
@@ -144,7 +159,12 @@ class PackedModel:
         return torch.cat([self._run(part, start, stop, places, cache) for part, places in parts], dim=1)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
+        """Final norm and LM head, shared by every exit: (..., D) to logits (..., V), -inf for what `vocabulary` leaves out."""
+        logits = self.unembed_vocabulary(hidden)
+        return logits if self.vocabulary is None else self.vocabulary.spread(logits, -math.inf)
+
+    def unembed_vocabulary(self, hidden: Tensor) -> Tensor:
+        """(..., D) to logits (..., N) of the `vocabulary` alone."""
         *shape, size = hidden.shape
         rows = hidden.reshape(-1, size)
         if self.exact and 1 < len(rows) <= EXACT_TOKENS:
@@ -159,9 +179,9 @@ class PackedModel:
     def _run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache) -> Tensor:
         batch, count, size = hidden.shape
         writer = cache.writer(positions)
-        step = self._step(writer, positions)
         space = self._workspace(batch, count)
         slots = writer.layers(start, stop, self._layers[0].kv_heads, self._layers[0].head_dim, hidden)
+        step = self._step(writer, positions, slots[0].values.shape[1])
         rows = hidden.reshape(batch * count, size).clone()
         for layer, kind, held in zip(self._layers[start:stop], self._kinds[start:stop], slots, strict=True):
             layer.run_(rows, step, kind, held, space)
@@ -189,13 +209,18 @@ class PackedModel:
         logits = [self._logits(rows[0]) for rows in alone]
         return torch.equal(together, torch.cat(alone, dim=1)) and torch.equal(self._logits(together[0]), torch.cat(logits))
 
-    def _step(self, writer: SpanWriter, positions: Tensor) -> Step:
+    def _step(self, writer: SpanWriter, positions: Tensor, capacity: int) -> Step:
         places = positions.to(self.device, non_blocking=True)
-        rope = self._rope.at(writer, places, self._layers[0].groups)
-        kinds = dict.fromkeys(self._kinds)
-        if self.exact and positions.shape[1] <= EXACT_TOKENS and len(positions) == 1:
-            return Step(rope, {}, {kind: self._spans(kind, positions[0].tolist()) for kind in kinds})
-        return Step(rope, {kind: self._mask(kind, writer, places) for kind in kinds}, None)
+        rope, still = self._rope.at(writer, places), self._rope.still
+        batch, count = positions.shape
+        kinds = self._kinds_once
+        if self.exact and batch == 1 and count <= EXACT_TOKENS:
+            spans = {kind: self._spans(kind, positions[0].tolist()) for kind in kinds}
+            return Step(rope, still, dict.fromkeys(kinds), spans, writer.stop)
+        by_products = count <= _PRODUCT_TOKENS and self.device.type == "cpu"
+        keys = capacity if by_products else writer.stop
+        masks = {kind: self._mask(kind, writer, places, keys, by_products) for kind in kinds}
+        return Step(rope, still, masks, None, None if by_products else writer.stop)
 
     def _spans(self, kind: str, places: list[int]) -> list[tuple[int, int]]:
         window = self._window(kind)
@@ -215,42 +240,34 @@ class PackedModel:
                 self._spaces[batch, count] = space
         return space
 
-    def _mask(self, kind: str, writer: SpanWriter, places: Tensor) -> Tensor | None:
-        """What is added to the scores, (B or 1, 1, T*G, S); None where every key of the filled part may be seen."""
+    def _mask(self, kind: str, writer: SpanWriter, places: Tensor, keys: int, always: bool) -> Tensor | None:
+        """What is added to the scores of `keys` places, (B or 1, 1, T, 1, S) or, for one token, (S,).
+
+        None where each of them may be seen, unless there is to be a mask `always`.
+        """
         window = self._window(kind)
         if writer.contiguous and places.shape[1] == 1 and (window is None or writer.stop <= window):
-            return None
-        queries = (places[:1] if writer.contiguous else places)[:, None, :, None]
-        keys = torch.arange(writer.stop, device=places.device)
-        hidden = keys > queries
+            return self._mask_behind(writer.stop, keys) if always else None
+        queries = (places[:1] if writer.contiguous else places)[:, None, :, None, None]
+        order = torch.arange(keys, device=places.device)
+        hidden = order > queries
         if window is not None:
-            hidden |= keys <= queries - window
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=places.device).masked_fill_(hidden, -math.inf)
-        return mask.repeat_interleave(self._layers[0].groups, dim=2)
+            hidden |= order <= queries - window
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=places.device).masked_fill_(hidden, -math.inf)
+
+    def _mask_behind(self, stop: int, keys: int) -> Tensor:
+        """A part of zeros that infinities follow: nothing is made for one token."""
+        half = len(self._ahead) // 2
+        if half < keys:
+            half = 2 * keys
+            self._ahead = self._embedding.new_zeros(2 * half)
+            self._ahead[half:] = -math.inf
+        return self._ahead[half - stop : half - stop + keys]
 
 
 def _head(
-    norm: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    config: Any,
-    quantization: Quantization | None,
-    exact: bool,
-    vocabulary: int = 0,
+    norm: Tensor, weight: Tensor, bias: Tensor | None, config: Any, quantization: Quantization | None, exact: bool
 ) -> tuple[Norm, Head]:
-    """Final norm and head; with a `vocabulary`, only its first so many rows."""
-    kept = min(vocabulary or len(weight), len(weight))
+    """Final norm and head."""
     packed_norm = Norm(norm, config, folds=quantization is None)
-    rows = packed_norm.folded_into(weight[:kept])
-    layer = linear(rows, None if bias is None else bias[:kept], quantization, exact)
-    return packed_norm, layer if kept == len(weight) else _PaddedHead(layer, len(weight) - kept)
-
-
-class _PaddedHead:
-    """Gives the tokens that `head` leaves out no chance."""
-
-    def __init__(self, head: Head, left_out: int) -> None:
-        self._head, self._padding = head, (0, left_out)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return F.pad(self._head(rows), self._padding, value=-math.inf)
+    return packed_norm, linear(packed_norm.folded_into(weight), bias, quantization, exact)

@@ -10,26 +10,34 @@ from .weights import head_dim
 
 
 class Rope:
-    """Rotations by position as complex numbers; the table grows with the text."""
+    """Rotations by position as complex numbers, for a key head's slots: its G queries, the key and the value.
+
+    The queries' have the length that attention scales scores by, those of values are 1. The table grows with the text.
+    """
 
     def __init__(self, config: Any, like: Tensor) -> None:
         self._frequencies, self._scaling = _rope_frequencies(config)
         self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        self._table = self._angles(0)  # (positions, 2, 1, half a head): the rotation, and 1 for what does not rotate
+        groups = config.num_attention_heads // config.num_key_value_heads
+        self._lengths = self._like.new_tensor([head_dim(config) ** -0.5] * groups + [1.0])[:, None]
+        self.still = self._slots(torch.ones_like(self._angles(1)))  # (T = 1, 1, G+2, half a head), of layers without rope
+        self._table = self._slots(self._angles(0))
 
-    def at(self, writer: SpanWriter, places: Tensor, groups: int) -> Tensor:
-        """(B or 1, T, G+2, 1, half a head); 1 for rows that stand at the same positions."""
+    def at(self, writer: SpanWriter, places: Tensor) -> Tensor:
+        """(B, T, 1, G+2, half a head), without B for rows that stand at the same positions."""
         if len(self._table) < writer.stop:
-            self._table = self._angles(2 * writer.stop)
-        rotations = self._table[None, writer.start : writer.stop] if writer.contiguous else self._table[places]
-        one, kept = rotations[:, :, :1], rotations[:, :, 1:]
-        return torch.cat([one.expand(-1, -1, groups + 1, -1, -1), kept], dim=2)
+            self._table = self._slots(self._angles(2 * writer.stop))
+        return self._table[writer.start : writer.stop] if writer.contiguous else self._table[places]
 
     def _angles(self, count: int) -> Tensor:
+        """(positions, half a head)."""
         angles = torch.outer(torch.arange(count, dtype=torch.float32), self._frequencies)
         cos, sin = ((part * self._scaling).to(self._like) for part in (angles.cos(), angles.sin()))
-        rotation = torch.complex(cos, sin)
-        return torch.stack([rotation, torch.ones_like(rotation)], dim=1)[:, :, None]
+        return torch.complex(cos, sin)
+
+    def _slots(self, rotations: Tensor) -> Tensor:
+        rotating = rotations[:, None, None] * self._lengths
+        return torch.cat([rotating, torch.ones_like(rotating[:, :, :1])], dim=2)
 
 
 def _rope_frequencies(config: Any) -> tuple[Tensor, float]:

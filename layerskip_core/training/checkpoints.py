@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..saving import synchronise
 
 _SEAL = "complete.json"
 _PREFIX = "checkpoint-"
@@ -45,7 +46,7 @@ def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> Path:
     target = folder / written.name
     shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
     os.replace(written, target)
-    _synchronise(folder)
+    synchronise(folder)
     for old in _newest_first(folder)[_KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -88,8 +89,8 @@ def _seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     seal = checkpoint / _SEAL
     seal.write_text(json.dumps({"files": files, "settings": settings}, indent=2), encoding="utf-8")
     for file in checkpoint.iterdir():
-        _synchronise(file)
-    _synchronise(checkpoint)
+        synchronise(file)
+    synchronise(checkpoint)
 
 
 def _fault(checkpoint: Path) -> str | None:
@@ -112,15 +113,6 @@ def _fault(checkpoint: Path) -> str | None:
 def _digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _synchronise(path: Path) -> None:
-    """Has the system write a file or a folder's entries to disk: a rename may otherwise outlive its content in a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..checkpoint import LoadedModel
-from ..config import FinetuneConfig
+from ..config import FinetuneConfig, RecipeConfig
 from ..encoding import EncodedData
 from .curriculum import mean_exits, rotation_of
 from .dropout import dropout_rates, time_scale
@@ -76,7 +76,7 @@ def make_plan(
         num_layers=depth.num_layers,
         rotation=rotation_of(recipe, depth.num_layers, depth.vocab_size) if rotational else None,
         exits_per_step=exits,
-        cost=_cost(loaded, recipe.p_max, steps, config.regime == "scratch", exits, data),
+        cost=_cost(loaded, recipe, steps, config.regime == "scratch", exits, data),
         memory_mb=_memory_mb(loaded, config, data),
         device=device,
         dtype="bf16 autocast" if autocast else "fp32",
@@ -109,25 +109,34 @@ def _steps(config: FinetuneConfig, rows: int) -> int:
     return max(1, math.ceil(rows / rows_per_step(config) * config.epochs))
 
 
-def _cost(loaded: LoadedModel, p_max: float, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
+def _cost(loaded: LoadedModel, recipe: RecipeConfig, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
     """Multiply-adds of a step over those of one without the recipe: dropout saves layers, every exit adds a head.
 
-    Training from scratch is judged by the dropout in the middle of its schedule.
+    Distillation adds to each early exit the last layer's head once more, forward only: a third. Training from scratch is judged
+    by the dropout in the middle of its schedule.
     """
     depth = loaded.depth
     layers = float(sum(parameter.numel() for parameter in depth.layers.parameters()))
     head = float(depth.hidden_size * depth.vocab_size) * data.target_tokens / data.tokens
-    scale = time_scale(steps // 2, steps, from_scratch) if p_max else 1.0
-    rates = dropout_rates(p_max, depth.num_layers, scale)
+    scale = time_scale(steps // 2, steps, from_scratch) if recipe.p_max else 1.0
+    rates = dropout_rates(recipe.p_max, depth.num_layers, scale)
     kept = 1 - sum(rates) / len(rates)
-    return (layers * kept + head * exits) / (layers + head)
+    heads = exits + (exits - 1) / 3 * (recipe.distill > 0)
+    return (layers * kept + head * heads) / (layers + head)
 
 
 def _memory_mb(loaded: LoadedModel, config: FinetuneConfig, data: EncodedData) -> float:
-    """Weights, gradients and two moments in fp32, and the activations of one batch of the longest rows: an estimate."""
+    """Weights, gradients and two moments in fp32, and the activations of one batch of the longest rows: an estimate.
+
+    Of LoRA only the weights count, for its own are few; with gradient checkpointing one layer's activations and every layer's
+    input.
+    """
     depth = loaded.depth
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    state = (4 if config.lora_rank else 16) * parameters
     inner: int = getattr(depth.config, "intermediate_size", 4 * depth.hidden_size)
-    activations = config.batch_size * data.longest * depth.num_layers * (14 * depth.hidden_size + 4 * inner)
-    logits = min(config.batch_size * data.longest * depth.vocab_size, 1 << 24) * 3
-    return float((16 * parameters + 4 * (activations + logits)) / 2**20)
+    layer = 14 * depth.hidden_size + 4 * inner
+    layers = depth.num_layers * depth.hidden_size + layer if config.gradient_checkpointing else depth.num_layers * layer
+    tokens = config.batch_size * data.longest
+    logits = min(tokens * depth.vocab_size, 1 << 24) * 3
+    return float((state + 4 * (tokens * layers + logits)) / 2**20)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -35,7 +34,7 @@ from .plan import COMMANDS_STEPS, TrainingPlan, make_plan, rows_per_step, run_se
 from .presets import learning_rate, recipe_preset, sequence_length
 from .progress import LossHistory, StepReport
 from .trainer import RecipeTrainer, make_trainer
-from .vocabulary import train_tokenizer
+from .vocabulary import TOKEN_ORDER_FILE, token_order, token_order_json, train_tokenizer
 
 
 @dataclass
@@ -66,6 +65,9 @@ class FinetuneJob:
         scratch = config.regime == "scratch"
         model = _with_lora(self.loaded.model, config) if config.lora_rank else self.loaded.model
         module = RecipeModule(model, config.recipe, config.seed, scratch, config.gradient_checkpointing)
+        order = token_order(
+            self.data, module.depth.vocab_size
+        )  # now: a stream that cannot be read must not cost a trained model
         with Interruption() as interruption:
             trainer = make_trainer(
                 module,
@@ -83,7 +85,11 @@ class FinetuneJob:
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
             info = CheckpointInfo(prompt_template=self.template, details=self._details(trainer.history))
             if trainer.is_world_process_zero():
-                files = {"losses.jsonl": trainer.history.to_jsonl().encode(), "losses.png": loss_plot(trainer.history)}
+                files = {
+                    "losses.jsonl": trainer.history.to_jsonl().encode(),
+                    "losses.png": loss_plot(trainer.history),
+                    TOKEN_ORDER_FILE: token_order_json(order),
+                }
                 save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype, files)
         return info
 
@@ -92,10 +98,7 @@ class FinetuneJob:
         folder = checkpoints_folder(self.config.output)
         if trainer.is_world_process_zero():
             # What an earlier run left there must never be what a later --resume finds.
-            if self.resume is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                discard_after(folder, self.resume.step)
+            discard_after(folder, 0 if self.resume is None else self.resume.step)
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume.folder))
         step = trainer.state.global_step
         if step < self.plan.steps:
@@ -125,7 +128,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     refuse_overwrite(config.output, config.overwrite)
     resume = _resume_point(config)
     device = pick_device(config.device)
-    _refuse_sharding(device)
+    _require_device(device)
     loaded, rows = _model_and_rows(config)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     config = _resolved(config, parameters, loaded.depth.max_positions)
@@ -140,7 +143,13 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     return FinetuneJob(config, loaded, data, held_out, encoder.template, plan, save_dtype, autocast, resume)
 
 
-def _refuse_sharding(device: torch.device) -> None:
+def _require_device(device: torch.device) -> None:
+    """Raises ConfigError for what Trainer would silently do otherwise."""
+    if device.index:
+        raise ConfigError(
+            f"--device {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
+            "environment and give --device cuda"
+        )
     if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise ConfigError(
             "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got --device cpu, where accelerate would run DDP without a word; start it "

@@ -36,6 +36,8 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
     that is not finite or explodes raises TrainingError.
     """
 
+    control: Any
+
     def __init__(
         self,
         module: RecipeModule,
@@ -64,7 +66,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         if isinstance(self.train_dataset, IterableDataset):
             return None
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return RunOrder(self.train_dataset["length"], rows_per_step, self.args.max_steps, self.args.seed)
+        return RunOrder(self.train_dataset["length"][:], rows_per_step, self.args.max_steps, self.args.seed)
 
     def compute_loss(
         self,
@@ -133,6 +135,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         self.history.validate(losses)
         metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()} | {"eval_loss": per_exit[-1] / targets}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.started = time.perf_counter()  # the next step's speed is its own
         return metrics
 
@@ -241,6 +244,7 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.started = time.perf_counter()
+        state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         self._learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
@@ -293,9 +297,11 @@ def make_trainer(
         accelerator_config={"dispatch_batches": False},  # of a stream each rank reads its share: rows differ in length
         logging_strategy="steps" if config.report_to else "no",
         logging_steps=1,
-        report_to=[name for name in config.report_to.split(",") if name],
+        report_to=[name.strip() for name in config.report_to.split(",") if name.strip()],
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else torch's DataParallel, which knows nothing of the order; torchrun starts a process for each
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         return RecipeTrainer(

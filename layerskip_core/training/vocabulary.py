@@ -1,10 +1,16 @@
-"""A byte-level BPE tokenizer trained on the data: for models trained from scratch."""
+"""The data's vocabulary: a tokenizer trained on it, and which of its tokens are frequent."""
 
+import itertools
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..data import Conversation, Row
+from ..encoding import EncodedData
 
+TOKEN_ORDER_FILE = "token_order.json"
+_COUNTED = 50_000  # rows, evenly spread; of a stream the first
 _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 
 
@@ -32,3 +38,19 @@ def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
     tokenizer.train_from_iterator(texts(), trainer)
     pad, bos, eos = _SPECIAL
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos)
+
+
+def token_order(data: EncodedData, vocab_size: int) -> list[int]:
+    """All token ids 0..V-1, the training rows' most frequent targets first; those never seen follow in their order."""
+    rows = data.rows
+    if not data.streamed:
+        rows = rows.select_columns("labels").select(range(0, len(rows), -(-len(rows) // _COUNTED)))
+    counts: Counter[int] = Counter()
+    for row in itertools.islice(rows, _COUNTED):
+        counts.update(row["labels"])  # IGNORED among them, which is no token
+    return sorted(range(vocab_size), key=lambda token: -counts[token])
+
+
+def token_order_json(order: list[int]) -> bytes:
+    """What TOKEN_ORDER_FILE holds beside a model; `--draft-vocab N` drafts among its first N tokens."""
+    return json.dumps({"token_order": order}, separators=(",", ":")).encode()

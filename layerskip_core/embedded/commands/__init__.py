@@ -23,9 +23,14 @@ SPLITS = ("train", "validation", "test", "compositional")
 _BUCKETS = 10  # of ten hash buckets, 0 is test, 1 is validation, the others are training
 _MAX_TRIES = 4000
 _COINED = 0.25  # of the words of `coined` rules in training are made up
-_ONSETS = "b c d f g h j k l m n p r s t v w x y z bl br ch cl cr dr fl gl gr ph pl pr qu sh sk sl st th tr wh".split() + [""]
-_VOWELS = "a e i o u y ai au ea ee ei ia ie io oa oo ou ue".split()
-_CODAS = ["", "", "", "", *"b ck d g l ll m n nd ng nt ph r rd rt s sh ss st t th x z tz".split()]
+_ONSETS, _VOWELS, _CODAS = (
+    tuple(letters.replace("-", "") for letters in line.split())
+    for line in (
+        "b c d f g h j k l m n p r s t v w x y z bl br ch cl cr dr fl gl gr ph pl pr qu sh sk sl st th tr wh -",
+        "a e i o u y ai au ea ee ei ia ie io oa oo ou ue",
+        "- - - - b ck d g l ll m n nd ng nt ph r rd rt s sh ss st t th x z tz",
+    )
+)
 _REFERENCE = re.compile(r"\{([a-z_]+)\}")
 _PIECE = re.compile(r"\(([^()]*)\)|\{([a-z_]+)\}|(\S+)")
 

@@ -1,0 +1,31 @@
+"""`layerskip import`: any model that can be loaded, as a plain transformers checkpoint."""
+
+from typing import Annotated
+
+import typer
+
+from layerskip_core.config import DTYPES, require_choice
+
+from .console import narrate
+from .evaluation import RemoteCode
+
+
+def import_model(
+    model: Annotated[
+        str, typer.Argument(help="A .gguf file, an adapter's folder, a hub id, a folder or an embedded name.")
+    ] = "embedded",
+    output: Annotated[str, typer.Option("--output", help="Folder for the checkpoint.")] = "imported-model",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights written: fp32, bf16, or auto: as stored.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.
+
+    Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
+    """
+    require_choice(dtype, "--dtype", DTYPES)
+    from layerskip_core.saving import import_checkpoint, refuse_overwrite
+
+    refuse_overwrite(output, overwrite)
+    written = import_checkpoint(model, output, dtype, trust_remote_code)
+    narrate(f"wrote {model} to {output} in {str(written).removeprefix('torch.')}")
