@@ -55,6 +55,16 @@ def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
     assert (found - weight).abs().max() > allowed.min() / 8  # it is not the weight itself
 
 
+def test_many_rows_give_what_each_gives_alone():
+    """A prompt's rows take another kernel than a few: its sums are rounded to bf16 once more."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Int8Linear(torch.randn(70, 64, generator=generator), torch.linspace(-1, 1, 70))
+    rows = torch.randn(40, 64, generator=generator)
+    alone = torch.cat([layer(row[None]) for row in rows])
+    torch.testing.assert_close(layer(rows), alone, atol=2**-7, rtol=2**-6)
+    assert not torch.equal(layer(rows), alone)
+
+
 def test_a_group_of_16_levels_comes_out_unchanged():
     weight = (torch.arange(32 * 64).view(32, 64) * 7 % 16).float() / 16
     weight[:, ::32], weight[:, 1::32] = 0, 15 / 16
