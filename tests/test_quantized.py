@@ -1,5 +1,7 @@
 """Low-bit weights, low-bit and trimmed drafts, and exact decoding, on tiny random packed models."""
 
+import json
+import shutil
 from functools import cache
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerskip_core.checkpoint import load_checkpoint
 from layerskip_core.config import DecodingConfig, PackingConfig, SamplingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
@@ -53,6 +56,16 @@ def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
     allowed = (spread / (levels - 1) / 2 + 3 * largest * 2**-8 + (0 if offset is None else 2**-8)).expand_as(groups)
     assert ((found - weight).view_as(groups).abs() <= allowed).all()
     assert (found - weight).abs().max() > allowed.min() / 8  # it is not the weight itself
+
+
+def test_many_rows_give_what_each_gives_alone():
+    """A prompt's rows take another kernel than a few: its sums are rounded to bf16 once more."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Int8Linear(torch.randn(70, 64, generator=generator), torch.linspace(-1, 1, 70))
+    rows = torch.randn(40, 64, generator=generator)
+    alone = torch.cat([layer(row[None]) for row in rows])
+    torch.testing.assert_close(layer(rows), alone, atol=2**-7, rtol=2**-6)
+    assert not torch.equal(layer(rows), alone)
 
 
 def test_a_group_of_16_levels_comes_out_unchanged():
@@ -249,6 +262,23 @@ def test_long_drafts_are_refused_where_they_would_not_be_exact():
 
 
 # --- on the command line -----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_s_token_order_is_what_draft_vocab_counts(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "ordered")
+    (folder / "token_order.json").write_text("[299, 7, 30]")
+    ids = torch.tensor([[1, 2]])
+    config = json.loads((folder / "config.json").read_text())
+    for version in ("5.0", "4.0"):  # read without transformers, and by it
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_version": version}))
+        depth = load_checkpoint(str(folder), "cpu", "fp32", implementation="auto", packing=PackingConfig(draft_vocab=2)).depth
+        with torch.inference_mode():
+            logits = depth.draft.unembed(depth.embed(ids))
+        assert (logits > -torch.inf).nonzero()[:, -1].unique().tolist() == [7, 299]
+    (folder / "token_order.json").write_text("[300]")
+    refused = run("generate", "x", "--model", str(folder), "--draft-vocab", "2")
+    assert refused.code == 1 and "token_order.json must be a list of distinct token ids below 300" in refused.err
+    assert run("generate", "x", "--model", str(folder), "--max-new-tokens", "2").code == 0
 
 
 def test_flags_of_the_weights(tmp_path, checkpoint):
