@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .console import narrate, progress_bar
+from .console import narrate, progress_bar, use_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,7 +78,9 @@ def load(config: "BenchConfig | SweepConfig", trust_remote_code: bool) -> "tuple
     rows = load_task(config.task)
     for note in rows.notes:
         narrate(note)
-    return load_checkpoint(config.model, config.device, config.dtype, trust_remote_code, "auto", config.packing), rows
+    loaded = load_checkpoint(config.model, config.device, config.dtype, trust_remote_code, "auto", config.packing)
+    use_threads(config.threads, loaded)
+    return loaded, rows
 
 
 def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result]":

@@ -85,6 +85,7 @@ def generate(
     from layerskip_core.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", weights)
+    use_threads(threads, loaded)
     best_exit, best_spec = loaded.recommended()
     chosen_exit = best_exit if exit_layer is None else exit_layer
     if strategy != "autoregressive":

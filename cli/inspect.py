@@ -54,6 +54,7 @@ def inspect(
     from layerskip_core.evaluation.report import write_files
 
     loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
+    use_threads(threads, loaded)
     count = loaded.depth.num_layers
     console = Console(highlight=False)
     shown = wanted or _spread(count, _room(console))

@@ -1,4 +1,8 @@
-"""Progress for people: what is left of a resumed run is judged by its own speed."""
+"""Progress for people, where what is left of a resumed run is judged by its own speed; CPU threads."""
+
+from types import SimpleNamespace
+
+import torch
 
 from cli import console
 
@@ -11,3 +15,24 @@ def test_time_left_counts_from_where_a_run_began(monkeypatch, capsys):
         update(811, "b")  # 11 steps in 11 s, 29 to go
         update(821, "c")
     assert capsys.readouterr().err.splitlines() == ["training 811/840 b 29 s left", "training 821/840 c 19 s left"]
+
+
+def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
+    def loaded(width, device="cpu"):
+        return SimpleNamespace(depth=SimpleNamespace(hidden_size=width, device=torch.device(device)))
+
+    before = torch.get_num_threads()
+    try:
+        for threads, model, expected in [
+            (0, None, 3),
+            (0, loaded(576), 3),
+            (0, loaded(160, "meta"), 3),
+            (0, loaded(160), 1),
+            (2, loaded(160), 2),
+            (2, None, 2),
+        ]:
+            torch.set_num_threads(3)
+            console.use_threads(threads, model)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
