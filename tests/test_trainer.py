@@ -343,7 +343,7 @@ def test_the_losses_stand_beside_the_model(settings, tmp_path):
 def test_the_order_of_its_tokens_stands_beside_the_model(settings, tmp_path):
     job = prepare(settings(steps=1))
     job.run(lambda report: None)
-    order = json.loads((tmp_path / "out" / "token_order.json").read_text())["token_order"]
+    order = json.loads((tmp_path / "out" / "token_order.json").read_text())
     assert sorted(order) == list(range(300))
     targets = [token for row in job.data.rows for token in row["labels"]]
     assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)

@@ -52,5 +52,5 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 def token_order_json(order: list[int]) -> bytes:
-    """What TOKEN_ORDER_FILE holds beside a model; `--draft-vocab N` drafts among its first N tokens."""
-    return json.dumps({"token_order": order}, separators=(",", ":")).encode()
+    """What TOKEN_ORDER_FILE holds beside a model: a JSON list; `--draft-vocab N` drafts among its first N tokens."""
+    return json.dumps(order, separators=(",", ":")).encode()
