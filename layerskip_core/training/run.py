@@ -25,6 +25,7 @@ from ..config import DataConfig, FinetuneConfig
 from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
 from ..encoding import EncodedData, Encoder, encode_rows, encode_stream
 from ..errors import ConfigError, TrainingInterrupted
+from ..model.vocabulary import ORDER_FILE
 from ..saving import refuse_overwrite, save_checkpoint
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, has_checkpoints, last_checkpoint, newest_whole
 from .interruption import Interruption
@@ -34,7 +35,7 @@ from .plan import COMMANDS_STEPS, TrainingPlan, make_plan, rows_per_step, run_se
 from .presets import learning_rate, recipe_preset, sequence_length
 from .progress import LossHistory, StepReport
 from .trainer import RecipeTrainer, make_trainer
-from .vocabulary import TOKEN_ORDER_FILE, token_order, token_order_json, train_tokenizer
+from .vocabulary import token_order, token_order_json, train_tokenizer
 
 
 @dataclass
@@ -88,7 +89,7 @@ class FinetuneJob:
                 files = {
                     "losses.jsonl": trainer.history.to_jsonl().encode(),
                     "losses.png": loss_plot(trainer.history),
-                    TOKEN_ORDER_FILE: token_order_json(order),
+                    ORDER_FILE: token_order_json(order),
                 }
                 save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype, files)
         return info

@@ -9,7 +9,6 @@ from typing import Any
 from ..data import Conversation, Row
 from ..encoding import EncodedData
 
-TOKEN_ORDER_FILE = "token_order.json"
 _COUNTED = 50_000  # rows, evenly spread; of a stream the first
 _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 
@@ -52,5 +51,5 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 def token_order_json(order: list[int]) -> bytes:
-    """What TOKEN_ORDER_FILE holds beside a model: a JSON list; `--draft-vocab N` drafts among its first N tokens."""
+    """What ORDER_FILE holds beside a model: a JSON list; `--draft-vocab N` drafts among its first N tokens."""
     return json.dumps(order, separators=(",", ":")).encode()
