@@ -29,6 +29,7 @@ def write_gguf(folder, path):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
     writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(loaded.tokenizer.bos_token_id)
     writer.add_eos_token_id(loaded.tokenizer.eos_token_id)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in loaded.model.state_dict().items():

@@ -13,6 +13,7 @@ from transformers.integrations import integration_utils
 from layerskip_core.checkpoint import load_checkpoint
 from layerskip_core.config import DataConfig, RecipeConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
+from layerskip_core.model.vocabulary import token_order
 from layerskip_core.training import module, run, trainer
 from layerskip_core.training.dropout import kept_rows
 from layerskip_core.training.loss_plot import _thinned
@@ -343,8 +344,8 @@ def test_the_losses_stand_beside_the_model(settings, tmp_path):
 def test_the_order_of_its_tokens_stands_beside_the_model(settings, tmp_path):
     job = prepare(settings(steps=1))
     job.run(lambda report: None)
-    order = json.loads((tmp_path / "out" / "token_order.json").read_text())
-    assert sorted(order) == list(range(300))
+    order = token_order(tmp_path / "out", 300)  # as `--draft-vocab` reads it
+    assert order is not None and sorted(order) == list(range(300))
     targets = [token for row in job.data.rows for token in row["labels"]]
     assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)
 
