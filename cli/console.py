@@ -24,7 +24,7 @@ Quantize = Annotated[str | None, typer.Option("--quantize", help="int8 or int4 w
 DraftWeights = Annotated[
     str | None, typer.Option("--draft-weights", help="Draft with int8 or int4 copies of the weights; the target keeps its own.")
 ]
-DraftVocab = Annotated[int, typer.Option("--draft-vocab", help="Draft only the vocabulary's first so many tokens; 0 is all.")]
+DraftVocab = Annotated[int, typer.Option("--draft-vocab", help="Draft only among the N most frequent tokens; 0 is all.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Output bit for bit that of plain decoding, in any precision; slower.")]
 
 _SMALL_WIDTH = 256  # of the hidden states
