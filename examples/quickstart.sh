@@ -2,7 +2,7 @@
 # Sets up an environment, then the main job on the embedded default: convert, sweep, generate. No network after the installation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. examples/environment.sh
+. examples/environment.sh '' # no extras: sourced without it, it would take this script's arguments
 model=${1:-layerskip-model}
 
 echo "1/3 finetune: the recipe on the embedded base model" >&2
