@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 model=${1:-layerskip-model}
 
 echo "1/3 finetune: the recipe on the embedded base model" >&2
-layerskip finetune --pmax 0.2 --output "$model" --overwrite
+layerskip finetune --pmax 0.1 --escale 0.3 --exit-weights uniform --rotation 4 --lr 1.5e-3 --output "$model" --overwrite
 echo "2/3 sweep-exits: where to exit, and how far to draft" >&2
 layerskip sweep-exits --model "$model" --save
 echo "3/3 generate: with the setting that the sweep recommends" >&2
