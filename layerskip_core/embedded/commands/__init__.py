@@ -149,35 +149,37 @@ class Grammar:
             return CommandRow(domain, " ".join(words), " ".join(parse.split()))
         raise ValueError(f"no row of split {split} in {_MAX_TRIES} tries")
 
-    def _closed(self, alternative: Alternative, split: str, rng: random.Random, out: _Derivation) -> None:
-        """Expands everything but open rules, which stay as `{name}`."""
+    def _closed(
+        self, alternative: Alternative, split: str, rng: random.Random, out: _Derivation, in_value: bool = False
+    ) -> None:
+        """Expands everything but open rules, which stay as `{name}`; in an open value, words may be made up."""
         out.compositional |= alternative.compositional
         for piece in alternative.pieces:
             if isinstance(piece, Choice):
                 options = piece.alternatives
-            elif self._coins(piece, split, rng):
-                out.tokens.append(_coined_word(rng))
-                continue
             elif piece.startswith("{") and not self.rules[piece[1:-1]].open:
+                if in_value and self._coins(piece[1:-1], split, rng):
+                    out.tokens.append(_coined_word(rng))
+                    continue
                 options = tuple(
                     a for a in self.rules[piece[1:-1]].alternatives if split == "compositional" or not a.compositional
                 )
             else:
                 out.tokens.append(piece)
                 continue
-            self._closed(options[_below(rng, len(options))], split, rng, out)
+            self._closed(options[_below(rng, len(options))], split, rng, out, in_value)
 
     def _open(self, name: str, split: str, rng: random.Random) -> str:
         """A value of an open rule whose surface string, and that of every open value in it, is on this side."""
         side = "test" if split == "compositional" else split
         rule = self.rules[name]
         for _ in range(_MAX_TRIES):
-            if self._coins(f"{{{name}}}", split, rng):
+            if self._coins(name, split, rng):
                 if _side(word := _coined_word(rng)) == side:
                     return word
                 continue
             derivation = _Derivation()
-            self._closed(rule.alternatives[_below(rng, len(rule.alternatives))], split, rng, derivation)
+            self._closed(rule.alternatives[_below(rng, len(rule.alternatives))], split, rng, derivation, in_value=True)
             references = [token for token in derivation.tokens if token.startswith("{")]
             if references == derivation.tokens and len(references) == 1:
                 return self._open(references[0][1:-1], split, rng)
@@ -188,10 +190,12 @@ class Grammar:
                 return value
         raise ValueError(f"rule {name} has no value on the {side} side: give it more alternatives")
 
-    def _coins(self, piece: str, split: str, rng: random.Random) -> bool:
-        """Whether a made-up word takes the place of this reference: sometimes, for `coined` rules, in training alone."""
-        coined = split == "train" and piece.startswith("{") and self.rules[piece[1:-1]].coined
-        return coined and rng.random() < _COINED
+    def _coins(self, name: str, split: str, rng: random.Random) -> bool:
+        """Whether a made-up word takes this rule's place: sometimes, for `coined` ones, in values of training rows alone.
+
+        In a phrasing it would change the hash that keeps the splits apart, and let phrasings of the test side in.
+        """
+        return split == "train" and self.rules[name].coined and rng.random() < _COINED
 
 
 def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
