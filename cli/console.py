@@ -33,7 +33,7 @@ _PLAIN_SECONDS = 10.0  # between two plain lines
 
 @cache
 def stderr_console() -> Console:
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)
 
 
 def narrate(text: str) -> None:

@@ -136,7 +136,7 @@ def narrate_failures(record: "RunRecord[Result]") -> None:
 
 def _print_table(table: "TextTable") -> None:
     """As wide as the terminal at most: columns for which there is no room follow in a table of their own."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     for places in table.column_blocks(console.width):
         grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
         for place in places:

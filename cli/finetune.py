@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config import REGIMES, DataConfig, DType, FinetuneConfig, Regime, require_choice
+from layerskip_core.config import REGIMES, DataConfig, DType, FinetuneConfig, Regime, parse_counts, require_choice
 from layerskip_core.errors import TrainingInterrupted
 
 from .config_file import read_config
@@ -25,6 +25,7 @@ def finetune(
     exit_weights: Annotated[str, typer.Option(help="How exits weigh: paper, linear, sqrt or uniform.")] = "paper",
     curriculum: Annotated[str | None, typer.Option(help="rotational, gradual, all or none. [default: the regime's]")] = None,
     rotation: Annotated[int | None, typer.Option(help="R: each exit is trained once every R steps.")] = None,
+    exits: Annotated[str | None, typer.Option(help="Exits to train, 3,6,8 or A:B:STEP. [default: every layer]")] = None,
     distill: Annotated[float, typer.Option(help="Share of KL to the last layer in the exits' loss, 0 to 1.")] = 0.0,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate. [default: by regime and model size]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs. [default: 300 on commands]")] = None,
@@ -83,6 +84,7 @@ def finetune(
         "exit_weights": exit_weights,
         "curriculum": curriculum,
         "rotation": rotation,
+        "exits": parse_counts(exits, "--exits") if exits is not None else None,
         "distill": distill,
     }
     settings = FinetuneConfig(

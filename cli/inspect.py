@@ -56,7 +56,7 @@ def inspect(
     loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
     use_threads(threads, loaded)
     count = loaded.depth.num_layers
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     shown = wanted or _spread(count, _room(console))
     require(shown[0] >= 1 and shown[-1] <= count, "--layers", f"in 1..{count}", ",".join(map(str, shown)))
     found = run_inspect(loaded, _prompt(prompt), max_new_tokens, raw)

@@ -19,6 +19,7 @@ def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
         f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"
+        f"{' over ' + ','.join(map(str, recipe.exits)) if recipe.exits else ''}"
         f"{f' R={plan.rotation}' if plan.rotation else ''}, {plan.exits_per_step:.1f} exits a step; "
         f"a step costs {plan.cost:.2f}x one without the recipe" + "".join(f"\n{note}" for note in plan.notes)
     )

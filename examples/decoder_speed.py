@@ -31,6 +31,7 @@ from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.sampling import most_probable
 from layerskip_core.evaluation.record import environment
 from layerskip_core.model.linear import prepacks
+from layerskip_core.model.weights import head_dim
 
 REPEATS = 5
 
@@ -80,7 +81,7 @@ def decoded(loaded: LoadedModel, prompts: list[list[int]], config: DecodingConfi
 def weight_bytes(loaded: LoadedModel) -> float:
     """Bytes of weights that a step reads: all layers and the head, by the precision they are kept in."""
     config, size = loaded.depth.config, loaded.depth.hidden_size
-    heads, width = config.num_attention_heads, loaded.depth._layers[0].head_dim
+    heads, width = config.num_attention_heads, head_dim(config)
     attention = size * width * (2 * heads + 2 * config.num_key_value_heads)
     count = config.num_hidden_layers * (attention + 3 * size * config.intermediate_size) + size * loaded.depth.vocab_size
     bits = {"int8": 8, "int4": 5}.get(loaded.depth._quantize, 8 * loaded.depth.dtype.itemsize)

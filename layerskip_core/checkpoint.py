@@ -17,7 +17,7 @@ from torch import nn
 from .config import PackingConfig
 from .errors import CheckpointError, ConfigError
 from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
-from .model import DepthModel, PackedModel, can_pack
+from .model import DepthModel, NativeModel, PackedModel, can_pack, can_run_native
 from .model.depth import refuse_unsupported
 from .model.vocabulary import token_order
 
@@ -210,8 +210,9 @@ def _load_lean(
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path)
-    reader = weights.reader(pick_dtype(dtype, device, parameters))
-    depth = PackedModel(config, reader, packing, _token_order(path, config, packing))
+    precision = pick_dtype(dtype, device, parameters)
+    decoder = NativeModel if can_run_native(config, precision, device, packing) else PackedModel
+    depth = decoder(config, weights.reader(precision), packing, _token_order(path, config, packing))
     model = SimpleNamespace(config=config, generation_config=generation_config(path))
     return LoadedModel(name, model, tokenizer, info, depth)
 
@@ -280,7 +281,9 @@ def _depth_of(
     model: Any, implementation: Literal["auto", "generic"], packing: PackingConfig | None, path: str
 ) -> DepthModel | PackedModel:
     if implementation == "auto" and can_pack(model.config):
-        return PackedModel.of(model, packing, _token_order(path, model.config, packing))
+        weight = model.get_input_embeddings().weight
+        native = can_run_native(model.config, weight.dtype, weight.device, packing)
+        return (NativeModel if native else PackedModel).of(model, packing, _token_order(path, model.config, packing))
     if packing is not None and packing != PackingConfig():
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
     return DepthModel(model)

@@ -115,8 +115,9 @@ class RecipeConfig:
     """The LayerSkip recipe (Elhoushi et al., ACL 2024, sections 4.1 and 4.2).
 
     `exit_weights`: how the exits' losses weigh, see training/exit_loss.py; the paper's formula gives early ones very little.
-    `rotation` is R of the rotational curriculum; None picks L/3 (at least 1) up to a vocabulary of 8k and L-1 above it,
-    where every extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
+    `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among; empty is all L, as in the paper. `rotation`
+    is R of the rotational curriculum; None picks n/3 (at least 1) up to a vocabulary of 8k and n-1 above it, where every
+    extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
     cross-entropy.
     """
 
@@ -125,6 +126,7 @@ class RecipeConfig:
     exit_weights: ExitWeights = "paper"
     curriculum: Curriculum = "rotational"
     rotation: int | None = None
+    exits: tuple[int, ...] = ()
     distill: float = 0.0
 
     def __post_init__(self) -> None:

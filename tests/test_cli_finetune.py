@@ -50,6 +50,13 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     assert list(Path().iterdir()) == []
 
 
+def test_named_exits_alone_are_trained(finetune):
+    result = run(*finetune("--steps", "2", "--curriculum", "all", "--exits", "2:4:2"))
+    assert (result.code, result.out) == (0, "")
+    assert "recipe: p_max 0.2, e_scale 1.0, all over 2,4, 3.0 exits a step; " in result.err
+    assert re.search(r"^loss by exit: 2: [\d.]+  4: [\d.]+  6: [\d.]+$", result.err, re.MULTILINE)
+
+
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     result = run(*finetune("--steps", "2", "--curriculum", "all", "--output", "my model"))
     assert (result.code, result.out) == (0, "")
@@ -123,6 +130,8 @@ def test_settings_that_cannot_be(finetune):
         (["--pmax", "-0.1"], "--pmax must be in [0, 1), got -0.1"),
         (["--escale", "-1"], "--escale must be at least 0, got -1.0"),
         (["--curriculum", "spiral"], "--curriculum must be one of rotational, gradual, all, none, got spiral"),
+        (["--exits", "2,6"], "--exits must be in 1..5, got 6 (model has 6 layers)"),
+        (["--exits", "4:2"], "--exits must be a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1, got '4:2'"),
         (["--rotation", "0"], "--rotation must be at least 1, got 0"),
         (["--regime", "boot"], "--regime must be one of finetune, continual, scratch, code, got boot"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),

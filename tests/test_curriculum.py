@@ -21,10 +21,26 @@ def test_constant_curricula(curriculum, expected):
     assert exits_on(RecipeConfig(curriculum=curriculum), 5, 9, 3) == expected
 
 
+@pytest.mark.parametrize(
+    ("curriculum", "found"),
+    [
+        ("rotational", [(6, 15, 30), (8, 30), (10, 30), (6, 15, 30)]),
+        ("gradual", [(30,), (30,), (15, 30), (6, 8, 10, 15, 30)]),
+        ("all", [(6, 8, 10, 15, 30)] * 4),
+        ("none", [(30,)] * 4),
+    ],
+)
+def test_named_exits_are_the_only_ones_besides_the_last(curriculum, found):
+    recipe = RecipeConfig(curriculum=curriculum, rotation=3, exits=(6, 8, 10, 15))
+    steps = (0, 1, 2, 3) if curriculum == "rotational" else (0, 1, 2, 15)
+    assert [exits_on(recipe, step, 16, 30) for step in steps] == found
+
+
 def test_the_default_rotation_depends_on_the_vocabulary():
     assert rotation_of(RecipeConfig(), 24, 1024) == 8
     assert rotation_of(RecipeConfig(), 24, 49152) == 23
     assert rotation_of(RecipeConfig(rotation=5), 24, 49152) == 5
+    assert rotation_of(RecipeConfig(exits=(2, 4, 6)), 24, 49152) == 2
 
 
 def test_mean_exits_counts_heads_a_step():

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import run, start
-from training_runs import Interrupted, saved_base, stop_at, train, weights
+from training_runs import RECIPE, Interrupted, saved_base, stop_at, train, weights
 
 from layerskip_core.config import DataConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
@@ -37,8 +38,14 @@ def same_weights(one, other):
 
 @pytest.mark.parametrize(
     ("changes", "tied"),
-    [({}, False), ({}, True), ({"lora_rank": 2}, True), ({"accumulation": 2, "batch_size": 2}, False)],
-    ids=["all weights", "tied", "LoRA", "accumulation"],
+    [
+        ({}, False),
+        ({}, True),
+        ({"lora_rank": 2}, True),
+        ({"accumulation": 2, "batch_size": 2}, False),
+        ({"recipe": replace(RECIPE, exits=(1, 3))}, False),
+    ],
+    ids=["all weights", "tied", "LoRA", "accumulation", "named exits"],
 )
 def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes, tied):
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")

@@ -6,7 +6,17 @@ E exit layer (a count, 1..L), K drafted tokens of a round.
 
 from .cache import DepthCache
 from .depth import DepthModel, SpanInputs
+from .native import NativeModel, can_run_native
 from .packed import PackedModel, can_pack
 from .weights import weight_shapes
 
-__all__ = ["DepthCache", "DepthModel", "PackedModel", "SpanInputs", "can_pack", "weight_shapes"]
+__all__ = [
+    "DepthCache",
+    "DepthModel",
+    "NativeModel",
+    "PackedModel",
+    "SpanInputs",
+    "can_pack",
+    "can_run_native",
+    "weight_shapes",
+]

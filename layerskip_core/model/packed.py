@@ -66,7 +66,7 @@ class PackedModel:
             norm, bias = weights.of("model.norm.weight"), weights.get("lm_head.bias")
             head = None if config.tie_word_embeddings else weights.get("lm_head.weight")
             head = self._embedding if head is None else head
-            self._norm, self._head = _head(norm, head, bias, config, packing.quantize, packing.exact)
+            self._norm, self._head = self._pack_head(norm, head, bias, packing.quantize, packing.exact)
             if packing.drafts_apart:
                 self.draft = copy(self)
                 self.draft.exact, self.draft._spaces = False, {}
@@ -76,7 +76,7 @@ class PackedModel:
                     kept_head, kept_bias = kept.rows_of(head), None if bias is None else kept.rows_of(bias)
                 else:
                     kept_head, kept_bias = head, bias
-                self.draft._norm, self.draft._head = _head(norm, kept_head, kept_bias, config, bits, exact=False)
+                self.draft._norm, self.draft._head = self._pack_head(norm, kept_head, kept_bias, bits, exact=False)
                 del kept_head, kept_bias
             del head
             self._layers: list[PackedLayer] = []
@@ -84,9 +84,9 @@ class PackedModel:
             copies = 0 if packing.draft_weights is None else packing.draft_layers or len(self._kinds) - 1
             for index in range(len(self._kinds)):
                 mine = weights.remembered(f"model.layers.{index}.")
-                self._layers.append(PackedLayer(mine, config, index, packing.quantize, packing.exact))
+                self._layers.append(self._pack_layer(mine, index, packing.quantize, packing.exact))
                 if index < copies:
-                    drafts.append(PackedLayer(mine, config, index, packing.draft_weights, exact=False))
+                    drafts.append(self._pack_layer(mine, index, packing.draft_weights, exact=False))
         if self.draft is not None:
             self.draft._layers = drafts or self._layers
             self.drafts_own_states = not drafts
@@ -172,6 +172,16 @@ class PackedModel:
         else:
             logits = self._logits(rows)
         return logits.view(*shape, -1)
+
+    def _pack_layer(self, weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> PackedLayer:
+        return PackedLayer(weights, self.config, index, quantization, exact)
+
+    def _pack_head(
+        self, norm: Tensor, weight: Tensor, bias: Tensor | None, quantization: Quantization | None, exact: bool
+    ) -> tuple[Norm, Head]:
+        """Final norm and head."""
+        packed_norm = Norm(norm, self.config, folds=quantization is None)
+        return packed_norm, linear(packed_norm.folded_into(weight), bias, quantization, exact)
 
     def _logits(self, rows: Tensor) -> Tensor:
         return self._head(self._norm(rows))
@@ -263,11 +273,3 @@ class PackedModel:
             self._ahead = self._embedding.new_zeros(2 * half)
             self._ahead[half:] = -math.inf
         return self._ahead[half - stop : half - stop + keys]
-
-
-def _head(
-    norm: Tensor, weight: Tensor, bias: Tensor | None, config: Any, quantization: Quantization | None, exact: bool
-) -> tuple[Norm, Head]:
-    """Final norm and head."""
-    packed_norm = Norm(norm, config, folds=quantization is None)
-    return packed_norm, linear(packed_norm.folded_into(weight), bias, quantization, exact)

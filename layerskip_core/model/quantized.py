@@ -23,9 +23,7 @@ class Int8Linear:
     """Each output's weights are 8-bit levels of one scale, its largest magnitude / 127."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        wide = weight.float()
-        scale = wide.abs().amax(1).clamp_min_(1e-12).div_(127)
-        self._weight = (wide / scale[:, None]).round_().to(torch.int8)
+        self._weight, scale = int8_levels(weight)
         self._scale = scale.to(torch.bfloat16)
         self._bias = None if bias is None else bias.detach()
         self._multiply: Any = torch.ops.aten._weight_int8pack_mm.default
@@ -47,13 +45,9 @@ class Int4Linear:
         self._outputs, inputs = weight.shape
         if inputs % group_size:
             raise ConfigError(f"int4 weights need layer widths that the group size {group_size} divides, got {inputs}")
-        padded = F.pad(weight.float(), (0, 0, 0, -self._outputs % _STEP))
-        groups = padded.view(-1, inputs // group_size, group_size)
-        low, high = groups.aminmax(dim=2)
-        scale = ((high - low) / 15).clamp_min_(1e-12)
-        levels = ((groups - low[..., None]) / scale[..., None]).round_().to(torch.int32).view(-1, inputs)
+        levels, scale, low = int4_levels(F.pad(weight, (0, 0, 0, -self._outputs % _STEP)), group_size)
         self._group_size = group_size
-        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 2)
+        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.to(torch.int32), 2)
         zero = low + 8 * scale  # the kernel takes a weight as (level - 8) * scale + zero
         self._scale_and_zero = torch.stack([scale, zero], dim=-1).to(torch.bfloat16).transpose(0, 1).contiguous()
         self._bias = None if bias is None else bias.detach()
@@ -64,6 +58,22 @@ class Int4Linear:
         product: Tensor = self._multiply(rows.to(torch.bfloat16), self._weight, self._group_size, self._scale_and_zero)
         product = product[:, : self._outputs]
         return product if self._bias is None else product + self._bias
+
+
+def int8_levels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels -127..127 (out, in), int8, and what one is worth, (out,)."""
+    wide = weight.float()
+    scale = wide.abs().amax(1).clamp_min_(1e-12).div_(127)
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
+def int4_levels(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels 0..15 (out, in), uint8; what one is worth, and what level 0 is, both (out, groups)."""
+    groups = weight.float().view(len(weight), -1, group_size)
+    low, high = groups.aminmax(dim=2)
+    scale = ((high - low) / 15).clamp_min_(1e-12)
+    levels = ((groups - low[..., None]) / scale[..., None]).round_().to(torch.uint8)
+    return levels.view_as(weight), scale, low
 
 
 def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Int8Linear | Int4Linear:

@@ -20,17 +20,17 @@ class Rope:
         self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         groups = config.num_attention_heads // config.num_key_value_heads
         self._lengths = self._like.new_tensor([head_dim(config) ** -0.5] * groups + [1.0])[:, None]
-        self.still = self._slots(torch.ones_like(self._angles(1)))  # (T = 1, 1, G+2, half a head), of layers without rope
-        self._table = self._slots(self._angles(0))
+        self.still = self._slots(torch.ones_like(self.angles(1)))  # (T = 1, 1, G+2, half a head), of layers without rope
+        self._table = self._slots(self.angles(0))
 
     def at(self, writer: SpanWriter, places: Tensor) -> Tensor:
         """(B, T, 1, G+2, half a head), without B for rows that stand at the same positions."""
         if len(self._table) < writer.stop:
-            self._table = self._slots(self._angles(2 * writer.stop))
+            self._table = self._slots(self.angles(2 * writer.stop))
         return self._table[writer.start : writer.stop] if writer.contiguous else self._table[places]
 
-    def _angles(self, count: int) -> Tensor:
-        """(positions, half a head)."""
+    def angles(self, count: int) -> Tensor:
+        """Rotations of the first positions, (positions, half a head), complex."""
         angles = torch.outer(torch.arange(count, dtype=torch.float32), self._frequencies)
         cos, sin = ((part * self._scaling).to(self._like) for part in (angles.cos(), angles.sin()))
         return torch.complex(cos, sin)

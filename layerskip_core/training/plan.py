@@ -1,12 +1,13 @@
 """What a run is about to do: steps, cost of a step, memory. Nothing is trained or written here."""
 
+import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from ..checkpoint import LoadedModel
-from ..config import FinetuneConfig, RecipeConfig
+from ..config import FinetuneConfig, RecipeConfig, require_exit_layer
 from ..encoding import EncodedData
 from .curriculum import mean_exits, rotation_of
 from .dropout import dropout_rates, time_scale
@@ -63,6 +64,8 @@ def make_plan(
     """Raises ConfigError when the recipe is undefined for this model or number of steps."""
     recipe, depth = config.recipe, loaded.depth
     assert recipe is not None
+    for exit_layer in recipe.exits:
+        require_exit_layer(exit_layer, depth.num_layers, flag="--exits")
     rows = None if data.streamed else len(data.rows)
     steps = _steps(config, rows or 0)
     rotational = recipe.curriculum == "rotational"
@@ -94,7 +97,7 @@ def run_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
     recipe = settings.pop("recipe")
     facts = {"steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": _world_size()}
-    return {**settings, **recipe, **facts}
+    return cast(dict[str, Any], json.loads(json.dumps({**settings, **recipe, **facts})))
 
 
 def _world_size() -> int:

@@ -1,0 +1,500 @@
+/* Decoder layers of the Llama family and the LM head over some tokens: one call for all layers of a span.
+ *
+ * A token's numbers never depend on how many others are in the call: every sum is taken in the same order for one row as for
+ * many. So what is drafted alone and verified together is the same bit for bit. Hidden states, queries and sums are fp32.
+ *
+ * Weights (outputs, inputs) lie in panels of 32 outputs, read from front to end (see native.py, which packs them). Threads are
+ * those of the OpenMP runtime that torch runs on: two pools would fight for the cores. They divide the panels of a matrix and
+ * the heads of attention among them and meet at barriers.
+ */
+#include "lanes.h"
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+#define PANEL 32
+#define GROUP 32 /* inputs that share a scale */
+#define MOST_CHUNKS 16
+
+enum { FP32, BF16, INT8, INT4 };
+
+typedef struct {
+    int32_t kind, inputs, outputs, panels;
+    const void *weight;
+    const void *scale; /* int8: fp32 by output; int4: bf16 scales and zeros, (panel, group, 2, output) */
+    const float *bias; /* by output, or NULL */
+} Matrix;
+
+typedef struct {
+    Matrix qkv, output, gate_up, down; /* gate_up: panels of both in turn */
+    const float *attention_norm, *mlp_norm;
+    const float *query_norm, *key_norm; /* by head dimension, or NULL */
+    int32_t rotates, window;            /* window: 0 for all that came before */
+} Layer;
+
+typedef struct {
+    int32_t hidden, heads, kv_heads, head_dim, inner, bf16_cache;
+    float eps, scale;
+} Shape;
+
+typedef struct {
+    const int64_t *positions; /* by row */
+    int32_t rows, rows_per_sequence;
+    const float *cos, *sin;               /* (position, half a head) */
+    char *cache;                          /* of the span's first layer: (layer, key or value, sequence, kv head, place, dimension) */
+    int64_t places, sequences;            /* that it holds */
+    float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
+    char *scratch;                        /* own part of each thread */
+    int64_t scratch_bytes;
+} Call;
+
+typedef struct {
+    atomic_int arrived, phase;
+} Barrier;
+
+INLINE void meet(Barrier *barrier, int threads) {
+    if (threads == 1) return;
+    int phase = atomic_load_explicit(&barrier->phase, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == threads - 1) {
+        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&barrier->phase, phase + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&barrier->phase, memory_order_acquire) == phase; spins++) {
+        if (spins < 4000) _mm_pause();
+        else sched_yield(); /* another process has the core that the others need */
+    }
+}
+
+/* ---- rows as a matrix's kernel wants them: fp32, bf16 pairs, or int8 groups followed by their scales and sums ---- */
+
+static size_t form_bytes(const Matrix *m) {
+    size_t bytes = m->kind == FP32 ? 4 * (size_t)m->inputs : 2 * (size_t)m->inputs + 16;
+    return (bytes + 63) & ~(size_t)63;
+}
+
+static void form(const Matrix *m, const float *x, char *out) {
+    int n = m->inputs, i = 0;
+    if (m->kind == FP32) {
+        memcpy(out, x, 4 * (size_t)n);
+    } else if (m->kind == BF16) {
+        uint16_t *b = (uint16_t *)out;
+        for (; i + 16 <= n; i += 16) f_store_bf16(b + i, f_load(x + i));
+        if (i < n) {
+            float rest[16] = {0};
+            uint16_t rounded[16];
+            memcpy(rest, x + i, 4 * (size_t)(n - i));
+            f_store_bf16(rounded, f_load(rest));
+            memcpy(b + i, rounded, 2 * (size_t)(n - i));
+        }
+    } else {
+        int8_t *q = (int8_t *)out;
+        float *scales = (float *)(out + n);
+        int32_t *sums = (int32_t *)(scales + n / GROUP);
+        for (int g = 0; g < n / GROUP; g++, x += GROUP, q += GROUP) {
+            vf a = f_load(x), b = f_load(x + 16);
+            float most = f_largest(f_max(f_abs(a), f_abs(b)));
+            vf inverse = f_set(most > 0 ? 127 / most : 0);
+            a = f_mul(a, inverse), b = f_mul(b, inverse);
+            f_store_int8(q, a), f_store_int8(q + 16, b);
+            scales[g] = most / 127;
+            sums[g] = (int32_t)f_sum(f_add(f_of_int(i_rounded(a)), f_of_int(i_rounded(b))));
+        }
+    }
+}
+
+static void normed(const float *x, const float *weight, int n, float eps, float *out) {
+    vf squares = f_set(0);
+    float rest = 0;
+    int i = 0;
+    for (; i + 16 <= n; i += 16) squares = f_fma(f_load(x + i), f_load(x + i), squares);
+    for (int k = i; k < n; k++) rest += x[k] * x[k];
+    float factor = 1 / sqrtf((f_sum(squares) + rest) / (float)n + eps);
+    for (i = 0; i + 16 <= n; i += 16) f_store(out + i, f_mul(f_mul(f_load(x + i), f_set(factor)), f_load(weight + i)));
+    for (; i < n; i++) out[i] = x[i] * factor * weight[i];
+}
+
+#ifndef AHEAD
+#define AHEAD 2048
+#endif
+INLINE void fetch(const void *w) {
+#if AHEAD
+    _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
+#else
+    (void)w;
+#endif
+}
+
+/* ---- a panel of a matrix by R rows, R being constant where it is inlined ---- */
+
+INLINE void panel_fp32(const float *w, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
+    vf acc[TILE][2][SPLIT];
+    for (int r = 0; r < R; r++) for (int s = 0; s < SPLIT; s++) acc[r][0][s] = acc[r][1][s] = f_set(0);
+    int k = 0;
+    for (; k + SPLIT <= n; k += SPLIT)
+        for (int s = 0; s < SPLIT; s++, w += PANEL) {
+            vf w0 = f_load(w), w1 = f_load(w + 16);
+            for (int r = 0; r < R; r++) {
+                vf value = f_set(((const float *)(x + r * stride))[k + s]);
+                acc[r][0][s] = f_fma(w0, value, acc[r][0][s]), acc[r][1][s] = f_fma(w1, value, acc[r][1][s]);
+            }
+        }
+    for (; k < n; k++, w += PANEL)
+        for (int r = 0; r < R; r++) {
+            vf value = f_set(((const float *)(x + r * stride))[k]);
+            acc[r][0][0] = f_fma(f_load(w), value, acc[r][0][0]), acc[r][1][0] = f_fma(f_load(w + 16), value, acc[r][1][0]);
+        }
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++) {
+            for (int s = 1; s < SPLIT; s++) acc[r][half][0] = f_add(acc[r][half][0], acc[r][half][s]);
+            f_store(out[r] + 16 * half, acc[r][half][0]);
+        }
+}
+
+INLINE void panel_bf16(const uint16_t *w, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
+    vf acc[TILE][2][SPLIT];
+    for (int r = 0; r < R; r++) for (int s = 0; s < SPLIT; s++) acc[r][0][s] = acc[r][1][s] = f_set(0);
+    int pair = 0, pairs = n / 2;
+    for (; pair + SPLIT <= pairs; pair += SPLIT)
+        for (int s = 0; s < SPLIT; s++, w += 2 * PANEL) {
+            vi w0 = i_load(w), w1 = i_load(w + 32);
+            fetch(w);
+            for (int r = 0; r < R; r++) {
+                uint32_t value = ((const uint32_t *)(x + r * stride))[pair + s];
+                acc[r][0][s] = dot_bf16(acc[r][0][s], w0, value), acc[r][1][s] = dot_bf16(acc[r][1][s], w1, value);
+            }
+        }
+    for (; pair < pairs; pair++, w += 2 * PANEL)
+        for (int r = 0; r < R; r++) {
+            uint32_t value = ((const uint32_t *)(x + r * stride))[pair];
+            acc[r][0][0] = dot_bf16(acc[r][0][0], i_load(w), value), acc[r][1][0] = dot_bf16(acc[r][1][0], i_load(w + 32), value);
+        }
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++) {
+            for (int s = 1; s < SPLIT; s++) acc[r][half][0] = f_add(acc[r][half][0], acc[r][half][s]);
+            f_store(out[r] + 16 * half, acc[r][half][0]);
+        }
+}
+
+/* Levels are stored plus 128, since the instruction multiplies unsigned by signed; a group's sum of x takes it off again. */
+INLINE void panel_int8(const uint8_t *w, const float *scale, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
+    vf acc[TILE][2];
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
+    for (int g = 0; g < n / GROUP; g++) {
+        vi sum[TILE][2];
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = i_set(-128 * ((const int32_t *)(x + r * stride + n))[n / GROUP + g]);
+        for (int quad = 0; quad < GROUP / 4; quad++, w += 4 * PANEL) {
+            vi w0 = i_load(w), w1 = i_load(w + 64);
+            fetch(w);
+            for (int r = 0; r < R; r++) {
+                int32_t value = ((const int32_t *)(x + r * stride))[g * (GROUP / 4) + quad];
+                sum[r][0] = dot_int8(sum[r][0], w0, value), sum[r][1] = dot_int8(sum[r][1], w1, value);
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            vf factor = f_set(((const float *)(x + r * stride + n))[g]);
+            acc[r][0] = f_fma(f_of_int(sum[r][0]), factor, acc[r][0]), acc[r][1] = f_fma(f_of_int(sum[r][1]), factor, acc[r][1]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        f_store(out[r], f_mul(acc[r][0], f_load(scale))), f_store(out[r] + 16, f_mul(acc[r][1], f_load(scale + 16)));
+}
+
+/* A byte holds the level of input i in its low half and of input i + 16 of the group in its high half. */
+INLINE void panel_int4(const uint8_t *w, const uint16_t *scale, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
+    vf acc[TILE][2];
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
+    for (int g = 0; g < n / GROUP; g++, scale += 2 * PANEL) {
+        vi sum[TILE][2];
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = i_set(0);
+        for (int quad = 0; quad < GROUP / 8; quad++, w += 4 * PANEL) {
+            vi w0 = i_load(w), w1 = i_load(w + 64);
+            fetch(w);
+            for (int r = 0; r < R; r++) {
+                const int32_t *values = (const int32_t *)(x + r * stride) + g * (GROUP / 4) + quad;
+                sum[r][0] = dot_int4(sum[r][0], i_low(w0), values[0]), sum[r][1] = dot_int4(sum[r][1], i_low(w1), values[0]);
+                sum[r][0] = dot_int4(sum[r][0], i_high(w0), values[GROUP / 8]);
+                sum[r][1] = dot_int4(sum[r][1], i_high(w1), values[GROUP / 8]);
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            float factor = ((const float *)(x + r * stride + n))[g];
+            vf whole = f_set(factor * (float)((const int32_t *)(x + r * stride + n))[n / GROUP + g]);
+            for (int half = 0; half < 2; half++) {
+                vf level = f_mul(f_load_bf16(scale + 16 * half), f_set(factor));
+                acc[r][half] = f_fma(f_of_int(sum[r][half]), level, acc[r][half]);
+                acc[r][half] = f_fma(f_load_bf16(scale + PANEL + 16 * half), whole, acc[r][half]);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) f_store(out[r], acc[r][0]), f_store(out[r] + 16, acc[r][1]);
+}
+
+INLINE void panel_of(const Matrix *m, int panel, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
+    int n = m->inputs;
+    size_t size = (size_t)panel * PANEL * (size_t)n;
+    switch (m->kind) {
+    case FP32: panel_fp32((const float *)m->weight + size, n, x, stride, R, out); break;
+    case BF16: panel_bf16((const uint16_t *)m->weight + size, n, x, stride, R, out); break;
+    case INT8: panel_int8((const uint8_t *)m->weight + size, (const float *)m->scale + panel * PANEL, n, x, stride, R, out); break;
+    default:
+        panel_int4((const uint8_t *)m->weight + size / 2, (const uint16_t *)m->scale + size / GROUP * 2, n, x, stride, R, out);
+    }
+    if (m->bias)
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < PANEL; i += 16) f_store(out[r] + i, f_add(f_load(out[r] + i), f_load(m->bias + panel * PANEL + i)));
+}
+
+static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
+    switch (rows) {
+    case 1: panel_of(m, panel, x, stride, 1, out); break;
+#if TILE > 2
+    case 2: panel_of(m, panel, x, stride, 2, out); break;
+    case 3: panel_of(m, panel, x, stride, 3, out); break;
+    case 4: panel_of(m, panel, x, stride, 4, out); break;
+    case 5: panel_of(m, panel, x, stride, 5, out); break;
+    case 6: panel_of(m, panel, x, stride, 6, out); break;
+    case 7: panel_of(m, panel, x, stride, 7, out); break;
+#endif
+    default: panel_of(m, panel, x, stride, TILE, out);
+    }
+}
+
+enum { PUT, ADD, SILU };
+
+/* This thread's part of out (row, width) = or += rows @ matrix, or silu(gate) * up of a matrix that holds both. */
+static void multiply(const Matrix *m, const char *x, size_t stride, int rows, float *out, int width, int what, int thread, int threads) {
+    int step = what == SILU ? 2 : 1, count = m->panels / step, tiles = (rows + TILE - 1) / TILE;
+    float part[2][TILE][PANEL];
+    for (int p = (int)((int64_t)count * thread / threads); p < (int)((int64_t)count * (thread + 1) / threads); p++)
+        for (int t = 0; t < tiles; t++) {
+            int row = rows * t / tiles, tile = rows * (t + 1) / tiles - row, live = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
+            for (int i = 0; i < step; i++) panel_rows(m, p * step + i, x + (size_t)row * stride, stride, tile, part[i]);
+            for (int r = 0; r < tile; r++) {
+                float *found = part[0][r], *to = out + (size_t)(row + r) * (size_t)width + p * PANEL;
+                if (what == SILU)
+                    for (int i = 0; i < PANEL; i += 16) {
+                        vf gate = f_load(found + i), down = f_add(f_set(1), f_exp(f_sub(f_set(0), gate)));
+                        f_store(found + i, f_mul(f_div(gate, down), f_load(part[1][r] + i)));
+                    }
+                if (what == ADD) for (int i = 0; i < live; i++) to[i] += found[i];
+                else memcpy(to, found, 4 * (size_t)live);
+            }
+        }
+}
+
+/* ---- attention ---- */
+
+/* Sixteen of `n` numbers of the cache, zeros behind them. */
+INLINE vf cached(const char *at, int bf16, int n) {
+    if (n >= 16) return bf16 ? f_load_bf16((const uint16_t *)at) : f_load((const float *)at);
+    union { float f[16]; uint16_t b[16]; } rest;
+    memset(&rest, 0, sizeof rest);
+    memcpy(&rest, at, (size_t)n * (bf16 ? 2 : 4));
+    return bf16 ? f_load_bf16(rest.b) : f_load(rest.f);
+}
+
+/* One query over `count` keys and values, `size` dimensions in C chunks of sixteen. A place behind the last key is never read. */
+INLINE void attend(const float *query, const char *keys, const char *values, int count, int size, const int C, int bf16, float *scores, float *out) {
+    size_t width = bf16 ? 2 : 4, row = (size_t)size * width;
+    int by_pairs = bf16 && size == 16 * C && C % 2 == 0; /* the query in bf16 too, as the rest of such a model is */
+    vf mine[MOST_CHUNKS], mixed[MOST_CHUNKS], most = f_set(-INFINITY);
+    vi pairs[MOST_CHUNKS / 2];
+    uint16_t rounded[16 * MOST_CHUNKS];
+    for (int c = 0; c < C; c++) mine[c] = cached((const char *)(query + 16 * c), 0, size - 16 * c), mixed[c] = f_set(0);
+    if (by_pairs) {
+        for (int c = 0; c < C; c++) f_store_bf16(rounded + 16 * c, mine[c]);
+        for (int c = 0; c < C / 2; c++) pairs[c] = i_load(rounded + 32 * c);
+    }
+    for (int t = 0; t < count; t += 16) {
+        int live = count - t < 16 ? count - t : 16;
+        vf sums[16];
+        for (int k = 0; k < 16; k++) { /* behind the last key that one again: what comes of it is not used */
+            const char *key = keys + row * (size_t)(t + (k < live ? k : live - 1));
+            vf sum = f_set(0);
+            if (row % 64 == 0) fetch(key);
+            if (by_pairs)
+                for (int c = 0; c < C / 2; c++) sum = dot_pairs(sum, i_load(key + 64 * c), pairs[c]);
+            else
+                for (int c = 0; c < C; c++) sum = f_fma(mine[c], cached(key + 16 * c * width, bf16, size - 16 * c), sum);
+            sums[k] = sum;
+        }
+        f_store(scores + t, f_sums(sums));
+        for (int k = live; k < 16; k++) scores[t + k] = -INFINITY;
+        most = f_max(most, f_load(scores + t));
+    }
+    vf largest = f_set(f_largest(most)), total = f_set(0);
+    for (int t = 0; t < count; t += 16) {
+        vf weight = f_exp(f_sub(f_load(scores + t), largest));
+        f_store(scores + t, weight);
+        for (int k = count - t; k < 16; k++) scores[t + k] = 0;
+        total = f_add(total, f_load(scores + t));
+    }
+    for (int t = 0; t < count; t++, values += row) {
+        vf weight = f_set(scores[t]);
+        fetch(values);
+        for (int c = 0; c < C; c++) mixed[c] = f_fma(weight, cached(values + 16 * c * width, bf16, size - 16 * c), mixed[c]);
+    }
+    vf inverse = f_set(1 / f_sum(total));
+    for (int c = 0; c < C; c++) {
+        float part[16];
+        f_store(part, f_mul(mixed[c], inverse));
+        memcpy(out + 16 * c, part, 4 * (size_t)(size - 16 * c < 16 ? size - 16 * c : 16));
+    }
+}
+
+static char *place_of(const Shape *s, const Call *call, int layer, int value, int row, int head, int64_t place) {
+    int64_t at = ((int64_t)layer * 2 + value) * call->sequences + row / call->rows_per_sequence;
+    return call->cache + ((at * s->kv_heads + head) * call->places + place) * s->head_dim * (s->bf16_cache ? 2 : 4);
+}
+
+/* Norm, rotation and scale of the queries and keys of this thread; keys and values to their places. */
+static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
+    int size = s->head_dim, half = size / 2, slots = s->heads + 2 * s->kv_heads, tasks = call->rows * slots;
+    for (int task = (int)((int64_t)tasks * thread / threads); task < (int)((int64_t)tasks * (thread + 1) / threads); task++) {
+        int row = task / slots, slot = task % slots, head = slot - s->heads;
+        int64_t place = call->positions[row];
+        float *x = call->qkv + (size_t)task * (size_t)size;
+        if (head < s->kv_heads) {
+            const float *norm = head < 0 ? l->query_norm : l->key_norm, *cos = call->cos + place * half, *sin = call->sin + place * half;
+            float scale = head < 0 ? s->scale : 1;
+            if (norm) normed(x, norm, size, s->eps, x);
+            for (int i = 0; i < half; i++) {
+                float a = x[i] * scale, b = x[i + half] * scale;
+                x[i] = l->rotates ? a * cos[i] - b * sin[i] : a;
+                x[i + half] = l->rotates ? b * cos[i] + a * sin[i] : b;
+            }
+        }
+        if (head < 0) continue;
+        char *to = place_of(s, call, layer, head >= s->kv_heads, row, head % s->kv_heads, place);
+        if (!s->bf16_cache) {
+            memcpy(to, x, 4 * (size_t)size);
+            continue;
+        }
+        for (int i = 0; i < size; i += 16) {
+            int live = size - i < 16 ? size - i : 16;
+            uint16_t rounded[16];
+            f_store_bf16(rounded, cached((const char *)(x + i), 0, live));
+            memcpy(to + 2 * i, rounded, 2 * (size_t)live);
+        }
+    }
+}
+
+static void mix_values(const Shape *s, const Layer *l, const Call *call, int layer, float *scores, int thread, int threads) {
+    int size = s->head_dim, group = s->heads / s->kv_heads, tasks = call->rows * s->heads;
+    for (int task = (int)((int64_t)tasks * thread / threads); task < (int)((int64_t)tasks * (thread + 1) / threads); task++) {
+        int row = task / s->heads, head = task % s->heads;
+        int64_t stop = call->positions[row] + 1, start = l->window && stop > l->window ? stop - l->window : 0;
+        const char *keys = place_of(s, call, layer, 0, row, head / group, start);
+        const char *values = place_of(s, call, layer, 1, row, head / group, start);
+        const float *query = call->qkv + ((size_t)row * (size_t)(s->heads + 2 * s->kv_heads) + (size_t)head) * (size_t)size;
+        float *out = call->mixed + (size_t)task * (size_t)size;
+        int count = (int)(stop - start), bf16 = s->bf16_cache;
+        if (size == 64 && bf16) attend(query, keys, values, count, 64, 4, 1, scores, out);
+        else if (size == 128 && bf16) attend(query, keys, values, count, 128, 8, 1, scores, out);
+        else if (size == 32 && !bf16) attend(query, keys, values, count, 32, 2, 0, scores, out);
+        else attend(query, keys, values, count, size, (size + 15) / 16, bf16, scores, out);
+    }
+}
+
+/* ---- a span of layers, and the head ---- */
+
+typedef struct {
+    const Shape *shape;
+    const Layer *layers;
+    int count;
+    const Call *call;
+    const Matrix *head; /* of `score` alone, with its norm */
+    const float *head_norm;
+    float *logits;
+    Barrier barrier;
+} Work;
+
+static void form_rows(const Matrix *m, const float *x, int width, const float *norm, const Call *call, float eps, float *row, char *out) {
+    for (int r = 0; r < call->rows; r++) {
+        const float *from = x + (size_t)r * (size_t)width;
+        if (norm) normed(from, norm, width, eps, row);
+        form(m, norm ? row : from, out + (size_t)r * form_bytes(m));
+    }
+}
+
+static void span(Work *work, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
+    float *row = (float *)(call->scratch + thread * call->scratch_bytes); /* a row, or the scores of a query */
+    char *formed = (char *)(row + (call->places > s->hidden ? call->places : s->hidden) + 16);
+    for (int i = 0; i < work->count; i++) {
+        const Layer *l = work->layers + i;
+        form_rows(&l->qkv, call->hidden, s->hidden, l->attention_norm, call, s->eps, row, formed);
+        multiply(&l->qkv, formed, form_bytes(&l->qkv), rows, call->qkv, slots, PUT, thread, threads);
+        meet(&work->barrier, threads);
+        place_keys(s, l, call, i, thread, threads);
+        meet(&work->barrier, threads);
+        mix_values(s, l, call, i, row, thread, threads);
+        meet(&work->barrier, threads);
+        form_rows(&l->output, call->mixed, mixed, NULL, call, 0, row, formed);
+        multiply(&l->output, formed, form_bytes(&l->output), rows, call->hidden, s->hidden, ADD, thread, threads);
+        meet(&work->barrier, threads);
+        form_rows(&l->gate_up, call->hidden, s->hidden, l->mlp_norm, call, s->eps, row, formed);
+        multiply(&l->gate_up, formed, form_bytes(&l->gate_up), rows, call->inside, s->inner, SILU, thread, threads);
+        meet(&work->barrier, threads);
+        form_rows(&l->down, call->inside, s->inner, NULL, call, 0, row, formed);
+        multiply(&l->down, formed, form_bytes(&l->down), rows, call->hidden, s->hidden, ADD, thread, threads);
+        meet(&work->barrier, threads);
+    }
+}
+
+static void score(Work *work, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    float *row = (float *)(call->scratch + thread * call->scratch_bytes);
+    char *formed = (char *)(row + s->hidden + 16);
+    form_rows(work->head, call->hidden, s->hidden, work->head_norm, call, s->eps, row, formed);
+    multiply(work->head, formed, form_bytes(work->head), call->rows, work->logits, work->head->outputs, PUT, thread, threads);
+}
+
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
+static int (*thread_number)(void), (*thread_count)(void);
+
+static void in_thread(void *data) {
+    Work *work = data;
+    int thread = thread_number(), threads = thread_count();
+    if (work->head) score(work, thread, threads);
+    else span(work, thread, threads);
+}
+
+static void run(Work *work, int threads) {
+    if (threads > 1 && parallel) parallel(in_thread, work, (unsigned)threads, 0);
+    else if (work->head) score(work, 0, 1);
+    else span(work, 0, 1);
+}
+
+/* The entry points of an OpenMP runtime, whose threads calls then share; without them calls run in the calling thread. */
+void layerskip_use_openmp(void *parallel_, void *number, void *count) {
+    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel_;
+    thread_number = (int (*)(void))number, thread_count = (int (*)(void))count;
+}
+
+int layerskip_supported(void) {
+    __builtin_cpu_init();
+#if defined(__AVX512F__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#else
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+}
+
+/* Layers 0..count-1 of `layers` over the call's rows, in place. */
+void layerskip_span(const Shape *shape, const Layer *layers, int count, const Call *call, int threads) {
+    Work work = {.shape = shape, .layers = layers, .count = count, .call = call};
+    run(&work, threads);
+}
+
+/* Final norm and head: the call's rows to logits (row, outputs). */
+void layerskip_score(const Shape *shape, const float *norm, const Matrix *head, const Call *call, float *logits, int threads) {
+    Work work = {.shape = shape, .call = call, .head = head, .head_norm = norm, .logits = logits};
+    run(&work, threads);
+}

@@ -1,0 +1,176 @@
+/* Sixteen lanes of fp32, by AVX-512 or as two halves by AVX2: all that the kernels need of an instruction set. */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+
+typedef __m512 vf;  /* 16 floats */
+typedef __m512i vi; /* 16 int32, or 64 bytes */
+#define TILE 8  /* rows that share a weight once it is loaded */
+#define SPLIT 1 /* partial sums of a dot product, so that additions need not wait for each other */
+
+INLINE vf f_set(float x) { return _mm512_set1_ps(x); }
+INLINE vf f_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void f_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+INLINE vf f_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf f_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf f_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf f_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+INLINE vf f_abs(vf a) { return _mm512_abs_ps(a); }
+INLINE vf f_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float f_sum(vf a) { return _mm512_reduce_add_ps(a); }
+INLINE float f_largest(vf a) { return _mm512_reduce_max_ps(a); }
+INLINE vf f_of_int(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE vi i_rounded(vf a) { return _mm512_cvtps_epi32(a); }
+INLINE vf f_power_of_two(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+INLINE vf f_load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+INLINE void f_store_bf16(uint16_t *p, vf a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a)); }
+INLINE void f_store_int8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a))); }
+INLINE vi i_set(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+/* acc + the product of each lane's pair of bf16 with the pair x. */
+INLINE vf dot_bf16(vf acc, vi w, uint32_t x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x)); }
+/* acc + the product of each lane's two pairs. */
+INLINE vf dot_pairs(vf acc, vi x, vi y) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)y); }
+/* The sum of each of sixteen vectors. */
+INLINE vf f_sums(const vf v[16]) {
+    __m512 a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) /* pairs of vectors: lanes of one and the other alternate */
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) { /* four vectors: one lane of each in every 128 bits */
+        __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    for (int i = 0; i < 2; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+/* acc + the product of each lane's four uint8 with the four int8 of x. */
+INLINE vi dot_int8(vi acc, vi w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
+INLINE vi dot_int4(vi acc, vi w, int32_t x) { return dot_int8(acc, w, x); }
+
+#else /* AVX2 and FMA */
+
+typedef struct { __m256 a, b; } vf;
+typedef struct { __m256i a, b; } vi;
+#define TILE 2
+#define SPLIT 1
+#define BOTH(type, one, other) ((type){(one), (other)})
+
+INLINE vf f_set(float x) { return BOTH(vf, _mm256_set1_ps(x), _mm256_set1_ps(x)); }
+INLINE vf f_load(const float *p) { return BOTH(vf, _mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+INLINE void f_store(float *p, vf x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+INLINE vf f_add(vf x, vf y) { return BOTH(vf, _mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)); }
+INLINE vf f_sub(vf x, vf y) { return BOTH(vf, _mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)); }
+INLINE vf f_mul(vf x, vf y) { return BOTH(vf, _mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
+INLINE vf f_div(vf x, vf y) { return BOTH(vf, _mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)); }
+INLINE vf f_max(vf x, vf y) { return BOTH(vf, _mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)); }
+INLINE vf f_min(vf x, vf y) { return BOTH(vf, _mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)); }
+INLINE __m256 half_abs(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+INLINE vf f_abs(vf x) { return BOTH(vf, half_abs(x.a), half_abs(x.b)); }
+INLINE vf f_fma(vf x, vf y, vf z) { return BOTH(vf, _mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)); }
+INLINE float f_sum(vf x) {
+    __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+INLINE float f_largest(vf x) {
+    __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+INLINE vf f_of_int(vi x) { return BOTH(vf, _mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)); }
+INLINE vi i_rounded(vf x) { return BOTH(vi, _mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)); }
+INLINE __m256 half_power(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
+INLINE vf f_power_of_two(vi n) { return BOTH(vf, half_power(n.a), half_power(n.b)); }
+INLINE __m256 half_of_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+INLINE vf f_load_bf16(const uint16_t *p) { return BOTH(vf, half_of_bf16(p), half_of_bf16(p + 8)); }
+INLINE void f_store_bf16(uint16_t *p, vf x) {
+    float f[16];
+    f_store(f, x);
+    for (int i = 0; i < 16; i++) { /* to the nearest, ties to even */
+        uint32_t bits;
+        memcpy(&bits, f + i, 4);
+        p[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
+}
+INLINE void f_store_int8(int8_t *p, vf x) {
+    int32_t n[16];
+    vi r = i_rounded(x);
+    _mm256_storeu_si256((__m256i *)n, r.a), _mm256_storeu_si256((__m256i *)(n + 8), r.b);
+    for (int i = 0; i < 16; i++) p[i] = (int8_t)n[i];
+}
+INLINE vi i_set(int32_t x) { return BOTH(vi, _mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
+INLINE vi i_load(const void *p) {
+    return BOTH(vi, _mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1));
+}
+INLINE __m256i half_low(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+INLINE vi i_low(vi x) { return BOTH(vi, half_low(x.a), half_low(x.b)); }
+INLINE vi i_high(vi x) { return BOTH(vi, half_low(_mm256_srli_epi16(x.a, 4)), half_low(_mm256_srli_epi16(x.b, 4))); }
+INLINE __m256 half_dot_bf16(__m256 acc, __m256i w, __m256 first, __m256 second) {
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), first, acc);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000))), second, acc);
+}
+INLINE vf dot_bf16(vf acc, vi w, uint32_t x) {
+    __m256 first = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x << 16)));
+    __m256 second = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x & 0xffff0000)));
+    return BOTH(vf, half_dot_bf16(acc.a, w.a, first, second), half_dot_bf16(acc.b, w.b, first, second));
+}
+INLINE __m256 half_dot_pairs(__m256 acc, __m256i x, __m256i y) {
+    __m256i top = _mm256_set1_epi32((int)0xffff0000);
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)), acc);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, top)), _mm256_castsi256_ps(_mm256_and_si256(y, top)), acc);
+}
+INLINE vf dot_pairs(vf acc, vi x, vi y) { return BOTH(vf, half_dot_pairs(acc.a, x.a, y.a), half_dot_pairs(acc.b, x.b, y.b)); }
+INLINE __m256 half_sums(const vf v[8]) {
+    __m256 a[8], b[4];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_add_ps(v[i].a, v[i].b);
+    for (int i = 0; i < 4; i++) b[i] = _mm256_hadd_ps(a[2 * i], a[2 * i + 1]);
+    __m256 c = _mm256_hadd_ps(b[0], b[1]), d = _mm256_hadd_ps(b[2], b[3]);
+    return _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+}
+INLINE vf f_sums(const vf v[16]) { return BOTH(vf, half_sums(v), half_sums(v + 8)); }
+/* Of levels up to 15, whose pairs of products fit into 16 bits. */
+INLINE __m256i half_dot_int4(__m256i acc, __m256i w, __m256i x, int times) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16((short)times)));
+}
+INLINE vi dot_int4(vi acc, vi w, int32_t x) {
+    __m256i xs = _mm256_set1_epi32(x);
+    return BOTH(vi, half_dot_int4(acc.a, w.a, xs, 1), half_dot_int4(acc.b, w.b, xs, 1));
+}
+INLINE vi dot_int8(vi acc, vi w, int32_t x) {
+    __m256i xs = _mm256_set1_epi32(x);
+    vi low = i_low(w), high = i_high(w);
+    acc = BOTH(vi, half_dot_int4(acc.a, low.a, xs, 1), half_dot_int4(acc.b, low.b, xs, 1));
+    return BOTH(vi, half_dot_int4(acc.a, high.a, xs, 16), half_dot_int4(acc.b, high.b, xs, 16));
+}
+
+#endif
+
+/* exp by 2^n times a polynomial of degree 5 on half a logarithm of two each side (Cephes' expf), within two units in the last place. */
+INLINE vf f_exp(vf x) {
+    x = f_max(f_min(x, f_set(88.0f)), f_set(-87.0f));
+    vi n = i_rounded(f_mul(x, f_set(1.44269504f)));
+    vf k = f_of_int(n);
+    x = f_fma(k, f_set(2.12194440e-4f), f_fma(k, f_set(-0.693359375f), x));
+    vf p = f_set(1.9875691500e-4f);
+    p = f_fma(p, x, f_set(1.3981999507e-3f));
+    p = f_fma(p, x, f_set(8.3334519073e-3f));
+    p = f_fma(p, x, f_set(4.1665795894e-2f));
+    p = f_fma(p, x, f_set(1.6666665459e-1f));
+    p = f_fma(p, x, f_set(5.0000001201e-1f));
+    return f_mul(f_add(f_fma(p, f_mul(x, x), x), f_set(1.0f)), f_power_of_two(n));
+}
