@@ -163,6 +163,7 @@ def test_a_checkpoint_is_loaded_for_decoding(tmp_path, monkeypatch, model_type, 
 
     tiny_model(model_type, torch.float32).save_pretrained(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr("layerskip_core.checkpoint.can_run_native", lambda *_: False)
     assert load_checkpoint(str(tmp_path), "cpu", "fp32", implementation="auto").depth.implementation == implementation
     assert load_checkpoint(str(tmp_path), "cpu", "fp32").depth.implementation == "generic"
 

@@ -163,7 +163,7 @@ def test_what_is_saved_is_a_plain_checkpoint_with_its_story(settings, base, tmp_
     details = info.details
     assert (details["base_model"], details["steps"], details["rows"]) == (base, 4, 32)
     recipe = {"p_max": 0.2, "e_scale": 1.0, "exit_weights": "paper", "curriculum": "rotational", "rotation": 2}
-    recipe["distill"] = 0.0
+    recipe |= {"exits": [], "distill": 0.0}
     assert details["config"]["recipe"] == recipe
     assert sorted(details["final_losses"]) == ["1", "2", "3", "4"]
     assert set(details["versions"]) == {"layerskip", "torch", "transformers"}

@@ -93,11 +93,16 @@ def rows_per_step(config: FinetuneConfig) -> int:
 
 
 def run_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
-    """What decides a run's steps, in JSON's types: a run is resumed with the same or not at all."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    """What decides a run's steps: a run is resumed with the same or not at all."""
+    settings = {name: value for name, value in in_json(config).items() if name not in _FREE}
     recipe = settings.pop("recipe")
     facts = {"steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": _world_size()}
-    return cast(dict[str, Any], json.loads(json.dumps({**settings, **recipe, **facts})))
+    return {**settings, **recipe, **facts}
+
+
+def in_json(config: FinetuneConfig) -> dict[str, Any]:
+    """Its fields as a JSON file gives them back."""
+    return cast(dict[str, Any], json.loads(json.dumps(asdict(config))))
 
 
 def _world_size() -> int:

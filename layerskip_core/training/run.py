@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .checkpoints import ResumePoint, checkpoints_folder, discard_after, has_che
 from .interruption import Interruption
 from .loss_plot import loss_plot
 from .module import RecipeModule
-from .plan import COMMANDS_STEPS, TrainingPlan, make_plan, rows_per_step, run_settings
+from .plan import COMMANDS_STEPS, TrainingPlan, in_json, make_plan, rows_per_step, run_settings
 from .presets import learning_rate, recipe_preset, sequence_length
 from .progress import LossHistory, StepReport
 from .trainer import RecipeTrainer, make_trainer
@@ -112,7 +112,7 @@ class FinetuneJob:
     def _details(self, history: LossHistory) -> dict[str, Any]:
         return {
             "base_model": self.config.model,
-            "config": asdict(self.config),
+            "config": in_json(self.config),
             "steps": self.plan.steps,
             "rows": self.plan.rows,
             "final_losses": {str(layer): loss for layer, loss in history.latest.items()},

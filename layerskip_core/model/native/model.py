@@ -67,8 +67,8 @@ class NativeModel(PackedModel):
 
     @property
     def implementation(self) -> str:
-        kind = self._quantize or str(self.dtype).removeprefix("torch.")
-        return f"native ({self._kernels.variant}, {kind})" + (f", {self._draft_weights} drafts" if self._draft_weights else "")
+        kinds = ", ".join(filter(None, (self._kernels.variant, self._quantize)))
+        return f"native ({kinds})" + (f", {self._draft_weights} drafts" if self._draft_weights else "")
 
     def embed(self, ids: Tensor) -> Tensor:
         return super().embed(ids).float()
