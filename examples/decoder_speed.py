@@ -30,7 +30,6 @@ from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.sampling import most_probable
 from layerskip_core.evaluation.record import environment
-from layerskip_core.model.linear import prepacks
 from layerskip_core.model.weights import head_dim
 
 REPEATS = 5
@@ -143,7 +142,7 @@ def part_step(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second by kind of weights, prefill included."""
     bandwidth = read_bandwidth()
     generic = load_checkpoint(arguments.model, "cpu", arguments.dtype)
-    prompts, count = prompts_of(arguments, generic)[:2], min(arguments.new_tokens, 64)
+    prompts, count = prompts_of(arguments, generic), arguments.new_tokens
     config = DecodingConfig("autoregressive", max_new_tokens=count)
     models = {name: load(arguments, **packing) for name, packing in KINDS.items()}
     ways: dict[str, Callable[[], Any]] = {"transformers": lambda: transformers_decoded(generic.model, prompts, count)}
@@ -263,6 +262,8 @@ def part_exact(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         for flag in models
     }
+    for flag, count in same.items():
+        table.append((f"self-speculative output identical{flag}", None, count / len(prompts), f"of {len(prompts)} prompts"))
     return {"tokens_per_second": rates, "identical": same, "prompts": len(prompts), "table": table}
 
 
@@ -366,7 +367,7 @@ def main() -> None:
         print(json.dumps({"part": part, "model": arguments.model, **result}, default=float), flush=True)
     machine = environment(load(arguments))
     kept = {key: machine[key] for key in ("cpu", "threads", "dtype", "load_average")}
-    print(json.dumps({**kept, "prepacks bf16": prepacks(torch.bfloat16)}))
+    print(json.dumps({**kept, "implementation": load(arguments).depth.implementation}))
     print("| what | target | measured | absolute |\n|---|---|---|---|")
     for what, goal, found, note in table:
         aim = "" if goal is None else f"at most {-goal}" if goal < 0 else f"at least {goal}"

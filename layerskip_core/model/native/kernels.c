@@ -67,7 +67,8 @@ INLINE void meet(Barrier *barrier, int threads) {
     }
 }
 
-/* ---- rows as a matrix's kernel wants them: fp32, bf16 pairs, or int8 groups followed by their scales and sums ---- */
+/* ---- rows as a matrix's kernel wants them: fp32, bf16 pairs, or int8 groups followed by their scales and what the groups'
+ * sums add: for int8 weights -128 times the sum, since their levels are stored plus 128; for int4 the sum in the row's units ---- */
 
 static size_t form_bytes(const Matrix *m) {
     size_t bytes = m->kind == FP32 ? 4 * (size_t)m->inputs : 2 * (size_t)m->inputs + 16;
@@ -91,7 +92,7 @@ static void form(const Matrix *m, const float *x, char *out) {
     } else {
         int8_t *q = (int8_t *)out;
         float *scales = (float *)(out + n);
-        int32_t *sums = (int32_t *)(scales + n / GROUP);
+        float *sums = scales + n / GROUP;
         for (int g = 0; g < n / GROUP; g++, x += GROUP, q += GROUP) {
             vf a = f_load(x), b = f_load(x + 16);
             float most = f_largest(f_max(f_abs(a), f_abs(b)));
@@ -99,7 +100,10 @@ static void form(const Matrix *m, const float *x, char *out) {
             a = f_mul(a, inverse), b = f_mul(b, inverse);
             f_store_int8(q, a), f_store_int8(q + 16, b);
             scales[g] = most / 127;
-            sums[g] = (int32_t)f_sum(f_add(f_of_int(i_rounded(a)), f_of_int(i_rounded(b))));
+            float sum = f_sum(f_add(f_of_int(i_rounded(a)), f_of_int(i_rounded(b))));
+            int32_t offset = (int32_t)(-128 * sum);
+            if (m->kind == INT8) memcpy(sums + g, &offset, 4);
+            else sums[g] = scales[g] * sum;
         }
     }
 }
@@ -177,13 +181,13 @@ INLINE void panel_bf16(const uint16_t *w, int n, const char *x, size_t stride, c
         }
 }
 
-/* Levels are stored plus 128, since the instruction multiplies unsigned by signed; a group's sum of x takes it off again. */
+/* Levels plus 128, for the instruction multiplies unsigned by signed: sums start with what takes that off again. */
 INLINE void panel_int8(const uint8_t *w, const float *scale, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
     vf acc[TILE][2];
     for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
     for (int g = 0; g < n / GROUP; g++) {
         vi sum[TILE][2];
-        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = i_set(-128 * ((const int32_t *)(x + r * stride + n))[n / GROUP + g]);
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = i_set(((const int32_t *)(x + r * stride + n))[n / GROUP + g]);
         for (int quad = 0; quad < GROUP / 4; quad++, w += 4 * PANEL) {
             vi w0 = i_load(w), w1 = i_load(w + 64);
             fetch(w);
@@ -219,11 +223,10 @@ INLINE void panel_int4(const uint8_t *w, const uint16_t *scale, int n, const cha
             }
         }
         for (int r = 0; r < R; r++) {
-            float factor = ((const float *)(x + r * stride + n))[g];
-            vf whole = f_set(factor * (float)((const int32_t *)(x + r * stride + n))[n / GROUP + g]);
+            const float *factors = (const float *)(x + r * stride + n);
+            vf factor = f_set(factors[g]), whole = f_set(factors[n / GROUP + g]);
             for (int half = 0; half < 2; half++) {
-                vf level = f_mul(f_load_bf16(scale + 16 * half), f_set(factor));
-                acc[r][half] = f_fma(f_of_int(sum[r][half]), level, acc[r][half]);
+                acc[r][half] = f_fma(f_of_int(sum[r][half]), f_mul(f_load_bf16(scale + 16 * half), factor), acc[r][half]);
                 acc[r][half] = f_fma(f_load_bf16(scale + PANEL + 16 * half), whole, acc[r][half]);
             }
         }
@@ -234,11 +237,11 @@ INLINE void panel_int4(const uint8_t *w, const uint16_t *scale, int n, const cha
 INLINE void panel_of(const Matrix *m, int panel, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
     int n = m->inputs;
     size_t size = (size_t)panel * PANEL * (size_t)n;
-    switch (m->kind) {
+    switch (R > LOW_BIT_TILE && m->kind > BF16 ? -1 : m->kind) {
     case FP32: panel_fp32((const float *)m->weight + size, n, x, stride, R, out); break;
     case BF16: panel_bf16((const uint16_t *)m->weight + size, n, x, stride, R, out); break;
     case INT8: panel_int8((const uint8_t *)m->weight + size, (const float *)m->scale + panel * PANEL, n, x, stride, R, out); break;
-    default:
+    case INT4:
         panel_int4((const uint8_t *)m->weight + size / 2, (const uint16_t *)m->scale + size / GROUP * 2, n, x, stride, R, out);
     }
     if (m->bias)
@@ -256,6 +259,10 @@ static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride,
     case 5: panel_of(m, panel, x, stride, 5, out); break;
     case 6: panel_of(m, panel, x, stride, 6, out); break;
     case 7: panel_of(m, panel, x, stride, 7, out); break;
+    case 8: panel_of(m, panel, x, stride, 8, out); break;
+    case 9: panel_of(m, panel, x, stride, 9, out); break;
+    case 10: panel_of(m, panel, x, stride, 10, out); break;
+    case 11: panel_of(m, panel, x, stride, 11, out); break;
 #endif
     default: panel_of(m, panel, x, stride, TILE, out);
     }
@@ -265,7 +272,8 @@ enum { PUT, ADD, SILU };
 
 /* This thread's part of out (row, width) = or += rows @ matrix, or silu(gate) * up of a matrix that holds both. */
 static void multiply(const Matrix *m, const char *x, size_t stride, int rows, float *out, int width, int what, int thread, int threads) {
-    int step = what == SILU ? 2 : 1, count = m->panels / step, tiles = (rows + TILE - 1) / TILE;
+    int step = what == SILU ? 2 : 1, count = m->panels / step;
+    int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, tiles = (rows + most - 1) / most;
     float part[2][TILE][PANEL];
     for (int p = (int)((int64_t)count * thread / threads); p < (int)((int64_t)count * (thread + 1) / threads); p++)
         for (int t = 0; t < tiles; t++) {
