@@ -46,12 +46,12 @@ mbpp=(--task mbpp --data "$data/mbpp/mbpp.jsonl" --shots 0 --allow-code-executio
 humaneval=(--task humaneval --data "$data/humaneval/HumanEval.jsonl.gz" --allow-code-execution)
 baselines=(--baselines transformers,assistant-early-exit,prompt-lookup,no-reuse)
 
-# NAME-grid: speed of every exit and draft length, on 12 prompts, one at a time. NAME: quality, acceptance and identical outputs of
+# NAME-grid: speed of every exit and draft length, on 16 prompts, one at a time. NAME: quality, acceptance and identical outputs of
 # more rows, answered in batches, with the best draft length. NAME-bench: the alternatives, at the best setting.
 for task in topv2 scitldr; do
     declare -n arguments=$task
     [ "$task" = topv2 ] && rows=100 || rows=60
-    measure recipe-$task-grid sweep-exits recipe "${arguments[@]}" "${exits[@]}" --specs 2,4,6,8,12 --samples 12
+    measure recipe-$task-grid sweep-exits recipe "${arguments[@]}" "${exits[@]}" --specs 2,4,6,8,12 --samples 16
     read -r exit spec < <(setting recipe-$task-grid)
     measure recipe-$task sweep-exits recipe "${arguments[@]}" "${exits[@]}" --specs "$spec" \
         --samples $rows --batch-size 50 --timed 6
@@ -60,7 +60,7 @@ for task in topv2 scitldr; do
     declare -n arguments=$task
     read -r exit spec < <(setting recipe-$task-grid)
     measure recipe-$task-bench bench recipe "${arguments[@]}" --exit "$exit" --spec "$spec" "${baselines[@]}" \
-        --samples 12 --repeats 2 --resume
+        --samples 16 --repeats 3 --resume
 done
 
 # Low-bit targets, low-bit drafts and trimmed draft heads: on the prompts of the grid, but only the settings that should be fastest.
@@ -68,16 +68,22 @@ packed() { # TASK NAME FLAGS...
     local -n arguments=$1
     local name=recipe-$1-$2
     shift 2
-    measure "$name" sweep-exits recipe "${arguments[@]}" "${exits[@]}" --specs 2,4,8 --quick --samples 12 "$@"
+    measure "$name" sweep-exits recipe "${arguments[@]}" --specs 2,4,6,8,12 --quick --samples 16 "$@"
 }
-packed topv2 int4-head-4096 --quantize int4 --draft-vocab 4096
-packed topv2 head-4096 --draft-vocab 4096
-packed topv2 int4 --quantize int4
-packed topv2 int8 --quantize int8
-packed topv2 int4-drafts --draft-weights int4
-packed topv2 int4-drafts-head-4096 --draft-weights int4 --draft-vocab 4096
-packed topv2 int8-drafts --draft-weights int8
-packed scitldr int4-drafts-head-8192 --draft-weights int4 --draft-vocab 8192
+for task in topv2 scitldr; do
+    packed $task head-4096 "${exits[@]}" --draft-vocab 4096
+    packed $task int4-drafts "${exits[@]}" --draft-weights int4
+    packed $task int4-drafts-head-4096 "${exits[@]}" --draft-weights int4 --draft-vocab 4096
+    packed $task int4-drafts-deep --exits 15,20,25,29 --draft-weights int4
+    packed $task int8 "${exits[@]}" --quantize int8
+    packed $task int4 "${exits[@]}" --quantize int4
+done
+packed topv2 int8-drafts "${exits[@]}" --draft-weights int8
+packed topv2 int8-head-4096 "${exits[@]}" --quantize int8 --draft-vocab 4096
+packed topv2 int4-head-4096 "${exits[@]}" --quantize int4 --draft-vocab 4096
+# Without any training: a 4-bit copy of nearly the whole model drafts.
+measure untouched-scitldr-int4-drafts-deep sweep-exits untouched "${scitldr[@]}" --exits 15,20,25,29 --specs 2,3,4,6 \
+    --quick --samples 16 --draft-weights int4
 plain=(--strategies autoregressive --batch-size 50 --timed 0 --resume) # the answers of the target alone, in batches
 for bits in int8 int4; do
     measure recipe-topv2-$bits-rows bench recipe "${topv2[@]}" "${plain[@]}" --samples 100 --quantize $bits

@@ -7,6 +7,7 @@ Usage: python tables.py RESULTS           RESULTS holds {recipe,control,untouche
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -177,13 +178,13 @@ def weights(records: Records) -> None:
     Runs at different times are compared by the median speed of plain bf16 decoding in all of them that have it.
     """
     rows = []
-    for task, title in TASKS.items():
-        names = [name for name in records if name.startswith(f"recipe-{task}-") and is_packed(records[name])]
-        first = f"recipe-{task}-grid"
+    for model, (task, title) in product(MODELS, TASKS.items()):
+        names = [name for name in records if name.startswith(f"{model}-{task}-") and is_packed(records[name])]
+        first = f"{model}-{task}-grid"
         plains = [entry(records.get(name), "autoregressive") for name in [first, *names] if not is_low(records.get(name))]
         base = median(one["tokens_per_second"] for one in plains if one) if any(plains) else None
         for name in [first, *names] if names else []:
-            record, many = records.get(name), records.get(f"recipe-{task}" if name == first else f"{name}-rows")
+            record, many = records.get(name), records.get(f"{model}-{task}" if name == first else f"{name}-rows")
             plain, fast = entry(record, "autoregressive"), best(record)
             if record is None or plain is None or fast is None:
                 continue
@@ -191,13 +192,13 @@ def weights(records: Records) -> None:
             head = packing["draft_vocab"] or "all"
             over = fast["tokens_per_second"] / base if base else None
             rows.append([
-                title, packing["quantize"] or "bf16", packing["draft_weights"] or packing["quantize"] or "bf16", text(head),
+                title, model, packing["quantize"] or "bf16", packing["draft_weights"] or packing["quantize"] or "bf16", text(head),
                 f"{quality(many, full)} of {rows_of(many)}" if many and full else "", number(plain["tokens_per_second"], ".0f"),
                 f"{fast['exit_layer']}, {fast['num_draft_tokens']}", percent(fast["acceptance_rate"]),
                 number(fast["tokens_per_second"], ".0f"), number(fast["speedup"], ".2f", "x"), number(over, ".2f", "x"),
                 outputs(record, fast),
             ])  # fmt: skip
-    head_cells = ["task", "target", "drafts", "draft head", "quality", "autoregressive, tokens/s", "best exit, drafts"]
+    head_cells = ["task", "model", "target", "drafts", "draft head", "quality", "autoregressive, tokens/s", "best exit, drafts"]
     head_cells += ["acceptance", "tokens/s", "speedup", "over autoregressive bf16", "identical outputs"]
     table("Low-bit targets and drafts, trimmed draft heads", head_cells, rows)
 
