@@ -189,10 +189,10 @@ def weights(records: Records) -> None:
             if record is None or plain is None or fast is None:
                 continue
             packing, full = record["config"]["packing"], entry(many, "autoregressive")
-            head = packing["draft_vocab"] or "all"
+            target, head = packing["quantize"] or "bf16", packing["draft_vocab"] or "all"
             over = fast["tokens_per_second"] / base if base else None
             rows.append([
-                title, model, packing["quantize"] or "bf16", packing["draft_weights"] or packing["quantize"] or "bf16", text(head),
+                title, model, target, packing["draft_weights"] or target, text(head),
                 f"{quality(many, full)} of {rows_of(many)}" if many and full else "", number(plain["tokens_per_second"], ".0f"),
                 f"{fast['exit_layer']}, {fast['num_draft_tokens']}", percent(fast["acceptance_rate"]),
                 number(fast["tokens_per_second"], ".0f"), number(fast["speedup"], ".2f", "x"), number(over, ".2f", "x"),
