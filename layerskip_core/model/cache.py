@@ -36,7 +36,7 @@ class DepthCache:
         """Forgets every row but those at `rows`, which take its order."""
         self.lengths = self.lengths[rows]
         if self._storage is not None:
-            self._keep(self._storage[:, :, rows])
+            self._keep(self._storage[:, :, rows].contiguous())
 
     def writer(self, positions: Tensor) -> "SpanWriter":
         """What a span of layers writes its keys and values through, for tokens at `positions` (B, T), on the host."""

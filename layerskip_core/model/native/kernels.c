@@ -119,66 +119,39 @@ static void normed(const float *x, const float *weight, int n, float eps, float 
     for (; i < n; i++) out[i] = x[i] * factor * weight[i];
 }
 
-#ifndef AHEAD
-#define AHEAD 2048
-#endif
+#define AHEAD 2048 /* bytes: a panel goes on where it ends, so the next one's weights are on their way too */
+
 INLINE void fetch(const void *w) {
-#if AHEAD
     _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
-#else
-    (void)w;
-#endif
 }
 
 /* ---- a panel of a matrix by R rows, R being constant where it is inlined ---- */
 
 INLINE void panel_fp32(const float *w, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
-    vf acc[TILE][2][SPLIT];
-    for (int r = 0; r < R; r++) for (int s = 0; s < SPLIT; s++) acc[r][0][s] = acc[r][1][s] = f_set(0);
-    int k = 0;
-    for (; k + SPLIT <= n; k += SPLIT)
-        for (int s = 0; s < SPLIT; s++, w += PANEL) {
-            vf w0 = f_load(w), w1 = f_load(w + 16);
-            for (int r = 0; r < R; r++) {
-                vf value = f_set(((const float *)(x + r * stride))[k + s]);
-                acc[r][0][s] = f_fma(w0, value, acc[r][0][s]), acc[r][1][s] = f_fma(w1, value, acc[r][1][s]);
-            }
-        }
-    for (; k < n; k++, w += PANEL)
+    vf acc[TILE][2];
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
+    for (int k = 0; k < n; k++, w += PANEL) {
+        vf w0 = f_load(w), w1 = f_load(w + 16);
         for (int r = 0; r < R; r++) {
             vf value = f_set(((const float *)(x + r * stride))[k]);
-            acc[r][0][0] = f_fma(f_load(w), value, acc[r][0][0]), acc[r][1][0] = f_fma(f_load(w + 16), value, acc[r][1][0]);
+            acc[r][0] = f_fma(w0, value, acc[r][0]), acc[r][1] = f_fma(w1, value, acc[r][1]);
         }
-    for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++) {
-            for (int s = 1; s < SPLIT; s++) acc[r][half][0] = f_add(acc[r][half][0], acc[r][half][s]);
-            f_store(out[r] + 16 * half, acc[r][half][0]);
-        }
+    }
+    for (int r = 0; r < R; r++) f_store(out[r], acc[r][0]), f_store(out[r] + 16, acc[r][1]);
 }
 
 INLINE void panel_bf16(const uint16_t *w, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
-    vf acc[TILE][2][SPLIT];
-    for (int r = 0; r < R; r++) for (int s = 0; s < SPLIT; s++) acc[r][0][s] = acc[r][1][s] = f_set(0);
-    int pair = 0, pairs = n / 2;
-    for (; pair + SPLIT <= pairs; pair += SPLIT)
-        for (int s = 0; s < SPLIT; s++, w += 2 * PANEL) {
-            vi w0 = i_load(w), w1 = i_load(w + 32);
-            fetch(w);
-            for (int r = 0; r < R; r++) {
-                uint32_t value = ((const uint32_t *)(x + r * stride))[pair + s];
-                acc[r][0][s] = dot_bf16(acc[r][0][s], w0, value), acc[r][1][s] = dot_bf16(acc[r][1][s], w1, value);
-            }
-        }
-    for (; pair < pairs; pair++, w += 2 * PANEL)
+    vf acc[TILE][2];
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
+    for (int pair = 0; pair < n / 2; pair++, w += 2 * PANEL) {
+        vi w0 = i_load(w), w1 = i_load(w + 32);
+        fetch(w);
         for (int r = 0; r < R; r++) {
             uint32_t value = ((const uint32_t *)(x + r * stride))[pair];
-            acc[r][0][0] = dot_bf16(acc[r][0][0], i_load(w), value), acc[r][1][0] = dot_bf16(acc[r][1][0], i_load(w + 32), value);
+            acc[r][0] = dot_bf16(acc[r][0], w0, value), acc[r][1] = dot_bf16(acc[r][1], w1, value);
         }
-    for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++) {
-            for (int s = 1; s < SPLIT; s++) acc[r][half][0] = f_add(acc[r][half][0], acc[r][half][s]);
-            f_store(out[r] + 16 * half, acc[r][half][0]);
-        }
+    }
+    for (int r = 0; r < R; r++) f_store(out[r], acc[r][0]), f_store(out[r] + 16, acc[r][1]);
 }
 
 /* Levels plus 128, for the instruction multiplies unsigned by signed: sums start with what takes that off again. */

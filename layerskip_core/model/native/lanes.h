@@ -11,7 +11,6 @@ typedef __m512 vf;  /* 16 floats */
 typedef __m512i vi; /* 16 int32, or 64 bytes */
 #define TILE 12 /* most rows that share a weight once it is loaded: 24 sums of 32 registers */
 #define LOW_BIT_TILE 8
-#define SPLIT 1 /* partial sums of a dot product, so that additions need not wait for each other */
 
 INLINE vf f_set(float x) { return _mm512_set1_ps(x); }
 INLINE vf f_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -65,7 +64,6 @@ typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vi;
 #define TILE 2
 #define LOW_BIT_TILE 2
-#define SPLIT 1
 #define BOTH(type, one, other) ((type){(one), (other)})
 
 INLINE vf f_set(float x) { return BOTH(vf, _mm256_set1_ps(x), _mm256_set1_ps(x)); }

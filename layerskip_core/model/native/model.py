@@ -15,7 +15,8 @@ from .library import CCall, CLayer, CShape, Kernels, kernels
 from .weights import NativeMatrix
 
 _LARGEST_HEAD = 256
-_KEPT_ROWS = 128  # calls of up to so many rows keep their buffers
+_KEPT_ROWS = 64  # calls of up to so many rows keep their buffers
+_KEPT = 16  # of so many row counts
 
 
 def can_run_native(config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
@@ -62,7 +63,7 @@ class NativeModel(PackedModel):
     def _ready(self, found: Kernels, shape: CShape) -> None:
         self._kernels, self._shape = found, shape
         self._array = (CLayer * self.num_layers)(*(layer.structure for layer in self._layers))
-        self._calls: dict[tuple[int, int, int], _Buffers] = {}
+        self._calls: dict[tuple[int, int], _Buffers] = {}
         self._cos = self._sin = torch.empty(0, 1)
 
     @property
@@ -117,12 +118,13 @@ class NativeModel(PackedModel):
 
     def _buffers(self, rows: int) -> "_Buffers":
         threads = torch.get_num_threads()
-        key = (rows, threads, self.max_positions)
-        found = self._calls.get(key)
+        found = self._calls.get((rows, threads))
         if found is None:
             found = _Buffers(rows, threads, self._shape, self.max_positions)
             if rows <= _KEPT_ROWS:
-                self._calls[key] = found
+                if len(self._calls) >= _KEPT:
+                    self._calls.pop(next(iter(self._calls)))
+                self._calls[rows, threads] = found
         return found
 
 
