@@ -84,6 +84,12 @@ packed topv2 int4-head-4096 "${exits[@]}" --quantize int4 --draft-vocab 4096
 # Without any training: a 4-bit copy of nearly the whole model drafts.
 measure untouched-scitldr-int4-drafts-deep sweep-exits untouched "${scitldr[@]}" --exits 15,20,25,29 --specs 2,3,4,6 \
     --quick --samples 16 --draft-weights int4
+packed topv2 int8-drafts-head-4096 --exits 6 --draft-weights int8 --draft-vocab 4096
+packed topv2 head-1024-low --exits 2,3,4,5,6 --draft-vocab 1024
+for bits in "" int8; do # the best of them, beside transformers
+    measure recipe-topv2-${bits:+$bits-}head-1024-bench bench recipe "${topv2[@]}" --exit 6 --spec 6 --draft-vocab 1024 \
+        ${bits:+--quantize $bits} --baselines transformers --samples 16 --repeats 5 --resume
+done
 plain=(--strategies autoregressive --batch-size 50 --timed 0 --resume) # the answers of the target alone, in batches
 for bits in int8 int4; do
     measure recipe-topv2-$bits-rows bench recipe "${topv2[@]}" "${plain[@]}" --samples 100 --quantize $bits
@@ -97,6 +103,11 @@ for number in 0 1; do
     measure $run-topv2 sweep-exits $run "${topv2[@]}" "${without[@]}" --specs "$spec" --samples ${topv2_rows[number]}
     read -r exit spec < <(setting recipe-scitldr-grid)
     measure $run-scitldr sweep-exits $run "${scitldr[@]}" "${without[@]}" --specs "$spec" --samples ${scitldr_rows[number]}
+done
+
+for run in recipe control; do # the same rows for both
+    measure $run-topv2-rows bench $run "${topv2[@]}" "${plain[@]}" --samples 300 --max-new-tokens 96
+    measure $run-scitldr-rows bench $run "${scitldr[@]}" "${plain[@]}" --samples 60
 done
 
 # 64 windows of 512 tokens; what decoding adds is one token a prompt.
