@@ -8,11 +8,11 @@ from test_packed import CASES, assert_equal_spans, ids_of, pair  # noqa: F401  a
 from layerskip_core.config import DecodingConfig, PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.model import NativeModel, PackedModel, can_run_native
-from layerskip_core.model.native import library
+from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
-BUILT = [name for name in library.VARIANTS if library.kernels(name) is not None]
+BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]
 PRECISIONS = {
     "fp32": (torch.float32, {}),
     "bf16": (torch.bfloat16, {}),
@@ -25,7 +25,7 @@ needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here
 
 @pytest.fixture(params=BUILT)
 def variant(request, monkeypatch):
-    monkeypatch.setattr(native, "kernels", lambda: library.kernels(request.param))
+    monkeypatch.setattr(native, "kernels", lambda: compiled.kernels(request.param))
     return request.param
 
 
@@ -145,5 +145,5 @@ def test_where_there_are_kernels_and_where_not(variant):
 def test_without_kernels_decoding_runs_on_those_of_torch(monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda: None)
     assert not can_run_native(tiny_model("llama", torch.float32).config, torch.float32, torch.device("cpu"), None)
-    monkeypatch.setenv(library.SWITCH, "torch")
-    assert library.kernels.__wrapped__() is None
+    monkeypatch.setenv(compiled.SWITCH, "torch")
+    assert compiled.kernels.__wrapped__() is None

@@ -288,7 +288,8 @@ def table(title: str, head: Iterable[str], rows: Sequence[Sequence[str]]) -> Non
 def main(arguments: Sequence[str]) -> None:
     if arguments[0] == "best":
         found = best(json.loads((Path(arguments[1]) / "results.json").read_text(encoding="utf-8")))
-        assert found is not None, "the sweep measured no self-speculative setting"
+        if found is None:
+            sys.exit(f"error: {arguments[1]} has no self-speculative setting that was measured")
         print(*setting_of(found))
         return
     records = read(Path(arguments[0]))

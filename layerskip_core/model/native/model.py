@@ -11,7 +11,7 @@ from ..cache import DepthCache
 from ..packed import PackedModel, can_pack
 from ..quantized import GROUP_SIZE
 from ..weights import Weights, head_dim
-from .library import CCall, CLayer, CShape, Kernels, kernels
+from .compiled import CCall, CLayer, CShape, Kernels, kernels
 from .weights import NativeMatrix
 
 _LARGEST_HEAD = 256

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...config import Quantization
 from ..quantized import GROUP_SIZE, int4_levels, int8_levels
-from .library import KINDS, CMatrix
+from .compiled import KINDS, CMatrix
 
 _PANEL = 32  # outputs
 
