@@ -24,6 +24,9 @@ SUPPORTED = (
     "granite",
 )
 
+FP32_SDPA = "sdpa_fp32"  # of training/attention.py
+_SDPA = ("sdpa", FP32_SDPA)  # kinds of attention that apply causality themselves and take masks of truth values
+
 
 @dataclass(frozen=True)
 class SpanInputs:
@@ -157,7 +160,7 @@ class DepthModel:
             key_mask is None
             and key_count == positions.shape[1]
             and (writer is None or writer.contiguous)
-            and self.config._attn_implementation == "sdpa"
+            and self.config._attn_implementation in _SDPA
         )
         single_row = writer is not None and positions.shape == (1, 1)
         rope: dict[str, tuple[Tensor, Tensor]] = {}
@@ -210,7 +213,7 @@ class DepthModel:
             itself = torch.eye(key_count, dtype=torch.bool, device=positions.device)
             seen = seen & key_mask[:, None, :].to(torch.bool) | itself
         seen = seen[:, None]
-        if self.config._attn_implementation == "sdpa":
+        if self.config._attn_implementation in _SDPA:
             return seen
         return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
 

@@ -27,6 +27,7 @@ from ..encoding import EncodedData, Encoder, encode_rows, encode_stream
 from ..errors import ConfigError, TrainingInterrupted
 from ..model.vocabulary import ORDER_FILE
 from ..saving import refuse_overwrite, save_checkpoint
+from .attention import use_fp32_attention
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, has_checkpoints, last_checkpoint, newest_whole
 from .interruption import Interruption
 from .loss_plot import loss_plot
@@ -64,6 +65,8 @@ class FinetuneJob:
         config = self.config
         assert config.recipe is not None
         scratch = config.regime == "scratch"
+        if self.autocast and self.plan.device == "cpu":
+            use_fp32_attention(self.loaded.model)
         model = _with_lora(self.loaded.model, config) if config.lora_rank else self.loaded.model
         module = RecipeModule(model, config.recipe, config.seed, scratch, config.gradient_checkpointing)
         order = token_order(
@@ -134,7 +137,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     config = _resolved(config, parameters, loaded.depth.max_positions)
     data, held_out, encoder = _encoded(config, loaded, rows)
-    autocast = pick_dtype(config.dtype, device, parameters) == torch.bfloat16
+    autocast = _autocasts(config, device, parameters)
     plan = make_plan(config, loaded, data, str(device), autocast, encoder.pack)
     if resume is not None:
         _require_same_run(resume.settings, run_settings(config, plan))
@@ -156,6 +159,15 @@ def _require_device(device: torch.device) -> None:
             "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got --device cpu, where accelerate would run DDP without a word; start it "
             "with torchrun alone"
         )
+
+
+def _autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:
+    """Whether to train in bf16 autocast. `auto` has it wherever a model would be loaded in bf16, and for small models too on a
+    CPU that multiplies bf16 itself: there it is twice as fast.
+    """
+    if config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return True
+    return pick_dtype(config.dtype, device, parameters) == torch.bfloat16
 
 
 def _model_and_rows(config: FinetuneConfig) -> tuple[LoadedModel, list[Row]]:

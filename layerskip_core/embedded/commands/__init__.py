@@ -23,6 +23,8 @@ SPLITS = ("train", "validation", "test", "compositional")
 _BUCKETS = 10  # of ten hash buckets, 0 is test, 1 is validation, the others are training
 _MAX_TRIES = 4000
 _COINED = 0.25  # of the words of `coined` rules in training are made up
+_COINED_ANYWHERE = 0.04  # and of the other words in values: what a model copies should not depend on having met it
+_SHORTEST_COINED = 4  # letters; the short ones (at, the, 5) tell what kind of value it is
 _ONSETS, _VOWELS, _CODAS = (
     tuple(letters.replace("-", "") for letters in line.split())
     for line in (
@@ -154,6 +156,7 @@ class Grammar:
     ) -> None:
         """Expands everything but open rules, which stay as `{name}`; in an open value, words may be made up."""
         out.compositional |= alternative.compositional
+        coins = in_value and split == "train" and not any(_is_label(piece) for piece in alternative.pieces)
         for piece in alternative.pieces:
             if isinstance(piece, Choice):
                 options = piece.alternatives
@@ -165,7 +168,8 @@ class Grammar:
                     a for a in self.rules[piece[1:-1]].alternatives if split == "compositional" or not a.compositional
                 )
             else:
-                out.tokens.append(piece)
+                coined = coins and len(piece) >= _SHORTEST_COINED and rng.random() < _COINED_ANYWHERE
+                out.tokens.append(_coined_word(rng) if coined else piece)
                 continue
             self._closed(options[_below(rng, len(options))], split, rng, out, in_value)
 
@@ -242,6 +246,10 @@ def _source(alternative: Alternative) -> str:
         piece if isinstance(piece, str) else f"({'|'.join(_source(a) for a in piece.alternatives)})"
         for piece in alternative.pieces
     )
+
+
+def _is_label(piece: str | Choice) -> bool:
+    return isinstance(piece, str) and piece.startswith("[")
 
 
 def _coined_word(rng: random.Random) -> str:

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from conftest import tiny_model
+from test_recipe_module import batch
+from training_runs import saved_base, settings_on
+
+from layerskip_core.config import RecipeConfig
+from layerskip_core.encoding import Collator
+from layerskip_core.training.attention import use_fp32_attention
+from layerskip_core.training.module import Moment, RecipeModule
+from layerskip_core.training.packing import packed
+from layerskip_core.training.run import prepare
+
+
+def gradients(model, *, autocast, **inputs):
+    module = RecipeModule(model, RecipeConfig(p_max=0.3, curriculum="all")).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        module(moment=Moment(2, 10), **inputs)["loss"].backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def inputs(kind):
+    ids, labels = batch()
+    if kind == "packed":
+        return Collator(0)(list(packed([ids[0].tolist(), ids[1, :4].tolist(), ids[2].tolist()], 18)))
+    if kind == "padded at the left":
+        mask = torch.ones_like(ids)
+        mask[1, :4] = 0
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", ["causal", "packed", "padded at the left"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
+    """In fp32 the same bits, whichever mask; under autocast no further from them than bf16 attention is."""
+    changes = {"sliding_window": 4} if model_type == "mistral" else {}
+
+    def found(in_fp32, autocast):
+        model = tiny_model(model_type, dtype=torch.float32, **changes)
+        if in_fp32:
+            use_fp32_attention(model)
+            assert model.config._attn_implementation == "sdpa_fp32"
+        return gradients(model, autocast=autocast, **inputs(kind))
+
+    exact = found(False, False)
+    assert torch.equal(found(True, False), exact)
+    ours, torchs = ((found(in_fp32, True) - exact).norm() / exact.norm() for in_fp32 in (True, False))
+    assert 0 < ours < 1.1 * torchs < 0.2
+
+
+def test_the_kernels_run_in_fp32(monkeypatch):
+    seen = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, **options):
+        assert not torch.is_autocast_enabled("cpu")
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return kernel(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = tiny_model(dtype=torch.float32)
+    use_fp32_attention(model)
+    gradients(model, autocast=True, **inputs("causal"))
+    assert seen and set(seen) == {(torch.float32,) * 3}
+
+
+def test_a_model_with_another_attention_keeps_it():
+    model = tiny_model("gemma2", dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    use_fp32_attention(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(("multiplies_bf16", "dtype"), [(True, "bf16 autocast"), (False, "fp32")])
+def test_auto_is_bf16_where_the_cpu_multiplies_it(multiplies_bf16, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies_bf16)
+    job = prepare(settings_on(saved_base(tmp_path / "base"), tmp_path)(dtype="auto", steps=2))
+    assert job.plan.dtype == dtype
+    job.run(lambda report: None)
+    kind = job.loaded.model.config._attn_implementation
+    assert kind == ("sdpa_fp32" if multiplies_bf16 else "sdpa")
+    assert "sdpa" not in (tmp_path / "out" / "config.json").read_text()
