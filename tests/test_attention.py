@@ -6,6 +6,7 @@ from training_runs import saved_base, settings_on
 
 from layerskip_core.config import RecipeConfig
 from layerskip_core.encoding import Collator
+from layerskip_core.training import attention
 from layerskip_core.training.attention import use_fp32_attention
 from layerskip_core.training.module import Moment, RecipeModule
 from layerskip_core.training.packing import packed
@@ -49,20 +50,23 @@ def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
     assert 0 < ours < 1.1 * torchs < 0.2
 
 
-def test_the_kernels_run_in_fp32(monkeypatch):
+@pytest.mark.parametrize(("short", "dtype"), [(10, torch.float32), (9, torch.bfloat16)])
+def test_short_rows_run_in_fp32(short, dtype, monkeypatch):
+    """Of 9 tokens."""
+    monkeypatch.setattr(attention, "_SHORT", short)
     seen = []
     kernel = torch.nn.functional.scaled_dot_product_attention
 
     def watched(query, key, value, **options):
-        assert not torch.is_autocast_enabled("cpu")
-        seen.append((query.dtype, key.dtype, value.dtype))
+        in_bf16 = torch.is_autocast_enabled("cpu")  # which casts what the kernel is given
+        seen.append({torch.bfloat16} if in_bf16 else {query.dtype, key.dtype, value.dtype})
         return kernel(query, key, value, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model = tiny_model(dtype=torch.float32)
     use_fp32_attention(model)
     gradients(model, autocast=True, **inputs("causal"))
-    assert seen and set(seen) == {(torch.float32,) * 3}
+    assert seen and all(kinds == {dtype} for kinds in seen)
 
 
 def test_a_model_with_another_attention_keeps_it():

@@ -1,7 +1,8 @@
-"""Attention under bf16 autocast on the CPU, in fp32: torch's flash kernel is four times slower backward in bf16 there.
+"""Attention over short rows under bf16 autocast on the CPU, in fp32: torch's flash kernel is slow there in bf16.
 
-Measured with torch 2.13 on AVX-512 BF16, one thread, 32 rows of 56 tokens, 5 heads of 32: 11.4 ms a layer backward in bf16 and
-2.5 ms in fp32, which was half of a training step.
+Forward and backward of one layer with torch 2.13 on AVX-512 BF16, one thread, in bf16 and in fp32: 32 rows of 56 tokens with 5
+heads of 32: 15 and 7 ms; 16 of 128 with 9 heads of 64: 44 and 34 ms; 8 of 224: 39 and 44 ms; 2 of 1,024: 98 and 139 ms. It had
+been half of a training step of the embedded model.
 """
 
 from typing import Any
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from ..model.depth import FP32_SDPA
 
+_SHORT = 192  # tokens; longer rows are faster in bf16
+
 
 def use_fp32_attention(model: Any) -> None:
-    """Has a transformers model whose attention is `sdpa` run it in fp32; a model with another kind stays as it is."""
+    """Has a transformers model with `sdpa` attention run it in fp32 on short rows; one with another kind stays as it is."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,11 +27,11 @@ def use_fp32_attention(model: Any) -> None:
     model.set_attn_implementation(FP32_SDPA)
 
 
-def _fp32_sdpa(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
+def _fp32_sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    """(B, heads, T, head dim) each; the result is (B, T, heads, head dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if query.shape[-2] >= _SHORT:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
     with torch.autocast(query.device.type, enabled=False):
-        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
-    return output, None
+        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
