@@ -7,6 +7,9 @@ from test_packed import CASES, assert_equal_spans, ids_of, pair  # noqa: F401  a
 
 from layerskip_core.config import DecodingConfig, PackingConfig
 from layerskip_core.decoding import decode
+from layerskip_core.decoding.drafting import drafter_for
+from layerskip_core.decoding.loop import target_logits
+from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.model import NativeModel, PackedModel, can_run_native
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
@@ -127,6 +130,57 @@ def test_a_low_bit_copy_drafts_and_the_model_verifies(variant):
     plain = decode(alone, prompt, DecodingConfig("autoregressive", max_new_tokens=30))
     assert [t.id for ts in drafted for t in ts] == [t.id for ts in plain for t in ts]
     assert drafted.stats.accepted > 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("packing", [{}, {"draft_vocab": 40}, {"draft_weights": "int8"}, {"quantize": "int4"}], ids=str)
+def test_a_draft_in_one_call_is_that_of_single_steps(variant, packing, number, threads):
+    """Tokens, states and the cache, bit for bit; all of it again behind an EOS, which ends the draft."""
+    threads(number)
+    order = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
+    model = NativeModel.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(**packing), order)
+    prompt, positions = ids_of(1, 30), torch.arange(29, 35)[None]
+
+    def drafted(ends, one_call):
+        drafter = drafter_for(model, Greedy(), DecodingConfig("self-speculative", 4, 6), frozenset(ends))
+        if not one_call:
+            drafter._in_one_call = None
+        with torch.inference_mode():
+            cache = model.new_cache()
+            model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
+            draft = drafter.draft(prompt[:, 29:], positions, cache)
+            return draft, target_logits(model, draft, torch.arange(29, 30 + draft.num_drafts)[None], cache, 6)
+
+    chosen = drafted((), False)[0].tokens[0].tolist()
+    for ends in ((), (66, chosen[1]), (chosen[3],), (chosen[6],)):
+        (expected, logits), (found, ours) = drafted(ends, False), drafted(ends, True)
+        assert torch.equal(found.tokens, expected.tokens) and found.num_drafts == expected.num_drafts
+        if expected.exit_states is not None:
+            known = expected.exit_states.shape[1]
+            assert torch.equal(found.exit_states[:, :known], expected.exit_states)
+        assert torch.equal(ours, logits)
+
+
+@needs_kernels
+@pytest.mark.parametrize("best", [0, 1, 255, 256, 590, 599])
+def test_of_equal_logits_the_first_is_drafted(variant, best):
+    """In a vocabulary of 600: blocks of 256 are looked at, and 599 stands behind the last whole sixteen."""
+
+    def drafted(change):
+        tiny = tiny_model("llama", torch.float32, vocab_size=600, **WIDE)
+        change(tiny.lm_head.weight.data)
+        model = NativeModel.of(tiny)
+        with torch.inference_mode():
+            return model.draft_greedily(5, 3, torch.arange(1)[None], model.new_cache(), frozenset())[0].tolist()
+
+    ((_, likely),) = drafted(lambda weight: None)
+
+    def equal_from_best_on(weight):
+        row = weight[likely].clone()
+        weight[:best], weight[best:] = -row, row
+
+    assert drafted(equal_from_best_on) == [[5, best]]
 
 
 @needs_kernels

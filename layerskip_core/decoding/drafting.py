@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import EXACT_TOKENS, DecodingConfig, require
 from ..model.cache import DepthCache
 from ..model.vocabulary import DraftVocabulary
-from .sampling import Sampler
+from .sampling import Greedy, Sampler
 
 
 class SpanModel(Protocol):
@@ -77,9 +77,15 @@ class ExitDrafter:
         # Elsewhere than on the CPU, waiting for every id costs more than the few drafts behind an EOS, once an output.
         self._eos_ids = eos_ids if model.device.type == "cpu" else frozenset()
         self._reuse = reuse_exit_states
+        greedy = isinstance(sampler, Greedy) and not confidence
+        self._in_one_call: Any = getattr(model, "draft_greedily", None) if greedy else None
 
     def draft(self, token: Tensor, positions: Tensor, cache: DepthCache) -> Draft:
         """Ends early behind an EOS, or before a token where the most probable one has less than the confidence."""
+        if self._in_one_call is not None:
+            drafted, exit_states = self._in_one_call(int(token), self._exit_layer, positions, cache, self._eos_ids)
+            count = drafted.shape[1] - 1
+            return Draft(drafted, count, None, exit_states if self._reuse else None, self._exit_layer)
         tokens, probs, states = [token], [], []
         for step in range(positions.shape[1]):
             hidden = self._model.embed(token)

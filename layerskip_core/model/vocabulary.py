@@ -19,29 +19,29 @@ class DraftVocabulary:
     def __init__(self, total: int, count: int, order: list[int] | None = None) -> None:
         """`order`: distinct ids below V; those it lacks follow in the tokenizer's order, which without one is all there is."""
         self._left_out = max(0, total - count)
-        self._ids: Tensor | None = None
+        self.ids: Tensor | None = None  # of the tokens, where they are not 0, 1, 2, ...
         if order is not None:
             known = set(order)
-            self._ids = torch.tensor([*order, *(token for token in range(total) if token not in known)][:count])
+            self.ids = torch.tensor([*order, *(token for token in range(total) if token not in known)][:count])
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """(V, ...) to (N, ...)."""
-        return weight[: len(weight) - self._left_out] if self._ids is None else weight[self._ids.to(weight.device)]
+        return weight[: len(weight) - self._left_out] if self.ids is None else weight[self.ids.to(weight.device)]
 
     def tokens(self, chosen: Tensor) -> Tensor:
         """Token ids (...) of indices (...)."""
-        if self._ids is None:
+        if self.ids is None:
             return chosen
-        self._ids = self._ids.to(chosen.device)
-        return self._ids[chosen]
+        self.ids = self.ids.to(chosen.device)
+        return self.ids[chosen]
 
     def spread(self, found: Tensor, rest: float) -> Tensor:
         """Logits or probabilities (..., N) as those of all tokens, (..., V), the others' being `rest`."""
         padded = F.pad(found, (0, self._left_out), value=rest)
-        if self._ids is None:
+        if self.ids is None:
             return padded
-        self._ids = self._ids.to(found.device)
-        return torch.full_like(padded, rest).index_copy(-1, self._ids, found)
+        self.ids = self.ids.to(found.device)
+        return torch.full_like(padded, rest).index_copy(-1, self.ids, found)
 
 
 def token_order(folder: str | Path, vocab_size: int) -> list[int] | None:

@@ -45,15 +45,28 @@ class CCall(Structure):
     ]
 
 
+class CDraft(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("embedding", "vocabulary", "ends")),
+        *((name, c_int32) for name in ("end_count", "most")),
+        *((name, c_void_p) for name in ("tokens", "states", "logits")),
+        ("drafted", c_int32),
+    ]
+
+
 class Kernels:
     """The functions of one variant."""
 
     def __init__(self, variant: str, library: ctypes.CDLL) -> None:
         self.variant = variant
-        self.span, self.score = library.layerskip_span, library.layerskip_score
+        self.span, self.score, self.draft = library.layerskip_span, library.layerskip_score, library.layerskip_draft
         self.span.argtypes = [POINTER(CShape), c_void_p, c_int, POINTER(CCall), c_int]
         self.score.argtypes = [POINTER(CShape), c_void_p, POINTER(CMatrix), POINTER(CCall), c_void_p, c_int]
-        self.span.restype = self.score.restype = None
+        self.draft.argtypes = [
+            *(POINTER(CShape), c_void_p, c_int, c_void_p, POINTER(CMatrix)),
+            *(POINTER(CCall), POINTER(CDraft), c_int),
+        ]
+        self.span.restype = self.score.restype = self.draft.restype = None
         runtime = ctypes.CDLL(None)  # torch has loaded its OpenMP runtime for all to see
         self.has_threads = all(hasattr(runtime, name) for name in _OPENMP)
         if self.has_threads:

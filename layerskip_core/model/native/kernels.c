@@ -50,6 +50,16 @@ typedef struct {
 } Call;
 
 typedef struct {
+    const void *embedding;     /* (token, hidden), bf16 where the cache is */
+    const int64_t *vocabulary; /* the token of each of the head's outputs, or NULL where it is its number */
+    const int64_t *ends;       /* tokens that nothing is drafted behind */
+    int32_t end_count, most;   /* most: drafts at most */
+    int64_t *tokens;           /* (1 + most): the first is given */
+    float *states, *logits;    /* (1 + most, hidden) behind the layers; one row of logits */
+    int32_t drafted;           /* how many there are in the end */
+} Draft;
+
+typedef struct {
     atomic_int arrived, phase;
 } Barrier;
 
@@ -385,10 +395,11 @@ typedef struct {
     const Shape *shape;
     const Layer *layers;
     int count;
-    const Call *call;
-    const Matrix *head; /* of `score` alone, with its norm */
+    Call *call;
+    const Matrix *head; /* of `score` and `draft` alone, with its norm */
     const float *head_norm;
     float *logits;
+    Draft *draft;
     Barrier barrier;
 } Work;
 
@@ -436,20 +447,79 @@ static void score(Work *work, int thread, int threads) {
     multiply(work->head, formed, form_bytes(work->head), call->rows, work->logits, work->head->outputs, PUT, thread, threads);
 }
 
+/* The first of the largest of n numbers. */
+static int largest_of(const float *x, int n) {
+    enum { BLOCK = 256 };
+    int block = 0, live = n < BLOCK ? n : BLOCK, found = 0;
+    float most = -INFINITY;
+    for (int start = 0; start < n; start += BLOCK) {
+        int stop = n - start < BLOCK ? n : start + BLOCK, i = start;
+        vf largest = f_set(-INFINITY);
+        for (; i + 16 <= stop; i += 16) largest = f_max(largest, f_load(x + i));
+        float here = f_largest(largest);
+        for (; i < stop; i++) here = x[i] > here ? x[i] : here;
+        if (here > most) most = here, block = start, live = stop - start;
+    }
+    while (found < live - 1 && x[block + found] != most) found++;
+    return block + found;
+}
+
+static void embed(const Work *work, int64_t token, float *out) {
+    int n = work->shape->hidden;
+    size_t at = (size_t)token * (size_t)n;
+    if (!work->shape->bf16_cache) {
+        memcpy(out, (const float *)work->draft->embedding + at, 4 * (size_t)n);
+        return;
+    }
+    const uint16_t *row = (const uint16_t *)work->draft->embedding + at;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits = (uint32_t)row[i] << 16;
+        memcpy(out + i, &bits, 4);
+    }
+}
+
+static int ends(const Draft *draft, int64_t token) {
+    for (int i = 0; i < draft->end_count; i++)
+        if (draft->ends[i] == token) return 1;
+    return 0;
+}
+
+/* Token by token: the layers over it, and the most probable token behind it; of the last one the layers alone. */
+static void draft(Work *work, int thread, int threads) {
+    Draft *draft = work->draft;
+    for (;;) {
+        if (thread == 0) {
+            work->call->hidden = draft->states + (size_t)draft->drafted * (size_t)work->shape->hidden;
+            embed(work, draft->tokens[draft->drafted], work->call->hidden);
+        }
+        meet(&work->barrier, threads);
+        span(work, thread, threads);
+        if (draft->drafted == draft->most || (draft->drafted > 0 && ends(draft, draft->tokens[draft->drafted]))) return;
+        score(work, thread, threads);
+        meet(&work->barrier, threads);
+        if (thread == 0) {
+            int chosen = largest_of(work->logits, work->head->outputs);
+            draft->tokens[++draft->drafted] = draft->vocabulary ? draft->vocabulary[chosen] : chosen;
+            work->call->positions++;
+        }
+        meet(&work->barrier, threads);
+    }
+}
+
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
 static int (*thread_number)(void), (*thread_count)(void);
 
-static void in_thread(void *data) {
-    Work *work = data;
-    int thread = thread_number(), threads = thread_count();
-    if (work->head) score(work, thread, threads);
+static void part(Work *work, int thread, int threads) {
+    if (work->draft) draft(work, thread, threads);
+    else if (work->head) score(work, thread, threads);
     else span(work, thread, threads);
 }
 
+static void in_thread(void *work) { part(work, thread_number(), thread_count()); }
+
 static void run(Work *work, int threads) {
     if (threads > 1 && parallel) parallel(in_thread, work, (unsigned)threads, 0);
-    else if (work->head) score(work, 0, 1);
-    else span(work, 0, 1);
+    else part(work, 0, 1);
 }
 
 /* The entry points of an OpenMP runtime, whose threads calls then share; without them calls run in the calling thread. */
@@ -469,13 +539,23 @@ int layerskip_supported(void) {
 }
 
 /* Layers 0..count-1 of `layers` over the call's rows, in place. */
-void layerskip_span(const Shape *shape, const Layer *layers, int count, const Call *call, int threads) {
+void layerskip_span(const Shape *shape, const Layer *layers, int count, Call *call, int threads) {
     Work work = {.shape = shape, .layers = layers, .count = count, .call = call};
     run(&work, threads);
 }
 
 /* Final norm and head: the call's rows to logits (row, outputs). */
-void layerskip_score(const Shape *shape, const float *norm, const Matrix *head, const Call *call, float *logits, int threads) {
+void layerskip_score(const Shape *shape, const float *norm, const Matrix *head, Call *call, float *logits, int threads) {
     Work work = {.shape = shape, .call = call, .head = head, .head_norm = norm, .logits = logits};
+    run(&work, threads);
+}
+
+/* Drafts greedily with layers 0..count-1 and a head, from draft->tokens[0] at call->positions[0] on; the call is of one row. */
+void layerskip_draft(
+    const Shape *shape, const Layer *layers, int count, const float *norm, const Matrix *head, const Call *call, Draft *draft, int threads
+) {
+    Call step = *call;
+    Work work = {.shape = shape, .layers = layers, .count = count, .call = &step, .head = head, .head_norm = norm};
+    work.logits = draft->logits, work.draft = draft;
     run(&work, threads);
 }

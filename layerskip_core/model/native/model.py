@@ -11,7 +11,7 @@ from ..cache import DepthCache
 from ..packed import PackedModel, can_pack
 from ..quantized import GROUP_SIZE
 from ..weights import Weights, head_dim
-from .compiled import CCall, CLayer, CShape, Kernels, kernels
+from .compiled import CCall, CDraft, CLayer, CShape, Kernels, kernels
 from .weights import NativeMatrix
 
 _LARGEST_HEAD = 256
@@ -85,21 +85,58 @@ class NativeModel(PackedModel):
 
     def _run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache) -> Tensor:
         batch, count, size = hidden.shape
-        writer = cache.writer(positions)
-        held = cache.room(writer.stop, self._shape.kv_heads, self._shape.head_dim, self._embedding)
-        self._grow_rope(writer.stop)
-        places = positions.contiguous()
-        rows = hidden.reshape(-1, size).to(torch.float32, copy=True)
         buffers = self._buffers(batch * count)
-        call = buffers.call
-        call.positions, call.rows_per_sequence = places.data_ptr(), count
+        places = positions.contiguous()
+        self._place(buffers.call, cache, cache.writer(positions).stop, places, start)
+        buffers.call.rows_per_sequence = count
+        rows = hidden.reshape(-1, size).to(torch.float32, copy=True)
+        buffers.call.hidden = rows.data_ptr()
+        first = ctypes.addressof(self._array) + start * ctypes.sizeof(CLayer)
+        self._kernels.span(self._shape, first, stop - start, buffers.call, buffers.threads)
+        return rows.view(batch, count, size)
+
+    def draft_greedily(
+        self, token: int, layers: int, positions: Tensor, cache: DepthCache, ends: frozenset[int]
+    ) -> tuple[Tensor, Tensor]:
+        """A draft in one call: `token`, which stands at the first of `positions` (1, d), and what is most probable after it by
+        the first `layers` layers, until one of `ends` or d drafts.
+
+        Returns the tokens (1, K+1) and their hidden states (1, K+1, D). Needs a place behind the positions for the last state.
+        """
+        most = positions.shape[1]
+        places = torch.arange(int(positions[0, 0]), int(positions[0, 0]) + most + 1)
+        buffers = self._buffers(1)
+        self._place(buffers.call, cache, cache.writer(places[None]).stop, places, 0)
+        buffers.call.rows_per_sequence = 1
+        tokens = torch.empty(1, most + 1, dtype=torch.long)
+        tokens[0, 0] = token
+        states = torch.empty(1, most + 1, self.hidden_size)
+        logits = torch.empty(self._head.outputs)
+        vocabulary = None if self.vocabulary is None else self.vocabulary.ids
+        end_ids = (ctypes.c_int64 * len(ends))(*ends)
+        draft = CDraft(
+            self._embedding.data_ptr(),
+            None if vocabulary is None else vocabulary.data_ptr(),
+            ctypes.addressof(end_ids),
+            len(ends),
+            most,
+            *(tensor.data_ptr() for tensor in (tokens, states, logits)),
+        )
+        self._kernels.draft(
+            *(self._shape, ctypes.addressof(self._array), layers, self._norm.data_ptr(), self._head.structure),
+            *(buffers.call, draft, buffers.threads),
+        )
+        count = draft.drafted + 1
+        return tokens[:, :count], states[:, :count]
+
+    def _place(self, call: CCall, cache: DepthCache, stop: int, positions: Tensor, start: int) -> None:
+        """Where the call's rows stand, and where the keys and values of its layers from `start` on are."""
+        held = cache.room(stop, self._shape.kv_heads, self._shape.head_dim, self._embedding)
+        self._grow_rope(stop)
+        call.positions = positions.data_ptr()
         call.cos, call.sin = self._cos.data_ptr(), self._sin.data_ptr()
         call.cache = held.data_ptr() + start * held.stride(0) * held.element_size()
         call.sequences, call.places = held.shape[2], held.shape[4]
-        call.hidden = rows.data_ptr()
-        first = ctypes.addressof(self._array) + start * ctypes.sizeof(CLayer)
-        self._kernels.span(self._shape, first, stop - start, call, buffers.threads)
-        return rows.view(batch, count, size)
 
     def _logits(self, rows: Tensor) -> Tensor:
         rows = rows.to(torch.float32).contiguous()
