@@ -190,6 +190,16 @@ def test_made_up_words_are_in_training_rows_alone(train):
         assert made_up(commands.rows(split, 300)) == []
 
 
+def test_a_few_long_words_of_any_value_are_made_up_too(train):
+    """Of dates, whose rules are not `coined`; the short words stay, which tell what kind of value it is."""
+    listed = listed_words()
+    dates = [value.split() for row in train[:5000] for label, value in leaf_slots(row) if label.startswith("DATE_TIME")]
+    made_up = [value for value in dates if any(word not in listed and word.isalpha() for word in value)]
+    assert 0.005 < len(made_up) / len(dates) < 0.1
+    with_short = [value for value in made_up if any(word in listed and len(word) < 4 for word in value)]
+    assert len(with_short) > len(made_up) / 4
+
+
 def test_only_closed_lists_share_slot_values_between_splits(train):
     """The same from the rows' text alone."""
     trained = {value for row in train[:5000] for _, value in leaf_slots(row)}
