@@ -1,28 +1,42 @@
 #!/usr/bin/env bash
-# Rebuilds both embedded models, and the control they are judged by, with public commands only: about four hours on two cores.
-# Usage: bash examples/embedded.sh [FOLDER]    (`embedded-base` gives only the shape: 24 layers, 160 wide)
+# Rebuilds both embedded models, and the control they are judged by, with public commands only: about three hours on two cores with
+# AVX-512 BF16. Usage: bash examples/embedded.sh [FOLDER]    (`embedded-base` gives only the shape: 24 layers, 160 wide)
+# What is already there is kept: call it again after an interruption.
 set -euo pipefail
+here=$(dirname "$0")
 runs=${1:-embedded-runs}
 plain=(--pmax 0 --curriculum none)
-one_core=(--batch-size 32 --threads 1 --save-steps 100)
+mkdir -p "$runs"
 
-# embedded-base: from scratch without the recipe, with a tokenizer trained on its rows; then on, with both cores.
-layerskip finetune --regime scratch --model embedded-base --vocab-size 1024 "${plain[@]}" \
-    --lr 2e-3 --steps 1800 --seed 0 --output "$runs/scratch" --dtype bf16 "${one_core[@]}"
-OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m layerskip_cli finetune --model "$runs/scratch" "${plain[@]}" \
-    --lr 2e-3 --steps 1250 --seed 1 --output "$runs/base" --batch-size 24 --dtype bf16 --threads 1 --save-steps 250
+train() { # NAME FLAGS...: one run, resumed where it was cut short
+    [ -f "$runs/$1/config.json" ] && return
+    local resume=
+    ls "$runs/$1"/checkpoints/*/complete.json >/dev/null 2>&1 && resume=--resume
+    layerskip finetune --batch-size 32 --threads 1 --save-steps 250 --output "$runs/$1" $resume "${@:2}"
+}
+
+# embedded-base: from scratch without the recipe, with a tokenizer trained on its rows; then on with a fresh schedule, twice.
+train scratch --regime scratch --model embedded-base --vocab-size 1024 "${plain[@]}" --lr 2e-3 --steps 1800 --seed 0
+train longer --model "$runs/scratch" "${plain[@]}" --lr 2e-3 --steps 1250 --batch-size 48 --seed 1
+train base --model "$runs/longer" "${plain[@]}" --lr 2e-3 --steps 5000 --seed 11
 
 # embedded: the base under the recipe. The control sees the same rows for the same steps without it. One a core, side by side.
-layerskip finetune --model "$runs/base" --pmax 0.1 --escale 0.3 --exit-weights uniform --curriculum rotational --rotation 4 \
-    --lr 1.5e-3 --steps 1400 --seed 2 --output "$runs/embedded" "${one_core[@]}" &
-layerskip finetune --model "$runs/base" "${plain[@]}" --lr 1.5e-3 --steps 1400 --seed 2 --output "$runs/control" "${one_core[@]}"
-wait
+next=(--model "$runs/base" --lr 1.5e-3 --steps 2000 --seed 12)
+train embedded "${next[@]}" --pmax 0.1 --escale 1 --exit-weights uniform --curriculum all --exits 4,6,8,12,18 &
+train control "${next[@]}" "${plain[@]}"
+wait $!
 
-# What the model card says. Answers come from batches; speed is measured prompt by prompt on 32 of the rows.
-measure=(layerskip sweep-exits --exits 6,8,12,18 --specs 6 --batch-size 100 --timed 32 --threads 1 --format markdown)
+# What the model card says. Answers come from batches; speed is measured prompt by prompt on 60 of the rows.
 for split in test compositional; do
+    layerskip data --split "$split" --samples 5000 >"$runs/$split.jsonl"
     for name in embedded control base; do
-        "${measure[@]}" --model "$runs/$name" --split "$split" --samples 5000 --output "$runs/$name-$split"
+        [ -f "$runs/$name-$split.jsonl" ] || layerskip generate --model "$runs/$name" --strategy autoregressive --jsonl \
+            --threads 1 <"$runs/$split.jsonl" >"$runs/$name-$split.part"
+        [ -f "$runs/$name-$split.jsonl" ] || mv "$runs/$name-$split.part" "$runs/$name-$split.jsonl"
     done
+    [ -f "$runs/embedded-$split/results.json" ] || layerskip sweep-exits --model "$runs/embedded" --split "$split" --samples 5000 \
+        --batch-size 50 --timed 60 --threads 1 --exits 4,6,8,12,18 --specs 6 --output "$runs/embedded-$split" >&2
+    python "$here/parsing_tables.py" "$runs/$split.jsonl" "$runs/embedded-$split" "$runs/control-$split" "$runs/base-$split"
 done
-layerskip sweep-exits --model "$runs/embedded" --samples 40 --threads 1 --save
+layerskip sweep-exits --model "$runs/embedded" --samples 60 --specs 6,8,12 --draft-weights int8 --threads 1
+layerskip sweep-exits --model "$runs/embedded" --samples 60 --specs 6,8,12 --threads 1 --save
