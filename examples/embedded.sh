@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Rebuilds both embedded models, and the control they are judged by, with public commands only: about three hours on two cores with
-# AVX-512 BF16. Usage: bash examples/embedded.sh [FOLDER]    (`embedded-base` gives only the shape: 24 layers, 160 wide)
+# Rebuilds both embedded models with public commands only: about three hours on two cores with AVX-512 BF16.
+# Usage: bash examples/embedded.sh [FOLDER]    (`embedded-base` gives only the shape: 24 layers, 160 wide)
 # What is already there is kept: call it again after an interruption.
 set -euo pipefail
 here=$(dirname "$0")
@@ -15,28 +15,28 @@ train() { # NAME FLAGS...: one run, resumed where it was cut short
     layerskip finetune --batch-size 32 --threads 1 --save-steps 250 --output "$runs/$1" $resume "${@:2}"
 }
 
-# embedded-base: from scratch without the recipe, with a tokenizer trained on its rows; then on with a fresh schedule, twice.
+# From scratch without the recipe, with a tokenizer trained on its rows; then on with fresh schedules.
 train scratch --regime scratch --model embedded-base --vocab-size 1024 "${plain[@]}" --lr 2e-3 --steps 1800 --seed 0
 train longer --model "$runs/scratch" "${plain[@]}" --lr 2e-3 --steps 1250 --batch-size 48 --seed 1
-train base --model "$runs/longer" "${plain[@]}" --lr 2e-3 --steps 5000 --seed 11
+train parent --model "$runs/longer" "${plain[@]}" --lr 2e-3 --steps 5000 --seed 11
 
-# embedded: the base under the recipe. The control sees the same rows for the same steps without it. One a core, side by side.
-next=(--model "$runs/base" --lr 1.5e-3 --steps 2000 --seed 12)
+# The same rows for the same steps with the recipe and without it: `embedded`, and its control `embedded-base`. A core each.
+next=(--model "$runs/parent" --lr 1.5e-3 --steps 2300 --seed 12)
 train embedded "${next[@]}" --pmax 0.1 --escale 1 --exit-weights uniform --curriculum all --exits 4,6,8,12,18 &
-train control "${next[@]}" "${plain[@]}"
+train base "${next[@]}" "${plain[@]}"
 wait $!
 
 # What the model card says. Answers come from batches; speed is measured prompt by prompt on 60 of the rows.
 for split in test compositional; do
     layerskip data --split "$split" --samples 5000 >"$runs/$split.jsonl"
-    for name in embedded control base; do
+    for name in embedded base parent; do
         [ -f "$runs/$name-$split.jsonl" ] || layerskip generate --model "$runs/$name" --strategy autoregressive --jsonl \
             --threads 1 <"$runs/$split.jsonl" >"$runs/$name-$split.part"
         [ -f "$runs/$name-$split.jsonl" ] || mv "$runs/$name-$split.part" "$runs/$name-$split.jsonl"
     done
     [ -f "$runs/embedded-$split/results.json" ] || layerskip sweep-exits --model "$runs/embedded" --split "$split" --samples 5000 \
         --batch-size 50 --timed 60 --threads 1 --exits 4,6,8,12,18 --specs 6 --output "$runs/embedded-$split" >&2
-    python "$here/parsing_tables.py" "$runs/$split.jsonl" "$runs/embedded-$split" "$runs/control-$split" "$runs/base-$split"
+    python "$here/parsing_tables.py" "$runs/$split.jsonl" "$runs/embedded-$split" "$runs/base-$split" "$runs/parent-$split"
 done
 layerskip sweep-exits --model "$runs/embedded" --samples 60 --specs 6,8,12 --draft-weights int8 --threads 1
 layerskip sweep-exits --model "$runs/embedded" --samples 60 --specs 6,8,12 --threads 1 --save

@@ -190,6 +190,15 @@ def test_made_up_words_are_in_training_rows_alone(train):
         assert made_up(commands.rows(split, 300)) == []
 
 
+def test_made_up_values_have_several_words_where_real_ones_have(train):
+    """Whoever has met only made-up words that stand alone cuts a city of two, never seen, in half."""
+    listed = listed_words()
+    cities = {value for row in train[:5000] for label, value in leaf_slots(row) if label == "LOCATION"}
+    assert any(len(words := city.split()) == 2 and listed.isdisjoint(words) for city in cities)
+    relations = {value for row in train for label, value in leaf_slots(row) if label == "TYPE_RELATION"}
+    assert any(relation.endswith(" in law") and relation.split()[0] not in listed for relation in relations)
+
+
 def test_a_few_long_words_of_any_value_are_made_up_too(train):
     """Of dates, whose rules are not `coined`; the short words stay, which tell what kind of value it is."""
     listed = listed_words()

@@ -22,7 +22,7 @@ from importlib import resources
 SPLITS = ("train", "validation", "test", "compositional")
 _BUCKETS = 10  # of ten hash buckets, 0 is test, 1 is validation, the others are training
 _MAX_TRIES = 4000
-_COINED = 0.25  # of the words of `coined` rules in training are made up
+_COINED = 0.25  # of the expansions of `coined` rules in training are made up
 _COINED_ANYWHERE = 0.04  # and of the other words in values: what a model copies should not depend on having met it
 _SHORTEST_COINED = 4  # letters; the short ones (at, the, 5) tell what kind of value it is
 _ONSETS, _VOWELS, _CODAS = (
@@ -162,7 +162,7 @@ class Grammar:
                 options = piece.alternatives
             elif piece.startswith("{") and not self.rules[piece[1:-1]].open:
                 if in_value and self._coins(piece[1:-1], split, rng):
-                    out.tokens.append(_coined_word(rng))
+                    out.tokens += self._made_up(piece[1:-1], split, rng)
                     continue
                 options = tuple(
                     a for a in self.rules[piece[1:-1]].alternatives if split == "compositional" or not a.compositional
@@ -179,8 +179,8 @@ class Grammar:
         rule = self.rules[name]
         for _ in range(_MAX_TRIES):
             if self._coins(name, split, rng):
-                if _side(word := _coined_word(rng)) == side:
-                    return word
+                if _side(value := " ".join(self._made_up(name, split, rng))) == side:
+                    return value
                 continue
             derivation = _Derivation()
             self._closed(rule.alternatives[_below(rng, len(rule.alternatives))], split, rng, derivation, in_value=True)
@@ -193,6 +193,13 @@ class Grammar:
             if _side(value) == side:
                 return value
         raise ValueError(f"rule {name} has no value on the {side} side: give it more alternatives")
+
+    def _made_up(self, name: str, split: str, rng: random.Random) -> list[str]:
+        """What takes the place of an expansion of a `coined` rule: as many words, the short ones of several kept (`in law`)."""
+        alternatives, derivation = self.rules[name].alternatives, _Derivation()
+        self._closed(alternatives[_below(rng, len(alternatives))], split, rng, derivation)
+        words = derivation.tokens
+        return [_coined_word(rng) if len(words) == 1 or len(word) >= _SHORTEST_COINED else word for word in words]
 
     def _coins(self, name: str, split: str, rng: random.Random) -> bool:
         """Whether a made-up word takes this rule's place: sometimes, for `coined` ones, in values of training rows alone.
