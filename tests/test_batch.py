@@ -67,12 +67,14 @@ def test_each_row_ends_as_it_does_alone(
     assert found == {row: alone(model, prompt, config, eos_ids) for row, prompt in enumerate(prompts)}
 
 
-def test_counts_are_those_of_each_row_alone():
-    """Without an EOS in the way, the drafts of a row are the ones that it has alone."""
+@pytest.mark.parametrize("eos_place", [None, 1, 4, 9])
+def test_counts_are_those_of_each_row_alone(eos_place):
+    """Also where a row drafts an EOS, behind which it alone would draft no more."""
     model, prompts = model_of("packed"), [prompt_of(length) for length in (3, 9, 5)]
-    config = DecodingConfig(exit_layer=3, num_draft_tokens=3, max_new_tokens=15)
-    for one in decode_batch(model, prompts, config):
-        decoding = decode(model, prompts[one.row], config)
+    config = DecodingConfig(exit_layer=3, num_draft_tokens=5, max_new_tokens=15)
+    eos_ids = frozenset() if eos_place is None else frozenset({alone(model, prompts[0], config, frozenset())[0][eos_place]})
+    for one in decode_batch(model, prompts, config, eos_ids):
+        decoding = decode(model, prompts[one.row], config, eos_ids)
         list(decoding)
         for name in ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position"):
             assert getattr(one.stats, name) == getattr(decoding.stats, name), name

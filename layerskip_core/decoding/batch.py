@@ -87,7 +87,7 @@ def decode_batch(
     draft = Draft(torch.empty(len(rows), 0, dtype=torch.long, device=model.device))
     while True:
         with torch.inference_mode():
-            newest = torch.cat([_advance(row, draft, place, logits[place]) for place, row in enumerate(rows)])
+            newest = torch.cat([_advance(row, draft, place, logits[place], eos_ids) for place, row in enumerate(rows)])
         for row in rows:
             if row.scanner.reason is not None:
                 yield Finished(row.number, row.ids, row.scanner.reason, row.stats)
@@ -118,10 +118,15 @@ def _prefill(model: SpanModel, prompts: Sequence[list[int]], cache: DepthCache, 
     return model.unembed(hidden[torch.arange(len(prompts), device=model.device), last][:, None])
 
 
-def _advance(row: _Row, draft: Draft, place: int, logits: Tensor) -> Tensor:
-    """Judges a row's drafts, as many as it has room for, by its logits (K+1, V); returns its newest token, (1, 1)."""
+def _advance(row: _Row, draft: Draft, place: int, logits: Tensor, eos_ids: frozenset[int]) -> Tensor:
+    """Judges a row's drafts, as many as it has room for and none behind an EOS, by its logits (K+1, V); returns its newest
+    token, (1, 1).
+    """
     prefill = draft.tokens.shape[1] == 0
     drafts = min(draft.num_drafts, row.scanner.room - 1)
+    if eos_ids and drafts > 0:
+        ids = draft.tokens[place, 1 : 1 + drafts].tolist()
+        drafts = next((count for count, token in enumerate(ids, start=1) if token in eos_ids), drafts)
     probs = None if draft.probs is None or drafts == 0 else draft.probs[place, :drafts]
     verdict = row.sampler.verify(draft.tokens[place, 1 : 1 + drafts], probs, logits[: drafts + 1])
     count, _ = row.scanner.cut(verdict.ids)
