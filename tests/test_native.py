@@ -10,6 +10,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafting import drafter_for
 from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
+from layerskip_core.errors import LayerSkipError
 from layerskip_core.model import NativeModel, PackedModel, can_run_native
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
@@ -201,3 +202,11 @@ def test_without_kernels_decoding_runs_on_those_of_torch(monkeypatch):
     assert not can_run_native(tiny_model("llama", torch.float32).config, torch.float32, torch.device("cpu"), None)
     monkeypatch.setenv(compiled.SWITCH, "torch")
     assert compiled.kernels.__wrapped__() is None
+
+
+@needs_kernels
+def test_kernels_of_another_version_are_refused_by_name(monkeypatch):
+    """As after a pull in a checkout: calling them would crash, or fill structures that they read otherwise."""
+    monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
+    with pytest.raises(LayerSkipError, match=r"another version: install layerskip again .* LAYERSKIP_KERNELS=torch"):
+        compiled.kernels.__wrapped__()

@@ -7,8 +7,11 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from ...errors import LayerSkipError
+
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
 VARIANTS = ("avx512", "avx2")  # the best first
+INTERFACE = 2  # of kernels.c: its functions and structures as this file calls and fills them
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
 
@@ -78,7 +81,10 @@ _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 @cache
 def kernels(variant: str | None = None) -> Kernels | None:
-    """The best variant that was built and that this CPU runs, or the one asked for; None where there is none."""
+    """The best variant that was built and that this CPU runs, or the one asked for; None where there is none.
+
+    Raises LayerSkipError where what was built belongs to another version of this file, as after a pull in a checkout.
+    """
     import torch  # noqa: F401  its OpenMP runtime is looked for
 
     asked = variant or os.environ.get(SWITCH)
@@ -90,6 +96,11 @@ def kernels(variant: str | None = None) -> Kernels | None:
                     library = ctypes.CDLL(str(path))
                 except OSError:
                     continue
+                if getattr(library, "layerskip_interface", lambda: 1)() != INTERFACE:
+                    raise LayerSkipError(
+                        f"the compiled kernels in {path} are those of another version: install layerskip again (`pip install .`, "
+                        f"or `pip install -e .`), or set {SWITCH}=torch to do without them"
+                    )
                 if library.layerskip_supported():
                     return Kernels(name, library)
     return None

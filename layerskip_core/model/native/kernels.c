@@ -528,6 +528,9 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
     thread_number = (int (*)(void))number, thread_count = (int (*)(void))count;
 }
 
+// Of the functions and structures here that compiled.py calls and fills: one more whenever they change.
+int layerskip_interface(void) { return 2; }
+
 int layerskip_supported(void) {
     __builtin_cpu_init();
 #if defined(__AVX512F__)
