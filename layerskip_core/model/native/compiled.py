@@ -98,8 +98,8 @@ def kernels(variant: str | None = None) -> Kernels | None:
                     continue
                 if getattr(library, "layerskip_interface", lambda: 1)() != INTERFACE:
                     raise LayerSkipError(
-                        f"the compiled kernels in {path} are those of another version: install layerskip again (`pip install .`, "
-                        f"or `pip install -e .`), or set {SWITCH}=torch to do without them"
+                        f"the compiled kernels in {path} are those of another version: install layerskip again "
+                        f"(`pip install .`, or `pip install -e .`), or set {SWITCH}=torch to do without them"
                     )
                 if library.layerskip_supported():
                     return Kernels(name, library)
