@@ -57,7 +57,9 @@ def save_checkpoint(
         (staging / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
         for name, content in files.items():
             (staging / name).write_bytes(content)
+        readers = (staging / INFO_FILE).stat().st_mode
         for file in staging.iterdir():
+            file.chmod(readers)  # safetensors 0.8 leaves its file to its owner alone, whatever the umask
             synchronise(file)
     except Exception as error:  # safetensors reports a full disk as its own error type
         shutil.rmtree(staging, ignore_errors=True)

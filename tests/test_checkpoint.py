@@ -92,6 +92,10 @@ def test_layerskip_json_is_documented_and_readable(folder):
         read_info(str(folder))
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(folder):
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_weights_are_stored_in_the_precision_asked_for(tmp_path, tokenizer):
     save_checkpoint(model_of(), tokenizer, INFO, str(tmp_path), torch.bfloat16)
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
