@@ -21,9 +21,15 @@ train longer --model "$runs/scratch" "${plain[@]}" --lr 2e-3 --steps 1250 --batc
 train parent --model "$runs/longer" "${plain[@]}" --lr 2e-3 --steps 5000 --seed 11
 
 # The same rows for the same steps with the recipe and without it: `embedded`, and its control `embedded-base`. A core each.
-next=(--model "$runs/parent" --lr 1.5e-3 --steps 2300 --seed 12)
-train embedded "${next[@]}" --pmax 0.1 --escale 1 --exit-weights uniform --curriculum all --exits 4,6,8,12,18 &
-train base "${next[@]}" "${plain[@]}"
+recipe=(--exit-weights uniform --curriculum all --exits 4,6,8,12,18)
+first=(--lr 1.5e-3 --steps 2300 --seed 12)
+second=(--lr 1.5e-3 --steps 2000 --seed 14)
+{
+    train recipe --model "$runs/parent" "${first[@]}" --pmax 0.1 --escale 1 "${recipe[@]}"
+    train embedded --model "$runs/recipe" "${second[@]}" --pmax 0.05 --escale 0.5 "${recipe[@]}"
+} &
+train control --model "$runs/parent" "${first[@]}" "${plain[@]}"
+train base --model "$runs/control" "${second[@]}" "${plain[@]}"
 wait $!
 
 # What the model card says. Answers come from batches; speed is measured prompt by prompt on 60 of the rows.
