@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rebuilds both embedded models with public commands only: about four hours on two cores with AVX-512 BF16.
+# Rebuilds both embedded models with public commands only: some four hours, added up from its stages,
+# on two cores with AVX-512 BF16.
 # Usage: bash examples/embedded.sh [FOLDER]    (`embedded-base` gives only the shape: 24 layers, 160 wide)
 # What is already there is kept: call it again after an interruption.
 set -euo pipefail

@@ -59,7 +59,8 @@ def save_checkpoint(
             (staging / name).write_bytes(content)
         readers = (staging / INFO_FILE).stat().st_mode
         for file in staging.iterdir():
-            file.chmod(readers)  # safetensors 0.8 leaves its file to its owner alone, whatever the umask
+            if file.stat().st_mode != readers:  # safetensors 0.8 leaves its file to its owner alone, whatever the umask
+                file.chmod(readers)
             synchronise(file)
     except Exception as error:  # safetensors reports a full disk as its own error type
         shutil.rmtree(staging, ignore_errors=True)
