@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerskip_core.config import DecodingConfig
 from layerskip_core.errors import LayerSkipError
 
+from . import standard_input
 from .console import narrate
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ def _prompts(prompt: str | None, lines: bool, jsonl: bool) -> Iterator[tuple[int
     if prompt is not None:
         yield 1, prompt, None
         return
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    stream = standard_input.prompts_stream()
     if not (lines or jsonl):
-        yield 1, sys.stdin.read().removesuffix("\n"), None
+        yield 1, stream.read().removesuffix("\n"), None
         return
-    for number, line in enumerate(sys.stdin, start=1):
+    for number, line in enumerate(stream, start=1):
         line = line.rstrip("\r\n")
         if not jsonl:
             yield number, line, None

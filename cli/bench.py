@@ -43,7 +43,6 @@ def bench(
     saved: evaluation.Saved = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted in --output.")] = False,
     seed: evaluation.Seed = 0,
-    trust_remote_code: evaluation.RemoteCode = False,
     device: console.Device = "auto",
     dtype: console.Precision = "auto",
     quantize: console.Quantize = None,
@@ -87,8 +86,8 @@ def bench(
     if saved is not None:
         record = read_record(saved, BenchResult)
     else:
-        loaded, rows = evaluation.load(config, trust_remote_code)
-        record = evaluation.watch(run_bench(loaded, rows, config, folder, resume, trust_remote_code))
+        loaded, rows = evaluation.load(config)
+        record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
     evaluation.deliver(record, bench_table(record), format, folder)
     if folder is not None and saved is None:
         close(folder)

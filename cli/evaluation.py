@@ -67,10 +67,9 @@ Format = Annotated[str, typer.Option("--format", help="Of standard output: table
 Output = Annotated[str | None, typer.Option("--output", help="Folder for report.html, results.json, results.csv and plots.")]
 Saved = Annotated[str | None, typer.Option("--from", help="Measure nothing: render this results.json again.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
 
 
-def load(config: "BenchConfig | SweepConfig", trust_remote_code: bool) -> "tuple[LoadedModel, Task]":
+def load(config: "BenchConfig | SweepConfig") -> "tuple[LoadedModel, Task]":
     """The rows, about which it says what there is to say, and the model."""
     from layerskip_core.checkpoint import load_checkpoint
     from layerskip_core.evaluation.tasks import load_task
@@ -78,7 +77,7 @@ def load(config: "BenchConfig | SweepConfig", trust_remote_code: bool) -> "tuple
     rows = load_task(config.task)
     for note in rows.notes:
         narrate(note)
-    loaded = load_checkpoint(config.model, config.device, config.dtype, trust_remote_code, "auto", config.packing)
+    loaded = load_checkpoint(config.model, config.device, config.dtype, "auto", config.packing)
     use_threads(config.threads, loaded)
     return loaded, rows
 

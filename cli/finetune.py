@@ -62,7 +62,6 @@ def finetune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of data, order, dropout and fresh weights.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")] = False,
     device: Device = "auto",
     dtype: Precision = "auto",
     threads: Threads = 0,
@@ -119,7 +118,6 @@ def finetune(
         overwrite=overwrite,
         prompt_template=prompt_template,
         vocab_size=vocab_size,
-        trust_remote_code=trust_remote_code,
     )
     job = prepare(settings)
     narrate(plan_text(job.config, job.plan))

@@ -8,6 +8,7 @@ import typer
 
 from layerskip_core.config import DTYPES, DecodingConfig, SamplingConfig, Strategy, require_choice, require_exit_layer
 
+from . import standard_input
 from .answers import answer_all, answer_in_batches
 from .console import (
     Device,
@@ -49,7 +50,6 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Leave out the checkpoint's prompt template.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print counts and speed to stderr.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")] = False,
     device: Device = "auto",
     dtype: Precision = "auto",
     quantize: Quantize = None,
@@ -68,7 +68,7 @@ def generate(
         raise typer.BadParameter("give --lines or --jsonl, not both")
     if batch_size > 1 and not (lines or jsonl):
         raise typer.BadParameter("--batch-size is for the prompts of --lines or --jsonl")
-    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+    if prompt is None and not standard_input.is_piped():
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
     config = DecodingConfig(
         strategy=cast(Strategy, strategy),
@@ -84,7 +84,7 @@ def generate(
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code, "auto", weights)
+    loaded = load_checkpoint(model, device, dtype, "auto", weights)
     use_threads(threads, loaded)
     best_exit, best_spec = loaded.recommended()
     chosen_exit = best_exit if exit_layer is None else exit_layer

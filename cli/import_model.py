@@ -7,7 +7,6 @@ import typer
 from layerskip_core.config import DTYPES, require_choice
 
 from .console import narrate
-from .evaluation import RemoteCode
 
 
 def import_model(
@@ -17,7 +16,6 @@ def import_model(
     output: Annotated[str, typer.Option("--output", help="Folder for the checkpoint.")] = "imported-model",
     dtype: Annotated[str, typer.Option("--dtype", help="Of the weights written: fp32, bf16, or auto: as stored.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
-    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.
 
@@ -27,5 +25,5 @@ def import_model(
     from layerskip_core.saving import import_checkpoint, refuse_overwrite
 
     refuse_overwrite(output, overwrite)
-    written = import_checkpoint(model, output, dtype, trust_remote_code)
+    written = import_checkpoint(model, output, dtype)
     narrate(f"wrote {model} to {output} in {str(written).removeprefix('torch.')}")

@@ -1,7 +1,6 @@
 """`layerskip inspect`: what the model would have said after every layer."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +12,9 @@ from rich.text import Text
 from layerskip_core.config import DTYPES, parse_counts, require, require_choice
 from layerskip_core.errors import LayerSkipError
 
+from . import standard_input
 from .console import Device, Precision, Threads, narrate, use_threads
-from .evaluation import Model, RemoteCode
+from .evaluation import Model
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.inspect import Inspection, TokenTrace
@@ -34,7 +34,6 @@ def inspect(
     raw: Annotated[bool, typer.Option("--raw", help="Leave out the checkpoint's prompt template.")] = False,
     format: Annotated[str, typer.Option("--format", help="Of standard output: table or json.")] = "table",
     output: Annotated[str | None, typer.Option("--output", help="An HTML file, with every layer.")] = None,
-    trust_remote_code: RemoteCode = False,
     device: Device = "auto",
     dtype: Precision = "auto",
     threads: Threads = 0,
@@ -53,7 +52,7 @@ def inspect(
     from layerskip_core.evaluation.inspect_page import inspection_page
     from layerskip_core.evaluation.report import write_files
 
-    loaded = load_checkpoint(model, device, dtype, trust_remote_code, implementation="auto")
+    loaded = load_checkpoint(model, device, dtype, implementation="auto")
     use_threads(threads, loaded)
     count = loaded.depth.num_layers
     console = Console(highlight=False, emoji=False)
@@ -73,9 +72,8 @@ def inspect(
 
 
 def _prompt(given: str | None) -> str:
-    if given is None and sys.stdin is not None and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-        given = sys.stdin.read().removesuffix("\n") or None
+    if given is None and standard_input.is_piped():
+        given = standard_input.prompts_stream().read().removesuffix("\n") or None
     if given is None:
         narrate(f"no PROMPT given; an example: {_EXAMPLE}")
     return given or _EXAMPLE

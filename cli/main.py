@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from layerskip_core.errors import LayerSkipError
 
+from . import standard_input
 from .bench import bench
 from .console import stderr_console
 from .data import data
@@ -70,6 +71,7 @@ def _root(
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 an error told in one line, 2 wrong usage, 130 interrupted."""
+    standard_input.take()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # whatever the locale
     try:
         app()

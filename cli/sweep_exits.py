@@ -40,7 +40,6 @@ def sweep_exits(
     saved: evaluation.Saved = None,
     save: Annotated[bool, typer.Option("--save", help="Write the recommendation into the model's layerskip.json.")] = False,
     seed: evaluation.Seed = 0,
-    trust_remote_code: evaluation.RemoteCode = False,
     device: console.Device = "auto",
     dtype: console.Precision = "auto",
     quantize: console.Quantize = None,
@@ -80,7 +79,7 @@ def sweep_exits(
         _require_folder(target)
     folder = prepare_output(output) if output is not None else None
     if record is None:
-        loaded, rows = evaluation.load(config, trust_remote_code)
+        loaded, rows = evaluation.load(config)
         record = evaluation.watch(sweep(loaded, rows, config))
     evaluation.deliver(record, sweep_table(record), format, folder)
     if save and record.recommendation is not None:

@@ -25,6 +25,7 @@ EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
 INFO_FILE = "layerskip.json"
 _ADAPTER_FILE = "adapter_config.json"
+_NO_FOREIGN_CODE = {"trust_remote_code": False}  # said, because a library that is not told asks on standard input
 LAST_WRITTEN = ("config.json", _ADAPTER_FILE)  # a folder without either holds no complete model
 _LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
 
@@ -171,7 +172,6 @@ def load_checkpoint(
     name: str,
     device: str = "auto",
     dtype: str = "auto",
-    trust_remote_code: bool = False,
     implementation: Literal["auto", "generic"] = "generic",
     packing: PackingConfig | None = None,
 ) -> LoadedModel:
@@ -186,14 +186,14 @@ def load_checkpoint(
     """
     target = pick_device(device)
     if (Path(name) / _ADAPTER_FILE).is_file():
-        return _load_adapted(name, device, dtype, trust_remote_code, implementation, packing)
+        return _load_adapted(name, device, dtype, implementation, packing)
     path, keywords = _locate(name)
     if implementation == "auto" and Path(path).is_dir() and not keywords:
         info = read_info(path)
         lean: LoadedModel | None = _reading(name, lambda: _load_lean(name, path, info, target, dtype, packing))
         if lean is not None:
             return lean
-    return _load_with_transformers(name, target, dtype, trust_remote_code, implementation, packing)
+    return _load_with_transformers(name, target, dtype, implementation, packing)
 
 
 def _load_lean(
@@ -209,7 +209,7 @@ def _load_lean(
     if tokenizer is None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_NO_FOREIGN_CODE)
     precision = pick_dtype(dtype, device, parameters)
     decoder = NativeModel if can_run_native(config, precision, device, packing) else PackedModel
     depth = decoder(config, weights.reader(precision), packing, _token_order(path, config, packing))
@@ -222,17 +222,15 @@ def _load_with_transformers(
     name: str,
     target: torch.device,
     dtype: str,
-    trust_remote_code: bool,
     implementation: Literal["auto", "generic"],
     packing: PackingConfig | None,
 ) -> LoadedModel:
     path, keywords = _locate(name)
-    keywords["trust_remote_code"] = trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords))
+    config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
     refuse_unsupported(config)
-    tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords))
+    tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
     extra = dict(keywords)
     if "gguf_file" in keywords:
         from transformers import GgufConfig
@@ -242,7 +240,7 @@ def _load_with_transformers(
     model, report = _reading(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", attn_implementation=attention, output_loading_info=True, **extra
+            path, dtype="auto", attn_implementation=attention, output_loading_info=True, **extra, **_NO_FOREIGN_CODE
         ),
     )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
@@ -261,7 +259,6 @@ def _load_adapted(
     name: str,
     device: str,
     dtype: str,
-    trust_remote_code: bool,
     implementation: Literal["auto", "generic"],
     packing: PackingConfig | None,
 ) -> LoadedModel:
@@ -269,10 +266,10 @@ def _load_adapted(
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    loaded = load_checkpoint(adapter_base(name), device, dtype, trust_remote_code)
+    loaded = load_checkpoint(adapter_base(name), device, dtype)
     model = _reading(name, lambda: PeftModel.from_pretrained(loaded.model, name).merge_and_unload().eval())
     model.requires_grad_(True)  # peft froze the base
-    tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+    tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, **_NO_FOREIGN_CODE))
     depth = _depth_of(model, implementation, packing, name)
     return LoadedModel(name, model, tokenizer, read_info(name), depth)
 
@@ -305,19 +302,18 @@ def adapter_base(name: str) -> str:
 
 
 @quiet_transformers()
-def load_blank(name: str, seed: int, tokenizer: Any = None, trust_remote_code: bool = False) -> LoadedModel:
+def load_blank(name: str, seed: int, tokenizer: Any = None) -> LoadedModel:
     """The architecture of a checkpoint with fresh random weights, in fp32 on the CPU.
 
     With a `tokenizer` the vocabulary takes its size; without one the checkpoint's own is used. The folder needs no weights.
     """
     path, keywords = _locate(name)
-    keywords["trust_remote_code"] = trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords))
+    config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
     refuse_unsupported(config)
     if tokenizer is None:
-        tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords))
+        tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
     else:
         config.vocab_size = len(tokenizer)
         for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -332,7 +328,7 @@ def stored_dtype(name: str) -> torch.dtype:
     path, keywords = _locate(adapter_base(name))
     from transformers import AutoConfig
 
-    dtype = getattr(_reading(name, lambda: AutoConfig.from_pretrained(path, **keywords)), "dtype", None)
+    dtype = getattr(_reading(name, lambda: AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE)), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

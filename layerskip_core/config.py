@@ -192,7 +192,6 @@ class FinetuneConfig:
     overwrite: bool = False
     prompt_template: str | None = None
     vocab_size: int | None = None
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         require_choice(self.regime, "--regime", REGIMES)

@@ -114,7 +114,7 @@ class LeanTokenizer:
         """transformers' tokenizer of the same folder."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._folder)
+        return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_folder" not in self.__dict__:  # copying and pickling ask before there is anything

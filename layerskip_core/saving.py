@@ -76,13 +76,13 @@ def save_checkpoint(
     synchronise(folder)
 
 
-def import_checkpoint(name: str, output: str, dtype: str, trust_remote_code: bool = False) -> torch.dtype:
+def import_checkpoint(name: str, output: str, dtype: str) -> torch.dtype:
     """Writes any model that can be loaded to `output`, GGUF dequantised and adapters merged; returns the precision written.
 
     `dtype` is fp32, bf16, or auto: as stored, which for a GGUF file is fp32. Raises CheckpointError for what fails.
     """
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
-    loaded = load_checkpoint(name, "cpu", "fp32", trust_remote_code)
+    loaded = load_checkpoint(name, "cpu", "fp32")
     info = replace(loaded.info, details={**loaded.info.details, "imported_from": name})
     save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision)
     return precision

@@ -220,7 +220,7 @@ def _pad(loaded: LoadedModel) -> int:
     return min(loaded.eos_ids, default=0)
 
 
-def load_baselines(loaded: LoadedModel, config: BenchConfig, plain: DecodingConfig, trust_remote_code: bool) -> list[Peer]:
+def load_baselines(loaded: LoadedModel, config: BenchConfig, plain: DecodingConfig) -> list[Peer]:
     """The config's baselines, whose exit and draft length must be filled in, with the limits of the `plain` decoding.
 
     They run on transformers' own layers; where `loaded` has repacked the weights, they are read again.
@@ -234,7 +234,7 @@ def load_baselines(loaded: LoadedModel, config: BenchConfig, plain: DecodingConf
 
     def transformers_model(name: str) -> LoadedModel:
         device, dtype = str(loaded.depth.device), _DTYPE_NAMES.get(loaded.depth.dtype, "auto")
-        return load_checkpoint(name, device, dtype, trust_remote_code)
+        return load_checkpoint(name, device, dtype)
 
     def make(name: str) -> Peer:
         if name == "no-reuse":

@@ -55,7 +55,6 @@ def bench(
     config: BenchConfig,
     folder: Path | None = None,
     resume: bool = False,
-    trust_remote_code: bool = False,
 ) -> Iterator[Progress | RunRecord[BenchResult]]:
     """Yields progress, then the record. With a `folder` every prompt measured is noted there, for a later run to resume.
 
@@ -70,7 +69,7 @@ def bench(
     sampled = task.config.temperature > 0
     loaded = task.prepared(loaded)
     own = [task.decoding(setting) for setting in _settings(config, task.max_new_tokens)]
-    settings: list[Setting] = [*own, *load_baselines(loaded, config, own[0], trust_remote_code)]
+    settings: list[Setting] = [*own, *load_baselines(loaded, config, own[0])]
     machine = environment(loaded)
     journal = Journal(folder, asdict(config), resume) if folder is not None else None
     losses = ReferenceLosses(0, {})

@@ -31,7 +31,6 @@ _FREE = {
     "report_to",
     "epochs",
     "device",
-    "trust_remote_code",
 }
 
 

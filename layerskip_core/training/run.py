@@ -176,8 +176,8 @@ def _model_and_rows(config: FinetuneConfig) -> tuple[LoadedModel, list[Row]]:
     rows = list(itertools.islice(stream_rows(wanted), 1)) if config.streaming else load_rows(wanted)
     if config.regime == "scratch":
         tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
-        return load_blank(config.model, config.seed, tokenizer, config.trust_remote_code), rows
-    return load_checkpoint(config.model, "cpu", "fp32", config.trust_remote_code), rows
+        return load_blank(config.model, config.seed, tokenizer), rows
+    return load_checkpoint(config.model, "cpu", "fp32"), rows
 
 
 def _training_data(config: FinetuneConfig) -> DataConfig:
