@@ -1,0 +1,93 @@
+"""Code that a checkpoint brings never runs, and no library reads standard input, which holds prompts."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from command_line import run
+from transformers import AutoTokenizer
+
+CONSENT = "y\nremind me\n"  # what transformers would take as the answer to its question
+COMMANDS = {
+    "generate": ("generate", "--lines", "--model"),
+    "inspect": ("inspect", "--model"),
+    "bench": ("bench", "--samples", "1", "--repeats", "1", "--model"),
+    "sweep-exits": ("sweep-exits", "--samples", "1", "--model"),
+    "import": ("import",),
+    "finetune": ("finetune", "--steps", "1", "--batch-size", "1", "--model"),
+    "scratch": ("finetune", "--regime", "scratch", "--steps", "1", "--batch-size", "1", "--model"),
+}
+CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig): pass
+class Model(LlamaForCausalLM): pass
+class Tokenizer(PreTrainedTokenizerFast): pass
+def generate(model, **keywords): return model
+"""
+HOSTILE_PARTS = {
+    "tokenizer": {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}},
+    "unknown-tokenizer": {
+        "tokenizer_config.json": {
+            "tokenizer_class": "Tokenizer",
+            "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
+        }
+    },
+    "config": {"config.json": {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}},
+    "unknown-config": {"config.json": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}},
+    "generation": {},
+}
+
+
+@pytest.fixture
+def hostile(checkpoint, tmp_path):
+    """Makes a checkpoint with code in one of its parts; gives its folder and the file that the code would make."""
+
+    def make(part):
+        folder, marker = tmp_path / "model", tmp_path / "ran"
+        shutil.copytree(checkpoint, folder)
+        code = CODE.format(marker=str(marker))
+        (folder / "evil.py").write_text(code)
+        (folder / "custom_generate").mkdir()
+        (folder / "custom_generate" / "generate.py").write_text(code)
+        for name, changes in HOSTILE_PARTS[part].items():
+            file = folder / name
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return folder, marker
+
+    return make
+
+
+@pytest.mark.parametrize("part", HOSTILE_PARTS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_code_of_a_checkpoint_runs(hostile, tmp_path, monkeypatch, command, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = hostile(part)
+    result = run(*COMMANDS[command], str(folder), stdin=CONSENT)
+    assert not marker.exists()
+    assert "[y/N]" not in result.out + result.err  # the question that transformers asks before it runs code
+    assert "Traceback" not in result.err
+    assert result.code == 0 or result.err.rstrip().splitlines()[-1].startswith("error: ")
+
+
+def test_the_code_would_run_if_it_were_let(hostile, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = hostile("tokenizer")
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert marker.exists()
+
+
+def test_a_library_that_asks_finds_an_empty_input(monkeypatch):
+    answers = []
+
+    def ask(*_, **__):
+        answers.append(sys.stdin.read())
+        raise ValueError("asked")
+
+    monkeypatch.setattr("layerskip_core.lean.lean_config", ask)
+    monkeypatch.setattr("layerskip_core.checkpoint.lean_config", ask)
+    result = run("generate", "--lines", stdin=CONSENT)
+    assert (result.code, answers) == (1, [""])
