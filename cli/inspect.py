@@ -50,8 +50,10 @@ def inspect(
     from layerskip_core.checkpoint import load_checkpoint
     from layerskip_core.evaluation.inspect import inspect as run_inspect
     from layerskip_core.evaluation.inspect_page import inspection_page
-    from layerskip_core.evaluation.report import write_files
+    from layerskip_core.files import require_writable, write_file
 
+    if output is not None:
+        require_writable(_page_file(output), LayerSkipError)
     loaded = load_checkpoint(model, device, dtype, implementation="auto")
     use_threads(threads, loaded)
     count = loaded.depth.num_layers
@@ -60,15 +62,19 @@ def inspect(
     require(shown[0] >= 1 and shown[-1] <= count, "--layers", f"in 1..{count}", ",".join(map(str, shown)))
     found = run_inspect(loaded, _prompt(prompt), max_new_tokens, raw)
     if output is not None:
-        file = Path(output)
-        if not file.parent.is_dir():
-            raise LayerSkipError(f"--output {output}: there is no folder {file.parent}")
-        write_files(file.parent, {file.name: inspection_page(found).encode()})
+        write_file(_page_file(output), inspection_page(found).encode(), LayerSkipError)
         narrate(f"wrote {output}")
     if format == "json":
         typer.echo(json.dumps(found.document(), indent=2, ensure_ascii=False))
     else:
         _print(found, shown, console)
+
+
+def _page_file(output: str) -> Path:
+    file = Path(output)
+    if not file.parent.is_dir():
+        raise LayerSkipError(f"--output {output}: there is no folder {file.parent}")
+    return file
 
 
 def _prompt(given: str | None) -> str:

@@ -21,6 +21,7 @@ from .checkpoint import (
     stored_dtype,
 )
 from .errors import CheckpointError, ConfigError
+from .files import synchronise, write_file
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "chat_template*", "generation_config.json")
 
@@ -94,22 +95,6 @@ def write_model(model: Any, folder: Path) -> None:
     model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
 
 
-def synchronise(path: Path) -> None:
-    """Has the system write a file or a folder's entries to disk: a rename may otherwise outlive its content in a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_info(path: str, info: CheckpointInfo) -> None:
     """Replaces layerskip.json of a folder, atomically. Raises CheckpointError when it cannot be written."""
-    file = Path(path) / INFO_FILE
-    aside = file.with_suffix(".json.writing")
-    try:
-        aside.write_text(info.to_json(), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {file}: {error}") from error
+    write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)

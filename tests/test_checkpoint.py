@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -285,7 +286,7 @@ def test_write_info_on_a_full_disk_keeps_the_old_one(folder, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*layerskip\.json"):
         write_info(str(folder), CheckpointInfo())
     assert read_info(str(folder)) == INFO

@@ -174,7 +174,7 @@ def test_no_space_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(LayerSkipError, match=r"cannot write .*a\.json: No space left on device"):
         write_files(tmp_path, {"a.json": b"new"})
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": "old"}

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..decoding import DecodeStats
 from ..errors import LayerSkipError
+from ..files import require_writable, write_file
 from .generation import Output, Step
 
 FILE_NAME = "unfinished.jsonl"
@@ -32,7 +33,7 @@ class Journal:
         for line in lines[1:]:
             row = json.loads(line)
             self._known[row["repeat"], row["sample"]] = [_output(one) for one in row["outputs"]]
-        self._write("".join(lines) or head + "\n", "w")
+        write_file(self._path, ("".join(lines) or head + "\n").encode(), LayerSkipError)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -43,18 +44,16 @@ class Journal:
 
     def add(self, repeat: int, sample: int, outputs: Sequence[Output]) -> None:
         row = {"repeat": repeat, "sample": sample, "outputs": [asdict(output) for output in outputs]}
-        self._write(json.dumps(row) + "\n", "a")
-
-    def _write(self, text: str, mode: str) -> None:
         try:
-            with self._path.open(mode, encoding="utf-8") as file:
-                file.write(text)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise LayerSkipError(f"cannot write {self._path}: {error.strerror}") from error
 
 
 def close(folder: Path) -> None:
     """For a measurement that is complete, its results written: nothing is left to resume, and every answer to be read."""
+    require_writable(folder / OUTPUTS, LayerSkipError, regular=True)
     (folder / FILE_NAME).replace(folder / OUTPUTS)
 
 

@@ -42,16 +42,8 @@ Record = RunRecord[Any]
 
 def figures(record: Record) -> dict[str, Figure]:
     """The figures that this record has data for, by name, with a title each."""
-    makers: dict[str, Callable[[Record], Figure | None]] = {
-        "pareto": _pareto,
-        "acceptance_by_exit": _acceptance_by_exit,
-        "acceptance_by_position": _acceptance_by_position,
-        "perplexity": _perplexity,
-        "prediction": _prediction,
-        "time_split": _time_split,  # the last: it can be long
-    }
     with rc_context(_STYLE):
-        made = {name: make(record) for name, make in makers.items()}
+        made = {name: make(record) for name, make in MAKERS.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
@@ -194,6 +186,16 @@ def _prediction(record: Record) -> Figure | None:
     axes.set(xlabel="predicted speedup", ylabel="measured")
     axes.legend(fontsize=7)
     return figure
+
+
+MAKERS: dict[str, Callable[[Record], Figure | None]] = {
+    "pareto": _pareto,
+    "acceptance_by_exit": _acceptance_by_exit,
+    "acceptance_by_position": _acceptance_by_position,
+    "perplexity": _perplexity,
+    "prediction": _prediction,
+    "time_split": _time_split,  # the last: it can be long
+}
 
 
 def _figure(title: str, height: float = _SIZE[1]) -> tuple[Figure, Any]:

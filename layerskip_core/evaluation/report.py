@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayerSkipError
+from ..files import require_writable, write_file
+from . import journal
 from .bench import BenchResult
 from .generation import Failure
 from .metrics import LOWER_IS_BETTER, Difference
 from .record import PredictionError, Recommendation, RunRecord
 from .sweep import ExitResult
 
+FIGURES = ("pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "time_split")
+REPORT_FILES = ("report.html", "results.json", "results.csv", *(f"{name}.png" for name in FIGURES))
 _PROBE_BYTES = 1 << 20  # more than any report takes
 _MARKS = "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
@@ -186,7 +189,7 @@ def _result(kind: type[Any], fields: dict[str, Any]) -> Any:
 
 
 def prepare_output(folder: str) -> Path:
-    """Creates the folder and tries that it takes a report. Raises LayerSkipError, before a long run rather than behind it."""
+    """Creates the folder and tries that it takes a report. Raises LayerSkipError, before a long run rather than after it."""
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -194,19 +197,17 @@ def prepare_output(folder: str) -> Path:
             probe.write(bytes(_PROBE_BYTES))
     except OSError as error:
         raise LayerSkipError(f"--output {folder} must be a folder that can be written, got: {error.strerror}") from error
+    for name in REPORT_FILES:
+        require_writable(path / name, LayerSkipError)
+    for name in (journal.FILE_NAME, journal.OUTPUTS):
+        require_writable(path / name, LayerSkipError, regular=True)
     return path
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes each file aside and renames it. Raises LayerSkipError when one cannot be written; it is then as it was before."""
+    """Writes each file whole. Raises LayerSkipError when one cannot be written; it is then as it was before."""
     for name, content in files.items():
-        aside = folder / f".{name}.writing"
-        try:
-            aside.write_bytes(content)
-            os.replace(aside, folder / name)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise LayerSkipError(f"cannot write {folder / name}: {error.strerror}") from error
+        write_file(folder / name, content, LayerSkipError)
 
 
 def _flat(result: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..saving import synchronise
+from ..files import synchronise
 
 _SEAL = "complete.json"
 _PREFIX = "checkpoint-"
