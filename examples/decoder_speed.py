@@ -30,7 +30,6 @@ from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.sampling import most_probable
 from layerskip_core.evaluation.record import environment
-from layerskip_core.model.weights import head_dim
 
 REPEATS = 5
 
@@ -79,10 +78,9 @@ def decoded(loaded: LoadedModel, prompts: list[list[int]], config: DecodingConfi
 
 def weight_bytes(loaded: LoadedModel) -> float:
     """Bytes of weights that a step reads: all layers and the head, by the precision they are kept in."""
-    config, size = loaded.depth.config, loaded.depth.hidden_size
-    heads, width = config.num_attention_heads, head_dim(config)
-    attention = size * width * (2 * heads + 2 * config.num_key_value_heads)
-    count = config.num_hidden_layers * (attention + 3 * size * config.intermediate_size) + size * loaded.depth.vocab_size
+    spec = loaded.depth.spec
+    attention = 2 * spec.hidden * (spec.queries + spec.keys)
+    count = spec.layers * (attention + 3 * spec.hidden * spec.inner) + spec.hidden * spec.vocab
     bits = {"int8": 8, "int4": 5}.get(loaded.depth._quantize, 8 * loaded.depth.dtype.itemsize)
     return count * bits / 8
 

@@ -17,9 +17,9 @@ from torch import nn
 from .config import PackingConfig
 from .errors import CheckpointError, ConfigError
 from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
-from .model import DepthModel, NativeModel, PackedModel, can_pack, can_run_native
-from .model.depth import refuse_unsupported
+from .model import DepthModel, ModelSpec, NativeModel, PackedModel, can_pack, can_run_native
 from .model.vocabulary import token_order
+from .model.weights import check_model
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
@@ -229,7 +229,7 @@ def _load_with_transformers(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
-    refuse_unsupported(config)
+    spec = _reading(name, lambda: ModelSpec.of(config))
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
     extra = dict(keywords)
     if "gguf_file" in keywords:
@@ -248,9 +248,9 @@ def _load_with_transformers(
         raise CheckpointError(f"model {name} is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
     if "gguf_file" in keywords:
         model = _without_quantization(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = _converted(model.to(target), pick_dtype(dtype, target, parameters)).eval()
-    depth = _depth_of(model, implementation, packing, path)
+    _reading(name, lambda: check_model(model, spec))
+    model = _converted(model.to(target), pick_dtype(dtype, target, spec.parameters)).eval()
+    depth = _reading(name, lambda: _depth_of(model, implementation, packing, path))
     return LoadedModel(name, model, tokenizer, read_info(path), depth)
 
 
@@ -270,7 +270,8 @@ def _load_adapted(
     model = _reading(name, lambda: PeftModel.from_pretrained(loaded.model, name).merge_and_unload().eval())
     model.requires_grad_(True)  # peft froze the base
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, **_NO_FOREIGN_CODE))
-    depth = _depth_of(model, implementation, packing, name)
+    _reading(name, lambda: check_model(model, loaded.depth.spec))
+    depth = _reading(name, lambda: _depth_of(model, implementation, packing, name))
     return LoadedModel(name, model, tokenizer, read_info(name), depth)
 
 
@@ -281,7 +282,7 @@ def _depth_of(
         weight = model.get_input_embeddings().weight
         native = can_run_native(model.config, weight.dtype, weight.device, packing)
         return (NativeModel if native else PackedModel).of(model, packing, _token_order(path, model.config, packing))
-    if packing is not None and packing != PackingConfig():
+    if packing is not None and not packing.is_plain:
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
     return DepthModel(model)
 
@@ -311,7 +312,7 @@ def load_blank(name: str, seed: int, tokenizer: Any = None) -> LoadedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
-    refuse_unsupported(config)
+    _reading(name, lambda: ModelSpec.of(config))
     if tokenizer is None:
         tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
     else:

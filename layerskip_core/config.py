@@ -87,7 +87,7 @@ class PackingConfig:
     """How the weights of a model that only decodes are stored; the embedding keeps its precision.
 
     `quantize`: low-bit linear layers and head. `draft_weights`: a low-bit copy of the head and of the first `draft_layers` (0:
-    all but the last), used to draft only. `draft_vocab`: drafts are chosen among so many tokens, by token_order.json the
+    all but the last), used to draft only; without it `draft_layers` means nothing. `draft_vocab`: drafts are chosen among so many tokens, by token_order.json the
     most frequent of the training data, else the tokenizer's first (0: all). `exact`: self-speculative output is that of plain
     decoding bit for bit, in every precision.
     """
@@ -108,6 +108,11 @@ class PackingConfig:
     def drafts_apart(self) -> bool:
         """Whether drafts have a head, and perhaps layers, of their own."""
         return self.draft_weights is not None or self.draft_vocab > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights stay as they are, which is all that a model that is not repacked can do."""
+        return self.quantize is None and not self.drafts_apart and not self.exact
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Anything else is left to transformers.
 """
 
 import json
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .model import can_pack, weight_shapes
+from .model import ModelSpec, can_pack
 
 _CONFIG_KEYS = {
     "model_type",
@@ -70,7 +69,7 @@ class FileWeights:
             file: Any = safe_open(path, "pt", device="cpu")
             self._files.update(dict.fromkeys(file.keys(), file))
         self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
-        _require_shapes(self.shapes, weight_shapes(config).items())
+        ModelSpec.of(config).check_weights(self.shapes)
 
     def reader(self, dtype: torch.dtype) -> Any:
         """A function from a weight's name to the weight in `dtype`, or to None where there is none."""
@@ -132,16 +131,6 @@ def lean_tokenizer(folder: str) -> LeanTokenizer | None:
     settings = _json(Path(folder) / "tokenizer_config.json")
     whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
     return LeanTokenizer(folder) if whole else None
-
-
-def _require_shapes(found: dict[str, tuple[int, ...]], needed: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-    needed = list(needed)
-    missing = sorted(name for name, _ in needed if name not in found)
-    if missing:
-        raise CheckpointError(f"{len(missing)} weights are missing, {missing[0]} the first")
-    for name, shape in needed:
-        if found[name] != shape:
-            raise CheckpointError(f"size mismatch of {name}: needed {list(shape)}, found {list(found[name])}")
 
 
 def _json(path: Path) -> dict[str, Any]:

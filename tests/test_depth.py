@@ -4,7 +4,7 @@ from conftest import tiny_model
 
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import DepthModel
-from layerskip_core.model.depth import SUPPORTED
+from layerskip_core.model.spec import SUPPORTED
 
 WINDOWED = {"mistral": {"sliding_window": 5}, "gemma2": {"sliding_window": 5}, "gemma3_text": {"sliding_window": 5}}
 

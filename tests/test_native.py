@@ -10,8 +10,8 @@ from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafting import drafter_for
 from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
-from layerskip_core.errors import LayerSkipError
-from layerskip_core.model import NativeModel, PackedModel, can_run_native
+from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.model import NativeModel, PackedModel, can_run_native, packed
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
 
@@ -210,3 +210,116 @@ def test_kernels_of_another_version_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
     with pytest.raises(LayerSkipError, match=r"another version: install layerskip again .* LAYERSKIP_KERNELS=torch"):
         compiled.kernels.__wrapped__()
+
+
+SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_rows_beyond_what_32_bits_can_multiply(variant, kind, threads, monkeypatch):
+    """A call's rows times its tiles overflowed at 65,536 rows by AVX2, at 131,072 by AVX-512 in int8, else at 160,500."""
+    threads(2)
+    monkeypatch.setattr(packed, "_MOST_BYTES", 1 << 50)
+    wide = kind == "int8"  # whole groups of 32
+    shape = {**SMALLEST, **({"hidden_size": 32, "intermediate_size": 32, "head_dim": 32} if wide else {})}
+    rows = 66_000 if variant == "avx2" else 132_000 if wide else 161_000
+    tiny = tiny_model("llama", torch.float32, vocab_size=3, num_hidden_layers=1, pad_token_id=0, eos_token_id=2, **shape)
+    model = NativeModel.of(tiny, PackingConfig("int8" if wide else None))
+    hidden = torch.randn(rows, 1, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+
+        def run(part):
+            cache = model.new_cache(len(part), 1)
+            return model.unembed(model.run_layers(part, 0, 1, torch.zeros(len(part), 1, dtype=torch.long), cache))
+
+        found = run(hidden)
+        for part in (slice(0, 40), slice(rows // 2, rows // 2 + 40), slice(rows - 40, rows)):
+            assert torch.equal(found[part], run(hidden[part]))
+
+
+@needs_kernels
+def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
+    """40 prompts of 50 tokens: 2,000 rows, of which no call has more than fit into the bytes allowed, or 256."""
+    monkeypatch.setattr(packed, "_CHUNK", 16)
+    model, ids = model_of("fp32"), ids_of(40, 50)
+    positions, sizes, run = torch.arange(50).expand(40, -1), [], model._run
+
+    def counted(hidden, *arguments):
+        sizes.append(hidden.shape[0] * hidden.shape[1])
+        return run(hidden, *arguments)
+
+    monkeypatch.setattr(model, "_run", counted)
+    with torch.inference_mode():
+        found = []
+        for rows in (2000, 130, 30):
+            monkeypatch.setattr(packed, "_MOST_BYTES", rows * model._row_bytes())
+            sizes.clear()
+            found.append(model.unembed(model.run_layers(model.embed(ids), 0, 6, positions, model.new_cache(40))))
+            assert max(sizes) == {2000: 640, 130: 120, 30: 40}[rows]  # 16, 3 and 1 tokens of each
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_kernels
+def test_the_activations_of_a_call_take_what_is_stated(variant):
+    """The buffers of as many rows as run at once, of a model as wide as Llama 2 7B."""
+    wide = native.CShape(4096, 32, 32, 128, 11008, 1, 1e-5, 1.0)
+    model = model_of("bf16")
+    model._shape = wide
+    rows = model._tokens_at_once(1000, 256) * 1000
+    buffers = native._Buffers(1, torch.get_num_threads(), wide)
+    held = sum(part.nbytes for part in buffers._held) + buffers._formed * buffers.threads
+    assert rows == 1000 and model._tokens_at_once(4, 256) * 4 * held < packed._MOST_BYTES
+    assert model._tokens_at_once(1, 256) == 256 and model._tokens_at_once(1, 1) == 256
+
+
+@needs_kernels
+def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
+    """In Python: the kernels would read or write where nothing of theirs is."""
+    model, ids = model_of("fp32"), ids_of(1, 3)
+    hidden, places = model.embed(ids), torch.arange(3)[None]
+    run = model.run_layers
+    with torch.inference_mode():
+        for start, stop in ((0, 7), (-1, 3), (4, 2)):
+            with pytest.raises(ValueError, match=rf"layers must be in 0\.\.6, got {start}\.\.{stop}"):
+                run(hidden, start, stop, places, model.new_cache())
+        for positions in (places - 1, torch.tensor([[0, 1, -5]])):
+            with pytest.raises(ValueError, match="positions must be at least 0, got -"):
+                run(hidden, 0, 6, positions, model.new_cache())
+        with pytest.raises(ConfigError, match="context limit of 128 tokens is reached: position 200"):
+            run(hidden, 0, 6, torch.tensor([[0, 1, 200]]), model.new_cache())
+        for positions, cache in ((places[:, :2], model.new_cache()), (places, model.new_cache(2))):
+            with pytest.raises(ValueError, match="1 x 3 tokens do not fit"):
+                run(hidden, 0, 6, positions, cache)
+        with pytest.raises(ValueError, match="the cache is that of another model"):
+            run(hidden, 0, 6, places, filled(model_of("bf16"), ids))
+        with pytest.raises(ValueError, match="the cache is that of another model"):
+            run(hidden, 0, 6, places, filled(model_of("fp32", num_hidden_layers=2), ids))
+        for token, layers in ((-1, 3), (67, 3), (5, 7)):
+            with pytest.raises(ValueError, match=f"no draft of token {token} by {layers} layers"):
+                model.draft_greedily(token, layers, places, model.new_cache(), frozenset())
+        with pytest.raises(ConfigError, match="context limit of 128 tokens"):
+            model.draft_greedily(5, 3, torch.arange(120, 128)[None], model.new_cache(), frozenset())
+        assert run(hidden[:, :0], 0, 6, places[:, :0], model.new_cache()).shape == (1, 0, 64)
+        assert model.unembed(hidden[:, :0]).shape == (1, 0, 67)
+
+
+def filled(model, ids):
+    cache = model.new_cache()
+    model.run_layers(model.embed(ids), 0, model.num_layers, torch.arange(ids.shape[1])[None], cache)
+    return cache
+
+
+@needs_kernels
+def test_scratch_is_as_long_as_the_text_and_not_as_the_context(variant):
+    """A context of 2**27 tokens costs nothing; places of the cache are added in blocks of 64, and the buffers follow."""
+    model, ids = model_of("fp32", max_position_embeddings=1 << 27), ids_of(1, 100)
+    short, long = model.new_cache(), model.new_cache()
+    with torch.inference_mode():
+        model.run_layers(model.embed(ids[:, :1]), 0, 6, torch.zeros(1, 1, dtype=torch.long), short)
+        assert model._buffers(1)._scratch.nbytes < 1 << 20
+        for place in range(100):
+            states = model.run_layers(model.embed(ids[:, place : place + 1]), 0, 6, torch.tensor([[place]]), long)
+        assert model._buffers(1)._row == 128
+        together = model.run_layers(model.embed(ids), 0, 6, torch.arange(100)[None], model.new_cache())
+    assert torch.equal(states[0, 0], together[0, -1])

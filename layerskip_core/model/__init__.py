@@ -8,15 +8,15 @@ from .cache import DepthCache
 from .depth import DepthModel, SpanInputs
 from .native import NativeModel, can_run_native
 from .packed import PackedModel, can_pack
-from .weights import weight_shapes
+from .spec import ModelSpec
 
 __all__ = [
     "DepthCache",
     "DepthModel",
+    "ModelSpec",
     "NativeModel",
     "PackedModel",
     "SpanInputs",
     "can_pack",
     "can_run_native",
-    "weight_shapes",
 ]

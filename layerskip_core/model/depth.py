@@ -7,22 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
 from .cache import DepthCache
-
-# Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
-SUPPORTED = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "smollm3",
-    "olmo2",
-    "granite",
-)
+from .spec import ModelSpec
 
 FP32_SDPA = "sdpa_fp32"  # of training/attention.py
 _SDPA = ("sdpa", FP32_SDPA)  # kinds of attention that apply causality themselves and take masks of truth values
@@ -64,8 +50,8 @@ class DepthModel:
     implementation = "generic"
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises CheckpointError for an architecture that cannot be split by depth."""
-        refuse_unsupported(model.config)
+        """Raises CheckpointError for an architecture that cannot be split by depth, or that cannot be at all."""
+        self.spec = ModelSpec.of(model.config)
         self.model = model
         transformers_model: Any = model
         self.config: Any = model.config
@@ -76,7 +62,7 @@ class DepthModel:
         # transformers 5.24 renamed past_key_values; a wrong keyword would vanish in **kwargs without a word.
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
         self._rope_by_type = "layer_type" in inspect.signature(self._decoder.rotary_emb.forward).parameters
-        self._kinds = layer_kinds(self.config)
+        self._kinds = self.spec.kinds
 
     @property
     def num_layers(self) -> int:
@@ -93,7 +79,7 @@ class DepthModel:
     @property
     def max_positions(self) -> int:
         """The context limit, in tokens."""
-        return int(self.config.max_position_embeddings)
+        return self.spec.context
 
     @property
     def device(self) -> torch.device:
@@ -191,7 +177,7 @@ class DepthModel:
         return self._decoder.rotary_emb(hidden, positions)  # type: ignore[no-any-return]
 
     def _window(self, kind: str) -> int | None:
-        return int(self.config.sliding_window) if kind == "sliding_attention" else None
+        return self.spec.window if kind == "sliding_attention" else None
 
     def _mask(
         self,
@@ -216,18 +202,3 @@ class DepthModel:
         if self.config._attn_implementation in _SDPA:
             return seen
         return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
-
-
-def refuse_unsupported(config: Any) -> None:
-    """Raises CheckpointError, naming the architecture, unless its decoder can be run in spans."""
-    if config.model_type not in SUPPORTED:
-        raise CheckpointError(f"model type {config.model_type!r} cannot be split by depth; supported: {', '.join(SUPPORTED)}")
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """'full_attention' or 'sliding_attention' for each layer."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return list(kinds)[: config.num_hidden_layers]
-    windowed = getattr(config, "sliding_window", None) is not None
-    return ["sliding_attention" if windowed else "full_attention"] * int(config.num_hidden_layers)

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from ..config import EXACT_TOKENS, PackingConfig, Quantization
 from .cache import DepthCache, SpanWriter
-from .depth import layer_kinds
 from .linear import Head, KernelLinear, linear
 from .packed_layer import Norm, PackedLayer, Step, Workspace
 from .rope import Rope
+from .spec import ModelSpec
 from .vocabulary import DraftVocabulary
 from .weights import Take, Weights
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
 _CHUNK = 256  # tokens of a prompt that run at once: bounds the attention mask and the activations
+_MOST_BYTES = 1 << 28  # that the activations of a larger call take, of several prompts: it has fewer tokens of each
 _WORKSPACES = 16  # shapes of calls whose buffers are kept
 _PRODUCT_TOKENS = 16  # most tokens a row that attention by two matrix products is for; a prompt's mask would be large
 _EXACT_ROWS = 8  # most rows that an exact call runs at once
@@ -48,36 +49,37 @@ class PackedModel:
         """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
 
         `token_order`: token ids, the most frequent first, as `draft_vocab` counts them; None for the tokenizer's order.
-        Raises CheckpointError for one that is missing, ConfigError where there is no kernel for what `packing` asks for.
+        Raises CheckpointError for a configuration that cannot be and for a weight that is missing, of another shape or not
+        finite, ConfigError where there is no kernel for what `packing` asks for.
         """
         packing = packing or PackingConfig()
         self.config = config
+        self.spec = ModelSpec.of(config)
         self.exact = packing.exact
         self._quantize, self._draft_weights = packing.quantize, packing.draft_weights
-        self._kinds = layer_kinds(config)
+        self._kinds = self.spec.kinds
         self._kinds_once = tuple(dict.fromkeys(self._kinds))
         self._spaces: dict[tuple[int, int], Workspace] = {}
         self._proven: dict[int, int] = {}  # by number of threads
-        weights = Weights(take)
+        weights = Weights(take, self.spec.shapes)
         with torch.inference_mode():
             self._embedding = weights.of("model.embed_tokens.weight")
-            self._rope = Rope(config, self._embedding)
+            self._rope = Rope(config, self.spec, self._embedding)
             self._ahead = self._embedding.new_empty(0)
-            norm, bias = weights.of("model.norm.weight"), weights.get("lm_head.bias")
-            head = None if config.tie_word_embeddings else weights.get("lm_head.weight")
-            head = self._embedding if head is None else head
-            self._norm, self._head = self._pack_head(norm, head, bias, packing.quantize, packing.exact)
+            norm = weights.of("model.norm.weight")
+            head = self._embedding if self.spec.tied else weights.of("lm_head.weight")
+            self._norm, self._head = self._pack_head(norm, head, packing.quantize, packing.exact)
             if packing.drafts_apart:
                 self.draft = copy(self)
                 self.draft.exact, self.draft._spaces = False, {}
                 bits = packing.draft_weights or packing.quantize
                 if packing.draft_vocab:
                     kept = self.draft.vocabulary = DraftVocabulary(len(head), packing.draft_vocab, token_order)
-                    kept_head, kept_bias = kept.rows_of(head), None if bias is None else kept.rows_of(bias)
+                    kept_head = kept.rows_of(head)
                 else:
-                    kept_head, kept_bias = head, bias
-                self.draft._norm, self.draft._head = self._pack_head(norm, kept_head, kept_bias, bits, exact=False)
-                del kept_head, kept_bias
+                    kept_head = head
+                self.draft._norm, self.draft._head = self._pack_head(norm, kept_head, bits, exact=False)
+                del kept_head
             del head
             self._layers: list[PackedLayer] = []
             drafts: list[PackedLayer] = []
@@ -121,7 +123,7 @@ class PackedModel:
     @property
     def max_positions(self) -> int:
         """The context limit, in tokens."""
-        return int(self.config.max_position_embeddings)
+        return self.spec.context
 
     @property
     def device(self) -> torch.device:
@@ -142,17 +144,24 @@ class PackedModel:
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache | None = None) -> Tensor:
         """Layers start..stop-1 over hidden states (B, T, D) of the tokens at `positions` (B, T), on the host.
 
-        Without a cache the tokens see each other only. Returns the pre-norm hidden states (B, T, D).
+        Without a cache the tokens see each other only. Returns the pre-norm hidden states (B, T, D). Many tokens run in
+        parts, whose activations take about 256 MB at most, or those of 256 tokens or of one token of each row if that is more.
         """
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
                 return self.run_layers(hidden, start, stop, positions, cache)
         batch, count, _ = hidden.shape
-        if start == stop:
+        if not 0 <= start <= stop <= self.num_layers:
+            raise ValueError(f"layers must be in 0..{self.num_layers}, got {start}..{stop}")
+        if start == stop or batch * count == 0:
             return hidden
         if cache is None:
             cache = self.new_cache(batch)
-        piece = self._rows_at_once() if self.exact and 1 < count <= EXACT_TOKENS else _CHUNK
+        if len(cache.lengths) != batch or positions.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"{batch} x {count} tokens do not fit {list(positions.shape)} positions, {len(cache.lengths)} rows"
+            )
+        piece = self._tokens_at_once(batch, count)
         if count <= piece:
             return self._run(hidden, start, stop, positions, cache)
         parts = zip(torch.split(hidden, piece, 1), torch.split(positions, piece, 1), strict=True)
@@ -171,17 +180,30 @@ class PackedModel:
             logits = torch.cat([self._logits(part) for part in torch.split(rows, self._rows_at_once())])
         else:
             logits = self._logits(rows)
-        return logits.view(*shape, -1)
+        return logits.view(*shape, logits.shape[-1])
+
+    def _tokens_at_once(self, batch: int, count: int) -> int:
+        """How many tokens of each row run at once."""
+        if self.exact and 1 < count <= EXACT_TOKENS:
+            return self._rows_at_once()
+        return max(1, min(_CHUNK, self._rows_in_memory(batch * count) // batch))
+
+    def _rows_in_memory(self, count: int) -> int:
+        """How many of so many rows a call may have."""
+        return _CHUNK if count <= _CHUNK else max(_CHUNK, _MOST_BYTES // self._row_bytes())
+
+    def _row_bytes(self) -> int:
+        """About what the activations of a token take in a layer."""
+        spec = self.spec
+        return 4 * (2 * spec.queries + 2 * spec.keys + 3 * spec.inner + 4 * spec.hidden)
 
     def _pack_layer(self, weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> PackedLayer:
-        return PackedLayer(weights, self.config, index, quantization, exact)
+        return PackedLayer(weights, self.spec, index, quantization, exact)
 
-    def _pack_head(
-        self, norm: Tensor, weight: Tensor, bias: Tensor | None, quantization: Quantization | None, exact: bool
-    ) -> tuple[Norm, Head]:
+    def _pack_head(self, norm: Tensor, weight: Tensor, quantization: Quantization | None, exact: bool) -> tuple[Norm, Head]:
         """Final norm and head."""
-        packed_norm = Norm(norm, self.config, folds=quantization is None)
-        return packed_norm, linear(packed_norm.folded_into(weight), bias, quantization, exact)
+        packed_norm = Norm(norm, self.spec, folds=quantization is None)
+        return packed_norm, linear(packed_norm.folded_into(weight), None, quantization, exact)
 
     def _logits(self, rows: Tensor) -> Tensor:
         return self._head(self._norm(rows))
@@ -237,7 +259,7 @@ class PackedModel:
         return [(0 if window is None else max(0, place + 1 - window), place + 1) for place in places]
 
     def _window(self, kind: str) -> int | None:
-        return int(self.config.sliding_window) if kind == "sliding_attention" else None
+        return self.spec.window if kind == "sliding_attention" else None
 
     def _workspace(self, batch: int, count: int) -> Workspace:
         """Kept for the calls that decoding repeats; those over a prompt are not."""

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor
 from ..config import Quantization
 from .cache import LayerSlots
 from .linear import linear
-from .weights import Weights, head_dim
+from .spec import ModelSpec
+from .weights import Weights
 
 
 class Step(NamedTuple):
@@ -53,18 +54,17 @@ class PackedLayer:
     of a rotated head interleave as complex numbers: rope, and the scale of attention, are one product.
     """
 
-    def __init__(self, weights: Weights, config: Any, index: int, quantization: Quantization | None, exact: bool) -> None:
-        self.head_dim = head_dim(config)
-        self.kv_heads = int(config.num_key_value_heads)
-        self.groups = int(config.num_attention_heads) // self.kv_heads
-        self.intermediate_size = int(config.intermediate_size)
-        self._rotates = bool(config.no_rope_layers[index]) if config.model_type == "smollm3" else True
+    def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None, exact: bool) -> None:
+        self.head_dim, self.kv_heads = spec.head_dim, spec.kv_heads
+        self.groups = spec.heads // spec.kv_heads
+        self.intermediate_size = spec.inner
+        self._rotates = spec.rotates[index]
         attention, mlp = weights.below("self_attn."), weights.below("mlp.")
         folds = quantization is None
-        attention_norm = self._attention_norm = Norm(weights.of("input_layernorm.weight"), config, folds)
-        mlp_norm = self._mlp_norm = Norm(weights.of("post_attention_layernorm.weight"), config, folds)
+        attention_norm = self._attention_norm = Norm(weights.of("input_layernorm.weight"), spec, folds)
+        mlp_norm = self._mlp_norm = Norm(weights.of("post_attention_layernorm.weight"), spec, folds)
         norm = attention.get("q_norm.weight")
-        self._head_norm = None if norm is None else _HeadNorm(norm, attention.of("k_norm.weight"), config, self.groups)
+        self._head_norm = None if norm is None else _HeadNorm(norm, attention.of("k_norm.weight"), spec, self.groups)
         qkv, qkv_bias = attention.together(("q_proj", "k_proj", "v_proj"))
         up, up_bias = mlp.together(("gate_proj", "up_proj"))
         packed = partial(linear, quantization=quantization, exact=exact)
@@ -126,9 +126,9 @@ class Norm:
     whose mean square is the row's.
     """
 
-    def __init__(self, weight: Tensor, config: Any, folds: bool) -> None:
+    def __init__(self, weight: Tensor, spec: ModelSpec, folds: bool) -> None:
         self._weight = weight
-        self._eps = float(config.rms_norm_eps)
+        self._eps = spec.eps
         size = self._weight.numel()
         self._on_cpu = self._weight.device.type == "cpu"
         self._folds = self._on_cpu and folds and weight.dtype.itemsize >= 4
@@ -153,11 +153,11 @@ class Norm:
 class _HeadNorm:
     """RMSNorm of each query and key (qwen3), in place over (B, T, kv heads, G+1, head dim)."""
 
-    def __init__(self, query: Tensor, key: Tensor, config: Any, groups: int) -> None:
+    def __init__(self, query: Tensor, key: Tensor, spec: ModelSpec, groups: int) -> None:
         weights = torch.stack([_interleaved(norm, dim=0) for norm in [query] * groups + [key]])
         size = weights.shape[-1]
         self._scale = weights.to(torch.promote_types(weights.dtype, torch.float32)) * math.sqrt(size)
-        self._floor = self._scale.new_tensor(math.sqrt(size * config.rms_norm_eps))
+        self._floor = self._scale.new_tensor(math.sqrt(size * spec.eps))
 
     def apply_(self, slots: Tensor) -> None:
         length = torch.linalg.vector_norm(slots, dim=-1, keepdim=True).hypot_(self._floor)

@@ -16,13 +16,15 @@ from ..errors import ConfigError
 
 GROUP_SIZE = 32  # inputs that share an int4 scale: 5 bits a weight, and a size that divides most widths
 _MANY_ROWS = 16  # from here on bf16's own kernel, on levels made bf16 for the call, is faster than int8's: 2.4 times at 64
-_STEP = 16  # outputs that the int4 kernel wants at a time
+_STEP = 16  # inputs that torch's int8 kernel takes at a time, and outputs that the int4 kernel wants at a time
 
 
 class Int8Linear:
     """Each output's weights are 8-bit levels of one scale, its largest magnitude / 127."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        if weight.shape[1] % _STEP:  # torch's kernel reads past the end of such rows
+            raise ConfigError(f"int8 weights need layer widths that {_STEP} divides, got {weight.shape[1]}")
         self._weight, scale = int8_levels(weight)
         self._scale = scale.to(torch.bfloat16)
         self._bias = None if bias is None else bias.detach()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .cache import SpanWriter
-from .weights import head_dim
+from .spec import ModelSpec
 
 
 class Rope:
@@ -15,11 +15,11 @@ class Rope:
     The queries' have the length that attention scales scores by, those of values are 1. The table grows with the text.
     """
 
-    def __init__(self, config: Any, like: Tensor) -> None:
-        self._frequencies, self._scaling = _rope_frequencies(config)
+    def __init__(self, config: Any, spec: ModelSpec, like: Tensor) -> None:
+        self._frequencies, self._scaling = _rope_frequencies(config, spec.head_dim)
         self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        groups = config.num_attention_heads // config.num_key_value_heads
-        self._lengths = self._like.new_tensor([head_dim(config) ** -0.5] * groups + [1.0])[:, None]
+        groups = spec.heads // spec.kv_heads
+        self._lengths = self._like.new_tensor([spec.head_dim**-0.5] * groups + [1.0])[:, None]
         self.still = self._slots(torch.ones_like(self.angles(1)))  # (T = 1, 1, G+2, half a head), of layers without rope
         self._table = self._slots(self.angles(0))
 
@@ -40,12 +40,11 @@ class Rope:
         return torch.cat([rotating, torch.ones_like(rotating[:, :, :1])], dim=2)
 
 
-def _rope_frequencies(config: Any) -> tuple[Tensor, float]:
+def _rope_frequencies(config: Any, size: int) -> tuple[Tensor, float]:
     """Radians a position of each pair of a head, (half a head,) in fp32, and what cosine and sine are multiplied by."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "default":  # transformers has this one in each model's own module, which takes seconds to import
-        size = head_dim(config)
         return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

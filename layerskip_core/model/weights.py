@@ -3,36 +3,43 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .spec import ModelSpec, Shapes, check_shape
 
 Take = Callable[[str], Tensor | None]  # the weight of a name, or None where there is none
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by name, below a prefix."""
+    """Weights by name, below a prefix; `shapes` says which there are. Whatever else a checkpoint holds is not looked at."""
 
     take: Take
+    shapes: Shapes
     prefix: str = ""
 
     def below(self, prefix: str) -> "Weights":
-        return Weights(self.take, self.prefix + prefix)
+        return Weights(self.take, self.shapes, self.prefix + prefix)
 
     def remembered(self, prefix: str) -> "Weights":
         """The same, for weights that are needed twice; they are held as long as it is."""
-        return Weights(cache(self.take), self.prefix + prefix)
+        return Weights(cache(self.take), self.shapes, self.prefix + prefix)
 
     def get(self, name: str) -> Tensor | None:
-        return self.take(self.prefix + name)
+        """None where the architecture has no such weight. Raises CheckpointError as `of` does."""
+        return self.of(name) if self.prefix + name in self.shapes else None
 
     def of(self, name: str) -> Tensor:
-        weight = self.get(name)
+        """Raises CheckpointError for a weight that is missing, has another shape, or is not finite."""
+        full = self.prefix + name
+        weight = self.take(full)
         if weight is None:
-            raise CheckpointError(f"the weight {self.prefix}{name} is missing")
+            raise CheckpointError(f"the weight {full} is missing")
+        check_shape(full, self.shapes[full], tuple(weight.shape))
+        check_finite(full, weight)
         return weight
 
     def together(self, parts: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -41,30 +48,20 @@ class Weights:
         return [self.of(f"{part}.weight") for part in parts], biases or None
 
 
-def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that PackedModel cannot do without, as in a checkpoint."""
-    size, inner = config.hidden_size, config.intermediate_size
-    queries, keys = (heads * head_dim(config) for heads in (config.num_attention_heads, config.num_key_value_heads))
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (size,),
-        "self_attn.q_proj": (queries, size),
-        "self_attn.k_proj": (keys, size),
-        "self_attn.v_proj": (keys, size),
-        "self_attn.o_proj": (size, queries),
-        "post_attention_layernorm": (size,),
-        "mlp.gate_proj": (inner, size),
-        "mlp.up_proj": (inner, size),
-        "mlp.down_proj": (size, inner),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, size),
-        "model.norm.weight": (size,),
-        **({} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, size)}),
-    }
-    for index in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes
+def check_model(model: nn.Module, spec: ModelSpec) -> None:
+    """Raises CheckpointError for a weight of a transformers model that is missing, has another shape or is not finite."""
+    weights = dict(model.named_parameters())
+    spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
+    for name, weight in weights.items():
+        check_finite(name, weight.detach())
 
 
-def head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises CheckpointError for a weight with NaN or infinity in it, which would make every output meaningless.
+
+    One number not finite makes the sum so: a single pass, and a second one only where finite numbers add up beyond fp32.
+    """
+    total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+    if not bool(total.isfinite()) and not bool(weight.isfinite().all()):
+        what = "NaN" if bool(weight.isnan().any()) else "infinity"
+        raise CheckpointError(f"the weight {name} holds {what}: it is damaged, or its training diverged")

@@ -223,13 +223,13 @@ INLINE void panel_of(const Matrix *m, int panel, const char *x, size_t stride, c
     switch (R > LOW_BIT_TILE && m->kind > BF16 ? -1 : m->kind) {
     case FP32: panel_fp32((const float *)m->weight + size, n, x, stride, R, out); break;
     case BF16: panel_bf16((const uint16_t *)m->weight + size, n, x, stride, R, out); break;
-    case INT8: panel_int8((const uint8_t *)m->weight + size, (const float *)m->scale + panel * PANEL, n, x, stride, R, out); break;
+    case INT8: panel_int8((const uint8_t *)m->weight + size, (const float *)m->scale + (size_t)panel * PANEL, n, x, stride, R, out); break;
     case INT4:
         panel_int4((const uint8_t *)m->weight + size / 2, (const uint16_t *)m->scale + size / GROUP * 2, n, x, stride, R, out);
     }
     if (m->bias)
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < PANEL; i += 16) f_store(out[r] + i, f_add(f_load(out[r] + i), f_load(m->bias + panel * PANEL + i)));
+            for (int i = 0; i < PANEL; i += 16) f_store(out[r] + i, f_add(f_load(out[r] + i), f_load(m->bias + (size_t)panel * PANEL + i)));
 }
 
 static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
@@ -253,17 +253,22 @@ static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride,
 
 enum { PUT, ADD, SILU };
 
+/* Where the share of one of several begins, of a count of things: that of the next one is where it ends. */
+INLINE int share(int count, int one, int of) { return (int)((int64_t)count * one / of); }
+INLINE int64_t share_of_many(int64_t count, int one, int of) { return count / of * one + count % of * one / of; }
+
 /* This thread's part of out (row, width) = or += rows @ matrix, or silu(gate) * up of a matrix that holds both. */
 static void multiply(const Matrix *m, const char *x, size_t stride, int rows, float *out, int width, int what, int thread, int threads) {
     int step = what == SILU ? 2 : 1, count = m->panels / step;
     int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, tiles = (rows + most - 1) / most;
     float part[2][TILE][PANEL];
-    for (int p = (int)((int64_t)count * thread / threads); p < (int)((int64_t)count * (thread + 1) / threads); p++)
+    for (int p = share(count, thread, threads); p < share(count, thread + 1, threads); p++)
         for (int t = 0; t < tiles; t++) {
-            int row = rows * t / tiles, tile = rows * (t + 1) / tiles - row, live = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
+            int row = share(rows, t, tiles), tile = share(rows, t + 1, tiles) - row;
+            int live = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
             for (int i = 0; i < step; i++) panel_rows(m, p * step + i, x + (size_t)row * stride, stride, tile, part[i]);
             for (int r = 0; r < tile; r++) {
-                float *found = part[0][r], *to = out + (size_t)(row + r) * (size_t)width + p * PANEL;
+                float *found = part[0][r], *to = out + (size_t)(row + r) * (size_t)width + (size_t)p * PANEL;
                 if (what == SILU)
                     for (int i = 0; i < PANEL; i += 16) {
                         vf gate = f_load(found + i), down = f_add(f_set(1), f_exp(f_sub(f_set(0), gate)));
@@ -342,9 +347,10 @@ static char *place_of(const Shape *s, const Call *call, int layer, int value, in
 
 /* Norm, rotation and scale of the queries and keys of this thread; keys and values to their places. */
 static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
-    int size = s->head_dim, half = size / 2, slots = s->heads + 2 * s->kv_heads, tasks = call->rows * slots;
-    for (int task = (int)((int64_t)tasks * thread / threads); task < (int)((int64_t)tasks * (thread + 1) / threads); task++) {
-        int row = task / slots, slot = task % slots, head = slot - s->heads;
+    int size = s->head_dim, half = size / 2, slots = s->heads + 2 * s->kv_heads;
+    int64_t tasks = (int64_t)call->rows * slots;
+    for (int64_t task = share_of_many(tasks, thread, threads); task < share_of_many(tasks, thread + 1, threads); task++) {
+        int row = (int)(task / slots), slot = (int)(task % slots), head = slot - s->heads;
         int64_t place = call->positions[row];
         float *x = call->qkv + (size_t)task * (size_t)size;
         if (head < s->kv_heads) {
@@ -373,9 +379,10 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int lay
 }
 
 static void mix_values(const Shape *s, const Layer *l, const Call *call, int layer, float *scores, int thread, int threads) {
-    int size = s->head_dim, group = s->heads / s->kv_heads, tasks = call->rows * s->heads;
-    for (int task = (int)((int64_t)tasks * thread / threads); task < (int)((int64_t)tasks * (thread + 1) / threads); task++) {
-        int row = task / s->heads, head = task % s->heads;
+    int size = s->head_dim, group = s->heads / s->kv_heads;
+    int64_t tasks = (int64_t)call->rows * s->heads;
+    for (int64_t task = share_of_many(tasks, thread, threads); task < share_of_many(tasks, thread + 1, threads); task++) {
+        int row = (int)(task / s->heads), head = (int)(task % s->heads);
         int64_t stop = call->positions[row] + 1, start = l->window && stop > l->window ? stop - l->window : 0;
         const char *keys = place_of(s, call, layer, 0, row, head / group, start);
         const char *values = place_of(s, call, layer, 1, row, head / group, start);

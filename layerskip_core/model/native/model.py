@@ -10,7 +10,8 @@ from ...config import PackingConfig, Quantization
 from ..cache import DepthCache
 from ..packed import PackedModel, can_pack
 from ..quantized import GROUP_SIZE
-from ..weights import Weights, head_dim
+from ..spec import ModelSpec
+from ..weights import Weights
 from .compiled import CCall, CDraft, CLayer, CShape, Kernels, kernels
 from .weights import NativeMatrix
 
@@ -23,11 +24,10 @@ def can_run_native(config: Any, dtype: torch.dtype, device: torch.device, packin
     """Whether there are kernels here for every part of this architecture in this precision."""
     if not can_pack(config) or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim(config))
+    spec = ModelSpec.of(config)
     low_bit = packing is not None and (packing.quantize or packing.draft_weights) is not None
     divisor = GROUP_SIZE if low_bit else 2
-    size = head_dim(config)
-    if any(width % divisor for width in widths) or size % 2 or size > _LARGEST_HEAD:
+    if any(width % divisor for width in (spec.hidden, spec.inner, spec.queries)) or spec.head_dim > _LARGEST_HEAD:
         return False
     found = kernels()
     return found is not None and found.has_threads
@@ -45,17 +45,8 @@ class NativeModel(PackedModel):
         self.exact = False  # nothing has to be done for it
         found = kernels()
         assert found is not None
-        config, size = self.config, head_dim(self.config)
-        shape = CShape(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            size,
-            config.intermediate_size,
-            int(self.dtype == torch.bfloat16),
-            float(config.rms_norm_eps),
-            size**-0.5,
-        )
+        spec, half = self.spec, int(self.dtype == torch.bfloat16)
+        shape = CShape(spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.inner, half, spec.eps, spec.head_dim**-0.5)
         for model in (self, self.draft):
             if isinstance(model, NativeModel):
                 model._ready(found, shape)
@@ -75,19 +66,22 @@ class NativeModel(PackedModel):
         return super().embed(ids).float()
 
     def _pack_layer(self, weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> "_Layer":  # type: ignore[override]
-        window = self._window(self._kinds[index])
-        return _Layer(weights, self.config, index, quantization, window)
+        return _Layer(weights, self.spec, index, quantization)
 
     def _pack_head(  # type: ignore[override]
-        self, norm: Tensor, weight: Tensor, bias: Tensor | None, quantization: Quantization | None, exact: bool
+        self, norm: Tensor, weight: Tensor, quantization: Quantization | None, exact: bool
     ) -> tuple[Tensor, NativeMatrix]:
-        return norm.float(), NativeMatrix([weight], None if bias is None else [bias], quantization)
+        return norm.float(), NativeMatrix([weight], None, quantization)
+
+    def _row_bytes(self) -> int:
+        own = 4 * (sum(_widths(self._shape)) + 2 * self.hidden_size)
+        return own + torch.get_num_threads() * _formed_bytes(self._shape)
 
     def _run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache) -> Tensor:
         batch, count, size = hidden.shape
         buffers = self._buffers(batch * count)
         places = positions.contiguous()
-        self._place(buffers.call, cache, cache.writer(positions).stop, places, start)
+        self._place(buffers, cache, cache.writer(positions).stop, places, start, stop)
         buffers.call.rows_per_sequence = count
         rows = hidden.reshape(-1, size).to(torch.float32, copy=True)
         buffers.call.hidden = rows.data_ptr()
@@ -103,10 +97,12 @@ class NativeModel(PackedModel):
 
         Returns the tokens (1, K+1) and their hidden states (1, K+1, D). Needs a place behind the positions for the last state.
         """
+        if not (0 <= token < self.vocab_size and 0 <= layers <= self.num_layers and len(cache.lengths) == 1):
+            raise ValueError(f"no draft of token {token} by {layers} layers in a cache of {len(cache.lengths)} rows")
         most = positions.shape[1]
         places = torch.arange(int(positions[0, 0]), int(positions[0, 0]) + most + 1)
         buffers = self._buffers(1)
-        self._place(buffers.call, cache, cache.writer(places[None]).stop, places, 0)
+        self._place(buffers, cache, cache.writer(places[None]).stop, places, 0, layers)
         buffers.call.rows_per_sequence = 1
         tokens = torch.empty(1, most + 1, dtype=torch.long)
         tokens[0, 0] = token
@@ -129,23 +125,31 @@ class NativeModel(PackedModel):
         count = draft.drafted + 1
         return tokens[:, :count], states[:, :count]
 
-    def _place(self, call: CCall, cache: DepthCache, stop: int, positions: Tensor, start: int) -> None:
-        """Where the call's rows stand, and where the keys and values of its layers from `start` on are."""
-        held = cache.room(stop, self._shape.kv_heads, self._shape.head_dim, self._embedding)
-        self._grow_rope(stop)
+    def _place(self, buffers: "_Buffers", cache: DepthCache, end: int, positions: Tensor, start: int, stop: int) -> None:
+        """Where the call's rows stand, before position `end`, and where the keys and values of layers start..stop-1 are."""
+        shape = self._shape
+        held = cache.room(end, shape.kv_heads, shape.head_dim, self._embedding)
+        layers, _, sequences, kv_heads, places, head_dim = held.shape
+        if layers < stop or (kv_heads, head_dim, held.dtype) != (shape.kv_heads, shape.head_dim, self._embedding.dtype):
+            raise ValueError("the cache is that of another model")
+        self._grow_rope(end)
+        buffers.fit(places)
+        call = buffers.call
         call.positions = positions.data_ptr()
         call.cos, call.sin = self._cos.data_ptr(), self._sin.data_ptr()
         call.cache = held.data_ptr() + start * held.stride(0) * held.element_size()
-        call.sequences, call.places = held.shape[2], held.shape[4]
+        call.sequences, call.places = sequences, places
 
     def _logits(self, rows: Tensor) -> Tensor:
         rows = rows.to(torch.float32).contiguous()
-        buffers = self._buffers(len(rows))
-        buffers.call.hidden = rows.data_ptr()
         logits = torch.empty(len(rows), self._head.outputs)
-        self._kernels.score(
-            self._shape, self._norm.data_ptr(), self._head.structure, buffers.call, logits.data_ptr(), buffers.threads
-        )
+        most = self._rows_in_memory(len(rows))
+        for part, out in zip(torch.split(rows, most), torch.split(logits, most), strict=True):
+            buffers = self._buffers(len(part))
+            buffers.call.hidden = part.data_ptr()
+            self._kernels.score(
+                self._shape, self._norm.data_ptr(), self._head.structure, buffers.call, out.data_ptr(), buffers.threads
+            )
         return logits
 
     def _grow_rope(self, stop: int) -> None:
@@ -157,7 +161,7 @@ class NativeModel(PackedModel):
         threads = torch.get_num_threads()
         found = self._calls.get((rows, threads))
         if found is None:
-            found = _Buffers(rows, threads, self._shape, self.max_positions)
+            found = _Buffers(rows, threads, self._shape)
             if rows <= _KEPT_ROWS:
                 if len(self._calls) >= _KEPT:
                     self._calls.pop(next(iter(self._calls)))
@@ -168,25 +172,40 @@ class NativeModel(PackedModel):
 class _Buffers:
     """What the threads of a call over so many rows write to, and the call's structure with all that does not change."""
 
-    def __init__(self, rows: int, threads: int, shape: CShape, places: int) -> None:
-        mixed = shape.heads * shape.head_dim
-        slots = mixed + 2 * shape.kv_heads * shape.head_dim
-        widest = max(shape.hidden, mixed, shape.inner)
-        own = 4 * (max(places, shape.hidden) + 16) + rows * (4 * widest + 64)
-        own = -(-own // 64) * 64
-        self._held = [torch.empty(rows, width) for width in (slots, mixed, shape.inner)]
-        self._scratch = torch.empty(threads * own, dtype=torch.uint8)
+    def __init__(self, rows: int, threads: int, shape: CShape) -> None:
+        self._held = [torch.empty(rows, width) for width in _widths(shape)]
+        self._formed = rows * _formed_bytes(shape)
+        self._row = 0  # numbers that a thread has place for beside its formed rows: a row, or the scores of a query
         self.threads = threads
-        self.call = CCall(rows=rows, rows_per_sequence=rows, scratch=self._scratch.data_ptr(), scratch_bytes=own)
+        self.call = CCall(rows=rows, rows_per_sequence=rows)
         self.call.qkv, self.call.mixed, self.call.inside = (held.data_ptr() for held in self._held)
+        self.fit(shape.hidden)
+
+    def fit(self, places: int) -> None:
+        """Makes room for the scores of a query over so many places of the cache."""
+        if places <= self._row:
+            return
+        self._row = places
+        own = -(-(4 * (places + 16) + self._formed) // 64) * 64
+        self._scratch = torch.empty(self.threads * own, dtype=torch.uint8)
+        self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
+
+
+def _widths(shape: CShape) -> tuple[int, int, int]:
+    """Of the rows that threads share: queries with keys and values, mixed values, and the MLP's inside."""
+    mixed = shape.heads * shape.head_dim
+    return mixed + 2 * shape.kv_heads * shape.head_dim, mixed, shape.inner
+
+
+def _formed_bytes(shape: CShape) -> int:
+    """At most what a row takes in the form that a matrix's kernel wants."""
+    return 4 * int(max(shape.hidden, shape.heads * shape.head_dim, shape.inner)) + 64
 
 
 class _Layer:
     """A layer's weights and the C structure that says where they are."""
 
-    def __init__(
-        self, weights: Weights, config: Any, index: int, quantization: Quantization | None, window: int | None
-    ) -> None:
+    def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None) -> None:
         attention, mlp = weights.below("self_attn."), weights.below("mlp.")
         qkv, qkv_bias = attention.together(("q_proj", "k_proj", "v_proj"))
         gate_up, gate_up_bias = mlp.together(("gate_proj", "up_proj"))
@@ -205,12 +224,11 @@ class _Layer:
                 attention.get("k_norm.weight"),
             )
         ]
-        rotates = bool(config.no_rope_layers[index]) if config.model_type == "smollm3" else True
         self.structure = CLayer(
             *(matrix.structure for matrix in self.matrices),
             *(None if norm is None else norm.data_ptr() for norm in self.norms),
-            int(rotates),
-            window or 0,
+            int(spec.rotates[index]),
+            spec.window_of(index) or 0,
         )
 
 

@@ -1,0 +1,243 @@
+"""What a configuration says an architecture is, and what it may not say."""
+
+from math import inf, nan
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_packed import BIASES
+
+from layerskip_core.config import PackingConfig
+from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.model import DepthModel, ModelSpec, NativeModel, PackedModel, can_run_native
+from layerskip_core.model.spec import SUPPORTED
+
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 6,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 67,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "tie_word_embeddings": False,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def spec_of(**changes):
+    return ModelSpec.of(SimpleNamespace(**{**LLAMA, **changes}))
+
+
+@pytest.mark.parametrize("changes", [{}, BIASES, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_the_weights_are_those_that_transformers_makes(model_type, changes):
+    model = tiny_model(model_type, torch.float32, **changes)
+    weights = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    spec = ModelSpec.of(model.config)
+    assert spec.shapes == weights
+    assert spec.parameters == sum(weight.numel() for weight in model.parameters())
+    assert (spec.layers, spec.head_dim, spec.context) == (6, 8, 128)
+
+
+def test_sizes_that_are_left_out():
+    spec = spec_of(head_dim=None, num_key_value_heads=None)
+    assert (spec.head_dim, spec.kv_heads, spec.queries, spec.keys) == (8, 4, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds", "window"),
+    [
+        ({"model_type": "llama", "sliding_window": 5}, [FULL] * 6, None),  # Llama has none
+        ({"model_type": "mistral", "sliding_window": 5}, [SLIDING] * 6, 5),
+        ({"model_type": "mistral", "sliding_window": None}, [FULL] * 6, None),
+        ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": False}, [FULL] * 6, None),
+        ({"model_type": "qwen2", "sliding_window": 5}, [FULL] * 6, None),
+        (
+            {"model_type": "qwen3", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 4},
+            [FULL] * 4 + [SLIDING] * 2,
+            5,
+        ),
+        (
+            {"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": True, "layer_types": [SLIDING, FULL] * 3},
+            [SLIDING, FULL] * 3,
+            5,
+        ),
+        (
+            {"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": False, "layer_types": [SLIDING] * 6},
+            [FULL] * 6,
+            None,
+        ),
+        ({"model_type": "gemma2", "sliding_window": 5, "layer_types": [SLIDING, FULL] * 3}, [SLIDING, FULL] * 3, 5),
+    ],
+    ids=str,
+)
+def test_windows(changes, kinds, window):
+    spec = spec_of(**changes)
+    assert (list(spec.kinds), spec.window) == (kinds, window)
+    assert [spec.window_of(layer) for layer in range(6)] == [window if kind == SLIDING else None for kind in kinds]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("used", [True, False])
+def test_a_window_is_what_transformers_takes_it_for(model_type, used):
+    """transformers' own logits over 11 tokens, of which the first must be out of a window of 5 or not."""
+    window = {"sliding_window": 5, "use_sliding_window": used, "max_window_layers": 0}
+    model, ids = tiny_model(model_type, **window), torch.randint(3, 67, (1, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+        depth = DepthModel(model)
+        found = depth.unembed(depth.run_layers(depth.embed(ids), 0, 6, torch.arange(11)[None]))
+    torch.testing.assert_close(found, expected)
+    assert depth.spec.window == (5 if used or model_type == "mistral" else None)
+
+
+def test_layers_without_rotary_positions():
+    assert spec_of(model_type="smollm3").rotates == (True, True, True, False, True, True)
+    assert spec_of(model_type="smollm3", no_rope_layers=[1, 0, 1, 1, 1, 0, 1]).rotates == (True, False, True, True, True, False)
+    assert spec_of(no_rope_layers=[0] * 6).rotates == (True,) * 6  # not of Llama
+
+
+WHOLE = "must be a whole number in"
+BAD = [
+    ({"model_type": "gpt2"}, "model type 'gpt2' cannot be split by depth; supported: llama, "),
+    ({"model_type": ["llama"]}, "cannot be split by depth"),
+    ({"num_hidden_layers": 0}, rf"num_hidden_layers {WHOLE} 1..1024, got 0"),
+    ({"num_hidden_layers": 10**7}, rf"num_hidden_layers {WHOLE} 1..1024, got 10000000"),
+    ({"num_hidden_layers": True}, rf"num_hidden_layers {WHOLE} 1..1024, got True"),
+    ({"hidden_size": 10**12}, rf"hidden_size {WHOLE}"),
+    ({"intermediate_size": -48}, rf"intermediate_size {WHOLE}"),
+    ({"vocab_size": 10**12}, rf"vocab_size {WHOLE}"),
+    ({"vocab_size": "67"}, rf"vocab_size {WHOLE} 1..16777216, got '67'"),
+    ({"num_attention_heads": 0}, rf"num_attention_heads {WHOLE}"),
+    ({"num_key_value_heads": 0}, rf"num_key_value_heads {WHOLE}"),
+    ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, 3, got 4"),
+    ({"num_key_value_heads": 8}, "num_attention_heads must be a multiple of num_key_value_heads, 8, got 4"),
+    ({"head_dim": 0}, rf"head_dim {WHOLE} 2..1024, or null, got 0"),
+    ({"head_dim": -8}, rf"head_dim {WHOLE}"),
+    ({"head_dim": 7}, "head_dim must be an even number, got 7"),
+    ({"head_dim": None, "num_attention_heads": 6}, "hidden_size must be a multiple of num_attention_heads, 6, got 32"),
+    ({"num_attention_heads": 4096, "head_dim": 1024}, r"num_attention_heads \* head_dim must be at most 1048576, got 4194304"),
+    *(({"max_position_embeddings": value}, rf"max_position_embeddings {WHOLE}") for value in (None, "9", 9.5, 0, -1, 10**18)),
+    *(({"rms_norm_eps": value}, r"rms_norm_eps must be a number in 1e-30\.\.1, got") for value in (-1, 0, nan, inf, "x", None)),
+    *(({"sliding_window": value}, rf"sliding_window {WHOLE} .*, or null, got") for value in (-5, 0, 5.0, "5", True)),
+    ({"layer_types": [FULL] * 5}, "layer_types must be a list of num_hidden_layers, 6, entries, got 5"),
+    ({"layer_types": [FULL] * 5 + ["other"]}, "layer_types must be a list .*full_attention, sliding_attention, or null, got"),
+    ({"layer_types": FULL}, "layer_types must be a list"),
+    ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of at least num_hidden_layers, 6"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 2, 1, 1, 1, 1]}, "no_rope_layers must be a list"),
+    ({"model_type": "gemma2", "layer_types": [SLIDING] * 6}, "sliding_window must be given for layers of sliding_attention"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
+    ({"attention_bias": 1}, "attention_bias must be true or false, or null, got 1"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
+    ({"rope_parameters": [1]}, r"rope_parameters must be an object, or null, got \[1\]"),
+    *(
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": value}}, r"rope_parameters\.rope_theta must be a number")
+        for value in (0, -1, "1", None, nan, inf)
+    ),
+    ({"rope_parameters": {"rope_type": 3}}, r"rope_parameters\.rope_type must be a text"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, r"rope_parameters\.factor is missing"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, r"rope_parameters\.factor must be a number"),
+    ({"rope_parameters": {SLIDING: {"rope_theta": 0}, FULL: {}}}, r"rope_parameters\.sliding_attention\.rope_theta must be"),
+    (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                             "original_max_position_embeddings": 64}},
+        "high_freq_factor must be above low_freq_factor, 4, got 4",
+    ),
+    *(({"eos_token_id": value}, "eos_token_id must be a token id, a list") for value in (True, 2.0, "2", [[2]], -1, [2, None])),
+    ({"logits_scaling": 0}, "logits_scaling must be a number in"),
+    ({"dtype": "int8"}, "dtype must be one of auto, float64, float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda value: str(value)[:60])
+def test_what_cannot_be_is_refused_by_name(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        spec_of(**changes)
+
+
+def test_weights_are_compared_with_what_is_needed():
+    spec = spec_of()
+    spec.check_weights({**spec.shapes, "another": (3,)})
+    with pytest.raises(CheckpointError, match=r"2 weights are missing, lm_head\.weight the first"):
+        spec.check_weights(
+            {name: shape for name, shape in spec.shapes.items() if name != "model.norm.weight" and "head" not in name}
+        )
+    with pytest.raises(CheckpointError, match=r"size mismatch of model\.norm\.weight: needed \[32\], found \[31\]"):
+        spec.check_weights({**spec.shapes, "model.norm.weight": (31,)})
+
+
+IMPLEMENTATIONS = [PackedModel, NativeModel]
+
+
+def pack(implementation, change, model_type="llama", dtype=torch.float32, packing=None, **shape):
+    """Packs the tiny model's weights after `change` did something to them."""
+    model = tiny_model(model_type, dtype, **shape)
+    if implementation is NativeModel and not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here")
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    change(weights)
+    return implementation(model.config, lambda name: weights.get(name), packing)
+
+
+WEIGHTS = [
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+    *(
+        f"model.layers.3.{name}"
+        for name in (
+            "input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_proj.bias", "self_attn.k_proj.bias",
+            "self_attn.v_proj.bias", "self_attn.o_proj.bias", "self_attn.q_norm.weight", "self_attn.k_norm.weight",
+            "mlp.gate_proj.weight", "mlp.down_proj.weight",
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_weight_is_checked_where_it_is_packed(implementation, name):
+    """The kernels would read past the end of a short one. Two of the three projections of a layer with a bias, too."""
+
+    def cut(weights):
+        weights[name] = weights[name][:-1]
+
+    def damage(weights):
+        weights[name] = weights[name].clone()
+        weights[name].view(-1)[-1] = nan
+
+    with pytest.raises(CheckpointError, match=rf"size mismatch of {name}: needed \[\d+(, \d+)?\], found \["):
+        pack(implementation, cut, "qwen3", **BIASES)
+    with pytest.raises(CheckpointError, match=f"the weight {name} is missing"):
+        pack(implementation, lambda weights: weights.pop(name), "qwen3", **BIASES)
+    with pytest.raises(CheckpointError, match=f"the weight {name} holds NaN"):
+        pack(implementation, damage, "qwen3", **BIASES)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_an_architecture_does_not_have_is_not_looked_at(implementation):
+    """As in transformers, which ignores it. A bias of the head was read by the kernels, whatever its length."""
+    extra = {"lm_head.bias": torch.zeros(1), "model.layers.0.self_attn.q_proj.bias": torch.full((1,), nan)}
+    pack(implementation, lambda weights: weights.update(extra))
+
+
+def test_infinity_and_sums_beyond_fp32():
+    def change(value):
+        return lambda weights: weights["model.norm.weight"].data.fill_(value)
+
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds infinity: it is damaged"):
+        pack(PackedModel, change(inf))
+    pack(PackedModel, change(3e38))  # finite, though their sum is not
+
+
+@pytest.mark.parametrize("width", [8, 24, 40])
+def test_torchs_int8_kernel_takes_widths_of_sixteens(width):
+    """With others it read past the end of the rows: wrong by 1e30, or a crash."""
+    with pytest.raises(ConfigError, match=f"int8 weights need layer widths that 16 divides, got {width}"):
+        pack(PackedModel, lambda weights: None, packing=PackingConfig("int8"), intermediate_size=width)
