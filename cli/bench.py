@@ -4,7 +4,8 @@ from typing import Annotated, cast
 
 import typer
 
-from layerskip_core.config import BenchConfig, DType, TaskConfig, parse_counts, require, require_choice
+from layerskip_core.config import BenchConfig, DType, TaskConfig, require, require_choice
+from layerskip_core.ranges import parse_counts
 
 from . import console, evaluation
 

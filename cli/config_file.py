@@ -3,11 +3,19 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import typer
 
 from layerskip_core.errors import ConfigError
+from layerskip_core.ranges import shown
+
+_KINDS: tuple[tuple[type, str, tuple[type, ...]], ...] = (
+    (bool, "true or false", (bool,)),
+    (int, "a whole number", (int,)),
+    (float, "a number", (int, float)),
+    (str, "a text", (str, int)),  # 8 is a list of one exit
+)
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -18,13 +26,21 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"--config {path} is nested too deeply") from None
+    except ValueError as error:  # of TOML, of UTF-8, or of an int of thousands of digits
         raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
-    known = {parameter.name for parameter in context.command.params} - {"config"}
+    known = get_type_hints(context.command.callback)
+    del known["config"], known["return"]
     given = {key.replace("-", "_"): value for key, value in values.items()}
-    for key in given:
+    for key, value in given.items():
         if key not in known:
-            names = ", ".join(sorted(name.replace("_", "-") for name in known if name))
-            raise ConfigError(f"--config {path}: {key!r} is no flag of finetune; known: {names}")
+            names = ", ".join(sorted(name.replace("_", "-") for name in known))
+            raise ConfigError(f"--config {path}: {shown(key)!r} is no flag of finetune; known: {names}")
+        asked = get_args(known[key]) or (known[key],)
+        needed, kinds = next((needed, kinds) for kind, needed, kinds in _KINDS if kind in asked)
+        if type(value) not in kinds:  # an exact type: true is no number
+            flag = "--" + key.replace("_", "-")
+            raise ConfigError(f"--config {path}: {flag} must be {needed}, got {shown(value)}")
     context.default_map = {**cast(Mapping[str, Any], context.default_map or {}), **given}
     return path

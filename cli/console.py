@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from layerskip_core.config import PackingConfig, Quantization
+from layerskip_core.ranges import require_in_range
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint import LoadedModel
 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 is torch's choice, or 1 for a small model.")]
+Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 is torch's choice, or 1 for a small model.")]
 Quantize = Annotated[str | None, typer.Option("--quantize", help="int8 or int4 weights, on the CPU. [default: none]")]
 DraftWeights = Annotated[
     str | None, typer.Option("--draft-weights", help="Draft with int8 or int4 copies of the weights; the target keeps its own.")
@@ -59,6 +60,7 @@ def use_threads(threads: int, loaded: "LoadedModel | None" = None) -> None:
     half when not. Our own kernels gain 1.6 times from a second thread when it is quiet.
     """
     small = loaded is not None and loaded.depth.device.type == "cpu" and loaded.depth.hidden_size < _SMALL_WIDTH
+    require_in_range("--threads", threads)
     if threads or small:
         import torch
 

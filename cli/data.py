@@ -11,7 +11,7 @@ from layerskip_core.config import DataConfig
 def data(
     name: Annotated[str, typer.Option("--data", help="commands, topv2, a file, a TOPv2 folder or a hub id.")] = "commands",
     split: Annotated[str, typer.Option(help="train, validation, test; compositional for commands.")] = "test",
-    samples: Annotated[int, typer.Option(min=0, help="How many rows; 0 is all, for `commands` 20000.")] = 10,
+    samples: Annotated[int, typer.Option(help="How many rows; 0 is all, for `commands` 20000.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of generated rows.")] = 0,
 ) -> None:
     """Print a data set's rows, `{"prompt": ..., "completion": ...}` a line: to look at, or to pipe into `generate --jsonl`."""

@@ -6,8 +6,9 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config import REGIMES, DataConfig, DType, FinetuneConfig, Regime, parse_counts, require_choice
+from layerskip_core.config import REGIMES, DataConfig, DType, FinetuneConfig, Regime, require_choice
 from layerskip_core.errors import TrainingInterrupted
+from layerskip_core.ranges import parse_counts
 
 from .config_file import read_config
 from .console import Device, Precision, Threads, narrate, progress_bar, use_threads

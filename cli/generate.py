@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from layerskip_core.config import DTYPES, DecodingConfig, SamplingConfig, Strategy, require_choice, require_exit_layer
+from layerskip_core.ranges import require_in_range
 
 from . import standard_input
 from .answers import answer_all, answer_in_batches
@@ -46,7 +47,7 @@ def generate(
     jsonl: Annotated[
         bool, typer.Option("--jsonl", help="Standard input holds objects with `prompt`, one a line; answers are objects too.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --lines or --jsonl to decode together.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Prompts of --lines or --jsonl to decode together.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Leave out the checkpoint's prompt template.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print counts and speed to stderr.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
@@ -70,6 +71,7 @@ def generate(
         raise typer.BadParameter("--batch-size is for the prompts of --lines or --jsonl")
     if prompt is None and not standard_input.is_piped():
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
+    require_in_range("--batch-size", batch_size)
     config = DecodingConfig(
         strategy=cast(Strategy, strategy),
         exit_layer=exit_layer if exit_layer is not None else 1,

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerskip_core.config import DTYPES, parse_counts, require, require_choice
+from layerskip_core.config import DTYPES, require, require_choice
 from layerskip_core.errors import LayerSkipError
+from layerskip_core.ranges import parse_counts, require_in_range
 
 from . import standard_input
 from .console import Device, Precision, Threads, narrate, use_threads
@@ -44,7 +45,7 @@ def inspect(
     """
     require_choice(format, "--format", _FORMATS)
     require_choice(dtype, "--dtype", DTYPES)
-    require(max_new_tokens >= 1, "--max-new-tokens", "at least 1", max_new_tokens)
+    require_in_range("--max-new-tokens", max_new_tokens)
     wanted = parse_counts(layers, "--layers") if layers is not None else None
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint

@@ -1,4 +1,4 @@
-"""The Typer app, and the one place where a LayerSkipError, or one of the system's, becomes `error: ...` and exit status 1."""
+"""The Typer app, and the one place where whatever is raised becomes `error: ...` and exit status 1."""
 
 import os
 import sys
@@ -12,11 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from typer.core import TyperGroup
 
-from layerskip_core.errors import LayerSkipError
-
-from . import standard_input
+from . import failure, streams
 from .bench import bench
-from .console import stderr_console
 from .data import data
 from .finetune import finetune
 from .generate import generate
@@ -32,7 +29,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there
+            streams.give_up()
             raise typer.Exit() from None
 
 
@@ -65,16 +62,40 @@ def _root(
     _: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="With an error show where it arose; may stand anywhere.")] = False,
 ) -> None:
     """Turn a causal language model into a LayerSkip model and decode faster with the same output."""
 
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 an error told in one line, 2 wrong usage, 130 interrupted."""
-    standard_input.take()
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # whatever the locale
+    streams.take()
+    sys.exit(_run(*_without_debug(sys.argv[1:])))
+
+
+def _run(arguments: list[str], debug: bool) -> str | int | None:
+    """The exit status. Nothing that a command raises gets past here."""
     try:
-        app()
-    except (LayerSkipError, OSError) as error:
-        stderr_console().print(f"error: {error}", style=None, markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        try:
+            app(arguments)
+        except SystemExit as end:
+            streams.finish()
+            return end.code
+        return 0  # not reached: Typer always exits
+    except BrokenPipeError:
+        streams.give_up()
+        return 0
+    except KeyboardInterrupt:
+        streams.give_up()
+        return 130
+    except BaseException as error:  # a panic of the tokenizers library, too, is no Exception
+        failure.tell(error, debug)
+        streams.give_up()
+        return 1
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """--debug may stand anywhere before `--`; the environment variable LAYERSKIP_DEBUG stands for it."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != "--debug"]
+    return kept + arguments[end:], len(kept) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from layerskip_core.config import DType, SweepConfig, TaskConfig, parse_counts, require_choice
+from layerskip_core.config import DType, SweepConfig, TaskConfig, require_choice
 from layerskip_core.errors import ConfigError
+from layerskip_core.ranges import parse_counts
 
 from . import console, evaluation
 

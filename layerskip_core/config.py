@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
+from .ranges import require_ranges, shown
 
 Strategy = Literal["self-speculative", "early-exit", "autoregressive"]
 Curriculum = Literal["rotational", "gradual", "all", "none"]
@@ -25,7 +26,7 @@ BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-mod
 def require(condition: bool, flag: str, needed: str, found: object) -> None:
     """Raises ConfigError `flag must be needed, got found` unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{flag} must be {needed}, got {found}")
+        raise ConfigError(f"{flag} must be {needed}, got {shown(found)}")
 
 
 def require_choice(value: str, flag: str, choices: tuple[str, ...]) -> None:
@@ -49,9 +50,7 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "--temperature", "at least 0", self.temperature)
-        require(self.top_k >= 0, "--top-k", "at least 0", self.top_k)
-        require(0 < self.top_p <= 1, "--top-p", "in (0, 1]", self.top_p)
+        require_ranges(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,7 @@ class DecodingConfig:
         require_choice(self.strategy, "--strategy", STRATEGIES)
         if self.strategy != "autoregressive":
             require(self.exit_layer is not None, "--exit", f"given for --strategy {self.strategy}", "none")
-        require(self.num_draft_tokens >= 1, "--spec", "at least 1", self.num_draft_tokens)
-        require(self.max_new_tokens >= 1, "--max-new-tokens", "at least 1", self.max_new_tokens)
-        require(0 <= self.draft_confidence < 1, "--draft-confidence", "in [0, 1)", self.draft_confidence)
+        require_ranges(spec=self.num_draft_tokens, max_new_tokens=self.max_new_tokens, draft_confidence=self.draft_confidence)
         require(all(self.stop), "--stop", "a text that is not empty", "an empty one")
 
 
@@ -102,7 +99,7 @@ class PackingConfig:
         for flag, value in (("--quantize", self.quantize), ("--draft-weights", self.draft_weights)):
             if value is not None:
                 require_choice(value, flag, QUANTIZATIONS)
-        require(self.draft_vocab >= 0, "--draft-vocab", "at least 0", self.draft_vocab)
+        require_ranges(draft_vocab=self.draft_vocab)
 
     @property
     def drafts_apart(self) -> bool:
@@ -135,12 +132,9 @@ class RecipeConfig:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        require(0 <= self.distill <= 1, "--distill", "in [0, 1]", self.distill)
-        require(0 <= self.p_max < 1, "--pmax", "in [0, 1)", self.p_max)
-        require(self.e_scale >= 0, "--escale", "at least 0", self.e_scale)
+        require_ranges(distill=self.distill, pmax=self.p_max, escale=self.e_scale, rotation=self.rotation)
         require_choice(self.exit_weights, "--exit-weights", EXIT_WEIGHTS)
         require_choice(self.curriculum, "--curriculum", CURRICULA)
-        require(self.rotation is None or self.rotation >= 1, "--rotation", "at least 1", self.rotation)
 
 
 @dataclass(frozen=True)
@@ -155,7 +149,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.limit >= 0, "--samples", "at least 0", self.limit)
+        require_ranges(samples=self.limit, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -201,17 +195,12 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         require_choice(self.regime, "--regime", REGIMES)
         require_choice(self.dtype, "--dtype", DTYPES)
-        require(self.lr is None or self.lr > 0, "--lr", "above 0", self.lr)
-        require(self.steps is None or self.steps >= 1, "--steps", "at least 1", self.steps)
-        require(self.epochs > 0, "--epochs", "above 0", self.epochs)
-        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
-        require(self.accumulation >= 1, "--accumulation", "at least 1", self.accumulation)
-        require(self.max_length is None or self.max_length >= 2, "--max-length", "at least 2", self.max_length)
-        require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
-        require(self.weight_decay >= 0, "--weight-decay", "at least 0", self.weight_decay)
-        require(self.lora_rank >= 0, "--lora-rank", "at least 0", self.lora_rank)
-        require(self.validation_samples >= 0, "--validation-samples", "at least 0", self.validation_samples)
-        require(self.eval_steps >= 0, "--eval-steps", "at least 0", self.eval_steps)
+        require_ranges(
+            lr=self.lr, steps=self.steps, epochs=self.epochs, batch_size=self.batch_size, accumulation=self.accumulation,
+            max_length=self.max_length, warmup=self.warmup, weight_decay=self.weight_decay, lora_rank=self.lora_rank,
+            validation_samples=self.validation_samples, eval_steps=self.eval_steps, save_steps=self.save_steps, seed=self.seed,
+            vocab_size=self.vocab_size,
+        )  # fmt: skip
         require(not self.eval_steps or self.validation is not None, "--eval-steps", "used with --validation", "none")
         RecipeConfig(**self.recipe_changes)  # raises now what would be raised after the model is loaded
         if self.streaming:
@@ -220,9 +209,7 @@ class FinetuneConfig:
             require(self.vocab_size is None, "--vocab-size", "left out with --streaming", self.vocab_size)
         require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
         require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
-        require(self.save_steps >= 0, "--save-steps", "at least 0", self.save_steps)
         require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
-        require(self.vocab_size is None or self.vocab_size >= 260, "--vocab-size", "at least 260", self.vocab_size)
         require(
             self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
             "--prompt-template",
@@ -257,11 +244,12 @@ class TaskConfig:
     allow_code_execution: bool = False
 
     def __post_init__(self) -> None:
-        require(self.samples >= 0, "--samples", "at least 0", self.samples)
-        require(self.max_new_tokens is None or self.max_new_tokens >= 1, "--max-new-tokens", "at least 1", self.max_new_tokens)
+        require_ranges(
+            samples=self.samples, seed=self.seed, max_new_tokens=self.max_new_tokens, shots=self.shots,
+            problem_samples=self.problem_samples, temperature=self.temperature,
+        )  # fmt: skip
         if self.metric is not None:
             require_choice(self.metric, "--metric", METRICS)
-        require(self.shots is None or self.shots >= 0, "--shots", "at least 0", self.shots)
         require(
             self.template in (None, "raw", "chat") or "{prompt}" in (self.template or ""),
             "--template",
@@ -271,7 +259,6 @@ class TaskConfig:
         require(bool(self.pass_k) and min(self.pass_k) >= 1, "--pass-k", "counts of at least 1", _listed(self.pass_k))
         most = max(self.pass_k)
         require(self.problem_samples >= most, "--problem-samples", f"at least {most}, for --pass-k", self.problem_samples)
-        require(self.temperature >= 0, "--temperature", "at least 0", self.temperature)
         drawn = self.problem_samples == 1 or self.temperature > 0
         require(drawn, "--temperature", "above 0 for several --problem-samples", self.temperature)
 
@@ -299,8 +286,7 @@ class BenchConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
-        require(self.num_draft_tokens is None or self.num_draft_tokens >= 1, "--spec", "at least 1", self.num_draft_tokens)
-        require(self.repeats >= 1, "--repeats", "at least 1", self.repeats)
+        require_ranges(spec=self.num_draft_tokens, repeats=self.repeats, threads=self.threads)
         for name in self.strategies:
             require_choice(name, "--strategies", STRATEGIES)
         known = "autoregressive" in self.strategies
@@ -317,7 +303,6 @@ class BenchConfig:
             drafting == (self.draft_model is not None), "--draft-model", "given with the baseline draft-model", self.draft_model
         )
         require_choice(self.dtype, "--dtype", DTYPES)
-        require(self.threads >= 0, "--threads", "at least 0", self.threads)
 
 
 @dataclass(frozen=True)
@@ -343,37 +328,17 @@ class SweepConfig:
         require(all(exit_layer >= 1 for exit_layer in self.exits), "--exits", "layers of at least 1", _listed(self.exits))
         require(bool(self.specs), "--specs", "at least one draft length", "none")
         require(all(spec >= 1 for spec in self.specs), "--specs", "draft lengths of at least 1", _listed(self.specs))
+        require_ranges(spec=max(self.specs), threads=self.threads)
         _require_batches(self.batch_size, self.timed, 1, self.task, self.packing)
         require_choice(self.dtype, "--dtype", DTYPES)
-        require(self.threads >= 0, "--threads", "at least 0", self.threads)
 
 
 def _require_batches(batch_size: int, timed: int | None, fewest: int, task: TaskConfig, packing: PackingConfig) -> None:
-    require(batch_size >= 1, "--batch-size", "at least 1", batch_size)
+    require_ranges(batch_size=batch_size, timed=timed)
     require(batch_size == 1 or not packing.exact, "--batch-size", "1 with --exact", batch_size)
     require(batch_size == 1 or task.temperature == 0, "--batch-size", "1 with a --temperature above 0", batch_size)
     require(timed is None or batch_size > 1, "--timed", "used with --batch-size; without it every prompt is timed", timed)
     require(timed is None or timed >= fewest, "--timed", f"at least {fewest}", timed)
-
-
-def parse_counts(text: str, flag: str) -> tuple[int, ...]:
-    """Distinct counts in ascending order from `3,6,8`, or from `A:B` or `A:B:STEP` with both ends included.
-
-    Raises ConfigError naming the flag.
-    """
-    try:
-        counts = _range(text) if ":" in text else [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts:
-        raise ConfigError(f"{flag} must be a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1, got {text!r}")
-    return tuple(sorted(set(counts)))
-
-
-def _range(text: str) -> list[int]:
-    start, stop, *step = map(int, text.split(":"))
-    (stride,) = step or [1]
-    return list(range(start, stop + 1, stride)) if stride >= 1 else []
 
 
 def _listed(counts: tuple[int, ...]) -> str:

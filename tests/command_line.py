@@ -28,15 +28,14 @@ class Result:
 
 
 def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> Result:
-    """`main()` itself, so that errors become what people see; any other exception than its exit comes through."""
+    """`main()` itself, so that errors become what people see; no exception but its exit comes through."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
     source = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin), encoding)
     with redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source), patch("sys.argv", ["layerskip", *arguments]):
         try:
             main()
-            code = 0
         except SystemExit as exit:
-            code = exit.code
+            code = exit.code or 0
     return Result(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
 
 

@@ -20,7 +20,7 @@ PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 
 def baseline(name, exit_layer=5, drafts=3, **changes):
     config = BenchConfig("tiny", exit_layer=exit_layer, num_draft_tokens=drafts, baselines=(name,), **changes)
-    (found,) = load_baselines(tiny_loaded(), config, PLAIN, False)
+    (found,) = load_baselines(tiny_loaded(), config, PLAIN)
     return found
 
 
@@ -85,7 +85,7 @@ def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
     stop = text[4:6]
     plain = replace(PLAIN, stop=(stop,))
     config = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, baselines=(name,))
-    (setting,) = load_baselines(loaded, config, plain, False)
+    (setting,) = load_baselines(loaded, config, plain)
     expected = decode(loaded.depth, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
     ids = tuple(token.id for step in expected for token in step)
     found = measure(loaded, prompt, setting)

@@ -117,11 +117,42 @@ def test_a_config_file_that_cannot_be(finetune, text, message):
     assert not Path("out").exists()
 
 
-def test_a_value_of_the_wrong_type_in_a_config_file_is_wrong_usage(finetune):
-    Path("run.toml").write_text('steps = "many"\n')
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('steps = "many"', "--steps must be a whole number, got many"),
+        ("steps = 1.5", "--steps must be a whole number, got 1.5"),
+        ("lr = true", "--lr must be a number, got True"),
+        ("exits = [3, 6]", "--exits must be a text, got [3, 6]"),
+        ("data = {a = 1}", "--data must be a text, got {'a': 1}"),
+        ("resume = 1", "--resume must be true or false, got 1"),
+        ('max-length = "' + "9" * 100 + '"', "--max-length must be a whole number, got " + "9" * 60 + "..."),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_a_config_file(finetune, line, message):
+    Path("run.toml").write_text(line + "\n")
+    fails(f"--config run.toml: {message}", *finetune("--config", "run.toml"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seed = 4294967296", "--seed must be at most 4294967295, got 4294967296"),
+        ("lr = nan", "--lr must be above 0, got nan"),
+        ("epochs = inf", "--epochs must be at most 1000000, got inf"),
+        ("a = " + "[" * 5000, "--config run.toml is nested too deeply"),
+    ],
+)
+def test_a_config_file_out_of_range(finetune, line, message):
+    Path("run.toml").write_text(line + "\n")
+    fails(message, *finetune("--config", "run.toml"))
+
+
+def test_a_number_of_thousands_of_digits_in_a_config_file(finetune):
+    Path("run.toml").write_text("steps = " + "9" * 5000 + "\n")
     result = run(*finetune("--config", "run.toml"))
-    assert (result.code, result.out) == (2, "")
-    assert "Invalid value for '--steps'" in result.err
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert result.err.startswith("error: --config run.toml is not valid TOML: ")
 
 
 def test_settings_that_cannot_be(finetune):

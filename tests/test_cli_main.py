@@ -5,9 +5,23 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import LISTING_MODULES, fails, finish, run, start
 
 from layerskip_core.errors import LayerSkipError
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes `layerskip data` raise an exception."""
+
+    def arrange(error):
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr("layerskip_core.data.load_examples", fail)
+
+    return arrange
 
 
 def test_the_installed_command_says_its_version():
@@ -35,8 +49,6 @@ def test_help_names_every_command():
         (["generat"], "No such command 'generat'"),
         (["generate", "--spek", "3"], "--spek"),  # "No such option", worded by click or by typer
         (["generate", "x", "--exit", "half"], "Invalid value for '--exit'"),
-        (["generate", "x", "--threads", "-1"], "Invalid value for '--threads'"),
-        (["data", "--samples", "-1"], "Invalid value for '--samples'"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments, named):
@@ -50,14 +62,96 @@ def test_wrong_usage_is_status_2(arguments, named):
     [
         (LayerSkipError("--exit must be [bold]1[/bold], got " + "x" * 200), "--exit must be [bold]1[/bold], got " + "x" * 200),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (OSError(), "OSError"),
+        (LayerSkipError("several\nlines\r\n\n  of it\u2028\n"), "several lines of it"),
+        (LayerSkipError("\x1b[31mred\x07 half \ud83c"), r"\x1b[31mred\x07 half \ud83c"),
+        (LayerSkipError("x" * 5000), "x" * 2000 + "..."),
+        (LayerSkipError(), "LayerSkipError"),
+        (KeyError("weight"), "KeyError: 'weight'; --debug shows where"),
+        (AssertionError(), "AssertionError; --debug shows where"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory: CUDA out of memory. Tried"),
+        (RecursionError("too deep"), "something is nested too deeply: too deep; --debug shows where"),
+        (BaseException("a panic of Rust"), "BaseException: a panic of Rust; --debug shows where"),
+    ],
+    ids=repr,
+)
+def test_an_error_is_one_line_as_it_stands(failing, error, line):
+    failing(error)
+    fails(line, "data")
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "data"], ["data", "--debug"], ["data", "--debug", "--samples", "2"]])
+def test_debug_shows_where(failing, arguments):
+    failing(KeyError("weight"))
+    result = run(*arguments)
+    assert (result.code, result.out) == (1, "")
+    first, *between, last = result.err.splitlines()
+    assert (first, last) == ("Traceback (most recent call last):", "error: KeyError: 'weight'; --debug shows where")
+    assert any("in fail" in line for line in between)
+
+
+def test_debug_by_the_environment(failing, monkeypatch):
+    failing(LayerSkipError("no"))
+    for value, lines in (("", 1), ("0", 1), ("1", 3)):
+        monkeypatch.setenv("LAYERSKIP_DEBUG", value)
+        assert (run("data").err.count("\n") >= lines) and (lines > 1) == ("Traceback" in run("data").err)
+
+
+def test_after_two_dashes_debug_is_a_prompt():
+    result = run("generate", "--model", "nonesuch", "--", "--debug")
+    assert (result.code, result.err.count("\n")) == (1, 1) and result.err.startswith("error: no model 'nonesuch'")
+
+
+CLOSED, FULL = "standard output cannot be written: it is closed", "standard output cannot be written: No space left on device"
+
+
+@pytest.mark.parametrize("arguments", ["data", "--help", "--version", "generate --help"])
+@pytest.mark.parametrize(
+    ("streams", "code", "error"),
+    [
+        ("<&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+        ("<&- 2>&-", 0, ""),
+        (">&-", 1, f"error: {CLOSED}\n"),
+        ("<&- >&-", 1, f"error: {CLOSED}\n"),
+        (">/dev/full", 1, f"error: {FULL}\n"),
+        (">&- 2>&-", 1, ""),
+        (">&- 2>/dev/full", 1, ""),
+        ("<&- >&- 2>&-", 1, ""),
     ],
 )
-def test_an_error_is_one_line_as_it_stands(monkeypatch, error, line):
-    def fail(*_):
-        raise error
+def test_streams_as_the_shell_left_them(arguments, streams, code, error):
+    result = finish(start("-c", f'exec "{sys.executable}" -m cli {arguments} {streams}', command=("/bin/sh",)))
+    assert (result.code, result.err) == (code, error)
+    assert bool(result.out) == (code == 0)
 
-    monkeypatch.setattr("layerskip_core.data.load_examples", fail)
-    fails(line, "data")
+
+@pytest.mark.slow
+def test_a_model_is_loaded_and_answers_whatever_the_streams_are(checkpoint):
+    command = f'exec "{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint}'
+    for streams, code in (("<&- 2>&-", 0), ("2>/dev/full", 0), ("<&- >&- 2>&-", 1), (">/dev/full", 1)):
+        result = finish(start("-c", f"{command} {streams}", command=("/bin/sh",)))
+        assert (result.code, bool(result.out)) == (code, code == 0)
+        assert result.err == ("" if "2>" in streams else f"error: {FULL}\n")
+
+
+def test_a_descriptor_that_was_closed_is_taken_by_no_file(tmp_path):
+    """Else what C code prints on it would go into the file."""
+    script = "import sys, os\nfrom cli import streams\nstreams.take()\nos._exit(open(sys.argv[1], 'w').fileno())"
+    command = f'exec "{sys.executable}" -c "{script}" {tmp_path}/file <&- >&- 2>&-'
+    assert finish(start("-c", command, command=("/bin/sh",))).code > 2
+
+
+def test_a_reader_of_stderr_that_goes_away_ends_nothing(tmp_path):
+    command = f'"{sys.executable}" -m cli import embedded --output {tmp_path}/out 2>&1 >/dev/null | true'
+    assert finish(start("-c", command, command=("/bin/sh",))).code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_help_tells_of_debug():
+    assert "--debug" in run("--help").out
 
 
 def test_an_interrupted_command_ends_with_130(monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
-from layerskip_core.config import DecodingConfig, SweepConfig, parse_counts
+from layerskip_core.config import DecodingConfig, SweepConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.cost_model import PassTimes
 from layerskip_core.evaluation.generation import Failure, Progress
@@ -20,6 +20,7 @@ from layerskip_core.evaluation.sweep import (
     recommend,
     sweep,
 )
+from layerskip_core.ranges import parse_counts
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=1.0, speed=100.0, **changes):

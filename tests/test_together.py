@@ -44,7 +44,7 @@ def test_every_way_of_decoding_answers_as_it_does_alone(dtype, stop):
         plain,
         replace(plain, strategy="early-exit", exit_layer=5),
         replace(plain, strategy="self-speculative", exit_layer=5, num_draft_tokens=3),
-        *load_baselines(loaded, CONFIG, plain, False),
+        *load_baselines(loaded, CONFIG, plain),
     ]
     progress, answers = collect(answer_together(loaded, examples, settings, batch_size=2))
     assert [event.done for event in progress] == [2, 4, 5]
@@ -61,13 +61,13 @@ def test_transformers_answers_a_batch_in_one_call(monkeypatch):
     loaded, calls = tiny_loaded(), []
     honest = Generate._generate
     monkeypatch.setattr(Generate, "_generate", lambda *given, **how: calls.append(given[2].shape[0]) or honest(*given, **how))
-    collect(answer_together(loaded, own_answers(5).examples, load_baselines(loaded, CONFIG, PLAIN, False)[:1], batch_size=3))
+    collect(answer_together(loaded, own_answers(5).examples, load_baselines(loaded, CONFIG, PLAIN)[:1], batch_size=3))
     assert calls == [3, 2]
 
 
 def test_a_prompt_that_does_not_fit_fails_alone():
     loaded, (first, second) = tiny_loaded(), own_answers(2).examples
-    settings = [PLAIN, *load_baselines(loaded, CONFIG, PLAIN, False)[:1]]
+    settings = [PLAIN, *load_baselines(loaded, CONFIG, PLAIN)[:1]]
     _, answers = collect(answer_together(loaded, [first, TOO_LONG, second], settings, batch_size=3))
     for found in answers:
         assert [failure.sample for failure in found.failures] == [1]

@@ -1,0 +1,100 @@
+"""The standard streams, in whatever state the shell left them: closed, full, or with a reader that went away."""
+
+import errno
+import os
+import sys
+from typing import Any, TextIO
+
+from layerskip_core.errors import LayerSkipError
+
+from . import standard_input
+
+
+def take() -> None:
+    """Makes all three usable. `main` calls it before anything else."""
+    _fill_descriptors()
+    standard_input.take()
+    # A descriptor that was closed is now /dev/null for reading: what is written to it fails, and is told as an error.
+    out = sys.stdout if sys.stdout is not None else open(1, "w", closefd=False)  # noqa: SIM115
+    out.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # whatever the locale
+    sys.stdout = _Results(out)
+    sys.stderr = _Narration(sys.stderr if sys.stderr is not None else open(os.devnull, "w"))  # noqa: SIM115
+
+
+def finish() -> None:
+    """Writes what is buffered. Raises LayerSkipError when that fails, BrokenPipeError when nobody reads it."""
+    sys.stdout.flush()
+
+
+def give_up() -> None:
+    """Lets what is still buffered for standard output go to /dev/null, so that the interpreter's exit does not fail on it."""
+    _to_null(sys.stdout)
+
+
+class _Results:
+    """Standard output, whose failures are errors that name it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise _named(error) from None
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise _named(error) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Narration:
+    """Standard error, which may fail without a command's failing: what it says is lost, what it works on is not."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _to_null(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _to_null(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _named(error: OSError) -> Exception:
+    if isinstance(error, BrokenPipeError):
+        return error
+    reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+    return LayerSkipError(f"standard output cannot be written: {reason}")
+
+
+def _fill_descriptors() -> None:
+    """Descriptors 0 to 2 that are closed become /dev/null; else the next file opened would take their place, and C's output."""
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def _to_null(stream: Any) -> None:
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # no file beneath
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
