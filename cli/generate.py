@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint import LoadedModel
     from layerskip_core.decoding import DecodeStats
 
+_UNMEASURED = (
+    "decoding plainly, for no exit of this model was trained or measured: `layerskip finetune` trains them, "
+    "`layerskip sweep-exits --save` finds one that pays, --exit N tries one"
+)
+
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; without it, standard input is read.")] = None,
@@ -36,7 +41,13 @@ def generate(
         int | None, typer.Option("--exit", help="Draft with this many layers. [default: the checkpoint's]")
     ] = None,
     spec: Annotated[int | None, typer.Option("--spec", help="Drafted tokens a round. [default: the checkpoint's]")] = None,
-    strategy: Annotated[str, typer.Option(help="self-speculative, early-exit or autoregressive.")] = "self-speculative",
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="self-speculative, early-exit or autoregressive. [default: self-speculative, but autoregressive for a model "
+            "whose exits nobody trained or measured, unless --exit or another flag about drafts is given]"
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0 is all.")] = 0,
@@ -61,6 +72,8 @@ def generate(
 ) -> None:
     """Generate text with self-speculative decoding: the text of plain decoding, in fewer full passes.
 
+    A model whose exits were neither trained (finetune) nor measured (sweep-exits --save) is decoded plainly.
+
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """
     if prompt is not None and (lines or jsonl):
@@ -73,7 +86,7 @@ def generate(
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
     require_in_range("--batch-size", batch_size)
     config = DecodingConfig(
-        strategy=cast(Strategy, strategy),
+        strategy=cast(Strategy, strategy or "self-speculative"),
         exit_layer=exit_layer if exit_layer is not None else 1,
         num_draft_tokens=spec if spec is not None else 1,
         max_new_tokens=max_new_tokens,
@@ -88,11 +101,8 @@ def generate(
 
     loaded = load_checkpoint(model, device, dtype, "auto", weights)
     use_threads(threads, loaded)
-    best_exit, best_spec = loaded.recommended()
-    chosen_exit = best_exit if exit_layer is None else exit_layer
-    if strategy != "autoregressive":
-        require_exit_layer(chosen_exit, loaded.depth.num_layers, strategy)
-    config = replace(config, exit_layer=chosen_exit, num_draft_tokens=best_spec if spec is None else spec)
+    drafting = exit_layer is not None or spec is not None or weights.drafts_apart or draft_confidence > 0
+    config = _resolved(config, loaded, exit_layer, spec, known=strategy is not None or drafting)
     try:
         if batch_size > 1:
             failed, total = answer_in_batches(loaded, config, batch_size, jsonl, raw)
@@ -105,6 +115,24 @@ def generate(
         narrate(_stats_text(total, loaded))
     if failed:
         raise typer.Exit(1)
+
+
+def _resolved(
+    config: DecodingConfig, loaded: "LoadedModel", exit_layer: int | None, spec: int | None, known: bool
+) -> DecodingConfig:
+    """The config with the checkpoint's exit and draft length where none was given, and its strategy unless that is `known`."""
+    strategy = config.strategy
+    if not known:
+        strategy = loaded.strategy or "autoregressive"
+    best_exit, best_spec = loaded.recommended()
+    chosen_exit = best_exit if exit_layer is None else exit_layer
+    if strategy != "autoregressive":
+        require_exit_layer(chosen_exit, loaded.depth.num_layers, strategy)
+    num_draft_tokens = best_spec if spec is None else spec
+    config = replace(config, strategy=strategy, exit_layer=chosen_exit, num_draft_tokens=num_draft_tokens)
+    if not known and loaded.strategy is None:
+        narrate(_UNMEASURED)
+    return config
 
 
 def _stats_text(stats: "DecodeStats", loaded: "LoadedModel") -> str:

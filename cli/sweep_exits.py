@@ -95,12 +95,14 @@ def _require_folder(model: str) -> None:
 
 
 def _save(model: str, advice: "Recommendation") -> None:
-    """Makes the recommended exit and draft length the model's defaults."""
+    """Makes the recommended exit and draft length the model's defaults; plain decoding, where none pays."""
     from layerskip_core.checkpoint import read_info
     from layerskip_core.saving import write_info
 
-    if advice.exit_layer is None:
-        console.narrate(f"--save changed nothing: {advice.reason}")
+    plain = advice.exit_layer is None
+    info = replace(read_info(model), exit_layer=advice.exit_layer, num_draft_tokens=advice.num_draft_tokens)
+    write_info(model, replace(info, strategy="autoregressive" if plain else None))
+    if plain:
+        console.narrate(f"saved plain decoding as the default of {model}: {advice.reason}")
         return
-    write_info(model, replace(read_info(model), exit_layer=advice.exit_layer, num_draft_tokens=advice.num_draft_tokens))
     console.narrate(f"saved exit {advice.exit_layer} and {advice.num_draft_tokens} draft tokens as the defaults of {model}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .config import PackingConfig
+from .config import STRATEGIES, PackingConfig, Strategy
 from .errors import CheckpointError, ConfigError
 from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
 from .model import DepthModel, ModelSpec, NativeModel, PackedModel, can_pack, can_run_native
@@ -43,15 +43,20 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What layerskip.json says. `details` holds the rest of it: recipe, data, seed, versions, losses."""
+    """What layerskip.json says. `details` holds the rest of it: recipe, data, seed, versions, losses.
+
+    `strategy` is "autoregressive" where a sweep found that no exit pays; else None, or the way that another program wrote.
+    """
 
     prompt_template: str | None = None
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    strategy: Strategy | None = None
 
     def to_json(self) -> str:
-        recommended = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
+        recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
+        recommended |= {"strategy": self.strategy} if self.strategy else {}
         document = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended, **self.details}
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -65,9 +70,19 @@ class CheckpointInfo:
             template = _typed(document.pop("prompt_template", None), str, "prompt_template")
             exit_layer = _typed(recommended.get("exit_layer"), int, "exit_layer")
             drafts = _typed(recommended.get("num_draft_tokens"), int, "num_draft_tokens")
-            return cls(template, exit_layer, drafts, document)
+            strategy = recommended.get("strategy")
+            if strategy is not None and strategy not in STRATEGIES:
+                raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+            return cls(template, exit_layer, drafts, document, strategy)
         except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is not valid: {error}") from None
+
+    @property
+    def trained_exits(self) -> bool:
+        """Whether `finetune` trained this checkpoint with a loss at its exits."""
+        config = self.details.get("config")
+        recipe = config.get("recipe") if isinstance(config, dict) else None
+        return isinstance(recipe, dict) and recipe.get("curriculum", "none") != "none"
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:
@@ -113,6 +128,12 @@ class LoadedModel:
         """(exit layer, draft tokens): of layerskip.json, of the published checkpoint, or a quarter of the layers and 6."""
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.depth.num_layers // 4), 6))
         return self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """How this checkpoint is best decoded, by a sweep or because its exits were trained; None: nobody knows."""
+        known = self.info.exit_layer is not None or self.info.trained_exits or self.name in PUBLISHED
+        return self.info.strategy or ("self-speculative" if known else None)
 
 
 def encode_prompt(tokenizer: Any, template: str | None, prompt: str) -> list[int]:

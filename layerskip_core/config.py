@@ -84,9 +84,9 @@ class PackingConfig:
     """How the weights of a model that only decodes are stored; the embedding keeps its precision.
 
     `quantize`: low-bit linear layers and head. `draft_weights`: a low-bit copy of the head and of the first `draft_layers` (0:
-    all but the last), used to draft only; without it `draft_layers` means nothing. `draft_vocab`: drafts are chosen among so many tokens, by token_order.json the
-    most frequent of the training data, else the tokenizer's first (0: all). `exact`: self-speculative output is that of plain
-    decoding bit for bit, in every precision.
+    all but the last), used to draft only; without it `draft_layers` means nothing. `draft_vocab`: drafts are chosen among so
+    many tokens, by token_order.json the most frequent of the training data, else the tokenizer's first (0: all). `exact`:
+    self-speculative output is that of plain decoding bit for bit, in every precision.
     """
 
     quantize: Quantization | None = None

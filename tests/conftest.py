@@ -1,6 +1,7 @@
 """Tiny random models on the CPU. No network, ever."""
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -51,7 +52,8 @@ def checkpoint(tmp_path_factory):
 
     loaded = tiny_loaded(torch.float32)
     folder = str(tmp_path_factory.mktemp("checkpoint") / "tiny")
-    save_checkpoint(loaded.model, loaded.tokenizer, loaded.info, folder, torch.float32)
+    info = replace(loaded.info, exit_layer=1, num_draft_tokens=6)  # so that it is decoded speculatively by default
+    save_checkpoint(loaded.model, loaded.tokenizer, info, folder, torch.float32)
     return folder
 
 

@@ -226,6 +226,13 @@ def test_recommendations():
     assert recommended("facebook/layerskip-llama2-7B") == (8, 12)
     assert recommended("some/model") == (2, 6)  # a quarter of 8 layers
     assert recommended("facebook/layerskip-llama2-7B", exit_layer=5) == (5, 12)
+
+    def strategy(name, **info):
+        return LoadedModel(name, model, None, CheckpointInfo(**info), DepthModel(model)).strategy
+
+    assert strategy("some/model") is None
+    assert strategy("facebook/layerskip-llama2-7B") == strategy("some/model", exit_layer=5) == "self-speculative"
+    assert strategy("facebook/layerskip-llama2-7B", strategy="autoregressive") == "autoregressive"
     assert set(PUBLISHED) == {
         f"facebook/layerskip-{name}"
         for name in ("llama2-7B", "llama2-13B", "llama2-70B", "llama3-8B", "llama3.2-1B", "codellama-7B", "codellama-34B")

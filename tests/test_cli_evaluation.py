@@ -106,7 +106,11 @@ def test_save_writes_the_recommendation_if_there_is_one(model, monkeypatch, pays
     info = read_info(model)
     assert (info.exit_layer, info.num_draft_tokens) == ((5, 3) if pays else (None, None))
     assert info.prompt_template == "{prompt}\n"
-    assert ("saved exit 5 and 3 draft tokens" if pays else "--save changed nothing: speculation does not pay") in result.stderr
+    assert info.strategy == (None if pays else "autoregressive")
+    saved = (
+        "saved exit 5 and 3 draft tokens" if pays else f"saved plain decoding as the default of {model}: speculation does not"
+    )
+    assert saved in result.stderr
 
 
 def test_save_needs_a_folder():

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from command_line import LISTING_MODULES, Result, fails, finish, run, start
 
-from layerskip_core.checkpoint import load_checkpoint, read_info
+from layerskip_core.checkpoint import CheckpointInfo, load_checkpoint, read_info
 from layerskip_core.config import DecodingConfig
 from layerskip_core.decoding.text import Answer
 from layerskip_core.saving import write_info
@@ -229,9 +229,50 @@ def test_exit_and_spec_come_from_the_checkpoint(copy, expected):
     assert default not in (counts("--exit", "1"), counts("--spec", "7"))
 
 
+UNMEASURED = (
+    "decoding plainly, for no exit of this model was trained or measured: `layerskip finetune` trains them, "
+    "`layerskip sweep-exits --save` finds one that pays, --exit N tries one\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("info", "flags", "drafts", "hint"),
+    [
+        (CheckpointInfo("{prompt}\n"), (), False, True),
+        (CheckpointInfo("{prompt}\n"), ("--strategy", "autoregressive"), False, False),
+        (CheckpointInfo("{prompt}\n"), ("--strategy", "self-speculative"), True, False),
+        (CheckpointInfo("{prompt}\n"), ("--exit", "3"), True, False),
+        (CheckpointInfo("{prompt}\n"), ("--spec", "3"), True, False),
+        (CheckpointInfo("{prompt}\n"), ("--draft-vocab", "200"), True, False),
+        (CheckpointInfo("{prompt}\n"), ("--draft-confidence", "0.01"), True, False),
+        (CheckpointInfo("{prompt}\n", exit_layer=3), (), True, False),
+        (CheckpointInfo("{prompt}\n", strategy="autoregressive"), (), False, False),
+        (CheckpointInfo("{prompt}\n", strategy="autoregressive"), ("--exit", "3"), True, False),
+        (CheckpointInfo("{prompt}\n", details={"config": {"recipe": {"curriculum": "rotational"}}}), (), True, False),
+        (CheckpointInfo("{prompt}\n", details={"config": {"recipe": {"curriculum": "none"}}}), (), False, True),
+        (CheckpointInfo("{prompt}\n", details={"config": [7]}), (), False, True),
+    ],
+)
+def test_a_model_that_nobody_measured_is_decoded_plainly(copy, expected, info, flags, drafts, hint):
+    write_info(str(copy), info)
+    fixed = ("generate", "--jsonl", "--model", str(copy), "--max-new-tokens", "20", "--dtype", "fp32")
+    result = run(*fixed, *flags, stdin=json.dumps({"prompt": PROMPT}) + '\n{"prompt": "play jazz"}\n')
+    answers = [json.loads(line) for line in result.out.splitlines()]
+    assert [answer["text"] for answer in answers] == [expected(), expected("play jazz")]
+    assert all((answer["drafted"] > 0) == drafts for answer in answers)
+    assert result.err == (UNMEASURED if hint else "")
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("embedded", "self-speculative"), ("embedded-base", None)])
+def test_how_the_embedded_models_are_decoded(name, strategy):
+    assert load_checkpoint(name, "cpu", "fp32", "auto").strategy == strategy
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (b'{"recommended": {"strategy": "magic"}}', "{file} is not valid: strategy must be one of "),
+        (b'{"recommended": {"strategy": 7}}', "{file} is not valid: strategy must be one of "),
         (b'{"recommended": {"exit_layer": "4"}}', "{file} is not valid: "),
         (b'{"recommended": {"num_draft_tokens": 2.5}}', "{file} is not valid: "),
         (b'{"prompt_template": 7}', "{file} is not valid: "),
