@@ -8,6 +8,7 @@ from typing import Any, cast, get_args, get_type_hints
 import typer
 
 from layerskip_core.errors import ConfigError
+from layerskip_core.input_files import first_line, read_text
 from layerskip_core.ranges import shown
 
 _KINDS: tuple[tuple[type, str, tuple[type, ...]], ...] = (
@@ -23,13 +24,11 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
+        values = tomllib.loads(read_text(path, f"--config {path}", ConfigError))
     except RecursionError:
         raise ConfigError(f"--config {path} is nested too deeply") from None
-    except ValueError as error:  # of TOML, of UTF-8, or of an int of thousands of digits
-        raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
+    except ValueError as error:  # of TOML, or of an int of thousands of digits
+        raise ConfigError(f"--config {path} is not valid TOML: {first_line(error)}") from None
     known = get_type_hints(context.command.callback)
     del known["config"], known["return"]
     given = {key.replace("-", "_"): value for key, value in values.items()}
@@ -42,5 +41,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         if type(value) not in kinds:  # an exact type: true is no number
             flag = "--" + key.replace("_", "-")
             raise ConfigError(f"--config {path}: {flag} must be {needed}, got {shown(value)}")
+        if "\0" in str(value):
+            raise ConfigError(f"--config {path}: {key} must be a text without NUL")
     context.default_map = {**cast(Mapping[str, Any], context.default_map or {}), **given}
     return path

@@ -139,7 +139,10 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; which columns; how many rows (0: all)."""
+    """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; which columns; how many rows (0: all).
+
+    `flag` is the one that named it, for errors.
+    """
 
     name: str = "commands"
     split: str = "train"
@@ -147,6 +150,7 @@ class DataConfig:
     completion_column: str = "completion"
     limit: int = 0
     seed: int = 0
+    flag: str = "--data"
 
     def __post_init__(self) -> None:
         require_ranges(samples=self.limit, seed=self.seed)

@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset
 from .checkpoint import encode_prompt
 from .config import DataConfig
 from .data import Conversation, Example, Row, stream_rows
-from .errors import DataError
+from .errors import DataError, LayerSkipError
+from .input_files import first_line
 from .training.exit_loss import IGNORED
 from .training.packing import packed
 
@@ -38,7 +39,7 @@ class Encoder:
             yield from ({**row, "truncated": False} for row in packed(map(self._document, rows), self.max_length))
             return
         for row in rows:
-            ids, labels = self._conversation(row) if isinstance(row, Conversation) else self._example(row)
+            ids, labels = self._encoded(row)
             truncated = len(ids) > self.max_length
             ids, labels = ids[: self.max_length], labels[: self.max_length]
             yield {"input_ids": ids, "labels": labels, "length": len(ids), "truncated": truncated}
@@ -46,7 +47,16 @@ class Encoder:
     def _document(self, row: Row) -> list[int]:
         if isinstance(row, Conversation) or row.prompt:
             raise DataError("--pack is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
-        return self._example(row)[0]
+        return self._encoded(row)[0]
+
+    def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
+        """Ids and labels of a row. Raises DataError that names it."""
+        try:
+            return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
+        except LayerSkipError as error:
+            raise DataError(f"{row.where}: {error}" if row.where else str(error)) from None
+        except Exception as error:  # a chat template is a program, and tokenizers raise many kinds
+            raise DataError(f"{row.where or 'a row'} cannot be encoded: {first_line(error)}") from error
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
         """Prompt, completion and end of text as ids; the labels of the prompt masked."""
@@ -117,7 +127,7 @@ def encode_stream(config: DataConfig, encoder: Encoder, seed: int) -> EncodedDat
 def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> EncodedData:
     kept = list(filter(_has_target, seen))
     if not kept:
-        raise DataError(f"no row has room for a completion within --max-length {encoder.max_length}: every prompt is longer")
+        raise _no_room(encoder)
     return EncodedData(
         rows,
         tokens=sum(row["length"] for row in kept),
@@ -125,6 +135,10 @@ def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> Encoded
         truncated=sum(row["truncated"] for row in seen),
         longest=max(row["length"] for row in kept),
     )
+
+
+def _no_room(encoder: Encoder) -> DataError:
+    return DataError(f"no row has room for a completion within --max-length {encoder.max_length}: every prompt is longer")
 
 
 def _has_target(row: dict[str, Any]) -> bool:
@@ -142,8 +156,12 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count():
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-            rows = self._encoder.rows(_shuffled(stream_rows(self._config), generator))
-            yield from filter(_has_target, rows)
+            rows, found = self._encoder.rows(_shuffled(stream_rows(self._config), generator)), False
+            for row in filter(_has_target, rows):
+                found = True
+                yield row
+            if not found:  # the file is another than when the run was planned
+                raise _no_room(self._encoder)
 
 
 def _shuffled(rows: Iterable[Row], generator: torch.Generator) -> Iterator[Row]:

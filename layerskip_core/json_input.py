@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import LayerSkipError
+from .input_files import read_bytes
 
 MAX_DEPTH = 64  # of nested lists and objects; more than any real document, and far below what recursive code can walk
 
@@ -36,11 +37,7 @@ def parse_json(text: str | bytes, where: str, error: type[LayerSkipError]) -> An
 
 def read_json(path: Path, error: type[LayerSkipError]) -> Any:
     """The value of a JSON file. Raises `error` as `parse_json` does, and for a file that cannot be read."""
-    try:
-        content = path.read_bytes()
-    except OSError as reason:
-        raise error(f"{path} cannot be read: {reason.strerror}") from None
-    return parse_json(content, str(path), error)
+    return parse_json(read_bytes(path, str(path), error), str(path), error)
 
 
 def read_json_object(path: Path, error: type[LayerSkipError]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ def test_rows_of_commands(split):
     result = run("data", "--samples", "3", "--split", split, "--seed", "4")
     expected = load_examples(DataConfig("commands", split, limit=3, seed=4))
     assert (result.code, result.err) == (0, "")
-    assert [json.loads(line) for line in result.out.splitlines()] == [vars(example) for example in expected]
+    rows = [(row["prompt"], row["completion"]) for row in map(json.loads, result.out.splitlines())]
+    assert rows == [(example.prompt, example.completion) for example in expected]
 
 
 def test_ten_test_rows_by_default():
@@ -28,10 +29,10 @@ def test_rows_of_a_file_stay_as_they_are_whatever_the_locale(tmp_path):
     assert result.out == file.read_text(encoding="utf-8")
 
 
-def test_a_character_that_cannot_be_written_is_replaced(tmp_path):
+def test_half_a_character_is_no_text(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "half \\ud83c", "completion": "x"}\n')
-    assert run("data", "--data", str(file)).out == '{"prompt": "half ?", "completion": "x"}\n'
+    fails(f"{file}:1: not valid Unicode: half of a surrogate pair in a string", "data", "--data", str(file))
 
 
 def test_what_cannot_be_read(tmp_path):
@@ -40,3 +41,8 @@ def test_what_cannot_be_read(tmp_path):
     fails(f"{file}:2: the completion must be a text that is not empty, found ''", "data", "--data", str(file))
     fails("--data none.csv: there is no such file", "data", "--data", "none.csv")
     fails("--split must be one of train, validation, test, compositional for commands, got dev", "data", "--split", "dev")
+    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
+    fails(message, "data", "--data", str(file))
+    message = "--data commands gives at most 5000000 rows at a time, got 1000000000000 to be drawn"
+    fails(message, "data", "--samples", "1000000000000")

@@ -1,9 +1,15 @@
+import gzip
+import io
 import json
+import os
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from layerskip_core import data
+from layerskip_core import input_files
 from layerskip_core.config import DataConfig
 from layerskip_core.data import Conversation, is_parsing, load_examples, load_rows, stream_rows
 from layerskip_core.embedded import commands
@@ -23,6 +29,15 @@ def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def parquet(**columns):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+PARQUET = parquet(prompt=[f"p{row}" for row in range(500)], completion=[f"c{row}" for row in range(500)])
+
+
 def load(name, **settings):
     return [(example.prompt, example.completion) for example in load_examples(DataConfig(name=name, **settings))]
 
@@ -32,6 +47,7 @@ def tokenizer():
     return train_tokenizer(load_examples(DataConfig(limit=300)), 300)
 
 
+FULL = {"prompt": "p", "completion": "c"}
 GOOD = {
     "lines of JSON": ("a.jsonl", lines({"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d", "more": 1})),
     "blank lines between": ("a.jsonl", '{"prompt": "p", "completion": "c"}\n\n{"prompt": "q", "completion": "d"}\n'),
@@ -42,6 +58,11 @@ GOOD = {
         "a.jsonl",
         b'\xef\xbb\xbf{"prompt":"p","completion":"c"}\r\n{"prompt":"q","completion":"d"}\r\n',
     ),
+    "a JSON array": ("a.json", '\n [{"prompt": "p", "completion": "c"},\n {"prompt": "q", "completion": "d"}]'),
+    "packed lines of JSON": ("a.gz", gzip.compress(lines(FULL, {"prompt": "q", "completion": "d"}).encode())),
+    "a packed JSON array": ("a.json.gz", gzip.compress(json.dumps([FULL, {"prompt": "q", "completion": "d"}]).encode())),
+    "packed CSV": ("a.csv.gz", gzip.compress(b"prompt,completion\np,c\nq,d\n")),
+    "CSV with empty names": ("a.csv", "\nprompt,,completion,\np,1,c,2\nq,3,d,\n"),
     "CSV with a mark and CRLF": ("a.csv", b"\xef\xbb\xbfprompt,completion\r\np,c\r\nq,d\r\n"),
 }
 
@@ -87,7 +108,11 @@ def test_without_a_prompt_column_a_row_is_plain_text(tmp_path):
     assert load(written(tmp_path, "a.csv", "completion\nc\n")) == [("", "c")]
 
 
-FULL = {"prompt": "p", "completion": "c"}
+def corrupted(content):
+    """Parquet whose pages are overwritten and whose footer is whole."""
+    return content[:100] + b"\xff" * 200 + content[300:]
+
+
 BAD = {
     "malformed JSON": ("a.jsonl", lines(FULL) + '\n{"prompt": "p",\n', r"a\.jsonl:3: not valid JSON"),
     "not an object": ("a.jsonl", lines(FULL, ["p", "c"]), r"a\.jsonl:2: needed a JSON object a line, found list"),
@@ -120,24 +145,108 @@ BAD = {
     ),
     "empty JSON": ("a.jsonl", "\n", r"a\.jsonl holds no rows"),
     "too many fields": ("a.csv", "prompt,completion\np,c\np,c,d\n", r"a\.csv:3: needed 2 fields, found 3"),
-    "no such CSV column": ("a.csv", "prompt,target\np,c\n", r"a\.csv:1: no column 'completion' .* found prompt, target"),
+    "no such CSV column": ("a.csv", "prompt,target\np,c\n", r"a\.csv:2: no column 'completion' .* found prompt, target"),
     "an empty CSV field": ("a.csv", "prompt,completion\np,c\np,\n", r"a\.csv:3: the completion must be a text"),
-    "a quote left open": ("a.csv", 'prompt,completion\np,c\np,"c\nq,d\n', r"a\.csv:4: unexpected end of data"),
+    "a quote left open": ("a.csv", 'prompt,completion\np,c\np,"c\nq,d\n', r"a\.csv:3: a quoted field that does not end"),
     "CSV in UTF-16": ("a.csv", "prompt,completion\np,c\n".encode("utf-16"), r"a\.csv:1: not UTF-8 text"),
-    "empty CSV": ("a.csv", "", r"a\.csv:1: no column 'completion' .* found none"),
+    "empty CSV": ("a.csv", "", r"a\.csv holds no rows"),
     "only a header": ("a.csv", "prompt,completion\n", r"a\.csv holds no rows"),
-    "no Parquet": ("a.parquet", "text", r"cannot load data .*a\.parquet: "),
+    "no Parquet": ("a.parquet", "text", r"a\.parquet: not readable as Parquet: Parquet file size is 4 bytes"),
     "empty text": ("a.txt", " \n", r"a\.txt holds no rows"),
     "text in Latin-1": ("a.txt", b"one\ntw\xf6\n", r"a\.txt:2: not UTF-8 text: .* at byte 3"),
+    "JSON nested too deeply": (
+        "a.jsonl",
+        lines(FULL) + '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
+        r"a\.jsonl:2: nested deeper than 64 levels",
+    ),
+    "half a surrogate pair": ("a.jsonl", lines(FULL, {"prompt": "\ud800"}), r"a\.jsonl:2: not valid Unicode"),
+    "a value without end": (
+        "a.jsonl",
+        lines({"prompt": ["x" * 10_000], "completion": "c"}),
+        r"a\.jsonl:1: the prompt must be a text, found \['x{70,80}\.\.\.$",
+    ),
+    "a name of two lines": ("a.jsonl", lines({"a\nb": 1}), r"a\.jsonl:1: no column 'completion' .* found 'a\\nb'$"),
+    "an array in lines": ("a.jsonl", "[1]", r"a\.jsonl:1: needed a JSON object a line, found list"),
+    "an array of other things": ("a.json", '[{"completion": "c"}, 5]', r"a\.json: row 2: needed a JSON object .* found int"),
+    "an array that does not end": ("a.json", '[{"completion": "c"},', r"a\.json: not valid JSON"),
+    "columns of one name": (
+        "a.csv",
+        "prompt,completion,prompt\np,c,q\n",
+        r"a\.csv:1: needed columns of different names.*prompt",
+    ),
+    "a NUL": ("a.csv", "prompt,completion\np,c\0\n", r"a\.csv:2: not UTF-8 text: a NUL at character 4"),
+    "CR alone": ("a.csv", "prompt,completion\rp,c\r", r"a\.csv:1: a line must end in LF or CR LF, found CR alone"),
+    "a header of many letters": ("a.csv", "x" * 200_000 + "\nc\n", r"a\.csv:2: no column 'completion' .* found x{80}\.\.\.$"),
+    "JSON in UTF-16": ("a.jsonl", lines(FULL).encode("utf-16"), r"a\.jsonl:1: .* begins with the byte order mark of UTF-16"),
+    "text in UTF-16 without a mark": ("a.txt", "text".encode("utf-16-le"), r"a\.txt:1: not UTF-8 text: a NUL at character 2"),
+    "no gzip": ("a.jsonl.gz", "text", r"a\.jsonl\.gz:1: not readable as gzip: Not a gzipped file"),
+    "half of a gzip": ("a.jsonl.gz", gzip.compress(lines(FULL).encode())[:-12], r"a\.jsonl\.gz:1: .* ended before"),
+    "a damaged gzip": (
+        "a.jsonl.gz",
+        gzip.compress(lines(FULL).encode())[:-8] + b"\1" * 8,
+        r"a\.jsonl\.gz:2: .*CRC check failed",
+    ),
+    "a gzip that is a bomb": ("a.txt.gz", gzip.compress(b"x" * (8 << 20)), r"a\.txt\.gz:1: unpacks to more than 100 times"),
+    "lines without rows": ("a.txt.gz", gzip.compress(b"\n" * 1_000_001), r"a\.txt\.gz:1000001: 1000000 empty lines"),
+    "damaged Parquet": ("a.parquet", corrupted(PARQUET), r"a\.parquet: not readable as Parquet: "),
+    "half of a Parquet": ("a.parquet", PARQUET[:-20], r"a\.parquet: not readable as Parquet: Parquet magic bytes not found"),
+    "Parquet of numbers": ("a.parquet", parquet(prompt=[1], completion=[2]), r"a\.parquet:1: the completion .* found 2"),
+    "Parquet of bytes": ("a.parquet", parquet(completion=[b"c"]), r"a\.parquet:1: the completion .* found b'c'"),
+    "Parquet without rows": ("a.parquet", parquet(completion=pa.array([], pa.string())), r"a\.parquet holds no rows"),
     "another ending": ("a.xml", "<a/>", r"a\.xml: needed one of \.jsonl, .* found the ending '\.xml'"),
 }
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
-    with pytest.raises(DataError, match=message) as error:
-        load(written(tmp_path, name, content))
-    assert "\n" not in str(error.value)
+    file = written(tmp_path, name, content)
+    for read in (load_rows, stream_rows):
+        with pytest.raises(DataError, match=message) as error:
+            list(read(DataConfig(file)))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv.gz"])
+def test_only_regular_files_are_opened(tmp_path, name):
+    file = tmp_path / name
+    os.mkfifo(file)
+    with pytest.raises(DataError, match=rf"--data .*{name} must be a regular file, found a FIFO"):
+        load(str(file))
+    file.unlink()
+    file.symlink_to("/dev/null")
+    with pytest.raises(DataError, match=rf"--validation .*{name} must be a regular file, found a device"):
+        load(str(file), flag="--validation")
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(DataError, match=rf"--data .*{name}: there is no such file"):
+        load(str(file))
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.symlink_to("/proc/self/mem")  # opens, and fails when it is read, for root too
+    with pytest.raises(DataError, match=r"a\.jsonl:1: cannot be read: .*Input/output error"):
+        load(str(file))
+
+
+def test_a_line_longer_than_any_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(input_files, "MAX_LINE", 1 << 20)
+    with pytest.raises(DataError, match=r"a\.txt:2: a line must have at most 1 MiB, found a longer one"):
+        load(written(tmp_path, "a.txt", "x" * 1000 + "\n" + "x" * (1 << 20) + "\n"))
+
+
+def test_a_field_may_be_long(tmp_path):
+    assert load(written(tmp_path, "a.csv", "completion\n" + "x" * 200_000)) == [("", "x" * 200_000)]
+
+
+def test_a_topv2_folder_of_other_things(tmp_path):
+    (tmp_path / "a_train.tsv").mkdir()
+    with pytest.raises(DataError, match=r"a_train\.tsv must be a regular file, found a folder"):
+        load(str(tmp_path))
+    (tmp_path / "a_train.tsv").rmdir()
+    written(tmp_path, "a_train.tsv", TOPV2_HEADER + "a\tb\0\tc\n")
+    with pytest.raises(DataError, match=r"a_train\.tsv:2: not UTF-8 text: a NUL"):
+        load(str(tmp_path))
 
 
 def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path):
@@ -194,11 +303,11 @@ def test_bad_topv2_folders(tmp_path):
 def test_topv2_by_name_comes_from_the_hub(monkeypatch):
     asked = []
 
-    def hub(name, **keywords):
+    def hub(name, streaming, **keywords):
         asked.append((name, keywords))
         return Dataset.from_list([{"domain": "a", "utterance": "go", "semantic_parse": "[IN:A go ]"}])
 
-    monkeypatch.setattr(data, "_load_dataset", hub)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
     assert load("topv2", split="validation") == [("go", "[IN:A go ]")]
     assert asked == [("WillHeld/top_v2", {"split": "eval"})]
     with pytest.raises(DataError, match="--split must be one of"):
@@ -207,13 +316,13 @@ def test_topv2_by_name_comes_from_the_hub(monkeypatch):
 
 def test_rows_of_a_hub_id_are_checked_too(monkeypatch):
     rows = [{"question": "q", "answer": "a"}, {"question": "r", "answer": ""}]
-    monkeypatch.setattr(data, "_load_dataset", lambda name, split: Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: Dataset.from_list(rows))
     columns = {"prompt_column": "question", "completion_column": "answer"}
     with pytest.raises(DataError, match="owner/set:2: the completion must be a text that is not empty, found ''"):
         load("owner/set", **columns)
     rows.pop()
     assert load("owner/set", **columns) == [("q", "a")]
-    with pytest.raises(DataError, match=r"owner/set: no column 'completion' \(--completion-column\); found question, answer"):
+    with pytest.raises(DataError, match=r"owner/set:1: no column 'completion' \(--completion-column\); found question, answer"):
         load("owner/set")
 
 
@@ -248,7 +357,10 @@ MALFORMED = {
     "no list": ({"messages": "hi"}, r"a\.jsonl:2: messages must be a list of objects .* found 'hi'"),
     "no role": ({"messages": [{"content": "hi"}]}, r"a\.jsonl:2: a message must have a text as role .* found None and 'hi'"),
     "no text": ({"messages": [{"role": "user", "content": 5}]}, r"a\.jsonl:2: a message must .* found 'user' and 5"),
-    "no answer": ({"messages": [{"role": "user", "content": "hi"}]}, r"a\.jsonl:2: needed a message .*'assistant', found user"),
+    "no answer": (
+        {"messages": [{"role": "user", "content": "hi"}]},
+        r"a\.jsonl:2: needed a message .*, found user",
+    ),
     "no messages": ({"text": "hi"}, r"a\.jsonl:2: no column 'completion' \(--completion-column\); found text"),
 }
 

@@ -90,6 +90,29 @@ def test_conversations_that_cannot_be_encoded(tokenizer, chat_tokenizer):
         list(Encoder(tokenizer, None, 128).rows([Conversation(TURNS)]))
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{% for %}", "{{ nothing.at.all }}"])
+def test_a_template_that_fails_is_an_error_of_the_row(chat_tokenizer, template):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"^a\.jsonl:7.*") as error:
+        list(Encoder(chat_tokenizer, None, 128).rows([Conversation(TURNS, "a.jsonl:7")]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_fails_is_an_error_of_the_row():
+    encoder = Encoder(lambda *_, **__: 1 / 0, "{prompt}", 128)
+    with pytest.raises(DataError, match=r"^a\.csv:3 cannot be encoded: "):
+        list(encoder.rows([Example("", "b", "a.csv:3")]))
+
+
+def test_without_an_end_of_text_a_row_ends_with_its_completion(tokenizer):
+    tokenizer.eos_token = None
+    try:
+        (row,) = Encoder(tokenizer, None, 64).rows([Example("", "go")])
+    finally:
+        tokenizer.eos_token = "<|eos|>"
+    assert row["input_ids"] == tokenizer("go")["input_ids"]
+
+
 def test_documents_fill_rows_and_lose_nothing():
     rows = list(packed([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12], [13]], 5))
     assert [row["input_ids"] for row in rows] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13]]
@@ -137,6 +160,30 @@ def test_a_streamed_run_and_its_resumption(settings, tmp_path):
     assert [report.loss for report in train(settings(**changes, resume=True))] == [report.loss for report in reports[2:]]
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path / "out").items())
+
+
+def test_a_stream_that_has_lost_its_rows_ends(tokenizer, tmp_path):
+    """As every pass without a row is followed by another."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    stream = iter(StreamedRows(DataConfig(name=str(file)), Encoder(tokenizer, "{prompt}", 8), seed=1))
+    next(stream)
+    file.write_text('{"prompt": "a prompt longer than the row", "completion": "b"}\n')
+    with pytest.raises(DataError, match="no row has room for a completion within --max-length 8"):
+        next(stream)
+
+
+def test_validation_of_bad_files(settings, tmp_path):
+    data = DataConfig(name=written(tmp_path))
+    with pytest.raises(DataError, match=r"--validation none\.jsonl: there is no such file"):
+        prepare(settings(data=data, validation="none.jsonl"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"bad\.parquet: not readable as Parquet"):
+        prepare(settings(data=data, validation=str(tmp_path / "bad.parquet")))
+    with pytest.raises(
+        ConfigError, match="--validation must be other data where --data is a file, which has no splits, got test"
+    ):
+        prepare(settings(data=data, validation="test"))
 
 
 def test_streams_that_cannot_be(settings, tmp_path):

@@ -42,7 +42,7 @@ def test_bad_text_is_one_line(text, message):
 
 
 def test_files(tmp_path):
-    with pytest.raises(DataError, match="cannot be read: No such file"):
+    with pytest.raises(DataError, match="absent: there is no such file"):
         read_json_object(tmp_path / "absent", DataError)
     (tmp_path / "list").write_text("[]")
     with pytest.raises(DataError, match="needed a JSON object, found list"):

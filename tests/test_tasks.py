@@ -217,6 +217,87 @@ def test_mbpp_in_its_sanitized_form_brings_imports(tmp_path):
     assert task.score(["def f8(): return 8"])["pass@1"] == 1.0
 
 
+ODD = (5, None, True, 1e308, [], {}, [5], [None], [[]], {"a": 1}, ["a", 5], "")
+
+
+@pytest.mark.parametrize(
+    ("column", "needed"),
+    [
+        ("task_id", "task_id must be an integer, a text or left out"),
+        ("text", "text must be a text"),
+        ("code", "code must be a text"),
+        ("test_list", "test_list must be a "),
+        ("test_setup_code", "test_setup_code must be a text"),
+        ("test_imports", "test_imports must be a list of texts"),
+    ],
+)
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_mbpp_rows_of_wrong_types_are_named(tmp_path, column, needed, odd):
+    """Each is an error of its row, or of a kind that the column may have."""
+    fits = {"task_id": (5, None, ""), "test_setup_code": (None, ""), "test_imports": (None, [])}.get(column, ())
+    file = write_lines(tmp_path / "rows.jsonl", [small(1), small(2, **{column: odd})])
+    if odd in fits and odd is not True:
+        assert len(load_task(TaskConfig("mbpp", file, shots=0)).examples) == 2
+        return
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {needed}"):
+        load_task(TaskConfig("mbpp", file, shots=0))
+
+
+@pytest.mark.parametrize("column", ["prompt", "entry_point", "canonical_solution", "test"])
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_humaneval_rows_of_wrong_types_are_named(tmp_path, column, odd):
+    file = write_lines(tmp_path / "rows.jsonl", [problem(1), {**problem(2), column: odd}])
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {column} must be a text"):
+        load_task(TaskConfig("humaneval", file))
+
+
+@pytest.mark.parametrize("name", ["a b", "1f", "f)\nprint(1", "class"])
+def test_an_entry_point_is_a_name(tmp_path, name):
+    file = write_lines(tmp_path / "rows.jsonl", [{**problem(1), "entry_point": name}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: entry_point must be the name of a function, found "):
+        load_task(TaskConfig("humaneval", file))
+
+
+@pytest.mark.parametrize("shots", [2, 3, 10**9])
+def test_shots_leave_a_row_to_ask(tmp_path, hub, shots):
+    message = rf"--shots must be below 2, the rows of .*\.jsonl, got {shots}"
+    pairs = [{"prompt": "a", "summary": "b"}] * 2
+    files = {"jsonl": pairs, "cnn_dm": [{"article": "a", "summary": "b"}] * 2, "mbpp": [small(1), small(2)]}
+    for task, rows in files.items():
+        with pytest.raises(ConfigError, match=message):
+            load_task(TaskConfig(task, write_lines(tmp_path / f"{task}.jsonl", rows), shots=shots))
+
+
+def test_shots_of_mbpp_on_the_hub_are_nine_at_most(hub):
+    rows, _ = hub
+    rows["google-research-datasets/mbpp", "prompt"] = [small(number) for number in range(1, 11)]
+    rows["google-research-datasets/mbpp", "test"] = [small(11)]
+    with pytest.raises(ConfigError, match="--shots must be at most 9 for --task mbpp, got 10"):
+        load_task(TaskConfig("mbpp", shots=10))
+
+
+def test_more_samples_than_rows_are_all_rows(tmp_path):
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "summary": "b"}] * 3)
+    assert len(load_task(TaskConfig(data=file, samples=10**12)).examples) == 3
+
+
+def test_columns_of_parquet_and_of_the_hub_are_found_too(tmp_path, hub):
+    rows = [{"question": "one", "answer": "two"}]
+    hub[0]["owner/set", "test"] = rows
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for source in ("owner/set", str(tmp_path / "rows.parquet")):
+        assert load_task(TaskConfig("jsonl", source)).examples == (Example("one", "two"),)
+
+
+@pytest.mark.parametrize("text", ["word" * 5000, "one" + " " * 9000 + "two"])
+def test_lm_of_texts_with_few_words(tmp_path, text):
+    """A place in the middle of a word, and one with nothing but space after it."""
+    file = tmp_path / "text.md"
+    file.write_text(text)
+    examples = load_task(TaskConfig("lm", str(file))).examples
+    assert examples and all(example.prompt for example in examples)
+
+
 def test_code_from_the_hub(hub):
     rows, calls = hub
     rows["openai/openai_humaneval", "test"] = [problem(1)]
@@ -258,10 +339,10 @@ def test_lm_of_rows_and_of_the_hub(tmp_path, hub):
         ("rows.jsonl", "[1]\n", r"rows.jsonl:1: needed a JSON object"),
         ("rows.jsonl", '{"prompt": "a", "label": "b"}\n', r"rows.jsonl:1: no column 'completion' \(--completion-column\)"),
         ("rows.jsonl", '{"prompt": "a", "target": [1]}\n', r"rows.jsonl:1: target must be a text that is not empty, or a list"),
-        ("rows.jsonl", '{"prompt": " ", "reference": "b"}\n', r"a prompt in every row, found none in row 1"),
-        ("rows.txt", "plain text\n", r"a prompt in every row, found none in row 1"),
-        ("rows.csv", "", r"rows.csv:1: no column 'completion'"),
-        ("rows.json.gz", "not gzip", r"rows.json.gz: not readable"),
+        ("rows.jsonl", '{"prompt": " ", "reference": "b"}\n', r"rows.jsonl:1: prompt must be a text that is not empty"),
+        ("rows.txt", "plain text\n", r"rows.txt:1: no column 'prompt' \(--prompt-column\); found text"),
+        ("rows.csv", "", r"rows.csv holds no rows"),
+        ("rows.json.gz", "not gzip", r"rows.json.gz:1: not readable as gzip: Not a gzipped file"),
         ("rows.jsonl", "\n", r"rows.jsonl holds no rows"),
     ],
 )
@@ -282,7 +363,7 @@ def test_a_split_without_rows_is_named(tmp_path):
     [
         ({"task": "nothing-here"}, r"--task must be one of commands, topv2, jsonl, .*; got nothing-here"),
         ({"task": "jsonl"}, r"--data must be given for --task jsonl"),
-        ({"task": "lm", "data": "nothing.txt"}, r"--data nothing.txt must be a UTF-8 text"),
+        ({"task": "lm", "data": "nothing.txt"}, r"--data nothing.txt: there is no such file"),
         ({"task": "humaneval", "data": "nothing.jsonl"}, r"--data nothing.jsonl: there is no such file"),
         ({"task": "humaneval", "shots": 1}, r"--shots must be 0 for --task humaneval, got 1"),
         ({"task": "xsum", "metric": "rouge1"}, r"--metric must be used with --task jsonl, got --task xsum"),

@@ -49,6 +49,13 @@ def test_few_examples_give_fewer_entries(examples):
     assert 259 < len(train_tokenizer(examples[:1], 2000)) < 500
 
 
+@pytest.mark.parametrize("size", [260, 10**9, 2**62])
+@pytest.mark.parametrize("text", ["a", "\0", "<|eos|>", "a" * 300_000, " " * 300_000])
+def test_any_text_and_any_size(size, text):
+    """The trainer makes room for all entries at once, and takes a minute for a word of so many letters."""
+    assert 259 <= len(train_tokenizer([Example("", text)], size)) < 300
+
+
 def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch):
     """Of targets alone: the q's of the prompt do not count. `ab` may be one token, so letters stand apart."""
     encoder = Encoder(tokenizer, "{prompt}", 64)

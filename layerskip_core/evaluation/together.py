@@ -10,9 +10,9 @@ from ..data import Example
 from ..decoding.batch import decode_batch
 from ..decoding.loop import check_prompt
 from ..errors import LayerSkipError
+from ..records import spread
 from .generation import Output, Outputs, Progress, Setting, Timed, answer_text, measure, require_outputs
 from .journal import Journal
-from .tasks.rows import spread
 
 _TIMED = 8  # prompts, where nobody says how many
 _QUALITY = -1  # in the journal, where a measurement has the number of its repeat

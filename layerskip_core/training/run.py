@@ -214,7 +214,9 @@ def validation_data(config: FinetuneConfig) -> DataConfig:
     assert config.validation is not None
     name = config.validation
     other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
-    held_out = replace(config.data, limit=config.validation_samples)
+    if not other and Path(config.data.name).is_file():
+        raise ConfigError(f"--validation must be other data where --data is a file, which has no splits, got {name}")
+    held_out = replace(config.data, limit=config.validation_samples, flag="--validation")
     return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
 
 

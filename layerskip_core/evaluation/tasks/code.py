@@ -9,14 +9,15 @@ between [BEGIN] and [DONE].
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
+from keyword import iskeyword
 
 from ...config import TaskConfig, require
 from ...data import Example
+from ...records import Record, spread
 from ..metrics import pass_at_k, rouge
 from ..sandbox import WALLS, run_tests, standing_walls
 from .prompts import BARE, forms, with_shots
-from .rows import Row, file_rows, hub_rows, spread
+from .rows import file_rows, hub_rows, shots_and_rest
 from .task import Task
 
 _HUMANEVAL_HUB = "openai/openai_humaneval"
@@ -41,7 +42,7 @@ class _Problem:
 
 
 def humaneval(config: TaskConfig) -> Task:
-    every = file_rows(Path(config.data)) if config.data else hub_rows(_HUMANEVAL_HUB, "test")
+    every = file_rows(config.data) if config.data else hub_rows(_HUMANEVAL_HUB, "test")
     form, template = forms(config.template, BARE, BARE)
     problems = [_humaneval_problem(row) for row in spread(every, config.samples)]
     problems = [replace(problem, example=with_shots(form, problem.example)) for problem in problems]
@@ -53,15 +54,11 @@ def mbpp(config: TaskConfig) -> Task:
     require(config.split in _MBPP_SPLITS, "--split", f"one of {', '.join(_MBPP_SPLITS)} for --task mbpp", config.split)
     count = _MBPP_SHOTS if config.shots is None else config.shots
     if config.data:
-        every = file_rows(Path(config.data))
-        known = {row.fields.get("task_id"): row for row in every}
-        shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
-        rows = [row for row in every if row.fields.get("task_id") in _MBPP_SPLITS[config.split]]
-        if len(shots) < count or not rows:
-            shots, rows = every[:count], every[count:]
+        shots, rows = _mbpp_file(config.data, count, _MBPP_SPLITS[config.split])
     else:
-        shots = hub_rows(_MBPP_HUB, "prompt", name="full")[1 : count + 1]  # the first is problem 1
-        rows = hub_rows(_MBPP_HUB, config.split, name="full")
+        solutions = hub_rows(_MBPP_HUB, "prompt", name="full")[1:]  # the first is problem 1
+        require(count <= len(solutions), "--shots", f"at most {len(solutions)} for --task mbpp", count)
+        shots, rows = solutions[:count], hub_rows(_MBPP_HUB, config.split, name="full")
     form, template = forms(config.template, _MBPP_FORM, BARE)
     solved = [_mbpp_problem(row).example for row in shots]
     solved = [Example(example.prompt, example.completion + "\n[DONE]") for example in solved]
@@ -70,23 +67,61 @@ def mbpp(config: TaskConfig) -> Task:
     return _task(replace(config, data=config.data or _MBPP_HUB, shots=count), problems, _MBPP_STOP, template)
 
 
-def _humaneval_problem(row: Row) -> _Problem:
-    head = row.text("prompt")
+def _mbpp_file(path: str, count: int, split: range) -> tuple[list[Record], list[Record]]:
+    """`count` solved problems, and those of the split; by place where the file lacks some of either."""
+    every = file_rows(path)
+    known = {_task_id(row): row for row in every}
+    shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
+    rows = [row for row in every if _task_id(row) in split]
+    return (shots, rows) if len(shots) == count and rows else shots_and_rest(every, count, path)
+
+
+def _task_id(row: Record) -> int | str | None:
+    number = row.fields.get("task_id")
+    if number is None or isinstance(number, str) or type(number) is int:
+        return number
+    raise row.fault("task_id must be an integer, a text or left out", number)
+
+
+def _humaneval_problem(row: Record) -> _Problem:
+    head = _code(row, "prompt")
     prompt = head.rstrip()
-    example = Example(prompt, head[len(prompt) :] + row.text("canonical_solution"))
-    return _Problem(example, head, f"{row.text('test')}\ncheck({row.text('entry_point')})\n")
+    example = Example(prompt, head[len(prompt) :] + _code(row, "canonical_solution"))
+    name = _code(row, "entry_point").strip()
+    if not name.isidentifier() or iskeyword(name):
+        raise row.fault("entry_point must be the name of a function", name)
+    return _Problem(example, head, f"{_code(row, 'test')}\ncheck({name})\n")
 
 
-def _mbpp_problem(row: Row) -> _Problem:
+def _mbpp_problem(row: Record) -> _Problem:
     """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`. The setup belongs to the
     tests: in row 367 it uses a class that the answer defines.
     """
+    listed = row.value("test_list")
+    if not isinstance(listed, list):
+        raise row.fault("test_list must be a list of texts", listed)
     tests = "\n".join(row.texts("test_list"))
     example = Example(
-        f"{row.text(row.first_column(('text', 'prompt')))} Your code should pass these tests:\n\n{tests}", row.text("code")
+        f"{_code(row, row.first_column(('text', 'prompt')))} Your code should pass these tests:\n\n{tests}", _code(row, "code")
     )
-    setup = row.fields.get("test_setup_code") or "\n".join(row.fields.get("test_imports") or ())
-    return _Problem(example, "", f"{setup}\n{tests}")
+    return _Problem(example, "", f"{_setup(row)}\n{tests}")
+
+
+def _setup(row: Record) -> str:
+    code, imports = row.fields.get("test_setup_code"), row.fields.get("test_imports")
+    if code is not None and not isinstance(code, str):
+        raise row.fault("test_setup_code must be a text", code)
+    if imports is not None and not (isinstance(imports, list) and all(isinstance(line, str) for line in imports)):
+        raise row.fault("test_imports must be a list of texts", imports)
+    return code or "\n".join(imports or ())
+
+
+def _code(row: Record, column: str) -> str:
+    """A field that is a text and not empty; a list of sentences would be no program."""
+    value = row.value(column)
+    if not isinstance(value, str):
+        raise row.fault(f"{column} must be a text", value)
+    return row.text(column)
 
 
 def _task(config: TaskConfig, problems: Sequence[_Problem], stop: tuple[str, ...], template: str | None) -> Task:

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from ...config import TaskConfig
 from ...data import Example
 from ...errors import DataError
+from ...input_files import read_text
+from ...records import FILE_ENDINGS, file_ending
 from .prompts import BARE
-from .rows import ENDINGS, file_rows, hub_rows
+from .rows import file_rows, hub_rows
 from .task import Task
 
 _HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
 _TEXT_COLUMNS = ("text", "completion", "content")
+_PLAIN = (".txt", ".csv")  # read as one text, as any file without an ending of rows is
 _PROMPT_WORDS = 100  # as in LayerSkip's evaluation of continuations
 _MAX_NEW_TOKENS = 64
 _PASSAGE = 2000  # characters; about the 512 tokens that perplexity is measured on at a time
@@ -24,7 +26,8 @@ def language_modelling(config: TaskConfig) -> Task:
     text = _text(config)
     most = max(len(text) // _PASSAGE, 1)
     starts = min(config.samples or most, most)
-    examples = tuple(_passage(text, place * len(text) // starts) for place in range(starts))
+    passages = (_passage(text, place * len(text) // starts) for place in range(starts))
+    examples = tuple(example for example in passages if example.prompt)  # a place may have nothing but space after it
     limit = config.max_new_tokens or _MAX_NEW_TOKENS
     resolved = replace(config, data=config.data or f"{_HUB}/{_HUB_NAME}", max_new_tokens=limit)
     return Task("lm", examples, resolved, "perplexity", _unscored, template=BARE, text=text)
@@ -32,25 +35,23 @@ def language_modelling(config: TaskConfig) -> Task:
 
 def _text(config: TaskConfig) -> str:
     if config.data is None:
-        return "".join(str(row.fields["text"]) for row in hub_rows(_HUB, config.split, name=_HUB_NAME))
+        return "".join(str(row.value("text")) for row in hub_rows(_HUB, config.split, name=_HUB_NAME))
     path = Path(config.data)
-    if path.suffix in ENDINGS:
-        rows = file_rows(path)
+    if file_ending(path) in FILE_ENDINGS and path.suffix not in _PLAIN:
+        rows = file_rows(config.data)
         column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
         return "\n\n".join(row.text(column, "--completion-column") for row in rows)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--data {path} must be a UTF-8 text or JSON lines for --task lm: {error}") from None
+    text = read_text(path, f"--data {path}", DataError)
     if not text.strip():
         raise DataError(f"--data {path} holds no text")
     return text
 
 
 def _passage(text: str, start: int) -> Example:
-    """The words behind a place: those of a prompt, and as many that follow."""
-    words = list(islice(text[start : start + 20 * _PROMPT_WORDS].split(), 1 if start else 0, 2 * _PROMPT_WORDS + 1))
-    return Example(" ".join(words[:_PROMPT_WORDS]), " " + " ".join(words[_PROMPT_WORDS:]))
+    """The words after a place, from the first whole one: those of a prompt, and as many that follow."""
+    words = text[start : start + 20 * _PROMPT_WORDS].split()
+    words = words[1:] if start and len(words) > 1 else words
+    return Example(" ".join(words[:_PROMPT_WORDS]), " " + " ".join(words[_PROMPT_WORDS : 2 * _PROMPT_WORDS]))
 
 
 def _unscored(predictions: Sequence[str]) -> dict[str, float]:

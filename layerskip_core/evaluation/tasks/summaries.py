@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ...config import TaskConfig
 from ...data import Example
+from ...records import Record, spread
 from .prompts import BARE, forms, with_shots
-from .rows import Row, file_rows, hub_rows, spread
+from .rows import file_rows, hub_rows, shots_and_rest
 from .task import Task
 from .text import text_scores
 
@@ -40,10 +40,10 @@ def _summaries(config: TaskConfig, source: _Source) -> Task:
     """A file's first rows are its shots; on the hub they are the first of the training split."""
     count = source.shots if config.shots is None else config.shots
     if config.data:
-        every = file_rows(Path(config.data))
+        every = file_rows(config.data)
         ready = "summary_gt" in every[0].fields
         count = 0 if ready and config.shots is None else count
-        shots, rows = every[:count], every[count:]
+        shots, rows = shots_and_rest(every, count, config.data)
     else:
         ready = False
         shots = hub_rows(source.hub_id, "train", count, **source.keywords) if count else []
@@ -58,6 +58,6 @@ def _summaries(config: TaskConfig, source: _Source) -> Task:
     return Task(config.task or "", examples, resolved, "rouge2", scorer, _READY_STOP if ready else _STOP, template)
 
 
-def _example(row: Row) -> Example:
+def _example(row: Record) -> Example:
     summary = row.text(row.first_column(_SUMMARIES))
     return Example(row.text(row.first_column(_ARTICLES)), " " + " ".join(summary.split()))

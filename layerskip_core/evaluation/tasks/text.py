@@ -1,16 +1,15 @@
 """Parsing (`commands`, `topv2`) by exact match, and data with prompts and references (`jsonl`) by a metric of one's choice."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from ...config import DataConfig, TaskConfig
-from ...data import Example, load_examples
+from ...data import Example, is_parsing, load_examples, load_records
+from ...records import Record, spread
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, forms, with_shots
-from .rows import ENDINGS, Row, file_rows, spread
+from .rows import shots_and_rest
 from .task import Task
 
 _MAX_NEW_TOKENS = 128  # more than twice the mean parse
@@ -42,7 +41,8 @@ def prompts(config: TaskConfig) -> Task:
     """Any data with a prompt and a reference, or several, in every row; `shots` of its first rows come before each prompt."""
     source = config.data or ""
     every, config = _references(source, config)
-    shots, rows = every[: config.shots or 0], spread(every[config.shots or 0 :], config.samples)
+    shots, rest = shots_and_rest(every, config.shots or 0, source)
+    rows = spread(rest, config.samples)
     form, template = forms(config.template, BARE, None)
     shot_form = "{prompt}\n" if form == BARE else form
     if shots and template == BARE:
@@ -69,34 +69,20 @@ def text_scores(metric: str | None, references: Sequence[Sequence[str]], predict
 
 def _references(source: str, config: TaskConfig) -> tuple[list[tuple[str, list[str]]], TaskConfig]:
     """(prompt, references) of every row, and the config with the columns that they stood in."""
-    path = Path(source)
-    if path.suffix in ENDINGS:
-        rows = file_rows(path)
-        config = _columns(rows[0], config)
-        prompt, completion = config.prompt_column or "", config.completion_column or ""
-        return [(_prompt(row, prompt), row.texts(completion, "--completion-column")) for row in rows], config
-    config = _columns(Row(source, dict.fromkeys(_header(path))), config)
-    data = DataConfig(source, config.split, config.prompt_column or "", config.completion_column or "", seed=config.seed)
-    return [(example.prompt, [example.completion]) for example in load_examples(data)], config
+    data = DataConfig(source, config.split, seed=config.seed)
+    if is_parsing(data):
+        config = _columns(Record(source, {}), config)
+        return [(example.prompt, [example.completion]) for example in load_examples(data)], config
+    rows = list(load_records(data))
+    config = _columns(rows[0], config)
+    prompt, completion = config.prompt_column or "", config.completion_column or ""
+    return [(row.text(prompt, "--prompt-column"), row.texts(completion, "--completion-column")) for row in rows], config
 
 
-def _columns(first: Row, config: TaskConfig) -> TaskConfig:
+def _columns(first: Record, config: TaskConfig) -> TaskConfig:
     """The config with the columns named: those asked for, or the first of the usual names."""
     return replace(
         config,
         prompt_column=config.prompt_column or first.first_column(_PROMPT_COLUMNS),
         completion_column=config.completion_column or first.first_column(_REFERENCE_COLUMNS),
     )
-
-
-def _prompt(row: Row, column: str) -> str:
-    blank = isinstance(row.fields.get(column), str) and not row.fields[column].strip()
-    return "" if blank else row.text(column, "--prompt-column")  # a task names the row itself
-
-
-def _header(path: Path) -> list[str]:
-    """The columns of a CSV file; none of anything else."""
-    if path.suffix != ".csv" or not path.is_file():
-        return []
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        return next(csv.reader(lines), [])
