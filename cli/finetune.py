@@ -17,7 +17,7 @@ from .console import Device, Precision, Threads, narrate, progress_bar, use_thre
 def finetune(
     model: Annotated[str, typer.Option(help="embedded-base, a folder, a .gguf file or a hub id.")] = "embedded-base",
     data: Annotated[
-        str, typer.Option(help="commands, topv2, a .jsonl/.csv/.parquet/.txt file, a TOPv2 folder, a hub id.")
+        str, typer.Option(help="commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder, a hub id.")
     ] = "commands",
     output: Annotated[str, typer.Option(help="Folder for the new checkpoint.")] = "layerskip-model",
     regime: Annotated[str, typer.Option(help="Preset: finetune, continual, scratch or code.")] = "finetune",

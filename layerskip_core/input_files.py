@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import DataError, LayerSkipError
+from .files import kind_of
 
 MAX_LINE = 256 << 20  # bytes; a line is held in memory whole
 _EXPANSION = 100  # times its size that a .gz file may unpack to: text compresses 20-fold, a decompression bomb 1000-fold
 _ALWAYS_UNPACKED = 4 << 20  # bytes that it may unpack to anyway
 _EMPTY_LINES = 1_000_000  # one after the other: a file of nothing else would take as long as one of rows
 _SHOWN = 80  # characters of a value in an error
-_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
 
 
 def open_regular(path: Path, name: str, error: type[LayerSkipError]) -> BinaryIO:
@@ -27,8 +27,7 @@ def open_regular(path: Path, name: str, error: type[LayerSkipError]) -> BinaryIO
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
-            kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a device")
-            raise error(f"{name} must be a regular file, found {kind}")
+            raise error(f"{name} must be a regular file, found {kind_of(mode)}")
         return path.open("rb")
     except FileNotFoundError:
         raise error(f"{name}: there is no such file") from None
