@@ -1,16 +1,24 @@
 """Programs that try to hang, to break out or to look as if their tests had passed: with namespaces and without."""
 
+import json
 import os
+import re
+import resource
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
+from hostile_programs import PROGRAMS
 
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import sandbox
-from layerskip_core.evaluation.sandbox import Limits, run_tests, standing_walls
+from layerskip_core.evaluation.sandbox import Limits, folder, processes, run_tests, standing_walls
 
-FAILING = "assert f(1) == 3"
 SHORT = Limits(seconds=1.0, cpu_seconds=5, processes=4)
 
 
@@ -155,56 +163,237 @@ def test_killing_everything_kills_nothing_outside(marker):
     assert survivors(marker) == []
 
 
-IMITATION = """
-import os, sys
-for text in ('{"passed": true, "reason": "", "walls": []}\\n', '[]\\n\\n', 'passed\\n'):
-    print(text, flush=True)
-    for fd in range(64):
-        try: os.write(fd, text.encode())
-        except OSError: pass
-os._exit(0)
+HOSTILE = pytest.mark.parametrize("hostile", PROGRAMS, ids=[one.name for one in PROGRAMS])
+
+
+def judged(hostile, home, pid, namespaces):
+    limits = SHORT if "took more than" in hostile.refused else Limits()
+    return run_tests(hostile.against(str(home), pid), hostile.tests, limits, namespaces)
+
+
+def may_succeed(hostile, namespaces):
+    return hostile.wall is not None and (hostile.wall not in standing_walls() or not namespaces)
+
+
+def of_user(home, pid):
+    """All that no program may change, of a folder and a process."""
+    files = {}
+    for path in (home, home / "secret", home / "link"):
+        status = os.lstat(path)
+        files[path.name] = (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size, status.st_nlink)
+    limits = [resource.prlimit(pid, kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_CPU)]
+    bent = (os.getpriority(os.PRIO_PROCESS, pid), os.sched_getaffinity(pid), os.sched_getscheduler(pid), limits)
+    return sorted(os.listdir(home)), (home / "secret").read_text(), os.getxattr(home / "secret", "user.kept"), files, bent
+
+
+def make_home(home):
+    (home / "secret").write_text("secret")
+    (home / "link").symlink_to("secret")
+    os.setxattr(home / "secret", "user.kept", b"kept")
+
+
+@pytest.fixture
+def temporary_folder(monkeypatch):
+    """Where the sandbox makes its folders: empty before and after."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield folder
+        monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    make_home(home)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield home, process.pid
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_the_programs_have_names_of_their_own():
+    assert len({one.name for one in PROGRAMS}) == len(PROGRAMS) > 100
+
+
+@needs("files")
+@needs("system calls")
+@HOSTILE
+def test_hostile_programs(hostile, namespaces, victim, temporary_folder):
+    before = of_user(*victim)
+    verdict = judged(hostile, *victim, namespaces)
+    assert of_user(*victim) == before
+    if not may_succeed(hostile, namespaces):
+        assert not verdict.passed, hostile.must_not_happen
+        assert re.match(hostile.refused, verdict.reason), verdict.reason
+    assert os.listdir(tempfile.gettempdir()) == []
+
+
+def test_files_made_by_the_program_may_be_read_by_its_tests(namespaces):
+    own = "import os, tempfile\nwith tempfile.TemporaryFile() as file: file.write(b'x')\n"
+    own += "os.makedirs('a/b'); open('a/b/c', 'w').write('d')"
+    assert run_tests(own, "assert open('a/b/c').read() == 'd'", namespaces=namespaces).passed
+
+
+def test_threads_processes_signals_and_loops_of_events_work(namespaces):
+    program = """
+import asyncio, multiprocessing.pool, os, signal, threading, time
+results = []
+threads = [threading.Thread(target=results.append, args=(one,)) for one in range(3)]
+[one.start() for one in threads]; [one.join() for one in threads]
+asyncio.run(asyncio.sleep(0))
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.write(writer, b'child'); os._exit(0)
+os.wait(); results.append(os.read(reader, 5))
+rung = []
+signal.signal(signal.SIGALRM, lambda *all: rung.append(1))
+def ring():
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    time.sleep(0.1)
+    return rung
+def caught():
+    import traceback
+    try: 1 / 0
+    except ZeroDivisionError: return traceback.format_exc().splitlines()[-1]
+def described(x: int) -> str:
+    import dataclasses, inspect
+    @dataclasses.dataclass
+    class Point: x: int
+    return str(inspect.signature(described)) + repr(Point(x))
 """
-PATCHES = """
-import builtins, os, sys
-builtins.exec = builtins.compile = builtins.eval = lambda *a, **k: None
-builtins.AssertionError = builtins.SystemExit = type('Quiet', (Exception,), {})
-os._exit = sys.exit = lambda *a: None
-os.write = lambda *a: 0
-sys.excepthook = lambda *a: None
-sys.modules['__main__'].__dict__.clear()
-def f(x): return 2
+    tests = "assert sorted(results[:3]) == [0, 1, 2] and results[3] == b'child'\nassert ring() == [1]\n"
+    tests += "assert caught() == 'ZeroDivisionError: division by zero'\nassert described(1).startswith('(x: int) -> str')"
+    assert run_tests(program, tests, namespaces=namespaces) == sandbox.Verdict(True, "")
+
+
+DAEMON = """
+import os, signal, time
+for place in range(2):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:
+            try: signal.signal(number, signal.SIG_IGN)
+            except OSError: pass
+        time.sleep(600)
+    os.wait()
+time.sleep(600)
 """
-ECHO = "import os\nos.write(3, os.read(3, 32) + b'\\n')\nos._exit(0)\n"
-SKIPPING = """
+HARNESS = """
 import sys
-def skip(frame, event, argument):
-    if event == 'line' and frame.f_code.co_filename == '<tests>': frame.f_lineno = 9; sys.settrace(None); frame.f_trace = None
-    return skip
-sys.settrace(skip)
-def f(x): return 2
+sys.path[:0] = [sys.argv[1]]
+from layerskip_core.evaluation import sandbox
+sandbox._ROOT = sys.argv[2]
+sandbox.run_tests(sys.argv[3], "", sandbox.Limits(seconds=600.0), namespaces=sys.argv[4] == "True")
 """
 
 
-@pytest.mark.parametrize(
-    ("program", "tests"),
-    [
-        (IMITATION, FAILING),
-        (PATCHES, FAILING),
-        (ECHO, FAILING),
-        (f"def f(x):\n    exec({ECHO!r})", FAILING),
-        (SKIPPING, FAILING + "\n\n\n\n\n\n\n\npass"),
-        ("def f(x): raise SystemExit(0)", FAILING),
-        ("import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 2", FAILING),
-        ("import threading, os\nthreading.Timer(0.0, os._exit, [0]).start()\ndef f(x): return 2", FAILING),
-    ],
-    ids=["imitation", "patches", "echo", "echo in a test", "trace", "exit in a test", "atexit", "thread"],
-)
-def test_the_verdict_cannot_be_forged(program, tests):
-    assert not run_tests(program, tests).passed
+@needs("system calls")
+@pytest.mark.parametrize("killed", ["harness", "supervisor"])
+def test_nothing_survives_the_end_of_what_started_it(marker, namespaces, killed, temporary_folder):
+    harness = subprocess.Popen(
+        [sys.executable, "-c", HARNESS, sandbox._ROOT, str(marker), DAEMON, str(namespaces)],
+        env={"TMPDIR": temporary_folder},
+        stderr=subprocess.DEVNULL,
+    )
+    while len(survivors(marker)) < 6:  # harness, supervisor, init, program, two daemons
+        assert harness.poll() is None
+        time.sleep(0.05)
+    supervisor = next(one for one in processes.descendants(os.getpid()) if parent_of(one) == harness.pid)
+    os.kill(harness.pid if killed == "harness" else supervisor, signal.SIGKILL)
+    harness.wait()
+    deadline = time.monotonic() + 30
+    while (survivors(marker) or os.listdir(temporary_folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert survivors(marker) == []
+    assert os.listdir(temporary_folder) == []
 
 
-def test_an_echo_of_the_channel_is_found_out_by_the_failing_assertion():
-    assert run_tests(ECHO, "").reason == "a failing assertion behind its tests was not reached"
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+
+
+AS_A_USER = """
+import json, os, subprocess, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import test_sandbox as tests
+from hostile_programs import PROGRAMS
+from layerskip_core.evaluation.sandbox import standing_walls
+home = Path(os.environ["HOME"])
+tests.make_home(home)
+victim = subprocess.Popen(["sleep", "600"])
+failed = []
+for namespaces in (True, False):
+    for hostile in PROGRAMS:
+        if not hostile.has_victim:
+            continue
+        before = tests.of_user(home, victim.pid)
+        verdict = tests.judged(hostile, home, victim.pid, namespaces)
+        changed = tests.of_user(home, victim.pid) != before or victim.poll() is not None
+        if changed or (verdict.passed and not tests.may_succeed(hostile, namespaces)):
+            failed.append([hostile.name, namespaces, changed, verdict.reason])
+right = [tests.run_tests("def f(x): return x", "assert f(1) == 1", None, way).passed for way in (True, False)]
+victim.kill()
+print(json.dumps({"user": os.getuid(), "walls": standing_walls(), "failed": failed, "right": right}))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the other tests run as a plain user already")
+@needs("files")
+@needs("system calls")
+def test_hostile_programs_of_a_plain_user():
+    user = 61_234
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as temporary:
+        os.chown(home, user, user)
+        os.chown(temporary, user, user)
+        command = [interpreter_of_all(), "-c", AS_A_USER, str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+        environment = {"HOME": home, "PATH": os.environ["PATH"], "PYTHONPATH": site_of_pytest(), "TMPDIR": temporary}
+        ran = subprocess.run(
+            command, user=user, group=user, extra_groups=[], env=environment, cwd="/", capture_output=True, text=True
+        )
+    assert ran.returncode == 0, ran.stderr
+    answer = json.loads(ran.stdout)
+    assert answer["user"] == user
+    assert answer["failed"] == []
+    assert set(answer["walls"]) == set(standing_walls())
+    assert answer["right"] == [True, True]
+
+
+def interpreter_of_all():
+    """A Python that any user can start."""
+    for path in (sys.executable, "/usr/bin/python3"):
+        try:
+            known = subprocess.run(
+                [path, "-c", "import sys; print(sys.version_info >= (3, 11))"], user=65534, capture_output=True
+            )
+        except OSError:
+            continue
+        if known.stdout == b"True\n":
+            return path
+    pytest.skip("no Python here that a plain user could start")
+
+
+def site_of_pytest():
+    return str(Path(pytest.__file__).parents[1])
+
+
+def test_what_is_taken_away_is_taken_whole(tmp_path):
+    deep = tmp_path / "folder"
+    deep.mkdir()
+    here = os.open(deep, os.O_RDONLY)
+    for _ in range(1100):  # deeper than a path can say and than Python can recurse
+        os.mkdir("d", dir_fd=here)
+        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    os.symlink(tmp_path, deep / "link")
+    (tmp_path / "kept").write_text("kept")
+    folder.remove(str(deep))
+    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_sandbox_that_cannot_start_is_an_error(monkeypatch, tmp_path):

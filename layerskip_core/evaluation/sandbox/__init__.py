@@ -2,7 +2,8 @@
 
 harness -> supervisor (own session) -> init (process 1 of its own process namespace) -> program
 
-See supervisor.py for the verdict and walls.py for what keeps the program from the machine.
+Each ends with the one before it. supervisor.py and runner.py make the verdict, walls.py keeps the program from the machine, and
+README.md says what each wall keeps out and what remains possible.
 """
 
 import json
@@ -19,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LayerSkipError
+from . import folder as folders
+from .walls import WALLS
 
-WALLS = ("files", "network", "processes", "privileges")
+__all__ = ["WALLS", "Limits", "Verdict", "run_tests", "standing_walls"]
+
 _GRACE_SECONDS = 20.0  # for the supervisor itself, on a machine that is busy
 _ROOT = str(Path(__file__).parents[3])
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox.supervisor import main; main()"
@@ -48,7 +52,7 @@ class Verdict:
 def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces: bool = True) -> Verdict:
     """Runs a program, then its tests in the same module; passed when both came to their end.
 
-    What passes runs a second time with a failing assertion behind its tests, and must then fail by that very assertion: a
+    What passes runs a second time with a failing assertion after its tests, and must then fail by that very assertion: a
     program that makes every test pass, or ends the tests early, does not. `namespaces` off leaves those out, as a kernel does
     that forbids them; for tests.
 
@@ -60,7 +64,7 @@ def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces
         token = secrets.token_hex(16)
         again, _ = _supervised(program, f"{tests}\nraise AssertionError({token!r})\n", limits, namespaces)
         if again != Verdict(False, f"AssertionError: {token}"):
-            return Verdict(False, "a failing assertion behind its tests was not reached")
+            return Verdict(False, "a failing assertion after its tests was not reached")
     return verdict
 
 
@@ -72,23 +76,26 @@ def standing_walls() -> tuple[str, ...]:
 
 def _supervised(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple[Verdict, tuple[str, ...]]:
     """One run: its verdict, and the walls that stood."""
-    with tempfile.TemporaryDirectory(prefix="layerskip-", ignore_cleanup_errors=True) as folder:
-        request = {"program": program, "tests": tests, "folder": folder, "namespaces": namespaces, **asdict(limits)}
-        answer = _ask_supervisor(json.dumps(request), folder, limits.seconds + _GRACE_SECONDS)
+    folder = tempfile.mkdtemp(prefix="layerskip-")
+    settings = {"folder": folder, "namespaces": namespaces, "harness": os.getpid(), **asdict(limits)}
+    try:
+        answer = _ask_supervisor(settings, json.dumps({"program": program, "tests": tests}), limits.seconds + _GRACE_SECONDS)
+    finally:
+        folders.remove(folder)
     if answer is None:
         return Verdict(False, f"took more than {limits.seconds:g} s"), ()
     return Verdict(answer["passed"], answer["reason"]), tuple(answer["walls"])
 
 
-def _ask_supervisor(request: str, folder: str, seconds: float) -> dict[str, Any] | None:
+def _ask_supervisor(settings: dict[str, Any], request: str, seconds: float) -> dict[str, Any] | None:
     """The supervisor's answer; None when it gave none in time."""
     # The fixed seed makes the order of sets, and with it the verdict, the same on every run; the program never sees it.
     process = subprocess.Popen(
-        [sys.executable, "-P", "-s", "-B", "-c", _START, _ROOT],
+        [sys.executable, "-P", "-s", "-B", "-c", _START, _ROOT, json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=folder,
+        cwd=settings["folder"],
         env={"PYTHONHASHSEED": "0"},
         start_new_session=True,
         text=True,

@@ -1,8 +1,9 @@
-"""The process that runs one program and judges it. Standard library only; started by `run_tests`, with a JSON request on stdin.
+"""The process that judges one program. Standard library only; started by `run_tests`, the settings in its arguments and the
+program and its tests on stdin.
 
 The program shares an interpreter with its tests, as in every harness of this kind, so nothing that it prints, leaves in a file
-or returns to the system counts. The verdict is a random number, made when the program already runs, that lies in a socket until
-the tests have come to their end, is read there only then, and is sent back to this process, which the program cannot reach.
+or returns to the system counts. Two random keys do: see runner.py. The tests stay here until the first one has come and every
+other process of the program's is dead.
 """
 
 import json
@@ -12,144 +13,169 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from types import ModuleType
 from typing import Any, NoReturn
 
-from . import walls
+from . import folder, processes
+from .identity import leave_session_keyring, own_identity
+from .kernel import machine
+from .namespaces import FOLDER_FILES, FOLDER_MB, enter_namespaces, enter_small_tree
+from .processes import Alarms
+from .runner import KEY_BYTES, run_program
 
-_MOST_BYTES = 4096  # of what a program can make the supervisor read
+_MOST_BYTES = 4096  # of a line that a program can make the supervisor read
+_FOLDER_SECONDS = 0.02  # between two looks at a folder that nothing else bounds
+
+
+class _Ended(Exception):
+    """The program's run is over; the message says why."""
 
 
 def main() -> None:
-    """Reads the request, writes `{"passed": ..., "reason": ..., "walls": [...]}` to stdout."""
-    request = json.load(sys.stdin)
-    walls.die_with_parent()
-    walls.adopt_orphans()
-    identity = walls.own_identity()
-    separate = request["namespaces"] and walls.enter_namespaces(request["folder"])
+    """Reads `{"program": ..., "tests": ...}`, writes `{"passed": ..., "reason": ..., "walls": [...]}`."""
+    settings = json.loads(sys.argv[2])
+    alarms = Alarms()
+    processes.adopt_orphans()
+    identity = own_identity()
+    leave_session_keyring(machine())
+    separate = settings["namespaces"] and enter_namespaces()
+    processes.end_with_parent()
+    if os.getppid() != settings["harness"]:
+        sys.exit("the harness has ended")
     mine, its = socket.socketpair()
-    init = os.fork()
+    init = os.fork()  # before the tests are read: what is forked has nothing to look for
     if init == 0:
         mine.close()
-        _run_init(request, its, identity, separate)
+        alarms.close()
+        _run_init(settings, its, identity, separate)
     its.close()
-    standing, passed, reason = _judge(mine, request["seconds"])
-    _kill_everything(init)
-    if separate:
-        standing.append("processes")
-    print(json.dumps({"passed": passed, "reason": reason, "walls": standing}))
+    try:
+        answer = _Run(settings, mine, alarms, init).judge(**json.load(sys.stdin))
+    finally:
+        _kill_everything(init, separate)
+        folder.remove(settings["folder"])  # the harness may have ended
+    print(json.dumps(answer))
 
 
-def _judge(channel: socket.socket, seconds: float) -> tuple[list[str], bool, str]:
-    """(the walls that stand, whether the tests passed, why not). The program's side says first which walls it has."""
-    nonce = os.urandom(16).hex()
-    with suppress(ConnectionError):  # what has ended already will not ask for it
-        channel.sendall(nonce.encode())
-    deadline = time.monotonic() + seconds
-    received = b""
-    while received.count(b"\n") < 2 and len(received) < _MOST_BYTES:
-        channel.settimeout(max(deadline - time.monotonic(), 0.001))
+class _Run:
+    """The supervisor's side of one program's run: what it sends and hears, until the time is over."""
+
+    def __init__(self, settings: dict[str, Any], channel: socket.socket, alarms: Alarms, init: int) -> None:
+        self._channel, self._alarms, self._init = channel, alarms, init
+        self._seconds: float = settings["seconds"]
+        self._deadline = time.monotonic() + self._seconds
+        self._folder: str = settings["folder"]
+        self._folder_bounded = False
+        self._received = b""
+
+    def judge(self, program: str, tests: str) -> dict[str, Any]:
+        walls: list[str] = []
         try:
-            part = channel.recv(_MOST_BYTES)
+            walls += json.loads(self._line())
+            self._folder_bounded = "file names" in walls
+            first = processes.descendants(self._init)  # the program's own process, which waits for the program
+            key = self._send_keyed(program)
+            self._expect(key)
+            processes.kill_descendants(self._init, first)
+            self._expect(self._send_keyed(tests))
+        except _Ended as end:
+            return {"passed": False, "reason": str(end), "walls": walls}
+        return {"passed": True, "reason": "", "walls": walls}
+
+    def _send_keyed(self, text: str) -> bytes:
+        """Sends a new key and a text; the key will come back when the text has been run."""
+        key = os.urandom(KEY_BYTES // 2).hex().encode()
+        data = text.encode("utf-8", "surrogatepass")
+        self._channel.settimeout(self._left())
+        try:
+            self._channel.sendall(key + len(data).to_bytes(8, "little") + data)
         except TimeoutError:
-            return _standing(received), False, f"took more than {seconds:g} s"
-        except ConnectionError:
-            part = b""
-        if not part:
-            break
-        received += part
-    lines = received.decode(errors="replace").split("\n")
-    if len(lines) < 3:
-        return _standing(received), False, "ended, or was ended by a limit, before its tests were through"
-    passed = lines[1:] == [nonce, ""]
-    return _standing(received), passed, "" if passed else lines[1] or "no reason given"
+            raise self._late() from None
+        except OSError:
+            raise _Ended(self._line().decode(errors="replace")) from None
+        return key
+
+    def _expect(self, key: bytes) -> None:
+        line = self._line()
+        if line != key:
+            raise _Ended(line.decode(errors="replace") or "no reason given")
+
+    def _line(self) -> bytes:
+        """The next line of the program's side. Raises _Ended when none comes."""
+        while b"\n" not in self._received:
+            told, ready = self._alarms.wait(self._left(), [self._channel.fileno()])
+            if told:
+                raise SystemExit("the harness has ended")
+            if not self._folder_bounded and folder.outgrown(self._folder):
+                raise _Ended(f"its folder grew beyond {FOLDER_MB} MB or {FOLDER_FILES} files")
+            if ready:
+                self._hear()
+            elif time.monotonic() >= self._deadline:
+                raise self._late()
+        line, _, self._received = self._received.partition(b"\n")
+        return line
+
+    def _hear(self) -> None:
+        part = b""
+        with suppress(ConnectionError):
+            part = self._channel.recv(_MOST_BYTES)
+        if not part or len(self._received) > _MOST_BYTES:
+            raise _Ended("ended, or was ended by a limit, before its tests were through")
+        self._received += part
+
+    def _left(self) -> float:
+        left: float = max(self._deadline - time.monotonic(), 0.001)
+        return left if self._folder_bounded else min(left, _FOLDER_SECONDS)
+
+    def _late(self) -> _Ended:
+        return _Ended(f"took more than {self._seconds:g} s")
 
 
-def _standing(received: bytes) -> list[str]:
-    first, end, _ = received.partition(b"\n")
-    return list(json.loads(first)) if end else []
-
-
-def _kill_everything(init: int) -> None:
+def _kill_everything(init: int, separate: bool) -> None:
     """Kills the program and all that it started, and waits until nothing of it is left.
 
-    The end of `init` is the end of its process namespace. Where there is none, orphans have come to this process: they are
-    killed until there are no more, which a bounded number of processes cannot outrun.
+    The end of `init` is the end of its process namespace. Where there is none, orphans come to this process.
     """
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(init, signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.kill(init, signal.SIGKILL)
-    os.waitpid(init, 0)
     with suppress(ChildProcessError):
-        while True:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-            for child in walls.children() if pid == 0 else ():
-                with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
+        os.waitpid(init, 0)
+    if not separate:
+        processes.kill_descendants(os.getpid())
 
 
-def _run_init(request: dict[str, Any], channel: socket.socket, identity: int | None, separate: bool) -> NoReturn:
-    """Starts the program, and ends when it does."""
+def _run_init(settings: dict[str, Any], channel: socket.socket, identity: int | None, separate: bool) -> NoReturn:
+    """Starts the program, and ends with it, or when the supervisor does; nothing that the program started is left then."""
     try:
         os.setpgid(0, 0)
-        walls.die_with_parent()
+        alarms = Alarms()
+        processes.adopt_orphans()
+        processes.end_with_parent()
+        small_tree = separate and enter_small_tree(settings["folder"], machine())
         program = os.fork()
         if program == 0:
-            _run_program(request, channel, identity, separate)
-        channel.close()
-        while os.wait()[0] != program:
+            alarms.close()
+            run_program(settings, channel, identity, separate, small_tree)
+        while not _supervisor_is_gone(channel) and not alarms.wait(None)[0] and program not in _reaped():
             pass
     finally:
+        processes.kill_descendants(os.getpid())
         os._exit(0)
 
 
-def _run_program(request: dict[str, Any], channel: socket.socket, identity: int | None, separate: bool) -> NoReturn:
-    """Puts up the walls, runs the program and its tests, and echoes the number that waits in the channel.
-
-    What is needed behind the program is bound to local names: it may change any module.
-    """
-    send, receive, leave, run, describe, trace = os.write, os.read, os._exit, exec, _describe, sys.settrace
-    channel_fd = channel.fileno()
+def _supervisor_is_gone(channel: socket.socket) -> bool:
+    """Whether it ended before this process could ask to be told."""
     try:
-        channel_fd = _only_channel(channel)
-        standing = walls.confine(request, identity, separate)
-        send(channel_fd, json.dumps(standing).encode() + b"\n")
-        module = ModuleType("program")  # not __main__, whose blocks the harnesses of these tasks do not run either
-        sys.modules["program"] = module
-        sys.path.remove(sys.argv[1])
-        try:
-            program = compile(request.pop("program"), "<program>", "exec")
-            tests = compile(request.pop("tests"), "<tests>", "exec")
-            run(program, module.__dict__)
-            trace(None)
-            run(tests, module.__dict__)
-        except BaseException as error:
-            send(channel_fd, describe(error).encode(errors="replace") + b"\n")
-        else:
-            send(channel_fd, receive(channel_fd, 32) + b"\n")
-    except BaseException as error:
-        send(channel_fd, b"[]\nthe sandbox failed: " + describe(error).encode(errors="replace") + b"\n")
-    finally:
-        leave(0)
+        return channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
-def _only_channel(channel: socket.socket) -> int:
-    """Leaves an input at its end, two outputs that lead nowhere, and the channel, whose descriptor is returned."""
-    ended, writer = os.pipe()
-    os.close(writer)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for source, stream in ((ended, 0), (nowhere, 1), (nowhere, 2), (channel.fileno(), 3)):
-        if source != stream:
-            os.dup2(source, stream)
-    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-    return 3
-
-
-def _describe(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except BaseException:
-        text = ""
-    line = " ".join(f"{type(error).__name__}: {text}".split()) if text else type(error).__name__
-    return line[:200]
+def _reaped() -> list[int]:
+    """The children of this process that have ended since the last call."""
+    found = []
+    with suppress(ChildProcessError):
+        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            found.append(pid)
+    return found

@@ -1,0 +1,18 @@
+"""What a program may read outside its folder."""
+
+import os
+import sys
+
+SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/etc/alternatives")  # the last leads to numeric libraries of Debian
+
+
+def system_folders() -> list[str]:
+    return [path for path in _SYSTEM_FOLDERS if os.path.isdir(path)]
+
+
+def python_folders() -> list[str]:
+    """Of the standard library and of installed packages, by the names that Python looks under."""
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    every = {*packages, sys.prefix, sys.base_prefix, sys.exec_prefix}
+    return sorted(path for path in every if os.path.isdir(path))
