@@ -8,7 +8,7 @@ with the files `secret` (text) and `link` (a symbolic link), `{pid}` for a proce
 import platform
 from dataclasses import dataclass
 
-DENIED = r"PermissionError|FileNotFoundError"
+DENIED = r"PermissionError|FileNotFoundError|OSError: \[Errno (18|30)\]"  # and: other or read-only file system
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ FILES = [
     HostileProgram("unlink", "import os; os.unlink('{home}/secret')", _CHANGED),
     HostileProgram("mkdir", "import os; os.mkdir('{home}/new')", _CHANGED),
     HostileProgram("new file", "open('{home}/new', 'x')", _CHANGED),
-    HostileProgram("hard link", "import os; os.link('{home}/secret', 'mine'); open('mine').read()", _READ, f"{DENIED}|OSError"),
+    HostileProgram("hard link", "import os; os.link('{home}/secret', 'mine'); open('mine').read()", _READ),
     HostileProgram("read", "open('{home}/secret').read()", _READ),
     HostileProgram("read by a link", "import os; os.symlink('{home}/secret', 'mine'); open('mine').read()", _READ),
     HostileProgram("list", "import os; os.listdir('{home}')", _READ),
