@@ -1,0 +1,333 @@
+"""Hostile flags, values, streams, locales, settings files, prompts, data and saved results, for every command."""
+
+import base64
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .campaign import Case
+from .command import STREAMS, Command, interrupt_late, run
+from .damage import DEEP, spoil_bytes, spoil_file, spoil_json
+from .flags import COMMANDS, base_of, flags_of, hostile_value, takes_long
+from .outcome import Miss, misses_of
+from .victim import OUTPUTS, Victim
+
+CASES, SHORT = 2800, 130
+
+
+def attack(case: Case) -> Iterator[Miss]:
+    """The first cases are the known ones, one by one; the others are drawn."""
+    if case.number < len(KNOWN):
+        yield from _watched(case, KNOWN[case.number](case))
+    elif case.number < len(KNOWN) + len(WORKING):
+        yield from _watched(case, WORKING[case.number - len(KNOWN)](case), must_work=True)
+    else:
+        kinds = (_flags, _prompts, _data, _saved_results, _settings_file, _outputs, _journal, _streams)
+        yield from _watched(case, case.random.choices(kinds, (40, 15, 15, 10, 8, 8, 4, 6))[0](case))
+
+
+def _watched(case: Case, command: Command, must_work: bool = False) -> Iterator[Miss]:
+    """Runs it in a home whose things must survive."""
+    case.say(command)
+    victim = Victim(case)
+    _fill(case, victim.home)
+    if any(takes_long(argument) for argument in command.arguments):
+        outcome, interrupted = interrupt_late(command, victim.home, case.logs)
+    else:
+        outcome, interrupted = run(command, victim.home, case.logs), False
+    found = misses_of(outcome, interrupted=interrupted)
+    yield from (miss for miss in found if command.stderr == "file" or miss.kind != "wrong")  # else it could not tell
+    if must_work and outcome.status:
+        yield Miss("wrong", f"this must work; {outcome.told}")
+    output = _value_of(command, "--output")
+    yield from victim.losses(victim.written_by_command(output) if outcome.status == 0 and output else ())
+    if (victim.home / "executed").exists():
+        yield Miss("executed", "a marker was written")
+
+
+def _fill(case: Case, home: Path) -> None:
+    """What an attack prepared goes to where the command runs."""
+    for file in list(case.folder.iterdir()):
+        if file != home:
+            shutil.move(file, home / file.name)
+
+
+def _value_of(command: Command, flag: str) -> str:
+    places = [place for place, argument in enumerate(command.arguments[:-1]) if argument == flag]
+    return command.arguments[places[-1] + 1] if places else ""
+
+
+# --- drawn --------------------------------------------------------------------------------------------------------------
+
+
+def _flags(case: Case) -> Command:
+    """One to three flags with values that are seldom right."""
+    random = case.random
+    name = random.choice(COMMANDS)
+    arguments = list(base_of(name, case.material))
+    for flag in random.choices(flags_of(name), k=random.choice((1, 1, 2, 3))):
+        arguments += [flag.name, *([] if flag.is_switch else [hostile_value(flag, random)])]
+    return Command(tuple(arguments), stdin=random.choice((b"", b"remind me", b"a\nb\n", None)))
+
+
+def _prompts(case: Case) -> Command:
+    random = case.random
+    way = random.choice(("--lines", "--jsonl", "whole", "argument"))
+    texts = [random.choice(_TEXTS) for _ in range(random.randrange(1, 5))]
+    arguments = list(base_of("generate" if way != "argument" or random.random() < 0.7 else "inspect", case.material))
+    arguments += random.choice(([], ["--raw"], ["--stop", random.choice(("a", " ", "\n", "\udcff", "\u20ac"))]))
+    if arguments[0] == "inspect" and arguments[-1] != "--raw":
+        del arguments[-2 * ("--stop" in arguments) :]
+    if random.random() < 0.3:
+        arguments += ["--model", str(case.material.model("chat"))]
+    if way == "argument":
+        text = texts[0].decode(errors="surrogateescape").replace("\0", "")
+        return Command((*arguments, "--", text))
+    if way != "whole":
+        arguments += [way, "--batch-size", str(random.choice((1, 1, 2, 3)))]
+    if way == "--jsonl" and random.random() < 0.7:
+        lines = [json.dumps({"prompt": text.decode(errors="surrogateescape")}) for text in texts]
+        return Command(tuple(arguments), "\n".join([*lines[:-1], spoil_json(lines[-1], random)[0]]).encode())
+    return Command(tuple(arguments), b"\n".join(texts), encoding=random.choice(("utf-8", "ascii", "latin-1")))
+
+
+_TEXTS = (
+    *(b"remind me to call mom", b"", b" ", b"\n", b"\0", b"\xff\xfe", b"\xed\xa0\x80", "\u00e9\U0001f600".encode(), b"\r\n"),
+    *(b"word " * 400, b"x" * 50_000, b"<s></s><pad>[IN:", b"{prompt}", b"{{ 7*7 }}", b"\x1b[2J\x1b]0;x\x07", b"[" * DEEP),
+    *(b'{"prompt": 1}', b'{"prompt": "\\ud800"}', b"[]", b"null", b'{"prompt": NaN}', b"{" * 3000, b"\xef\xbb\xbfabc"),
+    *("\u2028\u2029\u0085".encode(), "\u202eabc".encode(), b"a\tb\vc\fd", b"-", b"--model", b"%s%n", b"1" * 5000),
+)
+
+
+def _data(case: Case) -> Command:
+    """A data set with something wrong in it, by every command that reads one."""
+    random = case.random
+    name = random.choice(
+        ("rows.jsonl", "rows.csv", "rows.parquet", "text.txt", "chat.jsonl", "code.jsonl", "mbpp.jsonl", "topv2")
+    )
+    target = case.folder / name
+    if name == "topv2":
+        shutil.copytree(case.material.data / name, target)
+        file = random.choice(sorted(target.iterdir()))
+    else:
+        file = Path(shutil.copy(case.material.data / name, target))
+    case.say(spoil_file(file, random) if random.random() < 0.8 else _replace(file, random.choice(_FILES)))
+    if random.random() < 0.1 and name != "topv2":
+        packed = gzip.compress(file.read_bytes())
+        file.unlink()
+        name += ".gz"
+        (case.folder / name).write_bytes(spoil_bytes(packed, random) if random.random() < 0.7 else packed)
+    task = {"code.jsonl": "humaneval", "mbpp.jsonl": "mbpp", "text.txt": "lm"}.get(name.removesuffix(".gz"), "jsonl")
+    reader = random.choice(("data", "bench", "sweep-exits", "finetune"))
+    arguments = [*base_of(reader, case.material), "--data", name]
+    if reader in ("bench", "sweep-exits"):
+        arguments += ["--task", random.choice((task, task, task, "jsonl", "cnn_dm", "xsum", "lm", "humaneval", "mbpp"))]
+        arguments += random.choice(([], [], ["--shots", "2"], ["--template", "chat"], ["--template", "Q {prompt} A"]))
+    if reader == "finetune":
+        arguments += random.choice(([], ["--streaming", "--samples", "0"], ["--validation", name], ["--pack"]))
+    return Command(tuple(arguments))
+
+
+def _replace(file: Path, content: bytes) -> str:
+    file.write_bytes(content)
+    return f"{file.name} = {content[:40]!r}... ({len(content)} bytes)"
+
+
+_FILES = (
+    *(b"", b"\n\n", b"\0" * 100, b"\xef\xbb\xbf", b"\xff\xfe{\0}\0", b"[" * DEEP, b'{"a":' * 5000, b"[]\n", b"null\n", b"1\n"),
+    *(b'{"prompt": "a", "completion": "\\ud800"}\n', b'{"prompt": "\\udfff", "completion": "b"}\n', b"prompt,completion\n"),
+    *(b'{"prompt": "a", "completion": 1}\n', b'{"prompt": ["a"], "completion": {"b": 1}}\n', b'{"completion": ""}\n'),
+    *(
+        b'{"messages": []}\n',
+        b'{"messages": [{"role": 1}]}\n',
+        b'{"messages": "x"}\n',
+        b'{"messages": [{"role": "assistant"}]}\n',
+    ),
+    *(b'prompt,completion\n"a,b\n', b"p" * 200_000 + b",completion\na,b\n", b"prompt,completion\n" + b"x" * 200_000 + b",y\n"),
+    *(b"prompt,completion\na\0b,c\n", b"prompt,prompt,completion\na,b,c\n", b"prompt\tcompletion\r\ra\tb\r", b"PAR1" * 100),
+    *(b'{"text": 1, "test_list": "x", "code": []}\n', b'{"task_id": 1, "text": "t", "code": "c", "test_list": [1, null]}\n'),
+    *(b'{"prompt": "p", "test": 5, "entry_point": "x"}\n', b'{"prompt": "p", "test": "t", "entry_point": "1 + 1; x"}\n'),
+)
+
+
+def _saved_results(case: Case) -> Command:
+    """An edited results.json, rendered again."""
+    random = case.random
+    kind = random.choice(("bench", "sweep-exits"))
+    source = (case.material.bench if kind == "bench" else case.material.sweep) / "results.json"
+    file = Path(shutil.copy(source, case.folder / "results.json"))
+    case.say(spoil_file(file, random))
+    arguments = [kind, "--from", "results.json", "--format", random.choice(("table", "json", "csv", "markdown"))]
+    if random.random() < 0.2:
+        arguments += ["--output", "rendered"]
+    if kind == "sweep-exits" and random.random() < 0.2:
+        arguments += ["--save"]
+    return Command(tuple(arguments))
+
+
+def _settings_file(case: Case) -> Command:
+    """`finetune --config`."""
+    random = case.random
+    lines = []
+    for flag in random.choices(flags_of("finetune"), k=random.randrange(1, 5)):
+        value = random.choice((json.dumps(hostile_value(flag, random, legal=True)), *_TOML_VALUES))
+        lines.append(f"{flag.name.removeprefix('--')} = {value}")
+    text = random.choice(("\n".join(lines), "\n".join(lines), *_TOML_FILES))
+    data = text.encode(errors="surrogatepass")
+    (case.folder / "settings.toml").write_bytes(spoil_bytes(data, random) if random.random() < 0.2 else data)
+    case.say(f"settings.toml: {data[:300]!r}")
+    return Command((*base_of("finetune", case.material), "--dry-run", "--config", "settings.toml"))
+
+
+_TOML_VALUES = (
+    *("1", "-1", "0.5", "nan", "inf", "-inf", "true", '""', "[]", "[1, 2]", "{}", "{a = 1}", "1979-05-27", "07:32:00"),
+    *("9223372036854775807", "99999999999999999999999", "1e400", '"x"', '"""\n"""', "[[1], [2]]", '"1:10000000000"'),
+)
+_TOML_FILES = (
+    *(
+        "",
+        "=",
+        "a",
+        "[steps]\nx = 1",
+        "steps = " + "[" * 5000,
+        "steps = " + "{a=" * 3000,
+        "\ufeffsteps = 1",
+        "steps = 1\nsteps = 2",
+    ),
+    *('"" = 1', "config = 'settings.toml'", "help = true", "'dry-run' = false", 'steps = "\\uD800"', "a." * 3000 + "b = 1"),
+    *("[[steps]]", "# \ud800", "dry_run = false", "no-pack = true", "pack = 'x'", "lines = true"),
+)
+
+
+def _outputs(case: Case) -> Command:
+    """Outputs that stand where something else is."""
+    random = case.random
+    name = random.choice(("import", "import", "finetune", "bench", "sweep-exits", "inspect"))
+    arguments = [*base_of(name, case.material), "--output", random.choice(OUTPUTS)]
+    if name in ("import", "finetune"):
+        arguments += random.choice(([], ["--overwrite"], ["--overwrite"]))
+    if name == "finetune":
+        arguments += random.choice(([], ["--save-steps", "1"], ["--resume"], ["--lora-rank", "2", "--lora-keep"]))
+    if name == "bench":
+        arguments += random.choice(([], ["--resume"]))
+    return Command(tuple(arguments))
+
+
+def _journal(case: Case) -> Command:
+    """A damaged unfinished.jsonl, gone on with."""
+    (case.folder / "going").mkdir()
+    file = Path(shutil.copy(case.material.journal, case.folder / "going" / "unfinished.jsonl"))
+    case.say(spoil_file(file, case.random))
+    return Command((*case.material.bench_flags(), "--output", "going", "--resume"))
+
+
+def _streams(case: Case) -> Command:
+    random = case.random
+    name = random.choice(COMMANDS)
+    return Command(
+        base_of(name, case.material),
+        random.choice((b"", b"remind me", None)),
+        random.choice(STREAMS),
+        random.choice(("file", *STREAMS)),
+        random.choice(("utf-8", "ascii", "cp1252")),
+        random.choice(({}, {"COLUMNS": "1"}, {"COLUMNS": "x"}, {"TERM": "dumb"}, {"HOME": "/nonexistent"}, {"RANK": "x"})),
+    )
+
+
+# --- known, one by one -----------------------------------------------------------------------------------------------------
+
+
+def _known(*arguments: str, base: str = "generate", **keywords: object) -> Callable[[Case], Command]:
+    """`base` is the command whose short form stands before the arguments; a `{MODEL}` names a model of the material."""
+
+    def make(case: Case) -> Command:
+        found = [
+            str(case.material.model(argument[1:-1])) if argument.startswith("{") and argument[1:-1] in _NAMED else argument
+            for argument in arguments
+        ]
+        return Command((*base_of(base, case.material), *found), **keywords)
+
+    return make
+
+
+_NAMED = ("gemma3_text", "chat", "adapter", "tiny.gguf", "qwen2", "smollm3", "sharded")
+
+
+def _file(name: str, content: bytes, *arguments: str, base: str) -> Callable[[Case], Command]:
+    def make(case: Case) -> Command:
+        (case.folder / name).write_bytes(content)
+        return Command((*base_of(base, case.material), *arguments))
+
+    return make
+
+
+def _mbpp(**changes: object) -> bytes:
+    row = {"task_id": 1, "text": "t", "code": "c", "test_list": ["assert 1"], "test_setup_code": "", **changes}
+    return json.dumps(row).encode() + b"\n"
+
+
+KNOWN: tuple[Callable[[Case], Command], ...] = (
+    _known("--template", "chat", base="bench"),
+    _known("--template", "chat", base="sweep-exits"),
+    *(_known("--seed", seed, base=base) for seed in ("-1", str(2**32), str(2**64), str(2**70)) for base in COMMANDS[:5]),
+    *(_known("--exits", counts, base=base) for counts in ("1:10000000000", "1:2:0") for base in ("sweep-exits", "finetune")),
+    _known("--specs", "1:10000000000", base="sweep-exits"),
+    *(_known("--pass-k", counts, base=base) for counts in ("1:10000000000", "") for base in ("bench", "sweep-exits")),
+    _known("--layers", "1:10000000000", base="inspect"),
+    *(_known("--threads", count, base=base) for count in ("100000", str(2**31)) for base in ("generate", "bench", "inspect")),
+    _known("--batch-size", str(2**70), "--lines", stdin=b"a\nb\n"),
+    _known("--batch-size", str(2**70), base="bench"),
+    *(_known("--epochs", epochs, "--dry-run", base="finetune") for epochs in ("inf", "nan", "1e308")),
+    *(_known("--escale", scale, base="finetune") for scale in ("1e308", "inf", "nan")),
+    *(_known("--lr", rate, base="finetune") for rate in ("inf", "nan", "1e308")),
+    *(_known("--temperature", value) for value in ("1e-50", "1e-320", "nan", "inf", "1e308")),
+    *(_known("--temperature", "1", "--top-p", value) for value in ("1e-50", "nan", "1e-320")),
+    _known("--quantize", "int8", "--model", "{gemma3_text}"),
+    *(_known(stdout="closed", base=base) for base in COMMANDS),
+    *(_known(stderr="closed", base=base) for base in COMMANDS),
+    *(_known(stdout="full", base=base) for base in COMMANDS),
+    _known("--output", "null", base="inspect"),
+    _known("--output", "fifo", base="inspect"),
+    _known("--output", "link-to-file", base="inspect"),
+    _known("--output", "mixed", base="import"),
+    _known("--output", "mixed", "--overwrite", base="import"),
+    _known("--output", "mixed", base="finetune"),
+    _known("--output", "blocked", "--overwrite", base="import"),
+    _known("--output", "model", "--overwrite", base="import"),
+    *(_file("d.jsonl", b"[" * DEEP, "--data", "d.jsonl", base=base) for base in ("data", "bench", "finetune")),
+    _file("h.jsonl.gz", gzip.compress(b"x" * 9000)[:40], "--data", "h.jsonl.gz", "--task", "humaneval", base="bench"),
+    _file("h.jsonl.gz", b"not gzip", "--data", "h.jsonl.gz", "--task", "humaneval", base="bench"),
+    *(
+        _file("m.jsonl", _mbpp(**{key: 5}), "--data", "m.jsonl", "--task", "mbpp", base="bench")
+        for key in ("text", "test_list")
+    ),
+    _file("m.jsonl", _mbpp(code=None), "--data", "m.jsonl", "--task", "mbpp", base="bench"),
+    _file("w.csv", b"p" * 140_000 + b",completion\na,b\n", "--data", "w.csv", base="data"),
+    _file("p.parquet", b"PAR1" + bytes(60) + b"PAR1", "--data", "p.parquet", "--streaming", "--samples", "0", base="finetune"),
+    _file("p.parquet", b"PAR1" + bytes(60) + b"PAR1", "--data", "p.parquet", base="data"),
+    _file("c.toml", b"steps = " + b"[" * 5000, "--config", "c.toml", base="finetune"),
+    _known("--jsonl", stdin=b"[" * DEEP + b"\n"),
+    _known("--jsonl", stdin=b'{"prompt": "\\ud800"}\n'),
+    _known("--jsonl", "--batch-size", "2", stdin=b'{"prompt": "\\ud800"}\n{"prompt": "a"}\n'),
+    _known("--", os.fsdecode(b"\xff\xfe")),
+    _known("--stop", os.fsdecode(b"\xff")),
+    _file("r.json", b"[" * DEEP, "--from", "r.json", base="bench"),
+    _file("r.json", base64.b64decode("e30="), "--from", "r.json", base="sweep-exits"),
+)
+
+WORKING: tuple[Callable[[Case], Command], ...] = (  # what must not fail
+    *(_known("--model", f"{{{name}}}", base=base) for name in _NAMED for base in ("generate", "bench", "inspect")),
+    *(_known("--model", f"{{{name}}}", "--exit", "2", "--spec", "3", stdin=b"call") for name in _NAMED),
+    *(_known("--model", f"{{{name}}}", "--lines", "--batch-size", "2", stdin=b"call\nme") for name in _NAMED),
+    *(_known("--model", f"{{{name}}}", "--exit", "2", base="bench") for name in _NAMED),
+    *(_known("--model", f"{{{name}}}", base="sweep-exits") for name in _NAMED),
+    *(_known("--model", f"{{{name}}}", base="finetune") for name in _NAMED),
+    *(_known("--output", "new/deeper", base=base) for base in ("import", "finetune", "bench", "sweep-exits")),
+    *(_known("--output", "model", "--overwrite", base=base) for base in ("import", "finetune")),
+    _known("--output", "training", "--save-steps", "1", "--overwrite", base="finetune"),
+)
+
+__all__ = ["CASES", "KNOWN", "SHORT", "WORKING", "attack"]

@@ -1,0 +1,132 @@
+"""Random settings of decoding on tiny models: speculation gives plain decoding's tokens, a batch those of its rows alone."""
+
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+from .campaign import Case
+from .outcome import Miss
+from .probe import COUNTED, probe
+
+CASES, SHORT = 240, 12  # of so many settings each
+_SETTINGS = 25
+_KINDS = (
+    *("generic", "packed", "windows", "native", "native bf16", "native int8", "native int4", "int8 drafts", "few drafts"),
+    *("smollm3", "gemma3_text", "qwen2"),
+)
+_COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position", "accepted_by_position")
+
+
+def attack(case: Case) -> Iterator[Miss]:
+    """One model and some settings."""
+    kind = _KINDS[case.number % len(_KINDS)]
+    seed = case.random.randrange(2**31)
+    case.say(f"{kind}, seed {seed}")
+    yield from probe(case, lambda: _settings(kind, Random(seed)), case.random.choice((1, 1, 2)))
+
+
+def _settings(kind: str, random: Random) -> Iterator[Miss | str]:
+    model = _model(kind)
+    for _ in range(_SETTINGS):
+        yield COUNTED
+        prompts = [[random.randrange(3, 67) for _ in range(random.randint(1, 14))] for _ in range(random.randint(1, 4))]
+        for fault in _faults(model, prompts, random):
+            yield Miss("wrong", f"{kind}: {fault}")
+
+
+def _model(kind: str) -> Any:
+    import torch
+    from conftest import tiny_model
+
+    from layerskip_core.config import PackingConfig
+    from layerskip_core.model import DepthModel, NativeModel, PackedModel, can_run_native
+
+    wide = {"intermediate_size": 64, "hidden_size": 64}
+    if kind in ("generic", "gemma3_text"):
+        return DepthModel(tiny_model("llama" if kind == "generic" else kind))
+    if kind in ("packed", "windows", "smollm3", "qwen2"):
+        types = {"packed": "llama", "windows": "mistral"}
+        return PackedModel.of(tiny_model(types.get(kind, kind), **({"sliding_window": 5} if kind == "windows" else {})))
+    packing = {
+        "native int8": PackingConfig(quantize="int8"),
+        "native int4": PackingConfig(quantize="int4"),
+        "int8 drafts": PackingConfig(draft_weights="int8", draft_layers=3),
+        "few drafts": PackingConfig(draft_vocab=30),
+    }.get(kind)
+    dtype = torch.bfloat16 if "bf16" in kind or "int4" in kind else torch.float32
+    tiny = tiny_model("llama", dtype, **wide)
+    if not can_run_native(tiny.config, dtype, torch.device("cpu"), packing):  # nothing else promises the same bits
+        return PackedModel.of(tiny_model("llama", torch.float64))
+    return NativeModel.of(tiny, packing)
+
+
+def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[str]:
+    from layerskip_core.config import DecodingConfig, SamplingConfig
+    from layerskip_core.decoding.batch import decode_batch
+
+    sampled = random.random() < 0.35
+    sampling = SamplingConfig(
+        random.choice((0.3, 1.0, 3.0)) if sampled else 0.0,
+        random.choice((0, 0, 1, 3, 40)),
+        random.choice((1.0, 0.9, 0.1)),
+        random.randrange(1000),
+    )
+    strategy = random.choice(("autoregressive", "early-exit", "self-speculative", "self-speculative", "self-speculative"))
+    last = model.num_layers - (strategy != "early-exit")
+    free = _alone(model, prompts[0], DecodingConfig("autoregressive", max_new_tokens=20), frozenset())[0]
+    config = DecodingConfig(
+        strategy,
+        random.randint(1, last),
+        random.randint(1, 9),
+        random.choices((1, 2, 5, 12, 30, 500), (4, 4, 4, 4, 4, 1))[0],
+        random.choice((0.0, 0.0, 0.2, 0.7, 0.99)) if strategy == "self-speculative" else 0.0,
+        tuple(_letters(free[place : place + 2]) for place in random.sample(range(18), random.choice((0, 0, 1, 2)))),
+        sampling,
+    )
+    ends = frozenset(random.sample(free, random.choice((0, 0, 1, 2))))
+    where = f"{config}, ends {sorted(ends)}, prompts {prompts}"
+    alone = [_alone(model, prompt, config, ends) for prompt in prompts]
+    for prompt, (ids, reason, stats) in zip(prompts, alone, strict=True):
+        yield from (f"{fault}; {where}" for fault in _inconsistent(model, prompt, config, ids, reason, stats))
+    if not sampled and strategy == "self-speculative":
+        plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, 0.0, config.stop)
+        for place, prompt in enumerate(prompts):
+            if (expected := _alone(model, prompt, plain, ends)[:2]) != alone[place][:2]:
+                yield f"speculation gave {alone[place][:2]}, plain decoding {expected}; {where}"
+    crowded = any(reason == "context" for _, reason, _ in alone)  # near the context's end the longest row bounds the drafts
+    for one in decode_batch(model, prompts, config, ends, _letters):
+        ids, reason, stats = alone[one.row]
+        if sampled and strategy == "self-speculative":  # draws go by the drafts of a round, which others may cut short
+            continue
+        if (one.ids, one.finish_reason) != (ids, reason):
+            yield f"row {one.row} of the batch gave {one.ids}, {one.finish_reason}, alone {ids}, {reason}; {where}"
+        elif not crowded and (different := [name for name in _COUNTS if getattr(one.stats, name) != getattr(stats, name)]):
+            found = ", ".join(f"{name} {getattr(one.stats, name)} and {getattr(stats, name)}" for name in different)
+            yield f"row {one.row} of the batch counts otherwise than alone: {found}; {where}"
+
+
+def _alone(model: Any, prompt: list[int], config: Any, ends: frozenset[int]) -> tuple[list[int], Any, Any]:
+    from layerskip_core.decoding import decode
+
+    decoding = decode(model, prompt, config, ends, _letters)
+    ids = [token.id for tokens in decoding for token in tokens]
+    return ids, decoding.finish_reason, decoding.stats
+
+
+def _letters(ids: list[int]) -> str:
+    return "".join(chr(ord("0") + token) for token in ids)
+
+
+def _inconsistent(model: Any, prompt: list[int], config: Any, ids: list[int], reason: Any, stats: Any) -> Iterator[str]:
+    """What the counts of one output cannot be."""
+    if stats.new_tokens != len(ids) or stats.prompt_tokens != len(prompt):
+        yield f"counts of {stats.prompt_tokens} and {stats.new_tokens} tokens for {len(prompt)} and {len(ids)}"
+    if not 0 <= stats.accepted <= stats.drafted or stats.accepted >= max(1, len(ids)):
+        yield f"{stats.accepted} accepted of {stats.drafted} drafts in {len(ids)} tokens"
+    if sum(stats.accepted_by_position) != stats.accepted or stats.rounds > stats.drafted:
+        yield f"{stats.accepted_by_position} by position, {stats.accepted} in all, {stats.rounds} rounds"
+    room = min(config.max_new_tokens, model.max_positions - len(prompt))
+    if len(ids) > room or (reason in ("length", "context")) != (len(ids) == room and reason not in ("eos", "stop")):
+        yield f"{len(ids)} tokens of {room} ended by {reason}"
+    if any(not 0 <= token < model.vocab_size for token in ids):
+        yield f"a token beyond the vocabulary in {ids}"

@@ -1,0 +1,136 @@
+"""The commands, read from the command line itself: their flags, a short valid form of each, and hostile values for flags."""
+
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+from .material import Material
+from .victim import OUTPUTS
+
+COMMANDS = ("generate", "bench", "sweep-exits", "finetune", "data", "inspect", "import")
+_LONG = (
+    "--samples",
+    "--steps",
+    "--repeats",
+    "--epochs",
+    "--problem-samples",
+    "--accumulation",
+    "--validation-samples",
+    "--timed",
+)
+_LONG_MARK = 1000  # a count of rows or steps above this may rightly take long
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command; `kind` is the name of its values' type."""
+
+    name: str
+    kind: str
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kind == "bool"
+
+
+@cache
+def flags_of(command: str) -> tuple[Flag, ...]:
+    """All but --help, in their order."""
+    import typer.main
+
+    from cli.main import app
+
+    group = typer.main.get_command(app)
+    parameters = group.commands[command].params
+    options = [one for one in parameters if one.param_type_name == "option" and one.name != "help"]
+    kinds = [one.type_descriptor.annotation for one in options]
+    named = [(one, getattr(kind, "__name__", "str")) for one, kind in zip(options, kinds, strict=True)]
+    return tuple(Flag(name, kind) for one, kind in named for name in (one.opts[0], *one.secondary_opts))
+
+
+def base_of(command: str, material: Material) -> tuple[str, ...]:
+    """The shortest form of a command that does something."""
+    model, few = ("--model", str(material.model())), ("--samples", "2", "--max-new-tokens", "4")
+    return {
+        "generate": ("generate", *model, "--max-new-tokens", "4"),
+        "bench": ("bench", *model, *few, "--repeats", "1"),
+        "sweep-exits": ("sweep-exits", *model, *few, "--exits", "2", "--specs", "2"),
+        "finetune": ("finetune", *model, "--steps", "1", "--batch-size", "2", "--max-length", "48", "--samples", "4"),
+        "data": ("data", "--samples", "3"),
+        "inspect": ("inspect", *model, "--max-new-tokens", "2"),
+        "import": ("import", str(material.model())),
+    }[command]
+
+
+def hostile_value(flag: Flag, random: Random, legal: bool = False) -> str:
+    """A value for a flag; `legal`: without the bytes that only an argument of a command can hold."""
+    pool = {
+        "int": (*_COUNTS, *_NUMBERS),
+        "float": (*_REALS, *_NUMBERS),
+    }.get(flag.kind, (*_TEXTS, *_OF_FLAGS.get(flag.name, ())))
+    if flag.name in _OF_FLAGS and random.random() < 0.5:
+        pool = _OF_FLAGS[flag.name]
+    value = random.choice(pool)
+    return value.encode(errors="replace").decode() if legal else value
+
+
+def takes_long(argument: str) -> bool:
+    """Whether a value asks for so many rows or steps that the command may rightly run for long."""
+    try:
+        return float(argument) > _LONG_MARK
+    except ValueError:
+        return False
+
+
+_COUNTS = ("-1", "0", "1", "2", "3", "7", "100", str(2**31 - 1), str(2**31), str(2**32), str(2**63), str(2**64), str(2**70))
+_NUMBERS = ("", " ", "x", "1e3", "0x10", "\uff11", "1_000", " 3", "--", "-", str(-(2**63)), str(10**30), "1" * 5000, "true")
+_REALS = ("nan", "inf", "-inf", "-1", "0", "1e-50", "1e-320", "1e308", "1e400", "0,5", "0.5", "1", "2", "-0.0")
+_TEXTS = (
+    *(
+        "",
+        " ",
+        "\n",
+        "\udcff",
+        "a" * 100_000,
+        "../../..",
+        "/",
+        "~",
+        ".",
+        "/dev/null",
+        "/dev/full",
+        "http://x/y",
+        "a/b",
+        "a/b/c",
+    ),
+    *("{prompt}", "{prompt.__class__}", "{0}", "chat", "raw", "none", "commands", "topv2", "embedded", "\u202e", "%s", "--"),
+    *("model", "mixed", "file.txt", "fifo", "dangling", "null", "blocked", "bench", "bench/results.json", "training", "-"),
+)
+_RANGES = (
+    *("1:10000000000", "1:10:0", "3,6,-1", "1:2:3:4", "4:1", "1", "2", "1,2,3", ",", "1,,2", "x", "0", "99", str(2**70)),
+    *("1:3", "1:9:2", "-1:3", " 2 ", "1;2", "2" + ",2" * 20_000),
+)
+_OF_FLAGS = {
+    **dict.fromkeys(("--exits", "--specs", "--layers", "--pass-k"), _RANGES),
+    "--output": OUTPUTS,
+    "--strategy": ("self-speculative", "early-exit", "autoregressive", "Autoregressive"),
+    "--strategies": ("autoregressive", "early-exit", "autoregressive,autoregressive", ",", "x", "autoregressive," * 2000),
+    "--baselines": ("transformers", "prompt-lookup", "no-reuse", "assistant-early-exit", "draft-model", "x", ",,"),
+    "--device": ("cpu", "cuda", "cuda:99", "mps", "meta", "cpu:1", "CPU", "cuda:-1", "xla", "cuda:" + "9" * 30),
+    "--dtype": ("fp32", "bf16", "auto", "float64", "FP32"),
+    **dict.fromkeys(("--quantize", "--draft-weights"), ("int8", "int4", "int2", "INT8")),
+    "--format": ("table", "json", "csv", "markdown", "html"),
+    "--task": ("commands", "jsonl", "lm", "humaneval", "mbpp", "cnn_dm", "xsum", "x", "../x"),
+    "--metric": ("exact_match", "rouge1", "rougeL", "rouge9"),
+    "--split": ("train", "validation", "test", "compositional", "x", "../x", "train[:3]"),
+    "--template": ("chat", "raw", "{prompt}", "{prompt}{prompt}", "{prompt!r:>9999999999}", "{}", "no", "{prompt}" * 3000),
+    "--prompt-template": ("chat", "{prompt}", "{prompt}{x}", "{", "{prompt}" * 3000),
+    "--curriculum": ("rotational", "gradual", "all", "none", "x"),
+    "--exit-weights": ("paper", "linear", "sqrt", "uniform", "x"),
+    "--regime": ("finetune", "continual", "scratch", "code", "x"),
+    "--report-to": ("x", "wandb", "tensorboard", ",", "all", "none", "os"),
+    "--lora-targets": ("all-linear", "q_proj", "x", ".*", "(", "lm_head", "embed_tokens", "norm", ","),
+    "--data": ("commands", "topv2", "file.txt", "mixed", "x.jsonl", "x.csv", "a/b", "a/b@c", "/dev/zero", "fifo", "bench"),
+    "--from": ("bench/results.json", "bench", "file.txt", "fifo2", "/dev/null", "model/config.json"),
+    "--config": ("file.txt", "bench", "/dev/null", "model/config.json", "dangling"),
+    "--model": ("model", "mixed", "file.txt", "blocked", "training", "bench", "a/b", "embedded ", "x.gguf", "/", "null"),
+}

@@ -1,0 +1,187 @@
+"""Commands that write are killed before each of their changes to the disk in turn, or at any moment; nothing may be lost by it.
+
+A hook on the interpreter's events counts what a command does to files, so that a kill falls on the moments that matter, and
+falls there again in the next run.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .campaign import Case
+from .command import Command, run, start
+from .material import Material
+from .outcome import Miss, Outcome, misses_of
+from .snapshot import Snapshot, snapshot
+
+CASES, SHORT = 260, 14
+_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+_PROMPT = b"remind me to call mom"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command that writes to `out`, and how the folder looks before it."""
+
+    name: str
+    flags: Callable[[Material], tuple[str, ...]]
+    old: Callable[[Material], Path | None]  # what `out` is a copy of at the start
+    again: tuple[str, ...] = ()  # added to the command when it is given again after the kill
+    checked: tuple[str, ...] = ("model.safetensors",)  # files that must be old or new, and new after a second run
+
+
+def _import(material: Material) -> tuple[str, ...]:
+    return ("import", str(material.model("qwen2")), "--output", "out")
+
+
+SCENARIOS = (
+    Scenario("import over a model", lambda m: (*_import(m), "--overwrite"), lambda m: m.model("llama")),
+    Scenario("import over a model in shards", lambda m: (*_import(m), "--overwrite"), lambda m: m.model("sharded")),
+    Scenario("import into nothing", _import, lambda _: None, ("--overwrite",)),
+    Scenario(
+        "finetune over a model",
+        lambda m: (*m.training_flags(2), "--output", "out", "--overwrite", "--seed", "5"),
+        lambda m: m.model("smollm3"),
+        ("--resume",),
+    ),
+    Scenario("bench", lambda m: (*m.bench_flags(), "--output", "out"), lambda _: None, ("--resume",), ()),
+    Scenario(
+        "sweep --save",
+        lambda m: ("sweep-exits", "--model", "out", "--samples", "1", "--exits", "2", "--specs", "2", "--save"),
+        lambda m: m.model("llama"),
+        (),
+        ("model.safetensors",),
+    ),
+)
+_WEIGHTS = (5, 2, 2, 4, 2, 1)
+
+
+def attack(case: Case) -> Iterator[Miss]:
+    """One kill, then what a person would do next: use the model, and give the command again."""
+    random = case.random
+    scenario = random.choices(SCENARIOS, _WEIGHTS)[0]
+    number = random.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), (8, 1, 1))[0]
+    reference = _reference(scenario, case.material)
+    moment = random.randint(1, reference.events) if random.random() < 0.8 else None
+    home = _home(scenario, case.material, case.folder / "home")
+    command = Command(scenario.flags(case.material))
+    case.say(
+        f"{scenario.name}: {number.name} at {f'event {moment} of {reference.events}' if moment else 'any moment'}: {command}"
+    )
+    child = start(command, home, case.logs, prepare=None if moment is None else lambda: _strike(home / "out", moment, number))
+    if moment is None:
+        child.wait(random.random() * 1.5)
+        child.send(number)
+    outcome = child.wait()
+    assert outcome is not None
+    if number != signal.SIGKILL:
+        yield from (miss for miss in misses_of(outcome, interrupted=True) if miss.kind != "crash")
+    yield from _afterwards(scenario, reference, home, case, outcome)
+
+
+def _afterwards(scenario: Scenario, reference: "Reference", home: Path, case: Case, outcome: Outcome) -> Iterator[Miss]:
+    out, logs = home / "out", case.logs
+    ask = Command(("generate", "--model", "out", "--max-new-tokens", "8"), _PROMPT)
+    model_before = scenario.old(case.material) is not None
+    if scenario.checked and (model_before or (out / "config.json").exists()):
+        used = run(ask, home, logs)
+        if used.status:
+            yield Miss("lost", f"after the kill no model answers; {used.told}")
+        elif used.out not in (reference.old_answer, reference.new_answer):
+            yield Miss("mixed", f"after the kill {used.out!r} is answered, neither {reference.old_answer!r} nor the new one's")
+    flags = [*scenario.flags(case.material)]
+    checkpoints = out / "checkpoints"
+    goes_on = "--resume" not in scenario.again or scenario.name == "bench" or any(checkpoints.glob("checkpoint-*"))
+    done = outcome.status == 0 or (scenario.checked and snapshot(out) == reference.new)
+    if done and "--resume" in scenario.again and scenario.checked:
+        return  # it was complete: there is nothing to go on with
+    again = run(Command((*flags, *(scenario.again if goes_on else ()))), home, logs)
+    for miss in misses_of(again):
+        yield Miss(miss.kind, f"given again: {miss.what}")
+    if again.status:
+        yield Miss("wrong", f"given again it fails; {again.told}")
+        return
+    after = snapshot(out)
+    for name in scenario.checked:
+        if after.get(name) != reference.new.get(name):
+            yield Miss("mixed", f"given again, {name} is not what an undisturbed run writes")
+    if rubbish := sorted(_lasting(after) - _lasting(reference.new)):
+        yield Miss("wrong", f"left over: {', '.join(rubbish)}")
+    if missing := sorted(_lasting(reference.new) - _lasting(after)):
+        yield Miss("lost", f"missing: {', '.join(missing)}")
+
+
+def _lasting(found: Snapshot) -> set[str]:
+    """The files of a result, but not the lock files, which may stay, nor what a run is resumed from."""
+    return {path for path in found if not path.startswith(("checkpoints", ".lock")) and not path.endswith(".lock")}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An undisturbed run: how many changes to the disk it makes, what it leaves, and what the old and the new model answer."""
+
+    events: int
+    new: Snapshot
+    old_answer: str
+    new_answer: str
+
+
+@cache
+def _reference(scenario: Scenario, material: Material) -> Reference:
+    folder = material.root / f"reference-{os.getpid()}-{SCENARIOS.index(scenario)}"
+    logs = folder / "logs"
+    logs.mkdir(parents=True)
+    home = _home(scenario, material, folder / "home")
+    ask = Command(("generate", "--model", "out", "--max-new-tokens", "8"), _PROMPT)
+    old = run(ask, home, logs).out if scenario.old(material) is not None else ""
+    count = logs / "count"
+    count.write_bytes(b"")
+    outcome = start(
+        Command(scenario.flags(material)), home, logs, prepare=lambda: _strike(home / "out", -1, signal.SIGKILL, count)
+    ).wait()
+    assert outcome is not None and outcome.status == 0, outcome
+    new = run(ask, home, logs).out if scenario.checked else ""
+    found = Reference(count.stat().st_size, snapshot(home / "out"), old, new)
+    shutil.rmtree(folder)
+    return found
+
+
+def _home(scenario: Scenario, material: Material, home: Path) -> Path:
+    home.mkdir()
+    old = scenario.old(material)
+    if old is not None:
+        shutil.copytree(old, home / "out")
+    return home
+
+
+def _strike(out: Path, moment: int, number: int, count: Path | None = None) -> None:
+    """From now on: at the so many-th change to the disk at or below `out` the signal comes. `count` gets a byte for each."""
+    names = (str(out), out.name)
+    counter = None if count is None else os.open(count, os.O_WRONLY | os.O_APPEND)
+    seen = 0
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal seen
+        if event not in _EVENTS or (event == "open" and not _writes(arguments)):
+            return
+        paths = [os.fsdecode(one) for one in arguments[:2] if isinstance(one, str | bytes | os.PathLike)]
+        inner = event in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None)  # by a descriptor of its folder
+        if not inner and not any(path == name or path.startswith(f"{name}/") for path in paths for name in names):
+            return
+        seen += 1
+        if counter is not None:
+            os.write(counter, b".")
+        if seen == moment:
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(watch)
+
+
+def _writes(arguments: tuple[object, ...]) -> bool:
+    flags = arguments[2]
+    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))

@@ -1,0 +1,224 @@
+"""Ways to spoil a model that have once done harm, and what the commands owe for each."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from .damage import DEEP
+from .model_files import Tensors, change_weights, cut, edit_gguf, edit_json, redirect_shards
+
+MARKER = "executed"  # the file that a model's code would write
+_FEW = "--max-new-tokens 6"
+_GENERATE = f"generate --model MODEL {_FEW}"
+_IMPORT = "import MODEL --output imported"
+_BENCH = "bench --model MODEL --samples 2 --repeats 1 --max-new-tokens 4"
+_TRAIN = "finetune --model MODEL --steps 1 --batch-size 2 --samples 4 --max-length 48 --output out"
+COMMANDS = (
+    *(_GENERATE, _BENCH, _IMPORT, _TRAIN, "inspect --model MODEL --max-new-tokens 2"),
+    *(f"{_GENERATE} --lines --batch-size 2", f"{_GENERATE} --strategy autoregressive", f"{_GENERATE} --raw --exit 2"),
+    *(f"{_GENERATE} --quantize int8", f"{_GENERATE} --draft-weights int4 --draft-vocab 50"),
+    "sweep-exits --model MODEL --samples 2 --exits 2 --specs 2 --max-new-tokens 4 --save",
+)
+
+
+@dataclass(frozen=True)
+class Known:
+    """One way. `must_fail`: nothing right can come of it, so that each of `commands` has to say an error."""
+
+    name: str
+    spoil: Callable[[Path], object]
+    model: str = "llama"
+    must_fail: bool = True
+    commands: tuple[str, ...] = (_GENERATE, _IMPORT)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------------
+
+
+def _config(
+    model: str = "llama", must_fail: bool = True, commands: tuple[str, ...] = (_GENERATE, _IMPORT), **settings: object
+) -> Known:
+    said = ", ".join(f"{key} = {str(value)[:50]}" for key, value in settings.items())
+    return Known(f"config.json: {said}", lambda path: edit_json(path / "config.json", **settings), model, must_fail, commands)
+
+
+def _each(key: str, *values: object, model: str = "llama", must_fail: bool = True) -> Iterator[Known]:
+    """One setting of config.json with each of some values."""
+    return (_config(model, must_fail, **{key: value}) for value in values)
+
+
+def _rope(**settings: object) -> dict[str, object]:
+    return {"rope_type": "default", **settings}
+
+
+_HEADS = ((4, 3), (3, 2), (0, 0), (4, 0), (4, -2), (2, 4))
+_CONFIGS: tuple[Known, ...] = (
+    *_each("num_hidden_layers", 10**7, 2**31, 0, -1, 5, True, 4.5, "4", None),
+    *(_config(num_attention_heads=heads, num_key_value_heads=kv) for heads, kv in _HEADS),
+    *_each("head_dim", -8, 7, 9, 2**31, 16),
+    *_each("head_dim", 0, must_fail=False),
+    *_each("rms_norm_eps", -1, "x", 1e308, None),
+    *_each("rope_parameters", *(_rope(rope_theta=theta) for theta in (0, -1, "x", None)), _rope(rope_type="x"), [], "x"),
+    *_each("rope_parameters", _rope(rope_type="yarn", rope_theta=1e4)),
+    *_each("sliding_window", -5, 0, "x", 1.5, model="gemma3_text"),
+    *_each("layer_types", ["full_attention"], ["x"] * 4, [], "x", 5, model="gemma3_text"),
+    *_each("layer_types", ["full_attention"], ["x"] * 4, model="qwen2"),
+    *_each("no_rope_layers", [1], "x", ["a"] * 4, model="smollm3"),
+    *_each("max_position_embeddings", 0, -1, "x", [1]),
+    *_each("max_position_embeddings", 2**70, None, must_fail=False),
+    _config(max_position_embeddings=1, commands=(_GENERATE,)),
+    *_each("eos_token_id", "x", [None], [[1]], -1, 2**70, True, 1.5, {"a": 1}, [2, "x"], must_fail=False),
+    *_each("vocab_size", 0, 299, 301, 2**40, -1, "x"),
+    *_each("hidden_size", 0, 31, 33, 2**31, "x"),
+    *_each("transformers_version", 5, must_fail=False),
+    *_each("hidden_act", "x"),
+)
+
+# --- weights ----------------------------------------------------------------------------------------------------------------
+
+
+def _weights(name: str, change: Callable[[Tensors], object], must_fail: bool = True) -> Known:
+    spoil = partial(change_weights, change=change)
+    return Known(f"weights: {name}", spoil, must_fail=must_fail, commands=(_GENERATE, _IMPORT, _BENCH))
+
+
+def _filled(name: str, value: float) -> Known:
+    return _weights(f"{value} in {name}", lambda tensors: tensors[name].view(-1)[:3].fill_(value))
+
+
+def _added(name: str, length: int) -> Known:
+    """A tensor that the architecture does not have: left alone or refused, but never read beyond its end."""
+
+    def add(tensors: Tensors) -> None:
+        import torch
+
+        tensors[name] = torch.ones(length)
+
+    return _weights(f"{length} numbers as {name}", add, must_fail=False)
+
+
+def _integers(tensors: Tensors) -> None:
+    import torch
+
+    tensors.update({name: (tensor * 100).to(torch.int32) for name, tensor in tensors.items()})
+
+
+_NAMES = ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight")
+_ADDED = (
+    "self_attn.o_proj.bias",
+    "self_attn.q_proj.bias",
+    "mlp.down_proj.bias",
+    "self_attn.k_norm.bias",
+    "self_attn.q_norm.weight",
+)
+_WEIGHTS: tuple[Known, ...] = (
+    *(_filled(name, value) for value in (float("nan"), float("inf"), float("-inf")) for name in _NAMES),
+    _weights("integers", _integers),
+    *(_added(f"model.layers.0.{name}", length) for name in _ADDED for length in (1, 32, 4096)),
+    _added("lm_head.bias", 3),
+)
+
+# --- code and templates -----------------------------------------------------------------------------------------------------
+
+
+def _code(path: Path, **settings: dict[str, object]) -> None:
+    """Adds the settings that name a module of code, by file, and the module under every name it may be looked for."""
+    code = f"open({str(path.parent / MARKER)!r}, 'w')\nclass Evil:\n    from_pretrained = classmethod(lambda *a, **k: 1)\n"
+    for name in ("evil", "tokenization_evil", "modeling_evil", "configuration_evil", "custom_generate/generate"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / f"{name}.py").write_text(code)
+    for file, changes in settings.items():
+        edit_json(path / f"{file}.json", **changes)
+
+
+def _pickle(path: Path) -> None:
+    """Weights as a pickle that runs code when it is loaded."""
+    code = f"cbuiltins\nexec\n(Vopen({str(path.parent / MARKER)!r}, 'w')\ntR.".encode()
+    (path / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "training_args.bin", "tokenizer.pkl"):
+        (path / name).write_bytes(code)
+
+
+def _template(what: str, text: str) -> Known:
+    spoil = lambda path: (path / "chat_template.jinja").write_text(text)  # noqa: E731
+    return Known(f"a template that {what}", spoil, "chat", False, (_GENERATE, _BENCH, _IMPORT))
+
+
+_MAP = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+_EVIL_TOKENIZER = {"auto_map": _MAP, "tokenizer_class": "Evil"}
+_ADAPTING = {"base_model_class": "Evil", "parent_library": "evil"}
+_CODE: tuple[Known, ...] = (
+    Known("auto_map of the tokenizer", partial(_code, tokenizer_config={"auto_map": _MAP}), "llama", False, COMMANDS),
+    Known("auto_map of the config", partial(_code, config={"auto_map": _MAP}), "llama", False, COMMANDS),
+    Known(
+        "an unknown type with code", partial(_code, config={"auto_map": _MAP, "model_type": "evil"}), "llama", True, COMMANDS
+    ),
+    Known("a tokenizer class with code", partial(_code, tokenizer_config=_EVIL_TOKENIZER), "chat", False),
+    Known("code that generates", partial(_code, generation_config={"custom_generate": "."}), "llama", False),
+    Known("auto_mapping of an adapter", partial(_code, adapter_config={"auto_mapping": _ADAPTING}), "adapter", False),
+    Known("a pickle for weights", _pickle),
+    _template("raises", "{{ raise_exception('no') }}"),
+    _template("runs a command", "{{ cycler.__init__.__globals__.os.system('touch " + MARKER + "') }}"),
+    _template("looks for classes", "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    _template("loops", "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3),
+    _template("divides by zero", "{{ 1 // 0 }}"),
+    _template("is none", "{% for %}"),
+    _template("is empty", ""),
+    _template("grows", "{% set x = 'a' * 10**10 %}{{ x }}"),
+    _template("calls itself", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+    _template("counts far", "{% for a in range(10**9) %}{{ a }}{% endfor %}"),
+)
+
+# --- the other files --------------------------------------------------------------------------------------------------------
+
+
+def _write(name: str, text: str, must_fail: bool = True) -> Known:
+    return Known(f"{name} = {text[:12]}...", lambda path: (path / name).write_text(text), must_fail=must_fail)
+
+
+def _tokenizer(what: str, must_fail: bool = True, **settings: object) -> Known:
+    return Known(f"tokenizer.json: {what}", lambda path: edit_json(path / "tokenizer.json", **settings), must_fail=must_fail)
+
+
+def _info(**settings: object) -> Known:
+    said = json.dumps(settings)[:60]
+    return Known(f"layerskip.json: {said}", lambda path: edit_json(path / "layerskip.json", **settings), must_fail=False)
+
+
+def _in_a_circle(path: Path) -> None:
+    edit_json(path / "adapter_config.json", base_model_name_or_path=str(path))
+
+
+def _without_tokenizer(path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).unlink()
+
+
+_TOKEN = {"content": "call", **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)}
+_BROKEN_STEP = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "absent", "type_id": 0}}], "pair": []}
+_COUNTS = (-1, 99, 2**70, True, "x", 0.5)
+_FILES: tuple[Known, ...] = (
+    _write("config.json", "[" * DEEP),
+    _write("config.json", "\0" * 500),
+    _write("layerskip.json", '{"a":' * DEEP, must_fail=False),
+    _write("tokenizer_config.json", '{"a":' * DEEP),
+    _write("generation_config.json", '{"a":' * DEEP, must_fail=False),
+    Known("adapters that name each other", _in_a_circle, "adapter"),
+    _tokenizer("larger than the embedding", added_tokens=[{"id": 5000, **_TOKEN}]),
+    _tokenizer("a broken post-processor", post_processor=_BROKEN_STEP),
+    _tokenizer("no post-processor", must_fail=False, post_processor=None),
+    _tokenizer("of another form", model={"type": "Unigram", "vocab": []}),
+    Known("no tokenizer", _without_tokenizer),
+    *(_info(recommended={"exit_layer": count, "num_draft_tokens": count}) for count in _COUNTS),
+    *(_info(prompt_template=template) for template in ("", "chat", "{prompt", "{prompt}" * 90, 5, [])),
+    Known("GGUF: 10 million blocks", lambda file: edit_gguf(file, b"llama.block_count", 10**7), "tiny.gguf"),
+    Known("GGUF: no heads", lambda file: edit_gguf(file, b"llama.attention.head_count", 0), "tiny.gguf"),
+    Known("GGUF: cut", lambda file: file.write_bytes(file.read_bytes()[:3000]), "tiny.gguf"),
+    Known("shards elsewhere", lambda path: redirect_shards(path, "../../../../etc/passwd"), "sharded", False),
+    Known("absent shards", lambda path: redirect_shards(path, "absent.safetensors"), "sharded", False),
+    Known("a shard cut", lambda path: cut(sorted(path.glob("*.safetensors"))[0]), "sharded"),
+)
+
+KNOWN = (*_CODE, *_WEIGHTS, *_CONFIGS, *_FILES)

@@ -1,0 +1,177 @@
+"""The models, data and results that attacks start from: tiny, random, made by code, once for a campaign."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .command import Command, run
+from .forked import Child, Limits
+
+MODELS = ("llama", "qwen2", "smollm3", "gemma3_text", "sharded", "adapter", "tiny.gguf", "chat")
+_SHAPES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen2": {},
+    "smollm3": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16},
+}
+_CHAT = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}<assistant>"
+
+
+@dataclass(frozen=True)
+class Material:
+    """A folder of things to attack. Attacks copy from it and never write to it."""
+
+    root: Path
+
+    def model(self, name: str = "llama") -> Path:
+        """One of MODELS."""
+        return self.root / "models" / name
+
+    @property
+    def data(self) -> Path:
+        """Valid files of every kind: rows.jsonl, rows.csv, rows.parquet, text.txt, code.jsonl, mbpp.jsonl, topv2/."""
+        return self.root / "data"
+
+    @property
+    def bench(self) -> Path:
+        """The output of a finished `bench`."""
+        return self.root / "bench"
+
+    @property
+    def sweep(self) -> Path:
+        """The output of a finished `sweep-exits`."""
+        return self.root / "sweep"
+
+    @property
+    def journal(self) -> Path:
+        """The unfinished.jsonl of a `bench` with `bench_flags` that was interrupted."""
+        return self.root / "unfinished.jsonl"
+
+    @property
+    def training(self) -> Path:
+        """The output of a finetuning run with checkpoints, which `training_flags` began."""
+        return self.root / "training"
+
+    def bench_flags(self) -> tuple[str, ...]:
+        return ("bench", "--model", str(self.model()), "--samples", "3", "--repeats", "1", "--max-new-tokens", "4")
+
+    def training_flags(self, steps: int = 3) -> tuple[str, ...]:
+        return (
+            *("finetune", "--model", str(self.model()), "--steps", str(steps), "--batch-size", "2", "--max-length", "64"),
+            *("--samples", "16", "--save-steps", "1", "--dtype", "fp32", "--device", "cpu"),
+        )
+
+
+def import_everything() -> None:
+    """What commands import, so that forked children need not: nothing of it is run here."""
+    os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"})
+    os.environ.setdefault("HF_HOME", "/nonexistent")
+    import datasets  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Trainer  # noqa: F401
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Gemma3Text", "Gemma2", "Gemma", "Olmo2", "Granite"):
+        MODEL_FOR_CAUSAL_LM_MAPPING[getattr(transformers, f"{name}Config")]
+    import layerskip_core.evaluation.bench
+    import layerskip_core.evaluation.html_report
+    import layerskip_core.evaluation.inspect_page
+    import layerskip_core.evaluation.sweep
+    import layerskip_core.training.run  # noqa: F401
+
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    if len(names) - names.count("jemalloc_bg_thd") > 1:  # that one is made again after a fork
+        sys.exit(f"importing the libraries started threads, which a forked child would lack: {', '.join(names)}")
+
+
+def make(root: Path) -> Material:
+    """Makes everything in forked children."""
+    material = Material(root)
+    logs = root / "logs"
+    logs.mkdir(parents=True)
+    for work in (_make_models, _make_data):
+        outcome = Child(lambda work=work: work(material) or 0, logs, Limits(), None, (-1, -1)).wait()
+        assert outcome is not None and outcome.status == 0, outcome
+    bench = material.bench_flags()
+    sweep = ("sweep-exits", *bench[1:5], "--exits", "2,3", "--specs", "2", *bench[7:])
+    for flags, folder in ((bench, material.bench), (sweep, material.sweep), (material.training_flags(), material.training)):
+        outcome = run(Command((*flags, "--output", str(folder))), root, logs)
+        assert outcome.status == 0, outcome
+    lines = (material.bench / "outputs.jsonl").read_text().splitlines(keepends=True)
+    material.journal.write_text("".join(lines[:-1]))
+    return material
+
+
+def _make_models(material: Material) -> None:
+    import torch
+    from conftest import tiny_model
+    from evaluating import tiny_loaded
+    from test_import import write_gguf
+
+    from layerskip_core.saving import save_checkpoint
+
+    torch.set_num_threads(1)
+    loaded = tiny_loaded(torch.float32)
+    tokenizer, special = loaded.tokenizer, {}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        special[name] = getattr(tokenizer, name)
+    for name, changes in _SHAPES.items():
+        model = tiny_model(name, torch.float32, vocab_size=300, num_hidden_layers=4, **{**special, **changes})
+        save_checkpoint(model, tokenizer, loaded.info, str(material.model(name)), torch.float32)
+    sharded = tiny_model(dtype=torch.float32, vocab_size=300, num_hidden_layers=4, **special)
+    sharded.save_pretrained(material.model("sharded"), max_shard_size="60KB")
+    tokenizer.save_pretrained(material.model("sharded"))
+    write_gguf(str(material.model()), material.model("tiny.gguf"))
+    shutil.copytree(material.model(), material.model("chat"))
+    (material.model("chat") / "chat_template.jinja").write_text(_CHAT)
+    information = json.loads((material.model("chat") / "layerskip.json").read_text())
+    information["prompt_template"] = "chat"
+    (material.model("chat") / "layerskip.json").write_text(json.dumps(information))
+    _make_adapter(material, tokenizer)
+
+
+def _make_adapter(material: Material, tokenizer: object) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(material.model())
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(material.model("adapter"), save_embedding_layers=False)
+    tokenizer.save_pretrained(material.model("adapter"))
+
+
+def _make_data(material: Material) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = material.data
+    (folder / "topv2").mkdir(parents=True)
+    rows = [{"prompt": f"remind me to call person {number}", "completion": f"[IN:CALL {number} ]"} for number in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.csv").write_text("prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    (folder / "text.txt").write_text("".join(row["prompt"] + ". " + row["completion"] + "\n" for row in rows) * 4)
+    chat = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": "yes"}]} for r in rows]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
+    header = "domain\tutterance\tsemantic_parse\n"
+    for split in ("train", "eval", "test"):
+        lines = "".join(f"reminder\t{row['prompt']}\t{row['completion']}\n" for row in rows)
+        (folder / "topv2" / f"reminder_{split}.tsv").write_text(header + lines)
+    code = [
+        {"task_id": f"T/{n}", "prompt": f"def f{n}(x):\n", "entry_point": f"f{n}", "canonical_solution": "    return x\n"}
+        | {"test": f"def check(candidate):\n    assert candidate({n}) == {n}\n"}
+        for n in range(3)
+    ]
+    (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in code))
+    mbpp = [
+        {"task_id": n, "text": f"Write g{n}.", "code": f"def g{n}(x): return x", "test_list": [f"assert g{n}(1) == 1"]}
+        | {"test_setup_code": "", "challenge_test_list": []}
+        for n in range(12)
+    ]
+    (folder / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mbpp))

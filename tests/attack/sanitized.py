@@ -1,0 +1,53 @@
+"""The C kernels built with address and undefined-behaviour sanitizers, in a folder of their own, and who uses them."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+_FOLDER = "LAYERSKIP_ATTACK_KERNELS"  # environment variable: where the built kernels are
+_FLAGS = (
+    "-O1",
+    "-g",
+    "-shared",
+    "-fPIC",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
+
+
+def restart_sanitized(folder: Path) -> None:
+    """Builds the kernels and starts this program again with the sanitizers' runtime; returns in the process that has it."""
+    if os.environ.get(_FOLDER):
+        return
+    folder.mkdir(parents=True)
+    modules = tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    for module in modules:
+        flags = [flag for flag in module["extra-compile-args"] if not flag.startswith("-O")]
+        target = folder / (module["name"].rpartition(".")[2] + EXTENSION_SUFFIXES[0])
+        sources = [str(_ROOT / source) for source in module["sources"]]
+        subprocess.run(["gcc", *flags, *_FLAGS, *sources, "-o", str(target), "-lm"], check=True)
+    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
+    environment = {
+        **os.environ,
+        _FOLDER: str(folder),
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:handle_segv=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
+    }
+    os.execve(sys.executable, [sys.executable, "-m", "tests.attack", *sys.argv[1:]], environment)
+
+
+def use_sanitized_kernels() -> bool:
+    """In a process that has the runtime: kernels are looked for in the folder where they were built."""
+    folder = os.environ.get(_FOLDER)
+    if folder is None:
+        return False
+    from layerskip_core.model.native import compiled
+
+    compiled.__file__ = str(Path(folder) / "compiled.py")
+    return True

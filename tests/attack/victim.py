@@ -1,0 +1,68 @@
+"""A folder with a user's own things in it, which no command may lose, and outputs that stand in the way."""
+
+import os
+import shutil
+from pathlib import Path
+
+from .campaign import Case
+from .outcome import Miss
+from .snapshot import changes, snapshot
+
+OUTPUTS = (
+    *("new", "new/deeper/still", "mixed", "model", "file.txt", "link-to-file", "link-to-folder", "dangling", "fifo", "null"),
+    *("model/config.json", "", ".", "..", "/dev/null/x", "a" * 300, "new\ud8ff", "new\n", "~", "bench", "training", "blocked"),
+)
+
+
+class Victim:
+    """`home` is where a command runs; the things in it are looked at before and after."""
+
+    def __init__(self, case: Case) -> None:
+        self.home = case.folder / "home"
+        self.home.mkdir()
+        (self.home / "file.txt").write_text("a user's file\n")
+        for folder in ("mixed", "elsewhere"):
+            self._foreign_files(self.home / folder)
+        shutil.copytree(case.material.model(), self.home / "model")
+        self._foreign_files(self.home / "model", chat=False)
+        shutil.copytree(case.material.bench, self.home / "bench")
+        shutil.copytree(case.material.training, self.home / "training")
+        (self.home / "blocked").mkdir()
+        shutil.copy(case.material.model() / "config.json", self.home / "blocked")
+        (self.home / "blocked" / "x.safetensors").mkdir()
+        (self.home / "blocked" / "x.safetensors" / "kept").write_text("kept")
+        (self.home / "link-to-file").symlink_to("file.txt")
+        (self.home / "link-to-folder").symlink_to("elsewhere")
+        (self.home / "dangling").symlink_to("nowhere")
+        os.mkfifo(self.home / "fifo")
+        self._keep_open = os.open(self.home / "fifo", os.O_RDWR | os.O_NONBLOCK)  # else writing to it waits for a reader
+        if os.getuid() == 0:
+            try:
+                os.mknod(self.home / "null", 0o20666, os.makedev(1, 3))  # a null device of our own
+            except OSError:
+                (self.home / "null").write_text("")
+        self._before = snapshot(self.home)
+
+    @staticmethod
+    def _foreign_files(folder: Path, chat: bool = True) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "notes.md").write_text("mine")
+        (folder / "my-own-embeddings.safetensors").write_bytes(b"mine")
+        if chat:
+            (folder / "chat_template_ideas.txt").write_text("mine")
+            (folder / "model.safetensors").write_bytes(b"mine")
+
+    def losses(self, changed: tuple[str, ...] = ()) -> list[Miss]:
+        """What is gone or has changed; `changed`: paths that the command was asked to change."""
+        os.close(self._keep_open)
+        found = changes(self._before, snapshot(self.home), changed)
+        return [Miss("lost", "; ".join(found[:6]))] if found else []
+
+    def written_by_command(self, output: str) -> tuple[str, ...]:
+        """What success may change when a command writes to this output: files of this program, no others."""
+        mine = {
+            "model": ("config.json", "generation_config.json", "model.safetensors", "tokenizer", "layerskip.json"),
+            "bench": ("results.", "report.html", "unfinished.jsonl", "outputs.jsonl", "plot", "tradeoff", "speed"),
+            "training": ("",),
+        }
+        return tuple(f"{output}/{name}" for name in mine.get(output, ())) + (("file.txt",) if output == "file.txt" else ())
