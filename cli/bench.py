@@ -81,17 +81,17 @@ def bench(
     from layerskip_core.evaluation.bench import BenchResult
     from layerskip_core.evaluation.bench import bench as run_bench
     from layerskip_core.evaluation.journal import close
-    from layerskip_core.evaluation.report import bench_table, prepare_output, read_record
+    from layerskip_core.evaluation.report import bench_table, output_folder, read_record
 
-    folder = prepare_output(output) if output is not None else None
-    if saved is not None:
-        record = read_record(saved, BenchResult)
-    else:
-        loaded, rows = evaluation.load(config)
-        record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
-    evaluation.deliver(record, bench_table(record), format, folder)
-    if folder is not None and saved is None:
-        close(folder)
+    with output_folder(output, "layerskip bench") as folder:
+        if saved is not None:
+            record = read_record(saved, BenchResult)
+        else:
+            loaded, rows = evaluation.load(config)
+            record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
+        evaluation.deliver(record, bench_table(record), format, folder)
+        if folder is not None and saved is None:
+            close(folder)
 
 
 def _names(text: str) -> tuple[str, ...]:

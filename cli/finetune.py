@@ -1,6 +1,7 @@
 """`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -74,7 +75,7 @@ def finetune(
     """Convert a checkpoint to the LayerSkip recipe: layer dropout and early-exit loss through one shared head."""
     require_choice(regime, "--regime", REGIMES)
     use_threads(threads)
-    from layerskip_core.training.run import prepare
+    from layerskip_core.training.run import prepare, run_lock
 
     from .training_text import losses_text, plan_text, report_text, resume_command
 
@@ -120,15 +121,16 @@ def finetune(
         prompt_template=prompt_template,
         vocab_size=vocab_size,
     )
-    job = prepare(settings)
-    narrate(plan_text(job.config, job.plan))
-    if dry_run:
-        return
-    try:
-        with progress_bar(job.plan.steps, "training") as update:
-            info = job.run(lambda report: update(report.step, report_text(report)))
-    except TrainingInterrupted as interrupted:
-        narrate(f"{interrupted}; go on with: {resume_command()}")
-        raise typer.Exit(128 + interrupted.signal) from None
+    with nullcontext() if dry_run else run_lock(output):
+        job = prepare(settings)
+        narrate(plan_text(job.config, job.plan))
+        if dry_run:
+            return
+        try:
+            with progress_bar(job.plan.steps, "training") as update:
+                info = job.run(lambda report: update(report.step, report_text(report)))
+        except TrainingInterrupted as interrupted:
+            narrate(f"{interrupted}; go on with: {resume_command()}")
+            raise typer.Exit(128 + interrupted.signal) from None
     narrate(losses_text(info))
     narrate(f"saved {output}; next: layerskip sweep-exits --model {shlex.quote(output)}")

@@ -22,8 +22,9 @@ def import_model(
     Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
     """
     require_choice(dtype, "--dtype", DTYPES)
-    from layerskip_core.saving import import_checkpoint, refuse_overwrite
+    from layerskip_core.saving import import_checkpoint, output_lock, refuse_overwrite
 
-    refuse_overwrite(output, overwrite)
-    written = import_checkpoint(model, output, dtype)
+    with output_lock(output, "layerskip import"):
+        refuse_overwrite(output, overwrite)
+        written = import_checkpoint(model, output, dtype)
     narrate(f"wrote {model} to {output} in {str(written).removeprefix('torch.')}")

@@ -1,6 +1,9 @@
 """`layerskip sweep-exits`: which exit and draft length pay on this model and machine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -71,32 +74,41 @@ def sweep_exits(
         packing=console.packing(quantize, draft_weights, draft_vocab, exact),
     )  # fmt: skip
     console.use_threads(threads)
-    from layerskip_core.evaluation.report import prepare_output, read_record, sweep_table
+    from layerskip_core.evaluation.report import output_folder, read_record, sweep_table
     from layerskip_core.evaluation.sweep import ExitResult, sweep
 
     record = read_record(saved, ExitResult) if saved is not None else None
     target = model if record is None else str(record.config["model"])
-    if save:
-        _require_folder(target)
-    folder = prepare_output(output) if output is not None else None
-    if record is None:
-        loaded, rows = evaluation.load(config)
-        record = evaluation.watch(sweep(loaded, rows, config))
-    evaluation.deliver(record, sweep_table(record), format, folder)
-    if save and record.recommendation is not None:
-        _save(target, record.recommendation)
+    with _model_folder(target) if save else nullcontext(), output_folder(output, "layerskip sweep-exits") as folder:
+        if record is None:
+            loaded, rows = evaluation.load(config)
+            record = evaluation.watch(sweep(loaded, rows, config))
+        evaluation.deliver(record, sweep_table(record), format, folder)
+        if save and record.recommendation is not None:
+            _save(target, record.recommendation)
 
 
-def _require_folder(model: str) -> None:
-    from layerskip_core.checkpoint import holds_model
+@contextmanager
+def _model_folder(model: str) -> Iterator[None]:
+    """Holds the lock of the folder that --save writes to. Raises ConfigError for a model that is no folder."""
+    from layerskip_core.files import require_writable
+    from layerskip_core.info import INFO_FILE, holds_model, read_info
+    from layerskip_core.locks import hold
+    from layerskip_core.swap import settle
 
+    if Path(model).is_dir():
+        settle(model)
     if not holds_model(model):
         raise ConfigError(f"--save needs a --model that is a folder, to write its layerskip.json; got {model}")
+    with hold(model, "layerskip sweep-exits --save"):
+        read_info(model)
+        require_writable(Path(model) / INFO_FILE, ConfigError)
+        yield
 
 
 def _save(model: str, advice: "Recommendation") -> None:
     """Makes the recommended exit and draft length the model's defaults; plain decoding, where none pays."""
-    from layerskip_core.checkpoint import read_info
+    from layerskip_core.info import read_info
     from layerskip_core.saving import write_info
 
     plain = advice.exit_layer is None

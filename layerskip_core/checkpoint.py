@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,19 +14,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .config import STRATEGIES, PackingConfig, Strategy
+from .config import PackingConfig, Strategy
 from .errors import CheckpointError, ConfigError
+from .info import ADAPTER_FILE, CheckpointInfo, holds_model, read_info
 from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
 from .model import DepthModel, ModelSpec, NativeModel, PackedModel, can_pack, can_run_native
 from .model.vocabulary import token_order
 from .model.weights import check_model
+from .swap import read_whole, settle
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
-INFO_FILE = "layerskip.json"
-_ADAPTER_FILE = "adapter_config.json"
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # said, because a library that is not told asks on standard input
-LAST_WRITTEN = ("config.json", _ADAPTER_FILE)  # a folder without either holds no complete model
 _LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
 
 # (exit layer, draft tokens) of the published checkpoints: LayerSkip tables 3-5; Llama 3 as in their model cards.
@@ -39,56 +38,6 @@ PUBLISHED = {
     "facebook/layerskip-codellama-7B": (6, 12),
     "facebook/layerskip-codellama-34B": (8, 12),
 }
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What layerskip.json says. `details` holds the rest of it: recipe, data, seed, versions, losses.
-
-    `strategy` is "autoregressive" where a sweep found that no exit pays; else None, or the way that another program wrote.
-    """
-
-    prompt_template: str | None = None
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-    strategy: Strategy | None = None
-
-    def to_json(self) -> str:
-        recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
-        recommended |= {"strategy": self.strategy} if self.strategy else {}
-        document = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended, **self.details}
-        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, path: Path) -> "CheckpointInfo":
-        """Raises CheckpointError when the text is not what `to_json` writes."""
-        try:
-            document = json.loads(text)
-            document.pop("format", None)
-            recommended = document.pop("recommended", {})
-            template = _typed(document.pop("prompt_template", None), str, "prompt_template")
-            exit_layer = _typed(recommended.get("exit_layer"), int, "exit_layer")
-            drafts = _typed(recommended.get("num_draft_tokens"), int, "num_draft_tokens")
-            strategy = recommended.get("strategy")
-            if strategy is not None and strategy not in STRATEGIES:
-                raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-            return cls(template, exit_layer, drafts, document, strategy)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path} is not valid: {error}") from None
-
-    @property
-    def trained_exits(self) -> bool:
-        """Whether `finetune` trained this checkpoint with a loss at its exits."""
-        config = self.details.get("config")
-        recipe = config.get("recipe") if isinstance(config, dict) else None
-        return isinstance(recipe, dict) and recipe.get("curriculum", "none") != "none"
-
-
-def _typed(value: Any, kind: type, name: str) -> Any:
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    return value
 
 
 @dataclass
@@ -206,7 +155,18 @@ def load_checkpoint(
         ConfigError: the device is not here, or the packing is not to be had for this architecture, device or machine.
     """
     target = pick_device(device)
-    if (Path(name) / _ADAPTER_FILE).is_file():
+    return read_whole(name, lambda: _load(name, device, target, dtype, implementation, packing))
+
+
+def _load(
+    name: str,
+    device: str,
+    target: torch.device,
+    dtype: str,
+    implementation: Literal["auto", "generic"],
+    packing: PackingConfig | None,
+) -> LoadedModel:
+    if (Path(name) / ADAPTER_FILE).is_file():
         return _load_adapted(name, device, dtype, implementation, packing)
     path, keywords = _locate(name)
     if implementation == "auto" and Path(path).is_dir() and not keywords:
@@ -314,7 +274,7 @@ def _token_order(path: str, config: Any, packing: PackingConfig | None) -> list[
 
 def adapter_base(name: str) -> str:
     """The model that an adapter folder belongs to; any other model is its own. Raises CheckpointError for a broken config."""
-    file = Path(name) / _ADAPTER_FILE
+    file = Path(name) / ADAPTER_FILE
     if not file.is_file():
         return name
     try:
@@ -354,23 +314,6 @@ def stored_dtype(name: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def read_info(path: str) -> CheckpointInfo:
-    """layerskip.json of a folder; an empty one where there is none (a hub model, a plain checkpoint)."""
-    file = Path(path) / INFO_FILE
-    if not file.is_file():
-        return CheckpointInfo()
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is not valid: {error}") from None
-    return CheckpointInfo.from_json(text, file)
-
-
-def holds_model(path: str | Path) -> bool:
-    """Whether a folder holds a complete model or adapter: `save_checkpoint` puts their config there last."""
-    return any((Path(path) / name).is_file() for name in LAST_WRITTEN)
-
-
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """What from_pretrained takes for a model name: a path or hub id, and keywords."""
     if name in EMBEDDED:
@@ -380,6 +323,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
+        settle(path)
         if not holds_model(path):
             raise CheckpointError(f"folder {name} holds no model: there is no config.json in it")
         return name, {}

@@ -13,6 +13,10 @@ class CheckpointError(LayerSkipError):
     """A model cannot be found, read, split by depth, or written."""
 
 
+class LockedError(LayerSkipError):
+    """Another process writes to a folder; the message says which."""
+
+
 class DataError(LayerSkipError):
     """A data set cannot be found or one of its rows cannot be used; the message names file and line."""
 

@@ -5,13 +5,14 @@ from functools import cache
 import torch
 from conftest import tiny_model
 
-from layerskip_core.checkpoint import CheckpointInfo, LoadedModel
+from layerskip_core.checkpoint import LoadedModel
 from layerskip_core.config import DataConfig, DecodingConfig, TaskConfig
 from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.evaluation.generation import Output, Outputs, Step, measure
 from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.tasks import Task
+from layerskip_core.info import CheckpointInfo
 from layerskip_core.model import DepthModel
 from layerskip_core.training.vocabulary import train_tokenizer
 

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,19 @@ from transformers.utils import logging
 from layerskip_core.checkpoint import (
     CHAT,
     PUBLISHED,
-    CheckpointInfo,
     LoadedModel,
     encode_prompt,
-    holds_model,
     load_blank,
     load_checkpoint,
     pick_device,
     pick_dtype,
     quiet_transformers,
-    read_info,
     stored_dtype,
 )
 from layerskip_core.config import DataConfig
 from layerskip_core.data import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.info import CheckpointInfo, holds_model, read_info
 from layerskip_core.model import DepthModel
 from layerskip_core.saving import refuse_overwrite, save_checkpoint, write_info
 from layerskip_core.training.vocabulary import train_tokenizer
@@ -85,6 +84,7 @@ def test_layerskip_json_is_documented_and_readable(folder):
         "recommended": {"exit_layer": 3, "num_draft_tokens": 5},
         "rows": 7,
         "note": "naïve",
+        "files": [*sorted(contents(folder).keys() - {"layerskip.json"}), "layerskip.json"],
     }
     write_info(str(folder), CheckpointInfo("x {prompt}"))
     assert read_info(str(folder)) == CheckpointInfo("x {prompt}")
@@ -257,14 +257,14 @@ def test_a_full_disk_leaves_the_older_model(folder, tokenizer, monkeypatch):
     other = model_of(num_hidden_layers=2)
 
     def full(*_, **__):
-        (folder / ".writing" / "model.safetensors").write_bytes(b"half")
+        (next(folder.glob(".layerskip-staging-*")) / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(other), "save_pretrained", full)
     with pytest.raises(CheckpointError, match=f"cannot write the model to {folder}: .*No space left on device"):
         save_checkpoint(other, tokenizer, CheckpointInfo(), str(folder), torch.float32)
     assert contents(folder) == before
-    assert not (folder / ".writing").exists()
+    assert not [path for path in folder.iterdir() if path.is_dir()]
 
 
 def test_an_interrupt_while_saving_leaves_no_model(tmp_path, tokenizer, monkeypatch):
@@ -279,7 +279,7 @@ def test_an_interrupt_while_saving_leaves_no_model(tmp_path, tokenizer, monkeypa
     assert not holds_model(tmp_path)
     monkeypatch.undo()
     save_checkpoint(model, tokenizer, INFO, str(tmp_path), torch.float32)  # what the interrupt left is no obstacle
-    assert holds_model(tmp_path) and not (tmp_path / ".writing").exists()
+    assert holds_model(tmp_path) and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_an_older_model_is_replaced_whole(folder, tokenizer):
@@ -326,9 +326,11 @@ def test_quiet_gives_back_what_it_found():
 
 
 def test_overwriting_leaves_no_file_of_the_older_model(folder, tokenizer):
-    for stale in ("model-00002-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"):
-        (folder / stale).write_text("{}")
+    stale = ("model-00002-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja")
+    for name in stale:
+        (folder / name).write_text("{}")
     (folder / "notes.md").write_text("mine")
+    write_info(str(folder), replace(read_info(folder), files=(*read_info(folder).files, *stale)))
     save_checkpoint(model_of(), tokenizer, INFO, str(folder), torch.float32)
     assert sorted(file.name for file in folder.glob("*model*")) == ["model.safetensors"]
     assert not (folder / "chat_template.jinja").exists()

@@ -197,7 +197,10 @@ def test_an_output_that_may_not_be_replaced(finetune):
     Path("out").mkdir()
     Path("out", "config.json").write_text("{}")
     fails("--output out already holds a model; give --overwrite to replace it, or another folder", *finetune())
+    message = "in the way is config.json, which layerskip did not write; move it away, or give another folder"
+    fails(f"--output out: {message}", *finetune("--overwrite"))
     assert (files(), Path("out", "config.json").read_text()) == (["out/config.json"], "{}")
+    Path("out", "config.json").write_text('{"model_type": "llama"}')
     assert run(*finetune("--overwrite", "--dry-run")).code == 0
     Path("file").write_text("mine")
     fails("--output must be a folder, got the file file", *finetune("--output", "file"))

@@ -6,9 +6,9 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
 
-from layerskip_core.checkpoint import CheckpointInfo
 from layerskip_core.config import DataConfig, FinetuneConfig, RecipeConfig
 from layerskip_core.data import load_examples
+from layerskip_core.info import CheckpointInfo
 from layerskip_core.saving import save_checkpoint
 from layerskip_core.training.run import prepare
 from layerskip_core.training.vocabulary import train_tokenizer

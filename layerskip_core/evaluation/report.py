@@ -4,13 +4,15 @@ import csv
 import io
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import LayerSkipError
-from ..files import require_writable, write_file
+from ..files import remove_leftovers, require_writable, write_file
+from ..locks import hold
 from . import journal
 from .bench import BenchResult
 from .generation import Failure
@@ -186,6 +188,18 @@ def _result(kind: type[Any], fields: dict[str, Any]) -> Any:
             "failures": tuple(Failure(**one) for one in fields["failures"]),
         }
     )
+
+
+@contextmanager
+def output_folder(folder: str | None, doing: str) -> Iterator[Path | None]:
+    """The folder of --output, made, tried and locked; None where none was given. Raises as `prepare_output` and `hold` do."""
+    if folder is None:
+        yield None
+        return
+    path = prepare_output(folder)
+    with hold(path, doing):
+        remove_leftovers(path)
+        yield path
 
 
 def prepare_output(folder: str) -> Path:

@@ -1,20 +1,24 @@
 """Checkpoints of a run in progress: written aside, sealed with the digest of every file, then renamed into place.
 
-A folder that was cut short or damaged since fails its seal, and the one before it is used.
+A folder that was cut short or damaged since fails its seal, and the one before it is used. A folder of that name without any
+sign of this program is somebody else's: a run does not begin beside it.
 """
 
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..files import synchronise
+from ..errors import CheckpointError, ConfigError
+from ..files import discard_folder, remove_leftovers, synchronise
+from ..json_input import read_json_object
 
+LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 _SEAL = "complete.json"
 _PREFIX = "checkpoint-"
 _KEPT = 2  # should the newest be damaged, there is one before it
@@ -35,20 +39,26 @@ def checkpoints_folder(output: str) -> Path:
     return Path(output) / "checkpoints"
 
 
-def staging_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it is whole."""
-    return folder / ".writing"
+def require_own(folder: Path) -> None:
+    """Raises ConfigError for what is in the way of a run's checkpoints and is not of this program."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"--output: {folder} is in the way: it must be a folder, for checkpoints")
+    for path in _numbered(folder):
+        if not _is_own(path):
+            raise ConfigError(f"--output: {path} is in the way: not written by layerskip; move it away, or give another folder")
 
 
 def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> Path:
     """Seals a checkpoint written aside, moves it into `folder` by one rename, and drops the oldest. Returns its place."""
     _seal(written, settings)
     target = folder / written.name
-    shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
-    os.replace(written, target)
+    if target in _newest_first(folder):  # a damaged one of the same step
+        discard_folder(target)
+    os.rename(written, target)
     synchronise(folder)
     for old in _newest_first(folder)[_KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):
+            discard_folder(old)
     return target
 
 
@@ -58,7 +68,7 @@ def newest_whole(folder: Path) -> ResumePoint:
     for checkpoint in _newest_first(folder):
         fault = _fault(checkpoint)
         if fault is None:
-            settings = json.loads((checkpoint / _SEAL).read_text(encoding="utf-8"))["settings"]
+            settings = read_json_object(checkpoint / _SEAL, CheckpointError)["settings"]
             return ResumePoint(checkpoint, _step(checkpoint), settings, tuple(damaged))
         damaged.append(f"{checkpoint.name}: {fault}")
     if damaged:
@@ -78,10 +88,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def discard_after(folder: Path, step: int) -> None:
     """Removes what lies beyond a step that a run goes on from: damaged checkpoints, and one that was being written."""
-    shutil.rmtree(staging_folder(folder), ignore_errors=True)
+    remove_leftovers(folder)
     for checkpoint in _newest_first(folder):
         if _step(checkpoint) > step:
-            shutil.rmtree(checkpoint)
+            discard_folder(checkpoint)
 
 
 def _seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:
@@ -95,17 +105,19 @@ def _seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:
 
 def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint in one phrase; None when every file is as it was written."""
+    if not (checkpoint / _SEAL).is_file():
+        return "it was cut short"
     try:
-        sealed = json.loads((checkpoint / _SEAL).read_text(encoding="utf-8"))
+        sealed = read_json_object(checkpoint / _SEAL, CheckpointError)
+        if not (isinstance(sealed["settings"], dict) and sealed["files"]):
+            return f"{_SEAL} is damaged"
         for name, digest in sealed["files"].items():
             file = checkpoint / name
             if not file.is_file():
                 return f"{name} is missing"
             if _digest(file) != digest:
                 return f"{name} is damaged"
-    except FileNotFoundError:
-        return "it was cut short"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{_SEAL} is damaged"
     return None
 
@@ -116,8 +128,16 @@ def _digest(file: Path) -> str:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(filter(_is_own, _numbered(folder)), key=_step, reverse=True)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"{_PREFIX}*") if re.fullmatch("[0-9]{1,18}", path.name.removeprefix(_PREFIX))]
+
+
+def _is_own(checkpoint: Path) -> bool:
+    """Whether it has a seal, or what is sealed with all else: a folder of transformers' own Trainer has neither."""
+    return not checkpoint.is_symlink() and any((checkpoint / name).is_file() for name in (_SEAL, LOSSES))
 
 
 def _step(checkpoint: Path) -> int:

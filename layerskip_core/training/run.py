@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 
 from ..checkpoint import (
     CHAT,
-    CheckpointInfo,
     LoadedModel,
+    adapter_base,
     load_blank,
     load_checkpoint,
     pick_device,
@@ -25,10 +26,20 @@ from ..config import DataConfig, FinetuneConfig
 from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
 from ..encoding import EncodedData, Encoder, encode_rows, encode_stream
 from ..errors import ConfigError, TrainingInterrupted
+from ..info import CheckpointInfo
 from ..model.vocabulary import ORDER_FILE
-from ..saving import refuse_overwrite, save_checkpoint
+from ..model_files import RUN_FILES
+from ..saving import output_lock, refuse_overwrite, save_checkpoint
 from .attention import use_fp32_attention
-from .checkpoints import ResumePoint, checkpoints_folder, discard_after, has_checkpoints, last_checkpoint, newest_whole
+from .checkpoints import (
+    ResumePoint,
+    checkpoints_folder,
+    discard_after,
+    has_checkpoints,
+    last_checkpoint,
+    newest_whole,
+    require_own,
+)
 from .interruption import Interruption
 from .loss_plot import loss_plot
 from .module import RecipeModule
@@ -61,7 +72,12 @@ class FinetuneJob:
             CheckpointError: a checkpoint cannot be read or written.
             TrainingError: the loss is not finite, or explodes.
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
+            LockedError: another process writes to the folder.
         """
+        with run_lock(self.config.output):
+            return self._run(on_step)
+
+    def _run(self, on_step: Callable[[StepReport], None]) -> CheckpointInfo:
         config = self.config
         assert config.recipe is not None
         scratch = config.regime == "scratch"
@@ -124,12 +140,18 @@ class FinetuneJob:
         }
 
 
+def run_lock(output: str) -> AbstractContextManager[None]:
+    """The lock of --output, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
+    return output_lock(output, "layerskip finetune") if os.environ.get("RANK", "0") == "0" else nullcontext()
+
+
 def prepare(config: FinetuneConfig) -> FinetuneJob:
     """Loads model and data and plans the run; nothing is written.
 
     Raises LayerSkipError for whatever would make the run fail.
     """
-    refuse_overwrite(config.output, config.overwrite)
+    refuse_overwrite(config.output, config.overwrite, RUN_FILES)
+    _require_base_kept(config)
     resume = _resume_point(config)
     device = pick_device(config.device)
     _require_device(device)
@@ -145,6 +167,15 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         plan = replace(plan, resumed_step=resume.step, notes=plan.notes + notes)
     save_dtype = stored_dtype(config.model)
     return FinetuneJob(config, loaded, data, held_out, encoder.template, plan, save_dtype, autocast, resume)
+
+
+def _require_base_kept(config: FinetuneConfig) -> None:
+    """Raises ConfigError where an adapter would take the place of the model that it belongs to."""
+    base, above = config.model, ""
+    while config.lora_keep and base != above:
+        if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
+            raise ConfigError(f"--lora-keep: the adapter needs its base {base}, which --output {config.output} would replace")
+        base, above = adapter_base(base), base
 
 
 def _require_device(device: torch.device) -> None:
@@ -262,6 +293,7 @@ def _with_lora(model: Any, config: FinetuneConfig) -> Any:
 def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
     """Where --resume goes on; without it there must be no run to lose."""
     folder = checkpoints_folder(config.output)
+    require_own(folder)
     if config.resume:
         return newest_whole(folder)
     if has_checkpoints(folder) and not config.overwrite:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -16,15 +17,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..config import FinetuneConfig
 from ..encoding import Collator, EncodedData
 from ..errors import CheckpointError, ConfigError, TrainingError
+from ..files import new_staging
 from ..saving import write_model
-from .checkpoints import checkpoints_folder, last_checkpoint, publish, staging_folder
+from .checkpoints import LOSSES, checkpoints_folder, last_checkpoint, publish
 from .interruption import Interruption
 from .module import Moment, RecipeModule
 from .order import RunOrder
 from .progress import LossHistory, StepLosses, StepReport, StepSums
 
 _BETAS = (0.9, 0.95)
-_LOSSES = "losses.jsonl"
 _VALIDATIONS = 10  # a run, unless --eval-steps says otherwise
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
 
@@ -59,6 +60,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         self._on_step = on_step
         self._interruption = interruption
         self._sums = StepSums()
+        self._staging: Path | None = None  # a folder of its own for each checkpoint, while it is written
         self._targets: Tensor | int = 1
         self.started = time.perf_counter()
 
@@ -173,29 +175,31 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         return TrainingError(f"{what}; the last good checkpoint is {last}: start from it with --model {last} and a lower --lr")
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(staging_folder(Path(self.args.output_dir)))
+        return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint aside; one process seals it and moves it into place when all have written their part."""
         folder, step = Path(self.args.output_dir), self.state.global_step
-        staging = staging_folder(folder)
+        first = self.is_world_process_zero()
         try:
-            if self.is_world_process_zero():
-                shutil.rmtree(staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
+            staging = Path(broadcast_object_list([str(new_staging(folder)) if first else ""])[0])
+            self._staging = staging
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
+            if first:
                 written = staging / f"checkpoint-{step}"
-                (written / _LOSSES).write_text(self.history.to_jsonl(), encoding="utf-8")
+                (written / LOSSES).write_text(self.history.to_jsonl(), encoding="utf-8")
                 publish(written, folder, self._settings)
                 shutil.rmtree(staging)
         except Exception as error:  # safetensors and torch report a full disk each as an error type of its own
-            shutil.rmtree(staging, ignore_errors=True)
+            if self._staging is not None:
+                shutil.rmtree(self._staging, ignore_errors=True)
             last = last_checkpoint(folder)
             kept = "" if last is None else f"; {last} before it is whole: go on from it with --resume"
             reason = f"{_first_line(error)} ({shutil.disk_usage(folder).free / 2**20:.0f} MB are free there)"
             raise CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {reason}{kept}") from error
+        finally:
+            self._staging = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes the model inside the module, as an ordinary transformers or peft checkpoint, and no pickled arguments."""
@@ -208,7 +212,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         inner: Any = self.accelerator.unwrap_model(model or self.model).model
         super()._load_from_checkpoint(resume_from_checkpoint, model=inner)
-        self.history = LossHistory.from_jsonl(Path(resume_from_checkpoint) / _LOSSES)
+        self.history = LossHistory.from_jsonl(Path(resume_from_checkpoint) / LOSSES)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Nothing: the seal vouches for the weights, and tied ones, stored once, would be reported as missing."""

@@ -1,0 +1,201 @@
+"""Whose files an output folder holds: only those of a model of ours are replaced, and what is in the way is told first."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command_line import fails, run
+
+from layerskip_core.checkpoint import load_checkpoint
+from layerskip_core.errors import CheckpointError
+from layerskip_core.info import read_info
+from layerskip_core.model_files import RUN_FILES, model_files, obstacles
+from layerskip_core.saving import write_info
+
+LISTED = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "layerskip.json",
+}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def imported(checkpoint, output, *arguments):
+    return run("import", checkpoint, "--output", str(output), *arguments)
+
+
+@pytest.fixture
+def model(checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    assert imported(checkpoint, folder).code == 0
+    return folder
+
+
+FOREIGN = (
+    *("model.safetensors", "other.safetensors", "model.safetensors.index.json", "tokenizer.json", "generation_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/tools.jinja", "token_order.json"),
+)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_in_the_way_before_any_work(tmp_path, name):
+    """The model does not exist: nobody has looked for it yet."""
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    told = f"--output {tmp_path}/out: in the way is {name}, which layerskip did not write; move it away, or give another folder"
+    for command in (("import", "no/model"), ("finetune", "--model", "no/model")):
+        for flags in ((), ("--overwrite",)):
+            fails(told, *command, "--output", str(tmp_path / "out"), *flags)
+    assert contents(tmp_path) == {f"out/{name}": b"mine"}
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.json", "{}"), ("adapter_config.json", "[1]"), ("config.json", "{")])
+def test_a_config_that_is_not_of_a_model_is_in_the_way(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    told = f"--output {tmp_path}: in the way is {name}, which layerskip did not write; move it away, or give another folder"
+    fails(told, "import", "no/model", "--output", str(tmp_path), "--overwrite")
+    assert contents(tmp_path) == {name: text.encode()}
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_finetune_asks_for_what_it_writes_too(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    told = f"--output {tmp_path}: in the way is {name}, which layerskip did not write; move it away, or give another folder"
+    fails(told, "finetune", "--model", "no/model", "--output", str(tmp_path))
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (Path.mkdir, "a folder"),
+        (os.mkfifo, "a FIFO"),
+        (lambda path: path.symlink_to("weights"), "a symbolic link"),
+    ],
+)
+def test_what_is_no_file_is_in_the_way_even_under_a_name_of_ours(model, make, kind):
+    """A folder of the name had broken --overwrite when the old model was gone."""
+    (model / "model.safetensors").unlink()
+    make(model / "model.safetensors")
+    told = f"--output {model}: in the way is model.safetensors, which is {kind}; move it away, or give another folder"
+    fails(told, "import", "no/model", "--output", str(model), "--overwrite")
+    assert os.path.lexists(model / "model.safetensors") and (model / "config.json").exists()
+
+
+def test_files_that_no_loader_reads_stay(checkpoint, tmp_path):
+    folder = tmp_path / "out"
+    (folder / "notes").mkdir(parents=True)
+    mine = dict.fromkeys(("notes.txt", "README.md", "notes/model.safetensors", "weights.bin", "config.yaml"), "mine")
+    for name, text in mine.items():
+        (folder / name).write_text(text)
+    assert imported(checkpoint, folder).code == 0
+    assert imported(checkpoint, folder, "--overwrite").code == 0
+    found = contents(folder)
+    assert found.keys() == LISTED | mine.keys() and all(found[name] == text.encode() for name, text in mine.items())
+
+
+def test_layerskip_json_lists_what_is_replaced(checkpoint, model):
+    assert model_files(model) == LISTED == set(read_info(model).files)
+    write_info(str(model), replace(read_info(model), exit_layer=2))
+    assert set(read_info(model).files) == LISTED
+    (model / "other.safetensors").write_text("mine")
+    told = "in the way is other.safetensors, which layerskip did not write; move it away, or give another folder"
+    fails(f"--output {model}: {told}", "import", checkpoint, "--output", str(model), "--overwrite")
+    (model / "other.safetensors").unlink()
+    assert imported(str(model), model, "--overwrite").code == 0  # from itself
+    assert load_checkpoint(str(model), "cpu").depth.num_layers == 6
+
+
+def older(model, **details):
+    """As a version wrote it that listed no files."""
+    info = json.loads((model / "layerskip.json").read_text())
+    del info["files"]
+    (model / "layerskip.json").write_text(json.dumps(info | details))
+
+
+def test_the_model_of_an_older_version_is_replaced(checkpoint, model):
+    older(model, final_losses={})
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    (model / "model.safetensors").rename(model / shards[0])
+    (model / shards[1]).write_bytes((model / shards[0]).read_bytes())
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
+    for name in (*RUN_FILES, "notes.txt"):
+        (model / name).write_text("[]")
+    assert model_files(model) == LISTED - {"model.safetensors"} | {*shards, "model.safetensors.index.json", *RUN_FILES}
+    assert imported(checkpoint, model, "--overwrite").code == 0
+    assert contents(model).keys() == LISTED | {"notes.txt"}
+
+
+def test_of_a_plain_checkpoint_only_its_own_files_are_replaced(checkpoint, model):
+    (model / "layerskip.json").unlink()
+    (model / "losses.jsonl").write_text("mine")
+    (model / "consolidated.safetensors").write_text("mine")
+    assert model_files(model) == LISTED - {"layerskip.json"}
+    assert obstacles(model) == ["consolidated.safetensors, which layerskip did not write"]
+    (model / "consolidated.safetensors").unlink()
+    assert imported(checkpoint, model, "--overwrite").code == 0
+    assert contents(model).keys() == LISTED | {"losses.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "index", ['{"weight_map": {"a": "../../x.safetensors"}}', '{"weight_map": {"a": "notes.txt"}}', "[]", "{"]
+)
+def test_an_index_may_name_shards_of_its_folder_only(model, index):
+    (model / "layerskip.json").unlink()
+    (model / "model.safetensors.index.json").write_text(index)
+    (model / "notes.txt").write_text("mine")
+    assert model_files(model) == LISTED - {"layerskip.json"}
+    assert obstacles(model) == ["model.safetensors.index.json, which layerskip did not write"]
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "", "a/../../b", 3])
+def test_a_list_that_leaves_the_folder_is_refused(model, name):
+    document = json.loads((model / "layerskip.json").read_text())
+    (model / "layerskip.json").write_text(json.dumps(document | {"files": [name]}))
+    with pytest.raises(CheckpointError, match=r"layerskip\.json is not valid: a file's name must"):
+        read_info(model)
+
+
+def test_a_folder_behind_a_link_is_written_through_it(checkpoint, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert imported(checkpoint, tmp_path / "link").code == 0
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real").keys() == LISTED
+
+
+TRAINED = ("--samples", "4", "--steps", "1", "--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
+
+
+def test_an_adapter_does_not_replace_its_base(base, tmp_path):
+    model = tmp_path / "model"
+    assert imported(base, model).code == 0
+    before = contents(model)
+    told = f"--lora-keep: the adapter needs its base {model}, which --output {model} would replace"
+    lora = ("finetune", *TRAINED, "--lora-rank", "2", "--lora-keep", "--overwrite")
+    fails(told, *lora, "--model", str(model), "--output", str(model))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    assert run(*lora, "--model", str(model), "--output", str(tmp_path / "out")).code == 0
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    fails(told, *lora, "--model", str(tmp_path / "out"), "--output", str(model))
+    assert contents(model) == before
+
+
+def test_checkpoints_of_others_are_in_the_way(base, tmp_path):
+    """transformers' own Trainer writes folders of the same name."""
+    theirs = tmp_path / "checkpoints" / "checkpoint-7"
+    theirs.mkdir(parents=True)
+    (theirs / "model.safetensors").write_text("mine")
+    told = f"--output: {theirs} is in the way: not written by layerskip; move it away, or give another folder"
+    for flag in ("--overwrite", "--resume"):
+        fails(told, "finetune", "--model", "no/model", "--output", str(tmp_path), flag)
+    assert contents(tmp_path) == {"checkpoints/checkpoint-7/model.safetensors": b"mine"}
