@@ -18,6 +18,7 @@ from hostile_programs import PROGRAMS
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import sandbox
 from layerskip_core.evaluation.sandbox import Limits, folder, processes, run_tests, standing_walls
+from layerskip_core.evaluation.sandbox import namespaces as namespaces_of
 
 SHORT = Limits(seconds=1.0, cpu_seconds=5, processes=4)
 
@@ -109,7 +110,7 @@ def test_processes_are_few_and_none_is_left(namespaces, marker):
 
 
 def test_a_daemon_is_killed_too(namespaces, marker):
-    daemon = "import os, signal, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n"
+    daemon = "import os, signal, time\nif os.fork() == 0:\n  try: os.setsid()\n  except OSError: pass\n  if os.fork() == 0:\n"
     daemon += "    [signal.signal(one, signal.SIG_IGN) for one in (1, 2, 15)]\n    time.sleep(600)\n  os._exit(0)\nos.wait()\n"
     assert run_tests(daemon, "", namespaces=namespaces).passed
     assert survivors(marker) == []
@@ -150,6 +151,27 @@ def test_no_network(namespaces):
         assert not run_tests(connect, "", namespaces=namespaces).passed
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+CHAIN = "import os\nif os.fork() == 0:\n    while True:\n        if os.fork(): os._exit(0)\n"
+
+
+def test_who_forks_and_ends_over_and_over_is_killed_too(namespaces, marker):
+    run_tests(CHAIN, "", SHORT, namespaces)
+    assert survivors(marker) == []
+    assert not run_tests(CHAIN + "while True: pass", "", SHORT, namespaces).passed
+    assert survivors(marker) == []
+
+
+def test_namespaces_without_users_are_left_out(monkeypatch):
+    def refused(path, text):
+        raise PermissionError
+
+    mine = os.readlink("/proc/self/ns/user")
+    monkeypatch.setattr(namespaces_of.os, "getuid", lambda: 1000)
+    monkeypatch.setattr(namespaces_of.Path, "write_text", refused)
+    assert not namespaces_of.enter_namespaces()
+    assert os.readlink("/proc/self/ns/user") == mine
 
 
 def test_killing_the_parent_gains_nothing(namespaces, marker):
@@ -278,7 +300,8 @@ DAEMON = """
 import os, signal, time
 for place in range(2):
     if os.fork() == 0:
-        os.setsid()
+        try: os.setsid()
+        except OSError: pass
         if os.fork():
             os._exit(0)
         for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:

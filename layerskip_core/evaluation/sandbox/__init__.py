@@ -26,6 +26,7 @@ from .walls import WALLS
 __all__ = ["WALLS", "Limits", "Verdict", "run_tests", "standing_walls"]
 
 _GRACE_SECONDS = 20.0  # for the supervisor itself, on a machine that is busy
+_SECONDS_TO_END = 10.0
 _ROOT = str(Path(__file__).parents[3])
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox.supervisor import main; main()"
 
@@ -106,12 +107,21 @@ def _ask_supervisor(settings: dict[str, Any], request: str, seconds: float) -> d
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        _end(process)
     if process.returncode != 0 or not answer:
         told = errors.strip().splitlines() or [f"exit status {process.returncode}"]
         raise LayerSkipError(f"generated code cannot be run here: {told[-1]}")
     found: dict[str, Any] = json.loads(answer)
     return found
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Lets a supervisor kill its program first, where it has not ended by itself."""
+    if process.returncode is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_SECONDS_TO_END)
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

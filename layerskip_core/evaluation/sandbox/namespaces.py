@@ -1,6 +1,7 @@
 """Namespaces: network, processes, IPC and mounts of a program's own, and a tree of files that holds what it may read only."""
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,16 +25,39 @@ def enter_namespaces() -> bool:
     """
     if not LINUX:
         return False
-    uid, gid = os.getuid(), os.getgid()
+    kinds = _HOST_NAME | _IPC | _PROCESSES | _NETWORK
     try:
-        call("unshare", _HOST_NAME | _IPC | _PROCESSES | _NETWORK | (_USERS if uid else 0))
+        if os.getuid() == 0:
+            call("unshare", kinds)
+        elif _succeeds_in_a_child(_own_users):
+            _own_users(kinds)
+        else:
+            return False
     except OSError:
         return False
-    if uid:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
     return True
+
+
+def _own_users(more_kinds: int = 0) -> None:
+    """This user becomes the only one of a namespace. Some systems let it be made and refuse the names that it needs."""
+    uid, gid = os.getuid(), os.getgid()
+    call("unshare", _USERS | more_kinds)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+
+
+def _succeeds_in_a_child(act: Callable[[], None]) -> bool:
+    """What cannot be undone is tried there first."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            act()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def enter_small_tree(folder: str, machine: str | None) -> bool:

@@ -6,12 +6,14 @@ The kernel tells a process of its parent's end by SIGTERM. It is noticed in `wai
 import os
 import select
 import signal
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
 from .kernel import LINUX, prctl
 
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # prctl(2)
+_SECONDS_TO_KILL = 2.0
 
 
 class Alarms:
@@ -61,7 +63,7 @@ def adopt_orphans() -> None:
 def descendants(ancestor: int) -> list[int]:
     """All living processes below one; none where /proc does not tell."""
     parents: dict[int, list[int]] = {}
-    for pid in filter(str.isdigit, os.listdir("/proc") if LINUX else ()):
+    for pid in _numbers():
         with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as status:
             state, parent = status.read().rpartition(b")")[2].split()[:2]
             # A process whose first thread has ended looks dead, though its other threads live.
@@ -76,16 +78,24 @@ def descendants(ancestor: int) -> list[int]:
     return found
 
 
-def kill_descendants(ancestor: int, spared: Sequence[int] = ()) -> None:
-    """Kills until none is left, which a bounded number of processes cannot outrun. Children of this process are reaped."""
+def kill_descendants(ancestor: int, spared: Sequence[int] = ()) -> bool:
+    """Kills all processes below one; children of this process are reaped. False when there were always new ones: a process
+    that forks and ends, over and over, is a step ahead of whoever looks for it.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_KILL
     while left := [one for one in descendants(ancestor) if one not in spared]:
         for one in left:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(one, signal.SIGKILL)
-        _reap(left)
+            with suppress(ChildProcessError):
+                os.waitpid(one, os.WNOHANG)
+        if time.monotonic() > deadline:
+            return False
+    return True
 
 
-def _reap(pids: list[int]) -> None:
-    for pid in pids:
-        with suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+def _numbers() -> list[str]:
+    try:
+        return [name for name in os.listdir("/proc") if name.isdigit()] if LINUX else []
+    except OSError:
+        return []

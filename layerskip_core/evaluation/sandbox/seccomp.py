@@ -31,12 +31,12 @@ class _Step:
         return struct.pack("HBBI", self.code, self.true, self.false, self.value)
 
 
-def filter_calls(machine: str, pid: int | None) -> bool:
+def filter_calls(machine: str, separate: bool, only_signalled: int | None) -> bool:
     """Filters this process's calls, and its descendants', for good; False where the kernel cannot.
 
-    Signals may be sent to the process `pid` alone; with None the other walls bound whom they reach.
+    See `checked` for the two settings.
     """
-    steps = _program(machine, pid)
+    steps = _program(machine, separate, only_signalled)
     packed = b"".join(step.packed() for step in steps)
     code = ctypes.create_string_buffer(packed, len(packed))
     head = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
@@ -47,14 +47,14 @@ def filter_calls(machine: str, pid: int | None) -> bool:
     return True
 
 
-def _program(machine: str, pid: int | None) -> list[_Step]:
+def _program(machine: str, separate: bool, only_signalled: int | None) -> list[_Step]:
     steps = [_load(_ARCHITECTURE), _Step(_EQUAL, ARCHITECTURES[machine], true=1), _give(_KILL), _load(_NUMBER)]
     steps += [_Step(_AT_LEAST, _LONG_NUMBERS, false=1), _give(_KILL)]
     for first, last in _ranges(allowed(machine)):
         steps += [_Step(_AT_LEAST, first, false=2), _Step(_MORE_THAN, last, true=1), _give(_ALLOW)]
     for number in missing(machine):
         steps += [_Step(_EQUAL, number, false=1), _give(_NOT_THERE)]
-    for number, checks in checked(machine, pid).items():
+    for number, checks in checked(machine, separate, only_signalled).items():
         block = [step for check in checks for step in _test(check)] + [_give(_ALLOW)]
         steps += [_Step(_EQUAL, number, false=len(block)), *block]
     return [*steps, _Step(_MORE_THAN, NEWEST, false=1), _give(_NOT_THERE), _give(_REFUSE)]

@@ -23,6 +23,7 @@ from .processes import Alarms
 from .runner import KEY_BYTES, run_program
 
 _MOST_BYTES = 4096  # of a line that a program can make the supervisor read
+_SECONDS_TO_END = 5.0  # for init, which kills the program first
 _FOLDER_SECONDS = 0.02  # between two looks at a folder that nothing else bounds
 
 
@@ -75,7 +76,8 @@ class _Run:
             first = processes.descendants(self._init)  # the program's own process, which waits for the program
             key = self._send_keyed(program)
             self._expect(key)
-            processes.kill_descendants(self._init, first)
+            if not processes.kill_descendants(self._init, first):
+                raise _Ended("left a process running that does not end")
             self._expect(self._send_keyed(tests))
         except _Ended as end:
             return {"passed": False, "reason": str(end), "walls": walls}
@@ -133,32 +135,41 @@ class _Run:
 def _kill_everything(init: int, separate: bool) -> None:
     """Kills the program and all that it started, and waits until nothing of it is left.
 
-    The end of `init` is the end of its process namespace. Where there is none, orphans come to this process.
+    The end of `init` is the end of its process namespace. Where there is none, it kills the program's group before it ends,
+    and what has left the group comes to this process.
     """
     with suppress(ProcessLookupError):
-        os.kill(init, signal.SIGKILL)
-    with suppress(ChildProcessError):
-        os.waitpid(init, 0)
+        os.kill(init, signal.SIGKILL if separate else signal.SIGTERM)
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while not _has_ended(init):
+        if time.monotonic() > deadline:
+            os.kill(init, signal.SIGKILL)
+        time.sleep(0.001)
+    os.waitpid(init, 0)
     if not separate:
         processes.kill_descendants(os.getpid())
 
 
 def _run_init(settings: dict[str, Any], channel: socket.socket, identity: int | None, separate: bool) -> NoReturn:
     """Starts the program, and ends with it, or when the supervisor does; nothing that the program started is left then."""
+    program = 0
     try:
-        os.setpgid(0, 0)
         alarms = Alarms()
         processes.adopt_orphans()
         processes.end_with_parent()
         small_tree = separate and enter_small_tree(settings["folder"], machine())
         program = os.fork()
         if program == 0:
+            os.setpgid(0, 0)
             alarms.close()
             run_program(settings, channel, identity, separate, small_tree)
-        while not _supervisor_is_gone(channel) and not alarms.wait(None)[0] and program not in _reaped():
+        while not _supervisor_is_gone(channel) and not alarms.wait(None)[0] and not _has_ended(program):
             pass
     finally:
-        processes.kill_descendants(os.getpid())
+        if not separate and program:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(program, signal.SIGKILL)  # all of the group at once: nobody in it can fork meanwhile
+            processes.kill_descendants(os.getpid())
         os._exit(0)
 
 
@@ -172,10 +183,11 @@ def _supervisor_is_gone(channel: socket.socket) -> bool:
         return True
 
 
-def _reaped() -> list[int]:
-    """The children of this process that have ended since the last call."""
-    found = []
+def _has_ended(child: int) -> bool:
+    """Whether this child of the process has ended; it keeps its number until it is waited for. Others that have are reaped."""
     with suppress(ChildProcessError):
-        while pid := os.waitpid(-1, os.WNOHANG)[0]:
-            found.append(pid)
-    return found
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == child:
+                return True
+            os.waitpid(ended.si_pid, 0)
+    return False

@@ -45,7 +45,7 @@ rt_sigsuspend 130 133, sigaltstack 131 132
 """
 _PROCESSES = """
 fork 57 -, vfork 58 -, wait4 61 260, waitid 247 95, exit 60 93, exit_group 231 94, set_tid_address 218 96,
-set_robust_list 273 99, rseq 334 293, restart_syscall 219 128, setsid 112 157, setpgid 109 154, sched_yield 24 124
+set_robust_list 273 99, rseq 334 293, restart_syscall 219 128, sched_yield 24 124
 """
 _QUESTIONS = """
 getpid 39 172, getppid 110 173, gettid 186 178, getpgid 121 155, getpgrp 111 -, getsid 124 156, getuid 102 174,
@@ -68,6 +68,7 @@ _LIMITS = "prlimit64 302 261"
 _CLONE = "clone 56 220"
 _SOCKETPAIR = "socketpair 53 199"
 _KILLS = "kill 62 129, tgkill 234 131"
+_GROUPS = "setsid 112 157, setpgid 109 154"
 
 _ALL = 0xFFFFFFFF
 _PATH_ONLY, _TRUNCATE, _ACCESS_MODE = 0o10000000, 0o1000, 0o3  # open(2)
@@ -103,13 +104,15 @@ def missing(machine: str) -> list[int]:
     return list(_numbers(_MISSING, machine))
 
 
-def checked(machine: str, pid: int | None) -> dict[int, tuple[Check, ...]]:
-    """The numbers of calls that depend on their arguments. Signals reach the process `pid` alone; with None whom the other
-    walls let them reach.
+def checked(machine: str, separate: bool, only_signalled: int | None) -> dict[int, tuple[Check, ...]]:
+    """The numbers of calls that depend on their arguments, or on the other walls.
+
+    Signals reach the process `only_signalled`; with None whom the other walls let them reach. Unless it is `separate`, in a
+    process namespace, a program must stay in one group, which can be killed at once.
     """
     mask = _PATH_ONLY | _TRUNCATE | _ACCESS_MODE
     namespaces = _NEW_NAMESPACES | _SIBLING
-    rules = {
+    rules: dict[str, tuple[Check, ...]] = {
         _OPEN: (Check(1, mask, _OPENINGS),),
         _OPEN_AT: (Check(2, mask, _OPENINGS),),
         _FCNTL: (Check(1, _ALL, _DESCRIPTOR_COMMANDS),),
@@ -118,8 +121,8 @@ def checked(machine: str, pid: int | None) -> dict[int, tuple[Check, ...]]:
         _LIMITS: (Check(0, _ALL, (0,)),),
         _CLONE: (Check(0, namespaces, (0,)),),
         _SOCKETPAIR: (Check(0, _ALL, (_LOCAL,)), Check(1, _ALL & ~_SOCKET_FLAGS, (_STREAM,))),
-        _KILLS: () if pid is None else (Check(0, _ALL, (pid,)),),
-    }
+        _KILLS: () if only_signalled is None else (Check(0, _ALL, (only_signalled,)),),
+    } | ({_GROUPS: ()} if separate else {})
     return {number: checks for names, checks in rules.items() for number in _numbers(names, machine)}
 
 

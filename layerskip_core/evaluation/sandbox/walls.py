@@ -37,9 +37,9 @@ def confine(settings: dict[str, Any], identity: int | None, separate: bool, smal
     elif separate:
         users.drop_capabilities()
     end_with_parent(signal.SIGKILL)
-    reached = None if separate or landlock.bounds_signals() else os.getpid()
+    only_signalled = None if separate or landlock.bounds_signals() else os.getpid()
     here = machine()
-    filtered = here is not None and filter_calls(here, reached)
+    filtered = here is not None and filter_calls(here, separate, only_signalled)
     standing = {
         "files": bounded,
         "file names": small_tree,
