@@ -174,6 +174,25 @@ def test_namespaces_without_users_are_left_out(monkeypatch):
     assert os.readlink("/proc/self/ns/user") == mine
 
 
+@pytest.mark.parametrize(
+    ("without", "missing"),
+    [
+        ("supervisor.enter_small_tree", {"file names"}),
+        ("supervisor.enter_namespaces", {"file names", "processes"}),
+        ("walls.landlock.allow_files_only", {"files"}),
+        ("walls.filter_calls", {"system calls"}),
+    ],
+)
+def test_a_wall_that_the_kernel_forbids_is_left_out_and_missed(monkeypatch, without, missing, marker):
+    start = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox import supervisor, walls\n"
+    before = set(standing_walls())
+    monkeypatch.setattr(sandbox, "_START", f"{start}{without} = lambda *all: False\nsupervisor.main()")
+    verdict, walls = sandbox._supervised(f"import math\n{CHAIN}", "assert math.pi > 3", Limits(), True)
+    assert set(walls) == before - missing
+    assert verdict.passed or verdict.reason == "left a process running that does not end"
+    assert survivors(marker) == []
+
+
 def test_killing_the_parent_gains_nothing(namespaces, marker):
     assert not run_tests("import os; os.kill(os.getppid(), 9)\nwhile True: pass", "", SHORT, namespaces).passed
     assert survivors(marker) == []
@@ -322,15 +341,19 @@ sandbox.run_tests(sys.argv[3], "", sandbox.Limits(seconds=600.0), namespaces=sys
 
 @needs("system calls")
 @pytest.mark.parametrize("killed", ["harness", "supervisor"])
-def test_nothing_survives_the_end_of_what_started_it(marker, namespaces, killed, temporary_folder):
+@pytest.mark.parametrize(
+    ("left", "count"), [(DAEMON, 2), (f"{CHAIN}import time; time.sleep(600)", 0)], ids=["daemons", "chain"]
+)
+def test_nothing_survives_the_end_of_what_started_it(marker, namespaces, killed, left, count, temporary_folder):
     harness = subprocess.Popen(
-        [sys.executable, "-c", HARNESS, sandbox._ROOT, str(marker), DAEMON, str(namespaces)],
+        [sys.executable, "-c", HARNESS, sandbox._ROOT, str(marker), left, str(namespaces)],
         env={"TMPDIR": temporary_folder},
         stderr=subprocess.DEVNULL,
     )
-    while len(survivors(marker)) < 6:  # harness, supervisor, init, program, two daemons
+    while len(survivors(marker)) < 4 + count:  # harness, supervisor, init, program, and what it left to stay
         assert harness.poll() is None
         time.sleep(0.05)
+    time.sleep(0.2)
     supervisor = next(one for one in processes.descendants(os.getpid()) if parent_of(one) == harness.pid)
     os.kill(harness.pid if killed == "harness" else supervisor, signal.SIGKILL)
     harness.wait()
