@@ -264,6 +264,7 @@ def test_the_programs_have_names_of_their_own():
     assert len({one.name for one in PROGRAMS}) == len(PROGRAMS) > 100
 
 
+@pytest.mark.slow
 @needs("files")
 @needs("system calls")
 @pytest.mark.parametrize(("hostile", "namespaces"), HOSTILE)
@@ -394,6 +395,7 @@ print(json.dumps({"user": os.getuid(), "walls": standing_walls(), "failed": fail
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="the other tests run as a plain user already")
 @needs("files")
 @needs("system calls")
