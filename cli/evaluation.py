@@ -79,6 +79,7 @@ def load(config: "BenchConfig | SweepConfig") -> "tuple[LoadedModel, Task]":
         narrate(note)
     loaded = load_checkpoint(config.model, config.device, config.dtype, "auto", config.packing)
     use_threads(config.threads, loaded)
+    rows.prepared(loaded).encode_prompt("hello")  # a template that fails is one error, not one for each prompt
     return loaded, rows
 
 

@@ -21,10 +21,10 @@ from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
 from .model import DepthModel, ModelSpec, NativeModel, PackedModel, can_pack, can_run_native
 from .model.vocabulary import token_order
 from .model.weights import check_model
+from .prompt_encoding import CHAT, encode_prompt
 from .swap import read_whole, settle
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
-CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # said, because a library that is not told asks on standard input
 _LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
 
@@ -83,19 +83,6 @@ class LoadedModel:
         """How this checkpoint is best decoded, by a sweep or because its exits were trained; None: nobody knows."""
         known = self.info.exit_layer is not None or self.info.trained_exits or self.name in PUBLISHED
         return self.info.strategy or ("self-speculative" if known else None)
-
-
-def encode_prompt(tokenizer: Any, template: str | None, prompt: str) -> list[int]:
-    """Token ids of a prompt, special tokens at its start included and none at its end; training and decoding both use it."""
-    if template == CHAT:
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return list(ids)
-    text = prompt if template is None else template.replace("{prompt}", prompt)
-    ids = list(tokenizer(text)["input_ids"])
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
 
 
 def pick_device(device: str) -> torch.device:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from .checkpoint import encode_prompt
+from .chat import has_chat_template, render_chat
 from .config import DataConfig
 from .data import Conversation, Example, Row, stream_rows
 from .errors import DataError, LayerSkipError
 from .input_files import first_line
+from .prompt_encoding import encode_prompt, encoded
+from .special_text import special_text
 from .training.exit_loss import IGNORED
 from .training.packing import packed
 
@@ -67,14 +69,17 @@ class Encoder:
 
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
         """A conversation in the tokenizer's chat template; labels only where the assistant speaks, its end of turn included."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not has_chat_template(self.tokenizer):
             raise DataError("--data holds conversations (messages), but the model's tokenizer has no chat template for them")
+        special = special_text(self.tokenizer)
+        held = special is not None and any(special.in_prompt(text) for message in row.messages for text in message)
         messages = [{"role": role, "content": content} for role, content in row.messages]
+        if special is not None and held:  # what is said in a turn opens no other
+            messages = [{name: special.masked(text) for name, text in message.items()} for message in messages]
 
         def text_of(count: int, prompt: bool) -> str:
-            if not count:
-                return ""
-            return str(self.tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
+            text = render_chat(self.tokenizer, messages[:count], add_generation_prompt=prompt) if count else ""
+            return special.sealed(text) if special is not None and held else text
 
         text = text_of(len(messages), False)
         spans = [
@@ -83,11 +88,17 @@ class Encoder:
         for before, through in spans:
             if not (text.startswith(through) and through.startswith(before)):
                 raise DataError("the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        spoken = [any(len(before) <= start < len(through) for before, through in spans) for start in starts]
+        if special is not None and held:
+            ids, offsets = encoded(lambda: _with_offsets(special.encode(text, add_special_tokens=False)))
+        else:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = list(found["input_ids"]), found["offset_mapping"]
+        spoken = [any(len(before) <= start < len(through) for before, through in spans) for start, _ in offsets]
         return ids, [token if said else IGNORED for token, said in zip(ids, spoken, strict=True)]
+
+
+def _with_offsets(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    return list(encoding.ids), list(encoding.offsets)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ _CONFIG_KEYS = {
     "tie_word_embeddings",
     "vocab_size",
 }
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKENIZER_CLASS = "TokenizersBackend"  # a tokenizer that adds nothing to tokenizer.json
 
 
@@ -91,7 +92,7 @@ class LeanTokenizer:
         self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        settings = _json(Path(folder) / "tokenizer_config.json")
+        settings = self._settings = _json(Path(folder) / "tokenizer_config.json")
         self.eos_token_id = self._id(settings.get("eos_token"))
         self.pad_token_id = self._id(settings.get("pad_token"))
         template = Path(folder) / "chat_template.jinja"
@@ -108,6 +109,17 @@ class LeanTokenizer:
             return str(self.full.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=True))
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The tokenizers library's object, by the name that transformers gives it."""
+        return self._tokenizer
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens that have a name, such as eos_token."""
+        found = {name: _content(self._settings.get(name)) for name in _NAMED_TOKENS}
+        return {name: content for name, content in found.items() if content is not None}
+
     @cached_property
     def full(self) -> Any:
         """transformers' tokenizer of the same folder."""
@@ -121,9 +133,15 @@ class LeanTokenizer:
         return getattr(self.full, name)
 
     def _id(self, token: Any) -> int | None:
-        content = token.get("content") if isinstance(token, dict) else token
+        content = _content(token)
         found: int | None = None if content is None else self._tokenizer.token_to_id(content)
         return found
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token as tokenizer_config.json writes it: bare, or as an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def lean_tokenizer(folder: str) -> LeanTokenizer | None:

@@ -13,10 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.utils import logging
 
 from layerskip_core.checkpoint import (
-    CHAT,
     PUBLISHED,
     LoadedModel,
-    encode_prompt,
     load_blank,
     load_checkpoint,
     pick_device,
@@ -29,6 +27,7 @@ from layerskip_core.data import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.info import CheckpointInfo, holds_model, read_info
 from layerskip_core.model import DepthModel
+from layerskip_core.prompt_encoding import CHAT, encode_prompt
 from layerskip_core.saving import refuse_overwrite, save_checkpoint, write_info
 from layerskip_core.training.vocabulary import train_tokenizer
 

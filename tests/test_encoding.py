@@ -100,7 +100,7 @@ def test_a_template_that_fails_is_an_error_of_the_row(chat_tokenizer, template):
 
 def test_a_tokenizer_that_fails_is_an_error_of_the_row():
     encoder = Encoder(lambda *_, **__: 1 / 0, "{prompt}", 128)
-    with pytest.raises(DataError, match=r"^a\.csv:3 cannot be encoded: "):
+    with pytest.raises(DataError, match=r"^a\.csv:3: the model's tokenizer cannot encode the prompt: division by zero"):
         list(encoder.rows([Example("", "b", "a.csv:3")]))
 
 

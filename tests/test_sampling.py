@@ -43,6 +43,47 @@ def test_probabilities_after_temperature_top_k_and_top_p(config, expected):
     torch.testing.assert_close(probabilities(LOGITS, config), tensor(expected, dtype=torch.float32))
 
 
+SMALL = (1e-3, 1e-6, 1e-30, 1e-38, 1e-45, 1e-50, 1e-300, 5e-324)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("temperature", [0.1, 1e-2, *SMALL])
+def test_a_small_temperature_gives_the_exact_distribution(temperature, dtype):
+    """Logits a few temperatures apart, so that more than one token has mass; held against exact arithmetic."""
+    from decimal import Decimal, getcontext
+
+    getcontext().prec = 60
+    steps = tensor([0.0, -0.5, -1.0, -3.0, -1e4, -1e9])
+    logits = (torch.tensor(1.0) + steps * max(temperature, 1e-3)).to(dtype)
+    apart = [Decimal(float(one)) - Decimal(float(logits.max())) for one in logits]
+    weights = [(one / Decimal(temperature)).exp() if one / Decimal(temperature) > -2000 else Decimal(0) for one in apart]
+    expected = tensor([float(weight / sum(weights)) for weight in weights], dtype=torch.float64)
+    found = probabilities(logits, SamplingConfig(temperature=temperature)).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "config", [{"temperature": one} for one in SMALL] + [{"temperature": 1.0, "top_p": one} for one in SMALL]
+)
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("vocabulary", [5, 300, 8192])
+def test_the_limit_of_a_small_temperature_or_top_p_is_greedy(config, top_k, vocabulary):
+    logits = torch.randn(4, vocabulary, generator=generator()) * 3
+    settings = SamplingConfig(top_k=top_k, **config)
+    found = probabilities(logits, settings)
+    if config["temperature"] < 1e-3 or "top_p" in config:
+        assert torch.equal(found, torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float())
+    assert torch.equal(sampler_for(settings, CPU).choose(logits, None), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("vocabulary", [3, 7, 49, 1000, 49152])
+def test_top_p_among_equals_keeps_one_at_least(vocabulary):
+    found = probabilities(torch.zeros(2, vocabulary), SamplingConfig(temperature=1, top_p=1e-50))
+    assert (found > 0).sum(-1).tolist() == [1, 1] and found.sum(-1).tolist() == [1, 1]
+    tied = probabilities(tensor([2.0, 2.0, 1.0]), SamplingConfig(temperature=1e-50))
+    assert tied.tolist() == [0.5, 0.5, 0.0]
+
+
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.3, 11, 1.0), (1.0, 0, 0.8), (0.9, 20, 0.6)])
 def test_probabilities_equal_the_warpers_of_transformers(temperature, top_k, top_p):
     logits = torch.randn(6, 50, generator=generator(), dtype=torch.double) * 3

@@ -102,8 +102,10 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     top-p keeps the smallest set of most probable tokens whose mass reaches it (Holtzman et al., 2020), never less than one.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Below it both would become 0 in the precision of the logits: 0 / 0, and no token kept. With it only the best are left.
+    least = torch.finfo(logits.dtype).tiny
     # The maximum is subtracted first, for a small temperature would overflow what it divides.
-    probs = ((logits - logits.amax(-1, keepdim=True)) / config.temperature).softmax(-1)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / max(config.temperature, least)).softmax(-1)
     if config.top_k:
         top_probs, top_ids = probs.topk(min(config.top_k, probs.shape[-1]))
         top_probs = top_probs / top_probs.sum(-1, keepdim=True)
@@ -113,7 +115,7 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
         return probs
     if config.top_p < 1:
         mass_before = top_probs.cumsum(-1) - top_probs
-        top_probs = top_probs.masked_fill(mass_before >= config.top_p, 0)
+        top_probs = top_probs.masked_fill(mass_before >= max(config.top_p, least), 0)
         top_probs = top_probs / top_probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, top_ids, top_probs)
 
@@ -127,7 +129,7 @@ def _top_p_bound(probs: Tensor, top_p: float) -> int:
     vocabulary = probs.shape[-1]
     if probs.device.type != "cpu":
         return vocabulary
-    return int((probs >= (1 - top_p) / vocabulary).sum(-1).max())
+    return max(1, int((probs >= (1 - top_p) / vocabulary).sum(-1).max()))  # 0 where all are alike, and rounded down
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> Tensor:

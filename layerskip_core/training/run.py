@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..chat import require_chat_template
 from ..checkpoint import (
-    CHAT,
     LoadedModel,
     adapter_base,
     load_blank,
@@ -29,6 +29,7 @@ from ..errors import ConfigError, TrainingInterrupted
 from ..info import CheckpointInfo
 from ..model.vocabulary import ORDER_FILE
 from ..model_files import RUN_FILES
+from ..prompt_encoding import CHAT
 from ..saving import output_lock, refuse_overwrite, save_checkpoint
 from .attention import use_fp32_attention
 from .checkpoints import (
@@ -265,6 +266,8 @@ def _template(config: FinetuneConfig, loaded: LoadedModel, rows: list[Row]) -> s
     if any(isinstance(row, Conversation) for row in rows):
         return CHAT
     if config.prompt_template is not None:
+        if config.prompt_template == CHAT:
+            require_chat_template(loaded.tokenizer)
         return config.prompt_template
     if is_parsing(config.data):
         return PARSING_TEMPLATE

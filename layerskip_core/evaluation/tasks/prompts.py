@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ...checkpoint import CHAT
 from ...data import Example
+from ...prompt_encoding import CHAT
 
 BARE = "{prompt}"  # as a form of rows and as a model's template: nothing is added
 SHOT_END = "\n\n"
