@@ -52,6 +52,12 @@ def packing(
     )
 
 
+def narrate_notes(loaded: "LoadedModel") -> None:
+    """What there is to know of how a model runs here."""
+    for note in loaded.notes:
+        narrate(note)
+
+
 def use_threads(threads: int, loaded: "LoadedModel | None" = None) -> None:
     """Sets torch's CPU threads; with 0 they stay torch's choice, but for decoding with a small model (`loaded`): then one.
 

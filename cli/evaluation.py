@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .console import narrate, progress_bar, use_threads
+from .console import narrate, narrate_notes, progress_bar, use_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +78,7 @@ def load(config: "BenchConfig | SweepConfig") -> "tuple[LoadedModel, Task]":
     for note in rows.notes:
         narrate(note)
     loaded = load_checkpoint(config.model, config.device, config.dtype, "auto", config.packing)
+    narrate_notes(loaded)
     use_threads(config.threads, loaded)
     rows.prepared(loaded).encode_prompt("hello")  # a template that fails is one error, not one for each prompt
     return loaded, rows

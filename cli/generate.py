@@ -20,6 +20,7 @@ from .console import (
     Quantize,
     Threads,
     narrate,
+    narrate_notes,
     packing,
     use_threads,
 )
@@ -100,6 +101,7 @@ def generate(
     from layerskip_core.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(model, device, dtype, "auto", weights)
+    narrate_notes(loaded)
     use_threads(threads, loaded)
     drafting = exit_layer is not None or spec is not None or weights.drafts_apart or draft_confidence > 0
     config = _resolved(config, loaded, exit_layer, spec, known=strategy is not None or drafting)

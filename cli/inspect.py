@@ -14,7 +14,7 @@ from layerskip_core.errors import LayerSkipError
 from layerskip_core.ranges import parse_counts, require_in_range
 
 from . import standard_input
-from .console import Device, Precision, Threads, narrate, use_threads
+from .console import Device, Precision, Threads, narrate, narrate_notes, use_threads
 from .evaluation import Model
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def inspect(
     if output is not None:
         require_writable(_page_file(output), LayerSkipError)
     loaded = load_checkpoint(model, device, dtype, implementation="auto")
+    narrate_notes(loaded)
     use_threads(threads, loaded)
     count = loaded.depth.num_layers
     console = Console(highlight=False, emoji=False)

@@ -1,11 +1,11 @@
 """Models on disk: a folder, a GGUF file, a hub id or an embedded default <-> model, tokenizer and layerskip.json."""
 
-import json
-import math
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +16,29 @@ from torch import nn
 
 from .config import PackingConfig, Strategy
 from .errors import CheckpointError, ConfigError
+from .gguf_header import read_gguf_header
 from .info import ADAPTER_FILE, CheckpointInfo, holds_model, read_info
 from .lean import FileWeights, generation_config, lean_config, lean_tokenizer
-from .model import DepthModel, ModelSpec, NativeModel, PackedModel, can_pack, can_run_native
+from .model import DepthModel, ModelSpec, NativeModel, PackedModel, can_pack, can_run_native, suits_kernels
+from .model.config_values import tokens_of
+from .model.native.compiled import kernels_asked_for, missing_kernels
 from .model.vocabulary import token_order
 from .model.weights import check_model
 from .prompt_encoding import CHAT, encode_prompt
+from .stored import (
+    TOKENIZER_FILE,
+    adapters_of,
+    check_config,
+    check_stored_weights,
+    open_weights,
+    read_config,
+    read_settings,
+)
 from .swap import read_whole, settle
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # said, because a library that is not told asks on standard input
+_PANIC = "PanicException"  # of a library in Rust, which is no Exception
 _LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU that has it
 
 # (exit layer, draft tokens) of the published checkpoints: LayerSkip tables 3-5; Llama 3 as in their model cards.
@@ -49,14 +62,14 @@ class LoadedModel:
     tokenizer: Any
     info: CheckpointInfo
     depth: Any  # a DepthModel; a PackedModel when loaded for decoding and the architecture allows it
+    notes: tuple[str, ...] = ()  # what whoever waits for this model should know of how it runs
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """Every id that ends an answer: the generation config's, the config's and the tokenizer's."""
         found: set[int] = set()
         for source in (getattr(self.model, "generation_config", None), self.model.config, self.tokenizer):
-            value = getattr(source, "eos_token_id", None)
-            found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+            found.update(tokens_of(getattr(source, "eos_token_id", None)))
         return frozenset(found)
 
     @property
@@ -67,8 +80,15 @@ class LoadedModel:
         return CHAT if getattr(self.tokenizer, "chat_template", None) else None
 
     def encode_prompt(self, prompt: str, raw: bool = False) -> list[int]:
-        """Token ids of a prompt in this checkpoint's template (`raw`: as it stands)."""
-        return encode_prompt(self.tokenizer, None if raw else self.prompt_template, prompt)
+        """Token ids of a prompt in this checkpoint's template (`raw`: as it stands). Raises ConfigError for one that the
+        model has no embedding of.
+        """
+        ids = encode_prompt(self.tokenizer, None if raw else self.prompt_template, prompt)
+        last, known = max(ids, default=0), self.depth.vocab_size
+        if last >= known:
+            token = self.tokenizer.decode([last])
+            raise ConfigError(f"the prompt must have tokens of the model, of which there are {known}, got {token!r}, id {last}")
+        return ids
 
     def detokenize(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -125,6 +145,19 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """Keeps the bar over a GGUF file's tensors off stderr, which no switch of transformers reaches."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = reader.tqdm
+    reader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+
+
 def load_checkpoint(
     name: str,
     device: str = "auto",
@@ -142,6 +175,8 @@ def load_checkpoint(
         ConfigError: the device is not here, or the packing is not to be had for this architecture, device or machine.
     """
     target = pick_device(device)
+    if implementation == "auto":
+        kernels_asked_for()
     return read_whole(name, lambda: _load(name, device, target, dtype, implementation, packing))
 
 
@@ -171,18 +206,19 @@ def _load_lean(
     config = lean_config(path)
     if config is None:
         return None
-    weights = FileWeights(path, config, device)
-    parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+    spec = ModelSpec.of(config)
+    weights = FileWeights(path, spec, device)
     tokenizer = lean_tokenizer(path)
     if tokenizer is None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path, **_NO_FOREIGN_CODE)
-    precision = pick_dtype(dtype, device, parameters)
-    decoder = NativeModel if can_run_native(config, precision, device, packing) else PackedModel
+    check_tokenizer(tokenizer, spec.vocab)
+    precision = pick_dtype(dtype, device, spec.parameters)
+    decoder, notes = _decoder(config, precision, device, packing)
     depth = decoder(config, weights.reader(precision), packing, _token_order(path, config, packing))
     model = SimpleNamespace(config=config, generation_config=generation_config(path))
-    return LoadedModel(name, model, tokenizer, info, depth)
+    return LoadedModel(name, model, tokenizer, info, depth, notes)
 
 
 @quiet_transformers()
@@ -194,23 +230,25 @@ def _load_with_transformers(
     packing: PackingConfig | None,
 ) -> LoadedModel:
     path, keywords = _locate(name)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
-    spec = _reading(name, lambda: ModelSpec.of(config))
+    config, spec = _reading(name, lambda: _read_architecture(path, keywords))
+    _reading(name, lambda: _check_folder_weights(path, spec))
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
+    _reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
     extra = dict(keywords)
     if "gguf_file" in keywords:
         from transformers import GgufConfig
 
         extra["quantization_config"] = GgufConfig(dequantize=True)
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    model, report = _reading(
-        name,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", attn_implementation=attention, output_loading_info=True, **extra, **_NO_FOREIGN_CODE
-        ),
-    )
+    with _no_gguf_bar() if "gguf_file" in keywords else nullcontext():
+        model, report = _reading(
+            name,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", attn_implementation=attention, output_loading_info=True, **extra, **_NO_FOREIGN_CODE
+            ),
+        )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
     if missing:
         raise CheckpointError(f"model {name} is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
@@ -218,8 +256,33 @@ def _load_with_transformers(
         model = _without_quantization(model)
     _reading(name, lambda: check_model(model, spec))
     model = _converted(model.to(target), pick_dtype(dtype, target, spec.parameters)).eval()
-    depth = _reading(name, lambda: _depth_of(model, implementation, packing, path))
-    return LoadedModel(name, model, tokenizer, read_info(path), depth)
+    depth, notes = _reading(name, lambda: _depth_of(model, implementation, packing, path))
+    return LoadedModel(name, model, tokenizer, read_info(path), depth, notes)
+
+
+def _read_architecture(path: str, keywords: dict[str, Any]) -> tuple[Any, ModelSpec]:
+    """A model's configuration by transformers, after what it is made of was checked: nothing is built of what cannot be."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    folder = Path(path)
+    if "gguf_file" in keywords:
+        header = read_gguf_header(folder / keywords["gguf_file"])
+    elif folder.is_dir():
+        read_config(folder)
+        read_settings(folder, TOKENIZER_FILE)
+    else:
+        check_config(PreTrainedConfig.get_config_dict(path, **_NO_FOREIGN_CODE)[0])
+    config = AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE)
+    spec = ModelSpec.of(config)
+    if "gguf_file" in keywords and spec.parameters > header.parameters:
+        raise CheckpointError(f"needed {spec.parameters} weights, by its sizes; found {header.parameters}")
+    return config, spec
+
+
+def _check_folder_weights(path: str, spec: ModelSpec) -> None:
+    files = open_weights(path) if Path(path).is_dir() else {}
+    if spec.shapes.keys() & files.keys():  # else they have older names, which transformers knows
+        check_stored_weights(files, spec)
 
 
 @quiet_transformers()
@@ -230,44 +293,67 @@ def _load_adapted(
     implementation: Literal["auto", "generic"],
     packing: PackingConfig | None,
 ) -> LoadedModel:
-    """An adapter merged into its base, which its config names as `--model` would."""
+    """An adapter merged into its base, which its config names as `--model` would; that may be another adapter."""
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    loaded = load_checkpoint(adapter_base(name), device, dtype)
-    model = _reading(name, lambda: PeftModel.from_pretrained(loaded.model, name).merge_and_unload().eval())
+    adapters, base = adapters_of(name)
+    loaded = load_checkpoint(base, device, dtype)
+    model, spec = loaded.model, loaded.depth.spec
+    for adapter in reversed(adapters):
+        model = _reading(adapter, lambda: PeftModel.from_pretrained(model, adapter).merge_and_unload().eval())  # noqa: B023
     model.requires_grad_(True)  # peft froze the base
+    _reading(name, lambda: read_settings(name, TOKENIZER_FILE))
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, **_NO_FOREIGN_CODE))
-    _reading(name, lambda: check_model(model, loaded.depth.spec))
-    depth = _reading(name, lambda: _depth_of(model, implementation, packing, name))
-    return LoadedModel(name, model, tokenizer, read_info(name), depth)
+    _reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
+    _reading(name, lambda: check_model(model, spec))
+    depth, notes = _reading(name, lambda: _depth_of(model, implementation, packing, name))
+    return LoadedModel(name, model, tokenizer, read_info(name), depth, notes)
 
 
 def _depth_of(
     model: Any, implementation: Literal["auto", "generic"], packing: PackingConfig | None, path: str
-) -> DepthModel | PackedModel:
+) -> tuple[DepthModel | PackedModel, tuple[str, ...]]:
+    """What runs a model's layers, and notes on it."""
     if implementation == "auto" and can_pack(model.config):
         weight = model.get_input_embeddings().weight
-        native = can_run_native(model.config, weight.dtype, weight.device, packing)
-        return (NativeModel if native else PackedModel).of(model, packing, _token_order(path, model.config, packing))
+        decoder, notes = _decoder(model.config, weight.dtype, weight.device, packing)
+        return decoder.of(model, packing, _token_order(path, model.config, packing)), notes
     if packing is not None and not packing.is_plain:
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
-    return DepthModel(model)
+    return DepthModel(model), ()
+
+
+def _decoder(
+    config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None
+) -> tuple[type[PackedModel], tuple[str, ...]]:
+    """The best implementation for repacked weights here, and a note where there could be a better one."""
+    if can_run_native(config, dtype, device, packing):
+        return NativeModel, ()
+    missing = missing_kernels() if suits_kernels(config, dtype, device, packing) else None
+    return PackedModel, () if missing is None else (missing,)
 
 
 def _token_order(path: str, config: Any, packing: PackingConfig | None) -> list[int] | None:
     return token_order(path, config.vocab_size) if packing is not None and packing.draft_vocab else None
 
 
-def adapter_base(name: str) -> str:
-    """The model that an adapter folder belongs to; any other model is its own. Raises CheckpointError for a broken config."""
-    file = Path(name) / ADAPTER_FILE
-    if not file.is_file():
-        return name
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not valid: {error!r}") from None
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Raises CheckpointError for a tokenizer with words that the model has no embedding of.
+
+    Special tokens may lie beyond, as Gemma 3's for images do: a text model never meets them.
+    """
+    if tokenizer is None or len(tokenizer) <= vocab_size:
+        return
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    beyond = {token: word for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special}
+    if beyond:
+        first = min(beyond)
+        raise CheckpointError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size): "
+            f"{beyond[first]!r} is token {first}"
+        )
 
 
 @quiet_transformers()
@@ -277,27 +363,26 @@ def load_blank(name: str, seed: int, tokenizer: Any = None) -> LoadedModel:
     With a `tokenizer` the vocabulary takes its size; without one the checkpoint's own is used. The folder needs no weights.
     """
     path, keywords = _locate(name)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = _reading(name, lambda: AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
-    _reading(name, lambda: ModelSpec.of(config))
+    config, spec = _reading(name, lambda: _read_architecture(path, keywords))
     if tokenizer is None:
         tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE))
+        _reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
     else:
         config.vocab_size = len(tokenizer)
         for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(config, special, getattr(tokenizer, special))
+    _reading(name, lambda: _require_memory(ModelSpec.of(config)))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model = _reading(name, lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa"))
     return LoadedModel(name, model, tokenizer, read_info(path), DepthModel(model))
 
 
 def stored_dtype(name: str) -> torch.dtype:
     """The precision a checkpoint's weights are stored in, by its config; a converted model is saved in the same."""
-    path, keywords = _locate(adapter_base(name))
-    from transformers import AutoConfig
-
-    dtype = getattr(_reading(name, lambda: AutoConfig.from_pretrained(path, **keywords, **_NO_FOREIGN_CODE)), "dtype", None)
+    path, keywords = _locate(adapters_of(name)[1])
+    dtype = getattr(_reading(name, lambda: _read_architecture(path, keywords))[0], "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -326,10 +411,20 @@ def _reading(name: str, read: Any) -> Any:
         return read()
     except ConfigError:  # of the weights asked for, not of the model
         raise
-    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
+    except BaseException as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        absent = "" if Path(name).exists() or name in EMBEDDED else "there is no such folder, and as a hub id: "
+        known = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
+        absent = "" if known else "there is no such folder, and as a hub id: "
         raise CheckpointError(f"cannot load model {name}: {absent}{reason}") from error
+
+
+def _require_memory(spec: ModelSpec) -> None:
+    """Raises CheckpointError for a model whose fresh weights this machine has no memory for."""
+    needed, there = 4 * spec.parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise CheckpointError(f"its {spec.parameters} weights need {needed >> 20} MB in fp32, this machine has {there >> 20}")
 
 
 def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -12,6 +12,7 @@ from .json_input import read_json
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a folder without either holds no complete model
+_MOST = 1024  # layers, and drafted tokens
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,13 @@ def read_info(path: str | Path) -> CheckpointInfo:
         strategy = recommended.get("strategy")
         if strategy is not None and strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        template = _optional(document.pop("prompt_template", None), str, "prompt_template")
+        if template not in (None, "chat") and "{prompt}" not in template:
+            raise ValueError(f"prompt_template must be chat or a text with {{prompt}} in it, got {template!r:.100}")
         return CheckpointInfo(
-            _optional(document.pop("prompt_template", None), str, "prompt_template"),
-            _optional(recommended.get("exit_layer"), int, "exit_layer"),
-            _optional(recommended.get("num_draft_tokens"), int, "num_draft_tokens"),
+            template,
+            _count(recommended.get("exit_layer"), "exit_layer"),
+            _count(recommended.get("num_draft_tokens"), "num_draft_tokens"),
             document,
             strategy,
             tuple(require_inside(name) for name in files),
@@ -92,6 +96,13 @@ def _require(value: Any, kind: type, name: str) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r:.100}")
     return value
+
+
+def _count(value: Any, name: str) -> int | None:
+    count: int | None = _optional(value, int, name)
+    if count is not None and not 1 <= count <= _MOST:
+        raise ValueError(f"{name} must be in 1..{_MOST}, got {count}")
+    return count
 
 
 def _optional(value: Any, kind: type, name: str) -> Any:

@@ -4,7 +4,6 @@ Only what a recent transformers wrote: there every default is in config.json, an
 Anything else is left to transformers.
 """
 
-import json
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,23 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
 from .model import ModelSpec, can_pack
+from .stored import (
+    COMPLETE,
+    GENERATION_FILE,
+    TOKENIZER_FILE,
+    check_stored_weights,
+    open_weights,
+    read_config,
+    read_settings,
+)
 
-_CONFIG_KEYS = {
-    "model_type",
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "vocab_size",
-}
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKENIZER_CLASS = "TokenizersBackend"  # a tokenizer that adds nothing to tokenizer.json
 
@@ -40,11 +33,11 @@ class LeanConfig(SimpleNamespace):
 
 def lean_config(folder: str) -> LeanConfig | None:
     """The configuration of a folder that can be read without transformers; None where only transformers can tell."""
-    config = _json(Path(folder) / "config.json")
+    config = read_config(folder)
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
     special = {"quantization_config", "auto_map"} & config.keys()
-    if not recent or special or not config.keys() >= _CONFIG_KEYS or not list(Path(folder).glob("*.safetensors")):
+    if not recent or special or not config.keys() >= COMPLETE or not list(Path(folder).glob("*.safetensors")):
         return None
     lean = LeanConfig(**config)
     rope = lean.rope_parameters
@@ -54,23 +47,17 @@ def lean_config(folder: str) -> LeanConfig | None:
 
 def generation_config(folder: str) -> SimpleNamespace:
     """generation_config.json as attributes, none where there is none."""
-    return SimpleNamespace(**_json(Path(folder) / "generation_config.json"))
+    return SimpleNamespace(**read_settings(folder, GENERATION_FILE))
 
 
 class FileWeights:
     """The weights of a folder's safetensors files, each read when it is taken: no second copy of the model is ever there."""
 
-    def __init__(self, folder: str, config: LeanConfig, device: torch.device) -> None:
-        """Raises CheckpointError when a weight is missing or has another shape than the configuration says."""
-        from safetensors import safe_open
-
+    def __init__(self, folder: str, spec: ModelSpec, device: torch.device) -> None:
+        """Raises CheckpointError when a weight is missing or has another shape or type than the model needs."""
         self._device = device
-        self._files: dict[str, Any] = {}
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            file: Any = safe_open(path, "pt", device="cpu")
-            self._files.update(dict.fromkeys(file.keys(), file))
-        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
-        ModelSpec.of(config).check_weights(self.shapes)
+        self._files = open_weights(folder)
+        check_stored_weights(self._files, spec)
 
     def reader(self, dtype: torch.dtype) -> Any:
         """A function from a weight's name to the weight in `dtype`, or to None where there is none."""
@@ -92,7 +79,7 @@ class LeanTokenizer:
         self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        settings = self._settings = _json(Path(folder) / "tokenizer_config.json")
+        settings = self._settings = read_settings(folder, TOKENIZER_FILE)
         self.eos_token_id = self._id(settings.get("eos_token"))
         self.pad_token_id = self._id(settings.get("pad_token"))
         template = Path(folder) / "chat_template.jinja"
@@ -103,6 +90,9 @@ class LeanTokenizer:
             return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
         encoded = self._tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
         return {"input_ids": [encoding.ids for encoding in encoded]}
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False) -> str:
         if clean_up_tokenization_spaces:
@@ -146,16 +136,6 @@ def _content(token: Any) -> str | None:
 
 def lean_tokenizer(folder: str) -> LeanTokenizer | None:
     """The tokenizer of a folder if tokenizer.json is all of it; None where only transformers can tell."""
-    settings = _json(Path(folder) / "tokenizer_config.json")
+    settings = read_settings(folder, TOKENIZER_FILE)
     whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
     return LeanTokenizer(folder) if whole else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """An object in a file; empty when the file is not there."""
-    if not path.is_file():
-        return {}
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(document).__name__}")
-    return document

@@ -276,12 +276,16 @@ def test_how_the_embedded_models_are_decoded(name, strategy):
         (b'{"recommended": {"exit_layer": "4"}}', "{file} is not valid: "),
         (b'{"recommended": {"num_draft_tokens": 2.5}}', "{file} is not valid: "),
         (b'{"prompt_template": 7}', "{file} is not valid: "),
+        (
+            b'{"prompt_template": "go"}',
+            "{file} is not valid: prompt_template must be chat or a text with {{prompt}} in it, got 'go'",
+        ),
         (b"\xff{}", "{file}: not valid JSON: "),
         (b"{", "{file}: not valid JSON: "),
         (b"[]", "{file} is not valid: "),
         (b'{"recommended": [8, 6]}', "{file} is not valid: "),
         (b'{"recommended": {"exit_layer": 40}}', "--exit must be in 1..5, got 40 (model has 6 layers)"),
-        (b'{"recommended": {"num_draft_tokens": -1}}', "--spec must be at least 1, got -1"),
+        (b'{"recommended": {"num_draft_tokens": -1}}', "{file} is not valid: num_draft_tokens must be in 1..1024, got -1"),
     ],
 )
 def test_a_damaged_layerskip_json(copy, text, message):

@@ -66,7 +66,7 @@ def test_the_tokenizer_is_the_same(folder):
     "changes",
     [
         {"transformers_version": "4.45.0"},
-        {"rope_parameters": {"rope_type": "llama3"}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
         {"model_type": "gemma"},
         {"quantization_config": {}},
         {"hidden_act": "gelu"},

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from command_line import fails, run
 from conftest import tiny_model
 from test_packed import CASES, assert_equal_spans, ids_of, pair  # noqa: F401  a fixture
 
+from layerskip_core.checkpoint import load_checkpoint
 from layerskip_core.config import DecodingConfig, PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafting import drafter_for
@@ -323,3 +325,70 @@ def test_scratch_is_as_long_as_the_text_and_not_as_the_context(variant):
         assert model._buffers(1)._row == 128
         together = model.run_layers(model.embed(ids), 0, 6, torch.arange(100)[None], model.new_cache())
     assert torch.equal(states[0, 0], together[0, -1])
+
+
+MISSING = (
+    "the compiled kernels are not there: decoding runs on torch's, which are slower. `pip install -e .` in a checkout, or "
+    "`pip install .`, builds them where there is a C compiler; LAYERSKIP_KERNELS=torch does without them"
+)
+
+
+@pytest.fixture
+def absent(monkeypatch, tmp_path):
+    """A checkout whose built files were cleaned, on a machine that could run them."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    monkeypatch.setattr(compiled.sys, "platform", "linux")
+    monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compiled, "_cpu_flags", lambda: {"avx2", "fma", "sse2"})
+    monkeypatch.setattr(compiled, "EXTENSION_SUFFIXES", [".nowhere"])
+    uncached = compiled.kernels.__wrapped__
+    for module in (compiled, native):
+        monkeypatch.setattr(module, "kernels", uncached)
+    return monkeypatch
+
+
+def test_missing_kernels_are_told_of_where_the_machine_could_run_them(absent):
+    assert compiled.missing_kernels() == MISSING
+    absent.setenv(compiled.SWITCH, "torch")
+    assert compiled.missing_kernels() is None
+    absent.setenv(compiled.SWITCH, "avx512")
+    assert compiled.missing_kernels().startswith(
+        "this CPU does not have what the kernels avx512 need: decoding runs on torch's"
+    )
+    absent.delenv(compiled.SWITCH)
+    absent.setattr(compiled, "_cpu_flags", lambda: {"sse2"})
+    assert compiled.missing_kernels() is None
+    absent.setattr(compiled.platform, "machine", lambda: "aarch64")
+    assert compiled.missing_kernels() is None
+
+
+@needs_kernels
+def test_nothing_is_missing_where_kernels_are():
+    assert compiled.missing_kernels() is None
+
+
+def test_commands_say_once_that_kernels_are_missing(absent, checkpoint):
+    small = ("--max-new-tokens", "2", "--samples", "1")
+    commands = (
+        ("generate", "go", "--max-new-tokens", "2", "--exit", "2"),
+        ("inspect", "go", "--max-new-tokens", "2"),
+        ("bench", *small, "--repeats", "1", "--exit", "2"),
+        ("sweep-exits", *small, "--exits", "2", "--specs", "2"),
+    )
+    for command in commands:
+        result = run(*command, "--model", checkpoint)
+        assert (result.code, result.err.count(MISSING)) == (0, 1), result.err
+        absent.setenv(compiled.SWITCH, "torch")
+        assert "kernels" not in run(*command, "--model", checkpoint).err
+        absent.delenv(compiled.SWITCH)
+
+
+def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
+    assert load_checkpoint(checkpoint, "cpu", "fp32", implementation="auto").notes == (MISSING,)
+    assert load_checkpoint(checkpoint, "cpu", "fp32", "auto", PackingConfig(quantize="int8")).notes == ()  # 48 is no 32s
+    assert load_checkpoint(checkpoint, "cpu", "fp32").notes == ()
+
+
+def test_an_unknown_variant_is_an_error(monkeypatch, checkpoint):
+    monkeypatch.setenv(compiled.SWITCH, "avx1024")
+    fails("LAYERSKIP_KERNELS must be one of avx512, avx2, torch, got avx1024", "generate", "go", "--model", checkpoint)

@@ -177,7 +177,7 @@ def test_token_orders_are_read(tmp_path):
         with pytest.raises(CheckpointError, match="must be a list of distinct token ids below 67"):
             token_order(tmp_path, 67)
     file.write_text("[5,")
-    with pytest.raises(CheckpointError, match=r"token_order\.json is not valid"):
+    with pytest.raises(CheckpointError, match=r"token_order\.json: not valid JSON"):
         token_order(tmp_path, 67)
 
 

@@ -84,6 +84,7 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(loaded.depth.dtype).removeprefix("torch."),
         "implementation": loaded.depth.implementation,
+        "notes": list(loaded.notes),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
 

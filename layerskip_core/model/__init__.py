@@ -6,7 +6,7 @@ E exit layer (a count, 1..L), K drafted tokens of a round.
 
 from .cache import DepthCache
 from .depth import DepthModel, SpanInputs
-from .native import NativeModel, can_run_native
+from .native import NativeModel, can_run_native, suits_kernels
 from .packed import PackedModel, can_pack
 from .spec import ModelSpec
 
@@ -19,4 +19,5 @@ __all__ = [
     "SpanInputs",
     "can_pack",
     "can_run_native",
+    "suits_kernels",
 ]

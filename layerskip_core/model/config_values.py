@@ -65,6 +65,10 @@ _TRUTH = Needed("true or false", lambda value: isinstance(value, bool))
 _POSITIVE = _number(1e-6, 1e6)
 _SHARE = _number(1e-3, 1)  # of a head that rotates
 _THETA = _number(1, 1e15)
+_HEAD = Needed(
+    f"an even number in 2..{LARGEST_HEAD}",  # rotary positions turn pairs
+    lambda value: _is_whole(value) and 2 <= value <= LARGEST_HEAD and value % 2 == 0,
+)
 _NAME = Needed("a text", lambda value: isinstance(value, str))
 _OBJECT = Needed("an object", lambda value: isinstance(value, Mapping))
 _PRECISION = Needed(f"one of auto, {', '.join(FLOATS)}", lambda value: str(value).removeprefix("torch.") in ("auto", *FLOATS))
@@ -77,7 +81,7 @@ _VALUES: dict[str, Needed] = {
     "intermediate_size": whole(1, MOST_WIDTH),
     "num_attention_heads": whole(1, MOST_WIDTH),
     "num_key_value_heads": _or_none(whole(1, MOST_WIDTH)),
-    "head_dim": _or_none(whole(2, LARGEST_HEAD)),
+    "head_dim": _or_none(_HEAD),
     "vocab_size": whole(1, MOST_TOKENS),
     "max_position_embeddings": whole(1, MOST_POSITIONS),
     "rms_norm_eps": _number(1e-30, 1),
@@ -150,12 +154,17 @@ def check_values(values: Mapping[str, Any]) -> None:
             _check_rope(parameters, f"{name}.{kind}." if kind else f"{name}.")
 
 
-def check_token_ids(values: Mapping[str, Any], vocab_size: int) -> None:
-    """Raises CheckpointError for an EOS or padding token that is said to be what no entry of the vocabulary is."""
+def check_named(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """As `check_values`, for values under names of their own; `names` says what they are here."""
+    _check(values, {theirs: _VALUES[ours] for theirs, ours in names.items()}, "")
+
+
+def check_token_ids(values: Mapping[str, Any], vocab_size: int | None) -> None:
+    """Raises CheckpointError for a special token that is no token id, or beyond the vocabulary where that is known."""
     _check(values, {name: _VALUES[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id")}, "")
     for name in ("eos_token_id", "pad_token_id"):
         for token in tokens_of(values.get(name)):
-            if token >= vocab_size:
+            if vocab_size is not None and token >= vocab_size:
                 raise CheckpointError(f"{name} must be below vocab_size, got {token} (vocab_size is {vocab_size})")
 
 

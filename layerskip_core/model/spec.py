@@ -90,8 +90,8 @@ class ModelSpec:
         if head_dim is None:
             _require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads, {heads}", hidden)
             head_dim = hidden // heads
+            _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
         _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", heads)
-        _require(head_dim % 2 == 0, "head_dim", "an even number", head_dim)
         _require(heads * head_dim <= MOST_WIDTH, "num_attention_heads * head_dim", f"at most {MOST_WIDTH}", heads * head_dim)
         biases = architecture.attention_bias
         if biases is None:

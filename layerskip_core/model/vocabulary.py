@@ -1,14 +1,14 @@
 """The part of the vocabulary that drafts are chosen from: the verifier has all of it, so that no output changes."""
 
-import json
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..json_input import read_json
 
 ORDER_FILE = "token_order.json"
 
@@ -52,10 +52,7 @@ def token_order(folder: str | Path, vocab_size: int) -> list[int] | None:
     path = Path(folder) / ORDER_FILE
     if not path.is_file():
         return None
-    try:
-        order: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid: {error}") from None
+    order = read_json(path, CheckpointError)
     whole = isinstance(order, list) and all(type(token) is int and 0 <= token < vocab_size for token in order)
     if not whole or len(set(order)) < len(order):
         raise CheckpointError(f"{path} must be a list of distinct token ids below {vocab_size}")

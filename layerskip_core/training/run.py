@@ -14,7 +14,6 @@ import torch
 from ..chat import require_chat_template
 from ..checkpoint import (
     LoadedModel,
-    adapter_base,
     load_blank,
     load_checkpoint,
     pick_device,
@@ -31,6 +30,7 @@ from ..model.vocabulary import ORDER_FILE
 from ..model_files import RUN_FILES
 from ..prompt_encoding import CHAT
 from ..saving import output_lock, refuse_overwrite, save_checkpoint
+from ..stored import adapters_of
 from .attention import use_fp32_attention
 from .checkpoints import (
     ResumePoint,
@@ -172,11 +172,12 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
 
 def _require_base_kept(config: FinetuneConfig) -> None:
     """Raises ConfigError where an adapter would take the place of the model that it belongs to."""
-    base, above = config.model, ""
-    while config.lora_keep and base != above:
+    if not config.lora_keep:
+        return
+    adapters, below = adapters_of(config.model)
+    for base in (*adapters, below):
         if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
             raise ConfigError(f"--lora-keep: the adapter needs its base {base}, which --output {config.output} would replace")
-        base, above = adapter_base(base), base
 
 
 def _require_device(device: torch.device) -> None:

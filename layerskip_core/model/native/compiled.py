@@ -2,11 +2,14 @@
 
 import ctypes
 import os
+import platform
+import sys
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from ...config import require_choice
 from ...errors import LayerSkipError
 
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
@@ -76,6 +79,47 @@ class Kernels:
             library.layerskip_use_openmp(*(ctypes.cast(getattr(runtime, name), c_void_p) for name in _OPENMP))
 
 
+def kernels_asked_for() -> str | None:
+    """What the environment variable says: a variant, `torch`, or None for the best there is. Raises ConfigError otherwise."""
+    asked = os.environ.get(SWITCH) or None
+    if asked is not None:
+        require_choice(asked, SWITCH, (*VARIANTS, "torch"))
+    return asked
+
+
+def missing_kernels() -> str | None:
+    """A sentence for people where this machine could run kernels that are not there; None where nothing is missing."""
+    asked = kernels_asked_for()
+    if asked == "torch" or not (sys.platform == "linux" and platform.machine() == "x86_64"):
+        return None
+    found = kernels()
+    if found is None and any(_CPU_FLAGS[name] <= _cpu_flags() for name in VARIANTS if asked in (None, name)):
+        what = "the compiled kernels are not there"
+    elif found is None and asked is not None:
+        what = f"this CPU does not have what the kernels {asked} need"
+    elif found is not None and not found.has_threads:
+        what = "this build of torch has no OpenMP runtime for the compiled kernels"
+    else:
+        return None
+    return f"{what}: decoding runs on torch's, which are slower. {_REMEDY}"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+_CPU_FLAGS = {  # as /proc/cpuinfo names what each variant needs
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "avx2": {"avx2", "fma"},
+}
+_REMEDY = (
+    "`pip install -e .` in a checkout, or `pip install .`, builds them where there is a C compiler; "
+    f"{SWITCH}=torch does without them"
+)
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -87,7 +131,7 @@ def kernels(variant: str | None = None) -> Kernels | None:
     """
     import torch  # noqa: F401  its OpenMP runtime is looked for
 
-    asked = variant or os.environ.get(SWITCH)
+    asked = variant or kernels_asked_for()
     for name in VARIANTS if asked is None else (asked,):
         for suffix in EXTENSION_SUFFIXES:
             path = Path(__file__).with_name(f"_{name}{suffix}")

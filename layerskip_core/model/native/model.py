@@ -22,15 +22,20 @@ _KEPT = 16  # of so many row counts
 
 def can_run_native(config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
     """Whether there are kernels here for every part of this architecture in this precision."""
+    if not suits_kernels(config, dtype, device, packing):
+        return False
+    found = kernels()
+    return found is not None and found.has_threads
+
+
+def suits_kernels(config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+    """Whether the kernels, where there are any, know this architecture, its widths and this precision."""
     if not can_pack(config) or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     spec = ModelSpec.of(config)
     low_bit = packing is not None and (packing.quantize or packing.draft_weights) is not None
     divisor = GROUP_SIZE if low_bit else 2
-    if any(width % divisor for width in (spec.hidden, spec.inner, spec.queries)) or spec.head_dim > _LARGEST_HEAD:
-        return False
-    found = kernels()
-    return found is not None and found.has_threads
+    return spec.head_dim <= _LARGEST_HEAD and not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
 
 
 class NativeModel(PackedModel):
