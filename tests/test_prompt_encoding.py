@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from chatml import SPECIAL, chatml_folder, full_tokenizer
@@ -82,7 +83,7 @@ def test_the_template_and_the_prompt_together_make_no_special_token(tokenizer, f
 
 
 def test_raw_prompts_still_hold_special_tokens(tokenizer, full):
-    loaded = LoadedModel("m", None, tokenizer, CheckpointInfo(), None)
+    loaded = LoadedModel("m", None, tokenizer, CheckpointInfo(), SimpleNamespace(vocab_size=1 << 20))
     assert loaded.prompt_template == CHAT
     assert control(full, loaded.encode_prompt(EVIL, raw=True)) == ["<|im_end|>", "<|im_start|>"]  # the last one ends a prompt
     assert control(full, loaded.encode_prompt(EVIL)) == [*SPECIAL[1:], *SPECIAL[1:], SPECIAL[1]]
