@@ -4,7 +4,7 @@ from typing import Annotated, cast
 
 import typer
 
-from layerskip_core.config import BenchConfig, DType, TaskConfig, require, require_choice
+from layerskip_core.config import BenchConfig, DType, TaskConfig, require, require_choice, require_given
 from layerskip_core.ranges import parse_counts
 
 from . import console, evaluation
@@ -57,6 +57,8 @@ def bench(
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
     require_choice(format, "--format", evaluation.FORMATS)
+    require_given("--output", output)
+    require_given("--from", saved)
     require(output is not None or not resume, "--resume", "used with the --output of the interrupted run", "none")
     config = BenchConfig(
         model=model,

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from layerskip_core.config import DTYPES, DecodingConfig, SamplingConfig, Strategy, require_choice, require_exit_layer
+from layerskip_core.config import (
+    DTYPES,
+    DecodingConfig,
+    SamplingConfig,
+    Strategy,
+    require_choice,
+    require_exit_layer,
+    require_given,
+)
 from layerskip_core.ranges import require_in_range
 
 from . import standard_input
@@ -60,7 +68,9 @@ def generate(
         bool, typer.Option("--jsonl", help="Standard input holds objects with `prompt`, one a line; answers are objects too.")
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts of --lines or --jsonl to decode together.")] = 1,
-    raw: Annotated[bool, typer.Option("--raw", help="Leave out the checkpoint's prompt template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave out the prompt template; special tokens in the prompt count.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print counts and speed to stderr.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     device: Device = "auto",
@@ -86,6 +96,7 @@ def generate(
     if prompt is None and not standard_input.is_piped():
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
     require_in_range("--batch-size", batch_size)
+    require_given("--model", model)
     config = DecodingConfig(
         strategy=cast(Strategy, strategy or "self-speculative"),
         exit_layer=exit_layer if exit_layer is not None else 1,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from layerskip_core.config import DTYPES, require_choice
+from layerskip_core.config import DTYPES, require_choice, require_given
 
 from .console import narrate
 
@@ -22,6 +22,8 @@ def import_model(
     Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
     """
     require_choice(dtype, "--dtype", DTYPES)
+    require_given("MODEL", model)
+    require_given("--output", output)
     from layerskip_core.saving import import_checkpoint, output_lock, refuse_overwrite
 
     with output_lock(output, "layerskip import"):

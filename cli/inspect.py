@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerskip_core.config import DTYPES, require, require_choice
+from layerskip_core.config import DTYPES, require, require_choice, require_given
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.ranges import parse_counts, require_in_range
 
@@ -32,7 +32,9 @@ def inspect(
     model: Model = "embedded",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 24,
     layers: Annotated[str | None, typer.Option(help="Those shown: 2,4,8 or A:B:STEP. [default: what has room]")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Leave out the checkpoint's prompt template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave out the prompt template; special tokens in the prompt count.")
+    ] = False,
     format: Annotated[str, typer.Option("--format", help="Of standard output: table or json.")] = "table",
     output: Annotated[str | None, typer.Option("--output", help="An HTML file, with every layer.")] = None,
     device: Device = "auto",
@@ -46,6 +48,8 @@ def inspect(
     require_choice(format, "--format", _FORMATS)
     require_choice(dtype, "--dtype", DTYPES)
     require_in_range("--max-new-tokens", max_new_tokens)
+    require_given("--model", model)
+    require_given("--output", output)
     wanted = parse_counts(layers, "--layers") if layers is not None else None
     use_threads(threads)
     from layerskip_core.checkpoint import load_checkpoint

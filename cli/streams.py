@@ -18,7 +18,9 @@ def take() -> None:
     out = sys.stdout if sys.stdout is not None else open(1, "w", closefd=False)  # noqa: SIM115
     out.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # whatever the locale
     sys.stdout = _Results(out)
-    sys.stderr = _Narration(sys.stderr if sys.stderr is not None else open(os.devnull, "w"))  # noqa: SIM115
+    err = sys.stderr if sys.stderr is not None else open(os.devnull, "w")  # noqa: SIM115
+    err.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as it is unless someone replaced it
+    sys.stderr = _Narration(err)
 
 
 def finish() -> None:

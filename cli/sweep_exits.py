@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from layerskip_core.config import DType, SweepConfig, TaskConfig, require_choice
+from layerskip_core.config import DType, SweepConfig, TaskConfig, require_choice, require_given
 from layerskip_core.errors import ConfigError
 from layerskip_core.ranges import parse_counts
 
@@ -57,6 +57,8 @@ def sweep_exits(
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
     require_choice(format, "--format", evaluation.FORMATS)
+    require_given("--output", output)
+    require_given("--from", saved)
     config = SweepConfig(
         model=model,
         task=TaskConfig(

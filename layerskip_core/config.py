@@ -33,6 +33,17 @@ def require_choice(value: str, flag: str, choices: tuple[str, ...]) -> None:
     require(value in choices, flag, f"one of {', '.join(choices)}", value)
 
 
+def require_unicode(flag: str, text: str | None) -> None:
+    """Raises ConfigError for halves of surrogate pairs, which stand for an argument's bytes that are no UTF-8."""
+    whole = text is None or text.encode("utf-8", "replace").decode() == text
+    require(whole, flag, "valid Unicode", ascii(text))
+
+
+def require_given(flag: str, name: str | None) -> None:
+    """Raises ConfigError for an empty name, which would stand for the current folder; None, which is none given, passes."""
+    require(name != "", flag, "a name that is not empty", "an empty one")
+
+
 def require_exit_layer(exit_layer: int, num_layers: int, strategy: str = "self-speculative", flag: str = "--exit") -> None:
     """An early exit may stand at any layer 1..L; a draft needs layers left to verify it, so 1..L-1."""
     last = num_layers if strategy == "early-exit" else num_layers - 1
@@ -74,6 +85,8 @@ class DecodingConfig:
             require(self.exit_layer is not None, "--exit", f"given for --strategy {self.strategy}", "none")
         require_ranges(spec=self.num_draft_tokens, max_new_tokens=self.max_new_tokens, draft_confidence=self.draft_confidence)
         require(all(self.stop), "--stop", "a text that is not empty", "an empty one")
+        for text in self.stop:
+            require_unicode("--stop", text)
 
 
 EXACT_TOKENS = 64  # an exact call has no more; longer ones are prompts, which every way of decoding runs alike
@@ -153,6 +166,7 @@ class DataConfig:
     flag: str = "--data"
 
     def __post_init__(self) -> None:
+        require_given("--data", self.name)
         require_ranges(samples=self.limit, seed=self.seed)
 
 
@@ -197,6 +211,8 @@ class FinetuneConfig:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
+        for flag, name in (("--model", self.model), ("--output", self.output), ("--validation", self.validation)):
+            require_given(flag, name)
         require_choice(self.regime, "--regime", REGIMES)
         require_choice(self.dtype, "--dtype", DTYPES)
         require_ranges(
@@ -214,6 +230,7 @@ class FinetuneConfig:
         require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
         require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
         require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
+        require_unicode("--prompt-template", self.prompt_template)
         require(
             self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
             "--prompt-template",
@@ -248,12 +265,15 @@ class TaskConfig:
     allow_code_execution: bool = False
 
     def __post_init__(self) -> None:
+        require_given("--task", self.task)
+        require_given("--data", self.data)
         require_ranges(
             samples=self.samples, seed=self.seed, max_new_tokens=self.max_new_tokens, shots=self.shots,
             problem_samples=self.problem_samples, temperature=self.temperature,
         )  # fmt: skip
         if self.metric is not None:
             require_choice(self.metric, "--metric", METRICS)
+        require_unicode("--template", self.template)
         require(
             self.template in (None, "raw", "chat") or "{prompt}" in (self.template or ""),
             "--template",
@@ -290,6 +310,8 @@ class BenchConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
+        require_given("--model", self.model)
+        require_given("--draft-model", self.draft_model)
         require_ranges(spec=self.num_draft_tokens, repeats=self.repeats, threads=self.threads)
         for name in self.strategies:
             require_choice(name, "--strategies", STRATEGIES)
@@ -332,6 +354,7 @@ class SweepConfig:
         require(all(exit_layer >= 1 for exit_layer in self.exits), "--exits", "layers of at least 1", _listed(self.exits))
         require(bool(self.specs), "--specs", "at least one draft length", "none")
         require(all(spec >= 1 for spec in self.specs), "--specs", "draft lengths of at least 1", _listed(self.specs))
+        require_given("--model", self.model)
         require_ranges(spec=max(self.specs), threads=self.threads)
         _require_batches(self.batch_size, self.timed, 1, self.task, self.packing)
         require_choice(self.dtype, "--dtype", DTYPES)

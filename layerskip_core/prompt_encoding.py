@@ -19,9 +19,13 @@ def encode_prompt(tokenizer: Any, template: str | None, prompt: str) -> list[int
     does, too.
 
     Raises:
-        ConfigError: the template is `chat`, and the tokenizer has none.
+        ConfigError: the prompt is not valid Unicode, or the template is `chat` and the tokenizer has none.
         CheckpointError: the chat template or the tokenizer fails.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, an argument can hold any bytes
+        raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
     special = special_text(tokenizer)
     if template is None:
         return _without_end(tokenizer, encoded(lambda: tokenizer(prompt)["input_ids"]))

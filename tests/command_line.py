@@ -49,7 +49,7 @@ def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: objec
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
-        [*command, *arguments], cwd=ROOT, env=ENVIRONMENT, text=True, preexec_fn=heed, **{**pipes, **keywords}
+        [*command, *arguments], cwd=ROOT, text=True, preexec_fn=heed, **{"env": ENVIRONMENT, **pipes, **keywords}
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import LISTING_MODULES, fails, finish, run, start
+from command_line import ENVIRONMENT, LISTING_MODULES, fails, finish, run, start
 
 from layerskip_core.errors import LayerSkipError
 
@@ -161,3 +161,54 @@ def test_an_interrupted_command_ends_with_130(monkeypatch):
     monkeypatch.setattr("layerskip_core.data.load_examples", interrupt)
     result = run("data")
     assert (result.code, result.out, result.err.strip()) == (130, "", "")
+
+
+ODD = "a\udcffb"  # as an argument arrives that is no UTF-8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", ODD), r"the prompt must be valid Unicode, got '\udcff' in it"),
+        (("inspect", ODD), r"the prompt must be valid Unicode, got '\udcff' in it"),
+        (("generate", "x", "--stop", ODD), r"--stop must be valid Unicode, got 'a\udcffb'"),
+        (("generate", "x", "--stop", ""), "--stop must be a text that is not empty, got an empty one"),
+        (("bench", "--template", ODD + "{prompt}"), r"--template must be valid Unicode, got 'a\udcffb{prompt}'"),
+        (
+            ("finetune", "--prompt-template", ODD + "{prompt}"),
+            r"--prompt-template must be valid Unicode, got 'a\udcffb{prompt}'",
+        ),
+        (("generate", "x", "--dtype", ODD), r"--dtype must be one of auto, fp32, bf16, got a\udcffb"),
+        (("data", "--data", ""), "--data must be a name that is not empty, got an empty one"),
+        (("generate", "x", "--model", ""), "--model must be a name that is not empty, got an empty one"),
+        (("finetune", "--output", ""), "--output must be a name that is not empty, got an empty one"),
+        (("import", ""), "MODEL must be a name that is not empty, got an empty one"),
+        (("import", "embedded", "--output", ""), "--output must be a name that is not empty, got an empty one"),
+        (("bench", "--output", ""), "--output must be a name that is not empty, got an empty one"),
+        (("sweep-exits", "--from", ""), "--from must be a name that is not empty, got an empty one"),
+        (("inspect", "x", "--output", ""), "--output must be a name that is not empty, got an empty one"),
+    ],
+)
+def test_odd_and_empty_arguments(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(message, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\udcffb", "x" * 100_000], ids=["odd", "long"])
+@pytest.mark.parametrize("flag", ["--model", "--data", "--task", "--output", "--from", "--split"])
+def test_names_that_are_no_names(flag, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("bench", "--data", "none.csv", flag, name)
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert result.err.startswith("error: ") and "--debug" not in result.err and len(result.err) < 3_000
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_any_locale(tmp_path, locale):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "n\u00e9 \u65e5", "completion": "\U0001f3e0"}\n', encoding="utf-8")
+    result = finish(start("data", "--data", str(file), env={**ENVIRONMENT, **locale}, encoding="utf-8"))
+    assert (result.code, result.out, result.err) == (0, file.read_text(encoding="utf-8"), "")
+    result = finish(start("data", "--data", "n\u00e9.csv", env={**ENVIRONMENT, **locale}))
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint import LoadedModel
 from ..config import DecodingConfig
-from ..errors import ConfigError, LayerSkipError
+from ..errors import LayerSkipError
 from .batch import decode_batch
 from .loop import DecodeStats, check_prompt, decode
 from .stopping import Detokenize, Stopping, StopReason
@@ -19,7 +19,7 @@ class Answer:
 
     def __init__(self, loaded: LoadedModel, prompt: str, config: DecodingConfig, raw: bool = False) -> None:
         """`raw` leaves out the checkpoint's prompt template. Raises ConfigError for a prompt or exit that does not fit."""
-        ids = _encoded(loaded, prompt, raw)
+        ids = loaded.encode_prompt(prompt, raw)
         self.text = ""
         self._eos_ids = loaded.eos_ids
         self._decoding = decode(loaded.depth, ids, config, self._eos_ids, loaded.detokenize)
@@ -62,7 +62,7 @@ def answer_together(
     encoded: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         try:
-            ids = _encoded(loaded, prompt, raw)
+            ids = loaded.encode_prompt(prompt, raw)
             check_prompt(ids, loaded.depth.max_positions)
             encoded[place] = ids
         except LayerSkipError as error:
@@ -75,14 +75,6 @@ def answer_together(
             answers[places[one.row]] = WholeAnswer(stopping.visible(text, True), one.finish_reason, one.stats)
             total += one.stats
     return [answers[place] for place in range(len(prompts))], replace(total, total_seconds=time.perf_counter() - started)
-
-
-def _encoded(loaded: LoadedModel, prompt: str, raw: bool) -> list[int]:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, an argument can hold any bytes
-        raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
-    return loaded.encode_prompt(prompt, raw)
 
 
 class _IncrementalText:
