@@ -4,10 +4,11 @@ Run by its path, not imported: it needs jinja2 only. Each line of standard input
 answer. The environment of a template is that of transformers' `apply_chat_template`.
 """
 
+import faulthandler
 import json
-import resource
 import signal
 import sys
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -49,7 +50,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 def _answer(request: dict[str, Any]) -> dict[str, str]:
     """The text, or what is wrong."""
-    signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # ends this process, in whatever code it is
+    faulthandler.dump_traceback_later(request["seconds"], exit=True)  # ends this process, in whatever code it is
     try:
         text = _compiled(request["template"]).render(**request["values"])
     except MemoryError:
@@ -57,13 +58,20 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
     return {"text": text} if len(text) <= _LONGEST else {"error": f"its text is longer than {_LONGEST} characters"}
+
+
+def _limit_memory() -> None:
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limits, macOS not this one
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, whose end ends this one
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    _limit_memory()
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)
 

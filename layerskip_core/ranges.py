@@ -102,7 +102,7 @@ def parse_counts(text: str, flag: str) -> tuple[int, ...]:
     Raises ConfigError naming the flag, also for more than MAX_COUNTS of them.
     """
     try:
-        numbers = [int(part) for part in text.replace(":", ",").split(",")]
+        numbers = [int(part) for part in text.split(":" if ":" in text else ",")]
         if any(abs(number) > MAX_COUNT for number in numbers):
             raise ConfigError(f"{flag} must be counts of at most {MAX_COUNT}, got {shown(text)}")
         counts: Sequence[int] = _range(*numbers) if ":" in text else numbers

@@ -50,7 +50,7 @@ def test_counts(text, counts):
     assert parse_counts(text, "--exits") == counts
 
 
-@pytest.mark.parametrize("text", ["", "a", "3,", "8:2", "2:8:0", "2:8:-1", "1:2:3:4", ":", "2:", "1.5"])
+@pytest.mark.parametrize("text", ["", "a", "3,", "1:2,3", "3,6:8", "8:2", "2:8:0", "2:8:-1", "1:2:3:4", ":", "2:", "1.5"])
 def test_bad_counts_name_the_flag(text):
     with pytest.raises(ConfigError, match=r"--exits must be a list such as 3,6,8 or a range A:B:STEP"):
         parse_counts(text, "--exits")
