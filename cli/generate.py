@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from layerskip_core.decoding import DecodeStats
 
 _UNMEASURED = (
-    "decoding plainly, for no exit of this model was trained or measured: `layerskip finetune` trains them, "
+    "decoding without drafts, because no exit of this model was trained or measured: `layerskip finetune` trains exits, "
     "`layerskip sweep-exits --save` finds one that pays, --exit N tries one"
 )
 

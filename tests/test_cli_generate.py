@@ -230,7 +230,7 @@ def test_exit_and_spec_come_from_the_checkpoint(copy, expected):
 
 
 UNMEASURED = (
-    "decoding plainly, for no exit of this model was trained or measured: `layerskip finetune` trains them, "
+    "decoding without drafts, because no exit of this model was trained or measured: `layerskip finetune` trains exits, "
     "`layerskip sweep-exits --save` finds one that pays, --exit N tries one\n"
 )
 
