@@ -83,7 +83,8 @@ def bench(
     from layerskip_core.evaluation.bench import BenchResult
     from layerskip_core.evaluation.bench import bench as run_bench
     from layerskip_core.evaluation.journal import close
-    from layerskip_core.evaluation.report import bench_table, output_folder, read_record
+    from layerskip_core.evaluation.report import bench_table, output_folder
+    from layerskip_core.evaluation.saved_record import read_record
 
     with output_folder(output, "layerskip bench") as folder:
         if saved is not None:

@@ -8,6 +8,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .console import narrate, narrate_notes, progress_bar, use_threads
 
@@ -141,9 +142,9 @@ def _print_table(table: "TextTable") -> None:
     for places in table.column_blocks(console.width):
         grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
         for place in places:
-            grid.add_column(table.headers[place], justify="left" if place == 0 else "right", no_wrap=True)
+            grid.add_column(Text(table.headers[place]), justify="left" if place == 0 else "right", no_wrap=True)
         for row in table.rows:
-            grid.add_row(*(row[place] for place in places))
+            grid.add_row(*(Text(row[place]) for place in places))
         console.print(grid)
         console.print()
     console.print(table.note, markup=False)

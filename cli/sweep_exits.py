@@ -76,7 +76,8 @@ def sweep_exits(
         packing=console.packing(quantize, draft_weights, draft_vocab, exact),
     )  # fmt: skip
     console.use_threads(threads)
-    from layerskip_core.evaluation.report import output_folder, read_record, sweep_table
+    from layerskip_core.evaluation.report import output_folder, sweep_table
+    from layerskip_core.evaluation.saved_record import read_record
     from layerskip_core.evaluation.sweep import ExitResult, sweep
 
     record = read_record(saved, ExitResult) if saved is not None else None

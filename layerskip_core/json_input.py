@@ -1,6 +1,7 @@
 """JSON from outside: one reader for every file and line, so that bad input is one clear error wherever it comes from."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,8 +15,15 @@ def parse_json(text: str | bytes, where: str, error: type[LayerSkipError]) -> An
     """The value of a JSON text.
 
     Raises `error`, whose message begins with `where`, for text that is not UTF-8 or not JSON, for NaN and Infinity, which JSON
-    does not have, for lists and objects nested deeper than MAX_DEPTH, and for half a surrogate pair in a string.
+    does not have, and numbers that become them, for lists and objects nested deeper than MAX_DEPTH, and for half a surrogate
+    pair in a string.
     """
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise ValueError(f"{digits:.40} is beyond all numbers")
+        return value
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a JSON number")
@@ -23,7 +31,7 @@ def parse_json(text: str | bytes, where: str, error: type[LayerSkipError]) -> An
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, parse_float=number)
     except RecursionError:
         raise error(f"{where}: nested deeper than {MAX_DEPTH} levels") from None
     except ValueError as reason:  # UnicodeDecodeError and JSONDecodeError are ValueErrors too

@@ -1,6 +1,8 @@
 """An interrupted benchmark goes on where it stopped."""
 
 import json
+import random
+from dataclasses import asdict
 
 import pytest
 from evaluating import own_answers, tiny_loaded
@@ -21,30 +23,30 @@ CONFIG = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2)
 
 
 def test_outputs_come_back_as_they_were(tmp_path):
-    Journal(tmp_path, {"a": 1}, resume=False).add(0, 2, [ONE, TWO])
-    again = Journal(tmp_path, {"a": 1}, resume=True)
+    Journal(tmp_path, {"a": 1}, False, 2, 10).add(0, 2, [ONE, TWO])
+    again = Journal(tmp_path, {"a": 1}, True, 2, 10)
     assert again.recall(0, 2) == [ONE, TWO]
     assert again.recall(0, 1) is None
     assert len(again) == 1
-    assert len(Journal(tmp_path, {"a": 1}, resume=False)) == 0
+    assert len(Journal(tmp_path, {"a": 1}, False, 2, 10)) == 0
 
 
 def test_half_a_line_is_measured_again(tmp_path):
-    journal = Journal(tmp_path, {}, resume=False)
+    journal = Journal(tmp_path, {}, False, 1, 10)
     journal.add(0, 0, [ONE])
     journal.add(0, 1, [ONE])
     file = tmp_path / FILE_NAME
     file.write_text(file.read_text()[:-20])
-    again = Journal(tmp_path, {}, resume=True)
+    again = Journal(tmp_path, {}, True, 1, 10)
     assert (again.recall(0, 0), again.recall(0, 1)) == ([ONE], None)
     again.add(0, 1, [TWO])
-    assert Journal(tmp_path, {}, resume=True).recall(0, 1) == [TWO]
+    assert Journal(tmp_path, {}, True, 1, 10).recall(0, 1) == [TWO]
 
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):
-    Journal(tmp_path, {"exit_layer": 5}, resume=False)
+    Journal(tmp_path, {"exit_layer": 5}, False, 1, 10)
     with pytest.raises(LayerSkipError, match=r"--resume: .*unfinished.jsonl is of a run with other settings"):
-        Journal(tmp_path, {"exit_layer": 4}, resume=True)
+        Journal(tmp_path, {"exit_layer": 4}, True, 1, 10)
 
 
 def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
@@ -71,3 +73,71 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
         assert (mine.metrics, mine.acceptance_rate, mine.identical_outputs) == (
             expected.metrics, expected.acceptance_rate, expected.identical_outputs,
         )  # fmt: skip
+
+
+def damaged(change):
+    """The line of ONE with a change to its document."""
+    document = {"repeat": 0, "sample": 0, "outputs": [json.loads(json.dumps(asdict(ONE)))]}
+    change(document)
+    return json.dumps(document).encode()
+
+
+def output(**fields):
+    return damaged(lambda document: document["outputs"][0].update(fields))
+
+
+def stats(**fields):
+    return damaged(lambda document: document["outputs"][0]["stats"].update(fields))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\x00", "not valid JSON"),
+        (b"[" * 100 + b"]" * 100, "nested deeper than 64 levels"),
+        (b"[]", "needed an object, found a list"),
+        (b'{"repeat": 0, "sample": 0}', "outputs is missing"),
+        (b'{"repeat": true, "sample": 0, "outputs": []}', "repeat: needed a whole number, found True"),
+        (damaged(lambda document: document["outputs"].append(1)), r"outputs\[1\]: needed an object, found 1"),
+        (damaged(lambda document: document["outputs"].clear()), "outputs: needed 1, found 0"),
+        (damaged(lambda document: document.update(more=1)), "'more' is no field of it"),
+        (output(ids=[3, 10]), r"outputs\[0\].ids: needed tokens of 0..9, found 10"),
+        (output(ids=[3, "4"]), r"outputs\[0\].ids\[1\]: needed a whole number, found '4'"),
+        (output(finish_reason="tired"), r"outputs\[0\].finish_reason: needed one of .*, found 'tired'"),
+        (output(steps=[[1, 0.5], [1]]), r"outputs\[0\].steps\[1\]: needed 2 values, found 1"),
+        (output(steps=[[1, 0.5], [1, 0]]), r"outputs\[0\].steps\[1\]: needed a count of tokens and a time, found 1, 0.0"),
+        (output(steps=[[1, 0.5]]), r"outputs\[0\].steps: needed 2 tokens in all"),
+        (stats(rounds=-1), r"outputs\[0\].stats.rounds: needed at least 0, found -1"),
+        (stats(tested_by_position=[0]), r"outputs\[0\].stats.tested_by_position: needed at least 1"),
+        (stats(drafted=2**60), r"outputs\[0\].stats.drafted: needed a number within the range"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, message):
+    Journal(tmp_path, {}, False, 1, 10).add(0, 1, [ONE])
+    file = tmp_path / FILE_NAME
+    whole = file.read_bytes()
+    file.write_bytes(whole + line + b"\n" + whole.splitlines()[1] + b"\n")
+    with pytest.raises(LayerSkipError, match=f"--resume: {file}, line 3.*{message}") as error:
+        Journal(tmp_path, {}, True, 1, 10)
+    assert "\n" not in str(error.value)
+    assert file.read_bytes() == whole + line + b"\n" + whole.splitlines()[1] + b"\n"
+
+
+def test_any_damage_to_the_file_is_one_error_or_measured_again(tmp_path):
+    Journal(tmp_path, {"a": 1}, False, 1, 10).add(0, 0, [ONE])
+    Journal(tmp_path, {"a": 1}, True, 1, 10).add(0, 1, [TWO])
+    file = tmp_path / FILE_NAME
+    whole, chance = file.read_bytes(), random.Random(11)
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            place = chance.randrange(len(content))
+            content[place : place + chance.randint(0, 3)] = chance.randbytes(chance.randint(0, 2))
+        file.write_bytes(content)
+        try:
+            Journal(tmp_path, {"a": 1}, True, 1, 10)
+        except LayerSkipError as error:
+            assert "\n" not in str(error) and str(file) in str(error)
+            assert file.read_bytes() == content

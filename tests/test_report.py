@@ -18,12 +18,12 @@ from layerskip_core.evaluation.report import (
     TextTable,
     bench_table,
     prepare_output,
-    read_record,
     sweep_table,
     to_csv,
     to_json,
     write_files,
 )
+from layerskip_core.evaluation.saved_record import read_record
 from layerskip_core.evaluation.sweep import ExitResult
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
@@ -45,7 +45,7 @@ SWEEP = RunRecord(
     PredictionError(1, 0.0428, 0.0428, 0.0428),
 )  # fmt: skip
 BENCH = RunRecord(
-    {"model": "tiny", "repeats": 3},
+    {"model": "tiny", "repeats": 3, "task": {"task": "commands"}},
     MACHINE,
     (
         BenchResult("autoregressive", None, None, {"rouge2": 0.4, "exact_match": 0.0}, None, None, 150.0,
@@ -156,9 +156,11 @@ def test_a_record_comes_back_from_its_json(tmp_path, record):
 @pytest.mark.parametrize("text", ["", "[]", "{}", to_json(BENCH), '{"config": {}, "environment": {}, "results": [{"x": 1}]}'])
 def test_what_is_no_record_of_a_sweep_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(LayerSkipError, match=r"--from .*x.json must be a results.json that sweep-exits wrote"):
+    with pytest.raises(
+        LayerSkipError, match=r"--from .*x.json(: not valid JSON| must be a results.json that sweep-exits wrote): "
+    ):
         read_record(str(tmp_path / "x.json"), ExitResult)
-    with pytest.raises(LayerSkipError, match=r"--from .*nothing.json cannot be read: No such file"):
+    with pytest.raises(LayerSkipError, match=r"--from .*nothing.json: there is no such file"):
         read_record(str(tmp_path / "nothing.json"), ExitResult)
 
 

@@ -79,7 +79,7 @@ def test_a_prompt_that_does_not_fit_fails_alone():
 def test_only_what_the_journal_lacks_is_answered(tmp_path, monkeypatch):
     loaded, examples = tiny_loaded(), own_answers(4).examples
     _, whole = collect(answer_together(loaded, examples, [PLAIN], 2))
-    running = answer_together(loaded, examples, [PLAIN], 2, Journal(tmp_path, {}, resume=False))
+    running = answer_together(loaded, examples, [PLAIN], 2, Journal(tmp_path, {}, False, 1, 300))
     next(running)
     running.close()
     batches = []
@@ -87,7 +87,7 @@ def test_only_what_the_journal_lacks_is_answered(tmp_path, monkeypatch):
     monkeypatch.setattr(
         together, "decode_batch", lambda model, prompts, *more: batches.append(len(prompts)) or honest(model, prompts, *more)
     )
-    _, again = collect(answer_together(loaded, examples, [PLAIN], 3, Journal(tmp_path, {}, resume=True)))
+    _, again = collect(answer_together(loaded, examples, [PLAIN], 3, Journal(tmp_path, {}, True, 1, 300)))
     assert (again, batches) == (whole, [2])
     assert len((tmp_path / FILE_NAME).read_text().splitlines()) == 5
 

@@ -71,7 +71,7 @@ def bench(
     own = [task.decoding(setting) for setting in _settings(config, task.max_new_tokens)]
     settings: list[Setting] = [*own, *load_baselines(loaded, config, own[0])]
     machine = environment(loaded)
-    journal = Journal(folder, asdict(config), resume) if folder is not None else None
+    journal = Journal(folder, asdict(config), resume, len(settings), loaded.depth.vocab_size) if folder is not None else None
     losses = ReferenceLosses(0, {})
     if task.text is not None:
         losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in own]), losses)

@@ -98,7 +98,8 @@ def _table(record: RunRecord[Any]) -> str:
     """All figures that any result has; rows on the Pareto frontier are marked."""
     results = record.document()["results"]
     rows = [_cells(result) for result in results]
-    columns = [name for name in max(rows, key=len) if any(row.get(name) not in (None, "") for row in rows)]
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    columns = [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
     head = "".join(f'<th scope="col"><button>{escape(_name(column))}</button></th>' for column in columns)
     body = "".join(
         f"<tr{' class=mark' if result.get('pareto') else ''}>"

@@ -2,7 +2,9 @@
 
 import io
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ Record = RunRecord[Any]
 
 def figures(record: Record) -> dict[str, Figure]:
     """The figures that this record has data for, by name, with a title each."""
-    with rc_context(_STYLE):
+    with _drawing():
         made = {name: make(record) for name, make in MAKERS.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
 
@@ -50,7 +52,7 @@ def figures(record: Record) -> dict[str, Figure]:
 def to_png(figure: Figure) -> bytes:
     image = io.BytesIO()
     FigureCanvasAgg(figure)
-    with rc_context(_STYLE):
+    with _drawing():
         figure.savefig(image, format="png", dpi=_PNG_DPI)
     return image.getvalue()
 
@@ -58,7 +60,7 @@ def to_png(figure: Figure) -> bytes:
 def to_svg(figure: Figure) -> str:
     """An <svg> element for a page: transparent, as wide as its place, in the colour of the text around it."""
     image = io.StringIO()
-    with rc_context({**_STYLE, "svg.hashsalt": figure.get_label()}):
+    with _drawing(**{"svg.hashsalt": figure.get_label()}):
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
     text = image.getvalue()
     text = text[text.index("<svg") :]
@@ -68,6 +70,14 @@ def to_svg(figure: Figure) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     return text.replace(_INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{figure.get_label()}"', 1)
+
+
+@contextmanager
+def _drawing(**settings: Any) -> Iterator[None]:
+    """In our style, and without matplotlib's notes on letters that its font lacks or values that an axis cannot show."""
+    with rc_context({**_STYLE, **settings}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _pareto(record: Record) -> Figure | None:
@@ -92,12 +102,13 @@ def _pareto(record: Record) -> Figure | None:
     )
     for place in best:
         axes.annotate(_label(shown[place]), points[place], textcoords="offset points", xytext=(3, 5), fontsize=7)
-    axes.set(xlabel="tokens per second", ylabel=metric.replace("_", " ") + ("" if lower else " (%)"))
+    axes.set_xlabel("tokens per second")
+    axes.set_ylabel(metric.replace("_", " ") + ("" if lower else " (%)"), parse_math=False)
     highest = max(value for _, value in points) or 1.0
     axes.set_ylim(-0.05 * highest, 1.15 * highest)
     axes.margins(x=0.15)
     speeds = [speed for speed, _ in points]
-    if max(speeds) > _WIDE * min(speeds):  # a shallow exit alone is so fast that all else would lie on one spot
+    if max(speeds) > _WIDE * min(speeds) > 0:  # a shallow exit alone is so fast that all else would lie on one spot
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -165,7 +176,8 @@ def _perplexity(record: Record) -> Figure | None:
     axes.plot(*zip(*line, strict=True), marker="o", markersize=4, color=_color(0), label="early exit")
     for full in (one for one in known if one.exit_layer is None):
         axes.axhline(full.perplexity, linestyle="--", color="#888888", label="all layers")
-    axes.set_yscale("log")
+    if min(value for _, value in line) > 0:
+        axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}" if max(value for _, value in line) < 100 else "")
     axes.set(xlabel="exit layer", ylabel="perplexity")
@@ -178,7 +190,7 @@ def _prediction(record: Record) -> Figure | None:
     if not found:
         return None
     figure, axes = _figure("Predicted and measured speedup")
-    for number, exit_layer in enumerate(sorted({one.exit_layer for one in found})):
+    for number, exit_layer in enumerate(sorted({one.exit_layer for one in found}, key=lambda layer: layer or 0)):
         mine = [(one.predicted_speedup, one.speedup) for one in found if one.exit_layer == exit_layer]
         axes.scatter(*zip(*mine, strict=True), marker="^", color=_color(number), alpha=0.8, label=f"exit {exit_layer}")
     ends = [speed for one in found for speed in (one.predicted_speedup, one.speedup)]
@@ -228,5 +240,5 @@ def _color(number: int) -> str:
 
 def title(record: Record) -> str:
     task = record.config["task"]
-    data = task["data"] if task["task"] == "jsonl" else task["task"]
-    return f"{Path(record.config['model']).name} on {Path(data).name}"
+    data = task.get("data") if task.get("task") == "jsonl" else task.get("task")
+    return f"{Path(record.config['model']).name} on {Path(data or 'a task').name}"

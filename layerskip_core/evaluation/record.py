@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 
@@ -38,6 +38,21 @@ class PredictionError:
     median: float  # of the absolute values
     largest: float
     mean: float  # with its sign: above 0 the model promised too much
+
+
+class Environment(TypedDict, total=False):
+    """What `environment` says of a machine; older versions said less."""
+
+    versions: dict[str, str]
+    platform: str
+    device: str
+    device_name: str
+    cpu: str
+    cores: int | None
+    threads: int
+    dtype: str
+    implementation: str
+    load_average: list[float] | None
 
 
 @dataclass(frozen=True)

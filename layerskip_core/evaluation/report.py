@@ -15,9 +15,8 @@ from ..files import remove_leftovers, require_writable, write_file
 from ..locks import hold
 from . import journal
 from .bench import BenchResult
-from .generation import Failure
-from .metrics import LOWER_IS_BETTER, Difference
-from .record import PredictionError, Recommendation, RunRecord
+from .metrics import LOWER_IS_BETTER
+from .record import RunRecord
 from .sweep import ExitResult
 
 FIGURES = ("pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "time_split")
@@ -59,7 +58,7 @@ def to_json(record: RunRecord[Any]) -> str:
 def to_csv(record: RunRecord[Any]) -> str:
     """A row for each result: metrics and times in columns of their own, differences and failures as their count."""
     rows = [_flat(result) for result in record.document()["results"]]
-    columns = max(rows, key=len)  # some results lack the parts of some dictionaries
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)  # some lack parts of some
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
@@ -119,8 +118,8 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         *([("over transformers", [_number(over, ".2f") for over in versus])] if any(versus) else []),
         ("speedup behind prefill", [_number(result.decode_speedup, ".2f") for result in results]),
         ("first token (ms)", [_number(result.ttft_ms, ".1f") for result in results]),
-        ("token p50 (ms)", [_number(result.time_per_token_ms["p50"], ".2f") for result in results]),
-        ("token p95 (ms)", [_number(result.time_per_token_ms["p95"], ".2f") for result in results]),
+        ("token p50 (ms)", [_number(result.time_per_token_ms.get("p50"), ".2f") for result in results]),
+        ("token p95 (ms)", [_number(result.time_per_token_ms.get("p95"), ".2f") for result in results]),
         ("peak memory (MB)", [_number(result.peak_memory_mb, ".0f") for result in results]),
     ]
     lines = [(name, cells) for name, cells in lines if set(cells) != {"-"}]
@@ -138,7 +137,7 @@ def _how(config: dict[str, Any]) -> str:
     medians = f"medians of {_plural(config['repeats'], 'repeat')}"
     if config.get("batch_size", 1) == 1:
         return medians.capitalize()
-    speed = f"speed: {_plural(config['timed'], 'prompt')} alone, {medians}" if config["timed"] else "speed was not measured"
+    speed = f"speed: {_plural(config['timed'], 'prompt')} alone, {medians}" if config.get("timed") else "speed was not measured"
     return f"Quality: answers in batches of {config['batch_size']}; {speed}"
 
 
@@ -155,39 +154,6 @@ def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
         "results.csv": to_csv(record).encode(),
     }
     return files | {f"{name}.png": to_png(figure) for name, figure in made.items()}
-
-
-def read_record(file: str, result: type[Any]) -> RunRecord[Any]:
-    """A results.json again, of ExitResults or BenchResults. Raises LayerSkipError for what is none of these."""
-    try:
-        document = json.loads(Path(file).read_text(encoding="utf-8"))
-        results = tuple(_result(result, fields) for fields in document["results"])
-        advice, error = document.get("recommendation"), document.get("prediction_error")
-        return RunRecord(
-            document["config"],
-            document["environment"],
-            results,
-            Recommendation(**advice) if advice else None,
-            PredictionError(**error) if error else None,
-        )
-    except OSError as error:
-        raise LayerSkipError(f"--from {file} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        kind = "sweep-exits" if result is ExitResult else "bench"
-        raise LayerSkipError(f"--from {file} must be a results.json that {kind} wrote") from None
-
-
-def _result(kind: type[Any], fields: dict[str, Any]) -> Any:
-    """One result from its JSON fields."""
-    shares = fields.get("acceptance_by_position")
-    return kind(
-        **fields
-        | {
-            "acceptance_by_position": None if shares is None else tuple(shares),
-            "differences": tuple(Difference(**one) for one in fields["differences"]),
-            "failures": tuple(Failure(**one) for one in fields["failures"]),
-        }
-    )
 
 
 @contextmanager
