@@ -1,5 +1,6 @@
 """Batches: every row gives what it gives alone."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -39,6 +40,25 @@ def alone(model, prompt, config, eos_ids):
     return ids, decoding.finish_reason
 
 
+COUNTS = ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "rounds")
+BY_POSITION = ("tested_by_position", "accepted_by_position")
+
+
+def everything_alone(model, prompt, config, eos_ids=frozenset()):
+    """Tokens, reason and all counts of a prompt that is decoded by itself."""
+    decoding = decode(model, prompt, config, eos_ids, letters)
+    ids = [token.id for tokens in decoding for token in tokens]
+    return ids, decoding.finish_reason, *(getattr(decoding.stats, name) for name in (*COUNTS, *BY_POSITION))
+
+
+def everything_together(model, prompts, config, eos_ids=frozenset()):
+    found = {one.row: one for one in decode_batch(model, prompts, config, eos_ids, letters)}
+    return [
+        (one.ids, one.finish_reason, *(getattr(one.stats, name) for name in (*COUNTS, *BY_POSITION)))
+        for _, one in sorted(found.items())
+    ]
+
+
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative")
 
 
@@ -73,11 +93,51 @@ def test_counts_are_those_of_each_row_alone(eos_place):
     model, prompts = model_of("packed"), [prompt_of(length) for length in (3, 9, 5)]
     config = DecodingConfig(exit_layer=3, num_draft_tokens=5, max_new_tokens=15)
     eos_ids = frozenset() if eos_place is None else frozenset({alone(model, prompts[0], config, frozenset())[0][eos_place]})
-    for one in decode_batch(model, prompts, config, eos_ids):
-        decoding = decode(model, prompts[one.row], config, eos_ids)
-        list(decoding)
-        for name in ("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position"):
-            assert getattr(one.stats, name) == getattr(decoding.stats, name), name
+    expected = [everything_alone(model, prompt, config, eos_ids) for prompt in prompts]
+    assert everything_together(model, prompts, config, eos_ids) == expected
+
+
+@pytest.mark.parametrize("confidence", [0.06, 0.07, 0.08, 0.1, 0.12, 0.15, 0.9])
+@pytest.mark.parametrize("kind", ["generic", "packed", "windows", "low-bit drafts"])
+def test_each_row_stops_drafting_by_its_own_confidence(kind, confidence):
+    model, prompts = model_of(kind), [prompt_of(length) for length in (3, 9, 5, 12)]
+    config = DecodingConfig(exit_layer=3, num_draft_tokens=5, max_new_tokens=20, draft_confidence=confidence)
+    assert everything_together(model, prompts, config) == [everything_alone(model, prompt, config) for prompt in prompts]
+
+
+def test_rows_of_different_confidence_draft_differently():
+    """So that the test above tells something: at one threshold one row drafts all that it may, another next to nothing."""
+    model, prompts = model_of("packed"), [prompt_of(length) for length in (3, 9, 5, 12)]
+    drafts = DecodingConfig(exit_layer=3, num_draft_tokens=5, max_new_tokens=20)
+    drafted = {}
+    for confidence in (0.0, 0.06, 0.08, 0.12):
+        config = replace(drafts, draft_confidence=confidence)
+        drafted[confidence] = [one.stats.drafted for one in decode_batch(model, prompts, config)]
+    assert all(len(set(counts)) > 1 for confidence, counts in drafted.items() if confidence)
+    assert all(more >= fewer for more, fewer in zip(drafted[0.0], drafted[0.08], strict=True))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    confidence=st.sampled_from([0.0, 0.07, 0.1, 0.2]),
+    exit_layer=st.integers(1, 5),
+    num_draft_tokens=st.integers(1, 6),
+    lengths=st.lists(st.integers(1, 12) | st.integers(110, 126), min_size=2, max_size=4),
+    max_new_tokens=st.integers(1, 16),
+    temperature=st.sampled_from([0.0, 0.7]),
+    eos_place=st.none() | st.integers(0, 12),
+)
+def test_whatever_ends_a_row_s_drafts_ends_those_of_no_other(
+    confidence, exit_layer, num_draft_tokens, lengths, max_new_tokens, temperature, eos_place
+):
+    """Confidence, EOS, the last token allowed and the end of the context; sampled rows draw as often as they do alone."""
+    model, prompts = model_of("packed"), [prompt_of(length) for length in lengths]
+    sampling = SamplingConfig(temperature, seed=3)
+    config = DecodingConfig("self-speculative", exit_layer, num_draft_tokens, max_new_tokens, confidence, (), sampling)
+    free, _ = alone(model, prompts[0], replace(config, max_new_tokens=16), frozenset())
+    eos_ids = frozenset() if eos_place is None else frozenset({free[min(eos_place, len(free) - 1)]})
+    expected = [everything_alone(model, prompt, config, eos_ids) for prompt in prompts]
+    assert everything_together(model, prompts, config, eos_ids) == expected
 
 
 def test_rows_near_the_end_of_the_context_do_not_stop_the_others():

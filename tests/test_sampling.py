@@ -174,10 +174,10 @@ def test_the_seed_decides_what_is_drawn():
     logits = torch.zeros(40, 1000)
 
     def drawn(seed):
-        return sampler_for(SamplingConfig(temperature=1, seed=seed), CPU).choose(logits, None).tolist()
+        return sampler_for(SamplingConfig(temperature=1, seed=seed), CPU).choose(logits, None, [0]).tolist()
 
     assert drawn(3) == drawn(3) != drawn(4)
-    assert sampler_for(SamplingConfig(), CPU).choose(LOGITS, None).item() == 0
+    assert sampler_for(SamplingConfig(), CPU).choose(LOGITS, None, [0]).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

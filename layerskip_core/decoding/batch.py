@@ -45,11 +45,13 @@ class _RowByRow:
     def probs(self, logits: Tensor) -> Tensor | None:
         return self.rows[0].sampler.probs(logits)
 
-    def choose(self, logits: Tensor, probs: Tensor | None) -> Tensor:
+    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
         if probs is None:
-            return self.rows[0].sampler.choose(logits, None)
-        drawn = [row.sampler.choose(mine, its) for row, mine, its in zip(self.rows, logits, probs, strict=True)]
-        return torch.stack(drawn)
+            return self.rows[0].sampler.choose(logits, None, rows)
+        drawn = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+        for row in rows:
+            drawn[row] = self.rows[row].sampler.choose(logits[row], probs[row], rows)
+        return drawn
 
     def verify(self, draft_ids: Tensor, draft_probs: Tensor | None, logits: Tensor) -> Verdict:
         raise NotImplementedError("each row verifies by its own sampler")
@@ -79,15 +81,14 @@ def decode_batch(
         sampler = sampler_for(config.sampling, model.device)
         rows.append(_Row(number, len(prompt), scanner, sampler, DecodeStats(sequences=1, prompt_tokens=len(prompt))))
     samplers = _RowByRow(rows)
-    # One row's EOS does not end the drafts of the others, so none is given.
-    depth, drafter = depth_and_drafter(model, config, samplers, frozenset())
+    depth, drafter = depth_and_drafter(model, config, samplers, eos_ids)
     cache = model.new_cache(len(rows))
     with torch.inference_mode():
         logits = _prefill(model, prompts, cache, depth)
     draft = Draft(torch.empty(len(rows), 0, dtype=torch.long, device=model.device))
     while True:
         with torch.inference_mode():
-            newest = torch.cat([_advance(row, draft, place, logits[place], eos_ids) for place, row in enumerate(rows)])
+            newest = torch.cat([_advance(row, draft, place, logits[place]) for place, row in enumerate(rows)])
         for row in rows:
             if row.scanner.reason is not None:
                 yield Finished(row.number, row.ids, row.scanner.reason, row.stats)
@@ -100,11 +101,12 @@ def decode_batch(
                 cache.keep_rows(staying)
                 newest = newest[staying]
             cache.lengths = torch.tensor([row.cached for row in rows])
-            room = max(row.scanner.room for row in rows) - 1
-            limit = cache.max_positions - 1 - int(cache.lengths.max())
-            count = 0 if drafter is None else min(config.num_draft_tokens, room, limit)
-            positions = cache.lengths[:, None] + torch.arange(count + 1)
-            draft = Draft(newest) if drafter is None or count == 0 else drafter.draft(newest, positions[:, :count], cache)
+            draft = Draft(newest)
+            most = [min(config.num_draft_tokens, row.scanner.room - 1) for row in rows]
+            # Only padding would stand after the context's last place, which no token of a row that goes on is read from.
+            positions = (cache.lengths[:, None] + torch.arange(max(most) + 1)).clamp_max(cache.max_positions - 1)
+            if drafter is not None and max(most) > 0:
+                draft = drafter.draft(newest, positions[:, : max(most)], cache, most)
             logits = target_logits(model, draft, positions[:, : draft.tokens.shape[1]], cache, depth)
 
 
@@ -118,15 +120,10 @@ def _prefill(model: SpanModel, prompts: Sequence[list[int]], cache: DepthCache, 
     return model.unembed(hidden[torch.arange(len(prompts), device=model.device), last][:, None])
 
 
-def _advance(row: _Row, draft: Draft, place: int, logits: Tensor, eos_ids: frozenset[int]) -> Tensor:
-    """Judges a row's drafts, as many as it has room for and none behind an EOS, by its logits (K+1, V); returns its newest
-    token, (1, 1).
-    """
+def _advance(row: _Row, draft: Draft, place: int, logits: Tensor) -> Tensor:
+    """Judges what a row has drafted by its logits (K+1, V); returns its newest token, (1, 1)."""
     prefill = draft.tokens.shape[1] == 0
-    drafts = min(draft.num_drafts, row.scanner.room - 1)
-    if eos_ids and drafts > 0:
-        ids = draft.tokens[place, 1 : 1 + drafts].tolist()
-        drafts = next((count for count, token in enumerate(ids, start=1) if token in eos_ids), drafts)
+    drafts = draft.by_row[place] if draft.by_row else 0
     probs = None if draft.probs is None or drafts == 0 else draft.probs[place, :drafts]
     verdict = row.sampler.verify(draft.tokens[place, 1 : 1 + drafts], probs, logits[: drafts + 1])
     count, _ = row.scanner.cut(verdict.ids)

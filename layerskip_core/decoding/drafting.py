@@ -1,5 +1,6 @@
 """Drafts for a round of speculation, from the first layers of the model itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -37,22 +38,26 @@ class SpanModel(Protocol):
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens for the target to run: those committed without KV yet (one; the prompt at first), then K drafts.
+    """Tokens for the target to run: those committed without KV yet (one; the prompt at first), then K drafts, in B rows.
 
     `exit_states` are the target's own hidden states after layer `exit_layer`, pre-norm, of all tokens or of all but the last;
     None when the draft has no such states: then the target starts at layer 0.
     """
 
-    tokens: Tensor  # (1, T)
+    tokens: Tensor  # (B, T)
     num_drafts: int = 0  # K, the last of the tokens
-    probs: Tensor | None = None  # (1, K, V), what each draft was drawn from; None when greedy or without drafts
-    exit_states: Tensor | None = None  # (1, T or T-1, D)
+    probs: Tensor | None = None  # (B, K, V), what each draft was drawn from; None when greedy or without drafts
+    exit_states: Tensor | None = None  # (B, T or T-1, D)
     exit_layer: int = 0
+    by_row: tuple[int, ...] = ()  # how many of the K each row of a batch has drafted: the rest is padding
 
 
 class Drafter(Protocol):
-    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache) -> Draft:
-        """At most one draft for each of `positions` (1, d), d >= 1; `token` (1, 1), committed, stands at the first of them."""
+    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache, most: Sequence[int] = ()) -> Draft:
+        """At most one draft for each of `positions` (B, d), d >= 1; `token` (B, 1), committed, stands at the first of them.
+
+        `most`: how many drafts each row of a batch may have; all d without it.
+        """
 
 
 class ExitDrafter:
@@ -80,42 +85,55 @@ class ExitDrafter:
         greedy = isinstance(sampler, Greedy) and not confidence
         self._in_one_call: Any = getattr(model, "draft_greedily", None) if greedy else None
 
-    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache) -> Draft:
-        """Ends early behind an EOS, or before a token where the most probable one has less than the confidence."""
+    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache, most: Sequence[int] = ()) -> Draft:
+        """Each row ends after an EOS, or before a token where the most probable one has less than the confidence."""
         if self._in_one_call is not None:
             drafted, exit_states = self._in_one_call(int(token), self._exit_layer, positions, cache, self._eos_ids)
             count = drafted.shape[1] - 1
-            return Draft(drafted, count, None, exit_states if self._reuse else None, self._exit_layer)
+            return Draft(drafted, count, None, exit_states if self._reuse else None, self._exit_layer, (count,))
+        limits = list(most) or [positions.shape[1]] * len(token)
+        counts = [0] * len(limits)
         tokens, probs, states = [token], [], []
         for step in range(positions.shape[1]):
+            going = [row for row, limit in enumerate(limits) if counts[row] == step < limit]
+            if not going:
+                break
             hidden = self._model.embed(token)
             hidden = self._model.run_layers(hidden, 0, self._exit_layer, positions[:, step : step + 1], cache)
             states.append(hidden)
             logits = self._unembed(hidden)
             draft_probs = self._sampler.probs(logits)
-            if self._confidence and self._unsure(logits, draft_probs):
+            if self._confidence and not (going := self._sure(going, logits, draft_probs)):
                 break
-            token = self._sampler.choose(logits, draft_probs)
+            token = self._sampler.choose(logits, draft_probs, going)
             if self._vocabulary is not None:
                 token = self._vocabulary.tokens(token)
                 draft_probs = None if draft_probs is None else self._vocabulary.spread(draft_probs, 0.0)
             tokens.append(token)
             if draft_probs is not None:
                 probs.append(draft_probs)
-            if self._eos_ids and int(token) in self._eos_ids:
-                break
+            for row in going:
+                counts[row] += 1
+            if self._eos_ids:
+                ended = [row for row, drafted in enumerate(token[:, 0].tolist()) if drafted in self._eos_ids]
+                limits = (
+                    [min(limit, step + 1) if row in ended else limit for row, limit in enumerate(limits)] if ended else limits
+                )
         return Draft(
             torch.cat(tokens, dim=1),
             num_drafts=len(tokens) - 1,
             probs=torch.cat(probs, dim=1) if probs else None,
             exit_states=torch.cat(states, dim=1) if self._reuse else None,
             exit_layer=self._exit_layer,
+            by_row=tuple(counts),
         )
 
-    def _unsure(self, logits: Tensor, draft_probs: Tensor | None) -> bool:
+    def _sure(self, rows: list[int], logits: Tensor, draft_probs: Tensor | None) -> list[int]:
+        """Those of the rows whose most probable token has the confidence."""
         # Decided before a token is drawn: to drop a drawn token for its probability would bias what is sampled.
         distribution = logits.float().softmax(-1) if draft_probs is None else draft_probs
-        return float(distribution.amax()) < self._confidence
+        largest: list[float] = distribution.amax(-1)[:, 0].tolist()
+        return [row for row in rows if largest[row] >= self._confidence]
 
 
 def drafter_for(

@@ -1,5 +1,6 @@
 """From logits to tokens: greedy, or drawn after temperature, top-k and top-p; and the lossless verification of drafts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,8 +32,8 @@ class Sampler(Protocol):
     def probs(self, logits: Tensor) -> Tensor | None:
         """The distribution (..., V) that `choose` draws from, or None where nothing is drawn."""
 
-    def choose(self, logits: Tensor, probs: Tensor | None) -> Tensor:
-        """Token ids (...) from logits (..., V) and their `probs`."""
+    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
+        """Token ids (B, T) from logits (B, T, V) and their `probs`. Only `rows` of the batch need one: others may be any id."""
 
     def verify(self, draft_ids: Tensor, draft_probs: Tensor | None, logits: Tensor) -> Verdict:
         """Judges drafts (K,), drawn from `draft_probs` (K, V), by the target's logits (K+1, V). Waits once for the device."""
@@ -44,7 +45,7 @@ class Greedy:
     def probs(self, logits: Tensor) -> None:
         return None
 
-    def choose(self, logits: Tensor, probs: Tensor | None) -> Tensor:
+    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
         return most_probable(logits)
 
     def verify(self, draft_ids: Tensor, draft_probs: Tensor | None, logits: Tensor) -> Verdict:
@@ -78,7 +79,7 @@ class Stochastic:
     def probs(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self._config)
 
-    def choose(self, logits: Tensor, probs: Tensor | None) -> Tensor:
+    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
         return draw(self.probs(logits) if probs is None else probs, self._generator)
 
     def verify(self, draft_ids: Tensor, draft_probs: Tensor | None, logits: Tensor) -> Verdict:
