@@ -7,7 +7,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from layerskip_core.config import DecodingConfig
-from layerskip_core.errors import LayerSkipError
+from layerskip_core.errors import DataError, LayerSkipError
+from layerskip_core.json_input import parse_json
 
 from . import standard_input
 from .console import narrate
@@ -98,9 +99,9 @@ def _prompts(prompt: str | None, lines: bool, jsonl: bool) -> Iterator[tuple[int
 
 def _prompt_of(line: str, number: int) -> tuple[str, str | None]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        return "", f"line {number}: not valid JSON: {error}"
+        row = parse_json(line, f"line {number}", DataError)
+    except DataError as error:
+        return "", str(error)
     text = row.get("prompt") if isinstance(row, dict) else None
     return (text, None) if isinstance(text, str) else ("", f"line {number}: needed an object with a text `prompt`")
 

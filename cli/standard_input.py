@@ -19,8 +19,11 @@ def is_piped() -> bool:
 
 
 def prompts_stream() -> TextIO:
-    """The input that `take` kept, as UTF-8 text; empty where the process was started without one."""
+    """The input that `take` kept, as UTF-8 text; empty where the process was started without one.
+
+    Bytes that are none become halves of surrogate pairs, as in arguments: the prompt that they are in is then refused.
+    """
     if _taken is None:
         return io.StringIO()
-    _taken.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[attr-defined]
+    _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[attr-defined]
     return _taken

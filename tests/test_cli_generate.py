@@ -57,7 +57,9 @@ def test_the_prompt_as_an_argument_or_from_a_pipe(generate, expected):
     assert generate(PROMPT) == text
     assert generate(stdin=PROMPT) == generate(stdin=PROMPT + "\n") == text
     assert generate(stdin="two\nlines\n").out == expected("two\nlines") + "\n"  # all of it is one prompt
-    assert generate(stdin="né".encode() + b"\xff").out == expected("né\ufffd") + "\n"
+    assert generate(stdin="\ufeffné".encode()).out == expected("né") + "\n"
+    refused = Result(1, "", "error: the prompt must be valid Unicode, got '\\udcff' in it\n")
+    assert generate(stdin="né".encode() + b"\xff") == refused
 
 
 def test_every_strategy_and_the_text_of_plain_decoding(generate, expected):
@@ -133,7 +135,31 @@ def test_jsonl_answers_in_order_with_errors_in_their_place(generate, loaded, exp
     assert messages[0].startswith("line 3: not valid JSON: ")
     assert messages[1:3] == [f"line {number}: needed an object with a text `prompt`" for number in (4, 5)]
     assert LONGER.fullmatch(messages[3])
-    assert messages[4] == r"the prompt must be valid Unicode, got '\ud83c' in it"
+    assert messages[4] == "line 7: not valid Unicode: half of a surrogate pair in a string"
+
+
+@pytest.mark.parametrize("batch", [(), ("--batch-size", "3")])
+def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expected, batch):
+    good, deep = json.dumps({"prompt": PROMPT}), '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    rows = [good, deep, '{"prompt": ""}', '{"prompt": "a", "x": NaN}', json.dumps({"prompt": TOO_LONG}), good]
+    stdin = "\n".join(rows).encode() + b'\n{"prompt": "\xff"}\n' + good.encode()
+    result = generate("--jsonl", "--raw", *batch, stdin=stdin)
+    found = [row.get("error", row.get("text")) for row in map(json.loads, result.out.splitlines())]
+    answer = expected(raw=True)
+    assert (result.code, result.err, len(found)) == (1, "", 8)
+    assert [found[place] for place in (0, 5, 7)] == [answer] * 3
+    assert found[1] == "line 2: nested deeper than 64 levels"
+    assert found[2] == "the prompt must be at least 1 token, got none"
+    assert found[3] == "line 4: not valid JSON: NaN is not a JSON number"
+    assert LONGER.fullmatch(found[4])
+    assert found[6] == r"the prompt must be valid Unicode, got '\udcff' in it"
+    lines = generate("--lines", "--raw", *batch, stdin=f"\n{PROMPT}\n{TOO_LONG}\n".encode() + b"\xff\n" + PROMPT.encode())
+    assert (lines.code, lines.out) == (1, f"\n{answer}\n\n\n{answer}\n")
+    assert [error.split(":")[1] for error in lines.err.splitlines()] == [" line 1", " line 3", " line 4"]
+
+
+def test_an_empty_prompt_in_a_template_is_answered(generate, expected):
+    assert generate("--lines", stdin="\n") == Result(0, expected("") + "\n", "")
 
 
 def test_jsonl_of_good_rows_ends_with_0(generate, expected):

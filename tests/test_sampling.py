@@ -73,7 +73,7 @@ def test_the_limit_of_a_small_temperature_or_top_p_is_greedy(config, top_k, voca
     found = probabilities(logits, settings)
     if config["temperature"] < 1e-3 or "top_p" in config:
         assert torch.equal(found, torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float())
-    assert torch.equal(sampler_for(settings, CPU).choose(logits, None), logits.argmax(-1))
+    assert torch.equal(sampler_for(settings, CPU).choose(logits, None, [0]), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocabulary", [3, 7, 49, 1000, 49152])
