@@ -129,7 +129,7 @@ def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars, log lines and notes on its future off stderr, in a block or a decorated function."""
+    """Keeps progress bars, log lines and warnings of transformers and peft off stderr, in a block or a decorated function."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -137,7 +137,7 @@ def quiet_transformers() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -339,11 +339,15 @@ def _token_order(path: str, config: Any, packing: PackingConfig | None) -> list[
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Raises CheckpointError for a tokenizer with words that the model has no embedding of.
+    """Raises CheckpointError for a tokenizer without a vocabulary, or with words that the model has no embedding of.
 
     Special tokens may lie beyond, as Gemma 3's for images do: a text model never meets them.
     """
-    if tokenizer is None or len(tokenizer) <= vocab_size:
+    if tokenizer is None:
+        return
+    if tokenizer.vocab_size == 0:
+        raise CheckpointError("the tokenizer has no vocabulary")
+    if len(tokenizer) <= vocab_size:
         return
     special = set(getattr(tokenizer, "all_special_ids", ()))
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -91,6 +91,11 @@ class LeanTokenizer:
         encoded = self._tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
         return {"input_ids": [encoding.ids for encoding in encoded]}
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens without the added ones."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
+
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 

@@ -122,6 +122,15 @@ def test_a_damaged_tokenizer_is_one_line(folder, content):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("model", [{"type": "Unigram", "vocab": []}, {"type": "BPE", "vocab": {}, "merges": []}], ids=str)
+def test_a_tokenizer_without_a_vocabulary(folder, model):
+    edit(folder / "tokenizer.json", model=model)
+    with pytest.raises(CheckpointError, match=f"cannot load model {folder}: the tokenizer has no vocabulary"):
+        load_checkpoint(str(folder), "cpu")
+    with pytest.raises(CheckpointError, match=f"cannot load model {folder}: "):
+        load_checkpoint(str(folder), "cpu", implementation="auto")
+
+
 def change_weights(folder, **changes):
     weights = load_file(folder / "model.safetensors")
     for name, change in changes.items():
@@ -239,7 +248,7 @@ def test_damaged_adapters(tmp_path, content, message):
         load_checkpoint(str(tmp_path))
 
 
-def test_an_adapter_on_an_adapter_is_merged_into_both(checkpoint, tmp_path):
+def test_an_adapter_on_an_adapter_is_merged_into_both(checkpoint, tmp_path, capfd):
     from peft import LoraConfig, get_peft_model
 
     base = load_checkpoint(checkpoint, "cpu", "fp32")
@@ -255,8 +264,10 @@ def test_an_adapter_on_an_adapter_is_merged_into_both(checkpoint, tmp_path):
         model.save_pretrained(tmp_path / name)
         base.tokenizer.save_pretrained(tmp_path / name)
         below = str(tmp_path / name)
+    capfd.readouterr()
     merged = load_checkpoint(below, "cpu", "fp32").model.model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(merged, expected)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.fixture
