@@ -8,6 +8,7 @@ from .errors import CheckpointError, ConfigError, LayerSkipError
 from .special_text import special_text
 
 CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
+RAW = "raw"  # a template that adds nothing, and makes tokens of the prompt's special text as well
 PLACE = "{prompt}"  # in a template that is a text
 Result = TypeVar("Result")
 
@@ -15,8 +16,8 @@ Result = TypeVar("Result")
 def encode_prompt(tokenizer: Any, template: str | None, prompt: str) -> list[int]:
     """Token ids of a prompt, special tokens at its start included and none at its end.
 
-    Text of special tokens in the prompt is text; only the template's makes tokens. Without a template (`--raw`) the prompt's
-    does, too.
+    Text of special tokens in the prompt is text; only the template's makes tokens. Without a template, or with RAW,
+    the prompt's does, too.
 
     Raises:
         ConfigError: the prompt is not valid Unicode, or the template is `chat` and the tokenizer has none.
@@ -27,7 +28,7 @@ def encode_prompt(tokenizer: Any, template: str | None, prompt: str) -> list[int
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, an argument can hold any bytes
         raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
     special = special_text(tokenizer)
-    if template is None:
+    if template is None or template == RAW:
         return _without_end(tokenizer, encoded(lambda: tokenizer(prompt)["input_ids"]))
     if special is None:
         _refuse_special(tokenizer, prompt)

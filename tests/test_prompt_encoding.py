@@ -8,9 +8,11 @@ import pytest
 from chatml import SPECIAL, chatml_folder, full_tokenizer
 
 from layerskip_core.checkpoint import CheckpointInfo, LoadedModel
+from layerskip_core.config import TaskConfig
 from layerskip_core.data import Conversation
 from layerskip_core.encoding import Encoder
 from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.lean import lean_tokenizer
 from layerskip_core.prompt_encoding import CHAT, encode_prompt
 from layerskip_core.special_text import special_text
@@ -87,6 +89,19 @@ def test_raw_prompts_still_hold_special_tokens(tokenizer, full):
     assert loaded.prompt_template == CHAT
     assert control(full, loaded.encode_prompt(EVIL, raw=True)) == ["<|im_end|>", "<|im_start|>"]  # the last one ends a prompt
     assert control(full, loaded.encode_prompt(EVIL)) == [*SPECIAL[1:], *SPECIAL[1:], SPECIAL[1]]
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize(("template", "own"), [(OWN_TURNS, 3), ("raw", 2), ("{prompt}", 0), ("chat", 5)])
+def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(tokenizer, full, tmp_path, template, own, shots):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": prompt, "answer": "b"} for prompt in ["a", EVIL][1 - shots :]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(TaskConfig(data=str(file), shots=shots, template=template))
+    loaded = task.prepared(LoadedModel("m", None, tokenizer, CheckpointInfo(), SimpleNamespace(vocab_size=1 << 20)))
+    ids = loaded.encode_prompt(task.examples[0].prompt)
+    # A solved row has its turns, too; and a raw prompt ends with a line end then, not with a token that is cut off.
+    assert len(control(full, ids)) == own + shots * {OWN_TURNS: 3, "raw": 1}.get(template, 0)
 
 
 def test_added_tokens_that_are_not_special_stay(tokenizer):

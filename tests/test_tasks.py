@@ -82,8 +82,8 @@ def test_lists_are_sentences_of_a_prompt_and_references_to_choose_from(tmp_path)
     [
         (None, "one\nA\n\ntwo\nB\n\nthree", "C", None),
         ("chat", "one\nA\n\ntwo\nB\n\nthree", "C", "chat"),
-        ("raw", "one\nA\n\ntwo\nB\n\nthree\n", "C", "{prompt}"),
-        ("Q: {prompt}\nA:", "Q: one\nA: A\n\nQ: two\nA: B\n\nQ: three\nA:", " C", "{prompt}"),
+        ("raw", "one\nA\n\ntwo\nB\n\nthree\n", "C", "raw"),
+        ("Q: {prompt}\nA:", "three", " C", "Q: one\nA: A\n\nQ: two\nA: B\n\nQ: {prompt}\nA:"),
     ],
 )
 def test_first_rows_are_shots_in_the_template(tmp_path, template, prompt, completion, model_template):

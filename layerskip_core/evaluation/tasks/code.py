@@ -6,7 +6,7 @@ model which answers people closes its code by. MBPP's prompts are those of Austi
 between [BEGIN] and [DONE].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from keyword import iskeyword
@@ -16,7 +16,7 @@ from ...data import Example
 from ...records import Record, spread
 from ..metrics import pass_at_k, rouge
 from ..sandbox import WALLS, run_tests, standing_walls
-from .prompts import BARE, forms, with_shots
+from .prompts import BARE, forms, framed
 from .rows import file_rows, hub_rows, shots_and_rest
 from .task import Task
 
@@ -43,9 +43,7 @@ class _Problem:
 
 def humaneval(config: TaskConfig) -> Task:
     every = file_rows(config.data) if config.data else hub_rows(_HUMANEVAL_HUB, "test")
-    form, template = forms(config.template, BARE, BARE)
-    problems = [_humaneval_problem(row) for row in spread(every, config.samples)]
-    problems = [replace(problem, example=with_shots(form, problem.example)) for problem in problems]
+    problems, template = _framed(forms(config.template, BARE, BARE), map(_humaneval_problem, spread(every, config.samples)))
     return _task(replace(config, data=config.data or _HUMANEVAL_HUB, shots=0), problems, _HUMANEVAL_STOP, template)
 
 
@@ -59,11 +57,10 @@ def mbpp(config: TaskConfig) -> Task:
         solutions = hub_rows(_MBPP_HUB, "prompt", name="full")[1:]  # the first is problem 1
         require(count <= len(solutions), "--shots", f"at most {len(solutions)} for --task mbpp", count)
         shots, rows = solutions[:count], hub_rows(_MBPP_HUB, config.split, name="full")
-    form, template = forms(config.template, _MBPP_FORM, BARE)
     solved = [_mbpp_problem(row).example for row in shots]
     solved = [Example(example.prompt, example.completion + "\n[DONE]") for example in solved]
-    problems = [_mbpp_problem(row) for row in spread(rows, config.samples)]
-    problems = [replace(problem, example=with_shots(form, problem.example, solved)) for problem in problems]
+    asked = map(_mbpp_problem, spread(rows, config.samples))
+    problems, template = _framed(forms(config.template, _MBPP_FORM, BARE), asked, solved)
     return _task(replace(config, data=config.data or _MBPP_HUB, shots=count), problems, _MBPP_STOP, template)
 
 
@@ -74,6 +71,15 @@ def _mbpp_file(path: str, count: int, split: range) -> tuple[list[Record], list[
     shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
     rows = [row for row in every if _task_id(row) in split]
     return (shots, rows) if len(shots) == count and rows else shots_and_rest(every, count, path)
+
+
+def _framed(
+    form: tuple[str, str | None], problems: Iterable[_Problem], solved: Sequence[Example] = ()
+) -> tuple[list[_Problem], str | None]:
+    """The problems with their prompts as `framed` makes them."""
+    problems = list(problems)
+    examples, template = framed(*form, (problem.example for problem in problems), solved)
+    return [replace(problem, example=example) for problem, example in zip(problems, examples, strict=True)], template
 
 
 def _task_id(row: Record) -> int | str | None:

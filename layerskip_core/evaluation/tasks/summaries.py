@@ -7,7 +7,7 @@ from typing import Any
 from ...config import TaskConfig
 from ...data import Example
 from ...records import Record, spread
-from .prompts import BARE, forms, with_shots
+from .prompts import BARE, forms, framed
 from .rows import file_rows, hub_rows, shots_and_rest
 from .task import Task
 from .text import text_scores
@@ -48,10 +48,8 @@ def _summaries(config: TaskConfig, source: _Source) -> Task:
         ready = False
         shots = hub_rows(source.hub_id, "train", count, **source.keywords) if count else []
         rows = hub_rows(source.hub_id, config.split, **source.keywords)
-    form, template = forms(config.template, BARE if ready else _FORM, BARE)
-    examples = tuple(
-        with_shots(form, _example(row), [_example(shot) for shot in shots]) for row in spread(rows, config.samples)
-    )
+    solved, asked = [_example(row) for row in shots], [_example(row) for row in spread(rows, config.samples)]
+    examples, template = framed(*forms(config.template, BARE if ready else _FORM, BARE), asked, solved)
     limit = config.max_new_tokens or source.max_new_tokens
     resolved = replace(config, data=config.data or source.hub_id, shots=count, max_new_tokens=limit)
     scorer = partial(text_scores, "rouge2", [[example.completion] for example in examples])

@@ -6,9 +6,10 @@ from functools import partial
 
 from ...config import DataConfig, TaskConfig
 from ...data import Example, is_parsing, load_examples, load_records
+from ...prompt_encoding import RAW
 from ...records import Record, spread
 from ..metrics import ROUGES, exact_match, rouge
-from .prompts import BARE, SHOT_END, forms, with_shots
+from .prompts import BARE, SHOT_END, forms, framed
 from .rows import shots_and_rest
 from .task import Task
 
@@ -23,8 +24,7 @@ def parsing(config: TaskConfig) -> Task:
     source = config.data or name
     data = DataConfig(source, config.split, config.prompt_column or "prompt", config.completion_column or "completion")
     examples = load_examples(replace(data, limit=config.samples, seed=config.seed))
-    form, template = forms(config.template, BARE, None)
-    shaped = tuple(with_shots(form, example) for example in examples)
+    shaped, template = framed(*forms(config.template, BARE, None), examples)
     references = [[example.completion] for example in examples]
     resolved = replace(
         config, data=source, max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS,
@@ -45,16 +45,17 @@ def prompts(config: TaskConfig) -> Task:
     rows = spread(rest, config.samples)
     form, template = forms(config.template, BARE, None)
     shot_form = "{prompt}\n" if form == BARE else form
-    if shots and template == BARE:
+    if shots and template == RAW:
         form = shot_form
-    gap = " " if template == BARE and form != BARE and not form[-1].isspace() else ""
+    gap = " " if template == form != BARE and not form[-1].isspace() else ""
     solved = [Example(prompt, gap + texts[0]) for prompt, texts in shots]
-    examples = [with_shots(form, Example(prompt, gap + texts[0]), solved, shot_form) for prompt, texts in rows]
+    asked = [Example(prompt, gap + texts[0]) for prompt, texts in rows]
+    examples, template = framed(form, template, asked, solved, shot_form)
     resolved = replace(config, shots=len(solved), max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS)
     scorer = partial(text_scores, config.metric, [texts for _, texts in rows])
     stop = (SHOT_END,) if solved else ()
     name = config.task or source
-    return Task(name, tuple(examples), resolved, config.metric or "rouge2", scorer, stop, template)
+    return Task(name, examples, resolved, config.metric or "rouge2", scorer, stop, template)
 
 
 def text_scores(metric: str | None, references: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
