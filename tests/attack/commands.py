@@ -319,7 +319,11 @@ KNOWN: tuple[Callable[[Case], Command], ...] = (
 )
 
 WORKING: tuple[Callable[[Case], Command], ...] = (  # what must not fail
-    *(_known("--model", f"{{{name}}}", base=base) for name in _NAMED for base in ("generate", "bench", "inspect")),
+    *(
+        _known("--model", f"{{{name}}}", base=base, stdin=b"call")
+        for name in _NAMED
+        for base in ("generate", "bench", "inspect")
+    ),
     *(_known("--model", f"{{{name}}}", "--exit", "2", "--spec", "3", stdin=b"call") for name in _NAMED),
     *(_known("--model", f"{{{name}}}", "--lines", "--batch-size", "2", stdin=b"call\nme") for name in _NAMED),
     *(_known("--model", f"{{{name}}}", "--exit", "2", base="bench") for name in _NAMED),

@@ -1,6 +1,7 @@
 """Ways to spoil bytes, JSON and files."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -63,16 +64,13 @@ def spoil_json(text: str, random: Random) -> tuple[str, str]:
 def spoil_file(path: Path, random: Random) -> str:
     """Spoils a file in place, by its structure where it has one; returns what was done."""
     data = path.read_bytes()
-    if path.suffix in (".json", ".index") and random.random() < 0.75:
-        text, said = spoil_json(data.decode(), random)
-        path.write_text(text)
-        return f"{path.name}: {said}"
-    if path.suffix == ".jsonl" and random.random() < 0.75:
-        lines = data.decode().splitlines()
+    if path.suffix in (".json", ".jsonl") and random.random() < 0.75:
+        lines = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode(errors="replace")]
         number = random.randrange(len(lines))
-        lines[number], said = spoil_json(lines[number], random)
-        path.write_text("\n".join(lines) + "\n")
-        return f"{path.name}:{number + 1}: {said}"
+        with suppress(ValueError):  # it is spoiled already
+            lines[number], said = spoil_json(lines[number], random)
+            path.write_text("\n".join(lines) + "\n")
+            return f"{path.name}:{number + 1}: {said}"
     path.write_bytes(spoil_bytes(data, random))
     return f"{path.name}: bytes changed, {len(data)} became {path.stat().st_size}"
 

@@ -179,7 +179,8 @@ def _write(name: str, text: str, must_fail: bool = True) -> Known:
 
 
 def _tokenizer(what: str, must_fail: bool = True, **settings: object) -> Known:
-    return Known(f"tokenizer.json: {what}", lambda path: edit_json(path / "tokenizer.json", **settings), must_fail=must_fail)
+    spoil = lambda path: edit_json(path / "tokenizer.json", **settings)  # noqa: E731
+    return Known(f"tokenizer.json: {what}", spoil, must_fail=must_fail, commands=(_GENERATE, _BENCH))
 
 
 def _info(**settings: object) -> Known:

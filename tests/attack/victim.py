@@ -62,7 +62,9 @@ class Victim:
         """What success may change when a command writes to this output: files of this program, no others."""
         mine = {
             "model": ("config.json", "generation_config.json", "model.safetensors", "tokenizer", "layerskip.json"),
-            "bench": ("results.", "report.html", "unfinished.jsonl", "outputs.jsonl", "plot", "tradeoff", "speed"),
+            "blocked": ("config.json",),
+            "bench": tuple(file.name for file in (self.home / "bench").iterdir()),
             "training": ("",),
         }
-        return tuple(f"{output}/{name}" for name in mine.get(output, ())) + (("file.txt",) if output == "file.txt" else ())
+        files = {"file.txt": ("file.txt",), "link-to-file": ("file.txt",)}.get(output, ())
+        return tuple(f"{output}/{name}" for name in mine.get(output, ())) + files
