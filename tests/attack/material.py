@@ -68,6 +68,7 @@ class Material:
 def import_everything() -> None:
     """What commands import, so that forked children need not: nothing of it is run here."""
     os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"})
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that wait leave the cores to the other attacks
     os.environ.setdefault("HF_HOME", "/nonexistent")
     import datasets  # noqa: F401
     import matplotlib.figure  # noqa: F401
