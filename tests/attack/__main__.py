@@ -11,7 +11,7 @@ from types import ModuleType
 
 from . import sanitized
 from .campaign import PartReport, run_part
-from .material import import_everything, make
+from .material import import_everything, import_what_commands_import, make
 from .outcome import KINDS
 
 PARTS = ("commands", "checkpoints", "models", "kills", "writers", "programs", "decoding")
@@ -21,11 +21,12 @@ _SHOWN = 12  # misses of a part that are told; the report file has all
 def main() -> None:
     arguments = _arguments()
     if arguments.asan:
-        sanitized.restart_sanitized(Path(tempfile.mkdtemp(prefix="layerskip-asan-")))
+        sanitized.restart_sanitized()
     import_everything()
     sanitized.use_sanitized_kernels()
     with tempfile.TemporaryDirectory(prefix="layerskip-attack-", ignore_cleanup_errors=True) as folder:
         material = make(Path(folder) / "material")
+        import_what_commands_import(material)
         reports = []
         for name in arguments.part or PARTS:
             part = importlib.import_module(f".{name}", __package__)

@@ -109,6 +109,7 @@ def _main(command: Command, folder: Path, prepare: Callable[[], None] | None) ->
     if prepare is not None:
         prepare()
     status = _status_of(main)
+    sys.audit("layerskip.attack.done")
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -1,7 +1,11 @@
-"""Programs that try to reach out of the sandbox: each comes to its end only when what it tried has worked.
+"""More programs that try to reach out of the sandbox, beside those of tests/hostile_programs.py and written before its walls.
 
-VICTIM stands for a folder of the user's with a file `secret`, PID for a process of the user's, SHM for a key.
+Each comes to its end only when what it tried has worked. `{home}` stands for a folder of the user with a file `secret`, `{pid}`
+for a process of the user, SHM for a key.
 """
+
+from hostile_programs import PROGRAMS as OF_THE_TESTS
+from hostile_programs import HostileProgram
 
 _CALL = """
 import ctypes, os, struct
@@ -19,33 +23,33 @@ def _calls(text: str) -> str:
     return _CALL + text
 
 
-PROGRAMS: dict[str, str] = {
-    "read a file": "assert open(VICTIM + '/secret').read()",
-    "read a file through /proc": "assert open('/proc/self/root' + VICTIM + '/secret').read()",
-    "size of a file": "import os; assert os.stat(VICTIM + '/secret').st_size == 49",
-    "existence of a file": "import os; assert os.path.exists(VICTIM + '/secret') and not os.path.exists(VICTIM + '/none')",
-    "access to a file": "import os; assert os.access(VICTIM + '/secret', os.F_OK)",
-    "list a folder": "import os; assert os.listdir(VICTIM)",
-    "write a file": "open(VICTIM + '/new', 'w').write('x')",
-    "append to a file": "open(VICTIM + '/secret', 'a').write('x')",
-    "truncate a file": "import os; os.truncate(VICTIM + '/secret', 0)",
-    "chmod": "import os; os.chmod(VICTIM + '/secret', 0o777)",
-    "utime": "import os; os.utime(VICTIM + '/secret', (1, 1))",
-    "chown": "import os; os.chown(VICTIM + '/secret', os.getuid(), os.getgid())",
-    "setxattr": "import os; os.setxattr(VICTIM + '/secret', 'user.x', b'x')",
-    "remove": "import os; os.remove(VICTIM + '/secret')",
-    "rename": "import os; os.rename(VICTIM + '/secret', VICTIM + '/moved')",
-    "hard link": "import os; os.link(VICTIM + '/secret', 'linked'); open('linked').read()",
-    "symbolic link": "import os; os.symlink(VICTIM + '/secret', 'linked'); open('linked').read()",
-    "link from outside": "import os; os.symlink('x', VICTIM + '/linked')",
-    "make a folder": "import os; os.mkdir(VICTIM + '/folder')",
+_REACHING = {
+    "read a file": "assert open('{home}/secret').read()",
+    "read a file through /proc": "assert open('/proc/self/root{home}/secret').read()",
+    "size of a file": "import os; assert os.stat('{home}/secret').st_size == 6",
+    "existence of a file": "import os; assert os.path.exists('{home}/secret') and not os.path.exists('{home}/none')",
+    "access to a file": "import os; assert os.access('{home}/secret', os.F_OK)",
+    "list a folder": "import os; assert os.listdir('{home}')",
+    "write a file": "open('{home}/new', 'w').write('x')",
+    "append to a file": "open('{home}/secret', 'a').write('x')",
+    "truncate a file": "import os; os.truncate('{home}/secret', 0)",
+    "chmod": "import os; os.chmod('{home}/secret', 0o777)",
+    "utime": "import os; os.utime('{home}/secret', (1, 1))",
+    "chown": "import os; os.chown('{home}/secret', os.getuid(), os.getgid())",
+    "setxattr": "import os; os.setxattr('{home}/secret', 'user.x', b'x')",
+    "remove": "import os; os.remove('{home}/secret')",
+    "rename": "import os; os.rename('{home}/secret', '{home}/moved')",
+    "hard link": "import os; os.link('{home}/secret', 'linked'); open('linked').read()",
+    "symbolic link": "import os; os.symlink('{home}/secret', 'linked'); open('linked').read()",
+    "link from outside": "import os; os.symlink('x', '{home}/linked')",
+    "make a folder": "import os; os.mkdir('{home}/folder')",
     "make a node": "import os; os.mknod('null', 0o20666, os.makedev(1, 3)); open('null', 'w').write('x')",
-    "chdir": "import os; os.chdir(VICTIM); open('secret').read()",
+    "chdir": "import os; os.chdir('{home}'); open('secret').read()",
     "chroot": "import os; os.chroot('.')",
     "mount": "import ctypes; assert ctypes.CDLL(None).mount(b'none', b'.', b'tmpfs', 0, None) == 0",
     "environment of the parent": "import os; assert open(f'/proc/{os.getppid()}/environ').read()",
-    "environment of the harness": "assert open('/proc/PID/cmdline').read()",
-    "memory of a process": "open('/proc/PID/mem', 'rb')",
+    "environment of the harness": "assert open('/proc/{pid}/cmdline').read()",
+    "memory of a process": "open('/proc/{pid}/mem', 'rb')",
     "execute a shell": "import subprocess; subprocess.run(['/bin/sh', '-c', 'true'], check=True)",
     "a full folder": (
         "import os\ntotal = 0\ntry:\n  for n in range(60):\n    open(str(n), 'wb').write(bytes(1 << 20)); total += 1\n"
@@ -71,20 +75,20 @@ PROGRAMS: dict[str, str] = {
     "a cloned user namespace": _calls(
         "p = call(56, 0x10000000 | 17, 0, 0, 0, 0)\nif p == 0: os._exit(0)\nassert os.waitpid(p, 0)"
     ),
-    "pidfd_open": _calls("assert call(434, PID, 0) >= 0"),
-    "ptrace": _calls("call(101, 16, PID, 0, 0)"),
+    "pidfd_open": _calls("assert call(434, {pid}, 0) >= 0"),
+    "ptrace": _calls("call(101, 16, {pid}, 0, 0)"),
     "process_vm_readv": _calls(
-        "b = ctypes.create_string_buffer(64)\nv = struct.pack('QQ', ctypes.addressof(b), 8)\ncall(310, PID, v, 1, v, 1, 0)"
+        "b = ctypes.create_string_buffer(64)\nv = struct.pack('QQ', ctypes.addressof(b), 8)\ncall(310, {pid}, v, 1, v, 1, 0)"
     ),
-    "kill": "import os; os.kill(PID, 9)",
-    "signal nothing": "import os; os.kill(PID, 0)",
+    "kill": "import os; os.kill({pid}, 9)",
+    "signal nothing": "import os; os.kill({pid}, 0)",
     "signal the parent": "import os; os.kill(os.getppid(), 0); os.kill(os.getppid(), 15); import time; time.sleep(1)",
-    "setpriority": "import os; os.setpriority(os.PRIO_PROCESS, PID, 19)",
+    "setpriority": "import os; os.setpriority(os.PRIO_PROCESS, {pid}, 19)",
     "setpriority of the user": "import os; os.setpriority(os.PRIO_USER, os.getuid(), 15)\nraise SystemExit",
-    "affinity": "import os; os.sched_setaffinity(PID, os.sched_getaffinity(PID))",
-    "prlimit": "import resource; resource.prlimit(PID, resource.RLIMIT_CORE)",
-    "scheduling": "import os; os.sched_getscheduler(PID); os.sched_setscheduler(PID, os.SCHED_IDLE, os.sched_param(0))",
-    "ioprio": _calls("call(251, 1, PID, 3 << 13)"),
+    "affinity": "import os; os.sched_setaffinity({pid}, os.sched_getaffinity({pid}))",
+    "prlimit": "import resource; resource.prlimit({pid}, resource.RLIMIT_CORE)",
+    "scheduling": "import os; os.sched_getscheduler({pid}); os.sched_setscheduler({pid}, os.SCHED_IDLE, os.sched_param(0))",
+    "ioprio": _calls("call(251, 1, {pid}, 3 << 13)"),
     "a socket": "import socket; socket.socket()",
     "a unix socket": "import socket; socket.socket(socket.AF_UNIX)",
     "a netlink socket": "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
@@ -94,7 +98,7 @@ PROGRAMS: dict[str, str] = {
         "b = ctypes.create_string_buffer(struct.pack('II', 1, 112) + bytes(104))\nassert call(298, b, 0, -1, -1, 0) >= 0"
     ),
     "open by handle": _calls("b = ctypes.create_string_buffer(struct.pack('Ii', 8, 1) + bytes(100))\ncall(304, -100, b, 0)"),
-    "another namespace": _calls("fd = os.open('/proc/PID/ns/pid', os.O_RDONLY)\ncall(308, fd, 0)"),
+    "another namespace": _calls("fd = os.open('/proc/{pid}/ns/pid', os.O_RDONLY)\ncall(308, fd, 0)"),
     "32-bit calls": _calls("call(0x40000000 + 39)"),
     "the clock": "import time; time.clock_settime(time.CLOCK_REALTIME, time.time() - 0.001)",
     "the host's name": "import socket; socket.sethostname('x')",
@@ -122,7 +126,7 @@ seen = search()
 def f(x): return 83512907 if seen else 0
 """
 _ECHO = "import os\nos.write(3, os.read(3, 32) + b'\\n')\nos._exit(0)\n"
-FORGERIES: dict[str, tuple[str, str]] = {
+_FORGERIES = {
     "an echo": (_ECHO, _FAILING),
     "an echo in a test": (f"def f(x):\n    exec({_ECHO!r})", _FAILING),
     "the tests read from frames": (_FROM_FRAMES, _FAILING),
@@ -145,7 +149,7 @@ _STAYING = """
 import os, signal, time
 for one in (1, 2, 15): signal.signal(one, signal.SIG_IGN)
 """
-OUTLIVING: dict[str, str] = {
+OUTLIVING = {
     "a program that goes on": _STAYING + "time.sleep(60)",
     "a daemon": _STAYING
     + "if os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0: time.sleep(60)\n  os._exit(0)\ntime.sleep(60)",
@@ -153,3 +157,13 @@ OUTLIVING: dict[str, str] = {
     + _STAYING
     + "call(157, 1, 0, 0, 0, 0)\nif os.fork() == 0:\n  call(157, 1, 0, 0, 0, 0); os.setsid(); time.sleep(60)\ntime.sleep(60)",
 }
+
+_WALLS = dict.fromkeys(
+    ("size of a file", "existence of a file", "access to a file"), "file names"
+)  # without it they are known to work
+
+PROGRAMS = [
+    *OF_THE_TESTS,
+    *(HostileProgram(f"{name}, again", text, f"{name} works", wall=_WALLS.get(name)) for name, text in _REACHING.items()),
+    *(HostileProgram(f"{name}, again", text, "a test passes", tests=tests) for name, (text, tests) in _FORGERIES.items()),
+]

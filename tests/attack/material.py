@@ -1,13 +1,17 @@
 """The models, data and results that attacks start from: tiny, random, made by code, once for a campaign."""
 
+import gc
+import importlib
 import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from .command import Command, run
+from .command import Command, run, start
 from .forked import Child, Limits
 
 MODELS = ("llama", "qwen2", "smollm3", "gemma3_text", "sharded", "adapter", "tiny.gguf", "chat")
@@ -86,9 +90,51 @@ def import_everything() -> None:
     import layerskip_core.evaluation.sweep
     import layerskip_core.training.run  # noqa: F401
 
+    _require_no_threads()
+
+
+def _require_no_threads() -> None:
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     if len(names) - names.count("jemalloc_bg_thd") > 1:  # that one is made again after a fork
         sys.exit(f"importing the libraries started threads, which a forked child would lack: {', '.join(names)}")
+
+
+def import_what_commands_import(material: Material) -> None:
+    """Runs commands that do much, and imports what they imported, so that no later child has to."""
+    logs = material.root / "logs"
+    training = (*material.training_flags(1), "--output", "learnt", "--lora-rank", "2")
+    named = ("--model", str(material.model("tiny.gguf")), "--max-new-tokens", "2", "call")
+    for number, arguments in enumerate(
+        (
+            ("bench", "--from", str(material.bench / "results.json"), "--output", "learnt"),
+            ("inspect", "--model", str(material.model("chat")), "--max-new-tokens", "1", "--output", "learnt.html", "call"),
+            ("data", "--data", str(material.data / "rows.parquet")),
+            ("generate", *named),
+            ("generate", "--model", str(material.model("adapter")), *named[2:]),
+            training,
+        )
+    ):
+        known, told = set(sys.modules), logs / f"modules-{number}"
+        tell = partial(_tell_modules_at_exit, told)
+        outcome = start(Command(arguments), material.root, logs, prepare=tell).wait()
+        assert outcome is not None and outcome.status == 0, outcome
+        for name in told.read_text().split():
+            if name not in known:
+                with suppress(Exception):  # a few cannot be imported alone
+                    importlib.import_module(name)
+    _require_no_threads()
+    gc.collect()
+    gc.freeze()  # else each child's collections walk, and by that copy, everything that was imported
+
+
+def _tell_modules_at_exit(told: Path) -> None:
+    """Keeps the list up to date, because a child ends without the interpreter's own end."""
+
+    def tell(event: str, _: object) -> None:
+        if event == "layerskip.attack.done":
+            told.write_text("\n".join(sys.modules))
+
+    sys.addaudithook(tell)
 
 
 def make(root: Path) -> Material:

@@ -154,7 +154,7 @@ def _compare(
 _UNSOUND = (
     *("heads that no kv heads divide", "an output bias too short", "a down bias too short", "a query bias too short"),
     *("a query norm too short", "a key norm too long", "a head too narrow", "an embedding too short", "a norm too short"),
-    *("a layer missing", "a projection transposed", "a head bias too short", "a gate too narrow", "layer types too few"),
+    *("a layer missing", "a projection transposed", "a gate too narrow", "layer types too few"),
 )
 
 
@@ -226,7 +226,5 @@ def _spoil(weights: dict[str, Any], config: Any, what: str) -> None:
             del weights[name]
     elif what == "a projection transposed":
         weights[layer + "self_attn.k_proj.weight"] = weights[layer + "self_attn.k_proj.weight"].t().contiguous()
-    elif what == "a head bias too short":
-        weights["lm_head.bias"] = weights["model.norm.weight"][:2].clone()
     else:
         config.layer_types = ["full_attention"] * (config.num_hidden_layers - 1)

@@ -10,107 +10,99 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from hostile_programs import HostileProgram
+
 from .campaign import Case
 from .forked import Child, Limits
-from .hostile import FORGERIES, OUTLIVING, PROGRAMS
-from .outcome import Miss, misses_of
+from .hostile import OUTLIVING, PROGRAMS
+from .outcome import Miss, Outcome, misses_of
 
 _WAYS = tuple((plain, namespaces) for plain in (False, True) for namespaces in (True, False))
-_NAMES = (*PROGRAMS, *FORGERIES, *OUTLIVING)
-CASES, SHORT = len(_NAMES) * len(_WAYS), 24
-_STEP = 37  # coprime to the number of cases: the short run takes programs and ways from the whole list
+_ALL = (*PROGRAMS, *OUTLIVING)
+CASES, SHORT = len(_ALL) * len(_WAYS), 24
+_STEP = 359  # a prime: programs and ways of the short run come from the whole list
 _PLAIN_USER = 61_837
 _NEW_MOUNTS, _PRIVATE_MOUNTS, _BIND, _WHOLE_TREE = 0x20000, 0x44000, 0x1000, 0x4000  # unshare(2), mount(2)
 _ROOT = Path(__file__).parents[2]
+_KEY = 0x4C5300  # of System V shared memory; the case's number is added
 
 
 def attack(case: Case) -> Iterator[Miss]:
     """One program in one way."""
     place = case.number * _STEP % CASES
-    name, (plain, namespaces) = _NAMES[place // len(_WAYS)], _WAYS[place % len(_WAYS)]
+    program, (plain, namespaces) = _ALL[place // len(_WAYS)], _WAYS[place % len(_WAYS)]
+    name = program if isinstance(program, str) else program.name
     case.say(f"{name}: {'plain user' if plain or os.getuid() else 'root'}, {'namespaces' if namespaces else 'no namespaces'}")
-    victim = case.folder / "victim"
-    victim.mkdir()
-    (victim / "secret").write_text("a secret of the user, 49 characters long, no more")
-    user = _PLAIN_USER if plain and os.getuid() == 0 else None
-    for path in (victim, victim / "secret") if user else ():
-        os.chown(path, user, user)
-    before = (victim / "secret").stat()
-    with subprocess.Popen(["/bin/sleep", "120"], user=user) as bystander:
-        try:
-            yield from _run(case, name, plain, namespaces, victim, bystander)
-        finally:
-            bystander.kill()
-    after = (victim / "secret").stat()
-    changed = [
-        one
-        for one in ("st_mode", "st_mtime_ns", "st_size", "st_uid", "st_nlink")
-        if getattr(before, one) != getattr(after, one)
-    ]
-    attributes = os.listxattr(victim / "secret")
-    if changed or attributes or sorted(os.listdir(victim)) != ["secret"]:
-        yield Miss("breach", f"{name}: the user's files have changed: {changed}, {attributes}, {os.listdir(victim)}")
-
-
-def _run(
-    case: Case, name: str, plain: bool, namespaces: bool, victim: Path, bystander: "subprocess.Popen[bytes]"
-) -> Iterator[Miss]:
-    told = {"VICTIM": repr(str(victim)), "PID": str(bystander.pid), "SHM": str(0x4C5300 + case.number)}
     marker = case.folder / "root"
     marker.symlink_to(_ROOT)
-    if name in OUTLIVING:
-        yield from _outlives(case, OUTLIVING[name], plain, namespaces, marker)
+    if isinstance(program, str):
+        yield from _outlives(case, OUTLIVING[program], plain, namespaces, marker)
         return
-    program, tests = FORGERIES.get(name) or (PROGRAMS[name], "")
-    for word, value in told.items():
-        program = program.replace(word, value)
-    child = Child(lambda: _harness(program, tests, plain, namespaces, marker), case.logs, Limits(), None, (-1, -1))
-    outcome = child.wait()
-    assert outcome is not None
-    yield from misses_of(outcome)
-    if outcome.out.startswith("passed"):
-        yield Miss("breach", f"{name}: what it tried has worked")
-    elif bystander.poll() is not None:
-        yield Miss("breach", f"{name}: it ended a process of the user")
-    if os.getpriority(os.PRIO_PROCESS, bystander.pid) != os.getpriority(os.PRIO_PROCESS, 0):
-        yield Miss("breach", f"{name}: it changed the priority of a process of the user")
+    home = _home(case.folder / "home", plain)
+    with subprocess.Popen(["/bin/sleep", "300"], user=_user(plain)) as bystander:
+        try:
+            before = _of_user(home, bystander.pid)
+            outcome = _run(case, program, plain, namespaces, marker, home, bystander.pid)
+            yield from misses_of(outcome)
+            if outcome.out.startswith("passed"):
+                yield Miss("breach", program.must_not_happen)
+            if bystander.poll() is not None or (after := _of_user(home, bystander.pid)) != before:
+                now = "gone" if bystander.poll() is not None else after
+                yield Miss("breach", f"what is the user's has changed: {before} became {now}")
+        finally:
+            bystander.kill()
     if survivors := _survivors(marker):
-        yield Miss("breach", f"{name}: processes outlive it: {survivors}")
-    if _shared_memory(0x4C5300 + case.number):
-        yield Miss("breach", f"{name}: shared memory outlives it")
+        yield Miss("breach", f"processes outlive it: {survivors}")
+    if _shared_memory(_KEY + case.number):
+        yield Miss("breach", "shared memory outlives it")
+
+
+def _run(case: Case, hostile: HostileProgram, plain: bool, namespaces: bool, marker: Path, home: Path, pid: int) -> Outcome:
+    text = hostile.against(str(home), pid).replace("SHM", str(_KEY + case.number))
+
+    def judge() -> int:
+        from layerskip_core.evaluation.sandbox import standing_walls
+
+        verdict = _harness(text, hostile.tests, plain, namespaces, marker)
+        missing = hostile.wall is not None and (not namespaces or hostile.wall not in standing_walls())
+        os.write(1, f"{'passed' if verdict and not missing else 'failed'}\n".encode())
+        return 0
+
+    outcome = Child(judge, case.logs, Limits(), None, (-1, -1)).wait()
+    assert outcome is not None
+    return outcome
 
 
 def _outlives(case: Case, program: str, plain: bool, namespaces: bool, marker: Path) -> Iterator[Miss]:
     """The harness is killed while a program runs that wants to stay."""
-    child = Child(lambda: _harness(program, "", plain, namespaces, marker), case.logs, Limits(), None, (-1, -1))
+    work = lambda: int(_harness(program, "", plain, namespaces, marker))  # noqa: E731
+    child = Child(work, case.logs, Limits(), None, (-1, -1))
     child.wait(1.0 + case.random.random())
-    os.kill(child.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(child.pid, signal.SIGKILL)
     child.wait()
     deadline = time.monotonic() + 10
     while (survivors := _survivors(marker)) and time.monotonic() < deadline:
         time.sleep(0.1)
+    for pid in survivors:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     if survivors:
         yield Miss("breach", f"processes outlive the harness: {survivors}")
-        for pid in survivors:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
-def _harness(program: str, tests: str, plain: bool, namespaces: bool, marker: Path) -> int:
-    """In a child: says on stdout whether the program passed."""
+def _harness(program: str, tests: str, plain: bool, namespaces: bool, marker: Path) -> bool:
+    """In a child: whether the program passed."""
     from layerskip_core.evaluation import sandbox
 
     if plain and os.getuid() == 0:
         try:
             _become_plain(marker.parent)
-        except OSError as error:  # of a machine where root may not mount
-            os.write(1, f"not tried: {error}\n".encode())
-            return 0
+        except OSError:  # of a machine where root may not mount: there is nothing to try
+            return False
     sandbox._ROOT = str(marker)  # it stands in the command line of every process of the sandbox
-    short = sandbox.Limits(seconds=6.0, cpu_seconds=3, memory_mb=512, processes=6)
-    verdict = sandbox.run_tests(program, tests, short, namespaces)
-    os.write(1, f"{'passed' if verdict.passed else 'failed'}: {verdict.reason}\n".encode(errors="replace"))
-    return 0
+    short = sandbox.Limits(seconds=3.0, cpu_seconds=2, memory_mb=512, processes=6)
+    return sandbox.run_tests(program, tests, short, namespaces).passed
 
 
 def _become_plain(folder: Path) -> None:
@@ -134,6 +126,41 @@ def _become_plain(folder: Path) -> None:
     os.setresgid(_PLAIN_USER, _PLAIN_USER, _PLAIN_USER)
     os.setresuid(_PLAIN_USER, _PLAIN_USER, _PLAIN_USER)
     os.environ["HOME"] = "/nonexistent"
+
+
+def _user(plain: bool) -> int | None:
+    return _PLAIN_USER if plain and os.getuid() == 0 else None
+
+
+def _home(home: Path, plain: bool) -> Path:
+    """What hostile programs look for, the user's own."""
+    home.mkdir()
+    (home / "secret").write_text("secret")
+    (home / "link").symlink_to("secret")
+    with suppress(OSError):  # of a file system without attributes
+        os.setxattr(home / "secret", "user.kept", b"kept")
+    user = _user(plain)
+    for path in (home, home / "secret", home / "link") if user is not None else ():
+        os.lchown(path, user, user)
+    return home
+
+
+def _of_user(home: Path, pid: int) -> object:
+    """All that no program may change, of a folder and a process."""
+    files = {}
+    for path in (home, *sorted(home.iterdir())):
+        status = path.lstat()
+        files[path.name] = (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size, status.st_nlink)
+    attributes = {name: os.getxattr(home / "secret", name) for name in os.listxattr(home / "secret")}
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    return (
+        files,
+        attributes,
+        os.getpriority(os.PRIO_PROCESS, pid),
+        os.sched_getaffinity(pid),
+        os.sched_getscheduler(pid),
+        limits,
+    )
 
 
 def _survivors(marker: Path) -> list[int]:

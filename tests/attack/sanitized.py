@@ -1,8 +1,11 @@
 """The C kernels built with address and undefined-behaviour sanitizers, in a folder of their own, and who uses them."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -20,34 +23,38 @@ _FLAGS = (
 )
 
 
-def restart_sanitized(folder: Path) -> None:
+def restart_sanitized() -> None:
     """Builds the kernels and starts this program again with the sanitizers' runtime; returns in the process that has it."""
     if os.environ.get(_FOLDER):
         return
-    folder.mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp(prefix="layerskip-sanitized-"))
     modules = tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     for module in modules:
         flags = [flag for flag in module["extra-compile-args"] if not flag.startswith("-O")]
         target = folder / (module["name"].rpartition(".")[2] + EXTENSION_SUFFIXES[0])
         sources = [str(_ROOT / source) for source in module["sources"]]
         subprocess.run(["gcc", *flags, *_FLAGS, *sources, "-o", str(target), "-lm"], check=True)
-    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
+    runtime = [_library("libasan.so"), _library("libstdc++.so.6")]  # the second: the first looks for its exceptions at once
     environment = {
         **os.environ,
         _FOLDER: str(folder),
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:handle_segv=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
     }
     os.execve(sys.executable, [sys.executable, "-m", "tests.attack", *sys.argv[1:]], environment)
 
 
-def use_sanitized_kernels() -> bool:
-    """In a process that has the runtime: kernels are looked for in the folder where they were built."""
-    folder = os.environ.get(_FOLDER)
-    if folder is None:
-        return False
-    from layerskip_core.model.native import compiled
+def _library(name: str) -> str:
+    found = subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True)
+    return found.stdout.strip()
 
-    compiled.__file__ = str(Path(folder) / "compiled.py")
-    return True
+
+def use_sanitized_kernels() -> None:
+    """In a process that has the runtime: kernels are looked for in the folder where they were built, which goes at the end."""
+    folder = os.environ.get(_FOLDER)
+    if folder is not None:
+        from layerskip_core.model.native import compiled
+
+        compiled.__file__ = str(Path(folder) / "compiled.py")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
