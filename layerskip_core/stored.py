@@ -107,12 +107,14 @@ def adapters_of(name: str) -> tuple[list[str], str]:
 
 
 def _base_of(folder: Path) -> str:
-    """The model that an adapter belongs to. Its ranks must be those of its weights, for room is made by them."""
+    """The model that an adapter belongs to. Its ranks must be those of its weights, because memory is allocated by them."""
     file = folder / ADAPTER_FILE
     config = read_json_object(file, CheckpointError)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{file}: base_model_name_or_path must be the name of a model, got {base!r}")
+    if config.get("megatron_config") is not None:  # peft would import the module that megatron_core names
+        raise CheckpointError(f"{file}: megatron_config must be left out or null: an adapter's own modules are never imported")
     ranks = [config[name] for name in ("r",) if name in config]
     patterns = config.get("rank_pattern") or {}
     ranks += patterns.values() if isinstance(patterns, dict) else [patterns]

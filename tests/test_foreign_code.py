@@ -6,7 +6,10 @@ import sys
 
 import pytest
 from command_line import run
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
+
+from layerskip_core.checkpoint import load_checkpoint
 
 CONSENT = "y\nremind me\n"  # what transformers would take as the answer to its question
 COMMANDS = {
@@ -78,6 +81,23 @@ def test_the_code_would_run_if_it_were_let(hostile, tmp_path, monkeypatch):
     folder, marker = hostile("tokenizer")
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert marker.exists()
+
+
+def test_no_module_that_an_adapter_names_is_imported(checkpoint, tmp_path, monkeypatch):
+    model = get_peft_model(load_checkpoint(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+    folder, marker = tmp_path / "adapter", tmp_path / "ran"
+    model.save_pretrained(folder, save_embedding_layers=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{checkpoint}/{name}", folder)
+    file = folder / "adapter_config.json"
+    named = {"megatron_config": {"sequence_parallel": False}, "megatron_core": "evil", "base_model_name_or_path": checkpoint}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    (tmp_path / "evil.py").write_text(CODE.format(marker=str(marker)))
+    monkeypatch.syspath_prepend(tmp_path)
+    for command in (("generate", "x", "--model"), ("import",), ("finetune", "--steps", "1", "--model")):
+        result = run(*command, str(folder))
+        assert result.code == 1 and "megatron_config must be left out" in result.err
+    assert not marker.exists()
 
 
 def test_a_library_that_asks_finds_an_empty_input(monkeypatch):
