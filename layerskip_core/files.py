@@ -8,16 +8,18 @@ import errno
 import os
 import secrets
 import shutil
+import socket
 import stat
 import sys
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import LayerSkipError
 
 _STAGING = ".layerskip-staging-"  # a folder that is being written; only who holds the lock of the folder around it makes one
-_ASIDE = ".layerskip-writing-"  # a file that is being written
+_ASIDE = ".layerskip-writing-"  # a file that is being written, by the machine and the process that follow
 _DEAD = 3600.0  # seconds: what is in memory is written in less, so an older file aside is what a killed process left
 
 
@@ -78,7 +80,7 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
     for aside in folder.glob(f"{_ASIDE}*"):
         with suppress(OSError):
-            if time.time() - aside.lstat().st_mtime > _DEAD:
+            if _is_left(aside):
                 aside.unlink()
 
 
@@ -101,8 +103,27 @@ def synchronise(path: Path) -> None:
         os.close(descriptor)
 
 
+def _is_left(aside: Path) -> bool:
+    """Whether a file aside is what a killed process left: one of this machine that no longer runs, or a long time ago."""
+    machine, _, rest = aside.name.removeprefix(_ASIDE).partition("-")
+    if machine == _machine():
+        with suppress(ValueError, OverflowError):
+            try:
+                os.kill(int(rest.partition("-")[0]), 0)
+            except ProcessLookupError:
+                return True
+            except PermissionError:  # another user's
+                return False
+            return False
+    return time.time() - aside.lstat().st_mtime > _DEAD
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
 def _replace(path: Path, content: bytes) -> None:
-    aside = path.parent / f"{_ASIDE}{secrets.token_hex(4)}"
+    aside = path.parent / f"{_ASIDE}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:

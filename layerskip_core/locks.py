@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import LayerSkipError, LockedError
+from .files import remove_leftovers
 
 try:
     import fcntl
@@ -24,6 +25,7 @@ _held: set[tuple[str, int, int]] = set()  # folder, process and thread
 @contextmanager
 def hold(folder: str | Path, doing: str) -> Iterator[None]:
     """Holds the lock of a folder, which is made if there is none; one that is still empty at the end is removed again.
+    What killed processes left aside there is removed.
 
     `doing` is what others are told. Who holds a lock already, in the same thread, may take it again.
 
@@ -46,6 +48,7 @@ def hold(folder: str | Path, doing: str) -> Iterator[None]:
             raise LayerSkipError(f"cannot write to {folder}: {reason.strerror}") from reason
         _held.add(mine)
         try:
+            remove_leftovers(Path(folder))
             yield
         finally:
             _held.discard(mine)

@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint import load_checkpoint, quiet_transformers, stored_dtype
 from .errors import CheckpointError, ConfigError
-from .files import new_staging, remove_leftovers, write_file
+from .files import new_staging, write_file
 from .info import INFO_FILE, CheckpointInfo, holds_model
 from .locks import hold
 from .model_files import model_files, obstacles
@@ -61,7 +61,6 @@ def save_checkpoint(
     folder = Path(output)
     with hold(folder, "saving a model"):
         settle(folder)
-        remove_leftovers(folder)
         staging = None
         try:
             staging = new_staging(folder)

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import select
 import socket
 import stat
+import subprocess
 import threading
 
 import pytest
@@ -12,7 +14,7 @@ from command_line import COMMAND, fails, finish, run, start
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.plots import MAKERS
 from layerskip_core.evaluation.report import FIGURES, prepare_output
-from layerskip_core.files import discard_folder, new_staging, remove_leftovers, require_writable, write_file
+from layerskip_core.files import _machine, discard_folder, new_staging, remove_leftovers, require_writable, write_file
 
 INSPECT = ("inspect", "hi", "--max-new-tokens", "1")
 
@@ -80,6 +82,7 @@ def test_a_fifo_is_written_to_if_somebody_reads_it(tmp_path):
     found = []
 
     def read():
+        select.select([held], [], [], 10)  # without a writer yet, reading would be at its end
         with os.fdopen(held, "rb") as stream:
             found.append(stream.read())
 
@@ -115,12 +118,17 @@ def test_leftovers_of_dead_processes_go_and_nothing_else(tmp_path):
     (staging / "half").write_text("x")
     (tmp_path / ".layerskip-writing-old").write_text("x")
     os.utime(tmp_path / ".layerskip-writing-old", (0, 0))
-    (tmp_path / ".layerskip-writing-new").write_text("x")  # perhaps of a process that writes now
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / f".layerskip-writing-{_machine()}-{ended.pid}-1").write_text("x")
+    alive = [f".layerskip-writing-{_machine()}-{os.getpid()}-1", ".layerskip-writing-elsewhere-1-1"]
+    for name in alive:
+        (tmp_path / name).write_text("x")
     (tmp_path / ".writing").mkdir()
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == [".layerskip-writing-new", ".writing"]
+    assert names(tmp_path) == sorted([*alive, ".writing"])
     discard_folder(tmp_path / ".writing")
-    assert names(tmp_path) == [".layerskip-writing-new"]
+    assert names(tmp_path) == sorted(alive)
 
 
 def test_inspect_writes_to_devices_and_refuses_folders(checkpoint, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayerSkipError
-from ..files import remove_leftovers, require_writable, write_file
+from ..files import require_writable, write_file
 from ..locks import hold
 from . import journal
 from .bench import BenchResult
@@ -164,7 +164,6 @@ def output_folder(folder: str | None, doing: str) -> Iterator[Path | None]:
         return
     path = prepare_output(folder)
     with hold(path, doing):
-        remove_leftovers(path)
         yield path
 
 
