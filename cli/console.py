@@ -37,6 +37,16 @@ def stderr_console() -> Console:
     return Console(stderr=True, emoji=False)
 
 
+class ResultsConsole(Console):
+    """Prints results on stdout. A reader that went away ends the command as it does elsewhere: rich would exit with 1."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def narrate(text: str) -> None:
     """One line for the person who waits."""
     if _is_first_process():

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .console import narrate, narrate_notes, progress_bar, use_threads
+from .console import ResultsConsole, narrate, narrate_notes, progress_bar, use_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,7 +137,7 @@ def narrate_failures(record: "RunRecord[Result]") -> None:
 
 def _print_table(table: "TextTable") -> None:
     """As wide as the terminal at most: columns for which there is no room follow in a table of their own."""
-    console = Console(highlight=False, emoji=False)
+    console = ResultsConsole()
     for places in table.column_blocks(console.width):
         grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
         for place in places:

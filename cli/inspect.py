@@ -14,7 +14,7 @@ from layerskip_core.errors import LayerSkipError
 from layerskip_core.ranges import parse_counts, require_in_range
 
 from . import standard_input
-from .console import Device, Precision, Threads, narrate, narrate_notes, use_threads
+from .console import Device, Precision, ResultsConsole, Threads, narrate, narrate_notes, use_threads
 from .evaluation import Model
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def inspect(
     narrate_notes(loaded)
     use_threads(threads, loaded)
     count = loaded.depth.num_layers
-    console = Console(highlight=False, emoji=False)
+    console = ResultsConsole()
     shown = wanted or _spread(count, _room(console))
     require(shown[0] >= 1 and shown[-1] <= count, "--layers", f"in 1..{count}", ",".join(map(str, shown)))
     found = run_inspect(loaded, _prompt(prompt), max_new_tokens, raw)

@@ -1,12 +1,13 @@
 """The command itself: fast help, one-line errors, exit statuses."""
 
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import ENVIRONMENT, LISTING_MODULES, fails, finish, run, start
+from command_line import ENVIRONMENT, LISTING_MODULES, Result, fails, finish, run, start
 
 from layerskip_core.errors import LayerSkipError
 
@@ -148,6 +149,14 @@ def test_a_reader_of_stderr_that_goes_away_ends_nothing(tmp_path):
     command = f'"{sys.executable}" -m cli import embedded --output {tmp_path}/out 2>&1 >/dev/null | true'
     assert finish(start("-c", command, command=("/bin/sh",))).code == 0
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("command", [("inspect", "--max-new-tokens", "2"), ("bench", "--samples", "1", "--repeats", "1")])
+def test_a_table_whose_reader_went_away_is_no_failure(command, checkpoint):
+    process = start(*command, "--model", checkpoint, stdin=subprocess.DEVNULL)
+    process.stdout.close()
+    result = Result(process.wait(120), "", process.stderr.read())
+    assert (result.code, "error" in result.err) == (0, False)
 
 
 def test_help_tells_of_debug():
