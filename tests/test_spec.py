@@ -120,6 +120,10 @@ BAD = [
     ({"num_key_value_heads": 8}, "num_attention_heads must be a multiple of num_key_value_heads, 8, got 4"),
     *(({"head_dim": value}, rf"head_dim must be an even number .*, got {value}") for value in (0, -8, 7, 2048)),
     ({"head_dim": None, "hidden_size": 36}, "hidden_size / num_attention_heads must be an even number, got 9"),
+    (
+        {"head_dim": 2, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "head_dim must be above 2 for a dynamic rope, got 2",
+    ),
     ({"head_dim": None, "num_attention_heads": 6}, "hidden_size must be a multiple of num_attention_heads, 6, got 32"),
     ({"num_attention_heads": 4096, "head_dim": 1024}, r"num_attention_heads \* head_dim must be at most 1048576, got 4194304"),
     *(({"max_position_embeddings": value}, rf"max_position_embeddings {WHOLE}") for value in (None, "9", 9.5, 0, -1, 10**18)),

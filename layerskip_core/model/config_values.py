@@ -184,6 +184,12 @@ def _check_rope(parameters: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where}high_freq_factor must be above low_freq_factor, {low}, got {high}")
 
 
+def rope_types(values: Mapping[str, Any]) -> set[Any]:
+    """The types of rope that a checked configuration names."""
+    named = [rope for name in ("rope_parameters", "rope_scaling") for _, rope in _ropes(values.get(name) or {})]
+    return {rope.get("rope_type", rope.get("type")) for rope in named}
+
+
 def _ropes(parameters: Mapping[str, Any]) -> list[tuple[str | None, Mapping[str, Any]]]:
     """Rope parameters by kind of layer (Gemma 3 has two), or those of all layers."""
     by_kind = [(kind, parameters[kind]) for kind in LAYER_KINDS if kind in parameters]

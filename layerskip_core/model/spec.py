@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from ..errors import CheckpointError
-from .config_values import MOST_WIDTH, check_values
+from .config_values import MOST_WIDTH, check_values, rope_types
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -92,6 +92,8 @@ class ModelSpec:
             head_dim = hidden // heads
             _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
         _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", heads)
+        # The base of a dynamic rope is raised to head_dim / (head_dim - 2).
+        _require(head_dim > 2 or "dynamic" not in rope_types(vars(config)), "head_dim", "above 2 for a dynamic rope", head_dim)
         _require(heads * head_dim <= MOST_WIDTH, "num_attention_heads * head_dim", f"at most {MOST_WIDTH}", heads * head_dim)
         biases = architecture.attention_bias
         if biases is None:

@@ -58,6 +58,8 @@ def _shape(random: Random) -> dict[str, Any]:
         shape |= {"mlp_bias": random.random() < 0.3}
     if random.random() < 0.3 and kind != "gemma3_text":
         shape["rope_parameters"] = random.choice(_ROPES)
+        if shape["rope_parameters"]["rope_type"] == "dynamic":
+            shape["head_dim"] = max(4, shape["head_dim"])  # transformers divides by head_dim - 2; ModelSpec refuses 2
     return shape
 
 
