@@ -294,14 +294,13 @@ def _load_adapted(
     packing: PackingConfig | None,
 ) -> LoadedModel:
     """An adapter merged into its base, which its config names as `--model` would; that may be another adapter."""
-    from peft import PeftModel
     from transformers import AutoTokenizer
 
     adapters, base = adapters_of(name)
     loaded = load_checkpoint(base, device, dtype)
     model, spec = loaded.model, loaded.depth.spec
     for adapter in reversed(adapters):
-        model = _reading(adapter, lambda: PeftModel.from_pretrained(model, adapter).merge_and_unload().eval())  # noqa: B023
+        model = _reading(adapter, partial(_merged, model, adapter))
     model.requires_grad_(True)  # peft froze the base
     _reading(name, lambda: read_settings(name, TOKENIZER_FILE))
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, **_NO_FOREIGN_CODE))
@@ -309,6 +308,18 @@ def _load_adapted(
     _reading(name, lambda: check_model(model, spec))
     depth, notes = _reading(name, lambda: _depth_of(model, implementation, packing, name))
     return LoadedModel(name, model, tokenizer, read_info(name), depth, notes)
+
+
+def _merged(model: nn.Module, adapter: str) -> Any:
+    """A model with an adapter's weights added to its own. Raises CheckpointError for one that its files lack."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapted = PeftModel.from_pretrained(model, adapter)
+    stored = open_weights(adapter)
+    missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - stored.keys()) if stored else []
+    if missing:  # peft leaves them as they are made
+        raise CheckpointError(f"the adapter is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
+    return adapted.merge_and_unload().eval()
 
 
 def _depth_of(

@@ -81,10 +81,14 @@ def check_stored_weights(files: Mapping[str, Any], spec: ModelSpec) -> int:
     """
     slices = {name: files[name].get_slice(name) for name in spec.shapes if name in files}
     spec.check_weights({name: tuple(found.get_shape()) for name, found in slices.items()})
+    _check_kinds(slices)
+    return spec.parameters
+
+
+def _check_kinds(slices: Mapping[str, Any]) -> None:
     for name, found in slices.items():
         if found.get_dtype() not in _FLOATS:
             raise CheckpointError(f"the weight {name} must be one of {', '.join(_FLOATS)}, found {found.get_dtype()}")
-    return spec.parameters
 
 
 def adapters_of(name: str) -> tuple[list[str], str]:
@@ -118,7 +122,9 @@ def _base_of(folder: Path) -> str:
     ranks = [config[name] for name in ("r",) if name in config]
     patterns = config.get("rank_pattern") or {}
     ranks += patterns.values() if isinstance(patterns, dict) else [patterns]
-    stored = {name: file.get_slice(name).get_shape() for name, file in open_weights(folder).items() if "lora_" in name}
+    slices = {name: file.get_slice(name) for name, file in open_weights(folder).items()}
+    _check_kinds(slices)
+    stored = {name: found.get_shape() for name, found in slices.items() if "lora_" in name}
     most = max((shape[0] for name, shape in stored.items() if "_A" in name and shape), default=None)
     if most is not None:
         for rank in ranks:

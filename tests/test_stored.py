@@ -248,6 +248,32 @@ def test_damaged_adapters(tmp_path, content, message):
         load_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights, name: weights.pop(name),
+            r"the adapter is incomplete: 1 weights are missing, .*q_proj\.lora_B\.weight the",
+        ),
+        (
+            lambda weights, name: weights.update({name: weights[name].int()}),
+            r"lora_B\.weight must be one of F64, .*, found I32",
+        ),
+    ],
+)
+def test_weights_of_an_adapter(checkpoint, tmp_path, change, message):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load_checkpoint(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    edit(tmp_path / "adapter_config.json", base_model_name_or_path=checkpoint)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    change(weights, next(name for name in weights if "lora_B" in name))
+    save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(str(tmp_path), "cpu")
+
+
 def test_an_adapter_on_an_adapter_is_merged_into_both(checkpoint, tmp_path, capfd):
     from peft import LoraConfig, get_peft_model
 

@@ -58,7 +58,9 @@ def _arguments() -> argparse.Namespace:
 def _numbers(part: ModuleType, arguments: argparse.Namespace) -> list[int]:
     if arguments.case:
         return list(arguments.case)
-    return list(range(arguments.cases or (part.SHORT if arguments.short else part.CASES)))
+    if arguments.short:
+        return list(part.SHORT)
+    return list(range(arguments.cases or part.CASES))
 
 
 def _tell(report: PartReport, seed: int) -> None:

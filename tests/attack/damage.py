@@ -67,7 +67,7 @@ def spoil_file(path: Path, random: Random) -> str:
     if path.suffix in (".json", ".jsonl") and random.random() < 0.75:
         lines = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode(errors="replace")]
         number = random.randrange(len(lines))
-        with suppress(ValueError):  # it is spoiled already
+        with suppress(ValueError, RecursionError):  # it is spoiled already
             lines[number], said = spoil_json(lines[number], random)
             path.write_text("\n".join(lines) + "\n")
             return f"{path.name}:{number + 1}: {said}"

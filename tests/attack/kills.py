@@ -19,7 +19,7 @@ from .material import Material
 from .outcome import Miss, Outcome, misses_of
 from .snapshot import Snapshot, snapshot
 
-CASES, SHORT = 260, 14
+CASES, SHORT = 260, range(10)
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 _PROMPT = b"remind me to call mom"
 

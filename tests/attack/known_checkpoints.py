@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from safetensors.numpy import load_file, save_file
+
 from .damage import DEEP
 from .model_files import Tensors, change_weights, cut, edit_gguf, edit_json, redirect_shards
 
@@ -192,6 +194,13 @@ def _in_a_circle(path: Path) -> None:
     edit_json(path / "adapter_config.json", base_model_name_or_path=str(path))
 
 
+def _without_a_weight(path: Path) -> None:
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(max(tensors))
+    save_file(tensors, file, {"format": "pt"})
+
+
 def _without_tokenizer(path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).unlink()
@@ -207,6 +216,7 @@ _FILES: tuple[Known, ...] = (
     _write("tokenizer_config.json", '{"a":' * DEEP),
     _write("generation_config.json", '{"a":' * DEEP, must_fail=False),
     Known("adapters that name each other", _in_a_circle, "adapter"),
+    Known("an adapter without a weight", _without_a_weight, "adapter"),
     _tokenizer("larger than the embedding", added_tokens=[{"id": 5000, **_TOKEN}]),
     _tokenizer("a broken post-processor", post_processor=_BROKEN_STEP),
     _tokenizer("no post-processor", must_fail=False, post_processor=None),

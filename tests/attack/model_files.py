@@ -14,14 +14,8 @@ Tensors = dict[str, Any]
 
 
 def edit_json(file: Path, **changes: object) -> None:
-    """Sets keys of a JSON object in a file; a value of `...` takes one away."""
-    document = json.loads(file.read_text())
-    for key, value in changes.items():
-        if value is ...:
-            document.pop(key, None)
-        else:
-            document[key] = value
-    file.write_text(json.dumps(document))
+    """Sets keys of a JSON object in a file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def spoil_header(file: Path, random: Random) -> str:

@@ -9,7 +9,19 @@ from .outcome import Miss
 from .snapshot import changes, snapshot
 
 OUTPUTS = (
-    *("new", "new/deeper/still", "mixed", "model", "file.txt", "link-to-file", "link-to-folder", "dangling", "fifo", "null"),
+    *(
+        "new",
+        "new/deeper/still",
+        "mixed",
+        "model",
+        "file.txt",
+        "link-to-file",
+        "link-to-folder",
+        "dangling",
+        "fifo",
+        "null",
+        "plain",
+    ),
     *("model/config.json", "", ".", "..", "/dev/null/x", "a" * 300, "new\ud8ff", "new\n", "~", "bench", "training", "blocked"),
 )
 
@@ -25,6 +37,8 @@ class Victim:
             self._foreign_files(self.home / folder)
         shutil.copytree(case.material.model(), self.home / "model")
         self._foreign_files(self.home / "model", chat=False)
+        shutil.copytree(case.material.model(), self.home / "plain")
+        (self.home / "plain" / "notes.md").write_text("mine")
         shutil.copytree(case.material.bench, self.home / "bench")
         shutil.copytree(case.material.training, self.home / "training")
         (self.home / "blocked").mkdir()
@@ -60,8 +74,10 @@ class Victim:
 
     def written_by_command(self, output: str) -> tuple[str, ...]:
         """What success may change when a command writes to this output: files of this program, no others."""
+        model = ("config.json", "generation_config.json", "model.safetensors", "tokenizer", "layerskip.json")
         mine = {
-            "model": ("config.json", "generation_config.json", "model.safetensors", "tokenizer", "layerskip.json"),
+            "model": model,
+            "plain": model,
             "blocked": ("config.json",),
             "bench": tuple(file.name for file in (self.home / "bench").iterdir()),
             "training": ("",),
