@@ -77,9 +77,15 @@ def inspect(
 
 
 def _page_file(output: str) -> Path:
+    """Raises LayerSkipError for a file in no folder, and for one of a model, which the page must not replace."""
+    from layerskip_core.model_files import model_files
+
     file = Path(output)
+    real = file.resolve()
     if not file.parent.is_dir():
         raise LayerSkipError(f"--output {output}: there is no folder {file.parent}")
+    if real.name in model_files(real.parent):
+        raise LayerSkipError(f"--output {output} must not be a file of the model in {real.parent}; give another name")
     return file
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -110,3 +111,14 @@ def test_bad_flags(checkpoint, tmp_path):
         f"--output {file}: there is no folder {file.parent}",
         "inspect", "hi", "--model", checkpoint, "--output", str(file), "--max-new-tokens", "1",
     )  # fmt: skip
+
+
+def test_the_page_replaces_no_file_of_a_model(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "link").symlink_to(folder / "config.json")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for output in (folder / "config.json", folder / "model.safetensors", tmp_path / "link"):
+        message = f"--output {output} must not be a file of the model in {folder}; give another name"
+        fails(message, "inspect", "x", "--model", str(folder), "--output", str(output))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert run("inspect", "x", "--model", str(folder), "--output", str(folder / "page.html")).code == 0
