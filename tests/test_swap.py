@@ -79,7 +79,12 @@ def replace_with_new(folder, old):
 
 
 def state(folder):
-    return {name: (folder / name).read_text() for name in files_below(folder) if not name.startswith(".layerskip")}
+    found = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".layerskip")]  # they come and go beside a reader
+        for file in (Path(place) / name for name in names if not name.startswith(".layerskip")):
+            found[file.relative_to(folder).as_posix()] = file.read_text()
+    return found
 
 
 NEW = {"config.json": "new", "b.safetensors": "new", "a.safetensors": "new", "other/y": "new", "notes": "mine"}
