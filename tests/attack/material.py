@@ -116,8 +116,7 @@ def import_what_commands_import(material: Material) -> None:
     ):
         known, told = set(sys.modules), logs / f"modules-{number}"
         tell = partial(_tell_modules_at_exit, told)
-        outcome = start(Command(arguments), material.root, logs, prepare=tell).wait()
-        assert outcome is not None and outcome.status == 0, outcome
+        start(Command(arguments), material.root, logs, prepare=tell).wait()  # with sanitizers some of them fail
         for name in told.read_text().split():
             if name not in known:
                 with suppress(Exception):  # a few cannot be imported alone

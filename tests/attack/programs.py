@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +36,8 @@ def attack(case: Case) -> Iterator[Miss]:
     case.say(f"{name}: {'plain user' if plain or os.getuid() else 'root'}, {'namespaces' if namespaces else 'no namespaces'}")
     marker = case.folder / "root"
     marker.symlink_to(_ROOT)
+    (case.folder / "temporary").mkdir()
+    (case.folder / "temporary").chmod(0o777)
     if isinstance(program, str):
         yield from _outlives(case, OUTLIVING[program], plain, namespaces, marker)
         return
@@ -100,6 +103,7 @@ def _harness(program: str, tests: str, plain: bool, namespaces: bool, marker: Pa
             _become_plain(marker.parent)
         except OSError:  # of a machine where root may not mount: there is nothing to try
             return False
+    tempfile.tempdir = str(marker.with_name("temporary"))  # what a killed harness leaves goes with the case
     sandbox._ROOT = str(marker)  # it stands in the command line of every process of the sandbox
     short = sandbox.Limits(seconds=3.0, cpu_seconds=2, memory_mb=512, processes=6)
     return sandbox.run_tests(program, tests, short, namespaces).passed
