@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from layerskip_core.config import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import DataError, LayerSkipError
-from layerskip_core.json_input import parse_json
+from layerskip_core.storage.json_reading import parse_json
 
 from . import standard_input
 from .console import narrate
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint import LoadedModel
+    from layerskip_core.checkpoint.load import LoadedModel
     from layerskip_core.decoding import DecodeStats
 
 

@@ -4,8 +4,10 @@ from typing import Annotated, cast
 
 import typer
 
-from layerskip_core.config import BenchConfig, DType, TaskConfig, require, require_choice, require_given
-from layerskip_core.ranges import parse_counts
+from layerskip_core.config.checks import require, require_choice, require_given
+from layerskip_core.config.evaluation import BenchConfig, TaskConfig
+from layerskip_core.config.packing import DType
+from layerskip_core.config.ranges import parse_counts
 
 from . import console, evaluation
 
@@ -80,11 +82,11 @@ def bench(
         packing=console.packing(quantize, draft_weights, draft_vocab, exact),
     )  # fmt: skip
     console.use_threads(threads)
-    from layerskip_core.evaluation.bench import BenchResult
-    from layerskip_core.evaluation.bench import bench as run_bench
-    from layerskip_core.evaluation.journal import close
-    from layerskip_core.evaluation.report import bench_table, output_folder
-    from layerskip_core.evaluation.saved_record import read_record
+    from layerskip_core.evaluation.measure.bench import BenchResult
+    from layerskip_core.evaluation.measure.bench import bench as run_bench
+    from layerskip_core.evaluation.measure.journal import close
+    from layerskip_core.evaluation.report.saved_record import read_record
+    from layerskip_core.evaluation.report.tables import bench_table, output_folder
 
     with output_folder(output, "layerskip bench") as folder:
         if saved is not None:

@@ -7,9 +7,9 @@ from typing import Any, cast, get_args, get_type_hints
 
 import typer
 
+from layerskip_core.config.ranges import shown
 from layerskip_core.errors import ConfigError
-from layerskip_core.input_files import first_line, read_text
-from layerskip_core.ranges import shown
+from layerskip_core.storage.reading import first_line, read_text
 
 _KINDS: tuple[tuple[type, str, tuple[type, ...]], ...] = (
     (bool, "true or false", (bool,)),

@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from layerskip_core.config import PackingConfig, Quantization
-from layerskip_core.ranges import require_in_range
+from layerskip_core.config.packing import PackingConfig, Quantization
+from layerskip_core.config.ranges import require_in_range
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint import LoadedModel
+    from layerskip_core.checkpoint.load import LoadedModel
 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from layerskip_core.config import DataConfig
+from layerskip_core.config.data import DataConfig
 
 
 def data(
@@ -15,7 +15,7 @@ def data(
     seed: Annotated[int, typer.Option(help="Seed of generated rows.")] = 0,
 ) -> None:
     """Print a data set's rows, `{"prompt": ..., "completion": ...}` a line: to look at, or to pipe into `generate --jsonl`."""
-    from layerskip_core.data import load_examples
+    from layerskip_core.data.examples import load_examples
 
     for example in load_examples(DataConfig(name, split, limit=samples, seed=seed)):
         typer.echo(json.dumps({"prompt": example.prompt, "completion": example.completion}, ensure_ascii=False))

@@ -14,11 +14,11 @@ from .console import ResultsConsole, narrate, narrate_notes, progress_bar, use_t
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from layerskip_core.checkpoint import LoadedModel
-    from layerskip_core.config import BenchConfig, SweepConfig
-    from layerskip_core.evaluation.generation import Progress
-    from layerskip_core.evaluation.record import RunRecord
-    from layerskip_core.evaluation.report import TextTable
+    from layerskip_core.checkpoint.load import LoadedModel
+    from layerskip_core.config.evaluation import BenchConfig, SweepConfig
+    from layerskip_core.evaluation.measure.runner import Progress
+    from layerskip_core.evaluation.report.record import RunRecord
+    from layerskip_core.evaluation.report.tables import TextTable
     from layerskip_core.evaluation.tasks import Task
 
 FORMATS = ("table", "json", "csv", "markdown")
@@ -71,7 +71,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
 
 def load(config: "BenchConfig | SweepConfig") -> "tuple[LoadedModel, Task]":
     """The rows, about which it says what there is to say, and the model."""
-    from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.checkpoint.load import load_checkpoint
     from layerskip_core.evaluation.tasks import load_task
 
     rows = load_task(config.task)
@@ -86,7 +86,7 @@ def load(config: "BenchConfig | SweepConfig") -> "tuple[LoadedModel, Task]":
 
 def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result]":
     """Shows progress, a bar for each phase, until the record comes."""
-    from layerskip_core.evaluation.generation import Progress
+    from layerskip_core.evaluation.measure.runner import Progress
 
     phase, update = None, None
     with ExitStack() as bars:
@@ -103,7 +103,7 @@ def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result
 
 def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> None:
     """Writes the result to stdout, and nothing else there."""
-    from layerskip_core.evaluation import report
+    from layerskip_core.evaluation.report import tables as report
 
     if form == "json":
         typer.echo(report.to_json(record), nl=False)
@@ -117,7 +117,7 @@ def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> 
 
 def deliver(record: "RunRecord[Result]", table: "TextTable", form: str, folder: "Path | None") -> None:
     """The report files, if there is a folder for them, and the result on stdout."""
-    from layerskip_core.evaluation.report import report_files, write_files
+    from layerskip_core.evaluation.report.tables import report_files, write_files
 
     narrate_failures(record)
     if folder is not None:

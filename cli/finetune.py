@@ -7,9 +7,12 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config import REGIMES, DataConfig, DType, FinetuneConfig, Regime, require_choice
+from layerskip_core.config.checks import require_choice
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.packing import DType
+from layerskip_core.config.ranges import parse_counts
+from layerskip_core.config.training import REGIMES, FinetuneConfig, Regime
 from layerskip_core.errors import TrainingInterrupted
-from layerskip_core.ranges import parse_counts
 
 from .config_file import read_config
 from .console import Device, Precision, Threads, narrate, progress_bar, use_threads

@@ -6,16 +6,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from layerskip_core.config import (
-    DTYPES,
-    DecodingConfig,
-    SamplingConfig,
-    Strategy,
-    require_choice,
-    require_exit_layer,
-    require_given,
-)
-from layerskip_core.ranges import require_in_range
+from layerskip_core.config.checks import require_choice, require_exit_layer, require_given
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig, Strategy
+from layerskip_core.config.packing import DTYPES
+from layerskip_core.config.ranges import require_in_range
 
 from . import standard_input
 from .answers import answer_all, answer_in_batches
@@ -34,7 +28,7 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint import LoadedModel
+    from layerskip_core.checkpoint.load import LoadedModel
     from layerskip_core.decoding import DecodeStats
 
 _UNMEASURED = (
@@ -109,7 +103,7 @@ def generate(
     require_choice(dtype, "--dtype", DTYPES)
     weights = packing(quantize, draft_weights, draft_vocab, exact, exit_layer or 0)
     use_threads(threads)
-    from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.checkpoint.load import load_checkpoint
 
     loaded = load_checkpoint(model, device, dtype, "auto", weights)
     narrate_notes(loaded)

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from layerskip_core.config import DTYPES, require_choice, require_given
+from layerskip_core.config.checks import require_choice, require_given
+from layerskip_core.config.packing import DTYPES
 
 from .console import narrate
 
@@ -24,7 +25,7 @@ def import_model(
     require_choice(dtype, "--dtype", DTYPES)
     require_given("MODEL", model)
     require_given("--output", output)
-    from layerskip_core.saving import import_checkpoint, output_lock, refuse_overwrite
+    from layerskip_core.checkpoint.save import import_checkpoint, output_lock, refuse_overwrite
 
     with output_lock(output, "layerskip import"):
         refuse_overwrite(output, overwrite)

@@ -9,16 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerskip_core.config import DTYPES, require, require_choice, require_given
+from layerskip_core.config.checks import require, require_choice, require_given
+from layerskip_core.config.packing import DTYPES
+from layerskip_core.config.ranges import parse_counts, require_in_range
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.ranges import parse_counts, require_in_range
 
 from . import standard_input
 from .console import Device, Precision, ResultsConsole, Threads, narrate, narrate_notes, use_threads
 from .evaluation import Model
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.inspect import Inspection, TokenTrace
+    from layerskip_core.evaluation.measure.inspect import Inspection, TokenTrace
 
 _EXAMPLE = "remind me to call mom at 5"
 _CELL = 9  # characters of a token that are shown
@@ -52,10 +53,10 @@ def inspect(
     require_given("--output", output)
     wanted = parse_counts(layers, "--layers") if layers is not None else None
     use_threads(threads)
-    from layerskip_core.checkpoint import load_checkpoint
-    from layerskip_core.evaluation.inspect import inspect as run_inspect
-    from layerskip_core.evaluation.inspect_page import inspection_page
-    from layerskip_core.files import require_writable, write_file
+    from layerskip_core.checkpoint.load import load_checkpoint
+    from layerskip_core.evaluation.measure.inspect import inspect as run_inspect
+    from layerskip_core.evaluation.report.inspect_page import inspection_page
+    from layerskip_core.storage.writing import require_writable, write_file
 
     if output is not None:
         require_writable(_page_file(output), LayerSkipError)
@@ -78,7 +79,7 @@ def inspect(
 
 def _page_file(output: str) -> Path:
     """Raises LayerSkipError for a file in no folder, and for one of a model, which the page must not replace."""
-    from layerskip_core.model_files import model_files
+    from layerskip_core.checkpoint.model_files import model_files
 
     file = Path(output)
     real = file.resolve()

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from layerskip_core.config import DType, SweepConfig, TaskConfig, require_choice, require_given
+from layerskip_core.config.checks import require_choice, require_given
+from layerskip_core.config.evaluation import SweepConfig, TaskConfig
+from layerskip_core.config.packing import DType
+from layerskip_core.config.ranges import parse_counts
 from layerskip_core.errors import ConfigError
-from layerskip_core.ranges import parse_counts
 
 from . import console, evaluation
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.record import Recommendation
+    from layerskip_core.evaluation.report.record import Recommendation
 
 
 def sweep_exits(
@@ -76,9 +78,9 @@ def sweep_exits(
         packing=console.packing(quantize, draft_weights, draft_vocab, exact),
     )  # fmt: skip
     console.use_threads(threads)
-    from layerskip_core.evaluation.report import output_folder, sweep_table
-    from layerskip_core.evaluation.saved_record import read_record
-    from layerskip_core.evaluation.sweep import ExitResult, sweep
+    from layerskip_core.evaluation.measure.sweep import ExitResult, sweep
+    from layerskip_core.evaluation.report.saved_record import read_record
+    from layerskip_core.evaluation.report.tables import output_folder, sweep_table
 
     record = read_record(saved, ExitResult) if saved is not None else None
     target = model if record is None else str(record.config["model"])
@@ -94,10 +96,10 @@ def sweep_exits(
 @contextmanager
 def _model_folder(model: str) -> Iterator[None]:
     """Holds the lock of the folder that --save writes to. Raises ConfigError for a model that is no folder."""
-    from layerskip_core.files import require_writable
-    from layerskip_core.info import INFO_FILE, holds_model, read_info
-    from layerskip_core.locks import hold
-    from layerskip_core.swap import settle
+    from layerskip_core.checkpoint.info import INFO_FILE, holds_model, read_info
+    from layerskip_core.checkpoint.swap import settle
+    from layerskip_core.storage.locks import hold
+    from layerskip_core.storage.writing import require_writable
 
     if Path(model).is_dir():
         settle(model)
@@ -111,8 +113,8 @@ def _model_folder(model: str) -> Iterator[None]:
 
 def _save(model: str, advice: "Recommendation") -> None:
     """Makes the recommended exit and draft length the model's defaults; plain decoding, where none pays."""
-    from layerskip_core.info import read_info
-    from layerskip_core.saving import write_info
+    from layerskip_core.checkpoint.info import read_info
+    from layerskip_core.checkpoint.save import write_info
 
     plain = advice.exit_layer is None
     info = replace(read_info(model), exit_layer=advice.exit_layer, num_draft_tokens=advice.num_draft_tokens)

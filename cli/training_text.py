@@ -4,8 +4,8 @@ import os
 import shlex
 import sys
 
-from layerskip_core.config import FinetuneConfig
-from layerskip_core.info import CheckpointInfo
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.training.plan import TrainingPlan
 from layerskip_core.training.progress import StepReport
 

@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_core.checkpoint import LoadedModel, load_checkpoint
-from layerskip_core.config import DataConfig, DecodingConfig, PackingConfig
-from layerskip_core.data import load_examples
+from layerskip_core.checkpoint.load import LoadedModel, load_checkpoint
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.sampling import most_probable
-from layerskip_core.evaluation.record import environment
+from layerskip_core.evaluation.report.record import environment
 
 REPEATS = 5
 

@@ -63,8 +63,8 @@ def measured(arguments: argparse.Namespace) -> dict:
     """Seconds, multiply-adds and exits of each step, and the peak memory of the process in MB."""
     import torch
 
-    from layerskip_core.checkpoint import load_checkpoint
-    from layerskip_core.config import RecipeConfig
+    from layerskip_core.checkpoint.load import load_checkpoint
+    from layerskip_core.config.training import RecipeConfig
     from layerskip_core.training.module import Moment, RecipeModule
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))

@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory):
     """A folder with the tiny model of `evaluating`: six layers, a context of 128 tokens, a tokenizer of 300 entries."""
     from evaluating import tiny_loaded
 
-    from layerskip_core.saving import save_checkpoint
+    from layerskip_core.checkpoint.save import save_checkpoint
 
     loaded = tiny_loaded(torch.float32)
     folder = str(tmp_path_factory.mktemp("checkpoint") / "tiny")

@@ -5,16 +5,19 @@ from functools import cache
 import torch
 from conftest import tiny_model
 
-from layerskip_core.checkpoint import LoadedModel
-from layerskip_core.config import DataConfig, DecodingConfig, TaskConfig
-from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.load import LoadedModel
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.evaluation import TaskConfig
+from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.evaluation.generation import Output, Outputs, Step, measure
+from layerskip_core.evaluation.measure.runner import measure
 from layerskip_core.evaluation.metrics import exact_match
+from layerskip_core.evaluation.outputs import Output, Outputs, Step
 from layerskip_core.evaluation.tasks import Task
-from layerskip_core.info import CheckpointInfo
 from layerskip_core.model import DepthModel
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.training.tokenizer import train_tokenizer
 
 LAYERS = 6
 NEW_TOKENS = 12

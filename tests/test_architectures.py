@@ -6,8 +6,8 @@ from command_line import run
 from conftest import tiny_model
 from evaluating import tiny_loaded
 
+from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.model.spec import SUPPORTED
-from layerskip_core.saving import save_checkpoint
 
 NEW = ("--max-new-tokens", "3")
 ONE = ("--samples", "1", "--device", "cpu")

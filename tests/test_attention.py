@@ -4,10 +4,10 @@ from conftest import tiny_model
 from test_recipe_module import batch
 from training_runs import saved_base, settings_on
 
-from layerskip_core.config import RecipeConfig
-from layerskip_core.encoding import Collator
+from layerskip_core.config.training import RecipeConfig
 from layerskip_core.training import attention
 from layerskip_core.training.attention import use_fp32_attention
+from layerskip_core.training.encoding import Collator
 from layerskip_core.training.module import Moment, RecipeModule
 from layerskip_core.training.packing import packed
 from layerskip_core.training.run import prepare

@@ -7,13 +7,14 @@ import torch
 from conftest import tiny_model
 from evaluating import NEW_TOKENS, TOO_LONG, own_answers, tiny_loaded
 
-from layerskip_core.checkpoint import LoadedModel
-from layerskip_core.config import BenchConfig, DecodingConfig
+from layerskip_core.checkpoint.load import LoadedModel
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.baselines import Generate, load_baselines, require_early_exit
-from layerskip_core.evaluation.bench import bench
-from layerskip_core.evaluation.generation import measure
+from layerskip_core.evaluation.measure.baselines import Generate, load_baselines, require_early_exit
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.runner import measure
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 
@@ -161,7 +162,7 @@ def test_settings_are_checked(settings, message):
 
 
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
-    from layerskip_core.checkpoint import load_checkpoint
+    from layerskip_core.checkpoint.load import load_checkpoint
 
     packed = load_checkpoint(checkpoint, implementation="auto")
     assert isinstance(packed, LoadedModel)

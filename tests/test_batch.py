@@ -9,7 +9,8 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.config import DecodingConfig, PackingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.batch import decode_batch
 from layerskip_core.errors import ConfigError

@@ -7,15 +7,17 @@ import pytest
 import torch
 from evaluating import NEW_TOKENS, TOO_LONG, early_exit_share, outputs_of, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config import BenchConfig, DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation import memory
-from layerskip_core.evaluation.bench import BenchResult, bench, bench_result
-from layerskip_core.evaluation.generation import Failure, Output, Outputs, Progress, measure
-from layerskip_core.evaluation.memory import PeakMemory
+from layerskip_core.evaluation.measure import memory
+from layerskip_core.evaluation.measure.bench import BenchResult, bench, bench_result
+from layerskip_core.evaluation.measure.memory import PeakMemory
+from layerskip_core.evaluation.measure.runner import Progress, measure
 from layerskip_core.evaluation.metrics import Difference
-from layerskip_core.evaluation.report import to_json
+from layerskip_core.evaluation.outputs import Failure, Output, Outputs
+from layerskip_core.evaluation.report.tables import to_json
 
 FIELDS = [
     "strategy", "exit_layer", "num_draft_tokens", "metrics", "acceptance_rate", "mean_accepted_tokens", "tokens_per_second",
@@ -120,7 +122,7 @@ def test_one_valid_document_with_the_promised_names():
 
 
 def test_the_first_difference_of_a_wrong_draft_verifier_would_show(monkeypatch):
-    from layerskip_core.evaluation import generation
+    from layerskip_core.evaluation.measure import runner as generation
 
     honest = generation.measure
 

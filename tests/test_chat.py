@@ -7,10 +7,10 @@ import pytest
 from chatml import TEMPLATE, chatml_folder, full_tokenizer
 from command_line import run
 
-from layerskip_core import chat
-from layerskip_core.chat import render_chat
+from layerskip_core.checkpoint.fast_read import lean_tokenizer
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.lean import lean_tokenizer
+from layerskip_core.prompting import chat
+from layerskip_core.prompting.chat import render_chat
 
 TURNS = [
     {"role": "system", "content": " be\n"},

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.utils import logging
 
-from layerskip_core.checkpoint import (
+from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
+from layerskip_core.checkpoint.load import (
     PUBLISHED,
     LoadedModel,
     load_blank,
@@ -22,14 +23,13 @@ from layerskip_core.checkpoint import (
     quiet_transformers,
     stored_dtype,
 )
-from layerskip_core.config import DataConfig
-from layerskip_core.data import load_examples
+from layerskip_core.checkpoint.save import refuse_overwrite, save_checkpoint, write_info
+from layerskip_core.config.data import DataConfig
+from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.info import CheckpointInfo, holds_model, read_info
 from layerskip_core.model import DepthModel
-from layerskip_core.prompt_encoding import CHAT, encode_prompt
-from layerskip_core.saving import refuse_overwrite, save_checkpoint, write_info
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.prompting.encoding import CHAT, encode_prompt
+from layerskip_core.training.tokenizer import train_tokenizer
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
 IDS = torch.tensor([[5, 9, 33, 7]])

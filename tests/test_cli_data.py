@@ -5,8 +5,8 @@ import json
 import pytest
 from command_line import fails, run
 
-from layerskip_core.config import DataConfig
-from layerskip_core.data import load_examples
+from layerskip_core.config.data import DataConfig
+from layerskip_core.data.examples import load_examples
 
 
 @pytest.mark.parametrize("split", ["test", "compositional"])

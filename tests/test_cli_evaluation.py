@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from cli.bench import bench
 from cli.sweep_exits import sweep_exits
-from layerskip_core.checkpoint import read_info
+from layerskip_core.checkpoint.load import read_info
+from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.saving import save_checkpoint
 
 app = typer.Typer()
 app.command("sweep-exits")(sweep_exits)
@@ -99,7 +99,7 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_save_writes_the_recommendation_if_there_is_one(model, monkeypatch, pays):
-    monkeypatch.setattr("layerskip_core.evaluation.sweep._WORTHWHILE", 0.0 if pays else 1e9)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.sweep._WORTHWHILE", 0.0 if pays else 1e9)
     result = run(
         "sweep-exits", "--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6", "--save"
     )

@@ -9,7 +9,7 @@ import pytest
 from command_line import fails, run
 
 from cli.training_text import spread
-from layerskip_core.checkpoint import load_checkpoint
+from layerskip_core.checkpoint.load import load_checkpoint
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 from command_line import LISTING_MODULES, Result, fails, finish, run, start
 
-from layerskip_core.checkpoint import CheckpointInfo, load_checkpoint, read_info
-from layerskip_core.config import DecodingConfig
+from layerskip_core.checkpoint.load import CheckpointInfo, load_checkpoint, read_info
+from layerskip_core.checkpoint.save import write_info
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.text import Answer
-from layerskip_core.saving import write_info
 
 PROMPT = "wake me up"
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=20)

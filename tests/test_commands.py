@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from layerskip_core.data import Example
+from layerskip_core.data.examples import Example
 from layerskip_core.embedded import commands
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.training.tokenizer import train_tokenizer
 
 # Slots that the grammar fills from closed lists, which all splits share.
 CLOSED_SLOTS = {

@@ -5,11 +5,11 @@ from itertools import islice
 import pytest
 from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation import cost_model
-from layerskip_core.evaluation.cost_model import (
+from layerskip_core.evaluation.measure import cost_model
+from layerskip_core.evaluation.measure.cost_model import (
     PassTimes,
     Prediction,
     Predictions,
@@ -21,7 +21,7 @@ from layerskip_core.evaluation.cost_model import (
     predict,
     simulate,
 )
-from layerskip_core.evaluation.generation import measure
+from layerskip_core.evaluation.measure.runner import measure
 
 EOS = frozenset({9})
 

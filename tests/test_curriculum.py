@@ -1,6 +1,6 @@
 import pytest
 
-from layerskip_core.config import RecipeConfig
+from layerskip_core.config.training import RecipeConfig
 from layerskip_core.training.curriculum import exits_on, mean_exits, rotation_of
 
 

@@ -9,12 +9,12 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from layerskip_core import input_files
-from layerskip_core.config import DataConfig
-from layerskip_core.data import Conversation, is_parsing, load_examples, load_rows, stream_rows
+from layerskip_core.config.data import DataConfig
+from layerskip_core.data.examples import Conversation, is_parsing, load_examples, load_rows, stream_rows
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.storage import reading as input_files
+from layerskip_core.training.tokenizer import train_tokenizer
 
 TOPV2_HEADER = "domain\tutterance\tsemantic_parse\n"
 

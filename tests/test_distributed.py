@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from training_runs import weights
 
-from layerskip_core.config import RecipeConfig
+from layerskip_core.config.training import RecipeConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import module
 from layerskip_core.training.dropout import kept_rows

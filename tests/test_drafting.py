@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import tensor
 
-from layerskip_core.config import SamplingConfig
-from layerskip_core.decoding.drafting import ExitDrafter
+from layerskip_core.config.decoding import SamplingConfig
+from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic
 from layerskip_core.model import DepthModel
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from training_runs import Interrupted, stop_at, train, weights
 
-from layerskip_core import encoding
-from layerskip_core.config import DataConfig
-from layerskip_core.data import PARSING_TEMPLATE, Conversation, Example, load_examples
-from layerskip_core.encoding import Collator, Encoder, StreamedRows, encode_rows
+from layerskip_core.config.data import DataConfig
+from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example, load_examples
 from layerskip_core.errors import ConfigError, DataError
+from layerskip_core.training import encoding
+from layerskip_core.training.encoding import Collator, Encoder, StreamedRows, encode_rows
 from layerskip_core.training.packing import packed
 from layerskip_core.training.progress import LossHistory
 from layerskip_core.training.run import prepare
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.training.tokenizer import train_tokenizer
 
 TURNS = (("user", "hi"), ("assistant", "hello you"), ("user", "bye"), ("assistant", "so long"))
 CHAT = (

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from layerskip_core.config import RecipeConfig
+from layerskip_core.config.training import RecipeConfig
 from layerskip_core.training import exit_loss
 from layerskip_core.training.exit_loss import exit_scales, exit_weights
 from layerskip_core.training.module import Moment, RecipeModule

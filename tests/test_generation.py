@@ -6,11 +6,12 @@ import pytest
 import torch
 from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation import generation
-from layerskip_core.evaluation.generation import Failure, Output, Outputs, Progress, differences, measure, measure_interleaved
+from layerskip_core.evaluation.measure import runner as generation
+from layerskip_core.evaluation.measure.runner import Progress, differences, measure, measure_interleaved
 from layerskip_core.evaluation.metrics import top2_gap
+from layerskip_core.evaluation.outputs import Failure, Output, Outputs
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 DRAFTED = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)

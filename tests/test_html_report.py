@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from test_report import BENCH, SWEEP
 
-from layerskip_core.evaluation.html_report import html_report
-from layerskip_core.evaluation.plots import figures, to_png, to_svg
-from layerskip_core.evaluation.record import frontier
+from layerskip_core.evaluation.report.html import html_report
+from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
+from layerskip_core.evaluation.report.record import frontier
 
 FULL = replace(
     SWEEP,

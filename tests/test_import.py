@@ -6,7 +6,7 @@ import gguf
 import torch
 from command_line import fails, run
 
-from layerskip_core.checkpoint import load_checkpoint
+from layerskip_core.checkpoint.load import load_checkpoint
 
 
 def write_gguf(folder, path):

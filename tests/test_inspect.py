@@ -9,11 +9,11 @@ import torch
 from command_line import fails, run
 from evaluating import LAYERS, own_answers, tiny_loaded
 
-from layerskip_core.config import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.generation import measure
-from layerskip_core.evaluation.inspect import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
-from layerskip_core.evaluation.inspect_page import inspection_page
+from layerskip_core.evaluation.measure.inspect import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
+from layerskip_core.evaluation.measure.runner import measure
+from layerskip_core.evaluation.report.inspect_page import inspection_page
 
 
 @pytest.mark.parametrize(

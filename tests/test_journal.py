@@ -7,13 +7,13 @@ from dataclasses import asdict
 import pytest
 from evaluating import own_answers, tiny_loaded
 
-from layerskip_core.config import BenchConfig
+from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation import generation
-from layerskip_core.evaluation.bench import bench
-from layerskip_core.evaluation.generation import Output, Step
-from layerskip_core.evaluation.journal import FILE_NAME, Journal
+from layerskip_core.evaluation.measure import runner as generation
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
+from layerskip_core.evaluation.outputs import Output, Step
 
 ONE = Output(
     (3, 4), "ab", (Step(1, 0.5), Step(1, 0.25)), DecodeStats(1, 5, 2, 6, 1, 1, 0.5, 0.1, 0.1, 0.75, (1, 1), (1,)), "eos", 12.5

@@ -1,7 +1,7 @@
 import pytest
 
 from layerskip_core.errors import DataError
-from layerskip_core.json_input import MAX_DEPTH, parse_json, read_json_object
+from layerskip_core.storage.json_reading import MAX_DEPTH, parse_json, read_json_object
 
 
 def nested(levels: int) -> str:

@@ -9,11 +9,11 @@ from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from layerskip_core.checkpoint import CheckpointInfo, load_checkpoint
+from layerskip_core.checkpoint.fast_read import LeanTokenizer, lean_config, lean_tokenizer
+from layerskip_core.checkpoint.load import CheckpointInfo, load_checkpoint
+from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError
-from layerskip_core.lean import LeanTokenizer, lean_config, lean_tokenizer
 from layerskip_core.model import PackedModel
-from layerskip_core.saving import save_checkpoint
 
 TEXTS = ["wake me up", "", "né ☃\n  two  spaces", "<|eos|> inside <|bos|>"]
 

@@ -13,10 +13,10 @@ import pytest
 from command_line import ROOT, fails, finish, run, start
 from safetensors.torch import load_file
 
-from layerskip_core import locks
+from layerskip_core.checkpoint.info import read_info
 from layerskip_core.errors import LayerSkipError, LockedError
-from layerskip_core.info import read_info
-from layerskip_core.locks import hold
+from layerskip_core.storage import locks
+from layerskip_core.storage.locks import hold
 
 HOLDING = """
 import sys

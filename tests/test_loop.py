@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 
-from layerskip_core.config import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.decoding import DecodeStats, Decoding, Stopping, Token, decode, sampling
-from layerskip_core.decoding.drafting import Draft, ExitDrafter
+from layerskip_core.decoding.drafters.base import Draft
+from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic, probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import DepthCache, DepthModel

@@ -7,7 +7,7 @@ import torch
 from evaluating import TOO_LONG, tiny_loaded
 from torch.nn.functional import cross_entropy
 
-from layerskip_core.data import Example
+from layerskip_core.data.examples import Example
 from layerskip_core.evaluation.metrics import (
     ReferenceLosses,
     exact_match,
@@ -18,7 +18,7 @@ from layerskip_core.evaluation.metrics import (
     rouge,
     text_losses,
     top2_gap,
-)  # fmt: skip
+)
 
 EXAMPLE = Example("remind me to call mom", "[IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to call mom ]")
 

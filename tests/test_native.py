@@ -6,16 +6,18 @@ from command_line import fails, run
 from conftest import tiny_model
 from test_packed import CASES, assert_equal_spans, ids_of, pair  # noqa: F401  a fixture
 
-from layerskip_core.checkpoint import load_checkpoint
-from layerskip_core.config import DecodingConfig, PackingConfig
+from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafting import drafter_for
+from layerskip_core.decoding.drafters.exit import drafter_for
 from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.model import NativeModel, PackedModel, can_run_native, packed
+from layerskip_core.model import NativeModel, PackedModel, can_run_native
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
+from layerskip_core.model.packed import model as packed
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
 BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from command_line import fails, run
 
-from layerskip_core.checkpoint import load_checkpoint
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.model_files import RUN_FILES, model_files, obstacles
+from layerskip_core.checkpoint.save import write_info
 from layerskip_core.errors import CheckpointError
-from layerskip_core.info import read_info
-from layerskip_core.model_files import RUN_FILES, model_files, obstacles
-from layerskip_core.saving import write_info
 
 LISTED = {
     "config.json",

@@ -5,11 +5,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from layerskip_core.checkpoint import load_checkpoint
-from layerskip_core.config import DecodingConfig
+from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import DepthModel, PackedModel, can_pack, linear
+from layerskip_core.model import DepthModel, PackedModel, can_pack
+from layerskip_core.model.packed import linear
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
@@ -163,7 +164,7 @@ def test_a_checkpoint_is_loaded_for_decoding(tmp_path, monkeypatch, model_type, 
 
     tiny_model(model_type, torch.float32).save_pretrained(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
-    monkeypatch.setattr("layerskip_core.checkpoint.can_run_native", lambda *_: False)
+    monkeypatch.setattr("layerskip_core.checkpoint.load.can_run_native", lambda *_: False)
     assert load_checkpoint(str(tmp_path), "cpu", "fp32", implementation="auto").depth.implementation == implementation
     assert load_checkpoint(str(tmp_path), "cpu", "fp32").depth.implementation == "generic"
 

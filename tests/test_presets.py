@@ -1,6 +1,6 @@
 import pytest
 
-from layerskip_core.config import RecipeConfig
+from layerskip_core.config.training import RecipeConfig
 from layerskip_core.training.curriculum import rotation_of
 from layerskip_core.training.presets import learning_rate, recipe_preset, sequence_length
 

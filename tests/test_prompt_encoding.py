@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 from chatml import SPECIAL, chatml_folder, full_tokenizer
 
-from layerskip_core.checkpoint import CheckpointInfo, LoadedModel
-from layerskip_core.config import TaskConfig
-from layerskip_core.data import Conversation
-from layerskip_core.encoding import Encoder
+from layerskip_core.checkpoint.fast_read import lean_tokenizer
+from layerskip_core.checkpoint.load import CheckpointInfo, LoadedModel
+from layerskip_core.config.evaluation import TaskConfig
+from layerskip_core.data.examples import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.evaluation.tasks import load_task
-from layerskip_core.lean import lean_tokenizer
-from layerskip_core.prompt_encoding import CHAT, encode_prompt
-from layerskip_core.special_text import special_text
+from layerskip_core.prompting.encoding import CHAT, encode_prompt
+from layerskip_core.prompting.special_text import special_text
+from layerskip_core.training.encoding import Encoder
 
 OWN_TURNS = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATES = (CHAT, "{prompt}", "{prompt}\n", "Q: {prompt}\nA:", OWN_TURNS)

@@ -11,13 +11,14 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.checkpoint import load_checkpoint
-from layerskip_core.config import DecodingConfig, PackingConfig, SamplingConfig
+from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import DepthModel, PackedModel
+from layerskip_core.model.draft_vocabulary import token_order
 from layerskip_core.model.quantized import Int4Linear, Int8Linear, quantized
-from layerskip_core.model.vocabulary import token_order
 
 WIDE = {"intermediate_size": 64, "hidden_size": 64}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from command_line import run
 
+from layerskip_core.config.ranges import RANGES, Range, parse_counts, require_in_range
 from layerskip_core.errors import ConfigError
-from layerskip_core.ranges import RANGES, Range, parse_counts, require_in_range
 
 HOSTILE = (
     "-1", "0", "2147483648", "4294967296", str(2**63), str(2**64), str(2**70), "1e308", "-1e308", "inf", "-inf", "nan", "", "x",

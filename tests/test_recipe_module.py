@@ -5,9 +5,9 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 
-from layerskip_core.config import RecipeConfig
-from layerskip_core.encoding import Collator
+from layerskip_core.config.training import RecipeConfig
 from layerskip_core.training import exit_loss
+from layerskip_core.training.encoding import Collator
 from layerskip_core.training.exit_loss import exit_weights
 from layerskip_core.training.module import Moment, RecipeModule
 from layerskip_core.training.packing import packed

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.config import DataConfig
-from layerskip_core.data import Conversation, Example, load_rows, stream_rows
+from layerskip_core.config.data import DataConfig
+from layerskip_core.data.examples import Conversation, Example, load_rows, stream_rows
+from layerskip_core.data.records import FILE_ENDINGS, file_records
 from layerskip_core.errors import DataError
-from layerskip_core.records import FILE_ENDINGS, file_records
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 ROWS = [{"prompt": f"p{row} \u00e9", "completion": "c" * row, "messages": TURNS} for row in range(1, 30)]

@@ -10,11 +10,13 @@ import os
 import pytest
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.bench import BenchResult
-from layerskip_core.evaluation.generation import Failure
+from layerskip_core.evaluation.measure.bench import BenchResult
+from layerskip_core.evaluation.measure.sweep import ExitResult
 from layerskip_core.evaluation.metrics import Difference
-from layerskip_core.evaluation.record import PredictionError, Recommendation, RunRecord
-from layerskip_core.evaluation.report import (
+from layerskip_core.evaluation.outputs import Failure
+from layerskip_core.evaluation.report.record import PredictionError, Recommendation, RunRecord
+from layerskip_core.evaluation.report.saved_record import read_record
+from layerskip_core.evaluation.report.tables import (
     TextTable,
     bench_table,
     prepare_output,
@@ -23,8 +25,6 @@ from layerskip_core.evaluation.report import (
     to_json,
     write_files,
 )
-from layerskip_core.evaluation.saved_record import read_record
-from layerskip_core.evaluation.sweep import ExitResult
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
 SWEEP = RunRecord(

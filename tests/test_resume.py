@@ -17,7 +17,7 @@ import torch
 from command_line import run, start
 from training_runs import RECIPE, Interrupted, saved_base, stop_at, train, weights
 
-from layerskip_core.config import DataConfig
+from layerskip_core.config.data import DataConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import checkpoints, module
 from layerskip_core.training.run import prepare

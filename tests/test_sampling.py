@@ -3,7 +3,7 @@ import torch
 from torch import tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from layerskip_core.config import SamplingConfig
+from layerskip_core.config.decoding import SamplingConfig
 from layerskip_core.decoding.sampling import Greedy, Stochastic, draw, most_probable, probabilities, sampler_for, verify
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import pytest
 from command_line import run
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.bench import BenchResult
-from layerskip_core.evaluation.report import bench_table, report_files, sweep_table, to_csv, to_json
-from layerskip_core.evaluation.saved_record import read_record
-from layerskip_core.evaluation.sweep import ExitResult
+from layerskip_core.evaluation.measure.bench import BenchResult
+from layerskip_core.evaluation.measure.sweep import ExitResult
+from layerskip_core.evaluation.report.saved_record import read_record
+from layerskip_core.evaluation.report.tables import bench_table, report_files, sweep_table, to_csv, to_json
 
 SHORT = ("--samples", "2", "--max-new-tokens", "6", "--threads", "1")
 COMMANDS = {

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from test_packed import BIASES
 
-from layerskip_core.config import PackingConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import DepthModel, ModelSpec, NativeModel, PackedModel, can_run_native
 from layerskip_core.model.spec import SUPPORTED

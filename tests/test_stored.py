@@ -14,11 +14,11 @@ from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from test_import import write_gguf
 
-from layerskip_core.checkpoint import load_blank, load_checkpoint, stored_dtype
+from layerskip_core.checkpoint.gguf_header import read_gguf_header
+from layerskip_core.checkpoint.load import load_blank, load_checkpoint, stored_dtype
+from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.gguf_header import read_gguf_header
 from layerskip_core.model import PackedModel
-from layerskip_core.saving import save_checkpoint
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def refused(monkeypatch):
     def check(path, message, blank=True):
         def repacked_for_torch():
             with monkeypatch.context() as patch:
-                patch.setattr("layerskip_core.checkpoint.can_run_native", lambda *_: False)
+                patch.setattr("layerskip_core.checkpoint.load.can_run_native", lambda *_: False)
                 load_checkpoint(str(path), "cpu", implementation="auto")
 
         ways = [

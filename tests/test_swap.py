@@ -17,15 +17,15 @@ from command_line import ROOT, fails, run
 from conftest import tiny_model
 from safetensors.torch import load_file
 
-from layerskip_core import swap
-from layerskip_core.checkpoint import load_checkpoint
+from layerskip_core.checkpoint import swap
+from layerskip_core.checkpoint.info import CheckpointInfo, read_info
+from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.checkpoint.swap import READY, files_below, read_whole, replace_files, settle
 from layerskip_core.errors import CheckpointError
-from layerskip_core.files import new_staging
-from layerskip_core.info import CheckpointInfo, read_info
-from layerskip_core.locks import hold
-from layerskip_core.saving import save_checkpoint
-from layerskip_core.swap import READY, files_below, read_whole, replace_files, settle
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.storage.locks import hold
+from layerskip_core.storage.writing import new_staging
+from layerskip_core.training.tokenizer import train_tokenizer
 
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir")
 
@@ -137,8 +137,8 @@ def test_ending_it_may_be_interrupted_too(tmp_path, killed_at, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from layerskip_core.config import DataConfig
-    from layerskip_core.data import load_examples
+    from layerskip_core.config.data import DataConfig
+    from layerskip_core.data.examples import load_examples
 
     return train_tokenizer(load_examples(DataConfig(limit=100)), 300)
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
-from layerskip_core.config import DecodingConfig, SweepConfig
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.evaluation import SweepConfig
+from layerskip_core.config.ranges import parse_counts
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.cost_model import PassTimes
-from layerskip_core.evaluation.generation import Failure, Progress
-from layerskip_core.evaluation.metrics import Difference, ReferenceLosses, reference_losses
-from layerskip_core.evaluation.sweep import (
+from layerskip_core.evaluation.measure.cost_model import PassTimes
+from layerskip_core.evaluation.measure.runner import Progress
+from layerskip_core.evaluation.measure.sweep import (
     ExitResult,
     baseline_drift,
     default_exits,
@@ -20,7 +21,8 @@ from layerskip_core.evaluation.sweep import (
     recommend,
     sweep,
 )
-from layerskip_core.ranges import parse_counts
+from layerskip_core.evaluation.metrics import Difference, ReferenceLosses, reference_losses
+from layerskip_core.evaluation.outputs import Failure
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=1.0, speed=100.0, **changes):
@@ -170,7 +172,7 @@ def test_a_sweep_of_the_tiny_model():
 
 
 def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
-    from layerskip_core.evaluation import generation
+    from layerskip_core.evaluation.measure import runner as generation
 
     order = []
     honest = generation.measure
@@ -186,14 +188,14 @@ def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
 
 
 def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
-    from layerskip_core.evaluation import cost_model
+    from layerskip_core.evaluation.measure import cost_model
 
     # An early exit costs a second a layer, whatever is verified: exit 2 should win, for both draft lengths.
     def known_times(loaded, prompt_ids, exit_layer, drafts, plain):
         return [PassTimes(draft=exit_layer, verify=1.0, other=0.0, plain=6.0)]
 
     monkeypatch.setattr(cost_model, "pass_times", known_times)
-    monkeypatch.setattr("layerskip_core.evaluation.sweep._QUICK", 1)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.sweep._QUICK", 1)
     *_, record = sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 5), specs=(2, 4), quick=True))
     rows = {(result.strategy, result.exit_layer, result.num_draft_tokens): result for result in record.results}
     assert len(rows) == 7

@@ -7,8 +7,9 @@ import datasets
 import pytest
 from evaluating import tiny_loaded
 
-from layerskip_core.config import DecodingConfig, TaskConfig
-from layerskip_core.data import Example
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.evaluation import TaskConfig
+from layerskip_core.data.examples import Example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.tasks import load_task
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip_core.checkpoint import load_checkpoint
-from layerskip_core.config import DecodingConfig
+from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import Token, decode, text
 from layerskip_core.decoding.text import Answer, _IncrementalText
 from layerskip_core.errors import ConfigError

@@ -7,15 +7,17 @@ import pytest
 import torch
 from evaluating import NEW_TOKENS, TOO_LONG, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config import BenchConfig, DecodingConfig, PackingConfig, SweepConfig, TaskConfig
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation import together
-from layerskip_core.evaluation.baselines import Generate, load_baselines
-from layerskip_core.evaluation.bench import bench
-from layerskip_core.evaluation.generation import measure
-from layerskip_core.evaluation.journal import FILE_NAME, Journal
-from layerskip_core.evaluation.sweep import sweep
-from layerskip_core.evaluation.together import answer_together
+from layerskip_core.evaluation.measure import batches as together
+from layerskip_core.evaluation.measure.baselines import Generate, load_baselines
+from layerskip_core.evaluation.measure.batches import answer_together
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
+from layerskip_core.evaluation.measure.runner import measure
+from layerskip_core.evaluation.measure.sweep import sweep
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 CONFIG = BenchConfig(

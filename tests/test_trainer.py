@@ -10,10 +10,11 @@ from training_runs import RECIPE, train, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
-from layerskip_core.checkpoint import load_checkpoint
-from layerskip_core.config import DataConfig, RecipeConfig
+from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.training import RecipeConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
-from layerskip_core.model.vocabulary import token_order
+from layerskip_core.model.draft_vocabulary import token_order
 from layerskip_core.training import module, run, trainer
 from layerskip_core.training.dropout import kept_rows
 from layerskip_core.training.loss_plot import _thinned

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from layerskip_core.config import DataConfig
-from layerskip_core.data import Example, load_examples
-from layerskip_core.encoding import Encoder, encode_rows, encode_stream
-from layerskip_core.training import vocabulary
-from layerskip_core.training.vocabulary import token_order, train_tokenizer
+from layerskip_core.config.data import DataConfig
+from layerskip_core.data.examples import Example, load_examples
+from layerskip_core.training import tokenizer as vocabulary
+from layerskip_core.training.encoding import Encoder, encode_rows, encode_stream
+from layerskip_core.training.tokenizer import token_order, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
 
-from layerskip_core.config import DataConfig, FinetuneConfig, RecipeConfig
-from layerskip_core.data import load_examples
-from layerskip_core.info import CheckpointInfo
-from layerskip_core.saving import save_checkpoint
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.training import FinetuneConfig, RecipeConfig
+from layerskip_core.data.examples import load_examples
 from layerskip_core.training.run import prepare
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.training.tokenizer import train_tokenizer
 
 RECIPE = RecipeConfig(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
 

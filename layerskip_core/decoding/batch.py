@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import DecodingConfig, require
+from ..config.checks import require
+from ..config.decoding import DecodingConfig
+from ..model.backend import SpanModel
 from ..model.cache import DepthCache
-from .drafting import Draft, SpanModel
+from .drafters.base import Draft
 from .loop import DecodeStats, check_prompt, depth_and_drafter, step_counts, target_logits
 from .sampling import Sampler, Verdict, sampler_for
 from .stopping import Detokenize, Stopping, StopReason, StopScanner

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DecodingConfig, require, require_exit_layer
+from ..config.checks import require, require_exit_layer
+from ..config.decoding import DecodingConfig
 from ..errors import ConfigError
+from ..model.backend import SpanModel
 from ..model.cache import DepthCache
-from .drafting import Draft, Drafter, ExitDrafter, SpanModel, drafter_for
+from .drafters.base import Draft, Drafter
+from .drafters.exit import ExitDrafter, drafter_for
 from .sampling import Sampler, sampler_for
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import SamplingConfig
+from ..config.decoding import SamplingConfig
 
 _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # a large vocabulary is looked at as rows of so many tokens

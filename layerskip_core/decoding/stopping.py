@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import require
+from ..config.checks import require
 
 StopReason = Literal["eos", "stop", "length", "context"]
 Detokenize = Callable[[list[int]], str]

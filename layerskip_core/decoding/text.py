@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..checkpoint import LoadedModel
-from ..config import DecodingConfig
+from ..checkpoint.load import LoadedModel
+from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError
 from .batch import decode_batch
 from .loop import DecodeStats, check_prompt, decode

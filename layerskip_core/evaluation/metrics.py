@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import LoadedModel, quiet_transformers
-from ..data import Example
-from ..decoding.drafting import SpanModel
-from ..training.exit_loss import summed_cross_entropy
+from ..checkpoint.load import LoadedModel, quiet_transformers
+from ..data.examples import Example
+from ..losses import summed_cross_entropy
+from ..model.backend import SpanModel
 
 # A top-2 gap below this is a near-tie: kernels for one row and for several may round to either side of it. In bf16 logits of
 # 16 to 32 are 1/8 apart, so the bound is two steps; in fp32 it is a thousand times the spread seen between kernels' sums.

@@ -5,9 +5,9 @@ E exit layer (a count, 1..L), K drafted tokens of a round.
 """
 
 from .cache import DepthCache
-from .depth import DepthModel, SpanInputs
+from .generic import DepthModel, SpanInputs
 from .native import NativeModel, can_run_native, suits_kernels
-from .packed import PackedModel, can_pack
+from .packed.model import PackedModel, can_pack
 from .spec import ModelSpec
 
 __all__ = [

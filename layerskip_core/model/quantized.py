@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import Quantization
+from ..config.packing import Quantization
 from ..errors import ConfigError
 
 GROUP_SIZE = 32  # inputs that share an int4 scale: 5 bits a weight, and a size that divides most widths

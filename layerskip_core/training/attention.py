@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.depth import FP32_SDPA
+from ..model.generic import FP32_SDPA
 
 _SHORT = 192  # tokens; longer rows are faster in bf16
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
-from ..files import discard_folder, remove_leftovers, synchronise
-from ..json_input import read_json_object
+from ..storage.json_reading import read_json_object
+from ..storage.writing import discard_folder, remove_leftovers, synchronise
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 _SEAL = "complete.json"

@@ -1,6 +1,6 @@
 """Which exits take part in the loss of a step: pure functions of the step, so that resuming needs no history."""
 
-from ..config import RecipeConfig
+from ..config.training import RecipeConfig
 
 _LARGE_VOCABULARY = 8192
 

@@ -1,17 +1,12 @@
 """The early-exit loss: cross-entropy of every exit through one shared LM head (LayerSkip section 4.2)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from ..config import ExitWeights
-
-IGNORED = -100  # a label that takes no part in the loss
-_CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
+from ..config.training import ExitWeights
+from ..losses import IGNORED
 
 
 def exit_scales(num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:
@@ -41,45 +36,3 @@ def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     shifted = labels[:, 1:]
     wanted = shifted != IGNORED
     return hidden[:, :-1][wanted], shifted[wanted]
-
-
-def summed_cross_entropy(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum of the cross-entropy over N tokens, hidden (N, D), in fp32; in chunks as `summed_losses`."""
-    return summed_losses(unembed, hidden, targets, vocab_size)[1]
-
-
-def summed_losses(
-    unembed: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    teacher: Tensor | None = None,
-    distill: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """(loss to train on, cross-entropy) of an exit, each summed over N tokens, in fp32; hidden (N, D), targets (N,).
-
-    With the last layer's hidden states as `teacher` (N, D) the loss is (1 - distill) * cross-entropy + distill * KL(last layer
-    || exit), in which the last layer is a constant. Above _CHUNK_LOGITS logits all goes chunk by chunk and is recomputed in
-    the backward pass, so that (N, V) is never alive.
-    """
-
-    def chunk_losses(part: Tensor, wanted: Tensor, taught: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = unembed(part).float()
-        cross_entropy = functional.cross_entropy(logits, wanted, reduction="sum")
-        if taught is None:
-            return cross_entropy, cross_entropy
-        with torch.no_grad():
-            aim = unembed(taught).float().log_softmax(-1)
-        divergence = functional.kl_div(logits.log_softmax(-1), aim, reduction="sum", log_target=True)
-        return (1 - distill) * cross_entropy + distill * divergence, cross_entropy
-
-    rows = max(1, _CHUNK_LOGITS // vocab_size)
-    constant = None if teacher is None else teacher.detach()
-    if hidden.shape[0] <= rows:
-        return chunk_losses(hidden, targets, constant)
-    wanted = torch.split(targets, rows)
-    taught = [None] * len(wanted) if constant is None else torch.split(constant, rows)
-    parts = zip(torch.split(hidden, rows), wanted, taught, strict=True)
-    losses = [checkpoint(chunk_losses, *part, use_reentrant=False) for part in parts]
-    trained, seen = zip(*losses, strict=True)
-    return torch.stack(trained).sum(), torch.stack(seen).sum()

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import RecipeConfig
+from ..config.training import RecipeConfig
+from ..losses import summed_losses
 from ..model import DepthModel, SpanInputs
 from .curriculum import exits_on
 from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
-from .exit_loss import exit_weights, summed_losses, target_rows
+from .exit_loss import exit_weights, target_rows
 from .packing import between_documents, positions_in_documents
 
 

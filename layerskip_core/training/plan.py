@@ -6,11 +6,12 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from ..checkpoint import LoadedModel
-from ..config import FinetuneConfig, RecipeConfig, require_exit_layer
-from ..encoding import EncodedData
+from ..checkpoint.load import LoadedModel
+from ..config.checks import require_exit_layer
+from ..config.training import FinetuneConfig, RecipeConfig
 from .curriculum import mean_exits, rotation_of
 from .dropout import dropout_rates, time_scale
+from .encoding import EncodedData
 
 COMMANDS_STEPS = 300  # of a run on `commands` without --steps: sized for five minutes on two cores
 

@@ -1,6 +1,6 @@
 """What a regime means: the paper's hyper-parameters by model size, each changed by a flag (LayerSkip tables 1, 2)."""
 
-from ..config import RecipeConfig, Regime
+from ..config.training import RecipeConfig, Regime
 
 _SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for 1B and more
 _LEARNING_RATES = {"finetune": 1e-4, "continual": 3e-5, "scratch": 8e-4, "code": 1e-4}

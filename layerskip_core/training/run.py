@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..chat import require_chat_template
-from ..checkpoint import (
+from ..checkpoint.info import CheckpointInfo
+from ..checkpoint.load import (
     LoadedModel,
     load_blank,
     load_checkpoint,
@@ -21,16 +21,16 @@ from ..checkpoint import (
     quiet_transformers,
     stored_dtype,
 )
-from ..config import DataConfig, FinetuneConfig
-from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
-from ..encoding import EncodedData, Encoder, encode_rows, encode_stream
+from ..checkpoint.model_files import RUN_FILES
+from ..checkpoint.save import output_lock, refuse_overwrite, save_checkpoint
+from ..checkpoint.stored import adapters_of
+from ..config.data import DataConfig
+from ..config.training import FinetuneConfig
+from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
 from ..errors import ConfigError, TrainingInterrupted
-from ..info import CheckpointInfo
-from ..model.vocabulary import ORDER_FILE
-from ..model_files import RUN_FILES
-from ..prompt_encoding import CHAT
-from ..saving import output_lock, refuse_overwrite, save_checkpoint
-from ..stored import adapters_of
+from ..model.draft_vocabulary import ORDER_FILE
+from ..prompting.chat import require_chat_template
+from ..prompting.encoding import CHAT
 from .attention import use_fp32_attention
 from .checkpoints import (
     ResumePoint,
@@ -41,14 +41,15 @@ from .checkpoints import (
     newest_whole,
     require_own,
 )
+from .encoding import EncodedData, Encoder, encode_rows, encode_stream
 from .interruption import Interruption
 from .loss_plot import loss_plot
 from .module import RecipeModule
 from .plan import COMMANDS_STEPS, TrainingPlan, in_json, make_plan, rows_per_step, run_settings
 from .presets import learning_rate, recipe_preset, sequence_length
 from .progress import LossHistory, StepReport
+from .tokenizer import token_order, token_order_json, train_tokenizer
 from .trainer import RecipeTrainer, make_trainer
-from .vocabulary import token_order, token_order_json, train_tokenizer
 
 
 @dataclass

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..config import FinetuneConfig
-from ..encoding import Collator, EncodedData
+from ..checkpoint.save import write_model
+from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, ConfigError, TrainingError
-from ..files import new_staging
-from ..saving import write_model
+from ..storage.writing import new_staging
 from .checkpoints import LOSSES, checkpoints_folder, last_checkpoint, publish
+from .encoding import Collator, EncodedData
 from .interruption import Interruption
 from .module import Moment, RecipeModule
 from .order import RunOrder

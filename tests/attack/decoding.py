@@ -38,7 +38,7 @@ def _model(kind: str) -> Any:
     import torch
     from conftest import tiny_model
 
-    from layerskip_core.config import PackingConfig
+    from layerskip_core.config.packing import PackingConfig
     from layerskip_core.model import DepthModel, NativeModel, PackedModel, can_run_native
 
     wide = {"intermediate_size": 64, "hidden_size": 64}
@@ -61,7 +61,7 @@ def _model(kind: str) -> Any:
 
 
 def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[str]:
-    from layerskip_core.config import DecodingConfig, SamplingConfig
+    from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
     from layerskip_core.decoding.batch import decode_batch
 
     sampled = random.random() < 0.35

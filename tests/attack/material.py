@@ -88,6 +88,7 @@ def import_everything() -> None:
     import layerskip_core.evaluation.html_report
     import layerskip_core.evaluation.inspect_page
     import layerskip_core.evaluation.sweep
+
     import layerskip_core.training.run  # noqa: F401
 
     _require_no_threads()
@@ -160,7 +161,7 @@ def _make_models(material: Material) -> None:
     from evaluating import tiny_loaded
     from test_import import write_gguf
 
-    from layerskip_core.saving import save_checkpoint
+    from layerskip_core.checkpoint.save import save_checkpoint
 
     torch.set_num_threads(1)
     loaded = tiny_loaded(torch.float32)

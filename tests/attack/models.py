@@ -94,7 +94,7 @@ def _sound(shape: dict[str, Any], seed: int) -> Iterator[Miss | str]:
     """Every implementation in every precision that it takes."""
     import torch
 
-    from layerskip_core.config import PackingConfig
+    from layerskip_core.config.packing import PackingConfig
     from layerskip_core.model import DepthModel, NativeModel, PackedModel, can_pack, can_run_native
 
     random, cpu = Random(seed), torch.device("cpu")

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ...config import TaskConfig, require
+from ...config.checks import require
+from ...config.evaluation import TaskConfig
 from ...errors import ConfigError, DataError
-from . import code, language_modelling, summaries, text
+from . import code, language_modelling, summaries
+from . import pairs as text
 from .task import Task
 
 __all__ = ["TASKS", "Task", "load_task"]

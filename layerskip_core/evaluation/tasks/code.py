@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from keyword import iskeyword
 
-from ...config import TaskConfig, require
-from ...data import Example
-from ...records import Record, spread
+from ...config.checks import require
+from ...config.evaluation import TaskConfig
+from ...data.examples import Example
+from ...data.records import Record, spread
 from ..metrics import pass_at_k, rouge
 from ..sandbox import WALLS, run_tests, standing_walls
 from .prompts import BARE, forms, framed

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...config import TaskConfig
-from ...data import Example
+from ...config.evaluation import TaskConfig
+from ...data.examples import Example
+from ...data.records import FILE_ENDINGS, file_ending
 from ...errors import DataError
-from ...input_files import read_text
-from ...records import FILE_ENDINGS, file_ending
+from ...storage.reading import read_text
 from .prompts import BARE
 from .rows import file_rows, hub_rows
 from .task import Task

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from ...data import Example
-from ...prompt_encoding import CHAT, RAW
+from ...data.examples import Example
+from ...prompting.encoding import CHAT, RAW
 
 BARE = "{prompt}"  # as a form of rows and as a model's template: nothing is added
 SHOT_END = "\n\n"

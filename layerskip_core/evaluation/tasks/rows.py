@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...config import require
-from ...records import Record, file_records, hub_records
+from ...config.checks import require
+from ...data.records import Record, file_records, hub_records
 
 Item = TypeVar("Item")
 

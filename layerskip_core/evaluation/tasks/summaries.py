@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ...config import TaskConfig
-from ...data import Example
-from ...records import Record, spread
+from ...config.evaluation import TaskConfig
+from ...data.examples import Example
+from ...data.records import Record, spread
+from .pairs import text_scores
 from .prompts import BARE, forms, framed
 from .rows import file_rows, hub_rows, shots_and_rest
 from .task import Task
-from .text import text_scores
 
 _FORM = "Article: {prompt}\nSummary:"
 _STOP = ("\nArticle:",)  # a base model goes on with an article of its own

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...checkpoint import LoadedModel
-from ...config import DecodingConfig, SamplingConfig, TaskConfig
-from ...data import Example
+from ...checkpoint.load import LoadedModel
+from ...config.decoding import DecodingConfig, SamplingConfig
+from ...config.evaluation import TaskConfig
+from ...data.examples import Example
 from ..metrics import ReferenceLosses, reference_losses, text_losses
 
 Scorer = Callable[[Sequence[str]], dict[str, float]]

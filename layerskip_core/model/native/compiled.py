@@ -9,7 +9,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from ...config import require_choice
+from ...config.checks import require_choice
 from ...errors import LayerSkipError
 
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import PackingConfig, Quantization
+from ...config.packing import PackingConfig, Quantization
 from ..cache import DepthCache
-from ..packed import PackedModel, can_pack
+from ..packed.model import PackedModel, can_pack
 from ..quantized import GROUP_SIZE
 from ..spec import ModelSpec
 from ..weights import Weights
 from .compiled import CCall, CDraft, CLayer, CShape, Kernels, kernels
-from .weights import NativeMatrix
+from .matrix import NativeMatrix
 
 _LARGEST_HEAD = 256
 _KEPT_ROWS = 64  # calls of up to so many rows keep their buffers

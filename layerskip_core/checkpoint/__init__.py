@@ -1,0 +1,1 @@
+"""Models on disk: found, checked, read and written."""

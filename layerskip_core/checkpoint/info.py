@@ -1,0 +1,109 @@
+"""layerskip.json: what a model's folder says of itself, and which of its files this program wrote."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..config.decoding import STRATEGIES, Strategy
+from ..errors import CheckpointError
+from ..storage.json_reading import read_json
+
+INFO_FILE = "layerskip.json"
+ADAPTER_FILE = "adapter_config.json"
+CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a folder without either holds no complete model
+_MOST = 1024  # layers, and drafted tokens
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What layerskip.json says. `details` holds the rest of it: recipe, data, seed, versions, losses.
+
+    `strategy` is "autoregressive" where a sweep found that no exit pays; else None, or the way that another program wrote.
+    `files`: names, relative to the folder, of all that was written with the model; of an older version's model none.
+    """
+
+    prompt_template: str | None = None
+    exit_layer: int | None = None
+    num_draft_tokens: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    strategy: Strategy | None = None
+    files: tuple[str, ...] = field(default=(), compare=False)
+
+    def to_json(self) -> str:
+        recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
+        recommended |= {"strategy": self.strategy} if self.strategy else {}
+        document = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended, **self.details}
+        if self.files:
+            document["files"] = list(self.files)
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def trained_exits(self) -> bool:
+        """Whether `finetune` trained this checkpoint with a loss at its exits."""
+        config = self.details.get("config")
+        recipe = config.get("recipe") if isinstance(config, dict) else None
+        return isinstance(recipe, dict) and recipe.get("curriculum", "none") != "none"
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """layerskip.json of a folder; an empty one where there is none (a hub model, a plain checkpoint).
+
+    Raises CheckpointError when it holds anything else than `to_json` writes.
+    """
+    file = Path(path) / INFO_FILE
+    if not file.is_file():
+        return CheckpointInfo()
+    document = read_json(file, CheckpointError)
+    try:
+        _require(document, dict, "the document")
+        document.pop("format", None)
+        recommended = _require(document.pop("recommended", {}), dict, "recommended")
+        files = _require(document.pop("files", []), list, "files")
+        strategy = recommended.get("strategy")
+        if strategy is not None and strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        template = _optional(document.pop("prompt_template", None), str, "prompt_template")
+        if template not in (None, "chat") and "{prompt}" not in template:
+            raise ValueError(f"prompt_template must be chat or a text with {{prompt}} in it, got {template!r:.100}")
+        return CheckpointInfo(
+            template,
+            _count(recommended.get("exit_layer"), "exit_layer"),
+            _count(recommended.get("num_draft_tokens"), "num_draft_tokens"),
+            document,
+            strategy,
+            tuple(require_inside(name) for name in files),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid: {error}") from None
+
+
+def holds_model(path: str | Path) -> bool:
+    """Whether a folder holds a complete model or adapter: their config is written last."""
+    return any((Path(path) / name).is_file() for name in CONFIG_FILES)
+
+
+def require_inside(name: Any) -> str:
+    """A relative name of a file, with / between its parts. Raises ValueError for one that leaves its folder."""
+    text: str = _require(name, str, "a file's name")
+    path = PurePosixPath(text)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in text or "\0" in text:
+        raise ValueError(f"a file's name must stay in its folder, got {text!r}")
+    return text
+
+
+def _require(value: Any, kind: type, name: str) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r:.100}")
+    return value
+
+
+def _count(value: Any, name: str) -> int | None:
+    count: int | None = _optional(value, int, name)
+    if count is not None and not 1 <= count <= _MOST:
+        raise ValueError(f"{name} must be in 1..{_MOST}, got {count}")
+    return count
+
+
+def _optional(value: Any, kind: type, name: str) -> Any:
+    return None if value is None else _require(value, kind, name)

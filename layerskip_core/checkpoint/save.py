@@ -1,0 +1,129 @@
+"""Writes a model's folder so that it never holds half a model, and so that nobody's files are lost."""
+
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError
+from ..storage.locks import hold
+from ..storage.writing import new_staging, write_file
+from .info import INFO_FILE, CheckpointInfo, holds_model
+from .load import load_checkpoint, quiet_transformers, stored_dtype
+from .model_files import model_files, obstacles
+from .swap import files_below, replace_files, settle
+
+
+@contextmanager
+def output_lock(output: str, command: str) -> Iterator[None]:
+    """Holds the lock of --output. Raises ConfigError when it is no folder, and what `hold` raises."""
+    _require_folder(Path(output))
+    with hold(output, command):
+        yield
+
+
+def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()) -> None:
+    """Raises ConfigError when `output` is no folder, holds a model that may not be replaced, or files that are in the way.
+
+    `written`: names of files that will be written beside the model. Ends an interrupted save there first.
+    """
+    folder = Path(output)
+    _require_folder(folder)
+    settle(folder)
+    if holds_model(folder) and not overwrite:
+        raise ConfigError(f"--output {output} already holds a model; give --overwrite to replace it, or another folder")
+    if found := obstacles(folder, written):
+        raise ConfigError(f"--output {output}: {_in_the_way(found)}; move it away, or give another folder")
+
+
+@quiet_transformers()
+def save_checkpoint(
+    model: nn.Module,
+    tokenizer: Any,
+    info: CheckpointInfo,
+    output: str,
+    dtype: torch.dtype,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Writes an ordinary transformers checkpoint and layerskip.json in the place of the model in `output`, in one step.
+
+    An adapter (a peft model) is written alone and names its base. `files` by name are written beside. `model` is converted to
+    `dtype` in place. Raises CheckpointError when the disk is full or not writable, or files are in the way that belong to no
+    model; what `output` held then stays as it was. LockedError when another process writes there.
+    """
+    folder = Path(output)
+    with hold(folder, "saving a model"):
+        settle(folder)
+        staging = None
+        try:
+            staging = new_staging(folder)
+            _write_all(model.to(dtype), tokenizer, info, staging, files)
+            if found := obstacles(folder, files_below(staging)):
+                raise CheckpointError(_in_the_way(found))
+            replace_files(folder, staging, model_files(folder))
+        except BaseException as error:
+            if staging is not None and not staging.exists():
+                raise  # the new model counts already
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+            if not isinstance(error, Exception):
+                raise
+            # safetensors reports a full disk as its own error type
+            raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
+
+
+def import_checkpoint(name: str, output: str, dtype: str) -> torch.dtype:
+    """Writes any model that can be loaded to `output`, GGUF dequantised and adapters merged; returns the precision written.
+
+    `dtype` is fp32, bf16, or auto: as stored, which for a GGUF file is fp32. Raises CheckpointError for what fails.
+    """
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
+    loaded = load_checkpoint(name, "cpu", "fp32")
+    info = replace(loaded.info, details={**loaded.info.details, "imported_from": name})
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision)
+    return precision
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """The weights and config of a transformers model, or of a peft model's adapter, as safetensors in a folder."""
+    adapter = hasattr(model, "get_base_model")
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
+    if adapter:
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; a folder may have one that somebody wrote
+
+
+def write_info(path: str, info: CheckpointInfo) -> None:
+    """Replaces layerskip.json of a folder, atomically. Raises CheckpointError when it cannot be written."""
+    with hold(path, "saving layerskip.json"):
+        write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)
+
+
+def _write_all(model: nn.Module, tokenizer: Any, info: CheckpointInfo, staging: Path, files: Mapping[str, bytes]) -> None:
+    """All files of a checkpoint into an empty folder; layerskip.json lists them."""
+    write_model(model, staging)
+    tokenizer.save_pretrained(staging)
+    for name, content in files.items():
+        (staging / name).write_bytes(content)
+    listed = (*files_below(staging), INFO_FILE)
+    (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
+    readers = (staging / INFO_FILE).stat().st_mode
+    for file in map(staging.joinpath, listed):
+        if file.stat().st_mode != readers:  # safetensors 0.8 leaves its file to its owner alone, whatever the umask
+            file.chmod(readers)
+
+
+def _require_folder(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConfigError(f"--output must be a folder, got the file {path}")
+
+
+def _in_the_way(found: list[str]) -> str:
+    more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+    return f"in the way is {found[0]}{more}"

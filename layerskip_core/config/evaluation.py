@@ -1,0 +1,146 @@
+"""What is evaluated, and how."""
+
+from dataclasses import dataclass, field
+
+from .checks import require, require_choice, require_given, require_unicode
+from .decoding import STRATEGIES
+from .packing import DTYPES, DType, PackingConfig
+from .ranges import require_ranges
+
+METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
+
+
+BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is evaluated on which rows. The data are `data`, else the task's own; `samples` of them (0: all).
+
+    `task` is one of evaluation/tasks, or a name of data with prompts and references. None for `max_new_tokens`, `shots` and the
+    columns: the task decides. `template` is the form of a row's prompt with {prompt} in it, or `raw`, or `chat`. Code gets
+    `problem_samples` answers a problem, drawn at `temperature`, of which pass@k is estimated for each of `pass_k`.
+    """
+
+    task: str | None = None
+    data: str | None = None
+    split: str = "test"
+    samples: int = 12
+    seed: int = 0
+    max_new_tokens: int | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    metric: str | None = None
+    shots: int | None = None
+    template: str | None = None
+    pass_k: tuple[int, ...] = (1,)
+    problem_samples: int = 1
+    temperature: float = 0.0
+    allow_code_execution: bool = False
+
+    def __post_init__(self) -> None:
+        require_given("--task", self.task)
+        require_given("--data", self.data)
+        require_ranges(
+            samples=self.samples, seed=self.seed, max_new_tokens=self.max_new_tokens, shots=self.shots,
+            problem_samples=self.problem_samples, temperature=self.temperature,
+        )  # fmt: skip
+        if self.metric is not None:
+            require_choice(self.metric, "--metric", METRICS)
+        require_unicode("--template", self.template)
+        require(
+            self.template in (None, "raw", "chat") or "{prompt}" in (self.template or ""),
+            "--template",
+            "raw, chat or a text with {prompt} in it",
+            self.template,
+        )
+        require(bool(self.pass_k) and min(self.pass_k) >= 1, "--pass-k", "counts of at least 1", _listed(self.pass_k))
+        most = max(self.pass_k)
+        require(self.problem_samples >= most, "--problem-samples", f"at least {most}, for --pass-k", self.problem_samples)
+        drawn = self.problem_samples == 1 or self.temperature > 0
+        require(drawn, "--temperature", "above 0 for several --problem-samples", self.temperature)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Ways of decoding side by side, and baselines. None for exit and draft length: what the checkpoint recommends.
+
+    With a `batch_size` above 1 answers come from batches, and `timed` of the prompts (0: none, None: some) are measured.
+    """
+
+    model: str = "embedded"
+    task: TaskConfig = field(default_factory=TaskConfig)
+    exit_layer: int | None = None
+    num_draft_tokens: int | None = None
+    strategies: tuple[str, ...] = STRATEGIES
+    batch_size: int = 1
+    timed: int | None = None
+    repeats: int = 3
+    baselines: tuple[str, ...] = ()
+    draft_model: str | None = None
+    device: str = "auto"
+    dtype: DType = "auto"
+    threads: int = 0
+    packing: PackingConfig = field(default_factory=PackingConfig)
+
+    def __post_init__(self) -> None:
+        require_given("--model", self.model)
+        require_given("--draft-model", self.draft_model)
+        require_ranges(spec=self.num_draft_tokens, repeats=self.repeats, threads=self.threads)
+        for name in self.strategies:
+            require_choice(name, "--strategies", STRATEGIES)
+        known = "autoregressive" in self.strategies
+        require(
+            known, "--strategies", "a list with autoregressive, which the others are compared with", ",".join(self.strategies)
+        )
+        _require_batches(self.batch_size, self.timed, 0, self.task, self.packing)
+        for name in self.baselines:
+            require_choice(name, "--baselines", BASELINES)
+        temperature = self.task.temperature
+        require(not self.baselines or temperature == 0, "--temperature", "0 with --baselines, which are greedy", temperature)
+        drafting = "draft-model" in self.baselines
+        require(
+            drafting == (self.draft_model is not None), "--draft-model", "given with the baseline draft-model", self.draft_model
+        )
+        require_choice(self.dtype, "--dtype", DTYPES)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Every exit with every draft length; `quick`: only those that should be fastest. No exits: a spread over the layers.
+
+    With a `batch_size` above 1 answers come from batches, and `timed` of the prompts (None: some) are measured.
+    """
+
+    model: str = "embedded"
+    task: TaskConfig = field(default_factory=TaskConfig)
+    exits: tuple[int, ...] = ()
+    specs: tuple[int, ...] = (2, 4, 6, 8, 12)
+    quick: bool = False
+    batch_size: int = 1
+    timed: int | None = None
+    device: str = "auto"
+    dtype: DType = "auto"
+    threads: int = 0
+    packing: PackingConfig = field(default_factory=PackingConfig)
+
+    def __post_init__(self) -> None:
+        require(all(exit_layer >= 1 for exit_layer in self.exits), "--exits", "layers of at least 1", _listed(self.exits))
+        require(bool(self.specs), "--specs", "at least one draft length", "none")
+        require(all(spec >= 1 for spec in self.specs), "--specs", "draft lengths of at least 1", _listed(self.specs))
+        require_given("--model", self.model)
+        require_ranges(spec=max(self.specs), threads=self.threads)
+        _require_batches(self.batch_size, self.timed, 1, self.task, self.packing)
+        require_choice(self.dtype, "--dtype", DTYPES)
+
+
+def _require_batches(batch_size: int, timed: int | None, fewest: int, task: TaskConfig, packing: PackingConfig) -> None:
+    require_ranges(batch_size=batch_size, timed=timed)
+    require(batch_size == 1 or not packing.exact, "--batch-size", "1 with --exact", batch_size)
+    require(batch_size == 1 or task.temperature == 0, "--batch-size", "1 with a --temperature above 0", batch_size)
+    require(timed is None or batch_size > 1, "--timed", "used with --batch-size; without it every prompt is timed", timed)
+    require(timed is None or timed >= fewest, "--timed", f"at least {fewest}", timed)
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    return ",".join(map(str, counts))

@@ -1,0 +1,120 @@
+"""A training run and its recipe."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from .checks import require, require_choice, require_given, require_unicode
+from .data import DataConfig
+from .packing import DTYPES, DType
+from .ranges import require_ranges
+
+Curriculum = Literal["rotational", "gradual", "all", "none"]
+
+
+ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
+
+
+Regime = Literal["finetune", "continual", "scratch", "code"]
+
+
+CURRICULA: tuple[str, ...] = get_args(Curriculum)
+
+
+EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
+
+
+REGIMES: tuple[str, ...] = get_args(Regime)
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """The LayerSkip recipe (Elhoushi et al., ACL 2024, sections 4.1 and 4.2).
+
+    `exit_weights`: how the exits' losses weigh, see training/exit_loss.py; the paper's formula gives early ones very little.
+    `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among; empty is all L, as in the paper. `rotation`
+    is R of the rotational curriculum; None picks n/3 (at least 1) up to a vocabulary of 8k and n-1 above it, where every
+    extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
+    cross-entropy.
+    """
+
+    p_max: float = 0.2
+    e_scale: float = 1.0
+    exit_weights: ExitWeights = "paper"
+    curriculum: Curriculum = "rotational"
+    rotation: int | None = None
+    exits: tuple[int, ...] = ()
+    distill: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_ranges(distill=self.distill, pmax=self.p_max, escale=self.e_scale, rotation=self.rotation)
+        require_choice(self.exit_weights, "--exit-weights", EXIT_WEIGHTS)
+        require_choice(self.curriculum, "--curriculum", CURRICULA)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One training run. None means: the preset of the regime (see training/presets.py), or the data decides.
+
+    `recipe_changes`: fields of RecipeConfig that differ from the preset, where `recipe` is None.
+    """
+
+    model: str = "embedded-base"
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "layerskip-model"
+    regime: Regime = "finetune"
+    recipe: RecipeConfig | None = None
+    recipe_changes: dict[str, Any] = field(default_factory=dict)
+    lr: float | None = None
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 16
+    accumulation: int = 1
+    max_length: int | None = None
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    seed: int = 0
+    dtype: DType = "auto"
+    device: str = "auto"
+    lora_rank: int = 0
+    lora_targets: str = "all-linear"
+    lora_keep: bool = False
+    gradient_checkpointing: bool = False
+    save_steps: int = 0
+    resume: bool = False
+    report_to: str = ""
+    streaming: bool = False
+    pack: bool | None = None
+    validation: str | None = None
+    validation_samples: int = 256
+    eval_steps: int = 0
+    overwrite: bool = False
+    prompt_template: str | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for flag, name in (("--model", self.model), ("--output", self.output), ("--validation", self.validation)):
+            require_given(flag, name)
+        require_choice(self.regime, "--regime", REGIMES)
+        require_choice(self.dtype, "--dtype", DTYPES)
+        require_ranges(
+            lr=self.lr, steps=self.steps, epochs=self.epochs, batch_size=self.batch_size, accumulation=self.accumulation,
+            max_length=self.max_length, warmup=self.warmup, weight_decay=self.weight_decay, lora_rank=self.lora_rank,
+            validation_samples=self.validation_samples, eval_steps=self.eval_steps, save_steps=self.save_steps, seed=self.seed,
+            vocab_size=self.vocab_size,
+        )  # fmt: skip
+        require(not self.eval_steps or self.validation is not None, "--eval-steps", "used with --validation", "none")
+        RecipeConfig(**self.recipe_changes)  # raises now what would be raised after the model is loaded
+        if self.streaming:
+            require(self.steps is not None, "--steps", "given with --streaming, whose rows cannot be counted", "none")
+            require(not self.data.limit, "--samples", "0 with --streaming", self.data.limit)
+            require(self.vocab_size is None, "--vocab-size", "left out with --streaming", self.vocab_size)
+        require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
+        require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
+        require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
+        require_unicode("--prompt-template", self.prompt_template)
+        require(
+            self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
+            "--prompt-template",
+            "'chat' or a text with {prompt} in it",
+            self.prompt_template,
+        )

@@ -1,0 +1,210 @@
+"""Rows of files and hub data sets as they stand there, each with its place: the one reader of data from outside."""
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from ..errors import DataError
+from ..storage.json_reading import parse_json
+from ..storage.reading import MAX_LINE, first_line, listed, open_regular, shown, text_lines
+
+TEXT_COLUMN = "text"  # of a .txt file, whose lines are its rows
+_MAX_ARRAY = 1 << 30  # characters of a JSON array, which is held in memory whole
+_PARQUET_ROWS = 1000  # read at a time
+
+# Files are read here and not by datasets, which in silence turns a bad row into None, the text 2020-01-01 into a date, 7 into a
+# number and NA into nothing, and keeps a copy of each file.
+
+
+class Record(NamedTuple):
+    """A row's fields, and where it stands: file:line, or the data's name and the row's number."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def text(self, column: str, flag: str = "") -> str:
+        """A field that is a text, or a list of sentences. Raises DataError when it is neither, or empty."""
+        texts = self.texts(column, flag)
+        return texts[0] if len(texts) == 1 else " ".join(sentence.strip() for sentence in texts)
+
+    def texts(self, column: str, flag: str = "") -> list[str]:
+        """A field that is a text or several. Raises DataError when it is neither, or one is empty."""
+        value = self.value(column, flag)
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one.strip() for one in texts):
+            raise self.fault(f"{column} must be a text that is not empty, or a list of such", value)
+        return [one.replace("\r\n", "\n") for one in texts]
+
+    def value(self, column: str, flag: str = "") -> Any:
+        """Any field. Raises DataError where the row has no such column."""
+        if column not in self.fields:
+            named = f" ({flag})" if flag else ""
+            raise DataError(f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}")
+        return self.fields[column]
+
+    def first_column(self, names: Sequence[str]) -> str:
+        """The first of the names that is a column; the first of all where none is, for an error to name."""
+        return next((name for name in names if name in self.fields), names[0])
+
+    def fault(self, needed: str, found: Any) -> DataError:
+        """An error that names the row, what was needed and what was found."""
+        return DataError(f"{self.where}: {needed}, found {shown(found)}")
+
+
+def file_records(path: Path, flag: str = "--data") -> Iterator[Record]:
+    """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or the lines of a text (.txt).
+
+    All but Parquet may be packed, with .gz after the ending. Parquet and files of lines are read as they are asked for.
+    Raises DataError, on the way, for a file that is none of these, is damaged or has no rows.
+    """
+    ending = file_ending(path)
+    if ending not in _READERS:
+        raise DataError(f"{path}: needed one of {', '.join(_READERS)}, found the ending {ending or 'none'!r}")
+    found = False
+    for record in _READERS[ending](path, flag):
+        found = True
+        yield record
+    if not found:
+        raise DataError(f"{path} holds no rows")
+
+
+def file_ending(path: Path) -> str:
+    """What says how a file is read: its ending, the one before .gz, or .jsonl for .gz alone."""
+    if path.suffix != ".gz":
+        return path.suffix
+    inner = Path(path.stem).suffix
+    return inner if inner in FILE_ENDINGS and inner != ".parquet" else ".jsonl"
+
+
+def hub_records(hub_id: str, split: str, streaming: bool = False, most: int | None = None, **keywords: Any) -> Iterator[Record]:
+    """The rows of a data set on the hub; with `most` only the first ones are fetched. Raises DataError."""
+    import datasets
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    for library in (datasets, huggingface_hub):
+        library.logging.set_verbosity_error()  # the error is told once, below
+    try:
+        rows = datasets.load_dataset(hub_id, split=split, streaming=streaming or most is not None, **keywords)
+        yield from (Record(f"{hub_id}:{number}", dict(row)) for number, row in enumerate(islice(rows, most), start=1))
+    except Exception as error:  # datasets and the hub client raise many kinds; each means the data cannot be read
+        reason = f"{first_line(error)}; a file with its rows can be given by --data"
+        raise DataError(f"cannot load data {hub_id}: {reason}") from error
+
+
+def table(path: Path, flag: str, **dialect: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a delimited file, each with the number of its first line. Raises DataError."""
+    csv.field_size_limit(MAX_LINE)
+    rows = csv.reader(text_lines(path, flag), **dialect)
+    number = 1
+    try:
+        for row in rows:
+            yield number, row
+            number = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{number}: {_csv_fault(str(error))}") from None
+
+
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], limit: int) -> list[Item]:
+    """`limit` items (0: all) at even distances, so that a sample of a set sorted by domain holds every domain."""
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+def _json(path: Path, flag: str) -> Iterator[Record]:
+    """An object a line; in a .json file also an array of them."""
+    lines = text_lines(path, flag)
+    may_be_array = file_ending(path) == ".json"
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if may_be_array and line.lstrip().startswith("["):
+            yield from _json_array(path, line, lines)
+            return
+        may_be_array = False
+        where = f"{path}:{number}"
+        yield _object(parse_json(line, where, DataError), where)
+
+
+def _json_array(path: Path, first: str, lines: Iterator[str]) -> Iterator[Record]:
+    parts, size = [first], len(first)
+    for line in lines:
+        parts.append(line)
+        size += len(line)
+        if size > _MAX_ARRAY:
+            raise DataError(f"{path}: a JSON array must have at most {_MAX_ARRAY >> 30} GiB; JSON lines (.jsonl) may have more")
+    values = parse_json("".join(parts), str(path), DataError)
+    yield from (_object(value, f"{path}: row {number}") for number, value in enumerate(values, start=1))
+
+
+def _object(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: needed a JSON object a line, found {type(value).__name__}")
+    return Record(where, value)
+
+
+def _csv(path: Path, flag: str) -> Iterator[Record]:
+    """Fields below a header of column names; what stands below an empty name is left out."""
+    rows = (row for row in table(path, flag, strict=True) if row[1])
+    first, header = next(rows, (1, []))
+    _refuse_repeated([name for name in header if name], f"{path}:{first}")
+    for number, fields in rows:
+        if len(fields) != len(header):
+            raise DataError(f"{path}:{number}: needed {len(header)} fields, found {len(fields)}")
+        yield Record(f"{path}:{number}", {name: field for name, field in zip(header, fields, strict=True) if name})
+
+
+def _csv_fault(message: str) -> str:
+    if message == "unexpected end of data":
+        return "a quoted field that does not end"
+    if message.startswith("new-line character"):
+        return "a line must end in LF or CR LF, found CR alone"
+    return message
+
+
+def _parquet(path: Path, flag: str) -> Iterator[Record]:
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    with open_regular(path, f"{flag} {path}", DataError) as file:
+        try:
+            source = ParquetFile(file, page_checksum_verification=True)
+            _refuse_repeated(source.schema_arrow.names, str(path))
+            for batch in source.iter_batches(_PARQUET_ROWS):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{path}:{number}", fields)
+        except DataError:
+            raise
+        except Exception as error:  # pyarrow raises many kinds; each means that the file is damaged or holds odd types
+            place = f" after row {number}" if number else ""
+            raise DataError(f"{path}: not readable as Parquet{place}: {first_line(error)}") from None
+
+
+def _text(path: Path, flag: str) -> Iterator[Record]:
+    for number, line in enumerate(text_lines(path, flag), start=1):
+        if line.strip():
+            yield Record(f"{path}:{number}", {TEXT_COLUMN: line.rstrip("\r\n")})
+
+
+def _refuse_repeated(names: list[str], where: str) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise DataError(f"{where}: needed columns of different names, found {listed(repeated)} more than once")
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+    ".jsonl": _json,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _text,
+}
+FILE_ENDINGS = tuple(_READERS)

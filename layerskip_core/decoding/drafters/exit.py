@@ -1,0 +1,115 @@
+"""Drafts for a round of speculation, from the first layers of the model itself."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ...config.checks import require
+from ...config.decoding import DecodingConfig
+from ...config.packing import EXACT_TOKENS
+from ...model.backend import SpanModel
+from ...model.cache import DepthCache
+from ...model.draft_vocabulary import DraftVocabulary
+from ..sampling import Greedy, Sampler
+from .base import Draft
+
+
+class ExitDrafter:
+    """Drafts with layers 0..E-1 and the shared head, on the target's own cache (Elhoushi et al., ACL 2024, section 4.3)."""
+
+    def __init__(
+        self,
+        model: SpanModel,
+        sampler: Sampler,
+        exit_layer: int,
+        confidence: float = 0.0,
+        eos_ids: frozenset[int] = frozenset(),
+        reuse_exit_states: bool = True,
+    ) -> None:
+        """Without `reuse_exit_states` the target recomputes the first layers, as it must for drafts that are not its own."""
+        self._model = model
+        self._sampler = sampler
+        self._exit_layer = exit_layer
+        self._confidence = confidence
+        self._vocabulary: DraftVocabulary | None = getattr(model, "vocabulary", None)
+        self._unembed = model.unembed if self._vocabulary is None else cast(Any, model).unembed_vocabulary
+        # Elsewhere than on the CPU, waiting for every id costs more than the few drafts behind an EOS, once an output.
+        self._eos_ids = eos_ids if model.device.type == "cpu" else frozenset()
+        self._reuse = reuse_exit_states
+        greedy = isinstance(sampler, Greedy) and not confidence
+        self._in_one_call: Any = getattr(model, "draft_greedily", None) if greedy else None
+
+    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache, most: Sequence[int] = ()) -> Draft:
+        """Each row ends after an EOS, or before a token where the most probable one has less than the confidence."""
+        if self._in_one_call is not None:
+            drafted, exit_states = self._in_one_call(int(token), self._exit_layer, positions, cache, self._eos_ids)
+            count = drafted.shape[1] - 1
+            return Draft(drafted, count, None, exit_states if self._reuse else None, self._exit_layer, (count,))
+        limits = list(most) or [positions.shape[1]] * len(token)
+        counts = [0] * len(limits)
+        tokens, probs, states = [token], [], []
+        for step in range(positions.shape[1]):
+            going = [row for row, limit in enumerate(limits) if counts[row] == step < limit]
+            if not going:
+                break
+            hidden = self._model.embed(token)
+            hidden = self._model.run_layers(hidden, 0, self._exit_layer, positions[:, step : step + 1], cache)
+            states.append(hidden)
+            logits = self._unembed(hidden)
+            draft_probs = self._sampler.probs(logits)
+            if self._confidence and not (going := self._sure(going, logits, draft_probs)):
+                break
+            token = self._sampler.choose(logits, draft_probs, going)
+            if self._vocabulary is not None:
+                token = self._vocabulary.tokens(token)
+                draft_probs = None if draft_probs is None else self._vocabulary.spread(draft_probs, 0.0)
+            tokens.append(token)
+            if draft_probs is not None:
+                probs.append(draft_probs)
+            for row in going:
+                counts[row] += 1
+            if self._eos_ids:
+                ended = [row for row, drafted in enumerate(token[:, 0].tolist()) if drafted in self._eos_ids]
+                limits = (
+                    [min(limit, step + 1) if row in ended else limit for row, limit in enumerate(limits)] if ended else limits
+                )
+        return Draft(
+            torch.cat(tokens, dim=1),
+            num_drafts=len(tokens) - 1,
+            probs=torch.cat(probs, dim=1) if probs else None,
+            exit_states=torch.cat(states, dim=1) if self._reuse else None,
+            exit_layer=self._exit_layer,
+            by_row=tuple(counts),
+        )
+
+    def _sure(self, rows: list[int], logits: Tensor, draft_probs: Tensor | None) -> list[int]:
+        """Those of the rows whose most probable token has the confidence."""
+        # Decided before a token is drawn: to drop a drawn token for its probability would bias what is sampled.
+        distribution = logits.float().softmax(-1) if draft_probs is None else draft_probs
+        largest: list[float] = distribution.amax(-1)[:, 0].tolist()
+        return [row for row in rows if largest[row] >= self._confidence]
+
+
+def drafter_for(
+    model: SpanModel, sampler: Sampler, config: DecodingConfig, eos_ids: frozenset[int], reuse_exit_states: bool = True
+) -> ExitDrafter:
+    """Drafts by the layers and the head that the model keeps for that, where it has such, else by its own.
+
+    Raises ConfigError for an exit behind the layers that it keeps, and for drafts too long to be verified exactly.
+    """
+    assert config.exit_layer is not None
+    own: Any = getattr(model, "draft", None)
+    if own is not None:
+        reuse_exit_states = reuse_exit_states and bool(getattr(model, "drafts_own_states", True))
+        kept = own.num_layers
+        require(config.exit_layer <= kept, "--exit", f"at most the {kept} layers kept for drafting", config.exit_layer)
+    exact = bool(getattr(model, "exact", False))
+    require(
+        not exact or config.num_draft_tokens < EXACT_TOKENS,
+        "--spec",
+        f"below {EXACT_TOKENS} with --exact",
+        config.num_draft_tokens,
+    )
+    return ExitDrafter(own or model, sampler, config.exit_layer, config.draft_confidence, eos_ids, reuse_exit_states)

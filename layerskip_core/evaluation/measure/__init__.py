@@ -1,0 +1,1 @@
+"""Decodes, times and scores."""

@@ -1,0 +1,90 @@
+"""Parsing (`commands`, `topv2`) by exact match, and data with prompts and references (`jsonl`) by a metric of one's choice."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from ...config.data import DataConfig
+from ...config.evaluation import TaskConfig
+from ...data.examples import Example, is_parsing, load_examples, load_records
+from ...data.records import Record, spread
+from ...prompting.encoding import RAW
+from ..metrics import ROUGES, exact_match, rouge
+from .prompts import BARE, SHOT_END, forms, framed
+from .rows import shots_and_rest
+from .task import Task
+
+_MAX_NEW_TOKENS = 128  # more than twice the mean parse
+_PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input")
+_REFERENCE_COLUMNS = ("completion", "reference", "summary", "summary_gt", "highlights", "target", "answer", "output")
+
+
+def parsing(config: TaskConfig) -> Task:
+    """Sentences and their parses; whitespace is folded, for tokenizers differ in it."""
+    name = config.task or "commands"
+    source = config.data or name
+    data = DataConfig(source, config.split, config.prompt_column or "prompt", config.completion_column or "completion")
+    examples = load_examples(replace(data, limit=config.samples, seed=config.seed))
+    shaped, template = framed(*forms(config.template, BARE, None), examples)
+    references = [[example.completion] for example in examples]
+    resolved = replace(
+        config, data=source, max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS,
+        prompt_column=data.prompt_column, completion_column=data.completion_column,
+    )  # fmt: skip
+
+    def score(predictions: Sequence[str]) -> dict[str, float]:
+        return {"exact_match": exact_match(predictions, references, fold_whitespace=True)}
+
+    return Task(name, shaped, resolved, "exact_match", score, template=template)
+
+
+def prompts(config: TaskConfig) -> Task:
+    """Any data with a prompt and a reference, or several, in every row; `shots` of its first rows come before each prompt."""
+    source = config.data or ""
+    every, config = _references(source, config)
+    shots, rest = shots_and_rest(every, config.shots or 0, source)
+    rows = spread(rest, config.samples)
+    form, template = forms(config.template, BARE, None)
+    shot_form = "{prompt}\n" if form == BARE else form
+    if shots and template == RAW:
+        form = shot_form
+    gap = " " if template == form != BARE and not form[-1].isspace() else ""
+    solved = [Example(prompt, gap + texts[0]) for prompt, texts in shots]
+    asked = [Example(prompt, gap + texts[0]) for prompt, texts in rows]
+    examples, template = framed(form, template, asked, solved, shot_form)
+    resolved = replace(config, shots=len(solved), max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS)
+    scorer = partial(text_scores, config.metric, [texts for _, texts in rows])
+    stop = (SHOT_END,) if solved else ()
+    name = config.task or source
+    return Task(name, examples, resolved, config.metric or "rouge2", scorer, stop, template)
+
+
+def text_scores(metric: str | None, references: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+    """By the metric: exact match, all of ROUGE-1, 2 and L, or (None) ROUGE-2 and exact match. The best reference counts."""
+    scores: dict[str, float] = {}
+    if metric != "exact_match":
+        scores |= rouge(predictions, references, ROUGES if metric else ("rouge2",))
+    if metric in (None, "exact_match"):
+        scores["exact_match"] = exact_match(predictions, references)
+    return scores
+
+
+def _references(source: str, config: TaskConfig) -> tuple[list[tuple[str, list[str]]], TaskConfig]:
+    """(prompt, references) of every row, and the config with the columns that they stood in."""
+    data = DataConfig(source, config.split, seed=config.seed)
+    if is_parsing(data):
+        config = _columns(Record(source, {}), config)
+        return [(example.prompt, [example.completion]) for example in load_examples(data)], config
+    rows = list(load_records(data))
+    config = _columns(rows[0], config)
+    prompt, completion = config.prompt_column or "", config.completion_column or ""
+    return [(row.text(prompt, "--prompt-column"), row.texts(completion, "--completion-column")) for row in rows], config
+
+
+def _columns(first: Record, config: TaskConfig) -> TaskConfig:
+    """The config with the columns named: those asked for, or the first of the usual names."""
+    return replace(
+        config,
+        prompt_column=config.prompt_column or first.first_column(_PROMPT_COLUMNS),
+        completion_column=config.completion_column or first.first_column(_REFERENCE_COLUMNS),
+    )

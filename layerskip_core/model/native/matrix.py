@@ -1,0 +1,63 @@
+"""Weights as the kernels read them: in panels of 32 outputs, from front to end."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...config.packing import Quantization
+from ..quantized import GROUP_SIZE, int4_levels, int8_levels
+from .compiled import KINDS, CMatrix
+
+_PANEL = 32  # outputs
+
+
+class NativeMatrix:
+    """One or several matrices (out, in) of the same shape, whose panels then alternate, and the C structure that says where."""
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor] | None, quantization: Quantization | None) -> None:
+        """Low-bit weights need an `in` that the group size divides, bf16 ones an even one."""
+        outputs, inputs = weights[0].shape
+        kind = quantization or ("bf16" if weights[0].dtype == torch.bfloat16 else "fp32")
+        packed = [_PACK[kind](F.pad(weight, (0, 0, 0, -outputs % _PANEL))) for weight in weights]
+        self._weight = _alternating([weight for weight, _ in packed])
+        scales = [scale for _, scale in packed if scale is not None]
+        self._scale = _alternating(scales) if scales else None
+        padded = [F.pad(bias.float(), (0, -outputs % _PANEL)).view(-1, _PANEL) for bias in biases or ()]
+        self._bias = _alternating(padded) if padded else None
+        self.inputs, self.outputs = inputs, outputs * len(weights)
+        pointers = [None if part is None else part.data_ptr() for part in (self._weight, self._scale, self._bias)]
+        self.structure = CMatrix(KINDS.index(kind), inputs, self.outputs, len(self._weight), *pointers)
+
+
+def _alternating(parts: list[Tensor]) -> Tensor:
+    """Panels (P, ...) of each part in turn."""
+    return torch.stack(parts, dim=1).flatten(0, 1).contiguous()
+
+
+def _fp32(weight: Tensor) -> tuple[Tensor, None]:
+    """(P, in, 32)."""
+    return weight.view(-1, _PANEL, weight.shape[1]).transpose(1, 2).contiguous(), None
+
+
+def _bf16(weight: Tensor) -> tuple[Tensor, None]:
+    """(P, in / 2, 32, 2)."""
+    return weight.view(-1, _PANEL, weight.shape[1] // 2, 2).transpose(1, 2).contiguous(), None
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels plus 128, (P, in / 4, 32, 4), and fp32 scales (P, 32)."""
+    levels, scale = int8_levels(weight)
+    unsigned = levels.to(torch.int16).add_(128).to(torch.uint8)
+    return unsigned.view(-1, _PANEL, weight.shape[1] // 4, 4).transpose(1, 2).contiguous(), scale.view(-1, _PANEL)
+
+
+def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two levels a byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and smallest, (P, groups, 2, 32)."""
+    groups = weight.shape[1] // GROUP_SIZE
+    levels, scale, low = int4_levels(weight)
+    quads = levels.view(-1, _PANEL, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)  # (2, P, groups, 4, 32, 4)
+    factors = torch.stack([scale, low]).to(torch.bfloat16).view(2, -1, _PANEL, groups).permute(1, 3, 0, 2)
+    return (quads[0] | quads[1] << 4).contiguous(), factors.contiguous()
+
+
+_PACK = {"fp32": _fp32, "bf16": _bf16, "int8": _int8, "int4": _int4}

@@ -1,0 +1,1 @@
+"""Decoding on repacked weights by torch's kernels."""

@@ -1,0 +1,104 @@
+"""Conversations as text, by the chat template that a tokenizer brings."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+
+TIME_LIMIT = 10.0  # seconds for one conversation; an honest template takes less than a thousandth
+_WORKER = Path(__file__).with_name("chat_worker.py")
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """Raises ConfigError for a tokenizer without one."""
+    if not has_chat_template(tokenizer):
+        raise ConfigError("a chat template was asked for, but the model's tokenizer has none")
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """The text of a conversation, as transformers' `apply_chat_template` renders it.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        CheckpointError: its template is damaged, refuses the conversation, or needs too much time or memory.
+    """
+    template = _template(tokenizer)
+    values = {
+        **tokenizer.special_tokens_map,
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    answer = _worker(os.getpid()).ask({"template": template, "values": values, "seconds": TIME_LIMIT})
+    if "error" in answer:
+        raise CheckpointError(f"the model's chat template cannot be used: {answer['error']}")
+    return answer["text"]
+
+
+def _template(tokenizer: Any) -> str:
+    """The template, of several the one named default."""
+    require_chat_template(tokenizer)
+    found = tokenizer.chat_template
+    if isinstance(found, list):  # as tokenizer_config.json writes several
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    if isinstance(found, dict):
+        found = found.get("default")
+    if not isinstance(found, str):
+        raise CheckpointError("the model's chat template cannot be used: needed a text, or several with one named default")
+    return found
+
+
+class _Worker:
+    """A process that renders templates; it ends with this one, and is started anew where a template ended it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any]) -> dict[str, str]:
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = _started()
+            asked = time.monotonic()
+            assert self._process.stdin is not None and self._process.stdout is not None
+            try:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+            except OSError:  # a broken pipe
+                line = ""
+            if not line:
+                self._process.wait()
+                late = time.monotonic() - asked >= TIME_LIMIT
+                return {"error": f"it took longer than {TIME_LIMIT:g} seconds" if late else "it ended the process it ran in"}
+            answer: dict[str, str] = json.loads(line)
+            return answer
+
+
+@cache
+def _worker(process: int) -> _Worker:
+    """That of this process: a fork must not share its parent's."""
+    return _Worker()
+
+
+def _started() -> subprocess.Popen[str]:
+    # -P: no module that lies beside the worker or in the working folder comes before the installed ones.
+    return subprocess.Popen(
+        [sys.executable, "-P", str(_WORKER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    )

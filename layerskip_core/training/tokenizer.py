@@ -1,0 +1,64 @@
+"""The data's vocabulary: a tokenizer trained on it, and which of its tokens are frequent."""
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..data.examples import Conversation, Row
+from .encoding import EncodedData
+
+_COUNTED = 50_000  # rows, evenly spread; of a stream the first
+_LONGEST_WORD = 1000  # characters
+_ENDLESS = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")
+_SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
+
+
+def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
+    """A transformers tokenizer of `vocab_size` entries, bytes and three special tokens included; of fewer where the rows have
+    too few pairs of characters to merge.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    # The trainer makes room for all entries at once, and each merge needs a character of its own.
+    most = len(_SPECIAL) + 256 + sum(len(text.encode()) for text in _texts(rows))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocab_size, most),
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(rows), trainer)
+    pad, bos, eos = _SPECIAL
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos)
+
+
+def _texts(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        parts = [text for _, text in row.messages] if isinstance(row, Conversation) else [f"{row.prompt}\n{row.completion}"]
+        for text in parts:
+            # The trainer's time grows with the square of a word's length, so what has endless words is cut.
+            size = _LONGEST_WORD if _ENDLESS.search(text) else len(text) or 1
+            yield from (text[at : at + size] for at in range(0, len(text), size))
+
+
+def token_order(data: EncodedData, vocab_size: int) -> list[int]:
+    """All token ids 0..V-1, the training rows' most frequent targets first; those never seen follow in their order."""
+    rows = data.rows
+    if not data.streamed:
+        rows = rows.select_columns("labels").select(range(0, len(rows), -(-len(rows) // _COUNTED)))
+    counts: Counter[int] = Counter()
+    for row in itertools.islice(rows, _COUNTED):
+        counts.update(row["labels"])  # IGNORED among them, which is no token
+    return sorted(range(vocab_size), key=lambda token: -counts[token])
+
+
+def token_order_json(order: list[int]) -> bytes:
+    """What ORDER_FILE holds beside a model: a JSON list; `--draft-vocab N` drafts among its first N tokens."""
+    return json.dumps(order, separators=(",", ":")).encode()
