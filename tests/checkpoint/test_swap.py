@@ -257,9 +257,9 @@ sys.path.insert(0, "tests")
 import torch
 torch.set_num_threads(1)
 from conftest import tiny_model
-from layerskip_core.config import DataConfig
-from layerskip_core.data import load_examples
-from layerskip_core.training.vocabulary import train_tokenizer
+from layerskip_core.config.data import DataConfig
+from layerskip_core.data.examples import load_examples
+from layerskip_core.training.tokenizer import train_tokenizer
 from test_swap import save
 tokenizer = train_tokenizer(load_examples(DataConfig(limit=100)), 300)
 save(sys.argv[1], tokenizer, 2)

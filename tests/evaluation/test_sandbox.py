@@ -372,7 +372,7 @@ def parent_of(pid):
 AS_A_USER = """
 import json, os, subprocess, sys
 from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:4]
 import test_sandbox as tests
 from hostile_programs import PROGRAMS
 from layerskip_core.evaluation.sandbox import standing_walls
@@ -404,7 +404,8 @@ def test_hostile_programs_of_a_plain_user():
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as temporary:
         os.chown(home, user, user)
         os.chown(temporary, user, user)
-        command = [interpreter_of_all(), "-c", AS_A_USER, str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+        folders = map(str, Path(__file__).parents[2::-1])  # the root, tests and this one
+        command = [interpreter_of_all(), "-c", AS_A_USER, *folders]
         environment = {"HOME": home, "PATH": os.environ["PATH"], "PYTHONPATH": site_of_pytest(), "TMPDIR": temporary}
         ran = subprocess.run(
             command, user=user, group=user, extra_groups=[], env=environment, cwd="/", capture_output=True, text=True

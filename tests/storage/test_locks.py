@@ -20,7 +20,7 @@ from layerskip_core.storage.locks import hold
 
 HOLDING = """
 import sys
-from layerskip_core.locks import hold
+from layerskip_core.storage.locks import hold
 with hold(sys.argv[1], "a test"):
     print("held", flush=True)
     input()
