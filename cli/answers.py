@@ -14,12 +14,12 @@ from . import standard_input
 from .console import narrate
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint.load import LoadedModel
+    from layerskip_core.checkpoint.load import Decoder
     from layerskip_core.decoding import DecodeStats
 
 
 def answer_all(
-    loaded: "LoadedModel", config: DecodingConfig, prompt: str | None, lines: bool, jsonl: bool, raw: bool
+    loaded: "Decoder", config: DecodingConfig, prompt: str | None, lines: bool, jsonl: bool, raw: bool
 ) -> tuple[bool, "DecodeStats"]:
     """Answers every prompt in order; returns whether one failed, and the counts of all."""
     from layerskip_core.decoding import DecodeStats
@@ -48,7 +48,7 @@ def answer_all(
 
 
 def answer_in_batches(
-    loaded: "LoadedModel", config: DecodingConfig, batch_size: int, jsonl: bool, raw: bool
+    loaded: "Decoder", config: DecodingConfig, batch_size: int, jsonl: bool, raw: bool
 ) -> tuple[bool, "DecodeStats"]:
     """The same for the lines of standard input, so many at a time."""
     from layerskip_core.decoding import DecodeStats

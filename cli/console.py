@@ -16,7 +16,7 @@ from layerskip_core.config.packing import PackingConfig, Quantization
 from layerskip_core.config.ranges import require_in_range
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint.load import LoadedModel
+    from layerskip_core.checkpoint.load import Decoder
 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]
@@ -62,20 +62,20 @@ def packing(
     )
 
 
-def narrate_notes(loaded: "LoadedModel") -> None:
+def narrate_notes(loaded: "Decoder") -> None:
     """What there is to know of how a model runs here."""
     for note in loaded.notes:
         narrate(note)
 
 
-def use_threads(threads: int, loaded: "LoadedModel | None" = None) -> None:
+def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
     """Sets torch's CPU threads; with 0 they stay torch's choice, but for decoding with a small model (`loaded`): then one.
 
     Such a model's products are over in the time that threads take to meet, and where another process holds a core they wait
     for it at every one: measured on two cores with 160 wide layers and torch's kernels, the same speed when quiet, far below
     half when not. Our own kernels gain 1.6 times from a second thread when it is quiet.
     """
-    small = loaded is not None and loaded.depth.device.type == "cpu" and loaded.depth.hidden_size < _SMALL_WIDTH
+    small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.hidden_size < _SMALL_WIDTH
     require_in_range("--threads", threads)
     if threads or small:
         import torch

@@ -14,7 +14,7 @@ from .console import ResultsConsole, narrate, narrate_notes, progress_bar, use_t
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from layerskip_core.checkpoint.load import LoadedModel
+    from layerskip_core.checkpoint.load import Decoder
     from layerskip_core.config.evaluation import BenchConfig, SweepConfig
     from layerskip_core.evaluation.measure.runner import Progress
     from layerskip_core.evaluation.report.record import RunRecord
@@ -69,7 +69,7 @@ Saved = Annotated[str | None, typer.Option("--from", help="Measure nothing: rend
 Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
 
 
-def load(config: "BenchConfig | SweepConfig") -> "tuple[LoadedModel, Task]":
+def load(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, Task]":
     """The rows, about which it says what there is to say, and the model."""
     from layerskip_core.checkpoint.load import load_checkpoint
     from layerskip_core.evaluation.tasks import load_task

@@ -28,7 +28,7 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint.load import LoadedModel
+    from layerskip_core.checkpoint.load import Decoder
     from layerskip_core.decoding import DecodeStats
 
 _UNMEASURED = (
@@ -125,7 +125,7 @@ def generate(
 
 
 def _resolved(
-    config: DecodingConfig, loaded: "LoadedModel", exit_layer: int | None, spec: int | None, known: bool
+    config: DecodingConfig, loaded: "Decoder", exit_layer: int | None, spec: int | None, known: bool
 ) -> DecodingConfig:
     """The config with the checkpoint's exit and draft length where none was given, and its strategy unless that is `known`."""
     strategy = config.strategy
@@ -134,7 +134,7 @@ def _resolved(
     best_exit, best_spec = loaded.recommended()
     chosen_exit = best_exit if exit_layer is None else exit_layer
     if strategy != "autoregressive":
-        require_exit_layer(chosen_exit, loaded.depth.num_layers, strategy)
+        require_exit_layer(chosen_exit, loaded.backend.num_layers, strategy)
     num_draft_tokens = best_spec if spec is None else spec
     config = replace(config, strategy=strategy, exit_layer=chosen_exit, num_draft_tokens=num_draft_tokens)
     if not known and loaded.strategy is None:
@@ -142,9 +142,9 @@ def _resolved(
     return config
 
 
-def _stats_text(stats: "DecodeStats", loaded: "LoadedModel") -> str:
+def _stats_text(stats: "DecodeStats", loaded: "Decoder") -> str:
     return (
         f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; drafted {stats.drafted}, "
         f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
-        f"{loaded.depth.implementation} layers, {str(loaded.depth.dtype).removeprefix('torch.')} on {loaded.depth.device}"
+        f"{loaded.backend.implementation} layers, {str(loaded.backend.dtype).removeprefix('torch.')} on {loaded.backend.device}"
     )

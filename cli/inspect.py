@@ -63,7 +63,7 @@ def inspect(
     loaded = load_checkpoint(model, device, dtype, implementation="auto")
     narrate_notes(loaded)
     use_threads(threads, loaded)
-    count = loaded.depth.num_layers
+    count = loaded.backend.num_layers
     console = ResultsConsole()
     shown = wanted or _spread(count, _room(console))
     require(shown[0] >= 1 and shown[-1] <= count, "--layers", f"in 1..{count}", ",".join(map(str, shown)))

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_core.checkpoint.load import LoadedModel, load_checkpoint
+from layerskip_core.checkpoint.load import Decoder, load_checkpoint
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
@@ -52,7 +52,7 @@ def read_bandwidth() -> float:
     return data.numel() * 4 / seconds(data.sum)
 
 
-def prompts_of(arguments: argparse.Namespace, loaded: LoadedModel) -> list[list[int]]:
+def prompts_of(arguments: argparse.Namespace, loaded: Decoder) -> list[list[int]]:
     """Token ids of the prompts; texts that leave no room for the answer are cut at their start."""
     if arguments.prompts is None:
         texts = [row.prompt for row in load_examples(DataConfig("commands", "test", limit=arguments.samples))]
@@ -62,28 +62,28 @@ def prompts_of(arguments: argparse.Namespace, loaded: LoadedModel) -> list[list[
     return [loaded.encode_prompt(text)[-arguments.prompt_tokens :] for text in texts]
 
 
-def load(arguments: argparse.Namespace, **packing: Any) -> LoadedModel:
+def load(arguments: argparse.Namespace, **packing: Any) -> Decoder:
     return load_checkpoint(arguments.model, "cpu", arguments.dtype, implementation="auto", packing=PackingConfig(**packing))
 
 
-def decoded(loaded: LoadedModel, prompts: list[list[int]], config: DecodingConfig, **settings: Any) -> Any:
+def decoded(loaded: Decoder, prompts: list[list[int]], config: DecodingConfig, **settings: Any) -> Any:
     """(outputs, stats) of all prompts; no EOS, so that every output has the same length, unless the model is embedded."""
     outputs, total = [], DecodeStats()
     for prompt in prompts:
         decoding = decode(
-            loaded.depth, prompt, config, loaded.eos_ids if loaded.name == "embedded" else frozenset(), **settings
+            loaded.backend, prompt, config, loaded.eos_ids if loaded.name == "embedded" else frozenset(), **settings
         )
         outputs.append([token.id for tokens in decoding for token in tokens])
         total += decoding.stats
     return outputs, total
 
 
-def weight_bytes(loaded: LoadedModel) -> float:
+def weight_bytes(loaded: Decoder) -> float:
     """Bytes of weights that a step reads: all layers and the head, by the precision they are kept in."""
-    spec = loaded.depth.spec
+    spec = loaded.backend.spec
     attention = 2 * spec.hidden * (spec.queries + spec.keys)
     count = spec.layers * (attention + 3 * spec.hidden * spec.inner) + spec.hidden * spec.vocab
-    bits = {"int8": 8, "int4": 5}.get(loaded.depth._quantize, 8 * loaded.depth.dtype.itemsize)
+    bits = {"int8": 8, "int4": 5}.get(loaded.backend._quantize, 8 * loaded.backend.dtype.itemsize)
     return count * bits / 8
 
 
@@ -99,27 +99,27 @@ def in_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str
     return {name: median(found[1:]) for name, found in times.items()}, results
 
 
-def passes(depth: Any, layers: int, count: int, context: int, cache: Any = None) -> Callable[[], Tensor]:
+def passes(backend: Any, layers: int, count: int, context: int, cache: Any = None) -> Callable[[], Tensor]:
     """One pass of `count` tokens behind a context, through the first layers and the head, with the choice of a token."""
-    ids = torch.randint(5, min(1000, depth.vocab_size), (1, context + count))
+    ids = torch.randint(5, min(1000, backend.vocab_size), (1, context + count))
     positions = torch.arange(context + count)[None]
     if cache is None:
-        cache = filled_cache(depth, context)
+        cache = filled_cache(backend, context)
     new, places = ids[:, context:], positions[:, context:]
-    unembed = depth.unembed if depth.vocabulary is None else depth.unembed_vocabulary
-    return lambda: most_probable(unembed(depth.run_layers(depth.embed(new), 0, layers, places, cache)))
+    unembed = backend.unembed if backend.vocabulary is None else backend.unembed_vocabulary
+    return lambda: most_probable(unembed(backend.run_layers(backend.embed(new), 0, layers, places, cache)))
 
 
-def filled_cache(depth: Any, context: int) -> Any:
-    cache, ids = depth.new_cache(), torch.randint(5, min(1000, depth.vocab_size), (1, context))
-    depth.run_layers(depth.embed(ids), 0, depth.num_layers, torch.arange(context)[None], cache)
+def filled_cache(backend: Any, context: int) -> Any:
+    cache, ids = backend.new_cache(), torch.randint(5, min(1000, backend.vocab_size), (1, context))
+    backend.run_layers(backend.embed(ids), 0, backend.num_layers, torch.arange(context)[None], cache)
     return cache
 
 
 @torch.inference_mode()
-def pass_seconds(depth: Any, settings: dict[str, tuple[Any, int, int, int]], repeats: int = 30) -> dict[str, float]:
-    """Median seconds of passes by name, each (model, layers, tokens, context), in turns; the cache is `depth`'s."""
-    caches = {context: filled_cache(depth, context) for *_, context in settings.values()}
+def pass_seconds(backend: Any, settings: dict[str, tuple[Any, int, int, int]], repeats: int = 30) -> dict[str, float]:
+    """Median seconds of passes by name, each (model, layers, tokens, context), in turns; the cache is `backend`'s."""
+    caches = {context: filled_cache(backend, context) for *_, context in settings.values()}
     ways = {name: passes(*setting, caches[setting[-1]]) for name, setting in settings.items()}
     return in_turns(ways, repeats)[0]
 
@@ -149,7 +149,7 @@ def part_step(arguments: argparse.Namespace) -> dict[str, Any]:
     ways |= {name: lambda loaded=loaded: decoded(loaded, prompts, config)[1].new_tokens for name, loaded in models.items()}
     times, tokens = in_turns(ways, arguments.repeats)
     rates = {name: tokens[name] / seconds for name, seconds in times.items()}
-    steps = {name: one_step(loaded.depth) for name, loaded in models.items()}
+    steps = {name: one_step(loaded.backend) for name, loaded in models.items()}
     shares = {name: weight_bytes(loaded) / bandwidth / steps[name] for name, loaded in models.items()}
     table = [
         (f"autoregressive {name} over transformers", goal, rates[name] / rates["transformers"], f"{rates[name]:.1f} tokens/s")
@@ -167,18 +167,18 @@ def part_step(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def one_step(depth: Any, context: int = 128) -> float:
-    return pass_seconds(depth, {"one": (depth, depth.num_layers, 1, context)})["one"]
+def one_step(backend: Any, context: int = 128) -> float:
+    return pass_seconds(backend, {"one": (backend, backend.num_layers, 1, context)})["one"]
 
 
 def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a verification and a draft step cost, in autoregressive steps."""
     exit_layer = arguments.exit
-    depth = load(arguments, draft_weights="int4", draft_layers=exit_layer, draft_vocab=arguments.draft_vocab).depth
-    settings = {f"{count} rows": (depth, depth.num_layers, count, 128) for count in (1, 2, 4, 7, 8, 9)}
-    settings |= {"draft, own weights": (depth, exit_layer, 1, 128), "draft, int4": (depth.draft, exit_layer, 1, 128)}
-    times = pass_seconds(depth, settings, 60)
-    one, rest = times["1 rows"], depth.num_layers - exit_layer
+    backend = load(arguments, draft_weights="int4", draft_layers=exit_layer, draft_vocab=arguments.draft_vocab).backend
+    settings = {f"{count} rows": (backend, backend.num_layers, count, 128) for count in (1, 2, 4, 7, 8, 9)}
+    settings |= {"draft, own weights": (backend, exit_layer, 1, 128), "draft, int4": (backend.draft, exit_layer, 1, 128)}
+    times = pass_seconds(backend, settings, 60)
+    one, rest = times["1 rows"], backend.num_layers - exit_layer
     ratio = {name: seconds / one for name, seconds in times.items()}
     table = [
         ("one pass of 7 rows over one row", -1.15, ratio["7 rows"], f"{1000 * times['7 rows']:.2f} ms"),
@@ -200,7 +200,7 @@ def part_speculation(arguments: argparse.Namespace) -> dict[str, Any]:
         "autoregressive": lambda: decoded(loaded, prompts, plain),
         f"E {exit_layer}, d {spec}, recomputed": lambda: decoded(loaded, prompts, first, reuse_exit_states=False),
     }
-    kept: dict[str, LoadedModel] = {"": loaded}
+    kept: dict[str, Decoder] = {"": loaded}
     for exit_text, drafts, *rest in ways_asked:
         bits = rest[0] if rest else ""
         layers = max(int(way[0]) for way in ways_asked if way[2:] == [bits]) if bits else 0
@@ -268,9 +268,9 @@ def part_exact(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_context(arguments: argparse.Namespace) -> dict[str, Any]:
-    depth = load(arguments).depth
-    long = min(2048, depth.max_positions - 1)
-    times = pass_seconds(depth, {str(context): (depth, depth.num_layers, 1, context) for context in (128, long)})
+    backend = load(arguments).backend
+    long = min(2048, backend.max_positions - 1)
+    times = pass_seconds(backend, {str(context): (backend, backend.num_layers, 1, context) for context in (128, long)})
     note = f"{1000 * times[str(long)]:.2f} over {1000 * times['128']:.2f} ms"
     return {"step_seconds": times, "table": [(f"context {long:,} over 128", -1.3, times[str(long)] / times["128"], note)]}
 
@@ -306,8 +306,8 @@ def part_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
         with torch.inference_mode():
             for piece in ids.split(512):
                 tokens, places = piece[None], torch.arange(len(piece))[None]
-                hidden = loaded.depth.run_layers(loaded.depth.embed(tokens), 0, loaded.depth.num_layers, places)
-                logits = loaded.depth.unembed(hidden)[0, :-1].float()
+                hidden = loaded.backend.run_layers(loaded.backend.embed(tokens), 0, loaded.backend.num_layers, places)
+                logits = loaded.backend.unembed(hidden)[0, :-1].float()
                 losses.append(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="none"))
         found[name] = float(torch.cat(losses).mean().exp())
     table = [(f"perplexity, {name}", None, value, f"{len(ids)} tokens") for name, value in found.items()]
@@ -367,7 +367,7 @@ def main() -> None:
         print(json.dumps({"part": part, "model": arguments.model, **result}, default=float), flush=True)
     machine = environment(load(arguments))
     kept = {key: machine[key] for key in ("cpu", "threads", "dtype", "load_average")}
-    print(json.dumps({**kept, "implementation": load(arguments).depth.implementation}))
+    print(json.dumps({**kept, "implementation": load(arguments).backend.implementation}))
     print("| what | target | measured | absolute |\n|---|---|---|---|")
     for what, goal, found, note in table:
         aim = "" if goal is None else f"at most {-goal}" if goal < 0 else f"at least {goal}"

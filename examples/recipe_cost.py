@@ -72,7 +72,7 @@ def measured(arguments: argparse.Namespace) -> dict:
     recipe = RecipeConfig(arguments.pmax, 0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
     training = RecipeModule(loaded.model, recipe).train()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)
-    ids = torch.randint(3, loaded.depth.vocab_size, (arguments.batch, arguments.length))
+    ids = torch.randint(3, loaded.backend.vocab_size, (arguments.batch, arguments.length))
 
     def step(number: int, rows: torch.Tensor) -> tuple[int, ...]:
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.dtype == "bf16"):
@@ -101,13 +101,13 @@ def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, len
     from layerskip_core.training.dropout import kept_rows
     from layerskip_core.training.module import Moment
 
-    depth = training.depth
+    backend = training.backend
     rates = training._rates(Moment(number, 1000))
     kept = sum(max(1, len(kept_rows(rate, batch, training.seed, number, 0, layer))) for layer, rate in enumerate(rates))
-    layer = sum(parameter.numel() for parameter in depth.layers[0].parameters())
-    attention = length * depth.config.num_attention_heads * depth.layers[0].self_attn.head_dim  # scores and values, causal
-    head = depth.hidden_size * depth.vocab_size
-    chunked = batch * (length - 1) > exit_loss._CHUNK_LOGITS // depth.vocab_size
+    layer = sum(parameter.numel() for parameter in backend.layers[0].parameters())
+    attention = length * backend.config.num_attention_heads * backend.layers[0].self_attn.head_dim  # scores and values, causal
+    head = backend.hidden_size * backend.vocab_size
+    chunked = batch * (length - 1) > exit_loss._CHUNK_LOGITS // backend.vocab_size
     heads = sum((3 + chunked) if weight > 0 else 1 for weight in training._weights(exits))
     return length * (3.0 * kept * (layer + attention) + batch * heads * head)
 

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.checkpoint.info import CheckpointInfo
-from layerskip_core.checkpoint.load import LoadedModel
+from layerskip_core.checkpoint.load import Decoder
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
@@ -16,7 +16,7 @@ from layerskip_core.evaluation.measure.runner import measure
 from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.outputs import Output, Outputs, Step
 from layerskip_core.evaluation.tasks import Task
-from layerskip_core.model import DepthModel
+from layerskip_core.model import GenericBackend
 from layerskip_core.training.tokenizer import train_tokenizer
 
 LAYERS = 6
@@ -24,7 +24,7 @@ NEW_TOKENS = 12
 
 
 @cache
-def tiny_loaded(dtype: torch.dtype = torch.float64) -> LoadedModel:
+def tiny_loaded(dtype: torch.dtype = torch.float64) -> Decoder:
     """Six random layers, a context of 128 tokens, and a tokenizer of 300 entries. Its EOS is never the most probable: one that
     is drafted behind a wrong draft ends a real round early, which the cost model cannot know.
     """
@@ -34,7 +34,7 @@ def tiny_loaded(dtype: torch.dtype = torch.float64) -> LoadedModel:
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
-    return LoadedModel("tiny", model, tokenizer, CheckpointInfo(PARSING_TEMPLATE), DepthModel(model))
+    return Decoder("tiny", model, tokenizer, CheckpointInfo(PARSING_TEMPLATE), GenericBackend(model))
 
 
 def task_of(*examples: Example) -> Task:
@@ -53,7 +53,7 @@ def own_answers(samples: int = 3) -> Task:
     return task_of(*(Example(prompt, measure(loaded, prompt, setting).text) for prompt in prompts))
 
 
-def early_exit_share(loaded: LoadedModel, task: Task, exit_layer: int) -> float:
+def early_exit_share(loaded: Decoder, task: Task, exit_layer: int) -> float:
     """How many of a task's references an exit alone answers."""
     setting = DecodingConfig("early-exit", exit_layer, max_new_tokens=NEW_TOKENS)
     texts = [measure(loaded, example.prompt, setting).text for example in task.examples]

@@ -17,7 +17,7 @@ from torch import nn
 from ..config.decoding import Strategy
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
-from ..model import DepthModel, ModelSpec, NativeModel, PackedModel, can_pack, can_run_native, suits_kernels
+from ..model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_pack, can_run_native, suits_kernels
 from ..model.config_values import tokens_of
 from ..model.draft_vocabulary import token_order
 from ..model.native.compiled import kernels_asked_for, missing_kernels
@@ -47,14 +47,14 @@ PUBLISHED = {
 
 
 @dataclass
-class LoadedModel:
+class Decoder:
     """A checkpoint in memory, ready to run any span of its layers."""
 
     name: str
     model: Any  # a transformers causal language model; only its configurations when loaded for decoding
     tokenizer: Any
     info: CheckpointInfo
-    depth: Any  # a DepthModel; a PackedModel when loaded for decoding and the architecture allows it
+    backend: Any  # a GenericBackend; a PackedBackend when loaded for decoding and the architecture allows it
     notes: tuple[str, ...] = ()  # what whoever waits for this model should know of how it runs
 
     @property
@@ -77,7 +77,7 @@ class LoadedModel:
         model has no embedding of.
         """
         ids = encode_prompt(self.tokenizer, None if raw else self.prompt_template, prompt)
-        last, known = max(ids, default=0), self.depth.vocab_size
+        last, known = max(ids, default=0), self.backend.vocab_size
         if last >= known:
             token = self.tokenizer.decode([last])
             raise ConfigError(f"the prompt must have tokens of the model, of which there are {known}, got {token!r}, id {last}")
@@ -88,7 +88,7 @@ class LoadedModel:
 
     def recommended(self) -> tuple[int, int]:
         """(exit layer, draft tokens): of layerskip.json, of the published checkpoint, or a quarter of the layers and 6."""
-        exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.depth.num_layers // 4), 6))
+        exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), 6))
         return self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts
 
     @property
@@ -96,6 +96,9 @@ class LoadedModel:
         """How this checkpoint is best decoded, by a sweep or because its exits were trained; None: nobody knows."""
         known = self.info.exit_layer is not None or self.info.trained_exits or self.name in PUBLISHED
         return self.info.strategy or ("self-speculative" if known else None)
+
+
+Trainable = Decoder
 
 
 def pick_device(device: str) -> torch.device:
@@ -157,7 +160,7 @@ def load_checkpoint(
     dtype: str = "auto",
     implementation: Literal["auto", "generic"] = "generic",
     packing: PackingConfig | None = None,
-) -> LoadedModel:
+) -> Decoder:
     """Loads a model by embedded name, folder, GGUF file or hub id, in evaluation mode.
 
     `implementation="auto"` is for decoding alone: where the architecture allows it the weights are repacked, and `model`
@@ -180,13 +183,13 @@ def _load(
     dtype: str,
     implementation: Literal["auto", "generic"],
     packing: PackingConfig | None,
-) -> LoadedModel:
+) -> Decoder:
     if (Path(name) / ADAPTER_FILE).is_file():
         return _load_adapted(name, device, dtype, implementation, packing)
     path, keywords = _locate(name)
     if implementation == "auto" and Path(path).is_dir() and not keywords:
         info = read_info(path)
-        lean: LoadedModel | None = _reading(name, lambda: _load_lean(name, path, info, target, dtype, packing))
+        lean: Decoder | None = _reading(name, lambda: _load_lean(name, path, info, target, dtype, packing))
         if lean is not None:
             return lean
     return _load_with_transformers(name, target, dtype, implementation, packing)
@@ -194,7 +197,7 @@ def _load(
 
 def _load_lean(
     name: str, path: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig | None
-) -> LoadedModel | None:
+) -> Decoder | None:
     """Weights straight from the files, transformers not imported; None where it has to be."""
     config = lean_config(path)
     if config is None:
@@ -209,9 +212,9 @@ def _load_lean(
     check_tokenizer(tokenizer, spec.vocab)
     precision = pick_dtype(dtype, device, spec.parameters)
     decoder, notes = _decoder(config, precision, device, packing)
-    depth = decoder(config, weights.reader(precision), packing, _token_order(path, config, packing))
+    backend = decoder(config, weights.reader(precision), packing, _token_order(path, config, packing))
     model = SimpleNamespace(config=config, generation_config=generation_config(path))
-    return LoadedModel(name, model, tokenizer, info, depth, notes)
+    return Decoder(name, model, tokenizer, info, backend, notes)
 
 
 @quiet_transformers()
@@ -221,7 +224,7 @@ def _load_with_transformers(
     dtype: str,
     implementation: Literal["auto", "generic"],
     packing: PackingConfig | None,
-) -> LoadedModel:
+) -> Decoder:
     path, keywords = _locate(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -249,8 +252,8 @@ def _load_with_transformers(
         model = _without_quantization(model)
     _reading(name, lambda: check_model(model, spec))
     model = _converted(model.to(target), pick_dtype(dtype, target, spec.parameters)).eval()
-    depth, notes = _reading(name, lambda: _depth_of(model, implementation, packing, path))
-    return LoadedModel(name, model, tokenizer, read_info(path), depth, notes)
+    backend, notes = _reading(name, lambda: _depth_of(model, implementation, packing, path))
+    return Decoder(name, model, tokenizer, read_info(path), backend, notes)
 
 
 def _read_architecture(path: str, keywords: dict[str, Any]) -> tuple[Any, ModelSpec]:
@@ -285,13 +288,13 @@ def _load_adapted(
     dtype: str,
     implementation: Literal["auto", "generic"],
     packing: PackingConfig | None,
-) -> LoadedModel:
+) -> Decoder:
     """An adapter merged into its base, which its config names as `--model` would; that may be another adapter."""
     from transformers import AutoTokenizer
 
     adapters, base = adapters_of(name)
     loaded = load_checkpoint(base, device, dtype)
-    model, spec = loaded.model, loaded.depth.spec
+    model, spec = loaded.model, loaded.backend.spec
     for adapter in reversed(adapters):
         model = _reading(adapter, partial(_merged, model, adapter))
     model.requires_grad_(True)  # peft froze the base
@@ -299,8 +302,8 @@ def _load_adapted(
     tokenizer = _reading(name, lambda: AutoTokenizer.from_pretrained(name, **_NO_FOREIGN_CODE))
     _reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
     _reading(name, lambda: check_model(model, spec))
-    depth, notes = _reading(name, lambda: _depth_of(model, implementation, packing, name))
-    return LoadedModel(name, model, tokenizer, read_info(name), depth, notes)
+    backend, notes = _reading(name, lambda: _depth_of(model, implementation, packing, name))
+    return Decoder(name, model, tokenizer, read_info(name), backend, notes)
 
 
 def _merged(model: nn.Module, adapter: str) -> Any:
@@ -317,7 +320,7 @@ def _merged(model: nn.Module, adapter: str) -> Any:
 
 def _depth_of(
     model: Any, implementation: Literal["auto", "generic"], packing: PackingConfig | None, path: str
-) -> tuple[DepthModel | PackedModel, tuple[str, ...]]:
+) -> tuple[GenericBackend | PackedBackend, tuple[str, ...]]:
     """What runs a model's layers, and notes on it."""
     if implementation == "auto" and can_pack(model.config):
         weight = model.get_input_embeddings().weight
@@ -325,17 +328,17 @@ def _depth_of(
         return decoder.of(model, packing, _token_order(path, model.config, packing)), notes
     if packing is not None and not packing.is_plain:
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
-    return DepthModel(model), ()
+    return GenericBackend(model), ()
 
 
 def _decoder(
     config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None
-) -> tuple[type[PackedModel], tuple[str, ...]]:
+) -> tuple[type[PackedBackend], tuple[str, ...]]:
     """The best implementation for repacked weights here, and a note where there could be a better one."""
     if can_run_native(config, dtype, device, packing):
-        return NativeModel, ()
+        return NativeBackend, ()
     missing = missing_kernels() if suits_kernels(config, dtype, device, packing) else None
-    return PackedModel, () if missing is None else (missing,)
+    return PackedBackend, () if missing is None else (missing,)
 
 
 def _token_order(path: str, config: Any, packing: PackingConfig | None) -> list[int] | None:
@@ -365,7 +368,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
 
 @quiet_transformers()
-def load_blank(name: str, seed: int, tokenizer: Any = None) -> LoadedModel:
+def load_blank(name: str, seed: int, tokenizer: Any = None) -> Decoder:
     """The architecture of a checkpoint with fresh random weights, in fp32 on the CPU.
 
     With a `tokenizer` the vocabulary takes its size; without one the checkpoint's own is used. The folder needs no weights.
@@ -384,7 +387,7 @@ def load_blank(name: str, seed: int, tokenizer: Any = None) -> LoadedModel:
     _reading(name, lambda: _require_memory(ModelSpec.of(config)))
     torch.manual_seed(seed)
     model = _reading(name, lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa"))
-    return LoadedModel(name, model, tokenizer, read_info(path), DepthModel(model))
+    return Decoder(name, model, tokenizer, read_info(path), GenericBackend(model))
 
 
 def stored_dtype(name: str) -> torch.dtype:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..config.checks import require
 from ..config.decoding import DecodingConfig
-from ..model.backend import SpanModel
-from ..model.cache import DepthCache
+from ..model.backend import Backend
+from ..model.cache import KVCache
 from .drafters.base import Draft
-from .loop import DecodeStats, check_prompt, depth_and_drafter, step_counts, target_logits
+from .loop import DecodeStats, check_prompt, step_counts, target_and_drafter, target_logits
 from .sampling import Sampler, Verdict, sampler_for
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
 
@@ -60,7 +60,7 @@ class _RowByRow:
 
 
 def decode_batch(
-    model: SpanModel,
+    model: Backend,
     prompts: Sequence[list[int]],
     config: DecodingConfig,
     eos_ids: frozenset[int] = frozenset(),
@@ -83,10 +83,10 @@ def decode_batch(
         sampler = sampler_for(config.sampling, model.device)
         rows.append(_Row(number, len(prompt), scanner, sampler, DecodeStats(sequences=1, prompt_tokens=len(prompt))))
     samplers = _RowByRow(rows)
-    depth, drafter = depth_and_drafter(model, config, samplers, eos_ids)
+    target_layers, drafter = target_and_drafter(model, config, samplers, eos_ids)
     cache = model.new_cache(len(rows))
     with torch.inference_mode():
-        logits = _prefill(model, prompts, cache, depth)
+        logits = _prefill(model, prompts, cache, target_layers)
     draft = Draft(torch.empty(len(rows), 0, dtype=torch.long, device=model.device))
     while True:
         with torch.inference_mode():
@@ -109,15 +109,15 @@ def decode_batch(
             positions = (cache.lengths[:, None] + torch.arange(max(most) + 1)).clamp_max(cache.max_positions - 1)
             if drafter is not None and max(most) > 0:
                 draft = drafter.draft(newest, positions[:, : max(most)], cache, most)
-            logits = target_logits(model, draft, positions[:, : draft.tokens.shape[1]], cache, depth)
+            logits = target_logits(model, draft, positions[:, : draft.tokens.shape[1]], cache, target_layers)
 
 
-def _prefill(model: SpanModel, prompts: Sequence[list[int]], cache: DepthCache, depth: int) -> Tensor:
+def _prefill(model: Backend, prompts: Sequence[list[int]], cache: KVCache, target_layers: int) -> Tensor:
     """Logits (B, 1, V) behind each prompt's last token."""
     longest = max(map(len, prompts))
     tokens = torch.tensor([prompt + [prompt[-1]] * (longest - len(prompt)) for prompt in prompts], device=model.device)
     positions = torch.arange(longest).expand(len(prompts), -1)
-    hidden = model.run_layers(model.embed(tokens), 0, depth, positions, cache)
+    hidden = model.run_layers(model.embed(tokens), 0, target_layers, positions, cache)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
     return model.unembed(hidden[torch.arange(len(prompts), device=model.device), last][:, None])
 

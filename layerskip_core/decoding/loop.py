@@ -12,8 +12,8 @@ from torch import Tensor
 from ..config.checks import require, require_exit_layer
 from ..config.decoding import DecodingConfig
 from ..errors import ConfigError
-from ..model.backend import SpanModel
-from ..model.cache import DepthCache
+from ..model.backend import Backend
+from ..model.cache import KVCache
 from .drafters.base import Draft, Drafter
 from .drafters.exit import ExitDrafter, drafter_for
 from .sampling import Sampler, sampler_for
@@ -83,22 +83,22 @@ class Decoding:
 
     def __init__(
         self,
-        model: SpanModel,
+        model: Backend,
         prompt_ids: list[int],
         stopping: Stopping,
         sampler: Sampler,
-        depth: int,
+        target_layers: int,
         drafter: Drafter | None = None,
         num_draft_tokens: int = 0,
         detokenize: Detokenize | None = None,
     ) -> None:
-        """The target is layers 0..depth-1 of the model. Raises ConfigError for a prompt that is empty or leaves no room."""
+        """The target is layers 0..backend-1 of the model. Raises ConfigError for a prompt that is empty or leaves no room."""
         limit = model.max_positions
         check_prompt(prompt_ids, limit)
         self.finish_reason: StopReason | None = None
         self._model = model
         self._sampler = sampler
-        self._depth = depth
+        self._target_layers = target_layers
         self._drafter = drafter
         self._num_draft_tokens = num_draft_tokens if drafter else 0
         self._scanner = StopScanner(stopping, limit - len(prompt_ids), detokenize)
@@ -130,7 +130,7 @@ class Decoding:
         draft = self._draft()
         drafted_at = self._clock() if draft.num_drafts else started
         positions = self._positions[:, self._cached : self._cached + draft.tokens.shape[1]]
-        logits = target_logits(self._model, draft, positions, self._cache, self._depth)[0]
+        logits = target_logits(self._model, draft, positions, self._cache, self._target_layers)[0]
         first_draft = draft.tokens.shape[1] - draft.num_drafts
         verdict = self._sampler.verify(draft.tokens[0, first_draft:], None if draft.probs is None else draft.probs[0], logits)
         verified_at = time.perf_counter()
@@ -177,7 +177,7 @@ class Decoding:
 
 
 def decode(
-    model: SpanModel,
+    model: Backend,
     prompt_ids: list[int],
     config: DecodingConfig,
     eos_ids: frozenset[int] = frozenset(),
@@ -192,9 +192,9 @@ def decode(
     below the exit, for measuring. Raises ConfigError for an exit that the model does not have and a prompt that does not fit.
     """
     sampler = sampler_for(config.sampling, model.device)
-    depth, drafter = depth_and_drafter(model, config, sampler, eos_ids, reuse_exit_states)
+    target_layers, drafter = target_and_drafter(model, config, sampler, eos_ids, reuse_exit_states)
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
-    return Decoding(model, prompt_ids, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize)
+    return Decoding(model, prompt_ids, stopping, sampler, target_layers, drafter, config.num_draft_tokens, detokenize)
 
 
 def check_prompt(prompt_ids: list[int], limit: int) -> None:
@@ -206,8 +206,8 @@ def check_prompt(prompt_ids: list[int], limit: int) -> None:
         )
 
 
-def depth_and_drafter(
-    model: SpanModel, config: DecodingConfig, sampler: Sampler, eos_ids: frozenset[int], reuse_exit_states: bool = True
+def target_and_drafter(
+    model: Backend, config: DecodingConfig, sampler: Sampler, eos_ids: frozenset[int], reuse_exit_states: bool = True
 ) -> tuple[int, ExitDrafter | None]:
     """How many layers the config's strategy takes for its target, and what drafts for them, if anything does."""
     if config.exit_layer is None or config.strategy == "autoregressive":
@@ -218,17 +218,17 @@ def depth_and_drafter(
     return model.num_layers, drafter_for(model, sampler, config, eos_ids, reuse_exit_states)
 
 
-def target_logits(model: SpanModel, draft: Draft, positions: Tensor, cache: DepthCache, depth: int) -> Tensor:
+def target_logits(model: Backend, draft: Draft, positions: Tensor, cache: KVCache, target_layers: int) -> Tensor:
     """Logits (B, K+1, V) of the draft's last K+1 tokens: the layers that its exit states leave, once over all tokens."""
     tokens, hidden = draft.tokens, draft.exit_states
     if hidden is None:
-        hidden = model.run_layers(model.embed(tokens), 0, depth, positions, cache)
+        hidden = model.run_layers(model.embed(tokens), 0, target_layers, positions, cache)
     else:
         known = hidden.shape[1]
         if known < tokens.shape[1]:
             last = model.run_layers(model.embed(tokens[:, known:]), 0, draft.exit_layer, positions[:, known:], cache)
             hidden = torch.cat((hidden, last), dim=1)
-        hidden = model.run_layers(hidden, draft.exit_layer, depth, positions, cache)
+        hidden = model.run_layers(hidden, draft.exit_layer, target_layers, positions, cache)
     return model.unembed(hidden[:, -(draft.num_drafts + 1) :])
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..checkpoint.load import LoadedModel
+from ..checkpoint.load import Decoder
 from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError
 from .batch import decode_batch
@@ -17,12 +17,12 @@ _INCOMPLETE = "\ufffd"  # what a character becomes whose last bytes are still to
 class Answer:
     """Iterates over the pieces of one answer's text; `text`, `stats` and `finish_reason` say the rest at any time."""
 
-    def __init__(self, loaded: LoadedModel, prompt: str, config: DecodingConfig, raw: bool = False) -> None:
+    def __init__(self, loaded: Decoder, prompt: str, config: DecodingConfig, raw: bool = False) -> None:
         """`raw` leaves out the checkpoint's prompt template. Raises ConfigError for a prompt or exit that does not fit."""
         ids = loaded.encode_prompt(prompt, raw)
         self.text = ""
         self._eos_ids = loaded.eos_ids
-        self._decoding = decode(loaded.depth, ids, config, self._eos_ids, loaded.detokenize)
+        self._decoding = decode(loaded.backend, ids, config, self._eos_ids, loaded.detokenize)
         self._stopping = Stopping(self._eos_ids, config.stop, config.max_new_tokens)
         self._decoder = _IncrementalText(loaded.detokenize)
 
@@ -54,7 +54,7 @@ class WholeAnswer:
 
 
 def answer_together(
-    loaded: LoadedModel, prompts: Sequence[str], config: DecodingConfig, raw: bool = False
+    loaded: Decoder, prompts: Sequence[str], config: DecodingConfig, raw: bool = False
 ) -> tuple[list[WholeAnswer | LayerSkipError], DecodeStats]:
     """Answers in the order of the prompts, an error in the place of a prompt that does not fit, and the stats of all."""
     started = time.perf_counter()
@@ -63,14 +63,14 @@ def answer_together(
     for place, prompt in enumerate(prompts):
         try:
             ids = loaded.encode_prompt(prompt, raw)
-            check_prompt(ids, loaded.depth.max_positions)
+            check_prompt(ids, loaded.backend.max_positions)
             encoded[place] = ids
         except LayerSkipError as error:
             answers[place] = error
     places, total = list(encoded), DecodeStats()
     stopping = Stopping(loaded.eos_ids, config.stop, config.max_new_tokens)
     if places:
-        for one in decode_batch(loaded.depth, list(encoded.values()), config, loaded.eos_ids, loaded.detokenize):
+        for one in decode_batch(loaded.backend, list(encoded.values()), config, loaded.eos_ids, loaded.detokenize):
             text = loaded.detokenize([token for token in one.ids if token not in loaded.eos_ids])
             answers[places[one.row]] = WholeAnswer(stopping.visible(text, True), one.finish_reason, one.stats)
             total += one.stats

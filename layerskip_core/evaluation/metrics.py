@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.load import LoadedModel, quiet_transformers
+from ..checkpoint.load import Decoder, quiet_transformers
 from ..data.examples import Example
 from ..losses import summed_cross_entropy
-from ..model.backend import SpanModel
+from ..model.backend import Backend
 
 # A top-2 gap below this is a near-tie: kernels for one row and for several may round to either side of it. In bf16 logits of
 # 16 to 32 are 1/8 apart, so the bound is two steps; in fp32 it is a thousand times the spread seen between kernels' sums.
@@ -114,7 +114,7 @@ class ReferenceLosses:
         return math.exp(mean) if self.tokens and mean < 700 else None
 
 
-def reference_losses(loaded: LoadedModel, example: Example, exit_layers: Sequence[int]) -> ReferenceLosses:
+def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> ReferenceLosses:
     """The reference and the end of text, teacher-forced behind the prompt (which is not counted), through each exit at once.
 
     A row beyond the context limit is cut there, as in training.
@@ -123,11 +123,11 @@ def reference_losses(loaded: LoadedModel, example: Example, exit_layers: Sequenc
     prompt = loaded.encode_prompt(example.prompt)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     reference = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"]) + end
-    return _losses(loaded.depth, prompt, reference, exit_layers)
+    return _losses(loaded.backend, prompt, reference, exit_layers)
 
 
 def text_losses(
-    loaded: LoadedModel, text: str, windows: int, exit_layers: Sequence[int], window_tokens: int = _WINDOW_TOKENS
+    loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int], window_tokens: int = _WINDOW_TOKENS
 ) -> Iterator[ReferenceLosses]:
     """Of `windows` (0: all) at even distances, of those that a text falls into: windows that do not overlap, of
     `window_tokens` or what the context allows. Each begins with what the tokenizer puts before a text; where that is nothing,
@@ -136,12 +136,12 @@ def text_losses(
     with quiet_transformers():  # which would say that the text is longer than the context
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     start = loaded.encode_prompt("", raw=True)
-    size = min(window_tokens, loaded.depth.max_positions - len(start))
+    size = min(window_tokens, loaded.backend.max_positions - len(start))
     places = range(0, max(len(ids) - size, 0) + 1, size)
     count = min(windows or len(places), len(places))
     for number in range(count):
         place = places[number * len(places) // count]
-        yield _losses(loaded.depth, start, ids[place : place + size], exit_layers)
+        yield _losses(loaded.backend, start, ids[place : place + size], exit_layers)
 
 
 @torch.inference_mode()
@@ -179,7 +179,7 @@ def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
 
 
 @torch.inference_mode()
-def top2_gap(model: SpanModel, ids: Sequence[int]) -> float:
+def top2_gap(model: Backend, ids: Sequence[int]) -> float:
     """How far the most probable next token after `ids` is before the second, in logits of the full model."""
     tokens = torch.tensor([list(ids)], device=model.device)
     positions, cache = torch.arange(len(ids))[None], model.new_cache(1, len(ids))

@@ -7,7 +7,7 @@ from functools import cached_property
 from statistics import median
 from typing import NamedTuple
 
-from ..checkpoint.load import LoadedModel
+from ..checkpoint.load import Decoder
 from ..decoding import DecodeStats, StopReason
 from ..errors import LayerSkipError
 
@@ -50,7 +50,7 @@ class Timed:
     finish_reason: StopReason | None
 
 
-def answer_text(loaded: LoadedModel, prompt_ids: list[int], ids: Sequence[int]) -> str:
+def answer_text(loaded: Decoder, prompt_ids: list[int], ids: Sequence[int]) -> str:
     """The text of an answer. Decoded behind its prompt: some tokenizers drop the space that a text begins with, and code is
     indented by it.
     """

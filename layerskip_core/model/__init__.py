@@ -4,18 +4,18 @@ Shape letters, used everywhere: B batch rows, T tokens of this call, S key posit
 E exit layer (a count, 1..L), K drafted tokens of a round.
 """
 
-from .cache import DepthCache
-from .generic import DepthModel, SpanInputs
-from .native import NativeModel, can_run_native, suits_kernels
-from .packed.model import PackedModel, can_pack
+from .cache import KVCache
+from .generic import GenericBackend, SpanInputs
+from .native import NativeBackend, can_run_native, suits_kernels
+from .packed.model import PackedBackend, can_pack
 from .spec import ModelSpec
 
 __all__ = [
-    "DepthCache",
-    "DepthModel",
+    "GenericBackend",
+    "KVCache",
     "ModelSpec",
-    "NativeModel",
-    "PackedModel",
+    "NativeBackend",
+    "PackedBackend",
     "SpanInputs",
     "can_pack",
     "can_run_native",

@@ -5,11 +5,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .cache import DepthCache
+from .cache import KVCache
 
 
-class SpanModel(Protocol):
-    """What decoding needs of a model: the operations of `DepthModel`, whichever implementation runs."""
+class Backend(Protocol):
+    """What decoding needs of a model: the operations of `GenericBackend`, whichever implementation runs."""
 
     @property
     def num_layers(self) -> int: ...
@@ -20,12 +20,10 @@ class SpanModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> DepthCache: ...
+    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache: ...
 
     def embed(self, ids: Tensor) -> Tensor: ...
 
-    def run_layers(
-        self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache | None = None
-    ) -> Tensor: ...
+    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor: ...
 
     def unembed(self, hidden: Tensor) -> Tensor: ...

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 _BLOCK = 64  # positions are added in blocks, so that a long answer reallocates seldom
 
 
-class DepthCache:
+class KVCache:
     """Keys and values of all L layers for B rows, written at the positions of the tokens they belong to.
 
     A key's index is its token's position. So a query at position p may see exactly the indices 0..p, and whatever stands
@@ -72,7 +72,7 @@ class DepthCache:
 class SpanWriter:
     """Where the tokens of one call go. Looks like a transformers cache to an attention module: `update` is all it calls."""
 
-    def __init__(self, cache: DepthCache, positions: Tensor) -> None:
+    def __init__(self, cache: KVCache, positions: Tensor) -> None:
         self._cache = cache
         self._positions = positions
         rows: list[list[int]] = positions.tolist()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import DepthCache
+from .cache import KVCache
 from .spec import ModelSpec
 
 FP32_SDPA = "sdpa_fp32"  # of training/attention.py
@@ -41,7 +41,7 @@ class SpanInputs:
         )
 
 
-class DepthModel:
+class GenericBackend:
     """A transformers causal language model as three operations, so that any span of its layers can run alone.
 
     `unembed(run_layers(embed(ids), 0, L, positions))` equals `model(ids).logits`; stopping at E < L gives the early exit.
@@ -89,9 +89,9 @@ class DepthModel:
     def dtype(self) -> torch.dtype:
         return self._head.weight.dtype  # type: ignore[no-any-return]
 
-    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> DepthCache:
+    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for this model's layers, up to the context limit unless told otherwise."""
-        return DepthCache(self.num_layers, batch_size, min(max_positions or self.max_positions, self.max_positions))
+        return KVCache(self.num_layers, batch_size, min(max_positions or self.max_positions, self.max_positions))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to hidden states (B, T, D)."""
@@ -103,7 +103,7 @@ class DepthModel:
         start: int,
         stop: int,
         positions: Tensor,
-        cache: DepthCache | None = None,
+        cache: KVCache | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """Layers start..stop-1 over hidden states (B, T, D) of the tokens at `positions` (B, T).
@@ -135,7 +135,7 @@ class DepthModel:
         self,
         hidden: Tensor,
         positions: Tensor,
-        cache: DepthCache | None = None,
+        cache: KVCache | None = None,
         key_mask: Tensor | None = None,
     ) -> SpanInputs:
         """Rotary embeddings and masks of a call, once for all layers of the span. Arguments as for `run_layers`."""

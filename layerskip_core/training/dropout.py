@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..model import DepthModel, SpanInputs
+from ..model import GenericBackend, SpanInputs
 
 _MIX = 1_000_003
 
@@ -46,16 +46,16 @@ def kept_rows(rate: float, batch_size: int, seed: int, step: int, micro_batch: i
     return [row for row, draw in enumerate(torch.rand(batch_size, generator=generator).tolist()) if draw >= rate]
 
 
-def run_layer_on(depth: DepthModel, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:
+def run_layer_on(backend: GenericBackend, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:
     """Runs a layer on the kept rows of (B, T, D) only and scatters them back; the others pass it unchanged.
 
     With no row kept it still runs on one, times zero: its parameters must get a gradient on every rank (DDP, FSDP2).
     """
     if len(kept) == hidden.shape[0]:
-        return depth.run_layer(layer, hidden, inputs)
+        return backend.run_layer(layer, hidden, inputs)
     index = torch.tensor(kept or [0], device=hidden.device)
     selected = hidden.index_select(0, index)
-    output = depth.run_layer(layer, selected, inputs.rows(index))
+    output = backend.run_layer(layer, selected, inputs.rows(index))
     if not kept:
         output = selected + 0.0 * output
     return hidden.index_copy(0, index, output.to(hidden.dtype))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.training import RecipeConfig
 from ..losses import summed_losses
-from ..model import DepthModel, SpanInputs
+from ..model import GenericBackend, SpanInputs
 from .curriculum import exits_on
 from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
 from .exit_loss import exit_weights, target_rows
@@ -47,7 +47,7 @@ class RecipeModule(nn.Module):
         self.from_scratch = from_scratch
         self.recompute = recompute
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.depth = DepthModel(base)
+        self.backend = GenericBackend(base)
 
     def forward(
         self,
@@ -63,8 +63,8 @@ class RecipeModule(nn.Module):
         `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the summed
         cross-entropy of each exit, detached (exits,), and `exit_layers`, the counts that `per_exit` belongs to.
         """
-        layers = self.depth.num_layers
-        exits = exits_on(self.recipe, moment.step, moment.total_steps, layers, self.depth.vocab_size)
+        layers = self.backend.num_layers
+        exits = exits_on(self.recipe, moment.step, moment.total_steps, layers, self.backend.vocab_size)
         if not self.training:
             exits = tuple(range(1, layers + 1))
         taps = self._taps(input_ids, exits, moment, attention_mask, documents)
@@ -76,7 +76,7 @@ class RecipeModule(nn.Module):
             teacher = rows[layers][0] if taught else None
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):  # the paper's first exit weighs nothing
                 loss, cross_entropy = summed_losses(
-                    self.depth.unembed, *rows[exit_layer], self.depth.vocab_size, teacher, self.recipe.distill
+                    self.backend.unembed, *rows[exit_layer], self.backend.vocab_size, teacher, self.recipe.distill
                 )
             total = total + weight * loss
             per_exit.append(cross_entropy.detach())
@@ -91,15 +91,15 @@ class RecipeModule(nn.Module):
         documents: Tensor | None,
     ) -> dict[int, Tensor]:
         """The hidden states (B, T, D) after each exit layer that is on."""
-        hidden = self.depth.embed(input_ids)
+        hidden = self.backend.embed(input_ids)
         inputs = self._span_inputs(hidden, attention_mask, documents)
         taps = {}
         for layer, rate in enumerate(self._rates(moment)):
             kept = kept_rows(rate, hidden.shape[0], self.seed, moment.step, moment.micro_batch, layer)
             if self.recompute and self.training:
-                hidden = checkpoint(run_layer_on, self.depth, layer, hidden, inputs, kept, use_reentrant=False)
+                hidden = checkpoint(run_layer_on, self.backend, layer, hidden, inputs, kept, use_reentrant=False)
             else:
-                hidden = run_layer_on(self.depth, layer, hidden, inputs, kept)
+                hidden = run_layer_on(self.backend, layer, hidden, inputs, kept)
             if layer + 1 in exits:
                 taps[layer + 1] = hidden
         return taps
@@ -107,17 +107,17 @@ class RecipeModule(nn.Module):
     def _span_inputs(self, hidden: Tensor, attention_mask: Tensor | None, documents: Tensor | None) -> SpanInputs:
         if documents is not None:
             positions = positions_in_documents(documents.cpu())
-            return between_documents(self.depth.prepare(hidden, positions, key_mask=documents >= 0), documents)
+            return between_documents(self.backend.prepare(hidden, positions, key_mask=documents >= 0), documents)
         positions = torch.arange(hidden.shape[1])[None]
         if attention_mask is not None:
             positions = (attention_mask.cpu().cumsum(1) - 1).clamp(min=0)
-        return self.depth.prepare(hidden, positions, key_mask=attention_mask)
+        return self.backend.prepare(hidden, positions, key_mask=attention_mask)
 
     def _weights(self, exits: tuple[int, ...]) -> list[float]:
-        return exit_weights(exits, self.depth.num_layers, self.recipe.e_scale, self.recipe.exit_weights)
+        return exit_weights(exits, self.backend.num_layers, self.recipe.e_scale, self.recipe.exit_weights)
 
     def _rates(self, moment: Moment) -> list[float]:
-        layers = self.depth.num_layers
+        layers = self.backend.num_layers
         if not self.training or self.recipe.p_max == 0:
             return [0.0] * layers
         return dropout_rates(self.recipe.p_max, layers, time_scale(moment.step, moment.total_steps, self.from_scratch))

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from ..checkpoint.load import LoadedModel
+from ..checkpoint.load import Trainable
 from ..config.checks import require_exit_layer
 from ..config.training import FinetuneConfig, RecipeConfig
 from .curriculum import mean_exits, rotation_of
@@ -59,25 +59,25 @@ class TrainingPlan:
 
 
 def make_plan(
-    config: FinetuneConfig, loaded: LoadedModel, data: EncodedData, device: str, autocast: bool, packed: bool
+    config: FinetuneConfig, loaded: Trainable, data: EncodedData, device: str, autocast: bool, packed: bool
 ) -> TrainingPlan:
     """Raises ConfigError when the recipe is undefined for this model or number of steps."""
-    recipe, depth = config.recipe, loaded.depth
+    recipe, backend = config.recipe, loaded.backend
     assert recipe is not None
     for exit_layer in recipe.exits:
-        require_exit_layer(exit_layer, depth.num_layers, flag="--exits")
+        require_exit_layer(exit_layer, backend.num_layers, flag="--exits")
     rows = None if data.streamed else len(data.rows)
     steps = _steps(config, rows or 0)
     rotational = recipe.curriculum == "rotational"
-    exits = mean_exits(recipe, steps, depth.num_layers, depth.vocab_size)
+    exits = mean_exits(recipe, steps, backend.num_layers, backend.vocab_size)
     return TrainingPlan(
         rows=rows,
         tokens=data.tokens,
         truncated=data.truncated,
         steps=steps,
         parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-        num_layers=depth.num_layers,
-        rotation=rotation_of(recipe, depth.num_layers, depth.vocab_size) if rotational else None,
+        num_layers=backend.num_layers,
+        rotation=rotation_of(recipe, backend.num_layers, backend.vocab_size) if rotational else None,
         exits_per_step=exits,
         cost=_cost(loaded, recipe, steps, config.regime == "scratch", exits, data),
         memory_mb=_memory_mb(loaded, config, data),
@@ -117,34 +117,34 @@ def _steps(config: FinetuneConfig, rows: int) -> int:
     return max(1, math.ceil(rows / rows_per_step(config) * config.epochs))
 
 
-def _cost(loaded: LoadedModel, recipe: RecipeConfig, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
+def _cost(loaded: Trainable, recipe: RecipeConfig, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
     """Multiply-adds of a step over those of one without the recipe: dropout saves layers, every exit adds a head.
 
     Distillation adds to each early exit the last layer's head once more, forward only: a third. Training from scratch is judged
     by the dropout in the middle of its schedule.
     """
-    depth = loaded.depth
-    layers = float(sum(parameter.numel() for parameter in depth.layers.parameters()))
-    head = float(depth.hidden_size * depth.vocab_size) * data.target_tokens / data.tokens
+    backend = loaded.backend
+    layers = float(sum(parameter.numel() for parameter in backend.layers.parameters()))
+    head = float(backend.hidden_size * backend.vocab_size) * data.target_tokens / data.tokens
     scale = time_scale(steps // 2, steps, from_scratch) if recipe.p_max else 1.0
-    rates = dropout_rates(recipe.p_max, depth.num_layers, scale)
+    rates = dropout_rates(recipe.p_max, backend.num_layers, scale)
     kept = 1 - sum(rates) / len(rates)
     heads = exits + (exits - 1) / 3 * (recipe.distill > 0)
     return (layers * kept + head * heads) / (layers + head)
 
 
-def _memory_mb(loaded: LoadedModel, config: FinetuneConfig, data: EncodedData) -> float:
+def _memory_mb(loaded: Trainable, config: FinetuneConfig, data: EncodedData) -> float:
     """Weights, gradients and two moments in fp32, and the activations of one batch of the longest rows: an estimate.
 
     Of LoRA only the weights count, for its own are few; with gradient checkpointing one layer's activations and every layer's
     input.
     """
-    depth = loaded.depth
+    backend = loaded.backend
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     state = (4 if config.lora_rank else 16) * parameters
-    inner: int = getattr(depth.config, "intermediate_size", 4 * depth.hidden_size)
-    layer = 14 * depth.hidden_size + 4 * inner
-    layers = depth.num_layers * depth.hidden_size + layer if config.gradient_checkpointing else depth.num_layers * layer
+    inner: int = getattr(backend.config, "intermediate_size", 4 * backend.hidden_size)
+    layer = 14 * backend.hidden_size + 4 * inner
+    layers = backend.num_layers * backend.hidden_size + layer if config.gradient_checkpointing else backend.num_layers * layer
     tokens = config.batch_size * data.longest
-    logits = min(tokens * depth.vocab_size, 1 << 24) * 3
+    logits = min(tokens * backend.vocab_size, 1 << 24) * 3
     return float((state + 4 * (tokens * layers + logits)) / 2**20)

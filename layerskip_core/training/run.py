@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.load import (
-    LoadedModel,
+    Trainable,
     load_blank,
     load_checkpoint,
     pick_device,
@@ -57,7 +57,7 @@ class FinetuneJob:
     """A planned run: `plan` says what it will do, `run` does it."""
 
     config: FinetuneConfig
-    loaded: LoadedModel
+    loaded: Trainable
     data: EncodedData
     held_out: EncodedData | None
     template: str | None
@@ -88,7 +88,7 @@ class FinetuneJob:
         model = _with_lora(self.loaded.model, config) if config.lora_rank else self.loaded.model
         module = RecipeModule(model, config.recipe, config.seed, scratch, config.gradient_checkpointing)
         order = token_order(
-            self.data, module.depth.vocab_size
+            self.data, module.backend.vocab_size
         )  # now: a stream that cannot be read must not cost a trained model
         with Interruption() as interruption:
             trainer = make_trainer(
@@ -159,7 +159,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     _require_device(device)
     loaded, rows = _model_and_rows(config)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    config = _resolved(config, parameters, loaded.depth.max_positions)
+    config = _resolved(config, parameters, loaded.backend.max_positions)
     data, held_out, encoder = _encoded(config, loaded, rows)
     autocast = _autocasts(config, device, parameters)
     plan = make_plan(config, loaded, data, str(device), autocast, encoder.pack)
@@ -204,7 +204,7 @@ def _autocasts(config: FinetuneConfig, device: torch.device, parameters: int) ->
     return pick_dtype(config.dtype, device, parameters) == torch.bfloat16
 
 
-def _model_and_rows(config: FinetuneConfig) -> tuple[LoadedModel, list[Row]]:
+def _model_and_rows(config: FinetuneConfig) -> tuple[Trainable, list[Row]]:
     """The model, and the rows to train on: of a stream the first one, to see what they are."""
     wanted = _training_data(config)
     rows = list(itertools.islice(stream_rows(wanted), 1)) if config.streaming else load_rows(wanted)
@@ -234,7 +234,7 @@ def _resolved(config: FinetuneConfig, parameters: int, context: int) -> Finetune
     )
 
 
-def _encoded(config: FinetuneConfig, loaded: LoadedModel, rows: list[Row]) -> tuple[EncodedData, EncodedData | None, Encoder]:
+def _encoded(config: FinetuneConfig, loaded: Trainable, rows: list[Row]) -> tuple[EncodedData, EncodedData | None, Encoder]:
     """The rows to train on, those to validate on, and how both were encoded."""
     assert config.max_length is not None
     encoder = Encoder(loaded.tokenizer, _template(config, loaded, rows), config.max_length, _packs(config, rows))
@@ -261,7 +261,7 @@ def _packs(config: FinetuneConfig, rows: list[Row]) -> bool:
     return config.regime != "finetune" and all(isinstance(row, Example) and not row.prompt for row in rows)
 
 
-def _template(config: FinetuneConfig, loaded: LoadedModel, rows: list[Row]) -> str | None:
+def _template(config: FinetuneConfig, loaded: Trainable, rows: list[Row]) -> str | None:
     """The chat template for chat; the flag, else the parsing template for parsing data, else the checkpoint's own, else prompt
     and line end.
     """

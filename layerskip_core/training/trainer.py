@@ -122,7 +122,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         """Mean loss of every exit over the held-out rows, into the history and to the trackers."""
         inner: Any = self.accelerator.unwrap_model(self.model)
         inner.eval()
-        sums = torch.zeros(inner.depth.num_layers + 1, device=self.args.device)
+        sums = torch.zeros(inner.backend.num_layers + 1, device=self.args.device)
         mine = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
         size = self.args.train_batch_size
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -152,7 +152,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         """Raises TrainingError when the last layer's loss is above what any start explains."""
         finals = [step.exits[max(step.exits)] for step in (self.history.steps[:1] or [losses])]
         final = losses.exits[max(losses.exits)]
-        limit = _EXPLODED * max(math.log(self.model.depth.vocab_size), finals[0])
+        limit = _EXPLODED * max(math.log(self.model.backend.vocab_size), finals[0])
         if not final <= limit:  # NaN is not either
             raise self._failure(
                 f"the loss exploded at step {losses.step}: {final:.1f} in the last layer, first {finals[0]:.1f}"

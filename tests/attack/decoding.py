@@ -39,14 +39,14 @@ def _model(kind: str) -> Any:
     from conftest import tiny_model
 
     from layerskip_core.config.packing import PackingConfig
-    from layerskip_core.model import DepthModel, NativeModel, PackedModel, can_run_native
+    from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
 
     wide = {"intermediate_size": 64, "hidden_size": 64}
     if kind in ("generic", "gemma3_text"):
-        return DepthModel(tiny_model("llama" if kind == "generic" else kind))
+        return GenericBackend(tiny_model("llama" if kind == "generic" else kind))
     if kind in ("packed", "windows", "smollm3", "qwen2"):
         types = {"packed": "llama", "windows": "mistral"}
-        return PackedModel.of(tiny_model(types.get(kind, kind), **({"sliding_window": 5} if kind == "windows" else {})))
+        return PackedBackend.of(tiny_model(types.get(kind, kind), **({"sliding_window": 5} if kind == "windows" else {})))
     packing = {
         "native int8": PackingConfig(quantize="int8"),
         "native int4": PackingConfig(quantize="int4"),
@@ -56,8 +56,8 @@ def _model(kind: str) -> Any:
     dtype = torch.bfloat16 if "bf16" in kind or "int4" in kind else torch.float32
     tiny = tiny_model("llama", dtype, **wide)
     if not can_run_native(tiny.config, dtype, torch.device("cpu"), packing):  # nothing else promises the same bits
-        return PackedModel.of(tiny_model("llama", torch.float64))
-    return NativeModel.of(tiny, packing)
+        return PackedBackend.of(tiny_model("llama", torch.float64))
+    return NativeBackend.of(tiny, packing)
 
 
 def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[str]:

@@ -95,7 +95,7 @@ def _sound(shape: dict[str, Any], seed: int) -> Iterator[Miss | str]:
     import torch
 
     from layerskip_core.config.packing import PackingConfig
-    from layerskip_core.model import DepthModel, NativeModel, PackedModel, can_pack, can_run_native
+    from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_pack, can_run_native
 
     random, cpu = Random(seed), torch.device("cpu")
     batch, count = random.randint(1, 3), random.randint(1, min(24, shape["max_position_embeddings"]))
@@ -104,12 +104,12 @@ def _sound(shape: dict[str, Any], seed: int) -> Iterator[Miss | str]:
         model = _model(shape, seed, dtype)
         with torch.inference_mode():
             reference = model(ids).logits.double()
-        yield from _compare("generic", DepthModel(model), ids, reference, tolerance, random, exact=False)
+        yield from _compare("generic", GenericBackend(model), ids, reference, tolerance, random, exact=False)
         config = model.config
         if can_pack(config):
-            yield from _compare("packed", PackedModel.of(model), ids, reference, tolerance, random, exact=False)
+            yield from _compare("packed", PackedBackend.of(model), ids, reference, tolerance, random, exact=False)
         if can_run_native(config, dtype, cpu, None):
-            native = NativeModel.of(_model(shape, seed, dtype))
+            native = NativeBackend.of(_model(shape, seed, dtype))
             yield from _compare("native", native, ids, reference, tolerance, random, exact=True)
     for dtype, packing in (
         (torch.bfloat16, PackingConfig()),
@@ -117,7 +117,7 @@ def _sound(shape: dict[str, Any], seed: int) -> Iterator[Miss | str]:
         (torch.bfloat16, PackingConfig(quantize="int4")),
     ):
         if can_run_native(config, dtype, cpu, packing):
-            native = NativeModel.of(_model(shape, seed, dtype), packing)
+            native = NativeBackend.of(_model(shape, seed, dtype), packing)
             yield from _compare(f"native {packing.quantize or dtype}", native, ids, reference, math.inf, random, exact=True)
 
 
@@ -165,7 +165,7 @@ def _unsound(shape: dict[str, Any], what: str, seed: int) -> Iterator[Miss | str
     import torch
 
     from layerskip_core.errors import LayerSkipError
-    from layerskip_core.model import NativeModel, PackedModel, can_pack, can_run_native
+    from layerskip_core.model import NativeBackend, PackedBackend, can_pack, can_run_native
 
     shape = {**shape, "model_type": "qwen3" if ("norm too" in what and "query" in what) or "key" in what else "llama"}
     for key in (
@@ -184,13 +184,13 @@ def _unsound(shape: dict[str, Any], what: str, seed: int) -> Iterator[Miss | str
     config = model.config
     _spoil(weights, config, what)
     ids, positions = torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None]
-    for implementation in (PackedModel, NativeModel):
+    for implementation in (PackedBackend, NativeBackend):
         yield COUNTED
         name = implementation.__name__
         try:
             if not can_pack(config):
                 continue
-            if implementation is NativeModel and not can_run_native(config, torch.float32, torch.device("cpu"), None):
+            if implementation is NativeBackend and not can_run_native(config, torch.float32, torch.device("cpu"), None):
                 continue
             built = implementation(config, weights.get)
             with torch.inference_mode():

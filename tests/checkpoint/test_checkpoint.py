@@ -15,7 +15,7 @@ from transformers.utils import logging
 from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
 from layerskip_core.checkpoint.load import (
     PUBLISHED,
-    LoadedModel,
+    Decoder,
     load_blank,
     load_checkpoint,
     pick_device,
@@ -27,7 +27,7 @@ from layerskip_core.checkpoint.save import refuse_overwrite, save_checkpoint, wr
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import DepthModel
+from layerskip_core.model import GenericBackend
 from layerskip_core.prompting.encoding import CHAT, encode_prompt
 from layerskip_core.training.tokenizer import train_tokenizer
 
@@ -61,7 +61,7 @@ def test_a_model_comes_back_as_it_was_saved(folder, tokenizer):
     expected = model_of().state_dict()
     assert loaded.model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
-    assert loaded.info == INFO and loaded.depth.num_layers == 6 and not loaded.model.training
+    assert loaded.info == INFO and loaded.backend.num_layers == 6 and not loaded.model.training
     assert loaded.encode_prompt("remind me") == tokenizer("remind me ->")["input_ids"]
     assert loaded.encode_prompt("remind me", raw=True) == tokenizer("remind me")["input_ids"]
     assert loaded.detokenize([*tokenizer("remind  me , 's")["input_ids"], 2]) == "remind  me , 's"
@@ -100,8 +100,8 @@ def test_weights_are_stored_in_the_precision_asked_for(tmp_path, tokenizer):
     save_checkpoint(model_of(), tokenizer, INFO, str(tmp_path), torch.bfloat16)
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert stored_dtype(str(tmp_path)) == torch.bfloat16
-    assert load_checkpoint(str(tmp_path), "cpu", "fp32").depth.dtype == torch.float32
-    assert load_checkpoint(str(tmp_path), "cpu", "bf16").depth.dtype == torch.bfloat16
+    assert load_checkpoint(str(tmp_path), "cpu", "fp32").backend.dtype == torch.float32
+    assert load_checkpoint(str(tmp_path), "cpu", "bf16").backend.dtype == torch.bfloat16
 
 
 def test_tied_weights_stay_tied(tmp_path, tokenizer):
@@ -197,7 +197,7 @@ def test_the_template_of_layerskip_json_goes_before_the_chat_template(tokenizer)
 
     def template(stored, chat_template):
         tokenizer.chat_template = chat_template
-        return LoadedModel("m", model, tokenizer, CheckpointInfo(stored), DepthModel(model)).prompt_template
+        return Decoder("m", model, tokenizer, CheckpointInfo(stored), GenericBackend(model)).prompt_template
 
     assert template("a {prompt}", chat) == "a {prompt}"
     assert template(None, chat) == CHAT
@@ -219,7 +219,7 @@ def test_a_prompt_keeps_no_end_of_text(tokenizer):
 
 def test_recommendations():
     def recommended(name, exit_layer=None):
-        return LoadedModel(name, model, None, CheckpointInfo(exit_layer=exit_layer), DepthModel(model)).recommended()
+        return Decoder(name, model, None, CheckpointInfo(exit_layer=exit_layer), GenericBackend(model)).recommended()
 
     model = model_of(num_hidden_layers=8)
     assert recommended("facebook/layerskip-llama2-7B") == (8, 12)
@@ -227,7 +227,7 @@ def test_recommendations():
     assert recommended("facebook/layerskip-llama2-7B", exit_layer=5) == (5, 12)
 
     def strategy(name, **info):
-        return LoadedModel(name, model, None, CheckpointInfo(**info), DepthModel(model)).strategy
+        return Decoder(name, model, None, CheckpointInfo(**info), GenericBackend(model)).strategy
 
     assert strategy("some/model") is None
     assert strategy("facebook/layerskip-llama2-7B") == strategy("some/model", exit_layer=5) == "self-speculative"
@@ -247,7 +247,7 @@ def test_fresh_weights_depend_on_the_seed_alone(folder, tokenizer):
 def test_a_blank_model_takes_the_size_of_a_new_tokenizer(tmp_path, tokenizer):
     model_of(vocab_size=67, eos_token_id=5).config.save_pretrained(tmp_path)  # a config alone: no weights, no tokenizer
     loaded = load_blank(str(tmp_path), 0, tokenizer)
-    assert loaded.depth.vocab_size == 300 and loaded.eos_ids == {2}
+    assert loaded.backend.vocab_size == 300 and loaded.eos_ids == {2}
     assert loaded.model.config.pad_token_id == 0
 
 
@@ -284,7 +284,7 @@ def test_an_interrupt_while_saving_leaves_no_model(tmp_path, tokenizer, monkeypa
 def test_an_older_model_is_replaced_whole(folder, tokenizer):
     save_checkpoint(model_of(num_hidden_layers=2), tokenizer, CheckpointInfo(), str(folder), torch.float32)
     loaded = load_checkpoint(str(folder))
-    assert loaded.depth.num_layers == 2 and loaded.info == CheckpointInfo()
+    assert loaded.backend.num_layers == 2 and loaded.info == CheckpointInfo()
     assert not [file for file in folder.iterdir() if file.is_dir()]
 
 

@@ -13,7 +13,7 @@ from layerskip_core.checkpoint.fast_read import LeanTokenizer, lean_config, lean
 from layerskip_core.checkpoint.load import CheckpointInfo, load_checkpoint
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError
-from layerskip_core.model import PackedModel
+from layerskip_core.model import PackedBackend
 
 TEXTS = ["wake me up", "", "né ☃\n  two  spaces", "<|eos|> inside <|bos|>"]
 
@@ -38,14 +38,14 @@ def test_logits_and_ids_equal_transformers(folder, model_type):
     path = str(folder(model_type, tie_word_embeddings=model_type == "qwen2"))
     assert lean_config(path) is not None
     expected, lean = load_checkpoint(path, "cpu", "fp32"), load_checkpoint(path, "cpu", "fp32", implementation="auto")
-    assert isinstance(lean.depth, PackedModel) and isinstance(lean.tokenizer, LeanTokenizer)
+    assert isinstance(lean.backend, PackedBackend) and isinstance(lean.tokenizer, LeanTokenizer)
     ids = torch.tensor([expected.encode_prompt("wake me up")])
     assert lean.encode_prompt("wake me up") == ids[0].tolist()
     with torch.inference_mode():
-        hidden = lean.depth.run_layers(lean.depth.embed(ids), 0, 6, torch.arange(ids.shape[1])[None])
+        hidden = lean.backend.run_layers(lean.backend.embed(ids), 0, 6, torch.arange(ids.shape[1])[None])
         wanted = expected.model(ids).logits
-    torch.testing.assert_close(lean.depth.unembed(hidden), wanted, atol=1e-4 * float(wanted.std()), rtol=0)
-    assert (lean.eos_ids, lean.info, lean.depth.dtype) == (expected.eos_ids, expected.info, torch.float32)
+    torch.testing.assert_close(lean.backend.unembed(hidden), wanted, atol=1e-4 * float(wanted.std()), rtol=0)
+    assert (lean.eos_ids, lean.info, lean.backend.dtype) == (expected.eos_ids, expected.info, torch.float32)
 
 
 def test_the_tokenizer_is_the_same(folder):

@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.gguf_header import read_gguf_header
 from layerskip_core.checkpoint.load import load_blank, load_checkpoint, stored_dtype
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import PackedModel
+from layerskip_core.model import PackedBackend
 
 
 @pytest.fixture
@@ -178,10 +178,10 @@ def test_windows_of_qwen_that_are_not_used(tmp_path):
     loaded = load_checkpoint(str(tmp_path), "cpu", "fp32", implementation="auto")
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        hidden = loaded.depth.run_layers(loaded.depth.embed(ids), 0, 6, torch.arange(9)[None])
+        hidden = loaded.backend.run_layers(loaded.backend.embed(ids), 0, 6, torch.arange(9)[None])
         expected = tiny_model("qwen2", torch.float32, vocab_size=len(tokenizer))(ids).logits
-    assert isinstance(loaded.depth, PackedModel)
-    torch.testing.assert_close(loaded.depth.unembed(hidden), expected, atol=1e-4 * float(expected.std()), rtol=0)
+    assert isinstance(loaded.backend, PackedBackend)
+    torch.testing.assert_close(loaded.backend.unembed(hidden), expected, atol=1e-4 * float(expected.std()), rtol=0)
 
 
 def test_a_tokenizer_larger_than_the_embedding(checkpoint, tmp_path):

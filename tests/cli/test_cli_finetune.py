@@ -69,7 +69,7 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     assert re.fullmatch(r"loss by exit: 1: [\d.]+  2: [\d.]+  3: [\d.]+  4: [\d.]+  5: [\d.]+  6: [\d.]+", exits)
     assert saved == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')}"
     loaded = load_checkpoint("my model", "cpu", "fp32")
-    assert loaded.depth.num_layers == 6 and loaded.prompt_template == "{prompt}\n"
+    assert loaded.backend.num_layers == 6 and loaded.prompt_template == "{prompt}\n"
     config = loaded.info.details["config"]
     assert (config["steps"], config["batch_size"], config["recipe"]["curriculum"]) == (2, 2, "all")
     assert run("generate", "row 1", "--model", "my model", "--max-new-tokens", "4").code == 0

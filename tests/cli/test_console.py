@@ -19,7 +19,7 @@ def test_time_left_counts_from_where_a_run_began(monkeypatch, capsys):
 
 def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
     def loaded(width, device="cpu"):
-        return SimpleNamespace(depth=SimpleNamespace(hidden_size=width, device=torch.device(device)))
+        return SimpleNamespace(backend=SimpleNamespace(hidden_size=width, device=torch.device(device)))
 
     before = torch.get_num_threads()
     try:

@@ -112,7 +112,7 @@ def test_layerskip_json_lists_what_is_replaced(checkpoint, model):
     fails(f"--output {model}: {told}", "import", checkpoint, "--output", str(model), "--overwrite")
     (model / "other.safetensors").unlink()
     assert imported(str(model), model, "--overwrite").code == 0  # from itself
-    assert load_checkpoint(str(model), "cpu").depth.num_layers == 6
+    assert load_checkpoint(str(model), "cpu").backend.num_layers == 6
 
 
 def older(model, **details):

@@ -14,17 +14,17 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.batch import decode_batch
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import DepthModel, PackedModel
+from layerskip_core.model import GenericBackend, PackedBackend
 
 
 @cache
 def model_of(kind):
     if kind == "generic":
-        return DepthModel(tiny_model())
+        return GenericBackend(tiny_model())
     if kind == "windows":
-        return PackedModel.of(tiny_model("mistral", sliding_window=5))
+        return PackedBackend.of(tiny_model("mistral", sliding_window=5))
     packing = PackingConfig(draft_weights="int8", draft_vocab=50) if kind == "low-bit drafts" else None
-    return PackedModel.of(tiny_model(), packing)
+    return PackedBackend.of(tiny_model(), packing)
 
 
 def prompt_of(length):
@@ -158,7 +158,7 @@ def test_sampled_rows_draw_as_they_do_alone(strategy):
 
 
 def test_what_cannot_be_batched_is_refused():
-    exact = PackedModel.of(tiny_model(), PackingConfig(exact=True))
+    exact = PackedBackend.of(tiny_model(), PackingConfig(exact=True))
     with pytest.raises(ConfigError, match="--batch-size must be 1 with --exact, got 2"):
         list(decode_batch(exact, [[3], [4]], DecodingConfig("autoregressive")))
     with pytest.raises(ConfigError, match="at most 127 tokens, got 128"):

@@ -5,91 +5,91 @@ from torch import tensor
 from layerskip_core.config.decoding import SamplingConfig
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic
-from layerskip_core.model import DepthModel
+from layerskip_core.model import GenericBackend
 
 EXIT = 3
 
 
 @pytest.fixture(scope="module")
-def depth(llama):
-    return DepthModel(llama)
+def backend(llama):
+    return GenericBackend(llama)
 
 
-def exit_states_and_logits(depth, ids):
+def exit_states_and_logits(backend, ids):
     """The exit's states (T, D) and logits (T, V) over the whole sequence at once, without a cache."""
-    states = depth.run_layers(depth.embed(tensor([ids])), 0, EXIT, torch.arange(len(ids))[None])
-    return states[0], depth.unembed(states)[0]
+    states = backend.run_layers(backend.embed(tensor([ids])), 0, EXIT, torch.arange(len(ids))[None])
+    return states[0], backend.unembed(states)[0]
 
 
-def draft_after(depth, prompt, limit, sampler=None, **settings):
+def draft_after(backend, prompt, limit, sampler=None, **settings):
     """The draft of a drafter for which all of the prompt but the last token is cached."""
-    drafter = ExitDrafter(depth, sampler or Greedy(), EXIT, **settings)
-    cache, last = depth.new_cache(), len(prompt) - 1
+    drafter = ExitDrafter(backend, sampler or Greedy(), EXIT, **settings)
+    cache, last = backend.new_cache(), len(prompt) - 1
     with torch.inference_mode():
-        depth.run_layers(depth.embed(tensor([prompt[:last]])), 0, depth.num_layers, torch.arange(last)[None], cache)
+        backend.run_layers(backend.embed(tensor([prompt[:last]])), 0, backend.num_layers, torch.arange(last)[None], cache)
         return drafter.draft(tensor([prompt[last:]]), torch.arange(last, last + limit)[None], cache)
 
 
 PROMPT = [5, 11, 23, 42, 8]
 
 
-def greedy_exit_continuation(depth, count):
+def greedy_exit_continuation(backend, count):
     ids = list(PROMPT)
     with torch.no_grad():
         for _ in range(count):
-            ids.append(int(exit_states_and_logits(depth, ids)[1][-1].argmax()))
+            ids.append(int(exit_states_and_logits(backend, ids)[1][-1].argmax()))
     return ids[len(PROMPT) :]
 
 
-def test_drafts_are_the_exit_s_own_tokens_and_states(depth):
-    expected = greedy_exit_continuation(depth, 4)
-    draft = draft_after(depth, PROMPT, limit=4)
+def test_drafts_are_the_exit_s_own_tokens_and_states(backend):
+    expected = greedy_exit_continuation(backend, 4)
+    draft = draft_after(backend, PROMPT, limit=4)
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected]]
     assert (draft.num_drafts, draft.exit_layer, draft.probs) == (4, EXIT, None)
     with torch.no_grad():
-        states, _ = exit_states_and_logits(depth, PROMPT + expected[:3])
+        states, _ = exit_states_and_logits(backend, PROMPT + expected[:3])
     torch.testing.assert_close(draft.exit_states[0], states[-4:])  # of all tokens but the last draft
 
 
-def test_an_eos_ends_the_draft(depth):
-    expected = greedy_exit_continuation(depth, 4)
+def test_an_eos_ends_the_draft(backend):
+    expected = greedy_exit_continuation(backend, 4)
     end = expected.index(expected[1]) + 1
-    draft = draft_after(depth, PROMPT, limit=4, eos_ids=frozenset({66, expected[1]}))
+    draft = draft_after(backend, PROMPT, limit=4, eos_ids=frozenset({66, expected[1]}))
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected[:end]]]
     assert draft.exit_states.shape[1] == draft.num_drafts == end
 
 
-def test_low_confidence_ends_the_draft_before_the_token(depth):
+def test_low_confidence_ends_the_draft_before_the_token(backend):
     """The exit's state is there already then, also for the last token."""
-    expected = greedy_exit_continuation(depth, 4)
+    expected = greedy_exit_continuation(backend, 4)
     with torch.no_grad():
-        states, logits = exit_states_and_logits(depth, PROMPT + expected[:3])
+        states, logits = exit_states_and_logits(backend, PROMPT + expected[:3])
     top = logits.softmax(-1).amax(-1)[-4:].tolist()
     sure = next(place for place in range(4) if top[place] == min(top))
-    draft = draft_after(depth, PROMPT, limit=4, confidence=min(top) + 1e-6)
+    draft = draft_after(backend, PROMPT, limit=4, confidence=min(top) + 1e-6)
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected[:sure]]]
     torch.testing.assert_close(draft.exit_states[0], states[len(PROMPT) - 1 : len(PROMPT) + sure])
-    assert draft_after(depth, PROMPT, limit=4, confidence=min(top) - 1e-6).num_drafts == 4
+    assert draft_after(backend, PROMPT, limit=4, confidence=min(top) - 1e-6).num_drafts == 4
 
 
-def test_sampled_confidence_is_that_of_the_draft_probs(depth):
+def test_sampled_confidence_is_that_of_the_draft_probs(backend):
     """With top_k 1 every draft is certain, whatever the logits."""
     config = SamplingConfig(temperature=1, top_k=1)
-    draft = draft_after(depth, PROMPT, 4, Stochastic(config, depth.device), confidence=0.99)
-    assert draft.tokens.tolist() == [[PROMPT[-1], *greedy_exit_continuation(depth, 4)]]
+    draft = draft_after(backend, PROMPT, 4, Stochastic(config, backend.device), confidence=0.99)
+    assert draft.tokens.tolist() == [[PROMPT[-1], *greedy_exit_continuation(backend, 4)]]
 
 
-def test_draft_probs_are_what_each_draft_was_drawn_from(depth):
+def test_draft_probs_are_what_each_draft_was_drawn_from(backend):
     config = SamplingConfig(temperature=2, top_k=7)
-    draft = draft_after(depth, PROMPT, 4, Stochastic(config, depth.device))
+    draft = draft_after(backend, PROMPT, 4, Stochastic(config, backend.device))
     drafted = draft.tokens[0, 1:].tolist()
     with torch.no_grad():
-        _, logits = exit_states_and_logits(depth, PROMPT + drafted[:3])
-    expected = Stochastic(config, depth.device).probs(logits[-4:])
+        _, logits = exit_states_and_logits(backend, PROMPT + drafted[:3])
+    expected = Stochastic(config, backend.device).probs(logits[-4:])
     torch.testing.assert_close(draft.probs[0], expected)
     assert all(expected[place, token] > 0 for place, token in enumerate(drafted))
 
 
-def test_without_reuse_no_exit_states_are_given(depth):
-    draft = draft_after(depth, PROMPT, limit=2, reuse_exit_states=False)
+def test_without_reuse_no_exit_states_are_given(backend):
+    draft = draft_after(backend, PROMPT, limit=2, reuse_exit_states=False)
     assert (draft.num_drafts, draft.exit_states) == (2, None)

@@ -17,7 +17,7 @@ from layerskip_core.decoding.drafters.base import Draft
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic, probabilities
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import DepthCache, DepthModel
+from layerskip_core.model import GenericBackend, KVCache
 
 WINDOWED = {"sliding_window": 5}
 LAYERS = 6
@@ -29,8 +29,8 @@ def models(llama):
 
 
 @pytest.fixture(scope="module")
-def depth(llama):
-    return DepthModel(llama)
+def backend(llama):
+    return GenericBackend(llama)
 
 
 def prompt_of(length: int) -> list[int]:
@@ -60,7 +60,7 @@ def plain(model, prompt, **settings):
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_self_speculation_equals_autoregressive_decoding(models, model_type):
-    model = DepthModel(models[model_type])
+    model = GenericBackend(models[model_type])
     drafted = accepted = 0
     for length in (1, 2, 9):
         prompt = prompt_of(length)
@@ -78,7 +78,7 @@ def test_self_speculation_equals_autoregressive_decoding(models, model_type):
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_autoregressive_decoding_equals_generate(models, model_type):
     prompt = prompt_of(9)
-    model = DepthModel(models[model_type])
+    model = GenericBackend(models[model_type])
     without_eos, _, _ = plain(model, prompt, max_new_tokens=20)
     eos_ids = [66, without_eos[8]]
     for stops_at in ([], eos_ids):
@@ -93,20 +93,20 @@ def generate(model, prompt, max_new_tokens, **settings):
 
 
 @pytest.mark.parametrize("exit_layer", [1, 4, 6])
-def test_early_exit_equals_the_truncated_model(llama, depth, exit_layer):
+def test_early_exit_equals_the_truncated_model(llama, backend, exit_layer):
     truncated = tiny_model(num_hidden_layers=exit_layer)
     truncated.load_state_dict(llama.state_dict(), strict=False)
-    ids, _, _ = run(depth, prompt_of(9), strategy="early-exit", exit_layer=exit_layer, max_new_tokens=20)
+    ids, _, _ = run(backend, prompt_of(9), strategy="early-exit", exit_layer=exit_layer, max_new_tokens=20)
     assert ids == generate(truncated, prompt_of(9), 20)
 
 
 def test_in_fp32_a_first_difference_stands_at_a_near_tie():
     model = tiny_model(dtype=torch.float32)
-    depth = DepthModel(model)
+    backend = GenericBackend(model)
     for length, exit_layer in product((1, 9), (1, 5)):
         prompt = prompt_of(length)
-        expected, _, _ = plain(depth, prompt, max_new_tokens=30)
-        ids, _, _ = run(depth, prompt, exit_layer=exit_layer, num_draft_tokens=4, max_new_tokens=30)
+        expected, _, _ = plain(backend, prompt, max_new_tokens=30)
+        ids, _, _ = run(backend, prompt, exit_layer=exit_layer, num_draft_tokens=4, max_new_tokens=30)
         place = next((place for place in range(30) if ids[place] != expected[place]), None)
         if place is not None:
             with torch.no_grad():
@@ -114,18 +114,18 @@ def test_in_fp32_a_first_difference_stands_at_a_near_tie():
             assert first - second < 1e-3
 
 
-def test_recomputing_the_first_layers_changes_no_token(depth):
+def test_recomputing_the_first_layers_changes_no_token(backend):
     for exit_layer, num_draft_tokens in product((1, 3, 5), (1, 4)):
         settings = {"exit_layer": exit_layer, "num_draft_tokens": num_draft_tokens, "max_new_tokens": 17}
-        ids, _, stats = run(depth, prompt_of(9), **settings)
-        again, _, recomputed = run(depth, prompt_of(9), reuse_exit_states=False, **settings)
+        ids, _, stats = run(backend, prompt_of(9), **settings)
+        again, _, recomputed = run(backend, prompt_of(9), reuse_exit_states=False, **settings)
         assert (ids, stats.drafted, stats.accepted) == (again, recomputed.drafted, recomputed.accepted)
 
 
 @cache
 def shared_model():
     """For hypothesis, which takes no fixture."""
-    return DepthModel(tiny_model())
+    return GenericBackend(tiny_model())
 
 
 @settings(max_examples=25, deadline=None)
@@ -184,44 +184,44 @@ def tokens_by_layer(model, run_it):
     return calls
 
 
-def test_a_round_runs_the_first_layers_once_a_token_and_the_others_once(depth):
+def test_a_round_runs_the_first_layers_once_a_token_and_the_others_once(backend):
     """E = 2, d = 3: (d+1)E = 8 passes of one token and L-E = 4 passes of d+1 tokens; the prompt of 9 once through all."""
-    decoding = decode(depth, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3))
-    assert tokens_by_layer(depth, lambda: next(decoding)) == [[9]] * 6
-    assert tokens_by_layer(depth, lambda: next(decoding)) == [[1, 1, 1, 1]] * 2 + [[4]] * 4
+    decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3))
+    assert tokens_by_layer(backend, lambda: next(decoding)) == [[9]] * 6
+    assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1, 1, 1]] * 2 + [[4]] * 4
 
 
-def test_without_reuse_the_target_runs_every_layer(depth):
-    decoding = decode(depth, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3), reuse_exit_states=False)
+def test_without_reuse_the_target_runs_every_layer(backend):
+    decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3), reuse_exit_states=False)
     next(decoding)
-    assert tokens_by_layer(depth, lambda: next(decoding)) == [[1, 1, 1, 4]] * 2 + [[4]] * 4
+    assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1, 1, 4]] * 2 + [[4]] * 4
 
 
-def test_an_unsure_draft_costs_no_layer_twice(depth):
+def test_an_unsure_draft_costs_no_layer_twice(backend):
     """No draft is sure enough: the step is a plain one, over the exit state that the drafter has left."""
     config = DecodingConfig(exit_layer=2, num_draft_tokens=3, draft_confidence=1 - 1e-12)
-    decoding = decode(depth, prompt_of(9), config)
+    decoding = decode(backend, prompt_of(9), config)
     next(decoding)
-    assert tokens_by_layer(depth, lambda: next(decoding)) == [[1]] * 6
+    assert tokens_by_layer(backend, lambda: next(decoding)) == [[1]] * 6
     assert (decoding.stats.rounds, decoding.stats.drafted) == (0, 0)
 
 
-def test_drafts_stay_within_the_room_left(depth):
+def test_drafts_stay_within_the_room_left(backend):
     """Of 3 tokens the prefill gives one: the round may draft one, and its two tokens end the output."""
-    decoding = decode(depth, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=3))
+    decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=3))
     next(decoding)
-    assert tokens_by_layer(depth, lambda: next(decoding)) == [[1, 1]] * 2 + [[2]] * 4
+    assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1]] * 2 + [[2]] * 4
 
 
-def test_early_exit_runs_no_later_layer(depth):
+def test_early_exit_runs_no_later_layer(backend):
     config = DecodingConfig(strategy="early-exit", exit_layer=2, max_new_tokens=3)
-    assert tokens_by_layer(depth, lambda: list(decode(depth, prompt_of(9), config))) == [[9, 1, 1]] * 2 + [[]] * 4
+    assert tokens_by_layer(backend, lambda: list(decode(backend, prompt_of(9), config))) == [[9, 1, 1]] * 2 + [[]] * 4
 
 
 # --- rejected drafts, interruptions ------------------------------------------------------------------------------------
 
 
-class Recording(DepthModel):
+class Recording(GenericBackend):
     """Keeps the logits that each pass of the target gives for its first row."""
 
     def __init__(self, model):
@@ -245,24 +245,24 @@ def test_rejected_drafts_leave_no_trace_in_the_logits(models, model_type):
     torch.testing.assert_close(torch.stack(model.first_rows), expected)
 
 
-def test_an_abandoned_decoding_leaves_the_model_usable(depth):
+def test_an_abandoned_decoding_leaves_the_model_usable(backend):
     config = DecodingConfig(exit_layer=3, max_new_tokens=17)
-    expected, _, _ = plain(depth, prompt_of(9), max_new_tokens=17)
-    for tokens in decode(depth, prompt_of(9), config):
+    expected, _, _ = plain(backend, prompt_of(9), max_new_tokens=17)
+    for tokens in decode(backend, prompt_of(9), config):
         assert tokens
         assert not torch.is_inference_mode_enabled()
         break
     assert torch.is_grad_enabled()
-    assert depth.config.num_hidden_layers == len(depth.layers) == LAYERS
-    assert run(depth, prompt_of(9), exit_layer=3, max_new_tokens=17)[0] == expected
+    assert backend.config.num_hidden_layers == len(backend.layers) == LAYERS
+    assert run(backend, prompt_of(9), exit_layer=3, max_new_tokens=17)[0] == expected
 
 
-def test_an_interrupted_step_can_be_taken_again(depth):
-    expected, _, _ = plain(depth, prompt_of(9), max_new_tokens=17)
+def test_an_interrupted_step_can_be_taken_again(backend):
+    expected, _, _ = plain(backend, prompt_of(9), max_new_tokens=17)
     for layer in (0, 2, LAYERS - 1):  # while drafting, before and during verification
-        decoding = decode(depth, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=17))
+        decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=17))
         ids = [token.id for token in next(decoding)]
-        hook = depth.layers[layer].register_forward_hook(interrupt)
+        hook = backend.layers[layer].register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(decoding)
         hook.remove()
@@ -289,7 +289,7 @@ class TableModel:
         self.table, self.max_positions = table, table.shape[1]
 
     def new_cache(self, batch_size=1, max_positions=None):
-        return DepthCache(2, batch_size, max_positions)
+        return KVCache(2, batch_size, max_positions)
 
     def embed(self, ids):
         return torch.stack((ids, torch.zeros_like(ids), torch.zeros_like(ids)), dim=-1)
@@ -406,11 +406,11 @@ def scripted_finish(choose, **settings):
     return decoding.finish_reason
 
 
-def test_the_last_position_of_a_real_context(depth):
+def test_the_last_position_of_a_real_context(backend):
     prompt = prompt_of(120)
-    expected, reason, _ = plain(depth, prompt, max_new_tokens=50)
+    expected, reason, _ = plain(backend, prompt, max_new_tokens=50)
     assert (len(expected), reason) == (8, "context")
-    assert run(depth, prompt, exit_layer=3, num_draft_tokens=5, max_new_tokens=50)[:2] == (expected, "context")
+    assert run(backend, prompt, exit_layer=3, num_draft_tokens=5, max_new_tokens=50)[:2] == (expected, "context")
 
 
 def test_seconds_are_counted_where_they_are_spent(monkeypatch):
@@ -434,16 +434,16 @@ def test_stats_add_exactly():
     assert DecodeStats().acceptance_rate == DecodeStats().tokens_per_second == 0
 
 
-def test_bad_settings_are_refused(depth):
+def test_bad_settings_are_refused(backend):
     with pytest.raises(ConfigError, match="the prompt must be at least 1 token, got none"):
-        run(depth, [], exit_layer=3)
+        run(backend, [], exit_layer=3)
     with pytest.raises(ConfigError, match=r"at most 127 tokens, got 128 \(the model's context is 128 tokens\)"):
-        run(depth, [5] * 128, exit_layer=3)
+        run(backend, [5] * 128, exit_layer=3)
     with pytest.raises(ConfigError, match=r"--exit must be in 1..5, got 6 \(model has 6 layers\)"):
-        run(depth, [5], exit_layer=6)
+        run(backend, [5], exit_layer=6)
     with pytest.raises(ConfigError, match="--stop must be used with a detokenizer"):
-        decode(depth, [5], DecodingConfig(strategy="autoregressive", stop=("x",)))
-    assert run(depth, [5] * 127, exit_layer=3)[1] == "context"
+        decode(backend, [5], DecodingConfig(strategy="autoregressive", stop=("x",)))
+    assert run(backend, [5] * 127, exit_layer=3)[1] == "context"
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------------
@@ -532,12 +532,12 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
     """The target's probabilities depend on the whole prefix here, through the cache that rejected drafts have written."""
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
     config, prompt = SamplingConfig(temperature=4.0, top_k=2), [3, 1, 4]
-    depth = DepthModel(model)
+    backend = GenericBackend(model)
     sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
-    drafter = ExitDrafter(depth, sampler, 1)
+    drafter = ExitDrafter(backend, sampler, 1)
     stats, outputs = DecodeStats(), []
     for _ in range(300):
-        decoding = Decoding(depth, prompt, stopping, sampler, 2, drafter, 2)
+        decoding = Decoding(backend, prompt, stopping, sampler, 2, drafter, 2)
         outputs.append(tuple(token.id for token in chain.from_iterable(decoding)))
         stats += decoding.stats
 
@@ -550,10 +550,10 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
     assert p_value_of(outputs, joint) > 1e-3
 
 
-def test_sampling_is_repeatable_by_its_seed(depth):
+def test_sampling_is_repeatable_by_its_seed(backend):
     def sampled(seed):
         config = SamplingConfig(temperature=2.0, seed=seed)
-        return run(depth, prompt_of(9), exit_layer=4, num_draft_tokens=3, max_new_tokens=17, sampling=config)[0]
+        return run(backend, prompt_of(9), exit_layer=4, num_draft_tokens=3, max_new_tokens=17, sampling=config)[0]
 
     assert sampled(1) == sampled(1) != sampled(2)
 

@@ -96,7 +96,7 @@ class Scripted:
 def test_pieces_of_an_answer(monkeypatch, chunks, reason, stop, pieces):
     monkeypatch.setattr(text, "decode", lambda *_: Scripted(chunks, reason))
     loaded = SimpleNamespace(
-        depth=None, eos_ids=frozenset({EOS}), encode_prompt=lambda prompt, raw: [1], detokenize=bytes_to_text
+        backend=None, eos_ids=frozenset({EOS}), encode_prompt=lambda prompt, raw: [1], detokenize=bytes_to_text
     )
     answer = Answer(loaded, "prompt", DecodingConfig("autoregressive", stop=stop))
     assert list(answer) == pieces
@@ -110,7 +110,7 @@ def loaded(checkpoint):
 
 def test_an_answer_is_the_text_of_its_tokens(loaded):
     config = DecodingConfig("self-speculative", exit_layer=4, num_draft_tokens=5, max_new_tokens=60)
-    tokens = [token.id for step in decode(loaded.depth, loaded.encode_prompt("wake me up"), config) for token in step]
+    tokens = [token.id for step in decode(loaded.backend, loaded.encode_prompt("wake me up"), config) for token in step]
     answer = Answer(loaded, "wake me up", config)
     pieces = list(answer)
     assert "".join(pieces) == answer.text == loaded.detokenize(tokens)

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from evaluating import NEW_TOKENS, TOO_LONG, own_answers, tiny_loaded
 
-from layerskip_core.checkpoint.load import LoadedModel
+from layerskip_core.checkpoint.load import Decoder
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import decode
@@ -50,7 +50,7 @@ def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
         count = min(3, NEW_TOKENS - place - 1)
         exit_only = DecodingConfig("early-exit", 5, max_new_tokens=max(count, 1))
         drafts = [
-            token.id for step in decode(loaded.depth, ids + expected[:place], exit_only, loaded.eos_ids) for token in step
+            token.id for step in decode(loaded.backend, ids + expected[:place], exit_only, loaded.eos_ids) for token in step
         ]
         right = 0
         while right < count and right < len(drafts) and drafts[right] == expected[place + right]:
@@ -87,7 +87,7 @@ def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
     plain = replace(PLAIN, stop=(stop,))
     config = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, baselines=(name,))
     (setting,) = load_baselines(loaded, config, plain)
-    expected = decode(loaded.depth, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
+    expected = decode(loaded.backend, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
     ids = tuple(token.id for step in expected for token in step)
     found = measure(loaded, prompt, setting)
     assert (found.error, found.ids, found.finish_reason) == (None, ids, "stop")
@@ -165,7 +165,7 @@ def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
     from layerskip_core.checkpoint.load import load_checkpoint
 
     packed = load_checkpoint(checkpoint, implementation="auto")
-    assert isinstance(packed, LoadedModel)
+    assert isinstance(packed, Decoder)
     config = BenchConfig(checkpoint, exit_layer=5, num_draft_tokens=3, repeats=1, baselines=("transformers", "no-reuse"))
     *_, record = bench(packed, own_answers(2), config)
     plain, _, drafted, transformers, without = record.results

@@ -45,7 +45,9 @@ def test_simulated_rounds_are_the_real_ones(exit_layer, drafts, new_tokens):
         output = list(measure(loaded, example.prompt, DecodingConfig("autoregressive", max_new_tokens=new_tokens)).ids)
         choices = agreement(loaded, prompt, output, [2, 4, 5])[exit_layer]
         found = simulate(choices, output, drafts, new_tokens, loaded.eos_ids)
-        real = decode(loaded.depth, prompt, DecodingConfig("self-speculative", exit_layer, drafts, new_tokens), loaded.eos_ids)
+        real = decode(
+            loaded.backend, prompt, DecodingConfig("self-speculative", exit_layer, drafts, new_tokens), loaded.eos_ids
+        )
         assert [token.id for step in real for token in step] == output
         stats = real.stats
         assert (found.drafted, found.accepted, found.rounds) == (stats.drafted, stats.accepted, stats.rounds)
@@ -112,13 +114,13 @@ def test_pass_times_of_the_real_loop():
     times = pass_times(loaded, prompt, 2, 4, plain_steps(loaded, prompt))
     assert len(times) >= 2
     assert all(one.draft > 0 and one.verify > 0 and one.plain > 0 for one in times)
-    full = [5] * (loaded.depth.max_positions - 1)
+    full = [5] * (loaded.backend.max_positions - 1)
     assert pass_times(loaded, full, 2, 4, plain_steps(loaded, full)) == []
 
 
 def test_plain_steps_go_on_where_the_context_ends():
     loaded = tiny_loaded()
-    nearly = [5] * (loaded.depth.max_positions - 3)
+    nearly = [5] * (loaded.backend.max_positions - 3)
     steps = list(islice(plain_steps(loaded, nearly), 7))  # a prefill and two steps have room
     assert len(steps) == 7
     assert all(step.drafted == 0 and step.total > 0 for step in steps)

@@ -110,4 +110,4 @@ def test_gap_is_between_the_two_best_logits():
     loaded = tiny_loaded()
     ids = loaded.encode_prompt(EXAMPLE.prompt)
     best, second = sorted(loaded.model(torch.tensor([ids])).logits[0, -1].tolist(), reverse=True)[:2]
-    assert top2_gap(loaded.depth, ids) == pytest.approx(best - second)
+    assert top2_gap(loaded.backend, ids) == pytest.approx(best - second)

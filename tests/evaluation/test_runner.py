@@ -76,7 +76,7 @@ def test_a_difference_is_located_with_the_targets_gap_there():
     (difference,) = differences(loaded, task.examples, changed, plain)
     assert (difference.sample, difference.position) == (1, 4)
     prefix = loaded.encode_prompt(task.examples[1].prompt) + list(ids[:4])
-    assert difference.top2_gap == pytest.approx(top2_gap(loaded.depth, prefix))
+    assert difference.top2_gap == pytest.approx(top2_gap(loaded.backend, prefix))
     assert differences(loaded, task.examples, plain, plain) == ()
 
 
@@ -118,4 +118,4 @@ def test_nothing_but_failures_is_an_error():
 
 
 def test_the_tiny_model_has_the_layers_that_the_tests_count_on():
-    assert tiny_loaded().depth.num_layers == LAYERS
+    assert tiny_loaded().backend.num_layers == LAYERS

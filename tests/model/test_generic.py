@@ -3,7 +3,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import DepthModel
+from layerskip_core.model import GenericBackend
 from layerskip_core.model.spec import SUPPORTED
 
 WINDOWED = {"mistral": {"sliding_window": 5}, "gemma2": {"sliding_window": 5}, "gemma3_text": {"sliding_window": 5}}
@@ -20,11 +20,11 @@ def positions_of(start: int, stop: int, batch: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_spans_equal_the_model_itself(model_type):
     model = tiny_model(model_type, **WINDOWED.get(model_type, {}))
-    depth, ids = DepthModel(model), ids_of(2, 11)
+    backend, ids = GenericBackend(model), ids_of(2, 11)
     with torch.no_grad():
         expected = model(ids).logits
-        early = depth.run_layers(depth.embed(ids), 0, 2, positions_of(0, 11, 2))
-        actual = depth.unembed(depth.run_layers(early, 2, 6, positions_of(0, 11, 2)))
+        early = backend.run_layers(backend.embed(ids), 0, 2, positions_of(0, 11, 2))
+        actual = backend.unembed(backend.run_layers(early, 2, 6, positions_of(0, 11, 2)))
     torch.testing.assert_close(actual, expected)
     assert expected.std() > 0.1
 
@@ -38,33 +38,33 @@ def test_cached_spans_equal_the_model_itself(model_type, monkeypatch):
         softmax = torch.nn.functional.softmax
         monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
     model = tiny_model(model_type, **WINDOWED.get(model_type, {}))
-    depth, ids = DepthModel(model), ids_of(1, 13)
-    cache, rows = depth.new_cache(), []
+    backend, ids = GenericBackend(model), ids_of(1, 13)
+    cache, rows = backend.new_cache(), []
     with torch.no_grad():
         expected = model(ids).logits
         for start, stop in [(0, 7), (7, 8), (8, 11), (11, 13)]:
             positions = positions_of(start, stop)
-            early = depth.run_layers(depth.embed(ids[:, start:stop]), 0, 2, positions, cache)
-            rows.append(depth.unembed(depth.run_layers(early, 2, 6, positions, cache)))
+            early = backend.run_layers(backend.embed(ids[:, start:stop]), 0, 2, positions, cache)
+            rows.append(backend.unembed(backend.run_layers(early, 2, 6, positions, cache)))
     torch.testing.assert_close(torch.cat(rows, dim=1), expected)
 
 
 def test_an_exit_equals_the_truncated_model(llama):
-    depth, ids = DepthModel(llama), ids_of(2, 9)
+    backend, ids = GenericBackend(llama), ids_of(2, 9)
     truncated = tiny_model(num_hidden_layers=2)
     truncated.load_state_dict(llama.state_dict(), strict=False)
     with torch.no_grad():
-        actual = depth.unembed(depth.run_layers(depth.embed(ids), 0, 2, positions_of(0, 9, 2)))
+        actual = backend.unembed(backend.run_layers(backend.embed(ids), 0, 2, positions_of(0, 9, 2)))
         torch.testing.assert_close(actual, truncated(ids).logits)
 
 
 def test_overwritten_positions_leave_no_trace(llama):
     """Positions 5..8 are written with other tokens first, as by rejected drafts, in a ragged batch of two rows."""
-    depth, ids, wrong = DepthModel(llama), ids_of(2, 9), ids_of(2, 4)
-    cache = depth.new_cache(batch_size=2)
+    backend, ids, wrong = GenericBackend(llama), ids_of(2, 9), ids_of(2, 4)
+    cache = backend.new_cache(batch_size=2)
 
     def run(tokens, positions):
-        return depth.unembed(depth.run_layers(depth.embed(tokens), 0, 6, positions, cache))
+        return backend.unembed(backend.run_layers(backend.embed(tokens), 0, 6, positions, cache))
 
     with torch.no_grad():
         run(ids[:, :5], positions_of(0, 5, 2))
@@ -77,23 +77,23 @@ def test_overwritten_positions_leave_no_trace(llama):
 
 
 def test_left_padded_rows_equal_unpadded_ones(llama):
-    depth, ids = DepthModel(llama), ids_of(1, 6)
+    backend, ids = GenericBackend(llama), ids_of(1, 6)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
     key_mask = torch.tensor([[False] * 3 + [True] * 6])
     positions = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4, 5]])
     with torch.no_grad():
-        actual = depth.unembed(depth.run_layers(depth.embed(padded), 0, 6, positions, key_mask=key_mask))
+        actual = backend.unembed(backend.run_layers(backend.embed(padded), 0, 6, positions, key_mask=key_mask))
         torch.testing.assert_close(actual[:, 3:], llama(ids).logits)
 
 
 def test_the_context_limit_is_an_error(llama):
-    depth = DepthModel(llama)
+    backend = GenericBackend(llama)
     with pytest.raises(ConfigError, match="context limit of 128 tokens"):
-        depth.run_layers(depth.embed(ids_of(1, 1)), 0, 1, torch.tensor([[128]]), depth.new_cache())
+        backend.run_layers(backend.embed(ids_of(1, 1)), 0, 1, torch.tensor([[128]]), backend.new_cache())
 
 
 def test_what_cannot_be_split_is_refused_by_name():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with pytest.raises(CheckpointError, match="'gpt2' cannot be split by depth"):
-        DepthModel(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)))
+        GenericBackend(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)))

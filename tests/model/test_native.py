@@ -14,7 +14,7 @@ from layerskip_core.decoding.drafters.exit import drafter_for
 from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.model import NativeModel, PackedModel, can_run_native
+from layerskip_core.model import NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
 from layerskip_core.model.packed import model as packed
@@ -47,7 +47,7 @@ def threads():
 
 def model_of(precision, model_type="llama", **changes):
     dtype, packing = PRECISIONS[precision]
-    return NativeModel.of(tiny_model(model_type, dtype, **{**WIDE, **changes}), PackingConfig(**packing))
+    return NativeBackend.of(tiny_model(model_type, dtype, **{**WIDE, **changes}), PackingConfig(**packing))
 
 
 @needs_kernels
@@ -55,7 +55,7 @@ def model_of(precision, model_type="llama", **changes):
 @pytest.mark.parametrize("case", CASES)
 def test_spans_equal_the_generic_ones(variant, pair, case, dtype, monkeypatch, threads):  # noqa: F811
     threads(2)
-    monkeypatch.setattr("test_packed.PackedModel", NativeModel)
+    monkeypatch.setattr("test_packed.PackedBackend", NativeBackend)
     generic, fast = pair(case, dtype)
     generic.model.float()  # the same weights; the kernels keep hidden states in fp32, and are nearer to this
     assert fast.implementation == f"native ({variant})"
@@ -65,7 +65,7 @@ def test_spans_equal_the_generic_ones(variant, pair, case, dtype, monkeypatch, t
 @needs_kernels
 @pytest.mark.parametrize("size", [8, 24, 64, 128])
 def test_heads_of_any_size(variant, pair, size, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("test_packed.PackedModel", NativeModel)
+    monkeypatch.setattr("test_packed.PackedBackend", NativeBackend)
     assert_equal_spans(*pair("qwen3", torch.float32, head_dim=size), ids_of(1, 40), [0, 33, 34, 40], torch.float32)
 
 
@@ -113,7 +113,7 @@ def test_speculation_gives_the_tokens_of_plain_decoding(variant, precision, thre
 def test_low_bit_layers_are_near_the_levels_they_store(variant, precision):
     """Against the packed model on torch's kernels over the same levels: what differs is the rounding of activations."""
     dtype, packing = PRECISIONS[precision]
-    reference = PackedModel.of(tiny_model("llama", dtype, **WIDE), PackingConfig(**packing))
+    reference = PackedBackend.of(tiny_model("llama", dtype, **WIDE), PackingConfig(**packing))
     model, ids = model_of(precision), ids_of(1, 12)
     with torch.inference_mode():
         expected, found = (
@@ -126,9 +126,9 @@ def test_low_bit_layers_are_near_the_levels_they_store(variant, precision):
 @needs_kernels
 def test_a_low_bit_copy_drafts_and_the_model_verifies(variant):
     packing = PackingConfig(draft_weights="int4", draft_layers=3, draft_vocab=50)
-    model = NativeModel.of(tiny_model("llama", torch.float32, **WIDE), packing)
-    alone = NativeModel.of(tiny_model("llama", torch.float32, **WIDE))
-    assert isinstance(model.draft, NativeModel) and model.draft.num_layers == 3
+    model = NativeBackend.of(tiny_model("llama", torch.float32, **WIDE), packing)
+    alone = NativeBackend.of(tiny_model("llama", torch.float32, **WIDE))
+    assert isinstance(model.draft, NativeBackend) and model.draft.num_layers == 3
     assert model.implementation == f"native ({variant}), int4 drafts"
     prompt = ids_of(1, 9)[0].tolist()
     drafted = decode(model, prompt, DecodingConfig("self-speculative", 3, 4, 30))
@@ -144,7 +144,7 @@ def test_a_draft_in_one_call_is_that_of_single_steps(variant, packing, number, t
     """Tokens, states and the cache, bit for bit; all of it again behind an EOS, which ends the draft."""
     threads(number)
     order = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
-    model = NativeModel.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(**packing), order)
+    model = NativeBackend.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(**packing), order)
     prompt, positions = ids_of(1, 30), torch.arange(29, 35)[None]
 
     def drafted(ends, one_call):
@@ -175,7 +175,7 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
     def drafted(change):
         tiny = tiny_model("llama", torch.float32, vocab_size=600, **WIDE)
         change(tiny.lm_head.weight.data)
-        model = NativeModel.of(tiny)
+        model = NativeBackend.of(tiny)
         with torch.inference_mode():
             return model.draft_greedily(5, 3, torch.arange(1)[None], model.new_cache(), frozenset())[0].tolist()
 
@@ -229,7 +229,7 @@ def test_rows_beyond_what_32_bits_can_multiply(variant, kind, threads, monkeypat
     shape = {**SMALLEST, **({"hidden_size": 32, "intermediate_size": 32, "head_dim": 32} if wide else {})}
     rows = 66_000 if variant == "avx2" else 132_000 if wide else 161_000
     tiny = tiny_model("llama", torch.float32, vocab_size=3, num_hidden_layers=1, pad_token_id=0, eos_token_id=2, **shape)
-    model = NativeModel.of(tiny, PackingConfig("int8" if wide else None))
+    model = NativeBackend.of(tiny, PackingConfig("int8" if wide else None))
     hidden = torch.randn(rows, 1, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
 

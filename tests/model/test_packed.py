@@ -9,7 +9,7 @@ from layerskip_core.checkpoint.load import load_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import DepthModel, PackedModel, can_pack
+from layerskip_core.model import GenericBackend, PackedBackend, can_pack
 from layerskip_core.model.packed import linear
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -46,7 +46,7 @@ def pair(monkeypatch):
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.3)
-        return DepthModel(deepcopy(model)), PackedModel.of(model)
+        return GenericBackend(deepcopy(model)), PackedBackend.of(model)
 
     return make
 
@@ -144,7 +144,7 @@ def test_the_context_limit_is_an_error(pair):
 
 def test_the_original_weights_are_released():
     model = tiny_model()
-    PackedModel.of(model)
+    PackedBackend.of(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
@@ -165,8 +165,8 @@ def test_a_checkpoint_is_loaded_for_decoding(tmp_path, monkeypatch, model_type, 
     tiny_model(model_type, torch.float32).save_pretrained(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
     monkeypatch.setattr("layerskip_core.checkpoint.load.can_run_native", lambda *_: False)
-    assert load_checkpoint(str(tmp_path), "cpu", "fp32", implementation="auto").depth.implementation == implementation
-    assert load_checkpoint(str(tmp_path), "cpu", "fp32").depth.implementation == "generic"
+    assert load_checkpoint(str(tmp_path), "cpu", "fp32", implementation="auto").backend.implementation == implementation
+    assert load_checkpoint(str(tmp_path), "cpu", "fp32").backend.implementation == "generic"
 
 
 def test_bf16_weights_leave_the_rotary_frequencies_in_fp32(tmp_path, monkeypatch):
@@ -177,4 +177,4 @@ def test_bf16_weights_leave_the_rotary_frequencies_in_fp32(tmp_path, monkeypatch
     loaded = load_checkpoint(str(tmp_path), "cpu", "bf16")
     expected = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
     torch.testing.assert_close(loaded.model.model.rotary_emb.inv_freq, expected)
-    assert loaded.depth.dtype == torch.bfloat16
+    assert loaded.backend.dtype == torch.bfloat16

@@ -16,7 +16,7 @@ from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import DepthModel, PackedModel
+from layerskip_core.model import GenericBackend, PackedBackend
 from layerskip_core.model.draft_vocabulary import token_order
 from layerskip_core.model.quantized import Int4Linear, Int8Linear, quantized
 
@@ -25,7 +25,7 @@ WIDE = {"intermediate_size": 64, "hidden_size": 64}
 
 @cache
 def packed(dtype=torch.float32, **packing):
-    return PackedModel.of(tiny_model(dtype=dtype, **WIDE), PackingConfig(**packing))
+    return PackedBackend.of(tiny_model(dtype=dtype, **WIDE), PackingConfig(**packing))
 
 
 def prompt_of(length):
@@ -105,7 +105,7 @@ def test_a_missing_kernel_is_one_error(monkeypatch):
 @pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.1), ("int4", 0.7)])
 def test_quantized_logits_are_near_the_original_ones(quantize, tolerance):
     ids, positions = torch.tensor([prompt_of(12)]), torch.arange(12)[None]
-    generic, model = DepthModel(tiny_model(dtype=torch.float32, **WIDE)), packed(quantize=quantize)
+    generic, model = GenericBackend(tiny_model(dtype=torch.float32, **WIDE)), packed(quantize=quantize)
     assert model.implementation == f"packed ({quantize})"
     with torch.inference_mode():
         expected, found = (m.unembed(m.run_layers(m.embed(ids), 0, 6, positions)) for m in (generic, model))
@@ -145,7 +145,7 @@ def test_a_draft_vocabulary_bounds_the_drafts_alone():
 def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     """Ids 50, 3 and 40 are named, 0 and 1 follow; sampled drafts of them change nothing either."""
     order, ids = [50, 3, 40], torch.tensor([prompt_of(9)])
-    model = PackedModel.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
+    model = PackedBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
     with torch.inference_mode():
         hidden = model.embed(ids)
         logits, full = model.draft.unembed(hidden), model.unembed(hidden)
@@ -157,7 +157,7 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     often = sorted(set(plain(model, prompt_of(9), max_new_tokens=40)))
     known, unknown = (
         output(
-            PackedModel.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=len(often)), first),
+            PackedBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=len(often)), first),
             prompt_of(9),
             **settings,
         )
@@ -233,7 +233,7 @@ def test_exact_logits_do_not_depend_on_the_strategy(quantize, dtype, exit_layer,
 
 def test_where_rows_depend_on_each_other_they_run_alone(monkeypatch):
     """A layer that sees how many rows there are is found out, and given one row at a time."""
-    model = PackedModel.of(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(exact=True))
+    model = PackedBackend.of(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(exact=True))
     head, seen = model._head, []
 
     def counting(rows):
@@ -250,7 +250,7 @@ def test_where_rows_depend_on_each_other_they_run_alone(monkeypatch):
 
 def test_exact_windows_see_what_masked_ones_see():
     models = [
-        PackedModel.of(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
+        PackedBackend.of(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
         for exact in (True, False)
     ]
     exact, masked = (plain(model, prompt_of(9)) for model in models)
@@ -272,9 +272,11 @@ def test_a_checkpoint_s_token_order_is_what_draft_vocab_counts(checkpoint, tmp_p
     config = json.loads((folder / "config.json").read_text())
     for version in ("5.0", "4.0"):  # read without transformers, and by it
         (folder / "config.json").write_text(json.dumps({**config, "transformers_version": version}))
-        depth = load_checkpoint(str(folder), "cpu", "fp32", implementation="auto", packing=PackingConfig(draft_vocab=2)).depth
+        backend = load_checkpoint(
+            str(folder), "cpu", "fp32", implementation="auto", packing=PackingConfig(draft_vocab=2)
+        ).backend
         with torch.inference_mode():
-            logits = depth.draft.unembed(depth.embed(ids))
+            logits = backend.draft.unembed(backend.embed(ids))
         assert (logits > -torch.inf).nonzero()[:, -1].unique().tolist() == [7, 299]
     (folder / "token_order.json").write_text("[300]")
     refused = run("generate", "x", "--model", str(folder), "--draft-vocab", "2")

@@ -10,7 +10,7 @@ from test_packed import BIASES
 
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import DepthModel, ModelSpec, NativeModel, PackedModel, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.spec import SUPPORTED
 
 LLAMA = {
@@ -91,10 +91,10 @@ def test_a_window_is_what_transformers_takes_it_for(model_type, used):
     model, ids = tiny_model(model_type, **window), torch.randint(3, 67, (1, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids).logits
-        depth = DepthModel(model)
-        found = depth.unembed(depth.run_layers(depth.embed(ids), 0, 6, torch.arange(11)[None]))
+        backend = GenericBackend(model)
+        found = backend.unembed(backend.run_layers(backend.embed(ids), 0, 6, torch.arange(11)[None]))
     torch.testing.assert_close(found, expected)
-    assert depth.spec.window == (5 if used or model_type == "mistral" else None)
+    assert backend.spec.window == (5 if used or model_type == "mistral" else None)
 
 
 def test_layers_without_rotary_positions():
@@ -175,13 +175,13 @@ def test_weights_are_compared_with_what_is_needed():
         spec.check_weights({**spec.shapes, "model.norm.weight": (31,)})
 
 
-IMPLEMENTATIONS = [PackedModel, NativeModel]
+IMPLEMENTATIONS = [PackedBackend, NativeBackend]
 
 
 def pack(implementation, change, model_type="llama", dtype=torch.float32, packing=None, **shape):
     """Packs the tiny model's weights after `change` did something to them."""
     model = tiny_model(model_type, dtype, **shape)
-    if implementation is NativeModel and not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+    if implementation is NativeBackend and not can_run_native(model.config, dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     change(weights)
@@ -235,12 +235,12 @@ def test_infinity_and_sums_beyond_fp32():
         return lambda weights: weights["model.norm.weight"].data.fill_(value)
 
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds infinity: it is damaged"):
-        pack(PackedModel, change(inf))
-    pack(PackedModel, change(3e38))  # finite, though their sum is not
+        pack(PackedBackend, change(inf))
+    pack(PackedBackend, change(3e38))  # finite, though their sum is not
 
 
 @pytest.mark.parametrize("width", [8, 24, 40])
 def test_torchs_int8_kernel_takes_widths_of_sixteens(width):
     """With others it read past the end of the rows: wrong by 1e30, or a crash."""
     with pytest.raises(ConfigError, match=f"int8 weights need layer widths that 16 divides, got {width}"):
-        pack(PackedModel, lambda weights: None, packing=PackingConfig("int8"), intermediate_size=width)
+        pack(PackedBackend, lambda weights: None, packing=PackingConfig("int8"), intermediate_size=width)

@@ -3,7 +3,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import DepthModel
+from layerskip_core.model import GenericBackend
 from layerskip_core.training.dropout import depth_scale, dropout_rates, kept_rows, run_layer_on, time_scale
 
 
@@ -44,26 +44,26 @@ def test_the_rate_is_the_share_of_dropped_rows():
 
 
 def test_dropped_rows_are_not_computed_and_come_back_in_place():
-    depth = DepthModel(tiny_model())
+    backend = GenericBackend(tiny_model())
     hidden = torch.randn(4, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[True] * 5, [False, False, True, True, True], [True] * 5, [False, True, True, True, True]])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    inputs = depth.prepare(hidden, positions, key_mask=mask)
+    inputs = backend.prepare(hidden, positions, key_mask=mask)
     seen = []
-    hook = depth.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-    mixed = run_layer_on(depth, 2, hidden, inputs, [1, 3])
+    hook = backend.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    mixed = run_layer_on(backend, 2, hidden, inputs, [1, 3])
     hook.remove()
     assert seen == [2]
-    full = depth.run_layer(2, hidden, inputs)
+    full = backend.run_layer(2, hidden, inputs)
     torch.testing.assert_close(mixed, torch.stack([hidden[0], full[1], hidden[2], full[3]]))
     assert not torch.allclose(full[0], hidden[0])
 
 
 def test_a_layer_without_rows_still_gets_a_zero_gradient():
-    depth = DepthModel(tiny_model())
+    backend = GenericBackend(tiny_model())
     hidden = torch.randn(2, 3, 32, dtype=torch.float64)
-    output = run_layer_on(depth, 1, hidden, depth.prepare(hidden, torch.arange(3)[None]), [])
+    output = run_layer_on(backend, 1, hidden, backend.prepare(hidden, torch.arange(3)[None]), [])
     torch.testing.assert_close(output, hidden)
     output.sum().backward()
-    gradient = depth.layers[1].mlp.up_proj.weight.grad
+    gradient = backend.layers[1].mlp.up_proj.weight.grad
     assert gradient is not None and gradient.abs().sum() == 0

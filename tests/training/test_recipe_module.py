@@ -116,7 +116,7 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
             torch.manual_seed(1)
             model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
         module = RecipeModule(model, recipe, recompute=recompute).train()
-        rows = layer_rows(module.depth.model)
+        rows = layer_rows(module.backend.model)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = module(ids, labels, Moment(2, 10))["loss"]
         assert loss.dtype == torch.float32

@@ -187,7 +187,7 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
     reports = train(settings(regime="scratch", vocab_size=280))
     assert reports[0].loss == pytest.approx(5.63, abs=0.3)  # fresh weights: about ln 280
     loaded = load_checkpoint(str(tmp_path / "out"))
-    assert len(loaded.tokenizer) == loaded.depth.vocab_size == 280
+    assert len(loaded.tokenizer) == loaded.backend.vocab_size == 280
     with pytest.raises(ConfigError, match="--steps must be at least 2 to train from scratch with layer dropout, got 1"):
         prepare(settings(regime="scratch", steps=1, overwrite=True))
     prepare(settings(regime="scratch", steps=1, overwrite=True, recipe=PLAIN))
@@ -209,7 +209,7 @@ def test_the_plan(settings, base):
 def test_the_cost_of_a_step(settings):
     """Layers with dropout and heads over target tokens, against layers and one head: by hand."""
     job = prepare(settings())
-    layers = 4 * sum(parameter.numel() for parameter in job.loaded.depth.layers[0].parameters())
+    layers = 4 * sum(parameter.numel() for parameter in job.loaded.backend.layers[0].parameters())
     head = 32 * 300 * job.data.target_tokens / job.data.tokens
     kept = 1 - 0.2 * (0 + 0.259921 + 0.587401 + 1) / 4  # D = 2 ** (l / 3) - 1
     assert job.plan.exits_per_step == 2.5

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ...model.cache import DepthCache
+from ...model.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Draft:
 
 
 class Drafter(Protocol):
-    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache, most: Sequence[int] = ()) -> Draft:
+    def draft(self, token: Tensor, positions: Tensor, cache: KVCache, most: Sequence[int] = ()) -> Draft:
         """At most one draft for each of `positions` (B, d), d >= 1; `token` (B, 1), committed, stands at the first of them.
 
         `most`: how many drafts each row of a batch may have; all d without it.

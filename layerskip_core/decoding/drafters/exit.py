@@ -9,8 +9,8 @@ from torch import Tensor
 from ...config.checks import require
 from ...config.decoding import DecodingConfig
 from ...config.packing import EXACT_TOKENS
-from ...model.backend import SpanModel
-from ...model.cache import DepthCache
+from ...model.backend import Backend
+from ...model.cache import KVCache
 from ...model.draft_vocabulary import DraftVocabulary
 from ..sampling import Greedy, Sampler
 from .base import Draft
@@ -21,7 +21,7 @@ class ExitDrafter:
 
     def __init__(
         self,
-        model: SpanModel,
+        model: Backend,
         sampler: Sampler,
         exit_layer: int,
         confidence: float = 0.0,
@@ -41,7 +41,7 @@ class ExitDrafter:
         greedy = isinstance(sampler, Greedy) and not confidence
         self._in_one_call: Any = getattr(model, "draft_greedily", None) if greedy else None
 
-    def draft(self, token: Tensor, positions: Tensor, cache: DepthCache, most: Sequence[int] = ()) -> Draft:
+    def draft(self, token: Tensor, positions: Tensor, cache: KVCache, most: Sequence[int] = ()) -> Draft:
         """Each row ends after an EOS, or before a token where the most probable one has less than the confidence."""
         if self._in_one_call is not None:
             drafted, exit_states = self._in_one_call(int(token), self._exit_layer, positions, cache, self._eos_ids)
@@ -93,7 +93,7 @@ class ExitDrafter:
 
 
 def drafter_for(
-    model: SpanModel, sampler: Sampler, config: DecodingConfig, eos_ids: frozenset[int], reuse_exit_states: bool = True
+    model: Backend, sampler: Sampler, config: DecodingConfig, eos_ids: frozenset[int], reuse_exit_states: bool = True
 ) -> ExitDrafter:
     """Drafts by the layers and the head that the model keeps for that, where it has such, else by its own.
 

@@ -10,14 +10,14 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from ...checkpoint.load import LoadedModel, load_checkpoint, quiet_transformers
+from ...checkpoint.load import Decoder, load_checkpoint, quiet_transformers
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig
 from ...decoding import DecodeStats, StopReason, decode
 from ...decoding.loop import step_counts
 from ...decoding.stopping import Stopping, StopScanner
 from ...errors import ConfigError, LayerSkipError
-from ...model import DepthModel
+from ...model import GenericBackend
 from ..outputs import Step, Timed
 from .runner import Peer, timed
 
@@ -34,12 +34,12 @@ class WithoutReuse:
     stop: tuple[str, ...] = ()
     strategy: str = "no-reuse"
 
-    def run(self, loaded: LoadedModel, prompt_ids: list[int]) -> Timed:
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Timed:
         drafts, limit = self.num_draft_tokens, self.max_new_tokens
         config = DecodingConfig("self-speculative", self.exit_layer, drafts, limit, stop=self.stop)
-        return timed(decode(loaded.depth, prompt_ids, config, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False))
+        return timed(decode(loaded.backend, prompt_ids, config, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False))
 
-    def run_together(self, loaded: LoadedModel, prompts: list[list[int]]) -> list[Timed]:
+    def run_together(self, loaded: Decoder, prompts: list[list[int]]) -> list[Timed]:
         return [self.run(loaded, prompt) for prompt in prompts]
 
 
@@ -60,11 +60,11 @@ class Generate:
     options: dict[str, Any] = field(default_factory=dict)
     assistant: Any = None
 
-    def run(self, loaded: LoadedModel, prompt_ids: list[int]) -> Timed:
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Timed:
         """Raises LayerSkipError when the prompt does not fit, or transformers fails."""
-        room = loaded.depth.max_positions - len(prompt_ids)
+        room = loaded.backend.max_positions - len(prompt_ids)
         if room < 1:
-            raise ConfigError(f"the prompt must be at most {loaded.depth.max_positions - 1} tokens, got {len(prompt_ids)}")
+            raise ConfigError(f"the prompt must be at most {loaded.backend.max_positions - 1} tokens, got {len(prompt_ids)}")
         scanner = self._scanner(loaded, prompt_ids)
         ids = torch.tensor([prompt_ids], device=self.model.device)
         watch = _Watch(self.model, len(prompt_ids), scanner)
@@ -72,7 +72,7 @@ class Generate:
             self._generate(loaded, ids, torch.ones_like(ids), scanner.room, streamer=watch, assistant_model=self.assistant)
         return watch.timed()
 
-    def run_together(self, loaded: LoadedModel, prompts: list[list[int]]) -> list[Timed]:
+    def run_together(self, loaded: Decoder, prompts: list[list[int]]) -> list[Timed]:
         """One batch, padded on the left, where nothing drafts: transformers drafts for one prompt only."""
         if self.assistant is not None or self.options:
             return [self.run(loaded, prompt) for prompt in prompts]
@@ -86,11 +86,11 @@ class Generate:
             for prompt, found, scanner in zip(prompts, ends.ids, ends.scanners, strict=True)
         ]
 
-    def _scanner(self, loaded: LoadedModel, prompt_ids: list[int]) -> StopScanner:
-        room = loaded.depth.max_positions - len(prompt_ids)
+    def _scanner(self, loaded: Decoder, prompt_ids: list[int]) -> StopScanner:
+        room = loaded.backend.max_positions - len(prompt_ids)
         return StopScanner(Stopping(loaded.eos_ids, self.stop, self.max_new_tokens), room, loaded.detokenize)
 
-    def _generate(self, loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **how: Any) -> None:
+    def _generate(self, loaded: Decoder, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **how: Any) -> None:
         """Greedy, from ids (B, T) with their mask. Raises LayerSkipError when transformers fails."""
         config = GenerationConfig(
             do_sample=False,
@@ -218,11 +218,11 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
             self._target_ended = time.perf_counter()
 
 
-def _pad(loaded: LoadedModel) -> int:
+def _pad(loaded: Decoder) -> int:
     return min(loaded.eos_ids, default=0)
 
 
-def load_baselines(loaded: LoadedModel, config: BenchConfig, plain: DecodingConfig) -> list[Peer]:
+def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) -> list[Peer]:
     """The config's baselines, whose exit and draft length must be filled in, with the limits of the `plain` decoding.
 
     They run on transformers' own layers; where `loaded` has repacked the weights, they are read again.
@@ -234,8 +234,8 @@ def load_baselines(loaded: LoadedModel, config: BenchConfig, plain: DecodingConf
     exit_layer, drafts, limit, stop = config.exit_layer, config.num_draft_tokens, plain.max_new_tokens, plain.stop
     assert exit_layer is not None and drafts is not None
 
-    def transformers_model(name: str) -> LoadedModel:
-        device, dtype = str(loaded.depth.device), _DTYPE_NAMES.get(loaded.depth.dtype, "auto")
+    def transformers_model(name: str) -> Decoder:
+        device, dtype = str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto")
         return load_checkpoint(name, device, dtype)
 
     def make(name: str) -> Peer:
@@ -257,7 +257,7 @@ def load_baselines(loaded: LoadedModel, config: BenchConfig, plain: DecodingConf
             raise ConfigError(f"--draft-model must have the tokenizer of {loaded.name}; {name} has another")
         return draft.model
 
-    needed = any(name != "no-reuse" for name in config.baselines) and not isinstance(loaded.depth, DepthModel)
+    needed = any(name != "no-reuse" for name in config.baselines) and not isinstance(loaded.backend, GenericBackend)
     target = transformers_model(loaded.name) if needed else loaded
     model = target.model
     return [make(name) for name in config.baselines]

@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from ...checkpoint.load import LoadedModel
+from ...checkpoint.load import Decoder
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig, SweepConfig
 from ...data.examples import Example
@@ -31,7 +31,7 @@ def timed_examples(examples: Sequence[Example], timed: int | None) -> Sequence[E
 
 
 def answer_together(
-    loaded: LoadedModel,
+    loaded: Decoder,
     examples: Sequence[Example],
     settings: Sequence[Setting],
     batch_size: int,
@@ -59,12 +59,12 @@ def answer_together(
     return by_setting
 
 
-def _answers(loaded: LoadedModel, prompts: Sequence[str], setting: Setting) -> list[Output]:
+def _answers(loaded: Decoder, prompts: Sequence[str], setting: Setting) -> list[Output]:
     """An output for each prompt; one by one where they do not fit together, so that the error is one prompt's own."""
     try:
         ids = [loaded.encode_prompt(prompt) for prompt in prompts]
         for mine in ids:
-            check_prompt(mine, loaded.depth.max_positions)
+            check_prompt(mine, loaded.backend.max_positions)
         found = _decoded(loaded, ids, setting) if isinstance(setting, DecodingConfig) else setting.run_together(loaded, ids)
     except (LayerSkipError, torch.OutOfMemoryError):
         return [measure(loaded, prompt, setting) for prompt in prompts]
@@ -72,7 +72,7 @@ def _answers(loaded: LoadedModel, prompts: Sequence[str], setting: Setting) -> l
     return [Output(one.ids, answer_text(loaded, mine, one.ids), (), one.stats, one.finish_reason) for mine, one in pairs]
 
 
-def _decoded(loaded: LoadedModel, prompts: list[list[int]], setting: DecodingConfig) -> list[Timed]:
-    finished = decode_batch(loaded.depth, prompts, setting, loaded.eos_ids, loaded.detokenize)
+def _decoded(loaded: Decoder, prompts: list[list[int]], setting: DecodingConfig) -> list[Timed]:
+    finished = decode_batch(loaded.backend, prompts, setting, loaded.eos_ids, loaded.detokenize)
     in_order = sorted(finished, key=lambda one: one.row)
     return [Timed(tuple(one.ids), (), one.stats, one.finish_reason) for one in in_order]

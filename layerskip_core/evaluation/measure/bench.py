@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from ...checkpoint.load import LoadedModel
+from ...checkpoint.load import Decoder
 from ...config.checks import require_exit_layer
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig
@@ -53,7 +53,7 @@ class BenchResult:
 
 
 def bench(
-    loaded: LoadedModel,
+    loaded: Decoder,
     task: Task,
     config: BenchConfig,
     folder: Path | None = None,
@@ -74,7 +74,7 @@ def bench(
     own = [task.decoding(setting) for setting in _settings(config, task.max_new_tokens)]
     settings: list[Setting] = [*own, *load_baselines(loaded, config, own[0])]
     machine = environment(loaded)
-    journal = Journal(folder, asdict(config), resume, len(settings), loaded.depth.vocab_size) if folder is not None else None
+    journal = Journal(folder, asdict(config), resume, len(settings), loaded.backend.vocab_size) if folder is not None else None
     losses = ReferenceLosses(0, {})
     if task.text is not None:
         losses = sum(task.losses(loaded, [_depth(setting, loaded) for setting in own]), losses)
@@ -138,12 +138,12 @@ def bench_result(
     )
 
 
-def _resolved(loaded: LoadedModel, task: Task, config: BenchConfig) -> BenchConfig:
+def _resolved(loaded: Decoder, task: Task, config: BenchConfig) -> BenchConfig:
     """The config with its defaults filled in."""
     exit_layer, num_draft_tokens = loaded.recommended()
     if config.exit_layer is not None:
         exit_layer = config.exit_layer
-    require_exit_layer(exit_layer, loaded.depth.num_layers)
+    require_exit_layer(exit_layer, loaded.backend.num_layers)
     num_draft_tokens = config.num_draft_tokens or num_draft_tokens
     config = replace(config, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
     return replace(config, task=task.config, timed=timed_by_default(config))
@@ -161,10 +161,10 @@ def _settings(config: BenchConfig, max_new_tokens: int) -> list[DecodingConfig]:
     return [setting for setting in every if setting.strategy in config.strategies]
 
 
-def _depth(setting: DecodingConfig, loaded: LoadedModel) -> int:
+def _depth(setting: DecodingConfig, loaded: Decoder) -> int:
     """How many layers an answer comes from."""
     early = setting.strategy == "early-exit" and setting.exit_layer is not None
-    return setting.exit_layer if early and setting.exit_layer else int(loaded.depth.num_layers)
+    return setting.exit_layer if early and setting.exit_layer else int(loaded.backend.num_layers)
 
 
 def _median(values: Iterable[float]) -> float | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...checkpoint.load import LoadedModel
+from ...checkpoint.load import Decoder
 from ...config.decoding import DecodingConfig
 from ...data.examples import Example
 from ...decoding import DecodeStats, Decoding, decode
@@ -59,14 +59,16 @@ class Rounds:
 
 @torch.inference_mode()
 def agreement(
-    loaded: LoadedModel, prompt_ids: Sequence[int], output_ids: Sequence[int], exit_layers: Sequence[int]
+    loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], exit_layers: Sequence[int]
 ) -> dict[int, list[int]]:
     """By exit: its greedy choice for each output token, given the prompt and the output before it.
 
     One pass over an output answers for every exit: a greedy draft is compared only behind accepted ones, so what it continues
     is the autoregressive output itself.
     """
-    model = getattr(loaded.depth, "draft", None) or loaded.depth  # low-bit or trimmed drafts choose with weights of their own
+    model = (
+        getattr(loaded.backend, "draft", None) or loaded.backend
+    )  # low-bit or trimmed drafts choose with weights of their own
     ids = [*prompt_ids, *output_ids]
     tokens = torch.tensor([ids[:-1]], device=model.device)
     positions = torch.arange(len(ids) - 1)[None]
@@ -108,17 +110,17 @@ def simulate(
 
 
 def pass_times(
-    loaded: LoadedModel, prompt_ids: list[int], exit_layer: int, num_draft_tokens: int, plain: Iterator["_Step"]
+    loaded: Decoder, prompt_ids: list[int], exit_layer: int, num_draft_tokens: int, plain: Iterator["_Step"]
 ) -> list[PassTimes]:
     """Those of a few rounds of the decoding loop itself, whatever they accept, so that nothing a round does is left out, each
     with a step of `plain` (see `plain_steps`), half of which run before the rounds and half behind them.
 
     Empty where the context has no room for a round.
     """
-    room = loaded.depth.max_positions - len(prompt_ids)
+    room = loaded.backend.max_positions - len(prompt_ids)
     length = min(room, (_ROUNDS + 1) * (num_draft_tokens + 1))
     config = DecodingConfig("self-speculative", exit_layer, num_draft_tokens, max(length, 1))
-    decoding = decode(loaded.depth, prompt_ids, config)  # without an EOS, which would end it
+    decoding = decode(loaded.backend, prompt_ids, config)  # without an EOS, which would end it
     steps = list(islice(plain, _ROUNDS // 2))
     rounds = [one for one in islice(_steps(decoding), _ROUNDS + 2) if one.drafted == num_draft_tokens]
     steps += islice(plain, _ROUNDS - len(steps))
@@ -128,11 +130,11 @@ def pass_times(
     ]
 
 
-def plain_steps(loaded: LoadedModel, prompt_ids: list[int]) -> Iterator["_Step"]:
+def plain_steps(loaded: Decoder, prompt_ids: list[int]) -> Iterator["_Step"]:
     """One autoregressive step after the other, from the prompt anew where the context ends; none where it has no room."""
-    config = DecodingConfig("autoregressive", max_new_tokens=loaded.depth.max_positions)
-    while len(prompt_ids) + 1 < loaded.depth.max_positions:
-        yield from islice(_steps(decode(loaded.depth, prompt_ids, config)), 1, None)
+    config = DecodingConfig("autoregressive", max_new_tokens=loaded.backend.max_positions)
+    while len(prompt_ids) + 1 < loaded.backend.max_positions:
+        yield from islice(_steps(decode(loaded.backend, prompt_ids, config)), 1, None)
 
 
 class _Step(NamedTuple):
@@ -181,7 +183,7 @@ class Predictions:
 
 
 def predict(
-    loaded: LoadedModel,
+    loaded: Decoder,
     examples: Sequence[Example],
     exits: Sequence[int],
     specs: Sequence[int],
@@ -202,7 +204,7 @@ def predict(
         outputs.append(output)
         if output.error is None:
             prompt_ids = loaded.encode_prompt(example.prompt)
-            room = min(max_new_tokens, loaded.depth.max_positions - len(prompt_ids))
+            room = min(max_new_tokens, loaded.backend.max_positions - len(prompt_ids))
             known.append(_Known(prompt_ids, output, room, agreement(loaded, prompt_ids, output.ids, exits)))
         yield Progress(number, total, "prediction")
     require_outputs(Outputs(tuple(outputs)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.load import LoadedModel
+from ...checkpoint.load import Decoder
 from ...config.decoding import DecodingConfig
 from ...decoding import decode
 
@@ -47,12 +47,12 @@ class Inspection:
 
 
 @torch.inference_mode()
-def inspect(loaded: LoadedModel, prompt: str, max_new_tokens: int, raw: bool = False) -> Inspection:
+def inspect(loaded: Decoder, prompt: str, max_new_tokens: int, raw: bool = False) -> Inspection:
     """Decodes greedily with all layers, then reads every layer through the shared head in one pass over prompt and answer.
 
     Raises ConfigError when the prompt is empty or does not fit the context.
     """
-    model = loaded.depth
+    model = loaded.backend
     prompt_ids = loaded.encode_prompt(prompt, raw)
     setting = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
     answer = [token.id for step in decode(model, prompt_ids, setting, loaded.eos_ids) for token in step]
@@ -80,6 +80,6 @@ def settled_layer(chosen: list[int]) -> int:
     return wrong[-1] + 1 if wrong else 1
 
 
-def _text(loaded: LoadedModel, token: int) -> str:
+def _text(loaded: Decoder, token: int) -> str:
     """A token as it stands in the text; a special one by its name."""
     return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from ...checkpoint.load import LoadedModel
+from ...checkpoint.load import Decoder
 from ...config.decoding import DecodingConfig
 from ...data.examples import Example
 from ...decoding import Decoding, decode
@@ -46,10 +46,10 @@ class Peer(Protocol):
     @property
     def max_new_tokens(self) -> int: ...
 
-    def run(self, loaded: LoadedModel, prompt_ids: list[int]) -> "Timed":
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> "Timed":
         """Raises LayerSkipError when the prompt cannot be answered."""
 
-    def run_together(self, loaded: LoadedModel, prompts: list[list[int]]) -> "list[Timed]":
+    def run_together(self, loaded: Decoder, prompts: list[list[int]]) -> "list[Timed]":
         """The same for several prompts, without times; one after the other where there is no other way."""
 
 
@@ -68,16 +68,16 @@ def timed(decoding: Decoding) -> Timed:
     return Timed(tuple(ids), tuple(steps), decoding.stats, decoding.finish_reason)
 
 
-def measure(loaded: LoadedModel, prompt: str, setting: Setting) -> Output:
+def measure(loaded: Decoder, prompt: str, setting: Setting) -> Output:
     """Decodes a prompt in the checkpoint's template. Neither tokenizing nor detokenizing is timed.
 
     A prompt that fits neither the context nor the memory gives an output with an error. The setting must suit the model.
     """
-    memory = PeakMemory(loaded.depth.device)
+    memory = PeakMemory(loaded.backend.device)
     try:
         prompt_ids = loaded.encode_prompt(prompt)
         if isinstance(setting, DecodingConfig):
-            found = timed(decode(loaded.depth, prompt_ids, setting, loaded.eos_ids, loaded.detokenize))
+            found = timed(decode(loaded.backend, prompt_ids, setting, loaded.eos_ids, loaded.detokenize))
         else:
             found = setting.run(loaded, prompt_ids)
     except (LayerSkipError, torch.OutOfMemoryError) as error:
@@ -87,7 +87,7 @@ def measure(loaded: LoadedModel, prompt: str, setting: Setting) -> Output:
 
 
 def measure_interleaved(
-    loaded: LoadedModel,
+    loaded: Decoder,
     examples: Sequence[Example],
     settings: Sequence[Setting],
     repeats: int = 1,
@@ -121,16 +121,14 @@ def measure_interleaved(
     return outputs
 
 
-def differences(
-    loaded: LoadedModel, examples: Sequence[Example], outputs: Outputs, baseline: Outputs
-) -> tuple[Difference, ...]:
+def differences(loaded: Decoder, examples: Sequence[Example], outputs: Outputs, baseline: Outputs) -> tuple[Difference, ...]:
     """Where outputs that should be the baseline's first differ from it; a sample that failed has no place."""
     differing = []
     for sample, (one, other) in enumerate(zip(outputs.each, baseline.each, strict=True)):
         position = first_difference(one.ids, other.ids)
         if position is not None and one.error is None and other.error is None:
             prefix = loaded.encode_prompt(examples[sample].prompt) + list(other.ids[:position])
-            differing.append(Difference(sample, position, top2_gap(loaded.depth, prefix)))
+            differing.append(Difference(sample, position, top2_gap(loaded.backend, prefix)))
     return tuple(differing)
 
 

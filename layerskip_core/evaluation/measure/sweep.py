@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from statistics import mean, median
 
-from ...checkpoint.load import LoadedModel
+from ...checkpoint.load import Decoder
 from ...config.checks import require_exit_layer
 from ...config.decoding import DecodingConfig, Strategy
 from ...config.evaluation import SweepConfig
@@ -57,7 +57,7 @@ class ExitResult:
     failures: tuple[Failure, ...] = ()
 
 
-def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord[ExitResult]]:
+def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord[ExitResult]]:
     """Yields progress, then the record with a recommendation.
 
     Raises:
@@ -68,7 +68,7 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
     loaded = task.prepared(loaded)
     machine = environment(loaded)
     losses = ReferenceLosses(0, {})
-    for number, one in enumerate(task.losses(loaded, [*config.exits, loaded.depth.num_layers]), start=1):
+    for number, one in enumerate(task.losses(loaded, [*config.exits, loaded.backend.num_layers]), start=1):
         losses = losses + one
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     examples = timed_examples(task.examples, config.timed)
@@ -84,7 +84,7 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
     first, *others = (repeats[0] for repeats in measured)
     second = others.pop(half)
     seconds = Outputs(first.each + second.each).seconds_per_token
-    full = losses.perplexity(loaded.depth.num_layers)
+    full = losses.perplexity(loaded.backend.num_layers)
     expected, *answers = together or [first, *others]
     plain = exit_result(baseline, first, seconds, expected, expected, task.score(expected.texts, full))
     results = [replace(plain, tokens_per_second=1 / seconds, speedup=1.0)]  # of both its measurements
@@ -99,9 +99,9 @@ def sweep(loaded: LoadedModel, task: Task, config: SweepConfig) -> Iterator[Prog
         perplexity = full if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
         metrics = task.score(mine.texts, perplexity)
         results.append(exit_result(setting, outputs, seconds, mine, expected, metrics, parted))
-    results = [_with_predictions(result, losses, loaded.depth.num_layers, predictions) for result in results]
+    results = [_with_predictions(result, losses, loaded.backend.num_layers, predictions) for result in results]
     marked = mark_pareto(results, task.quality_metric)
-    advice = recommend(marked, NEAR_TIE[loaded.depth.dtype], baseline_drift(first, second))
+    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], baseline_drift(first, second))
     settings = asdict(config) | {"quality_metric": task.quality_metric}
     yield RunRecord(settings, machine, tuple(marked), advice, prediction_error(marked))
 
@@ -193,9 +193,9 @@ def default_exits(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, min(round(num_layers * share), num_layers - 1)) for share in shares}))
 
 
-def _resolved(loaded: LoadedModel, task: Task, config: SweepConfig) -> SweepConfig:
+def _resolved(loaded: Decoder, task: Task, config: SweepConfig) -> SweepConfig:
     """The config with its defaults filled in."""
-    num_layers = loaded.depth.num_layers
+    num_layers = loaded.backend.num_layers
     exits = config.exits or default_exits(num_layers)
     for exit_layer in exits:
         require_exit_layer(exit_layer, num_layers, flag="--exits")

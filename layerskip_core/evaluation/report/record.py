@@ -10,7 +10,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 
-from ...checkpoint.load import LoadedModel
+from ...checkpoint.load import Decoder
 
 Result = TypeVar("Result")
 
@@ -81,9 +81,9 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     ]
 
 
-def environment(loaded: LoadedModel) -> dict[str, Any]:
+def environment(loaded: Decoder) -> dict[str, Any]:
     """Versions, machine, and how the model runs; the load average is the one before the run."""
-    device = loaded.depth.device
+    device = loaded.backend.device
     return {
         "versions": {
             "layerskip": version("layerskip"),
@@ -97,8 +97,8 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "dtype": str(loaded.depth.dtype).removeprefix("torch."),
-        "implementation": loaded.depth.implementation,
+        "dtype": str(loaded.backend.dtype).removeprefix("torch."),
+        "implementation": loaded.backend.implementation,
         "notes": list(loaded.notes),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...checkpoint.load import LoadedModel
+from ...checkpoint.load import Decoder
 from ...config.decoding import DecodingConfig, SamplingConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example
@@ -46,7 +46,7 @@ class Task:
             return {} if perplexity is None else {"perplexity": perplexity}
         return self.scorer([cut(prediction, self.stop) for prediction in predictions])
 
-    def losses(self, loaded: LoadedModel, exit_layers: Sequence[int]) -> Iterator[ReferenceLosses]:
+    def losses(self, loaded: Decoder, exit_layers: Sequence[int]) -> Iterator[ReferenceLosses]:
         """Of each example's reference through each exit; of as many windows of the text, where the task has one."""
         if self.text is not None:
             yield from text_losses(loaded, self.text, self.config.samples, exit_layers)
@@ -57,7 +57,7 @@ class Task:
         """A way of decoding, with this task's stop strings and sampling."""
         return replace(setting, stop=self.stop, sampling=SamplingConfig(self.config.temperature, seed=self.config.seed))
 
-    def prepared(self, loaded: LoadedModel) -> LoadedModel:
+    def prepared(self, loaded: Decoder) -> Decoder:
         """The model, with this task's template if it has one."""
         return loaded if self.template is None else replace(loaded, info=replace(loaded.info, prompt_template=self.template))
 

@@ -1,4 +1,4 @@
-"""PackedModel by the C kernels, where they were built and the CPU has what they need."""
+"""PackedBackend by the C kernels, where they were built and the CPU has what they need."""
 
 import ctypes
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ...config.packing import PackingConfig, Quantization
-from ..cache import DepthCache
-from ..packed.model import PackedModel, can_pack
+from ..cache import KVCache
+from ..packed.model import PackedBackend, can_pack
 from ..quantized import GROUP_SIZE
 from ..spec import ModelSpec
 from ..weights import Weights
@@ -38,7 +38,7 @@ def suits_kernels(config: Any, dtype: torch.dtype, device: torch.device, packing
     return spec.head_dim <= _LARGEST_HEAD and not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
 
 
-class NativeModel(PackedModel):
+class NativeBackend(PackedBackend):
     """The same operations; hidden states are fp32 whatever the weights are. Always exact, see `PackingConfig.exact`."""
 
     _layers: list["_Layer"]  # type: ignore[assignment]
@@ -53,7 +53,7 @@ class NativeModel(PackedModel):
         spec, half = self.spec, int(self.dtype == torch.bfloat16)
         shape = CShape(spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.inner, half, spec.eps, spec.head_dim**-0.5)
         for model in (self, self.draft):
-            if isinstance(model, NativeModel):
+            if isinstance(model, NativeBackend):
                 model._ready(found, shape)
 
     def _ready(self, found: Kernels, shape: CShape) -> None:
@@ -82,7 +82,7 @@ class NativeModel(PackedModel):
         own = 4 * (sum(_widths(self._shape)) + 2 * self.hidden_size)
         return own + torch.get_num_threads() * _formed_bytes(self._shape)
 
-    def _run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache) -> Tensor:
+    def _run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
         batch, count, size = hidden.shape
         buffers = self._buffers(batch * count)
         places = positions.contiguous()
@@ -95,7 +95,7 @@ class NativeModel(PackedModel):
         return rows.view(batch, count, size)
 
     def draft_greedily(
-        self, token: int, layers: int, positions: Tensor, cache: DepthCache, ends: frozenset[int]
+        self, token: int, layers: int, positions: Tensor, cache: KVCache, ends: frozenset[int]
     ) -> tuple[Tensor, Tensor]:
         """A draft in one call: `token`, which stands at the first of `positions` (1, d), and what is most probable after it by
         the first `layers` layers, until one of `ends` or d drafts.
@@ -130,7 +130,7 @@ class NativeModel(PackedModel):
         count = draft.drafted + 1
         return tokens[:, :count], states[:, :count]
 
-    def _place(self, buffers: "_Buffers", cache: DepthCache, end: int, positions: Tensor, start: int, stop: int) -> None:
+    def _place(self, buffers: "_Buffers", cache: KVCache, end: int, positions: Tensor, start: int, stop: int) -> None:
         """Where the call's rows stand, before position `end`, and where the keys and values of layers start..stop-1 are."""
         shape = self._shape
         held = cache.room(end, shape.kv_heads, shape.head_dim, self._embedding)

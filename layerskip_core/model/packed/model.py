@@ -1,4 +1,4 @@
-"""The operations of DepthModel on repacked weights: the fast path of decoding, for the Llama family."""
+"""The operations of GenericBackend on repacked weights: the fast path of decoding, for the Llama family."""
 
 import math
 from copy import copy
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config.packing import EXACT_TOKENS, PackingConfig, Quantization
-from ..cache import DepthCache, SpanWriter
+from ..cache import KVCache, SpanWriter
 from ..draft_vocabulary import DraftVocabulary
 from ..rope import Rope
 from ..spec import ModelSpec
@@ -26,7 +26,7 @@ _EXACT_ROWS = 8  # most rows that an exact call runs at once
 
 
 def can_pack(config: Any) -> bool:
-    """Whether PackedModel knows every part of this architecture."""
+    """Whether PackedBackend knows every part of this architecture."""
     rope = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type in FAMILY
@@ -36,10 +36,10 @@ def can_pack(config: Any) -> bool:
     )
 
 
-class PackedModel:
-    """The same operations and results as `DepthModel`, for inference only. Not for two threads at once."""
+class PackedBackend:
+    """The same operations and results as `GenericBackend`, for inference only. Not for two threads at once."""
 
-    draft: "PackedModel | None" = None  # what drafts where that is not this model itself
+    draft: "PackedBackend | None" = None  # what drafts where that is not this model itself
     drafts_own_states = True  # whether the hidden states of what drafts are this model's
     vocabulary: DraftVocabulary | None = None  # the tokens that there is a head for, where it is not all
 
@@ -94,7 +94,9 @@ class PackedModel:
             self.drafts_own_states = not drafts
 
     @classmethod
-    def of(cls, model: nn.Module, packing: PackingConfig | None = None, token_order: list[int] | None = None) -> "PackedModel":
+    def of(
+        cls, model: nn.Module, packing: PackingConfig | None = None, token_order: list[int] | None = None
+    ) -> "PackedBackend":
         """Takes the weights of a transformers model; its own are released, so that it can no longer run."""
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         model.to("meta")
@@ -133,15 +135,15 @@ class PackedModel:
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
 
-    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> DepthCache:
+    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for this model's layers, up to the context limit unless told otherwise."""
-        return DepthCache(self.num_layers, batch_size, min(max_positions or self.max_positions, self.max_positions))
+        return KVCache(self.num_layers, batch_size, min(max_positions or self.max_positions, self.max_positions))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to hidden states (B, T, D)."""
         return torch.embedding(self._embedding, ids)
 
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache | None = None) -> Tensor:
+    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Layers start..stop-1 over hidden states (B, T, D) of the tokens at `positions` (B, T), on the host.
 
         Without a cache the tokens see each other only. Returns the pre-norm hidden states (B, T, D). Many tokens run in
@@ -208,7 +210,7 @@ class PackedModel:
     def _logits(self, rows: Tensor) -> Tensor:
         return self._head(self._norm(rows))
 
-    def _run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: DepthCache) -> Tensor:
+    def _run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
         batch, count, size = hidden.shape
         writer = cache.writer(positions)
         space = self._workspace(batch, count)
