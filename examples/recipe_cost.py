@@ -97,7 +97,7 @@ def measured(arguments: argparse.Namespace) -> dict:
 
 def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, length: int) -> float:
     """Of one step: forward once and backward twice; a head whose logits come in chunks once more; one of no weight once."""
-    from layerskip_core.training import exit_loss
+    from layerskip_core import losses
     from layerskip_core.training.dropout import kept_rows
     from layerskip_core.training.module import Moment
 
@@ -107,7 +107,7 @@ def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, len
     layer = sum(parameter.numel() for parameter in backend.layers[0].parameters())
     attention = length * backend.config.num_attention_heads * backend.layers[0].self_attn.head_dim  # scores and values, causal
     head = backend.hidden_size * backend.vocab_size
-    chunked = batch * (length - 1) > exit_loss._CHUNK_LOGITS // backend.vocab_size
+    chunked = batch * (length - 1) > losses._CHUNK_LOGITS // backend.vocab_size
     heads = sum((3 + chunked) if weight > 0 else 1 for weight in training._weights(exits))
     return length * (3.0 * kept * (layer + attention) + batch * heads * head)
 

@@ -84,11 +84,10 @@ def import_everything() -> None:
 
     for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Gemma3Text", "Gemma2", "Gemma", "Olmo2", "Granite"):
         MODEL_FOR_CAUSAL_LM_MAPPING[getattr(transformers, f"{name}Config")]
-    import layerskip_core.evaluation.bench
-    import layerskip_core.evaluation.html_report
-    import layerskip_core.evaluation.inspect_page
-    import layerskip_core.evaluation.sweep
-
+    import layerskip_core.evaluation.measure.bench
+    import layerskip_core.evaluation.measure.sweep
+    import layerskip_core.evaluation.report.html
+    import layerskip_core.evaluation.report.inspect_page
     import layerskip_core.training.run  # noqa: F401
 
     _require_no_threads()

@@ -253,7 +253,7 @@ def test_a_damaged_plan_is_one_line_and_moves_nothing(tmp_path, plan, message):
 
 SAVING = """
 import os, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/checkpoint"]
 import torch
 torch.set_num_threads(1)
 from conftest import tiny_model

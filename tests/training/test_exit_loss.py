@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from layerskip_core import losses
 from layerskip_core.config.training import RecipeConfig
-from layerskip_core.training import exit_loss
 from layerskip_core.training.exit_loss import exit_scales, exit_weights
 from layerskip_core.training.module import Moment, RecipeModule
 
@@ -81,7 +81,7 @@ def test_chunks_with_recompute_change_nothing(llama, monkeypatch):
     module = RecipeModule(llama, RecipeConfig(p_max=0, curriculum="all")).train()
     results = []
     for logits in (1 << 24, 5 * 67):  # one chunk, then chunks of five tokens
-        monkeypatch.setattr(exit_loss, "_CHUNK_LOGITS", logits)
+        monkeypatch.setattr(losses, "_CHUNK_LOGITS", logits)
         llama.zero_grad()
         loss = module(ids, labels, Moment(0, 10))["loss"]
         loss.backward()
@@ -138,7 +138,7 @@ def test_distillation_equals_a_manual_computation(llama, monkeypatch, share):
     expected = [manual_mixed_loss(llama, ids, labels, exit_layer, share) for exit_layer in range(1, 6)]
     expected.append(manual_cross_entropy(llama, ids, labels, 6))
     for logits in (1 << 24, 5 * 67):
-        monkeypatch.setattr(exit_loss, "_CHUNK_LOGITS", logits)
+        monkeypatch.setattr(losses, "_CHUNK_LOGITS", logits)
         output = RecipeModule(llama, recipe).train()(ids, labels, Moment(0, 10))
         total = sum(weight * loss for weight, loss in zip(weights, expected, strict=True))
         torch.testing.assert_close(output["loss"].double(), total, rtol=1e-5, atol=1e-4)
@@ -150,7 +150,7 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
     """With all of the loss on exit 3 and nothing but distillation, layers 4 to 6 get no gradient; in chunks too."""
     ids, labels = batch()
     for logits in (1 << 24, 5 * 67):
-        monkeypatch.setattr(exit_loss, "_CHUNK_LOGITS", logits)
+        monkeypatch.setattr(losses, "_CHUNK_LOGITS", logits)
         module = RecipeModule(llama, RecipeConfig(p_max=0, curriculum="all", distill=1.0)).train()
         monkeypatch.setattr(module, "_weights", lambda exits: [float(exit_layer == 3) for exit_layer in exits])
         llama.zero_grad()

@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 
+from layerskip_core import losses
 from layerskip_core.config.training import RecipeConfig
-from layerskip_core.training import exit_loss
 from layerskip_core.training.encoding import Collator
 from layerskip_core.training.exit_loss import exit_weights
 from layerskip_core.training.module import Moment, RecipeModule
@@ -106,7 +106,7 @@ def test_dropout_is_a_function_of_seed_and_moment(llama):
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
 def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf16, lora):
     """The backward pass runs layers and heads again: dropping the same rows, with taps, in the same precision."""
-    monkeypatch.setattr(exit_loss, "_CHUNK_LOGITS", 5 * 67)
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 5 * 67)
     ids, labels = batch()
     recipe = RecipeConfig(p_max=0.8, curriculum="all", distill=0.5)
     gradients = []
