@@ -158,7 +158,7 @@ def _make_models(material: Material) -> None:
     import torch
     from conftest import tiny_model
     from evaluating import tiny_loaded
-    from test_import import write_gguf
+    from gguf_file import write_gguf
 
     from layerskip_core.checkpoint.save import save_checkpoint
 

@@ -11,8 +11,8 @@ import torch
 from command_line import run
 from conftest import tiny_model
 from evaluating import tiny_loaded
+from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
-from test_import import write_gguf
 
 from layerskip_core.checkpoint.gguf_header import read_gguf_header
 from layerskip_core.checkpoint.load import load_blank, load_checkpoint, stored_dtype
