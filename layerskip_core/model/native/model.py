@@ -13,6 +13,7 @@ from ..quantized import GROUP_SIZE
 from ..spec import ModelSpec
 from ..weights import Weights
 from .compiled import CCall, CDraft, CLayer, CShape, Kernels, kernels
+from .layer import NativeLayer
 from .matrix import NativeMatrix
 
 _LARGEST_HEAD = 256
@@ -41,7 +42,7 @@ def suits_kernels(config: Any, dtype: torch.dtype, device: torch.device, packing
 class NativeBackend(PackedBackend):
     """The same operations; hidden states are fp32 whatever the weights are. Always exact, see `PackingConfig.exact`."""
 
-    _layers: list["_Layer"]  # type: ignore[assignment]
+    _layers: list[NativeLayer]  # type: ignore[assignment]
     _head: NativeMatrix  # type: ignore[assignment]
     _norm: Tensor  # type: ignore[assignment]
 
@@ -70,8 +71,8 @@ class NativeBackend(PackedBackend):
     def embed(self, ids: Tensor) -> Tensor:
         return super().embed(ids).float()
 
-    def _pack_layer(self, weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> "_Layer":  # type: ignore[override]
-        return _Layer(weights, self.spec, index, quantization)
+    def _pack_layer(self, weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> NativeLayer:  # type: ignore[override]
+        return NativeLayer(weights, self.spec, index, quantization)
 
     def _pack_head(  # type: ignore[override]
         self, norm: Tensor, weight: Tensor, quantization: Quantization | None, exact: bool
@@ -205,38 +206,3 @@ def _widths(shape: CShape) -> tuple[int, int, int]:
 def _formed_bytes(shape: CShape) -> int:
     """At most what a row takes in the form that a matrix's kernel wants."""
     return 4 * int(max(shape.hidden, shape.heads * shape.head_dim, shape.inner)) + 64
-
-
-class _Layer:
-    """A layer's weights and the C structure that says where they are."""
-
-    def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None) -> None:
-        attention, mlp = weights.below("self_attn."), weights.below("mlp.")
-        qkv, qkv_bias = attention.together(("q_proj", "k_proj", "v_proj"))
-        gate_up, gate_up_bias = mlp.together(("gate_proj", "up_proj"))
-        self.matrices = [
-            NativeMatrix([torch.cat(qkv)], None if qkv_bias is None else [torch.cat(qkv_bias)], quantization),
-            _single(attention, "o_proj", quantization),
-            NativeMatrix(gate_up, gate_up_bias, quantization),
-            _single(mlp, "down_proj", quantization),
-        ]
-        self.norms = [
-            None if norm is None else norm.float()
-            for norm in (
-                weights.of("input_layernorm.weight"),
-                weights.of("post_attention_layernorm.weight"),
-                attention.get("q_norm.weight"),
-                attention.get("k_norm.weight"),
-            )
-        ]
-        self.structure = CLayer(
-            *(matrix.structure for matrix in self.matrices),
-            *(None if norm is None else norm.data_ptr() for norm in self.norms),
-            int(spec.rotates[index]),
-            spec.window_of(index) or 0,
-        )
-
-
-def _single(weights: Weights, name: str, quantization: Quantization | None) -> NativeMatrix:
-    bias = weights.get(f"{name}.bias")
-    return NativeMatrix([weights.of(f"{name}.weight")], None if bias is None else [bias], quantization)
