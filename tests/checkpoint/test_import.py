@@ -2,6 +2,7 @@
 
 import torch
 from command_line import fails, run
+from gguf_file import write_gguf
 
 from layerskip_core.checkpoint.load import load_checkpoint
 
