@@ -1,4 +1,4 @@
-"""What decoding needs of a model: complete protocols, so that nothing about a backend is found out at run time."""
+"""What decoding needs of a model. The protocols are complete: nothing about a backend is looked up at run time."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from .spec import ModelSpec
 
 
 class Layers(Protocol):
-    """An embedding and a span of layers. Hidden states are (B, T, D); `positions` (B, T) lives on the host."""
+    """An embedding and a chain of layers. Hidden states are (B, T, D); `positions` (B, T) are on the host."""
 
     @property
     def num_layers(self) -> int: ...
@@ -25,43 +25,44 @@ class Layers(Protocol):
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Layers start..stop-1 over the hidden states of the tokens at `positions`; returns pre-norm hidden states.
 
-        With a cache, the keys and values of the span are written at the positions and earlier ones are read. Without one
-        the tokens see each other only.
+        With a cache, the span's keys and values are written at the positions, and earlier ones are read. Without a cache the
+        tokens see only each other.
         """
 
 
 class DraftSide(Layers, Protocol):
-    """What drafts for a backend: its first `num_layers` layers or a low-bit copy of them, and a head of its own or shared."""
+    """What drafts for a backend: layers and a head, each either shared with the backend or a cheaper copy."""
 
     @property
     def shares_states(self) -> bool:
-        """Whether its hidden states are the target's, which can then go on from them."""
+        """Whether its hidden states equal the backend's, so that verification can continue from them."""
 
     @property
     def vocabulary(self) -> DraftVocabulary | None:
-        """The tokens that its head knows; None for all of them."""
+        """The tokens that its head scores; None for all."""
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and head: (..., D) to logits (..., N), in the order of `vocabulary`."""
 
     def draft_greedily(
-        self, token: int, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
+        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
     ) -> tuple[Tensor, Tensor]:
-        """`token`, at the first of `positions` (1, d), and what is most probable after it, until an end or d drafts.
+        """Greedy drafts after `token` (1, 1), which stands at the first of `positions` (1, d): d drafts, fewer after an end token.
 
-        Returns the tokens (1, K+1) and hidden states after `exit_layer` layers, of all K+1 tokens or of all but the last.
+        Returns the tokens (1, K+1), `token` being the first, and their hidden states after `exit_layer` layers, of all K+1
+        tokens or of all but the last. The cache needs room for one position more than `positions` has.
         """
 
 
 class Backend(Layers, Protocol):
-    """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, positions))` are its logits."""
+    """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, positions))` gives its logits."""
 
     @property
     def spec(self) -> ModelSpec: ...
 
     @property
     def implementation(self) -> str:
-        """Which kernels run, for people who measure."""
+        """Which kernels run, for reports."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -78,13 +79,13 @@ class Backend(Layers, Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether calls are split so that a token has the same bits alone and among others."""
+        """Whether calls are split so that a token has the same bits alone as among others; such a backend decodes one row at a time."""
 
     @property
     def draft_side(self) -> DraftSide: ...
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
-        """An empty cache for all layers, up to the context limit unless `max_positions` is less."""
+        """An empty cache for all layers. `max_positions` can only lower the context limit."""
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
