@@ -47,7 +47,7 @@ class DraftSide(Layers, Protocol):
     def draft_greedily(
         self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
     ) -> tuple[Tensor, Tensor]:
-        """Greedy drafts after `token` (1, 1), which stands at the first of `positions` (1, d): d drafts, fewer after an end token.
+        """Greedy drafts after `token` (1, 1), which stands at the first of `positions` (1, d): d of them, or up to an end token.
 
         Returns the tokens (1, K+1), `token` being the first, and their hidden states after `exit_layer` layers, of all K+1
         tokens or of all but the last. The cache needs room for one position more than `positions` has.
@@ -79,7 +79,7 @@ class Backend(Layers, Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether calls are split so that a token has the same bits alone as among others; such a backend decodes one row at a time."""
+        """Whether calls are split so that a token has the same bits alone as among others. Such a backend takes one row."""
 
     @property
     def draft_side(self) -> DraftSide: ...
