@@ -47,7 +47,7 @@ class DraftSide(Layers, Protocol):
     def draft_greedily(
         self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
     ) -> tuple[Tensor, Tensor]:
-        """Greedy drafts after `token` (1, 1), which stands at the first of `positions` (1, d): d of them, or up to an end token.
+        """Greedy drafts after `token` (1, 1), which stands at the first of `positions` (1, d): d, or up to an end token.
 
         Returns the tokens (1, K+1), `token` being the first, and their hidden states after `exit_layer` layers, of all K+1
         tokens or of all but the last. The cache needs room for one position more than `positions` has.
