@@ -14,7 +14,7 @@ from . import standard_input
 from .console import narrate
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint.load import Decoder
+    from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding import DecodeStats
 
 

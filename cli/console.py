@@ -16,7 +16,7 @@ from layerskip_core.config.packing import PackingConfig, Quantization
 from layerskip_core.config.ranges import require_in_range
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint.load import Decoder
+    from layerskip_core.checkpoint.loaded import Decoder
 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[str, typer.Option("--dtype", help="auto, fp32 or bf16.")]

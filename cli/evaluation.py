@@ -14,7 +14,7 @@ from .console import ResultsConsole, narrate, narrate_notes, progress_bar, use_t
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from layerskip_core.checkpoint.load import Decoder
+    from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import BenchConfig, SweepConfig
     from layerskip_core.evaluation.measure.runner import Progress
     from layerskip_core.evaluation.report.record import RunRecord
@@ -71,13 +71,13 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
 
 def load(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, Task]":
     """The rows, about which it says what there is to say, and the model."""
-    from layerskip_core.checkpoint.load import load_checkpoint
+    from layerskip_core.checkpoint.load import for_decoding
     from layerskip_core.evaluation.tasks import load_task
 
     rows = load_task(config.task)
     for note in rows.notes:
         narrate(note)
-    loaded = load_checkpoint(config.model, config.device, config.dtype, "auto", config.packing)
+    loaded = for_decoding(config.model, config.device, config.dtype, config.packing)
     narrate_notes(loaded)
     use_threads(config.threads, loaded)
     rows.prepared(loaded).encode_prompt("hello")  # a template that fails is one error, not one for each prompt

@@ -28,7 +28,7 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint.load import Decoder
+    from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding import DecodeStats
 
 _UNMEASURED = (
@@ -103,9 +103,9 @@ def generate(
     require_choice(dtype, "--dtype", DTYPES)
     weights = packing(quantize, draft_weights, draft_vocab, exact, exit_layer or 0)
     use_threads(threads)
-    from layerskip_core.checkpoint.load import load_checkpoint
+    from layerskip_core.checkpoint.load import for_decoding
 
-    loaded = load_checkpoint(model, device, dtype, "auto", weights)
+    loaded = for_decoding(model, device, dtype, weights)
     narrate_notes(loaded)
     use_threads(threads, loaded)
     drafting = exit_layer is not None or spec is not None or weights.drafts_apart or draft_confidence > 0

@@ -53,14 +53,14 @@ def inspect(
     require_given("--output", output)
     wanted = parse_counts(layers, "--layers") if layers is not None else None
     use_threads(threads)
-    from layerskip_core.checkpoint.load import load_checkpoint
+    from layerskip_core.checkpoint.load import for_decoding
     from layerskip_core.evaluation.measure.inspect import inspect as run_inspect
     from layerskip_core.evaluation.report.inspect_page import inspection_page
     from layerskip_core.storage.writing import require_writable, write_file
 
     if output is not None:
         require_writable(_page_file(output), LayerSkipError)
-    loaded = load_checkpoint(model, device, dtype, implementation="auto")
+    loaded = for_decoding(model, device, dtype)
     narrate_notes(loaded)
     use_threads(threads, loaded)
     count = loaded.backend.num_layers

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_core.checkpoint.load import Decoder, load_checkpoint
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.loaded import Decoder, decoder_of
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
@@ -63,7 +64,7 @@ def prompts_of(arguments: argparse.Namespace, loaded: Decoder) -> list[list[int]
 
 
 def load(arguments: argparse.Namespace, **packing: Any) -> Decoder:
-    return load_checkpoint(arguments.model, "cpu", arguments.dtype, implementation="auto", packing=PackingConfig(**packing))
+    return for_decoding(arguments.model, "cpu", arguments.dtype, PackingConfig(**packing))
 
 
 def decoded(loaded: Decoder, prompts: list[list[int]], config: DecodingConfig, **settings: Any) -> Any:
@@ -141,8 +142,8 @@ KINDS: dict[str, dict[str, Any]] = {"bf16": {}, "int8": {"quantize": "int8"}, "i
 def part_step(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second by kind of weights, prefill included."""
     bandwidth = read_bandwidth()
-    generic = load_checkpoint(arguments.model, "cpu", arguments.dtype)
-    prompts, count = prompts_of(arguments, generic), arguments.new_tokens
+    generic = for_training(arguments.model, "cpu", arguments.dtype)
+    prompts, count = prompts_of(arguments, decoder_of(generic)), arguments.new_tokens
     config = DecodingConfig("autoregressive", max_new_tokens=count)
     models = {name: load(arguments, **packing) for name, packing in KINDS.items()}
     ways: dict[str, Callable[[], Any]] = {"transformers": lambda: transformers_decoded(generic.model, prompts, count)}
@@ -222,7 +223,7 @@ def part_speculation(arguments: argparse.Namespace) -> dict[str, Any]:
         table.append((f"{name} over autoregressive", None, rates[name] / rates["autoregressive"], note))
     best = max(list(ways)[1:], key=lambda name: rates[name])
     if arguments.assistant:
-        generic = load_checkpoint(arguments.model, "cpu", arguments.dtype)
+        generic = for_training(arguments.model, "cpu", arguments.dtype)
         length = max(1, results["autoregressive"][1].new_tokens // len(prompts))
         assistant = {"assistant_early_exit": exit_layer, "num_assistant_tokens": spec}
         theirs: dict[str, Callable[[], Any]] = {

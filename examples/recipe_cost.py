@@ -63,12 +63,12 @@ def measured(arguments: argparse.Namespace) -> dict:
     """Seconds, multiply-adds and exits of each step, and the peak memory of the process in MB."""
     import torch
 
-    from layerskip_core.checkpoint.load import load_checkpoint
+    from layerskip_core.checkpoint.load import for_training
     from layerskip_core.config.training import RecipeConfig
     from layerskip_core.training.module import Moment, RecipeModule
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    loaded = load_checkpoint(arguments.model, "cpu", "fp32")
+    loaded = for_training(arguments.model, "cpu", "fp32")
     recipe = RecipeConfig(arguments.pmax, 0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
     training = RecipeModule(loaded.model, recipe).train()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)

@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory):
     loaded = tiny_loaded(torch.float32)
     folder = str(tmp_path_factory.mktemp("checkpoint") / "tiny")
     info = replace(loaded.info, exit_layer=1, num_draft_tokens=6)  # so that it is decoded speculatively by default
-    save_checkpoint(loaded.model, loaded.tokenizer, info, folder, torch.float32)
+    save_checkpoint(loaded.backend.model, loaded.tokenizer, info, folder, torch.float32)
     return folder
 
 

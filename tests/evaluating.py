@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.checkpoint.info import CheckpointInfo
-from layerskip_core.checkpoint.load import Decoder
+from layerskip_core.checkpoint.loaded import Decoder, Trainable, decoder_of
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
@@ -34,7 +34,7 @@ def tiny_loaded(dtype: torch.dtype = torch.float64) -> Decoder:
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
-    return Decoder("tiny", model, tokenizer, CheckpointInfo(PARSING_TEMPLATE), GenericBackend(model))
+    return decoder_of(Trainable("tiny", model, GenericBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)))
 
 
 def task_of(*examples: Example) -> Task:

@@ -4,12 +4,12 @@ import json
 
 import gguf
 
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_training
 
 
 def write_gguf(folder, path):
     """A Llama checkpoint's folder as a GGUF file, with q and k rows in llama.cpp's order: halves of each head interleaved."""
-    loaded = load_checkpoint(folder, "cpu", "fp32")
+    loaded = for_training(folder, "cpu", "fp32")
     config = loaded.model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)

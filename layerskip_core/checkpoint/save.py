@@ -16,9 +16,11 @@ from ..errors import CheckpointError, ConfigError
 from ..storage.locks import hold
 from ..storage.writing import new_staging, write_file
 from .info import INFO_FILE, CheckpointInfo, holds_model
-from .load import load_checkpoint, quiet_transformers, stored_dtype
+from .load import for_training
 from .model_files import model_files, obstacles
+from .quiet import quiet_transformers
 from .swap import files_below, replace_files, settle
+from .transformers_read import stored_dtype
 
 
 @contextmanager
@@ -85,7 +87,7 @@ def import_checkpoint(name: str, output: str, dtype: str) -> torch.dtype:
     `dtype` is fp32, bf16, or auto: as stored, which for a GGUF file is fp32. Raises CheckpointError for what fails.
     """
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
-    loaded = load_checkpoint(name, "cpu", "fp32")
+    loaded = for_training(name, "cpu", "fp32")
     info = replace(loaded.info, details={**loaded.info.details, "imported_from": name})
     save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision)
     return precision

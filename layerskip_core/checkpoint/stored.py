@@ -91,6 +91,26 @@ def _check_kinds(slices: Mapping[str, Any]) -> None:
             raise CheckpointError(f"the weight {name} must be one of {', '.join(_FLOATS)}, found {found.get_dtype()}")
 
 
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Raises CheckpointError for a tokenizer without a vocabulary, or with words that the model has no embedding for.
+
+    Special tokens may lie beyond the embeddings, as those of Gemma 3 for images do: no text contains them.
+    """
+    if tokenizer.vocab_size == 0:
+        raise CheckpointError("the tokenizer has no vocabulary")
+    if len(tokenizer) <= vocab_size:
+        return
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    beyond = {token: word for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special}
+    if beyond:
+        first = min(beyond)
+        raise CheckpointError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size): "
+            f"{beyond[first]!r} is token {first}"
+        )
+
+
 def adapters_of(name: str) -> tuple[list[str], str]:
     """The adapters' folders that a model's name stands for, the outermost first, and the model below them.
 

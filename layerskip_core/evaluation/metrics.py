@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.load import Decoder, quiet_transformers
+from ..checkpoint.loaded import Decoder
+from ..checkpoint.quiet import quiet_transformers
 from ..data.examples import Example
 from ..losses import summed_cross_entropy
 from ..model.backend import Backend

@@ -7,7 +7,7 @@ from functools import cached_property
 from statistics import median
 from typing import NamedTuple
 
-from ..checkpoint.load import Decoder
+from ..checkpoint.loaded import Decoder
 from ..decoding import DecodeStats, StopReason
 from ..errors import LayerSkipError
 

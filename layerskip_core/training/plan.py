@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from ..checkpoint.load import Trainable
+from ..checkpoint.loaded import Trainable
 from ..config.checks import require_exit_layer
 from ..config.training import FinetuneConfig, RecipeConfig
 from .curriculum import mean_exits, rotation_of

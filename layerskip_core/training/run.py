@@ -12,18 +12,14 @@ from typing import Any
 import torch
 
 from ..checkpoint.info import CheckpointInfo
-from ..checkpoint.load import (
-    Trainable,
-    load_blank,
-    load_checkpoint,
-    pick_device,
-    pick_dtype,
-    quiet_transformers,
-    stored_dtype,
-)
+from ..checkpoint.load import blank, for_training
+from ..checkpoint.loaded import Trainable
 from ..checkpoint.model_files import RUN_FILES
+from ..checkpoint.placement import pick_device, pick_dtype
+from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.save import output_lock, refuse_overwrite, save_checkpoint
 from ..checkpoint.stored import adapters_of
+from ..checkpoint.transformers_read import stored_dtype
 from ..config.data import DataConfig
 from ..config.training import FinetuneConfig
 from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
@@ -31,6 +27,7 @@ from ..errors import ConfigError, TrainingInterrupted
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.chat import require_chat_template
 from ..prompting.encoding import CHAT
+from ..prompting.template import default_template
 from .attention import use_fp32_attention
 from .checkpoints import (
     ResumePoint,
@@ -210,8 +207,8 @@ def _model_and_rows(config: FinetuneConfig) -> tuple[Trainable, list[Row]]:
     rows = list(itertools.islice(stream_rows(wanted), 1)) if config.streaming else load_rows(wanted)
     if config.regime == "scratch":
         tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
-        return load_blank(config.model, config.seed, tokenizer), rows
-    return load_checkpoint(config.model, "cpu", "fp32"), rows
+        return blank(config.model, config.seed, tokenizer), rows
+    return for_training(config.model, "cpu", "fp32"), rows
 
 
 def _training_data(config: FinetuneConfig) -> DataConfig:
@@ -273,7 +270,7 @@ def _template(config: FinetuneConfig, loaded: Trainable, rows: list[Row]) -> str
         return config.prompt_template
     if is_parsing(config.data):
         return PARSING_TEMPLATE
-    return loaded.prompt_template or PARSING_TEMPLATE
+    return default_template(loaded.info.prompt_template, loaded.tokenizer) or PARSING_TEMPLATE
 
 
 def _with_lora(model: Any, config: FinetuneConfig) -> Any:

@@ -13,17 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.utils import logging
 
 from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
-from layerskip_core.checkpoint.load import (
-    PUBLISHED,
-    Decoder,
-    load_blank,
-    load_checkpoint,
-    pick_device,
-    pick_dtype,
-    quiet_transformers,
-    stored_dtype,
-)
+from layerskip_core.checkpoint.load import blank, for_training
+from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids
+from layerskip_core.checkpoint.locate import PUBLISHED
+from layerskip_core.checkpoint.placement import pick_device, pick_dtype
+from layerskip_core.checkpoint.quiet import quiet_transformers
 from layerskip_core.checkpoint.save import refuse_overwrite, save_checkpoint, write_info
+from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
@@ -57,15 +53,16 @@ def contents(folder):
 
 
 def test_a_model_comes_back_as_it_was_saved(folder, tokenizer):
-    loaded = load_checkpoint(str(folder), "cpu", "fp32")
+    loaded = for_training(str(folder), "cpu", "fp32")
     expected = model_of().state_dict()
     assert loaded.model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
     assert loaded.info == INFO and loaded.backend.num_layers == 6 and not loaded.model.training
-    assert loaded.encode_prompt("remind me") == tokenizer("remind me ->")["input_ids"]
-    assert loaded.encode_prompt("remind me", raw=True) == tokenizer("remind me")["input_ids"]
-    assert loaded.detokenize([*tokenizer("remind  me , 's")["input_ids"], 2]) == "remind  me , 's"
-    assert loaded.recommended() == (3, 5)
+    decoder = decoder_of(loaded)
+    assert decoder.encode_prompt("remind me") == tokenizer("remind me ->")["input_ids"]
+    assert decoder.encode_prompt("remind me", raw=True) == tokenizer("remind me")["input_ids"]
+    assert decoder.detokenize([*tokenizer("remind  me , 's")["input_ids"], 2]) == "remind  me , 's"
+    assert decoder.recommended() == (3, 5)
 
 
 def test_plain_transformers_loads_it(folder):
@@ -100,14 +97,14 @@ def test_weights_are_stored_in_the_precision_asked_for(tmp_path, tokenizer):
     save_checkpoint(model_of(), tokenizer, INFO, str(tmp_path), torch.bfloat16)
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert stored_dtype(str(tmp_path)) == torch.bfloat16
-    assert load_checkpoint(str(tmp_path), "cpu", "fp32").backend.dtype == torch.float32
-    assert load_checkpoint(str(tmp_path), "cpu", "bf16").backend.dtype == torch.bfloat16
+    assert for_training(str(tmp_path), "cpu", "fp32").backend.dtype == torch.float32
+    assert for_training(str(tmp_path), "cpu", "bf16").backend.dtype == torch.bfloat16
 
 
 def test_tied_weights_stay_tied(tmp_path, tokenizer):
     save_checkpoint(model_of(tie_word_embeddings=True), tokenizer, INFO, str(tmp_path), torch.float32)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    model = load_checkpoint(str(tmp_path), "cpu", "fp32").model
+    model = for_training(str(tmp_path), "cpu", "fp32").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(model(IDS).logits, model_of(tie_word_embeddings=True)(IDS).logits)
 
@@ -115,14 +112,14 @@ def test_tied_weights_stay_tied(tmp_path, tokenizer):
 def test_a_soft_capped_model_is_loaded_with_the_attention_that_knows_the_cap(tmp_path, tokenizer):
     shape = {"vocab_size": 300, "attn_logit_softcapping": 2.0}
     save_checkpoint(tiny_model("gemma2", torch.float32, **shape), tokenizer, INFO, str(tmp_path), torch.float32)
-    assert load_checkpoint(str(tmp_path), "cpu").model.config._attn_implementation == "eager"
+    assert for_training(str(tmp_path), "cpu").model.config._attn_implementation == "eager"
 
 
 def test_a_cut_short_file_is_one_clear_line(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=f"cannot load model {folder}: ") as error:
-        load_checkpoint(str(folder))
+        for_training(str(folder))
     assert "\n" not in str(error.value)
 
 
@@ -132,25 +129,25 @@ def test_missing_weights_are_not_filled_with_random_ones(folder):
         del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"2 weights are missing, model\.layers\.4\.mlp\.up_proj\.weight the first"):
-        load_checkpoint(str(folder))
+        for_training(str(folder))
 
 
 def test_weights_of_another_shape_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     with pytest.raises(CheckpointError, match=r"cannot load model .* size mismatch|mismatch"):
-        load_checkpoint(str(folder))
+        for_training(str(folder))
 
 
 def test_what_cannot_be_found(tmp_path, folder):
     (folder / "config.json").unlink()
     assert not holds_model(folder)
     with pytest.raises(CheckpointError, match=f"folder {folder} holds no model: there is no config.json in it"):
-        load_checkpoint(str(folder))
+        for_training(str(folder))
     with pytest.raises(CheckpointError, match="no model 'nonsense': needed embedded, embedded-base, a folder, "):
-        load_checkpoint("nonsense")
+        for_training("nonsense")
     with pytest.raises(CheckpointError, match="cannot load model nobody/nothing: "):
-        load_checkpoint("nobody/nothing")
+        for_training("nobody/nothing")
 
 
 def test_a_damaged_config_or_a_missing_tokenizer_is_one_line(folder, tmp_path):
@@ -159,12 +156,12 @@ def test_a_damaged_config_or_a_missing_tokenizer_is_one_line(folder, tmp_path):
     (tmp_path / "other" / "tokenizer.json").unlink()
     for path in (folder, tmp_path / "other"):
         with pytest.raises(CheckpointError, match=f"cannot load model {path}: "):
-            load_checkpoint(str(path))
+            for_training(str(path))
 
 
 def test_an_architecture_without_spans_is_refused_by_name(tmp_path):
     GPT2Config(n_layer=2).save_pretrained(tmp_path)
-    for load in (load_checkpoint, lambda name: load_blank(name, 0)):
+    for load in (for_training, lambda name: blank(name, 0)):
         with pytest.raises(CheckpointError, match="model type 'gpt2' cannot be split by depth; supported: llama, "):
             load(str(tmp_path))
 
@@ -183,21 +180,22 @@ def test_devices_and_precisions():
 
 
 def test_every_end_of_text_counts(folder):
-    loaded = load_checkpoint(str(folder))
+    loaded = for_training(str(folder))
     loaded.model.generation_config.eos_token_id = [4, 6]
     loaded.model.config.eos_token_id = 8
-    assert loaded.eos_ids == {4, 6, 8, 2}  # generation config, config, tokenizer
+    assert decoder_of(loaded).eos_ids == {4, 6, 8, 2}  # generation config, config, tokenizer
     loaded.model.generation_config.eos_token_id = loaded.model.config.eos_token_id = None
-    assert loaded.eos_ids == {2}
+    assert decoder_of(loaded).eos_ids == {2}
+    assert end_ids(None, loaded.model.config) == frozenset()
 
 
 def test_the_template_of_layerskip_json_goes_before_the_chat_template(tokenizer):
     chat = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
-    model = model_of()
+    backend = GenericBackend(model_of())
 
     def template(stored, chat_template):
         tokenizer.chat_template = chat_template
-        return Decoder("m", model, tokenizer, CheckpointInfo(stored), GenericBackend(model)).prompt_template
+        return Decoder("m", backend, tokenizer, CheckpointInfo(stored), frozenset()).prompt_template
 
     assert template("a {prompt}", chat) == "a {prompt}"
     assert template(None, chat) == CHAT
@@ -219,15 +217,15 @@ def test_a_prompt_keeps_no_end_of_text(tokenizer):
 
 def test_recommendations():
     def recommended(name, exit_layer=None):
-        return Decoder(name, model, None, CheckpointInfo(exit_layer=exit_layer), GenericBackend(model)).recommended()
+        return Decoder(name, backend, None, CheckpointInfo(exit_layer=exit_layer), frozenset()).recommended()
 
-    model = model_of(num_hidden_layers=8)
+    backend = GenericBackend(model_of(num_hidden_layers=8))
     assert recommended("facebook/layerskip-llama2-7B") == (8, 12)
     assert recommended("some/model") == (2, 6)  # a quarter of 8 layers
     assert recommended("facebook/layerskip-llama2-7B", exit_layer=5) == (5, 12)
 
     def strategy(name, **info):
-        return Decoder(name, model, None, CheckpointInfo(**info), GenericBackend(model)).strategy
+        return Decoder(name, backend, None, CheckpointInfo(**info), frozenset()).strategy
 
     assert strategy("some/model") is None
     assert strategy("facebook/layerskip-llama2-7B") == strategy("some/model", exit_layer=5) == "self-speculative"
@@ -239,15 +237,15 @@ def test_recommendations():
 
 
 def test_fresh_weights_depend_on_the_seed_alone(folder, tokenizer):
-    first, again, other = (load_blank(str(folder), seed).model.lm_head.weight for seed in (1, 1, 2))
+    first, again, other = (blank(str(folder), seed).model.lm_head.weight for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not torch.equal(first, model_of().lm_head.weight)
 
 
 def test_a_blank_model_takes_the_size_of_a_new_tokenizer(tmp_path, tokenizer):
     model_of(vocab_size=67, eos_token_id=5).config.save_pretrained(tmp_path)  # a config alone: no weights, no tokenizer
-    loaded = load_blank(str(tmp_path), 0, tokenizer)
-    assert loaded.backend.vocab_size == 300 and loaded.eos_ids == {2}
+    loaded = blank(str(tmp_path), 0, tokenizer)
+    assert loaded.backend.vocab_size == 300 and decoder_of(loaded).eos_ids == {2}
     assert loaded.model.config.pad_token_id == 0
 
 
@@ -283,7 +281,7 @@ def test_an_interrupt_while_saving_leaves_no_model(tmp_path, tokenizer, monkeypa
 
 def test_an_older_model_is_replaced_whole(folder, tokenizer):
     save_checkpoint(model_of(num_hidden_layers=2), tokenizer, CheckpointInfo(), str(folder), torch.float32)
-    loaded = load_checkpoint(str(folder))
+    loaded = for_training(str(folder))
     assert loaded.backend.num_layers == 2 and loaded.info == CheckpointInfo()
     assert not [file for file in folder.iterdir() if file.is_dir()]
 
@@ -311,7 +309,7 @@ def test_a_model_is_not_overwritten_by_mistake(folder, tmp_path):
 def test_nothing_is_written_to_the_terminal(folder, tokenizer, capfd):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "unexpected": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
-    loaded = load_checkpoint(str(folder))
+    loaded = for_training(str(folder))
     save_checkpoint(loaded.model, tokenizer, INFO, str(folder), torch.float32)
     assert capfd.readouterr() == ("", "")
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from layerskip_core.checkpoint.fast_read import LeanTokenizer, lean_config, lean_tokenizer
-from layerskip_core.checkpoint.load import CheckpointInfo, load_checkpoint
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import PackedBackend
@@ -37,13 +39,14 @@ def edit(file, **changes):
 def test_logits_and_ids_equal_transformers(folder, model_type):
     path = str(folder(model_type, tie_word_embeddings=model_type == "qwen2"))
     assert lean_config(path) is not None
-    expected, lean = load_checkpoint(path, "cpu", "fp32"), load_checkpoint(path, "cpu", "fp32", implementation="auto")
+    trainable, lean = for_training(path, "cpu", "fp32"), for_decoding(path, "cpu", "fp32")
+    expected = decoder_of(trainable)
     assert isinstance(lean.backend, PackedBackend) and isinstance(lean.tokenizer, LeanTokenizer)
     ids = torch.tensor([expected.encode_prompt("wake me up")])
     assert lean.encode_prompt("wake me up") == ids[0].tolist()
     with torch.inference_mode():
         hidden = lean.backend.run_layers(lean.backend.embed(ids), 0, 6, torch.arange(ids.shape[1])[None])
-        wanted = expected.model(ids).logits
+        wanted = trainable.model(ids).logits
     torch.testing.assert_close(lean.backend.unembed(hidden), wanted, atol=1e-4 * float(wanted.std()), rtol=0)
     assert (lean.eos_ids, lean.info, lean.backend.dtype) == (expected.eos_ids, expected.info, torch.float32)
 
@@ -89,11 +92,11 @@ def test_incomplete_and_mismatched_weights_are_refused(folder):
     weights = load_file(path / "model.safetensors")
     edit(path / "config.json", intermediate_size=40)
     with pytest.raises(CheckpointError, match=rf"cannot load model {path}: size mismatch of model\.layers\.0\.mlp\.gate_proj"):
-        load_checkpoint(str(path), "cpu", implementation="auto")
+        for_decoding(str(path), "cpu")
     del weights["model.norm.weight"]
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 weights are missing, model\.norm\.weight the first"):
-        load_checkpoint(str(path), "cpu", implementation="auto")
+        for_decoding(str(path), "cpu")
     (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=f"cannot load model {path}: "):
-        load_checkpoint(str(path), "cpu", implementation="auto")
+        for_decoding(str(path), "cpu")

@@ -9,7 +9,7 @@ from command_line import run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_training
 
 CONSENT = "y\nremind me\n"  # what transformers would take as the answer to its question
 COMMANDS = {
@@ -84,7 +84,7 @@ def test_the_code_would_run_if_it_were_let(hostile, tmp_path, monkeypatch):
 
 
 def test_no_module_that_an_adapter_names_is_imported(checkpoint, tmp_path, monkeypatch):
-    model = get_peft_model(load_checkpoint(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
     folder, marker = tmp_path / "adapter", tmp_path / "ran"
     model.save_pretrained(folder, save_embedding_layers=False)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -15,8 +15,11 @@ from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.gguf_header import read_gguf_header
-from layerskip_core.checkpoint.load import load_blank, load_checkpoint, stored_dtype
+from layerskip_core.checkpoint.load import blank as blank_model
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import PackedBackend
 
@@ -39,13 +42,13 @@ def refused(monkeypatch):
         def repacked_for_torch():
             with monkeypatch.context() as patch:
                 patch.setattr("layerskip_core.checkpoint.load.can_run_native", lambda *_: False)
-                load_checkpoint(str(path), "cpu", implementation="auto")
+                for_decoding(str(path), "cpu")
 
         ways = [
-            lambda: load_checkpoint(str(path), "cpu", implementation="auto"),
+            lambda: for_decoding(str(path), "cpu"),
             repacked_for_torch,
-            lambda: load_checkpoint(str(path), "cpu"),
-            *([lambda: load_blank(str(path), 0)] if blank else []),
+            lambda: for_training(str(path), "cpu"),
+            *([lambda: blank_model(str(path), 0)] if blank else []),
         ]
         for way in ways:
             with pytest.raises(CheckpointError) as error:
@@ -103,9 +106,9 @@ def test_configurations(folder, refused, changes, message):
 )  # fmt: skip
 def test_damaged_files(folder, name, content, reason):
     (folder / name).write_text(content)
-    for implementation in ("auto", "generic"):
+    for load in (for_decoding, for_training):
         with pytest.raises(CheckpointError, match=rf"cannot load model {folder}: {folder}/{name}: {reason}"):
-            load_checkpoint(str(folder), "cpu", implementation=implementation)
+            load(str(folder), "cpu")
 
 
 def test_a_generation_config_with_a_token_that_is_none(folder, refused):
@@ -116,9 +119,9 @@ def test_a_generation_config_with_a_token_that_is_none(folder, refused):
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0"}', "[" * 100_000])
 def test_a_damaged_tokenizer_is_one_line(folder, content):
     (folder / "tokenizer.json").write_text(content)
-    for implementation in ("auto", "generic"):
+    for load in (for_decoding, for_training):
         with pytest.raises(CheckpointError, match=f"cannot load model {folder}: ") as error:
-            load_checkpoint(str(folder), "cpu", implementation=implementation)
+            load(str(folder), "cpu")
         assert "\n" not in str(error.value)
 
 
@@ -126,9 +129,9 @@ def test_a_damaged_tokenizer_is_one_line(folder, content):
 def test_a_tokenizer_without_a_vocabulary(folder, model):
     edit(folder / "tokenizer.json", model=model)
     with pytest.raises(CheckpointError, match=f"cannot load model {folder}: the tokenizer has no vocabulary"):
-        load_checkpoint(str(folder), "cpu")
+        for_training(str(folder), "cpu")
     with pytest.raises(CheckpointError, match=f"cannot load model {folder}: "):
-        load_checkpoint(str(folder), "cpu", implementation="auto")
+        for_decoding(str(folder), "cpu")
 
 
 def change_weights(folder, **changes):
@@ -166,7 +169,7 @@ def test_missing_weights_are_told_before_room_is_made_for_them(folder, refused):
 def test_a_blank_model_that_does_not_fit_into_memory_is_not_begun(folder):
     edit(folder / "config.json", vocab_size=1 << 24, hidden_size=1 << 20, num_attention_heads=1 << 17)
     with pytest.raises(CheckpointError, match=r"its \d+ weights need \d+ MB in fp32, this machine has \d+"):
-        load_blank(str(folder), 0)
+        blank_model(str(folder), 0)
 
 
 def test_windows_of_qwen_that_are_not_used(tmp_path):
@@ -175,7 +178,7 @@ def test_windows_of_qwen_that_are_not_used(tmp_path):
     model = tiny_model("qwen2", torch.float32, vocab_size=len(tokenizer))
     save_checkpoint(model, tokenizer, tiny_loaded().info, str(tmp_path), torch.float32)
     edit(tmp_path / "config.json", use_sliding_window=False, sliding_window=2, layer_types="absent")
-    loaded = load_checkpoint(str(tmp_path), "cpu", "fp32", implementation="auto")
+    loaded = for_decoding(str(tmp_path), "cpu", "fp32")
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         hidden = loaded.backend.run_layers(loaded.backend.embed(ids), 0, 6, torch.arange(9)[None])
@@ -185,23 +188,22 @@ def test_windows_of_qwen_that_are_not_used(tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_embedding(checkpoint, tmp_path):
-    loaded = load_checkpoint(checkpoint, "cpu")
+    loaded = for_training(checkpoint, "cpu")
     model = tiny_model("llama", torch.float32, vocab_size=290, eos_token_id=2, pad_token_id=0)
     save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path), torch.float32)
     message = r"the tokenizer has 300 tokens, the model embeddings of 290 \(vocab_size\): '.+' is token 290"
-    for implementation in ("auto", "generic"):
+    for load in (for_decoding, for_training):
         with pytest.raises(CheckpointError, match=message):
-            load_checkpoint(str(tmp_path), "cpu", implementation=implementation)
+            load(str(tmp_path), "cpu")
 
 
 def test_special_tokens_beyond_the_embedding_are_refused_in_a_prompt_alone(checkpoint, tmp_path):
     """Gemma 3's tokenizer has one, for images."""
-    loaded = load_checkpoint(checkpoint, "cpu")
+    loaded = for_training(checkpoint, "cpu")
     loaded.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     save_checkpoint(loaded.model, loaded.tokenizer, loaded.info, str(tmp_path), torch.float32)
-    for implementation in ("auto", "generic"):
-        again = load_checkpoint(str(tmp_path), "cpu", implementation=implementation)
-        assert again.encode_prompt("wake me up") == loaded.encode_prompt("wake me up")
+    for again in (for_decoding(str(tmp_path), "cpu"), decoder_of(for_training(str(tmp_path), "cpu"))):
+        assert again.encode_prompt("wake me up") == decoder_of(loaded).encode_prompt("wake me up")
         with pytest.raises(ConfigError, match="tokens of the model, of which there are 300, got '<image>', id 300"):
             again.encode_prompt("an <image>", raw=True)
 
@@ -217,7 +219,7 @@ def test_adapters_that_stand_on_each_other_in_a_circle(tmp_path):
     one, other = adapter(tmp_path / "one", tmp_path / "other"), adapter(tmp_path / "other", tmp_path / "one")
     alone = adapter(tmp_path / "alone", tmp_path / "alone")
     for folder in (one, other, alone):
-        for load in (load_checkpoint, stored_dtype):
+        for load in (for_training, stored_dtype):
             with pytest.raises(CheckpointError, match=r"adapter_config\.json names a base that stands on this adapter itself"):
                 load(str(folder))
 
@@ -226,7 +228,7 @@ def test_a_long_chain_of_adapters(tmp_path):
     for number in range(20):
         adapter(tmp_path / str(number), tmp_path / str(number + 1))
     with pytest.raises(CheckpointError, match=f"{tmp_path}/0 stands on more than 8 adapters, one on the other"):
-        load_checkpoint(str(tmp_path / "0"))
+        for_training(str(tmp_path / "0"))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_damaged_adapters(tmp_path, content, message):
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=rf"{tmp_path}/adapter_config\.json: {message}"):
-        load_checkpoint(str(tmp_path))
+        for_training(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -264,25 +266,25 @@ def test_damaged_adapters(tmp_path, content, message):
 def test_weights_of_an_adapter(checkpoint, tmp_path, change, message):
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(load_checkpoint(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     edit(tmp_path / "adapter_config.json", base_model_name_or_path=checkpoint)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     change(weights, next(name for name in weights if "lora_B" in name))
     save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(str(tmp_path), "cpu")
+        for_training(str(tmp_path), "cpu")
 
 
 def test_an_adapter_on_an_adapter_is_merged_into_both(checkpoint, tmp_path, capfd):
     from peft import LoraConfig, get_peft_model
 
-    base = load_checkpoint(checkpoint, "cpu", "fp32")
+    base = for_training(checkpoint, "cpu", "fp32")
     expected = base.model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     below = checkpoint
     for name in ("inner", "outer"):
         torch.manual_seed(len(name) + ord(name[0]))
-        model = get_peft_model(load_checkpoint(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+        model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         torch.nn.init.normal_(layer.lora_B["default"].weight)
         expected += layer.get_delta_weight("default").detach()
@@ -291,7 +293,7 @@ def test_an_adapter_on_an_adapter_is_merged_into_both(checkpoint, tmp_path, capf
         base.tokenizer.save_pretrained(tmp_path / name)
         below = str(tmp_path / name)
     capfd.readouterr()
-    merged = load_checkpoint(below, "cpu", "fp32").model.model.layers[0].self_attn.q_proj.weight
+    merged = for_training(below, "cpu", "fp32").model.model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(merged, expected)
     assert capfd.readouterr() == ("", "")
 
@@ -305,11 +307,11 @@ def file(checkpoint, tmp_path):
 def test_the_header_of_a_gguf_file(file):
     header = read_gguf_header(file)
     assert header.architecture == "llama"
-    assert header.parameters == sum(weight.numel() for weight in tiny_loaded(torch.float32).model.parameters())
+    assert header.parameters == sum(weight.numel() for weight in tiny_loaded(torch.float32).backend.model.parameters())
 
 
 def test_a_gguf_file_is_loaded_without_a_word(file, capfd):
-    load_checkpoint(str(file), "cpu", "fp32")
+    for_training(str(file), "cpu", "fp32")
     assert capfd.readouterr() == ("", "")
 
 
@@ -343,6 +345,6 @@ def test_gguf_files_that_promise_what_they_do_not_hold(file, damage, message, mo
     damage(file)
     result = run("import", str(file), "--output", str(file.parent / "out"))
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1) and not (file.parent / "out").exists()
-    for load in (load_checkpoint, lambda name: load_blank(name, 0)):
+    for load in (for_training, lambda name: blank_model(name, 0)):
         with pytest.raises(CheckpointError, match=f"cannot load model {file}: .*{message}"):
             load(str(file))

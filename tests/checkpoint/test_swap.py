@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from layerskip_core.checkpoint import swap
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.checkpoint.swap import READY, files_below, read_whole, replace_files, settle
 from layerskip_core.errors import CheckpointError
@@ -150,9 +150,9 @@ def save(folder, tokenizer, layers):
 
 def layers_of(folder):
     """How many layers the config, the weights and layerskip.json speak of."""
-    loaded = load_checkpoint(str(folder), "cpu", "fp32", implementation="auto")
+    loaded = for_decoding(str(folder), "cpu", "fp32")
     weights = {name.split(".")[2] for name in load_file(Path(folder) / "model.safetensors") if name.startswith("model.layers")}
-    return loaded.model.config.num_hidden_layers, len(weights), loaded.info.details["layers"]
+    return loaded.backend.num_layers, len(weights), loaded.info.details["layers"]
 
 
 def test_saving_over_a_model_killed_at_any_operation(tmp_path, tokenizer, killed_at, monkeypatch):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cli.bench import bench
 from cli.sweep_exits import sweep_exits
-from layerskip_core.checkpoint.load import read_info
+from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import LayerSkipError
 
@@ -24,7 +24,7 @@ app.command("bench")(bench)
 @pytest.fixture
 def model(tmp_path):
     loaded = tiny_loaded(torch.float32)
-    save_checkpoint(loaded.model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
+    save_checkpoint(loaded.backend.model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
     return str(tmp_path / "model")
 
 

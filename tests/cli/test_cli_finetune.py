@@ -9,7 +9,7 @@ import pytest
 from command_line import fails, run
 
 from cli.training_text import spread
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_training
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
 
@@ -68,8 +68,8 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     )
     assert re.fullmatch(r"loss by exit: 1: [\d.]+  2: [\d.]+  3: [\d.]+  4: [\d.]+  5: [\d.]+  6: [\d.]+", exits)
     assert saved == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')}"
-    loaded = load_checkpoint("my model", "cpu", "fp32")
-    assert loaded.backend.num_layers == 6 and loaded.prompt_template == "{prompt}\n"
+    loaded = for_training("my model", "cpu", "fp32")
+    assert loaded.backend.num_layers == 6 and loaded.info.prompt_template == "{prompt}\n"
     config = loaded.info.details["config"]
     assert (config["steps"], config["batch_size"], config["recipe"]["curriculum"]) == (2, 2, "all")
     assert run("generate", "row 1", "--model", "my model", "--max-new-tokens", "4").code == 0

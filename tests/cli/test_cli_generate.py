@@ -12,7 +12,9 @@ from dataclasses import replace
 import pytest
 from command_line import LISTING_MODULES, Result, fails, finish, run, start
 
-from layerskip_core.checkpoint.load import CheckpointInfo, load_checkpoint, read_info
+from layerskip_core.checkpoint.info import CheckpointInfo, read_info
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.text import Answer
@@ -25,7 +27,7 @@ LONGER = re.compile(r"the prompt must be at most 127 tokens, got \d+ \(the model
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_checkpoint(checkpoint, "cpu", "fp32")
+    return decoder_of(for_training(checkpoint, "cpu", "fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +293,7 @@ def test_a_model_that_nobody_measured_is_decoded_plainly(copy, expected, info, f
 
 @pytest.mark.parametrize(("name", "strategy"), [("embedded", "self-speculative"), ("embedded-base", None)])
 def test_how_the_embedded_models_are_decoded(name, strategy):
-    assert load_checkpoint(name, "cpu", "fp32", "auto").strategy == strategy
+    assert for_decoding(name, "cpu", "fp32").strategy == strategy
 
 
 @pytest.mark.parametrize(

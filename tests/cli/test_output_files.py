@@ -9,7 +9,7 @@ import pytest
 from command_line import fails, run
 
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_training
 from layerskip_core.checkpoint.model_files import RUN_FILES, model_files, obstacles
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.errors import CheckpointError
@@ -112,7 +112,7 @@ def test_layerskip_json_lists_what_is_replaced(checkpoint, model):
     fails(f"--output {model}: {told}", "import", checkpoint, "--output", str(model), "--overwrite")
     (model / "other.safetensors").unlink()
     assert imported(str(model), model, "--overwrite").code == 0  # from itself
-    assert load_checkpoint(str(model), "cpu").backend.num_layers == 6
+    assert for_training(str(model), "cpu").backend.num_layers == 6
 
 
 def older(model, **details):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import Token, decode, text
 from layerskip_core.decoding.text import Answer, _IncrementalText
@@ -105,7 +106,7 @@ def test_pieces_of_an_answer(monkeypatch, chunks, reason, stop, pieces):
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_checkpoint(checkpoint, "cpu", "fp32")
+    return decoder_of(for_training(checkpoint, "cpu", "fp32"))
 
 
 def test_an_answer_is_the_text_of_its_tokens(loaded):

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from evaluating import NEW_TOKENS, TOO_LONG, own_answers, tiny_loaded
 
-from layerskip_core.checkpoint.load import Decoder
+from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import decode
@@ -71,7 +71,7 @@ def test_without_reuse_nothing_but_the_time_changes():
 
 def test_a_draft_model_that_is_the_model_itself_is_always_right():
     loaded = tiny_loaded()
-    setting = Generate("draft-model", loaded.model, NEW_TOKENS, None, 3, assistant=tiny_copy())
+    setting = Generate("draft-model", loaded.backend.model, NEW_TOKENS, None, 3, assistant=tiny_copy())
     found = measure(loaded, own_answers().examples[0].prompt, setting)
     assert found.stats.accepted == found.stats.drafted > 0
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
@@ -95,7 +95,7 @@ def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
 
 
 def tiny_copy():
-    model = tiny_loaded().model
+    model = tiny_loaded().backend.model
     copy = tiny_model(dtype=torch.float64, vocab_size=300)
     copy.load_state_dict(model.state_dict())
     return copy
@@ -104,14 +104,14 @@ def tiny_copy():
 def test_what_the_checkpoint_recommends_for_sampling_does_not_reach_the_baselines():
     loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
     expected = measure(loaded, prompt, PLAIN).ids
-    before = loaded.model.generation_config
+    before = loaded.backend.model.generation_config
     changed = type(before)(repetition_penalty=5.0, do_sample=True, temperature=9.0, eos_token_id=before.eos_token_id)
-    loaded.model.generation_config = changed
+    loaded.backend.model.generation_config = changed
     try:
         assert measure(loaded, prompt, baseline("assistant-early-exit")).ids == expected
-        assert loaded.model.generation_config is changed
+        assert loaded.backend.model.generation_config is changed
     finally:
-        loaded.model.generation_config = before
+        loaded.backend.model.generation_config = before
 
 
 def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
@@ -119,18 +119,18 @@ def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
     assert "at most 127 tokens" in measure(loaded, TOO_LONG.prompt, setting).error
 
     def fail(*_, **__):
-        assert loaded.model.config.num_hidden_layers == 5
+        assert loaded.backend.model.config.num_hidden_layers == 5
         raise RuntimeError("no luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loaded.model.model.layers[2], "forward", fail)
+        patch.setattr(loaded.backend.model.model.layers[2], "forward", fail)
         assert measure(loaded, "hi", setting).error == "transformers (assistant-early-exit): no luck"
-    assert loaded.model.config.num_hidden_layers == 6
+    assert loaded.backend.model.config.num_hidden_layers == 6
     assert measure(loaded, "hi", setting).error is None
 
 
 def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
-    model = tiny_loaded().model
+    model = tiny_loaded().backend.model
     require_early_exit(model)
     honest = type(model.model).forward
 
@@ -162,9 +162,9 @@ def test_settings_are_checked(settings, message):
 
 
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
-    from layerskip_core.checkpoint.load import load_checkpoint
+    from layerskip_core.checkpoint.load import for_decoding
 
-    packed = load_checkpoint(checkpoint, implementation="auto")
+    packed = for_decoding(checkpoint)
     assert isinstance(packed, Decoder)
     config = BenchConfig(checkpoint, exit_layer=5, num_draft_tokens=3, repeats=1, baselines=("transformers", "no-reuse"))
     *_, record = bench(packed, own_answers(2), config)

@@ -30,12 +30,12 @@ def test_every_layer_is_what_transformers_says_there():
     answer = list(measure(loaded, prompt, DecodingConfig("autoregressive", max_new_tokens=6)).ids)
     assert [one.token for one in found.tokens] == [loaded.detokenize([token]) for token in answer]
     with torch.no_grad():
-        states = loaded.model(torch.tensor([ids + answer]), output_hidden_states=True).hidden_states
+        states = loaded.backend.model(torch.tensor([ids + answer]), output_hidden_states=True).hidden_states
         for place, one in enumerate(found.tokens):
             for layer in range(1, LAYERS + 1):
                 state = states[layer][0, len(ids) - 1 + place]
-                normed = state if layer == LAYERS else loaded.model.model.norm(state)  # the last one is given normed
-                probability, token = loaded.model.lm_head(normed).float().softmax(-1).max(-1)
+                normed = state if layer == LAYERS else loaded.backend.model.model.norm(state)  # the last one is given normed
+                probability, token = loaded.backend.model.lm_head(normed).float().softmax(-1).max(-1)
                 said = one.predictions[layer - 1]
                 assert said.token == loaded.detokenize([int(token)])
                 assert said.probability == pytest.approx(float(probability), abs=1e-5)

@@ -62,7 +62,7 @@ def test_losses_of_a_text_are_those_of_windows_that_cover_it():
     assert [one.tokens for one in every] == [20 - (not loaded.encode_prompt("", raw=True))] * (len(ids) // 20)
     assert list(text_losses(loaded, text, 1, [2, 6], window_tokens=20)) == every[:1]
     window = torch.tensor([ids[20:40]])
-    logits = loaded.model(window, use_cache=False).logits[0]
+    logits = loaded.backend.model(window, use_cache=False).logits[0]
     expected = cross_entropy(logits[:-1], window[0, 1:], reduction="sum").item()
     assert every[1].summed[6] == pytest.approx(expected, rel=1e-5)
 
@@ -74,13 +74,13 @@ def test_losses_equal_those_of_the_truncated_model_on_the_reference_only():
     losses = reference_losses(loaded, EXAMPLE, [6, 2])
     assert losses.tokens == len(reference)
     assert list(losses.summed) == [2, 6]
-    layers = loaded.model.model.layers
+    layers = loaded.backend.model.model.layers
     for exit_layer in (2, 6):
-        loaded.model.model.layers = layers[:exit_layer]
+        loaded.backend.model.model.layers = layers[:exit_layer]
         try:
-            logits = loaded.model(torch.tensor([prompt + reference]), use_cache=False).logits[0]
+            logits = loaded.backend.model(torch.tensor([prompt + reference]), use_cache=False).logits[0]
         finally:
-            loaded.model.model.layers = layers
+            loaded.backend.model.model.layers = layers
         expected = cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(reference), reduction="sum").item()
         assert losses.summed[exit_layer] == pytest.approx(expected, rel=1e-5)
 
@@ -109,5 +109,5 @@ def test_first_difference(ids, expected, position):
 def test_gap_is_between_the_two_best_logits():
     loaded = tiny_loaded()
     ids = loaded.encode_prompt(EXAMPLE.prompt)
-    best, second = sorted(loaded.model(torch.tensor([ids])).logits[0, -1].tolist(), reverse=True)[:2]
+    best, second = sorted(loaded.backend.model(torch.tensor([ids])).logits[0, -1].tolist(), reverse=True)[:2]
     assert top2_gap(loaded.backend, ids) == pytest.approx(best - second)

@@ -31,7 +31,9 @@ def test_an_output_is_what_transformers_generates():
     loaded = tiny_loaded()
     prompt = own_answers().examples[0].prompt
     ids = loaded.encode_prompt(prompt)
-    generated = loaded.model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(ids) :].tolist()
+    generated = loaded.backend.model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[
+        0, len(ids) :
+    ].tolist()
     plain, drafted = measure(loaded, prompt, PLAIN), measure(loaded, prompt, DRAFTED)
     assert list(plain.ids) == list(drafted.ids) == generated
     assert plain.text == loaded.tokenizer.decode(generated, skip_special_tokens=True)

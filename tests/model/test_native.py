@@ -6,7 +6,7 @@ from command_line import fails, run
 from conftest import tiny_model
 from test_packed import CASES, assert_equal_spans, ids_of, pair  # noqa: F401  a fixture
 
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
@@ -386,9 +386,8 @@ def test_commands_say_once_that_kernels_are_missing(absent, checkpoint):
 
 
 def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
-    assert load_checkpoint(checkpoint, "cpu", "fp32", implementation="auto").notes == (MISSING,)
-    assert load_checkpoint(checkpoint, "cpu", "fp32", "auto", PackingConfig(quantize="int8")).notes == ()  # 48 is no 32s
-    assert load_checkpoint(checkpoint, "cpu", "fp32").notes == ()
+    assert for_decoding(checkpoint, "cpu", "fp32").notes == (MISSING,)
+    assert for_decoding(checkpoint, "cpu", "fp32", PackingConfig(quantize="int8")).notes == ()  # 48 is no 32s
 
 
 def test_an_unknown_variant_is_an_error(monkeypatch, checkpoint):

@@ -4,8 +4,9 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import tiny_model
+from evaluating import tiny_loaded
 
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
@@ -162,19 +163,19 @@ def test_what_is_not_known_is_not_packed():
 def test_a_checkpoint_is_loaded_for_decoding(tmp_path, monkeypatch, model_type, implementation):
     from transformers import AutoTokenizer
 
-    tiny_model(model_type, torch.float32).save_pretrained(tmp_path)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    tiny_model(model_type, torch.float32, vocab_size=300).save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_loaded().tokenizer)
     monkeypatch.setattr("layerskip_core.checkpoint.load.can_run_native", lambda *_: False)
-    assert load_checkpoint(str(tmp_path), "cpu", "fp32", implementation="auto").backend.implementation == implementation
-    assert load_checkpoint(str(tmp_path), "cpu", "fp32").backend.implementation == "generic"
+    assert for_decoding(str(tmp_path), "cpu", "fp32").backend.implementation == implementation
+    assert for_training(str(tmp_path), "cpu", "fp32").backend.implementation == "generic"
 
 
 def test_bf16_weights_leave_the_rotary_frequencies_in_fp32(tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
-    tiny_model("llama", torch.float32).save_pretrained(tmp_path)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
-    loaded = load_checkpoint(str(tmp_path), "cpu", "bf16")
+    tiny_model("llama", torch.float32, vocab_size=300).save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_loaded().tokenizer)
+    loaded = for_training(str(tmp_path), "cpu", "bf16")
     expected = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
     torch.testing.assert_close(loaded.model.model.rotary_emb.inv_freq, expected)
     assert loaded.backend.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
@@ -272,9 +272,7 @@ def test_a_checkpoint_s_token_order_is_what_draft_vocab_counts(checkpoint, tmp_p
     config = json.loads((folder / "config.json").read_text())
     for version in ("5.0", "4.0"):  # read without transformers, and by it
         (folder / "config.json").write_text(json.dumps({**config, "transformers_version": version}))
-        backend = load_checkpoint(
-            str(folder), "cpu", "fp32", implementation="auto", packing=PackingConfig(draft_vocab=2)
-        ).backend
+        backend = for_decoding(str(folder), "cpu", "fp32", PackingConfig(draft_vocab=2)).backend
         with torch.inference_mode():
             logits = backend.draft.unembed(backend.embed(ids))
         assert (logits > -torch.inf).nonzero()[:, -1].unique().tolist() == [7, 299]

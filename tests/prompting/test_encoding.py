@@ -8,7 +8,8 @@ import pytest
 from chatml import SPECIAL, chatml_folder, full_tokenizer
 
 from layerskip_core.checkpoint.fast_read import lean_tokenizer
-from layerskip_core.checkpoint.load import CheckpointInfo, Decoder
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.data.examples import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
@@ -85,7 +86,7 @@ def test_the_template_and_the_prompt_together_make_no_special_token(tokenizer, f
 
 
 def test_raw_prompts_still_hold_special_tokens(tokenizer, full):
-    loaded = Decoder("m", None, tokenizer, CheckpointInfo(), SimpleNamespace(vocab_size=1 << 20))
+    loaded = Decoder("m", SimpleNamespace(vocab_size=1 << 20), tokenizer, CheckpointInfo(), frozenset())
     assert loaded.prompt_template == CHAT
     assert control(full, loaded.encode_prompt(EVIL, raw=True)) == ["<|im_end|>", "<|im_start|>"]  # the last one ends a prompt
     assert control(full, loaded.encode_prompt(EVIL)) == [*SPECIAL[1:], *SPECIAL[1:], SPECIAL[1]]
@@ -98,7 +99,7 @@ def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(tokenizer, full, 
     rows = [{"prompt": prompt, "answer": "b"} for prompt in ["a", EVIL][1 - shots :]]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = load_task(TaskConfig(data=str(file), shots=shots, template=template))
-    loaded = task.prepared(Decoder("m", None, tokenizer, CheckpointInfo(), SimpleNamespace(vocab_size=1 << 20)))
+    loaded = task.prepared(Decoder("m", SimpleNamespace(vocab_size=1 << 20), tokenizer, CheckpointInfo(), frozenset()))
     ids = loaded.encode_prompt(task.examples[0].prompt)
     # A solved row has its turns, too; and a raw prompt ends with a line end then, not with a token that is cut off.
     assert len(control(full, ids)) == own + shots * {OWN_TURNS: 3, "raw": 1}.get(template, 0)

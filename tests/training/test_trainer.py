@@ -10,7 +10,7 @@ from training_runs import RECIPE, train, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
-from layerskip_core.checkpoint.load import load_checkpoint
+from layerskip_core.checkpoint.load import for_training
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
@@ -159,8 +159,8 @@ def test_an_output_that_holds_a_model_is_refused(settings):
 def test_what_is_saved_is_a_plain_checkpoint_with_its_story(settings, base, tmp_path):
     info = prepare(settings()).run(lambda report: None)
     output = str(tmp_path / "out")
-    loaded = load_checkpoint(output, "cpu", "fp32")
-    assert loaded.info == info and loaded.prompt_template == "{prompt}\n"
+    loaded = for_training(output, "cpu", "fp32")
+    assert loaded.info == info and loaded.info.prompt_template == "{prompt}\n"
     details = info.details
     assert (details["base_model"], details["steps"], details["rows"]) == (base, 4, 32)
     recipe = {"p_max": 0.2, "e_scale": 1.0, "exit_weights": "paper", "curriculum": "rotational", "rotation": 2}
@@ -186,7 +186,7 @@ def test_lora_is_merged_into_a_plain_checkpoint(settings, base, tmp_path):
 def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
     reports = train(settings(regime="scratch", vocab_size=280))
     assert reports[0].loss == pytest.approx(5.63, abs=0.3)  # fresh weights: about ln 280
-    loaded = load_checkpoint(str(tmp_path / "out"))
+    loaded = for_training(str(tmp_path / "out"))
     assert len(loaded.tokenizer) == loaded.backend.vocab_size == 280
     with pytest.raises(ConfigError, match="--steps must be at least 2 to train from scratch with layer dropout, got 1"):
         prepare(settings(regime="scratch", steps=1, overwrite=True))
@@ -379,9 +379,9 @@ def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_p
     assert not (Path(kept) / "model.safetensors").exists()
     names = load_file(Path(kept) / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in names} == {"q_proj", "down_proj"}
-    expected = load_checkpoint(merged, "cpu", "fp32")
-    found = load_checkpoint(kept, "cpu", "fp32")
-    assert found.prompt_template == "{prompt}\n" and len(found.tokenizer) == 300
+    expected = for_training(merged, "cpu", "fp32")
+    found = for_training(kept, "cpu", "fp32")
+    assert found.info.prompt_template == "{prompt}\n" and len(found.tokenizer) == 300
     state = found.model.state_dict()
     assert state.keys() == expected.model.state_dict().keys()
     for name, weight in expected.model.state_dict().items():

@@ -10,7 +10,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from ...checkpoint.load import Decoder, load_checkpoint, quiet_transformers
+from ...checkpoint.load import for_training
+from ...checkpoint.loaded import Decoder, Trainable
+from ...checkpoint.quiet import quiet_transformers
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig
 from ...decoding import DecodeStats, StopReason, decode
@@ -234,9 +236,9 @@ def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) 
     exit_layer, drafts, limit, stop = config.exit_layer, config.num_draft_tokens, plain.max_new_tokens, plain.stop
     assert exit_layer is not None and drafts is not None
 
-    def transformers_model(name: str) -> Decoder:
+    def transformers_model(name: str) -> Trainable:
         device, dtype = str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto")
-        return load_checkpoint(name, device, dtype)
+        return for_training(name, device, dtype)
 
     def make(name: str) -> Peer:
         if name == "no-reuse":
@@ -253,13 +255,16 @@ def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) 
 
     def _draft_model(name: str) -> Any:
         draft = transformers_model(name)
-        if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        if draft.tokenizer.get_vocab() != vocabulary:
             raise ConfigError(f"--draft-model must have the tokenizer of {loaded.name}; {name} has another")
         return draft.model
 
-    needed = any(name != "no-reuse" for name in config.baselines) and not isinstance(loaded.backend, GenericBackend)
-    target = transformers_model(loaded.name) if needed else loaded
-    model = target.model
+    model, vocabulary = None, {}
+    if isinstance(loaded.backend, GenericBackend):
+        model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
+    elif any(name != "no-reuse" for name in config.baselines):
+        target = transformers_model(loaded.name)
+        model, vocabulary = target.model, target.tokenizer.get_vocab()
     return [make(name) for name in config.baselines]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from ...checkpoint.load import Decoder
+from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig, SweepConfig
 from ...data.examples import Example

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from ...checkpoint.load import Decoder
+from ...checkpoint.loaded import Decoder
 from ...config.checks import require_exit_layer
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig

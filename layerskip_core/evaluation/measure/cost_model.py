@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...checkpoint.load import Decoder
+from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
 from ...data.examples import Example
 from ...decoding import DecodeStats, Decoding, decode

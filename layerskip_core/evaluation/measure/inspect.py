@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.load import Decoder
+from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
 from ...decoding import decode
 

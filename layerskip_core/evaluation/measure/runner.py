@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from ...checkpoint.load import Decoder
+from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
 from ...data.examples import Example
 from ...decoding import Decoding, decode

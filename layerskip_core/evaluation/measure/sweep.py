@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from statistics import mean, median
 
-from ...checkpoint.load import Decoder
+from ...checkpoint.loaded import Decoder
 from ...config.checks import require_exit_layer
 from ...config.decoding import DecodingConfig, Strategy
 from ...config.evaluation import SweepConfig

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 
-from ...checkpoint.load import Decoder
+from ...checkpoint.loaded import Decoder
 
 Result = TypeVar("Result")
 

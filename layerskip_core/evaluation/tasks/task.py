@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...checkpoint.load import Decoder
+from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, SamplingConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example

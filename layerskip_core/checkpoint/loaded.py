@@ -1,0 +1,84 @@
+"""A model in memory. A Decoder generates text; a Trainable is a transformers model whose weights can be changed and saved."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config.decoding import Strategy
+from ..errors import ConfigError
+from ..model import GenericBackend
+from ..model.config_values import tokens_of
+from ..prompting.encoding import encode_prompt
+from ..prompting.template import default_template
+from .info import CheckpointInfo
+from .locate import PUBLISHED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_USUAL_DRAFTS = 6  # draft tokens where nothing recommends a number
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model that generates text. `notes` are messages for the user, such as that the compiled kernels are missing."""
+
+    name: str
+    backend: Any
+    tokenizer: Any
+    info: CheckpointInfo
+    eos_ids: frozenset[int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def prompt_template(self) -> str | None:
+        """layerskip.json's template, else the tokenizer's chat template, else none."""
+        return default_template(self.info.prompt_template, self.tokenizer)
+
+    def encode_prompt(self, prompt: str, raw: bool = False) -> list[int]:
+        """Token ids of a prompt in the model's template, or without a template if `raw`.
+
+        Raises ConfigError for a token that the model has no embedding for.
+        """
+        ids = encode_prompt(self.tokenizer, None if raw else self.prompt_template, prompt)
+        last, known = max(ids, default=0), self.backend.vocab_size
+        if last >= known:
+            token = self.tokenizer.decode([last])
+            raise ConfigError(f"the prompt must have tokens of the model, of which there are {known}, got {token!r}, id {last}")
+        return ids
+
+    def detokenize(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def recommended(self) -> tuple[int, int]:
+        """(exit layer, draft tokens): from layerskip.json, else the published ones, else a quarter of the layers and 6."""
+        exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
+        return self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """The strategy that a sweep recommends, or self-speculative where the exits were trained; None if nothing is known."""
+        known = self.info.exit_layer is not None or self.info.trained_exits or self.name in PUBLISHED
+        return self.info.strategy or ("self-speculative" if known else None)
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A transformers model with its own layers, and a backend over the same weights."""
+
+    name: str
+    model: "PreTrainedModel"
+    backend: GenericBackend
+    tokenizer: Any
+    info: CheckpointInfo
+
+
+def decoder_of(trainable: Trainable) -> Decoder:
+    """Decodes with transformers' own layers and shares the weights, so that training can go on."""
+    model = trainable.model
+    eos_ids = end_ids(model.generation_config, model.config, trainable.tokenizer)
+    return Decoder(trainable.name, trainable.backend, trainable.tokenizer, trainable.info, eos_ids)
+
+
+def end_ids(*sources: object) -> frozenset[int]:
+    """Every id that ends an answer: `eos_token_id` of a generation config, a config and a tokenizer together."""
+    return frozenset(token for source in sources for token in tokens_of(getattr(source, "eos_token_id", None)))

@@ -1,0 +1,80 @@
+"""From a model's name to its files: an embedded model, a folder, a GGUF file or a hub id."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import CheckpointError, ConfigError
+from .info import holds_model
+from .swap import settle
+
+EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
+
+# (exit layer, draft tokens) of the published checkpoints: LayerSkip tables 3-5; for Llama 3 those of the model cards.
+PUBLISHED = {
+    "facebook/layerskip-llama2-7B": (8, 12),
+    "facebook/layerskip-llama2-13B": (15, 12),
+    "facebook/layerskip-llama2-70B": (10, 12),
+    "facebook/layerskip-llama3-8B": (8, 6),
+    "facebook/layerskip-llama3.2-1B": (4, 6),
+    "facebook/layerskip-codellama-7B": (6, 12),
+    "facebook/layerskip-codellama-34B": (8, 12),
+}
+_RUST_PANIC = "PanicException"  # raised by libraries written in Rust; not a subclass of Exception
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Location:
+    """What `from_pretrained` takes: a folder or a hub id, and the file in that folder if it is a GGUF file."""
+
+    path: str
+    gguf_file: str | None = None
+
+    @property
+    def keywords(self) -> dict[str, str]:
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder in the layout of transformers."""
+        return self.gguf_file is None and Path(self.path).is_dir()
+
+
+def locate(name: str) -> Location:
+    """Raises CheckpointError for a name that is none of the four kinds, and for a folder without a model."""
+    if name in EMBEDDED:
+        return Location(str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return Location(str(path.parent), path.name)
+    if path.is_dir():
+        settle(path)
+        if not holds_model(path):
+            raise CheckpointError(f"folder {name} holds no model: there is no config.json in it")
+        return Location(name)
+    if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
+        return Location(name)
+    names = ", ".join(EMBEDDED)
+    raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
+
+
+def reading(name: str, read: Callable[[], Result]) -> Result:
+    """Calls `read`. Whatever it raises becomes a CheckpointError of one line that names the model.
+
+    A ConfigError passes: it is about what the user asked for, not about the model.
+    """
+    try:
+        return read()
+    except ConfigError:
+        raise
+    except BaseException as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
+        if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
+        absent = "" if known else "there is no such folder, and as a hub id: "
+        raise CheckpointError(f"cannot load model {name}: {absent}{reason}") from error
