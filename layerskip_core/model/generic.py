@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache
@@ -63,6 +64,8 @@ class GenericBackend:
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
         self._rope_by_type = "layer_type" in inspect.signature(self._decoder.rotary_emb.forward).parameters
         self._kinds = self.spec.kinds
+        # Gemma's embed_tokens scales its output itself.
+        self._embedding_scale = 1.0 if self.spec.architecture.scales_embeddings else self.spec.embedding_scale
 
     @property
     def num_layers(self) -> int:
@@ -95,7 +98,10 @@ class GenericBackend:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to hidden states (B, T, D)."""
-        return self._decoder.embed_tokens(ids)  # type: ignore[no-any-return]
+        hidden: Tensor = self._decoder.embed_tokens(ids)
+        if self._embedding_scale != 1:
+            hidden = hidden * self._embedding_scale
+        return F.dropout(hidden, self.spec.embedding_dropout, self.model.training) if self.spec.embedding_dropout else hidden
 
     def run_layers(
         self,
@@ -163,10 +169,9 @@ class GenericBackend:
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
         logits = self._head(self._decoder.norm(hidden))
-        scaling = getattr(self.config, "logits_scaling", None)
-        if scaling is not None:
-            logits = logits / scaling
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        if self.spec.logits_divisor != 1:
+            logits = logits / self.spec.logits_divisor
+        cap = self.spec.logits_cap
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits  # type: ignore[no-any-return]

@@ -1,52 +1,119 @@
-"""What an architecture is: the one place that turns a configuration into layers, heads and windows, and says which weights of
-which shapes belong to it. Every implementation of a model begins here.
+"""What an architecture is. This module alone turns a configuration into sizes, norms, biases, windows and weight names;
+every backend is built from the ModelSpec that it makes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
-from typing import Any
+from math import prod, sqrt
+from typing import Any, Literal, NamedTuple
 
 from ..errors import CheckpointError
-from .config_values import MOST_WIDTH, check_values, rope_types
+from .config_values import LAYER_KINDS, MOST_WIDTH, check_values, rope_types
 
 Shapes = Mapping[str, tuple[int, ...]]
+FULL, SLIDING = LAYER_KINDS
+
+
+class BlockNorms(NamedTuple):
+    """Names of the norms around a block (attention or MLP); None where there is none. Both act inside the residual branch."""
+
+    before: str | None
+    after: str | None
+
+
+_BEFORE = BlockNorms("input_layernorm", None), BlockNorms("post_attention_layernorm", None)
+_AROUND = (
+    BlockNorms("input_layernorm", "post_attention_layernorm"),
+    BlockNorms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_AFTER = BlockNorms(None, "post_attention_layernorm"), BlockNorms(None, "post_feedforward_layernorm")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a family of models differs from the others. `biases`: of the attention's projections, of all, some or as configured.
+    """How a family of models differs from Llama, whose layers the defaults describe. Strings name values of config.json."""
 
-    `windows`: which layers see a window only: those that `layer_types` names, where the configuration says that it is used
-    ("optional") or always ("listed"), all layers where there is one ("all"), or none.
-    """
+    attention_norms: BlockNorms = _BEFORE[0]
+    mlp_norms: BlockNorms = _BEFORE[1]
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # a stored w scales by 1 + w in the second; the third has biases
+    norm_eps: str = "rms_norm_eps"
+    query_key_norms: Literal["none", "head", "projection"] = "none"  # over each head, or over all heads together
 
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    head_norms: bool = False  # one of each query and key head
-    projection_norms: bool = False  # one of all queries, and one of all keys
-    attention_bias: tuple[str, ...] | None = ()  # projections with a bias; None: all if `attention_bias` says so
-    mlp_bias: bool = False  # whether `mlp_bias` is heeded
-    windows: str = "none"
-    skips_rope: bool = False  # whether `no_rope_layers` is heeded
+    # Projections that read the hidden states come first. Fewer names mean that several matrices are stored as one.
+    attention_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    mlp_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    attention_bias: str | tuple[str, ...] | None = "attention_bias"  # a switch for all, or those that always have one
+    mlp_bias: str | None = None  # the switch
+    gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
+    activation: str = "hidden_act"
+    default_activation: str = "silu"
+
+    windows: Literal["none", "all", "optional", "listed"] = "none"
+    # Which layers are sliding: all if there is a window; by `layer_types` if `use_sliding_window`; or always by `layer_types`.
+    skips_rope: bool = False  # `no_rope_layers` have no rotary positions
+    partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
+    scales_queries: bool = False  # scores are scaled by query_pre_attn_scalar^-0.5, not head_dim^-0.5
+    scales_embeddings: bool = False  # by sqrt(hidden_size)
+    multipliers: bool = False  # Granite's: of embeddings, scores, residual branches and logits
+    caps_scores: bool = False  # `attn_logit_softcapping`
+    caps_logits: bool = False  # `final_logit_softcapping`
+    drops_embeddings: bool = False  # `embedding_dropout`, in training
 
 
-_AROUND = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_GELU = "gelu_pytorch_tanh"
 
 # Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(attention_bias=None, mlp_bias=True),
-    "mistral": Architecture(windows="all"),
+    "llama": Architecture(mlp_bias="mlp_bias"),
+    "mistral": Architecture(attention_bias=None, windows="all"),
     "qwen2": Architecture(attention_bias=("q_proj", "k_proj", "v_proj"), windows="optional"),
-    "qwen3": Architecture(attention_bias=None, head_norms=True, windows="optional"),
-    "gemma": Architecture(attention_bias=None),
-    "gemma2": Architecture(_AROUND, attention_bias=None, windows="listed"),
-    "gemma3_text": Architecture(_AROUND, attention_bias=None, head_norms=True, windows="listed"),
-    "smollm3": Architecture(attention_bias=None, mlp_bias=True, windows="optional", skips_rope=True),
-    "olmo2": Architecture(
-        ("post_attention_layernorm", "post_feedforward_layernorm"), attention_bias=None, projection_norms=True
+    "qwen3": Architecture(query_key_norms="head", windows="optional"),
+    "gemma": Architecture(norm="rms_plus_one", default_activation=_GELU, scales_embeddings=True),
+    "gemma2": Architecture(
+        *_AROUND,
+        norm="rms_plus_one",
+        activation="hidden_activation",
+        default_activation=_GELU,
+        windows="listed",
+        scales_embeddings=True,
+        scales_queries=True,
+        caps_scores=True,
+        caps_logits=True,
     ),
-    "granite": Architecture(attention_bias=None, mlp_bias=True),
+    "gemma3_text": Architecture(
+        *_AROUND,
+        norm="rms_plus_one",
+        query_key_norms="head",
+        activation="hidden_activation",
+        default_activation=_GELU,
+        windows="listed",
+        scales_embeddings=True,
+        scales_queries=True,
+        caps_logits=True,
+    ),
+    "smollm3": Architecture(mlp_bias="mlp_bias", windows="optional", skips_rope=True),
+    "olmo2": Architecture(*_AFTER, query_key_norms="projection"),
+    "olmo3": Architecture(*_AFTER, query_key_norms="projection", windows="listed"),
+    "granite": Architecture(mlp_bias="mlp_bias", multipliers=True),
+    "phi3": Architecture(
+        attention_projections=("qkv_proj", "o_proj"),
+        mlp_projections=("gate_up_proj", "down_proj"),
+        attention_bias=None,
+        windows="all",
+        partial_rope=True,
+    ),
+    "starcoder2": Architecture(
+        norm="layer",
+        norm_eps="norm_epsilon",
+        mlp_projections=("c_fc", "c_proj"),
+        attention_bias="use_bias",
+        mlp_bias="use_bias",
+        gated=False,
+        default_activation=_GELU,
+        windows="all",
+        drops_embeddings=True,
+    ),
 }
 SUPPORTED = tuple(ARCHITECTURES)
 
@@ -60,48 +127,59 @@ def architecture_of(model_type: Any) -> Architecture:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's sizes and the ways of its layers, all checked. Widths: `queries` and `keys` are those of all their heads."""
+    """A model's sizes and the variants of its layers, all checked."""
 
     model_type: str
+    architecture: Architecture
     layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
-    inner: int
+    inner: int  # width of the MLP
     vocab: int
-    context: int
-    eps: float
-    kinds: tuple[str, ...]  # 'full_attention' or 'sliding_attention' by layer
+    context: int  # positions
+    eps: float  # of every norm
+    activation: str  # transformers' name
+    kinds: tuple[str, ...]  # 'full_attention' or 'sliding_attention', by layer
     window: int | None  # positions that a sliding layer sees
-    rotates: tuple[bool, ...]  # by layer: whether it has rotary positions
+    rotates: tuple[bool, ...]  # whether a layer has rotary positions
+    ropes: Mapping[str, Mapping[str, Any]]  # rope_parameters by kind of layer
+    rotary: int  # dimensions of a head that rotate, from the first on
     attention_bias: tuple[str, ...]  # projections of the attention that have a bias
     mlp_bias: bool
     tied: bool  # whether the head is the embedding
+    attention_scale: float
+    embedding_scale: float
+    residual_scale: float  # of what a block adds
+    logits_divisor: float
+    embedding_dropout: float  # of training
+    score_cap: float | None  # c of c * tanh(score / c)
+    logits_cap: float | None
 
     @classmethod
     def of(cls, config: Any) -> "ModelSpec":
-        """What a configuration says, its values as attributes. Raises CheckpointError naming the first that cannot be."""
+        """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
         architecture = architecture_of(config.model_type)
         check_values(vars(config))
         layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None)
-        if head_dim is None:
-            _require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads, {heads}", hidden)
-            head_dim = hidden // heads
-            _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
+        kv_heads = _value(config, "num_key_value_heads", heads)
+        head_dim = _head_dim(config)
         _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", heads)
-        # The base of a dynamic rope is raised to head_dim / (head_dim - 2).
-        _require(head_dim > 2 or "dynamic" not in rope_types(vars(config)), "head_dim", "above 2 for a dynamic rope", head_dim)
         _require(heads * head_dim <= MOST_WIDTH, "num_attention_heads * head_dim", f"at most {MOST_WIDTH}", heads * head_dim)
         biases = architecture.attention_bias
-        if biases is None:
-            biases = ("q_proj", "k_proj", "v_proj", "o_proj") if getattr(config, "attention_bias", False) else ()
+        if isinstance(biases, str):
+            biases = architecture.attention_projections if _value(config, biases, False) else ()
         rotates = _rotates(config, layers) if architecture.skips_rope else (True,) * layers
         kinds, window = _windows(config, architecture, rotates)
+        ropes = _ropes(config, kinds)
+        multipliers = architecture.multipliers
+        scale = head_dim**-0.5
+        if architecture.scales_queries:
+            scale = _value(config, "query_pre_attn_scalar", 256) ** -0.5
         return cls(
             model_type=config.model_type,
+            architecture=architecture,
             layers=layers,
             hidden=hidden,
             heads=heads,
@@ -109,22 +187,34 @@ class ModelSpec:
             head_dim=head_dim,
             inner=config.intermediate_size,
             vocab=config.vocab_size,
-            context=config.max_position_embeddings,
-            eps=float(config.rms_norm_eps),
+            context=_context(config, ropes),
+            eps=float(getattr(config, architecture.norm_eps)),
+            activation=_value(config, architecture.activation, architecture.default_activation),
             kinds=kinds,
             window=window,
             rotates=rotates,
-            attention_bias=biases,
-            mlp_bias=architecture.mlp_bias and bool(getattr(config, "mlp_bias", False)),
+            ropes=ropes,
+            rotary=_rotary(head_dim, ropes) if architecture.partial_rope else head_dim,
+            attention_bias=biases or (),
+            mlp_bias=architecture.mlp_bias is not None and bool(_value(config, architecture.mlp_bias, False)),
             tied=config.tie_word_embeddings,
+            attention_scale=float(_value(config, "attention_multiplier", 1.0)) if multipliers else scale,
+            embedding_scale=_embedding_scale(config, architecture),
+            residual_scale=float(_value(config, "residual_multiplier", 1.0)) if multipliers else 1.0,
+            logits_divisor=float(_value(config, "logits_scaling", 1.0)) if multipliers else 1.0,
+            embedding_dropout=float(_value(config, "embedding_dropout", 0.0)) if architecture.drops_embeddings else 0.0,
+            score_cap=_value(config, "attn_logit_softcapping", None) if architecture.caps_scores else None,
+            logits_cap=_value(config, "final_logit_softcapping", None) if architecture.caps_logits else None,
         )
 
     @property
     def queries(self) -> int:
+        """Width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
+        """Width of all key heads together."""
         return self.kv_heads * self.head_dim
 
     @cached_property
@@ -132,7 +222,7 @@ class ModelSpec:
         """Names and shapes of all weights, as in a checkpoint; a tied head is the embedding and has none."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab, self.hidden),
-            "model.norm.weight": (self.hidden,),
+            **self._norm_shapes("model.norm", self.hidden),
             **({} if self.tied else {"lm_head.weight": (self.vocab, self.hidden)}),
         }
         layer = self._layer_shapes()
@@ -146,78 +236,142 @@ class ModelSpec:
 
     def window_of(self, layer: int) -> int | None:
         """How many positions a layer sees; None for all."""
-        return self.window if self.kinds[layer] == "sliding_attention" else None
+        return self.window_of_kind(self.kinds[layer])
 
-    def check_weights(self, found: Shapes) -> None:
-        """Raises CheckpointError for a weight that is missing from what was `found`, or has another shape."""
-        if missing := sorted(name for name in self.shapes if name not in found):
+    def window_of_kind(self, kind: str) -> int | None:
+        return self.window if kind == SLIDING else None
+
+    def check_weights(self, stored: Shapes) -> None:
+        """Raises CheckpointError for a weight that is missing from the `stored` ones, or has another shape."""
+        if missing := sorted(name for name in self.shapes if name not in stored):
             raise CheckpointError(f"{len(missing)} weights are missing, {missing[0]} the first")
         for name, shape in self.shapes.items():
-            check_shape(name, shape, found[name])
+            check_shape(name, shape, stored[name])
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        architecture = ARCHITECTURES[self.model_type]
+        architecture = self.architecture
         projections = {
-            "self_attn.q_proj": (self.queries, self.hidden),
-            "self_attn.k_proj": (self.keys, self.hidden),
-            "self_attn.v_proj": (self.keys, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.queries),
-            "mlp.gate_proj": (self.inner, self.hidden),
-            "mlp.up_proj": (self.inner, self.hidden),
-            "mlp.down_proj": (self.hidden, self.inner),
+            **_projections("self_attn.", architecture.attention_projections, (self.queries, self.keys, self.keys), self.hidden),
+            **_projections("mlp.", architecture.mlp_projections, (self.inner,) * (1 + architecture.gated), self.hidden),
         }
         biased = {f"self_attn.{name}" for name in self.attention_bias}
         biased |= {name for name in projections if self.mlp_bias and name.startswith("mlp.")}
-        norms = dict.fromkeys(architecture.norms, self.hidden)
-        if architecture.head_norms:
+        norms = {name: self.hidden for name in (*architecture.attention_norms, *architecture.mlp_norms) if name is not None}
+        if architecture.query_key_norms == "head":
             norms |= {"self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim}
-        if architecture.projection_norms:
+        elif architecture.query_key_norms == "projection":
             norms |= {"self_attn.q_norm": self.queries, "self_attn.k_norm": self.keys}
-        return {
-            **{f"{name}.weight": shape for name, shape in projections.items()},
-            **{f"{name}.bias": (shape[0],) for name, shape in projections.items() if name in biased},
-            **{f"{name}.weight": (size,) for name, size in norms.items()},
-        }
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in projections.items()}
+        shapes |= {f"{name}.bias": (shape[0],) for name, shape in projections.items() if name in biased}
+        for name, size in norms.items():
+            shapes |= self._norm_shapes(name, size)
+        return shapes
+
+    def _norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
+        parts = ("weight", "bias") if self.architecture.norm == "layer" else ("weight",)
+        return {f"{name}.{part}": (size,) for part in parts}
 
 
-def check_shape(name: str, needed: tuple[int, ...], found: tuple[int, ...]) -> None:
-    if tuple(found) != needed:
-        raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(found)}")
+def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> None:
+    if tuple(stored) != needed:
+        raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}")
+
+
+def _projections(prefix: str, names: tuple[str, ...], outputs: tuple[int, ...], hidden: int) -> dict[str, tuple[int, int]]:
+    """Shapes (out, in) of a block's projections, the last of which leads back to the hidden states."""
+    *inward, back = names
+    widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
+    inner = outputs[0]
+    shapes = {prefix + name: (width, hidden) for name, width in zip(inward, widths, strict=True)}
+    return {**shapes, prefix + back: (hidden, inner)}
+
+
+def _value(config: Any, name: str, default: Any) -> Any:
+    """A value that a configuration may leave out or set to null."""
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
+def _head_dim(config: Any) -> int:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim: int | None = _value(config, "head_dim", None)
+    if head_dim is None:
+        _require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads, {heads}", hidden)
+        head_dim = hidden // heads
+        _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
+    # The base of a dynamic rope is raised to head_dim / (head_dim - 2).
+    _require(head_dim > 2 or "dynamic" not in rope_types(vars(config)), "head_dim", "above 2 for a dynamic rope", head_dim)
+    return head_dim
+
+
+def _embedding_scale(config: Any, architecture: Architecture) -> float:
+    if architecture.multipliers:
+        return float(_value(config, "embedding_multiplier", 1.0))
+    return sqrt(config.hidden_size) if architecture.scales_embeddings else 1.0
+
+
+def _ropes(config: Any, kinds: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
+    """The parameters of the rotary embeddings of each kind of layer."""
+    parameters = _value(config, "rope_parameters", {})
+    by_kind = any(kind in parameters for kind in LAYER_KINDS)
+    return {kind: (parameters.get(kind) or {}) if by_kind else parameters for kind in dict.fromkeys(kinds)}
+
+
+def _rotary(head_dim: int, ropes: Mapping[str, Mapping[str, Any]]) -> int:
+    share = min((float(rope.get("partial_rotary_factor") or 1.0) for rope in ropes.values()), default=1.0)
+    rotary = int(head_dim * share)
+    _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
+    return rotary
+
+
+def _context(config: Any, ropes: Mapping[str, Mapping[str, Any]]) -> int:
+    """Positions that a model can have.
+
+    A longrope changes the frequencies of all positions when a text outgrows the original context, so keys that are cached
+    would no longer fit: such a model ends there.
+    """
+    limits: list[int] = [config.max_position_embeddings]
+    for rope in ropes.values():
+        if _rope_type(rope) == "longrope" and (original := rope.get("original_max_position_embeddings")) is not None:
+            limits.append(original)
+    return min(limits)
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _windows(config: Any, architecture: Architecture, rotates: tuple[bool, ...]) -> tuple[tuple[str, ...], int | None]:
     """The kind of each layer, and how many positions the sliding ones see."""
     layers = len(rotates)
-    window = getattr(config, "sliding_window", None)
-    listed = getattr(config, "layer_types", None)
+    window = _value(config, "sliding_window", None)
+    listed = _value(config, "layer_types", None)
     if listed is not None:
         _require(len(listed) == layers, "layer_types", f"a list of num_hidden_layers, {layers}, entries", len(listed))
     optional = architecture.windows == "optional"
-    unused = window is None or (optional and not getattr(config, "use_sliding_window", False))
+    unused = window is None or (optional and not _value(config, "use_sliding_window", False))
     if architecture.windows == "none" or (architecture.windows != "listed" and unused):
-        return ("full_attention",) * layers, None
+        return (FULL,) * layers, None
     if architecture.windows == "all":
         slides = [True] * layers
     elif listed is not None:
-        slides = [kind == "sliding_attention" for kind in listed]
+        slides = [kind == SLIDING for kind in listed]
     elif architecture.skips_rope:
         slides = [not rotating for rotating in rotates]
     else:
-        first = getattr(config, "max_window_layers", None) or 0
+        first = _value(config, "max_window_layers", 0)
         slides = [layer >= first for layer in range(layers)]
     _require(window is not None or not any(slides), "sliding_window", "given for layers of sliding_attention", "null")
-    return tuple("sliding_attention" if each else "full_attention" for each in slides), window
+    return tuple(SLIDING if sliding else FULL for sliding in slides), window
 
 
 def _rotates(config: Any, layers: int) -> tuple[bool, ...]:
-    rotating = getattr(config, "no_rope_layers", None)
-    if rotating is None:
-        interval = getattr(config, "no_rope_layer_interval", None) or 4
+    listed = _value(config, "no_rope_layers", None)  # 1 where a layer does rotate, whatever the name says
+    if listed is None:
+        interval = _value(config, "no_rope_layer_interval", 4)
         return tuple((layer + 1) % interval != 0 for layer in range(layers))
-    _require(
-        len(rotating) >= layers, "no_rope_layers", f"a list of at least num_hidden_layers, {layers}, entries", len(rotating)
-    )
-    return tuple(map(bool, rotating[:layers]))
+    _require(len(listed) >= layers, "no_rope_layers", f"a list of at least num_hidden_layers, {layers}, entries", len(listed))
+    return tuple(map(bool, listed[:layers]))
 
 
 def _require(condition: bool, name: str, needed: str, found: object) -> None:

@@ -142,8 +142,7 @@ def _memory_mb(loaded: Trainable, config: FinetuneConfig, data: EncodedData) -> 
     backend = loaded.backend
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     state = (4 if config.lora_rank else 16) * parameters
-    inner: int = getattr(backend.config, "intermediate_size", 4 * backend.hidden_size)
-    layer = 14 * backend.hidden_size + 4 * inner
+    layer = 14 * backend.hidden_size + 4 * backend.spec.inner
     layers = backend.num_layers * backend.hidden_size + layer if config.gradient_checkpointing else backend.num_layers * layer
     tokens = config.batch_size * data.longest
     logits = min(tokens * backend.vocab_size, 1 << 24) * 3

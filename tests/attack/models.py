@@ -10,7 +10,10 @@ from .outcome import Miss
 from .probe import COUNTED, probe
 
 CASES, SHORT = 700, range(40)
-_TYPES = ("llama", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite")
+_TYPES = (
+    *("llama", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite"),
+    *("phi3", "starcoder2"),
+)
 
 
 def attack(case: Case) -> Iterator[Miss]:
@@ -40,9 +43,9 @@ def _shape(random: Random) -> dict[str, Any]:
         "tie_word_embeddings": random.random() < 0.5,
         "pad_token_id": None,
     }
-    if kind == "mistral" or (kind.startswith("gemma") and kind != "gemma"):
+    if kind in ("mistral", "gemma2", "gemma3_text", "olmo3", "phi3", "starcoder2"):
         shape["sliding_window"] = random.choice((1, 2, 5, 16, 4096))
-    if kind in ("gemma2", "gemma3_text") and random.random() < 0.5:
+    if kind in ("gemma2", "gemma3_text", "olmo3") and random.random() < 0.5:
         shape["layer_types"] = [random.choice(("sliding_attention", "full_attention")) for _ in range(layers)]
     if kind == "qwen2":
         shape |= {
@@ -52,11 +55,16 @@ def _shape(random: Random) -> dict[str, Any]:
         }
     if kind == "smollm3":
         shape["no_rope_layers"] = [random.randint(0, 1) for _ in range(layers)]
-    if kind in ("llama", "qwen3", "granite", "olmo2", "smollm3"):
+    if kind in ("llama", "qwen3", "granite", "olmo2", "olmo3", "smollm3"):
         shape |= {"attention_bias": random.random() < 0.3}
+    if kind == "starcoder2":
+        shape |= {"use_bias": random.random() < 0.7, "norm_epsilon": shape.pop("rms_norm_eps")}
+    if kind == "granite":
+        multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+        shape |= {name: random.choice((0.22, 1.0, 3.0)) for name in multipliers}
     if kind in ("llama", "granite", "smollm3"):
         shape |= {"mlp_bias": random.random() < 0.3}
-    if random.random() < 0.3 and kind != "gemma3_text":
+    if random.random() < 0.3 and kind not in ("gemma3_text", "olmo3", "phi3"):
         shape["rope_parameters"] = random.choice(_ROPES)
         if shape["rope_parameters"]["rope_type"] == "dynamic":
             shape["head_dim"] = max(4, shape["head_dim"])  # transformers divides by head_dim - 2; ModelSpec refuses 2

@@ -1,13 +1,17 @@
-"""The commands on a small random checkpoint of every supported architecture: with an exit of one's own, and without."""
+"""Every supported architecture: the training forward, and the commands on a small random checkpoint."""
 
 import pytest
 import torch
 from command_line import run
 from conftest import tiny_model
 from evaluating import tiny_loaded
+from test_generic import CHANGES, ids_of
 
 from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.config.training import RecipeConfig
+from layerskip_core.model import GenericBackend
 from layerskip_core.model.spec import SUPPORTED
+from layerskip_core.training.module import Moment, RecipeModule
 
 NEW = ("--max-new-tokens", "3")
 ONE = ("--samples", "1", "--device", "cpu")
@@ -41,6 +45,37 @@ def test_bench(folder, chosen):
 def test_sweep_exits(folder, chosen):
     result = run("sweep-exits", *chosen, "--specs", "2", *ONE, *NEW, "--format", "csv", "--model", folder)
     assert result.code == 0 and len(result.out.splitlines()) > 2, result.err
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_the_loss_of_the_last_exit_is_that_of_the_model(model_type):
+    """Without layer dropout, in training mode; the gradients of every weight too, since the only exit is the last layer."""
+    changes = {**CHANGES.get(model_type, {}), "num_hidden_layers": 2}
+    model, ids = tiny_model(model_type, **changes).train(), ids_of(2, 11)
+    expected = model(ids, labels=ids).loss
+    expected.backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    moment = Moment(step=0, total_steps=1)
+    output = RecipeModule(model, RecipeConfig(p_max=0.0, e_scale=0.0)).train()(ids, ids, moment)
+    tokens = 2 * 10
+    torch.testing.assert_close(output["per_exit"][-1] / tokens, expected.detach(), check_dtype=False)
+    (output["loss"] / tokens).backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_embedding_dropout_is_that_of_training():
+    """Of Starcoder 2: a half of the embedding is zero in training, the rest is doubled; nothing changes in evaluation."""
+    backend = GenericBackend(tiny_model("starcoder2", embedding_dropout=0.5))
+    ids = torch.arange(3, 67)[None]
+    plain = backend.embed(ids)
+    torch.testing.assert_close(plain, backend.model.model.embed_tokens.weight[None, 3:])
+    backend.model.train()
+    dropped = backend.embed(ids)
+    kept = dropped != 0
+    assert 0.4 < kept.double().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * plain[kept])
 
 
 @pytest.mark.slow

@@ -6,7 +6,17 @@ from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend
 from layerskip_core.model.spec import SUPPORTED
 
-WINDOWED = {"mistral": {"sliding_window": 5}, "gemma2": {"sliding_window": 5}, "gemma3_text": {"sliding_window": 5}}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5, 2.0, 2.5], "long_factor": [4.0, 5.0, 6.0]}
+CHANGES = {  # what makes each architecture differ from Llama in every way that it can
+    **{model_type: {"sliding_window": 5} for model_type in ("mistral", "gemma3_text", "olmo3", "starcoder2")},
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 24},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 1.7},
+    "phi3": {
+        "sliding_window": 5,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64},
+    },
+}
 
 
 def ids_of(batch: int, length: int) -> torch.Tensor:
@@ -19,7 +29,7 @@ def positions_of(start: int, stop: int, batch: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_spans_equal_the_model_itself(model_type):
-    model = tiny_model(model_type, **WINDOWED.get(model_type, {}))
+    model = tiny_model(model_type, **CHANGES.get(model_type, {}))
     backend, ids = GenericBackend(model), ids_of(2, 11)
     with torch.no_grad():
         expected = model(ids).logits
@@ -37,7 +47,7 @@ def test_cached_spans_equal_the_model_itself(model_type, monkeypatch):
         # on how many masked keys stand behind the others. In fp64 it is as near as the rest.
         softmax = torch.nn.functional.softmax
         monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
-    model = tiny_model(model_type, **WINDOWED.get(model_type, {}))
+    model = tiny_model(model_type, **CHANGES.get(model_type, {}))
     backend, ids = GenericBackend(model), ids_of(1, 13)
     cache, rows = backend.new_cache(), []
     with torch.no_grad():

@@ -34,7 +34,7 @@ def spec_of(**changes):
     return ModelSpec.of(SimpleNamespace(**{**LLAMA, **changes}))
 
 
-@pytest.mark.parametrize("changes", [{}, BIASES, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, BIASES, {"tie_word_embeddings": True}, {"use_bias": False}], ids=str)
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_the_weights_are_those_that_transformers_makes(model_type, changes):
     model = tiny_model(model_type, torch.float32, **changes)
@@ -103,6 +103,32 @@ def test_layers_without_rotary_positions():
     assert spec_of(no_rope_layers=[0] * 6).rotates == (True,) * 6  # not of Llama
 
 
+def test_a_longrope_ends_where_its_frequencies_would_change():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 50}).context == 50
+    assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 500}).context == 128
+    assert spec_of().context == 128
+
+
+def test_scales_and_caps_are_those_of_the_architecture():
+    """The same values in config.json mean something to some architectures only."""
+    values = {
+        "query_pre_attn_scalar": 16, "attention_multiplier": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
+        "logits_scaling": 8.0, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    }  # fmt: skip
+
+    def scales(model_type):
+        spec = spec_of(model_type=model_type, sliding_window=5, **values)
+        factors = (spec.attention_scale, spec.embedding_scale, spec.residual_scale, spec.logits_divisor)
+        return tuple(round(factor, 4) for factor in factors), spec.score_cap, spec.logits_cap
+
+    assert scales("llama") == ((0.3536, 1, 1, 1), None, None)  # 8^-0.5
+    assert scales("gemma") == ((0.3536, 5.6569, 1, 1), None, None)  # sqrt(32)
+    assert scales("gemma2") == ((0.25, 5.6569, 1, 1), 50, 30)
+    assert scales("gemma3_text") == ((0.25, 5.6569, 1, 1), None, 30)
+    assert scales("granite") == ((0.5, 3, 0.7, 8), None, None)
+
+
 WHOLE = "must be a whole number in"
 BAD = [
     ({"model_type": "gpt2"}, "model type 'gpt2' cannot be split by depth; supported: llama, "),
@@ -153,6 +179,13 @@ BAD = [
         "high_freq_factor must be above low_freq_factor, 4, got 4",
     ),
     *(({"eos_token_id": value}, "eos_token_id must be a token id, a list") for value in (True, 2.0, "2", [[2]], -1, [2, None])),
+    (
+        {"model_type": "phi3", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}},
+        r"head_dim \* partial_rotary_factor must be an even number above 0, got 3",
+    ),
+    ({"norm_epsilon": 0}, r"norm_epsilon must be a number in 1e-30\.\.1, got 0"),
+    ({"use_bias": "no"}, "use_bias must be true or false, or null, got 'no'"),
+    ({"embedding_dropout": 2}, r"embedding_dropout must be a number in 0\.\.1, or null, got 2"),
     ({"logits_scaling": 0}, "logits_scaling must be a number in"),
     ({"dtype": "int8"}, "dtype must be one of auto, float64, float32"),
 ]  # fmt: skip
