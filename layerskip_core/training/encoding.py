@@ -16,6 +16,7 @@ from ..losses import IGNORED
 from ..prompting.chat import has_chat_template, render_chat
 from ..prompting.encoding import encode_prompt, encoded
 from ..prompting.special_text import special_text
+from ..prompting.template import RAW, PromptTemplate
 from ..storage.reading import first_line
 from .packing import packed
 
@@ -62,7 +63,8 @@ class Encoder:
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
         """Prompt, completion and end of text as ids; the labels of the prompt masked."""
-        prompt = encode_prompt(self.tokenizer, self.template if row.prompt else None, row.prompt)
+        template = PromptTemplate(self.template or RAW) if row.prompt else PromptTemplate()
+        prompt = encode_prompt(self.tokenizer, template, row.prompt)
         completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
         completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return prompt + completion, [IGNORED] * len(prompt) + completion

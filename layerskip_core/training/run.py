@@ -26,8 +26,7 @@ from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_par
 from ..errors import ConfigError, TrainingInterrupted
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.chat import require_chat_template
-from ..prompting.encoding import CHAT
-from ..prompting.template import default_template
+from ..prompting.template import CHAT, RAW, resolve_template
 from .attention import use_fp32_attention
 from .checkpoints import (
     ResumePoint,
@@ -270,7 +269,8 @@ def _template(config: FinetuneConfig, loaded: Trainable, rows: list[Row]) -> str
         return config.prompt_template
     if is_parsing(config.data):
         return PARSING_TEMPLATE
-    return default_template(loaded.info.prompt_template, loaded.tokenizer) or PARSING_TEMPLATE
+    template = resolve_template(None, None, loaded.info.template, loaded.tokenizer).text
+    return PARSING_TEMPLATE if template == RAW else template
 
 
 def _with_lora(model: Any, config: FinetuneConfig) -> Any:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -12,6 +14,7 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.data.examples import Example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.prompting.template import PromptTemplate
 
 
 def write_lines(path, rows):
@@ -93,8 +96,8 @@ def test_first_rows_are_shots_in_the_template(tmp_path, template, prompt, comple
     assert task.examples == (Example(prompt, completion),)
     assert (task.stop, task.template) == (("\n\n",), model_template)
     assert task.score(["C\n\nQ: four"])["exact_match"] == 1.0
-    loaded = task.prepared(tiny_loaded())
-    assert loaded.prompt_template == (model_template or "{prompt}\n")
+    loaded = task.prepared(replace(tiny_loaded(), tokenizer=SimpleNamespace(chat_template="{{ messages }}")))
+    assert loaded.template == PromptTemplate(model_template or "{prompt}\n")
     assert task.decoding(DecodingConfig("autoregressive")).stop == ("\n\n",)
 
 

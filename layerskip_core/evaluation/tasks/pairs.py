@@ -8,7 +8,7 @@ from ...config.data import DataConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example, is_parsing, load_examples, load_records
 from ...data.records import Record, spread
-from ...prompting.encoding import RAW
+from ...prompting.template import RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, forms, framed
 from .rows import shots_and_rest

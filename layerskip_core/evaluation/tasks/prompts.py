@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from ...data.examples import Example
-from ...prompting.encoding import CHAT, RAW
+from ...prompting.template import CHAT, RAW
 
 BARE = "{prompt}"  # as a form of rows and as a model's template: nothing is added
 SHOT_END = "\n\n"

@@ -59,7 +59,7 @@ class Task:
 
     def prepared(self, loaded: Decoder) -> Decoder:
         """The model, with this task's template if it has one."""
-        return loaded if self.template is None else replace(loaded, info=replace(loaded.info, prompt_template=self.template))
+        return loaded if self.template is None else loaded.with_template(self.template, None)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
