@@ -82,11 +82,12 @@ def bench(
         packing=console.packing(quantize, draft_weights, draft_vocab, exact),
     )  # fmt: skip
     console.use_threads(threads)
-    from layerskip_core.evaluation.measure.bench import BenchResult
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.journal import close
+    from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.saved_record import read_record
-    from layerskip_core.evaluation.report.tables import bench_table, output_folder
+    from layerskip_core.evaluation.report.tables import bench_table
+    from layerskip_core.evaluation.results import BenchResult
 
     with output_folder(output, "layerskip bench") as folder:
         if saved is not None:

@@ -19,7 +19,7 @@ from .console import Device, Precision, ResultsConsole, Threads, narrate, narrat
 from .evaluation import Model
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.measure.inspect import Inspection, TokenTrace
+    from layerskip_core.evaluation.inspection import Inspection, TokenTrace
 
 _EXAMPLE = "remind me to call mom at 5"
 _CELL = 9  # characters of a token that are shown
@@ -123,8 +123,8 @@ def _print(found: "Inspection", layers: tuple[int, ...], console: Console) -> No
         console.print(table)
         console.print()
     console.print(
-        f"A token needed {found.mean_layers:.1f} of {found.num_layers} layers on the average. Green, or behind =: right from "
-        "there on; yellow, or behind ~: right, but given up again.",
+        f"A token needed {found.mean_layers:.1f} of {found.num_layers} layers on average. "
+        "Green or =: correct from this layer on. Yellow or ~: correct here, but not in every later layer.",
         markup=False,
     )
 

@@ -17,7 +17,7 @@ from layerskip_core.errors import ConfigError
 from . import console, evaluation
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.report.record import Recommendation
+    from layerskip_core.evaluation.record import Recommendation
 
 
 def sweep_exits(
@@ -78,9 +78,11 @@ def sweep_exits(
         packing=console.packing(quantize, draft_weights, draft_vocab, exact),
     )  # fmt: skip
     console.use_threads(threads)
-    from layerskip_core.evaluation.measure.sweep import ExitResult, sweep
+    from layerskip_core.evaluation.measure.sweep import sweep
+    from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.saved_record import read_record
-    from layerskip_core.evaluation.report.tables import output_folder, sweep_table
+    from layerskip_core.evaluation.report.tables import sweep_table
+    from layerskip_core.evaluation.results import ExitResult
 
     record = read_record(saved, ExitResult) if saved is not None else None
     target = model if record is None else str(record.config["model"])

@@ -8,10 +8,11 @@ import pytest
 from command_line import run
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure.bench import BenchResult
-from layerskip_core.evaluation.measure.sweep import ExitResult
+from layerskip_core.evaluation.report.documents import to_csv, to_json
+from layerskip_core.evaluation.report.files import report_files
 from layerskip_core.evaluation.report.saved_record import read_record
-from layerskip_core.evaluation.report.tables import bench_table, report_files, sweep_table, to_csv, to_json
+from layerskip_core.evaluation.report.tables import bench_table, sweep_table
+from layerskip_core.evaluation.results import BenchResult, ExitResult
 
 SHORT = ("--samples", "2", "--max-new-tokens", "6", "--threads", "1")
 COMMANDS = {

@@ -7,7 +7,7 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, SamplingConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example
-from ..metrics import ReferenceLosses, reference_losses, text_losses
+from ..perplexity import ReferenceLosses, reference_losses, text_losses
 
 Scorer = Callable[[Sequence[str]], dict[str, float]]
 
