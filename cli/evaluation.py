@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import BenchConfig, SweepConfig
     from layerskip_core.evaluation.measure.runner import Progress
-    from layerskip_core.evaluation.report.record import RunRecord
+    from layerskip_core.evaluation.record import RunRecord
     from layerskip_core.evaluation.report.tables import TextTable
     from layerskip_core.evaluation.tasks import Task
 
@@ -103,12 +103,12 @@ def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result
 
 def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> None:
     """Writes the result to stdout, and nothing else there."""
-    from layerskip_core.evaluation.report import tables as report
+    from layerskip_core.evaluation.report.documents import to_csv, to_json
 
     if form == "json":
-        typer.echo(report.to_json(record), nl=False)
+        typer.echo(to_json(record), nl=False)
     elif form == "csv":
-        typer.echo(report.to_csv(record), nl=False)
+        typer.echo(to_csv(record), nl=False)
     elif form == "markdown":
         typer.echo(table.markdown(), nl=False)
     else:
@@ -117,7 +117,8 @@ def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> 
 
 def deliver(record: "RunRecord[Result]", table: "TextTable", form: str, folder: "Path | None") -> None:
     """The report files, if there is a folder for them, and the result on stdout."""
-    from layerskip_core.evaluation.report.tables import report_files, write_files
+    from layerskip_core.evaluation.output_folder import write_files
+    from layerskip_core.evaluation.report.files import report_files
 
     narrate_failures(record)
     if folder is not None:

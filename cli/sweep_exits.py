@@ -17,7 +17,7 @@ from layerskip_core.errors import ConfigError
 from . import console, evaluation
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.report.record import Recommendation
+    from layerskip_core.evaluation.record import Recommendation
 
 
 def sweep_exits(
@@ -58,17 +58,17 @@ def sweep_exits(
 
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
-    require_choice(format, "format", evaluation.FORMATS)
-    require_given("output", output)
-    require_given("saved", saved)
+    require_choice(format, "--format", evaluation.FORMATS)
+    require_given("--output", output)
+    require_given("--from", saved)
     config = SweepConfig(
         model=model,
         task=TaskConfig(
             task, data, split, samples, seed, max_new_tokens, prompt_column, completion_column, metric, shots, template,
-            parse_counts(pass_k, "pass_k"), problem_samples, temperature, allow_code_execution,
+            parse_counts(pass_k, "--pass-k"), problem_samples, temperature, allow_code_execution,
         ),
-        exits=parse_counts(exits, "exits") if exits is not None else (),
-        specs=parse_counts(specs, "specs"),
+        exits=parse_counts(exits, "--exits") if exits is not None else (),
+        specs=parse_counts(specs, "--specs"),
         quick=quick,
         batch_size=batch_size,
         timed=timed,
@@ -78,9 +78,11 @@ def sweep_exits(
         packing=console.packing(quantize, draft_weights, draft_vocab, exact),
     )  # fmt: skip
     console.use_threads(threads)
-    from layerskip_core.evaluation.measure.sweep import ExitResult, sweep
+    from layerskip_core.evaluation.measure.sweep import sweep
+    from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.saved_record import read_record
-    from layerskip_core.evaluation.report.tables import output_folder, sweep_table
+    from layerskip_core.evaluation.report.tables import sweep_table
+    from layerskip_core.evaluation.results import ExitResult
 
     record = read_record(saved, ExitResult) if saved is not None else None
     target = model if record is None else str(record.config["model"])
@@ -104,7 +106,7 @@ def _model_folder(model: str) -> Iterator[None]:
     if Path(model).is_dir():
         settle(model)
     if not holds_model(model):
-        raise ConfigError(f"`save` needs a `model` that is a folder, to write its layerskip.json; got {model}")
+        raise ConfigError(f"--save needs a --model that is a folder, to write its layerskip.json; got {model}")
     with hold(model, "layerskip sweep-exits --save"):
         read_info(model)
         require_writable(Path(model) / INFO_FILE, ConfigError)

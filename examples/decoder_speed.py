@@ -32,7 +32,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.sampling import most_probable
-from layerskip_core.evaluation.report.record import environment
+from layerskip_core.evaluation.measure.environment import environment
 
 REPEATS = 5
 

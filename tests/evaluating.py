@@ -12,7 +12,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.evaluation.measure.runner import measure
+from layerskip_core.evaluation.measure.runner import measure_prompt
 from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.outputs import Output, Outputs, Step
 from layerskip_core.evaluation.tasks import Task
@@ -50,13 +50,13 @@ def own_answers(samples: int = 3) -> Task:
     loaded = tiny_loaded()
     prompts = [row.prompt for row in load_examples(DataConfig("commands", "test", limit=samples))]
     setting = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
-    return task_of(*(Example(prompt, measure(loaded, prompt, setting).text) for prompt in prompts))
+    return task_of(*(Example(prompt, measure_prompt(loaded, prompt, setting).text) for prompt in prompts))
 
 
 def early_exit_share(loaded: Decoder, task: Task, exit_layer: int) -> float:
     """How many of a task's references an exit alone answers."""
     setting = DecodingConfig("early-exit", exit_layer, max_new_tokens=NEW_TOKENS)
-    texts = [measure(loaded, example.prompt, setting).text for example in task.examples]
+    texts = [measure_prompt(loaded, example.prompt, setting).text for example in task.examples]
     return exact_match(texts, [[example.completion] for example in task.examples])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config.decoding import STRATEGIES, Strategy
 from ..errors import CheckpointError
+from ..prompting.template import CHAT, PromptTemplate, is_template
 from ..storage.json_reading import read_json
 
 INFO_FILE = "layerskip.json"
@@ -29,14 +30,22 @@ class CheckpointInfo:
     details: dict[str, Any] = field(default_factory=dict)
     strategy: Strategy | None = None
     files: tuple[str, ...] = field(default=(), compare=False)
+    system: str | None = None
 
     def to_json(self) -> str:
         recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
         recommended |= {"strategy": self.strategy} if self.strategy else {}
-        document = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended, **self.details}
+        document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
+        document |= {"system": self.system} if self.system is not None else {}
+        document |= self.details
         if self.files:
             document["files"] = list(self.files)
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def template(self) -> PromptTemplate | None:
+        """The template that the checkpoint names."""
+        return None if self.prompt_template is None else PromptTemplate(self.prompt_template, self.system)
 
     @property
     def trained_exits(self) -> bool:
@@ -64,8 +73,11 @@ def read_info(path: str | Path) -> CheckpointInfo:
         if strategy is not None and strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
         template = _optional(document.pop("prompt_template", None), str, "prompt_template")
-        if template not in (None, "chat") and "{prompt}" not in template:
-            raise ValueError(f"prompt_template must be chat or a text with {{prompt}} in it, got {template!r:.100}")
+        if template is not None and not is_template(template):
+            raise ValueError(f"prompt_template must be chat, raw or a text with {{prompt}} in it, got {template!r:.100}")
+        system = _optional(document.pop("system", None), str, "system")
+        if system is not None and template != CHAT:
+            raise ValueError(f"system needs the prompt_template chat, got {template!r:.100}")
         return CheckpointInfo(
             template,
             _count(recommended.get("exit_layer"), "exit_layer"),
@@ -73,6 +85,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
             document,
             strategy,
             tuple(require_inside(name) for name in files),
+            system,
         )
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid: {error}") from None

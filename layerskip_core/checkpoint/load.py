@@ -12,6 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_pack, can_run_native, suits_kernels
 from ..model.draft_vocabulary import token_order
 from ..model.native.compiled import kernels_asked_for, missing_kernels
+from ..prompting.template import resolve_template
 from .fast_read import FileWeights, generation_config, lean_config, lean_tokenizer
 from .info import ADAPTER_FILE, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder_of, end_ids
@@ -108,7 +109,8 @@ def _lean_decoder(
     precision = pick_dtype(dtype, device, spec.parameters)
     kind, notes = _best_backend(config, precision, device, packing)
     backend = kind(config, weights.reader(precision), packing, _token_order(path, config, packing))
-    return Decoder(name, backend, tokenizer, info, end_ids(generation_config(path), config, tokenizer), notes)
+    eos_ids = end_ids(generation_config(path), config, tokenizer)
+    return Decoder(name, backend, tokenizer, info, eos_ids, resolve_template(None, None, info.template, tokenizer), notes)
 
 
 def _repacked(trainable: Trainable, path: str, packing: PackingConfig | None) -> Decoder:

@@ -1,6 +1,6 @@
 """A model in memory. A Decoder generates text; a Trainable is a transformers model whose weights can be changed and saved."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config.decoding import Strategy
@@ -8,7 +8,7 @@ from ..errors import ConfigError
 from ..model import GenericBackend
 from ..model.config_values import tokens_of
 from ..prompting.encoding import encode_prompt
-from ..prompting.template import default_template
+from ..prompting.template import PromptTemplate, resolve_template
 from .info import CheckpointInfo
 from .locate import PUBLISHED
 
@@ -27,19 +27,19 @@ class Decoder:
     tokenizer: Any
     info: CheckpointInfo
     eos_ids: frozenset[int]
+    template: PromptTemplate
     notes: tuple[str, ...] = ()
 
-    @property
-    def prompt_template(self) -> str | None:
-        """layerskip.json's template, else the tokenizer's chat template, else none."""
-        return default_template(self.info.prompt_template, self.tokenizer)
+    def with_template(self, asked: str | None, system: str | None) -> "Decoder":
+        """The same model with the template that `--template` and `--system` mean for it; see `resolve_template`."""
+        return replace(self, template=resolve_template(asked, system, self.info.template, self.tokenizer))
 
     def encode_prompt(self, prompt: str, raw: bool = False) -> list[int]:
-        """Token ids of a prompt in the model's template, or without a template if `raw`.
+        """Token ids of a prompt in `template`, or in none if `raw`.
 
         Raises ConfigError for a token that the model has no embedding for.
         """
-        ids = encode_prompt(self.tokenizer, None if raw else self.prompt_template, prompt)
+        ids = encode_prompt(self.tokenizer, PromptTemplate() if raw else self.template, prompt)
         last, known = max(ids, default=0), self.backend.vocab_size
         if last >= known:
             token = self.tokenizer.decode([last])
@@ -76,7 +76,8 @@ def decoder_of(trainable: Trainable) -> Decoder:
     """Decodes with transformers' own layers and shares the weights, so that training can go on."""
     model = trainable.model
     eos_ids = end_ids(model.generation_config, model.config, trainable.tokenizer)
-    return Decoder(trainable.name, trainable.backend, trainable.tokenizer, trainable.info, eos_ids)
+    template = resolve_template(None, None, trainable.info.template, trainable.tokenizer)
+    return Decoder(trainable.name, trainable.backend, trainable.tokenizer, trainable.info, eos_ids, template)
 
 
 def end_ids(*sources: object) -> frozenset[int]:

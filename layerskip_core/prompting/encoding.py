@@ -1,23 +1,21 @@
-"""A prompt in its template as token ids, for training and decoding alike."""
+"""A prompt in its template as token ids, for training and for decoding."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError, ConfigError, LayerSkipError
 from .chat import render_chat
-from .special_text import special_text
+from .special_text import SpecialText, special_text
+from .template import CHAT, PLACE, RAW, PromptTemplate
 
-CHAT = "chat"  # the prompt template that stands for the tokenizer's own chat template
-RAW = "raw"  # a template that adds nothing, and makes tokens of the prompt's special text as well
-PLACE = "{prompt}"  # in a template that is a text
 Result = TypeVar("Result")
 
 
-def encode_prompt(tokenizer: Any, template: str | None, prompt: str) -> list[int]:
-    """Token ids of a prompt, special tokens at its start included and none at its end.
+def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str) -> list[int]:
+    """Token ids of a prompt in its template, with the tokenizer's special tokens at the start and none at the end.
 
-    Text of special tokens in the prompt is text; only the template's makes tokens. Without a template, or with RAW,
-    the prompt's does, too.
+    Only the template's special tokens become tokens; in the prompt and the system message they stay text. In the raw
+    template those of the prompt become tokens.
 
     Raises:
         ConfigError: the prompt is not valid Unicode, or the template is `chat` and the tokenizer has none.
@@ -28,22 +26,34 @@ def encode_prompt(tokenizer: Any, template: str | None, prompt: str) -> list[int
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, an argument can hold any bytes
         raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
     special = special_text(tokenizer)
-    if template is None or template == RAW:
+    if template.text == RAW:
         return _without_end(tokenizer, encoded(lambda: tokenizer(prompt)["input_ids"]))
     if special is None:
-        _refuse_special(tokenizer, prompt)
-    if template == CHAT:
-        held = special is not None and encoded(lambda: special.in_prompt(prompt))
-        content = special.masked(prompt) if special is not None and held else prompt
-        text = render_chat(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
-        if special is not None and held:
-            return list(encoded(lambda: special.encode(special.sealed(text), add_special_tokens=False).ids))
-        return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
+        _refuse_special(tokenizer, prompt, template.system or "")
+    if template.text == CHAT:
+        return _encode_chat(tokenizer, special, template.system, prompt)
+    return _without_end(tokenizer, _encode_text(tokenizer, special, template.text, prompt))
+
+
+def _encode_chat(tokenizer: Any, special: SpecialText | None, system: str | None, prompt: str) -> list[int]:
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    if special is not None and encoded(lambda: any(special.in_prompt(message["content"]) for message in messages)):
+        masked = [{**message, "content": special.masked(message["content"])} for message in messages]
+        sealed = special.sealed(render_chat(tokenizer, masked, add_generation_prompt=True))
+        return list(encoded(lambda: special.encode(sealed, add_special_tokens=False).ids))
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _encode_text(tokenizer: Any, special: SpecialText | None, template: str, prompt: str) -> list[int]:
     text = template.replace(PLACE, prompt)
+    # The prompt may also complete a special token that the template begins.
     if special is not None and (special.occurs(text) != special.occurs(template) or encoded(lambda: special.in_prompt(prompt))):
-        text = special.sealed(template).replace(PLACE, prompt)
-        return _without_end(tokenizer, encoded(lambda: special.encode(text, add_special_tokens=True).ids))
-    return _without_end(tokenizer, encoded(lambda: tokenizer(text)["input_ids"]))
+        sealed = special.sealed(template).replace(PLACE, prompt)
+        return list(encoded(lambda: special.encode(sealed, add_special_tokens=True).ids))
+    return list(encoded(lambda: tokenizer(text)["input_ids"]))
 
 
 def encoded(encode: Callable[[], Result]) -> Result:
@@ -64,8 +74,8 @@ def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids
 
 
-def _refuse_special(tokenizer: Any, prompt: str) -> None:
-    """For a tokenizer in Python, which cannot be told to take special tokens as text."""
+def _refuse_special(tokenizer: Any, *texts: str) -> None:
+    """For a tokenizer written in Python, which has no way to encode special tokens as text."""
     for token in getattr(tokenizer, "all_special_tokens", ()):
-        if token in prompt:
-            raise ConfigError(f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`")
+        if any(token in text for text in texts):
+            raise ConfigError(f"the prompt must be without the special token {token} for this model's tokenizer, or --raw")

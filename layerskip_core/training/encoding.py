@@ -16,6 +16,7 @@ from ..losses import IGNORED
 from ..prompting.chat import has_chat_template, render_chat
 from ..prompting.encoding import encode_prompt, encoded
 from ..prompting.special_text import special_text
+from ..prompting.template import RAW, PromptTemplate
 from ..storage.reading import first_line
 from .packing import packed
 
@@ -48,7 +49,7 @@ class Encoder:
 
     def _document(self, row: Row) -> list[int]:
         if isinstance(row, Conversation) or row.prompt:
-            raise DataError("`pack` is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
+            raise DataError("--pack is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
         return self._encoded(row)[0]
 
     def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
@@ -62,7 +63,8 @@ class Encoder:
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
         """Prompt, completion and end of text as ids; the labels of the prompt masked."""
-        prompt = encode_prompt(self.tokenizer, self.template if row.prompt else None, row.prompt)
+        template = PromptTemplate(self.template or RAW) if row.prompt else PromptTemplate()
+        prompt = encode_prompt(self.tokenizer, template, row.prompt)
         completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
         completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return prompt + completion, [IGNORED] * len(prompt) + completion
@@ -70,7 +72,7 @@ class Encoder:
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
         """A conversation in the tokenizer's chat template; labels only where the assistant speaks, its end of turn included."""
         if not has_chat_template(self.tokenizer):
-            raise DataError("`data` holds conversations (messages), but the model's tokenizer has no chat template for them")
+            raise DataError("--data holds conversations (messages), but the model's tokenizer has no chat template for them")
         special = special_text(self.tokenizer)
         held = special is not None and any(special.in_prompt(text) for message in row.messages for text in message)
         messages = [{"role": role, "content": content} for role, content in row.messages]
@@ -149,7 +151,7 @@ def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> Encoded
 
 
 def _no_room(encoder: Encoder) -> DataError:
-    return DataError(f"no row has room for a completion within `max_length` {encoder.max_length}: every prompt is longer")
+    return DataError(f"no row has room for a completion within --max-length {encoder.max_length}: every prompt is longer")
 
 
 def _has_target(row: dict[str, Any]) -> bool:

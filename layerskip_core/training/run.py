@@ -26,8 +26,7 @@ from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_par
 from ..errors import ConfigError, TrainingInterrupted
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.chat import require_chat_template
-from ..prompting.encoding import CHAT
-from ..prompting.template import default_template
+from ..prompting.template import CHAT, RAW, resolve_template
 from .attention import use_fp32_attention
 from .checkpoints import (
     ResumePoint,
@@ -116,7 +115,7 @@ class FinetuneJob:
         """Trains to the end, or raises what stopped it."""
         folder = checkpoints_folder(self.config.output)
         if trainer.is_world_process_zero():
-            # What an earlier run left there must never be what a later `resume` finds.
+            # What an earlier run left there must never be what a later --resume finds.
             discard_after(folder, 0 if self.resume is None else self.resume.step)
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume.folder))
         step = trainer.state.global_step
@@ -140,7 +139,7 @@ class FinetuneJob:
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:
-    """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
+    """The lock of --output, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
     return output_lock(output, "layerskip finetune") if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
@@ -175,19 +174,19 @@ def _require_base_kept(config: FinetuneConfig) -> None:
     adapters, below = adapters_of(config.model)
     for base in (*adapters, below):
         if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
-            raise ConfigError(f"`lora_keep`: the adapter needs its base {base}, which `output` {config.output} would replace")
+            raise ConfigError(f"--lora-keep: the adapter needs its base {base}, which --output {config.output} would replace")
 
 
 def _require_device(device: torch.device) -> None:
     """Raises ConfigError for what Trainer would silently do otherwise."""
     if device.index:
         raise ConfigError(
-            f"`device` {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
-            "environment and give `device` cuda"
+            f"--device {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
+            "environment and give --device cuda"
         )
     if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise ConfigError(
-            "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got `device` cpu, where accelerate would run DDP without a word; start it "
+            "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got --device cpu, where accelerate would run DDP without a word; start it "
             "with torchrun alone"
         )
 
@@ -221,7 +220,7 @@ def _training_data(config: FinetuneConfig) -> DataConfig:
 def _resolved(config: FinetuneConfig, parameters: int, context: int) -> FinetuneConfig:
     """With the regime's values for a model of this size in the place of what was not given."""
     if config.max_length is not None and config.max_length > context:
-        raise ConfigError(f"`max_length` must be at most the model's context of {context} tokens, got {config.max_length}")
+        raise ConfigError(f"--max-length must be at most the model's context of {context} tokens, got {config.max_length}")
     return replace(
         config,
         recipe=config.recipe or replace(recipe_preset(config.regime, parameters), **config.recipe_changes),
@@ -241,13 +240,13 @@ def _encoded(config: FinetuneConfig, loaded: Trainable, rows: list[Row]) -> tupl
 
 
 def validation_data(config: FinetuneConfig) -> DataConfig:
-    """`validation`: other data (a named set, a file, a folder, a hub id), or else a split of `data`."""
+    """--validation: other data (a named set, a file, a folder, a hub id), or else a split of --data."""
     assert config.validation is not None
     name = config.validation
     other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
     if not other and Path(config.data.name).is_file():
-        raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
-    held_out = replace(config.data, limit=config.validation_samples, setting="validation")
+        raise ConfigError(f"--validation must be other data where --data is a file, which has no splits, got {name}")
+    held_out = replace(config.data, limit=config.validation_samples, flag="--validation")
     return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
 
 
@@ -270,11 +269,12 @@ def _template(config: FinetuneConfig, loaded: Trainable, rows: list[Row]) -> str
         return config.prompt_template
     if is_parsing(config.data):
         return PARSING_TEMPLATE
-    return default_template(loaded.info.prompt_template, loaded.tokenizer) or PARSING_TEMPLATE
+    template = resolve_template(None, None, loaded.info.template, loaded.tokenizer).text
+    return PARSING_TEMPLATE if template == RAW else template
 
 
 def _with_lora(model: Any, config: FinetuneConfig) -> Any:
-    """Adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head."""
+    """Adapters on the linear layers that --lora-targets names; `all-linear` is all but the head."""
     from peft import LoraConfig, get_peft_model
 
     rank, targets = config.lora_rank, [name.strip() for name in config.lora_targets.split(",")]
@@ -289,18 +289,18 @@ def _with_lora(model: Any, config: FinetuneConfig) -> Any:
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        raise ConfigError(f"`lora_targets` {config.lora_targets}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--lora-targets {config.lora_targets}: {str(error).splitlines()[0]}") from error
 
 
 def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
-    """Where `resume` goes on; without it there must be no run to lose."""
+    """Where --resume goes on; without it there must be no run to lose."""
     folder = checkpoints_folder(config.output)
     require_own(folder)
     if config.resume:
         return newest_whole(folder)
     if has_checkpoints(folder) and not config.overwrite:
         raise ConfigError(
-            f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
+            f"--output {config.output} holds an unfinished run; give --resume to go on, or --overwrite to start anew"
         )
     return None
 
@@ -309,6 +309,6 @@ def _require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if sealed.get(name) != value:
             raise ConfigError(
-                f"`resume`: {name} was {sealed.get(name)} in the run to go on with, and is {value} now; a run is resumed with "
+                f"--resume: {name} was {sealed.get(name)} in the run to go on with, and is {value} now; a run is resumed with "
                 "the same settings on the same data"
             )

@@ -26,7 +26,7 @@ from .order import RunOrder
 from .progress import LossHistory, StepLosses, StepReport, StepSums
 
 _BETAS = (0.9, 0.95)
-_VALIDATIONS = 10  # a run, unless `eval_steps` says otherwise
+_VALIDATIONS = 10  # a run, unless --eval-steps says otherwise
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
 
 
@@ -142,7 +142,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds every exit's loss to what goes to `report_to`."""
+        """Adds every exit's loss to what goes to `--report-to`."""
         if "loss" in logs and self.history.steps:
             last = self.history.steps[-1]
             logs = {**logs, "loss": last.loss, **{f"exit_{layer}_loss": loss for layer, loss in last.exits.items()}}
@@ -171,8 +171,8 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
     def _failure(self, what: str) -> TrainingError:
         last = last_checkpoint(Path(self.args.output_dir))
         if last is None:
-            return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
-        return TrainingError(f"{what}; the last good checkpoint is {last}: start from it with `model` {last} and a lower `lr`")
+            return TrainingError(f"{what}; no checkpoint was written before it (--save-steps N). Try a lower --lr")
+        return TrainingError(f"{what}; the last good checkpoint is {last}: start from it with --model {last} and a lower --lr")
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -195,7 +195,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             if self._staging is not None:
                 shutil.rmtree(self._staging, ignore_errors=True)
             last = last_checkpoint(folder)
-            kept = "" if last is None else f"; {last} before it is whole: go on from it with `resume`"
+            kept = "" if last is None else f"; {last} before it is whole: go on from it with --resume"
             reason = f"{_first_line(error)} ({shutil.disk_usage(folder).free / 2**20:.0f} MB are free there)"
             raise CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {reason}{kept}") from error
         finally:
@@ -274,7 +274,7 @@ def make_trainer(
 ) -> RecipeTrainer:
     """A Trainer for `settings["steps"]` optimizer steps over encoded rows, batches of similar length.
 
-    Raises ConfigError when a `report_to` is unknown or its package is not installed.
+    Raises ConfigError when a `--report-to` is unknown or its package is not installed.
     """
     steps = int(settings["steps"])
     arguments = TrainingArguments(
@@ -323,4 +323,4 @@ def make_trainer(
     except (RuntimeError, ValueError) as error:
         if not config.report_to:
             raise
-        raise ConfigError(f"`report_to` {config.report_to}: {error}") from error
+        raise ConfigError(f"--report-to {config.report_to}: {error}") from error

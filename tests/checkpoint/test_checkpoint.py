@@ -24,7 +24,8 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend
-from layerskip_core.prompting.encoding import CHAT, encode_prompt
+from layerskip_core.prompting.encoding import encode_prompt
+from layerskip_core.prompting.template import PromptTemplate
 from layerskip_core.training.tokenizer import train_tokenizer
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
@@ -167,10 +168,10 @@ def test_an_architecture_without_spans_is_refused_by_name(tmp_path):
 
 
 def test_devices_and_precisions():
-    with pytest.raises(ConfigError, match="`device` must be auto, cpu, cuda, cuda:N or mps, got gpu"):
+    with pytest.raises(ConfigError, match="--device must be auto, cpu, cuda, cuda:N or mps, got gpu"):
         pick_device("gpu")
     for absent in {"cuda", "mps"} - ({"cuda"} if torch.cuda.is_available() else set()):
-        with pytest.raises(ConfigError, match=f"`device` {absent} was asked for, but"):
+        with pytest.raises(ConfigError, match=f"--device {absent} was asked for, but"):
             pick_device(absent)
     cpu = torch.device("cpu")
     assert pick_device("cpu") == cpu
@@ -189,20 +190,22 @@ def test_every_end_of_text_counts(folder):
     assert end_ids(None, loaded.model.config) == frozenset()
 
 
-def test_the_template_of_layerskip_json_goes_before_the_chat_template(tokenizer):
+def test_the_template_of_layerskip_json_goes_before_the_chat_template(folder, tokenizer):
     chat = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
-    backend = GenericBackend(model_of())
+    (folder / "chat_template.jinja").write_text(chat)
 
-    def template(stored, chat_template):
-        tokenizer.chat_template = chat_template
-        return Decoder("m", backend, tokenizer, CheckpointInfo(stored), frozenset()).prompt_template
+    def ids(prompt, **info):
+        write_info(str(folder), CheckpointInfo(**info))
+        assert read_info(str(folder)) == CheckpointInfo(**info)
+        return decoder_of(for_training(str(folder), "cpu")).encode_prompt(prompt)
 
-    assert template("a {prompt}", chat) == "a {prompt}"
-    assert template(None, chat) == CHAT
-    assert encode_prompt(tokenizer, CHAT, "go") == tokenizer("<go>!")["input_ids"]
-    assert template(None, None) is None
-    assert encode_prompt(tokenizer, None, "go") == tokenizer("go")["input_ids"]
-    assert encode_prompt(tokenizer, "{x} {prompt}", "{prompt}") == tokenizer("{x} {prompt}")["input_ids"]  # no str.format
+    assert ids("go", prompt_template="a {prompt}") == tokenizer("a go")["input_ids"]
+    assert ids("go") == ids("go", prompt_template="chat") == tokenizer("<go>!")["input_ids"]
+    assert ids("go", prompt_template="chat", system="be brief") == tokenizer("<be brief><go>!")["input_ids"]
+    assert ids("go", prompt_template="raw") == tokenizer("go")["input_ids"]
+    assert ids("{prompt}", prompt_template="{x} {prompt}") == tokenizer("{x} {prompt}")["input_ids"]  # no str.format
+    (folder / "chat_template.jinja").unlink()
+    assert ids("go") == tokenizer("go")["input_ids"]
 
 
 def test_a_prompt_keeps_no_end_of_text(tokenizer):
@@ -212,12 +215,12 @@ def test_a_prompt_keeps_no_end_of_text(tokenizer):
         def __call__(self, text):
             return {"input_ids": [1, *tokenizer(text)["input_ids"], 2]}
 
-    assert encode_prompt(Ending(), None, "go") == [1, *tokenizer("go")["input_ids"]]
+    assert encode_prompt(Ending(), PromptTemplate(), "go") == [1, *tokenizer("go")["input_ids"]]
 
 
 def test_recommendations():
     def recommended(name, exit_layer=None):
-        return Decoder(name, backend, None, CheckpointInfo(exit_layer=exit_layer), frozenset()).recommended()
+        return Decoder(name, backend, None, CheckpointInfo(exit_layer=exit_layer), frozenset(), PromptTemplate()).recommended()
 
     backend = GenericBackend(model_of(num_hidden_layers=8))
     assert recommended("facebook/layerskip-llama2-7B") == (8, 12)
@@ -225,7 +228,7 @@ def test_recommendations():
     assert recommended("facebook/layerskip-llama2-7B", exit_layer=5) == (5, 12)
 
     def strategy(name, **info):
-        return Decoder(name, backend, None, CheckpointInfo(**info), frozenset()).strategy
+        return Decoder(name, backend, None, CheckpointInfo(**info), frozenset(), PromptTemplate()).strategy
 
     assert strategy("some/model") is None
     assert strategy("facebook/layerskip-llama2-7B") == strategy("some/model", exit_layer=5) == "self-speculative"
@@ -297,12 +300,12 @@ def test_write_info_on_a_full_disk_keeps_the_old_one(folder, monkeypatch):
 
 
 def test_a_model_is_not_overwritten_by_mistake(folder, tmp_path):
-    with pytest.raises(ConfigError, match=f"`output` {folder} already holds a model; give `overwrite`"):
+    with pytest.raises(ConfigError, match=f"--output {folder} already holds a model; give --overwrite"):
         refuse_overwrite(str(folder), overwrite=False)
     refuse_overwrite(str(folder), overwrite=True)
     refuse_overwrite(str(tmp_path / "new"), overwrite=False)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="`output` must be a folder, got the file"):
+    with pytest.raises(ConfigError, match="--output must be a folder, got the file"):
         refuse_overwrite(str(tmp_path / "file"), overwrite=True)
 
 

@@ -11,7 +11,6 @@ from evaluating import own_answers, tiny_loaded
 from typer.testing import CliRunner
 
 from cli.bench import bench
-from cli.flags import with_flags
 from cli.sweep_exits import sweep_exits
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.save import save_checkpoint
@@ -42,7 +41,7 @@ def run(*arguments):
     """A command in this process; whatever it raises comes through."""
     result = CliRunner().invoke(app, list(arguments))
     if isinstance(result.exception, LayerSkipError):
-        raise LayerSkipError(with_flags(str(result.exception)))
+        raise result.exception
     assert result.exit_code == 0, result.stderr
     return result
 
@@ -100,7 +99,7 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_save_writes_the_recommendation_if_there_is_one(model, monkeypatch, pays):
-    monkeypatch.setattr("layerskip_core.evaluation.measure.sweep._WORTHWHILE", 0.0 if pays else 1e9)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._WORTHWHILE", 0.0 if pays else 1e9)
     result = run(
         "sweep-exits", "--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6", "--save"
     )
@@ -165,13 +164,13 @@ def test_answers_in_batches_without_speed(tmp_path, model, data):
     assert [line[:22].strip() for line in lines[2 : lines.index("")]] == [
         "exit layer", "draft tokens", "rouge2", "exact match", "identical outputs", "acceptance rate", "mean accepted tokens",
     ]  # fmt: skip
-    assert " ".join(lines).count("Quality: answers in batches of 2; speed was not measured; float32 on") == 1
+    assert " ".join(lines).count("Quality: answers in batches of 2; speed: not measured; float32 on") == 1
     answers = [json.loads(line)["outputs"] for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()[1:]]
     assert len(answers) == 3
     assert all(plain["text"] == drafted["text"] for plain, drafted in answers)
     timed = run(*arguments, "--timed", "1", "--repeats", "2").stdout
     assert "tokens/s" in timed
-    assert "speed: 1 prompt alone, medians of 2 repeats" in " ".join(timed.split())
+    assert "speed: 1 prompt at batch size 1, medians of 2 repeats" in " ".join(timed.split())
 
 
 def test_resume_needs_a_folder_and_leaves_nothing_there(tmp_path, model):

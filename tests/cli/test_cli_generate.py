@@ -306,7 +306,7 @@ def test_how_the_embedded_models_are_decoded(name, strategy):
         (b'{"prompt_template": 7}', "{file} is not valid: "),
         (
             b'{"prompt_template": "go"}',
-            "{file} is not valid: prompt_template must be chat or a text with {{prompt}} in it, got 'go'",
+            "{file} is not valid: prompt_template must be chat, raw or a text with {{prompt}} in it, got 'go'",
         ),
         (b"\xff{}", "{file}: not valid JSON: "),
         (b"{", "{file}: not valid JSON: "),

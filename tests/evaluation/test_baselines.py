@@ -12,9 +12,9 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.measure.baselines import Generate, load_baselines, require_early_exit
+from layerskip_core.evaluation.measure.baselines import TransformersGenerate, load_baselines, require_early_exit
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.runner import measure
+from layerskip_core.evaluation.measure.runner import measure_prompt
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 
@@ -29,7 +29,7 @@ def baseline(name, exit_layer=5, drafts=3, **changes):
 def test_every_baseline_gives_the_autoregressive_tokens(name):
     loaded, setting = tiny_loaded(), baseline(name)
     for example in own_answers().examples:
-        expected, found = measure(loaded, example.prompt, PLAIN), measure(loaded, example.prompt, setting)
+        expected, found = measure_prompt(loaded, example.prompt, PLAIN), measure_prompt(loaded, example.prompt, setting)
         assert (found.ids, found.text, found.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
         assert sum(step.tokens for step in found.steps) == found.stats.new_tokens == len(expected.ids)
         assert found.stats.sequences == 1
@@ -43,8 +43,8 @@ def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
     loaded, setting = tiny_loaded(), baseline("assistant-early-exit")
     prompt = own_answers().examples[1].prompt
     ids = loaded.encode_prompt(prompt)
-    expected = list(measure(loaded, prompt, PLAIN).ids)
-    found = measure(loaded, prompt, setting)
+    expected = list(measure_prompt(loaded, prompt, PLAIN).ids)
+    found = measure_prompt(loaded, prompt, setting)
     place, accepted, drafted = 0, [], 0
     while place < len(expected):
         count = min(3, NEW_TOKENS - place - 1)
@@ -64,15 +64,15 @@ def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
 
 def test_without_reuse_nothing_but_the_time_changes():
     loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
-    with_reuse = measure(loaded, prompt, DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)).stats
-    without = measure(loaded, prompt, baseline("no-reuse")).stats
+    with_reuse = measure_prompt(loaded, prompt, DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)).stats
+    without = measure_prompt(loaded, prompt, baseline("no-reuse")).stats
     assert (without.drafted, without.accepted, without.rounds) == (with_reuse.drafted, with_reuse.accepted, with_reuse.rounds)
 
 
 def test_a_draft_model_that_is_the_model_itself_is_always_right():
     loaded = tiny_loaded()
-    setting = Generate("draft-model", loaded.backend.model, NEW_TOKENS, None, 3, assistant=tiny_copy())
-    found = measure(loaded, own_answers().examples[0].prompt, setting)
+    setting = TransformersGenerate("draft-model", loaded.backend.model, NEW_TOKENS, None, 3, assistant=tiny_copy())
+    found = measure_prompt(loaded, own_answers().examples[0].prompt, setting)
     assert found.stats.accepted == found.stats.drafted > 0
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
     assert [step.tokens for step in found.steps] == [4, 4, 4]
@@ -82,14 +82,14 @@ def test_a_draft_model_that_is_the_model_itself_is_always_right():
 @pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
 def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
     loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
-    text = measure(loaded, prompt, PLAIN).text
+    text = measure_prompt(loaded, prompt, PLAIN).text
     stop = text[4:6]
     plain = replace(PLAIN, stop=(stop,))
     config = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, baselines=(name,))
     (setting,) = load_baselines(loaded, config, plain)
     expected = decode(loaded.backend, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
     ids = tuple(token.id for step in expected for token in step)
-    found = measure(loaded, prompt, setting)
+    found = measure_prompt(loaded, prompt, setting)
     assert (found.error, found.ids, found.finish_reason) == (None, ids, "stop")
     assert len(ids) < NEW_TOKENS
 
@@ -103,12 +103,12 @@ def tiny_copy():
 
 def test_what_the_checkpoint_recommends_for_sampling_does_not_reach_the_baselines():
     loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
-    expected = measure(loaded, prompt, PLAIN).ids
+    expected = measure_prompt(loaded, prompt, PLAIN).ids
     before = loaded.backend.model.generation_config
     changed = type(before)(repetition_penalty=5.0, do_sample=True, temperature=9.0, eos_token_id=before.eos_token_id)
     loaded.backend.model.generation_config = changed
     try:
-        assert measure(loaded, prompt, baseline("assistant-early-exit")).ids == expected
+        assert measure_prompt(loaded, prompt, baseline("assistant-early-exit")).ids == expected
         assert loaded.backend.model.generation_config is changed
     finally:
         loaded.backend.model.generation_config = before
@@ -116,7 +116,7 @@ def test_what_the_checkpoint_recommends_for_sampling_does_not_reach_the_baseline
 
 def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
     loaded, setting = tiny_loaded(), baseline("assistant-early-exit")
-    assert "at most 127 tokens" in measure(loaded, TOO_LONG.prompt, setting).error
+    assert "at most 127 tokens" in measure_prompt(loaded, TOO_LONG.prompt, setting).error
 
     def fail(*_, **__):
         assert loaded.backend.model.config.num_hidden_layers == 5
@@ -124,9 +124,9 @@ def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(loaded.backend.model.model.layers[2], "forward", fail)
-        assert measure(loaded, "hi", setting).error == "transformers (assistant-early-exit): no luck"
+        assert measure_prompt(loaded, "hi", setting).error == "transformers (assistant-early-exit): no luck"
     assert loaded.backend.model.config.num_hidden_layers == 6
-    assert measure(loaded, "hi", setting).error is None
+    assert measure_prompt(loaded, "hi", setting).error is None
 
 
 def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
@@ -144,16 +144,16 @@ def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
 
 
 def test_a_draft_model_of_another_tokenizer_is_refused():
-    with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
+    with pytest.raises(ConfigError, match="--draft-model must have the tokenizer of tiny; embedded-base has another"):
         baseline("draft-model", draft_model="embedded-base")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"baselines": ("vllm",)}, "`baselines` must be one of transformers, .* got vllm"),
-        ({"baselines": ("draft-model",)}, "`draft_model` must be given with the baseline draft-model, got None"),
-        ({"draft_model": "x"}, "`draft_model` must be given with the baseline draft-model, got x"),
+        ({"baselines": ("vllm",)}, "--baselines must be one of transformers, .* got vllm"),
+        ({"baselines": ("draft-model",)}, "--draft-model must be given with the baseline draft-model, got None"),
+        ({"draft_model": "x"}, "--draft-model must be given with the baseline draft-model, got x"),
     ],
 )
 def test_settings_are_checked(settings, message):

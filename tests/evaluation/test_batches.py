@@ -12,11 +12,11 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfi
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import batches as together
-from layerskip_core.evaluation.measure.baselines import Generate, load_baselines
-from layerskip_core.evaluation.measure.batches import answer_together
+from layerskip_core.evaluation.measure.baselines import TransformersGenerate, load_baselines
+from layerskip_core.evaluation.measure.batches import answer_in_batches
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
-from layerskip_core.evaluation.measure.runner import measure
+from layerskip_core.evaluation.measure.runner import measure_prompt
 from layerskip_core.evaluation.measure.sweep import sweep
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
@@ -40,7 +40,7 @@ def collect(generator):
 def test_every_way_of_decoding_answers_as_it_does_alone(dtype, stop):
     loaded, examples = tiny_loaded(dtype), own_answers(5).examples
     if stop:
-        stop = (measure(loaded, examples[1].prompt, PLAIN).text[4:6],)
+        stop = (measure_prompt(loaded, examples[1].prompt, PLAIN).text[4:6],)
     plain = replace(PLAIN, stop=stop)
     settings = [
         plain,
@@ -48,10 +48,10 @@ def test_every_way_of_decoding_answers_as_it_does_alone(dtype, stop):
         replace(plain, strategy="self-speculative", exit_layer=5, num_draft_tokens=3),
         *load_baselines(loaded, CONFIG, plain),
     ]
-    progress, answers = collect(answer_together(loaded, examples, settings, batch_size=2))
+    progress, answers = collect(answer_in_batches(loaded, examples, settings, batch_size=2))
     assert [event.done for event in progress] == [2, 4, 5]
     for setting, found in zip(settings, answers, strict=True):
-        alone = [measure(loaded, example.prompt, setting) for example in examples]
+        alone = [measure_prompt(loaded, example.prompt, setting) for example in examples]
         assert [(one.ids, one.text, one.finish_reason) for one in found.each] == [
             (one.ids, one.text, one.finish_reason) for one in alone
         ]
@@ -61,27 +61,29 @@ def test_every_way_of_decoding_answers_as_it_does_alone(dtype, stop):
 
 def test_transformers_answers_a_batch_in_one_call(monkeypatch):
     loaded, calls = tiny_loaded(), []
-    honest = Generate._generate
-    monkeypatch.setattr(Generate, "_generate", lambda *given, **how: calls.append(given[2].shape[0]) or honest(*given, **how))
-    collect(answer_together(loaded, own_answers(5).examples, load_baselines(loaded, CONFIG, PLAIN)[:1], batch_size=3))
+    honest = TransformersGenerate._generate
+    monkeypatch.setattr(
+        TransformersGenerate, "_generate", lambda *given, **how: calls.append(given[2].shape[0]) or honest(*given, **how)
+    )
+    collect(answer_in_batches(loaded, own_answers(5).examples, load_baselines(loaded, CONFIG, PLAIN)[:1], batch_size=3))
     assert calls == [3, 2]
 
 
 def test_a_prompt_that_does_not_fit_fails_alone():
     loaded, (first, second) = tiny_loaded(), own_answers(2).examples
     settings = [PLAIN, *load_baselines(loaded, CONFIG, PLAIN)[:1]]
-    _, answers = collect(answer_together(loaded, [first, TOO_LONG, second], settings, batch_size=3))
+    _, answers = collect(answer_in_batches(loaded, [first, TOO_LONG, second], settings, batch_size=3))
     for found in answers:
         assert [failure.sample for failure in found.failures] == [1]
         assert [found.each[place].text for place in (0, 2)] == [first.completion, second.completion]
     with pytest.raises(LayerSkipError, match="none of the 1 prompts could be answered"):
-        collect(answer_together(loaded, [TOO_LONG], settings, batch_size=2))
+        collect(answer_in_batches(loaded, [TOO_LONG], settings, batch_size=2))
 
 
 def test_only_what_the_journal_lacks_is_answered(tmp_path, monkeypatch):
     loaded, examples = tiny_loaded(), own_answers(4).examples
-    _, whole = collect(answer_together(loaded, examples, [PLAIN], 2))
-    running = answer_together(loaded, examples, [PLAIN], 2, Journal(tmp_path, {}, False, 1, 300))
+    _, whole = collect(answer_in_batches(loaded, examples, [PLAIN], 2))
+    running = answer_in_batches(loaded, examples, [PLAIN], 2, Journal(tmp_path, {}, False, 1, 300))
     next(running)
     running.close()
     batches = []
@@ -89,7 +91,7 @@ def test_only_what_the_journal_lacks_is_answered(tmp_path, monkeypatch):
     monkeypatch.setattr(
         together, "decode_batch", lambda model, prompts, *more: batches.append(len(prompts)) or honest(model, prompts, *more)
     )
-    _, again = collect(answer_together(loaded, examples, [PLAIN], 3, Journal(tmp_path, {}, True, 1, 300)))
+    _, again = collect(answer_in_batches(loaded, examples, [PLAIN], 3, Journal(tmp_path, {}, True, 1, 300)))
     assert (again, batches) == (whole, [2])
     assert len((tmp_path / FILE_NAME).read_text().splitlines()) == 5
 
@@ -129,10 +131,10 @@ def test_only_the_strategies_wanted_run():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"batch_size": 2, "packing": PackingConfig(exact=True)}, "`batch_size` must be 1 with `exact`"),
-        ({"batch_size": 2, "task": TaskConfig(temperature=0.5)}, "`batch_size` must be 1 with a `temperature` above 0"),
-        ({"timed": 4}, "`timed` must be used with `batch_size`"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"batch_size": 2, "packing": PackingConfig(exact=True)}, "--batch-size must be 1 with --exact"),
+        ({"batch_size": 2, "task": TaskConfig(temperature=0.5)}, "--batch-size must be 1 with a --temperature above 0"),
+        ({"timed": 4}, "--timed must be used with --batch-size"),
     ],
 )
 @pytest.mark.parametrize("config", [BenchConfig, SweepConfig])
@@ -142,9 +144,9 @@ def test_settings_of_batches_are_checked(config, changes, message):
 
 
 def test_a_sweep_measures_something():
-    with pytest.raises(ConfigError, match="`timed` must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="--timed must be at least 1, got 0"):
         SweepConfig(batch_size=2, timed=0)
-    with pytest.raises(ConfigError, match="`strategies` must be a list with autoregressive"):
+    with pytest.raises(ConfigError, match="--strategies must be a list with autoregressive"):
         BenchConfig(strategies=("early-exit",))
 
 

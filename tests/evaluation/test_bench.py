@@ -12,12 +12,12 @@ from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure import memory
-from layerskip_core.evaluation.measure.bench import BenchResult, bench, bench_result
+from layerskip_core.evaluation.measure.bench import bench, bench_result
 from layerskip_core.evaluation.measure.memory import PeakMemory
-from layerskip_core.evaluation.measure.runner import Progress, measure
-from layerskip_core.evaluation.metrics import Difference
-from layerskip_core.evaluation.outputs import Failure, Output, Outputs
-from layerskip_core.evaluation.report.tables import to_json
+from layerskip_core.evaluation.measure.runner import Progress, measure_prompt
+from layerskip_core.evaluation.outputs import Output, Outputs
+from layerskip_core.evaluation.report.documents import to_json
+from layerskip_core.evaluation.results import BenchResult, Difference, Failure
 
 FIELDS = [
     "strategy", "exit_layer", "num_draft_tokens", "metrics", "acceptance_rate", "mean_accepted_tokens", "tokens_per_second",
@@ -102,7 +102,7 @@ def test_a_run_on_the_models_own_answers():
     assert (early.metrics["exact_match"], early.identical_outputs) == (share, share)
     assert (drafted.identical_outputs, drafted.differences) == (1.0, ())
     setting = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
-    stats = sum((measure(tiny_loaded(), example.prompt, setting).stats for example in task.examples), DecodeStats())
+    stats = sum((measure_prompt(tiny_loaded(), example.prompt, setting).stats for example in task.examples), DecodeStats())
     assert 0 < drafted.acceptance_rate == stats.acceptance_rate < 1
     assert drafted.mean_accepted_tokens == stats.mean_accepted_tokens
     assert plain.acceptance_rate is None
@@ -124,13 +124,13 @@ def test_one_valid_document_with_the_promised_names():
 def test_the_first_difference_of_a_wrong_draft_verifier_would_show(monkeypatch):
     from layerskip_core.evaluation.measure import runner as generation
 
-    honest = generation.measure
+    honest = generation.measure_prompt
 
     def broken(loaded, prompt, config):
         output = honest(loaded, prompt, config)
         return replace(output, ids=(*output.ids[:2], 7, *output.ids[3:])) if config.num_draft_tokens == 3 else output
 
-    monkeypatch.setattr(generation, "measure", broken)
+    monkeypatch.setattr(generation, "measure_prompt", broken)
     task = own_answers()
     *_, drafted = record_of(task, BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=1)).results
     assert drafted.identical_outputs == 0.0
@@ -149,11 +149,11 @@ def test_failures_are_in_every_result():
 
 @pytest.mark.parametrize("exit_layer", [0, 6])
 def test_an_exit_outside_the_model_is_refused(exit_layer):
-    with pytest.raises(ConfigError, match=rf"`exit_layer` must be in 1..5, got {exit_layer} \(model has 6 layers\)"):
+    with pytest.raises(ConfigError, match=rf"--exit must be in 1..5, got {exit_layer} \(model has 6 layers\)"):
         record_of(own_answers(), BenchConfig("tiny", exit_layer=exit_layer))
 
 
-@pytest.mark.parametrize(("setting", "flag"), [({"num_draft_tokens": 0}, "`num_draft_tokens`"), ({"repeats": 0}, "`repeats`")])
+@pytest.mark.parametrize(("setting", "flag"), [({"num_draft_tokens": 0}, "--spec"), ({"repeats": 0}, "--repeats")])
 def test_settings_are_checked(setting, flag):
     with pytest.raises(ConfigError, match=f"{flag} must be at least 1, got 0"):
         BenchConfig(**setting)

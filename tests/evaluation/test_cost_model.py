@@ -14,14 +14,14 @@ from layerskip_core.evaluation.measure.cost_model import (
     Prediction,
     Predictions,
     Rounds,
-    _Step,
+    _StepTime,
     agreement,
     pass_times,
     plain_steps,
     predict,
     simulate,
 )
-from layerskip_core.evaluation.measure.runner import measure
+from layerskip_core.evaluation.measure.runner import measure_prompt
 
 EOS = frozenset({9})
 
@@ -42,7 +42,7 @@ def test_simulated_rounds_are_the_real_ones(exit_layer, drafts, new_tokens):
     loaded = tiny_loaded()
     for example in own_answers().examples:
         prompt = loaded.encode_prompt(example.prompt)
-        output = list(measure(loaded, example.prompt, DecodingConfig("autoregressive", max_new_tokens=new_tokens)).ids)
+        output = list(measure_prompt(loaded, example.prompt, DecodingConfig("autoregressive", max_new_tokens=new_tokens)).ids)
         choices = agreement(loaded, prompt, output, [2, 4, 5])[exit_layer]
         found = simulate(choices, output, drafts, new_tokens, loaded.eos_ids)
         real = decode(
@@ -100,7 +100,7 @@ def test_pass_times_are_those_of_full_rounds(monkeypatch):
 
     monkeypatch.setattr(cost_model, "decode", lambda *_: Known())
     monkeypatch.setattr(cost_model.time, "perf_counter", lambda: clock)
-    plain = iter([_Step(0, 0.0, 0.0, seconds) for seconds in (1.0, 2.0, 3.0, 4.0)])
+    plain = iter([_StepTime(0, 0.0, 0.0, seconds) for seconds in (1.0, 2.0, 3.0, 4.0)])
     times = pass_times(tiny_loaded(), [1], 2, 3, plain)
     assert [one.draft for one in times] == pytest.approx([0.1, 0.2, 0.3])
     assert [one.verify for one in times] == pytest.approx([0.5, 0.6, 0.4])
@@ -128,9 +128,9 @@ def test_plain_steps_go_on_where_the_context_ends():
 
 def test_speed_from_known_passes(monkeypatch):
     loaded, task = tiny_loaded(), own_answers(1)
-    honest = measure(loaded, task.examples[0].prompt, DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS))
+    honest = measure_prompt(loaded, task.examples[0].prompt, DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS))
     (known,) = outputs_of([(1, 0.5), *[(1, 7.0)] * (len(honest.ids) - 1)], ids=(honest.ids,)).each
-    monkeypatch.setattr(cost_model, "measure", lambda *_: known)
+    monkeypatch.setattr(cost_model, "measure_prompt", lambda *_: known)
     # A pass that was disturbed does not count, nor does how fast the prompts were answered before.
     usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
     monkeypatch.setattr(cost_model, "pass_times", lambda *_: [usual, disturbed, usual])

@@ -11,7 +11,7 @@ from test_report import BENCH, SWEEP
 
 from layerskip_core.evaluation.report.html import html_report
 from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
-from layerskip_core.evaluation.report.record import frontier
+from layerskip_core.evaluation.results import frontier
 
 FULL = replace(
     SWEEP,
@@ -75,7 +75,7 @@ def test_the_table_of_the_page():
     assert drafted[head.index("predicted tokens/s")] == "190.2"
     assert drafted[head.index("pass times verify (ms)")] == "5"
     assert len({len(row) for row in rows}) == 1
-    assert page(FULL).count("class=mark") == 2
+    assert page(FULL).count('class="mark"') == 2
     assert "rows&lt;.jsonl" in page(TABLES)
 
 

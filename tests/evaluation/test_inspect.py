@@ -11,8 +11,9 @@ from evaluating import LAYERS, own_answers, tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.measure.inspect import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
-from layerskip_core.evaluation.measure.runner import measure
+from layerskip_core.evaluation.inspection import Inspection, LayerPrediction, TokenTrace
+from layerskip_core.evaluation.measure.inspect import inspect, settled_layer
+from layerskip_core.evaluation.measure.runner import measure_prompt
 from layerskip_core.evaluation.report.inspect_page import inspection_page
 
 
@@ -27,7 +28,7 @@ def test_every_layer_is_what_transformers_says_there():
     loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
     found = inspect(loaded, prompt, 6)
     ids = loaded.encode_prompt(prompt)
-    answer = list(measure(loaded, prompt, DecodingConfig("autoregressive", max_new_tokens=6)).ids)
+    answer = list(measure_prompt(loaded, prompt, DecodingConfig("autoregressive", max_new_tokens=6)).ids)
     assert [one.token for one in found.tokens] == [loaded.detokenize([token]) for token in answer]
     with torch.no_grad():
         states = loaded.backend.model(torch.tensor([ids + answer]), output_hidden_states=True).hidden_states
@@ -62,9 +63,9 @@ KNOWN = Inspection(
 def test_the_page_of_a_known_inspection():
     page = inspection_page(KNOWN)
     assert KNOWN.mean_layers == 2.5
-    assert "On the average a token needed 2.5 of 3 layers." in page
-    rows = re.findall(r"<tr><th scope=row>(\d)</th>(.*?)</tr>", page)
-    cells = {int(layer): re.findall(r"<td class=(\w+) .*?>(.*?)</td>", row) for layer, row in rows}
+    assert "On average, a token needed 2.5 of 3 layers." in page
+    rows = re.findall(r'<tr><th scope="row">(\d)</th>(.*?)</tr>', page, re.DOTALL)
+    cells = {int(layer): re.findall(r'<td class="(\w+)" .*?>(.*?)</td>', row) for layer, row in rows}
     assert cells == {
         3: [("right", "␣x"), ("right", "&lt;")],
         2: [("right", "␣x"), ("wrong", "↵")],

@@ -8,17 +8,9 @@ from evaluating import TOO_LONG, tiny_loaded
 from torch.nn.functional import cross_entropy
 
 from layerskip_core.data.examples import Example
-from layerskip_core.evaluation.metrics import (
-    ReferenceLosses,
-    exact_match,
-    first_difference,
-    pass_at_k,
-    quality,
-    reference_losses,
-    rouge,
-    text_losses,
-    top2_gap,
-)
+from layerskip_core.evaluation.measure.comparison import first_difference, top2_gap
+from layerskip_core.evaluation.metrics import exact_match, pass_at_k, quality, rouge
+from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses, text_losses
 
 EXAMPLE = Example("remind me to call mom", "[IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to call mom ]")
 

@@ -10,21 +10,12 @@ import os
 import pytest
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure.bench import BenchResult
-from layerskip_core.evaluation.measure.sweep import ExitResult
-from layerskip_core.evaluation.metrics import Difference
-from layerskip_core.evaluation.outputs import Failure
-from layerskip_core.evaluation.report.record import PredictionError, Recommendation, RunRecord
+from layerskip_core.evaluation.output_folder import prepare_output, write_files
+from layerskip_core.evaluation.record import PredictionError, Recommendation, RunRecord
+from layerskip_core.evaluation.report.documents import to_csv, to_json
 from layerskip_core.evaluation.report.saved_record import read_record
-from layerskip_core.evaluation.report.tables import (
-    TextTable,
-    bench_table,
-    prepare_output,
-    sweep_table,
-    to_csv,
-    to_json,
-    write_files,
-)
+from layerskip_core.evaluation.report.tables import TextTable, bench_table, sweep_table
+from layerskip_core.evaluation.results import BenchResult, Difference, ExitResult, Failure
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
 SWEEP = RunRecord(
@@ -115,8 +106,8 @@ def test_the_table_of_a_sweep():
         ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "182", "1.82", "1.90", "100%", "*"),
     )
     assert table.note == (
-        "* on the Pareto frontier of quality against speed; pred: the speedup that was predicted.\n"
-        "Prediction error over 1 settings: median 4.3%, largest 4.3%, mean +4.3%.\n"
+        "* on the Pareto frontier of quality and speed; pred: predicted speedup.\n"
+        "Prediction error over 1 setting: median 4.3%, largest 4.3%, mean +4.3%.\n"
         "Recommended: it is the only one."
     )
     assert len(table.column_blocks(80)) == 1
@@ -157,10 +148,10 @@ def test_a_record_comes_back_from_its_json(tmp_path, record):
 def test_what_is_no_record_of_a_sweep_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(
-        LayerSkipError, match=r"`saved` .*x.json(: not valid JSON| must be a results.json that sweep-exits wrote): "
+        LayerSkipError, match=r"--from .*x.json(: not valid JSON| must be a results.json that sweep-exits wrote): "
     ):
         read_record(str(tmp_path / "x.json"), ExitResult)
-    with pytest.raises(LayerSkipError, match=r"`saved` .*nothing.json: there is no such file"):
+    with pytest.raises(LayerSkipError, match=r"--from .*nothing.json: there is no such file"):
         read_record(str(tmp_path / "nothing.json"), ExitResult)
 
 
@@ -186,7 +177,7 @@ def test_the_output_folder_is_tried_before_the_run(tmp_path, monkeypatch):
     assert prepare_output(str(tmp_path / "new" / "folder")).is_dir()
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     (tmp_path / "file").write_text("x")
-    with pytest.raises(LayerSkipError, match=r"`output` .*file must be a folder that can be written, got: File exists"):
+    with pytest.raises(LayerSkipError, match=r"--output .*file must be a writable folder, got: File exists"):
         prepare_output(str(tmp_path / "file"))
 
     def full(**_):

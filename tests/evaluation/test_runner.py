@@ -9,9 +9,10 @@ from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, outputs_of, own_answers, ta
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure import runner as generation
-from layerskip_core.evaluation.measure.runner import Progress, differences, measure, measure_interleaved
-from layerskip_core.evaluation.metrics import top2_gap
-from layerskip_core.evaluation.outputs import Failure, Output, Outputs
+from layerskip_core.evaluation.measure.comparison import differences, top2_gap
+from layerskip_core.evaluation.measure.runner import Progress, measure_interleaved, measure_prompt
+from layerskip_core.evaluation.outputs import Output, Outputs
+from layerskip_core.evaluation.results import Failure
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 DRAFTED = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -34,7 +35,7 @@ def test_an_output_is_what_transformers_generates():
     generated = loaded.backend.model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[
         0, len(ids) :
     ].tolist()
-    plain, drafted = measure(loaded, prompt, PLAIN), measure(loaded, prompt, DRAFTED)
+    plain, drafted = measure_prompt(loaded, prompt, PLAIN), measure_prompt(loaded, prompt, DRAFTED)
     assert list(plain.ids) == list(drafted.ids) == generated
     assert plain.text == loaded.tokenizer.decode(generated, skip_special_tokens=True)
     assert [step.tokens for step in plain.steps] == [1] * len(generated)
@@ -72,7 +73,7 @@ def test_identical_outputs_counts_samples_that_the_baseline_answered():
 
 def test_a_difference_is_located_with_the_targets_gap_there():
     loaded, task = tiny_loaded(), own_answers()
-    plain = Outputs(tuple(measure(loaded, example.prompt, PLAIN) for example in task.examples))
+    plain = Outputs(tuple(measure_prompt(loaded, example.prompt, PLAIN) for example in task.examples))
     ids = plain.each[1].ids
     changed = Outputs((plain.each[0], Output((*ids[:4], ids[4] + 1, *ids[5:])), plain.each[2]))
     (difference,) = differences(loaded, task.examples, changed, plain)
@@ -89,7 +90,7 @@ def test_the_order_changes_and_every_setting_answers_every_prompt(monkeypatch):
         calls.append((prompt, config.exit_layer))
         return Output((config.exit_layer or 0,), steps=(generation.Step(1, 1.0),))
 
-    monkeypatch.setattr(generation, "measure", recorded)
+    monkeypatch.setattr(generation, "measure_prompt", recorded)
     settings = [DecodingConfig("early-exit", layer) for layer in (1, 2, 3)]
     task = own_answers()
     prompts = [example.prompt for example in task.examples]

@@ -10,19 +10,11 @@ from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.ranges import parse_counts
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.cost_model import PassTimes
+from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.measure.runner import Progress
-from layerskip_core.evaluation.measure.sweep import (
-    ExitResult,
-    baseline_drift,
-    default_exits,
-    exit_result,
-    mark_pareto,
-    prediction_error,
-    recommend,
-    sweep,
-)
-from layerskip_core.evaluation.metrics import Difference, ReferenceLosses, reference_losses
-from layerskip_core.evaluation.outputs import Failure
+from layerskip_core.evaluation.measure.sweep import default_exits, exit_result, sweep
+from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses
+from layerskip_core.evaluation.results import Difference, ExitResult, Failure
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=1.0, speed=100.0, **changes):
@@ -49,13 +41,13 @@ PLAIN = row("autoregressive")
     ],
 )
 def test_counts(text, counts):
-    assert parse_counts(text, "exits") == counts
+    assert parse_counts(text, "--exits") == counts
 
 
 @pytest.mark.parametrize("text", ["", "a", "3,", "1:2,3", "3,6:8", "8:2", "2:8:0", "2:8:-1", "1:2:3:4", ":", "2:", "1.5"])
 def test_bad_counts_name_the_flag(text):
-    with pytest.raises(ConfigError, match=r"`exits` must be a list such as 3,6,8 or a range A:B:STEP"):
-        parse_counts(text, "exits")
+    with pytest.raises(ConfigError, match=r"--exits must be a list such as 3,6,8 or a range A:B:STEP"):
+        parse_counts(text, "--exits")
 
 
 @pytest.mark.parametrize(
@@ -86,8 +78,8 @@ def test_the_fastest_faithful_setting_is_recommended():
     advice = recommend(table, near_tie=1e-3, drift=0.02)
     assert (advice.exit_layer, advice.num_draft_tokens, advice.speedup, advice.baseline_drift) == (8, 6, 1.82, 0.02)
     assert advice.reason == (
-        "exit 8 with 6 draft tokens is the fastest of 2 settings, 1.82x autoregressive decoding (182 against 100 tokens/s): "
-        "70% of the drafts are accepted, and 100% of the outputs are identical"
+        "exit 8 with 6 draft tokens is the fastest of 2 settings: 1.82x the speed of autoregressive decoding "
+        "(182 vs. 100 tokens/s), 70% of drafts accepted, 100% of outputs identical"
     )
 
 
@@ -98,8 +90,7 @@ def test_other_outputs_are_set_aside_and_near_ties_are_not():
     advice = recommend([PLAIN, wrong, failed, tied], near_tie=1e-3, drift=0.0)
     assert (advice.exit_layer, advice.num_draft_tokens) == (8, 6)
     assert advice.reason.endswith(
-        "90% of the outputs are identical (the others part at near-ties, 1 of them); "
-        "2 of 3 settings gave other outputs and were set aside"
+        "90% of outputs identical (1 differs at a near-tie); 2 of 3 settings changed the output and were excluded"
     )
     nothing = recommend([PLAIN, wrong], near_tie=1e-3, drift=0.0)
     assert (nothing.exit_layer, nothing.num_draft_tokens, nothing.speedup) == (None, None, None)
@@ -175,13 +166,13 @@ def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
     from layerskip_core.evaluation.measure import runner as generation
 
     order = []
-    honest = generation.measure
+    honest = generation.measure_prompt
 
     def recorded(loaded, prompt, config):
         order.append(config.strategy)
         return honest(loaded, prompt, config)
 
-    monkeypatch.setattr(generation, "measure", recorded)
+    monkeypatch.setattr(generation, "measure_prompt", recorded)
     list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", exits=(2, 5), specs=(2,))))
     once = ["autoregressive", "early-exit", "early-exit", "autoregressive", "self-speculative", "self-speculative"]
     assert order == once * 2  # warm-up and measurement
@@ -206,7 +197,7 @@ def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
     assert (skipped.tokens_per_second, skipped.identical_outputs, skipped.pareto) == (None, None, False)
     assert rows["early-exit", 5, None].perplexity is not None
     assert record.prediction_error.settings == 1
-    assert "3 more should be slower and were not measured" in record.recommendation.reason
+    assert "3 settings with lower predicted speed were not measured" in record.recommendation.reason
 
 
 def test_prediction_error_of_known_figures():
@@ -220,16 +211,16 @@ def test_prediction_error_of_known_figures():
 
 
 def test_exits_outside_the_model_are_refused():
-    with pytest.raises(ConfigError, match=r"`exits` must be in 1..5, got 6 \(model has 6 layers\)"):
+    with pytest.raises(ConfigError, match=r"--exits must be in 1..5, got 6 \(model has 6 layers\)"):
         list(sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 6))))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"exits": (0, 2)}, "`exits` must be layers of at least 1, got 0,2"),
-        ({"specs": (0, 2)}, "`specs` must be draft lengths of at least 1, got 0,2"),
-        ({"specs": ()}, "`specs` must be at least one draft length, got none"),
+        ({"exits": (0, 2)}, "--exits must be layers of at least 1, got 0,2"),
+        ({"specs": (0, 2)}, "--specs must be draft lengths of at least 1, got 0,2"),
+        ({"specs": ()}, "--specs must be at least one draft length, got none"),
     ],
 )
 def test_settings_are_checked(settings, message):

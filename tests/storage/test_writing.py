@@ -12,8 +12,9 @@ import pytest
 from command_line import COMMAND, fails, finish, run, start
 
 from layerskip_core.errors import LayerSkipError
+from layerskip_core.evaluation.output_folder import prepare_output
+from layerskip_core.evaluation.report.files import FIGURES
 from layerskip_core.evaluation.report.plots import MAKERS
-from layerskip_core.evaluation.report.tables import FIGURES, prepare_output
 from layerskip_core.storage.writing import _machine, discard_folder, new_staging, remove_leftovers, require_writable, write_file
 
 INSPECT = ("inspect", "hi", "--max-new-tokens", "1")

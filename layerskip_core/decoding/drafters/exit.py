@@ -104,12 +104,12 @@ def drafter_for(
     if own is not None:
         reuse_exit_states = reuse_exit_states and bool(getattr(model, "drafts_own_states", True))
         kept = own.num_layers
-        require(config.exit_layer <= kept, "exit_layer", f"at most the {kept} layers kept for drafting", config.exit_layer)
+        require(config.exit_layer <= kept, "--exit", f"at most the {kept} layers kept for drafting", config.exit_layer)
     exact = bool(getattr(model, "exact", False))
     require(
         not exact or config.num_draft_tokens < EXACT_TOKENS,
-        "num_draft_tokens",
-        f"below {EXACT_TOKENS} with `exact`",
+        "--spec",
+        f"below {EXACT_TOKENS} with --exact",
         config.num_draft_tokens,
     )
     return ExitDrafter(own or model, sampler, config.exit_layer, config.draft_confidence, eos_ids, reuse_exit_states)

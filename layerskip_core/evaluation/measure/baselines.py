@@ -1,9 +1,9 @@
-"""What self-speculation has to beat: transformers' own decoders at the same settings, and this engine without its reuse."""
+"""The baselines: transformers' decoders at the same settings, and our self-speculation without exit-state reuse."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,15 +20,15 @@ from ...decoding.loop import step_counts
 from ...decoding.stopping import Stopping, StopScanner
 from ...errors import ConfigError, LayerSkipError
 from ...model import GenericBackend
-from ..outputs import Step, Timed
-from .runner import Peer, timed
+from ..outputs import Generation, Step
+from .runner import Baseline, decode_timed
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class WithoutReuse:
-    """Self-speculation whose verifier recomputes the layers below the exit instead of taking over the drafts' exit states."""
+    """Self-speculation whose verifier recomputes the layers below the exit instead of reusing the drafts' exit states."""
 
     exit_layer: int
     num_draft_tokens: int
@@ -36,21 +36,25 @@ class WithoutReuse:
     stop: tuple[str, ...] = ()
     strategy: str = "no-reuse"
 
-    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Timed:
+    def limited(self, max_new_tokens: int) -> "WithoutReuse":
+        return replace(self, max_new_tokens=max_new_tokens)
+
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Generation:
         drafts, limit = self.num_draft_tokens, self.max_new_tokens
         config = DecodingConfig("self-speculative", self.exit_layer, drafts, limit, stop=self.stop)
-        return timed(decode(loaded.backend, prompt_ids, config, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False))
+        decoding = decode(loaded.backend, prompt_ids, config, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False)
+        return decode_timed(decoding)
 
-    def run_together(self, loaded: Decoder, prompts: list[list[int]]) -> list[Timed]:
+    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Generation]:
         return [self.run(loaded, prompt) for prompt in prompts]
 
 
 @dataclass(frozen=True)
-class Generate:
-    """transformers' greedy `generate`, with what `options` adds to its generation config, or an assistant model to draft.
+class TransformersGenerate:
+    """transformers' greedy `generate`, with extra `options` of its generation config, or with an assistant model that drafts.
 
-    Drafting is held to `num_draft_tokens` a round: by default transformers changes the number from round to round, and stops
-    a draft below a confidence of 0.4.
+    Every round drafts `num_draft_tokens`: by default transformers changes the number between rounds, and stops a draft below
+    a confidence of 0.4.
     """
 
     strategy: str
@@ -62,38 +66,41 @@ class Generate:
     options: dict[str, Any] = field(default_factory=dict)
     assistant: Any = None
 
-    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Timed:
+    def limited(self, max_new_tokens: int) -> "TransformersGenerate":
+        return replace(self, max_new_tokens=max_new_tokens)
+
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Generation:
         """Raises LayerSkipError when the prompt does not fit, or transformers fails."""
         room = loaded.backend.max_positions - len(prompt_ids)
         if room < 1:
             raise ConfigError(f"the prompt must be at most {loaded.backend.max_positions - 1} tokens, got {len(prompt_ids)}")
         scanner = self._scanner(loaded, prompt_ids)
         ids = torch.tensor([prompt_ids], device=self.model.device)
-        watch = _Watch(self.model, len(prompt_ids), scanner)
-        with watch, suppress(_StopString):
-            self._generate(loaded, ids, torch.ones_like(ids), scanner.room, streamer=watch, assistant_model=self.assistant)
-        return watch.timed()
+        timer = _StepTimer(self.model, len(prompt_ids), scanner)
+        with timer, suppress(_StopString):
+            self._generate(loaded, ids, torch.ones_like(ids), scanner.room, streamer=timer, assistant_model=self.assistant)
+        return timer.generation()
 
-    def run_together(self, loaded: Decoder, prompts: list[list[int]]) -> list[Timed]:
-        """One batch, padded on the left, where nothing drafts: transformers drafts for one prompt only."""
+    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Generation]:
+        """One batch, padded on the left, unless the method drafts: transformers drafts for a single prompt only."""
         if self.assistant is not None or self.options:
             return [self.run(loaded, prompt) for prompt in prompts]
         longest, pad = max(map(len, prompts)), _pad(loaded)
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
-        ends = _Ends([self._scanner(loaded, prompt) for prompt in prompts])
-        self._generate(loaded, ids, mask, max(scanner.room for scanner in ends.scanners), stopping_criteria=[ends])
+        rows = _StopRows([self._scanner(loaded, prompt) for prompt in prompts])
+        self._generate(loaded, ids, mask, max(scanner.room for scanner in rows.scanners), stopping_criteria=[rows])
         return [
-            Timed(tuple(found), (), step_counts(0, 0, len(found), sequences=1, prompt_tokens=len(prompt)), scanner.reason)
-            for prompt, found, scanner in zip(prompts, ends.ids, ends.scanners, strict=True)
+            Generation(tuple(new), (), step_counts(0, 0, len(new), sequences=1, prompt_tokens=len(prompt)), scanner.reason)
+            for prompt, new, scanner in zip(prompts, rows.ids, rows.scanners, strict=True)
         ]
 
     def _scanner(self, loaded: Decoder, prompt_ids: list[int]) -> StopScanner:
         room = loaded.backend.max_positions - len(prompt_ids)
         return StopScanner(Stopping(loaded.eos_ids, self.stop, self.max_new_tokens), room, loaded.detokenize)
 
-    def _generate(self, loaded: Decoder, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **how: Any) -> None:
-        """Greedy, from ids (B, T) with their mask. Raises LayerSkipError when transformers fails."""
+    def _generate(self, loaded: Decoder, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **keywords: Any) -> None:
+        """Greedy, from ids (B, T) and their mask. Raises LayerSkipError when transformers fails."""
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -107,40 +114,40 @@ class Generate:
         try:
             with (
                 quiet_transformers(),
-                _own_settings(self.model, config),
-                _own_settings(self.assistant or self.model, config),
+                _generation_config(self.model, config),
+                _generation_config(self.assistant or self.model, config),
             ):
-                self.model.generate(ids, generation_config=config, attention_mask=mask, **how)
+                self.model.generate(ids, generation_config=config, attention_mask=mask, **keywords)
         except (torch.OutOfMemoryError, KeyboardInterrupt, _StopString):
             raise
-        except Exception as error:  # whatever transformers raises is this prompt's failure, not the end of the run
+        except Exception as error:  # any error of transformers fails this prompt, not the run
             raise LayerSkipError(f"transformers ({self.strategy}): {error or type(error).__name__}") from error
 
 
 class _StopString(Exception):
-    """Raised in `generate` by its streamer, for what transformers does about stop strings misses those within a round."""
+    """Raised in `generate` by its streamer: transformers' own handling of stop strings misses those inside a round."""
 
 
-class _Ends(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch where this engine's own decoding ends it, and keeps its tokens up to there."""
+class _StopRows(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch where our own decoding ends it, and collects its tokens up to there."""
 
     def __init__(self, scanners: list[StopScanner]) -> None:
         self.scanners = scanners
         self.ids: list[list[int]] = [[] for _ in scanners]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        for found, scanner, token in zip(self.ids, self.scanners, input_ids[:, -1].tolist(), strict=True):
+        for ids, scanner, token in zip(self.ids, self.scanners, input_ids[:, -1].tolist(), strict=True):
             if scanner.reason is None:
                 scanner.cut([token])
-                found.append(token)
+                ids.append(token)
         return torch.tensor([scanner.reason is not None for scanner in self.scanners], device=input_ids.device)
 
 
-class _Watch(BaseStreamer):  # type: ignore[misc]
-    """Counts and times what `generate` does: as its streamer, and through hooks around the forward passes of the target.
+class _StepTimer(BaseStreamer):  # type: ignore[misc]
+    """Counts and times the steps of `generate`: as its streamer, and through hooks around the target's forward passes.
 
-    A pass over K+1 rows behind the tokens known so far verifies K drafts. A pass with fewer layers is an early-exit draft. The
-    output ends where the scanner says, the one that this engine's own decoding ends by.
+    A pass over K+1 tokens after those known so far verifies K drafts. A pass with fewer layers is an early-exit draft. The
+    output ends where the scanner ends our own decoding.
     """
 
     def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
@@ -156,7 +163,7 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
         self._drafted = 0
         self._started = self._target_started = self._target_ended = 0.0
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "_StepTimer":
         self._hooks = [
             self._model.register_forward_pre_hook(self._before, with_kwargs=True),
             self._model.register_forward_hook(self._after),
@@ -167,10 +174,10 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._model.config.num_hidden_layers = self._num_layers  # which a failed early-exit draft leaves at the exit
+        self._model.config.num_hidden_layers = self._num_layers  # a failed early-exit draft leaves it at the exit
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt at first, then the tokens of each step, on the CPU."""
+        """Receives the prompt first, then the tokens of each step, on the CPU."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -204,10 +211,10 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
         self._started = time.perf_counter()
 
     def end(self) -> None:
-        """Called by `generate` behind the last token."""
+        """Called by `generate` after the last token."""
 
-    def timed(self) -> Timed:
-        return Timed(tuple(self._ids), tuple(self._steps), sum(self._stats, DecodeStats()), self._finish_reason)
+    def generation(self) -> Generation:
+        return Generation(tuple(self._ids), tuple(self._steps), sum(self._stats, DecodeStats()), self._finish_reason)
 
     def _before(self, _: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self._model.config.num_hidden_layers == self._num_layers:
@@ -224,10 +231,10 @@ def _pad(loaded: Decoder) -> int:
     return min(loaded.eos_ids, default=0)
 
 
-def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) -> list[Peer]:
-    """The config's baselines, whose exit and draft length must be filled in, with the limits of the `plain` decoding.
+def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) -> list[Baseline]:
+    """The config's baselines, with the limits of the `plain` decoding. The config's exit and draft length must be set.
 
-    They run on transformers' own layers; where `loaded` has repacked the weights, they are read again.
+    transformers' decoders run on transformers' own layers. If `loaded` has repacked weights, the model is read again for them.
 
     Raises:
         ConfigError: the draft model has another tokenizer, or transformers ignores an early exit of this architecture.
@@ -240,23 +247,23 @@ def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) 
         device, dtype = str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto")
         return for_training(name, device, dtype)
 
-    def make(name: str) -> Peer:
+    def make(name: str) -> Baseline:
         if name == "no-reuse":
             return WithoutReuse(exit_layer, drafts, limit, stop)
         if name == "assistant-early-exit":
             require_early_exit(model)
-            return Generate(name, model, limit, exit_layer, drafts, stop, {"assistant_early_exit": exit_layer})
+            return TransformersGenerate(name, model, limit, exit_layer, drafts, stop, {"assistant_early_exit": exit_layer})
         if name == "prompt-lookup":
-            return Generate(name, model, limit, None, drafts, stop, {"prompt_lookup_num_tokens": drafts})
+            return TransformersGenerate(name, model, limit, None, drafts, stop, {"prompt_lookup_num_tokens": drafts})
         if name == "draft-model":
             assert config.draft_model is not None
-            return Generate(name, model, limit, None, drafts, stop, assistant=_draft_model(config.draft_model))
-        return Generate(name, model, limit, stop=stop)
+            return TransformersGenerate(name, model, limit, None, drafts, stop, assistant=_draft_model(config.draft_model))
+        return TransformersGenerate(name, model, limit, stop=stop)
 
     def _draft_model(name: str) -> Any:
         draft = transformers_model(name)
         if draft.tokenizer.get_vocab() != vocabulary:
-            raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {name} has another")
+            raise ConfigError(f"--draft-model must have the tokenizer of {loaded.name}; {name} has another")
         return draft.model
 
     model, vocabulary = None, {}
@@ -270,9 +277,9 @@ def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) 
 
 @torch.inference_mode()
 def require_early_exit(model: Any) -> None:
-    """Raises ConfigError unless a smaller `num_hidden_layers` really makes this model run fewer layers.
+    """Raises ConfigError unless a smaller `num_hidden_layers` makes this model run fewer layers.
 
-    transformers' early exit is no more than that number, and an architecture that does not slice by it ignores the exit.
+    transformers implements early exit by lowering that number. Some architectures do not read it, and ignore the exit.
     """
     layers, calls = model.config.num_hidden_layers, []
     hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
@@ -285,15 +292,18 @@ def require_early_exit(model: Any) -> None:
             hook.remove()
     if len(calls) != 1:
         raise ConfigError(
-            f"`baselines` assistant-early-exit: transformers ignores the early exit of {model.config.model_type} models; "
+            f"--baselines assistant-early-exit: transformers ignores the early exit of {model.config.model_type} models; "
             "leave that baseline out"
         )
 
 
 @contextmanager
-def _own_settings(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """`config` as the model's own for the while: what a checkpoint recommends (penalties, sampling) would fill gaps in it, and
-    the number of drafts is read from the drafting model's own, not from what `generate` is given."""
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Sets `config` as the model's own for the duration.
+
+    Otherwise transformers fills gaps with the checkpoint's recommendations (penalties, sampling). It also reads the number of
+    drafts from the drafting model's own config, not from the one that `generate` is given.
+    """
     before, model.generation_config = model.generation_config, config
     try:
         yield

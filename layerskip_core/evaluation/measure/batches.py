@@ -1,4 +1,4 @@
-"""What every way of decoding answers, whatever time it takes: many prompts at once, for quality."""
+"""Answers to many prompts at once, for quality. Speed is measured one prompt at a time."""
 
 from collections.abc import Generator, Sequence
 
@@ -12,67 +12,72 @@ from ...data.records import spread
 from ...decoding.batch import decode_batch
 from ...decoding.loop import check_prompt
 from ...errors import LayerSkipError
-from ..outputs import Output, Outputs, Timed, answer_text, require_outputs
+from ..outputs import Generation, Output, Outputs, answer_text, require_outputs
 from .journal import Journal
-from .runner import Progress, Setting, measure
+from .runner import Method, Progress, measure_prompt
 
-_TIMED = 8  # prompts, where nobody says how many
-_QUALITY = -1  # in the journal, where a measurement has the number of its repeat
+_DEFAULT_TIMED = 8
+_QUALITY_REPEAT = -1  # the journal's repeat number of answers from batches
 
 
-def timed_by_default(config: BenchConfig | SweepConfig) -> int | None:
-    """How many prompts are measured; None for all of them, which are then not answered in batches."""
-    return _TIMED if config.batch_size > 1 and config.timed is None else config.timed
+def default_timed(config: BenchConfig | SweepConfig) -> int | None:
+    """How many prompts are timed. None: all of them, and answers do not come from batches."""
+    return _DEFAULT_TIMED if config.batch_size > 1 and config.timed is None else config.timed
 
 
 def timed_examples(examples: Sequence[Example], timed: int | None) -> Sequence[Example]:
-    """Those to measure, at even distances; `timed` as in `timed_by_default`."""
+    """The examples to time, evenly spaced; `timed` as returned by `default_timed`."""
     return examples if timed is None else spread(examples, timed) if timed else ()
 
 
-def answer_together(
+def answer_in_batches(
     loaded: Decoder,
     examples: Sequence[Example],
-    settings: Sequence[Setting],
+    methods: Sequence[Method],
     batch_size: int,
     journal: Journal | None = None,
 ) -> Generator[Progress, None, list[Outputs]]:
-    """Answers every prompt in every setting, `batch_size` prompts at a time; yields progress, returns outputs by setting.
+    """Answers every prompt by every method, `batch_size` prompts at a time. Yields progress; returns outputs by method.
 
-    In fp32 an answer is the one that `measure` gives, near-ties excepted. These have no times: a batch's belong to none of its
-    prompts. Prompts of like length share a batch. What the journal holds is not answered again. Raises LayerSkipError when
-    every prompt failed in the first setting.
+    In fp32 the answers equal those of `measure_prompt`, except at near-ties. They have no times, because a batch's time cannot
+    be divided among its prompts. Prompts of similar length share a batch. Answers in the journal are not computed again.
+
+    Raises LayerSkipError when every prompt failed with the first method.
     """
-    answers = {number: known for number in range(len(examples)) if journal and (known := journal.recall(_QUALITY, number))}
-    left = sorted(set(range(len(examples))) - set(answers), key=lambda number: len(examples[number].prompt))
-    for start in range(0, len(left), batch_size):
-        batch = left[start : start + batch_size]
-        prompts = [examples[number].prompt for number in batch]
-        found = [_answers(loaded, prompts, setting) for setting in settings]  # by [setting][prompt]
-        for number, *mine in zip(batch, *found, strict=True):
-            answers[number] = mine
+    answers = {sample: row for sample in range(len(examples)) if journal and (row := journal.recall(_QUALITY_REPEAT, sample))}
+    missing = sorted(set(range(len(examples))) - set(answers), key=lambda sample: len(examples[sample].prompt))
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        prompts = [examples[sample].prompt for sample in batch]
+        by_method = [_answers(loaded, prompts, method) for method in methods]
+        for sample, *row in zip(batch, *by_method, strict=True):
+            answers[sample] = row
             if journal is not None:
-                journal.add(_QUALITY, number, mine)
+                journal.add(_QUALITY_REPEAT, sample, row)
         yield Progress(len(answers), len(examples), "answers")
-    by_setting = [Outputs(tuple(answers[number][place] for number in range(len(examples)))) for place in range(len(settings))]
-    require_outputs(by_setting[0])
-    return by_setting
+    outputs = [Outputs(tuple(answers[sample][index] for sample in range(len(examples)))) for index in range(len(methods))]
+    require_outputs(outputs[0])
+    return outputs
 
 
-def _answers(loaded: Decoder, prompts: Sequence[str], setting: Setting) -> list[Output]:
-    """An output for each prompt; one by one where they do not fit together, so that the error is one prompt's own."""
+def _answers(loaded: Decoder, prompts: Sequence[str], method: Method) -> list[Output]:
+    """One output per prompt. If the batch fails, its prompts are answered one by one, so that only the culprit fails."""
     try:
-        ids = [loaded.encode_prompt(prompt) for prompt in prompts]
-        for mine in ids:
-            check_prompt(mine, loaded.backend.max_positions)
-        found = _decoded(loaded, ids, setting) if isinstance(setting, DecodingConfig) else setting.run_together(loaded, ids)
+        prompt_ids = [loaded.encode_prompt(prompt) for prompt in prompts]
+        for ids in prompt_ids:
+            check_prompt(ids, loaded.backend.max_positions)
+        generations = _run_batch(loaded, prompt_ids, method)
     except (LayerSkipError, torch.OutOfMemoryError):
-        return [measure(loaded, prompt, setting) for prompt in prompts]
-    pairs = zip(ids, found, strict=True)
-    return [Output(one.ids, answer_text(loaded, mine, one.ids), (), one.stats, one.finish_reason) for mine, one in pairs]
+        return [measure_prompt(loaded, prompt, method) for prompt in prompts]
+    return [
+        Output(answer.ids, answer_text(loaded, ids, answer.ids), (), answer.stats, answer.finish_reason)
+        for ids, answer in zip(prompt_ids, generations, strict=True)
+    ]
 
 
-def _decoded(loaded: Decoder, prompts: list[list[int]], setting: DecodingConfig) -> list[Timed]:
-    finished = decode_batch(loaded.backend, prompts, setting, loaded.eos_ids, loaded.detokenize)
-    in_order = sorted(finished, key=lambda one: one.row)
-    return [Timed(tuple(one.ids), (), one.stats, one.finish_reason) for one in in_order]
+def _run_batch(loaded: Decoder, prompt_ids: list[list[int]], method: Method) -> list[Generation]:
+    if not isinstance(method, DecodingConfig):
+        return method.run_batch(loaded, prompt_ids)
+    finished = decode_batch(loaded.backend, prompt_ids, method, loaded.eos_ids, loaded.detokenize)
+    in_order = sorted(finished, key=lambda output: output.row)
+    return [Generation(tuple(output.ids), (), output.stats, output.finish_reason) for output in in_order]

@@ -1,4 +1,4 @@
-"""What a long measurement has found so far, in a file, so that an interrupted one goes on where it stopped."""
+"""The outputs of an unfinished measurement, in a file, so that `--resume` continues where it was interrupted."""
 
 import json
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from ...storage.writing import require_writable, write_file
 from ..outputs import Output
 
 FILE_NAME = "unfinished.jsonl"
-OUTPUTS = "outputs.jsonl"  # what it becomes
-_AGES = 1e12  # no count and no number of seconds is larger
+OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
+_LARGEST = 1e12  # of any count and any number of seconds
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One line: what every setting gave for a sample, in a repeat."""
+    """One line: the outputs of all methods for one sample in one repeat."""
 
     repeat: int
     sample: int
@@ -27,30 +27,29 @@ class _Row:
 
 
 class Journal:
-    """One JSON line for each prompt and repeat, with the outputs of all settings; the first line says what is measured."""
+    """A JSON line for each prompt and repeat, with the outputs of all methods. The first line holds the run's settings."""
 
-    def __init__(self, folder: Path, plan: dict[str, Any], resume: bool, settings: int, vocab_size: int) -> None:
-        """Opens the folder's journal for so many settings. With `resume` its lines are kept, else it begins anew.
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool, methods: int, vocab_size: int) -> None:
+        """Opens the folder's journal for a run of `methods` methods. With `resume` its lines are kept, else it starts empty.
 
-        Half a line at the end, which an interruption leaves, is dropped, to be measured again. Raises LayerSkipError when the
-        journal there is of another plan or any other line of it is damaged, or the file cannot be written.
+        An incomplete last line, left by an interruption, is dropped; its prompt is measured again. Raises LayerSkipError when
+        the journal belongs to other settings, when any other line is damaged, or when the file cannot be written.
         """
         self._path = folder / FILE_NAME
         self._known: dict[tuple[int, int], list[Output]] = {}
-        head = json.dumps(plan, sort_keys=True).encode()
+        head = json.dumps(settings, sort_keys=True).encode()
         lines = _whole_lines(self._path) if resume else []
         if lines and lines[0].strip() != head:
-            raise LayerSkipError(f"`resume`: {self._path} is of a run with other settings; leave `resume` out to begin anew")
+            raise LayerSkipError(
+                f"--resume: {self._path} belongs to a run with other settings; leave out --resume to start again"
+            )
         for number, line in enumerate(lines[1:], start=2):
-            row = _row(line, f"`resume`: {self._path}, line {number}", settings, vocab_size)
+            row = _row(line, f"--resume: {self._path}, line {number}", methods, vocab_size)
             self._known[row.repeat, row.sample] = list(row.outputs)
         write_file(self._path, b"".join(lines) or head + b"\n", LayerSkipError)
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def recall(self, repeat: int, sample: int) -> list[Output] | None:
-        """The outputs of every setting, if they are known."""
+        """The outputs of all methods, or None if they are missing."""
         return self._known.get((repeat, sample))
 
     def add(self, repeat: int, sample: int, outputs: Sequence[Output]) -> None:
@@ -63,7 +62,7 @@ class Journal:
 
 
 def close(folder: Path) -> None:
-    """For a measurement that is complete, its results written: nothing is left to resume, and every answer to be read."""
+    """Renames the journal of a complete run to OUTPUTS: it cannot be resumed any more, and its answers can be read."""
     require_writable(folder / OUTPUTS, LayerSkipError, regular=True)
     (folder / FILE_NAME).replace(folder / OUTPUTS)
 
@@ -72,37 +71,37 @@ def _whole_lines(path: Path) -> list[bytes]:
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise LayerSkipError(f"`resume`: {path} cannot be read: {error.strerror}") from error
+        raise LayerSkipError(f"--resume: {path} cannot be read: {error.strerror}") from error
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
 
-def _row(line: bytes, where: str, settings: int, vocab_size: int) -> _Row:
-    """Raises LayerSkipError for anything that `add` does not write."""
+def _row(line: bytes, where: str, methods: int, vocab_size: int) -> _Row:
+    """Parses a line. Raises LayerSkipError for anything that `add` does not write."""
     try:
         row: _Row = build(_Row, parse_json(line, where, LayerSkipError), "")
-        if len(row.outputs) != settings:
-            raise SchemaError(f"outputs: needed {settings}, found {len(row.outputs)}")
-        for place, output in enumerate(row.outputs):
-            _require_sound(output, f"outputs[{place}]", vocab_size)
+        if len(row.outputs) != methods:
+            raise SchemaError(f"outputs: needed {methods}, found {len(row.outputs)}")
+        for index, output in enumerate(row.outputs):
+            _require_valid(output, f"outputs[{index}]", vocab_size)
     except SchemaError as error:
-        told = "leave `resume` out to begin anew, or remove the line to measure its prompt again"
-        raise LayerSkipError(f"{where} is damaged: {error}; {told}") from None
+        remedy = "leave out --resume to start again, or remove the line to measure its prompt again"
+        raise LayerSkipError(f"{where} is damaged: {error}; {remedy}") from None
     return row
 
 
-def _require_sound(output: Output, where: str, vocab_size: int) -> None:
-    """Raises SchemaError for counts and times that no measurement gives."""
+def _require_valid(output: Output, where: str, vocab_size: int) -> None:
+    """Raises SchemaError for counts and times that no measurement can give."""
     wrong = [token for token in output.ids if not 0 <= token < vocab_size]
     if wrong:
-        raise SchemaError(f"{where}.ids: needed tokens of 0..{vocab_size - 1}, found {wrong[0]}")
+        raise SchemaError(f"{where}.ids: needed tokens in 0..{vocab_size - 1}, found {wrong[0]}")
     for number, step in enumerate(output.steps):
-        if step.tokens < 0 or not 0 < step.seconds < _AGES:
+        if step.tokens < 0 or not 0 < step.seconds < _LARGEST:
             raise SchemaError(
                 f"{where}.steps[{number}]: needed a count of tokens and a time, found {step.tokens}, {step.seconds}"
             )
     for name, value in asdict(output.stats).items():
         least = 1 if name == "tested_by_position" else 0
-        if any(not least <= one < _AGES for one in (value if isinstance(value, tuple) else (value,))):
+        if any(not least <= number < _LARGEST for number in (value if isinstance(value, tuple) else (value,))):
             raise SchemaError(f"{where}.stats.{name}: needed at least {least}, found {value}")
     if sum(step.tokens for step in output.steps) not in (0, len(output.ids)):
         raise SchemaError(f"{where}.steps: needed {len(output.ids)} tokens in all, as many as ids")

@@ -1,4 +1,4 @@
-"""The peak memory of a piece of work."""
+"""Peak memory."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ _RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 
 class PeakMemory:
-    """The highest memory since it was made, in MB of 2**20 bytes; one at a time.
+    """The peak memory since the object was created, in MB of 2**20 bytes. Only the newest object is valid.
 
-    On CUDA the highest memory that torch had allocated. Elsewhere the highest resident set of the whole process, weights and
-    interpreter included, so that strategies hardly differ in it.
+    On CUDA this is the memory that torch allocated. Elsewhere it is the resident set of the whole process, weights and
+    interpreter included, so that strategies hardly differ.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,7 +25,7 @@ class PeakMemory:
             self._known = _reset_resident_peak()
 
     def peak_mb(self) -> float | None:
-        """None where the system cannot restart the measurement: not Linux, or a container that forbids it."""
+        """None if the system cannot reset its peak: not Linux, or a container that forbids it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**20
         return _resident_peak_mb() if self._known else None

@@ -13,10 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from ..measure.bench import BenchResult
-from ..measure.sweep import ExitResult
 from ..metrics import LOWER_IS_BETTER, quality
-from .record import RunRecord, frontier
+from ..record import RunRecord
+from ..results import BenchResult, ExitResult, frontier
 
 _SIZE = (5.6, 3.8)  # inches: small, so that the letters stay readable when a phone shrinks the figure
 _PNG_DPI = 200

@@ -1,4 +1,4 @@
-"""Reads a results.json again, every part of it held against what sweeps and benchmarks write."""
+"""Reads a results.json back, and checks every part of it against what sweeps and benchmarks write."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -10,39 +10,39 @@ from ...config.evaluation import BASELINES, BenchConfig, SweepConfig
 from ...errors import LayerSkipError
 from ...storage.json_reading import read_json
 from ...storage.schema import SchemaError, build, require_fields
-from ..measure.sweep import ExitResult
-from .record import Environment, PredictionError, Recommendation, RunRecord
+from ..record import Environment, PredictionError, Recommendation, RunRecord
+from ..results import ExitResult
 
-_LARGEST = 1e12  # of a figure other than a perplexity: what a plot's axes and a table's cells still take
-_NEEDED = {"config": ("model", "task"), "environment": ("dtype", "device_name", "threads")}  # what every rendering takes
+_LARGEST = 1e12  # of any figure but a perplexity: plots and tables cannot show more
+_REQUIRED = {"config": ("model", "task"), "environment": ("dtype", "device_name", "threads")}  # by every rendering
 
 
 def read_record(file: str, result: type[Any]) -> RunRecord[Any]:
-    """A results.json of ExitResults or BenchResults, fit to be rendered. Raises LayerSkipError for anything else."""
+    """Reads a results.json of ExitResults or BenchResults that can be rendered. Raises LayerSkipError for anything else."""
     kind, config = ("sweep-exits", SweepConfig) if result is ExitResult else ("bench", BenchConfig)
     document = read_json(Path(file), _FromError)
     try:
         record = _record(document, result, config)
-        for place, one in enumerate(record.results):
-            _require_sound(one, f"results[{place}]")
+        for index, figures in enumerate(record.results):
+            _require_valid(figures, f"results[{index}]")
     except SchemaError as error:
-        raise LayerSkipError(f"`saved` {file} must be a results.json that {kind} wrote: {error}") from None
+        raise LayerSkipError(f"--from {file} must be a results.json that {kind} wrote: {error}") from None
     return record
 
 
 class _FromError(LayerSkipError):
-    """An error that begins with the flag."""
+    """An error whose message begins with the flag."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"`saved` {message}")
+        super().__init__(f"--from {message}")
 
 
 def _record(document: Any, result: type[Any], config: type[Any]) -> RunRecord[Any]:
     document = build(dict[str, Any], document, "the document")
-    for part, names in _NEEDED.items():
-        found = build(dict[str, Any], document.get(part), part)
+    for part, names in _REQUIRED.items():
+        values = build(dict[str, Any], document.get(part), part)
         for name in (*names, *(["repeats"] if part == "config" and config is BenchConfig else [])):
-            if name not in found:
+            if name not in values:
                 raise SchemaError(f"{part}.{name} is missing")
     require_fields(config, document["config"], "config")
     build(str | None, document["config"].get("quality_metric"), "config.quality_metric")
@@ -59,8 +59,8 @@ def _record(document: Any, result: type[Any], config: type[Any]) -> RunRecord[An
     )
 
 
-def _require_sound(result: Any, where: str) -> None:
-    """Raises SchemaError for figures that no run gives: other strategies, layers below 1, numbers beyond all measure."""
+def _require_valid(result: Any, where: str) -> None:
+    """Raises SchemaError for figures that no run gives: unknown strategies, layers below 1, numbers out of range."""
     known = (*STRATEGIES, *BASELINES)
     if result.strategy not in known:
         raise SchemaError(f"{where}.strategy: needed one of {', '.join(known)}, found {result.strategy!r:.60}")
@@ -74,17 +74,17 @@ def _require_sound(result: Any, where: str) -> None:
     for name, figure in _figures(result):
         if abs(figure) > _LARGEST and not name.endswith("perplexity"):
             raise SchemaError(f"{where}.{name}: needed a number up to {_LARGEST:g}, found {figure:g}")
-        if figure < 0 and not name.startswith("time_split_ms"):  # where what is left of the time may be below 0 by rounding
+        if figure < 0 and not name.startswith("time_split_ms"):  # its remainder can be below 0 by rounding
             raise SchemaError(f"{where}.{name}: needed at least 0, found {figure:g}")
 
 
 def _figures(result: Any) -> Iterator[tuple[str, float]]:
-    """Every number of a result that is not whole, with its name."""
+    """The name and value of every float in a result."""
     for field in fields(result):
         value = getattr(result, field.name)
         if isinstance(value, dict):
-            yield from ((f"{field.name}.{name}", one) for name, one in value.items() if isinstance(one, float))
+            yield from ((f"{field.name}.{name}", part) for name, part in value.items() if isinstance(part, float))
         elif isinstance(value, tuple):
-            yield from ((field.name, one) for one in value if isinstance(one, float))
+            yield from ((field.name, part) for part in value if isinstance(part, float))
         elif isinstance(value, float):
             yield field.name, value

@@ -8,7 +8,7 @@ from ...config.data import DataConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example, is_parsing, load_examples, load_records
 from ...data.records import Record, spread
-from ...prompting.encoding import RAW
+from ...prompting.template import RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, forms, framed
 from .rows import shots_and_rest
@@ -78,7 +78,7 @@ def _references(source: str, config: TaskConfig) -> tuple[list[tuple[str, list[s
     rows = list(load_records(data))
     config = _columns(rows[0], config)
     prompt, completion = config.prompt_column or "", config.completion_column or ""
-    return [(row.text(prompt, "prompt_column"), row.texts(completion, "completion_column")) for row in rows], config
+    return [(row.text(prompt, "--prompt-column"), row.texts(completion, "--completion-column")) for row in rows], config
 
 
 def _columns(first: Record, config: TaskConfig) -> TaskConfig:

@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Sequence
 
 from ...data.examples import Example
-from ...prompting.encoding import CHAT, RAW
+from ...prompting.template import CHAT, RAW
 
 BARE = "{prompt}"  # as a form of rows and as a model's template: nothing is added
 SHOT_END = "\n\n"
 
 
 def forms(template: str | None, form: str, by_default: str | None) -> tuple[str, str | None]:
-    """(the form of a row, the model's template) by `template`: `raw`, `chat`, a form of the user's own, or none.
+    """(the form of a row, the model's template) by --template: `raw`, `chat`, a form of the user's own, or none.
 
     Without one the model's template is `by_default`, where None stands for the checkpoint's own. A form of the user's own is
     both.

@@ -7,7 +7,7 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, SamplingConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example
-from ..metrics import ReferenceLosses, reference_losses, text_losses
+from ..perplexity import ReferenceLosses, reference_losses, text_losses
 
 Scorer = Callable[[Sequence[str]], dict[str, float]]
 
@@ -59,7 +59,7 @@ class Task:
 
     def prepared(self, loaded: Decoder) -> Decoder:
         """The model, with this task's template if it has one."""
-        return loaded if self.template is None else replace(loaded, info=replace(loaded.info, prompt_template=self.template))
+        return loaded if self.template is None else loaded.with_template(self.template, None)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

@@ -1,0 +1,83 @@
+"""Perplexity of references and of plain text through every exit, each from one teacher-forced pass."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from ..checkpoint.loaded import Decoder
+from ..checkpoint.quiet import quiet_transformers
+from ..data.examples import Example
+from ..losses import summed_cross_entropy
+from ..model.backend import Backend
+
+_WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ReferenceLosses:
+    """Cross-entropy in nats, summed over `tokens` reference tokens, by exit."""
+
+    tokens: int
+    summed: dict[int, float]
+
+    def __add__(self, other: "ReferenceLosses") -> "ReferenceLosses":
+        layers = self.summed | other.summed
+        return ReferenceLosses(
+            self.tokens + other.tokens, {layer: self.summed.get(layer, 0.0) + other.summed.get(layer, 0.0) for layer in layers}
+        )
+
+    def perplexity(self, exit_layer: int) -> float | None:
+        """exp of the mean; None when there are no tokens or the value is not finite."""
+        mean = self.summed.get(exit_layer, math.nan) / max(self.tokens, 1)
+        return math.exp(mean) if self.tokens and mean < 700 else None
+
+
+def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> ReferenceLosses:
+    """The losses of the reference and its EOS after the prompt. The prompt's own tokens do not count.
+
+    A row longer than the context is cut there, as in training.
+    """
+    tokenizer = loaded.tokenizer
+    prompt = loaded.encode_prompt(example.prompt)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    reference = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"]) + end
+    return _losses(loaded.backend, prompt, reference, exit_layers)
+
+
+def text_losses(
+    loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int], window_tokens: int = _WINDOW_TOKENS
+) -> Iterator[ReferenceLosses]:
+    """The losses of `windows` windows (0: all), evenly spaced over the text.
+
+    Windows do not overlap; each has `window_tokens` tokens, or as many as the context holds. A window starts with the tokens
+    that the tokenizer puts before every text. If there are none, the window's first token does not count.
+    """
+    with quiet_transformers():  # else transformers warns that the text is longer than the context
+        ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = loaded.encode_prompt("", raw=True)
+    size = min(window_tokens, loaded.backend.max_positions - len(start))
+    offsets = range(0, max(len(ids) - size, 0) + 1, size)
+    count = min(windows or len(offsets), len(offsets))
+    for number in range(count):
+        offset = offsets[number * len(offsets) // count]
+        yield _losses(loaded.backend, start, ids[offset : offset + size], exit_layers)
+
+
+@torch.inference_mode()
+def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers: Sequence[int]) -> ReferenceLosses:
+    ids = (prompt + reference)[: model.max_positions]
+    first = max(len(prompt), 1)  # no token predicts the very first one
+    targets = torch.tensor(ids[first:], device=model.device)
+    if not len(targets):
+        return ReferenceLosses(0, {})
+    tokens = torch.tensor([ids[:-1]], device=model.device)
+    positions = torch.arange(len(ids) - 1)[None]
+    hidden, cache, summed = model.embed(tokens), model.new_cache(1, len(ids)), {}
+    for start, stop in pairwise([0, *sorted(set(exit_layers))]):
+        hidden = model.run_layers(hidden, start, stop, positions, cache)
+        loss = summed_cross_entropy(model.unembed, hidden[0, first - 1 :], targets, model.vocab_size)
+        summed[stop] = float(loss)
+    return ReferenceLosses(len(targets), summed)

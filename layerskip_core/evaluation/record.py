@@ -1,0 +1,63 @@
+"""The record of a measurement: its settings, the machine and its results, as one JSON document."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypedDict, TypeVar
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The exit and draft length to decode with, and a sentence that says why. Both are None where speculation does not pay.
+
+    `baseline_drift`: by how much the autoregressive time changed between the two measurements of a prompt, as a share (median
+    over the prompts).
+    """
+
+    exit_layer: int | None
+    num_draft_tokens: int | None
+    speedup: float | None
+    baseline_drift: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class PredictionError:
+    """The cost model's error, predicted over measured speedup less 1, over `settings` settings."""
+
+    settings: int
+    median: float  # of the absolute values
+    largest: float
+    mean: float  # signed: above 0 the model was too optimistic
+
+
+class Environment(TypedDict, total=False):
+    """The keys of RunRecord.environment; older versions wrote fewer."""
+
+    versions: dict[str, str]
+    platform: str
+    device: str
+    device_name: str
+    cpu: str
+    cores: int | None
+    threads: int
+    dtype: str
+    implementation: str
+    load_average: list[float] | None
+
+
+@dataclass(frozen=True)
+class RunRecord(Generic[Result]):
+    """One run. `config` is complete: it holds the value that each default took."""
+
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    results: tuple[Result, ...]
+    recommendation: Recommendation | None = None  # of a sweep
+    prediction_error: PredictionError | None = None  # of a sweep
+
+    def document(self) -> dict[str, Any]:
+        """The record as plain values; every float in it is finite."""
+        fields = asdict(self)
+        optional = ("recommendation", "prediction_error")
+        return {key: value for key, value in fields.items() if value is not None or key not in optional}

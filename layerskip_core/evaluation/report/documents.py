@@ -1,0 +1,38 @@
+"""Records as JSON and CSV text."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..record import RunRecord
+
+
+def to_json(record: RunRecord[Any]) -> str:
+    return json.dumps(record.document(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_csv(record: RunRecord[Any]) -> str:
+    """A row per result. Metrics and times have a column each; differences and failures are counted."""
+    rows = [_flat(result) for result in record.document()["results"]]
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)  # rows can lack columns
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flat(result: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in result.items():
+        if key == "metrics":
+            flat |= value
+        elif isinstance(value, dict):
+            flat |= {f"{key}_{name}": part for name, part in value.items()}
+        elif key == "acceptance_by_position":
+            flat[key] = " ".join(map(str, value or ()))
+        else:
+            flat[key] = len(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return flat

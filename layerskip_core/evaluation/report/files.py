@@ -1,0 +1,25 @@
+"""The files of a report: the HTML page, the record as JSON and CSV, and a PNG per figure."""
+
+from typing import Any
+
+from ..record import RunRecord
+from .documents import to_csv, to_json
+from .tables import PARETO_NOTE, TextTable
+
+FIGURES = ("pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "time_split")
+REPORT_FILES = ("report.html", "results.json", "results.csv", *(f"{name}.png" for name in FIGURES))
+
+
+def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
+    """All report files, by name."""
+    from .html import html_report  # matplotlib takes a while to import
+    from .plots import figures, to_png
+
+    drawn = figures(record)
+    notes = table.note.replace(PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed.").splitlines()
+    files = {
+        "report.html": html_report(record, drawn, notes[::-1]).encode(),
+        "results.json": to_json(record).encode(),
+        "results.csv": to_csv(record).encode(),
+    }
+    return files | {f"{name}.png": to_png(figure) for name, figure in drawn.items()}
