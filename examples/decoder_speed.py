@@ -31,8 +31,8 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import DecodeStats, decode
-from layerskip_core.decoding.sampling import most_probable
 from layerskip_core.evaluation.measure.environment import environment
+from layerskip_core.model.drafting import most_probable
 
 REPEATS = 5
 
@@ -107,8 +107,7 @@ def passes(backend: Any, layers: int, count: int, context: int, cache: Any = Non
     if cache is None:
         cache = filled_cache(backend, context)
     new, places = ids[:, context:], positions[:, context:]
-    unembed = backend.unembed if backend.vocabulary is None else backend.unembed_vocabulary
-    return lambda: most_probable(unembed(backend.run_layers(backend.embed(new), 0, layers, places, cache)))
+    return lambda: most_probable(backend.unembed(backend.run_layers(backend.embed(new), 0, layers, places, cache)))
 
 
 def filled_cache(backend: Any, context: int) -> Any:
@@ -177,7 +176,7 @@ def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
     exit_layer = arguments.exit
     backend = load(arguments, draft_weights="int4", draft_layers=exit_layer, draft_vocab=arguments.draft_vocab).backend
     settings = {f"{count} rows": (backend, backend.num_layers, count, 128) for count in (1, 2, 4, 7, 8, 9)}
-    settings |= {"draft, own weights": (backend, exit_layer, 1, 128), "draft, int4": (backend.draft, exit_layer, 1, 128)}
+    settings |= {"draft, own weights": (backend, exit_layer, 1, 128), "draft, int4": (backend.draft_side, exit_layer, 1, 128)}
     times = pass_seconds(backend, settings, 60)
     one, rest = times["1 rows"], backend.num_layers - exit_layer
     ratio = {name: seconds / one for name, seconds in times.items()}

@@ -127,7 +127,7 @@ def _repacked(trainable: Trainable, path: str, packing: PackingConfig | None) ->
 
 def _best_backend(
     config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None
-) -> tuple[type[PackedBackend], tuple[str, ...]]:
+) -> tuple[type[PackedBackend | NativeBackend], tuple[str, ...]]:
     """The fastest backend for repacked weights on this machine, and a note if the compiled kernels would be faster."""
     if can_run_native(config, dtype, device, packing):
         return NativeBackend, ()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.decoding import Strategy
 from ..errors import ConfigError
-from ..model import GenericBackend
+from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
 from ..prompting.encoding import encode_prompt
 from ..prompting.template import PromptTemplate, resolve_template
@@ -23,7 +23,7 @@ class Decoder:
     """A model that generates text. `notes` are messages for the user, such as that the compiled kernels are missing."""
 
     name: str
-    backend: Any
+    backend: Backend
     tokenizer: Any
     info: CheckpointInfo
     eos_ids: frozenset[int]

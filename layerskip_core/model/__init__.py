@@ -4,6 +4,9 @@ Shape letters, used everywhere: B batch rows, T tokens of this call, S key posit
 E exit layer (a count, 1..L), K drafted tokens of a round.
 """
 
+from typing import TYPE_CHECKING
+
+from .backend import Backend, DraftSide, Layers
 from .cache import KVCache
 from .generic import GenericBackend, SpanInputs
 from .native import NativeBackend, can_run_native, suits_kernels
@@ -11,8 +14,11 @@ from .packed.model import PackedBackend, can_pack
 from .spec import ModelSpec
 
 __all__ = [
+    "Backend",
+    "DraftSide",
     "GenericBackend",
     "KVCache",
+    "Layers",
     "ModelSpec",
     "NativeBackend",
     "PackedBackend",
@@ -21,3 +27,6 @@ __all__ = [
     "can_run_native",
     "suits_kernels",
 ]
+
+if TYPE_CHECKING:  # mypy proves that each is a complete backend
+    _BACKENDS: tuple[type[Backend], ...] = (GenericBackend, PackedBackend, NativeBackend)

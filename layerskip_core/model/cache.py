@@ -1,21 +1,21 @@
-"""A KV cache addressed by position: rejecting drafted tokens moves a length back and copies nothing."""
+"""A KV cache addressed by position: rejecting drafted tokens lowers a length and copies nothing."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .spec import ModelSpec
 
-_BLOCK = 64  # positions are added in blocks, so that a long answer reallocates seldom
+_BLOCK = 64  # positions are added in blocks, so that a long answer seldom reallocates
 
 
 class KVCache:
-    """Keys and values of all L layers for B rows, written at the positions of the tokens they belong to.
+    """Keys and values of all L layers for B rows. The index of a key is the position of its token.
 
-    A key's index is its token's position. So a query at position p may see exactly the indices 0..p, and whatever stands
-    behind them (rejected drafts, padding) is neither read nor needs to be cleared. `lengths` (B,), on the host, counts the
-    committed positions of each row; the decoding loop moves it.
+    So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) is never read and
+    need not be cleared. `lengths` (B,), on the host, counts the committed positions of each row; the decoding loop sets it.
     """
 
     def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
@@ -26,6 +26,11 @@ class KVCache:
         self._storage: Tensor | None = None  # (L, 2 for key and value, B, kv heads, capacity, head dim)
         self._matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # views of it, see LayerSlots
 
+    @classmethod
+    def of(cls, spec: ModelSpec, batch_size: int = 1, max_positions: int | None = None) -> "KVCache":
+        """An empty cache for all layers of a model, up to its context limit unless `max_positions` is less."""
+        return cls(spec.layers, batch_size, min(max_positions or spec.context, spec.context))
+
     def rollback(self, lengths: Tensor) -> None:
         """Forgets every position at or after `lengths` (B,)."""
         if bool((lengths > self.lengths).any()):
@@ -33,20 +38,20 @@ class KVCache:
         self.lengths = lengths.clone()
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Forgets every row but those at `rows`, which take its order."""
+        """Keeps only the rows at the indices `rows`, in that order."""
         self.lengths = self.lengths[rows]
         if self._storage is not None:
             self._keep(self._storage[:, :, rows].contiguous())
 
     def writer(self, positions: Tensor) -> "SpanWriter":
-        """What a span of layers writes its keys and values through, for tokens at `positions` (B, T), on the host."""
+        """Where a span of layers writes its keys and values, for tokens at `positions` (B, T), on the host."""
         return SpanWriter(self, positions)
 
     def room(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
-        """All layers' keys and values, (L, 2, B, kv heads, capacity >= stop, head dim): views of it are the cache.
+        """The storage, (L, 2, B, kv heads, capacity >= stop, head dim), grown if necessary.
 
-        The keys of a head lie one behind the other, for attention over a long text takes the time of reading them. There is
-        never more than a block of places that are not filled, so that they can be read and masked.
+        The keys of a head are contiguous, because attention over a long text is bound by reading them. Less than a block of
+        places is unfilled, so that kernels can read all of them and mask the rest.
         """
         held = self._storage
         if held is None or held.shape[4] < stop:
@@ -58,7 +63,7 @@ class KVCache:
         return held
 
     def matrices(self, start: int, stop: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of layers start..stop-1, all that `room` gave and the matrices that it consists of, see LayerSlots."""
+        """The `all`, `keys` and `values` of layers start..stop-1, see LayerSlots."""
         return self._matrices[start:stop]
 
     def _keep(self, storage: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ class KVCache:
 
 
 class SpanWriter:
-    """Where the tokens of one call go. Looks like a transformers cache to an attention module: `update` is all it calls."""
+    """Where the tokens of one call are written. Attention modules of transformers use it as a cache, by `update` alone."""
 
     def __init__(self, cache: KVCache, positions: Tensor) -> None:
         self._cache = cache
@@ -81,14 +86,14 @@ class SpanWriter:
             raise ValueError(f"positions must be at least 0, got {min(map(min, rows))}")
         if self.stop > cache.max_positions:
             raise ConfigError(
-                f"the context limit of {cache.max_positions} tokens is reached: position {self.stop - 1} was asked for"
+                f"the context limit of {cache.max_positions} tokens is reached: position {self.stop - 1} was requested"
             )
-        # Rows that stand at the same, consecutive positions (always so for one row) are written as one slice.
+        # Rows at the same consecutive positions (always so for a single row) are written as one slice.
         span = list(range(self.start, self.start + positions.shape[1]))
         self.contiguous = all(row == span for row in rows)
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Writes (B, kv heads, T, head dim) of one layer; returns views of its filled part, (B, kv heads, S, head dim)."""
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Writes (B, kv heads, T, head dim) of one layer; returns views of the filled part, (B, kv heads, S, head dim)."""
         held = self._cache.room(self.stop, keys.shape[1], keys.shape[3], keys)[layer_idx]
         for kept, new in zip(held, (keys, values), strict=True):
             if self.contiguous:
@@ -100,7 +105,7 @@ class SpanWriter:
         return filled[0], filled[1]
 
     def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
-        """Where each layer of a span writes and reads, made at once: one view a layer and token would be slower."""
+        """Where each layer of a span writes and reads. All views are made in one call: one call per layer is slower."""
         held = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop]
         indices = None if self.contiguous else self.indices(like.device)
         slots = (held[..., self.start : self.stop, :] if self.contiguous else held).unbind()
@@ -108,18 +113,18 @@ class SpanWriter:
         return [LayerSlots(*views, into, indices) for views, into in zip(matrices, slots, strict=True)]
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Row and column index, (B, 1) and (B, T), of every token."""
+        """Row and column indices of all tokens, (B, 1) and (B, T)."""
         rows = torch.arange(self._positions.shape[0], device=device)[:, None]
         return rows, self._positions.to(device, non_blocking=True)
 
 
 class LayerSlots(NamedTuple):
-    """One layer's part of the cache in one call. It has places behind those that are filled."""
+    """One layer's part of the cache in one call. Not all of its places are filled."""
 
     all: Tensor  # (2, B, kv heads, capacity, head dim)
     keys: Tensor  # (B * kv heads, head dim, capacity), to be read after `write`
     values: Tensor  # (B * kv heads, capacity, head dim)
-    slots: Tensor  # (2, B, kv heads, T, head dim), or the whole layer where `indices` say which tokens of it are meant
+    slots: Tensor  # (2, B, kv heads, T, head dim) to write to; the whole layer where `indices` select the places
     indices: tuple[Tensor, Tensor] | None
 
     def filled(self, stop: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +133,7 @@ class LayerSlots(NamedTuple):
         return keys, values
 
     def write(self, new: Tensor) -> None:
-        """Keys and values (2, B, kv heads, T, head dim) of the call's tokens."""
+        """Stores the keys and values (2, B, kv heads, T, head dim) of the call's tokens."""
         if self.indices is None:
             self.slots.copy_(new)
         else:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.generic import FP32_SDPA
-
+_NAME = "sdpa_fp32"
 _SHORT = 192  # tokens; longer rows are faster in bf16
 
 
@@ -22,9 +21,9 @@ def use_fp32_attention(model: Any) -> None:
 
     if model.config._attn_implementation != "sdpa":
         return
-    ALL_ATTENTION_FUNCTIONS.register(FP32_SDPA, _fp32_sdpa)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(FP32_SDPA, sdpa_mask)
-    model.set_attn_implementation(FP32_SDPA)
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, _fp32_sdpa)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
 
 
 def _fp32_sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:

@@ -4,7 +4,8 @@ from torch import tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from layerskip_core.config.decoding import SamplingConfig
-from layerskip_core.decoding.sampling import Greedy, Stochastic, draw, most_probable, probabilities, sampler_for, verify
+from layerskip_core.decoding.sampling import Greedy, Stochastic, draw, probabilities, sampler_for, verify
+from layerskip_core.model.drafting import most_probable
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ from layerskip_core.decoding.drafters.exit import drafter_for
 from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.model import NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import NativeBackend, PackedBackend, can_run_native, splitting
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
-from layerskip_core.model.packed import model as packed
+from layerskip_core.model.native.buffers import BufferPool, Buffers
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
 BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]
@@ -128,7 +128,7 @@ def test_a_low_bit_copy_drafts_and_the_model_verifies(variant):
     packing = PackingConfig(draft_weights="int4", draft_layers=3, draft_vocab=50)
     model = NativeBackend.of(tiny_model("llama", torch.float32, **WIDE), packing)
     alone = NativeBackend.of(tiny_model("llama", torch.float32, **WIDE))
-    assert isinstance(model.draft, NativeBackend) and model.draft.num_layers == 3
+    assert model.draft_side.num_layers == 3 and not model.draft_side.shares_states
     assert model.implementation == f"native ({variant}), int4 drafts"
     prompt = ids_of(1, 9)[0].tolist()
     drafted = decode(model, prompt, DecodingConfig("self-speculative", 3, 4, 30))
@@ -150,7 +150,7 @@ def test_a_draft_in_one_call_is_that_of_single_steps(variant, packing, number, t
     def drafted(ends, one_call):
         drafter = drafter_for(model, Greedy(), DecodingConfig("self-speculative", 4, 6), frozenset(ends))
         if not one_call:
-            drafter._in_one_call = None
+            drafter._in_one_call = False
         with torch.inference_mode():
             cache = model.new_cache()
             model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
@@ -177,7 +177,8 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
         change(tiny.lm_head.weight.data)
         model = NativeBackend.of(tiny)
         with torch.inference_mode():
-            return model.draft_greedily(5, 3, torch.arange(1)[None], model.new_cache(), frozenset())[0].tolist()
+            token, places = torch.tensor([[5]]), torch.arange(1)[None]
+            return model.draft_side.draft_greedily(token, 3, places, model.new_cache(), frozenset())[0].tolist()
 
     ((_, likely),) = drafted(lambda weight: None)
 
@@ -224,7 +225,7 @@ SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attent
 def test_rows_beyond_what_32_bits_can_multiply(variant, kind, threads, monkeypatch):
     """A call's rows times its tiles overflowed at 65,536 rows by AVX2, at 131,072 by AVX-512 in int8, else at 160,500."""
     threads(2)
-    monkeypatch.setattr(packed, "_MOST_BYTES", 1 << 50)
+    monkeypatch.setattr(splitting, "MOST_BYTES", 1 << 50)
     wide = kind == "int8"  # whole groups of 32
     shape = {**SMALLEST, **({"hidden_size": 32, "intermediate_size": 32, "head_dim": 32} if wide else {})}
     rows = 66_000 if variant == "avx2" else 132_000 if wide else 161_000
@@ -245,19 +246,20 @@ def test_rows_beyond_what_32_bits_can_multiply(variant, kind, threads, monkeypat
 @needs_kernels
 def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
     """40 prompts of 50 tokens: 2,000 rows, of which no call has more than fit into the bytes allowed, or 256."""
-    monkeypatch.setattr(packed, "_CHUNK", 16)
+    monkeypatch.setattr(splitting, "CHUNK", 16)
     model, ids = model_of("fp32"), ids_of(40, 50)
-    positions, sizes, run = torch.arange(50).expand(40, -1), [], model._run
+    layers = model._layers
+    positions, sizes, run = torch.arange(50).expand(40, -1), [], layers.run
 
     def counted(hidden, *arguments):
         sizes.append(hidden.shape[0] * hidden.shape[1])
         return run(hidden, *arguments)
 
-    monkeypatch.setattr(model, "_run", counted)
+    monkeypatch.setattr(layers, "run", counted)
     with torch.inference_mode():
         found = []
         for rows in (2000, 130, 30):
-            monkeypatch.setattr(packed, "_MOST_BYTES", rows * model._row_bytes())
+            monkeypatch.setattr(splitting, "MOST_BYTES", rows * layers.pool.row_bytes())
             sizes.clear()
             found.append(model.unembed(model.run_layers(model.embed(ids), 0, 6, positions, model.new_cache(40))))
             assert max(sizes) == {2000: 640, 130: 120, 30: 40}[rows]  # 16, 3 and 1 tokens of each
@@ -265,16 +267,16 @@ def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
 
 
 @needs_kernels
-def test_the_activations_of_a_call_take_what_is_stated(variant):
-    """The buffers of as many rows as run at once, of a model as wide as Llama 2 7B."""
-    wide = native.CShape(4096, 32, 32, 128, 11008, 1, 1e-5, 1.0)
-    model = model_of("bf16")
-    model._shape = wide
-    rows = model._tokens_at_once(1000, 256) * 1000
-    buffers = native._Buffers(1, torch.get_num_threads(), wide)
-    held = sum(part.nbytes for part in buffers._held) + buffers._formed * buffers.threads
-    assert rows == 1000 and model._tokens_at_once(4, 256) * 4 * held < packed._MOST_BYTES
-    assert model._tokens_at_once(1, 256) == 256 and model._tokens_at_once(1, 1) == 256
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_activations_of_a_part_fill_what_is_allowed(threads, number):
+    """The buffers and hidden states of 40 prompts' part, of a model as wide as Llama 2 7B: nearly 256 MB."""
+    threads(number)
+    wide = compiled.CShape(4096, 32, 32, 128, 11008, 1, 1e-5, 1.0)
+    pool = BufferPool(wide)
+    alone, few, many = (splitting.tokens_at_once(batch, 256, pool.row_bytes) for batch in (1, 40, 10_000))
+    assert alone == 256 and 2 < few < 256 and many == 1
+    held = Buffers(40 * few, number, wide).nbytes + 2 * 40 * few * 4096 * 4
+    assert splitting.MOST_BYTES * (few - 1) / few < held < splitting.MOST_BYTES * (few + 1) / few
 
 
 @needs_kernels
@@ -282,7 +284,7 @@ def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
     """In Python: the kernels would read or write where nothing of theirs is."""
     model, ids = model_of("fp32"), ids_of(1, 3)
     hidden, places = model.embed(ids), torch.arange(3)[None]
-    run = model.run_layers
+    run, draft = model.run_layers, model.draft_side.draft_greedily
     with torch.inference_mode():
         for start, stop in ((0, 7), (-1, 3), (4, 2)):
             with pytest.raises(ValueError, match=rf"layers must be in 0\.\.6, got {start}\.\.{stop}"):
@@ -301,9 +303,9 @@ def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
             run(hidden, 0, 6, places, filled(model_of("fp32", num_hidden_layers=2), ids))
         for token, layers in ((-1, 3), (67, 3), (5, 7)):
             with pytest.raises(ValueError, match=f"no draft of token {token} by {layers} layers"):
-                model.draft_greedily(token, layers, places, model.new_cache(), frozenset())
+                draft(torch.tensor([[token]]), layers, places, model.new_cache(), frozenset())
         with pytest.raises(ConfigError, match="context limit of 128 tokens"):
-            model.draft_greedily(5, 3, torch.arange(120, 128)[None], model.new_cache(), frozenset())
+            draft(ids[:, :1], 3, torch.arange(120, 128)[None], model.new_cache(), frozenset())
         assert run(hidden[:, :0], 0, 6, places[:, :0], model.new_cache()).shape == (1, 0, 64)
         assert model.unembed(hidden[:, :0]).shape == (1, 0, 67)
 
@@ -321,10 +323,10 @@ def test_scratch_is_as_long_as_the_text_and_not_as_the_context(variant):
     short, long = model.new_cache(), model.new_cache()
     with torch.inference_mode():
         model.run_layers(model.embed(ids[:, :1]), 0, 6, torch.zeros(1, 1, dtype=torch.long), short)
-        assert model._buffers(1)._scratch.nbytes < 1 << 20
+        assert model._layers.pool.of(1).nbytes < 1 << 20
         for place in range(100):
             states = model.run_layers(model.embed(ids[:, place : place + 1]), 0, 6, torch.tensor([[place]]), long)
-        assert model._buffers(1)._row == 128
+        assert model._layers.pool.of(1)._row == 128
         together = model.run_layers(model.embed(ids), 0, 6, torch.arange(100)[None], model.new_cache())
     assert torch.equal(states[0, 0], together[0, -1])
 

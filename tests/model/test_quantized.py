@@ -133,11 +133,11 @@ def test_drafts_of_their_own_change_no_token(packing, exit_layer, num_draft_toke
 
 def test_a_draft_vocabulary_bounds_the_drafts_alone():
     model, prompt = packed(torch.float64, draft_vocab=20), prompt_of(9)
-    hidden = model.draft.embed(torch.tensor([prompt]))
+    side = model.draft_side
+    hidden = side.embed(torch.tensor([prompt]))
     with torch.inference_mode():
-        logits, full = model.draft.unembed(hidden), model.unembed(hidden)
-    torch.testing.assert_close(logits[..., :20], full[..., :20])
-    assert (logits[..., 20:] == -torch.inf).all() and model.drafts_own_states
+        torch.testing.assert_close(side.unembed(hidden), model.unembed(hidden)[..., :20])
+    assert side.shares_states and side.num_layers == 6
     ids, stats = output(model, prompt, exit_layer=5, num_draft_tokens=3)
     assert any(token >= 20 for token in ids) and 0 < stats.accepted < stats.drafted
 
@@ -148,10 +148,8 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     model = PackedBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
     with torch.inference_mode():
         hidden = model.embed(ids)
-        logits, full = model.draft.unembed(hidden), model.unembed(hidden)
-    kept = torch.tensor([50, 3, 40, 0, 1])
-    torch.testing.assert_close(logits[..., kept], full[..., kept])
-    assert (logits > -torch.inf).sum(-1).unique().tolist() == [5]
+        torch.testing.assert_close(model.draft_side.unembed(hidden), model.unembed(hidden)[..., [50, 3, 40, 0, 1]])
+    assert model.draft_side.vocabulary.tokens(torch.arange(5)).tolist() == [50, 3, 40, 0, 1]
     settings = {"exit_layer": 5, "num_draft_tokens": 3, "max_new_tokens": 40}
     assert output(model, prompt_of(9), **settings)[0] == plain(model, prompt_of(9), max_new_tokens=40)
     often = sorted(set(plain(model, prompt_of(9), max_new_tokens=40)))
@@ -187,7 +185,7 @@ def test_low_bit_drafts_are_the_target_s_own_guesses_mostly():
     own, low = packed(torch.float64), packed(torch.float64, draft_weights="int8")
     settings = {"exit_layer": 5, "num_draft_tokens": 4, "max_new_tokens": 60}
     expected, found = output(own, prompt_of(9), **settings)[1], output(low, prompt_of(9), **settings)[1]
-    assert not low.drafts_own_states and low.implementation == "packed, int8 drafts"
+    assert not low.draft_side.shares_states and low.implementation == "packed, int8 drafts"
     assert found.accepted > 0.7 * expected.accepted > 0
     sampled, _ = output(low, prompt_of(9), sampling=SamplingConfig(temperature=1.0), **settings)
     assert len(sampled) == 60
@@ -195,7 +193,7 @@ def test_low_bit_drafts_are_the_target_s_own_guesses_mostly():
 
 def test_only_the_layers_asked_for_are_copied():
     model = packed(draft_weights="int8", draft_layers=2)
-    assert model.draft.num_layers == 2
+    assert model.draft_side.num_layers == 2
     with pytest.raises(ConfigError, match="--exit must be at most the 2 layers kept for drafting, got 3"):
         output(model, prompt_of(3), exit_layer=3)
 
@@ -206,14 +204,15 @@ def test_only_the_layers_asked_for_are_copied():
 @settings(max_examples=8, deadline=None)
 @given(
     quantize=st.sampled_from([None, "int8", "int4"]),
+    draft_vocab=st.sampled_from([0, 20]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     exit_layer=st.integers(1, 5),
     num_draft_tokens=st.sampled_from([1, 3, 6, 12]),
     length=st.sampled_from([1, 5, 70]),
 )
-def test_exact_logits_do_not_depend_on_the_strategy(quantize, dtype, exit_layer, num_draft_tokens, length):
+def test_exact_logits_do_not_depend_on_the_strategy(quantize, draft_vocab, dtype, exit_layer, num_draft_tokens, length):
     """Not only the tokens: whatever passes verify, each row of the target's logits has the bits that it has alone."""
-    model, prompt = packed(dtype, quantize=quantize, exact=True), prompt_of(length)
+    model, prompt = packed(dtype, quantize=quantize, draft_vocab=draft_vocab, exact=True), prompt_of(length)
     expected = plain(model, prompt, max_new_tokens=14)
     found, _ = output(model, prompt, max_new_tokens=14, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
     assert found == expected
@@ -231,21 +230,35 @@ def test_exact_logits_do_not_depend_on_the_strategy(quantize, dtype, exit_layer,
     assert torch.equal(one_by_one, logits(range(length, ids.shape[1], num_draft_tokens + 1)))
 
 
-def test_where_rows_depend_on_each_other_they_run_alone(monkeypatch):
-    """A layer that sees how many rows there are is found out, and given one row at a time."""
+@pytest.mark.parametrize(("limit", "parts"), [(1, [1, 1, 1, 1, 1]), (3, [3, 2]), (8, [5])])
+def test_rows_run_together_only_while_they_do_not_depend_on_each_other(limit, parts):
+    """A head whose output depends on the number of rows above `limit` is detected, and given `limit` rows at a time."""
     model = PackedBackend.of(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(exact=True))
-    head, seen = model._head, []
+    head, seen = model._head.linear, []
 
     def counting(rows):
         seen.append(len(rows))
-        return head(rows) * len(rows)
+        return torch.cat([head(row[None]) for row in rows]) * max(1, len(rows) - limit + 1)
 
-    model._head = counting
+    model._head.linear = counting
     hidden = torch.randn(1, 5, 64)
     with torch.inference_mode():
         model.unembed(hidden)
-    assert model._rows_at_once() == 1
-    assert seen[-5:] == [1] * 5
+    assert seen[-len(parts) :] == parts and seen[: -len(parts)] != []
+
+
+def test_exact_drafts_with_a_head_of_their_own_reuse_exact_states():
+    """Drafts are chosen by another head, but from the target's layers: their states must have the target's bits."""
+    model, prompt = packed(torch.bfloat16, draft_vocab=20, exact=True), torch.tensor([prompt_of(9)])
+    places = torch.arange(9)[None]
+
+    def state(layers):
+        cache = model.new_cache()
+        layers.run_layers(layers.embed(prompt[:, :8]), 0, 4, places[:, :8], cache)
+        return layers.run_layers(layers.embed(prompt[:, 8:]), 0, 4, places[:, 8:], cache)
+
+    with torch.inference_mode():
+        assert model.draft_side.shares_states and torch.equal(state(model.draft_side), state(model))
 
 
 def test_exact_windows_see_what_masked_ones_see():
@@ -274,8 +287,8 @@ def test_a_checkpoint_s_token_order_is_what_draft_vocab_counts(checkpoint, tmp_p
         (folder / "config.json").write_text(json.dumps({**config, "transformers_version": version}))
         backend = for_decoding(str(folder), "cpu", "fp32", PackingConfig(draft_vocab=2)).backend
         with torch.inference_mode():
-            logits = backend.draft.unembed(backend.embed(ids))
-        assert (logits > -torch.inf).nonzero()[:, -1].unique().tolist() == [7, 299]
+            hidden = backend.embed(ids)
+            torch.testing.assert_close(backend.draft_side.unembed(hidden), backend.unembed(hidden)[..., [299, 7]])
     (folder / "token_order.json").write_text("[300]")
     refused = run("generate", "x", "--model", str(folder), "--draft-vocab", "2")
     assert refused.code == 1 and "token_order.json must be a list of distinct token ids below 300" in refused.err

@@ -1,7 +1,6 @@
 """Drafts for a round of speculation, from the first layers of the model itself."""
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,9 +8,8 @@ from torch import Tensor
 from ...config.checks import require
 from ...config.decoding import DecodingConfig
 from ...config.packing import EXACT_TOKENS
-from ...model.backend import Backend
+from ...model.backend import Backend, DraftSide
 from ...model.cache import KVCache
-from ...model.draft_vocabulary import DraftVocabulary
 from ..sampling import Greedy, Sampler
 from .base import Draft
 
@@ -21,7 +19,7 @@ class ExitDrafter:
 
     def __init__(
         self,
-        model: Backend,
+        draft_side: DraftSide,
         sampler: Sampler,
         exit_layer: int,
         confidence: float = 0.0,
@@ -29,22 +27,20 @@ class ExitDrafter:
         reuse_exit_states: bool = True,
     ) -> None:
         """Without `reuse_exit_states` the target recomputes the first layers, as it must for drafts that are not its own."""
-        self._model = model
+        self._draft_side = draft_side
         self._sampler = sampler
         self._exit_layer = exit_layer
         self._confidence = confidence
-        self._vocabulary: DraftVocabulary | None = getattr(model, "vocabulary", None)
-        self._unembed = model.unembed if self._vocabulary is None else cast(Any, model).unembed_vocabulary
+        self._vocabulary = draft_side.vocabulary
         # Elsewhere than on the CPU, waiting for every id costs more than the few drafts behind an EOS, once an output.
-        self._eos_ids = eos_ids if model.device.type == "cpu" else frozenset()
+        self._eos_ids = eos_ids if draft_side.device.type == "cpu" else frozenset()
         self._reuse = reuse_exit_states
-        greedy = isinstance(sampler, Greedy) and not confidence
-        self._in_one_call: Any = getattr(model, "draft_greedily", None) if greedy else None
+        self._in_one_call = isinstance(sampler, Greedy) and not confidence
 
     def draft(self, token: Tensor, positions: Tensor, cache: KVCache, most: Sequence[int] = ()) -> Draft:
         """Each row ends after an EOS, or before a token where the most probable one has less than the confidence."""
-        if self._in_one_call is not None:
-            drafted, exit_states = self._in_one_call(int(token), self._exit_layer, positions, cache, self._eos_ids)
+        if self._in_one_call and len(token) == 1:
+            drafted, exit_states = self._draft_side.draft_greedily(token, self._exit_layer, positions, cache, self._eos_ids)
             count = drafted.shape[1] - 1
             return Draft(drafted, count, None, exit_states if self._reuse else None, self._exit_layer, (count,))
         limits = list(most) or [positions.shape[1]] * len(token)
@@ -54,10 +50,10 @@ class ExitDrafter:
             going = [row for row, limit in enumerate(limits) if counts[row] == step < limit]
             if not going:
                 break
-            hidden = self._model.embed(token)
-            hidden = self._model.run_layers(hidden, 0, self._exit_layer, positions[:, step : step + 1], cache)
+            hidden = self._draft_side.embed(token)
+            hidden = self._draft_side.run_layers(hidden, 0, self._exit_layer, positions[:, step : step + 1], cache)
             states.append(hidden)
-            logits = self._unembed(hidden)
+            logits = self._draft_side.unembed(hidden)
             draft_probs = self._sampler.probs(logits)
             if self._confidence and not (going := self._sure(going, logits, draft_probs)):
                 break
@@ -100,16 +96,18 @@ def drafter_for(
     Raises ConfigError for an exit behind the layers that it keeps, and for drafts too long to be verified exactly.
     """
     assert config.exit_layer is not None
-    own: Any = getattr(model, "draft", None)
-    if own is not None:
-        reuse_exit_states = reuse_exit_states and bool(getattr(model, "drafts_own_states", True))
-        kept = own.num_layers
-        require(config.exit_layer <= kept, "--exit", f"at most the {kept} layers kept for drafting", config.exit_layer)
-    exact = bool(getattr(model, "exact", False))
+    side = model.draft_side
     require(
-        not exact or config.num_draft_tokens < EXACT_TOKENS,
+        config.exit_layer <= side.num_layers,
+        "--exit",
+        f"at most the {side.num_layers} layers kept for drafting",
+        config.exit_layer,
+    )
+    require(
+        not model.exact or config.num_draft_tokens < EXACT_TOKENS,
         "--spec",
         f"below {EXACT_TOKENS} with --exact",
         config.num_draft_tokens,
     )
-    return ExitDrafter(own or model, sampler, config.exit_layer, config.draft_confidence, eos_ids, reuse_exit_states)
+    reuse = reuse_exit_states and side.shares_states
+    return ExitDrafter(side, sampler, config.exit_layer, config.draft_confidence, eos_ids, reuse)

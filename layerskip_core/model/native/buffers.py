@@ -1,0 +1,77 @@
+"""What the threads of a kernel call write to, kept for the calls that decoding repeats."""
+
+import torch
+
+from ..spec import ModelSpec
+from .compiled import CCall, CShape
+
+_KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
+_KEPT = 16  # row counts whose buffers are kept
+
+
+class Buffers:
+    """Those of a call over `rows` rows, and the call's structure with everything that stays the same."""
+
+    def __init__(self, rows: int, threads: int, shape: CShape) -> None:
+        self._shared = [torch.empty(rows, width) for width in _widths(shape)]
+        self._formed = rows * _formed_bytes(shape)
+        self._row = 0  # floats that a thread has besides its formed rows: a hidden state, or the scores of a query
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self.threads = threads
+        self.call = CCall(rows=rows, rows_per_sequence=rows)
+        self.call.qkv, self.call.mixed, self.call.inside = (part.data_ptr() for part in self._shared)
+        self.fit(shape.hidden)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (*self._shared, self._scratch))
+
+    def fit(self, places: int) -> None:
+        """Makes room for the scores of a query over this many places of the cache."""
+        if places <= self._row:
+            return
+        self._row = places
+        own = -(-(4 * (places + 16) + self._formed) // 64) * 64
+        self._scratch = torch.empty(self.threads * own, dtype=torch.uint8)
+        self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
+
+
+class BufferPool:
+    """The buffers of all calls of one model."""
+
+    def __init__(self, shape: CShape) -> None:
+        self._shape = shape
+        self._kept: dict[tuple[int, int], Buffers] = {}
+
+    def of(self, rows: int) -> Buffers:
+        threads = torch.get_num_threads()
+        buffers = self._kept.get((rows, threads))
+        if buffers is None:
+            buffers = Buffers(rows, threads, self._shape)
+            if rows <= _KEPT_ROWS:
+                if len(self._kept) >= _KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[rows, threads] = buffers
+        return buffers
+
+    def row_bytes(self) -> int:
+        """About what the activations of a row take."""
+        shared = 4 * (sum(_widths(self._shape)) + 2 * int(self._shape.hidden))
+        return shared + torch.get_num_threads() * _formed_bytes(self._shape)
+
+
+def shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
+    """The sizes that the kernels need, of a model with weights in `dtype`, which is that of its cache."""
+    half = int(dtype == torch.bfloat16)
+    return CShape(spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.inner, half, spec.eps, spec.head_dim**-0.5)
+
+
+def _widths(shape: CShape) -> tuple[int, int, int]:
+    """Of the rows that threads share: queries with keys and values, mixed values, and the inside of the MLP."""
+    mixed = shape.heads * shape.head_dim
+    return mixed + 2 * shape.kv_heads * shape.head_dim, mixed, shape.inner
+
+
+def _formed_bytes(shape: CShape) -> int:
+    """At most what a row takes in the form that the kernel of a matrix reads."""
+    return 4 * int(max(shape.hidden, shape.heads * shape.head_dim, shape.inner)) + 64

@@ -1,0 +1,30 @@
+"""The final norm and the head by the C kernels."""
+
+import torch
+from torch import Tensor
+
+from ..splitting import rows_at_once
+from .buffers import BufferPool
+from .compiled import CShape, Kernels
+from .matrix import NativeMatrix
+
+
+class NativeHead:
+    def __init__(self, kernels: Kernels, shape: CShape, pool: BufferPool, norm: Tensor, matrix: NativeMatrix) -> None:
+        """Norm (D,) and head (N, D)."""
+        self._kernels, self._shape, self._pool = kernels, shape, pool
+        self.norm, self.matrix = norm.float(), matrix
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(..., D) to logits (..., N) in fp32."""
+        *shape, size = hidden.shape
+        rows = hidden.reshape(-1, size).to(torch.float32).contiguous()
+        logits = torch.empty(len(rows), self.matrix.outputs)
+        most = rows_at_once(len(rows), self._pool.row_bytes)
+        for part, out in zip(torch.split(rows, most), torch.split(logits, most), strict=True):
+            buffers = self._pool.of(len(part))
+            buffers.call.hidden = part.data_ptr()
+            self._kernels.score(
+                self._shape, self.norm.data_ptr(), self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
+            )
+        return logits.view(*shape, self.matrix.outputs)

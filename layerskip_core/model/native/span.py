@@ -1,0 +1,76 @@
+"""A chain of layers by the C kernels: a span is one call."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
+from ..rope import RopeTables
+from ..spec import ModelSpec
+from ..splitting import run_in_parts, tokens_at_once
+from .buffers import BufferPool, Buffers
+from .compiled import CLayer, CShape, Kernels
+from .layer import NativeLayer
+
+
+class NativeLayers:
+    """`Layers` whose hidden states are fp32, whatever the weights are. Not for two threads at once."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        shape: CShape,
+        pool: BufferPool,
+        spec: ModelSpec,
+        embedding: Tensor,
+        rope: RopeTables,
+        layers: list[NativeLayer],
+    ) -> None:
+        self.num_layers, self.max_positions = len(layers), spec.context
+        self.device, self.embedding = embedding.device, embedding
+        self.kernels, self.shape, self.pool = kernels, shape, pool
+        self._rope, self._layers = rope, layers
+        self._array = (CLayer * len(layers))(*(layer.structure for layer in layers))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.embedding(self.embedding, ids).float()
+
+    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        return run_in_parts(self, hidden, start, stop, positions, cache)
+
+    def tokens_at_once(self, batch: int, count: int) -> int:
+        """How many of each row's `count` tokens run at once."""
+        return tokens_at_once(batch, count, self.pool.row_bytes)
+
+    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
+        """As `run_layers`, on checked arguments and in one part."""
+        batch, count, size = hidden.shape
+        buffers = self.pool.of(batch * count)
+        places = positions.contiguous()
+        self.place(buffers, cache, cache.writer(positions).stop, places, start, stop)
+        buffers.call.rows_per_sequence = count
+        # The kernels change the rows in place, and read them by their address.
+        rows = hidden.reshape(-1, size).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        buffers.call.hidden = rows.data_ptr()
+        self.kernels.span(self.shape, self.address(start), stop - start, buffers.call, buffers.threads)
+        return rows.view(batch, count, size)
+
+    def address(self, layer: int) -> int:
+        """Of a layer's structure, which the following ones stand after."""
+        return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
+
+    def place(self, buffers: Buffers, cache: KVCache, end: int, positions: Tensor, start: int, stop: int) -> None:
+        """Sets where the call's rows stand, all before position `end`, and where layers start..stop-1 keep keys and values."""
+        shape = self.shape
+        storage = cache.room(end, shape.kv_heads, shape.head_dim, self.embedding)
+        layers, _, sequences, kv_heads, places, head_dim = storage.shape
+        if layers < stop or (kv_heads, head_dim, storage.dtype) != (shape.kv_heads, shape.head_dim, self.embedding.dtype):
+            raise ValueError("the cache is that of another model")
+        self._rope.grow(end)
+        buffers.fit(places)
+        call = buffers.call
+        call.positions = positions.data_ptr()
+        call.cos, call.sin = self._rope.cos.data_ptr(), self._rope.sin.data_ptr()
+        call.cache = storage.data_ptr() + start * storage.stride(0) * storage.element_size()
+        call.sequences, call.places = sequences, places

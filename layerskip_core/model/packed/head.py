@@ -1,0 +1,38 @@
+"""The final norm and the head on repacked weights."""
+
+import torch
+from torch import Tensor
+
+from ...config.packing import EXACT_TOKENS, Quantization
+from ..spec import ModelSpec
+from .exact import ExactRows
+from .layer import Norm
+from .linear import linear
+
+
+class PackedHead:
+    def __init__(self, norm: Tensor, weight: Tensor, spec: ModelSpec, quantization: Quantization | None, exact: bool) -> None:
+        """Norm (D,) and head (N, D)."""
+        self._norm = Norm(norm, spec, folds=quantization is None)
+        self.linear = linear(self._norm.folded_into(weight), None, quantization, exact)
+        self._like = norm.new_empty(0, spec.hidden)
+        self._exact = ExactRows() if exact else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(..., D) to logits (..., N)."""
+        *shape, size = hidden.shape
+        rows = hidden.reshape(-1, size)
+        if self._exact is not None and 1 < len(rows) <= EXACT_TOKENS:
+            most = self._exact.at_once(self._same_alone)
+            logits = torch.cat([self._logits(part) for part in torch.split(rows, most)])
+        else:
+            logits = self._logits(rows)
+        return logits.view(*shape, logits.shape[-1])
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        return self.linear(self._norm(rows))
+
+    def _same_alone(self, count: int) -> bool:
+        generator = torch.Generator(self._like.device).manual_seed(count)
+        rows = torch.randn(count, self._like.shape[1], generator=generator, device=self._like.device).to(self._like.dtype)
+        return torch.equal(self._logits(rows), torch.cat([self._logits(row[None]) for row in rows]))

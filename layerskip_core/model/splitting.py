@@ -1,0 +1,60 @@
+"""Large calls run in parts, which bounds the memory of their activations. For the backends with repacked weights."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+
+CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
+MOST_BYTES = 1 << 28  # of activations, where a call has several prompts: its parts then have fewer tokens of each
+
+
+class SpanKernel(Protocol):
+    """Runs a span of layers on arguments that have been checked."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    def tokens_at_once(self, batch: int, count: int) -> int:
+        """How many of each row's `count` tokens one part has."""
+
+    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
+        """As `Layers.run_layers`, for at least one token and one layer."""
+
+
+def run_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None) -> Tensor:
+    """`Layers.run_layers` by a kernel. The activations of a part take about 256 MB at most, or those of 256 tokens or of one
+    token of each row, if that is more. Raises ValueError for arguments that do not fit each other.
+    """
+    if not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            return run_in_parts(kernel, hidden, start, stop, positions, cache)
+    batch, count, _ = hidden.shape
+    if not 0 <= start <= stop <= kernel.num_layers:
+        raise ValueError(f"layers must be in 0..{kernel.num_layers}, got {start}..{stop}")
+    if start == stop or batch * count == 0:
+        return hidden
+    if cache is None:
+        cache = KVCache(kernel.num_layers, batch, kernel.max_positions)
+    if len(cache.lengths) != batch or positions.shape != hidden.shape[:2]:
+        raise ValueError(f"{batch} x {count} tokens do not fit {list(positions.shape)} positions, {len(cache.lengths)} rows")
+    if count == 1 or count <= (most := kernel.tokens_at_once(batch, count)):
+        return kernel.run(hidden, start, stop, positions, cache)
+    parts = zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)
+    return torch.cat([kernel.run(part, start, stop, places, cache) for part, places in parts], dim=1)
+
+
+def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:
+    """How many of a call's rows one part has. `row_bytes`: about what the activations of a row take."""
+    return CHUNK if rows <= CHUNK else max(CHUNK, MOST_BYTES // row_bytes())
+
+
+def tokens_at_once(batch: int, count: int, row_bytes: Callable[[], int]) -> int:
+    """How many of each row's `count` tokens one part has."""
+    return max(1, min(CHUNK, rows_at_once(batch * count, row_bytes) // batch))
