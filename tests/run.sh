@@ -4,6 +4,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh '[dev,gguf]'
 
+# The kernels are optional, so a failed build does not fail an installation; here it fails the script.
+require_kernels() {
+    [ "$(uname -sm)" = "Linux x86_64" ] && command -v "${CC:-cc}" >/dev/null && grep -q '^flags.* avx2 ' /proc/cpuinfo || return 0
+    stats=$(LAYERSKIP_KERNELS='' "$1" generate --stats --max-new-tokens 2 'wake me up' 2>&1 >/dev/null)
+    case $stats in
+        *'; native ('*) ;;
+        *) echo "error: ${CC:-cc} is there, but $1 runs without the compiled kernels: $stats" >&2; exit 1 ;;
+    esac
+}
+require_kernels "$(command -v layerskip)"
+
 ruff check .
 ruff format --check .
 mypy
@@ -19,6 +30,7 @@ wheel=$(ls "$scratch"/*.whl)
     cd "$scratch" # nothing of the checkout may be found
     layerskip="$scratch/empty/bin/layerskip"
     "$layerskip" --version
+    require_kernels "$layerskip"
     printf 'remind me to call mom at 5' | "$layerskip" generate --exit 8 --spec 6 | tee answer.txt
     grep -q '^\[IN:CREATE_REMINDER .* call .* mom .* at 5 .*\]$' answer.txt
     printf 'remind me to call mom at 5' | "$layerskip" generate --strategy autoregressive | diff - answer.txt
