@@ -1,5 +1,6 @@
 """Runs of a few steps on a small untrained model, for the tests of training."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -68,6 +69,11 @@ def train(config):
     reports = []
     prepare(config).run(reports.append)
     return reports
+
+
+def loss_rows(folder):
+    """The rows of the losses.jsonl beside a model."""
+    return [json.loads(line) for line in (Path(folder) / "losses.jsonl").read_text().splitlines()]
 
 
 def weights(folder):

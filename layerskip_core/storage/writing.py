@@ -74,6 +74,11 @@ def new_staging(folder: Path) -> Path:
     return staging
 
 
+def run_staging(folder: Path) -> Path:
+    """As `new_staging`, but by a name that all processes of a distributed run know; the folder is not made."""
+    return folder / f"{_STAGING}run"
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what processes left here that were killed while they wrote. Needs the lock of `folder`."""
     for staging in folder.glob(f"{_STAGING}*"):

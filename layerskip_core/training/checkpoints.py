@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ..checkpoint.stored import open_weights
+from ..checkpoint.swap import files_below
 from ..errors import CheckpointError, ConfigError
 from ..storage.json_reading import read_json_object
 from ..storage.writing import discard_folder, remove_leftovers, synchronise
@@ -94,12 +98,30 @@ def discard_after(folder: Path, step: int) -> None:
             discard_folder(checkpoint)
 
 
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Loads the weights, or a peft model's adapter, of a checkpoint. Raises CheckpointError when any of them is missing."""
+    stored = {name: file.get_tensor(name) for name, file in open_weights(checkpoint).items()}
+    if hasattr(model, "get_base_model"):
+        from peft import set_peft_model_state_dict
+
+        unknown = set_peft_model_state_dict(model, stored).unexpected_keys
+        missing: list[str] = []
+    else:
+        unknown = model.load_state_dict(stored, strict=False).unexpected_keys
+        # Tied weights are stored once.
+        loaded = {weight.data_ptr() for name, weight in model.state_dict().items() if name in stored}
+        missing = [name for name, weight in model.state_dict().items() if weight.data_ptr() not in loaded]
+    if unknown or missing:
+        raise CheckpointError(f"{checkpoint} does not fit the model: missing weights {missing[:3]}, unknown ones {unknown[:3]}")
+
+
 def _seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    files = {file.name: _digest(file) for file in sorted(checkpoint.iterdir())}
+    names = files_below(checkpoint)
+    files = {name: _digest(checkpoint / name) for name in names}
     seal = checkpoint / _SEAL
     seal.write_text(json.dumps({"files": files, "settings": settings}, indent=2), encoding="utf-8")
-    for file in checkpoint.iterdir():
-        synchronise(file)
+    for name in (*names, _SEAL):
+        synchronise(checkpoint / name)
     synchronise(checkpoint)
 
 

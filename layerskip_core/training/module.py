@@ -32,6 +32,8 @@ class Moment:
 class RecipeModule(nn.Module):
     """A causal language model under the LayerSkip recipe."""
 
+    accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
+
     def __init__(
         self, model: Any, recipe: RecipeConfig, seed: int = 0, from_scratch: bool = False, recompute: bool = False
     ) -> None:

@@ -1,16 +1,16 @@
 """What a run has seen so far: sums over a step's micro-batches, the report of each step, the history of losses."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. Losses are means over target tokens, in nats; `exit_losses` holds the latest of every exit so far."""
+    """One optimizer step. Losses are means over target tokens, in nats; `exit_losses` holds the latest loss of every exit."""
 
     step: int
     total_steps: int
@@ -24,61 +24,104 @@ class StepReport:
 
 @dataclass
 class StepSums:
-    """Sums over the micro-batches of one optimizer step, kept on the device: reading them would wait for it."""
+    """Sums over the micro-batches of one optimizer step. They stay on the device: reading them would wait for it."""
 
     loss: Tensor | None = None
     per_exit: Tensor | None = None
     exit_layers: tuple[int, ...] = ()
     tokens: int = 0
     micro_batches: int = 0
+    targets: Tensor | int = 1  # target tokens of the whole step, over all micro-batches and processes
 
-    def add(self, output: dict[str, Any], tokens: int) -> None:
+    def add(self, output: dict[str, Any], tokens: int, targets: Tensor | int) -> None:
         loss, per_exit = output["loss"].detach(), output["per_exit"]
         self.loss = loss if self.loss is None else self.loss + loss
         self.per_exit = per_exit if self.per_exit is None else self.per_exit + per_exit
         self.exit_layers = output["exit_layers"]
         self.tokens += tokens
         self.micro_batches += 1
+        self.targets = targets
+
+
+@dataclass
+class RunState:
+    """What the trainer and its callback share: the sums of the step in progress, and what an error would come from."""
+
+    sums: StepSums = field(default_factory=StepSums)
+    phase: Literal["loading", "training", "saving"] = "loading"
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """A step's losses in nats a target token: the weighted one, those of the exits that were on, and all on held-out rows."""
+    """A step's losses in nats per target token: the weighted loss, the exits that were on, and every exit on held-out rows."""
 
     step: int
     loss: float
     exits: dict[int, float]
     validation: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def final(self) -> float:
+        """The last layer's loss: the last layer is on in every step."""
+        return self.exits[max(self.exits)]
+
 
 @dataclass
 class LossHistory:
-    """Every step's losses, from the first step on, over interruptions; a JSON line a step on disk."""
+    """The losses of every step since the first, across interruptions."""
 
     steps: list[StepLosses] = field(default_factory=list)
     latest: dict[int, float] = field(default_factory=dict)  # of every exit seen, by exit layer
     validated: dict[int, float] = field(default_factory=dict)  # of every exit at the last validation
 
+    @classmethod
+    def of_log(cls, log: Iterable[Mapping[str, float]]) -> "LossHistory":
+        """The history in `TrainerState.log_history`, which each checkpoint keeps; see `step_log` and `validation_log`."""
+        history = cls()
+        for entry in log:
+            if "loss" in entry:
+                history.add(StepLosses(int(entry["step"]), entry["loss"], exits_in(entry, _EXIT)))
+            elif "eval_loss" in entry:
+                history.validate(exits_in(entry, _VALIDATION))
+        return history
+
     def add(self, losses: StepLosses) -> None:
         self.steps.append(losses)
         self.latest = dict(sorted({**self.latest, **losses.exits}.items()))
-        self.validated = losses.validation or self.validated
 
     def validate(self, losses: dict[int, float]) -> None:
-        """Losses of every exit on held-out rows after the last step."""
+        """Adds the losses of every exit on held-out rows, measured after the last step."""
         self.steps[-1] = replace(self.steps[-1], validation=losses)
         self.validated = losses
 
     def to_jsonl(self) -> str:
+        """One JSON line per step."""
         return "".join(json.dumps(vars(step)) + "\n" for step in self.steps)
 
-    @classmethod
-    def from_jsonl(cls, path: Path) -> "LossHistory":
-        history = cls()
-        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            history.add(StepLosses(row["step"], row["loss"], _by_layer(row["exits"]), _by_layer(row["validation"])))
-        return history
+
+_EXIT = "exit_"
+_VALIDATION = "eval_exit_"
+_LOSS = "_loss"
 
 
-def _by_layer(losses: dict[str, float]) -> dict[int, float]:
-    return {int(layer): loss for layer, loss in losses.items()}
+def step_log(losses: StepLosses, learning_rate: float, grad_norm: float) -> dict[str, float]:
+    """A step as Trainer logs it: the entry of `log_history` and what the trackers of `--report-to` receive."""
+    exits = {f"{_EXIT}{layer}{_LOSS}": loss for layer, loss in losses.exits.items()}
+    return {"loss": losses.loss, "grad_norm": grad_norm, "learning_rate": learning_rate, **exits}
+
+
+def validation_log(losses: dict[int, float]) -> dict[str, float]:
+    """A validation as Trainer logs it; `eval_loss` is the last layer's."""
+    exits = {f"{_VALIDATION}{layer}{_LOSS}": loss for layer, loss in losses.items()}
+    return {**exits, "eval_loss": losses[max(losses)]}
+
+
+def validation_in(log: Mapping[str, float]) -> dict[int, float]:
+    """The losses of every exit in an entry of `validation_log`."""
+    return exits_in(log, _VALIDATION)
+
+
+def exits_in(log: Mapping[str, float], prefix: str) -> dict[int, float]:
+    """Exit layer -> loss, of the names PREFIX<layer>_loss in a log entry."""
+    names = {name: name.removeprefix(prefix).removesuffix(_LOSS) for name in log if name.startswith(prefix)}
+    return {int(layer): log[name] for name, layer in names.items()}

@@ -2,8 +2,9 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +24,12 @@ from ..checkpoint.transformers_read import stored_dtype
 from ..config.data import DataConfig
 from ..config.training import FinetuneConfig
 from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
-from ..errors import ConfigError, TrainingInterrupted
+from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.chat import require_chat_template
 from ..prompting.template import CHAT, RAW, resolve_template
+from ..storage.reading import first_line
+from ..storage.writing import run_staging
 from .attention import use_fp32_attention
 from .checkpoints import (
     ResumePoint,
@@ -101,11 +104,12 @@ class FinetuneJob:
             )
             self._train(trainer, interruption)
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
-            info = CheckpointInfo(prompt_template=self.template, details=self._details(trainer.history))
+            history = LossHistory.of_log(trainer.state.log_history)
+            info = CheckpointInfo(prompt_template=self.template, details=self._details(history))
             if trainer.is_world_process_zero():
                 files = {
-                    "losses.jsonl": trainer.history.to_jsonl().encode(),
-                    "losses.png": loss_plot(trainer.history),
+                    "losses.jsonl": history.to_jsonl().encode(),
+                    "losses.png": loss_plot(history),
                     ORDER_FILE: token_order_json(order),
                 }
                 save_checkpoint(trained, self.loaded.tokenizer, info, config.output, self.save_dtype, files)
@@ -117,7 +121,17 @@ class FinetuneJob:
         if trainer.is_world_process_zero():
             # What an earlier run left there must never be what a later --resume finds.
             discard_after(folder, 0 if self.resume is None else self.resume.step)
-        trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume.folder))
+        try:
+            trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume.folder))
+        except LayerSkipError:
+            raise
+        except Exception as error:  # safetensors, torch and pickle raise many kinds for a full disk or a bad file
+            raise self._explained(error, trainer) from error
+        finally:
+            if trainer.is_world_process_zero():
+                shutil.rmtree(run_staging(folder), ignore_errors=True)
+                with suppress(OSError):
+                    folder.rmdir()  # Trainer makes it even for a run that writes no checkpoints
         step = trainer.state.global_step
         if step < self.plan.steps:
             raise TrainingInterrupted(
@@ -125,6 +139,19 @@ class FinetuneJob:
                 interruption.signal or 0,
                 step,
             )
+
+    def _explained(self, error: Exception, trainer: RecipeTrainer) -> Exception:
+        """What stopped the run, as an error for the user where the run knows the cause."""
+        if trainer.run.phase == "loading" and self.resume is not None:
+            return CheckpointError(f"cannot resume from {self.resume.folder}: {first_line(error)}")
+        if trainer.run.phase != "saving":
+            return error
+        folder = checkpoints_folder(self.config.output)
+        last = last_checkpoint(folder)
+        kept = "" if last is None else f"; {last} before it is whole: go on from it with --resume"
+        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB are free there"
+        step = trainer.state.global_step
+        return CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {first_line(error)} ({free}){kept}")
 
     def _details(self, history: LossHistory) -> dict[str, Any]:
         return {
@@ -289,7 +316,7 @@ def _with_lora(model: Any, config: FinetuneConfig) -> Any:
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        raise ConfigError(f"--lora-targets {config.lora_targets}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--lora-targets {config.lora_targets}: {first_line(error)}") from error
 
 
 def _resume_point(config: FinetuneConfig) -> ResumePoint | None:

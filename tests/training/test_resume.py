@@ -333,7 +333,7 @@ def test_no_pickle_is_run(settings, two_checkpoints, tmp_path):
         (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / f"ran {name}"), protocol=2))
         seal["files"][name] = checkpoints._digest(folder / name)
     (folder / "complete.json").write_text(json.dumps(seal))
-    with pytest.raises(CheckpointError, match=r"cannot read the optimizer's state in .*checkpoint-2: Weights only load failed"):
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2: Weights only load failed"):
         prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
     assert not list(tmp_path.glob("ran *"))
 
@@ -344,7 +344,7 @@ def test_the_state_of_random_numbers_is_no_pickle_to_run_either(settings, two_ch
     (folder / "rng_state.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol=2))
     seal["files"]["rng_state.pth"] = checkpoints._digest(folder / "rng_state.pth")
     (folder / "complete.json").write_text(json.dumps(seal))
-    with pytest.raises(CheckpointError, match="cannot read the random state in"):
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2: Weights only load failed"):
         prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
     assert not (tmp_path / "ran").exists()
 

@@ -19,7 +19,7 @@ from layerskip_core.training import module, run, trainer
 from layerskip_core.training.dropout import kept_rows
 from layerskip_core.training.loss_plot import _thinned
 from layerskip_core.training.module import RecipeModule
-from layerskip_core.training.order import RunOrder
+from layerskip_core.training.order import run_order
 from layerskip_core.training.run import prepare
 
 PLAIN = RecipeConfig(p_max=0, curriculum="none")
@@ -341,6 +341,7 @@ def test_the_losses_stand_beside_the_model(settings, tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(report.step, report.loss) for report in reports]
     assert [sorted(row["exits"]) for row in rows] == [["1", "3", "4"], ["2", "4"], ["1", "3", "4"]]
     assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out" / "checkpoints").exists()  # a run without --save-steps
 
 
 def test_the_order_of_its_tokens_stands_beside_the_model(settings, tmp_path):
@@ -362,13 +363,13 @@ def test_a_long_run_is_drawn_as_means():
 
 def test_the_order_is_a_function_of_the_seed_and_sees_every_row_once_a_pass():
     lengths = [row % 7 for row in range(30)]
-    order = list(RunOrder(lengths, 4, 20, seed=3))  # 80 of 2 2/3 passes
-    assert order == list(RunOrder(lengths, 4, 20, seed=3)) != list(RunOrder(lengths, 4, 20, seed=4))
-    assert order[:40] == list(RunOrder(lengths, 4, 10, seed=3))  # what a longer run does does not change its beginning
+    order = list(run_order(lengths, 4, 20, seed=3))  # 80 of 2 2/3 passes
+    assert order == list(run_order(lengths, 4, 20, seed=3)) != list(run_order(lengths, 4, 20, seed=4))
+    assert order[:40] == list(run_order(lengths, 4, 10, seed=3))  # what a longer run does does not change its beginning
     assert sorted(order[:60]) == sorted([*range(30), *range(30)])  # 7 steps, the 2 rows left and 2 of the next, 7 steps
     spans = [max(step) - min(step) for step in ([lengths[row] for row in order[at : at + 4]] for at in range(0, 80, 4))]
     assert sum(spans) / len(spans) < 2  # of 0..6: without sorting about 4.5
-    assert len(list(RunOrder([1, 1], 8, 3, seed=0))) == 24  # fewer rows than a step takes
+    assert len(list(run_order([1, 1], 8, 3, seed=0))) == 24  # fewer rows than a step takes
 
 
 def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_path):

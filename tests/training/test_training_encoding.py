@@ -10,9 +10,9 @@ from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.training import encoding
 from layerskip_core.training.encoding import Collator, Encoder, StreamedRows, encode_rows
 from layerskip_core.training.packing import packed
-from layerskip_core.training.progress import LossHistory
 from layerskip_core.training.run import prepare
 from layerskip_core.training.tokenizer import train_tokenizer
+from layerskip_core.training.trainer import RecipeTrainer
 
 TURNS = (("user", "hi"), ("assistant", "hello you"), ("user", "bye"), ("assistant", "so long"))
 CHAT = (
@@ -219,13 +219,13 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
 def test_every_validation_happens_once(settings, monkeypatch):
     """At the end too, where Trainer asks again when the epoch is over."""
     done = []
-    validate = LossHistory.validate
+    evaluate = RecipeTrainer.evaluate
 
-    def noting(history, losses):
-        done.append(history.steps[-1].step)
-        validate(history, losses)
+    def noting(trainer, *arguments, **keywords):
+        done.append(trainer.state.global_step)
+        return evaluate(trainer, *arguments, **keywords)
 
-    monkeypatch.setattr(LossHistory, "validate", noting)
+    monkeypatch.setattr(RecipeTrainer, "evaluate", noting)
     train(settings(validation="test", eval_steps=2, validation_samples=2, steps=5))
     assert done == [2, 4, 5]
 
