@@ -12,6 +12,7 @@ from layerskip_core.storage.json_reading import parse_json
 
 from . import standard_input
 from .console import narrate
+from .flags import with_flags
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
@@ -75,7 +76,7 @@ def answer_in_batches(
 def _tell(error: LayerSkipError, number: int, jsonl: bool) -> None:
     """In the place of an answer."""
     if jsonl:
-        _write(json.dumps({"error": str(error)}, ensure_ascii=False))
+        _write(json.dumps({"error": with_flags(str(error))}, ensure_ascii=False))
     else:
         narrate(f"error: line {number}: {error}")
 

@@ -58,15 +58,15 @@ def bench(
 
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
-    require_choice(format, "--format", evaluation.FORMATS)
-    require_given("--output", output)
-    require_given("--from", saved)
-    require(output is not None or not resume, "--resume", "used with the --output of the interrupted run", "none")
+    require_choice(format, "format", evaluation.FORMATS)
+    require_given("output", output)
+    require_given("saved", saved)
+    require(output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     config = BenchConfig(
         model=model,
         task=TaskConfig(
             task, data, split, samples, seed, max_new_tokens, prompt_column, completion_column, metric, shots, template,
-            parse_counts(pass_k, "--pass-k"), problem_samples, temperature, allow_code_execution,
+            parse_counts(pass_k, "pass_k"), problem_samples, temperature, allow_code_execution,
         ),
         exit_layer=exit_layer,
         num_draft_tokens=spec,

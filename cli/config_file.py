@@ -7,7 +7,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 import typer
 
-from layerskip_core.config.ranges import shown
+from layerskip_core.config.checks import shown
 from layerskip_core.errors import ConfigError
 from layerskip_core.storage.reading import first_line, read_text
 

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from layerskip_core.config.packing import PackingConfig, Quantization
-from layerskip_core.config.ranges import require_in_range
+from layerskip_core.config.ranges import require_ranges
+
+from .flags import with_flags
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
@@ -48,9 +50,9 @@ class ResultsConsole(Console):
 
 
 def narrate(text: str) -> None:
-    """One line for the person who waits."""
+    """One line for the person who waits, with flags in the place of settings."""
     if _is_first_process():
-        stderr_console().print(text, markup=False, highlight=False, soft_wrap=True)
+        stderr_console().print(with_flags(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def packing(
@@ -76,7 +78,7 @@ def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
     half when not. Our own kernels gain 1.6 times from a second thread when it is quiet.
     """
     small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.hidden_size < _SMALL_WIDTH
-    require_in_range("--threads", threads)
+    require_ranges(threads=threads)
     if threads or small:
         import torch
 

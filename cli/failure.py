@@ -7,6 +7,7 @@ import unicodedata
 from layerskip_core.errors import LayerSkipError
 
 from .console import stderr_console
+from .flags import with_flags
 
 _LONGEST = 2_000  # characters of a message
 _HIDDEN = ("Cc", "Cs")  # control characters, which a terminal obeys, and halves of surrogate pairs
@@ -21,7 +22,7 @@ def tell(error: BaseException, debug: bool) -> None:
 
 def one_line(error: BaseException) -> str:
     """What is wrong. A bug's exception has its type's name before it, and how to see more of it behind it."""
-    text = _folded(str(error))
+    text = _folded(with_flags(str(error)))
     kind = type(error).__name__
     if isinstance(error, LayerSkipError | OSError):
         return text or kind

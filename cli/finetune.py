@@ -76,7 +76,7 @@ def finetune(
     ] = None,
 ) -> None:
     """Convert a checkpoint to the LayerSkip recipe: layer dropout and early-exit loss through one shared head."""
-    require_choice(regime, "--regime", REGIMES)
+    require_choice(regime, "regime", REGIMES)
     use_threads(threads)
     from layerskip_core.training.run import prepare, run_lock
 
@@ -88,7 +88,7 @@ def finetune(
         "exit_weights": exit_weights,
         "curriculum": curriculum,
         "rotation": rotation,
-        "exits": parse_counts(exits, "--exits") if exits is not None else None,
+        "exits": parse_counts(exits, "exits") if exits is not None else None,
         "distill": distill,
     }
     settings = FinetuneConfig(

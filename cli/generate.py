@@ -9,7 +9,7 @@ import typer
 from layerskip_core.config.checks import require_choice, require_exit_layer, require_given
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig, Strategy
 from layerskip_core.config.packing import DTYPES
-from layerskip_core.config.ranges import require_in_range
+from layerskip_core.config.ranges import require_ranges
 
 from . import standard_input
 from .answers import answer_all, answer_in_batches
@@ -89,8 +89,8 @@ def generate(
         raise typer.BadParameter("--batch-size is for the prompts of --lines or --jsonl")
     if prompt is None and not standard_input.is_piped():
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
-    require_in_range("--batch-size", batch_size)
-    require_given("--model", model)
+    require_ranges(batch_size=batch_size)
+    require_given("model", model)
     config = DecodingConfig(
         strategy=cast(Strategy, strategy or "self-speculative"),
         exit_layer=exit_layer if exit_layer is not None else 1,
@@ -100,7 +100,7 @@ def generate(
         stop=tuple(stop or ()),
         sampling=SamplingConfig(temperature, top_k, top_p, seed),
     )
-    require_choice(dtype, "--dtype", DTYPES)
+    require_choice(dtype, "dtype", DTYPES)
     weights = packing(quantize, draft_weights, draft_vocab, exact, exit_layer or 0)
     use_threads(threads)
     from layerskip_core.checkpoint.load import for_decoding

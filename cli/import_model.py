@@ -22,9 +22,9 @@ def import_model(
 
     Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
     """
-    require_choice(dtype, "--dtype", DTYPES)
-    require_given("MODEL", model)
-    require_given("--output", output)
+    require_choice(dtype, "dtype", DTYPES)
+    require_given("the MODEL", model)
+    require_given("output", output)
     from layerskip_core.checkpoint.save import import_checkpoint, output_lock, refuse_overwrite
 
     with output_lock(output, "layerskip import"):

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from layerskip_core.config.checks import require, require_choice, require_given
 from layerskip_core.config.packing import DTYPES
-from layerskip_core.config.ranges import parse_counts, require_in_range
+from layerskip_core.config.ranges import parse_counts, require_ranges
 from layerskip_core.errors import LayerSkipError
 
 from . import standard_input
@@ -46,12 +46,12 @@ def inspect(
 
     Example: layerskip inspect "set an alarm for 7 am" --layers 2:24:2 --output inspect.html
     """
-    require_choice(format, "--format", _FORMATS)
-    require_choice(dtype, "--dtype", DTYPES)
-    require_in_range("--max-new-tokens", max_new_tokens)
-    require_given("--model", model)
-    require_given("--output", output)
-    wanted = parse_counts(layers, "--layers") if layers is not None else None
+    require_choice(format, "format", _FORMATS)
+    require_choice(dtype, "dtype", DTYPES)
+    require_ranges(max_new_tokens=max_new_tokens)
+    require_given("model", model)
+    require_given("output", output)
+    wanted = parse_counts(layers, "layers") if layers is not None else None
     use_threads(threads)
     from layerskip_core.checkpoint.load import for_decoding
     from layerskip_core.evaluation.measure.inspect import inspect as run_inspect
@@ -66,7 +66,7 @@ def inspect(
     count = loaded.backend.num_layers
     console = ResultsConsole()
     shown = wanted or _spread(count, _room(console))
-    require(shown[0] >= 1 and shown[-1] <= count, "--layers", f"in 1..{count}", ",".join(map(str, shown)))
+    require(shown[0] >= 1 and shown[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, shown)))
     found = run_inspect(loaded, _prompt(prompt), max_new_tokens, raw)
     if output is not None:
         write_file(_page_file(output), inspection_page(found).encode(), LayerSkipError)
@@ -84,9 +84,9 @@ def _page_file(output: str) -> Path:
     file = Path(output)
     real = file.resolve()
     if not file.parent.is_dir():
-        raise LayerSkipError(f"--output {output}: there is no folder {file.parent}")
+        raise LayerSkipError(f"`output` {output}: there is no folder {file.parent}")
     if real.name in model_files(real.parent):
-        raise LayerSkipError(f"--output {output} must not be a file of the model in {real.parent}; give another name")
+        raise LayerSkipError(f"`output` {output} must not be a file of the model in {real.parent}; give another name")
     return file
 
 

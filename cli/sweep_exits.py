@@ -58,17 +58,17 @@ def sweep_exits(
 
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
-    require_choice(format, "--format", evaluation.FORMATS)
-    require_given("--output", output)
-    require_given("--from", saved)
+    require_choice(format, "format", evaluation.FORMATS)
+    require_given("output", output)
+    require_given("saved", saved)
     config = SweepConfig(
         model=model,
         task=TaskConfig(
             task, data, split, samples, seed, max_new_tokens, prompt_column, completion_column, metric, shots, template,
-            parse_counts(pass_k, "--pass-k"), problem_samples, temperature, allow_code_execution,
+            parse_counts(pass_k, "pass_k"), problem_samples, temperature, allow_code_execution,
         ),
-        exits=parse_counts(exits, "--exits") if exits is not None else (),
-        specs=parse_counts(specs, "--specs"),
+        exits=parse_counts(exits, "exits") if exits is not None else (),
+        specs=parse_counts(specs, "specs"),
         quick=quick,
         batch_size=batch_size,
         timed=timed,
@@ -106,7 +106,7 @@ def _model_folder(model: str) -> Iterator[None]:
     if Path(model).is_dir():
         settle(model)
     if not holds_model(model):
-        raise ConfigError(f"--save needs a --model that is a folder, to write its layerskip.json; got {model}")
+        raise ConfigError(f"`save` needs a `model` that is a folder, to write its layerskip.json; got {model}")
     with hold(model, "layerskip sweep-exits --save"):
         read_info(model)
         require_writable(Path(model) / INFO_FILE, ConfigError)

@@ -1,12 +1,20 @@
-"""What goes wrong and is told to the user as one line: `error: ...`."""
+"""The errors that a user can cause or fix.
+
+A message says what was needed and what was found. It names a setting in backquotes, as the configs do (`exit_layer`); the
+command line shows the flag instead.
+"""
 
 
 class LayerSkipError(Exception):
-    """Base of everything that a command reports with exit status 1. The message says what was needed and what was found."""
+    """Base of everything that a command reports with exit status 1."""
 
 
 class ConfigError(LayerSkipError):
-    """A setting is outside its range; the message names the flag."""
+    """A setting is outside its range. `field` is its name in the configs; None where no single setting is at fault."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class CheckpointError(LayerSkipError):

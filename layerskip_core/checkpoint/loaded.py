@@ -31,7 +31,7 @@ class Decoder:
     notes: tuple[str, ...] = ()
 
     def with_template(self, asked: str | None, system: str | None) -> "Decoder":
-        """The same model with the template that `--template` and `--system` mean for it; see `resolve_template`."""
+        """The same model with the template that `template` and `system` mean for it; see `resolve_template`."""
         return replace(self, template=resolve_template(asked, system, self.info.template, self.tokenizer))
 
     def encode_prompt(self, prompt: str, raw: bool = False) -> list[int]:

@@ -14,10 +14,10 @@ def pick_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {device}") from None
+        raise ConfigError(f"`device` must be auto, cpu, cuda, cuda:N or mps, got {device}") from None
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(chosen.type, False):
-        raise ConfigError(f"--device {device} was asked for, but this machine or this build of torch has none")
+        raise ConfigError(f"`device` {device} was asked for, but this machine or this build of torch has none")
     return chosen
 
 

@@ -25,7 +25,7 @@ from .transformers_read import stored_dtype
 
 @contextmanager
 def output_lock(output: str, command: str) -> Iterator[None]:
-    """Holds the lock of --output. Raises ConfigError when it is no folder, and what `hold` raises."""
+    """Holds the lock of `output`. Raises ConfigError when it is no folder, and what `hold` raises."""
     _require_folder(Path(output))
     with hold(output, command):
         yield
@@ -40,9 +40,9 @@ def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()
     _require_folder(folder)
     settle(folder)
     if holds_model(folder) and not overwrite:
-        raise ConfigError(f"--output {output} already holds a model; give --overwrite to replace it, or another folder")
+        raise ConfigError(f"`output` {output} already holds a model; give `overwrite` to replace it, or another folder")
     if found := obstacles(folder, written):
-        raise ConfigError(f"--output {output}: {_in_the_way(found)}; move it away, or give another folder")
+        raise ConfigError(f"`output` {output}: {_in_the_way(found)}; move it away, or give another folder")
 
 
 @quiet_transformers()
@@ -123,7 +123,7 @@ def _write_all(model: nn.Module, tokenizer: Any, info: CheckpointInfo, staging: 
 
 def _require_folder(path: Path) -> None:
     if os.path.lexists(path) and not path.is_dir():
-        raise ConfigError(f"--output must be a folder, got the file {path}")
+        raise ConfigError(f"`output` must be a folder, got the file {path}")
 
 
 def _in_the_way(found: list[str]) -> str:

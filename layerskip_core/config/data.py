@@ -10,7 +10,7 @@ from .ranges import require_ranges
 class DataConfig:
     """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; which columns; how many rows (0: all).
 
-    `flag` is the one that named it, for errors.
+    `setting` is the one that named the data, for errors.
     """
 
     name: str = "commands"
@@ -19,8 +19,8 @@ class DataConfig:
     completion_column: str = "completion"
     limit: int = 0
     seed: int = 0
-    flag: str = "--data"
+    setting: str = "data"
 
     def __post_init__(self) -> None:
-        require_given("--data", self.name)
-        require_ranges(samples=self.limit, seed=self.seed)
+        require_given(self.setting, self.name)
+        require_ranges(limit=self.limit, seed=self.seed)

@@ -41,10 +41,12 @@ class DecodingConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        require_choice(self.strategy, "--strategy", STRATEGIES)
+        require_choice(self.strategy, "strategy", STRATEGIES)
         if self.strategy != "autoregressive":
-            require(self.exit_layer is not None, "--exit", f"given for --strategy {self.strategy}", "none")
-        require_ranges(spec=self.num_draft_tokens, max_new_tokens=self.max_new_tokens, draft_confidence=self.draft_confidence)
-        require(all(self.stop), "--stop", "a text that is not empty", "an empty one")
+            require(self.exit_layer is not None, "exit_layer", f"given for `strategy` {self.strategy}", "none")
+        require_ranges(
+            num_draft_tokens=self.num_draft_tokens, max_new_tokens=self.max_new_tokens, draft_confidence=self.draft_confidence
+        )
+        require(all(self.stop), "stop", "a text that is not empty", "an empty one")
         for text in self.stop:
-            require_unicode("--stop", text)
+            require_unicode("stop", text)

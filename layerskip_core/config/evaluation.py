@@ -39,26 +39,26 @@ class TaskConfig:
     allow_code_execution: bool = False
 
     def __post_init__(self) -> None:
-        require_given("--task", self.task)
-        require_given("--data", self.data)
+        require_given("task", self.task)
+        require_given("data", self.data)
         require_ranges(
             samples=self.samples, seed=self.seed, max_new_tokens=self.max_new_tokens, shots=self.shots,
             problem_samples=self.problem_samples, temperature=self.temperature,
         )  # fmt: skip
         if self.metric is not None:
-            require_choice(self.metric, "--metric", METRICS)
-        require_unicode("--template", self.template)
+            require_choice(self.metric, "metric", METRICS)
+        require_unicode("template", self.template)
         require(
             self.template in (None, "raw", "chat") or "{prompt}" in (self.template or ""),
-            "--template",
+            "template",
             "raw, chat or a text with {prompt} in it",
             self.template,
         )
-        require(bool(self.pass_k) and min(self.pass_k) >= 1, "--pass-k", "counts of at least 1", _listed(self.pass_k))
+        require(bool(self.pass_k) and min(self.pass_k) >= 1, "pass_k", "counts of at least 1", _listed(self.pass_k))
         most = max(self.pass_k)
-        require(self.problem_samples >= most, "--problem-samples", f"at least {most}, for --pass-k", self.problem_samples)
+        require(self.problem_samples >= most, "problem_samples", f"at least {most}, for `pass_k`", self.problem_samples)
         drawn = self.problem_samples == 1 or self.temperature > 0
-        require(drawn, "--temperature", "above 0 for several --problem-samples", self.temperature)
+        require(drawn, "temperature", "above 0 for several `problem_samples`", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -84,25 +84,25 @@ class BenchConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
-        require_given("--model", self.model)
-        require_given("--draft-model", self.draft_model)
-        require_ranges(spec=self.num_draft_tokens, repeats=self.repeats, threads=self.threads)
+        require_given("model", self.model)
+        require_given("draft_model", self.draft_model)
+        require_ranges(num_draft_tokens=self.num_draft_tokens, repeats=self.repeats, threads=self.threads)
         for name in self.strategies:
-            require_choice(name, "--strategies", STRATEGIES)
+            require_choice(name, "strategies", STRATEGIES)
         known = "autoregressive" in self.strategies
         require(
-            known, "--strategies", "a list with autoregressive, which the others are compared with", ",".join(self.strategies)
+            known, "strategies", "a list with autoregressive, which the others are compared with", ",".join(self.strategies)
         )
         _require_batches(self.batch_size, self.timed, 0, self.task, self.packing)
         for name in self.baselines:
-            require_choice(name, "--baselines", BASELINES)
+            require_choice(name, "baselines", BASELINES)
         temperature = self.task.temperature
-        require(not self.baselines or temperature == 0, "--temperature", "0 with --baselines, which are greedy", temperature)
+        require(not self.baselines or temperature == 0, "temperature", "0 with `baselines`, which are greedy", temperature)
         drafting = "draft-model" in self.baselines
         require(
-            drafting == (self.draft_model is not None), "--draft-model", "given with the baseline draft-model", self.draft_model
+            drafting == (self.draft_model is not None), "draft_model", "given with the baseline draft-model", self.draft_model
         )
-        require_choice(self.dtype, "--dtype", DTYPES)
+        require_choice(self.dtype, "dtype", DTYPES)
 
 
 @dataclass(frozen=True)
@@ -125,21 +125,21 @@ class SweepConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
-        require(all(exit_layer >= 1 for exit_layer in self.exits), "--exits", "layers of at least 1", _listed(self.exits))
-        require(bool(self.specs), "--specs", "at least one draft length", "none")
-        require(all(spec >= 1 for spec in self.specs), "--specs", "draft lengths of at least 1", _listed(self.specs))
-        require_given("--model", self.model)
-        require_ranges(spec=max(self.specs), threads=self.threads)
+        require(all(exit_layer >= 1 for exit_layer in self.exits), "exits", "layers of at least 1", _listed(self.exits))
+        require(bool(self.specs), "specs", "at least one draft length", "none")
+        require(all(spec >= 1 for spec in self.specs), "specs", "draft lengths of at least 1", _listed(self.specs))
+        require_given("model", self.model)
+        require_ranges(num_draft_tokens=max(self.specs), threads=self.threads)
         _require_batches(self.batch_size, self.timed, 1, self.task, self.packing)
-        require_choice(self.dtype, "--dtype", DTYPES)
+        require_choice(self.dtype, "dtype", DTYPES)
 
 
 def _require_batches(batch_size: int, timed: int | None, fewest: int, task: TaskConfig, packing: PackingConfig) -> None:
     require_ranges(batch_size=batch_size, timed=timed)
-    require(batch_size == 1 or not packing.exact, "--batch-size", "1 with --exact", batch_size)
-    require(batch_size == 1 or task.temperature == 0, "--batch-size", "1 with a --temperature above 0", batch_size)
-    require(timed is None or batch_size > 1, "--timed", "used with --batch-size; without it every prompt is timed", timed)
-    require(timed is None or timed >= fewest, "--timed", f"at least {fewest}", timed)
+    require(batch_size == 1 or not packing.exact, "batch_size", "1 with `exact`", batch_size)
+    require(batch_size == 1 or task.temperature == 0, "batch_size", "1 with a `temperature` above 0", batch_size)
+    require(timed is None or batch_size > 1, "timed", "used with `batch_size`; without it every prompt is timed", timed)
+    require(timed is None or timed >= fewest, "timed", f"at least {fewest}", timed)
 
 
 def _listed(counts: tuple[int, ...]) -> str:

@@ -38,9 +38,9 @@ class PackingConfig:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        for flag, value in (("--quantize", self.quantize), ("--draft-weights", self.draft_weights)):
+        for name, value in (("quantize", self.quantize), ("draft_weights", self.draft_weights)):
             if value is not None:
-                require_choice(value, flag, QUANTIZATIONS)
+                require_choice(value, name, QUANTIZATIONS)
         require_ranges(draft_vocab=self.draft_vocab)
 
     @property

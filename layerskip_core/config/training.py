@@ -46,9 +46,9 @@ class RecipeConfig:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        require_ranges(distill=self.distill, pmax=self.p_max, escale=self.e_scale, rotation=self.rotation)
-        require_choice(self.exit_weights, "--exit-weights", EXIT_WEIGHTS)
-        require_choice(self.curriculum, "--curriculum", CURRICULA)
+        require_ranges(distill=self.distill, p_max=self.p_max, e_scale=self.e_scale, rotation=self.rotation)
+        require_choice(self.exit_weights, "exit_weights", EXIT_WEIGHTS)
+        require_choice(self.curriculum, "curriculum", CURRICULA)
 
 
 @dataclass(frozen=True)
@@ -92,29 +92,29 @@ class FinetuneConfig:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        for flag, name in (("--model", self.model), ("--output", self.output), ("--validation", self.validation)):
-            require_given(flag, name)
-        require_choice(self.regime, "--regime", REGIMES)
-        require_choice(self.dtype, "--dtype", DTYPES)
+        for setting, name in (("model", self.model), ("output", self.output), ("validation", self.validation)):
+            require_given(setting, name)
+        require_choice(self.regime, "regime", REGIMES)
+        require_choice(self.dtype, "dtype", DTYPES)
         require_ranges(
             lr=self.lr, steps=self.steps, epochs=self.epochs, batch_size=self.batch_size, accumulation=self.accumulation,
             max_length=self.max_length, warmup=self.warmup, weight_decay=self.weight_decay, lora_rank=self.lora_rank,
             validation_samples=self.validation_samples, eval_steps=self.eval_steps, save_steps=self.save_steps, seed=self.seed,
             vocab_size=self.vocab_size,
         )  # fmt: skip
-        require(not self.eval_steps or self.validation is not None, "--eval-steps", "used with --validation", "none")
+        require(not self.eval_steps or self.validation is not None, "eval_steps", "used with `validation`", "none")
         RecipeConfig(**self.recipe_changes)  # raises now what would be raised after the model is loaded
         if self.streaming:
-            require(self.steps is not None, "--steps", "given with --streaming, whose rows cannot be counted", "none")
-            require(not self.data.limit, "--samples", "0 with --streaming", self.data.limit)
-            require(self.vocab_size is None, "--vocab-size", "left out with --streaming", self.vocab_size)
-        require(bool(self.lora_targets.strip(", ")), "--lora-targets", "all-linear or names of modules", "none")
-        require(not self.lora_keep or self.lora_rank > 0, "--lora-keep", "used with --lora-rank", "no rank")
-        require(self.vocab_size is None or self.regime == "scratch", "--vocab-size", "used with --regime scratch", self.regime)
-        require_unicode("--prompt-template", self.prompt_template)
+            require(self.steps is not None, "steps", "given with `streaming`, whose rows cannot be counted", "none")
+            require(not self.data.limit, "limit", "0 with `streaming`", self.data.limit)
+            require(self.vocab_size is None, "vocab_size", "left out with `streaming`", self.vocab_size)
+        require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
+        require(not self.lora_keep or self.lora_rank > 0, "lora_keep", "used with `lora_rank`", "no rank")
+        require(self.vocab_size is None or self.regime == "scratch", "vocab_size", "used with `regime` scratch", self.regime)
+        require_unicode("prompt_template", self.prompt_template)
         require(
             self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
-            "--prompt-template",
+            "prompt_template",
             "'chat' or a text with {prompt} in it",
             self.prompt_template,
         )

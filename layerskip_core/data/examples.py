@@ -65,7 +65,7 @@ def load_rows(config: DataConfig) -> list[Row]:
 def stream_rows(config: DataConfig) -> Iterator[Row]:
     """The rows of a file or a hub data set one by one, never all in memory. Raises DataError as `load_examples`."""
     if is_parsing(config):
-        raise DataError(f"--streaming needs a file or a hub id as --data, got {config.name}, which fits in memory")
+        raise DataError(f"`streaming` needs a file or a hub id as `data`, got {config.name}, which fits in memory")
     return _rows(config, streaming=True)
 
 
@@ -78,11 +78,11 @@ def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record
     """The rows of a file or of a hub data set as they are. Raises DataError, also for a name that is neither."""
     path = Path(config.name)
     if os.path.exists(path) or file_ending(path) in FILE_ENDINGS:
-        return file_records(path, config.flag)
+        return file_records(path, config.setting)
     if config.name.count("/") == 1 and not path.is_absolute() and not config.name.startswith("."):
         return hub_records(config.name, config.split, streaming)
     kinds = "a .jsonl/.json/.csv/.parquet/.txt file, a folder of TOPv2 files, a hub id"
-    raise DataError(f"{config.flag} {listed([config.name])} is none of: commands, topv2, {kinds}")
+    raise DataError(f"`{config.setting}` {listed([config.name])} is none of: commands, topv2, {kinds}")
 
 
 def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
@@ -98,14 +98,14 @@ def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
 
 def _commands(config: DataConfig) -> list[Example]:
     if config.split not in commands.SPLITS:
-        raise DataError(f"--split must be one of {', '.join(commands.SPLITS)} for commands, got {config.split}")
+        raise DataError(f"`split` must be one of {', '.join(commands.SPLITS)} for commands, got {config.split}")
     count = config.limit or _DEFAULT_COMMANDS
     if count > _MOST_COMMANDS:
-        raise DataError(f"--data commands gives at most {_MOST_COMMANDS} rows at a time, got {count} to be drawn")
+        raise DataError(f"`data` commands gives at most {_MOST_COMMANDS} rows at a time, got {count} to be drawn")
     try:
         return [Example(row.utterance, row.parse) for row in commands.rows(config.split, count, config.seed)]
     except ValueError as error:
-        raise DataError(f"--samples {config.limit}: {error}") from None
+        raise DataError(f"`limit` {config.limit}: {error}") from None
 
 
 def _topv2_folder(config: DataConfig) -> Iterator[Example]:
@@ -114,7 +114,7 @@ def _topv2_folder(config: DataConfig) -> Iterator[Example]:
     if not files:
         raise DataError(f"folder {folder} holds no TOPv2 files named DOMAIN_{split}.tsv")
     for file in files:
-        rows = table(file, config.flag, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = table(file, config.setting, delimiter="\t", quoting=csv.QUOTE_NONE)
         _, header = next(rows, (1, []))
         if header != _TOPV2_COLUMNS:
             raise DataError(f"{file}:1: needed the columns {', '.join(_TOPV2_COLUMNS)}, found {listed(header)}")
@@ -126,7 +126,7 @@ def _topv2_folder(config: DataConfig) -> Iterator[Example]:
 
 def _topv2_split(split: str) -> str:
     if split not in _TOPV2_SPLITS:
-        raise DataError(f"--split must be one of {', '.join(_TOPV2_SPLITS)} for TOPv2, got {split}")
+        raise DataError(f"`split` must be one of {', '.join(_TOPV2_SPLITS)} for TOPv2, got {split}")
     return _TOPV2_SPLITS[split]
 
 
@@ -136,8 +136,8 @@ def _checked(records: Iterator[Record], config: DataConfig) -> Iterator[Row]:
     for record in records:
         if needed is None:
             needed = _needed_columns(record.fields, config)
-        for flag, column in needed.items():
-            record.value(column, flag)
+        for setting, column in needed.items():
+            record.value(column, setting)
         yield _row(record, config)
 
 
@@ -145,9 +145,9 @@ def _needed_columns(found: Collection[str], config: DataConfig) -> dict[str, str
     """Flag to column: the completion, and the prompt unless the default one is not among `found` (plain text has none)."""
     if _is_chat(found, config):
         return {}
-    needed = {"--completion-column": config.completion_column}
+    needed = {"completion_column": config.completion_column}
     if config.prompt_column != DataConfig.prompt_column or config.prompt_column in found:
-        needed["--prompt-column"] = config.prompt_column
+        needed["prompt_column"] = config.prompt_column
     return needed
 
 
@@ -158,7 +158,7 @@ def _is_chat(columns: Collection[str], config: DataConfig) -> bool:
 def _row(record: Record, config: DataConfig) -> Row:
     if _is_chat(record.fields, config):
         return _conversation(record)
-    completion = record.value(config.completion_column, "--completion-column")  # rows of a file may differ
+    completion = record.value(config.completion_column, "completion_column")  # rows of a file may differ
     return _example(record.fields.get(config.prompt_column), completion, record.where)
 
 

@@ -25,23 +25,23 @@ class Record(NamedTuple):
     where: str
     fields: dict[str, Any]
 
-    def text(self, column: str, flag: str = "") -> str:
+    def text(self, column: str, setting: str = "") -> str:
         """A field that is a text, or a list of sentences. Raises DataError when it is neither, or empty."""
-        texts = self.texts(column, flag)
+        texts = self.texts(column, setting)
         return texts[0] if len(texts) == 1 else " ".join(sentence.strip() for sentence in texts)
 
-    def texts(self, column: str, flag: str = "") -> list[str]:
+    def texts(self, column: str, setting: str = "") -> list[str]:
         """A field that is a text or several. Raises DataError when it is neither, or one is empty."""
-        value = self.value(column, flag)
+        value = self.value(column, setting)
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one.strip() for one in texts):
             raise self.fault(f"{column} must be a text that is not empty, or a list of such", value)
         return [one.replace("\r\n", "\n") for one in texts]
 
-    def value(self, column: str, flag: str = "") -> Any:
+    def value(self, column: str, setting: str = "") -> Any:
         """Any field. Raises DataError where the row has no such column."""
         if column not in self.fields:
-            named = f" ({flag})" if flag else ""
+            named = f" (`{setting}`)" if setting else ""
             raise DataError(f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}")
         return self.fields[column]
 
@@ -54,7 +54,7 @@ class Record(NamedTuple):
         return DataError(f"{self.where}: {needed}, found {shown(found)}")
 
 
-def file_records(path: Path, flag: str = "--data") -> Iterator[Record]:
+def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
     """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or the lines of a text (.txt).
 
     All but Parquet may be packed, with .gz after the ending. Parquet and files of lines are read as they are asked for.
@@ -64,7 +64,7 @@ def file_records(path: Path, flag: str = "--data") -> Iterator[Record]:
     if ending not in _READERS:
         raise DataError(f"{path}: needed one of {', '.join(_READERS)}, found the ending {ending or 'none'!r}")
     found = False
-    for record in _READERS[ending](path, flag):
+    for record in _READERS[ending](path, setting):
         found = True
         yield record
     if not found:
@@ -91,14 +91,14 @@ def hub_records(hub_id: str, split: str, streaming: bool = False, most: int | No
         rows = datasets.load_dataset(hub_id, split=split, streaming=streaming or most is not None, **keywords)
         yield from (Record(f"{hub_id}:{number}", dict(row)) for number, row in enumerate(islice(rows, most), start=1))
     except Exception as error:  # datasets and the hub client raise many kinds; each means the data cannot be read
-        reason = f"{first_line(error)}; a file with its rows can be given by --data"
+        reason = f"{first_line(error)}; a file with its rows can be given by `data`"
         raise DataError(f"cannot load data {hub_id}: {reason}") from error
 
 
-def table(path: Path, flag: str, **dialect: Any) -> Iterator[tuple[int, list[str]]]:
+def table(path: Path, setting: str, **dialect: Any) -> Iterator[tuple[int, list[str]]]:
     """The rows of a delimited file, each with the number of its first line. Raises DataError."""
     csv.field_size_limit(MAX_LINE)
-    rows = csv.reader(text_lines(path, flag), **dialect)
+    rows = csv.reader(text_lines(path, setting), **dialect)
     number = 1
     try:
         for row in rows:
@@ -118,9 +118,9 @@ def spread(items: Sequence[Item], limit: int) -> list[Item]:
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
-def _json(path: Path, flag: str) -> Iterator[Record]:
+def _json(path: Path, setting: str) -> Iterator[Record]:
     """An object a line; in a .json file also an array of them."""
-    lines = text_lines(path, flag)
+    lines = text_lines(path, setting)
     may_be_array = file_ending(path) == ".json"
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -150,9 +150,9 @@ def _object(value: Any, where: str) -> Record:
     return Record(where, value)
 
 
-def _csv(path: Path, flag: str) -> Iterator[Record]:
+def _csv(path: Path, setting: str) -> Iterator[Record]:
     """Fields below a header of column names; what stands below an empty name is left out."""
-    rows = (row for row in table(path, flag, strict=True) if row[1])
+    rows = (row for row in table(path, setting, strict=True) if row[1])
     first, header = next(rows, (1, []))
     _refuse_repeated([name for name in header if name], f"{path}:{first}")
     for number, fields in rows:
@@ -169,11 +169,11 @@ def _csv_fault(message: str) -> str:
     return message
 
 
-def _parquet(path: Path, flag: str) -> Iterator[Record]:
+def _parquet(path: Path, setting: str) -> Iterator[Record]:
     from pyarrow.parquet import ParquetFile
 
     number = 0
-    with open_regular(path, f"{flag} {path}", DataError) as file:
+    with open_regular(path, f"`{setting}` {path}", DataError) as file:
         try:
             source = ParquetFile(file, page_checksum_verification=True)
             _refuse_repeated(source.schema_arrow.names, str(path))
@@ -188,8 +188,8 @@ def _parquet(path: Path, flag: str) -> Iterator[Record]:
             raise DataError(f"{path}: not readable as Parquet{place}: {first_line(error)}") from None
 
 
-def _text(path: Path, flag: str) -> Iterator[Record]:
-    for number, line in enumerate(text_lines(path, flag), start=1):
+def _text(path: Path, setting: str) -> Iterator[Record]:
+    for number, line in enumerate(text_lines(path, setting), start=1):
         if line.strip():
             yield Record(f"{path}:{number}", {TEXT_COLUMN: line.rstrip("\r\n")})
 

@@ -74,7 +74,7 @@ def decode_batch(
 
     Raises ConfigError, at the first output, for a prompt or an exit that does not fit and for a model with exact weights.
     """
-    require(not model.exact, "--batch-size", "1 with --exact", len(prompts))
+    require(not model.exact, "batch_size", "1 with `exact`", len(prompts))
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
     rows = []
     for number, prompt in enumerate(prompts):

@@ -38,7 +38,7 @@ class StopScanner:
 
     def __init__(self, stopping: Stopping, context_room: int, detokenize: Detokenize | None = None) -> None:
         """`context_room`: how many new tokens the context has place for. Stop strings need `detokenize`."""
-        require(not stopping.stop or detokenize is not None, "--stop", "used with a detokenizer", "none")
+        require(not stopping.stop or detokenize is not None, "stop", "used with a detokenizer", "none")
         self._stopping = stopping
         self._context_room = context_room
         self._detokenize = detokenize

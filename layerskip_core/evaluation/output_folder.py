@@ -1,4 +1,4 @@
-"""The folder of `--output`: created, tested for space and locked before a long run; its files are replaced whole."""
+"""The folder of `output`: created, tested for space and locked before a long run; its files are replaced whole."""
 
 import tempfile
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def prepare_output(folder: str) -> Path:
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(bytes(_PROBE_BYTES))
     except OSError as error:
-        raise LayerSkipError(f"--output {folder} must be a writable folder, got: {error.strerror}") from error
+        raise LayerSkipError(f"`output` {folder} must be a writable folder, got: {error.strerror}") from error
     for name in REPORT_FILES:
         require_writable(path / name, LayerSkipError)
     for name in (journal.FILE_NAME, journal.OUTPUTS):

@@ -81,7 +81,7 @@ def int4_levels(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, T
 def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Int8Linear | Int4Linear:
     """A low-bit linear layer of weight (out, in). Raises ConfigError where there is no kernel for it."""
     if weight.device.type != "cpu":
-        raise ConfigError(f"{quantization} weights need --device cpu, got {weight.device.type}")
+        raise ConfigError(f"{quantization} weights need `device` cpu, got {weight.device.type}")
     if not _works(quantization):
         raise ConfigError(f"{quantization} weights need a kernel that torch {torch.__version__} does not have for this CPU")
     return Int8Linear(weight, bias) if quantization == "int8" else Int4Linear(weight, bias)

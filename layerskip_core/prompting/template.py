@@ -20,7 +20,7 @@ class PromptTemplate:
 
     @property
     def name(self) -> str:
-        """For --stats and reports: `chat`, `chat with a system message`, `raw`, or the text in quotes."""
+        """For the user: statistics and reports: `chat`, `chat with a system message`, `raw`, or the text in quotes."""
         if self.text == CHAT:
             return CHAT if self.system is None else f"{CHAT} with a system message"
         return RAW if self.text == RAW else repr(self.text)
@@ -32,7 +32,7 @@ def is_template(text: str) -> bool:
 
 
 def resolve_template(asked: str | None, system: str | None, stored: PromptTemplate | None, tokenizer: Any) -> PromptTemplate:
-    """What `--template` (`asked`) and `--system` mean for a checkpoint; None is a flag that was not given.
+    """What `template` (`asked`) and `system` mean for a checkpoint; None is a flag that was not given.
 
     Without `asked` it is the template that the checkpoint names (`stored`), else the tokenizer's chat template if it has one,
     else `raw`. A `system` message replaces the stored one. Use `Decoder.with_template` where there is a Decoder.

@@ -35,14 +35,14 @@ def open_regular(path: Path, name: str, error: type[LayerSkipError]) -> BinaryIO
         raise error(f"{name} cannot be read: {reason.strerror}") from None
 
 
-def text_lines(path: Path, flag: str) -> Iterator[str]:
+def text_lines(path: Path, setting: str) -> Iterator[str]:
     """The lines of a UTF-8 file, their ends kept and a byte order mark left out; unpacked where its name ends in .gz.
 
-    Raises DataError for a file that `flag` names wrongly or that cannot be read, and, with the line's number, for a line that
-    is not UTF-8, holds a NUL or is longer than MAX_LINE, for a million empty lines on end, and for a .gz file that is damaged
-    or unpacks to far more than its size.
+    Raises DataError for a file that cannot be read (`setting` named it), and, with the line's number, for a line that is not
+    UTF-8, holds a NUL or is longer than MAX_LINE, for a million empty lines on end, and for a .gz file that is damaged or
+    unpacks to far more than its size.
     """
-    with open_regular(path, f"{flag} {path}", DataError) as file:
+    with open_regular(path, f"`{setting}` {path}", DataError) as file:
         packed = path.suffix == ".gz"
         source = gzip.GzipFile(fileobj=file) if packed else file
         left = max(_EXPANSION * os.fstat(file.fileno()).st_size, _ALWAYS_UNPACKED)

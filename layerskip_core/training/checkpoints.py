@@ -46,10 +46,10 @@ def checkpoints_folder(output: str) -> Path:
 def require_own(folder: Path) -> None:
     """Raises ConfigError for what is in the way of a run's checkpoints and is not of this program."""
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ConfigError(f"--output: {folder} is in the way: it must be a folder, for checkpoints")
+        raise ConfigError(f"`output`: {folder} is in the way: it must be a folder, for checkpoints")
     for path in _numbered(folder):
         if not _is_own(path):
-            raise ConfigError(f"--output: {path} is in the way: not written by layerskip; move it away, or give another folder")
+            raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
 
 
 def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> Path:
@@ -76,8 +76,8 @@ def newest_whole(folder: Path) -> ResumePoint:
             return ResumePoint(checkpoint, _step(checkpoint), settings, tuple(damaged))
         damaged.append(f"{checkpoint.name}: {fault}")
     if damaged:
-        raise CheckpointError(f"--resume: no checkpoint in {folder} is whole: {'; '.join(damaged)}")
-    raise CheckpointError(f"--resume: there is no checkpoint in {folder}; a run writes them with --save-steps N")
+        raise CheckpointError(f"`resume`: no checkpoint in {folder} is whole: {'; '.join(damaged)}")
+    raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; a run writes them with `save_steps` N")
 
 
 def has_checkpoints(folder: Path) -> bool:

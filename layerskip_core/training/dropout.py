@@ -23,7 +23,7 @@ def time_scale(step: int, total_steps: int, from_scratch: bool) -> float:
     if not from_scratch:
         return 1.0
     if total_steps < 2:
-        raise ConfigError(f"--steps must be at least 2 to train from scratch with layer dropout, got {total_steps}")
+        raise ConfigError(f"`steps` must be at least 2 to train from scratch with layer dropout, got {total_steps}")
     return math.exp(step * math.log(2) / (total_steps - 1)) - 1
 
 

@@ -49,7 +49,7 @@ class Encoder:
 
     def _document(self, row: Row) -> list[int]:
         if isinstance(row, Conversation) or row.prompt:
-            raise DataError("--pack is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
+            raise DataError("`pack` is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
         return self._encoded(row)[0]
 
     def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
@@ -72,7 +72,7 @@ class Encoder:
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
         """A conversation in the tokenizer's chat template; labels only where the assistant speaks, its end of turn included."""
         if not has_chat_template(self.tokenizer):
-            raise DataError("--data holds conversations (messages), but the model's tokenizer has no chat template for them")
+            raise DataError("`data` holds conversations (messages), but the model's tokenizer has no chat template for them")
         special = special_text(self.tokenizer)
         held = special is not None and any(special.in_prompt(text) for message in row.messages for text in message)
         messages = [{"role": role, "content": content} for role, content in row.messages]
@@ -151,7 +151,7 @@ def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> Encoded
 
 
 def _no_room(encoder: Encoder) -> DataError:
-    return DataError(f"no row has room for a completion within --max-length {encoder.max_length}: every prompt is longer")
+    return DataError(f"no row has room for a completion within `max_length` {encoder.max_length}: every prompt is longer")
 
 
 def _has_target(row: dict[str, Any]) -> bool:

@@ -13,10 +13,10 @@ from .curriculum import mean_exits, rotation_of
 from .dropout import dropout_rates, time_scale
 from .encoding import EncodedData
 
-COMMANDS_STEPS = 300  # of a run on `commands` without --steps: sized for five minutes on two cores
+COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: sized for five minutes on two cores
 
 _PACKED = "documents are packed into whole rows; none sees another"
-_STREAMED = "streaming: --resume reads past the rows already seen, and is exact only if they come in the same order again"
+_STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
 
 # What may differ between a run and its resumption: none of it changes the steps that follow.
 _FREE = {
@@ -65,7 +65,7 @@ def make_plan(
     recipe, backend = config.recipe, loaded.backend
     assert recipe is not None
     for exit_layer in recipe.exits:
-        require_exit_layer(exit_layer, backend.num_layers, flag="--exits")
+        require_exit_layer(exit_layer, backend.num_layers, field="exits")
     rows = None if data.streamed else len(data.rows)
     steps = _steps(config, rows or 0)
     rotational = recipe.curriculum == "rotational"

@@ -105,7 +105,7 @@ _LOSS = "_loss"
 
 
 def step_log(losses: StepLosses, learning_rate: float, grad_norm: float) -> dict[str, float]:
-    """A step as Trainer logs it: the entry of `log_history` and what the trackers of `--report-to` receive."""
+    """A step as Trainer logs it: the entry of `log_history` and what the trackers of `report_to` receive."""
     exits = {f"{_EXIT}{layer}{_LOSS}": loss for layer, loss in losses.exits.items()}
     return {"loss": losses.loss, "grad_norm": grad_norm, "learning_rate": learning_rate, **exits}
 

@@ -119,7 +119,7 @@ class FinetuneJob:
         """Trains to the end, or raises what stopped it."""
         folder = checkpoints_folder(self.config.output)
         if trainer.is_world_process_zero():
-            # What an earlier run left there must never be what a later --resume finds.
+            # What an earlier run left there must never be what a later `resume` finds.
             discard_after(folder, 0 if self.resume is None else self.resume.step)
         try:
             trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume.folder))
@@ -148,7 +148,7 @@ class FinetuneJob:
             return error
         folder = checkpoints_folder(self.config.output)
         last = last_checkpoint(folder)
-        kept = "" if last is None else f"; {last} before it is whole: go on from it with --resume"
+        kept = "" if last is None else f"; {last} before it is whole: go on from it with `resume`"
         free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB are free there"
         step = trainer.state.global_step
         return CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {first_line(error)} ({free}){kept}")
@@ -166,7 +166,7 @@ class FinetuneJob:
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:
-    """The lock of --output, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
+    """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
     return output_lock(output, "layerskip finetune") if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
@@ -201,19 +201,19 @@ def _require_base_kept(config: FinetuneConfig) -> None:
     adapters, below = adapters_of(config.model)
     for base in (*adapters, below):
         if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
-            raise ConfigError(f"--lora-keep: the adapter needs its base {base}, which --output {config.output} would replace")
+            raise ConfigError(f"`lora_keep`: the adapter needs its base {base}, which `output` {config.output} would replace")
 
 
 def _require_device(device: torch.device) -> None:
     """Raises ConfigError for what Trainer would silently do otherwise."""
     if device.index:
         raise ConfigError(
-            f"--device {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
-            "environment and give --device cuda"
+            f"`device` {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
+            "environment and give `device` cuda"
         )
     if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise ConfigError(
-            "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got --device cpu, where accelerate would run DDP without a word; start it "
+            "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got `device` cpu, where accelerate would run DDP without a word; start it "
             "with torchrun alone"
         )
 
@@ -247,7 +247,7 @@ def _training_data(config: FinetuneConfig) -> DataConfig:
 def _resolved(config: FinetuneConfig, parameters: int, context: int) -> FinetuneConfig:
     """With the regime's values for a model of this size in the place of what was not given."""
     if config.max_length is not None and config.max_length > context:
-        raise ConfigError(f"--max-length must be at most the model's context of {context} tokens, got {config.max_length}")
+        raise ConfigError(f"`max_length` must be at most the model's context of {context} tokens, got {config.max_length}")
     return replace(
         config,
         recipe=config.recipe or replace(recipe_preset(config.regime, parameters), **config.recipe_changes),
@@ -267,13 +267,13 @@ def _encoded(config: FinetuneConfig, loaded: Trainable, rows: list[Row]) -> tupl
 
 
 def validation_data(config: FinetuneConfig) -> DataConfig:
-    """--validation: other data (a named set, a file, a folder, a hub id), or else a split of --data."""
+    """`validation`: other data (a named set, a file, a folder, a hub id), or else a split of `data`."""
     assert config.validation is not None
     name = config.validation
     other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
     if not other and Path(config.data.name).is_file():
-        raise ConfigError(f"--validation must be other data where --data is a file, which has no splits, got {name}")
-    held_out = replace(config.data, limit=config.validation_samples, flag="--validation")
+        raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
+    held_out = replace(config.data, limit=config.validation_samples, setting="validation")
     return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
 
 
@@ -301,7 +301,7 @@ def _template(config: FinetuneConfig, loaded: Trainable, rows: list[Row]) -> str
 
 
 def _with_lora(model: Any, config: FinetuneConfig) -> Any:
-    """Adapters on the linear layers that --lora-targets names; `all-linear` is all but the head."""
+    """Adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head."""
     from peft import LoraConfig, get_peft_model
 
     rank, targets = config.lora_rank, [name.strip() for name in config.lora_targets.split(",")]
@@ -316,18 +316,18 @@ def _with_lora(model: Any, config: FinetuneConfig) -> Any:
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        raise ConfigError(f"--lora-targets {config.lora_targets}: {first_line(error)}") from error
+        raise ConfigError(f"`lora_targets` {config.lora_targets}: {first_line(error)}") from error
 
 
 def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
-    """Where --resume goes on; without it there must be no run to lose."""
+    """Where `resume` goes on; without it there must be no run to lose."""
     folder = checkpoints_folder(config.output)
     require_own(folder)
     if config.resume:
         return newest_whole(folder)
     if has_checkpoints(folder) and not config.overwrite:
         raise ConfigError(
-            f"--output {config.output} holds an unfinished run; give --resume to go on, or --overwrite to start anew"
+            f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
         )
     return None
 
@@ -336,6 +336,6 @@ def _require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if sealed.get(name) != value:
             raise ConfigError(
-                f"--resume: {name} was {sealed.get(name)} in the run to go on with, and is {value} now; a run is resumed with "
+                f"`resume`: {name} was {sealed.get(name)} in the run to go on with, and is {value} now; a run is resumed with "
                 "the same settings on the same data"
             )

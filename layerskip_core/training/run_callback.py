@@ -131,5 +131,5 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def _failure(self, what: str) -> TrainingError:
         last = last_checkpoint(self._checkpoints)
         if last is None:
-            return TrainingError(f"{what}; no checkpoint was written before it (--save-steps N). Try a lower --lr")
-        return TrainingError(f"{what}; the last good checkpoint is {last}: start from it with --model {last} and a lower --lr")
+            return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
+        return TrainingError(f"{what}; the last good checkpoint is {last}: start from it with `model` {last} and a lower `lr`")

@@ -60,5 +60,5 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 def token_order_json(order: list[int]) -> bytes:
-    """What ORDER_FILE holds beside a model: a JSON list; `--draft-vocab N` drafts among its first N tokens."""
+    """What ORDER_FILE holds beside a model: a JSON list; `draft_vocab` N drafts among its first N tokens."""
     return json.dumps(order, separators=(",", ":")).encode()

@@ -24,7 +24,7 @@ from .run_callback import RunCallback
 from .transformers_internals import ResumingTrainer, use_one_gpu
 
 _BETAS = (0.9, 0.95)
-_VALIDATIONS = 10  # per run, unless --eval-steps is given
+_VALIDATIONS = 10  # per run, unless `eval_steps` is given
 
 
 class RecipeTrainer(ResumingTrainer):
@@ -102,7 +102,7 @@ def make_trainer(
 ) -> RecipeTrainer:
     """A Trainer for `settings["steps"]` optimizer steps over encoded rows, batches of similar length.
 
-    Raises ConfigError when a `--report-to` is unknown or its package is not installed.
+    Raises ConfigError when a `report_to` is unknown or its package is not installed.
     """
     steps = int(settings["steps"])
     rows = data.rows
@@ -121,7 +121,7 @@ def make_trainer(
     except (RuntimeError, ValueError) as error:
         if not config.report_to:
             raise
-        raise ConfigError(f"--report-to {config.report_to}: {error}") from error
+        raise ConfigError(f"`report_to` {config.report_to}: {error}") from error
     eval_steps = 0 if held_out is None else config.eval_steps or max(1, steps // _VALIDATIONS)
     folder = checkpoints_folder(config.output)
     trainer.add_callback(RunCallback(trainer, trainer.run, on_step, interruption, eval_steps, folder, settings))

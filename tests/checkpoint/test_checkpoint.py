@@ -168,10 +168,10 @@ def test_an_architecture_without_spans_is_refused_by_name(tmp_path):
 
 
 def test_devices_and_precisions():
-    with pytest.raises(ConfigError, match="--device must be auto, cpu, cuda, cuda:N or mps, got gpu"):
+    with pytest.raises(ConfigError, match="`device` must be auto, cpu, cuda, cuda:N or mps, got gpu"):
         pick_device("gpu")
     for absent in {"cuda", "mps"} - ({"cuda"} if torch.cuda.is_available() else set()):
-        with pytest.raises(ConfigError, match=f"--device {absent} was asked for, but"):
+        with pytest.raises(ConfigError, match=f"`device` {absent} was asked for, but"):
             pick_device(absent)
     cpu = torch.device("cpu")
     assert pick_device("cpu") == cpu
@@ -300,12 +300,12 @@ def test_write_info_on_a_full_disk_keeps_the_old_one(folder, monkeypatch):
 
 
 def test_a_model_is_not_overwritten_by_mistake(folder, tmp_path):
-    with pytest.raises(ConfigError, match=f"--output {folder} already holds a model; give --overwrite"):
+    with pytest.raises(ConfigError, match=f"`output` {folder} already holds a model; give `overwrite`"):
         refuse_overwrite(str(folder), overwrite=False)
     refuse_overwrite(str(folder), overwrite=True)
     refuse_overwrite(str(tmp_path / "new"), overwrite=False)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="--output must be a folder, got the file"):
+    with pytest.raises(ConfigError, match="`output` must be a folder, got the file"):
         refuse_overwrite(str(tmp_path / "file"), overwrite=True)
 
 

@@ -11,6 +11,7 @@ from evaluating import own_answers, tiny_loaded
 from typer.testing import CliRunner
 
 from cli.bench import bench
+from cli.flags import with_flags
 from cli.sweep_exits import sweep_exits
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.save import save_checkpoint
@@ -41,7 +42,7 @@ def run(*arguments):
     """A command in this process; whatever it raises comes through."""
     result = CliRunner().invoke(app, list(arguments))
     if isinstance(result.exception, LayerSkipError):
-        raise result.exception
+        raise LayerSkipError(with_flags(str(result.exception)))
     assert result.exit_code == 0, result.stderr
     return result
 

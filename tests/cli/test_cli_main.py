@@ -191,7 +191,7 @@ ODD = "a\udcffb"  # as an argument arrives that is no UTF-8
         (("data", "--data", ""), "--data must be a name that is not empty, got an empty one"),
         (("generate", "x", "--model", ""), "--model must be a name that is not empty, got an empty one"),
         (("finetune", "--output", ""), "--output must be a name that is not empty, got an empty one"),
-        (("import", ""), "MODEL must be a name that is not empty, got an empty one"),
+        (("import", ""), "the MODEL must be a name that is not empty, got an empty one"),
         (("import", "embedded", "--output", ""), "--output must be a name that is not empty, got an empty one"),
         (("bench", "--output", ""), "--output must be a name that is not empty, got an empty one"),
         (("sweep-exits", "--from", ""), "--from must be a name that is not empty, got an empty one"),

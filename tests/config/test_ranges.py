@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from command_line import run
 
-from layerskip_core.config.ranges import RANGES, Range, parse_counts, require_in_range
+from layerskip_core.config.ranges import RANGES, Range, parse_counts, require_ranges
 from layerskip_core.errors import ConfigError
 
 HOSTILE = (
@@ -63,8 +63,8 @@ def test_hostile_numbers(command, flag, tmp_path, monkeypatch):
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize(("flag", "known"), RANGES.items())
-def test_the_ends_of_a_range(flag, known):
+@pytest.mark.parametrize(("field", "known"), RANGES.items())
+def test_the_ends_of_a_range(field, known):
     if known.whole:
         inside, outside = (known.low, known.high), (known.low - 1, known.high + 1, True, 2.5, "3")
     else:
@@ -73,11 +73,11 @@ def test_the_ends_of_a_range(flag, known):
         outside = (known.low - tiny, known.high + 1e-3, float("inf"), float("nan"), True, "3")
         outside += ((known.low,) if known.low_open else ()) + ((known.high,) if known.high_open else ())
     for value in inside:
-        require_in_range(flag, value)
+        require_ranges(**{field: value})
     for value in outside:
-        with pytest.raises(ConfigError, match=f"{flag} must be "):
-            require_in_range(flag, value)
-    require_in_range(flag, None)
+        with pytest.raises(ConfigError, match=f"`{field}` must be "):
+            require_ranges(**{field: value})
+    require_ranges(**{field: None})
 
 
 def test_what_a_range_says():
@@ -88,23 +88,23 @@ def test_what_a_range_says():
 
 
 def test_threads_are_those_of_the_machine():
-    require_in_range("--threads", os.cpu_count())
-    with pytest.raises(ConfigError, match=f"--threads must be at most {os.cpu_count()}, got 100000"):
-        require_in_range("--threads", 100_000)
+    require_ranges(threads=os.cpu_count())
+    with pytest.raises(ConfigError, match=f"`threads` must be at most {os.cpu_count()}, got 100000"):
+        require_ranges(threads=100_000)
 
 
 def test_counts_are_bounded_before_they_are_built():
-    assert parse_counts("1:10000", "--exits") == tuple(range(1, 10_001))
+    assert parse_counts("1:10000", "exits") == tuple(range(1, 10_001))
     for text, message in (
-        ("1:10001", "--exits must be at most 10000 counts, got 10001"),
-        ("1:1000000000", "--exits must be at most 10000 counts, got 1000000000"),
-        ("1:10000000000", "--exits must be counts of at most 1000000000, got 1:10000000000"),
-        ("-10000000000:3", "--exits must be counts of at most 1000000000, got -10000000000:3"),
-        (",".join(["7"] * 10_001), "--exits must be at most 10000 counts, got 10001"),
+        ("1:10001", "`exits` must be at most 10000 counts, got 10001"),
+        ("1:1000000000", "`exits` must be at most 10000 counts, got 1000000000"),
+        ("1:10000000000", "`exits` must be counts of at most 1000000000, got 1:10000000000"),
+        ("-10000000000:3", "`exits` must be counts of at most 1000000000, got -10000000000:3"),
+        (",".join(["7"] * 10_001), "`exits` must be at most 10000 counts, got 10001"),
     ):
         with pytest.raises(ConfigError) as caught:
-            parse_counts(text, "--exits")
+            parse_counts(text, "exits")
         assert str(caught.value) == message
     for text in ("9" * 5000, "1:" + "9" * 5000, "1:2:3:4", ":", "1:", "1:5:0", "1:5:-1"):
-        with pytest.raises(ConfigError, match="--exits must be a list such as 3,6,8 or a range"):
-            parse_counts(text, "--exits")
+        with pytest.raises(ConfigError, match="`exits` must be a list such as 3,6,8 or a range"):
+            parse_counts(text, "exits")

@@ -119,12 +119,12 @@ BAD = {
     "no completion": (
         "a.jsonl",
         lines(FULL, {"prompt": "p"}),
-        r"a\.jsonl:2: no column 'completion' \(--completion-column\); found prompt",
+        r"a\.jsonl:2: no column 'completion' \(`completion_column`\); found prompt",
     ),
     "a prompt that stops coming": (
         "a.jsonl",
         lines(FULL, {"completion": "c"}),
-        r"a\.jsonl:2: no column 'prompt' \(--prompt-column\)",
+        r"a\.jsonl:2: no column 'prompt' \(`prompt_column`\)",
     ),
     "an empty completion": (
         "a.jsonl",
@@ -210,15 +210,15 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
 def test_only_regular_files_are_opened(tmp_path, name):
     file = tmp_path / name
     os.mkfifo(file)
-    with pytest.raises(DataError, match=rf"--data .*{name} must be a regular file, found a FIFO"):
+    with pytest.raises(DataError, match=rf"`data` .*{name} must be a regular file, found a FIFO"):
         load(str(file))
     file.unlink()
     file.symlink_to("/dev/null")
-    with pytest.raises(DataError, match=rf"--validation .*{name} must be a regular file, found a device"):
-        load(str(file), flag="--validation")
+    with pytest.raises(DataError, match=rf"`validation` .*{name} must be a regular file, found a device"):
+        load(str(file), setting="validation")
     file.unlink()
     file.symlink_to("nowhere")
-    with pytest.raises(DataError, match=rf"--data .*{name}: there is no such file"):
+    with pytest.raises(DataError, match=rf"`data` .*{name}: there is no such file"):
         load(str(file))
 
 
@@ -254,14 +254,14 @@ def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path):
     Dataset.from_list([{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": None}]).to_parquet(file)
     with pytest.raises(DataError, match=r"a\.parquet:2: the completion must be"):
         load(str(file))
-    with pytest.raises(DataError, match=r"no column 'answer' \(--completion-column\); found prompt, completion"):
+    with pytest.raises(DataError, match=r"no column 'answer' \(`completion_column`\); found prompt, completion"):
         load(str(file), completion_column="answer")
 
 
 def test_missing_and_unknown_data(tmp_path):
-    with pytest.raises(DataError, match=r"--data some/missing\.jsonl: there is no such file"):
+    with pytest.raises(DataError, match=r"`data` some/missing\.jsonl: there is no such file"):
         load("some/missing.jsonl")
-    with pytest.raises(DataError, match="--data nonsense is none of: commands, topv2, a "):
+    with pytest.raises(DataError, match="`data` nonsense is none of: commands, topv2, a "):
         load("nonsense")
     with pytest.raises(DataError, match="cannot load data nobody/nothing: "):
         load("nobody/nothing")
@@ -287,7 +287,7 @@ def test_a_topv2_folder_reads_every_domain_of_a_split(tmp_path):
 def test_bad_topv2_folders(tmp_path):
     with pytest.raises(DataError, match=r"holds no TOPv2 files named DOMAIN_train\.tsv"):
         load(str(tmp_path))
-    with pytest.raises(DataError, match="--split must be one of train, validation, test for TOPv2, got dev"):
+    with pytest.raises(DataError, match="`split` must be one of train, validation, test for TOPv2, got dev"):
         load(str(tmp_path), split="dev")
     topv2(tmp_path, a_train="a\tgo\t[IN:A go ]\na\tgo\n")
     with pytest.raises(DataError, match=r"a_train\.tsv:3: needed 3 tab-separated fields, found 2"):
@@ -310,7 +310,7 @@ def test_topv2_by_name_comes_from_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", hub)
     assert load("topv2", split="validation") == [("go", "[IN:A go ]")]
     assert asked == [("WillHeld/top_v2", {"split": "eval"})]
-    with pytest.raises(DataError, match="--split must be one of"):
+    with pytest.raises(DataError, match="`split` must be one of"):
         load("topv2", split="dev")
 
 
@@ -322,7 +322,7 @@ def test_rows_of_a_hub_id_are_checked_too(monkeypatch):
         load("owner/set", **columns)
     rows.pop()
     assert load("owner/set", **columns) == [("q", "a")]
-    with pytest.raises(DataError, match=r"owner/set:1: no column 'completion' \(--completion-column\); found question, answer"):
+    with pytest.raises(DataError, match=r"owner/set:1: no column 'completion' \(`completion_column`\); found question, answer"):
         load("owner/set")
 
 
@@ -335,14 +335,14 @@ def test_the_limit_is_spread_over_the_rows(tmp_path):
 def test_commands_by_name():
     rows = load_examples(DataConfig(limit=5, seed=1))
     assert rows == load_examples(DataConfig(limit=7, seed=1))[:5] != load_examples(DataConfig(limit=5, seed=2))
-    with pytest.raises(DataError, match="--split must be one of train, validation, test, compositional for commands, got dev"):
+    with pytest.raises(DataError, match="`split` must be one of train, validation, test, compositional for commands, got dev"):
         load("commands", split="dev")
 
 
 def test_more_commands_than_there_are(monkeypatch):
     tiny = commands.Grammar({"d": "== a root\n" + "\n".join(f"[IN:X {'w' * length} ]" for length in range(1, 30))})
     monkeypatch.setattr(commands, "load_grammar", lambda: tiny)
-    with pytest.raises(DataError, match="--samples 50: split train has fewer than 50 distinct rows"):
+    with pytest.raises(DataError, match="`limit` 50: split train has fewer than 50 distinct rows"):
         load("commands", limit=50)
 
 
@@ -361,7 +361,7 @@ MALFORMED = {
         {"messages": [{"role": "user", "content": "hi"}]},
         r"a\.jsonl:2: needed a message .*, found user",
     ),
-    "no messages": ({"text": "hi"}, r"a\.jsonl:2: no column 'completion' \(--completion-column\); found text"),
+    "no messages": ({"text": "hi"}, r"a\.jsonl:2: no column 'completion' \(`completion_column`\); found text"),
 }
 
 

@@ -159,7 +159,7 @@ def test_sampled_rows_draw_as_they_do_alone(strategy):
 
 def test_what_cannot_be_batched_is_refused():
     exact = PackedBackend.of(tiny_model(), PackingConfig(exact=True))
-    with pytest.raises(ConfigError, match="--batch-size must be 1 with --exact, got 2"):
+    with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exact`, got 2"):
         list(decode_batch(exact, [[3], [4]], DecodingConfig("autoregressive")))
     with pytest.raises(ConfigError, match="at most 127 tokens, got 128"):
         list(decode_batch(model_of("packed"), [[3], [4] * 128], DecodingConfig("autoregressive")))

@@ -439,9 +439,9 @@ def test_bad_settings_are_refused(backend):
         run(backend, [], exit_layer=3)
     with pytest.raises(ConfigError, match=r"at most 127 tokens, got 128 \(the model's context is 128 tokens\)"):
         run(backend, [5] * 128, exit_layer=3)
-    with pytest.raises(ConfigError, match=r"--exit must be in 1..5, got 6 \(model has 6 layers\)"):
+    with pytest.raises(ConfigError, match=r"`exit_layer` must be in 1..5, got 6 \(model has 6 layers\)"):
         run(backend, [5], exit_layer=6)
-    with pytest.raises(ConfigError, match="--stop must be used with a detokenizer"):
+    with pytest.raises(ConfigError, match="`stop` must be used with a detokenizer"):
         decode(backend, [5], DecodingConfig(strategy="autoregressive", stop=("x",)))
     assert run(backend, [5] * 127, exit_layer=3)[1] == "context"
 

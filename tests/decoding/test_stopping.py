@@ -79,7 +79,7 @@ def test_room_is_what_the_tighter_limit_leaves():
 
 
 def test_stop_strings_need_a_detokenizer():
-    with pytest.raises(ConfigError, match="--stop must be used with a detokenizer, got none"):
+    with pytest.raises(ConfigError, match="`stop` must be used with a detokenizer, got none"):
         StopScanner(Stopping(frozenset(), ("x",), 5), 5)
 
 

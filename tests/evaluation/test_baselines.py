@@ -144,16 +144,16 @@ def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
 
 
 def test_a_draft_model_of_another_tokenizer_is_refused():
-    with pytest.raises(ConfigError, match="--draft-model must have the tokenizer of tiny; embedded-base has another"):
+    with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
         baseline("draft-model", draft_model="embedded-base")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"baselines": ("vllm",)}, "--baselines must be one of transformers, .* got vllm"),
-        ({"baselines": ("draft-model",)}, "--draft-model must be given with the baseline draft-model, got None"),
-        ({"draft_model": "x"}, "--draft-model must be given with the baseline draft-model, got x"),
+        ({"baselines": ("vllm",)}, "`baselines` must be one of transformers, .* got vllm"),
+        ({"baselines": ("draft-model",)}, "`draft_model` must be given with the baseline draft-model, got None"),
+        ({"draft_model": "x"}, "`draft_model` must be given with the baseline draft-model, got x"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -131,10 +131,10 @@ def test_only_the_strategies_wanted_run():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
-        ({"batch_size": 2, "packing": PackingConfig(exact=True)}, "--batch-size must be 1 with --exact"),
-        ({"batch_size": 2, "task": TaskConfig(temperature=0.5)}, "--batch-size must be 1 with a --temperature above 0"),
-        ({"timed": 4}, "--timed must be used with --batch-size"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"batch_size": 2, "packing": PackingConfig(exact=True)}, "`batch_size` must be 1 with `exact`"),
+        ({"batch_size": 2, "task": TaskConfig(temperature=0.5)}, "`batch_size` must be 1 with a `temperature` above 0"),
+        ({"timed": 4}, "`timed` must be used with `batch_size`"),
     ],
 )
 @pytest.mark.parametrize("config", [BenchConfig, SweepConfig])
@@ -144,9 +144,9 @@ def test_settings_of_batches_are_checked(config, changes, message):
 
 
 def test_a_sweep_measures_something():
-    with pytest.raises(ConfigError, match="--timed must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="`timed` must be at least 1, got 0"):
         SweepConfig(batch_size=2, timed=0)
-    with pytest.raises(ConfigError, match="--strategies must be a list with autoregressive"):
+    with pytest.raises(ConfigError, match="`strategies` must be a list with autoregressive"):
         BenchConfig(strategies=("early-exit",))
 
 

@@ -149,11 +149,11 @@ def test_failures_are_in_every_result():
 
 @pytest.mark.parametrize("exit_layer", [0, 6])
 def test_an_exit_outside_the_model_is_refused(exit_layer):
-    with pytest.raises(ConfigError, match=rf"--exit must be in 1..5, got {exit_layer} \(model has 6 layers\)"):
+    with pytest.raises(ConfigError, match=rf"`exit_layer` must be in 1..5, got {exit_layer} \(model has 6 layers\)"):
         record_of(own_answers(), BenchConfig("tiny", exit_layer=exit_layer))
 
 
-@pytest.mark.parametrize(("setting", "flag"), [({"num_draft_tokens": 0}, "--spec"), ({"repeats": 0}, "--repeats")])
+@pytest.mark.parametrize(("setting", "flag"), [({"num_draft_tokens": 0}, "`num_draft_tokens`"), ({"repeats": 0}, "`repeats`")])
 def test_settings_are_checked(setting, flag):
     with pytest.raises(ConfigError, match=f"{flag} must be at least 1, got 0"):
         BenchConfig(**setting)

@@ -45,7 +45,7 @@ def test_half_a_line_is_measured_again(tmp_path):
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):
     Journal(tmp_path, {"exit_layer": 5}, False, 1, 10)
-    with pytest.raises(LayerSkipError, match=r"--resume: .*unfinished.jsonl belongs to a run with other settings"):
+    with pytest.raises(LayerSkipError, match=r"`resume`: .*unfinished.jsonl belongs to a run with other settings"):
         Journal(tmp_path, {"exit_layer": 4}, True, 1, 10)
 
 
@@ -119,7 +119,7 @@ def test_a_damaged_line_is_named(tmp_path, line, message):
     file = tmp_path / FILE_NAME
     whole = file.read_bytes()
     file.write_bytes(whole + line + b"\n" + whole.splitlines()[1] + b"\n")
-    with pytest.raises(LayerSkipError, match=f"--resume: {file}, line 3.*{message}") as error:
+    with pytest.raises(LayerSkipError, match=f"`resume`: {file}, line 3.*{message}") as error:
         Journal(tmp_path, {}, True, 1, 10)
     assert "\n" not in str(error.value)
     assert file.read_bytes() == whole + line + b"\n" + whole.splitlines()[1] + b"\n"

@@ -148,10 +148,10 @@ def test_a_record_comes_back_from_its_json(tmp_path, record):
 def test_what_is_no_record_of_a_sweep_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(
-        LayerSkipError, match=r"--from .*x.json(: not valid JSON| must be a results.json that sweep-exits wrote): "
+        LayerSkipError, match=r"`saved` .*x.json(: not valid JSON| must be a results.json that sweep-exits wrote): "
     ):
         read_record(str(tmp_path / "x.json"), ExitResult)
-    with pytest.raises(LayerSkipError, match=r"--from .*nothing.json: there is no such file"):
+    with pytest.raises(LayerSkipError, match=r"`saved` .*nothing.json: there is no such file"):
         read_record(str(tmp_path / "nothing.json"), ExitResult)
 
 
@@ -177,7 +177,7 @@ def test_the_output_folder_is_tried_before_the_run(tmp_path, monkeypatch):
     assert prepare_output(str(tmp_path / "new" / "folder")).is_dir()
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     (tmp_path / "file").write_text("x")
-    with pytest.raises(LayerSkipError, match=r"--output .*file must be a writable folder, got: File exists"):
+    with pytest.raises(LayerSkipError, match=r"`output` .*file must be a writable folder, got: File exists"):
         prepare_output(str(tmp_path / "file"))
 
     def full(**_):

@@ -81,7 +81,7 @@ def test_mutants_give_one_line_or_are_rendered(saved, tmp_path):
         try:
             record = read_record(str(file), kind)
         except LayerSkipError as error:
-            assert str(error).startswith(f"--from {file}") and len(str(error).splitlines()) == 1, number
+            assert str(error).startswith(f"`saved` {file}") and len(str(error).splitlines()) == 1, number
             continue
         fit.append(text)
         rendered(record, table)
@@ -157,5 +157,5 @@ def test_what_is_wrong_is_named(saved, tmp_path, change, message):
     change(document)
     file = tmp_path / "results.json"
     file.write_text(json.dumps(document))
-    with pytest.raises(LayerSkipError, match=f"--from {file} must be a results.json that {command} wrote: {message}"):
+    with pytest.raises(LayerSkipError, match=f"`saved` {file} must be a results.json that {command} wrote: {message}"):
         read_record(str(file), COMMANDS[command][0])

@@ -41,13 +41,13 @@ PLAIN = row("autoregressive")
     ],
 )
 def test_counts(text, counts):
-    assert parse_counts(text, "--exits") == counts
+    assert parse_counts(text, "exits") == counts
 
 
 @pytest.mark.parametrize("text", ["", "a", "3,", "1:2,3", "3,6:8", "8:2", "2:8:0", "2:8:-1", "1:2:3:4", ":", "2:", "1.5"])
 def test_bad_counts_name_the_flag(text):
-    with pytest.raises(ConfigError, match=r"--exits must be a list such as 3,6,8 or a range A:B:STEP"):
-        parse_counts(text, "--exits")
+    with pytest.raises(ConfigError, match=r"`exits` must be a list such as 3,6,8 or a range A:B:STEP"):
+        parse_counts(text, "exits")
 
 
 @pytest.mark.parametrize(
@@ -211,16 +211,16 @@ def test_prediction_error_of_known_figures():
 
 
 def test_exits_outside_the_model_are_refused():
-    with pytest.raises(ConfigError, match=r"--exits must be in 1..5, got 6 \(model has 6 layers\)"):
+    with pytest.raises(ConfigError, match=r"`exits` must be in 1..5, got 6 \(model has 6 layers\)"):
         list(sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 6))))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"exits": (0, 2)}, "--exits must be layers of at least 1, got 0,2"),
-        ({"specs": (0, 2)}, "--specs must be draft lengths of at least 1, got 0,2"),
-        ({"specs": ()}, "--specs must be at least one draft length, got none"),
+        ({"exits": (0, 2)}, "`exits` must be layers of at least 1, got 0,2"),
+        ({"specs": (0, 2)}, "`specs` must be draft lengths of at least 1, got 0,2"),
+        ({"specs": ()}, "`specs` must be at least one draft length, got none"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -171,7 +171,7 @@ def test_without_the_flag_no_code_runs_and_that_is_said(tmp_path, monkeypatch):
     task = load_task(TaskConfig("humaneval", write_lines(tmp_path / "problems.jsonl", [problem(1)])))
     assert task.score(["    return x + 1\n"]) == {"rouge2": 1.0}
     assert task.quality_metric == "rouge2"
-    assert "pass@k needs --allow-code-execution" in task.notes[0]
+    assert "pass@k needs `allow_code_execution`" in task.notes[0]
 
 
 def small(number, **changes):
@@ -264,7 +264,7 @@ def test_an_entry_point_is_a_name(tmp_path, name):
 
 @pytest.mark.parametrize("shots", [2, 3, 1000])
 def test_shots_leave_a_row_to_ask(tmp_path, hub, shots):
-    message = rf"--shots must be below 2, the rows of .*\.jsonl, got {shots}"
+    message = rf"`shots` must be below 2, the rows of .*\.jsonl, got {shots}"
     pairs = [{"prompt": "a", "summary": "b"}] * 2
     files = {"jsonl": pairs, "cnn_dm": [{"article": "a", "summary": "b"}] * 2, "mbpp": [small(1), small(2)]}
     for task, rows in files.items():
@@ -276,7 +276,7 @@ def test_shots_of_mbpp_on_the_hub_are_nine_at_most(hub):
     rows, _ = hub
     rows["google-research-datasets/mbpp", "prompt"] = [small(number) for number in range(1, 11)]
     rows["google-research-datasets/mbpp", "test"] = [small(11)]
-    with pytest.raises(ConfigError, match="--shots must be at most 9 for --task mbpp, got 10"):
+    with pytest.raises(ConfigError, match="`shots` must be at most 9 for `task` mbpp, got 10"):
         load_task(TaskConfig("mbpp", shots=10))
 
 
@@ -341,10 +341,10 @@ def test_lm_of_rows_and_of_the_hub(tmp_path, hub):
     [
         ("rows.jsonl", '{"prompt": "a", "reference": "b"}\n{"prompt": ', r"rows.jsonl:2: not valid JSON"),
         ("rows.jsonl", "[1]\n", r"rows.jsonl:1: needed a JSON object"),
-        ("rows.jsonl", '{"prompt": "a", "label": "b"}\n', r"rows.jsonl:1: no column 'completion' \(--completion-column\)"),
+        ("rows.jsonl", '{"prompt": "a", "label": "b"}\n', r"rows.jsonl:1: no column 'completion' \(`completion_column`\)"),
         ("rows.jsonl", '{"prompt": "a", "target": [1]}\n', r"rows.jsonl:1: target must be a text that is not empty, or a list"),
         ("rows.jsonl", '{"prompt": " ", "reference": "b"}\n', r"rows.jsonl:1: prompt must be a text that is not empty"),
-        ("rows.txt", "plain text\n", r"rows.txt:1: no column 'prompt' \(--prompt-column\); found text"),
+        ("rows.txt", "plain text\n", r"rows.txt:1: no column 'prompt' \(`prompt_column`\); found text"),
         ("rows.csv", "", r"rows.csv holds no rows"),
         ("rows.json.gz", "not gzip", r"rows.json.gz:1: not readable as gzip: Not a gzipped file"),
         ("rows.jsonl", "\n", r"rows.jsonl holds no rows"),
@@ -365,14 +365,14 @@ def test_a_split_without_rows_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"task": "nothing-here"}, r"--task must be one of commands, topv2, jsonl, .*; got nothing-here"),
-        ({"task": "jsonl"}, r"--data must be given for --task jsonl"),
-        ({"task": "lm", "data": "nothing.txt"}, r"--data nothing.txt: there is no such file"),
-        ({"task": "humaneval", "data": "nothing.jsonl"}, r"--data nothing.jsonl: there is no such file"),
-        ({"task": "humaneval", "shots": 1}, r"--shots must be 0 for --task humaneval, got 1"),
-        ({"task": "xsum", "metric": "rouge1"}, r"--metric must be used with --task jsonl, got --task xsum"),
-        ({"task": "xsum", "temperature": 1.0}, r"--temperature must be 0 for --task xsum"),
-        ({"task": "mbpp", "split": "dev"}, r"--split must be one of test, validation, train for --task mbpp, got dev"),
+        ({"task": "nothing-here"}, r"`task` must be one of commands, topv2, jsonl, .*; got nothing-here"),
+        ({"task": "jsonl"}, r"`data` must be given for `task` jsonl"),
+        ({"task": "lm", "data": "nothing.txt"}, r"`data` nothing.txt: there is no such file"),
+        ({"task": "humaneval", "data": "nothing.jsonl"}, r"`data` nothing.jsonl: there is no such file"),
+        ({"task": "humaneval", "shots": 1}, r"`shots` must be 0 for `task` humaneval, got 1"),
+        ({"task": "xsum", "metric": "rouge1"}, r"`metric` must be used with `task` jsonl, got `task` xsum"),
+        ({"task": "xsum", "temperature": 1.0}, r"`temperature` must be 0 for `task` xsum"),
+        ({"task": "mbpp", "split": "dev"}, r"`split` must be one of test, validation, train for `task` mbpp, got dev"),
     ],
 )
 def test_what_a_task_does_not_have_is_named(keywords, message):
@@ -383,11 +383,11 @@ def test_what_a_task_does_not_have_is_named(keywords, message):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"metric": "bleu"}, "--metric must be one of exact_match, rouge1, rouge2, rougeL, got bleu"),
-        ({"template": "Q:"}, r"--template must be raw, chat or a text with {prompt} in it, got Q:"),
-        ({"pass_k": (10,)}, "--problem-samples must be at least 10, for --pass-k, got 1"),
-        ({"problem_samples": 5}, "--temperature must be above 0 for several --problem-samples, got 0"),
-        ({"shots": -1}, "--shots must be at least 0, got -1"),
+        ({"metric": "bleu"}, "`metric` must be one of exact_match, rouge1, rouge2, rougeL, got bleu"),
+        ({"template": "Q:"}, r"`template` must be raw, chat or a text with {prompt} in it, got Q:"),
+        ({"pass_k": (10,)}, "`problem_samples` must be at least 10, for `pass_k`, got 1"),
+        ({"problem_samples": 5}, "`temperature` must be above 0 for several `problem_samples`, got 0"),
+        ({"shots": -1}, "`shots` must be at least 0, got -1"),
     ],
 )
 def test_settings_that_cannot_be_are_named(keywords, message):
@@ -400,5 +400,5 @@ def test_a_hub_that_cannot_be_reached_points_to_data(monkeypatch):
         raise ConnectionError("offline\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"cannot load data openai/openai_humaneval: offline; a file .* by --data"):
+    with pytest.raises(DataError, match=r"cannot load data openai/openai_humaneval: offline; a file .* by `data`"):
         load_task(TaskConfig("humaneval"))

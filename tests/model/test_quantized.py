@@ -78,11 +78,11 @@ def test_a_group_of_16_levels_comes_out_unchanged():
 def test_what_has_no_kernel_is_refused():
     with pytest.raises(ConfigError, match="int4 weights need layer widths that the group size 32 divides, got 48"):
         quantized(torch.zeros(32, 48), None, "int4")
-    with pytest.raises(ConfigError, match="int8 weights need --device cpu, got meta"):
+    with pytest.raises(ConfigError, match="int8 weights need `device` cpu, got meta"):
         quantized(torch.zeros(32, 48, device="meta"), None, "int8")
-    with pytest.raises(ConfigError, match="--quantize must be one of int8, int4, got int3"):
+    with pytest.raises(ConfigError, match="`quantize` must be one of int8, int4, got int3"):
         PackingConfig(quantize="int3")
-    with pytest.raises(ConfigError, match="--draft-vocab must be at least 0, got -1"):
+    with pytest.raises(ConfigError, match="`draft_vocab` must be at least 0, got -1"):
         PackingConfig(draft_vocab=-1)
 
 
@@ -194,7 +194,7 @@ def test_low_bit_drafts_are_the_target_s_own_guesses_mostly():
 def test_only_the_layers_asked_for_are_copied():
     model = packed(draft_weights="int8", draft_layers=2)
     assert model.draft_side.num_layers == 2
-    with pytest.raises(ConfigError, match="--exit must be at most the 2 layers kept for drafting, got 3"):
+    with pytest.raises(ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"):
         output(model, prompt_of(3), exit_layer=3)
 
 
@@ -271,7 +271,7 @@ def test_exact_windows_see_what_masked_ones_see():
 
 
 def test_long_drafts_are_refused_where_they_would_not_be_exact():
-    with pytest.raises(ConfigError, match="--spec must be below 64 with --exact, got 64"):
+    with pytest.raises(ConfigError, match="`num_draft_tokens` must be below 64 with `exact`, got 64"):
         output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
 
 

@@ -185,7 +185,7 @@ def test_a_tokenizer_in_python_refuses_such_prompts():
     assert encode_prompt(InPython(), "{prompt}!", "a") == [97, 33]
     assert len(encode_prompt(InPython(), RAW, "<s>")) == 3
     with pytest.raises(
-        ConfigError, match="the prompt must be without the special token <s> for this model's tokenizer, or --raw"
+        ConfigError, match="the prompt must be without the special token <s> for this model's tokenizer, or `raw`"
     ):
         encode_prompt(InPython(), "{prompt}!", "<s>")
 

@@ -67,7 +67,7 @@ def test_two_processes_equal_one_with_accumulation_2(base, tmp_path, monkeypatch
 
 def test_sharding_on_the_cpu_is_refused(settings, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match=r"FSDP .* needs GPUs, got --device cpu, where accelerate would run DDP"):
+    with pytest.raises(ConfigError, match=r"FSDP .* needs GPUs, got `device` cpu, where accelerate would run DDP"):
         prepare(settings())
 
 

@@ -21,7 +21,7 @@ def test_the_mean_rate_at_p_max_02(layers):
 def test_the_schedule_from_scratch():
     assert [time_scale(step, 5, True) for step in range(5)] == pytest.approx([0, 0.189207, 0.414214, 0.681793, 1], abs=1e-6)
     assert time_scale(0, 1, False) == 1
-    with pytest.raises(ConfigError, match="--steps must be at least 2"):
+    with pytest.raises(ConfigError, match="`steps` must be at least 2"):
         time_scale(0, 1, True)
     with pytest.raises(ConfigError, match="at least 2 layers, got 1"):
         depth_scale(0, 1)

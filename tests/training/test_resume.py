@@ -236,13 +236,13 @@ def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, disk):
 
         with pytest.raises(CheckpointError, match=r"cannot write the checkpoint of step 2 .*MB are free") as error:
             prepare(settings(**changes)).run(fill)
-        assert f"{checkpoint(folder / 'out', 1)} before it is whole: go on from it with --resume" in str(error.value)
+        assert f"{checkpoint(folder / 'out', 1)} before it is whole: go on from it with `resume`" in str(error.value)
         assert [path.name for path in (folder / "out" / "checkpoints").iterdir()] == ["checkpoint-1"]
         assert prepare(settings(**changes, resume=True)).plan.resumed_step == 1
 
 
 def test_resume_needs_a_checkpoint(settings, tmp_path):
-    with pytest.raises(CheckpointError, match=r"--resume: there is no checkpoint in .*out.checkpoints; .* --save-steps N"):
+    with pytest.raises(CheckpointError, match=r"`resume`: there is no checkpoint in .*out.checkpoints; .* `save_steps` N"):
         prepare(settings(resume=True))
     assert not (tmp_path / "out").exists()
 
@@ -250,11 +250,11 @@ def test_resume_needs_a_checkpoint(settings, tmp_path):
 def test_an_unfinished_run_is_neither_lost_nor_mixed_with_a_new_one(settings):
     with pytest.raises(Interrupted):
         prepare(settings(save_steps=2)).run(stop_at(3))
-    with pytest.raises(ConfigError, match=r"--output .*out holds an unfinished run; give --resume .* or --overwrite"):
+    with pytest.raises(ConfigError, match=r"`output` .*out holds an unfinished run; give `resume` .* or `overwrite`"):
         prepare(settings(save_steps=1))
     with pytest.raises(Interrupted):
         prepare(settings(save_steps=1, overwrite=True)).run(stop_at(1))
-    with pytest.raises(CheckpointError, match="--resume: there is no checkpoint"):  # checkpoint-2 was the older run's
+    with pytest.raises(CheckpointError, match="`resume`: there is no checkpoint"):  # checkpoint-2 was the older run's
         prepare(settings(resume=True))
 
 
@@ -309,7 +309,7 @@ def test_a_run_is_resumed_with_the_same_settings_or_not_at_all(settings, two_che
         ({"steps": 5}, "steps was 4 in"),
         ({"data": DataConfig(limit=31, seed=1)}, "rows was 32 in"),
     ):
-        with pytest.raises(ConfigError, match=f"--resume: {message}"):
+        with pytest.raises(ConfigError, match=f"`resume`: {message}"):
             prepare(settings(**changes, resume=True))
     prepare(settings(save_steps=3, resume=True))
 

@@ -101,7 +101,7 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
     train(settings(steps=2))
     assert batches == [4, 4]
     monkeypatch.setattr(run, "pick_device", lambda name: torch.device(name))
-    with pytest.raises(ConfigError, match=r"--device cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(ConfigError, match=r"`device` cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
         prepare(settings(device="cuda:1", overwrite=True))
 
 
@@ -151,7 +151,7 @@ def test_the_run_is_reproducible_and_the_seed_matters(settings, tmp_path):
 
 def test_an_output_that_holds_a_model_is_refused(settings):
     train(settings(steps=1))
-    with pytest.raises(ConfigError, match=r"--output .*out already holds a model; give --overwrite"):
+    with pytest.raises(ConfigError, match=r"`output` .*out already holds a model; give `overwrite`"):
         prepare(settings())
     prepare(settings(overwrite=True))
 
@@ -188,7 +188,7 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
     assert reports[0].loss == pytest.approx(5.63, abs=0.3)  # fresh weights: about ln 280
     loaded = for_training(str(tmp_path / "out"))
     assert len(loaded.tokenizer) == loaded.backend.vocab_size == 280
-    with pytest.raises(ConfigError, match="--steps must be at least 2 to train from scratch with layer dropout, got 1"):
+    with pytest.raises(ConfigError, match="`steps` must be at least 2 to train from scratch with layer dropout, got 1"):
         prepare(settings(regime="scratch", steps=1, overwrite=True))
     prepare(settings(regime="scratch", steps=1, overwrite=True, recipe=PLAIN))
 
@@ -235,7 +235,7 @@ def test_commands_without_a_limit_never_repeat_a_row(settings):
 
 
 def test_settings_that_cannot_work_fail_before_training(settings, tmp_path):
-    with pytest.raises(ConfigError, match="--max-length must be at most the model's context of 256 tokens, got 300"):
+    with pytest.raises(ConfigError, match="`max_length` must be at most the model's context of 256 tokens, got 300"):
         prepare(settings(max_length=300))
     assert prepare(settings(prompt_template="Q: {prompt}")).template == "Q: {prompt}"
     assert not (tmp_path / "out").exists()  # a plan writes nothing
@@ -300,7 +300,7 @@ def test_a_loss_beyond_reason_stops_the_run(settings, tmp_path, factor, message,
     last = tmp_path / "out" / "checkpoints" / "checkpoint-2"
     where = r"no checkpoint was written" if not save_steps else f"the last good checkpoint is {last}: start from it"
     job = prepare(settings(save_steps=save_steps, recipe=RECIPE))
-    with pytest.raises(TrainingError, match=f"{message}; {where}.* a lower --lr"):
+    with pytest.raises(TrainingError, match=f"{message}; {where}.* a lower `lr`"):
         job.run(spoiling(job, 2, factor))
     assert last.exists() == bool(save_steps) and not (last.parent / "checkpoint-3").exists()
     assert not (tmp_path / "out" / "config.json").exists()
@@ -331,7 +331,7 @@ def test_losses_go_where_they_are_reported_to(settings, monkeypatch):
         assert logs["loss"] == report.loss and logs["exit_4_loss"] == report.final_loss
         assert logs["learning_rate"] == report.learning_rate and logs["grad_norm"] > 0
     assert [("exit_1_loss" in logs, "exit_2_loss" in logs) for _, logs in steps] == [(True, False), (False, True)] * 2
-    with pytest.raises(ConfigError, match="--report-to nowhere: nowhere is not supported, only "):
+    with pytest.raises(ConfigError, match="`report_to` nowhere: nowhere is not supported, only "):
         train(settings(report_to="nowhere", overwrite=True))
 
 
@@ -391,5 +391,5 @@ def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_p
     with pytest.raises(ConfigError, match="already holds a model"):
         prepare(settings(output=kept))
     assert train(settings(model=kept, output=str(tmp_path / "on"), steps=1))[0].step == 1  # and trains on
-    with pytest.raises(ConfigError, match=r"--lora-targets nothing: Target modules .*nothing.* not found"):
+    with pytest.raises(ConfigError, match=r"`lora_targets` nothing: Target modules .*nothing.* not found"):
         train(settings(**{**changes, "lora_targets": "nothing"}))

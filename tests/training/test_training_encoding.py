@@ -59,7 +59,7 @@ def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
     assert encoded.truncated == 2 and len(encoded.rows) == 2
     whole = tokenizer("hi\n")["input_ids"] + tokenizer(long.completion)["input_ids"]
     assert encoded.rows[0]["input_ids"] == whole[:20]
-    with pytest.raises(DataError, match="no row has room for a completion within --max-length 3"):
+    with pytest.raises(DataError, match="no row has room for a completion within `max_length` 3"):
         encoded_rows([long], tokenizer, "a prompt of many tokens: {prompt}\n", 3)
 
 
@@ -134,7 +134,7 @@ def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_pat
     for changes in ({"regime": "finetune"}, {"regime": "continual", "pack": False}):
         job = prepare(settings(data=data, **changes))
         assert job.plan.rows == 50 and not job.plan.notes
-    with pytest.raises(DataError, match="--pack is for plain text"):
+    with pytest.raises(DataError, match="`pack` is for plain text"):
         prepare(settings(pack=True))
     assert len(train(settings(data=data, regime="scratch", max_length=32, steps=2))) == 2
 
@@ -153,7 +153,7 @@ def test_a_streamed_run_and_its_resumption(settings, tmp_path):
     """Not promised, but so it is while the file stays as it was: the rows already seen are read past."""
     changes = {"data": DataConfig(name=written(tmp_path)), "streaming": True, "steps": 4, "save_steps": 2}
     plan = prepare(settings(**changes)).plan
-    assert plan.rows is None and "streaming: --resume reads past" in plan.notes[0]
+    assert plan.rows is None and "streaming: `resume` reads past" in plan.notes[0]
     reports = train(settings(**changes, output=str(tmp_path / "whole")))
     with pytest.raises(Interrupted):
         prepare(settings(**changes)).run(stop_at(3))
@@ -169,29 +169,29 @@ def test_a_stream_that_has_lost_its_rows_ends(tokenizer, tmp_path):
     stream = iter(StreamedRows(DataConfig(name=str(file)), Encoder(tokenizer, "{prompt}", 8), seed=1))
     next(stream)
     file.write_text('{"prompt": "a prompt longer than the row", "completion": "b"}\n')
-    with pytest.raises(DataError, match="no row has room for a completion within --max-length 8"):
+    with pytest.raises(DataError, match="no row has room for a completion within `max_length` 8"):
         next(stream)
 
 
 def test_validation_of_bad_files(settings, tmp_path):
     data = DataConfig(name=written(tmp_path))
-    with pytest.raises(DataError, match=r"--validation none\.jsonl: there is no such file"):
+    with pytest.raises(DataError, match=r"`validation` none\.jsonl: there is no such file"):
         prepare(settings(data=data, validation="none.jsonl"))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"bad\.parquet: not readable as Parquet"):
         prepare(settings(data=data, validation=str(tmp_path / "bad.parquet")))
     with pytest.raises(
-        ConfigError, match="--validation must be other data where --data is a file, which has no splits, got test"
+        ConfigError, match="`validation` must be other data where `data` is a file, which has no splits, got test"
     ):
         prepare(settings(data=data, validation="test"))
 
 
 def test_streams_that_cannot_be(settings, tmp_path):
-    with pytest.raises(ConfigError, match="--steps must be given with --streaming"):
+    with pytest.raises(ConfigError, match="`steps` must be given with `streaming`"):
         settings(streaming=True, steps=None, data=DataConfig())
-    with pytest.raises(ConfigError, match="--samples must be 0 with --streaming, got 32"):
+    with pytest.raises(ConfigError, match="`limit` must be 0 with `streaming`, got 32"):
         settings(streaming=True)
-    with pytest.raises(DataError, match="--streaming needs a file or a hub id as --data, got commands"):
+    with pytest.raises(DataError, match="`streaming` needs a file or a hub id as `data`, got commands"):
         prepare(settings(streaming=True, data=DataConfig()))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"completion": "a"}\n' * 70 + "oops\n")

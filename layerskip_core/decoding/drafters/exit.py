@@ -99,14 +99,14 @@ def drafter_for(
     side = model.draft_side
     require(
         config.exit_layer <= side.num_layers,
-        "--exit",
+        "exit_layer",
         f"at most the {side.num_layers} layers kept for drafting",
         config.exit_layer,
     )
     require(
         not model.exact or config.num_draft_tokens < EXACT_TOKENS,
-        "--spec",
-        f"below {EXACT_TOKENS} with --exact",
+        "num_draft_tokens",
+        f"below {EXACT_TOKENS} with `exact`",
         config.num_draft_tokens,
     )
     reuse = reuse_exit_states and side.shares_states

@@ -263,7 +263,7 @@ def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) 
     def _draft_model(name: str) -> Any:
         draft = transformers_model(name)
         if draft.tokenizer.get_vocab() != vocabulary:
-            raise ConfigError(f"--draft-model must have the tokenizer of {loaded.name}; {name} has another")
+            raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {name} has another")
         return draft.model
 
     model, vocabulary = None, {}
@@ -292,7 +292,7 @@ def require_early_exit(model: Any) -> None:
             hook.remove()
     if len(calls) != 1:
         raise ConfigError(
-            f"--baselines assistant-early-exit: transformers ignores the early exit of {model.config.model_type} models; "
+            f"`baselines` assistant-early-exit: transformers ignores the early exit of {model.config.model_type} models; "
             "leave that baseline out"
         )
 

@@ -1,4 +1,4 @@
-"""The outputs of an unfinished measurement, in a file, so that `--resume` continues where it was interrupted."""
+"""The outputs of an unfinished measurement, in a file, so that `resume` continues where it was interrupted."""
 
 import json
 from collections.abc import Sequence
@@ -41,10 +41,10 @@ class Journal:
         lines = _whole_lines(self._path) if resume else []
         if lines and lines[0].strip() != head:
             raise LayerSkipError(
-                f"--resume: {self._path} belongs to a run with other settings; leave out --resume to start again"
+                f"`resume`: {self._path} belongs to a run with other settings; leave out `resume` to start again"
             )
         for number, line in enumerate(lines[1:], start=2):
-            row = _row(line, f"--resume: {self._path}, line {number}", methods, vocab_size)
+            row = _row(line, f"`resume`: {self._path}, line {number}", methods, vocab_size)
             self._known[row.repeat, row.sample] = list(row.outputs)
         write_file(self._path, b"".join(lines) or head + b"\n", LayerSkipError)
 
@@ -71,7 +71,7 @@ def _whole_lines(path: Path) -> list[bytes]:
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise LayerSkipError(f"--resume: {path} cannot be read: {error.strerror}") from error
+        raise LayerSkipError(f"`resume`: {path} cannot be read: {error.strerror}") from error
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
 
@@ -84,7 +84,7 @@ def _row(line: bytes, where: str, methods: int, vocab_size: int) -> _Row:
         for index, output in enumerate(row.outputs):
             _require_valid(output, f"outputs[{index}]", vocab_size)
     except SchemaError as error:
-        remedy = "leave out --resume to start again, or remove the line to measure its prompt again"
+        remedy = "leave out `resume` to start again, or remove the line to measure its prompt again"
         raise LayerSkipError(f"{where} is damaged: {error}; {remedy}") from None
     return row
 

@@ -111,7 +111,7 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig) -> SweepConfig:
     num_layers = loaded.backend.num_layers
     exits = config.exits or default_exits(num_layers)
     for exit_layer in exits:
-        require_exit_layer(exit_layer, num_layers, flag="--exits")
+        require_exit_layer(exit_layer, num_layers, field="exits")
     return replace(config, task=task.config, exits=exits, timed=default_timed(config))
 
 

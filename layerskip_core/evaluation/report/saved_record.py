@@ -26,7 +26,7 @@ def read_record(file: str, result: type[Any]) -> RunRecord[Any]:
         for index, figures in enumerate(record.results):
             _require_valid(figures, f"results[{index}]")
     except SchemaError as error:
-        raise LayerSkipError(f"--from {file} must be a results.json that {kind} wrote: {error}") from None
+        raise LayerSkipError(f"`saved` {file} must be a results.json that {kind} wrote: {error}") from None
     return record
 
 
@@ -34,7 +34,7 @@ class _FromError(LayerSkipError):
     """An error whose message begins with the flag."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"--from {message}")
+        super().__init__(f"`saved` {message}")
 
 
 def _record(document: Any, result: type[Any], config: type[Any]) -> RunRecord[Any]:

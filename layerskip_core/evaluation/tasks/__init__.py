@@ -38,17 +38,17 @@ def load_task(config: TaskConfig) -> Task:
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():
-            raise ConfigError(f"--task must be one of {', '.join(TASKS)}, or data with prompts and references; got {name}")
+            raise ConfigError(f"`task` must be one of {', '.join(TASKS)}, or data with prompts and references; got {name}")
         config = replace(config, data=config.data or name)
         name = _task_of(name)
     _refuse_unused(name, config)
     task = _LOADERS[name](replace(config, task=config.task or config.data or name))
     if not task.examples:
-        raise DataError(f"--data {task.config.data} has no rows in split {config.split}")
+        raise DataError(f"`data` {task.config.data} has no rows in split {config.split}")
     for number, example in enumerate(task.examples, start=1):
         if not example.prompt.strip():
             raise DataError(
-                f"--data {task.config.data}: a task needs a prompt in every row, found none in row {number} of those read"
+                f"`data` {task.config.data}: a task needs a prompt in every row, found none in row {number} of those read"
             )
     return task
 
@@ -60,9 +60,9 @@ def _task_of(data: str | None) -> str:
 
 
 def _refuse_unused(name: str, config: TaskConfig) -> None:
-    require(config.metric is None or name == "jsonl", "--metric", "used with --task jsonl", f"--task {name}")
-    require(not config.shots or name in _WITH_SHOTS, "--shots", f"0 for --task {name}", config.shots)
-    require(config.template is None or name != "lm", "--template", "left out for --task lm", config.template)
+    require(config.metric is None or name == "jsonl", "metric", "used with `task` jsonl", f"`task` {name}")
+    require(not config.shots or name in _WITH_SHOTS, "shots", f"0 for `task` {name}", config.shots)
+    require(config.template is None or name != "lm", "template", "left out for `task` lm", config.template)
     sampled = config.temperature > 0
-    require(not sampled or name in _WITH_SAMPLING, "--temperature", f"0 for --task {name}", config.temperature)
-    require(config.data is not None or name != "jsonl", "--data", "given for --task jsonl", "none")
+    require(not sampled or name in _WITH_SAMPLING, "temperature", f"0 for `task` {name}", config.temperature)
+    require(config.data is not None or name != "jsonl", "data", "given for `task` jsonl", "none")

@@ -30,7 +30,7 @@ _MBPP_SHOTS = 3
 _MBPP_SHOT_IDS = range(2, 11)
 _MBPP_SPLITS = {"test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 _MAX_NEW_TOKENS = 512
-_NEEDS_FLAG = "pass@k needs --allow-code-execution, which runs what the model writes; without it the answers get ROUGE-2 only"
+_NEEDS_FLAG = "pass@k needs `allow_code_execution`, which runs what the model writes; without it the answers get ROUGE-2 only"
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def humaneval(config: TaskConfig) -> Task:
 
 def mbpp(config: TaskConfig) -> Task:
     """A file of either form, full or sanitized. The shots are problems 2, 3, 4, ...; a file without those gives its first."""
-    require(config.split in _MBPP_SPLITS, "--split", f"one of {', '.join(_MBPP_SPLITS)} for --task mbpp", config.split)
+    require(config.split in _MBPP_SPLITS, "split", f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp", config.split)
     count = _MBPP_SHOTS if config.shots is None else config.shots
     if config.data:
         shots, rows = _mbpp_file(config.data, count, _MBPP_SPLITS[config.split])
     else:
         solutions = hub_rows(_MBPP_HUB, "prompt", name="full")[1:]  # the first is problem 1
-        require(count <= len(solutions), "--shots", f"at most {len(solutions)} for --task mbpp", count)
+        require(count <= len(solutions), "shots", f"at most {len(solutions)} for `task` mbpp", count)
         shots, rows = solutions[:count], hub_rows(_MBPP_HUB, config.split, name="full")
     solved = [_mbpp_problem(row).example for row in shots]
     solved = [Example(example.prompt, example.completion + "\n[DONE]") for example in solved]

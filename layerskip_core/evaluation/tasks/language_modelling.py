@@ -40,10 +40,10 @@ def _text(config: TaskConfig) -> str:
     if file_ending(path) in FILE_ENDINGS and path.suffix not in _PLAIN:
         rows = file_rows(config.data)
         column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
-        return "\n\n".join(row.text(column, "--completion-column") for row in rows)
-    text = read_text(path, f"--data {path}", DataError)
+        return "\n\n".join(row.text(column, "completion_column") for row in rows)
+    text = read_text(path, f"`data` {path}", DataError)
     if not text.strip():
-        raise DataError(f"--data {path} holds no text")
+        raise DataError(f"`data` {path} holds no text")
     return text
 
 

@@ -78,7 +78,7 @@ def _references(source: str, config: TaskConfig) -> tuple[list[tuple[str, list[s
     rows = list(load_records(data))
     config = _columns(rows[0], config)
     prompt, completion = config.prompt_column or "", config.completion_column or ""
-    return [(row.text(prompt, "--prompt-column"), row.texts(completion, "--completion-column")) for row in rows], config
+    return [(row.text(prompt, "prompt_column"), row.texts(completion, "completion_column")) for row in rows], config
 
 
 def _columns(first: Record, config: TaskConfig) -> TaskConfig:

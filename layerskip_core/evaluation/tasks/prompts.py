@@ -10,7 +10,7 @@ SHOT_END = "\n\n"
 
 
 def forms(template: str | None, form: str, by_default: str | None) -> tuple[str, str | None]:
-    """(the form of a row, the model's template) by --template: `raw`, `chat`, a form of the user's own, or none.
+    """(the form of a row, the model's template) by `template`: `raw`, `chat`, a form of the user's own, or none.
 
     Without one the model's template is `by_default`, where None stands for the checkpoint's own. A form of the user's own is
     both.

@@ -21,5 +21,5 @@ def hub_rows(hub_id: str, split: str, most: int | None = None, **keywords: Any) 
 
 def shots_and_rest(rows: list[Item], count: int, source: str) -> tuple[list[Item], list[Item]]:
     """The first `count` rows, and the others. Raises ConfigError where shots would leave none."""
-    require(count < len(rows) or not count, "--shots", f"below {len(rows)}, the rows of {source}", count)
+    require(count < len(rows) or not count, "shots", f"below {len(rows)}, the rows of {source}", count)
     return rows[:count], rows[count:]
