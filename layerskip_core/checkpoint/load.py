@@ -11,7 +11,7 @@ from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_pack, can_run_native, suits_kernels
 from ..model.draft_vocabulary import token_order
-from ..model.native.compiled import kernels_asked_for, missing_kernels
+from ..model.native.compiled import kernel_note, kernels_asked_for
 from ..prompting.template import resolve_template
 from .fast_read import FileWeights, generation_config, lean_config, lean_tokenizer
 from .info import ADAPTER_FILE, CheckpointInfo, read_info
@@ -129,10 +129,9 @@ def _best_backend(
     config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None
 ) -> tuple[type[PackedBackend | NativeBackend], tuple[str, ...]]:
     """The fastest backend for repacked weights on this machine, and a note if the compiled kernels would be faster."""
-    if can_run_native(config, dtype, device, packing):
-        return NativeBackend, ()
-    missing = missing_kernels() if suits_kernels(config, dtype, device, packing) else None
-    return PackedBackend, () if missing is None else (missing,)
+    note = kernel_note() if suits_kernels(config, dtype, device, packing) else None
+    kind = NativeBackend if can_run_native(config, dtype, device, packing) else PackedBackend
+    return kind, () if note is None else (note,)
 
 
 def _token_order(path: str, config: Any, packing: PackingConfig | None) -> list[int] | None:

@@ -1,5 +1,9 @@
 """The C kernels: equal to the generic layers, exact whatever stands beside a token, and left out where they cannot be."""
 
+import ctypes
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from command_line import fails, run
@@ -331,10 +335,11 @@ def test_scratch_is_as_long_as_the_text_and_not_as_the_context(variant):
     assert torch.equal(states[0, 0], together[0, -1])
 
 
-MISSING = (
-    "the compiled kernels are not there: decoding runs on torch's, which are slower. `pip install -e .` in a checkout, or "
-    "`pip install .`, builds them where there is a C compiler; LAYERSKIP_KERNELS=torch does without them"
+FALLBACK = (
+    "decoding uses torch's, which are slower. `pip install -e .` in a checkout, or `pip install .`, builds them if there is a "
+    "C compiler; LAYERSKIP_KERNELS=torch hides this message"
 )
+MISSING = f"the compiled kernels are missing: {FALLBACK}"
 
 
 @pytest.fixture
@@ -351,24 +356,43 @@ def absent(monkeypatch, tmp_path):
     return monkeypatch
 
 
-def test_missing_kernels_are_told_of_where_the_machine_could_run_them(absent):
-    assert compiled.missing_kernels() == MISSING
+def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(absent):
+    assert compiled.kernel_note() == MISSING
     absent.setenv(compiled.SWITCH, "torch")
-    assert compiled.missing_kernels() is None
+    assert compiled.kernel_note() is None
     absent.setenv(compiled.SWITCH, "avx512")
-    assert compiled.missing_kernels().startswith(
-        "this CPU does not have what the kernels avx512 need: decoding runs on torch's"
-    )
+    assert compiled.kernel_note() == f"this CPU lacks instructions of the avx512 kernels: {FALLBACK}"
     absent.delenv(compiled.SWITCH)
     absent.setattr(compiled, "_cpu_flags", lambda: {"sse2"})
-    assert compiled.missing_kernels() is None
+    assert compiled.kernel_note() is None
     absent.setattr(compiled.platform, "machine", lambda: "aarch64")
-    assert compiled.missing_kernels() is None
+    assert compiled.kernel_note() is None
 
 
 @needs_kernels
-def test_nothing_is_missing_where_kernels_are():
-    assert compiled.missing_kernels() is None
+def test_no_note_where_kernels_are():
+    assert compiled.kernel_note() is None
+
+
+@needs_kernels
+def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkeypatch, tmp_path, threads):
+    """From a copy of the library, which has variables of its own."""
+    threads(2)
+    ids, expected = ids_of(1, 12), model_of("fp32")
+    monkeypatch.setattr(compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads"))
+    (built,) = Path(compiled.__file__).parent.glob(f"_{variant}.*.so")
+    single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(built, tmp_path)))
+    assert not single.has_threads and compiled.kernels(variant).has_threads
+    for module in (compiled, native):
+        monkeypatch.setattr(module, "kernels", lambda: single)
+    assert compiled.kernel_note() == "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
+    model = model_of("fp32")
+    assert model.implementation == f"native ({variant})"
+    with torch.inference_mode():
+        found, known = (
+            each.unembed(each.run_layers(each.embed(ids), 0, 6, torch.arange(12)[None])) for each in (model, expected)
+        )
+    assert torch.equal(found, known)
 
 
 def test_commands_say_once_that_kernels_are_missing(absent, checkpoint):
@@ -392,6 +416,11 @@ def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
     assert for_decoding(checkpoint, "cpu", "fp32", PackingConfig(quantize="int8")).notes == ()  # 48 is no 32s
 
 
-def test_an_unknown_variant_is_an_error(monkeypatch, checkpoint):
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint, tmp_path, model_type):
     monkeypatch.setenv(compiled.SWITCH, "avx1024")
-    fails("LAYERSKIP_KERNELS must be one of avx512, avx2, torch, got avx1024", "generate", "go", "--model", checkpoint)
+    message = "LAYERSKIP_KERNELS must be one of avx512, avx2, torch, got avx1024"
+    tiny_model(model_type, torch.float64).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        for_decoding(str(tmp_path), "cpu")
+    fails(message, "generate", "go", "--model", checkpoint)

@@ -1,4 +1,4 @@
-"""The compiled kernels: found, tried and called. They are built when the package is, where there is a C compiler."""
+"""The compiled kernels and their C structures. They are built together with the package, if there is a C compiler."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from ...errors import LayerSkipError
 
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
 VARIANTS = ("avx512", "avx2")  # the best first
-INTERFACE = 2  # of kernels.c: its functions and structures as this file calls and fills them
+INTERFACE = 2  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
 
@@ -60,6 +60,9 @@ class CDraft(Structure):
     ]
 
 
+STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft)  # as layerskip_size_of in kernels.c numbers them
+
+
 class Kernels:
     """The functions of one variant."""
 
@@ -73,35 +76,33 @@ class Kernels:
             *(POINTER(CCall), POINTER(CDraft), c_int),
         ]
         self.span.restype = self.score.restype = self.draft.restype = None
-        runtime = ctypes.CDLL(None)  # torch has loaded its OpenMP runtime for all to see
-        self.has_threads = all(hasattr(runtime, name) for name in _OPENMP)
-        if self.has_threads:
-            library.layerskip_use_openmp(*(ctypes.cast(getattr(runtime, name), c_void_p) for name in _OPENMP))
+        runtime = ctypes.CDLL(None)  # includes the OpenMP runtime that torch has loaded
+        try:
+            library.layerskip_use_openmp(*(ctypes.cast(runtime[name], c_void_p) for name in _OPENMP))
+            self.has_threads = True
+        except AttributeError:  # then calls run on one thread
+            self.has_threads = False
 
 
 def kernels_asked_for() -> str | None:
-    """What the environment variable says: a variant, `torch`, or None for the best there is. Raises ConfigError otherwise."""
+    """The value of the environment variable: a variant, `torch`, or None if unset. Raises ConfigError for other values."""
     asked = os.environ.get(SWITCH) or None
     if asked is not None:
         require_choice(asked, SWITCH, (*VARIANTS, "torch"))
     return asked
 
 
-def missing_kernels() -> str | None:
-    """A sentence for people where this machine could run kernels that are not there; None where nothing is missing."""
+def kernel_note() -> str | None:
+    """A sentence for the user if decoding is slower on this machine than it could be; None if the kernels run as intended."""
     asked = kernels_asked_for()
     if asked == "torch" or not (sys.platform == "linux" and platform.machine() == "x86_64"):
         return None
-    found = kernels()
-    if found is None and any(_CPU_FLAGS[name] <= _cpu_flags() for name in VARIANTS if asked in (None, name)):
-        what = "the compiled kernels are not there"
-    elif found is None and asked is not None:
-        what = f"this CPU does not have what the kernels {asked} need"
-    elif found is not None and not found.has_threads:
-        what = "this build of torch has no OpenMP runtime for the compiled kernels"
-    else:
-        return None
-    return f"{what}: decoding runs on torch's, which are slower. {_REMEDY}"
+    compiled = kernels()
+    if compiled is not None:
+        return None if compiled.has_threads else _ONE_THREAD
+    if any(_CPU_FLAGS[name] <= _cpu_flags() for name in VARIANTS if asked in (None, name)):
+        return f"the compiled kernels are missing: {_FALLBACK}"
+    return None if asked is None else f"this CPU lacks instructions of the {asked} kernels: {_FALLBACK}"
 
 
 def _cpu_flags() -> set[str]:
@@ -112,24 +113,25 @@ def _cpu_flags() -> set[str]:
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
-_CPU_FLAGS = {  # as /proc/cpuinfo names what each variant needs
+_CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
     "avx2": {"avx2", "fma"},
 }
-_REMEDY = (
-    "`pip install -e .` in a checkout, or `pip install .`, builds them where there is a C compiler; "
-    f"{SWITCH}=torch does without them"
+_FALLBACK = (
+    "decoding uses torch's, which are slower. `pip install -e .` in a checkout, or `pip install .`, builds them if there is a "
+    f"C compiler; {SWITCH}=torch hides this message"
 )
+_ONE_THREAD = "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
 @cache
 def kernels(variant: str | None = None) -> Kernels | None:
-    """The best variant that was built and that this CPU runs, or the one asked for; None where there is none.
+    """A variant that was built and that this CPU can run: the given one, else the requested one, else the best; else None.
 
-    Raises LayerSkipError where what was built belongs to another version of this file, as after a pull in a checkout.
+    Raises LayerSkipError for kernels of another version, as after a pull in a checkout.
     """
-    import torch  # noqa: F401  its OpenMP runtime is looked for
+    import torch  # noqa: F401  loads the OpenMP runtime
 
     asked = variant or kernels_asked_for()
     for name in VARIANTS if asked is None else (asked,):
@@ -140,7 +142,7 @@ def kernels(variant: str | None = None) -> Kernels | None:
                     library = ctypes.CDLL(str(path))
                 except OSError:
                     continue
-                if getattr(library, "layerskip_interface", lambda: 1)() != INTERFACE:
+                if not _matches(library):
                     raise LayerSkipError(
                         f"the compiled kernels in {path} are those of another version: install layerskip again "
                         f"(`pip install .`, or `pip install -e .`), or set {SWITCH}=torch to do without them"
@@ -148,3 +150,11 @@ def kernels(variant: str | None = None) -> Kernels | None:
                 if library.layerskip_supported():
                     return Kernels(name, library)
     return None
+
+
+def _matches(library: ctypes.CDLL) -> bool:
+    """Whether the library has the functions and structures of this file."""
+    try:
+        return bool(library.layerskip_interface() == INTERFACE)
+    except AttributeError:
+        return False

@@ -538,6 +538,12 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 // Of the functions and structures here that compiled.py calls and fills: one more whenever they change.
 int layerskip_interface(void) { return 2; }
 
+/* Bytes of a structure, by its place in compiled.STRUCTURES. */
+int layerskip_size_of(int structure) {
+    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft)};
+    return (int)sizes[structure];
+}
+
 int layerskip_supported(void) {
     __builtin_cpu_init();
 #if defined(__AVX512F__)
