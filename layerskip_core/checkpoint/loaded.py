@@ -9,6 +9,7 @@ from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
 from ..prompting.encoding import encode_prompt
 from ..prompting.template import PromptTemplate, resolve_template
+from ..prompting.tokenizer import Tokenizer
 from .info import CheckpointInfo
 from .locate import PUBLISHED
 
@@ -24,7 +25,7 @@ class Decoder:
 
     name: str
     backend: Backend
-    tokenizer: Any
+    tokenizer: Tokenizer
     info: CheckpointInfo
     eos_ids: frozenset[int]
     template: PromptTemplate
@@ -68,7 +69,7 @@ class Trainable:
     name: str
     model: "PreTrainedModel"
     backend: GenericBackend
-    tokenizer: Any
+    tokenizer: Any  # of transformers
     info: CheckpointInfo
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..model.config_values import check_token_ids, check_values, whole
 from ..model.spec import ModelSpec, architecture_of
+from ..prompting.tokenizer import Tokenizer
 from ..storage.json_reading import read_json_object
 from .info import ADAPTER_FILE
 
@@ -91,7 +92,7 @@ def _check_kinds(slices: Mapping[str, Any]) -> None:
             raise CheckpointError(f"the weight {name} must be one of {', '.join(_FLOATS)}, found {found.get_dtype()}")
 
 
-def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises CheckpointError for a tokenizer without a vocabulary, or with words that the model has no embedding for.
 
     Special tokens may lie beyond the embeddings, as those of Gemma 3 for images do: no text contains them.
@@ -100,7 +101,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         raise CheckpointError("the tokenizer has no vocabulary")
     if len(tokenizer) <= vocab_size:
         return
-    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special = set(tokenizer.all_special_ids)
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     beyond = {token: word for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special}
     if beyond:

@@ -1,4 +1,4 @@
-"""Conversations as text, by the chat template that a tokenizer brings."""
+"""Renders conversations as text with a tokenizer's chat template."""
 
 import json
 import os
@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
+from .tokenizer import Tokenizer
 
-TIME_LIMIT = 10.0  # seconds for one conversation; an honest template takes less than a thousandth
+TIME_LIMIT = 10.0  # seconds for one conversation; an ordinary template takes less than 10 ms
 _WORKER = Path(__file__).with_name("chat_worker.py")
 
 
-def has_chat_template(tokenizer: Any) -> bool:
+def has_chat_template(tokenizer: Tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def require_chat_template(tokenizer: Any) -> None:
+def require_chat_template(tokenizer: Tokenizer) -> None:
     """Raises ConfigError for a tokenizer without one."""
     if not has_chat_template(tokenizer):
         raise ConfigError("a chat template was asked for, but the model's tokenizer has none")
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     """The text of a conversation, as transformers' `apply_chat_template` renders it.
 
     Raises:
@@ -47,21 +48,21 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_p
     return answer["text"]
 
 
-def _template(tokenizer: Any) -> str:
-    """The template, of several the one named default."""
+def _template(tokenizer: Tokenizer) -> str:
+    """The template. Of several templates it is the one named default."""
     require_chat_template(tokenizer)
-    found = tokenizer.chat_template
-    if isinstance(found, list):  # as tokenizer_config.json writes several
-        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-    if isinstance(found, dict):
-        found = found.get("default")
-    if not isinstance(found, str):
+    template = tokenizer.chat_template
+    if isinstance(template, list):  # how tokenizer_config.json stores several
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
         raise CheckpointError("the model's chat template cannot be used: needed a text, or several with one named default")
-    return found
+    return template
 
 
 class _Worker:
-    """A process that renders templates; it ends with this one, and is started anew where a template ended it."""
+    """A process that renders templates. It ends with this process, and is started again after a template has ended it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -71,7 +72,7 @@ class _Worker:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = _started()
-            asked = time.monotonic()
+            started = time.monotonic()
             assert self._process.stdin is not None and self._process.stdout is not None
             try:
                 self._process.stdin.write(json.dumps(request) + "\n")
@@ -81,7 +82,7 @@ class _Worker:
                 line = ""
             if not line:
                 self._process.wait()
-                late = time.monotonic() - asked >= TIME_LIMIT
+                late = time.monotonic() - started >= TIME_LIMIT
                 return {"error": f"it took longer than {TIME_LIMIT:g} seconds" if late else "it ended the process it ran in"}
             answer: dict[str, str] = json.loads(line)
             return answer
@@ -89,12 +90,12 @@ class _Worker:
 
 @cache
 def _worker(process: int) -> _Worker:
-    """That of this process: a fork must not share its parent's."""
+    """The worker of a process, by process id: a fork must not share its parent's worker."""
     return _Worker()
 
 
 def _started() -> subprocess.Popen[str]:
-    # -P: no module that lies beside the worker or in the working folder comes before the installed ones.
+    # -P: modules in the worker's folder or the working folder do not take precedence over installed ones.
     return subprocess.Popen(
         [sys.executable, "-P", str(_WORKER)],
         stdin=subprocess.PIPE,

@@ -1,7 +1,7 @@
-"""Renders chat templates in a process of its own, for they come with a model and may loop or take all memory.
+"""Renders chat templates in a separate process, because they come with a model and may loop or use up all memory.
 
-Run by its path, not imported: it needs jinja2 only. Each line of standard input is a request in JSON, each line of output its
-answer. The environment of a template is that of transformers' `apply_chat_template`.
+It is run by its path and not imported: it needs jinja2 only. Each line of standard input is a request in JSON, and each line
+of standard output its answer. Templates get the same environment as in transformers' `apply_chat_template`.
 """
 
 import faulthandler
@@ -22,7 +22,7 @@ _LONGEST = 1 << 24  # characters of a rendered text
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks for transformers what the assistant says; its body stands as it is."""
+    """`{% generation %}` marks the assistant's text for transformers. Here it has no effect: its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -49,8 +49,8 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, str]:
-    """The text, or what is wrong."""
-    faulthandler.dump_traceback_later(request["seconds"], exit=True)  # ends this process, in whatever code it is
+    """`text`, or `error` with what is wrong."""
+    faulthandler.dump_traceback_later(request["seconds"], exit=True)  # ends this process even inside C code
     try:
         text = _compiled(request["template"]).render(**request["values"])
     except MemoryError:
@@ -63,14 +63,14 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
 
 
 def _limit_memory() -> None:
-    with suppress(ImportError, ValueError, OSError):  # Windows has no such limits, macOS not this one
+    with suppress(ImportError, ValueError, OSError):  # Windows has no resource limits, and macOS lacks this one
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, whose end ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process; this one ends with it
     _limit_memory()
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)

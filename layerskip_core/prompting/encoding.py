@@ -1,17 +1,18 @@
 """A prompt in its template as token ids, for training and for decoding."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..errors import CheckpointError, ConfigError, LayerSkipError
 from .chat import render_chat
 from .special_text import SpecialText, special_text
 from .template import CHAT, PLACE, RAW, PromptTemplate
+from .tokenizer import Tokenizer
 
 Result = TypeVar("Result")
 
 
-def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, prompt: str) -> list[int]:
     """Token ids of a prompt in its template, with the tokenizer's special tokens at the start and none at the end.
 
     Only the template's special tokens become tokens; in the prompt and the system message they stay text. In the raw
@@ -35,7 +36,7 @@ def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str) -> list
     return _without_end(tokenizer, _encode_text(tokenizer, special, template.text, prompt))
 
 
-def _encode_chat(tokenizer: Any, special: SpecialText | None, system: str | None, prompt: str) -> list[int]:
+def _encode_chat(tokenizer: Tokenizer, special: SpecialText | None, system: str | None, prompt: str) -> list[int]:
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -47,7 +48,7 @@ def _encode_chat(tokenizer: Any, special: SpecialText | None, system: str | None
     return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
-def _encode_text(tokenizer: Any, special: SpecialText | None, template: str, prompt: str) -> list[int]:
+def _encode_text(tokenizer: Tokenizer, special: SpecialText | None, template: str, prompt: str) -> list[int]:
     text = template.replace(PLACE, prompt)
     # The prompt may also complete a special token that the template begins.
     if special is not None and (special.occurs(text) != special.occurs(template) or encoded(lambda: special.in_prompt(prompt))):
@@ -66,7 +67,7 @@ def encoded(encode: Callable[[], Result]) -> Result:
         raise CheckpointError(f"the model's tokenizer cannot encode the prompt: {error}") from None
 
 
-def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
+def _without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """Some tokenizers end every text, as if nothing should follow."""
     ids = list(ids)
     while ids and ids[-1] == tokenizer.eos_token_id:
@@ -74,7 +75,7 @@ def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids
 
 
-def _refuse_special(tokenizer: Any, *texts: str) -> None:
+def _refuse_special(tokenizer: Tokenizer, *texts: str) -> None:
     """For a tokenizer written in Python, which has no way to encode special tokens as text."""
     for token in getattr(tokenizer, "all_special_tokens", ()):
         if any(token in text for text in texts):

@@ -1,4 +1,4 @@
-"""Text of special tokens that a user wrote is text: only a template's own makes tokens of control."""
+"""Keeps the text of special tokens in a user's prompt text: only a template's special tokens become tokens."""
 
 import json
 import re
@@ -8,42 +8,44 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from .tokenizer import Tokenizer
+
 _known: "WeakKeyDictionary[Any, SpecialText]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class SpecialText:
-    """The special tokens of a tokenizer, and a tokenizer that knows them by secret names only.
+    """The special tokens of a tokenizer, and a copy of it that knows them by secret names.
 
-    A prompt cannot guess a name, so in `sealed` text special tokens are those alone that stood in it before the prompt did.
-    Such text is cut at the same places and encoded in one piece, as by the tokenizer itself.
+    A prompt cannot contain a secret name, because the names are random. So in `sealed` text the only special tokens are those
+    that were in it before the prompt was filled in. It is encoded in one piece and splits as with the tokenizer itself.
     """
 
     tokenizer: Any  # of the tokenizers library
-    names: dict[str, str]  # of the tokens, by their text
-    hides: bool  # whether a token may stand in a text that becomes its own by normalisation
-    mark: str
+    names: dict[str, str]  # the tokens' secret names, by their text
+    hides: bool  # whether normalisation can turn other text into a token's
+    mark: str  # surrounds the number of a masked token
 
     def occurs(self, text: str) -> int:
-        """How often text of special tokens stands in a text."""
+        """How often special tokens occur in a text, as text."""
         if not self._first.search(text):
             return 0
         return sum(text.count(token) for token in self.names)
 
     def in_prompt(self, text: str) -> bool:
-        """Whether the tokenizer would find special tokens in a text."""
+        """Whether the tokenizer would make special tokens from a text."""
         if self.hides:
             ids = {self.tokenizer.token_to_id(token) for token in self.names}
             return not ids.isdisjoint(self.tokenizer.encode(text, add_special_tokens=False).ids)
         return bool(self.occurs(text))
 
     def masked(self, text: str) -> str:
-        """A prompt in which special tokens are marked, so that a template can be rendered around it."""
+        """A prompt with its special tokens replaced by marks, so that a chat template can be rendered around it."""
         tokens = list(self.names)
         return self._pattern.sub(lambda match: f"{self.mark}{tokens.index(match[0])}{self.mark}", text)
 
     def sealed(self, text: str) -> str:
-        """A template's text with the secret names in place of its special tokens, and with those of the prompt unmasked."""
+        """A template's text with secret names in place of its special tokens; masked ones of the prompt are text again."""
         tokens = list(self.names)
         named = self._pattern.sub(lambda match: self.names[match[0]], text)
         return re.sub(f"{self.mark}(\\d+){self.mark}", lambda match: tokens[int(match[1])], named)
@@ -54,19 +56,19 @@ class SpecialText:
 
     @cached_property
     def _first(self) -> re.Pattern[str]:
-        """A quick look: most prompts hold no character that a special token begins with."""
+        """A quick test: most prompts contain no character that a special token begins with."""
         characters = "".join(sorted({token[0] for token in self.names}))
         return re.compile(f"[{re.escape(characters)}]" if characters else "(?!)")
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """The longest of several that begin at one place, as the tokenizers library finds them."""
+        """Prefers the longest of several tokens that begin at one place, as the tokenizers library does."""
         return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
 
     @cached_property
     def _renamed(self) -> Any:
         """A copy of the tokenizer whose special tokens have their secret names."""
-        from tokenizers import Tokenizer
+        import tokenizers
 
         document = json.loads(self.tokenizer.to_str())
         document["truncation"] = document["padding"] = None
@@ -76,23 +78,23 @@ class SpecialText:
         vocabulary = model["vocab"]
         if isinstance(vocabulary, dict):
             model["vocab"] = {self.names.get(token, token): number for token, number in vocabulary.items()}
-        else:  # of a Unigram model: tokens and their scores
+        else:  # a Unigram model has a list of tokens with scores
             model["vocab"] = [[self.names.get(token, token), score] for token, score in vocabulary]
         if model.get("unk_token") is not None:
             model["unk_token"] = self.names.get(model["unk_token"], model["unk_token"])
-        return Tokenizer.from_str(json.dumps(document))
+        return tokenizers.Tokenizer.from_str(json.dumps(document))
 
 
-def special_text(tokenizer: Any) -> SpecialText | None:
-    """The special tokens of a tokenizer; None for one that is not of the tokenizers library."""
+def special_text(tokenizer: Tokenizer) -> SpecialText | None:
+    """The special tokens of a tokenizer; None for one that is written in Python and does not use the tokenizers library."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
         return None
-    found = _known.get(tokenizer)
-    if found is None:
+    known = _known.get(tokenizer)
+    if known is None:
         special = [token for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
         secret = secrets.token_hex(8)
         names = {token.content: f"{secret}x{number}x" for number, token in enumerate(special)}
         hides = backend.normalizer is not None and any(token.normalized for token in special)
-        found = _known[tokenizer] = SpecialText(backend, names, hides, f"\ue000{secrets.token_hex(8)}\ue000")
-    return found
+        known = _known[tokenizer] = SpecialText(backend, names, hides, f"\ue000{secrets.token_hex(8)}\ue000")
+    return known

@@ -1,10 +1,10 @@
 """Which template a prompt is put into, from what the user asks for, the checkpoint and its tokenizer."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..config.checks import require
 from .chat import has_chat_template, require_chat_template
+from .tokenizer import Tokenizer
 
 CHAT = "chat"  # the tokenizer's chat template
 RAW = "raw"  # nothing is added, and the text of special tokens in a prompt becomes tokens
@@ -31,8 +31,10 @@ def is_template(text: str) -> bool:
     return text in (CHAT, RAW) or PLACE in text
 
 
-def resolve_template(asked: str | None, system: str | None, stored: PromptTemplate | None, tokenizer: Any) -> PromptTemplate:
-    """What `template` (`asked`) and `system` mean for a checkpoint; None is a flag that was not given.
+def resolve_template(
+    asked: str | None, system: str | None, stored: PromptTemplate | None, tokenizer: Tokenizer
+) -> PromptTemplate:
+    """What `template` (`asked`) and `system` mean for a checkpoint; None is a setting that was not given.
 
     Without `asked` it is the template that the checkpoint names (`stored`), else the tokenizer's chat template if it has one,
     else `raw`. A `system` message replaces the stored one. Use `Decoder.with_template` where there is a Decoder.

@@ -62,7 +62,11 @@ def test_the_tokenizer_is_the_same(folder):
         )
     assert lean(TEXTS, add_special_tokens=False)["input_ids"] == expected(TEXTS, add_special_tokens=False)["input_ids"]
     assert (lean.eos_token_id, lean.pad_token_id) == (expected.eos_token_id, expected.pad_token_id)
-    assert (lean.chat_template, lean.bos_token) == (expected.chat_template, expected.bos_token)
+    assert (lean.chat_template, lean.special_tokens_map) == (expected.chat_template, expected.special_tokens_map)
+    assert (lean.vocab_size, len(lean), lean.get_vocab()) == (expected.vocab_size, len(expected), expected.get_vocab())
+    assert sorted(lean.all_special_ids) == sorted(expected.all_special_ids)
+    assert lean.added_tokens_decoder.keys() == expected.added_tokens_decoder.keys()
+    assert lean.convert_ids_to_tokens(299) == expected.convert_ids_to_tokens(299)
 
 
 @pytest.mark.parametrize(
