@@ -1,7 +1,7 @@
 """A decoder that can run any span of its layers.
 
 Shape letters, used everywhere: B batch rows, T tokens of this call, S key positions, D hidden size, V vocabulary, L layers,
-E exit layer (a count, 1..L), K drafted tokens of a round.
+E exit layer (a count, 1..L), K drafted tokens per round.
 """
 
 from typing import TYPE_CHECKING

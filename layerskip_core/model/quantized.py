@@ -1,11 +1,11 @@
-"""Weight-only int8 and int4 linear layers: weights rounded to the nearest level, activations in bf16 at the kernel's border.
+"""Weight-only int8 and int4 linear layers by torch's kernels. Weights are rounded to the nearest level, inputs to bf16.
 
-The kernels take fp32 activations too, but without AVX-512 they are then ten times as slow as with bf16 ones, which every CPU
-runs well. The layers around them keep their own precision.
+The kernels take fp32 inputs too, but without AVX-512 they are then ten times as slow. The layers around them keep their own
+precision.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,13 @@ from torch import Tensor
 from ..config.packing import Quantization
 from ..errors import ConfigError
 
-GROUP_SIZE = 32  # inputs that share an int4 scale: 5 bits a weight, and a size that divides most widths
-_MANY_ROWS = 16  # from here on bf16's own kernel, on levels made bf16 for the call, is faster than int8's: 2.4 times at 64
-_STEP = 16  # inputs that torch's int8 kernel takes at a time, and outputs that the int4 kernel wants at a time
+GROUP_SIZE = 32  # inputs that share an int4 scale: 5 bits per weight, and a divisor of most widths
+_MANY_ROWS = 16  # from here on the bf16 kernel, on levels converted for the call, is faster than int8's: 2.4 times at 64
+_STEP = 16  # inputs per step of torch's int8 kernel, and outputs per step of the int4 kernel
 
 
 class Int8Linear:
-    """Each output's weights are 8-bit levels of one scale, its largest magnitude / 127."""
+    """Each output has one scale, its largest magnitude / 127; its weights are multiples of it, in 8 bits."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         if weight.shape[1] % _STEP:  # torch's kernel reads past the end of such rows
@@ -28,20 +28,20 @@ class Int8Linear:
         self._weight, scale = int8_levels(weight)
         self._scale = scale.to(torch.bfloat16)
         self._bias = None if bias is None else bias.detach()
-        self._multiply: Any = torch.ops.aten._weight_int8pack_mm.default
+        self._multiply: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """(rows, in) in any precision to (rows, out) in bf16, or in the bias's where there is one."""
+        """(rows, in) in any precision to (rows, out) in bf16, or in the precision of the bias."""
         rows = rows.to(torch.bfloat16)
         if len(rows) < _MANY_ROWS:
-            product: Tensor = self._multiply(rows, self._weight, self._scale)
+            product = self._multiply(rows, self._weight, self._scale)
         else:
             product = F.linear(rows, self._weight.to(torch.bfloat16)).mul_(self._scale)
         return product if self._bias is None else product + self._bias
 
 
 class Int4Linear:
-    """Each group of inputs of an output has 16 levels from its smallest to its largest weight."""
+    """Each group of an output's inputs has 16 levels, from its smallest to its largest weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, group_size: int = GROUP_SIZE) -> None:
         self._outputs, inputs = weight.shape
@@ -50,27 +50,27 @@ class Int4Linear:
         levels, scale, low = int4_levels(F.pad(weight, (0, 0, 0, -self._outputs % _STEP)), group_size)
         self._group_size = group_size
         self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.to(torch.int32), 2)
-        zero = low + 8 * scale  # the kernel takes a weight as (level - 8) * scale + zero
+        zero = low + 8 * scale  # the kernel computes a weight as (level - 8) * scale + zero
         self._scale_and_zero = torch.stack([scale, zero], dim=-1).to(torch.bfloat16).transpose(0, 1).contiguous()
         self._bias = None if bias is None else bias.detach()
-        self._multiply: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        self._multiply: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
     def __call__(self, rows: Tensor) -> Tensor:
         """As Int8Linear."""
-        product: Tensor = self._multiply(rows.to(torch.bfloat16), self._weight, self._group_size, self._scale_and_zero)
+        product = self._multiply(rows.to(torch.bfloat16), self._weight, self._group_size, self._scale_and_zero)
         product = product[:, : self._outputs]
         return product if self._bias is None else product + self._bias
 
 
 def int8_levels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels -127..127 (out, in), int8, and what one is worth, (out,)."""
+    """Levels -127..127 (out, in), int8, and the size of a step, (out,)."""
     wide = weight.float()
     scale = wide.abs().amax(1).clamp_min_(1e-12).div_(127)
     return (wide / scale[:, None]).round_().to(torch.int8), scale
 
 
 def int4_levels(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels 0..15 (out, in), uint8; what one is worth, and what level 0 is, both (out, groups)."""
+    """Levels 0..15 (out, in), uint8; the size of a step and the value of level 0, both (out, groups)."""
     groups = weight.float().view(len(weight), -1, group_size)
     low, high = groups.aminmax(dim=2)
     scale = ((high - low) / 15).clamp_min_(1e-12)
@@ -79,7 +79,7 @@ def int4_levels(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, T
 
 
 def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Int8Linear | Int4Linear:
-    """A low-bit linear layer of weight (out, in). Raises ConfigError where there is no kernel for it."""
+    """A low-bit linear layer of weight (out, in). Raises ConfigError if no kernel supports it."""
     if weight.device.type != "cpu":
         raise ConfigError(f"{quantization} weights need `device` cpu, got {weight.device.type}")
     if not _works(quantization):
@@ -89,13 +89,13 @@ def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -
 
 @cache
 def _works(quantization: Quantization) -> bool:
-    """Whether the kernel is there and right: weights that are levels themselves must come out unchanged."""
+    """Whether the kernel exists and is correct: weights that are levels must come out unchanged."""
     weight = (torch.arange(64 * 64).view(64, 64) * 7 % 16).float()
     weight[:, ::GROUP_SIZE], weight[:, 1::GROUP_SIZE] = 0, 15
     expected = weight.sum(1)
     try:
         layer = Int8Linear(weight, None) if quantization == "int8" else Int4Linear(weight, None)
-        found = layer(torch.ones(1, 64))[0].float()
+        actual = layer(torch.ones(1, 64))[0].float()
     except (RuntimeError, AttributeError):
         return False
-    return bool(((found - expected).abs() <= 0.02 * expected).all())
+    return bool(((actual - expected).abs() <= 0.02 * expected).all())

@@ -1,4 +1,4 @@
-"""A checkpoint's weights by their names, each taken when it is packed: there is never a second copy of all of them."""
+"""A checkpoint's weights by name. Each is taken when it is repacked, so that two copies of all weights never exist."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .spec import ModelSpec, Shapes, check_shape
 
-Take = Callable[[str], Tensor | None]  # the weight of a name, or None where there is none
+Take = Callable[[str], Tensor | None]  # the weight of a name, or None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by name, below a prefix; `shapes` says which there are. Whatever else a checkpoint holds is not looked at."""
+    """Weights by name after a prefix. `shapes` are those that the architecture has; others in a checkpoint are ignored."""
 
     take: Take
     shapes: Shapes
@@ -25,15 +25,15 @@ class Weights:
         return Weights(self.take, self.shapes, self.prefix + prefix)
 
     def remembered(self, prefix: str) -> "Weights":
-        """The same, for weights that are needed twice; they are held as long as it is."""
+        """As `below`, for weights that are read twice: they stay in memory as long as this object."""
         return Weights(cache(self.take), self.shapes, self.prefix + prefix)
 
     def get(self, name: str) -> Tensor | None:
-        """None where the architecture has no such weight. Raises CheckpointError as `of` does."""
+        """None if the architecture has no such weight. Raises CheckpointError as `of` does."""
         return self.of(name) if self.prefix + name in self.shapes else None
 
     def of(self, name: str) -> Tensor:
-        """Raises CheckpointError for a weight that is missing, has another shape, or is not finite."""
+        """Raises CheckpointError if the weight is missing, has another shape, or is not finite."""
         full = self.prefix + name
         weight = self.take(full)
         if weight is None:
@@ -43,13 +43,13 @@ class Weights:
         return weight
 
     def together(self, parts: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Weights of several projections, and their biases, which all or none of them have."""
+        """Weights of several projections, and their biases, which either all or none have."""
         biases = [bias for part in parts if (bias := self.get(f"{part}.bias")) is not None]
         return [self.of(f"{part}.weight") for part in parts], biases or None
 
 
 def check_model(model: nn.Module, spec: ModelSpec) -> None:
-    """Raises CheckpointError for a weight of a transformers model that is missing, has another shape or is not finite."""
+    """Raises CheckpointError if a weight of a transformers model is missing, has another shape or is not finite."""
     weights = dict(model.named_parameters())
     spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
     for name, weight in weights.items():
@@ -57,9 +57,9 @@ def check_model(model: nn.Module, spec: ModelSpec) -> None:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raises CheckpointError for a weight with NaN or infinity in it, which would make every output meaningless.
+    """Raises CheckpointError for a weight with NaN or infinity, which would make every output meaningless.
 
-    One number not finite makes the sum so: a single pass, and a second one only where finite numbers add up beyond fp32.
+    A single number that is not finite makes the sum so. A second pass is needed only if finite numbers overflow their sum.
     """
     total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
     if not bool(total.isfinite()) and not bool(weight.isfinite().all()):

@@ -1,7 +1,8 @@
-"""Linear layers of the packed model: low-bit if asked for, prepacked by oneDNN where that is faster and works, else plain."""
+"""Linear layers of the packed backend: low-bit if configured, prepacked by oneDNN where that is faster, else plain."""
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch import Tensor
 from ...config.packing import Quantization
 from ..quantized import quantized
 
-_PREPACKED_SIZE = 1 << 18  # elements; calling oneDNN costs 9 us, which a smaller fp32 matrix does not win back at one row
-_TYPICAL_ROWS = 8  # the row count that oneDNN chooses the layout for: a round of speculation, and good at one row too
+_PREPACKED_SIZE = 1 << 18  # elements; a call of oneDNN costs 9 us, which a smaller fp32 matrix does not regain at one row
+_TYPICAL_ROWS = 8  # oneDNN chooses its layout for this row count: a round of speculation, and good at one row too
 
 
 class Head(Protocol):
@@ -20,7 +21,7 @@ class Head(Protocol):
 
 class Linear(Head, Protocol):
     def write(self, rows: Tensor, out: Tensor) -> None:
-        """(rows, in) to `out` (rows, out), which may be of another precision."""
+        """(rows, in) to `out` (rows, out), which may have another precision."""
 
     def add(self, rows: Tensor, residual: Tensor) -> None:
         """Adds the layer's output for (rows, in) to `residual` (rows, out)."""
@@ -28,7 +29,7 @@ class Linear(Head, Protocol):
 
 class PlainLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight.t().contiguous()  # (in, out): some 10% faster than (out, in) for one row in fp32
+        self._weight = weight.t().contiguous()  # (in, out) is about 10% faster than (out, in) for one row in fp32
         self._bias = None if bias is None else bias.detach()
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -49,13 +50,13 @@ class PlainLinear:
 
 
 class KernelLinear:
-    """A layer whose kernel, `multiply`, gives a new tensor, perhaps in another precision than the rows'."""
+    """A layer whose kernel, `multiply`, returns a new tensor, whose precision may differ from that of the rows."""
 
-    def __init__(self, multiply: Any) -> None:
+    def __init__(self, multiply: Callable[[Tensor], Tensor]) -> None:
         self._multiply = multiply
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self._multiply(rows).to(rows.dtype)  # type: ignore[no-any-return]
+        return self._multiply(rows).to(rows.dtype)
 
     def write(self, rows: Tensor, out: Tensor) -> None:
         out.copy_(self._multiply(rows))
@@ -67,8 +68,7 @@ class KernelLinear:
 def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None, exact: bool = False) -> Linear:
     """A linear layer (out, in) by the best kernel for its device, precision and size.
 
-    `exact` prefers kernels whose rows do not depend on how many there are: oneDNN's, to plain ones of any size. Raises
-    ConfigError where a low-bit layer is asked for and there is no kernel.
+    `exact` prefers a batch-invariant kernel, oneDNN's, at any size. Raises ConfigError if no low-bit kernel supports the layer.
     """
     if quantization is not None:
         return KernelLinear(quantized(weight, bias, quantization))
@@ -79,21 +79,21 @@ def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | Non
 
 
 class _OneDnn:
-    """In oneDNN's blocked layout: near the memory limit, and nearly as fast for several rows as for one."""
+    """In oneDNN's blocked layout: bound by memory, and nearly as fast for several rows as for one."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        # Looked up here, since not every build of torch has it.
-        self._pointwise: Any = torch.ops.mkldnn._linear_pointwise.default
+        # Looked up here, because not every build of torch has it.
+        self._pointwise: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
         self._bias = None if bias is None else bias.detach()
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self._pointwise(rows, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        return self._pointwise(rows, self._weight, self._bias, "none", [], "")
 
 
 @cache
 def prepacks(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a prepacked kernel for this precision here: none for fp64, on ARM, for bf16 without AVX-512."""
+    """Whether oneDNN has a prepacked kernel for this precision here: not for fp64, on ARM, or for bf16 without AVX-512."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
