@@ -13,8 +13,8 @@ from command_line import COMMAND, fails, finish, run, start
 
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.output_folder import prepare_output
-from layerskip_core.evaluation.report.files import FIGURES
-from layerskip_core.evaluation.report.plots import MAKERS
+from layerskip_core.evaluation.report.files import FIGURE_NAMES
+from layerskip_core.evaluation.report.plots import FIGURES
 from layerskip_core.storage.writing import _machine, discard_folder, new_staging, remove_leftovers, require_writable, write_file
 
 INSPECT = ("inspect", "hi", "--max-new-tokens", "1")
@@ -162,4 +162,4 @@ def test_an_output_folder_is_refused_before_the_run_for_what_stands_in_it(tmp_pa
 
 
 def test_every_figure_is_a_known_file():
-    assert set(FIGURES) == set(MAKERS)
+    assert set(FIGURE_NAMES) == set(FIGURES)

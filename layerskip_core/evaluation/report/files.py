@@ -6,14 +6,15 @@ from ..record import RunRecord
 from .documents import to_csv, to_json
 from .tables import PARETO_NOTE, TextTable
 
-FIGURES = ("pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "time_split")
-REPORT_FILES = ("report.html", "results.json", "results.csv", *(f"{name}.png" for name in FIGURES))
+FIGURE_NAMES = ("pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "time_split")
+REPORT_FILES = ("report.html", "results.json", "results.csv", *(f"{name}.png" for name in FIGURE_NAMES))
 
 
 def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
     """All report files, by name."""
+    from .drawing import to_png
     from .html import html_report  # matplotlib takes a while to import
-    from .plots import figures, to_png
+    from .plots import figures
 
     drawn = figures(record)
     notes = table.note.replace(PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed.").splitlines()

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from ..metrics import LOWER_IS_BETTER
 from ..record import RunRecord
+from .drawing import to_svg
 from .pages import render
-from .plots import title, to_svg
+from .plots import title
 
 _PERCENT = ("acceptance_rate", "identical_outputs", "agreement", "predicted_acceptance_rate")
 _TWO_DECIMALS = ("speedup", "decode_speedup", "speedup_over_transformers", "predicted_speedup", "mean_accepted_tokens")
