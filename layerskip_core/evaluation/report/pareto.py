@@ -115,7 +115,7 @@ def _box(x: float, y: float, text: str, horizontal: str, vertical: str) -> Box:
     width, height = 0.5 * _FONT * len(text), 1.1 * _FONT
     left = {"left": x, "center": x - width / 2, "right": x - width}[horizontal]
     bottom = {"bottom": y, "center": y - height / 2, "top": y - height}[vertical]
-    return left, bottom, left + width, bottom + height
+    return left - 3, bottom, left + width + 3, bottom + height
 
 
 def _overlap(box: Box, other: Box) -> bool:
