@@ -1,11 +1,15 @@
 """The cost model: rounds that are simulated exactly, pass times from the loop itself, and the arithmetic between them."""
 
+import json
+import shutil
 from itertools import islice
 
 import pytest
 from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
 
+from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure import cost_model
@@ -51,6 +55,24 @@ def test_simulated_rounds_are_the_real_ones(exit_layer, drafts, new_tokens):
         assert [token.id for step in real for token in step] == output
         stats = real.stats
         assert (found.drafted, found.accepted, found.rounds) == (stats.drafted, stats.accepted, stats.rounds)
+
+
+def test_simulated_rounds_of_drafts_with_their_own_vocabulary(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    # The draft head scores half of the 300 tokens, in another order than the tokenizer's.
+    (folder / "token_order.json").write_text(json.dumps(list(range(299, -1, -1))))
+    packing = PackingConfig(draft_vocab=150)
+    loaded = for_decoding(str(folder), packing=packing)
+    prompt = loaded.encode_prompt("remind me to call mom")
+    output = list(measure_prompt(loaded, "remind me to call mom", DecodingConfig("autoregressive", max_new_tokens=40)).ids)
+    choices = agreement(loaded, prompt, output, [5])[5]
+    assert min(choices) >= 150
+    expected = simulate(choices, output, 3, 40, loaded.eos_ids)
+    decoding = decode(loaded.backend, prompt, DecodingConfig("self-speculative", 5, 3, 40), loaded.eos_ids)
+    assert [token.id for step in decoding for token in step] == output
+    stats = decoding.stats
+    assert stats.accepted > 0
+    assert (expected.drafted, expected.accepted, expected.rounds) == (stats.drafted, stats.accepted, stats.rounds)
 
 
 @pytest.mark.parametrize(

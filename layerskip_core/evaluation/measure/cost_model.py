@@ -13,6 +13,7 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
 from ...data.examples import Example
 from ...decoding import DecodeStats, Decoding, decode
+from ...model.backend import DraftSide
 from ..outputs import Output, Outputs, require_outputs
 from .runner import Progress, measure_prompt
 
@@ -67,17 +68,18 @@ def agreement(
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
     One pass over an output serves all exits: greedy drafts are compared only after accepted ones, so the context of a compared
-    draft is always the autoregressive output.
+    draft is always the autoregressive output. For low-bit drafts this is an approximation: in the loop they attend to the
+    target's keys and values of earlier rounds, here to their own.
     """
-    # Low-bit or trimmed drafts choose with weights of their own.
-    model = getattr(loaded.backend, "draft", None) or loaded.backend
+    drafting: DraftSide = loaded.backend.draft_side
     ids = [*prompt_ids, *output_ids]
-    tokens = torch.tensor([ids[:-1]], device=model.device)
+    tokens = torch.tensor([ids[:-1]], device=drafting.device)
     positions = torch.arange(len(ids) - 1)[None]
-    hidden, cache, choices = model.embed(tokens), model.new_cache(1, len(ids)), {}
+    hidden, cache, choices = drafting.embed(tokens), loaded.backend.new_cache(1, len(ids)), {}
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
-        hidden = model.run_layers(hidden, start, stop, positions, cache)
-        choices[stop] = model.unembed(hidden[:, len(prompt_ids) - 1 :]).argmax(-1)[0].tolist()
+        hidden = drafting.run_layers(hidden, start, stop, positions, cache)
+        chosen = drafting.unembed(hidden[:, len(prompt_ids) - 1 :]).argmax(-1)[0]
+        choices[stop] = (chosen if drafting.vocabulary is None else drafting.vocabulary.tokens(chosen)).tolist()
     return choices
 
 
