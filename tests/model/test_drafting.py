@@ -1,0 +1,94 @@
+"""The draft side of every backend, against the same layers and head without a cache."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+
+EXIT, MOST = 3, 5
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
+PACKINGS = {
+    "plain": {},
+    "its own head": {"draft_vocab": 40},
+    "its own layers": {"draft_weights": "int8", "draft_layers": 4},
+    "its own layers and head": {"draft_weights": "int4", "draft_vocab": 40},
+}
+PROMPT = torch.randint(3, 67, (1, 9), generator=torch.Generator().manual_seed(9))
+
+
+def backend_of(kind, packing=None):
+    if kind == "native":
+        model, packing = tiny_model("llama", torch.float32, **WIDE), PackingConfig(**(packing or {}))
+        if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+            pytest.skip("no kernels were built here")
+        return NativeBackend.of(model, packing, ORDER)
+    if kind == "packed":
+        return PackedBackend.of(tiny_model("llama", torch.float64, **WIDE), PackingConfig(**(packing or {})), ORDER)
+    return GenericBackend(tiny_model(kind))
+
+
+def drafted(backend, ends=frozenset()):
+    """Tokens and states of a draft after a prompt; all of the prompt but its last token is cached."""
+    side, cache, last = backend.draft_side, backend.new_cache(), PROMPT.shape[1] - 1
+    positions = torch.arange(last + MOST)[None]
+    with torch.inference_mode():
+        for layers in (backend, side):  # a draft side with its own weights has its own keys
+            layers.run_layers(layers.embed(PROMPT[:, :last]), 0, layers.num_layers, positions[:, :last], cache)
+        return side.draft_greedily(PROMPT[:, last:], EXIT, positions[:, last:], cache, ends)
+
+
+def expected(backend):
+    """The same by the whole sequence for each token, without a cache: MOST + 1 tokens and their states (MOST + 1, D)."""
+    side, ids = backend.draft_side, PROMPT
+    with torch.inference_mode():
+        while True:
+            states = side.run_layers(side.embed(ids), 0, EXIT, torch.arange(ids.shape[1])[None])
+            if ids.shape[1] == PROMPT.shape[1] + MOST:
+                return ids[0, PROMPT.shape[1] - 1 :].tolist(), states[0, PROMPT.shape[1] - 1 :]
+            chosen = side.unembed(states[:, -1:]).argmax(-1)
+            ids = torch.cat([ids, chosen if side.vocabulary is None else side.vocabulary.tokens(chosen)], dim=1)
+
+
+CASES = [
+    ("llama", None),
+    ("gemma2", None),
+    *(("packed", name) for name in PACKINGS),
+    *(("native", name) for name in PACKINGS),
+]
+
+
+@pytest.mark.parametrize(("kind", "packing"), CASES)
+def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
+    backend = backend_of(kind, PACKINGS.get(packing))
+    tokens, states = drafted(backend)
+    known_tokens, known_states = expected(backend)
+    assert tokens.tolist() == [known_tokens]
+    assert states.shape[1] in (MOST, MOST + 1)
+    error = (states[0] - known_states[: states.shape[1]]).abs().max() / known_states.std()
+    assert error < {"packed": 1e-2, "native": 1e-4}.get(kind, 1e-10)  # torch's low-bit kernels round differently by row count
+
+
+@pytest.mark.parametrize(("kind", "packing"), CASES)
+def test_a_draft_ends_after_an_end_token(kind, packing):
+    backend = backend_of(kind, PACKINGS.get(packing))
+    known, _ = expected(backend)
+    end = next(place for place in range(2, MOST + 1) if known[place] not in known[1:place])
+    other = next(token for token in range(67) if token not in known)
+    tokens, states = drafted(backend, ends=frozenset({other, known[end]}))
+    assert tokens.tolist() == [known[: end + 1]] and states.shape[1] in (end, end + 1)
+
+
+@pytest.mark.parametrize(("kind", "packing"), CASES)
+def test_the_states_of_a_draft_are_shared_unless_its_layers_are_copies(kind, packing):
+    backend = backend_of(kind, PACKINGS.get(packing))
+    with torch.inference_mode():
+        target, draft = (
+            layers.run_layers(layers.embed(PROMPT), 0, EXIT, torch.arange(PROMPT.shape[1])[None])
+            for layers in (backend, backend.draft_side)
+        )
+    copies = packing is not None and "draft_weights" in PACKINGS[packing]
+    assert backend.draft_side.shares_states == torch.equal(target, draft) == (not copies)
+    assert backend.draft_side.num_layers == (PACKINGS[packing].get("draft_layers", 5) if copies else 6)
