@@ -47,20 +47,20 @@ def plain(model, prompt, **config):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("kind", "levels"), [(Int8Linear, 255), (Int4Linear, 16)])
 def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
-    """Unit vectors read the weights back; half a level is the most that rounding moves one, beside bf16's own 2^-8."""
+    """Unit vectors read the weights back. Rounding moves a weight by half a level at most, and bf16 by 2^-8."""
     weight = torch.randn(70, 64, generator=torch.Generator().manual_seed(0))
     offset = torch.linspace(-1, 1, 70) if bias else None
-    found = kind(weight, offset)(torch.eye(64)).float().t() - (0 if offset is None else offset[:, None])
+    stored = kind(weight, offset)(torch.eye(64)).float().t() - (0 if offset is None else offset[:, None])
     groups = weight.view(70, -1, 64 if kind is Int8Linear else 32)
     largest = groups.abs().amax(2, keepdim=True)
     spread = 2 * largest if kind is Int8Linear else groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)
     allowed = (spread / (levels - 1) / 2 + 3 * largest * 2**-8 + (0 if offset is None else 2**-8)).expand_as(groups)
-    assert ((found - weight).view_as(groups).abs() <= allowed).all()
-    assert (found - weight).abs().max() > allowed.min() / 8  # it is not the weight itself
+    assert ((stored - weight).view_as(groups).abs() <= allowed).all()
+    assert (stored - weight).abs().max() > allowed.min() / 8  # so it is not the weight itself
 
 
-def test_many_rows_give_what_each_gives_alone():
-    """A prompt's rows take another kernel than a few: its sums are rounded to bf16 once more."""
+def test_many_rows_are_near_what_each_row_gives_alone():
+    """The rows of a prompt use another kernel than a few rows: its sums are rounded to bf16 once more."""
     generator = torch.Generator().manual_seed(0)
     layer = Int8Linear(torch.randn(70, 64, generator=generator), torch.linspace(-1, 1, 70))
     rows = torch.randn(40, 64, generator=generator)
@@ -75,7 +75,7 @@ def test_a_group_of_16_levels_comes_out_unchanged():
     torch.testing.assert_close(Int4Linear(weight, None)(torch.eye(64)).float().t(), weight, atol=2**-8, rtol=0)
 
 
-def test_what_has_no_kernel_is_refused():
+def test_unsupported_widths_devices_and_settings_are_errors():
     with pytest.raises(ConfigError, match="int4 weights need layer widths that the group size 32 divides, got 48"):
         quantized(torch.zeros(32, 48), None, "int4")
     with pytest.raises(ConfigError, match="int8 weights need `device` cpu, got meta"):
@@ -86,7 +86,7 @@ def test_what_has_no_kernel_is_refused():
         PackingConfig(draft_vocab=-1)
 
 
-def test_a_missing_kernel_is_one_error(monkeypatch):
+def test_a_kernel_that_torch_lacks_is_a_config_error(monkeypatch):
     from layerskip_core.model import quantized as module
 
     def missing(*_):
@@ -108,10 +108,10 @@ def test_quantized_logits_are_near_the_original_ones(quantize, tolerance):
     generic, model = GenericBackend(tiny_model(dtype=torch.float32, **WIDE)), packed(quantize=quantize)
     assert model.implementation == f"packed ({quantize})"
     with torch.inference_mode():
-        expected, found = (m.unembed(m.run_layers(m.embed(ids), 0, 6, positions)) for m in (generic, model))
-    error = (found - expected).std() / expected.std()
+        expected, actual = (m.unembed(m.run_layers(m.embed(ids), 0, 6, positions)) for m in (generic, model))
+    error = (actual - expected).std() / expected.std()
     assert 1e-4 < error < tolerance
-    assert found.dtype == torch.float32
+    assert actual.dtype == torch.float32
 
 
 @settings(max_examples=15, deadline=None)
@@ -124,14 +124,14 @@ def test_quantized_logits_are_near_the_original_ones(quantize, tolerance):
     length=st.integers(1, 12),
     max_new_tokens=st.integers(1, 20),
 )
-def test_drafts_of_their_own_change_no_token(packing, exit_layer, num_draft_tokens, length, max_new_tokens):
-    """In fp64, where no near-tie is near enough; the low-bit kernels only draft."""
+def test_draft_weights_and_vocabularies_change_no_output(packing, exit_layer, num_draft_tokens, length, max_new_tokens):
+    """In fp64, where near-ties do not matter. The low-bit kernels only draft."""
     model, prompt = packed(torch.float64, **packing), prompt_of(length)
     settings = {"exit_layer": exit_layer, "num_draft_tokens": num_draft_tokens, "max_new_tokens": max_new_tokens}
     assert output(model, prompt, **settings)[0] == plain(model, prompt, max_new_tokens=max_new_tokens)
 
 
-def test_a_draft_vocabulary_bounds_the_drafts_alone():
+def test_a_draft_vocabulary_limits_only_the_drafts():
     model, prompt = packed(torch.float64, draft_vocab=20), prompt_of(9)
     side = model.draft_side
     hidden = side.embed(torch.tensor([prompt]))
@@ -143,7 +143,7 @@ def test_a_draft_vocabulary_bounds_the_drafts_alone():
 
 
 def test_a_draft_vocabulary_has_the_most_frequent_tokens():
-    """Ids 50, 3 and 40 are named, 0 and 1 follow; sampled drafts of them change nothing either."""
+    """The order lists ids 50, 3 and 40; 0 and 1 follow. Sampling works with such drafts too."""
     order, ids = [50, 3, 40], torch.tensor([prompt_of(9)])
     model = PackedBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
     with torch.inference_mode():
@@ -166,7 +166,7 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     assert len(sampled) == 40 and 0 < stats.accepted < stats.drafted
 
 
-def test_token_orders_are_read(tmp_path):
+def test_a_token_order_is_read_and_checked(tmp_path):
     assert token_order(tmp_path, 67) is None
     file = tmp_path / "token_order.json"
     file.write_text("[5, 66, 0]")
@@ -180,18 +180,18 @@ def test_token_orders_are_read(tmp_path):
         token_order(tmp_path, 67)
 
 
-def test_low_bit_drafts_are_the_target_s_own_guesses_mostly():
-    """The copy of 5 of 6 layers drafts nearly what these layers draft themselves; sampled tokens follow the same path."""
+def test_low_bit_drafts_are_accepted_nearly_as_often_as_full_ones():
+    """With copies of 5 of 6 layers. Sampling takes the same path."""
     own, low = packed(torch.float64), packed(torch.float64, draft_weights="int8")
     settings = {"exit_layer": 5, "num_draft_tokens": 4, "max_new_tokens": 60}
-    expected, found = output(own, prompt_of(9), **settings)[1], output(low, prompt_of(9), **settings)[1]
+    full, cheap = output(own, prompt_of(9), **settings)[1], output(low, prompt_of(9), **settings)[1]
     assert not low.draft_side.shares_states and low.implementation == "packed, int8 drafts"
-    assert found.accepted > 0.7 * expected.accepted > 0
+    assert cheap.accepted > 0.7 * full.accepted > 0
     sampled, _ = output(low, prompt_of(9), sampling=SamplingConfig(temperature=1.0), **settings)
     assert len(sampled) == 60
 
 
-def test_only_the_layers_asked_for_are_copied():
+def test_only_draft_layers_are_copied():
     model = packed(draft_weights="int8", draft_layers=2)
     assert model.draft_side.num_layers == 2
     with pytest.raises(ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"):
@@ -211,11 +211,11 @@ def test_only_the_layers_asked_for_are_copied():
     length=st.sampled_from([1, 5, 70]),
 )
 def test_exact_logits_do_not_depend_on_the_strategy(quantize, draft_vocab, dtype, exit_layer, num_draft_tokens, length):
-    """Not only the tokens: whatever passes verify, each row of the target's logits has the bits that it has alone."""
+    """Each row of the target's logits has the bits that it has alone, however many rows a pass verifies."""
     model, prompt = packed(dtype, quantize=quantize, draft_vocab=draft_vocab, exact=True), prompt_of(length)
     expected = plain(model, prompt, max_new_tokens=14)
-    found, _ = output(model, prompt, max_new_tokens=14, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
-    assert found == expected
+    drafted, _ = output(model, prompt, max_new_tokens=14, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    assert drafted == expected
     ids = torch.tensor([prompt + expected])
     places = torch.arange(ids.shape[1])[None]
 
@@ -261,7 +261,7 @@ def test_exact_drafts_with_a_head_of_their_own_reuse_exact_states():
         assert model.draft_side.shares_states and torch.equal(state(model.draft_side), state(model))
 
 
-def test_exact_windows_see_what_masked_ones_see():
+def test_exact_attention_respects_windows():
     models = [
         PackedBackend.of(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
         for exact in (True, False)
@@ -270,7 +270,7 @@ def test_exact_windows_see_what_masked_ones_see():
     assert exact == masked == output(models[0], prompt_of(9), exit_layer=3, num_draft_tokens=4)[0]
 
 
-def test_long_drafts_are_refused_where_they_would_not_be_exact():
+def test_drafts_too_long_to_be_exact_are_refused():
     with pytest.raises(ConfigError, match="`num_draft_tokens` must be below 64 with `exact`, got 64"):
         output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
 
@@ -278,12 +278,12 @@ def test_long_drafts_are_refused_where_they_would_not_be_exact():
 # --- on the command line -----------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_s_token_order_is_what_draft_vocab_counts(checkpoint, tmp_path):
+def test_draft_vocab_follows_the_token_order_of_the_checkpoint(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "ordered")
     (folder / "token_order.json").write_text("[299, 7, 30]")
     ids = torch.tensor([[1, 2]])
     config = json.loads((folder / "config.json").read_text())
-    for version in ("5.0", "4.0"):  # read without transformers, and by it
+    for version in ("5.0", "4.0"):  # read without transformers, and by transformers
         (folder / "config.json").write_text(json.dumps({**config, "transformers_version": version}))
         backend = for_decoding(str(folder), "cpu", "fp32", PackingConfig(draft_vocab=2)).backend
         with torch.inference_mode():
@@ -295,7 +295,7 @@ def test_a_checkpoint_s_token_order_is_what_draft_vocab_counts(checkpoint, tmp_p
     assert run("generate", "x", "--model", str(folder), "--max-new-tokens", "2").code == 0
 
 
-def test_flags_of_the_weights(tmp_path, checkpoint):
+def test_weight_flags_on_the_command_line(tmp_path, checkpoint):
     fixed = ("--model", checkpoint, "--max-new-tokens", "12", "--dtype", "fp32", "--exit", "4")
     expected = run("generate", "wake me up", *fixed)
     drafted = run("generate", "wake me up", *fixed, "--draft-weights", "int8", "--draft-vocab", "200", "--exact", "--stats")
