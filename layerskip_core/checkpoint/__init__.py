@@ -1,1 +1,1 @@
-"""Models on disk: found, checked, read and written."""
+"""Models on disk: locate, check, load and save them."""

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, walked within the file's bounds before a library builds anything of what it says."""
+"""Reads the header of a GGUF file within the file's bounds, before a library allocates memory by what it says."""
 
 import mmap
 import struct
@@ -16,7 +16,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct codes by type
 _MOST_NAME = 1 << 16  # bytes of a key or of a tensor's name
 
-# The keys that a model is built by, behind the name of the architecture, and the values of config.json that they become.
+# The keys that set a model's sizes, without the architecture's name before them, and the keys of config.json that they become.
 _VALUES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -34,11 +34,11 @@ _VALUES = {
 
 class GgufHeader(NamedTuple):
     architecture: str
-    parameters: int  # of all tensors
+    parameters: int  # in all tensors
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Raises CheckpointError for a file that ends before what its header promises, or whose sizes are out of range."""
+    """Raises CheckpointError for a file that is shorter than its header says, or whose sizes are out of range."""
     if path.stat().st_size < 24:
         raise CheckpointError(f"{path.name} is no GGUF file: it has {path.stat().st_size} bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -46,7 +46,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Walk:
-    """Reads from front to end; nothing is kept but single numbers and the architecture's name."""
+    """Reads from front to end. It keeps only single numbers and the architecture's name."""
 
     def __init__(self, name: str, content: mmap.mmap) -> None:
         self._name = name
@@ -72,7 +72,7 @@ class _Walk:
         return GgufHeader(architecture, parameters)
 
     def _tensor(self) -> int:
-        """How many numbers a tensor holds. Even in one bit each they have to fit into the file."""
+        """How many numbers a tensor holds. Even with one bit each they must fit into the file."""
         name = self._text(_MOST_NAME)
         dimensions = self._number("I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
@@ -84,25 +84,25 @@ class _Walk:
         return count
 
     def _value(self, kind: int, keep: bool) -> Any:
-        """A number, or the text if it is to be kept; None for what is passed over."""
+        """A number, or a text if `keep`; None for a value that is skipped."""
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
         if kind == _STRING:
-            return self._text(_MOST_NAME) if keep else self._pass_text()
+            return self._text(_MOST_NAME) if keep else self._skip_text()
         if kind != _ARRAY:
-            raise self._error(f"there is no value of type {kind}")
+            raise self._error(f"unknown value type {kind}")
         inner, count = self._number("I"), self._number("Q")
         if inner in _SCALARS:
             self._take(self._fitting(count, struct.calcsize(_SCALARS[inner]), "numbers") * struct.calcsize(_SCALARS[inner]))
         elif inner == _STRING:
             for _ in range(self._fitting(count, 8, "texts")):
-                self._pass_text()
+                self._skip_text()
         else:
-            raise self._error(f"there is no array of type {inner}")
+            raise self._error(f"unknown array type {inner}")
         return None
 
     def _fitting(self, count: int, least: int, what: str) -> int:
-        """`count`, unless so many things of at least so many bytes are more than the rest of the file."""
+        """`count`. Raises CheckpointError if that many items of `least` bytes or more do not fit into the rest of the file."""
         if count * least > len(self._content) - self._at:
             raise self._error(f"{count} {what} do not fit into {len(self._content)} bytes")
         return count
@@ -113,7 +113,7 @@ class _Walk:
             raise self._error(f"a name of {length} bytes is longer than {most}")
         return self._take(length).decode("utf-8", "replace")
 
-    def _pass_text(self) -> None:
+    def _skip_text(self) -> None:
         length = self._number("Q")
         self._at += self._fitting(length, 1, "bytes of text")
 

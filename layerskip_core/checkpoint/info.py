@@ -1,4 +1,4 @@
-"""layerskip.json: what a model's folder says of itself, and which of its files this program wrote."""
+"""layerskip.json: the prompt template, the recommended settings, how the model was made, and the files written with it."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,16 +12,17 @@ from ..storage.json_reading import read_json
 
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
-CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a folder without either holds no complete model
-_MOST = 1024  # layers, and drafted tokens
+CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
+_MOST = 1024  # layers or draft tokens
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What layerskip.json says. `details` holds the rest of it: recipe, data, seed, versions, losses.
+    """The content of layerskip.json.
 
-    `strategy` is "autoregressive" where a sweep found that no exit pays; else None, or the way that another program wrote.
-    `files`: names, relative to the folder, of all that was written with the model; of an older version's model none.
+    `exit_layer`, `num_draft_tokens` and `strategy` are recommended by a sweep; "autoregressive" means that no exit pays.
+    `details` holds all other keys: recipe, data, seed, versions, losses. `files` are the names, relative to the folder, of
+    all files written with the model; older versions did not write them. `system` belongs to the prompt template `chat`.
     """
 
     prompt_template: str | None = None
@@ -56,9 +57,9 @@ class CheckpointInfo:
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
-    """layerskip.json of a folder; an empty one where there is none (a hub model, a plain checkpoint).
+    """layerskip.json of a folder; an empty one if there is none (a hub model, a plain checkpoint).
 
-    Raises CheckpointError when it holds anything else than `to_json` writes.
+    Raises CheckpointError if it holds anything that `to_json` would not write.
     """
     file = Path(path) / INFO_FILE
     if not file.is_file():
@@ -79,25 +80,25 @@ def read_info(path: str | Path) -> CheckpointInfo:
         if system is not None and template != CHAT:
             raise ValueError(f"system needs the prompt_template chat, got {template!r:.100}")
         return CheckpointInfo(
-            template,
-            _count(recommended.get("exit_layer"), "exit_layer"),
-            _count(recommended.get("num_draft_tokens"), "num_draft_tokens"),
-            document,
-            strategy,
-            tuple(require_inside(name) for name in files),
-            system,
+            prompt_template=template,
+            exit_layer=_count(recommended.get("exit_layer"), "exit_layer"),
+            num_draft_tokens=_count(recommended.get("num_draft_tokens"), "num_draft_tokens"),
+            details=document,
+            strategy=strategy,
+            files=tuple(require_inside(name) for name in files),
+            system=system,
         )
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid: {error}") from None
 
 
 def holds_model(path: str | Path) -> bool:
-    """Whether a folder holds a complete model or adapter: their config is written last."""
+    """Whether a folder holds a complete model or adapter. Their config is written last."""
     return any((Path(path) / name).is_file() for name in CONFIG_FILES)
 
 
 def require_inside(name: Any) -> str:
-    """A relative name of a file, with / between its parts. Raises ValueError for one that leaves its folder."""
+    """A file's name relative to its folder, with / between the parts. Raises ValueError for one that leaves the folder."""
     text: str = _require(name, str, "a file's name")
     path = PurePosixPath(text)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in text or "\0" in text:

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +12,14 @@ from ..model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can
 from ..model.draft_vocabulary import token_order
 from ..model.native.compiled import kernel_note, kernels_asked_for
 from ..prompting.template import resolve_template
+from .adapters import adapters_of, is_adapter
 from .fast_read import FileWeights, generation_config, lean_config, lean_tokenizer
-from .info import ADAPTER_FILE, CheckpointInfo, read_info
+from .info import CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder_of, end_ids
 from .locate import Location, locate, reading
 from .placement import pick_device, pick_dtype
 from .quiet import quiet_transformers
-from .stored import adapters_of, check_tokenizer
+from .stored import check_tokenizer
 from .swap import read_whole
 from .transformers_read import merge_adapters, read_architecture, read_model, read_tokenizer
 
@@ -71,7 +71,7 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
 
 
 def _trainable(name: str, device: torch.device, dtype: str) -> Trainable:
-    if not _is_adapter(name):
+    if not is_adapter(name):
         return read_model(name, device, dtype)
     adapters, base = adapters_of(name)
     return merge_adapters(adapters, for_training(base, str(device), dtype))
@@ -79,7 +79,7 @@ def _trainable(name: str, device: torch.device, dtype: str) -> Trainable:
 
 def _decoder(name: str, device: torch.device, dtype: str, packing: PackingConfig | None) -> Decoder:
     path = name
-    if not _is_adapter(name):
+    if not is_adapter(name):
         location = locate(name)
         path = location.path
         if location.is_folder:
@@ -89,10 +89,6 @@ def _decoder(name: str, device: torch.device, dtype: str, packing: PackingConfig
                 return lean
     trainable = _trainable(name, device, dtype)
     return reading(name, lambda: _repacked(trainable, path, packing))
-
-
-def _is_adapter(name: str) -> bool:
-    return (Path(name) / ADAPTER_FILE).is_file()
 
 
 def _lean_decoder(

@@ -1,4 +1,4 @@
-"""Which files of a folder are its model, and may be replaced by another; and what stands in the way of one."""
+"""Which files of a folder belong to its model and may be replaced, and which files are in the way of a new model."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from ..model.draft_vocabulary import ORDER_FILE
 from ..storage.writing import kind_of
 from .info import ADAPTER_FILE, INFO_FILE, CheckpointInfo, read_info, require_inside
 
-RUN_FILES = ("losses.jsonl", "losses.png", ORDER_FILE)  # what finetune writes beside a model
+RUN_FILES = ("losses.jsonl", "losses.png", ORDER_FILE)  # finetune writes them with a model
 _TEMPLATES = "additional_chat_templates"  # a folder
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-_CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}  # what tells them from other files of the name
+_CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}  # a key that tells them from other files of that name
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 _INDEX = "model.safetensors.index.json"
 _READ_BY_LOADERS = (
@@ -29,11 +29,11 @@ _READ_BY_LOADERS = (
 
 
 def model_files(folder: Path) -> set[str]:
-    """Relative names of the files of the model in a folder: those that layerskip.json lists.
+    """Relative names of the model's files in a folder. Only regular files count; a folder without a model has none.
 
-    Where it lists none (an older version's), and for a plain transformers checkpoint: the config, the weights that its name or
-    the index says, and the tokenizer by the names of its files. None for a folder without a model. Only regular files count.
-    Raises CheckpointError when layerskip.json is not valid.
+    They are the files that layerskip.json lists. If it lists none (older versions), and for a plain transformers checkpoint,
+    they are the config, the weights by their usual name or by the index, and the tokenizer's files by their usual names.
+    Raises CheckpointError if layerskip.json is not valid.
     """
     info = read_info(folder)
     ours = (folder / INFO_FILE).is_file()
@@ -47,17 +47,17 @@ def model_files(folder: Path) -> set[str]:
 
 
 def obstacles(folder: Path, written: Collection[str] = ()) -> list[str]:
-    """What a new model in a folder would overwrite, or a loader would take for part of it: `NAME, which ...`, sorted.
+    """Files that a new model would overwrite, or that loaders would take for part of it, as `NAME, which ...`, sorted.
 
-    That is every file by a name that loaders know or that is `written`, unless it belongs to the model there.
+    These are files whose names loaders know or that will be `written`, unless they belong to the model in the folder.
     """
     known = model_files(folder)
-    found = {}
+    reasons = {}
     for name in (*written, *_of_loaders(folder)):
         if name not in known and os.path.lexists(folder / name):
             kind = _obstacle(folder, name)
-            found[name] = "layerskip did not write" if kind is None else f"is {kind}"
-    return [f"{name}, which {why}" for name, why in sorted(found.items())]
+            reasons[name] = "layerskip did not write" if kind is None else f"is {kind}"
+    return [f"{name}, which {why}" for name, why in sorted(reasons.items())]
 
 
 def _of_loaders(folder: Path) -> list[str]:
@@ -78,7 +78,7 @@ def _usual_files(folder: Path, info: CheckpointInfo | None) -> set[str]:
 
 
 def _shards(folder: Path) -> Iterable[str]:
-    """The index and the files that it names, which must be safetensors in the same folder; none without a valid index."""
+    """The index and the files that it names, which must be safetensors in the same folder; empty without a valid index."""
     with suppress(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         named = {require_inside(name) for name in json.loads((folder / _INDEX).read_bytes())["weight_map"].values()}
         if all(fnmatch(name, "*.safetensors") and "/" not in name for name in named):
@@ -94,7 +94,7 @@ def _has_key(file: Path, key: str) -> bool:
 
 
 def _obstacle(folder: Path, name: str) -> str | None:
-    """What a file is that is not a regular one, or is reached by a link; None where it is regular, or absent."""
+    """The kind of a file that is not regular, or that is reached through a link; None for a regular or an absent file."""
     path = folder / name
     for place in (path, *path.parents[: len(Path(name).parts) - 1]):
         try:

@@ -1,4 +1,4 @@
-"""Writes a model's folder so that it never holds half a model, and so that nobody's files are lost."""
+"""Writes models. A folder never holds half a model, and files that do not belong to a model are never lost."""
 
 import os
 import shutil
@@ -25,24 +25,24 @@ from .transformers_read import stored_dtype
 
 @contextmanager
 def output_lock(output: str, command: str) -> Iterator[None]:
-    """Holds the lock of `output`. Raises ConfigError when it is no folder, and what `hold` raises."""
+    """Holds the lock of `output`. Raises ConfigError if it is not a folder, and LockedError if another process holds it."""
     _require_folder(Path(output))
     with hold(output, command):
         yield
 
 
 def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()) -> None:
-    """Raises ConfigError when `output` is no folder, holds a model that may not be replaced, or files that are in the way.
+    """Raises ConfigError if `output` is not a folder, holds a model that may not be replaced, or files that are in the way.
 
-    `written`: names of files that will be written beside the model. Ends an interrupted save there first.
+    `written` are names of files that will be written with the model. An interrupted save in the folder is finished first.
     """
     folder = Path(output)
     _require_folder(folder)
     settle(folder)
     if holds_model(folder) and not overwrite:
         raise ConfigError(f"`output` {output} already holds a model; give `overwrite` to replace it, or another folder")
-    if found := obstacles(folder, written):
-        raise ConfigError(f"`output` {output}: {_in_the_way(found)}; move it away, or give another folder")
+    if in_the_way := obstacles(folder, written):
+        raise ConfigError(f"`output` {output}: {_summary(in_the_way)}; move it away, or give another folder")
 
 
 @quiet_transformers()
@@ -54,11 +54,15 @@ def save_checkpoint(
     dtype: torch.dtype,
     files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Writes an ordinary transformers checkpoint and layerskip.json in the place of the model in `output`, in one step.
+    """Replaces the model in `output` by a transformers checkpoint with layerskip.json, in one step.
 
-    An adapter (a peft model) is written alone and names its base. `files` by name are written beside. `model` is converted to
-    `dtype` in place. Raises CheckpointError when the disk is full or not writable, or files are in the way that belong to no
-    model; what `output` held then stays as it was. LockedError when another process writes there.
+    An adapter (a peft model) is written alone and names its base. `files` are written too, by name. `model` is converted to
+    `dtype` in place.
+
+    Raises:
+        CheckpointError: the disk is full or not writable, or files that belong to no model are in the way. The folder is
+            unchanged then.
+        LockedError: another process writes to the folder.
     """
     folder = Path(output)
     with hold(folder, "saving a model"):
@@ -67,12 +71,12 @@ def save_checkpoint(
         try:
             staging = new_staging(folder)
             _write_all(model.to(dtype), tokenizer, info, staging, files)
-            if found := obstacles(folder, files_below(staging)):
-                raise CheckpointError(_in_the_way(found))
+            if in_the_way := obstacles(folder, files_below(staging)):
+                raise CheckpointError(_summary(in_the_way))
             replace_files(folder, staging, model_files(folder))
         except BaseException as error:
             if staging is not None and not staging.exists():
-                raise  # the new model counts already
+                raise  # the new model is already in effect
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
             if not isinstance(error, Exception):
@@ -82,9 +86,9 @@ def save_checkpoint(
 
 
 def import_checkpoint(name: str, output: str, dtype: str) -> torch.dtype:
-    """Writes any model that can be loaded to `output`, GGUF dequantised and adapters merged; returns the precision written.
+    """Writes any model that can be loaded to `output`; returns the precision written. GGUF is dequantised, adapters are merged.
 
-    `dtype` is fp32, bf16, or auto: as stored, which for a GGUF file is fp32. Raises CheckpointError for what fails.
+    `dtype` is fp32, bf16, or auto: as stored, which is fp32 for a GGUF file. Raises CheckpointError if anything fails.
     """
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
     loaded = for_training(name, "cpu", "fp32")
@@ -94,21 +98,21 @@ def import_checkpoint(name: str, output: str, dtype: str) -> torch.dtype:
 
 
 def write_model(model: Any, folder: Path) -> None:
-    """The weights and config of a transformers model, or of a peft model's adapter, as safetensors in a folder."""
+    """Writes the weights and config of a transformers model, or of a peft model's adapter, as safetensors."""
     adapter = hasattr(model, "get_base_model")
     model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))  # "auto" would ask the hub
     if adapter:
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; a folder may have one that somebody wrote
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card, which would replace the user's
 
 
 def write_info(path: str, info: CheckpointInfo) -> None:
-    """Replaces layerskip.json of a folder, atomically. Raises CheckpointError when it cannot be written."""
+    """Replaces layerskip.json of a folder atomically. Raises CheckpointError if it cannot be written."""
     with hold(path, "saving layerskip.json"):
         write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)
 
 
 def _write_all(model: nn.Module, tokenizer: Any, info: CheckpointInfo, staging: Path, files: Mapping[str, bytes]) -> None:
-    """All files of a checkpoint into an empty folder; layerskip.json lists them."""
+    """Writes all files of a checkpoint to an empty folder. layerskip.json lists them."""
     write_model(model, staging)
     tokenizer.save_pretrained(staging)
     for name, content in files.items():
@@ -117,7 +121,7 @@ def _write_all(model: nn.Module, tokenizer: Any, info: CheckpointInfo, staging: 
     (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
     readers = (staging / INFO_FILE).stat().st_mode
     for file in map(staging.joinpath, listed):
-        if file.stat().st_mode != readers:  # safetensors 0.8 leaves its file to its owner alone, whatever the umask
+        if file.stat().st_mode != readers:  # safetensors 0.8 makes its file readable by the owner only, whatever the umask
             file.chmod(readers)
 
 
@@ -126,6 +130,6 @@ def _require_folder(path: Path) -> None:
         raise ConfigError(f"`output` must be a folder, got the file {path}")
 
 
-def _in_the_way(found: list[str]) -> str:
-    more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
-    return f"in the way is {found[0]}{more}"
+def _summary(in_the_way: list[str]) -> str:
+    more = f" ({len(in_the_way) - 1} more)" if len(in_the_way) > 1 else ""
+    return f"in the way is {in_the_way[0]}{more}"

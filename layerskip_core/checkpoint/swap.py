@@ -1,11 +1,11 @@
-"""A folder's files become others in one step, which is a rename; whoever comes next ends what that step began.
+"""Replaces the files of a folder in one step. A replacement that was interrupted is finished by the next command.
 
-The new files are written into a folder of their own beside the old ones, with a plan that names the old files to go. When all
-is on disk that folder is renamed to READY: from then on the new files count. Then they are moved to their places. A process
-that is killed meanwhile leaves READY, and the next command that reads or writes the folder moves what is left.
+The new files are first written to a staging folder inside the folder, with a plan that lists the old files to remove. When
+everything is on disk, one rename makes the staging folder READY: from then on the new files are in effect. Then they are moved
+to their places. If the process is killed meanwhile, READY remains, and the next command that reads or writes the folder moves
+the rest.
 
-A reader without this program sees the old model, then for the time of a few renames a folder without a config, which is no
-model, then the new one.
+Other programs see the old model, then for a few renames a folder without a config, which is not a model, then the new model.
 """
 
 import json
@@ -24,89 +24,93 @@ from .info import CONFIG_FILES, require_inside
 
 READY = ".layerskip-ready"
 _PLAN = "plan.json"
-_WAIT = 60.0  # seconds for another process to end its renames
-_ATTEMPTS = 5  # at reading a model that is being replaced
+_WAIT = 60.0  # seconds to wait for another process to finish its renames
+_ATTEMPTS = 5  # to read a model that is being replaced
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def files_below(folder: Path) -> list[str]:
-    """Relative names of all files of a folder and its folders, with / between their parts, sorted."""
+    """Names of all files below a folder, relative to it, with / between the parts, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def replace_files(folder: Path, staging: Path, old: Iterable[str]) -> None:
-    """Puts the files of `staging`, a folder in `folder`, in the place of the `old` ones. Needs the lock of `folder`.
+    """Replaces the `old` files by those of `staging`, a folder in `folder`. The caller holds the lock of `folder`.
 
-    Raises OSError before anything was changed; CheckpointError when the new files count but could not all be moved.
+    Raises OSError before anything was changed, and CheckpointError if the new files are in effect but could not all be moved.
     """
     plan = {"old": sorted(set(old) - set(files_below(staging)))}
     (staging / _PLAN).write_text(json.dumps(plan), encoding="utf-8")
-    for path in (*map(staging.joinpath, files_below(staging)), *(one for one in staging.rglob("*") if one.is_dir()), staging):
+    for path in (
+        *map(staging.joinpath, files_below(staging)),
+        *(path for path in staging.rglob("*") if path.is_dir()),
+        staging,
+    ):
         synchronise(path)
     os.rename(staging, folder / READY)
     _finish(folder)
 
 
 def settle(folder: str | Path) -> None:
-    """Ends a replacement that a killed process began; waits for one that another process is in the middle of.
+    """Finishes a replacement that a killed process began, or waits while another process does it.
 
-    Raises LayerSkipError when it cannot be ended: the folder is not writable, or a file cannot be moved.
+    Raises LayerSkipError if that fails: the folder is not writable, or a file cannot be moved.
     """
-    ends = time.monotonic() + _WAIT
+    deadline = time.monotonic() + _WAIT
     while (Path(folder) / READY / _PLAN).exists():
         try:
             with hold(folder, "ending an interrupted save"):
                 if (Path(folder) / READY / _PLAN).exists():
                     _finish(Path(folder))
         except LockedError:
-            if time.monotonic() > ends:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
         except LayerSkipError as error:
-            raise CheckpointError(f"a model was being saved to {folder}, which must be ended first: {error}") from None
+            raise CheckpointError(f"an interrupted save to {folder} must be finished first: {error}") from None
 
 
-def read_whole(folder: str | Path, read: Callable[[], Found]) -> Found:
-    """What `read` makes of a folder: of its old files or of its new ones, never of some of each.
+def read_whole(folder: str | Path, read: Callable[[], Result]) -> Result:
+    """Calls `read` until no file of the folder was replaced during the call, so that it never mixes two models.
 
-    Raises what `read` raises of files that nobody replaced meanwhile; CheckpointError when they are replaced again and again.
+    Raises what `read` raises when no file was replaced, and CheckpointError if the files are replaced again and again.
     """
     for _ in range(_ATTEMPTS):
         settle(folder)
         before = _version(folder)
         try:
-            found = read()
+            result = read()
         except Exception:
             if _version(folder) == before:
                 raise
         else:
             if _version(folder) == before:
-                return found
+                return result
     raise CheckpointError(f"{folder} is being replaced again and again")
 
 
 def _version(folder: str | Path) -> list[tuple[int, ...]]:
-    """What differs as soon as a replacement has begun, or happened: it makes READY first, and replaces the configs."""
-    found: list[tuple[int, ...]] = []
+    """Changes as soon as a replacement begins, which makes READY, and when it has finished, because configs are replaced."""
+    version: list[tuple[int, ...]] = []
     for name in (f"{READY}/{_PLAN}", *CONFIG_FILES):
         with suppress(OSError):
             state = os.stat(Path(folder) / name)
-            found.append((state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size))
-    return found
+            version.append((state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size))
+    return version
 
 
 def _finish(folder: Path) -> None:
-    """Moves what is ready into place, the configs last; what was done before it was interrupted is skipped."""
+    """Moves the files of READY into place, the configs last. Moves that were done before an interruption are skipped."""
     ready = folder / READY
     try:
         synchronise(folder)
         old = [require_inside(name) for name in read_json_object(ready / _PLAN, CheckpointError)["old"]]
         new = sorted(set(files_below(ready)) - {_PLAN}, key=lambda name: (name in CONFIG_FILES, name))
-        # Without a config there is no model: better for other programs than the config of one and the weights of another.
+        # Configs go first: other programs then see no model, rather than one model's config with another's weights.
         for name in [
             *(config for config in CONFIG_FILES if config in new),
-            *sorted(old, key=lambda one: one not in CONFIG_FILES),
+            *sorted(old, key=lambda name: name not in CONFIG_FILES),
         ]:
             _remove(folder, name)
         for name in new:
@@ -115,12 +119,12 @@ def _finish(folder: Path) -> None:
         synchronise(folder)
         discard_folder(ready)
     except (OSError, KeyError, TypeError, ValueError) as reason:
-        told = f"{reason.filename}: {reason.strerror}" if isinstance(reason, OSError) else f"{ready / _PLAN} is not valid"
-        raise CheckpointError(f"a new model is whole in {ready}, but cannot be moved to {folder}: {told}") from reason
+        cause = f"{reason.filename}: {reason.strerror}" if isinstance(reason, OSError) else f"{ready / _PLAN} is not valid"
+        raise CheckpointError(f"a new model is complete in {ready}, but cannot be moved to {folder}: {cause}") from reason
 
 
 def _remove(folder: Path, name: str) -> None:
-    """Removes a file, and the folder between that it leaves empty."""
+    """Removes a file, and its sub-folder if that is then empty."""
     path = folder / name
     path.unlink(missing_ok=True)
     if path.parent != folder:

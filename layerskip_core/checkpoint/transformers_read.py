@@ -1,4 +1,4 @@
-"""Reads models with transformers and peft. What their files say is checked first, and no code of a checkpoint ever runs."""
+"""Reads models with transformers and peft. Files are checked first, and code that comes with a checkpoint never runs."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..model import GenericBackend, ModelSpec
 from ..model.weights import check_model
+from .adapters import adapters_of
 from .gguf_header import read_gguf_header
 from .info import read_info
 from .loaded import Trainable
@@ -19,7 +20,6 @@ from .placement import pick_dtype
 from .quiet import no_gguf_bar, quiet_transformers
 from .stored import (
     TOKENIZER_FILE,
-    adapters_of,
     check_config,
     check_stored_weights,
     check_tokenizer,
@@ -28,12 +28,12 @@ from .stored import (
     read_settings,
 )
 
-_NO_FOREIGN_CODE = {"trust_remote_code": False}  # without it transformers asks on standard input
+_NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
 
 
 @quiet_transformers()
 def read_model(name: str, device: torch.device, dtype: str) -> Trainable:
-    """A model that is no adapter, in evaluation mode. Raises CheckpointError as `for_training` does."""
+    """A model that is not an adapter, in evaluation mode. Raises CheckpointError as `for_training` does."""
     location = locate(name)
     config, spec = reading(name, lambda: read_architecture(location))
     if location.is_folder:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.adapters import adapters_of
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.load import blank, for_training
 from ..checkpoint.loaded import Trainable
@@ -19,7 +20,6 @@ from ..checkpoint.model_files import RUN_FILES
 from ..checkpoint.placement import pick_device, pick_dtype
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.save import output_lock, refuse_overwrite, save_checkpoint
-from ..checkpoint.stored import adapters_of
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.data import DataConfig
 from ..config.training import FinetuneConfig

@@ -219,14 +219,14 @@ def test_adapters_that_stand_on_each_other_in_a_circle(tmp_path):
     alone = adapter(tmp_path / "alone", tmp_path / "alone")
     for folder in (one, other, alone):
         for load in (for_training, stored_dtype):
-            with pytest.raises(CheckpointError, match=r"adapter_config\.json names a base that stands on this adapter itself"):
+            with pytest.raises(CheckpointError, match=r"adapter_config\.json names a base that needs this adapter itself"):
                 load(str(folder))
 
 
 def test_a_long_chain_of_adapters(tmp_path):
     for number in range(20):
         adapter(tmp_path / str(number), tmp_path / str(number + 1))
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/0 stands on more than 8 adapters, one on the other"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/0 is a chain of more than 8 adapters"):
         for_training(str(tmp_path / "0"))
 
 
