@@ -24,14 +24,14 @@ def answer_all(
 ) -> tuple[bool, "DecodeStats"]:
     """Answers every prompt in order; returns whether one failed, and the counts of all."""
     from layerskip_core.decoding import DecodeStats
-    from layerskip_core.decoding.text import Answer
+    from layerskip_core.decoding.text import TextStream
 
     failed, total = False, DecodeStats()
     for number, text, problem in _prompts(prompt, lines, jsonl):
         try:
             if problem:
                 raise LayerSkipError(problem)
-            answer = Answer(loaded, text, config, raw)
+            answer = TextStream(loaded, text, config, raw)
             for piece in answer:
                 if not jsonl:
                     _write(piece)

@@ -1,10 +1,11 @@
-"""The decoding loop: one step is a draft (empty for plain decoding), a pass of the target, and the tokens that it verified."""
+"""The decoding loop: each step is a draft (empty in plain decoding), a pass of the target, and the tokens that it verified.
+
+B prompts go through the loop together, and each gives the tokens that it gives alone: one prompt is B = 1.
+"""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from itertools import zip_longest
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,77 +15,58 @@ from ..config.decoding import DecodingConfig
 from ..errors import ConfigError
 from ..model.backend import Backend
 from ..model.cache import KVCache
-from .drafters.base import Draft, Drafter
-from .drafters.exit import ExitDrafter, drafter_for
-from .sampling import Sampler, sampler_for
+from .drafters import Context, Draft, Drafter, drafter_for
+from .sampling import Sampler, Verdict, sampler_for
+from .stats import DecodeStats, step_counts
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
 
 
-@dataclass(frozen=True)
-class Token:
-    """A verified token of the output; `from_draft` when it was an accepted draft."""
+class Token(NamedTuple):
+    """A verified token of the output; `from_draft` if it was an accepted draft."""
 
     id: int
     from_draft: bool
 
 
-@dataclass(frozen=True)
-class DecodeStats:
-    """Counts and seconds of one output, or of many added up; `DecodeStats()` is the zero. Ratios are properties.
+class RowStep(NamedTuple):
+    """What one step added to the output of one prompt."""
 
-    `drafted` counts every draft that the target verified, `accepted` those it accepted that are also part of the output: what
-    stands behind an EOS, a stop string or the last token allowed is drafted but not accepted. `rounds` counts the passes that
-    verified drafts. `tested_by_position[j]`: in how many rounds draft j+1 was compared, all drafts before it being accepted
-    and not ending the output; `accepted_by_position[j]`: in how many of these it was accepted. Steps without drafts count in
-    `verify_seconds`; the first token is the prefill's.
-    """
-
-    sequences: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    rounds: int = 0
-    prefill_seconds: float = 0.0
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-    total_seconds: float = 0.0
-    tested_by_position: tuple[int, ...] = ()
-    accepted_by_position: tuple[int, ...] = ()
-
-    @property
-    def acceptance_rate(self) -> float:
-        return _ratio(self.accepted, self.drafted)
-
-    @property
-    def mean_accepted_tokens(self) -> float:
-        """Accepted drafts a round, without the target's own token."""
-        return _ratio(self.accepted, self.rounds)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens a second, prefill included."""
-        return _ratio(self.new_tokens, self.total_seconds)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """The same behind the prefill, which gives the first token of each output."""
-        return _ratio(self.new_tokens - self.sequences, self.total_seconds - self.prefill_seconds)
-
-    def __add__(self, other: "DecodeStats") -> "DecodeStats":
-        return DecodeStats(*(_sum(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+    row: int  # the prompt's place in the batch
+    tokens: list[Token]
+    finish_reason: StopReason | None  # set with the output's last tokens
 
 
-class Decoding:
-    """Iterates over the lists of newly verified tokens, one list a step; afterwards says why it ended.
+class Finished(NamedTuple):
+    """One prompt's whole output. Its stats are counts alone: the seconds of a batch belong to no single row."""
 
-    Each step is complete in itself, so a Decoding may be abandoned at any point: it changes nothing but its own cache.
+    row: int
+    ids: list[int]
+    finish_reason: StopReason
+    stats: DecodeStats
+
+
+class _Row:
+    """One prompt that is being decoded. Its newest token is the only one that the cache lacks."""
+
+    def __init__(self, number: int, prompt: list[int], scanner: StopScanner) -> None:
+        self.number = number
+        self.ids = list(prompt)  # and the output
+        self.scanner = scanner
+        self.prompt_tokens = len(prompt)
+        self.steps: list[DecodeStats] = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]
+
+
+class DecodingLoop:
+    """Iterates over steps: what each added to the outputs of the rows that are not finished yet.
+
+    The state changes only at the end of a step. So a step that was interrupted can be taken again, and a loop can be abandoned
+    at any point.
     """
 
     def __init__(
         self,
         model: Backend,
-        prompt_ids: list[int],
+        prompts: Sequence[list[int]],
         stopping: Stopping,
         sampler: Sampler,
         target_layers: int,
@@ -92,88 +74,152 @@ class Decoding:
         num_draft_tokens: int = 0,
         detokenize: Detokenize | None = None,
     ) -> None:
-        """The target is layers 0..backend-1 of the model. Raises ConfigError for a prompt that is empty or leaves no room."""
-        limit = model.max_positions
-        check_prompt(prompt_ids, limit)
-        self.finish_reason: StopReason | None = None
+        """The target is layers 0..target_layers-1. Raises ConfigError for a prompt that is empty or leaves no room."""
         self._model = model
         self._sampler = sampler
         self._target_layers = target_layers
         self._drafter = drafter
-        self._num_draft_tokens = num_draft_tokens if drafter else 0
-        self._scanner = StopScanner(stopping, limit - len(prompt_ids), detokenize)
-        end = len(prompt_ids) + self._scanner.room
-        self._cache = model.new_cache(1, end)
-        self._positions = torch.arange(end)[None]  # (1, end), on the host
-        self._prompt_tokens = len(prompt_ids)
-        self._pending = torch.tensor([prompt_ids], device=model.device)  # (1, T), committed tokens without KV
-        self._cached = 0  # committed positions in the cache
-        self._steps: list[DecodeStats] = []
+        self._num_draft_tokens = num_draft_tokens
+        self._rows = []
+        for number, prompt in enumerate(prompts):
+            check_prompt(prompt, model.max_positions)
+            scanner = StopScanner(stopping, model.max_positions - len(prompt), detokenize)
+            self._rows.append(_Row(number, prompt, scanner))
+        end = max(len(row.ids) + row.scanner.room for row in self._rows)
+        self._cache = model.new_cache(len(prompts), end)
+        self._places = torch.arange(end)[None]
+        self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
+        self._all_rows = tuple(self._rows)
+        self._seconds: list[DecodeStats] = []
 
-    @property
-    def stats(self) -> DecodeStats:
-        """Counts and seconds of the steps so far. The time between two steps is the caller's and not counted."""
-        return sum(self._steps, DecodeStats())
-
-    def __iter__(self) -> Iterator[list[Token]]:
+    def __iter__(self) -> Iterator[list[RowStep]]:
         return self
 
-    def __next__(self) -> list[Token]:
-        if self.finish_reason is not None:
+    def __next__(self) -> list[RowStep]:
+        if not self._rows:
             raise StopIteration
         # Entered here and not in a generator, whose caller would run in inference mode between two steps.
         with torch.inference_mode():
             return self._step()
 
-    def _step(self) -> list[Token]:
-        started = time.perf_counter()
-        draft = self._draft()
-        drafted_at = self._clock() if draft.num_drafts else started
-        positions = self._positions[:, self._cached : self._cached + draft.tokens.shape[1]]
-        logits = target_logits(self._model, draft, positions, self._cache, self._target_layers)[0]
-        first_draft = draft.tokens.shape[1] - draft.num_drafts
-        verdict = self._sampler.verify(draft.tokens[0, first_draft:], None if draft.probs is None else draft.probs[0], logits)
+    def counts(self, row: int) -> DecodeStats:
+        """The counts of one prompt's steps so far, without seconds."""
+        return sum(self._all_rows[row].steps, DecodeStats())
+
+    @property
+    def seconds(self) -> DecodeStats:
+        """The seconds of the steps so far, for all rows together. Time between two steps is the caller's and not counted."""
+        return sum(self._seconds, DecodeStats())
+
+    def _step(self) -> list[RowStep]:
+        started = drafted_at = time.perf_counter()
+        rows, newest = self._rows, self._newest
+        if newest is None:
+            draft, logits = self._prefill()
+        else:
+            draft = self._draft(newest)
+            drafted_at = self._clock() if draft.tokens.shape[1] > 1 else started
+            positions = self._positions(draft.tokens.shape[1])
+            logits = target_logits(self._model, draft, positions, self._cache, self._target_layers)
+        verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, logits)
         verified_at = time.perf_counter()
-        prefill = self._cached == 0
-        self._commit(draft, verdict.accepted)
-        self._pending = verdict.newest
-        count, self.finish_reason = self._scanner.cut(verdict.ids)
+        steps = [self._commit(row, count, ids) for row, count, ids in zip(rows, draft.counts, verified, strict=True)]
+        self._go_on(following)
         target_seconds = verified_at - drafted_at
-        step = step_counts(
-            draft.num_drafts,
-            verdict.accepted,
-            count,
-            sequences=int(prefill),
-            prompt_tokens=self._prompt_tokens if prefill else 0,
-            prefill_seconds=target_seconds if prefill else 0.0,
-            draft_seconds=drafted_at - started,
-            verify_seconds=0.0 if prefill else target_seconds,
-            total_seconds=time.perf_counter() - started,
+        self._seconds.append(
+            DecodeStats(
+                prefill_seconds=target_seconds if newest is None else 0.0,
+                draft_seconds=drafted_at - started,
+                verify_seconds=0.0 if newest is None else target_seconds,
+                total_seconds=time.perf_counter() - started,
+            )
         )
-        self._steps.append(step)
-        return [Token(token, place < step.accepted) for place, token in enumerate(verdict.ids[:count])]
+        return steps
 
-    def _draft(self) -> Draft:
-        """No drafts for the prompt, nor where only the target's own token has room."""
-        room = min(self._num_draft_tokens, self._scanner.room - 1)
-        if self._drafter is None or self._cached == 0 or room == 0:
-            return Draft(self._pending)
-        return self._drafter.draft(self._pending, self._positions[:, self._cached : self._cached + room], self._cache)
+    def _prefill(self) -> tuple[Draft, Tensor]:
+        """An empty draft, and the logits (B, 1, V) after each prompt.
 
-    def _commit(self, draft: Draft, accepted: int) -> None:
-        """The pass wrote every token's KV; a rejected draft's is forgotten by length alone."""
-        written = draft.tokens.shape[1]
-        rejected = draft.num_drafts - accepted
-        self._cache.lengths += written
-        if rejected:
-            self._cache.rollback(self._cache.lengths - rejected)
-        self._cached += written - rejected
+        Prompts are padded at their ends. No token sees what padding writes there, and the next tokens overwrite it.
+        """
+        device, lengths = self._model.device, [len(row.ids) for row in self._rows]
+        longest = max(lengths)
+        padded = [row.ids + [row.ids[-1]] * (longest - len(row.ids)) for row in self._rows]
+        tokens, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device) - 1
+        positions = self._places[:, :longest].expand(len(lengths), -1)
+        hidden = self._model.run_layers(self._model.embed(tokens), 0, self._target_layers, positions, self._cache)
+        logits = self._model.unembed(hidden[torch.arange(len(lengths), device=device), last][:, None])
+        return Draft(tokens[:, :1], (0,) * len(lengths)), logits
+
+    def _draft(self, newest: Tensor) -> Draft:
+        """No drafts if only the target's own token has room."""
+        rows, drafter = self._rows, self._drafter
+        if drafter is not None:
+            most = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
+            longest = max(most)
+            if longest > 0:
+                numbers, ids = [row.number for row in rows], [row.ids for row in rows]
+                return drafter.draft(Context(numbers, ids, newest, self._positions(longest + 1), self._cache), most)
+        return Draft(newest, (0,) * len(rows))
+
+    def _positions(self, count: int) -> Tensor:
+        """(B, count) on the host: where each row's newest token and the tokens after it stand."""
+        if len(self._rows) == 1:
+            start = len(self._rows[0].ids) - 1
+            return self._places[:, start : start + count]
+        starts = torch.tensor([len(row.ids) - 1 for row in self._rows])
+        # Only padding can stand at the context's last place, where no token is read that is followed by another.
+        return (starts[:, None] + self._places[:, :count]).clamp_max(self._cache.max_positions - 1)
+
+    def _commit(self, row: _Row, drafted: int, verified: list[int]) -> RowStep:
+        """Adds a row's verified tokens to its output, up to the first that ends it."""
+        if self._drafter is not None and drafted:
+            self._drafter.observe(Verdict(row.number, drafted, verified))
+        count, reason = row.scanner.cut(verified)
+        row.ids += verified[:count]
+        step = step_counts(drafted, len(verified) - 1, count)
+        row.steps.append(step)
+        tokens = [Token(token, place < step.accepted) for place, token in enumerate(verified[:count])]
+        return RowStep(row.number, tokens, reason)
+
+    def _go_on(self, newest: Tensor) -> None:
+        """With the rows that are not finished. The cache forgets rejected drafts by its lengths alone."""
+        staying = [place for place, row in enumerate(self._rows) if row.scanner.reason is None]
+        if len(staying) < len(self._rows):
+            self._rows = [self._rows[place] for place in staying]
+            if not staying:
+                return
+            newest = newest[staying]
+            self._sampler.keep_rows(staying)
+            self._cache.keep_rows(staying)
+        self._newest = newest
+        self._cache.lengths = [len(row.ids) - 1 for row in self._rows]
 
     def _clock(self) -> float:
-        """Now, with the device's work done. Only between draft and target: after the target, verifying has waited for it."""
+        """Now, with the device's work done. Needed between draft and target only: verification waits for the device itself."""
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         return time.perf_counter()
+
+
+class Decoding:
+    """One prompt: iterates over the lists of newly verified tokens, one list per step, then says why the output ended."""
+
+    def __init__(self, loop: DecodingLoop) -> None:
+        """`loop`: of one row."""
+        self._loop = loop
+        self.finish_reason: StopReason | None = None
+
+    @property
+    def stats(self) -> DecodeStats:
+        """Counts and seconds of the steps so far."""
+        return self._loop.counts(0) + self._loop.seconds
+
+    def __iter__(self) -> Iterator[list[Token]]:
+        return self
+
+    def __next__(self) -> list[Token]:
+        _, tokens, self.finish_reason = next(self._loop)[0]
+        return tokens
 
 
 def decode(
@@ -185,16 +231,57 @@ def decode(
     *,
     reuse_exit_states: bool = True,
 ) -> Decoding:
-    """Decodes a prompt by the config's strategy. All strategies are one loop; greedy self-speculation gives the tokens of
-    autoregressive decoding, sampled self-speculation its distribution.
+    """Decodes a prompt by the config's strategy.
 
-    `detokenize` (ids to text) is needed for stop strings only. `reuse_exit_states` off makes the target recompute the layers
-    below the exit, for measuring. Raises ConfigError for an exit that the model does not have and a prompt that does not fit.
+    Greedy self-speculative decoding gives the tokens of autoregressive decoding; sampled, it gives their distribution.
+    `detokenize` (ids to text) is needed for stop strings only. `reuse_exit_states=False` makes the target recompute the layers
+    below the exit, to measure what reuse saves. Raises ConfigError for an exit that the model does not have and a prompt that
+    does not fit.
     """
-    sampler = sampler_for(config.sampling, model.device)
-    target_layers, drafter = target_and_drafter(model, config, sampler, eos_ids, reuse_exit_states)
+    return Decoding(_loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states))
+
+
+def decode_batch(
+    model: Backend,
+    prompts: Sequence[list[int]],
+    config: DecodingConfig,
+    eos_ids: frozenset[int] = frozenset(),
+    detokenize: Detokenize | None = None,
+) -> Iterator[Finished]:
+    """Decodes prompts together by the config's strategy; yields each output when it is complete.
+
+    In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Each
+    sampled row has the config's seed. Rows stand at different positions, because a key's place in the cache is its token's
+    position. Raises ConfigError for a prompt or an exit that does not fit and for a model with exact weights.
+    """
+    require(not model.exact, "batch_size", "1 with `exact`", len(prompts))
+    loop = _loop_of(model, prompts, config, eos_ids, detokenize)
+    ids: list[list[int]] = [[] for _ in prompts]
+    for steps in loop:
+        for row, tokens, reason in steps:
+            ids[row] += [token.id for token in tokens]
+            if reason is not None:
+                yield Finished(row, ids[row], reason, loop.counts(row))
+
+
+def _loop_of(
+    model: Backend,
+    prompts: Sequence[list[int]],
+    config: DecodingConfig,
+    eos_ids: frozenset[int],
+    detokenize: Detokenize | None,
+    reuse_exit_states: bool = True,
+) -> DecodingLoop:
+    sampler = sampler_for(config.sampling, model.device, len(prompts))
+    target_layers, drafter = model.num_layers, None
+    if config.exit_layer is not None and config.strategy != "autoregressive":
+        require_exit_layer(config.exit_layer, model.num_layers, config.strategy)
+        if config.strategy == "early-exit":
+            target_layers = config.exit_layer
+        else:
+            drafter = drafter_for(model, sampler, config, eos_ids, reuse_exit_states)
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
-    return Decoding(model, prompt_ids, stopping, sampler, target_layers, drafter, config.num_draft_tokens, detokenize)
+    return DecodingLoop(model, prompts, stopping, sampler, target_layers, drafter, config.num_draft_tokens, detokenize)
 
 
 def check_prompt(prompt_ids: list[int], limit: int) -> None:
@@ -206,20 +293,8 @@ def check_prompt(prompt_ids: list[int], limit: int) -> None:
         )
 
 
-def target_and_drafter(
-    model: Backend, config: DecodingConfig, sampler: Sampler, eos_ids: frozenset[int], reuse_exit_states: bool = True
-) -> tuple[int, ExitDrafter | None]:
-    """How many layers the config's strategy takes for its target, and what drafts for them, if anything does."""
-    if config.exit_layer is None or config.strategy == "autoregressive":
-        return model.num_layers, None
-    require_exit_layer(config.exit_layer, model.num_layers, config.strategy)
-    if config.strategy == "early-exit":
-        return config.exit_layer, None
-    return model.num_layers, drafter_for(model, sampler, config, eos_ids, reuse_exit_states)
-
-
 def target_logits(model: Backend, draft: Draft, positions: Tensor, cache: KVCache, target_layers: int) -> Tensor:
-    """Logits (B, K+1, V) of the draft's last K+1 tokens: the layers that its exit states leave, once over all tokens."""
+    """Logits (B, K+1, V) after each of the draft's tokens: one pass through the layers that its exit states leave."""
     tokens, hidden = draft.tokens, draft.exit_states
     if hidden is None:
         hidden = model.run_layers(model.embed(tokens), 0, target_layers, positions, cache)
@@ -229,28 +304,4 @@ def target_logits(model: Backend, draft: Draft, positions: Tensor, cache: KVCach
             last = model.run_layers(model.embed(tokens[:, known:]), 0, draft.exit_layer, positions[:, known:], cache)
             hidden = torch.cat((hidden, last), dim=1)
         hidden = model.run_layers(hidden, draft.exit_layer, target_layers, positions, cache)
-    return model.unembed(hidden[:, -(draft.num_drafts + 1) :])
-
-
-def step_counts(drafted: int, accepted: int, count: int, **more: float) -> DecodeStats:
-    """The counts of a step that gave `count` tokens, when `accepted` of its drafts were the target's; `more` of its fields."""
-    accepted = min(accepted, count)
-    return DecodeStats(
-        new_tokens=count,
-        drafted=drafted,
-        accepted=accepted,
-        rounds=int(drafted > 0),
-        tested_by_position=(1,) * min(drafted, count),
-        accepted_by_position=(1,) * accepted,
-        **more,  # type: ignore[arg-type]
-    )
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _sum(mine: Any, other: Any) -> Any:
-    if isinstance(mine, tuple):
-        return tuple(a + b for a, b in zip_longest(mine, other, fillvalue=0))
-    return mine + other
+    return model.unembed(hidden)

@@ -14,10 +14,11 @@ from ..model.drafting import most_probable
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the target made of a draft: the accepted drafts, then one token of its own."""
+    """What the target made of one row's draft: the accepted drafts, then one token of its own."""
 
+    row: int  # which prompt it is about
+    drafted: int
     ids: list[int]
-    newest: Tensor  # (1, 1), the last of `ids`, on the model's device
 
     @property
     def accepted(self) -> int:
@@ -25,16 +26,25 @@ class Verdict:
 
 
 class Sampler(Protocol):
-    """How tokens are chosen, the same way for drafts and for the target."""
+    """How the tokens of B rows are chosen, in the same way for drafts and for the target."""
 
     def probs(self, logits: Tensor) -> Tensor | None:
-        """The distribution (..., V) that `choose` draws from, or None where nothing is drawn."""
+        """The distribution (..., V) that `choose` draws from; None if nothing is drawn."""
 
     def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
         """Token ids (B, T) from logits (B, T, V) and their `probs`. Only `rows` of the batch need one: others may be any id."""
 
-    def verify(self, draft_ids: Tensor, draft_probs: Tensor | None, logits: Tensor) -> Verdict:
-        """Judges drafts (K,), drawn from `draft_probs` (K, V), by the target's logits (K+1, V). Waits once for the device."""
+    def verify(
+        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
+    ) -> tuple[list[list[int]], Tensor]:
+        """Judges drafts (B, K), `counts` of them by row, by the target's logits (B, K+1, V). Waits once for the device.
+
+        `draft_probs` (B, K, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row,
+        the accepted drafts and the target's own token after them; and that last token of each row, (B, 1), on the device.
+        """
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Forgets every row but those at `rows`."""
 
 
 class Greedy:
@@ -46,42 +56,72 @@ class Greedy:
     def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
         return most_probable(logits)
 
-    def verify(self, draft_ids: Tensor, draft_probs: Tensor | None, logits: Tensor) -> Verdict:
+    def verify(
+        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
+    ) -> tuple[list[list[int]], Tensor]:
         """Accepts the longest prefix of the drafts that the target would have chosen itself."""
-        choices = most_probable(logits)
-        count = draft_ids.shape[0]
-        ids: list[int] = torch.cat((draft_ids, choices)).tolist() if count else choices.tolist()
-        drafts, chosen = ids[:count], ids[count:]
-        accepted = next((place for place in range(count) if drafts[place] != chosen[place]), count)
-        return Verdict(chosen[: accepted + 1], choices[None, accepted : accepted + 1])
+        choices, most = most_probable(logits), draft_ids.shape[1]
+        verified: list[list[int]] = []
+        for ids, count in zip((torch.cat((draft_ids, choices), 1) if most else choices).tolist(), counts, strict=True):
+            chosen = ids[most:]
+            accepted = next((place for place in range(count) if ids[place] != chosen[place]), count)
+            verified.append(chosen[: accepted + 1])
+        if len(verified) == 1:
+            return verified, choices[:, len(verified[0]) - 1 : len(verified[0])]
+        return verified, torch.tensor([[ids[-1]] for ids in verified], device=logits.device)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        pass
 
 
 class Stochastic:
-    """Tokens drawn by a generator of their own; verification keeps the target's distribution exactly."""
+    """Tokens drawn by a generator for each row; verification keeps the target's distribution exactly."""
 
-    def __init__(self, config: SamplingConfig, device: torch.device) -> None:
+    def __init__(self, config: SamplingConfig, device: torch.device, rows: int = 1) -> None:
+        """Every row has a generator with the config's seed: it draws what it would draw alone."""
         self._config = config
-        self._generator = torch.Generator(device).manual_seed(config.seed)
+        self._generators = [torch.Generator(device).manual_seed(config.seed) for _ in range(rows)]
 
     def probs(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self._config)
 
     def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
-        return draw(self.probs(logits) if probs is None else probs, self._generator)
+        probs = self.probs(logits) if probs is None else probs
+        if len(self._generators) == 1:
+            return draw(probs, self._generators[0])
+        chosen = torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
+        for row in rows:
+            chosen[row] = draw(probs[row], self._generators[row])
+        return chosen
 
-    def verify(self, draft_ids: Tensor, draft_probs: Tensor | None, logits: Tensor) -> Verdict:
+    def verify(
+        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
+    ) -> tuple[list[list[int]], Tensor]:
         target_probs = self.probs(logits)
-        if draft_probs is None:
-            newest = draw(target_probs, self._generator)
-            return Verdict(newest.tolist(), newest[None])
-        judged = verify(draft_ids, draft_probs, target_probs, self._generator)
-        *drafts, accepted, last = torch.cat((draft_ids, judged)).tolist()
-        return Verdict([*drafts[:accepted], last], judged[None, 1:])
+        if draft_ids.shape[1] == 0:
+            pairs = zip(target_probs, self._generators, strict=True)
+            newest = torch.stack([draw(probs, generator) for probs, generator in pairs])
+            return newest.tolist(), newest
+        if draft_probs is None:  # the drafter was certain
+            draft_probs = F.one_hot(draft_ids, logits.shape[-1]).to(target_probs.dtype)
+        judged = torch.stack(
+            [
+                verify(draft_ids[row, :count], draft_probs[row, :count], target_probs[row, : count + 1], generator)
+                for row, (count, generator) in enumerate(zip(counts, self._generators, strict=True))
+            ]
+        )
+        verified = []
+        for *drafts, accepted, last in torch.cat((draft_ids, judged), 1).tolist():
+            verified.append([*drafts[:accepted], last])
+        return verified, judged[:, 1:]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self._generators = [self._generators[row] for row in rows]
 
 
-def sampler_for(config: SamplingConfig, device: torch.device) -> Sampler:
+def sampler_for(config: SamplingConfig, device: torch.device, rows: int = 1) -> Sampler:
     """Greedy at temperature 0, else drawn with the config's seed."""
-    return Greedy() if config.temperature == 0 else Stochastic(config, device)
+    return Greedy() if config.temperature == 0 else Stochastic(config, device, rows)
 
 
 def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
@@ -90,9 +130,9 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     top-p keeps the smallest set of most probable tokens whose mass reaches it (Holtzman et al., 2020), never less than one.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # Below it both would become 0 in the precision of the logits: 0 / 0, and no token kept. With it only the best are left.
+    # A smaller temperature or top-p would round to 0 in the logits' precision, and give 0 / 0 or keep no token.
     least = torch.finfo(logits.dtype).tiny
-    # The maximum is subtracted first, for a small temperature would overflow what it divides.
+    # The maximum is subtracted first, because division by a small temperature could overflow.
     probs = ((logits - logits.amax(-1, keepdim=True)) / max(config.temperature, least)).softmax(-1)
     if config.top_k:
         top_probs, top_ids = probs.topk(min(config.top_k, probs.shape[-1]))
@@ -111,21 +151,23 @@ def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
 def _top_p_bound(probs: Tensor, top_p: float) -> int:
     """At least as many as the tokens that top-p keeps in any row of (..., V).
 
-    Tokens under (1 - top_p) / V have less than 1 - top_p together, so the others reach top_p without them. To count those saves
-    the CPU a sort of the whole vocabulary; another device would have to be waited for, and sorts fast.
+    Tokens under (1 - top_p) / V have less than 1 - top_p together, so the others reach top_p without them. Counting the
+    others saves the CPU a sort of the whole vocabulary. Other devices sort fast, and reading a count would wait for them.
     """
     vocabulary = probs.shape[-1]
     if probs.device.type != "cpu":
         return vocabulary
-    return max(1, int((probs >= (1 - top_p) / vocabulary).sum(-1).max()))  # 0 where all are alike, and rounded down
+    largest = int((probs >= (1 - top_p) / vocabulary).sum(-1).max())
+    return max(1, largest)  # 0 if all tokens are equally probable and rounded down
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> Tensor:
     """One token id (...) from each row of weights (..., V), which need not sum to 1; never one of weight 0.
 
-    By the inverse of the cumulative distribution: one random number a row, and no wait for the device as in torch.multinomial.
+    By the inverse of the cumulative distribution: one random number per row, and no wait for the device as in
+    torch.multinomial.
     """
-    # A parallel sum may round so that it grows over a weight of 0: the sign takes such tokens out.
+    # A parallel sum may round so that it grows over a weight of 0: multiplying by the sign removes such tokens.
     edges = probs.cumsum(-1) * probs.sign()
     chance = torch.rand((*probs.shape[:-1], 1), generator=generator, dtype=probs.dtype, device=probs.device)
     return (edges > chance * edges.amax(-1, keepdim=True)).byte().argmax(-1)
@@ -134,8 +176,8 @@ def draw(probs: Tensor, generator: torch.Generator) -> Tensor:
 def verify(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator) -> Tensor:
     """Lossless speculative sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2).
 
-    Draft K is accepted with probability min(1, target / draft). The first that is not is replaced by a draw from
-    max(target - draft, 0), normalised; after K accepted drafts the next token is drawn from the target.
+    A draft is accepted with probability min(1, target / draft). The first one rejected is replaced by a draw from
+    max(target - draft, 0), normalised. After K accepted drafts the next token is drawn from the target.
 
     draft_ids (K,), draft_probs (K, V), target_probs (K+1, V); returns (accepted count, next token id), shape (2,), on device.
     """
@@ -144,7 +186,7 @@ def verify(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, generat
     chance = torch.rand(draft_mass.shape, generator=generator, dtype=draft_mass.dtype, device=draft_mass.device)
     accepted = (chance * draft_mass < target_mass).cumprod(0).sum()[None]
     target_row = target_probs.index_select(0, accepted)
-    # A row of zeros stands for the position behind the last draft: there the residual is the target itself.
+    # A row of zeros stands for the position after the last draft: there the residual is the target itself.
     residual = (target_row - F.pad(draft_probs, (0, 0, 0, 1)).index_select(0, accepted)).clamp_min(0)
     # Rounding can reject a draft although target and draft are equal; nothing is left to draw from then.
     weights = torch.where(residual.sum() > 0, residual, target_row)

@@ -1,4 +1,4 @@
-"""From a prompt to text, as it is verified."""
+"""From prompts to text."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError
-from .batch import decode_batch
-from .loop import DecodeStats, check_prompt, decode
+from .loop import check_prompt, decode, decode_batch
+from .stats import DecodeStats
 from .stopping import Detokenize, Stopping, StopReason
 
-_INCOMPLETE = "\ufffd"  # what a character becomes whose last bytes are still to come
+_INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come yet
 
 
-class Answer:
-    """Iterates over the pieces of one answer's text; `text`, `stats` and `finish_reason` say the rest at any time."""
+class TextStream:
+    """Iterates over the pieces of one answer as they are verified; `text`, `stats` and `finish_reason` are of what has come."""
 
     def __init__(self, loaded: Decoder, prompt: str, config: DecodingConfig, raw: bool = False) -> None:
         """`raw` leaves out the checkpoint's prompt template. Raises ConfigError for a prompt or exit that does not fit."""
@@ -45,8 +45,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class WholeAnswer:
-    """An answer that was decoded together with others; the seconds are those of all of them."""
+class Answer:
+    """The whole text of an answer. Without seconds in its stats if it was decoded together with others."""
 
     text: str
     finish_reason: StopReason
@@ -55,10 +55,10 @@ class WholeAnswer:
 
 def answer_together(
     loaded: Decoder, prompts: Sequence[str], config: DecodingConfig, raw: bool = False
-) -> tuple[list[WholeAnswer | LayerSkipError], DecodeStats]:
-    """Answers in the order of the prompts, an error in the place of a prompt that does not fit, and the stats of all."""
+) -> tuple[list[Answer | LayerSkipError], DecodeStats]:
+    """Answers in the order of the prompts, an error in the place of a prompt that does not fit; and the stats of all."""
     started = time.perf_counter()
-    answers: dict[int, WholeAnswer | LayerSkipError] = {}
+    answers: dict[int, Answer | LayerSkipError] = {}
     encoded: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         try:
@@ -70,10 +70,10 @@ def answer_together(
     places, total = list(encoded), DecodeStats()
     stopping = Stopping(loaded.eos_ids, config.stop, config.max_new_tokens)
     if places:
-        for one in decode_batch(loaded.backend, list(encoded.values()), config, loaded.eos_ids, loaded.detokenize):
-            text = loaded.detokenize([token for token in one.ids if token not in loaded.eos_ids])
-            answers[places[one.row]] = WholeAnswer(stopping.visible(text, True), one.finish_reason, one.stats)
-            total += one.stats
+        for output in decode_batch(loaded.backend, list(encoded.values()), config, loaded.eos_ids, loaded.detokenize):
+            text = loaded.detokenize([token for token in output.ids if token not in loaded.eos_ids])
+            answers[places[output.row]] = Answer(stopping.visible(text, True), output.finish_reason, output.stats)
+            total += output.stats
     return [answers[place] for place in range(len(prompts))], replace(total, total_seconds=time.perf_counter() - started)
 
 
@@ -88,7 +88,7 @@ class _IncrementalText:
         self._text = ""
 
     def add(self, ids: list[int], finished: bool) -> str:
-        """The text so far, without an incomplete character at its end unless nothing follows."""
+        """The text so far. Without an incomplete character at its end, unless the output is finished."""
         self._ids += ids
         before = self._detokenize(self._ids[self._context : self._settled])
         now = self._detokenize(self._ids[self._context :])

@@ -15,13 +15,13 @@ class KVCache:
     """Keys and values of all L layers for B rows. The index of a key is the position of its token.
 
     So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) is never read and
-    need not be cleared. `lengths` (B,), on the host, counts the committed positions of each row; the decoding loop sets it.
+    need not be cleared. `lengths` counts the committed positions of each row; the decoding loop sets it.
     """
 
     def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
         """`max_positions` is the context limit: a token beyond it is refused."""
         self.max_positions = max_positions
-        self.lengths = torch.zeros(batch_size, dtype=torch.long)
+        self.lengths = [0] * batch_size
         self._num_layers = num_layers
         self._storage: Tensor | None = None  # (L, 2 for key and value, B, kv heads, capacity, head dim)
         self._matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # views of it, see LayerSlots
@@ -31,15 +31,9 @@ class KVCache:
         """An empty cache for all layers of a model, up to its context limit unless `max_positions` is less."""
         return cls(spec.layers, batch_size, min(max_positions or spec.context, spec.context))
 
-    def rollback(self, lengths: Tensor) -> None:
-        """Forgets every position at or after `lengths` (B,)."""
-        if bool((lengths > self.lengths).any()):
-            raise ValueError(f"cannot roll forward from {self.lengths.tolist()} to {lengths.tolist()}")
-        self.lengths = lengths.clone()
-
     def keep_rows(self, rows: list[int]) -> None:
         """Keeps only the rows at the indices `rows`, in that order."""
-        self.lengths = self.lengths[rows]
+        self.lengths = [self.lengths[row] for row in rows]
         if self._storage is not None:
             self._keep(self._storage[:, :, rows].contiguous())
 

@@ -62,7 +62,7 @@ def _model(kind: str) -> Any:
 
 def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[str]:
     from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
-    from layerskip_core.decoding.batch import decode_batch
+    from layerskip_core.decoding import decode_batch
 
     sampled = random.random() < 0.35
     sampling = SamplingConfig(

@@ -145,7 +145,6 @@ def _compare(
             stop, middle = random.randint(start + 1, count), random.randint(0, model.num_layers)
             hidden = model.run_layers(model.embed(ids[:, start:stop]), 0, middle, positions[:, start:stop], cache)
             hidden = model.run_layers(hidden, middle, model.num_layers, positions[:, start:stop], cache)
-            cache.lengths = cache.lengths + (stop - start)
             pieces.append(model.unembed(hidden))
             start = stop
         together = torch.cat(pieces, dim=1)

@@ -17,7 +17,7 @@ from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding.text import Answer
+from layerskip_core.decoding.text import TextStream
 
 PROMPT = "wake me up"
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=20)
@@ -35,7 +35,7 @@ def expected(loaded):
     """The text of plain decoding, as the core gives it."""
 
     def answer(prompt=PROMPT, raw=False, **changes):
-        return "".join(Answer(loaded, prompt, replace(PLAIN, **changes), raw))
+        return "".join(TextStream(loaded, prompt, replace(PLAIN, **changes), raw))
 
     return answer
 
@@ -329,7 +329,7 @@ def test_an_interrupt_keeps_the_output_so_far(generate, monkeypatch):
         yield "half an ans"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Answer, "__iter__", interrupted)
+    monkeypatch.setattr(TextStream, "__iter__", interrupted)
     assert generate(PROMPT) == Result(130, "half an ans\n", "")
 
 

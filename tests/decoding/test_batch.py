@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import decode
-from layerskip_core.decoding.batch import decode_batch
+from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, PackedBackend
 

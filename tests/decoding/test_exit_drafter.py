@@ -3,7 +3,7 @@ import torch
 from torch import tensor
 
 from layerskip_core.config.decoding import SamplingConfig
-from layerskip_core.decoding.drafters.exit import ExitDrafter
+from layerskip_core.decoding.drafters import Context, ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic
 from layerskip_core.model import GenericBackend
 
@@ -27,7 +27,8 @@ def draft_after(backend, prompt, limit, sampler=None, **settings):
     cache, last = backend.new_cache(), len(prompt) - 1
     with torch.inference_mode():
         backend.run_layers(backend.embed(tensor([prompt[:last]])), 0, backend.num_layers, torch.arange(last)[None], cache)
-        return drafter.draft(tensor([prompt[last:]]), torch.arange(last, last + limit)[None], cache)
+        positions = torch.arange(last, last + limit + 1)[None]
+        return drafter.draft(Context([0], [prompt], tensor([prompt[last:]]), positions, cache), [limit])
 
 
 PROMPT = [5, 11, 23, 42, 8]
@@ -45,7 +46,7 @@ def test_drafts_are_the_exit_s_own_tokens_and_states(backend):
     expected = greedy_exit_continuation(backend, 4)
     draft = draft_after(backend, PROMPT, limit=4)
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected]]
-    assert (draft.num_drafts, draft.exit_layer, draft.probs) == (4, EXIT, None)
+    assert (draft.counts, draft.exit_layer, draft.probs) == ((4,), EXIT, None)
     with torch.no_grad():
         states, _ = exit_states_and_logits(backend, PROMPT + expected[:3])
     torch.testing.assert_close(draft.exit_states[0], states[-4:])  # of all tokens but the last draft
@@ -56,7 +57,7 @@ def test_an_eos_ends_the_draft(backend):
     end = expected.index(expected[1]) + 1
     draft = draft_after(backend, PROMPT, limit=4, eos_ids=frozenset({66, expected[1]}))
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected[:end]]]
-    assert draft.exit_states.shape[1] == draft.num_drafts == end
+    assert (draft.exit_states.shape[1], draft.counts) == (end, (end,))
 
 
 def test_low_confidence_ends_the_draft_before_the_token(backend):
@@ -69,7 +70,7 @@ def test_low_confidence_ends_the_draft_before_the_token(backend):
     draft = draft_after(backend, PROMPT, limit=4, confidence=min(top) + 1e-6)
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected[:sure]]]
     torch.testing.assert_close(draft.exit_states[0], states[len(PROMPT) - 1 : len(PROMPT) + sure])
-    assert draft_after(backend, PROMPT, limit=4, confidence=min(top) - 1e-6).num_drafts == 4
+    assert draft_after(backend, PROMPT, limit=4, confidence=min(top) - 1e-6).counts == (4,)
 
 
 def test_sampled_confidence_is_that_of_the_draft_probs(backend):
@@ -92,4 +93,4 @@ def test_draft_probs_are_what_each_draft_was_drawn_from(backend):
 
 def test_without_reuse_no_exit_states_are_given(backend):
     draft = draft_after(backend, PROMPT, limit=2, reuse_exit_states=False)
-    assert (draft.num_drafts, draft.exit_states) == (2, None)
+    assert (draft.counts, draft.exit_states) == ((2,), None)

@@ -13,8 +13,8 @@ from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.decoding import DecodeStats, Decoding, Stopping, Token, decode, sampling
-from layerskip_core.decoding.drafters.base import Draft
-from layerskip_core.decoding.drafters.exit import ExitDrafter
+from layerskip_core.decoding.drafters import Draft, ExitDrafter
+from layerskip_core.decoding.loop import DecodingLoop
 from layerskip_core.decoding.sampling import Greedy, Stochastic, probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, KVCache
@@ -237,7 +237,7 @@ class Recording(GenericBackend):
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_rejected_drafts_leave_no_trace_in_the_logits(models, model_type):
     model, prompt = Recording(models[model_type]), prompt_of(7)
-    decoding = Decoding(model, prompt, Stopping(frozenset(), (), 9), Greedy(), LAYERS, Scripted(lambda *_: 66), 3)
+    decoding = single(model, prompt, Stopping(frozenset(), (), 9), Greedy(), LAYERS, Scripted(lambda *_: 66), 3)
     ids = [token.id for token in chain.from_iterable(decoding)]
     assert 66 not in ids
     with torch.no_grad():
@@ -283,10 +283,11 @@ class TableModel:
     Hidden states are (token, layers run, position); a state given to the wrong layer or a committed position fails.
     """
 
-    num_layers, device = 2, torch.device("cpu")
+    num_layers, device, exact = 2, torch.device("cpu"), False
+    shares_states, vocabulary = True, None  # of its draft side, which is the model itself
 
     def __init__(self, table):
-        self.table, self.max_positions = table, table.shape[1]
+        self.table, self.max_positions, self.draft_side = table, table.shape[1], self
 
     def new_cache(self, batch_size=1, max_positions=None):
         return KVCache(2, batch_size, max_positions)
@@ -296,7 +297,7 @@ class TableModel:
 
     def run_layers(self, hidden, start, stop, positions, cache=None):
         assert (hidden[..., 1] == start).all()
-        assert int(positions[0, 0]) >= int(cache.lengths[0])
+        assert positions[0, 0] >= cache.lengths[0]
         return torch.stack((hidden[..., 0], torch.full_like(positions, stop), positions), dim=-1)
 
     def unembed(self, hidden):
@@ -310,11 +311,19 @@ class Scripted:
     def __init__(self, choose):
         self.choose = choose
 
-    def draft(self, token, positions, cache):
-        ids = [int(token)]
-        for place in range(positions.shape[1]):
+    def draft(self, context, most):
+        ids = [int(context.newest)]
+        assert ids == context.ids[0][-1:]
+        for place in range(most[0]):
             ids.append(self.choose(place, ids[-1]))
-        return Draft(tensor([ids]), num_drafts=len(ids) - 1)
+        return Draft(tensor([ids]), counts=(len(ids) - 1,))
+
+    def observe(self, verdict):
+        pass
+
+
+def single(model, prompt, *settings):
+    return Decoding(DecodingLoop(model, [prompt], *settings))
 
 
 def counting_model(limit=100):
@@ -324,7 +333,7 @@ def counting_model(limit=100):
 
 def scripted_decoding(choose, max_new_tokens=9, eos_ids=(), stop=(), limit=100):
     stopping = Stopping(frozenset(eos_ids), stop, max_new_tokens)
-    return Decoding(counting_model(limit), [3, 4], stopping, Greedy(), 2, Scripted(choose), 3, letters)
+    return single(counting_model(limit), [3, 4], stopping, Greedy(), 2, Scripted(choose), 3, letters)
 
 
 def written(decoding):
@@ -422,7 +431,6 @@ def test_seconds_are_counted_where_they_are_spent(monkeypatch):
     stats = decoding.stats
     assert (stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.total_seconds) == (1, 1, 2, 2 + 3 + 2)
     assert stats.tokens_per_second == 6 / 7
-    assert stats.decode_tokens_per_second == 5 / 6
 
 
 def test_stats_add_exactly():
@@ -495,7 +503,7 @@ def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
     model, sampler, stopping = TableModel(table), Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
     drafter = ExitDrafter(model.draft_side, sampler, 1)
     outputs = [
-        tuple(token.id for token in chain.from_iterable(Decoding(model, [3], stopping, sampler, 2, drafter, num_draft_tokens)))
+        tuple(token.id for token in chain.from_iterable(single(model, [3], stopping, sampler, 2, drafter, num_draft_tokens)))
         for _ in range(draws)
     ]
     joint = joint_of(lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config), NEW, VOCABULARY)
@@ -537,7 +545,7 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
     drafter = ExitDrafter(backend.draft_side, sampler, 1)
     stats, outputs = DecodeStats(), []
     for _ in range(300):
-        decoding = Decoding(backend, prompt, stopping, sampler, 2, drafter, 2)
+        decoding = single(backend, prompt, stopping, sampler, 2, drafter, 2)
         outputs.append(tuple(token.id for token in chain.from_iterable(decoding)))
         stats += decoding.stats
 

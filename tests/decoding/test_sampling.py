@@ -154,21 +154,33 @@ def one_hot(*ids: int) -> torch.Tensor:
     ],
 )
 def test_greedy_keeps_the_drafts_that_the_target_would_choose(drafts, choices, output):
-    verdict = Greedy().verify(tensor(drafts, dtype=torch.long), None, one_hot(*choices))
-    assert verdict.ids == output
-    assert verdict.accepted == len(output) - 1
-    assert verdict.newest.tolist() == [output[-1:]]
+    verified, newest = Greedy().verify(tensor([drafts], dtype=torch.long), [len(drafts)], None, one_hot(*choices)[None])
+    assert verified == [output]
+    assert newest.tolist() == [output[-1:]]
+
+
+def test_greedy_verifies_each_row_by_its_own_count():
+    """The second row has one draft: what stands behind it is padding, even where the target would have chosen it."""
+    drafts, logits = tensor([[7, 8], [7, 8]]), torch.stack([one_hot(7, 8, 9), one_hot(7, 8, 9)])
+    verified, newest = Greedy().verify(drafts, [2, 1], None, logits)
+    assert verified == [[7, 8, 9], [7, 8]]
+    assert newest.tolist() == [[9], [8]]
 
 
 def test_stochastic_verification_gives_drafts_and_then_the_next_token():
     sampler = Stochastic(SamplingConfig(temperature=1e-6), CPU)
     sure = one_hot(7, 8, 9)
-    verdict = sampler.verify(tensor([7, 8]), one_hot(7, 8), sure)
-    assert (verdict.ids, verdict.newest.tolist()) == ([7, 8, 9], [[9]])
-    verdict = sampler.verify(tensor([7, 5]), one_hot(7, 5), sure)
-    assert (verdict.ids, verdict.newest.tolist()) == ([7, 8], [[8]])
-    verdict = sampler.verify(tensor([], dtype=torch.long), None, sure[:1])
-    assert (verdict.ids, verdict.newest.tolist()) == ([7], [[7]])
+
+    def verify_row(drafts, logits, certain):
+        verified, newest = sampler.verify(
+            tensor([drafts], dtype=torch.long), [len(drafts)], None if certain else one_hot(*drafts)[None], logits[None]
+        )
+        return verified[0], newest.tolist()
+
+    for certain in (False, True):  # a drafter without probabilities puts all of them on its drafts
+        assert verify_row([7, 8], sure, certain) == ([7, 8, 9], [[9]])
+        assert verify_row([7, 5], sure, certain) == ([7, 8], [[8]])
+    assert verify_row([], sure[:1], True) == ([7], [[7]])
 
 
 def test_the_seed_decides_what_is_drawn():

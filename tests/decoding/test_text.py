@@ -11,7 +11,7 @@ from layerskip_core.checkpoint.load import for_training
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import Token, decode, text
-from layerskip_core.decoding.text import Answer, _IncrementalText
+from layerskip_core.decoding.text import TextStream, _IncrementalText
 from layerskip_core.errors import ConfigError
 
 EOS = 256
@@ -99,7 +99,7 @@ def test_pieces_of_an_answer(monkeypatch, chunks, reason, stop, pieces):
     loaded = SimpleNamespace(
         backend=None, eos_ids=frozenset({EOS}), encode_prompt=lambda prompt, raw: [1], detokenize=bytes_to_text
     )
-    answer = Answer(loaded, "prompt", DecodingConfig("autoregressive", stop=stop))
+    answer = TextStream(loaded, "prompt", DecodingConfig("autoregressive", stop=stop))
     assert list(answer) == pieces
     assert (answer.text, answer.finish_reason) == ("".join(pieces), reason)
 
@@ -112,7 +112,7 @@ def loaded(checkpoint):
 def test_an_answer_is_the_text_of_its_tokens(loaded):
     config = DecodingConfig("self-speculative", exit_layer=4, num_draft_tokens=5, max_new_tokens=60)
     tokens = [token.id for step in decode(loaded.backend, loaded.encode_prompt("wake me up"), config) for token in step]
-    answer = Answer(loaded, "wake me up", config)
+    answer = TextStream(loaded, "wake me up", config)
     pieces = list(answer)
     assert "".join(pieces) == answer.text == loaded.detokenize(tokens)
     assert len(pieces) > 1 and answer.stats.new_tokens == len(tokens) == 60
@@ -121,4 +121,4 @@ def test_an_answer_is_the_text_of_its_tokens(loaded):
 
 def test_a_prompt_that_is_no_unicode(loaded):
     with pytest.raises(ConfigError, match=r"the prompt must be valid Unicode, got '\\ud800' in it"):
-        Answer(loaded, "wake \ud800 up", DecodingConfig("autoregressive"))
+        TextStream(loaded, "wake \ud800 up", DecodingConfig("autoregressive"))

@@ -14,7 +14,7 @@ from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters.exit import drafter_for
+from layerskip_core.decoding.drafters import Context, drafter_for
 from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
@@ -145,11 +145,11 @@ def test_a_low_bit_copy_drafts_and_the_model_verifies(variant):
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("packing", [{}, {"draft_vocab": 40}, {"draft_weights": "int8"}, {"quantize": "int4"}], ids=str)
 def test_a_draft_in_one_call_is_that_of_single_steps(variant, packing, number, threads):
-    """Tokens, states and the cache, bit for bit; all of it again behind an EOS, which ends the draft."""
+    """Tokens, states and the cache, bit for bit; and the same after an EOS, which ends the draft."""
     threads(number)
     order = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
     model = NativeBackend.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(**packing), order)
-    prompt, positions = ids_of(1, 30), torch.arange(29, 35)[None]
+    prompt, positions = ids_of(1, 30), torch.arange(29, 36)[None]
 
     def drafted(ends, one_call):
         drafter = drafter_for(model, Greedy(), DecodingConfig("self-speculative", 4, 6), frozenset(ends))
@@ -158,13 +158,13 @@ def test_a_draft_in_one_call_is_that_of_single_steps(variant, packing, number, t
         with torch.inference_mode():
             cache = model.new_cache()
             model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
-            draft = drafter.draft(prompt[:, 29:], positions, cache)
-            return draft, target_logits(model, draft, torch.arange(29, 30 + draft.num_drafts)[None], cache, 6)
+            draft = drafter.draft(Context([0], prompt.tolist(), prompt[:, 29:], positions, cache), [6])
+            return draft, target_logits(model, draft, positions[:, : draft.tokens.shape[1]], cache, 6)
 
     chosen = drafted((), False)[0].tokens[0].tolist()
     for ends in ((), (66, chosen[1]), (chosen[3],), (chosen[6],)):
         (expected, logits), (found, ours) = drafted(ends, False), drafted(ends, True)
-        assert torch.equal(found.tokens, expected.tokens) and found.num_drafts == expected.num_drafts
+        assert torch.equal(found.tokens, expected.tokens) and found.counts == expected.counts
         if expected.exit_states is not None:
             known = expected.exit_states.shape[1]
             assert torch.equal(found.exit_states[:, :known], expected.exit_states)

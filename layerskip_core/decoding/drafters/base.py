@@ -1,4 +1,4 @@
-"""What a drafter is, and what it gives."""
+"""What a drafter is: it proposes tokens for the rows of a batch, and may learn from the target's verdicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,27 +7,42 @@ from typing import Protocol
 from torch import Tensor
 
 from ...model.cache import KVCache
+from ..sampling import Verdict
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where the B rows of a batch stand before a round.
+
+    The newest token of each row is committed, but it has no keys and values in the cache yet: the target's pass that verifies
+    the drafts writes them.
+    """
+
+    rows: Sequence[int]  # which prompts the rows belong to: rows that ended are gone
+    ids: Sequence[Sequence[int]]  # by row: prompt and output so far, the newest token last; not to be changed
+    newest: Tensor  # (B, 1), the same newest tokens on the model's device
+    positions: Tensor  # (B, d+1) on the host, d >= 1: of the newest token, and of the drafts after it
+    cache: KVCache  # the target's own
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens for the target to run: those committed without KV yet (one; the prompt at first), then K drafts, in B rows.
+    """K drafts per row for the target to verify in one pass, after the newest token.
 
-    `exit_states` are the target's own hidden states after layer `exit_layer`, pre-norm, of all tokens or of all but the last;
-    None when the draft has no such states: then the target starts at layer 0.
+    `exit_states` are the target's own hidden states after `exit_layer` layers, pre-norm, of all tokens or of all but the last.
+    None if the draft has no such states (looked-up or low-bit drafts): the target then starts at layer 0.
     """
 
-    tokens: Tensor  # (B, T)
-    num_drafts: int = 0  # K, the last of the tokens
-    probs: Tensor | None = None  # (B, K, V), what each draft was drawn from; None when greedy or without drafts
-    exit_states: Tensor | None = None  # (B, T or T-1, D)
+    tokens: Tensor  # (B, 1+K), the newest token first
+    counts: tuple[int, ...]  # by row: how many of the K are drafts; the rest is padding
+    probs: Tensor | None = None  # (B, K, V), what each draft was drawn from; None if it was chosen without chance
+    exit_states: Tensor | None = None  # (B, K+1 or K, D)
     exit_layer: int = 0
-    by_row: tuple[int, ...] = ()  # how many of the K each row of a batch has drafted: the rest is padding
 
 
 class Drafter(Protocol):
-    def draft(self, token: Tensor, positions: Tensor, cache: KVCache, most: Sequence[int] = ()) -> Draft:
-        """At most one draft for each of `positions` (B, d), d >= 1; `token` (B, 1), committed, stands at the first of them.
+    def draft(self, context: Context, most: Sequence[int]) -> Draft:
+        """Up to `most[row]` drafts for each row, of which at least one may have a draft."""
 
-        `most`: how many drafts each row of a batch may have; all d without it.
-        """
+    def observe(self, verdict: Verdict) -> None:
+        """Takes note of what the target made of one row's last draft. Called for every row after each round."""

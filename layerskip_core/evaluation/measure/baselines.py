@@ -16,7 +16,7 @@ from ...checkpoint.quiet import quiet_transformers
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig
 from ...decoding import DecodeStats, StopReason, decode
-from ...decoding.loop import step_counts
+from ...decoding.stats import step_counts
 from ...decoding.stopping import Stopping, StopScanner
 from ...errors import ConfigError, LayerSkipError
 from ...model import GenericBackend
@@ -91,7 +91,7 @@ class TransformersGenerate:
         rows = _StopRows([self._scanner(loaded, prompt) for prompt in prompts])
         self._generate(loaded, ids, mask, max(scanner.room for scanner in rows.scanners), stopping_criteria=[rows])
         return [
-            Generation(tuple(new), (), step_counts(0, 0, len(new), sequences=1, prompt_tokens=len(prompt)), scanner.reason)
+            Generation(tuple(new), (), DecodeStats(1, len(prompt)) + step_counts(0, 0, len(new)), scanner.reason)
             for prompt, new, scanner in zip(prompts, rows.ids, rows.scanners, strict=True)
         ]
 

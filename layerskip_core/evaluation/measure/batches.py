@@ -9,7 +9,7 @@ from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig, SweepConfig
 from ...data.examples import Example
 from ...data.records import spread
-from ...decoding.batch import decode_batch
+from ...decoding import decode_batch
 from ...decoding.loop import check_prompt
 from ...errors import LayerSkipError
 from ..outputs import Generation, Output, Outputs, answer_text, require_outputs
