@@ -1,4 +1,4 @@
-"""A folder read without transformers gives what transformers gives, or is left to it."""
+"""A folder read without transformers gives the same results as with transformers, or is left to transformers."""
 
 import json
 
@@ -79,13 +79,13 @@ def test_the_tokenizer_is_the_same(folder):
         {"hidden_act": "gelu"},
     ],
 )
-def test_what_only_transformers_can_tell_is_left_to_it(folder, changes):
+def test_configurations_that_need_transformers(folder, changes):
     path = folder()
     edit(path / "config.json", **changes)
     assert lean_config(str(path)) is None
 
 
-def test_a_tokenizer_with_rules_of_its_own_is_left_to_transformers(folder):
+def test_a_tokenizer_that_needs_transformers(folder):
     path = folder()
     edit(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     assert lean_tokenizer(str(path)) is None

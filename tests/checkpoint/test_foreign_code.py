@@ -1,4 +1,4 @@
-"""Code that a checkpoint brings never runs, and no library reads standard input, which holds prompts."""
+"""Code that comes with a checkpoint never runs, and no library reads standard input, which holds prompts."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ HOSTILE_PARTS = {
 
 @pytest.fixture
 def hostile(checkpoint, tmp_path):
-    """Makes a checkpoint with code in one of its parts; gives its folder and the file that the code would make."""
+    """Makes a checkpoint with code in one of its files; returns its folder and the file that the code would create."""
 
     def make(part):
         folder, marker = tmp_path / "model", tmp_path / "ran"
@@ -76,7 +76,7 @@ def test_no_code_of_a_checkpoint_runs(hostile, tmp_path, monkeypatch, command, p
     assert result.code == 0 or result.err.rstrip().splitlines()[-1].startswith("error: ")
 
 
-def test_the_code_would_run_if_it_were_let(hostile, tmp_path, monkeypatch):
+def test_the_code_runs_with_trust_remote_code(hostile, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, marker = hostile("tokenizer")
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -100,7 +100,7 @@ def test_no_module_that_an_adapter_names_is_imported(checkpoint, tmp_path, monke
     assert not marker.exists()
 
 
-def test_a_library_that_asks_finds_an_empty_input(monkeypatch):
+def test_a_library_that_reads_standard_input_gets_nothing(monkeypatch):
     answers = []
 
     def ask(*_, **__):

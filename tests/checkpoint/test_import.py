@@ -1,4 +1,4 @@
-"""`layerskip import`: a GGUF file written here, and a folder."""
+"""`layerskip import` of a GGUF file and of a folder."""
 
 import torch
 from command_line import fails, run

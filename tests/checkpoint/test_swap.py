@@ -1,4 +1,4 @@
-"""A model takes the place of another in one step, wherever the process is killed and whoever reads meanwhile."""
+"""A model is replaced in one step, wherever the process is killed and whoever reads meanwhile."""
 
 import json
 import os
@@ -31,12 +31,12 @@ OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir")
 
 
 class Killed(BaseException):
-    """Takes the place of kill -9: from here on the process does nothing to the disk."""
+    """Stands for kill -9: after it the process changes nothing on disk."""
 
 
 @pytest.fixture
 def killed_at(monkeypatch):
-    """Makes the k-th operation on the disk, and all after it, fail before it has done anything; counts them."""
+    """Makes the k-th disk operation and all later ones fail before they do anything; counts the operations."""
 
     def arm(step):
         count = [0]
@@ -58,13 +58,13 @@ def killed_at(monkeypatch):
     monkeypatch.undo()
 
 
-def models(folder):
-    """An old model there, in three files, one in a folder of its own, with notes of the user's; returns its files."""
+def write_old_model(folder):
+    """Writes an old model of three files, one of them in a sub-folder, and a user's notes; returns the model's files."""
     old = {"config.json": "old", "a.safetensors": "old", "templates/x": "old"}
     for name, text in old.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    (folder / "notes").write_text("mine")
+    (folder / "notes").write_text("a user's")
     return old
 
 
@@ -79,21 +79,23 @@ def replace_with_new(folder, old):
 
 
 def state(folder):
-    found = {}
+    files = {}
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".layerskip")]  # they come and go beside a reader
+        folders[:] = [
+            name for name in folders if not name.startswith(".layerskip")
+        ]  # another process may remove them at any time
         for file in (Path(place) / name for name in names if not name.startswith(".layerskip")):
-            found[file.relative_to(folder).as_posix()] = file.read_text()
-    return found
+            files[file.relative_to(folder).as_posix()] = file.read_text()
+    return files
 
 
-NEW = {"config.json": "new", "b.safetensors": "new", "a.safetensors": "new", "other/y": "new", "notes": "mine"}
+NEW = {"config.json": "new", "b.safetensors": "new", "a.safetensors": "new", "other/y": "new", "notes": "a user's"}
 
 
-def test_killed_at_any_operation_it_is_the_old_model_or_the_new_one(tmp_path, killed_at, monkeypatch):
+def test_killed_at_any_operation_the_folder_holds_the_old_model_or_the_new_one(tmp_path, killed_at, monkeypatch):
     folder = tmp_path / "whole"
     folder.mkdir()
-    old = models(folder)
+    old = write_old_model(folder)
     count = killed_at(None)
     replace_with_new(folder, old)
     monkeypatch.undo()
@@ -102,21 +104,21 @@ def test_killed_at_any_operation_it_is_the_old_model_or_the_new_one(tmp_path, ki
     for step in range(1, count[0] + 1):
         folder = tmp_path / str(step)
         folder.mkdir()
-        old = models(folder)
+        old = write_old_model(folder)
         killed_at(step)
         with pytest.raises(Killed):
             replace_with_new(folder, old)
         monkeypatch.undo()
         settle(folder)  # what every reader does first
-        assert state(folder) in ({**old, "notes": "mine"}, NEW), step
+        assert state(folder) in ({**old, "notes": "a user's"}, NEW), step
         outcomes.append(state(folder) == NEW)
         replace_with_new(folder, files_below(folder) if not outcomes[-1] else [])
-    assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}  # old up to one step, new from there on
+    assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}  # old up to some step, new from then on
 
 
-def test_ending_it_may_be_interrupted_too(tmp_path, killed_at, monkeypatch):
-    """One operation a command: killed again and again, it still ends."""
-    old = models(tmp_path)
+def test_finishing_a_replacement_can_be_interrupted_too(tmp_path, killed_at, monkeypatch):
+    """With one operation per command, killed again and again, it still finishes."""
+    old = write_old_model(tmp_path)
     killed_at(12)
     with pytest.raises(Killed):
         replace_with_new(tmp_path, old)
@@ -149,20 +151,20 @@ def save(folder, tokenizer, layers):
 
 
 def layers_of(folder):
-    """How many layers the config, the weights and layerskip.json speak of."""
+    """The number of layers in the config, in the weights and in layerskip.json."""
     loaded = for_decoding(str(folder), "cpu", "fp32")
     weights = {name.split(".")[2] for name in load_file(Path(folder) / "model.safetensors") if name.startswith("model.layers")}
     return loaded.backend.num_layers, len(weights), loaded.info.details["layers"]
 
 
 def test_saving_over_a_model_killed_at_any_operation(tmp_path, tokenizer, killed_at, monkeypatch):
-    """The whole of `save_checkpoint`: a load afterwards, by this program, gives the old model or the new."""
+    """All of `save_checkpoint`: loading afterwards gives the old model or the new one."""
     save(tmp_path / "first", tokenizer, 2)
     shutil.copytree(tmp_path / "first", tmp_path / "counted")
     count = killed_at(None)
     save(tmp_path / "counted", tokenizer, 3)
     monkeypatch.undo()
-    found = set()
+    outcomes = set()
     for step in range(1, count[0] + 1):
         folder = tmp_path / str(step)
         shutil.copytree(tmp_path / "first", folder)
@@ -170,13 +172,13 @@ def test_saving_over_a_model_killed_at_any_operation(tmp_path, tokenizer, killed
         with pytest.raises(Killed):
             save(folder, tokenizer, 3)
         monkeypatch.undo()
-        found.add(layers_of(folder))
-        assert found <= {(2, 2, 2), (3, 3, 3)}, step
+        outcomes.add(layers_of(folder))
+        assert outcomes <= {(2, 2, 2), (3, 3, 3)}, step
         shutil.rmtree(folder)
-    assert found == {(2, 2, 2), (3, 3, 3)}
+    assert outcomes == {(2, 2, 2), (3, 3, 3)}
 
 
-def test_an_interrupted_save_counts_as_a_model_for_every_command(tmp_path, tokenizer, killed_at, monkeypatch):
+def test_every_command_finishes_an_interrupted_save(tmp_path, tokenizer, killed_at, monkeypatch):
     folder = tmp_path / "model"
     killed_at(8)
     with pytest.raises(Killed):
@@ -191,7 +193,7 @@ def test_an_interrupted_save_counts_as_a_model_for_every_command(tmp_path, token
 
 
 def test_a_reader_sees_one_model_whatever_happens_meanwhile(tmp_path):
-    old = models(tmp_path)
+    old = write_old_model(tmp_path)
     seen = []
 
     def slow_read():
@@ -200,7 +202,7 @@ def test_a_reader_sees_one_model_whatever_happens_meanwhile(tmp_path):
             replace_with_new(tmp_path, old)
         return state(tmp_path)
 
-    assert read_whole(tmp_path, slow_read) == NEW and seen == [{**old, "notes": "mine"}, NEW]
+    assert read_whole(tmp_path, slow_read) == NEW and seen == [{**old, "notes": "a user's"}, NEW]
 
     def always_replaced():
         replace_with_new(tmp_path, [])
@@ -209,8 +211,8 @@ def test_a_reader_sees_one_model_whatever_happens_meanwhile(tmp_path):
         read_whole(tmp_path, always_replaced)
 
 
-def test_a_reader_waits_for_one_who_is_in_the_middle(tmp_path, monkeypatch):
-    old = models(tmp_path)
+def test_a_reader_waits_for_a_running_replacement(tmp_path, monkeypatch):
+    old = write_old_model(tmp_path)
     inside, go_on = threading.Event(), threading.Event()
     finish = swap._finish
 
@@ -223,22 +225,22 @@ def test_a_reader_waits_for_one_who_is_in_the_middle(tmp_path, monkeypatch):
     writer = threading.Thread(target=replace_with_new, args=(tmp_path, old))
     writer.start()
     assert inside.wait(10)
-    found = []
-    reader = threading.Thread(target=lambda: found.append(read_whole(tmp_path, lambda: state(tmp_path))))
+    results = []
+    reader = threading.Thread(target=lambda: results.append(read_whole(tmp_path, lambda: state(tmp_path))))
     reader.start()
     time.sleep(0.2)
-    assert not found
+    assert not results
     go_on.set()
     reader.join(10)
     writer.join(10)
-    assert found == [NEW]
+    assert results == [NEW]
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [("{", "not valid JSON"), ('{"old": ["../x"]}', "is not valid"), ('{"old": 1}', "is not valid"), ("{}", "is not valid")],
 )
-def test_a_damaged_plan_is_one_line_and_moves_nothing(tmp_path, plan, message):
+def test_a_damaged_plan_is_an_error_and_moves_nothing(tmp_path, plan, message):
     (tmp_path / "x").write_text("outside")
     folder = tmp_path / "model"
     (folder / READY).mkdir(parents=True)
@@ -264,7 +266,7 @@ from test_swap import save
 tokenizer = train_tokenizer(load_examples(DataConfig(limit=100)), 300)
 save(sys.argv[1], tokenizer, 2)
 print("ready", flush=True)
-for line in sys.stdin:  # a child for each line, which saves over and over until it is killed
+for line in sys.stdin:  # one child per line, which saves again and again until it is killed
     child = os.fork()
     if child == 0:
         for turn in range(10**6):
@@ -289,7 +291,7 @@ def test_kill_9_at_any_time_loses_no_model(tmp_path):
             parent.stdin.flush()
             child = int(parent.stdout.readline())
             wait = time.monotonic() + chance.uniform(0.02, 0.3)
-            if number % 2:  # half of them in the swap itself
+            if number % 2:  # kill half of them during the replacement itself
                 while not (folder / READY).exists() and time.monotonic() < wait + 5:
                     pass
             else:

@@ -1,4 +1,4 @@
-"""Chat templates come with a model: they render as transformers renders them, and can neither hang nor fill the machine."""
+"""Chat templates render as in transformers, and a hostile one can neither hang nor use up memory."""
 
 import itertools
 import threading
@@ -42,13 +42,13 @@ def full(folder):
 
 @pytest.mark.parametrize("template", GOOD, ids=range(len(GOOD)))
 @pytest.mark.parametrize("prompt", [True, False])
-def test_the_text_is_that_of_transformers(folder, full, template, prompt):
+def test_the_text_equals_that_of_transformers(folder, full, template, prompt):
     lean = lean_tokenizer(str(folder))
     assert lean.special_tokens_map == full.special_tokens_map
     full.chat_template = lean.chat_template = template
     expected = full.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=prompt)
     assert expected and render_chat(full, TURNS, prompt) == render_chat(lean, TURNS, prompt) == expected
-    lean.chat_template = [{"name": name, "template": text} for name, text in SEVERAL.items()]  # as a file has several
+    lean.chat_template = [{"name": name, "template": text} for name, text in SEVERAL.items()]  # as in tokenizer_config.json
     full.chat_template = SEVERAL
     assert render_chat(lean, TURNS, prompt) == full.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=prompt)
 
@@ -88,7 +88,7 @@ def test_a_template_that_fails_is_one_error(full, monkeypatch, template, reason)
     with pytest.raises(CheckpointError, match=f"the model's chat template cannot be used: {reason}"):
         render_chat(full, TURNS, True)
     full.chat_template = TEMPLATE
-    assert render_chat(full, TURNS, False).startswith("<|im_start|>system")  # the next one finds a renderer again
+    assert render_chat(full, TURNS, False).startswith("<|im_start|>system")  # the next template gets a new renderer
 
 
 def test_no_template(full):
@@ -98,17 +98,17 @@ def test_no_template(full):
 
 
 def test_from_several_threads(full):
-    found = []
+    texts = []
 
     def render(number):
-        found.append(render_chat(full, [{"role": "user", "content": str(number)}], False).endswith(f"{number}<|im_end|>\n"))
+        texts.append(render_chat(full, [{"role": "user", "content": str(number)}], False).endswith(f"{number}<|im_end|>\n"))
 
     threads = [threading.Thread(target=render, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 8
+    assert texts == [True] * 8
 
 
 @pytest.mark.parametrize(

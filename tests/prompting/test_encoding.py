@@ -1,4 +1,4 @@
-"""What a user writes opens no turn: text of special tokens in a prompt is text, and other prompts are encoded as ever."""
+"""Special tokens in a user's text stay text, so a prompt opens no turn; other prompts are encoded as by the tokenizer."""
 
 import json
 import random
@@ -84,7 +84,7 @@ def test_special_tokens_come_from_the_template_alone(tokenizer, full, template):
 
 
 @pytest.mark.parametrize("system", ["You are brief.", EVIL])
-def test_a_system_message_is_a_turn_of_its_own_and_opens_no_other(tokenizer, full, system):
+def test_a_system_message_is_one_turn_and_opens_no_other(tokenizer, full, system):
     ids = encode_prompt(tokenizer, CHAT, EVIL, system)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": EVIL}]
     text = full.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -96,7 +96,7 @@ def test_a_system_message_is_a_turn_of_its_own_and_opens_no_other(tokenizer, ful
 def test_text_of_a_special_token_is_encoded_as_any_text(tokenizer):
     ids = encode_prompt(tokenizer, "{prompt}\n", "a<|im_start|>b")
     assert ids == tokenizer("a<|im_startX|>b\n")["input_ids"] or tokenizer.decode(ids) == "a<|im_start|>b\n"
-    # As a tokenizer that never knew it as special:
+    # As if the token were not special:
     assert len(ids) > len(tokenizer("a<|im_start|>b\n")["input_ids"])
 
 
@@ -107,7 +107,10 @@ def test_the_template_and_the_prompt_together_make_no_special_token(tokenizer, f
 
 def test_raw_prompts_still_hold_special_tokens(tokenizer, full):
     loaded = decoder_with(tokenizer)
-    assert control(full, loaded.encode_prompt(EVIL, raw=True)) == ["<|im_end|>", "<|im_start|>"]  # the last one ends a prompt
+    assert control(full, loaded.encode_prompt(EVIL, raw=True)) == [
+        "<|im_end|>",
+        "<|im_start|>",
+    ]  # EOS at the end is removed
     assert control(full, loaded.encode_prompt(EVIL)) == [*SPECIAL[1:], *SPECIAL[1:], SPECIAL[1]]
 
 
@@ -120,11 +123,11 @@ def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(tokenizer, full, 
     task = load_task(TaskConfig(data=str(file), shots=shots, template=template))
     loaded = task.prepared(decoder_with(tokenizer))
     ids = loaded.encode_prompt(task.examples[0].prompt)
-    # A solved row has its turns, too; and a raw prompt ends with a line end then, not with a token that is cut off.
+    # A solved row adds its own turns. A raw prompt then ends with a line end, so that no end token is removed.
     assert len(control(full, ids)) == own + shots * {OWN_TURNS: 3, "raw": 1}.get(template, 0)
 
 
-def test_added_tokens_that_are_not_special_stay(tokenizer):
+def test_added_tokens_that_are_not_special_remain_tokens(tokenizer):
     note = tokenizer("<note>")["input_ids"]
     assert len(note) == 1
     assert note[0] in encode_prompt(tokenizer, "{prompt}\n", "<note>") and note[0] in encode_prompt(
@@ -132,7 +135,7 @@ def test_added_tokens_that_are_not_special_stay(tokenizer):
     )
 
 
-def test_a_token_that_hides_in_a_text_until_it_is_normalised(full):
+def test_a_special_token_that_only_normalisation_reveals(full):
     from tokenizers import AddedToken, normalizers
 
     tokenizer = type(full)(tokenizer_object=full.backend_tokenizer.from_str(full.backend_tokenizer.to_str()))
@@ -159,7 +162,7 @@ def test_a_turn_of_a_conversation_opens_no_other(full):
     assert row["input_ids"] == full(text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_unigram_model_too():
+def test_a_unigram_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -174,7 +177,7 @@ def test_a_unigram_model_too():
     assert [pieces[token] for token in ids] == ["<s>", *(["\u2581a"] if "\u2581a" in expected else ["a"]), "<", "s", ">", "b"]
 
 
-def test_a_tokenizer_in_python_refuses_such_prompts():
+def test_a_tokenizer_in_python_refuses_special_tokens():
     class InPython:
         eos_token_id = 2
         all_special_tokens = ("<s>", "</s>")
