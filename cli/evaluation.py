@@ -9,6 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from layerskip_core.evaluation.tasks import TASKS
+
 from .console import ResultsConsole, narrate, narrate_notes, progress_bar, use_threads
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.measure.runner import Progress
     from layerskip_core.evaluation.record import RunRecord
     from layerskip_core.evaluation.report.tables import TextTable
-    from layerskip_core.evaluation.tasks import Task
+    from layerskip_core.evaluation.tasks.task import Task
 
 FORMATS = ("table", "json", "csv", "markdown")
 Result = TypeVar("Result")
@@ -27,9 +29,7 @@ Result = TypeVar("Result")
 Model = Annotated[str, typer.Option("--model", help="embedded, embedded-base, a folder, a .gguf file or a hub id.")]
 TaskName = Annotated[
     str | None,
-    typer.Option(
-        "--task", help="commands, topv2, cnn_dm, xsum, humaneval, mbpp, lm, jsonl. [default: by --data, else commands]"
-    ),
+    typer.Option("--task", help=f"{', '.join(TASKS)}. [default: by --data, else commands]"),
 ]
 Source = Annotated[
     str | None, typer.Option("--data", help="A file, a TOPv2 folder, a hub id. [default: the task's own on the hub]")
@@ -72,7 +72,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
 def load(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, Task]":
     """The rows, about which it says what there is to say, and the model."""
     from layerskip_core.checkpoint.load import for_decoding
-    from layerskip_core.evaluation.tasks import load_task
+    from layerskip_core.evaluation.tasks.load import load_task
 
     rows = load_task(config.task)
     for note in rows.notes:

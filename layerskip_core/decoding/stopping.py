@@ -1,6 +1,6 @@
 """Where an output ends: EOS ids, stop strings, a token count, the context. The earliest token that ends it decides."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,9 +26,9 @@ class Stopping:
         Unless the output is finished, an end of the text that may be the start of a stop string is held back too, so that
         successive results only ever grow and can be streamed.
         """
-        hits = [found for stop in self.stop if (found := text.find(stop)) >= 0]
-        if hits:
-            return text[: min(hits)]
+        before = before_stop(text, self.stop)
+        if len(before) < len(text):
+            return before
         held = 0 if finished else max((_overlap(text, stop) for stop in self.stop), default=0)
         return text[: len(text) - held]
 
@@ -81,6 +81,11 @@ class StopScanner:
             if len(self._detokenize(self._ids[middle:])) >= self._reach:
                 self._window = middle
         return False
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first occurrence of a stop string."""
+    return text[: min((place for string in stop if (place := text.find(string)) >= 0), default=len(text))]
 
 
 def _overlap(text: str, stop: str) -> int:

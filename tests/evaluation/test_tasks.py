@@ -13,7 +13,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.data.examples import Example
 from layerskip_core.errors import ConfigError, DataError
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.load import load_task
 from layerskip_core.prompting.template import PromptTemplate
 
 
@@ -370,7 +370,7 @@ def test_a_split_without_rows_is_named(tmp_path):
         ({"task": "lm", "data": "nothing.txt"}, r"`data` nothing.txt: there is no such file"),
         ({"task": "humaneval", "data": "nothing.jsonl"}, r"`data` nothing.jsonl: there is no such file"),
         ({"task": "humaneval", "shots": 1}, r"`shots` must be 0 for `task` humaneval, got 1"),
-        ({"task": "xsum", "metric": "rouge1"}, r"`metric` must be used with `task` jsonl, got `task` xsum"),
+        ({"task": "xsum", "metric": "rouge1"}, r"`metric` must be left out for `task` xsum, got rouge1"),
         ({"task": "xsum", "temperature": 1.0}, r"`temperature` must be 0 for `task` xsum"),
         ({"task": "mbpp", "split": "dev"}, r"`split` must be one of test, validation, train for `task` mbpp, got dev"),
     ],

@@ -13,7 +13,7 @@ from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.data.examples import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.load import load_task
 from layerskip_core.prompting import encoding
 from layerskip_core.prompting.special_text import special_text
 from layerskip_core.prompting.template import CHAT, RAW, PromptTemplate

@@ -13,7 +13,7 @@ from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
 from ..record import RunRecord
 from ..results import BenchResult, Difference
-from ..tasks import Task
+from ..tasks.task import Task
 from .baselines import load_baselines
 from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import differences

@@ -12,7 +12,7 @@ from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
 from ..record import RunRecord
 from ..results import Difference, ExitResult
-from ..tasks import Task
+from ..tasks.task import Task
 from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import NEAR_TIE, differences
 from .cost_model import Predictions, predict

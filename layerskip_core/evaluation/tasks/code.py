@@ -1,9 +1,8 @@
-"""Python programs judged by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
+"""Python programs scored by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
 
-HumanEval's prompts are the functions' heads without the line end behind them, which tokenizers join to the indentation of what
-follows: behind a bare one, models write anything but code. Answers end as in Chen et al., section 3, or with the fence that a
-model which answers people closes its code by. MBPP's prompts are those of Austin et al., section 4: three solved problems, each
-between [BEGIN] and [DONE].
+HumanEval's prompts are function headers without their final line end. Tokenizers merge that line end with the indentation that
+follows; after a separate one, models do not write code. Answers end as in Chen et al., section 3, or at a closing code fence of
+an instruct model. MBPP's prompts are those of Austin et al., section 4: three solved problems, each between [BEGIN] and [DONE].
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +18,7 @@ from ..metrics import pass_at_k, rouge
 from ..sandbox import WALLS, run_tests, standing_walls
 from .prompts import BARE, forms, framed
 from .rows import file_rows, hub_rows, shots_and_rest
-from .task import Task
+from .task import Task, TaskLoader
 
 _HUMANEVAL_HUB = "openai/openai_humaneval"
 _HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
@@ -35,7 +34,7 @@ _NEEDS_FLAG = "pass@k needs `allow_code_execution`, which runs what the model wr
 
 @dataclass(frozen=True)
 class _Problem:
-    """A prompt with its reference answer, what stands before an answer in its program, and the tests behind it."""
+    """A prompt with its reference answer, the `head` before the answer in the program, and the tests after it."""
 
     example: Example
     head: str
@@ -49,13 +48,13 @@ def humaneval(config: TaskConfig) -> Task:
 
 
 def mbpp(config: TaskConfig) -> Task:
-    """A file of either form, full or sanitized. The shots are problems 2, 3, 4, ...; a file without those gives its first."""
+    """Problems in the full or the sanitized form. The shots are problems 2, 3, 4, ...; a file without these gives its first."""
     require(config.split in _MBPP_SPLITS, "split", f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp", config.split)
     count = _MBPP_SHOTS if config.shots is None else config.shots
     if config.data:
         shots, rows = _mbpp_file(config.data, count, _MBPP_SPLITS[config.split])
     else:
-        solutions = hub_rows(_MBPP_HUB, "prompt", name="full")[1:]  # the first is problem 1
+        solutions = hub_rows(_MBPP_HUB, "prompt", name="full")[1:]  # without problem 1
         require(count <= len(solutions), "shots", f"at most {len(solutions)} for `task` mbpp", count)
         shots, rows = solutions[:count], hub_rows(_MBPP_HUB, config.split, name="full")
     solved = [_mbpp_problem(row).example for row in shots]
@@ -66,7 +65,7 @@ def mbpp(config: TaskConfig) -> Task:
 
 
 def _mbpp_file(path: str, count: int, split: range) -> tuple[list[Record], list[Record]]:
-    """`count` solved problems, and those of the split; by place where the file lacks some of either."""
+    """`count` solved problems and the problems of the split, by task_id; by position if the file lacks some of them."""
     every = file_rows(path)
     known = {_task_id(row): row for row in every}
     shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
@@ -77,7 +76,7 @@ def _mbpp_file(path: str, count: int, split: range) -> tuple[list[Record], list[
 def _framed(
     form: tuple[str, str | None], problems: Iterable[_Problem], solved: Sequence[Example] = ()
 ) -> tuple[list[_Problem], str | None]:
-    """The problems with their prompts as `framed` makes them."""
+    """The problems with the prompts that `framed` makes."""
     problems = list(problems)
     examples, template = framed(*form, (problem.example for problem in problems), solved)
     return [replace(problem, example=example) for problem, example in zip(problems, examples, strict=True)], template
@@ -101,8 +100,9 @@ def _humaneval_problem(row: Record) -> _Problem:
 
 
 def _mbpp_problem(row: Record) -> _Problem:
-    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`. The setup belongs to the
-    tests: in row 367 it uses a class that the answer defines.
+    """The full form has `text` and `test_setup_code`, the sanitized one `prompt` and `test_imports`.
+
+    The setup runs with the tests, after the answer: in row 367 it uses a class that the answer defines.
     """
     listed = row.value("test_list")
     if not isinstance(listed, list):
@@ -124,7 +124,7 @@ def _setup(row: Record) -> str:
 
 
 def _code(row: Record, column: str) -> str:
-    """A field that is a text and not empty; a list of sentences would be no program."""
+    """A field that must be a non-empty text: other tasks join lists of sentences, but a program is one text."""
     value = row.value(column)
     if not isinstance(value, str):
         raise row.fault(f"{column} must be a text", value)
@@ -132,13 +132,13 @@ def _code(row: Record, column: str) -> str:
 
 
 def _task(config: TaskConfig, problems: Sequence[_Problem], stop: tuple[str, ...], template: str | None) -> Task:
-    """Each problem as often as answers to it are wanted."""
+    """A task with `problem_samples` answers to each problem."""
     answers = config.problem_samples
     examples = tuple(problem.example for problem in problems for _ in range(answers))
     resolved = replace(config, max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS)
     references = [[example.completion] for example in examples]
 
-    @cache  # ways of decoding that agree need not be judged twice
+    @cache  # strategies often give the same answer
     def passes(number: int, answer: str) -> bool:
         return run_tests(problems[number].head + answer, problems[number].tests).passed
 
@@ -163,4 +163,8 @@ def _notes(config: TaskConfig) -> tuple[str, ...]:
     if not config.allow_code_execution:
         return (_NEEDS_FLAG,)
     missing = [wall for wall in WALLS if wall not in standing_walls()]
-    return (f"this machine runs generated code without walls around: {', '.join(missing)}",) if missing else ()
+    return (f"on this machine the sandbox does not restrict: {', '.join(missing)}",) if missing else ()
+
+
+HUMANEVAL = TaskLoader(humaneval, accepts=("template", "temperature"))
+MBPP = TaskLoader(mbpp, accepts=("shots", "template", "temperature"))

@@ -1,4 +1,4 @@
-"""Perplexity of any text through every exit; decoding continues passages of it."""
+"""Perplexity of any text through every exit. For speed, passages of the text are continued."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,23 +11,23 @@ from ...errors import DataError
 from ...storage.reading import read_text
 from .prompts import BARE
 from .rows import file_rows, hub_rows
-from .task import Task
+from .task import Task, TaskLoader
 
 _HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
 _TEXT_COLUMNS = ("text", "completion", "content")
-_PLAIN = (".txt", ".csv")  # read as one text, as any file without an ending of rows is
+_PLAIN = (".txt", ".csv")  # read as one text, like any file that does not hold rows
 _PROMPT_WORDS = 100  # as in LayerSkip's evaluation of continuations
 _MAX_NEW_TOKENS = 64
-_PASSAGE = 2000  # characters; about the 512 tokens that perplexity is measured on at a time
+_PASSAGE = 2000  # characters: about the 512 tokens of a perplexity window
 
 
 def language_modelling(config: TaskConfig) -> Task:
-    """A plain text, or rows of texts set together; the prompts are at even distances in it."""
+    """A plain text, or the joined texts of rows. The prompts are evenly spaced over it."""
     text = _text(config)
     most = max(len(text) // _PASSAGE, 1)
     starts = min(config.samples or most, most)
     passages = (_passage(text, place * len(text) // starts) for place in range(starts))
-    examples = tuple(example for example in passages if example.prompt)  # a place may have nothing but space after it
+    examples = tuple(example for example in passages if example.prompt)  # a passage can be all whitespace
     limit = config.max_new_tokens or _MAX_NEW_TOKENS
     resolved = replace(config, data=config.data or f"{_HUB}/{_HUB_NAME}", max_new_tokens=limit)
     return Task("lm", examples, resolved, "perplexity", _unscored, template=BARE, text=text)
@@ -48,12 +48,15 @@ def _text(config: TaskConfig) -> str:
 
 
 def _passage(text: str, start: int) -> Example:
-    """The words after a place, from the first whole one: those of a prompt, and as many that follow."""
+    """A prompt of the first whole words at `start`, and as many words that follow as its reference."""
     words = text[start : start + 20 * _PROMPT_WORDS].split()
     words = words[1:] if start and len(words) > 1 else words
     return Example(" ".join(words[:_PROMPT_WORDS]), " " + " ".join(words[_PROMPT_WORDS : 2 * _PROMPT_WORDS]))
 
 
 def _unscored(predictions: Sequence[str]) -> dict[str, float]:
-    """A continuation has no reference worth comparing with."""
+    """Continuations are not scored: the text itself is only one of many good ones."""
     return {}
+
+
+LANGUAGE_MODELLING = TaskLoader(language_modelling, accepts=())

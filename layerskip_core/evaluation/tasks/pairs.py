@@ -1,4 +1,4 @@
-"""Parsing (`commands`, `topv2`) by exact match, and data with prompts and references (`jsonl`) by a metric of one's choice."""
+"""Parsing (`commands`, `topv2`), scored by exact match, and any data with prompts and references (`jsonl`)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from ...prompting.template import RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, forms, framed
 from .rows import shots_and_rest
-from .task import Task
+from .task import Task, TaskLoader
 
 _MAX_NEW_TOKENS = 128  # more than twice the mean parse
 _PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input")
@@ -20,7 +20,7 @@ _REFERENCE_COLUMNS = ("completion", "reference", "summary", "summary_gt", "highl
 
 
 def parsing(config: TaskConfig) -> Task:
-    """Sentences and their parses; whitespace is folded, for tokenizers differ in it."""
+    """Sentences and their parses. Whitespace is folded, because tokenizers differ in it."""
     name = config.task or "commands"
     source = config.data or name
     data = DataConfig(source, config.split, config.prompt_column or "prompt", config.completion_column or "completion")
@@ -39,7 +39,7 @@ def parsing(config: TaskConfig) -> Task:
 
 
 def prompts(config: TaskConfig) -> Task:
-    """Any data with a prompt and a reference, or several, in every row; `shots` of its first rows come before each prompt."""
+    """Data with a prompt and one or more references in each row. Its first `shots` rows come before every prompt."""
     source = config.data or ""
     every, config = _references(source, config)
     shots, rest = shots_and_rest(every, config.shots or 0, source)
@@ -60,7 +60,7 @@ def prompts(config: TaskConfig) -> Task:
 
 
 def text_scores(metric: str | None, references: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
-    """By the metric: exact match, all of ROUGE-1, 2 and L, or (None) ROUGE-2 and exact match. The best reference counts."""
+    """Exact match, ROUGE-1, 2 and L, or (None) ROUGE-2 and exact match. With several references the best counts."""
     scores: dict[str, float] = {}
     if metric != "exact_match":
         scores |= rouge(predictions, references, ROUGES if metric else ("rouge2",))
@@ -70,7 +70,7 @@ def text_scores(metric: str | None, references: Sequence[Sequence[str]], predict
 
 
 def _references(source: str, config: TaskConfig) -> tuple[list[tuple[str, list[str]]], TaskConfig]:
-    """(prompt, references) of every row, and the config with the columns that they stood in."""
+    """(prompt, references) of every row, and the config with the names of their columns."""
     data = DataConfig(source, config.split, seed=config.seed)
     if is_parsing(data):
         config = _columns(Record(source, {}), config)
@@ -82,9 +82,13 @@ def _references(source: str, config: TaskConfig) -> tuple[list[tuple[str, list[s
 
 
 def _columns(first: Record, config: TaskConfig) -> TaskConfig:
-    """The config with the columns named: those asked for, or the first of the usual names."""
+    """The config with both column names: those given, or the first of the usual ones."""
     return replace(
         config,
         prompt_column=config.prompt_column or first.first_column(_PROMPT_COLUMNS),
         completion_column=config.completion_column or first.first_column(_REFERENCE_COLUMNS),
     )
+
+
+PARSING = TaskLoader(parsing)
+PROMPTS = TaskLoader(prompts, accepts=("metric", "shots", "template"), needs_data=True)

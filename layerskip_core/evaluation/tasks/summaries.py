@@ -1,4 +1,4 @@
-"""Summaries of news: CNN/DM with one solved article before each, XSUM with none, in the prompts of LayerSkip's evaluation."""
+"""News summaries with the prompts of LayerSkip's evaluation: CNN/DM (1-shot) and XSUM (0-shot)."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,13 +10,13 @@ from ...data.records import Record, spread
 from .pairs import text_scores
 from .prompts import BARE, forms, framed
 from .rows import file_rows, hub_rows, shots_and_rest
-from .task import Task
+from .task import Task, TaskLoader
 
 _FORM = "Article: {prompt}\nSummary:"
-_STOP = ("\nArticle:",)  # a base model goes on with an article of its own
+_STOP = ("\nArticle:",)  # a base model continues with another article
 _ARTICLES = ("article", "document")
 _SUMMARIES = ("highlights", "summary", "summary_gt")
-_READY_STOP = ("###",)  # of prompts in HELM's form, which bring their own shots
+_READY_STOP = ("###",)  # for complete prompts in HELM's form, with their own shots
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ def cnn_dm(config: TaskConfig) -> Task:
 
 
 def xsum(config: TaskConfig) -> Task:
-    # The repository holds a script, which datasets no longer runs; the hub keeps its rows as parquet beside it.
+    # The repository holds a script, which datasets no longer runs. The hub stores its rows as parquet on this branch.
     return _summaries(config, _Source("EdinburghNLP/xsum", {"revision": "refs/convert/parquet"}, shots=0, max_new_tokens=64))
 
 
 def _summaries(config: TaskConfig, source: _Source) -> Task:
-    """A file's first rows are its shots; on the hub they are the first of the training split."""
+    """The shots are a file's first rows; on the hub, the first rows of the training split."""
     count = source.shots if config.shots is None else config.shots
     if config.data:
         every = file_rows(config.data)
@@ -59,3 +59,7 @@ def _summaries(config: TaskConfig, source: _Source) -> Task:
 def _example(row: Record) -> Example:
     summary = row.text(row.first_column(_SUMMARIES))
     return Example(row.text(row.first_column(_ARTICLES)), " " + " ".join(summary.split()))
+
+
+CNN_DM = TaskLoader(cnn_dm, accepts=("shots", "template"))
+XSUM = TaskLoader(xsum, accepts=("shots", "template"))
