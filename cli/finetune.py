@@ -78,7 +78,8 @@ def finetune(
     """Convert a checkpoint to the LayerSkip recipe: layer dropout and early-exit loss through one shared head."""
     require_choice(regime, "regime", REGIMES)
     use_threads(threads)
-    from layerskip_core.training.run import prepare, run_lock
+    from layerskip_core.training.prepare import prepare
+    from layerskip_core.training.run import run_lock
 
     from .training_text import losses_text, plan_text, report_text, resume_command
 

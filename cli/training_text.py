@@ -11,24 +11,23 @@ from layerskip_core.training.progress import StepReport
 
 
 def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
-    recipe = config.recipe
-    assert recipe is not None
+    recipe = plan.recipe
     return (
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
         f"on {config.data.name}: {_rows_text(config, plan)}\n"
-        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
+        f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
         f"{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
         f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"
         f"{' over ' + ','.join(map(str, recipe.exits)) if recipe.exits else ''}"
-        f"{f' R={plan.rotation}' if plan.rotation else ''}, {plan.exits_per_step:.1f} exits a step; "
+        f"{f' R={recipe.rotation}' if recipe.rotation else ''}, {plan.exits_per_step:.1f} exits a step; "
         f"a step costs {plan.cost:.2f}x one without the recipe" + "".join(f"\n{note}" for note in plan.notes)
     )
 
 
 def _rows_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
     if plan.rows is None:
-        return f"a stream, cut at {config.max_length} tokens"
-    return f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {config.max_length}"
+        return f"a stream, cut at {plan.max_length} tokens"
+    return f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {plan.max_length}"
 
 
 def report_text(report: StepReport) -> str:

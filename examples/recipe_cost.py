@@ -66,10 +66,12 @@ def measured(arguments: argparse.Namespace) -> dict:
     from layerskip_core.checkpoint.load import for_training
     from layerskip_core.config.training import RecipeConfig
     from layerskip_core.training.module import Moment, RecipeModule
+    from layerskip_core.training.recipe import resolve_recipe
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     loaded = for_training(arguments.model, "cpu", "fp32")
-    recipe = RecipeConfig(arguments.pmax, 0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
+    asked = RecipeConfig(arguments.pmax, 0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
+    recipe = resolve_recipe(asked, loaded.backend.num_layers, loaded.backend.vocab_size)
     training = RecipeModule(loaded.model, recipe).train()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)
     ids = torch.randint(3, loaded.backend.vocab_size, (arguments.batch, arguments.length))
@@ -107,7 +109,7 @@ def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, len
     layer = sum(parameter.numel() for parameter in backend.layers[0].parameters())
     attention = length * backend.config.num_attention_heads * backend.layers[0].self_attn.head_dim  # scores and values, causal
     head = backend.hidden_size * backend.vocab_size
-    chunked = batch * (length - 1) > losses._CHUNK_LOGITS // backend.vocab_size
+    chunked = batch * (length - 1) > losses.CHUNK_LOGITS // backend.vocab_size
     heads = sum((3 + chunked) if weight > 0 else 1 for weight in training._weights(exits))
     return length * (3.0 * kept * (layer + attention) + batch * heads * head)
 

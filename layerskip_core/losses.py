@@ -1,4 +1,4 @@
-"""Cross-entropy through an exit, in chunks: training and evaluation share it."""
+"""Cross-entropy through an exit in chunks of tokens, used by training and evaluation."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a label that takes no part in the loss
-
-
-_CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
+CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
 
 
 def summed_cross_entropy(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum of the cross-entropy over N tokens, hidden (N, D), in fp32; in chunks as `summed_losses`."""
+    """Sum of the cross-entropy over N tokens, hidden (N, D), in fp32, in chunks like `summed_losses`."""
     return summed_losses(unembed, hidden, targets, vocab_size)[1]
 
 
@@ -29,8 +27,8 @@ def summed_losses(
     """(loss to train on, cross-entropy) of an exit, each summed over N tokens, in fp32; hidden (N, D), targets (N,).
 
     With the last layer's hidden states as `teacher` (N, D) the loss is (1 - distill) * cross-entropy + distill * KL(last layer
-    || exit), in which the last layer is a constant. Above _CHUNK_LOGITS logits all goes chunk by chunk and is recomputed in
-    the backward pass, so that (N, V) is never alive.
+    || exit); no gradient flows into the teacher. Above CHUNK_LOGITS logits the tokens are taken in chunks whose logits are
+    recomputed in the backward pass, so that (N, V) never exists as a whole.
     """
 
     def chunk_losses(part: Tensor, wanted: Tensor, taught: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,7 +41,7 @@ def summed_losses(
         divergence = functional.kl_div(logits.log_softmax(-1), aim, reduction="sum", log_target=True)
         return (1 - distill) * cross_entropy + distill * divergence, cross_entropy
 
-    rows = max(1, _CHUNK_LOGITS // vocab_size)
+    rows = max(1, CHUNK_LOGITS // vocab_size)
     constant = None if teacher is None else teacher.detach()
     if hidden.shape[0] <= rows:
         return chunk_losses(hidden, targets, constant)

@@ -12,7 +12,9 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeConfig
 from layerskip_core.data.examples import load_examples
-from layerskip_core.training.run import prepare
+from layerskip_core.training.module import RecipeModule
+from layerskip_core.training.prepare import prepare
+from layerskip_core.training.recipe import resolve_recipe
 from layerskip_core.training.tokenizer import train_tokenizer
 
 RECIPE = RecipeConfig(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
@@ -69,6 +71,12 @@ def train(config):
     reports = []
     prepare(config).run(reports.append)
     return reports
+
+
+def recipe_module(model, recipe, *arguments, **keywords):
+    """The training module of a model under a RecipeConfig."""
+    resolved = resolve_recipe(recipe, model.config.num_hidden_layers, model.config.vocab_size)
+    return RecipeModule(model, resolved, *arguments, **keywords)
 
 
 def loss_rows(folder):

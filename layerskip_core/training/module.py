@@ -1,7 +1,7 @@
-"""The training forward: layers with dropout, a tap at every exit that is on, and the weighted loss.
+"""The training forward: layers with dropout, the states after every exit that is on, and the weighted loss.
 
-Spans and loss run inside this module's own `forward`, because DDP and FSDP2 act there: layers called beside it would let
-ranks drift.
+Layers and loss run inside this module's own `forward`, because DDP and FSDP2 act there: layers called from outside would let
+the processes drift apart.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config.training import RecipeConfig
 from ..losses import summed_losses
 from ..model import GenericBackend, SpanInputs
 from .curriculum import exits_on
 from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
 from .exit_loss import exit_weights, target_rows
 from .packing import between_documents, positions_in_documents
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class RecipeModule(nn.Module):
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
 
-    def __init__(
-        self, model: Any, recipe: RecipeConfig, seed: int = 0, from_scratch: bool = False, recompute: bool = False
-    ) -> None:
+    def __init__(self, model: Any, recipe: Recipe, seed: int = 0, from_scratch: bool = False, recompute: bool = False) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).
 
         `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
@@ -52,24 +50,19 @@ class RecipeModule(nn.Module):
         self.backend = GenericBackend(base)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        moment: Moment,
-        attention_mask: Tensor | None = None,
-        documents: Tensor | None = None,
+        self, input_ids: Tensor, labels: Tensor, moment: Moment, documents: Tensor | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
-        """Ids and labels (B, T), -100 where masked; `attention_mask` (B, T) only for rows that are not padded at the right.
+        """Ids and labels (B, T), padded at the right; labels are IGNORED where there is no target.
 
         `documents` (B, T) numbers the documents packed into a row: none sees another, and each starts at position 0. Returns
         `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the summed
-        cross-entropy of each exit, detached (exits,), and `exit_layers`, the counts that `per_exit` belongs to.
+        cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit` belongs to.
         """
         layers = self.backend.num_layers
-        exits = exits_on(self.recipe, moment.step, moment.total_steps, layers, self.backend.vocab_size)
+        exits = exits_on(self.recipe, moment.step, moment.total_steps, layers)
         if not self.training:
             exits = tuple(range(1, layers + 1))
-        taps = self._taps(input_ids, exits, moment, attention_mask, documents)
+        taps = self._taps(input_ids, exits, moment, documents)
         rows = {exit_layer: target_rows(hidden, labels) for exit_layer, hidden in taps.items()}
         total = rows[layers][0].new_zeros((), dtype=torch.float32)
         per_exit = []
@@ -84,17 +77,10 @@ class RecipeModule(nn.Module):
             per_exit.append(cross_entropy.detach())
         return {"loss": total, "per_exit": torch.stack(per_exit), "exit_layers": exits}
 
-    def _taps(
-        self,
-        input_ids: Tensor,
-        exits: tuple[int, ...],
-        moment: Moment,
-        attention_mask: Tensor | None,
-        documents: Tensor | None,
-    ) -> dict[int, Tensor]:
+    def _taps(self, input_ids: Tensor, exits: tuple[int, ...], moment: Moment, documents: Tensor | None) -> dict[int, Tensor]:
         """The hidden states (B, T, D) after each exit layer that is on."""
         hidden = self.backend.embed(input_ids)
-        inputs = self._span_inputs(hidden, attention_mask, documents)
+        inputs = self._span_inputs(hidden, documents)
         taps = {}
         for layer, rate in enumerate(self._rates(moment)):
             kept = kept_rows(rate, hidden.shape[0], self.seed, moment.step, moment.micro_batch, layer)
@@ -106,14 +92,11 @@ class RecipeModule(nn.Module):
                 taps[layer + 1] = hidden
         return taps
 
-    def _span_inputs(self, hidden: Tensor, attention_mask: Tensor | None, documents: Tensor | None) -> SpanInputs:
-        if documents is not None:
-            positions = positions_in_documents(documents.cpu())
-            return between_documents(self.backend.prepare(hidden, positions, key_mask=documents >= 0), documents)
-        positions = torch.arange(hidden.shape[1])[None]
-        if attention_mask is not None:
-            positions = (attention_mask.cpu().cumsum(1) - 1).clamp(min=0)
-        return self.backend.prepare(hidden, positions, key_mask=attention_mask)
+    def _span_inputs(self, hidden: Tensor, documents: Tensor | None) -> SpanInputs:
+        if documents is None:
+            return self.backend.prepare(hidden, torch.arange(hidden.shape[1])[None])
+        positions = positions_in_documents(documents.cpu())
+        return between_documents(self.backend.prepare(hidden, positions, key_mask=documents >= 0), documents)
 
     def _weights(self, exits: tuple[int, ...]) -> list[float]:
         return exit_weights(exits, self.backend.num_layers, self.recipe.e_scale, self.recipe.exit_weights)

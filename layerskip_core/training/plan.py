@@ -1,24 +1,29 @@
-"""What a run is about to do: steps, cost of a step, memory. Nothing is trained or written here."""
+"""What a run is about to do: its resolved settings, the cost of a step, memory. Nothing is trained or written here."""
 
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from ..checkpoint.loaded import Trainable
 from ..config.checks import require_exit_layer
-from ..config.training import FinetuneConfig, RecipeConfig
-from .curriculum import mean_exits, rotation_of
+from ..config.training import FinetuneConfig
+from ..losses import CHUNK_LOGITS
+from .curriculum import mean_exits
 from .dropout import dropout_rates, time_scale
-from .encoding import EncodedData
+from .encoding import EncodedData, Encoder
+from .presets import learning_rate, recipe_preset
+from .recipe import Recipe, resolve_recipe
 
-COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: sized for five minutes on two cores
+COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
 
 _PACKED = "documents are packed into whole rows; none sees another"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
 
-# What may differ between a run and its resumption: none of it changes the steps that follow.
+# May differ between a run and its resumption: none of it changes the steps that follow.
 _FREE = {
     "model",
     "data",
@@ -37,53 +42,74 @@ _FREE = {
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run is about to do. `cost` is a step's computation as a multiple of one without the recipe; memory in MB.
+    """What a run is about to do, with nothing left to a default. `cost` is the computation of a step as a multiple of one
+    without the recipe; memory is in MB.
 
     Of a stream `rows` is None, and `tokens` and `truncated` are those of its first rows.
     """
 
+    recipe: Recipe
+    lr: float
+    max_length: int
+    steps: int
     rows: int | None
     tokens: int
     truncated: int
-    steps: int
     parameters: int
     num_layers: int
-    rotation: int | None  # R, of the rotational curriculum
     exits_per_step: float
     cost: float
     memory_mb: float
     device: str
-    dtype: str
+    autocast: bool
     resumed_step: int = 0
     notes: tuple[str, ...] = ()  # what the user should know before it starts
 
+    @property
+    def dtype(self) -> str:
+        return "bf16 autocast" if self.autocast else "fp32"
+
 
 def make_plan(
-    config: FinetuneConfig, loaded: Trainable, data: EncodedData, device: str, autocast: bool, packed: bool
+    config: FinetuneConfig,
+    trainable: Trainable,
+    data: EncodedData,
+    encoder: Encoder,
+    device: str,
+    autocast: bool,
+    sealed: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainingPlan:
-    """Raises ConfigError when the recipe is undefined for this model or number of steps."""
-    recipe, backend = config.recipe, loaded.backend
-    assert recipe is not None
-    for exit_layer in recipe.exits:
+    """`sealed`: the settings of the run that is resumed; they decide R where it is not asked for.
+
+    Raises ConfigError when the recipe is undefined for this model or number of steps.
+    """
+    backend = trainable.backend
+    parameters = sum(parameter.numel() for parameter in trainable.model.parameters())
+    asked = config.recipe or replace(recipe_preset(config.regime, parameters), **config.recipe_changes)
+    for exit_layer in asked.exits:
         require_exit_layer(exit_layer, backend.num_layers, field="exits")
+    if asked.rotation is None and sealed.get("rotation"):
+        asked = replace(asked, rotation=sealed["rotation"])
+    recipe = resolve_recipe(asked, backend.num_layers, backend.vocab_size)
     rows = None if data.streamed else len(data.rows)
     steps = _steps(config, rows or 0)
-    rotational = recipe.curriculum == "rotational"
-    exits = mean_exits(recipe, steps, backend.num_layers, backend.vocab_size)
+    exits = mean_exits(recipe, steps, backend.num_layers)
     return TrainingPlan(
+        recipe=recipe,
+        lr=config.lr or learning_rate(config.regime, parameters),
+        max_length=encoder.max_length,
+        steps=steps,
         rows=rows,
         tokens=data.tokens,
         truncated=data.truncated,
-        steps=steps,
-        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        parameters=parameters,
         num_layers=backend.num_layers,
-        rotation=rotation_of(recipe, backend.num_layers, backend.vocab_size) if rotational else None,
         exits_per_step=exits,
-        cost=_cost(loaded, recipe, steps, config.regime == "scratch", exits, data),
-        memory_mb=_memory_mb(loaded, config, data),
+        cost=_cost(trainable, recipe, steps, config.regime == "scratch", exits, data),
+        memory_mb=_memory_mb(trainable, config, parameters, data),
         device=device,
-        dtype="bf16 autocast" if autocast else "fp32",
-        notes=(_PACKED,) * packed + (_STREAMED,) * data.streamed,
+        autocast=autocast,
+        notes=(_PACKED,) * encoder.pack + (_STREAMED,) * data.streamed,
     )
 
 
@@ -92,17 +118,20 @@ def rows_per_step(config: FinetuneConfig) -> int:
     return config.batch_size * config.accumulation * _world_size()
 
 
-def run_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
-    """What decides a run's steps: a run is resumed with the same or not at all."""
-    settings = {name: value for name, value in in_json(config).items() if name not in _FREE}
+def sealed_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
+    """What decides a run's steps, all of it resolved: a run is resumed with the same or not at all."""
+    settings = {name: value for name, value in resolved_config(config, plan).items() if name not in _FREE}
     recipe = settings.pop("recipe")
     facts = {"steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": _world_size()}
     return {**settings, **recipe, **facts}
 
 
-def in_json(config: FinetuneConfig) -> dict[str, Any]:
-    """Its fields as a JSON file gives them back."""
-    return cast(dict[str, Any], json.loads(json.dumps(asdict(config))))
+def resolved_config(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
+    """The fields of a config with the plan's values where none was asked for, as a JSON file gives them back."""
+    fields = asdict(config) | {"recipe": asdict(plan.recipe), "lr": plan.lr, "max_length": plan.max_length}
+    del fields["recipe_changes"]
+    resolved: dict[str, Any] = json.loads(json.dumps(fields))
+    return resolved
 
 
 def _world_size() -> int:
@@ -117,13 +146,13 @@ def _steps(config: FinetuneConfig, rows: int) -> int:
     return max(1, math.ceil(rows / rows_per_step(config) * config.epochs))
 
 
-def _cost(loaded: Trainable, recipe: RecipeConfig, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
-    """Multiply-adds of a step over those of one without the recipe: dropout saves layers, every exit adds a head.
+def _cost(trainable: Trainable, recipe: Recipe, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
+    """Multiply-adds of a step over those of a step without the recipe: dropout saves layers, every exit adds a head.
 
-    Distillation adds to each early exit the last layer's head once more, forward only: a third. Training from scratch is judged
-    by the dropout in the middle of its schedule.
+    Distillation computes the last layer's head once more per early exit, forward only, which is a third. Training from scratch
+    is judged by the dropout in the middle of its schedule.
     """
-    backend = loaded.backend
+    backend = trainable.backend
     layers = float(sum(parameter.numel() for parameter in backend.layers.parameters()))
     head = float(backend.hidden_size * backend.vocab_size) * data.target_tokens / data.tokens
     scale = time_scale(steps // 2, steps, from_scratch) if recipe.p_max else 1.0
@@ -133,17 +162,16 @@ def _cost(loaded: Trainable, recipe: RecipeConfig, steps: int, from_scratch: boo
     return (layers * kept + head * heads) / (layers + head)
 
 
-def _memory_mb(loaded: Trainable, config: FinetuneConfig, data: EncodedData) -> float:
-    """Weights, gradients and two moments in fp32, and the activations of one batch of the longest rows: an estimate.
+def _memory_mb(trainable: Trainable, config: FinetuneConfig, parameters: int, data: EncodedData) -> float:
+    """An estimate: weights, gradients and two moments in fp32, and the activations of one batch of the longest rows.
 
-    Of LoRA only the weights count, for its own are few; with gradient checkpointing one layer's activations and every layer's
-    input.
+    With LoRA only the weights count, because the adapters are small; with gradient checkpointing one layer's activations and
+    every layer's input.
     """
-    backend = loaded.backend
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    backend = trainable.backend
     state = (4 if config.lora_rank else 16) * parameters
     layer = 14 * backend.hidden_size + 4 * backend.spec.inner
     layers = backend.num_layers * backend.hidden_size + layer if config.gradient_checkpointing else backend.num_layers * layer
     tokens = config.batch_size * data.longest
-    logits = min(tokens * backend.vocab_size, 1 << 24) * 3
+    logits = min(tokens * backend.vocab_size, CHUNK_LOGITS) * 3
     return float((state + 4 * (tokens * layers + logits)) / 2**20)

@@ -18,7 +18,7 @@ from .encoding import Collator, EncodedData
 from .interruption import Interruption
 from .module import Moment, RecipeModule
 from .order import OrderedRows, run_order
-from .plan import rows_per_step
+from .plan import TrainingPlan, rows_per_step, sealed_settings
 from .progress import RunState, StepReport, validation_log
 from .run_callback import RunCallback
 from .transformers_internals import ResumingTrainer, use_one_gpu
@@ -94,26 +94,23 @@ def make_trainer(
     data: EncodedData,
     held_out: EncodedData | None,
     config: FinetuneConfig,
-    settings: Mapping[str, Any],
+    plan: TrainingPlan,
     on_step: Callable[[StepReport], None],
     interruption: Interruption,
-    device: torch.device,
-    autocast: bool,
 ) -> RecipeTrainer:
-    """A Trainer for `settings["steps"]` optimizer steps over encoded rows, batches of similar length.
+    """A Trainer for the optimizer steps of a plan over encoded rows, batches of similar length.
 
     Raises ConfigError when a `report_to` is unknown or its package is not installed.
     """
-    steps = int(settings["steps"])
     rows = data.rows
     if not isinstance(rows, IterableDataset):
-        rows = OrderedRows(rows, run_order(rows["length"][:], rows_per_step(config), steps, config.seed))
+        rows = OrderedRows(rows, run_order(rows["length"][:], rows_per_step(config), plan.steps, config.seed))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         trainer = RecipeTrainer(
             module,
             tokenizer,
-            args=_arguments(config, steps, device, autocast),
+            args=_arguments(config, plan),
             train_dataset=rows,
             eval_dataset=None if held_out is None else held_out.rows,
             data_collator=Collator(pad or 0),
@@ -122,33 +119,34 @@ def make_trainer(
         if not config.report_to:
             raise
         raise ConfigError(f"`report_to` {config.report_to}: {error}") from error
-    eval_steps = 0 if held_out is None else config.eval_steps or max(1, steps // _VALIDATIONS)
+    eval_steps = 0 if held_out is None else config.eval_steps or max(1, plan.steps // _VALIDATIONS)
     folder = checkpoints_folder(config.output)
+    settings = sealed_settings(config, plan)
     trainer.add_callback(RunCallback(trainer, trainer.run, on_step, interruption, eval_steps, folder, settings))
     return trainer
 
 
-def _arguments(config: FinetuneConfig, steps: int, device: torch.device, autocast: bool) -> TrainingArguments:
+def _arguments(config: FinetuneConfig, plan: TrainingPlan) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(checkpoints_folder(config.output)),
-        max_steps=steps,
+        max_steps=plan.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr,
+        learning_rate=plan.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=round(config.warmup * steps),
+        warmup_steps=round(config.warmup * plan.steps),
         weight_decay=config.weight_decay,
         adam_beta1=_BETAS[0],
         adam_beta2=_BETAS[1],
         max_grad_norm=0.0,  # RunCallback clips
         seed=config.seed,
-        bf16=autocast,
-        use_cpu=device.type == "cpu",
+        bf16=plan.autocast,
+        use_cpu=plan.device == "cpu",
         num_train_epochs=1,  # OrderedRows makes one epoch of all passes
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # a layer without rows and an exit that is off leave no parameter unused
-        dataloader_pin_memory=device.type == "cuda",
+        dataloader_pin_memory=plan.device.startswith("cuda"),
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         accelerator_config={"dispatch_batches": False},  # of a stream each process reads its share: rows differ in length

@@ -9,14 +9,14 @@ from command_line import finish, run, start
 from conftest import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training_runs import loss_rows, weights
+from training_runs import loss_rows, recipe_module, weights
 
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import module
 from layerskip_core.training.dropout import kept_rows
-from layerskip_core.training.module import Moment, RecipeModule
-from layerskip_core.training.run import prepare
+from layerskip_core.training.module import Moment
+from layerskip_core.training.prepare import prepare
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli")
 
@@ -99,7 +99,7 @@ def sharded_case():
     """Dropout that leaves some layer without a row, distillation, recomputed layers, every exit."""
     model = tiny_model()
     recipe = RecipeConfig(p_max=0.9, curriculum="all", distill=0.5)
-    return model, RecipeModule(model, recipe, seed=4, recompute=True).train()
+    return model, recipe_module(model, recipe, seed=4, recompute=True).train()
 
 
 @pytest.mark.slow

@@ -1,32 +1,39 @@
 import pytest
 import torch
 from conftest import tiny_model
+from training_runs import recipe_module
 
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeConfig
+from layerskip_core.losses import IGNORED
 from layerskip_core.training.exit_loss import exit_scales, exit_weights
-from layerskip_core.training.module import Moment, RecipeModule
+from layerskip_core.training.module import Moment
 
 
 def batch():
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 67, (3, 9), generator=generator)
     labels = ids.clone()
-    labels[:, :4] = -100
-    labels[1, 7:] = -100
+    labels[:, :4] = IGNORED
+    labels[1, 7:] = IGNORED
     return ids, labels
 
 
-def manual_cross_entropy(model, ids, labels, exit_layer):
-    """Loop over rows and tokens with the truncated model: the definition, spelled out."""
-    truncated = tiny_model(num_hidden_layers=exit_layer)
-    truncated.load_state_dict(model.state_dict(), strict=False)
-    log_probs = truncated(ids).logits.log_softmax(-1)
+def truncated(model, exit_layer):
+    """The first layers of a model with its final norm and head, as a model of their own."""
+    first_layers = tiny_model(num_hidden_layers=exit_layer)
+    first_layers.load_state_dict(model.state_dict(), strict=False)
+    return first_layers
+
+
+def manual_cross_entropy(model, ids, labels):
+    """Loop over rows and tokens: the definition, spelled out."""
+    log_probs = model(ids).logits.log_softmax(-1)
     return -sum(
         log_probs[row, column - 1, labels[row, column]]
         for row in range(ids.shape[0])
         for column in range(1, ids.shape[1])
-        if labels[row, column] != -100
+        if labels[row, column] != IGNORED
     )
 
 
@@ -48,9 +55,9 @@ def test_other_scales_by_hand():
 
 def test_the_loss_equals_a_manual_loop(llama):
     ids, labels = batch()
-    module = RecipeModule(llama, RecipeConfig(p_max=0, e_scale=0.5, curriculum="all")).train()
+    module = recipe_module(llama, RecipeConfig(p_max=0, e_scale=0.5, curriculum="all")).train()
     output = module(ids, labels, Moment(0, 10))
-    expected = [manual_cross_entropy(llama, ids, labels, exit_layer) for exit_layer in range(1, 7)]
+    expected = [manual_cross_entropy(truncated(llama, exit_layer), ids, labels) for exit_layer in range(1, 7)]
     assert output["exit_layers"] == (1, 2, 3, 4, 5, 6)
     torch.testing.assert_close(output["per_exit"].double(), torch.stack(expected).detach(), rtol=1e-5, atol=1e-4)
     weights = torch.tensor(exit_weights(range(1, 7), 6, 0.5), dtype=torch.float64)
@@ -60,28 +67,32 @@ def test_the_loss_equals_a_manual_loop(llama):
 def test_every_layer_gets_a_gradient_without_dropout():
     ids, labels = batch()
     model = tiny_model()
-    RecipeModule(model, RecipeConfig(p_max=0)).train()(ids, labels, Moment(0, 10))["loss"].backward()
+    recipe_module(model, RecipeConfig(p_max=0)).train()(ids, labels, Moment(0, 10))["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_exits_go_through_the_one_head():
-    """The exits' losses reach the shared final norm and head: their gradient is the weighted sum over exits."""
+def test_every_exit_trains_the_shared_norm_and_head():
+    """Their gradients are the weighted sum of those of each truncated model's own loss."""
     ids, labels = batch()
-    gradients = {}
-    for curriculum in ("all", "none"):
-        model = tiny_model()
-        RecipeModule(model, RecipeConfig(p_max=0, curriculum=curriculum)).train()(ids, labels, Moment(0, 10))["loss"].backward()
-        gradients[curriculum] = model.lm_head.weight.grad
-    assert not torch.allclose(gradients["all"], gradients["none"])
+    model = tiny_model()
+    recipe = RecipeConfig(p_max=0, e_scale=0.5, curriculum="all")
+    recipe_module(model, recipe).train()(ids, labels, Moment(0, 10))["loss"].backward()
+    for name in ("model.norm.weight", "lm_head.weight"):
+        expected = torch.zeros_like(model.get_parameter(name))
+        for exit_layer, weight in enumerate(exit_weights(range(1, 7), 6, 0.5), start=1):
+            alone = truncated(model, exit_layer)
+            manual_cross_entropy(alone, ids, labels).backward()
+            expected += weight * alone.get_parameter(name).grad
+        torch.testing.assert_close(model.get_parameter(name).grad, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_with_recompute_change_nothing(llama, monkeypatch):
     ids, labels = batch()
-    module = RecipeModule(llama, RecipeConfig(p_max=0, curriculum="all")).train()
+    module = recipe_module(llama, RecipeConfig(p_max=0, curriculum="all")).train()
     results = []
-    for logits in (1 << 24, 5 * 67):  # one chunk, then chunks of five tokens
-        monkeypatch.setattr(losses, "_CHUNK_LOGITS", logits)
+    for logits in (losses.CHUNK_LOGITS, 5 * 67):  # one chunk, then chunks of five tokens
+        monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
         llama.zero_grad()
         loss = module(ids, labels, Moment(0, 10))["loss"]
         loss.backward()
@@ -92,7 +103,7 @@ def test_chunks_with_recompute_change_nothing(llama, monkeypatch):
 
 def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
     ids, labels = batch()
-    module = RecipeModule(llama, RecipeConfig(p_max=0.9, curriculum="none")).eval()
+    module = recipe_module(llama, RecipeConfig(p_max=0.9, curriculum="none")).eval()
     with torch.no_grad():
         first, second = (module(ids, labels, Moment(step, 10)) for step in (0, 7))
     assert first["exit_layers"] == (1, 2, 3, 4, 5, 6)
@@ -101,7 +112,7 @@ def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
 
 def test_dropout_skips_rows_in_training(llama):
     ids, labels = batch()
-    module = RecipeModule(llama, RecipeConfig(p_max=0.9, curriculum="none"), seed=3).train()
+    module = recipe_module(llama, RecipeConfig(p_max=0.9, curriculum="none"), seed=3).train()
     rows = [0] * 6
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, at=at: rows.__setitem__(at, rows[at] + args[0].shape[0]))
@@ -116,13 +127,12 @@ def test_dropout_skips_rows_in_training(llama):
 
 def manual_mixed_loss(model, ids, labels, exit_layer, share):
     """Cross-entropy and KL(last || exit) token by token in fp64, from the truncated model and the whole one."""
-    truncated = tiny_model(num_hidden_layers=exit_layer)
-    truncated.load_state_dict(model.state_dict(), strict=False)
-    student, teacher = truncated(ids).logits.log_softmax(-1), model(ids).logits.log_softmax(-1).detach()
+    student = truncated(model, exit_layer)(ids).logits.log_softmax(-1)
+    teacher = model(ids).logits.log_softmax(-1).detach()
     total = 0.0
     for row in range(ids.shape[0]):
         for column in range(1, ids.shape[1]):
-            if labels[row, column] != -100:
+            if labels[row, column] != IGNORED:
                 said, aim = student[row, column - 1], teacher[row, column - 1]
                 divergence = (aim.exp() * (aim - said)).sum()
                 total += (1 - share) * -said[labels[row, column]] + share * divergence
@@ -136,22 +146,22 @@ def test_distillation_equals_a_manual_computation(llama, monkeypatch, share):
     recipe = RecipeConfig(p_max=0, e_scale=0.5, curriculum="all", distill=share)
     weights = exit_weights(range(1, 7), 6, 0.5)
     expected = [manual_mixed_loss(llama, ids, labels, exit_layer, share) for exit_layer in range(1, 6)]
-    expected.append(manual_cross_entropy(llama, ids, labels, 6))
-    for logits in (1 << 24, 5 * 67):
-        monkeypatch.setattr(losses, "_CHUNK_LOGITS", logits)
-        output = RecipeModule(llama, recipe).train()(ids, labels, Moment(0, 10))
+    expected.append(manual_cross_entropy(llama, ids, labels))
+    for logits in (losses.CHUNK_LOGITS, 5 * 67):
+        monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
+        output = recipe_module(llama, recipe).train()(ids, labels, Moment(0, 10))
         total = sum(weight * loss for weight, loss in zip(weights, expected, strict=True))
         torch.testing.assert_close(output["loss"].double(), total, rtol=1e-5, atol=1e-4)
-        plain = [manual_cross_entropy(llama, ids, labels, exit_layer) for exit_layer in range(1, 7)]
+        plain = [manual_cross_entropy(truncated(llama, exit_layer), ids, labels) for exit_layer in range(1, 7)]
         torch.testing.assert_close(output["per_exit"].double(), torch.stack(plain).detach(), rtol=1e-5, atol=1e-4)
 
 
 def test_the_teacher_is_a_constant(llama, monkeypatch):
     """With all of the loss on exit 3 and nothing but distillation, layers 4 to 6 get no gradient; in chunks too."""
     ids, labels = batch()
-    for logits in (1 << 24, 5 * 67):
-        monkeypatch.setattr(losses, "_CHUNK_LOGITS", logits)
-        module = RecipeModule(llama, RecipeConfig(p_max=0, curriculum="all", distill=1.0)).train()
+    for logits in (losses.CHUNK_LOGITS, 5 * 67):
+        monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
+        module = recipe_module(llama, RecipeConfig(p_max=0, curriculum="all", distill=1.0)).train()
         monkeypatch.setattr(module, "_weights", lambda exits: [float(exit_layer == 3) for exit_layer in exits])
         llama.zero_grad()
         module(ids, labels, Moment(0, 10))["loss"].backward()

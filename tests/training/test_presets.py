@@ -1,8 +1,8 @@
 import pytest
 
 from layerskip_core.config.training import RecipeConfig
-from layerskip_core.training.curriculum import rotation_of
 from layerskip_core.training.presets import learning_rate, recipe_preset, sequence_length
+from layerskip_core.training.recipe import resolve_recipe
 
 # RECIPE, "Hyper-parameters that the paper used": regime, parameters, layers -> p_max, e_scale, R, learning rate with dropout
 PAPER = [
@@ -20,7 +20,7 @@ PAPER = [
 def test_the_papers_values(regime, parameters, layers, p_max, e_scale, rotation, rate):
     recipe = recipe_preset(regime, int(parameters))
     assert (recipe.p_max, recipe.e_scale, recipe.curriculum) == (p_max, e_scale, "rotational")
-    assert rotation_of(recipe, layers, vocab_size=32_000) == rotation
+    assert resolve_recipe(recipe, layers, vocab_size=32_000).rotation == rotation
     if rate is not None:
         assert learning_rate(regime, int(parameters)) == rate
 

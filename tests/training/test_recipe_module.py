@@ -4,24 +4,26 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
+from training_runs import recipe_module
 
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeConfig
+from layerskip_core.losses import IGNORED
 from layerskip_core.training.encoding import Collator
 from layerskip_core.training.exit_loss import exit_weights
-from layerskip_core.training.module import Moment, RecipeModule
+from layerskip_core.training.module import Moment
 from layerskip_core.training.packing import packed
 
 
 def batch(rows=4, length=9):
     ids = torch.randint(3, 67, (rows, length), generator=torch.Generator().manual_seed(5))
     labels = ids.clone()
-    labels[:, :3] = -100
+    labels[:, :3] = IGNORED
     return ids, labels
 
 
 def run(model, recipe, moment, ids, labels, **keywords):
-    return RecipeModule(model, recipe, **keywords).train()(ids, labels, moment)
+    return recipe_module(model, recipe, **keywords).train()(ids, labels, moment)
 
 
 def layer_rows(model):
@@ -60,23 +62,17 @@ def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step,
 def test_without_the_recipe_it_is_the_plain_loss(llama):
     ids, labels = batch()
     output = run(llama, RecipeConfig(p_max=0, curriculum="none"), Moment(0, 1), ids, labels)
-    targets = (labels[:, 1:] != -100).sum()
+    targets = (labels[:, 1:] != IGNORED).sum()
     torch.testing.assert_close(output["loss"] / targets, llama(ids, labels=labels).loss.float())
 
 
-def test_padding_changes_nothing(llama):
-    """At the right without a mask, at the left with one."""
+def test_padding_at_the_right_changes_nothing(llama):
     ids, labels = batch()
     recipe = RecipeConfig(p_max=0, curriculum="all")
     plain = run(llama, recipe, Moment(0, 1), ids, labels)["per_exit"]
-    filler, ignored = torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), -100)
-    right = run(llama, recipe, Moment(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1))
-    torch.testing.assert_close(right["per_exit"], plain)
-    mask = torch.cat([filler, torch.ones_like(ids)], 1)
-    left = RecipeModule(llama, recipe).train()(
-        torch.cat([filler, ids], 1), torch.cat([ignored, labels], 1), Moment(0, 1), attention_mask=mask
-    )
-    torch.testing.assert_close(left["per_exit"], plain)
+    filler, ignored = torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), IGNORED)
+    padded = run(llama, recipe, Moment(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1))
+    torch.testing.assert_close(padded["per_exit"], plain)
 
 
 def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
@@ -106,7 +102,7 @@ def test_dropout_is_a_function_of_seed_and_moment(llama):
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
 def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf16, lora):
     """The backward pass runs layers and heads again: dropping the same rows, with taps, in the same precision."""
-    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 5 * 67)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * 67)
     ids, labels = batch()
     recipe = RecipeConfig(p_max=0.8, curriculum="all", distill=0.5)
     gradients = []
@@ -115,7 +111,7 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
         if lora:
             torch.manual_seed(1)
             model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-        module = RecipeModule(model, recipe, recompute=recompute).train()
+        module = recipe_module(model, recipe, recompute=recompute).train()
         rows = layer_rows(module.backend.model)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = module(ids, labels, Moment(2, 10))["loss"]
@@ -135,7 +131,7 @@ def test_packed_documents_give_the_losses_of_each_alone():
         model = tiny_model(model_type, **changes)
         if model_type == "gemma2":
             model.set_attn_implementation("eager")  # masks are numbers there, not truth values
-        module = RecipeModule(model, RecipeConfig(p_max=0, curriculum="all")).train()
+        module = recipe_module(model, RecipeConfig(p_max=0, curriculum="all")).train()
         ids, _ = batch(rows=1, length=18)
         alone = []
         for start, stop in ((0, 5), (5, 14), (14, 18)):
@@ -154,7 +150,7 @@ def test_lora_trains_adapters_only_and_the_exits_see_them():
     base = tiny_model()
     before = copy.deepcopy(base.state_dict())
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    module = RecipeModule(adapted, RecipeConfig(p_max=0, curriculum="all")).train()
+    module = recipe_module(adapted, RecipeConfig(p_max=0, curriculum="all")).train()
     first = module(ids, labels, Moment(0, 10))
     first["loss"].backward()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}

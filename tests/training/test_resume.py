@@ -19,8 +19,8 @@ from training_runs import RECIPE, Interrupted, saved_base, stop_at, train, weigh
 
 from layerskip_core.config.data import DataConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
-from layerskip_core.training import checkpoints, module
-from layerskip_core.training.run import prepare
+from layerskip_core.training import checkpoints, module, recipe
+from layerskip_core.training.prepare import prepare
 
 
 def checkpoint(folder, step):
@@ -300,6 +300,19 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(settings, two_c
         CheckpointError, match=f"no checkpoint in .* is whole: checkpoint-2: {message}; checkpoint-1: {message}"
     ):
         prepare(settings(save_steps=1, resume=True))
+
+
+def test_a_default_that_changes_does_not_alter_a_resumed_run(settings, tmp_path, monkeypatch):
+    """R of the curriculum is sealed as it was resolved: 4 layers and 300 tokens make it 1 by default, 3 with a new rule."""
+    asked = {"recipe": None, "save_steps": 1}
+    with pytest.raises(Interrupted):
+        prepare(settings(**asked)).run(stop_at(2))
+    assert json.loads((checkpoint(tmp_path / "out", 1) / "complete.json").read_text())["settings"]["rotation"] == 1
+    monkeypatch.setattr(recipe, "_LARGE_VOCABULARY", 0)
+    assert prepare(settings(output=str(tmp_path / "other"), recipe=None)).plan.recipe.rotation == 3
+    assert prepare(settings(**asked, resume=True)).plan.recipe.rotation == 1
+    with pytest.raises(ConfigError, match="`resume`: rotation was 1 in the run to go on with, and is 2 now"):
+        prepare(settings(save_steps=1, resume=True))  # which asks for R = 2
 
 
 def test_a_run_is_resumed_with_the_same_settings_or_not_at_all(settings, two_checkpoints):

@@ -15,12 +15,13 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
 from layerskip_core.model.draft_vocabulary import token_order
-from layerskip_core.training import module, run, trainer
+from layerskip_core.training import module, trainer
+from layerskip_core.training import prepare as preparing
 from layerskip_core.training.dropout import kept_rows
 from layerskip_core.training.loss_plot import _thinned
 from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.order import run_order
-from layerskip_core.training.run import prepare
+from layerskip_core.training.prepare import prepare
 
 PLAIN = RecipeConfig(p_max=0, curriculum="none")
 
@@ -65,7 +66,7 @@ def test_rows_of_unlike_lengths_weigh_by_their_tokens(settings, tmp_path):
         sizes = {"batch_size": batch_size, "accumulation": accumulation, "steps": 1, "overwrite": True}
         job = prepare(settings(data=DataConfig(name=str(file)), recipe=PLAIN, **sizes))
         accumulated = []
-        head = job.loaded.model.lm_head.weight
+        head = job.trainable.model.lm_head.weight
         head.register_post_accumulate_grad_hook(lambda weight, seen=accumulated: seen.append(weight.grad.clone()))
         job.run(lambda report: losses.append(report.loss))
         assert len(accumulated) == accumulation
@@ -100,7 +101,7 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
     monkeypatch.setattr(RecipeModule, "forward", recording_batches(RecipeModule.forward, batches))
     train(settings(steps=2))
     assert batches == [4, 4]
-    monkeypatch.setattr(run, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(preparing, "pick_device", lambda name: torch.device(name))
     with pytest.raises(ConfigError, match=r"`device` cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
         prepare(settings(device="cuda:1", overwrite=True))
 
@@ -200,7 +201,7 @@ def test_the_plan(settings, base):
     assert plan.truncated == sum(row["length"] == 100 and row["input_ids"][-1] != 2 for row in job.data.rows) > 0
     assert plan.steps == 11  # 2 x 32 rows in steps of 6, rounded up
     assert plan.parameters == sum(weight.numel() for weight in weights(base).values())
-    assert plan.num_layers == 4 and plan.rotation == 2
+    assert plan.num_layers == 4 and plan.recipe.rotation == 2
     assert plan.exits_per_step == pytest.approx((6 * 3 + 5 * 2) / 11)  # exits 1, 3, 4 on even steps, 2, 4 on odd ones
     assert (plan.device, plan.dtype) == ("cpu", "fp32")
     assert plan.cost > 1
@@ -209,7 +210,7 @@ def test_the_plan(settings, base):
 def test_the_cost_of_a_step(settings):
     """Layers with dropout and heads over target tokens, against layers and one head: by hand."""
     job = prepare(settings())
-    layers = 4 * sum(parameter.numel() for parameter in job.loaded.backend.layers[0].parameters())
+    layers = 4 * sum(parameter.numel() for parameter in job.trainable.backend.layers[0].parameters())
     head = 32 * 300 * job.data.target_tokens / job.data.tokens
     kept = 1 - 0.2 * (0 + 0.259921 + 0.587401 + 1) / 4  # D = 2 ** (l / 3) - 1
     assert job.plan.exits_per_step == 2.5
@@ -247,7 +248,7 @@ def test_a_failure_while_saving_leaves_no_model(settings, tmp_path, monkeypatch)
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(job.loaded.model), "save_pretrained", full)
+    monkeypatch.setattr(type(job.trainable.model), "save_pretrained", full)
     with pytest.raises(CheckpointError, match=r"cannot write the model to .*No space left on device"):
         job.run(lambda report: None)
     assert not (tmp_path / "out" / "config.json").exists()
@@ -283,7 +284,7 @@ def spoiling(job, step, factor):
 
     def listen(report):
         if report.step == step:
-            job.loaded.model.lm_head.weight.data.mul_(factor)
+            job.trainable.model.lm_head.weight.data.mul_(factor)
 
     return listen
 
@@ -308,7 +309,7 @@ def test_a_loss_beyond_reason_stops_the_run(settings, tmp_path, factor, message,
 
 def test_gradients_that_are_not_finite_do_not_reach_the_weights(settings):
     job = prepare(settings())
-    head = job.loaded.model.lm_head.weight
+    head = job.trainable.model.lm_head.weight
     head.register_hook(lambda gradient: gradient * float("inf"))
     before = head.detach().clone()
     with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):

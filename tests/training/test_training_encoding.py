@@ -7,10 +7,11 @@ from training_runs import Interrupted, stop_at, train, weights
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example, load_examples
 from layerskip_core.errors import ConfigError, DataError
+from layerskip_core.losses import IGNORED
 from layerskip_core.training import encoding
 from layerskip_core.training.encoding import Collator, Encoder, StreamedRows, encode_rows
 from layerskip_core.training.packing import packed
-from layerskip_core.training.run import prepare
+from layerskip_core.training.prepare import prepare
 from layerskip_core.training.tokenizer import train_tokenizer
 from layerskip_core.training.trainer import RecipeTrainer
 
@@ -43,7 +44,7 @@ def test_prompts_are_masked_and_rows_end(tokenizer):
     plain = tokenizer("go")["input_ids"]  # no prompt, no template
     assert encoded.rows[0] == {
         "input_ids": [*prompt, *completion, 2],
-        "labels": [-100] * len(prompt) + [*completion, 2],
+        "labels": [IGNORED] * len(prompt) + [*completion, 2],
         "length": len(prompt) + len(completion) + 1,
         "truncated": False,
     }
@@ -64,20 +65,20 @@ def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
 
 
 def test_batches_are_padded_at_the_right_and_their_first_label_does_not_count():
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
     batch = Collator(pad_id=0)(rows)
     torch.testing.assert_close(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 0]]))
-    torch.testing.assert_close(batch["labels"], torch.tensor([[-100, 6, 7], [-100, 9, -100]]))
+    torch.testing.assert_close(batch["labels"], torch.tensor([[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]))
 
 
 def test_of_a_conversation_only_what_the_assistant_says_is_a_target(chat_tokenizer):
     (row,) = Encoder(chat_tokenizer, None, 128).rows([Conversation(TURNS)])
     text = "<user>hi<|eos|>\n<assistant>hello you<|eos|>\n<user>bye<|eos|>\n<assistant>so long<|eos|>\n"
     assert row["input_ids"] == chat_tokenizer(text)["input_ids"]
-    said = [token for token in row["labels"] if token != -100]
+    said = [token for token in row["labels"] if token != IGNORED]
     assert chat_tokenizer.decode(said) == "hello you<|eos|>\nso long<|eos|>\n"
     # What stands before the first target is what `generate` gives the model as its prompt.
-    first = next(at for at, label in enumerate(row["labels"]) if label != -100)
+    first = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
     assert row["input_ids"][:first] == chat_tokenizer("<user>hi<|eos|>\n<assistant>")["input_ids"]
 
 
@@ -117,7 +118,7 @@ def test_documents_fill_rows_and_lose_nothing():
     rows = list(packed([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12], [13]], 5))
     assert [row["input_ids"] for row in rows] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13]]
     assert [row["documents"] for row in rows] == [[0, 0, 0, 1, 1], [0] * 5, [0, 0, 1]]
-    assert [row["labels"] for row in rows] == [[-100, 2, 3, -100, 5], [-100, 7, 8, 9, 10], [-100, 12, -100]]
+    assert [row["labels"] for row in rows] == [[IGNORED, 2, 3, IGNORED, 5], [IGNORED, 7, 8, 9, 10], [IGNORED, 12, IGNORED]]
 
 
 def written(tmp_path, count=50):
@@ -211,7 +212,7 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     assert [sorted(report.validation_losses) for report in reports] == [[], [], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
     batch = Collator(0)([job.held_out.rows[at] for at in range(6)])
-    logits = job.loaded.model.eval()(batch["input_ids"]).logits
+    logits = job.trainable.model.eval()(batch["input_ids"]).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
 

@@ -1,0 +1,107 @@
+"""Loads model and data, resolves what was not asked for, and plans the run. Nothing is written."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..checkpoint.load import blank, for_training
+from ..checkpoint.loaded import Trainable
+from ..checkpoint.model_files import RUN_FILES
+from ..checkpoint.placement import pick_device, pick_dtype
+from ..checkpoint.save import refuse_overwrite
+from ..checkpoint.transformers_read import stored_dtype
+from ..config.training import FinetuneConfig
+from ..data.examples import Row
+from ..errors import ConfigError
+from .adapters import require_base_kept
+from .checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
+from .plan import make_plan, sealed_settings
+from .presets import sequence_length
+from .rows import encode_training, encode_validation, make_encoder, training_rows
+from .run import FinetuneJob
+from .tokenizer import train_tokenizer
+
+
+def prepare(config: FinetuneConfig) -> FinetuneJob:
+    """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
+    refuse_overwrite(config.output, config.overwrite, RUN_FILES)
+    require_base_kept(config)
+    resume = _resume_point(config)
+    device = pick_device(config.device)
+    _require_device(device)
+    rows = training_rows(config)
+    trainable = _model(config, rows)
+    encoder = make_encoder(config, trainable, rows, _max_length(config, trainable.backend.max_positions))
+    data = encode_training(config, encoder, rows)
+    held_out = encode_validation(config, encoder)
+    autocast = _autocasts(config, device, sum(parameter.numel() for parameter in trainable.model.parameters()))
+    sealed = {} if resume is None else resume.settings
+    plan = make_plan(config, trainable, data, encoder, str(device), autocast, sealed)
+    if resume is not None:
+        _require_same_run(sealed, sealed_settings(config, plan))
+        notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
+        plan = replace(plan, resumed_step=resume.step, notes=plan.notes + notes)
+    return FinetuneJob(config, trainable, data, held_out, encoder.template, plan, stored_dtype(config.model), resume)
+
+
+def _model(config: FinetuneConfig, rows: list[Row]) -> Trainable:
+    if config.regime == "scratch":
+        tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
+        return blank(config.model, config.seed, tokenizer)
+    return for_training(config.model, "cpu", "fp32")
+
+
+def _max_length(config: FinetuneConfig, context: int) -> int:
+    """Tokens per row: what was asked for, or the regime's length within the model's context."""
+    if config.max_length is None:
+        return sequence_length(config.regime, context)
+    if config.max_length > context:
+        raise ConfigError(f"`max_length` must be at most the model's context of {context} tokens, got {config.max_length}")
+    return config.max_length
+
+
+def _require_device(device: torch.device) -> None:
+    """Raises ConfigError for devices that Trainer would silently replace by others."""
+    if device.index:
+        raise ConfigError(
+            f"`device` {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
+            "environment and give `device` cuda"
+        )
+    if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        raise ConfigError(
+            "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got `device` cpu, where accelerate would run DDP without a word; start it "
+            "with torchrun alone"
+        )
+
+
+def _autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:
+    """Whether to train in bf16 autocast. `auto` does wherever a model would be loaded in bf16, and also for small models on a
+    CPU with bf16 instructions, where it is twice as fast.
+    """
+    if config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return True
+    return pick_dtype(config.dtype, device, parameters) == torch.bfloat16
+
+
+def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
+    """The checkpoint that `resume` goes on from. Without `resume`, raises ConfigError if there is a run to lose."""
+    folder = checkpoints_folder(config.output)
+    require_own(folder)
+    if config.resume:
+        return newest_whole(folder)
+    if has_checkpoints(folder) and not config.overwrite:
+        raise ConfigError(
+            f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
+        )
+    return None
+
+
+def _require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if sealed.get(name) != value:
+            raise ConfigError(
+                f"`resume`: {name} was {sealed.get(name)} in the run to go on with, and is {value} now; a run is resumed with "
+                "the same settings on the same data"
+            )

@@ -1,0 +1,43 @@
+"""The recipe of one run: what was asked for, with nothing left to a default."""
+
+from dataclasses import dataclass
+
+from ..config.training import Curriculum, ExitWeights, RecipeConfig
+
+_LARGE_VOCABULARY = 8192
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """RecipeConfig for a model of L layers. It is sealed into the run's checkpoints, so that a default that changes later
+    cannot alter a run that is resumed.
+    """
+
+    p_max: float
+    e_scale: float
+    exit_weights: ExitWeights
+    curriculum: Curriculum
+    rotation: int  # R of the rotational curriculum; 0 for the others
+    exits: tuple[int, ...]  # the n exit layers that the curriculum chooses among, ascending; empty for all L
+    distill: float
+
+    def candidates(self, num_layers: int) -> tuple[int, ...]:
+        """The n exit layers that the curriculum chooses among, ascending."""
+        return self.exits or tuple(range(1, num_layers + 1))
+
+
+def resolve_recipe(asked: RecipeConfig, num_layers: int, vocab_size: int) -> Recipe:
+    """R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below."""
+    rotation = 0
+    if asked.curriculum == "rotational":
+        count = len(asked.exits) or num_layers
+        rotation = asked.rotation or max(1, count - 1 if vocab_size > _LARGE_VOCABULARY else count // 3)
+    return Recipe(
+        p_max=asked.p_max,
+        e_scale=asked.e_scale,
+        exit_weights=asked.exit_weights,
+        curriculum=asked.curriculum,
+        rotation=rotation,
+        exits=tuple(sorted(asked.exits)),
+        distill=asked.distill,
+    )

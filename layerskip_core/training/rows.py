@@ -1,0 +1,75 @@
+"""The rows of a run: which data it reads, and how the rows are encoded."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+from ..checkpoint.loaded import Trainable
+from ..config.data import DataConfig
+from ..config.training import FinetuneConfig
+from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
+from ..errors import ConfigError
+from ..prompting.chat import require_chat_template
+from ..prompting.template import CHAT, RAW, resolve_template
+from .encoding import EncodedData, Encoder, encode_rows, encode_stream
+from .plan import COMMANDS_STEPS, rows_per_step
+
+
+def training_rows(config: FinetuneConfig) -> list[Row]:
+    """The rows to train on; of a stream only the first, to see what its rows are."""
+    data = config.data
+    if config.streaming:
+        return list(itertools.islice(stream_rows(data), 1))
+    if data.name == "commands" and not data.limit:
+        # The generator has no end: a run draws as many rows as it will see, so that none repeats.
+        data = replace(data, limit=(config.steps or COMMANDS_STEPS) * rows_per_step(config))
+    return load_rows(data)
+
+
+def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: list[Row], max_length: int) -> Encoder:
+    """Encodes both the rows to train on, of which `rows` are an example, and those to validate on."""
+    return Encoder(trainable.tokenizer, _template(config, trainable, rows), max_length, _packs(config, rows))
+
+
+def encode_training(config: FinetuneConfig, encoder: Encoder, rows: list[Row]) -> EncodedData:
+    """The rows to train on: in memory, or a stream."""
+    return encode_stream(config.data, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
+
+
+def encode_validation(config: FinetuneConfig, encoder: Encoder) -> EncodedData | None:
+    """The rows of `validation`; None if the run has no validation."""
+    if config.validation is None:
+        return None
+    return encode_rows(load_rows(validation_data(config, config.validation)), encoder)
+
+
+def validation_data(config: FinetuneConfig, name: str) -> DataConfig:
+    """`validation`: other data (a named set, a file, a folder, a hub id), or else a split of `data`."""
+    other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
+    if not other and Path(config.data.name).is_file():
+        raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
+    held_out = replace(config.data, limit=config.validation_samples, setting="validation")
+    return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
+
+
+def _packs(config: FinetuneConfig, rows: list[Row]) -> bool:
+    """Whether documents are packed: by default for plain text, without prompts, in a regime for language-model data."""
+    if config.pack is not None:
+        return config.pack
+    return config.regime != "finetune" and all(isinstance(row, Example) and not row.prompt for row in rows)
+
+
+def _template(config: FinetuneConfig, trainable: Trainable, rows: list[Row]) -> str:
+    """For conversations the chat template; else the one asked for, the parsing template for parsing data, the checkpoint's own,
+    or the prompt and a line end.
+    """
+    if any(isinstance(row, Conversation) for row in rows):
+        return CHAT
+    if config.prompt_template is not None:
+        if config.prompt_template == CHAT:
+            require_chat_template(trainable.tokenizer)
+        return config.prompt_template
+    if is_parsing(config.data):
+        return PARSING_TEMPLATE
+    template = resolve_template(None, None, trainable.info.template, trainable.tokenizer).text
+    return PARSING_TEMPLATE if template == RAW else template
