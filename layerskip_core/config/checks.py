@@ -35,7 +35,7 @@ def require_exit_layer(exit_layer: int, num_layers: int, strategy: str = "self-s
 
 def refused(field: str, needed: str, got: str) -> ConfigError:
     """The error `field must be needed, got got`. What is no field ("the prompt") is named as it stands."""
-    known = field.isidentifier()
+    known = field.isidentifier() and field.islower()  # an environment variable is named as it stands
     return ConfigError(f"{f'`{field}`' if known else field} must be {needed}, got {got}", field if known else None)
 
 
