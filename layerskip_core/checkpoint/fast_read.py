@@ -6,7 +6,7 @@ This works for folders that transformers 5 wrote: config.json holds every defaul
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from ..model import ModelSpec, can_pack
 from ..model.weights import Take
 from .stored import COMPLETE, GENERATION_FILE, TOKENIZER_FILE, check_stored_weights, open_weights, read_config, read_settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
@@ -67,7 +70,7 @@ class LeanTokenizer:
     def __init__(self, folder: str) -> None:
         from tokenizers import Tokenizer
 
-        self._tokenizer: Any = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         settings = read_settings(folder, TOKENIZER_FILE)
@@ -105,7 +108,7 @@ class LeanTokenizer:
         return dict(self._tokenizer.get_added_tokens_decoder())
 
     @property
-    def backend_tokenizer(self) -> Any:
+    def backend_tokenizer(self) -> "Tokenizer":
         """The tokenizers library's object, by the name that transformers gives it."""
         return self._tokenizer
 

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..model.config_values import check_token_ids, check_values
@@ -29,6 +31,24 @@ COMPLETE = {  # keys of a configuration that leaves no size to a default, as tra
     "vocab_size",
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
+class StoredWeight(Protocol):
+    """A weight in a safetensors file; its numbers are not read."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+
+class WeightFile(Protocol):
+    """An open safetensors file."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str) -> StoredWeight: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
 
 
 def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
@@ -62,18 +82,18 @@ def check_config(config: Mapping[str, Any]) -> None:
         ModelSpec.of(SimpleNamespace(**config))
 
 
-def open_weights(folder: str | Path) -> dict[str, Any]:
+def open_weights(folder: str | Path) -> dict[str, WeightFile]:
     """The open safetensors file of each weight in a folder, by the weight's name."""
     from safetensors import safe_open
 
-    files: dict[str, Any] = {}
+    files: dict[str, WeightFile] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
-        file: Any = safe_open(path, "pt", device="cpu")
+        file: WeightFile = safe_open(path, "pt", device="cpu")
         files.update(dict.fromkeys(file.keys(), file))
     return files
 
 
-def check_stored_weights(files: Mapping[str, Any], spec: ModelSpec) -> None:
+def check_stored_weights(files: Mapping[str, WeightFile], spec: ModelSpec) -> None:
     """Checks the headers of the files; no weight is read.
 
     Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not floating point.
@@ -83,7 +103,7 @@ def check_stored_weights(files: Mapping[str, Any], spec: ModelSpec) -> None:
     check_kinds(slices)
 
 
-def check_kinds(slices: Mapping[str, Any]) -> None:
+def check_kinds(slices: Mapping[str, StoredWeight]) -> None:
     """Raises CheckpointError for a weight that is not floating point."""
     for name, part in slices.items():
         if part.get_dtype() not in _FLOATS:

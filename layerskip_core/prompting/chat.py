@@ -18,7 +18,7 @@ _WORKER = Path(__file__).with_name("chat_worker.py")
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
+    return bool(tokenizer.chat_template)
 
 
 def require_chat_template(tokenizer: Tokenizer) -> None:

@@ -77,6 +77,6 @@ def _without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 def _refuse_special(tokenizer: Tokenizer, *texts: str) -> None:
     """For a tokenizer written in Python, which has no way to encode special tokens as text."""
-    for token in getattr(tokenizer, "all_special_tokens", ()):
+    for token in tokenizer.all_special_tokens:
         if any(token in text for text in texts):
             raise ConfigError(f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`")

@@ -5,10 +5,13 @@ import re
 import secrets
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _known: "WeakKeyDictionary[Any, SpecialText]" = WeakKeyDictionary()
 
@@ -21,7 +24,7 @@ class SpecialText:
     that were in it before the prompt was filled in. It is encoded in one piece and splits as with the tokenizer itself.
     """
 
-    tokenizer: Any  # of the tokenizers library
+    tokenizer: "tokenizers.Tokenizer"
     names: dict[str, str]  # the tokens' secret names, by their text
     hides: bool  # whether normalisation can turn other text into a token's
     mark: str  # surrounds the number of a masked token
@@ -50,7 +53,7 @@ class SpecialText:
         named = self._pattern.sub(lambda match: self.names[match[0]], text)
         return re.sub(f"{self.mark}(\\d+){self.mark}", lambda match: tokens[int(match[1])], named)
 
-    def encode(self, sealed: str, add_special_tokens: bool) -> Any:
+    def encode(self, sealed: str, add_special_tokens: bool) -> "tokenizers.Encoding":
         """The tokenizers library's Encoding of a sealed text."""
         return self._renamed.encode(sealed, add_special_tokens=add_special_tokens)
 
@@ -66,7 +69,7 @@ class SpecialText:
         return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
 
     @cached_property
-    def _renamed(self) -> Any:
+    def _renamed(self) -> "tokenizers.Tokenizer":
         """A copy of the tokenizer whose special tokens have their secret names."""
         import tokenizers
 
@@ -87,7 +90,7 @@ class SpecialText:
 
 def special_text(tokenizer: Tokenizer) -> SpecialText | None:
     """The special tokens of a tokenizer; None for one that is written in Python and does not use the tokenizers library."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none
     if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
         return None
     known = _known.get(tokenizer)

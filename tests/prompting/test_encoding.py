@@ -197,6 +197,7 @@ def test_a_tokenizer_in_python_refuses_special_tokens():
 def test_a_tokenizer_that_fails_is_one_error(error):
     class Broken:
         eos_token_id = 2
+        all_special_tokens = ()
 
         def __call__(self, text):
             raise error
