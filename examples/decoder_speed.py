@@ -1,13 +1,21 @@
-"""How fast the decoder is on this machine, in ratios of one run: against transformers, the memory limit and itself.
+"""Measures the speed of decoding on this machine: against transformers, against the memory limit, and between settings.
 
-    python examples/decoder_speed.py PART... [--model FOLDER] [--prompts FILE] [--gguf FILE] [--threads N] [--ways E:D:BITS,...]
+    python examples/decoder_speed.py PART... [--model FOLDER] [--prompts FILE] [--threads N] [--settings E:D:BITS,...]
 
-Parts: `step` (autoregressive decoding by kind of weights, against transformers' generate and the memory limit), `rounds` (the
-cost of a draft step and of a verification), `speculation` (self-speculative against autoregressive and both of transformers'),
-`exact` (the price of --exact), `context` (2,048 tokens against 128), `memory`, `perplexity`, `llamacpp` (needs the package
-xllamacpp, and a .gguf file). Greedy, batch 1; medians of --repeats runs, taken in turns so that what disturbs the machine
-disturbs all of them. Prompts: lines of a .jsonl (`prompt`, `article` or `text`), else of the embedded `commands`. Prints one
-JSON document a part, then a table of what was measured beside what was aimed at.
+Parts:
+    throughput   tokens/s of autoregressive and self-speculative decoding at batch sizes 1 and 8
+    step         autoregressive decoding by kind of weights, against transformers' generate and the memory limit
+    rounds       the cost of a draft step and of a verification
+    speculation  self-speculative decoding against autoregressive decoding and, with --assistant, both of transformers'
+    exact        the price of --exact
+    context      a step at 2,048 tokens of context against one at 128
+    memory       peak memory of a process per strategy
+    perplexity   perplexity by kind of weights, on the text file --text
+    llamacpp     llama.cpp on a --gguf file (needs the package xllamacpp)
+
+Decoding is greedy, at batch size 1 unless the part says otherwise. Times are medians of --repeats runs in one process, in turn,
+so that a slow moment of the machine slows all settings. The prompts are the `prompt`, `article` or `text` of a .jsonl file, by
+default those of the embedded data set `commands`. Prints a JSON document per part, then a table of targets and measurements.
 """
 
 import argparse
@@ -30,15 +38,17 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
-from layerskip_core.decoding import DecodeStats, decode
+from layerskip_core.decoding import DecodeStats, decode, decode_batch
 from layerskip_core.evaluation.measure.environment import environment
 from layerskip_core.model.drafting import most_probable
 
 REPEATS = 5
+BATCH_SIZES = (1, 8)
+IDS = 256  # random tokens come from the first ids, which every model has
 
 
 def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median of some runs behind one that warms up."""
+    """Median of `repeats` runs, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -48,13 +58,13 @@ def seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that one pass over 1 GB of fp32 reads: the limit of a step that reads every weight once."""
+    """Bytes per second of one pass over 1 GB of fp32: the limit of a step, which reads every weight once."""
     data = torch.ones(1 << 28)
     return data.numel() * 4 / seconds(data.sum)
 
 
 def prompts_of(arguments: argparse.Namespace, loaded: Decoder) -> list[list[int]]:
-    """Token ids of the prompts; texts that leave no room for the answer are cut at their start."""
+    """Token ids of the prompts. Of longer ones the last --prompt-tokens tokens are kept."""
     if arguments.prompts is None:
         texts = [row.prompt for row in load_examples(DataConfig("commands", "test", limit=arguments.samples))]
     else:
@@ -67,42 +77,54 @@ def load(arguments: argparse.Namespace, **packing: Any) -> Decoder:
     return for_decoding(arguments.model, "cpu", arguments.dtype, PackingConfig(**packing))
 
 
-def decoded(loaded: Decoder, prompts: list[list[int]], config: DecodingConfig, **settings: Any) -> Any:
-    """(outputs, stats) of all prompts; no EOS, so that every output has the same length, unless the model is embedded."""
+def end_ids(loaded: Decoder) -> frozenset[int]:
+    """The EOS ids of the embedded model. Other models go on after EOS, so that all their outputs have the same length."""
+    return loaded.eos_ids if loaded.name == "embedded" else frozenset()
+
+
+def decode_all(loaded: Decoder, prompts: list[list[int]], config: DecodingConfig, **options: Any) -> Any:
+    """(outputs, stats) of all prompts, one by one."""
     outputs, total = [], DecodeStats()
     for prompt in prompts:
-        decoding = decode(
-            loaded.backend, prompt, config, loaded.eos_ids if loaded.name == "embedded" else frozenset(), **settings
-        )
+        decoding = decode(loaded.backend, prompt, config, end_ids(loaded), **options)
         outputs.append([token.id for tokens in decoding for token in tokens])
         total += decoding.stats
     return outputs, total
 
 
-def weight_bytes(loaded: Decoder) -> float:
-    """Bytes of weights that a step reads: all layers and the head, by the precision they are kept in."""
+def decode_batches(loaded: Decoder, prompts: list[list[int]], config: DecodingConfig, batch_size: int) -> int:
+    """The number of new tokens of all prompts, `batch_size` prompts at a time."""
+    tokens = 0
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        tokens += sum(len(output.ids) for output in decode_batch(loaded.backend, batch, config, end_ids(loaded)))
+    return tokens
+
+
+def weight_bytes(loaded: Decoder, kind: str) -> float:
+    """Bytes of weights that a step reads: all layers and the head, in the precision of this kind of weights."""
     spec = loaded.backend.spec
-    attention = 2 * spec.hidden * (spec.queries + spec.keys)
+    attention = 2 * spec.hidden * spec.head_dim * (spec.heads + spec.kv_heads)
     count = spec.layers * (attention + 3 * spec.hidden * spec.inner) + spec.hidden * spec.vocab
-    bits = {"int8": 8, "int4": 5}.get(loaded.backend._quantize, 8 * loaded.backend.dtype.itemsize)
+    bits = {"int8": 8, "int4": 5}.get(kind, 8 * loaded.backend.dtype.itemsize)
     return count * bits / 8
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of each way, run in turns behind one turn that warms up, and its last result."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def interleave(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of each run and its last result. The runs take turns; the first turn is a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     results = {}
     for _ in range(repeats + 1):
-        for name, way in ways.items():
+        for name, run in runs.items():
             started = time.perf_counter()
-            results[name] = way()
+            results[name] = run()
             times[name].append(time.perf_counter() - started)
-    return {name: median(found[1:]) for name, found in times.items()}, results
+    return {name: median(measured[1:]) for name, measured in times.items()}, results
 
 
 def passes(backend: Any, layers: int, count: int, context: int, cache: Any = None) -> Callable[[], Tensor]:
-    """One pass of `count` tokens behind a context, through the first layers and the head, with the choice of a token."""
-    ids = torch.randint(5, min(1000, backend.vocab_size), (1, context + count))
+    """A function that runs `count` tokens after a context through the first layers and the head, and chooses a token."""
+    ids = torch.randint(5, IDS, (1, context + count))
     positions = torch.arange(context + count)[None]
     if cache is None:
         cache = filled_cache(backend, context)
@@ -111,21 +133,21 @@ def passes(backend: Any, layers: int, count: int, context: int, cache: Any = Non
 
 
 def filled_cache(backend: Any, context: int) -> Any:
-    cache, ids = backend.new_cache(), torch.randint(5, min(1000, backend.vocab_size), (1, context))
+    cache, ids = backend.new_cache(), torch.randint(5, IDS, (1, context))
     backend.run_layers(backend.embed(ids), 0, backend.num_layers, torch.arange(context)[None], cache)
     return cache
 
 
 @torch.inference_mode()
 def pass_seconds(backend: Any, settings: dict[str, tuple[Any, int, int, int]], repeats: int = 30) -> dict[str, float]:
-    """Median seconds of passes by name, each (model, layers, tokens, context), in turns; the cache is `backend`'s."""
+    """Median seconds of each pass, given as (layers of, number of layers, tokens, context), with `backend`'s cache."""
     caches = {context: filled_cache(backend, context) for *_, context in settings.values()}
-    ways = {name: passes(*setting, caches[setting[-1]]) for name, setting in settings.items()}
-    return in_turns(ways, repeats)[0]
+    runs = {name: passes(*setting, caches[setting[-1]]) for name, setting in settings.items()}
+    return interleave(runs, repeats)[0]
 
 
-def transformers_decoded(model: Any, prompts: list[list[int]], new_tokens: int, **settings: Any) -> int:
-    """How many tokens transformers' own generate gave for all prompts."""
+def transformers_tokens(model: Any, prompts: list[list[int]], new_tokens: int, **settings: Any) -> int:
+    """The number of new tokens of transformers' generate for all prompts."""
     settings = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, **settings}
     tokens = 0
     with torch.inference_mode():
@@ -138,19 +160,44 @@ def transformers_decoded(model: Any, prompts: list[list[int]], new_tokens: int, 
 KINDS: dict[str, dict[str, Any]] = {"bf16": {}, "int8": {"quantize": "int8"}, "int4": {"quantize": "int4"}}
 
 
+def part_throughput(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of all prompts, prefill included, by strategy and batch size. Batch size 1 is `decode`."""
+    exit_layer, drafts, _ = settings_of(arguments)[0]
+    loaded = load(arguments)
+    prompts, limit = prompts_of(arguments, loaded), arguments.new_tokens
+    configs = {
+        "autoregressive": DecodingConfig("autoregressive", max_new_tokens=limit),
+        f"self-speculative, exit {exit_layer}, {drafts} drafts": DecodingConfig(
+            "self-speculative", exit_layer, drafts, max_new_tokens=limit
+        ),
+    }
+    runs: dict[str, Callable[[], int]] = {}
+    for name, config in configs.items():
+        runs[f"{name}, batch 1"] = lambda config=config: decode_all(loaded, prompts, config)[1].new_tokens
+        for size in BATCH_SIZES[1:]:
+            runs[f"{name}, batch {size}"] = lambda config=config, size=size: decode_batches(loaded, prompts, config, size)
+    times, tokens = interleave(runs, arguments.repeats)
+    rates = {name: tokens[name] / seconds for name, seconds in times.items()}
+    baseline = rates["autoregressive, batch 1"]
+    table = [
+        (f"{name}, over autoregressive batch 1", None, rate / baseline, f"{rate:.1f} tokens/s") for name, rate in rates.items()
+    ]
+    return {"tokens_per_second": rates, "new_tokens": tokens, "prompts": len(prompts), "table": table}
+
+
 def part_step(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second by kind of weights, prefill included."""
+    """Tokens per second by kind of weights, prefill included."""
     bandwidth = read_bandwidth()
     generic = for_training(arguments.model, "cpu", arguments.dtype)
     prompts, count = prompts_of(arguments, decoder_of(generic)), arguments.new_tokens
     config = DecodingConfig("autoregressive", max_new_tokens=count)
     models = {name: load(arguments, **packing) for name, packing in KINDS.items()}
-    ways: dict[str, Callable[[], Any]] = {"transformers": lambda: transformers_decoded(generic.model, prompts, count)}
-    ways |= {name: lambda loaded=loaded: decoded(loaded, prompts, config)[1].new_tokens for name, loaded in models.items()}
-    times, tokens = in_turns(ways, arguments.repeats)
+    runs: dict[str, Callable[[], Any]] = {"transformers": lambda: transformers_tokens(generic.model, prompts, count)}
+    runs |= {name: lambda loaded=loaded: decode_all(loaded, prompts, config)[1].new_tokens for name, loaded in models.items()}
+    times, tokens = interleave(runs, arguments.repeats)
     rates = {name: tokens[name] / seconds for name, seconds in times.items()}
     steps = {name: one_step(loaded.backend) for name, loaded in models.items()}
-    shares = {name: weight_bytes(loaded) / bandwidth / steps[name] for name, loaded in models.items()}
+    shares = {name: weight_bytes(loaded, name) / bandwidth / steps[name] for name, loaded in models.items()}
     table = [
         (f"autoregressive {name} over transformers", goal, rates[name] / rates["transformers"], f"{rates[name]:.1f} tokens/s")
         for name, goal in (("bf16", 2.5), ("int8", 3.5), ("int4", 5.0))
@@ -168,11 +215,12 @@ def part_step(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_step(backend: Any, context: int = 128) -> float:
-    return pass_seconds(backend, {"one": (backend, backend.num_layers, 1, context)})["one"]
+    """Seconds of an autoregressive step."""
+    return pass_seconds(backend, {"step": (backend, backend.num_layers, 1, context)})["step"]
 
 
 def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a verification and a draft step cost, in autoregressive steps."""
+    """The cost of a verification and of a draft step, in autoregressive steps."""
     exit_layer = arguments.exit
     backend = load(arguments, draft_weights="int4", draft_layers=exit_layer, draft_vocab=arguments.draft_vocab).backend
     settings = {f"{count} rows": (backend, backend.num_layers, count, 128) for count in (1, 2, 4, 7, 8, 9)}
@@ -188,86 +236,99 @@ def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"step_ms": 1000 * one, "over_step": ratio, "table": table}
 
 
+def settings_of(arguments: argparse.Namespace) -> list[tuple[int, int, str]]:
+    """(exit layer, draft tokens, precision of low-bit drafts or an empty text) of each of --settings."""
+    parts = [setting.split(":") for setting in arguments.settings.split(",")]
+    return [(int(exit_layer), int(drafts), bits[0] if bits else "") for exit_layer, drafts, *bits in parts]
+
+
 def part_speculation(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Self-speculation against plain decoding, with and without reuse, and against transformers' two ways."""
-    ways_asked = [way.split(":") for way in arguments.ways.split(",")]
-    exit_layer, spec = int(ways_asked[0][0]), int(ways_asked[0][1])
+    """Self-speculative against autoregressive decoding, with and without exit-state reuse, and against transformers."""
+    settings = settings_of(arguments)
+    exit_layer, spec, _ = settings[0]
     loaded = load(arguments)
     prompts = prompts_of(arguments, loaded)
     plain = DecodingConfig("autoregressive", max_new_tokens=arguments.new_tokens)
     first = DecodingConfig("self-speculative", exit_layer, spec, arguments.new_tokens)
-    ways: dict[str, Callable[[], Any]] = {
-        "autoregressive": lambda: decoded(loaded, prompts, plain),
-        f"E {exit_layer}, d {spec}, recomputed": lambda: decoded(loaded, prompts, first, reuse_exit_states=False),
+    runs: dict[str, Callable[[], Any]] = {
+        "autoregressive": lambda: decode_all(loaded, prompts, plain),
+        f"E {exit_layer}, d {spec}, without reuse": lambda: decode_all(loaded, prompts, first, reuse_exit_states=False),
     }
-    kept: dict[str, Decoder] = {"": loaded}
-    for exit_text, drafts, *rest in ways_asked:
-        bits = rest[0] if rest else ""
-        layers = max(int(way[0]) for way in ways_asked if way[2:] == [bits]) if bits else 0
-        if bits not in kept:
-            kept[bits] = load(arguments, draft_weights=bits, draft_layers=layers, draft_vocab=arguments.draft_vocab)
-        config = DecodingConfig("self-speculative", int(exit_text), int(drafts), arguments.new_tokens)
-        name = f"E {exit_text}, d {drafts}" + (f", {bits} drafts" if bits else "")
-        ways[name] = lambda mine=kept[bits], config=config: decoded(mine, prompts, config)
-    times, results = in_turns(ways, arguments.repeats)
+    models: dict[str, Decoder] = {"": loaded}
+    for layer, drafts, bits in settings:
+        if bits not in models:
+            layers = max(layer for layer, _, precision in settings if precision == bits)
+            models[bits] = load(arguments, draft_weights=bits, draft_layers=layers, draft_vocab=arguments.draft_vocab)
+        config = DecodingConfig("self-speculative", layer, drafts, arguments.new_tokens)
+        name = f"E {layer}, d {drafts}" + (f", {bits} drafts" if bits else "")
+        runs[name] = lambda model=models[bits], config=config: decode_all(model, prompts, config)
+    times, results = interleave(runs, arguments.repeats)
     rates = {name: results[name][1].new_tokens / seconds for name, seconds in times.items()}
+    expected = results["autoregressive"][0]
     same = {
-        name: sum(a == b for a, b in zip(found[0], results["autoregressive"][0], strict=True))
-        for name, found in results.items()
+        name: sum(ids == other for ids, other in zip(outputs, expected, strict=True)) for name, (outputs, _) in results.items()
     }
-    acceptance = {name: found[1].acceptance_rate for name, found in results.items()}
+    acceptance = {name: stats.acceptance_rate for name, (_, stats) in results.items()}
     table: list[Any] = [("autoregressive", None, 1.0, f"{rates['autoregressive']:.1f} tokens/s")]
-    for name in list(ways)[1:]:
+    for name in list(runs)[1:]:
         note = f"{rates[name]:.1f} tokens/s; {acceptance[name]:.0%} accepted; {same[name]}/{len(prompts)} identical"
         table.append((f"{name} over autoregressive", None, rates[name] / rates["autoregressive"], note))
-    best = max(list(ways)[1:], key=lambda name: rates[name])
     if arguments.assistant:
-        generic = for_training(arguments.model, "cpu", arguments.dtype)
+        best = max(list(runs)[1:], key=lambda name: rates[name])
         length = max(1, results["autoregressive"][1].new_tokens // len(prompts))
-        assistant = {"assistant_early_exit": exit_layer, "num_assistant_tokens": spec}
-        theirs: dict[str, Callable[[], Any]] = {
-            "transformers generate": lambda: transformers_decoded(generic.model, prompts[:4], length),
-            "assistant_early_exit": lambda: transformers_decoded(generic.model, prompts[:4], length, **assistant),
-        }
-        their_times, tokens = in_turns(theirs, min(3, arguments.repeats))
-        for name, seconds in their_times.items():
-            rates[name] = tokens[name] / seconds
-            table.append((f"{best} over {name}", None, rates[best] / rates[name], f"{rates[name]:.1f} tokens/s"))
+        for name, rate in transformers_rates(arguments, prompts[:4], length, exit_layer, spec).items():
+            rates[name] = rate
+            table.append((f"{best} over {name}", None, rates[best] / rate, f"{rate:.1f} tokens/s"))
     return {"tokens_per_second": rates, "acceptance": acceptance, "identical": same, "prompts": len(prompts), "table": table}
 
 
+def transformers_rates(
+    arguments: argparse.Namespace, prompts: list[list[int]], new_tokens: int, exit_layer: int, drafts: int
+) -> dict[str, float]:
+    """Tokens per second of transformers' generate, autoregressive and with its own early-exit drafts."""
+    model = for_training(arguments.model, "cpu", arguments.dtype).model
+    assistant = {"assistant_early_exit": exit_layer, "num_assistant_tokens": drafts}
+    runs: dict[str, Callable[[], Any]] = {
+        "transformers generate": lambda: transformers_tokens(model, prompts, new_tokens),
+        "assistant_early_exit": lambda: transformers_tokens(model, prompts, new_tokens, **assistant),
+    }
+    times, tokens = interleave(runs, min(3, arguments.repeats))
+    return {name: tokens[name] / seconds for name, seconds in times.items()}
+
+
 def part_exact(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Plain and speculative decoding with and without --exact."""
-    exit_layer, spec = (int(number) for number in arguments.ways.split(",")[0].split(":")[:2])
+    """Autoregressive and self-speculative decoding with and without --exact."""
+    exit_layer, spec, _ = settings_of(arguments)[0]
     models = {"": load(arguments), " --exact": load(arguments, exact=True)}
     prompts = prompts_of(arguments, models[""])[:4]
     configs = {
         "autoregressive": DecodingConfig("autoregressive", max_new_tokens=64),
         "self-speculative": DecodingConfig("self-speculative", exit_layer, spec, 64),
     }
-    ways = {
-        way + flag: lambda loaded=loaded, config=config: decoded(loaded, prompts, config)
+    runs = {
+        strategy + flag: lambda loaded=loaded, config=config: decode_all(loaded, prompts, config)
         for flag, loaded in models.items()
-        for way, config in configs.items()
+        for strategy, config in configs.items()
     }
-    times, results = in_turns(ways, arguments.repeats)
+    times, results = interleave(runs, arguments.repeats)
     rates = {name: results[name][1].new_tokens / seconds for name, seconds in times.items()}
     table: list[Any] = []
-    for way in configs:
-        price = rates[way] / rates[way + " --exact"] - 1
-        table.append((f"price of --exact, {way}", None, price, f"{rates[way + ' --exact']:.1f} tokens/s"))
-    same = {
-        flag: sum(
-            a == b for a, b in zip(results["autoregressive" + flag][0], results["self-speculative" + flag][0], strict=True)
+    for strategy in configs:
+        exact = f"{strategy} --exact"
+        table.append(
+            (f"price of --exact, {strategy}", None, rates[strategy] / rates[exact] - 1, f"{rates[exact]:.1f} tokens/s")
         )
-        for flag in models
-    }
-    for flag, count in same.items():
-        table.append((f"self-speculative output identical{flag}", None, count / len(prompts), f"of {len(prompts)} prompts"))
+    same = {}
+    for flag in models:
+        pairs = zip(results["autoregressive" + flag][0], results["self-speculative" + flag][0], strict=True)
+        same[flag] = sum(ids == drafted for ids, drafted in pairs)
+        share = same[flag] / len(prompts)
+        table.append((f"self-speculative outputs identical{flag}", None, share, f"of {len(prompts)} prompts"))
     return {"tokens_per_second": rates, "identical": same, "prompts": len(prompts), "table": table}
 
 
 def part_context(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A step with a long context against one with a short context."""
     backend = load(arguments).backend
     long = min(2048, backend.max_positions - 1)
     times = pass_seconds(backend, {str(context): (backend, backend.num_layers, 1, context) for context in (128, long)})
@@ -276,46 +337,47 @@ def part_context(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peak resident memory of a process of its own for each way."""
+    """Peak resident memory of a process that loads the model, and of one for each strategy."""
     peaks = {}
-    rest = [argument for argument in sys.argv[1:] if argument not in (*PARTS, "all")]
-    for way in ("load", "autoregressive", "self-speculative"):
-        command = [sys.executable, __file__, "peak", "--way", way, *rest]
-        peaks[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    options = [argument for argument in sys.argv[1:] if argument not in PARTS]
+    for work in ("load", "autoregressive", "self-speculative"):
+        command = [sys.executable, __file__, "peak", "--work", work, *options]
+        peaks[work] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     ratio = peaks["self-speculative"] / peaks["autoregressive"]
     note = f"{peaks['self-speculative']:.0f} over {peaks['autoregressive']:.0f} MB"
     return {"peak_mb": peaks, "table": [("peak memory, self-speculative over autoregressive", -1.05, ratio, note)]}
 
 
-def peak(arguments: argparse.Namespace) -> None:
+def print_peak(arguments: argparse.Namespace) -> None:
+    """Does the --work of one process of `part_memory`, and prints the process's peak memory in MB."""
     loaded = load(arguments)
-    exit_layer, spec = (int(number) for number in arguments.ways.split(",")[0].split(":")[:2])
-    if arguments.way != "load":
-        decoded(loaded, prompts_of(arguments, loaded)[:2], DecodingConfig(arguments.way, exit_layer, spec, 64))
+    exit_layer, spec, _ = settings_of(arguments)[0]
+    if arguments.work != "load":
+        decode_all(loaded, prompts_of(arguments, loaded)[:2], DecodingConfig(arguments.work, exit_layer, spec, 64))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def part_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
-    """By kind of weights, over the first tokens of a text file, in pieces of 512 that see nothing of each other."""
+    """Perplexity by kind of weights, over the first --tokens tokens of a text file, in independent windows of 512."""
     text = Path(arguments.text).read_text(encoding="utf-8")[: 8 * arguments.tokens]
-    found = {}
+    perplexities = {}
     for name, packing in KINDS.items():
         loaded = load(arguments, **packing)
         ids = torch.tensor(loaded.tokenizer(text)["input_ids"])[: arguments.tokens]
         losses = []
         with torch.inference_mode():
-            for piece in ids.split(512):
-                tokens, places = piece[None], torch.arange(len(piece))[None]
-                hidden = loaded.backend.run_layers(loaded.backend.embed(tokens), 0, loaded.backend.num_layers, places)
+            for window in ids.split(512):
+                tokens, positions = window[None], torch.arange(len(window))[None]
+                hidden = loaded.backend.run_layers(loaded.backend.embed(tokens), 0, loaded.backend.num_layers, positions)
                 logits = loaded.backend.unembed(hidden)[0, :-1].float()
-                losses.append(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="none"))
-        found[name] = float(torch.cat(losses).mean().exp())
-    table = [(f"perplexity, {name}", None, value, f"{len(ids)} tokens") for name, value in found.items()]
-    return {"tokens": len(ids), "perplexity": found, "table": table}
+                losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
+        perplexities[name] = float(torch.cat(losses).mean().exp())
+    table = [(f"perplexity, {name}", None, value, f"{len(ids)} tokens") for name, value in perplexities.items()]
+    return {"tokens": len(ids), "perplexity": perplexities, "table": table}
 
 
 def part_llamacpp(arguments: argparse.Namespace) -> dict[str, Any]:
-    """llama.cpp on a GGUF file, by its own count of a completion's time."""
+    """llama.cpp on a GGUF file, by its own timings."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -333,45 +395,49 @@ def part_llamacpp(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 PARTS = {
-    "step": part_step, "rounds": part_rounds, "speculation": part_speculation, "exact": part_exact,
-    "context": part_context, "memory": part_memory, "perplexity": part_perplexity, "llamacpp": part_llamacpp,
+    "throughput": part_throughput, "step": part_step, "rounds": part_rounds, "speculation": part_speculation,
+    "exact": part_exact, "context": part_context, "memory": part_memory, "perplexity": part_perplexity,
+    "llamacpp": part_llamacpp,
 }  # fmt: skip
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=[*PARTS, "peak"])
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "peak"], metavar="PART")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--prompts", help="a .jsonl file")
     parser.add_argument("--text", help="a text file, for perplexity")
-    parser.add_argument("--gguf", help="for llamacpp")
-    parser.add_argument("--way", default="autoregressive")
+    parser.add_argument("--gguf", help="a file, for llamacpp")
+    parser.add_argument("--work", default="autoregressive", help=argparse.SUPPRESS)  # of a process of `memory`
     parser.add_argument(
-        "--ways", default="2:7", help="E:D or E:D:BITS, comma-separated; the first is compared with transformers"
+        "--settings", default="2:7", help="exit layer:drafts[:int8 or int4 drafts], comma-separated; the first is the main one"
     )
-    parser.add_argument("--assistant", action="store_true", help="speculation: measure transformers' ways too")
+    parser.add_argument("--assistant", action="store_true", help="speculation: measure transformers, too")
     parser.add_argument("--dtype", default="auto")
     for flag, default in (("threads", 0), ("exit", 8), ("draft-vocab", 0), ("samples", 16), ("repeats", REPEATS)):
         parser.add_argument(f"--{flag}", type=int, default=default)
     for flag, default in (("new-tokens", 128), ("prompt-tokens", 512), ("tokens", 4096)):
         parser.add_argument(f"--{flag}", type=int, default=default)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if "peak" in arguments.parts:
-        return peak(arguments)
+        return print_peak(arguments)
     table: list[Any] = []
     for part in arguments.parts:
         result = PARTS[part](arguments)
         table += result.pop("table")
         print(json.dumps({"part": part, "model": arguments.model, **result}, default=float), flush=True)
     machine = environment(load(arguments))
-    kept = {key: machine[key] for key in ("cpu", "threads", "dtype", "load_average")}
-    print(json.dumps({**kept, "implementation": load(arguments).backend.implementation}))
-    print("| what | target | measured | absolute |\n|---|---|---|---|")
-    for what, goal, found, note in table:
-        aim = "" if goal is None else f"at most {-goal}" if goal < 0 else f"at least {goal}"
-        print(f"| {what} | {aim} | {found:.3g} | {note} |")
+    print(json.dumps({key: machine[key] for key in ("cpu", "threads", "dtype", "load_average", "implementation")}))
+    print("| measurement | target | measured | absolute |\n|---|---|---|---|")
+    for name, goal, value, note in table:
+        target = "" if goal is None else f"at most {-goal}" if goal < 0 else f"at least {goal}"
+        print(f"| {name} | {target} | {value:.3g} | {note} |")
 
 
 if __name__ == "__main__":
