@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..model import ModelSpec, can_pack
+from ..model.spec import is_complete
 from ..model.weights import Take
-from .stored import COMPLETE, GENERATION_FILE, TOKENIZER_FILE, check_stored_weights, open_weights, read_config, read_settings
+from .stored import GENERATION_FILE, TOKENIZER_FILE, check_stored_weights, open_weights, read_config, read_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,12 +33,11 @@ def lean_config(folder: str) -> LeanConfig | None:
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
     special = {"quantization_config", "auto_map"} & config.keys()
-    if not recent or special or not config.keys() >= COMPLETE or not list(Path(folder).glob("*.safetensors")):
+    if not recent or special or not is_complete(config) or not list(Path(folder).glob("*.safetensors")):
         return None
     lean = LeanConfig(**config)
-    rope = lean.rope_parameters
-    simple_rope = isinstance(rope, dict) and rope.get("rope_type") == "default" and "rope_theta" in rope
-    return lean if simple_rope and can_pack(lean) else None
+    simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in ModelSpec.of(lean).ropes)
+    return lean if simple and can_pack(lean) else None
 
 
 def generation_config(folder: str) -> SimpleNamespace:

@@ -8,7 +8,16 @@ import torch
 
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
-from ..model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_pack, can_run_native, suits_kernels
+from ..model import (
+    GenericBackend,
+    ModelSpec,
+    NativeBackend,
+    PackedBackend,
+    can_pack,
+    can_run_native,
+    missing_feature,
+    suits_kernels,
+)
 from ..model.draft_vocabulary import token_order
 from ..model.native.compiled import kernel_note, kernels_asked_for
 from ..prompting.template import resolve_template
@@ -117,7 +126,9 @@ def _repacked(trainable: Trainable, path: str, packing: PackingConfig | None) ->
         kind, notes = _best_backend(model.config, weight.dtype, weight.device, packing)
         return replace(generic, backend=kind.of(model, packing, _token_order(path, model.config, packing)), notes=notes)
     if packing is not None and not packing.is_plain:
-        raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {model.config.model_type}")
+        missing = missing_feature(generic.backend.spec)
+        got = f"{model.config.model_type} with {missing}"
+        raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {got}")
     return generic
 
 

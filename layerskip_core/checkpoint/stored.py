@@ -9,27 +9,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..model.config_values import check_token_ids, check_values
-from ..model.spec import ModelSpec, architecture_of
+from ..model.spec import ModelSpec, architecture_of, is_complete
 from ..prompting.tokenizer import Tokenizer
 from ..storage.json_reading import read_json_object
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
-COMPLETE = {  # keys of a configuration that leaves no size to a default, as transformers 5 writes it
-    "model_type",
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "vocab_size",
-}
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -78,7 +64,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         architecture_of(config["model_type"])
     check_values(config)
     check_token_ids(config, config.get("vocab_size"))
-    if config.keys() >= COMPLETE:
+    if is_complete(config):
         ModelSpec.of(SimpleNamespace(**config))
 
 

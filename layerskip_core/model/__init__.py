@@ -10,6 +10,7 @@ from .backend import Backend, DraftSide, Layers
 from .cache import KVCache
 from .generic import GenericBackend, SpanInputs
 from .native import NativeBackend, can_run_native, suits_kernels
+from .packed.layer import missing_feature
 from .packed.model import PackedBackend, can_pack
 from .spec import ModelSpec
 
@@ -25,6 +26,7 @@ __all__ = [
     "SpanInputs",
     "can_pack",
     "can_run_native",
+    "missing_feature",
     "suits_kernels",
 ]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache, SpanWriter
 from .drafting import StepwiseDraftSide
+from .logits import scaled_logits
 from .spec import ModelSpec
 
 
@@ -169,12 +170,7 @@ class GenericBackend:
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
         logits: Tensor = self._head(self._decoder.norm(hidden))
-        if self.spec.logits_divisor != 1:
-            logits = logits / self.spec.logits_divisor
-        cap = self.spec.logits_cap
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return scaled_logits(logits, self.spec)
 
     def _rope(self, hidden: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         cos, sin = self._decoder.rotary_emb(hidden, positions, *((kind,) if self._rope_by_type else ()))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..config.packing import PackingConfig, Quantization
 from .draft_vocabulary import DraftVocabulary
+from .layer_weights import NormWeights, norm_weights
 from .spec import ModelSpec
 from .weights import Take, Weights
 
@@ -15,7 +16,7 @@ LayerT = TypeVar("LayerT")
 HeadT = TypeVar("HeadT")
 
 PackLayer = Callable[[Weights, int, Quantization | None, bool], LayerT]  # weights, index, low bits, exact
-PackHead = Callable[[Tensor, Tensor, Quantization | None, bool], HeadT]  # final norm (D,), head (N, D), low bits, exact
+PackHead = Callable[[NormWeights, Tensor, Quantization | None, bool], HeadT]  # final norm, head (N, D), low bits, exact
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def repack(
     pack_head: PackHead[HeadT],
 ) -> Repacked[LayerT, HeadT]:
     """Takes every weight once, so that a second copy of one layer exists at most."""
-    norm = weights.of("model.norm.weight")
+    norm = norm_weights(weights, "model.norm", spec)
     head = embedding if spec.tied else weights.of("lm_head.weight")
     vocabulary, draft_head = None, None
     packed_head = pack_head(norm, head, packing.quantize, packing.exact)

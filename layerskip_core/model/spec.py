@@ -51,6 +51,7 @@ class Architecture:
 
     windows: Literal["none", "all", "optional", "listed"] = "none"
     # Which layers are sliding: all if there is a window; by `layer_types` if `use_sliding_window`; or always by `layer_types`.
+    own_head_dim: bool = False  # head_dim has a default other than hidden_size / num_attention_heads
     skips_rope: bool = False  # `no_rope_layers` have no rotary positions
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
     scales_queries: bool = False  # scores are scaled by query_pre_attn_scalar^-0.5, not head_dim^-0.5
@@ -61,6 +62,7 @@ class Architecture:
     drops_embeddings: bool = False  # `embedding_dropout`, in training
 
 
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 _GELU = "gelu_pytorch_tanh"
 
 # Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
@@ -68,14 +70,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(mlp_bias="mlp_bias"),
     "mistral": Architecture(attention_bias=None, windows="all"),
     "qwen2": Architecture(attention_bias=("q_proj", "k_proj", "v_proj"), windows="optional"),
-    "qwen3": Architecture(query_key_norms="head", windows="optional"),
-    "gemma": Architecture(norm="rms_plus_one", default_activation=_GELU, scales_embeddings=True),
+    "qwen3": Architecture(query_key_norms="head", windows="optional", own_head_dim=True),
+    "gemma": Architecture(norm="rms_plus_one", default_activation=_GELU, own_head_dim=True, scales_embeddings=True),
     "gemma2": Architecture(
         *_AROUND,
         norm="rms_plus_one",
         activation="hidden_activation",
         default_activation=_GELU,
         windows="listed",
+        own_head_dim=True,
         scales_embeddings=True,
         scales_queries=True,
         caps_scores=True,
@@ -88,6 +91,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation="hidden_activation",
         default_activation=_GELU,
         windows="listed",
+        own_head_dim=True,
         scales_embeddings=True,
         scales_queries=True,
         caps_logits=True,
@@ -118,11 +122,57 @@ ARCHITECTURES: dict[str, Architecture] = {
 SUPPORTED = tuple(ARCHITECTURES)
 
 
+_ALWAYS_NEEDED = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "vocab_size"),
+)
+
+
+def is_complete(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json leaves no default to transformers, so that `ModelSpec.of` can read it alone."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        return False
+    architecture = ARCHITECTURES[model_type]
+    switches = (architecture.attention_bias, architecture.mlp_bias, architecture.norm_eps, architecture.activation)
+    needed = {*_ALWAYS_NEEDED, *(name for name in switches if isinstance(name, str))}
+    for names, used in (
+        (("head_dim",), architecture.own_head_dim),
+        (("sliding_window",), architecture.windows != "none"),
+        (("layer_types",), architecture.windows == "listed"),
+        (("use_sliding_window",), architecture.windows == "optional"),
+        (("no_rope_layers",), architecture.skips_rope),
+        (("query_pre_attn_scalar",), architecture.scales_queries),
+        (_MULTIPLIERS, architecture.multipliers),
+        (("attn_logit_softcapping",), architecture.caps_scores),
+        (("final_logit_softcapping",), architecture.caps_logits),
+    ):
+        needed.update(names if used else ())
+    return config.keys() >= needed
+
+
 def architecture_of(model_type: Any) -> Architecture:
     """Raises CheckpointError, naming the model type, unless its decoder can be run in spans."""
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise CheckpointError(f"model type {model_type!r} cannot be split by depth; supported: {', '.join(SUPPORTED)}")
     return ARCHITECTURES[model_type]
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """A rotary embedding, by rope_parameters of config.json."""
+
+    parameters: Mapping[str, Any]
+    kind: str | None  # of the layers that use it, where config.json has parameters for each kind
+
+    @property
+    def type(self) -> str:
+        return str(self.parameters.get("rope_type", self.parameters.get("type", "default")))
+
+    @property
+    def share(self) -> float:
+        """Of a head that rotates."""
+        return float(self.parameters.get("partial_rotary_factor") or 1.0)
 
 
 @dataclass(frozen=True)
@@ -143,8 +193,8 @@ class ModelSpec:
     activation: str  # transformers' name
     kinds: tuple[str, ...]  # 'full_attention' or 'sliding_attention', by layer
     window: int | None  # positions that a sliding layer sees
-    rotates: tuple[bool, ...]  # whether a layer has rotary positions
-    ropes: Mapping[str, Mapping[str, Any]]  # rope_parameters by kind of layer
+    ropes: tuple[RopeSpec, ...]  # the different rotary embeddings
+    rope_of: tuple[int | None, ...]  # by layer: the index of its rotary embedding; None where it has no positions
     rotary: int  # dimensions of a head that rotate, from the first on
     attention_bias: tuple[str, ...]  # projections of the attention that have a bias
     mlp_bias: bool
@@ -173,6 +223,7 @@ class ModelSpec:
         rotates = _rotates(config, layers) if architecture.skips_rope else (True,) * layers
         kinds, window = _windows(config, architecture, rotates)
         ropes = _ropes(config, kinds)
+        rope_indices = {rope.kind: index for index, rope in enumerate(ropes)}
         multipliers = architecture.multipliers
         scale = head_dim**-0.5
         if architecture.scales_queries:
@@ -192,8 +243,10 @@ class ModelSpec:
             activation=_value(config, architecture.activation, architecture.default_activation),
             kinds=kinds,
             window=window,
-            rotates=rotates,
             ropes=ropes,
+            rope_of=tuple(
+                rope_indices.get(kind, 0) if rotating else None for kind, rotating in zip(kinds, rotates, strict=True)
+            ),
             rotary=_rotary(head_dim, ropes) if architecture.partial_rope else head_dim,
             attention_bias=biases or (),
             mlp_bias=architecture.mlp_bias is not None and bool(_value(config, architecture.mlp_bias, False)),
@@ -206,6 +259,11 @@ class ModelSpec:
             score_cap=_value(config, "attn_logit_softcapping", None) if architecture.caps_scores else None,
             logits_cap=_value(config, "final_logit_softcapping", None) if architecture.caps_logits else None,
         )
+
+    @property
+    def norms_blocks(self) -> bool:
+        """Whether a norm comes after attention or the MLP, before their output is added."""
+        return self.architecture.attention_norms.after is not None or self.architecture.mlp_norms.after is not None
 
     @property
     def queries(self) -> int:
@@ -310,35 +368,30 @@ def _embedding_scale(config: Any, architecture: Architecture) -> float:
     return sqrt(config.hidden_size) if architecture.scales_embeddings else 1.0
 
 
-def _ropes(config: Any, kinds: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
-    """The parameters of the rotary embeddings of each kind of layer."""
+def _ropes(config: Any, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
     parameters = _value(config, "rope_parameters", {})
-    by_kind = any(kind in parameters for kind in LAYER_KINDS)
-    return {kind: (parameters.get(kind) or {}) if by_kind else parameters for kind in dict.fromkeys(kinds)}
+    if not any(kind in parameters for kind in LAYER_KINDS):
+        return (RopeSpec(parameters, None),)
+    return tuple(RopeSpec(parameters.get(kind) or {}, kind) for kind in dict.fromkeys(kinds))
 
 
-def _rotary(head_dim: int, ropes: Mapping[str, Mapping[str, Any]]) -> int:
-    share = min((float(rope.get("partial_rotary_factor") or 1.0) for rope in ropes.values()), default=1.0)
-    rotary = int(head_dim * share)
+def _rotary(head_dim: int, ropes: tuple[RopeSpec, ...]) -> int:
+    rotary = int(head_dim * min(rope.share for rope in ropes))
     _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
     return rotary
 
 
-def _context(config: Any, ropes: Mapping[str, Mapping[str, Any]]) -> int:
+def _context(config: Any, ropes: tuple[RopeSpec, ...]) -> int:
     """Positions that a model can have.
 
     A longrope changes the frequencies of all positions when a text outgrows the original context, so keys that are cached
     would no longer fit: such a model ends there.
     """
     limits: list[int] = [config.max_position_embeddings]
-    for rope in ropes.values():
-        if _rope_type(rope) == "longrope" and (original := rope.get("original_max_position_embeddings")) is not None:
+    for rope in ropes:
+        if rope.type == "longrope" and (original := rope.parameters.get("original_max_position_embeddings")) is not None:
             limits.append(original)
     return min(limits)
-
-
-def _rope_type(rope: Mapping[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _windows(config: Any, architecture: Architecture, rotates: tuple[bool, ...]) -> tuple[tuple[str, ...], int | None]:

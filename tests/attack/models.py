@@ -60,8 +60,12 @@ def _shape(random: Random) -> dict[str, Any]:
     if kind == "starcoder2":
         shape |= {"use_bias": random.random() < 0.7, "norm_epsilon": shape.pop("rms_norm_eps")}
     if kind == "granite":
-        multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-        shape |= {name: random.choice((0.22, 1.0, 3.0)) for name in multipliers}
+        shape |= {
+            "embedding_multiplier": random.choice((0.5, 1.0, 12.0)),
+            "residual_multiplier": random.choice((0.22, 1.0)),
+            "attention_multiplier": random.choice((0.05, 0.22)),
+            "logits_scaling": random.choice((0.5, 1.0, 8.0)),
+        }
     if kind in ("llama", "granite", "smollm3"):
         shape |= {"mlp_bias": random.random() < 0.3}
     if random.random() < 0.3 and kind not in ("gemma3_text", "olmo3", "phi3"):

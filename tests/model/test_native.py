@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import tiny_model
+from test_generic import CHANGES
 from test_packed import CASES, assert_equal_spans, ids_of, pair  # noqa: F401  a fixture
 
 from layerskip_core.checkpoint.load import for_decoding
@@ -30,6 +31,18 @@ PRECISIONS = {
     "bf16": (torch.bfloat16, {}),
     "int8": (torch.bfloat16, {"quantize": "int8"}),
     "int4": (torch.float32, {"quantize": "int4"}),
+}
+
+PARTIAL_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}
+KINDS = {  # of layers, between them with every part that the kernels have
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "gemma2": CHANGES["gemma2"],
+    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "granite": CHANGES["granite"],
+    "olmo2": {},
+    "phi3": PARTIAL_ROPE,
+    "starcoder2": {},
 }
 
 needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
@@ -75,9 +88,10 @@ def test_heads_of_any_size(variant, pair, size, monkeypatch):  # noqa: F811
 
 @needs_kernels
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_token_has_the_same_bits_alone_and_among_others(variant, precision, threads):
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_token_has_the_same_bits_alone_and_among_others(variant, precision, model_type, threads):
     """Rows of a call, rows of a batch, a span in pieces, and any number of threads."""
-    model = model_of(precision, "mistral", sliding_window=7)
+    model = model_of(precision, model_type, **KINDS[model_type])
     ids = ids_of(3, 20)
     found = []
     for count, rows, number in ((1, 1, 1), (4, 3, 2), (7, 1, 3), (20, 3, 1)):
@@ -100,10 +114,11 @@ def test_a_token_has_the_same_bits_alone_and_among_others(variant, precision, th
 
 @needs_kernels
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_speculation_gives_the_tokens_of_plain_decoding(variant, precision, threads):
+@pytest.mark.parametrize("model_type", KINDS)
+def test_speculation_gives_the_tokens_of_plain_decoding(variant, precision, model_type, threads):
     threads(2)
-    model = model_of(precision)
-    for seed in range(4):
+    model = model_of(precision, model_type, **KINDS[model_type])
+    for seed in range(4 if model_type == "llama" else 1):
         prompt = ids_of(1, 5 + seed)[0].tolist()
         plain, drafted = (
             [token.id for tokens in decode(model, prompt, config) for token in tokens]
@@ -114,11 +129,13 @@ def test_speculation_gives_the_tokens_of_plain_decoding(variant, precision, thre
 
 @needs_kernels
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_low_bit_layers_are_near_the_levels_they_store(variant, precision):
+@pytest.mark.parametrize("model_type", KINDS)
+def test_low_bit_layers_are_near_the_levels_they_store(variant, precision, model_type):
     """Against the packed model on torch's kernels over the same levels: what differs is the rounding of activations."""
     dtype, packing = PRECISIONS[precision]
-    reference = PackedBackend.of(tiny_model("llama", dtype, **WIDE), PackingConfig(**packing))
-    model, ids = model_of(precision), ids_of(1, 12)
+    tiny = tiny_model(model_type, dtype, **{**WIDE, **KINDS[model_type]})
+    reference = PackedBackend.of(tiny, PackingConfig(**packing))
+    model, ids = model_of(precision, model_type, **KINDS[model_type]), ids_of(1, 12)
     with torch.inference_mode():
         expected, found = (
             each.unembed(each.run_layers(each.embed(ids), 0, 6, torch.arange(12)[None], each.new_cache())).float()
@@ -143,12 +160,20 @@ def test_a_low_bit_copy_drafts_and_the_model_verifies(variant):
 
 @needs_kernels
 @pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.parametrize("packing", [{}, {"draft_vocab": 40}, {"draft_weights": "int8"}, {"quantize": "int4"}], ids=str)
-def test_a_draft_in_one_call_is_that_of_single_steps(variant, packing, number, threads):
+@pytest.mark.parametrize(
+    ("model_type", "packing"),
+    [
+        *(("llama", packing) for packing in ({}, {"draft_vocab": 40}, {"draft_weights": "int8"}, {"quantize": "int4"})),
+        *(("gemma3_text", {}), ("olmo2", {"draft_weights": "int8"}), ("granite", {}), ("starcoder2", {})),
+    ],
+    ids=str,
+)
+def test_a_draft_in_one_call_is_that_of_single_steps(variant, model_type, packing, number, threads):
     """Tokens, states and the cache, bit for bit; and the same after an EOS, which ends the draft."""
     threads(number)
     order = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
-    model = NativeBackend.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(**packing), order)
+    tiny = tiny_model(model_type, torch.bfloat16, **{**WIDE, **KINDS[model_type]})
+    model = NativeBackend.of(tiny, PackingConfig(**packing), order)
     prompt, positions = ids_of(1, 30), torch.arange(29, 36)[None]
 
     def drafted(ends, one_call):
@@ -200,7 +225,7 @@ def test_where_there_are_kernels_and_where_not(variant):
     assert can_run_native(config, torch.bfloat16, cpu, PackingConfig(quantize="int4"))
     assert not can_run_native(config, torch.float64, cpu, None)
     assert not can_run_native(config, torch.float32, torch.device("cuda"), None)
-    assert not can_run_native(tiny_model("gemma", torch.float32).config, torch.float32, cpu, None)
+    assert not can_run_native(tiny_model("llama", torch.float32, hidden_act="relu").config, torch.float32, cpu, None)
     narrow = tiny_model("llama", torch.float32, intermediate_size=48).config  # 48: no whole groups of 32
     assert can_run_native(narrow, torch.float32, cpu, None)
     assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights="int8"))
@@ -271,15 +296,16 @@ def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("norms_blocks", [False, True])
 @pytest.mark.parametrize("number", [1, 2])
-def test_the_activations_of_a_part_fill_what_is_allowed(threads, number):
+def test_the_activations_of_a_part_fill_what_is_allowed(threads, number, norms_blocks):
     """The buffers and hidden states of 40 prompts' part, of a model as wide as Llama 2 7B: nearly 256 MB."""
     threads(number)
-    wide = compiled.CShape(4096, 32, 32, 128, 11008, 1, 1e-5, 1.0)
-    pool = BufferPool(wide)
+    wide = compiled.CShape(hidden=4096, heads=32, kv_heads=32, head_dim=128, inner=11008, bf16_cache=1, gated=1)
+    pool = BufferPool(wide, norms_blocks)
     alone, few, many = (splitting.tokens_at_once(batch, 256, pool.row_bytes) for batch in (1, 40, 10_000))
     assert alone == 256 and 2 < few < 256 and many == 1
-    held = Buffers(40 * few, number, wide).nbytes + 2 * 40 * few * 4096 * 4
+    held = Buffers(40 * few, number, wide, norms_blocks).nbytes + 2 * 40 * few * 4096 * 4
     assert splitting.MOST_BYTES * (few - 1) / few < held < splitting.MOST_BYTES * (few + 1) / few
 
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from conftest import tiny_model
 from evaluating import tiny_loaded
+from test_generic import CHANGES, ids_of
 
 from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, PackedBackend, can_pack
+from layerskip_core.model import GenericBackend, ModelSpec, PackedBackend, can_pack, missing_feature
 from layerskip_core.model.packed import linear
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -27,6 +28,15 @@ CASES = {
     "qwen2, some windows": ("qwen2", WINDOW),
     "qwen3": ("qwen3", {}),
     "smollm3": ("smollm3", {}),
+    "gemma": ("gemma", {}),
+    "granite": ("granite", CHANGES["granite"]),
+    "gemma2": ("gemma2", CHANGES["gemma2"]),
+    "gemma3": ("gemma3_text", {**CHANGES["gemma3_text"], "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", CHANGES["olmo3"]),
+    "phi3": ("phi3", CHANGES["phi3"]),
+    "starcoder2": ("starcoder2", CHANGES["starcoder2"]),
+    "starcoder2, no biases": ("starcoder2", {"use_bias": False}),
 }
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.3}  # of logits whose deviation is 1 to 2.5
 
@@ -38,11 +48,8 @@ def pair(monkeypatch):
     def make(case="llama", dtype=torch.float64, **changes):
         model_type, fixed = CASES[case]
         model = tiny_model(model_type, dtype, **fixed, **changes)
-        # transformers' norms compute in fp32 even in an fp64 model, which would hide any difference under 1e-6.
         if dtype == torch.float64:
-            monkeypatch.setattr(
-                type(model.model.norm), "forward", lambda n, x: torch.rms_norm(x, n.weight.shape, n.weight, n.variance_epsilon)
-            )
+            compute_in_fp64(model, monkeypatch)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -52,8 +59,20 @@ def pair(monkeypatch):
     return make
 
 
-def ids_of(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(3, 67, (batch, length), generator=torch.Generator().manual_seed(length))
+def compute_in_fp64(model, monkeypatch):
+    """transformers' norms, and the softmax of eager attention, compute in fp32 even in an fp64 model.
+
+    That would hide any difference under 1e-6.
+    """
+    offset = 1 if model.config.model_type.startswith("gemma") else 0
+    if not isinstance(model.model.norm, torch.nn.LayerNorm):
+        monkeypatch.setattr(
+            type(model.model.norm),
+            "forward",
+            lambda n, x: torch.rms_norm(x, n.weight.shape, n.weight + offset, getattr(n, "variance_epsilon", None) or n.eps),
+        )
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
 
 
 def assert_equal_spans(generic, fast, ids, edges, dtype):
@@ -79,7 +98,7 @@ def test_spans_equal_the_generic_ones(pair, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["llama, biases, tied", "qwen3"])
+@pytest.mark.parametrize("case", ["llama, biases, tied", "qwen3", "gemma2", "gemma3", "granite", "olmo3", "phi3", "starcoder2"])
 def test_prepacked_spans_equal_the_generic_ones(pair, case, dtype, monkeypatch):
     if not linear.prepacks(dtype):
         pytest.skip("no oneDNN kernel for this precision here")
@@ -149,21 +168,32 @@ def test_the_original_weights_are_released():
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-def test_what_is_not_known_is_not_packed():
-    config = tiny_model().config
-    assert can_pack(config)
-    for change in ({"hidden_act": "gelu"}, {"model_type": "gemma"}, {"rope_parameters": {"rope_type": "dynamic"}}):
-        changed = deepcopy(config)
-        for name, value in change.items():
-            object.__setattr__(changed, name, value)
-        assert not can_pack(changed)
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ({}, None),
+        ({"hidden_act": "tanh"}, "the activation tanh"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rotary positions of type proportional"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "a partial_rotary_factor of 0.5",
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_layers_lack_is_named_and_not_packed(change, missing):
+    config = deepcopy(tiny_model().config)
+    for name, value in change.items():
+        object.__setattr__(config, name, value)
+    assert missing_feature(ModelSpec.of(config)) == missing
+    assert can_pack(config) == (missing is None)
 
 
-@pytest.mark.parametrize(("model_type", "implementation"), [("llama", "packed"), ("gemma", "generic")])
-def test_a_checkpoint_is_loaded_for_decoding(tmp_path, monkeypatch, model_type, implementation):
+@pytest.mark.parametrize(("activation", "implementation"), [("silu", "packed"), ("tanh", "generic")])
+def test_a_checkpoint_is_loaded_for_decoding(tmp_path, monkeypatch, activation, implementation):
     from transformers import AutoTokenizer
 
-    tiny_model(model_type, torch.float32, vocab_size=300).save_pretrained(tmp_path)
+    tiny_model("llama", torch.float32, vocab_size=300, hidden_act=activation).save_pretrained(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_loaded().tokenizer)
     monkeypatch.setattr("layerskip_core.checkpoint.load.can_run_native", lambda *_: False)
     assert for_decoding(str(tmp_path), "cpu", "fp32").backend.implementation == implementation

@@ -24,8 +24,11 @@ WIDE = {"intermediate_size": 64, "hidden_size": 64}
 
 
 @cache
-def packed(dtype=torch.float32, **packing):
-    return PackedBackend.of(tiny_model(dtype=dtype, **WIDE), PackingConfig(**packing))
+def packed(dtype=torch.float32, model_type="llama", **packing):
+    return PackedBackend.of(tiny_model(model_type, dtype, **WIDE), PackingConfig(**packing))
+
+
+KINDS = ("gemma3_text", "olmo2", "starcoder2")  # with norms after blocks, over projections, and with LayerNorm
 
 
 def prompt_of(length):
@@ -103,9 +106,11 @@ def test_a_kernel_that_torch_lacks_is_a_config_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.1), ("int4", 0.7)])
-def test_quantized_logits_are_near_the_original_ones(quantize, tolerance):
+@pytest.mark.parametrize("model_type", ["llama", *KINDS])
+def test_quantized_logits_are_near_the_original_ones(model_type, quantize, tolerance):
     ids, positions = torch.tensor([prompt_of(12)]), torch.arange(12)[None]
-    generic, model = GenericBackend(tiny_model(dtype=torch.float32, **WIDE)), packed(quantize=quantize)
+    generic = GenericBackend(tiny_model(model_type, torch.float32, **WIDE))
+    model = packed(model_type=model_type, quantize=quantize)
     assert model.implementation == f"packed ({quantize})"
     with torch.inference_mode():
         expected, actual = (m.unembed(m.run_layers(m.embed(ids), 0, 6, positions)) for m in (generic, model))
@@ -268,6 +273,16 @@ def test_exact_attention_respects_windows():
     ]
     exact, masked = (plain(model, prompt_of(9)) for model in models)
     assert exact == masked == output(models[0], prompt_of(9), exit_layer=3, num_draft_tokens=4)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", KINDS)
+def test_exact_decoding_of_other_kinds_of_layers(model_type, dtype):
+    model = packed(dtype, model_type, exact=True)
+    for length in (5, 9):
+        expected = plain(model, prompt_of(length))
+        drafted, stats = output(model, prompt_of(length), exit_layer=4, num_draft_tokens=5)
+        assert drafted == expected and stats.drafted > 0
 
 
 def test_drafts_too_long_to_be_exact_are_refused():

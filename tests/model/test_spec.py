@@ -98,9 +98,9 @@ def test_a_window_is_what_transformers_takes_it_for(model_type, used):
 
 
 def test_layers_without_rotary_positions():
-    assert spec_of(model_type="smollm3").rotates == (True, True, True, False, True, True)
-    assert spec_of(model_type="smollm3", no_rope_layers=[1, 0, 1, 1, 1, 0, 1]).rotates == (True, False, True, True, True, False)
-    assert spec_of(no_rope_layers=[0] * 6).rotates == (True,) * 6  # not of Llama
+    assert spec_of(model_type="smollm3").rope_of == (0, 0, 0, None, 0, 0)
+    assert spec_of(model_type="smollm3", no_rope_layers=[1, 0, 1, 1, 1, 0, 1]).rope_of == (0, None, 0, 0, 0, None)
+    assert spec_of(no_rope_layers=[0] * 6).rope_of == (0,) * 6  # not of Llama
 
 
 def test_a_longrope_ends_where_its_frequencies_would_change():

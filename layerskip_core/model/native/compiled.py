@@ -13,8 +13,10 @@ from ...config.checks import require_choice
 from ...errors import LayerSkipError
 
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
+MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 VARIANTS = ("avx512", "avx2")  # the best first
-INTERFACE = 2  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 3  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
 
@@ -25,18 +27,23 @@ class CMatrix(Structure):
     ]
 
 
+class CNorm(Structure):
+    _fields_ = [(name, c_void_p) for name in ("weight", "bias")]
+
+
 class CLayer(Structure):
     _fields_ = [
-        *((name, CMatrix) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        *((name, c_int32) for name in ("rotates", "window")),
+        *((name, CMatrix) for name in ("qkv", "output", "up", "down")),
+        *((name, CNorm) for name in ("before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key")),
+        *((name, c_int32) for name in ("rope", "window")),
     ]
 
 
 class CShape(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "inner", "bf16_cache")),
-        *((name, c_float) for name in ("eps", "scale")),
+        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "rotary", "inner")),
+        *((name, c_int32) for name in ("bf16_cache", "activation", "gated", "norms_projections")),
+        *((name, c_float) for name in ("eps", "attention_scale", "score_cap", "embedding_scale", "residual_scale")),
     ]
 
 
@@ -44,9 +51,10 @@ class CCall(Structure):
     _fields_ = [
         ("positions", c_void_p),
         *((name, c_int32) for name in ("rows", "rows_per_sequence")),
-        *((name, c_void_p) for name in ("cos", "sin", "cache")),
+        *((name, c_void_p * MOST_ROPES) for name in ("cos", "sin")),
+        ("cache", c_void_p),
         *((name, c_int64) for name in ("places", "sequences")),
-        *((name, c_void_p) for name in ("hidden", "qkv", "mixed", "inside", "scratch")),
+        *((name, c_void_p) for name in ("hidden", "qkv", "mixed", "inside", "block", "scratch")),
         ("scratch_bytes", c_int64),
     ]
 
@@ -70,9 +78,9 @@ class Kernels:
         self.variant = variant
         self.span, self.score, self.draft = library.layerskip_span, library.layerskip_score, library.layerskip_draft
         self.span.argtypes = [POINTER(CShape), c_void_p, c_int, POINTER(CCall), c_int]
-        self.score.argtypes = [POINTER(CShape), c_void_p, POINTER(CMatrix), POINTER(CCall), c_void_p, c_int]
+        self.score.argtypes = [POINTER(CShape), POINTER(CNorm), POINTER(CMatrix), POINTER(CCall), c_void_p, c_int]
         self.draft.argtypes = [
-            *(POINTER(CShape), c_void_p, c_int, c_void_p, POINTER(CMatrix)),
+            *(POINTER(CShape), c_void_p, c_int, POINTER(CNorm), POINTER(CMatrix)),
             *(POINTER(CCall), POINTER(CDraft), c_int),
         ]
         self.span.restype = self.score.restype = self.draft.restype = None

@@ -67,7 +67,7 @@ class NativeDraftSide:
             *(tensor.data_ptr() for tensor in (tokens, states, logits)),
         )
         layers.kernels.draft(
-            *(layers.shape, layers.address(0), exit_layer, self.head.norm.data_ptr(), self.head.matrix.structure),
+            *(layers.shape, layers.address(0), exit_layer, self.head.norm.structure, self.head.matrix.structure),
             *(buffers.call, draft, buffers.threads),
         )
         count = draft.drafted + 1

@@ -3,17 +3,23 @@
 import torch
 from torch import Tensor
 
+from ..layer_weights import NormWeights
+from ..logits import scaled_logits
+from ..spec import ModelSpec
 from ..splitting import rows_at_once
 from .buffers import BufferPool
 from .compiled import CShape, Kernels
+from .layer import NativeNorm
 from .matrix import NativeMatrix
 
 
 class NativeHead:
-    def __init__(self, kernels: Kernels, shape: CShape, pool: BufferPool, norm: Tensor, matrix: NativeMatrix) -> None:
-        """Norm (D,) and head (N, D)."""
-        self._kernels, self._shape, self._pool = kernels, shape, pool
-        self.norm, self.matrix = norm.float(), matrix
+    def __init__(
+        self, kernels: Kernels, shape: CShape, pool: BufferPool, spec: ModelSpec, norm: NormWeights, matrix: NativeMatrix
+    ) -> None:
+        """Final norm and head (N, D)."""
+        self._kernels, self._shape, self._pool, self._spec = kernels, shape, pool, spec
+        self.norm, self.matrix = NativeNorm(norm), matrix
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., D) to logits (..., N) in fp32."""
@@ -25,6 +31,6 @@ class NativeHead:
             buffers = self._pool.of(len(part))
             buffers.call.hidden = part.data_ptr()
             self._kernels.score(
-                self._shape, self.norm.data_ptr(), self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
+                self._shape, self.norm.structure, self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
             )
-        return logits.view(*shape, self.matrix.outputs)
+        return scaled_logits(logits.view(*shape, self.matrix.outputs), self._spec)

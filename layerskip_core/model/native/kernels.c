@@ -1,11 +1,12 @@
-/* Decoder layers of the Llama family and the LM head over some tokens: one call for all layers of a span.
+/* Decoder layers and the LM head: one call runs all layers of a span over some tokens. What an architecture leaves out is a
+ * NULL pointer, a 0 or a scale of 1.
  *
- * A token's numbers never depend on how many others are in the call: every sum is taken in the same order for one row as for
- * many. So what is drafted alone and verified together is the same bit for bit. Hidden states, queries and sums are fp32.
+ * The kernels are batch-invariant: every sum is taken in the same order for one row as for many, so a token that is drafted
+ * alone and verified among others has the same bits. Hidden states, queries and sums are fp32.
  *
- * Weights (outputs, inputs) lie in panels of 32 outputs, read from front to end (see native.py, which packs them). Threads are
- * those of the OpenMP runtime that torch runs on: two pools would fight for the cores. They divide the panels of a matrix and
- * the heads of attention among them and meet at barriers.
+ * Weights (outputs, inputs) are stored in panels of 32 outputs that are read from front to end; matrix.py packs them. Threads
+ * come from the OpenMP runtime that torch uses, because two pools would compete for the cores. They divide the panels of a
+ * matrix and the heads of attention and meet at barriers.
  */
 #include "lanes.h"
 #include <math.h>
@@ -27,36 +28,46 @@ typedef struct {
 } Matrix;
 
 typedef struct {
-    Matrix qkv, output, gate_up, down; /* gate_up: panels of both in turn */
-    const float *attention_norm, *mlp_norm;
-    const float *query_norm, *key_norm; /* by head dimension, or NULL */
-    int32_t rotates, window;            /* window: 0 for all that came before */
-} Layer;
+    const float *weight; /* NULL: no norm */
+    const float *bias;   /* of a LayerNorm, or NULL */
+} Norm;
 
 typedef struct {
-    int32_t hidden, heads, kv_heads, head_dim, inner, bf16_cache;
-    float eps, scale;
+    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated */
+    Norm before_attention, after_attention, before_mlp, after_mlp;
+    Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
+    int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
+} Layer;
+
+enum { SILU, GELU_TANH }; /* activations */
+
+typedef struct {
+    int32_t hidden, heads, kv_heads, head_dim, rotary, inner; /* rotary: dimensions of a head that rotate */
+    int32_t bf16_cache, activation, gated, norms_projections;
+    float eps, attention_scale, score_cap; /* score_cap: 0 for none */
+    float embedding_scale, residual_scale;
 } Shape;
 
 typedef struct {
     const int64_t *positions; /* by row */
     int32_t rows, rows_per_sequence;
-    const float *cos, *sin;               /* (position, half a head) */
+    const float *cos[2], *sin[2];         /* by kind of layer: (position, rotary / 2) */
     char *cache;                          /* of the span's first layer: (layer, key or value, sequence, kv head, place, dimension) */
-    int64_t places, sequences;            /* that it holds */
+    int64_t places, sequences;            /* that the cache holds */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
-    char *scratch;                        /* own part of each thread */
+    float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
+    char *scratch;                        /* one part of scratch_bytes for each thread */
     int64_t scratch_bytes;
 } Call;
 
 typedef struct {
-    const void *embedding;     /* (token, hidden), bf16 where the cache is */
-    const int64_t *vocabulary; /* the token of each of the head's outputs, or NULL where it is its number */
-    const int64_t *ends;       /* tokens that nothing is drafted behind */
-    int32_t end_count, most;   /* most: drafts at most */
+    const void *embedding;     /* (token, hidden), bf16 if the cache is */
+    const int64_t *vocabulary; /* token of each output of the head; NULL where they are the same */
+    const int64_t *ends;       /* tokens that end a draft */
+    int32_t end_count, most;   /* most: largest number of drafts */
     int64_t *tokens;           /* (1 + most): the first is given */
-    float *states, *logits;    /* (1 + most, hidden) behind the layers; one row of logits */
-    int32_t drafted;           /* how many there are in the end */
+    float *states, *logits;    /* (1 + most, hidden) after the layers; one row of logits */
+    int32_t drafted;           /* number of drafts made */
 } Draft;
 
 typedef struct {
@@ -77,8 +88,8 @@ INLINE void meet(Barrier *barrier, int threads) {
     }
 }
 
-/* ---- rows as a matrix's kernel wants them: fp32, bf16 pairs, or int8 groups followed by their scales and what the groups'
- * sums add: for int8 weights -128 times the sum, since their levels are stored plus 128; for int4 the sum in the row's units ---- */
+/* ---- rows in the form that a matrix's kernel reads: fp32, bf16 pairs, or int8 groups followed by their scales and by one
+ * correction for each group: for int8 weights -128 times its sum, because levels are stored plus 128; for int4 its sum ---- */
 
 static size_t form_bytes(const Matrix *m) {
     size_t bytes = m->kind == FP32 ? 4 * (size_t)m->inputs : 2 * (size_t)m->inputs + 16;
@@ -118,14 +129,30 @@ static void form(const Matrix *m, const float *x, char *out) {
     }
 }
 
-static void normed(const float *x, const float *weight, int n, float eps, float *out) {
-    vf squares = f_set(0);
+/* Mean of n numbers, or of the squares of their distances from `center`. */
+INLINE float mean(const float *x, int n, float center, int squared) {
+    vf sum = f_set(0), c = f_set(center);
     float rest = 0;
     int i = 0;
-    for (; i + 16 <= n; i += 16) squares = f_fma(f_load(x + i), f_load(x + i), squares);
-    for (int k = i; k < n; k++) rest += x[k] * x[k];
-    float factor = 1 / sqrtf((f_sum(squares) + rest) / (float)n + eps);
-    for (i = 0; i + 16 <= n; i += 16) f_store(out + i, f_mul(f_mul(f_load(x + i), f_set(factor)), f_load(weight + i)));
+    for (; i + 16 <= n; i += 16) {
+        vf d = f_sub(f_load(x + i), c);
+        sum = squared ? f_fma(d, d, sum) : f_add(sum, d);
+    }
+    for (; i < n; i++) rest += squared ? (x[i] - center) * (x[i] - center) : x[i] - center;
+    return (f_sum(sum) + rest) / (float)n;
+}
+
+/* RMSNorm of n numbers, or LayerNorm where there is a bias. */
+static void normed(const float *x, const Norm *norm, int n, float eps, float *out) {
+    const float *weight = norm->weight, *bias = norm->bias;
+    int i = 0;
+    if (bias) {
+        float center = mean(x, n, 0, 0), factor = 1 / sqrtf(mean(x, n, center, 1) + eps);
+        for (; i < n; i++) out[i] = (x[i] - center) * factor * weight[i] + bias[i];
+        return;
+    }
+    float factor = 1 / sqrtf(mean(x, n, 0, 1) + eps);
+    for (; i + 16 <= n; i += 16) f_store(out + i, f_mul(f_mul(f_load(x + i), f_set(factor)), f_load(weight + i)));
     for (; i < n; i++) out[i] = x[i] * factor * weight[i];
 }
 
@@ -164,7 +191,7 @@ INLINE void panel_bf16(const uint16_t *w, int n, const char *x, size_t stride, c
     for (int r = 0; r < R; r++) f_store(out[r], acc[r][0]), f_store(out[r] + 16, acc[r][1]);
 }
 
-/* Levels plus 128, for the instruction multiplies unsigned by signed: sums start with what takes that off again. */
+/* Levels plus 128, because the instruction multiplies unsigned by signed; sums start with the correction for that. */
 INLINE void panel_int8(const uint8_t *w, const float *scale, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
     vf acc[TILE][2];
     for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
@@ -251,15 +278,27 @@ static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride,
     }
 }
 
-enum { PUT, ADD, SILU };
+enum { PUT, ADD, ACTIVATE }; /* what happens to a product */
 
-/* Where the share of one of several begins, of a count of things: that of the next one is where it ends. */
-INLINE int share(int count, int one, int of) { return (int)((int64_t)count * one / of); }
-INLINE int64_t share_of_many(int64_t count, int one, int of) { return count / of * one + count % of * one / of; }
+/* Where the share of thread `index` of `of` begins, out of `count` things; it ends where that of the next one begins. */
+INLINE int share(int count, int index, int of) { return (int)((int64_t)count * index / of); }
+INLINE int64_t share_of_many(int64_t count, int index, int of) { return count / of * index + count % of * index / of; }
 
-/* This thread's part of out (row, width) = or += rows @ matrix, or silu(gate) * up of a matrix that holds both. */
-static void multiply(const Matrix *m, const char *x, size_t stride, int rows, float *out, int width, int what, int thread, int threads) {
-    int step = what == SILU ? 2 : 1, count = m->panels / step;
+/* x times the logistic function of x, or of 2 sqrt(2/pi) (x + 0.044715 x^3), which is GELU by tanh. */
+INLINE vf activated(vf x, int activation) {
+    vf inner = x;
+    if (activation == GELU_TANH) {
+        vf cubic = f_mul(f_mul(x, x), f_mul(x, f_set(0.044715f)));
+        inner = f_mul(f_set(1.5957691216f), f_add(x, cubic));
+    }
+    return f_div(x, f_add(f_set(1), f_exp(f_sub(f_set(0), inner))));
+}
+
+/* This thread's part of out (row, width) = rows @ matrix (PUT), out += residual_scale * rows @ matrix (ADD), or, of `up`
+ * (ACTIVATE), out = activated(gate) * up, or activated(up) where there is no gate. */
+static void multiply(const Shape *s, const Matrix *m, const char *x, int rows, float *out, int width, int what, int thread, int threads) {
+    size_t stride = form_bytes(m);
+    int step = what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step;
     int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, tiles = (rows + most - 1) / most;
     float part[2][TILE][PANEL];
     for (int p = share(count, thread, threads); p < share(count, thread + 1, threads); p++)
@@ -268,21 +307,21 @@ static void multiply(const Matrix *m, const char *x, size_t stride, int rows, fl
             int live = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
             for (int i = 0; i < step; i++) panel_rows(m, p * step + i, x + (size_t)row * stride, stride, tile, part[i]);
             for (int r = 0; r < tile; r++) {
-                float *found = part[0][r], *to = out + (size_t)(row + r) * (size_t)width + (size_t)p * PANEL;
-                if (what == SILU)
+                float *product = part[0][r], *to = out + (size_t)(row + r) * (size_t)width + (size_t)p * PANEL;
+                if (what == ACTIVATE)
                     for (int i = 0; i < PANEL; i += 16) {
-                        vf gate = f_load(found + i), down = f_add(f_set(1), f_exp(f_sub(f_set(0), gate)));
-                        f_store(found + i, f_mul(f_div(gate, down), f_load(part[1][r] + i)));
+                        vf active = activated(f_load(product + i), s->activation);
+                        f_store(product + i, step == 2 ? f_mul(active, f_load(part[1][r] + i)) : active);
                     }
-                if (what == ADD) for (int i = 0; i < live; i++) to[i] += found[i];
-                else memcpy(to, found, 4 * (size_t)live);
+                if (what == ADD) for (int i = 0; i < live; i++) to[i] += s->residual_scale * product[i];
+                else memcpy(to, product, 4 * (size_t)live);
             }
         }
 }
 
 /* ---- attention ---- */
 
-/* Sixteen of `n` numbers of the cache, zeros behind them. */
+/* Sixteen of `n` numbers of the cache, with zeros after them. */
 INLINE vf cached(const char *at, int bf16, int n) {
     if (n >= 16) return bf16 ? f_load_bf16((const uint16_t *)at) : f_load((const float *)at);
     union { float f[16]; uint16_t b[16]; } rest;
@@ -291,32 +330,36 @@ INLINE vf cached(const char *at, int bf16, int n) {
     return bf16 ? f_load_bf16(rest.b) : f_load(rest.f);
 }
 
-/* One query over `count` keys and values, `size` dimensions in C chunks of sixteen. A place behind the last key is never read. */
-INLINE void attend(const float *query, const char *keys, const char *values, int count, int size, const int C, int bf16, float *scores, float *out) {
+/* One query over `count` keys and values, `size` dimensions in C chunks of sixteen. Places after the last key are never read. */
+INLINE void attend(
+    const float *query, const char *keys, const char *values, int count, int size, const int C, int bf16, float cap, float *scores, float *out
+) {
     size_t width = bf16 ? 2 : 4, row = (size_t)size * width;
     int by_pairs = bf16 && size == 16 * C && C % 2 == 0; /* the query in bf16 too, as the rest of such a model is */
-    vf mine[MOST_CHUNKS], mixed[MOST_CHUNKS], most = f_set(-INFINITY);
+    vf part[MOST_CHUNKS], mixed[MOST_CHUNKS], most = f_set(-INFINITY);
     vi pairs[MOST_CHUNKS / 2];
     uint16_t rounded[16 * MOST_CHUNKS];
-    for (int c = 0; c < C; c++) mine[c] = cached((const char *)(query + 16 * c), 0, size - 16 * c), mixed[c] = f_set(0);
+    for (int c = 0; c < C; c++) part[c] = cached((const char *)(query + 16 * c), 0, size - 16 * c), mixed[c] = f_set(0);
     if (by_pairs) {
-        for (int c = 0; c < C; c++) f_store_bf16(rounded + 16 * c, mine[c]);
+        for (int c = 0; c < C; c++) f_store_bf16(rounded + 16 * c, part[c]);
         for (int c = 0; c < C / 2; c++) pairs[c] = i_load(rounded + 32 * c);
     }
     for (int t = 0; t < count; t += 16) {
         int live = count - t < 16 ? count - t : 16;
         vf sums[16];
-        for (int k = 0; k < 16; k++) { /* behind the last key that one again: what comes of it is not used */
+        for (int k = 0; k < 16; k++) { /* after the last key that key again: its score is not used */
             const char *key = keys + row * (size_t)(t + (k < live ? k : live - 1));
             vf sum = f_set(0);
             if (row % 64 == 0) fetch(key);
             if (by_pairs)
                 for (int c = 0; c < C / 2; c++) sum = dot_pairs(sum, i_load(key + 64 * c), pairs[c]);
             else
-                for (int c = 0; c < C; c++) sum = f_fma(mine[c], cached(key + 16 * c * width, bf16, size - 16 * c), sum);
+                for (int c = 0; c < C; c++) sum = f_fma(part[c], cached(key + 16 * c * width, bf16, size - 16 * c), sum);
             sums[k] = sum;
         }
-        f_store(scores + t, f_sums(sums));
+        vf score = f_sums(sums);
+        if (cap > 0) score = f_mul(f_set(cap), f_tanh(f_mul(score, f_set(1 / cap))));
+        f_store(scores + t, score);
         for (int k = live; k < 16; k++) scores[t + k] = -INFINITY;
         most = f_max(most, f_load(scores + t));
     }
@@ -334,9 +377,9 @@ INLINE void attend(const float *query, const char *keys, const char *values, int
     }
     vf inverse = f_set(1 / f_sum(total));
     for (int c = 0; c < C; c++) {
-        float part[16];
-        f_store(part, f_mul(mixed[c], inverse));
-        memcpy(out + 16 * c, part, 4 * (size_t)(size - 16 * c < 16 ? size - 16 * c : 16));
+        float chunk[16];
+        f_store(chunk, f_mul(mixed[c], inverse));
+        memcpy(out + 16 * c, chunk, 4 * (size_t)(size - 16 * c < 16 ? size - 16 * c : 16));
     }
 }
 
@@ -345,23 +388,35 @@ static char *place_of(const Shape *s, const Call *call, int layer, int value, in
     return call->cache + ((at * s->kv_heads + head) * call->places + place) * s->head_dim * (s->bf16_cache ? 2 : 4);
 }
 
-/* Norm, rotation and scale of the queries and keys of this thread; keys and values to their places. */
+/* This thread's part of the norms over all queries of a row, and over all its keys. */
+static void norm_projections(const Shape *s, const Layer *l, const Call *call, int thread, int threads) {
+    int queries = s->heads * s->head_dim, keys = s->kv_heads * s->head_dim;
+    for (int task = share(2 * call->rows, thread, threads); task < share(2 * call->rows, thread + 1, threads); task++) {
+        float *row = call->qkv + (size_t)(task / 2) * (size_t)(queries + 2 * keys);
+        if (task % 2 == 0) normed(row, &l->query, queries, s->eps, row);
+        else normed(row + queries, &l->key, keys, s->eps, row + queries);
+    }
+}
+
+/* Norm, rotation and scale of this thread's queries and keys; keys and values to the cache. */
 static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
-    int size = s->head_dim, half = size / 2, slots = s->heads + 2 * s->kv_heads;
+    int size = s->head_dim, half = s->rotary / 2, slots = s->heads + 2 * s->kv_heads;
     int64_t tasks = (int64_t)call->rows * slots;
     for (int64_t task = share_of_many(tasks, thread, threads); task < share_of_many(tasks, thread + 1, threads); task++) {
         int row = (int)(task / slots), slot = (int)(task % slots), head = slot - s->heads;
         int64_t place = call->positions[row];
         float *x = call->qkv + (size_t)task * (size_t)size;
         if (head < s->kv_heads) {
-            const float *norm = head < 0 ? l->query_norm : l->key_norm, *cos = call->cos + place * half, *sin = call->sin + place * half;
-            float scale = head < 0 ? s->scale : 1;
-            if (norm) normed(x, norm, size, s->eps, x);
+            const Norm *norm = head < 0 ? &l->query : &l->key;
+            float scale = head < 0 ? s->attention_scale : 1;
+            if (norm->weight && !s->norms_projections) normed(x, norm, size, s->eps, x);
+            const float *cos = call->cos[l->rope > 0] + place * half, *sin = call->sin[l->rope > 0] + place * half;
             for (int i = 0; i < half; i++) {
                 float a = x[i] * scale, b = x[i + half] * scale;
-                x[i] = l->rotates ? a * cos[i] - b * sin[i] : a;
-                x[i + half] = l->rotates ? b * cos[i] + a * sin[i] : b;
+                x[i] = l->rope >= 0 ? a * cos[i] - b * sin[i] : a;
+                x[i + half] = l->rope >= 0 ? b * cos[i] + a * sin[i] : b;
             }
+            for (int i = 2 * half; i < size; i++) x[i] *= scale;
         }
         if (head < 0) continue;
         char *to = place_of(s, call, layer, head >= s->kv_heads, row, head % s->kv_heads, place);
@@ -380,6 +435,7 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int lay
 
 static void mix_values(const Shape *s, const Layer *l, const Call *call, int layer, float *scores, int thread, int threads) {
     int size = s->head_dim, group = s->heads / s->kv_heads;
+    float cap = s->score_cap;
     int64_t tasks = (int64_t)call->rows * s->heads;
     for (int64_t task = share_of_many(tasks, thread, threads); task < share_of_many(tasks, thread + 1, threads); task++) {
         int row = (int)(task / s->heads), head = (int)(task % s->heads);
@@ -389,10 +445,10 @@ static void mix_values(const Shape *s, const Layer *l, const Call *call, int lay
         const float *query = call->qkv + ((size_t)row * (size_t)(s->heads + 2 * s->kv_heads) + (size_t)head) * (size_t)size;
         float *out = call->mixed + (size_t)task * (size_t)size;
         int count = (int)(stop - start), bf16 = s->bf16_cache;
-        if (size == 64 && bf16) attend(query, keys, values, count, 64, 4, 1, scores, out);
-        else if (size == 128 && bf16) attend(query, keys, values, count, 128, 8, 1, scores, out);
-        else if (size == 32 && !bf16) attend(query, keys, values, count, 32, 2, 0, scores, out);
-        else attend(query, keys, values, count, size, (size + 15) / 16, bf16, scores, out);
+        if (size == 64 && bf16) attend(query, keys, values, count, 64, 4, 1, cap, scores, out);
+        else if (size == 128 && bf16) attend(query, keys, values, count, 128, 8, 1, cap, scores, out);
+        else if (size == 32 && !bf16) attend(query, keys, values, count, 32, 2, 0, cap, scores, out);
+        else attend(query, keys, values, count, size, (size + 15) / 16, bf16, cap, scores, out);
     }
 }
 
@@ -403,19 +459,38 @@ typedef struct {
     const Layer *layers;
     int count;
     Call *call;
-    const Matrix *head; /* of `score` and `draft` alone, with its norm */
-    const float *head_norm;
+    const Matrix *head; /* of `score` and `draft`, with its norm; else NULL */
+    const Norm *head_norm;
     float *logits;
     Draft *draft;
     Barrier barrier;
 } Work;
 
-static void form_rows(const Matrix *m, const float *x, int width, const float *norm, const Call *call, float eps, float *row, char *out) {
-    for (int r = 0; r < call->rows; r++) {
+/* All rows of x (row, width) in the form that a matrix's kernel reads, after a norm if there is one. Each thread forms them
+ * for itself, which is cheaper than meeting at a barrier. */
+static void form_rows(const Shape *s, const Matrix *m, const float *x, int width, const Norm *norm, int rows, float *row, char *out) {
+    for (int r = 0; r < rows; r++) {
         const float *from = x + (size_t)r * (size_t)width;
-        if (norm) normed(from, norm, width, eps, row);
-        form(m, norm ? row : from, out + (size_t)r * form_bytes(m));
+        if (norm && norm->weight) normed(from, norm, width, s->eps, row), from = row;
+        form(m, from, out + (size_t)r * form_bytes(m));
     }
+}
+
+/* hidden += rows of x (row, width) @ matrix, the product after a norm if there is one. */
+static void add_block(Work *work, const Matrix *m, const float *x, int width, const Norm *after, float *row, char *formed, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Call *call = work->call;
+    int rows = call->rows, n = s->hidden;
+    form_rows(s, m, x, width, NULL, rows, row, formed);
+    multiply(s, m, formed, rows, after->weight ? call->block : call->hidden, n, after->weight ? PUT : ADD, thread, threads);
+    meet(&work->barrier, threads);
+    if (!after->weight) return;
+    for (int r = share(rows, thread, threads); r < share(rows, thread + 1, threads); r++) {
+        float *hidden = call->hidden + (size_t)r * (size_t)n;
+        normed(call->block + (size_t)r * (size_t)n, after, n, s->eps, row);
+        for (int i = 0; i < n; i++) hidden[i] += s->residual_scale * row[i];
+    }
+    meet(&work->barrier, threads);
 }
 
 static void span(Work *work, int thread, int threads) {
@@ -426,22 +501,22 @@ static void span(Work *work, int thread, int threads) {
     char *formed = (char *)(row + (call->places > s->hidden ? call->places : s->hidden) + 16);
     for (int i = 0; i < work->count; i++) {
         const Layer *l = work->layers + i;
-        form_rows(&l->qkv, call->hidden, s->hidden, l->attention_norm, call, s->eps, row, formed);
-        multiply(&l->qkv, formed, form_bytes(&l->qkv), rows, call->qkv, slots, PUT, thread, threads);
+        form_rows(s, &l->qkv, call->hidden, s->hidden, &l->before_attention, rows, row, formed);
+        multiply(s, &l->qkv, formed, rows, call->qkv, slots, PUT, thread, threads);
         meet(&work->barrier, threads);
+        if (s->norms_projections) {
+            norm_projections(s, l, call, thread, threads);
+            meet(&work->barrier, threads);
+        }
         place_keys(s, l, call, i, thread, threads);
         meet(&work->barrier, threads);
         mix_values(s, l, call, i, row, thread, threads);
         meet(&work->barrier, threads);
-        form_rows(&l->output, call->mixed, mixed, NULL, call, 0, row, formed);
-        multiply(&l->output, formed, form_bytes(&l->output), rows, call->hidden, s->hidden, ADD, thread, threads);
+        add_block(work, &l->output, call->mixed, mixed, &l->after_attention, row, formed, thread, threads);
+        form_rows(s, &l->up, call->hidden, s->hidden, &l->before_mlp, rows, row, formed);
+        multiply(s, &l->up, formed, rows, call->inside, s->inner, ACTIVATE, thread, threads);
         meet(&work->barrier, threads);
-        form_rows(&l->gate_up, call->hidden, s->hidden, l->mlp_norm, call, s->eps, row, formed);
-        multiply(&l->gate_up, formed, form_bytes(&l->gate_up), rows, call->inside, s->inner, SILU, thread, threads);
-        meet(&work->barrier, threads);
-        form_rows(&l->down, call->inside, s->inner, NULL, call, 0, row, formed);
-        multiply(&l->down, formed, form_bytes(&l->down), rows, call->hidden, s->hidden, ADD, thread, threads);
-        meet(&work->barrier, threads);
+        add_block(work, &l->down, call->inside, s->inner, &l->after_mlp, row, formed, thread, threads);
     }
 }
 
@@ -450,14 +525,14 @@ static void score(Work *work, int thread, int threads) {
     const Call *call = work->call;
     float *row = (float *)(call->scratch + thread * call->scratch_bytes);
     char *formed = (char *)(row + s->hidden + 16);
-    form_rows(work->head, call->hidden, s->hidden, work->head_norm, call, s->eps, row, formed);
-    multiply(work->head, formed, form_bytes(work->head), call->rows, work->logits, work->head->outputs, PUT, thread, threads);
+    form_rows(s, work->head, call->hidden, s->hidden, work->head_norm, call->rows, row, formed);
+    multiply(s, work->head, formed, call->rows, work->logits, work->head->outputs, PUT, thread, threads);
 }
 
 /* The first of the largest of n numbers. */
 static int largest_of(const float *x, int n) {
     enum { BLOCK = 256 };
-    int block = 0, live = n < BLOCK ? n : BLOCK, found = 0;
+    int block = 0, live = n < BLOCK ? n : BLOCK, index = 0;
     float most = -INFINITY;
     for (int start = 0; start < n; start += BLOCK) {
         int stop = n - start < BLOCK ? n : start + BLOCK, i = start;
@@ -467,21 +542,22 @@ static int largest_of(const float *x, int n) {
         for (; i < stop; i++) here = x[i] > here ? x[i] : here;
         if (here > most) most = here, block = start, live = stop - start;
     }
-    while (found < live - 1 && x[block + found] != most) found++;
-    return block + found;
+    while (index < live - 1 && x[block + index] != most) index++;
+    return block + index;
 }
 
 static void embed(const Work *work, int64_t token, float *out) {
-    int n = work->shape->hidden;
-    size_t at = (size_t)token * (size_t)n;
-    if (!work->shape->bf16_cache) {
-        memcpy(out, (const float *)work->draft->embedding + at, 4 * (size_t)n);
-        return;
-    }
-    const uint16_t *row = (const uint16_t *)work->draft->embedding + at;
+    const Shape *s = work->shape;
+    int n = s->hidden;
+    const char *row = (const char *)work->draft->embedding + (size_t)token * (size_t)n * (s->bf16_cache ? 2 : 4);
     for (int i = 0; i < n; i++) {
-        uint32_t bits = (uint32_t)row[i] << 16;
-        memcpy(out + i, &bits, 4);
+        if (s->bf16_cache) {
+            uint32_t bits = (uint32_t)((const uint16_t *)row)[i] << 16;
+            memcpy(out + i, &bits, 4);
+        } else {
+            out[i] = ((const float *)row)[i];
+        }
+        out[i] *= s->embedding_scale;
     }
 }
 
@@ -491,7 +567,7 @@ static int ends(const Draft *draft, int64_t token) {
     return 0;
 }
 
-/* Token by token: the layers over it, and the most probable token behind it; of the last one the layers alone. */
+/* Token by token: its layers and the most probable next token; of the last one only the layers. */
 static void draft(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
     for (;;) {
@@ -529,14 +605,14 @@ static void run(Work *work, int threads) {
     else part(work, 0, 1);
 }
 
-/* The entry points of an OpenMP runtime, whose threads calls then share; without them calls run in the calling thread. */
+/* Entry points of an OpenMP runtime, whose threads then share calls; without them calls run in the calling thread. */
 void layerskip_use_openmp(void *parallel_, void *number, void *count) {
     parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel_;
     thread_number = (int (*)(void))number, thread_count = (int (*)(void))count;
 }
 
-// Of the functions and structures here that compiled.py calls and fills: one more whenever they change.
-int layerskip_interface(void) { return 2; }
+/* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
+int layerskip_interface(void) { return 3; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {
@@ -561,14 +637,14 @@ void layerskip_span(const Shape *shape, const Layer *layers, int count, Call *ca
 }
 
 /* Final norm and head: the call's rows to logits (row, outputs). */
-void layerskip_score(const Shape *shape, const float *norm, const Matrix *head, Call *call, float *logits, int threads) {
+void layerskip_score(const Shape *shape, const Norm *norm, const Matrix *head, Call *call, float *logits, int threads) {
     Work work = {.shape = shape, .call = call, .head = head, .head_norm = norm, .logits = logits};
     run(&work, threads);
 }
 
 /* Drafts greedily with layers 0..count-1 and a head, from draft->tokens[0] at call->positions[0] on; the call is of one row. */
 void layerskip_draft(
-    const Shape *shape, const Layer *layers, int count, const float *norm, const Matrix *head, const Call *call, Draft *draft, int threads
+    const Shape *shape, const Layer *layers, int count, const Norm *norm, const Matrix *head, const Call *call, Draft *draft, int threads
 ) {
     Call step = *call;
     Work work = {.shape = shape, .layers = layers, .count = count, .call = &step, .head = head, .head_norm = norm};

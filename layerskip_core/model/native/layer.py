@@ -1,44 +1,44 @@
 """A decoder layer as the C kernels read it."""
 
-import torch
-
 from ...config.packing import Quantization
+from ..layer_weights import NormWeights, Projection, layer_weights, stacked
 from ..spec import ModelSpec
 from ..weights import Weights
-from .compiled import CLayer
+from .compiled import CLayer, CNorm
 from .matrix import NativeMatrix
 
 
 class NativeLayer:
-    """A layer's weights and the C structure that says where they are."""
+    """A layer's weights and the C structure with their addresses."""
 
     def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None) -> None:
-        attention, mlp = weights.below("self_attn."), weights.below("mlp.")
-        qkv, qkv_bias = attention.together(("q_proj", "k_proj", "v_proj"))
-        gate_up, gate_up_bias = mlp.together(("gate_proj", "up_proj"))
-        self.matrices = [
-            NativeMatrix([torch.cat(qkv)], None if qkv_bias is None else [torch.cat(qkv_bias)], quantization),
-            _single(attention, "o_proj", quantization),
-            NativeMatrix(gate_up, gate_up_bias, quantization),
-            _single(mlp, "down_proj", quantization),
+        parts = layer_weights(weights, spec)
+
+        def matrix(*projections: Projection) -> NativeMatrix:
+            biases = [projection.bias for projection in projections if projection.bias is not None]
+            return NativeMatrix([projection.weight for projection in projections], biases or None, quantization)
+
+        self._matrices = [
+            matrix(stacked([parts.query, parts.key, parts.value])),
+            matrix(parts.output),
+            matrix(parts.up) if parts.gate is None else matrix(parts.gate, parts.up),
+            matrix(parts.down),
         ]
-        self.norms = [
-            None if norm is None else norm.float()
-            for norm in (
-                weights.of("input_layernorm.weight"),
-                weights.of("post_attention_layernorm.weight"),
-                attention.get("q_norm.weight"),
-                attention.get("k_norm.weight"),
-            )
-        ]
+        around = (parts.before_attention, parts.after_attention, parts.before_mlp, parts.after_mlp)
+        self._norms = [NativeNorm(norm) for norm in (*around, parts.query_norm, parts.key_norm)]
+        rope = spec.rope_of[index]
         self.structure = CLayer(
-            *(matrix.structure for matrix in self.matrices),
-            *(None if norm is None else norm.data_ptr() for norm in self.norms),
-            int(spec.rotates[index]),
+            *(matrix.structure for matrix in self._matrices),
+            *(norm.structure for norm in self._norms),
+            -1 if rope is None else rope,
             spec.window_of(index) or 0,
         )
 
 
-def _single(weights: Weights, name: str, quantization: Quantization | None) -> NativeMatrix:
-    bias = weights.get(f"{name}.bias")
-    return NativeMatrix([weights.of(f"{name}.weight")], None if bias is None else [bias], quantization)
+class NativeNorm:
+    """A norm's weights in fp32, or none, and the C structure with their addresses."""
+
+    def __init__(self, norm: NormWeights | None) -> None:
+        stored = (None, None) if norm is None else (norm.weight, norm.bias)
+        self._parts = [None if part is None else part.float().contiguous() for part in stored]
+        self.structure = CNorm(*(None if part is None else part.data_ptr() for part in self._parts))

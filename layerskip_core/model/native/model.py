@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
+from ..layer_weights import NormWeights
 from ..packed.model import can_pack
 from ..quantized import GROUP_SIZE
 from ..repack import repack, taken_from
@@ -17,7 +18,7 @@ from ..spec import ModelSpec
 from ..splitting import run_in_parts
 from ..weights import Take, Weights
 from .buffers import BufferPool, shape_of
-from .compiled import kernels
+from .compiled import ACTIVATIONS, MOST_ROPES, kernels
 from .draft import NativeDraftSide
 from .head import NativeHead
 from .layer import NativeLayer
@@ -37,6 +38,8 @@ def suits_kernels(config: Any, dtype: torch.dtype, device: torch.device, packing
     if not can_pack(config) or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     spec = ModelSpec.of(config)
+    if spec.activation not in ACTIVATIONS or len(spec.ropes) > MOST_ROPES:
+        return False
     low_bit = packing is not None and (packing.quantize or packing.draft_weights) is not None
     divisor = GROUP_SIZE if low_bit else 2
     return spec.head_dim <= _LARGEST_HEAD and not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
@@ -63,13 +66,13 @@ class NativeBackend:
         with torch.inference_mode():
             embedding = weights.of("model.embed_tokens.weight")
             shape = shape_of(spec, embedding.dtype)
-            pool = BufferPool(shape)
+            pool = BufferPool(shape, spec.norms_blocks)
 
             def pack_layer(weights: Weights, index: int, quantization: Quantization | None, _: bool) -> NativeLayer:
                 return NativeLayer(weights, spec, index, quantization)
 
-            def pack_head(norm: Tensor, weight: Tensor, quantization: Quantization | None, _: bool) -> NativeHead:
-                return NativeHead(compiled, shape, pool, norm, NativeMatrix([weight], None, quantization))
+            def pack_head(norm: NormWeights, weight: Tensor, quantization: Quantization | None, _: bool) -> NativeHead:
+                return NativeHead(compiled, shape, pool, spec, norm, NativeMatrix([weight], None, quantization))
 
             packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head)
             chain = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))

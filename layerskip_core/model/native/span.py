@@ -34,7 +34,8 @@ class NativeLayers:
         self._array = (CLayer * len(layers))(*(layer.structure for layer in layers))
 
     def embed(self, ids: Tensor) -> Tensor:
-        return torch.embedding(self.embedding, ids).float()
+        hidden = torch.embedding(self.embedding, ids).float()
+        return hidden if self.shape.embedding_scale == 1 else hidden.mul_(self.shape.embedding_scale)
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         return run_in_parts(self, hidden, start, stop, positions, cache)
@@ -71,6 +72,7 @@ class NativeLayers:
         buffers.fit(places)
         call = buffers.call
         call.positions = positions.data_ptr()
-        call.cos, call.sin = self._rope.cos.data_ptr(), self._rope.sin.data_ptr()
+        for index, (cos, sin) in enumerate(zip(self._rope.cos, self._rope.sin, strict=True)):
+            call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         call.cache = storage.data_ptr() + start * storage.stride(0) * storage.element_size()
         call.sequences, call.places = sequences, places

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ...config.packing import EXACT_TOKENS, Quantization
+from ..layer_weights import NormWeights
+from ..logits import scaled_logits
 from ..spec import ModelSpec
 from .exact import ExactRows
 from .layer import Norm
@@ -11,11 +13,14 @@ from .linear import linear
 
 
 class PackedHead:
-    def __init__(self, norm: Tensor, weight: Tensor, spec: ModelSpec, quantization: Quantization | None, exact: bool) -> None:
-        """Norm (D,) and head (N, D)."""
-        self._norm = Norm(norm, spec, folds=quantization is None)
+    def __init__(
+        self, norm: NormWeights, weight: Tensor, spec: ModelSpec, quantization: Quantization | None, exact: bool
+    ) -> None:
+        """Final norm and head (N, D)."""
+        self._spec = spec
+        self._norm = Norm(norm, spec.eps, quantization is None and weight.dtype.itemsize >= 4)
         self.linear = linear(self._norm.folded_into(weight), None, quantization, exact)
-        self._like = norm.new_empty(0, spec.hidden)
+        self._like = weight.new_empty(0, spec.hidden)
         self._exact = ExactRows() if exact else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -30,7 +35,7 @@ class PackedHead:
         return logits.view(*shape, logits.shape[-1])
 
     def _logits(self, rows: Tensor) -> Tensor:
-        return self.linear(self._norm(rows))
+        return scaled_logits(self.linear(self._norm(rows)), self._spec)
 
     def _same_alone(self, count: int) -> bool:
         generator = torch.Generator(self._like.device).manual_seed(count)

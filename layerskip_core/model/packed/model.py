@@ -10,29 +10,21 @@ from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
 from ..drafting import StepwiseDraftSide
+from ..layer_weights import NormWeights
 from ..repack import repack, taken_from
 from ..rope import Rope
 from ..spec import ModelSpec
 from ..splitting import run_in_parts
 from ..weights import Take, Weights
 from .head import PackedHead
-from .layer import PackedLayer
+from .layer import PackedLayer, missing_feature
 from .linear import KernelLinear
 from .span import PackedLayers
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-_STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
-
 
 def can_pack(config: Any) -> bool:
-    """Whether PackedBackend knows every part of this architecture."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return (
-        config.model_type in FAMILY
-        and config.hidden_act == "silu"
-        and rope.get("rope_type", "default") in _STATIC_ROPES
-        and rope.get("partial_rotary_factor", 1.0) == 1.0
-    )
+    """Whether PackedBackend supports every part of this architecture."""
+    return missing_feature(ModelSpec.of(config)) is None
 
 
 class PackedBackend:
@@ -54,7 +46,7 @@ class PackedBackend:
         def pack_layer(weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> PackedLayer:
             return PackedLayer(weights, spec, index, quantization, exact)
 
-        def pack_head(norm: Tensor, weight: Tensor, quantization: Quantization | None, exact: bool) -> PackedHead:
+        def pack_head(norm: NormWeights, weight: Tensor, quantization: Quantization | None, exact: bool) -> PackedHead:
             return PackedHead(norm, weight, spec, quantization, exact)
 
         with torch.inference_mode():

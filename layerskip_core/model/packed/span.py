@@ -27,12 +27,14 @@ class PackedLayers:
         self.layers = layers
         self._spec, self._embedding, self._rope = spec, embedding, rope
         self._kinds = spec.kinds
+        self._embedding_scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))  # as transformers rounds it
         self._masks = Masks(spec, embedding)
         self._exact = ExactRows() if exact else None
         self._spaces: dict[tuple[int, int], Workspace] = {}
 
     def embed(self, ids: Tensor) -> Tensor:
-        return torch.embedding(self._embedding, ids)
+        hidden = torch.embedding(self._embedding, ids)
+        return hidden if self._embedding_scale == 1 else hidden * self._embedding_scale
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         return run_in_parts(self, hidden, start, stop, positions, cache)
@@ -57,15 +59,15 @@ class PackedLayers:
 
     def _step(self, writer: SpanWriter, positions: Tensor, capacity: int) -> Step:
         on_device = positions.to(self.device, non_blocking=True)
-        rope, still = self._rope.at(writer, on_device), self._rope.still
+        ropes, still = self._rope.at(writer, on_device), self._rope.still
         batch, count = positions.shape
         if self._exact is not None and batch == 1 and count <= EXACT_TOKENS:
             spans = self._masks.spans(positions[0].tolist())
-            return Step(rope, still, dict.fromkeys(spans), spans, writer.stop)
+            return Step(ropes, still, dict.fromkeys(spans), spans, writer.stop)
         by_products = count <= _PRODUCT_TOKENS and self.device.type == "cpu"
         keys = capacity if by_products else writer.stop
         masks = self._masks.by_kind(writer, on_device, keys, by_products)
-        return Step(rope, still, masks, None, None if by_products else writer.stop)
+        return Step(ropes, still, masks, None, None if by_products else writer.stop)
 
     def _workspace(self, batch: int, count: int) -> Workspace:
         """Kept for the shapes that decoding repeats, not for prompts."""
