@@ -1,0 +1,88 @@
+"""The documents: links lead somewhere, the commands, flags and names in them exist, and the map of the code is complete."""
+
+import re
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+from typer.main import get_command
+
+from cli.main import app
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "layerskip_core"
+FOLDERS = (ROOT / name for name in ("cli", "examples", "layerskip_core", "tests"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])
+COMMANDS = get_command(app).commands
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def block(path, language, number=0):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(path), re.MULTILINE | re.DOTALL)[number]
+
+
+def anchors(path):
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", text_of(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def flags_of(command):
+    return {flag for parameter in COMMANDS[command].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def test_a_newcomer_reads_the_readme_in_two_minutes():
+    assert len(text_of(ROOT / "README.md").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_commands(document):
+    """Every call of `layerskip`, in examples and in prose."""
+    for command, rest in re.findall(r"\blayerskip ([a-z][a-z-]*)((?:[^`|>\n]|\\\n)*)", text_of(document)):
+        assert command in COMMANDS
+        unknown = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) - flags_of(command)
+        assert not unknown, f"layerskip {command} {rest}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "cli/README.md"])
+def test_flags_in_prose(name):
+    known = {"--help", "--debug", "--version"}.union(*map(flags_of, COMMANDS))
+    assert set(re.findall(r"`(--[a-z][a-z-]*)", text_of(ROOT / name))) <= known
+
+
+def test_every_command_has_an_example():
+    examples = text_of(ROOT / "cli" / "README.md")
+    assert [name for name in COMMANDS if f"\nlayerskip {name}" not in examples] == []
+    assert [name for name in COMMANDS if f"\n## {name}\n" not in examples] == []
+
+
+def test_names_in_the_table_from_paper_to_code():
+    names = re.findall(r"`((?:decoding|evaluation|losses|model|training)\.[\w.]+)`", text_of(CORE / "README.md"))
+    assert len(names) > 15
+    for name in names:
+        resolve_name(f"layerskip_core.{name}")
+
+
+def test_the_example_of_a_task_is_the_tested_one():
+    module = text_of(ROOT / "tests" / "toy_task.py")
+    example = text_of(CORE / "README.md").partition("## How to add a task")[2]
+    code = re.search(r"^```python\n(.*?)^```$", example, re.MULTILINE | re.DOTALL)
+    assert code and module.endswith(code[1])
