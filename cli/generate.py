@@ -2,12 +2,12 @@
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerskip_core.config.checks import require_choice, require_exit_layer, require_given
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig, Strategy
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import DTYPES
 from layerskip_core.config.ranges import require_ranges
 
@@ -92,7 +92,7 @@ def generate(
     require_ranges(batch_size=batch_size)
     require_given("model", model)
     config = DecodingConfig(
-        strategy=cast(Strategy, strategy or "self-speculative"),
+        strategy=strategy or "self-speculative",
         exit_layer=exit_layer if exit_layer is not None else 1,
         num_draft_tokens=spec if spec is not None else 1,
         max_new_tokens=max_new_tokens,

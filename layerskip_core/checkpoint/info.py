@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..config.decoding import STRATEGIES, Strategy
+from ..config.decoding import strategies
 from ..errors import CheckpointError
 from ..prompting.template import CHAT, PromptTemplate, is_template
 from ..storage.json_reading import read_json
@@ -29,7 +29,7 @@ class CheckpointInfo:
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    strategy: Strategy | None = None
+    strategy: str | None = None
     files: tuple[str, ...] = field(default=(), compare=False)
     system: str | None = None
 
@@ -71,8 +71,8 @@ def read_info(path: str | Path) -> CheckpointInfo:
         recommended = _require(document.pop("recommended", {}), dict, "recommended")
         files = _require(document.pop("files", []), list, "files")
         strategy = recommended.get("strategy")
-        if strategy is not None and strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        if strategy is not None and strategy not in strategies():
+            raise ValueError(f"strategy must be one of {', '.join(strategies())}, got {strategy!r}")
         template = _optional(document.pop("prompt_template", None), str, "prompt_template")
         if template is not None and not is_template(template):
             raise ValueError(f"prompt_template must be chat, raw or a text with {{prompt}} in it, got {template!r:.100}")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..config.decoding import Strategy
 from ..errors import ConfigError
 from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
@@ -56,7 +55,7 @@ class Decoder:
         return self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts
 
     @property
-    def strategy(self) -> Strategy | None:
+    def strategy(self) -> str | None:
         """The strategy that a sweep recommends, or self-speculative where the exits were trained; None if nothing is known."""
         known = self.info.exit_layer is not None or self.info.trained_exits or self.name in PUBLISHED
         return self.info.strategy or ("self-speculative" if known else None)

@@ -1,15 +1,17 @@
 """How tokens are decoded."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 from .checks import require, require_choice, require_unicode
 from .ranges import require_ranges
 
-Strategy = Literal["self-speculative", "early-exit", "autoregressive"]
+# Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
+DRAFTERS = {"self-speculative": "layerskip_core.decoding.drafters.exit"}
 
 
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
+def strategies() -> tuple[str, ...]:
+    """The names of all strategies: those that draft, and those that do not."""
+    return (*DRAFTERS, "early-exit", "autoregressive")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class DecodingConfig:
     `draft_confidence`: a round stops drafting where the draft's most probable token has less than this probability (0: never).
     """
 
-    strategy: Strategy = "self-speculative"
+    strategy: str = "self-speculative"
     exit_layer: int | None = None
     num_draft_tokens: int = 6
     max_new_tokens: int = 256
@@ -41,7 +43,7 @@ class DecodingConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        require_choice(self.strategy, "strategy", STRATEGIES)
+        require_choice(self.strategy, "strategy", strategies())
         if self.strategy != "autoregressive":
             require(self.exit_layer is not None, "exit_layer", f"given for `strategy` {self.strategy}", "none")
         require_ranges(

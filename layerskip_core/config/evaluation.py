@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from .checks import require, require_choice, require_given, require_unicode
-from .decoding import STRATEGIES
+from .decoding import strategies
 from .packing import DTYPES, DType, PackingConfig
 from .ranges import require_ranges
 
@@ -72,7 +72,7 @@ class BenchConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    strategies: tuple[str, ...] = STRATEGIES
+    strategies: tuple[str, ...] = field(default_factory=strategies)
     batch_size: int = 1
     timed: int | None = None
     repeats: int = 3
@@ -88,7 +88,7 @@ class BenchConfig:
         require_given("draft_model", self.draft_model)
         require_ranges(num_draft_tokens=self.num_draft_tokens, repeats=self.repeats, threads=self.threads)
         for name in self.strategies:
-            require_choice(name, "strategies", STRATEGIES)
+            require_choice(name, "strategies", strategies())
         known = "autoregressive" in self.strategies
         require(
             known, "strategies", "a list with autoregressive, which the others are compared with", ",".join(self.strategies)

@@ -15,7 +15,7 @@ from ..config.decoding import DecodingConfig
 from ..errors import ConfigError
 from ..model.backend import Backend
 from ..model.cache import KVCache
-from .drafters import Context, Draft, Drafter, drafter_for
+from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .sampling import Sampler, Verdict, sampler_for
 from .stats import DecodeStats, step_counts
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
@@ -279,7 +279,7 @@ def _loop_of(
         if config.strategy == "early-exit":
             target_layers = config.exit_layer
         else:
-            drafter = drafter_for(model, sampler, config, eos_ids, reuse_exit_states)
+            drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states))
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
     return DecodingLoop(model, prompts, stopping, sampler, target_layers, drafter, config.num_draft_tokens, detokenize)
 

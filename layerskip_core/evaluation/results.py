@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..config.decoding import Strategy
-
 
 @dataclass(frozen=True)
 class Failure:
@@ -37,7 +35,7 @@ class ExitResult:
     unmeasured: these have predictions only, and empty `metrics`.
     """
 
-    strategy: Strategy
+    strategy: str
     exit_layer: int | None
     num_draft_tokens: int | None
     metrics: dict[str, float]

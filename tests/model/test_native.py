@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters import Context, drafter_for
+from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
@@ -177,7 +177,7 @@ def test_a_draft_in_one_call_is_that_of_single_steps(variant, model_type, packin
     prompt, positions = ids_of(1, 30), torch.arange(29, 36)[None]
 
     def drafted(ends, one_call):
-        drafter = drafter_for(model, Greedy(), DecodingConfig("self-speculative", 4, 6), frozenset(ends))
+        drafter = drafter_for(DrafterSetup(model, Greedy(), DecodingConfig("self-speculative", 4, 6), frozenset(ends)))
         if not one_call:
             drafter._in_one_call = False
         with torch.inference_mode():

@@ -6,8 +6,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ...config.decoding import DecodingConfig
+from ...model.backend import Backend
 from ...model.cache import KVCache
-from ..sampling import Verdict
+from ..sampling import Sampler, Verdict
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Draft:
     probs: Tensor | None = None  # (B, K, V), what each draft was drawn from; None if it was chosen without chance
     exit_states: Tensor | None = None  # (B, K+1 or K, D)
     exit_layer: int = 0
+
+
+@dataclass(frozen=True)
+class DrafterSetup:
+    """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states."""
+
+    model: Backend
+    sampler: Sampler
+    config: DecodingConfig
+    eos_ids: frozenset[int]
+    reuse_exit_states: bool = True
 
 
 class Drafter(Protocol):

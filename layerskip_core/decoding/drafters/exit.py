@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...config.checks import require
+from ...config.packing import EXACT_TOKENS
 from ...model.backend import DraftSide
 from ..sampling import Greedy, Sampler, Verdict
-from .base import Context, Draft
+from .base import Context, Draft, DrafterSetup
 
 
 class ExitDrafter:
@@ -89,3 +91,16 @@ class ExitDrafter:
         distribution = logits.float().softmax(-1) if draft_probs is None else draft_probs
         largest: list[float] = distribution.amax(-1)[:, 0].tolist()
         return [row for row in rows if largest[row] >= self._confidence]
+
+
+def drafter(setup: DrafterSetup) -> ExitDrafter:
+    """Raises ConfigError for an exit beyond the layers kept for drafting, and for drafts too long to be verified exactly."""
+    model, config, exit_layer = setup.model, setup.config, setup.config.exit_layer
+    assert exit_layer is not None
+    kept = model.draft_side.num_layers
+    require(exit_layer <= kept, "exit_layer", f"at most the {kept} layers kept for drafting", exit_layer)
+    short = not model.exact or config.num_draft_tokens < EXACT_TOKENS
+    require(short, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
+    return ExitDrafter(
+        model.draft_side, setup.sampler, exit_layer, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states
+    )

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ...config.decoding import STRATEGIES
+from ...config.decoding import strategies
 from ...config.evaluation import BASELINES, BenchConfig, SweepConfig
 from ...errors import LayerSkipError
 from ...storage.json_reading import read_json
@@ -61,7 +61,7 @@ def _record(document: Any, result: type[Any], config: type[Any]) -> RunRecord[An
 
 def _require_valid(result: Any, where: str) -> None:
     """Raises SchemaError for figures that no run gives: unknown strategies, layers below 1, numbers out of range."""
-    known = (*STRATEGIES, *BASELINES)
+    known = (*strategies(), *BASELINES)
     if result.strategy not in known:
         raise SchemaError(f"{where}.strategy: needed one of {', '.join(known)}, found {result.strategy!r:.60}")
     drafting = result.strategy == "self-speculative"

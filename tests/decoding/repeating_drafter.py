@@ -1,0 +1,32 @@
+"""A drafter by prompt lookup, as one module: it drafts what followed the last earlier occurrence of the newest token."""
+
+from torch import tensor
+
+from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup
+from layerskip_core.decoding.sampling import Verdict
+
+
+class RepeatingDrafter:
+    """Without exit states and probabilities: the target starts at layer 0, and a draft is certain."""
+
+    def __init__(self) -> None:
+        self.verdicts: dict[int, list[Verdict]] = {}
+
+    def draft(self, context: Context, most: list[int]) -> Draft:
+        drafts = [repetition(ids)[:limit] for ids, limit in zip(context.ids, most, strict=True)]
+        longest = max(map(len, drafts))
+        tokens = [[ids[-1], *row, *[0] * (longest - len(row))] for ids, row in zip(context.ids, drafts, strict=True)]
+        return Draft(tensor(tokens, device=context.newest.device), tuple(map(len, drafts)))
+
+    def observe(self, verdict: Verdict) -> None:
+        self.verdicts.setdefault(verdict.row, []).append(verdict)
+
+
+def repetition(ids: list[int]) -> list[int]:
+    """What follows the last earlier occurrence of the last id, the last id not included; nothing if it is new."""
+    earlier = [place for place in range(len(ids) - 1) if ids[place] == ids[-1]]
+    return ids[earlier[-1] + 1 :] if earlier else []
+
+
+def drafter(setup: DrafterSetup) -> RepeatingDrafter:
+    return RepeatingDrafter()

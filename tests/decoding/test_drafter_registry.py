@@ -1,0 +1,116 @@
+"""A drafter of one module and one line: it decodes, in batches and sampled too, and its name is a strategy everywhere."""
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import tiny_model
+from repeating_drafter import RepeatingDrafter, repetition
+
+from layerskip_core.config.decoding import DRAFTERS, DecodingConfig, SamplingConfig, strategies
+from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.decoding import Decoding, Stopping, decode, decode_batch
+from layerskip_core.decoding.loop import DecodingLoop
+from layerskip_core.decoding.sampling import Stochastic, probabilities
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import GenericBackend
+
+PROMPTS = [[5, 6, 7, 8, 5, 6], [9, 10, 9], [3]]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(DRAFTERS, "repeating", "repeating_drafter")  # the line
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return GenericBackend(tiny_model())
+
+
+def ids_of(decoding):
+    return [token.id for tokens in decoding for token in tokens]
+
+
+def test_what_is_repeated():
+    assert repetition([5, 6, 7, 5]) == [6, 7, 5]
+    assert repetition([5, 6, 7]) == []
+
+
+def test_it_is_a_strategy_with_the_tokens_of_autoregressive_decoding(registered, backend):
+    assert "repeating" in strategies()
+    config = DecodingConfig("repeating", 1, 4, 40)
+    drafted = accepted = 0
+    for prompt in PROMPTS:
+        decoding = decode(backend, prompt, config)
+        assert ids_of(decoding) == ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=40)))
+        drafted, accepted = drafted + decoding.stats.drafted, accepted + decoding.stats.accepted
+    assert 0 < accepted < drafted
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(registered, backend):
+    config = DecodingConfig("repeating", 1, 4, 30)
+    together = {output.row: output for output in decode_batch(backend, PROMPTS, config)}
+    for row, prompt in enumerate(PROMPTS):
+        alone = decode(backend, prompt, config)
+        assert together[row].ids == ids_of(alone)
+        counts = together[row].stats
+        assert (counts.drafted, counts.accepted, counts.rounds) == (
+            alone.stats.drafted,
+            alone.stats.accepted,
+            alone.stats.rounds,
+        )
+
+
+def test_it_hears_of_every_verdict(backend):
+    drafter, stopping = RepeatingDrafter(), Stopping(frozenset(), (), 30)
+    sampler = Stochastic(SamplingConfig(temperature=1), torch.device("cpu"), rows=len(PROMPTS))
+    loop = DecodingLoop(backend, PROMPTS, stopping, sampler, backend.num_layers, drafter, 3)
+    list(loop)
+    for row in range(len(PROMPTS)):
+        stats, verdicts = loop.counts(row), drafter.verdicts.get(row, [])
+        assert len(verdicts) == stats.rounds
+        assert sum(verdict.drafted for verdict in verdicts) == stats.drafted
+        assert sum(verdict.accepted for verdict in verdicts[:-1]) <= stats.accepted
+
+
+class Fixed:
+    """Always drafts token 1, without probabilities."""
+
+    def draft(self, context, most):
+        from layerskip_core.decoding.drafters import Draft
+
+        return Draft(torch.tensor([[int(context.newest), 1]]), (1,))
+
+    def observe(self, verdict):
+        pass
+
+
+def test_sampling_with_a_certain_drafter_keeps_the_target_s_distribution():
+    """Two tokens after the prompt's first: 3,000 draws against the exact joint, by chi-square."""
+    model = tiny_model(vocab_size=5, num_hidden_layers=2)
+    backend, config, prompt = GenericBackend(model), SamplingConfig(temperature=4.0), [3, 1, 4]
+    sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), 3)
+    draws = 3000
+    loops = (DecodingLoop(backend, [prompt], stopping, sampler, 2, Fixed(), 1) for _ in range(draws))
+    outputs = Counter(tuple(ids_of(Decoding(loop))) for loop in loops)
+
+    def next_probs(ids):
+        return probabilities(model(torch.tensor([[*prompt, *ids]])).logits[0, -1], config).tolist()
+
+    expected = {}
+    with torch.no_grad():
+        for first, mass in enumerate(next_probs([])):
+            for second, given_first in enumerate(next_probs([first])):
+                for third, given_both in enumerate(next_probs([first, second])):
+                    expected[first, second, third] = draws * mass * given_first * given_both
+    assert min(expected.values()) > 5
+    statistic = sum((outputs[ids] - count) ** 2 / count for ids, count in expected.items())
+    p_value = float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2), torch.tensor(statistic / 2)))
+    assert p_value > 1e-3
+
+
+def test_its_name_is_known_to_bench_only_when_it_is_registered(registered):
+    assert BenchConfig(strategies=("autoregressive", "repeating")).strategies[1] == "repeating"
+    with pytest.raises(ConfigError, match="one of self-speculative, repeating, early-exit, autoregressive, got other"):
+        BenchConfig(strategies=("autoregressive", "other"))
