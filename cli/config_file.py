@@ -8,8 +8,8 @@ from typing import Any, cast, get_args, get_type_hints
 import typer
 
 from layerskip_core.config.checks import shown
-from layerskip_core.errors import ConfigError
-from layerskip_core.storage.reading import first_line, read_text
+from layerskip_core.errors import ConfigError, first_line
+from layerskip_core.storage.reading import read_text
 
 _KINDS: tuple[tuple[type, str, tuple[type, ...]], ...] = (
     (bool, "true or false", (bool,)),

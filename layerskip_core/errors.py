@@ -40,3 +40,9 @@ class TrainingInterrupted(LayerSkipError):
         super().__init__(message)
         self.signal = signal
         self.step = step
+
+
+def first_line(error: BaseException) -> str:
+    """The message of a library's exception on one line, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

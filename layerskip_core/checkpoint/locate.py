@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, first_line
 from .info import holds_model
 from .swap import settle
 
@@ -74,7 +74,7 @@ def reading(name: str, read: Callable[[], Result]) -> Result:
     except BaseException as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
         if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         known = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
         absent = "" if known else "there is no such folder, and as a hub id: "
         raise CheckpointError(f"cannot load model {name}: {absent}{reason}") from error

@@ -19,7 +19,7 @@ from typing import TypeVar
 from ..errors import CheckpointError, LayerSkipError, LockedError
 from ..storage.json_reading import read_json_object
 from ..storage.locks import hold
-from ..storage.writing import discard_folder, synchronise
+from ..storage.writing import discard_folder, publish_folder, synchronise
 from .info import CONFIG_FILES, require_inside
 
 READY = ".layerskip-ready"
@@ -42,13 +42,7 @@ def replace_files(folder: Path, staging: Path, old: Iterable[str]) -> None:
     """
     plan = {"old": sorted(set(old) - set(files_below(staging)))}
     (staging / _PLAN).write_text(json.dumps(plan), encoding="utf-8")
-    for path in (
-        *map(staging.joinpath, files_below(staging)),
-        *(path for path in staging.rglob("*") if path.is_dir()),
-        staging,
-    ):
-        synchronise(path)
-    os.rename(staging, folder / READY)
+    publish_folder(staging, folder / READY)
     _finish(folder)
 
 

@@ -1,8 +1,8 @@
-"""Data sets by name, file, folder or hub id -> examples of prompt and completion, or conversations."""
+"""Data sets, by name, file, folder or hub id, as examples with prompt and completion or as conversations."""
 
 import csv
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 from ..config.data import DataConfig
 from ..embedded import commands
 from ..errors import DataError
-from ..storage.reading import listed, shown
+from ..storage.reading import listed, quoted
+from .conversations import MESSAGES, Conversation, conversation_of
 from .records import FILE_ENDINGS, TEXT_COLUMN, Record, file_ending, file_records, hub_records, spread, table
 
 PARSING_TEMPLATE = "{prompt}\n"  # of `commands` and `topv2`: utterance, line end, parse
-_MESSAGES = "messages"  # the column of a conversation
-_DEFAULT_COMMANDS = 20_000  # rows, when nobody says how many
-_MOST_COMMANDS = 5_000_000  # rows, which take minutes to draw and gigabytes to hold
+_DEFAULT_COMMANDS = 20_000  # rows, unless a number is given
+_MOST_COMMANDS = 5_000_000  # rows; more take minutes to draw and gigabytes of memory
 _TOPV2_COLUMNS = ["domain", "utterance", "semantic_parse"]
 _TOPV2_HUB = "WillHeld/top_v2"
 _TOPV2_SPLITS = {"train": "train", "validation": "eval", "test": "test"}
@@ -24,18 +24,10 @@ _TOPV2_SPLITS = {"train": "train", "validation": "eval", "test": "test"}
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a prompt, possibly empty (plain text), and what should follow it. `where` it stood, for errors."""
+    """One row: a prompt, empty for plain text, and its completion. `where` is its place, for errors."""
 
     prompt: str
     completion: str
-    where: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One row of chat: messages as (role, content), at least one of them the assistant's."""
-
-    messages: tuple[tuple[str, str], ...]
     where: str = field(default="", compare=False)
 
 
@@ -43,10 +35,10 @@ Row = Example | Conversation
 
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """The rows of a data set, in its order; `config.limit` takes that many, spread evenly over it.
+    """The rows of a data set, in order; `config.limit` rows, evenly spaced, if it is set.
 
     Raises:
-        DataError: no such data, no such column, or a row that is empty or malformed, named file:line.
+        DataError: no such data or column, or an empty or malformed row, named as file:line.
     """
     rows = load_rows(config)
     examples = [row for row in rows if isinstance(row, Example)]
@@ -56,14 +48,14 @@ def load_examples(config: DataConfig) -> list[Example]:
 
 
 def load_rows(config: DataConfig) -> list[Row]:
-    """As `load_examples`; rows with `messages` and no completion become conversations."""
+    """Like `load_examples`, but rows with `messages` and no completion become conversations."""
     if config.name == "commands":
         return list(_commands(config))
     return spread(list(_rows(config, streaming=False)), config.limit)
 
 
 def stream_rows(config: DataConfig) -> Iterator[Row]:
-    """The rows of a file or a hub data set one by one, never all in memory. Raises DataError as `load_examples`."""
+    """The rows of a file or a hub data set, read lazily. Raises DataError like `load_examples`."""
     if is_parsing(config):
         raise DataError(f"`streaming` needs a file or a hub id as `data`, got {config.name}, which fits in memory")
     return _rows(config, streaming=True)
@@ -75,7 +67,7 @@ def is_parsing(config: DataConfig) -> bool:
 
 
 def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record]:
-    """The rows of a file or of a hub data set as they are. Raises DataError, also for a name that is neither."""
+    """The unchanged rows of a file or a hub data set. Raises DataError, also for a name that is neither."""
     path = Path(config.name)
     if os.path.exists(path) or file_ending(path) in FILE_ENDINGS:
         return file_records(path, config.setting)
@@ -131,7 +123,7 @@ def _topv2_split(split: str) -> str:
 
 
 def _checked(records: Iterator[Record], config: DataConfig) -> Iterator[Row]:
-    """Records as rows. The first says which columns all need."""
+    """Records as rows. The first record decides which columns every row must have."""
     needed: dict[str, str] | None = None
     for record in records:
         if needed is None:
@@ -141,45 +133,30 @@ def _checked(records: Iterator[Record], config: DataConfig) -> Iterator[Row]:
         yield _row(record, config)
 
 
-def _needed_columns(found: Collection[str], config: DataConfig) -> dict[str, str]:
-    """Flag to column: the completion, and the prompt unless the default one is not among `found` (plain text has none)."""
-    if _is_chat(found, config):
+def _needed_columns(columns: Collection[str], config: DataConfig) -> dict[str, str]:
+    """Setting -> column: the completion, and the prompt; only plain text may lack the default prompt column."""
+    if _is_chat(columns, config):
         return {}
     needed = {"completion_column": config.completion_column}
-    if config.prompt_column != DataConfig.prompt_column or config.prompt_column in found:
+    if config.prompt_column != DataConfig.prompt_column or config.prompt_column in columns:
         needed["prompt_column"] = config.prompt_column
     return needed
 
 
 def _is_chat(columns: Collection[str], config: DataConfig) -> bool:
-    return _MESSAGES in columns and config.completion_column not in columns
+    return MESSAGES in columns and config.completion_column not in columns
 
 
 def _row(record: Record, config: DataConfig) -> Row:
     if _is_chat(record.fields, config):
-        return _conversation(record)
+        return conversation_of(record)
     completion = record.value(config.completion_column, "completion_column")  # rows of a file may differ
     return _example(record.fields.get(config.prompt_column), completion, record.where)
 
 
-def _conversation(record: Record) -> Conversation:
-    messages = record.fields[_MESSAGES]
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise record.fault("messages must be a list of objects with role and content", messages)
-    turns = tuple((message.get("role"), message.get("content")) for message in messages)
-    for role, content in turns:
-        if not isinstance(role, str) or not isinstance(content, str):
-            needed, found = "a message must have a text as role and as content", f"{shown(role)} and {shown(content)}"
-            raise DataError(f"{record.where}: {needed}, found {found}")
-    if not any(role == "assistant" and content.strip() for role, content in turns):
-        roles = listed(role for role, _ in turns)
-        raise DataError(f"{record.where}: needed a message of the role 'assistant' that is not empty, found {roles}")
-    return Conversation(turns, record.where)
-
-
 def _example(prompt: Any, completion: Any, where: str) -> Example:
     if not isinstance(completion, str) or not completion.strip():
-        raise DataError(f"{where}: the completion must be a text that is not empty, found {shown(completion)}")
+        raise DataError(f"{where}: the completion must be a text that is not empty, found {quoted(completion)}")
     if prompt is not None and not isinstance(prompt, str):
-        raise DataError(f"{where}: the prompt must be a text, found {shown(prompt)}")
+        raise DataError(f"{where}: the prompt must be a text, found {quoted(prompt)}")
     return Example(prompt or "", completion, where)

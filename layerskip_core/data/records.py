@@ -1,4 +1,4 @@
-"""Rows of files and hub data sets as they stand there, each with its place: the one reader of data from outside."""
+"""The one reader of data from outside: the rows of files and hub data sets, unchanged, each with its place for errors."""
 
 import csv
 from collections import Counter
@@ -7,72 +7,72 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..storage.json_reading import parse_json
-from ..storage.reading import MAX_LINE, first_line, listed, open_regular, shown, text_lines
+from ..storage.reading import MAX_LINE, listed, open_regular, quoted, text_lines
 
 TEXT_COLUMN = "text"  # of a .txt file, whose lines are its rows
-_MAX_ARRAY = 1 << 30  # characters of a JSON array, which is held in memory whole
-_PARQUET_ROWS = 1000  # read at a time
+_MAX_ARRAY = 1 << 30  # characters of a JSON array, which is held in memory as a whole
+_PARQUET_ROWS = 1000  # per read
 
-# Files are read here and not by datasets, which in silence turns a bad row into None, the text 2020-01-01 into a date, 7 into a
-# number and NA into nothing, and keeps a copy of each file.
+# `datasets` is not used for files: it silently turns a bad row into None, the text 2020-01-01 into a date, 7 into a number and
+# NA into nothing, and it keeps a copy of each file.
 
 
 class Record(NamedTuple):
-    """A row's fields, and where it stands: file:line, or the data's name and the row's number."""
+    """A row's fields. `where` is its place: file:line, or the name of the data and the row's number."""
 
     where: str
     fields: dict[str, Any]
 
     def text(self, column: str, setting: str = "") -> str:
-        """A field that is a text, or a list of sentences. Raises DataError when it is neither, or empty."""
+        """A text field; a list of sentences is joined. Raises DataError for other values and for empty ones."""
         texts = self.texts(column, setting)
         return texts[0] if len(texts) == 1 else " ".join(sentence.strip() for sentence in texts)
 
     def texts(self, column: str, setting: str = "") -> list[str]:
-        """A field that is a text or several. Raises DataError when it is neither, or one is empty."""
+        """A field with one or several texts. Raises DataError for other values and for empty texts."""
         value = self.value(column, setting)
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one.strip() for one in texts):
-            raise self.fault(f"{column} must be a text that is not empty, or a list of such", value)
-        return [one.replace("\r\n", "\n") for one in texts]
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise self.fault(f"{column} must be a text that is not empty, or a list of them", value)
+        return [text.replace("\r\n", "\n") for text in texts]
 
     def value(self, column: str, setting: str = "") -> Any:
-        """Any field. Raises DataError where the row has no such column."""
+        """Any field. Raises DataError if the row has no such column."""
         if column not in self.fields:
             named = f" (`{setting}`)" if setting else ""
             raise DataError(f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}")
         return self.fields[column]
 
     def first_column(self, names: Sequence[str]) -> str:
-        """The first of the names that is a column; the first of all where none is, for an error to name."""
+        """The first of the names that is a column; if none is, the first name, for the error to come."""
         return next((name for name in names if name in self.fields), names[0])
 
     def fault(self, needed: str, found: Any) -> DataError:
         """An error that names the row, what was needed and what was found."""
-        return DataError(f"{self.where}: {needed}, found {shown(found)}")
+        return DataError(f"{self.where}: {needed}, found {quoted(found)}")
 
 
 def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
     """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or the lines of a text (.txt).
 
-    All but Parquet may be packed, with .gz after the ending. Parquet and files of lines are read as they are asked for.
-    Raises DataError, on the way, for a file that is none of these, is damaged or has no rows.
+    All formats but Parquet may be gzipped, with .gz after the ending. All but JSON arrays are read lazily.
+    Raises DataError, possibly after some rows, for a file of another format, a damaged file and one without rows.
     """
     ending = file_ending(path)
     if ending not in _READERS:
         raise DataError(f"{path}: needed one of {', '.join(_READERS)}, found the ending {ending or 'none'!r}")
-    found = False
+    empty = True
     for record in _READERS[ending](path, setting):
-        found = True
+        empty = False
         yield record
-    if not found:
+    if empty:
         raise DataError(f"{path} holds no rows")
 
 
 def file_ending(path: Path) -> str:
-    """What says how a file is read: its ending, the one before .gz, or .jsonl for .gz alone."""
+    """The ending that decides the format: without .gz, or .jsonl if .gz is all there is."""
     if path.suffix != ".gz":
         return path.suffix
     inner = Path(path.stem).suffix
@@ -80,13 +80,13 @@ def file_ending(path: Path) -> str:
 
 
 def hub_records(hub_id: str, split: str, streaming: bool = False, most: int | None = None, **keywords: Any) -> Iterator[Record]:
-    """The rows of a data set on the hub; with `most` only the first ones are fetched. Raises DataError."""
+    """The rows of a data set on the hub; `most` fetches only the first ones. Raises DataError."""
     import datasets
     import huggingface_hub
 
     datasets.disable_progress_bars()
     for library in (datasets, huggingface_hub):
-        library.logging.set_verbosity_error()  # the error is told once, below
+        library.logging.set_verbosity_error()  # the error is reported once, below
     try:
         rows = datasets.load_dataset(hub_id, split=split, streaming=streaming or most is not None, **keywords)
         yield from (Record(f"{hub_id}:{number}", dict(row)) for number, row in enumerate(islice(rows, most), start=1))
@@ -112,14 +112,14 @@ Item = TypeVar("Item")
 
 
 def spread(items: Sequence[Item], limit: int) -> list[Item]:
-    """`limit` items (0: all) at even distances, so that a sample of a set sorted by domain holds every domain."""
+    """`limit` items (0: all) at even distances, so that a sample of a data set sorted by domain has every domain."""
     if not limit or limit >= len(items):
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def _json(path: Path, setting: str) -> Iterator[Record]:
-    """An object a line; in a .json file also an array of them."""
+    """One object per line; a .json file may also hold an array of objects."""
     lines = text_lines(path, setting)
     may_be_array = file_ending(path) == ".json"
     for number, line in enumerate(lines, start=1):
@@ -146,12 +146,12 @@ def _json_array(path: Path, first: str, lines: Iterator[str]) -> Iterator[Record
 
 def _object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: needed a JSON object a line, found {type(value).__name__}")
+        raise DataError(f"{where}: needed a JSON object, found {type(value).__name__}")
     return Record(where, value)
 
 
 def _csv(path: Path, setting: str) -> Iterator[Record]:
-    """Fields below a header of column names; what stands below an empty name is left out."""
+    """Rows below a header of column names; columns without a name are left out."""
     rows = (row for row in table(path, setting, strict=True) if row[1])
     first, header = next(rows, (1, []))
     _refuse_repeated([name for name in header if name], f"{path}:{first}")
@@ -163,7 +163,7 @@ def _csv(path: Path, setting: str) -> Iterator[Record]:
 
 def _csv_fault(message: str) -> str:
     if message == "unexpected end of data":
-        return "a quoted field that does not end"
+        return "a quoted field is not closed"
     if message.startswith("new-line character"):
         return "a line must end in LF or CR LF, found CR alone"
     return message
@@ -183,7 +183,7 @@ def _parquet(path: Path, setting: str) -> Iterator[Record]:
                     yield Record(f"{path}:{number}", fields)
         except DataError:
             raise
-        except Exception as error:  # pyarrow raises many kinds; each means that the file is damaged or holds odd types
+        except Exception as error:  # pyarrow raises many kinds; each means a damaged file or unusual types
             place = f" after row {number}" if number else ""
             raise DataError(f"{path}: not readable as Parquet{place}: {first_line(error)}") from None
 
@@ -197,7 +197,7 @@ def _text(path: Path, setting: str) -> Iterator[Record]:
 def _refuse_repeated(names: list[str], where: str) -> None:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise DataError(f"{where}: needed columns of different names, found {listed(repeated)} more than once")
+        raise DataError(f"{where}: needed distinct column names, found {listed(repeated)} more than once")
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {

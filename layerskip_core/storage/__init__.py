@@ -1,1 +1,1 @@
-"""Files of any kind: read with limits, written aside and renamed, locked."""
+"""File access: reading with limits, writing aside and renaming, locks, JSON and schemas."""

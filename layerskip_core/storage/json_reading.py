@@ -1,4 +1,4 @@
-"""JSON from outside: one reader for every file and line, so that bad input is one clear error wherever it comes from."""
+"""The one reader of JSON from outside. Bad input becomes one clear error, wherever it comes from."""
 
 import json
 import math
@@ -8,21 +8,20 @@ from typing import Any, NoReturn
 from ..errors import LayerSkipError
 from .reading import read_bytes
 
-MAX_DEPTH = 64  # of nested lists and objects; more than any real document, and far below what recursive code can walk
+MAX_DEPTH = 64  # levels of nested lists and objects: more than real documents have, and safe for recursive code
 
 
 def parse_json(text: str | bytes, where: str, error: type[LayerSkipError]) -> Any:
     """The value of a JSON text.
 
-    Raises `error`, whose message begins with `where`, for text that is not UTF-8 or not JSON, for NaN and Infinity, which JSON
-    does not have, and numbers that become them, for lists and objects nested deeper than MAX_DEPTH, and for half a surrogate
-    pair in a string.
+    Raises `error`, whose message begins with `where`, for text that is not UTF-8 or not JSON, for NaN, Infinity and numbers too
+    large for a float, for lists and objects nested deeper than MAX_DEPTH, and for half a surrogate pair in a string.
     """
 
     def number(digits: str) -> float:
         value = float(digits)
         if math.isinf(value):
-            raise ValueError(f"{digits:.40} is beyond all numbers")
+            raise ValueError(f"{digits:.40} is too large for a number")
         return value
 
     def refuse(constant: str) -> NoReturn:
@@ -44,12 +43,12 @@ def parse_json(text: str | bytes, where: str, error: type[LayerSkipError]) -> An
 
 
 def read_json(path: Path, error: type[LayerSkipError]) -> Any:
-    """The value of a JSON file. Raises `error` as `parse_json` does, and for a file that cannot be read."""
+    """The value of a JSON file. Raises `error` like `parse_json`, and for a file that cannot be read."""
     return parse_json(read_bytes(path, str(path), error), str(path), error)
 
 
 def read_json_object(path: Path, error: type[LayerSkipError]) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises `error` as `read_json` does, and for any other value."""
+    """The object in a JSON file. Raises `error` like `read_json`, and for any other value."""
     value = read_json(path, error)
     if not isinstance(value, dict):
         raise error(f"{path}: needed a JSON object, found {type(value).__name__}")
@@ -57,7 +56,7 @@ def read_json_object(path: Path, error: type[LayerSkipError]) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects stand around the innermost value; without recursion."""
+    """How many lists and objects enclose the innermost value, computed without recursion."""
     level, depth = [value], 0
     while level := [child for item in level for child in _children(item)]:
         depth += 1

@@ -1,4 +1,4 @@
-"""One writer for each folder: a lock that ends with its process, however that ends."""
+"""A lock per folder, so that only one process writes there. It ends with its process, even if that is killed."""
 
 import errno
 import os
@@ -18,92 +18,92 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _FILE = ".layerskip.lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # what a file system without locks answers
-_held: set[tuple[str, int, int]] = set()  # folder, process and thread
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # errors of file systems without locks
+_held: set[tuple[str, int, int]] = set()  # folder, process, thread
 
 
 @contextmanager
 def hold(folder: str | Path, doing: str) -> Iterator[None]:
-    """Holds the lock of a folder, which is made if there is none; one that is still empty at the end is removed again.
-    What killed processes left aside there is removed.
+    """Holds the lock of a folder and removes the temporary files that killed processes left there.
 
-    `doing` is what others are told. Who holds a lock already, in the same thread, may take it again.
+    A missing folder is created, and removed again if it is still empty at the end. `doing` tells other processes what this one
+    does. A thread may take a lock that it already holds.
 
-    The lock is the system's (flock) on a file that stays open: killing the process frees it. Where the system has none, it is
-    the file itself, which a killed process leaves behind.
+    The lock is a flock on an open file, so killing the process releases it. On systems without flock the file itself is the
+    lock, and a killed process leaves it behind.
 
     Raises:
-        LockedError: somebody else holds it; the message says who.
-        LayerSkipError: the folder cannot be made or written.
+        LockedError: another process holds the lock; the message names it.
+        LayerSkipError: the folder cannot be created or written.
     """
-    mine = (os.path.realpath(folder), os.getpid(), threading.get_ident())
-    if mine in _held:
+    key = (os.path.realpath(folder), os.getpid(), threading.get_ident())
+    if key in _held:
         yield
         return
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         try:
-            descriptor = _acquire(Path(folder), doing, made)
+            descriptor = _acquire(Path(folder), doing, created)
         except OSError as reason:
             raise LayerSkipError(f"cannot write to {folder}: {reason.strerror}") from reason
-        _held.add(mine)
+        _held.add(key)
         try:
             remove_leftovers(Path(folder))
             yield
         finally:
-            _held.discard(mine)
+            _held.discard(key)
             try:
                 with suppress(OSError):
-                    os.unlink(Path(folder) / _FILE)  # while it is held: see _acquire
+                    os.unlink(Path(folder) / _FILE)  # while the lock is held: see _acquire
             finally:
                 os.close(descriptor)
     finally:
-        for empty in made:
-            with suppress(OSError):
-                empty.rmdir()
+        for path in created:
+            with suppress(OSError):  # unless something was written there
+                path.rmdir()
 
 
-def _acquire(folder: Path, doing: str, made: list[Path]) -> int:
-    """A descriptor of the lock file, held. Adds the folders that it makes to `made`, the innermost first."""
+def _acquire(folder: Path, doing: str, created: list[Path]) -> int:
+    """A descriptor of the locked file. Adds the folders that it creates to `created`, the innermost first."""
     file = folder / _FILE
     while True:
-        made += [path for path in (folder, *folder.parents) if not path.exists() and path not in made]
+        created += [path for path in (folder, *folder.parents) if not path.exists() and path not in created]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = _open_held(file, folder)
-        except FileNotFoundError:  # another process has just removed the folder, which it had made
+        except FileNotFoundError:  # another process has just removed the folder that it had created
             continue
-        # Whoever holds the lock removes its file at the end: what was locked may be no longer what stands there.
+        # The holder of a lock removes its file at the end, so the locked file may no longer be the one in the folder.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.lstat()):
                 break
         os.close(descriptor)
-    told = f"pid {os.getpid()} on {socket.gethostname()}, {doing}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-    with suppress(OSError):  # a full disk: the lock holds without its text
+    holder = f"pid {os.getpid()} on {socket.gethostname()}, {doing}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    with suppress(OSError):  # on a full disk the lock works without its text
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, told.encode())
+        os.write(descriptor, holder.encode())
     return descriptor
 
 
 def _open_held(file: Path, folder: Path) -> int:
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
     try:
-        descriptor, made = os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+        descriptor, is_new = os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True
     except FileExistsError:
-        descriptor, made = os.open(file, flags), False
+        descriptor, is_new = os.open(file, flags), False
     try:
-        known = _lock(descriptor)
-        if known or (known is None and made):
+        granted = _lock(descriptor)
+        if granted or (granted is None and is_new):
             return descriptor
-        told = f"{folder} is being written by {_holder(descriptor)}; wait until it ends, or give another folder"
-        raise LockedError(told if known is False else f"{told}; if no such process runs, remove {file}")
+        message = f"{folder} is being written by {_holder(descriptor)}; wait until it ends, or give another folder"
+        raise LockedError(message if granted is False else f"{message}; if no such process runs, remove {file}")
     except BaseException:
         os.close(descriptor)
         raise
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether the system gives the lock; None where it has none to give."""
+    """Whether the system grants the lock; None if it has no locks."""
     if fcntl is None:
         return None
     try:

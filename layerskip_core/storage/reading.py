@@ -1,4 +1,4 @@
-"""Files from outside: only regular ones are opened, lines have a bounded length, and errors show a bounded part of them."""
+"""Reading files from outside: only regular files are opened, lines have a bounded length, and errors quote a bounded part."""
 
 import gzip
 import itertools
@@ -9,20 +9,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import DataError, LayerSkipError
+from ..errors import DataError, LayerSkipError, first_line
 from .writing import kind_of
 
-MAX_LINE = 256 << 20  # bytes; a line is held in memory whole
-_EXPANSION = 100  # times its size that a .gz file may unpack to: text compresses 20-fold, a decompression bomb 1000-fold
-_ALWAYS_UNPACKED = 4 << 20  # bytes that it may unpack to anyway
-_EMPTY_LINES = 1_000_000  # one after the other: a file of nothing else would take as long as one of rows
-_SHOWN = 80  # characters of a value in an error
+MAX_LINE = 256 << 20  # bytes; a whole line is held in memory
+_EXPANSION = 100  # limit of unpacked over packed size of a .gz file: text compresses 20-fold, a decompression bomb 1000-fold
+_ALWAYS_UNPACKED = 4 << 20  # bytes that any .gz file may unpack to
+_EMPTY_LINES = 1_000_000  # limit of consecutive empty lines, so that a huge file without rows does not take forever
+_QUOTED = 80  # characters of a value in an error
 
 
 def open_regular(path: Path, name: str, error: type[LayerSkipError]) -> BinaryIO:
-    """Opens a file for reading. A FIFO would wait for a writer and a device may have no end, so both are refused.
+    """Opens a file for reading. FIFOs and devices are refused: they may block, or never end.
 
-    Raises `error`, whose message begins with `name`, for anything but a regular file that can be read.
+    Raises `error`, whose message begins with `name`, for anything but a readable regular file.
     """
     try:
         mode = path.stat().st_mode
@@ -36,7 +36,7 @@ def open_regular(path: Path, name: str, error: type[LayerSkipError]) -> BinaryIO
 
 
 def text_lines(path: Path, setting: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, their ends kept and a byte order mark left out; unpacked where its name ends in .gz.
+    """The lines of a UTF-8 file with their line ends, without a byte order mark; unpacked if its name ends in .gz.
 
     Raises DataError for a file that cannot be read (`setting` named it), and, with the line's number, for a line that is not
     UTF-8, holds a NUL or is longer than MAX_LINE, for a million empty lines on end, and for a .gz file that is damaged or
@@ -45,7 +45,7 @@ def text_lines(path: Path, setting: str) -> Iterator[str]:
     with open_regular(path, f"`{setting}` {path}", DataError) as file:
         packed = path.suffix == ".gz"
         source = gzip.GzipFile(fileobj=file) if packed else file
-        left = max(_EXPANSION * os.fstat(file.fileno()).st_size, _ALWAYS_UNPACKED)
+        budget = max(_EXPANSION * os.fstat(file.fileno()).st_size, _ALWAYS_UNPACKED)
         empty = 0
         for number in itertools.count(1):
             try:
@@ -57,15 +57,15 @@ def text_lines(path: Path, setting: str) -> Iterator[str]:
                 return
             empty = empty + 1 if line.isspace() else 0
             if empty > _EMPTY_LINES:
-                raise DataError(f"{path}:{number}: {_EMPTY_LINES} empty lines one after the other")
-            left -= len(line)
-            if packed and left < 0:
-                raise DataError(f"{path}:{number}: unpacks to more than {_EXPANSION} times its size, as no text does")
+                raise DataError(f"{path}:{number}: {_EMPTY_LINES} empty lines in a row")
+            budget -= len(line)
+            if packed and budget < 0:
+                raise DataError(f"{path}:{number}: unpacks to more than {_EXPANSION} times its size; text does not")
             yield _decoded(line, path, number)
 
 
 def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
-    """All of a regular file. Raises `error` as `open_regular` does."""
+    """The content of a regular file. Raises `error` like `open_regular`."""
     with open_regular(path, name, error) as file:
         try:
             return file.read()
@@ -74,29 +74,25 @@ def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
 
 
 def read_text(path: Path, name: str, error: type[LayerSkipError]) -> str:
-    """The text of a UTF-8 file, a byte order mark left out. Raises `error` as `open_regular` does."""
+    """The text of a UTF-8 file without a byte order mark. Raises `error` like `open_regular`."""
     try:
         return read_bytes(path, name, error).decode("utf-8-sig")
     except UnicodeDecodeError as reason:
         raise error(f"{name} must be UTF-8 text: {reason.reason} at byte {reason.start + 1}") from None
 
 
-def shown(value: Any) -> str:
-    """A value for an error, on one line and cut at 80 characters."""
-    text = repr(value[: 2 * _SHOWN] if isinstance(value, str | bytes | list) else value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def quoted(value: Any) -> str:
+    """A value for an error message: on one line, at most 80 characters."""
+    return _cut(repr(value[: 2 * _QUOTED] if isinstance(value, str | bytes | list) else value))
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names of columns for an error, in the same way."""
-    text = ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    """Names for an error message: on one line, at most 80 characters."""
+    return _cut(", ".join(name if name.isprintable() else repr(name) for name in names) or "none")
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception of a library says, on one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _cut(text: str) -> str:
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
 def _decoded(line: bytes, path: Path, number: int) -> str:

@@ -1,4 +1,4 @@
-"""JSON values held against Python's annotations: dataclasses, tuples, dictionaries, literals, unions, numbers.
+"""Builds Python values from JSON by their annotations: dataclasses, tuples, dictionaries, literals, unions, numbers.
 
 An error names the place in the document, what was needed there and what was found.
 """
@@ -11,85 +11,85 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 
 from ..errors import LayerSkipError
 
-_LARGEST = 2**53  # of an integer: beyond it a float is no longer exact
+_LARGEST = 2**53  # the largest integer: beyond it floats are not exact
 _NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", NoneType: "null", dict: "an object"}
 
 
 class SchemaError(LayerSkipError):
-    """A value is not what its annotation says."""
+    """A value does not fit its annotation."""
 
 
 def build(kind: Any, value: Any, where: str) -> Any:
-    """The value as `kind`: objects become dataclasses, lists tuples, whole numbers floats where floats are asked for.
+    """The value as `kind`: objects become dataclasses, lists become tuples, and whole numbers floats where `kind` is float.
 
-    Of a TypedDict only the fields that are there are looked at. Raises SchemaError.
+    Fields that a TypedDict lacks are not an error. Raises SchemaError.
     """
     origin = get_origin(kind)
     if kind is Any:
         return value
     if origin in (Union, UnionType):
-        return _one_of(get_args(kind), value, where)
+        return _union(get_args(kind), value, where)
     if origin is Literal:
         return _literal(get_args(kind), value, where)
     if origin is tuple:
         item, _ = get_args(kind)
-        return tuple(build(item, one, f"{where}[{place}]") for place, one in enumerate(_list(value, where)))
+        return tuple(build(item, entry, f"{where}[{place}]") for place, entry in enumerate(_list(value, where)))
     if origin in (list, dict):
         return _collection(kind, value, where)
     if is_dataclass(kind):
         return _dataclass(kind, value, where)
     if is_typeddict(kind):
         hints = get_type_hints(kind)
-        return {name: build(hints.get(name, Any), one, _path(where, name)) for name, one in _object(value, where).items()}
+        return {name: build(hints.get(name, Any), entry, _path(where, name)) for name, entry in _object(value, where).items()}
     if isinstance(kind, type) and issubclass(kind, tuple):  # a NamedTuple
         return _named_tuple(kind, value, where)
     return _plain(kind, value, where)
 
 
 def require_fields(kind: Any, value: Any, where: str) -> None:
-    """Holds an object against a dataclass without making one: names it has no field for may be there, and others missing."""
+    """Checks an object against a dataclass without building one. Unknown names are allowed, and fields may be missing."""
     hints = get_type_hints(kind)
-    for name, one in _object(value, where).items():
+    for name, entry in _object(value, where).items():
         hint = hints.get(name, Any)
         if is_dataclass(hint):
-            require_fields(hint, one, _path(where, name))
+            require_fields(hint, entry, _path(where, name))
         else:
-            build(hint, one, _path(where, name))
+            build(hint, entry, _path(where, name))
 
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
-    found, hints = _object(value, where), get_type_hints(kind)
-    for name in found:
+    entries, hints = _object(value, where), get_type_hints(kind)
+    for name in entries:
         if name not in hints:
-            raise SchemaError(f"{where}: {name!r:.60} is no field of it")
-    made = {}
-    for one in fields(kind):
-        if one.name in found:
-            made[one.name] = build(hints[one.name], found[one.name], _path(where, one.name))
-        elif one.default is MISSING and one.default_factory is MISSING:
-            raise SchemaError(f"{_path(where, one.name)} is missing")
-    return kind(**made)
+            raise SchemaError(f"{where}: {name!r:.60} is not one of its fields")
+    arguments = {}
+    for field in fields(kind):
+        if field.name in entries:
+            arguments[field.name] = build(hints[field.name], entries[field.name], _path(where, field.name))
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise SchemaError(f"{_path(where, field.name)} is missing")
+    return kind(**arguments)
 
 
 def _named_tuple(kind: Any, value: Any, where: str) -> Any:
     hints = get_type_hints(kind)
-    found = _list(value, where)
-    if len(found) != len(hints):
-        raise SchemaError(f"{where}: needed {len(hints)} values, found {len(found)}")
-    pairs = zip(hints.values(), found, strict=True)
-    return kind(*(build(hint, one, f"{where}[{place}]") for place, (hint, one) in enumerate(pairs)))
+    entries = _list(value, where)
+    if len(entries) != len(hints):
+        raise SchemaError(f"{where}: needed {len(hints)} values, found {len(entries)}")
+    pairs = zip(hints.values(), entries, strict=True)
+    return kind(*(build(hint, entry, f"{where}[{place}]") for place, (hint, entry) in enumerate(pairs)))
 
 
 def _collection(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is list:
         (item,) = get_args(kind)
-        return [build(item, one, f"{where}[{place}]") for place, one in enumerate(_list(value, where))]
+        return [build(item, entry, f"{where}[{place}]") for place, entry in enumerate(_list(value, where))]
     _, item = get_args(kind)
-    return {name: build(item, one, _path(where, name)) for name, one in _object(value, where).items()}
+    return {name: build(item, entry, _path(where, name)) for name, entry in _object(value, where).items()}
 
 
-def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The first kind that fits; what the last said of it otherwise, null left out."""
+def _union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The value as the first kind that fits. Otherwise raises the error of the last kind that is not null."""
     last: SchemaError | None = None
     for kind in kinds:
         if kind is NoneType and value is None:
@@ -114,7 +114,7 @@ def _plain(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise _wrong(kind, value, where)
     if (kind is int and abs(value) > _LARGEST) or (kind is float and not math.isfinite(value)):
-        raise SchemaError(f"{where}: needed a number within the range of numbers, found {_shown(value)}")
+        raise SchemaError(f"{where}: needed a number in range, found {_shown(value)}")
     return value
 
 

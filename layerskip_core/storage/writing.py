@@ -1,7 +1,7 @@
-"""Writes files so that each is whole or as it was: aside in the same folder, to disk, then one rename over a regular file.
+"""Atomic writes: content goes to a temporary name in the same folder, then to disk, then one rename puts it in place.
 
-Only regular files are ever renamed over. A symbolic link stays, and the file that it names is replaced; a device or a FIFO is
-written to; anything else (a folder, a socket, a block device) is refused.
+A rename replaces regular files only. A symbolic link stays, and the file that it points to is replaced; a device or a FIFO is
+written to directly; anything else (a folder, a socket, a block device) is refused.
 """
 
 import errno
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from ..errors import LayerSkipError
 
-_STAGING = ".layerskip-staging-"  # a folder that is being written; only who holds the lock of the folder around it makes one
-_ASIDE = ".layerskip-writing-"  # a file that is being written, by the machine and the process that follow
-_DEAD = 3600.0  # seconds: what is in memory is written in less, so an older file aside is what a killed process left
+_STAGING = ".layerskip-staging-"  # a folder being written; only the holder of the parent folder's lock makes one
+_TEMPORARY = ".layerskip-writing-"  # a file being written; the machine and the process follow in its name
+_ABANDONED = 3600.0  # seconds; writing content from memory takes less, so an older temporary file is a killed process's
 
 
 def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
-    """Replaces a file's content, or writes to a device or FIFO. Raises `error` when it cannot; a file is then as it was."""
+    """Replaces a file's content, or writes to a device or FIFO. Raises `error` if it fails; a file is then unchanged."""
     require_writable(path, error)
     try:
         stream = _open_stream(path)
@@ -34,15 +34,12 @@ def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
         else:
             _replace(Path(os.path.realpath(path)), content)
     except OSError as reason:
-        told = "no process reads this FIFO" if reason.errno == errno.ENXIO else reason.strerror
-        raise error(f"cannot write {path}: {told}") from reason
+        cause = "no process reads this FIFO" if reason.errno == errno.ENXIO else reason.strerror
+        raise error(f"cannot write {path}: {cause}") from reason
 
 
 def require_writable(path: Path, error: type[LayerSkipError], regular: bool = False) -> None:
-    """Raises `error` for what must not be written over: a folder, a socket, a block device.
-
-    With `regular` also for a symbolic link, a device and a FIFO.
-    """
+    """Raises `error` for a folder, a socket or a block device; with `regular` also for a symbolic link, a device and a FIFO."""
     try:
         mode = (path.lstat() if regular else path.stat()).st_mode
     except FileNotFoundError:
@@ -54,7 +51,7 @@ def require_writable(path: Path, error: type[LayerSkipError], regular: bool = Fa
 
 
 def kind_of(mode: int) -> str:
-    """What a mode of `stat` is, as a word with its article."""
+    """The kind of file of a `stat` mode, as a word with its article."""
     kinds = {
         stat.S_IFREG: "a file",
         stat.S_IFDIR: "a folder",
@@ -68,49 +65,57 @@ def kind_of(mode: int) -> str:
 
 
 def new_staging(folder: Path) -> Path:
-    """A new folder of its own in `folder`, for what becomes part of it when it is whole. Needs the lock of `folder`."""
+    """A new, empty folder inside `folder`, whose content is renamed into place when complete. Needs the lock of `folder`."""
     staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
     staging.mkdir(parents=True)
     return staging
 
 
 def run_staging(folder: Path) -> Path:
-    """As `new_staging`, but by a name that all processes of a distributed run know; the folder is not made."""
+    """The staging folder of a training run, under a name that all its processes know. The folder is not created."""
     return folder / f"{_STAGING}run"
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what processes left here that were killed while they wrote. Needs the lock of `folder`."""
+    """Removes the temporary files and folders of processes that were killed while writing. Needs the lock of `folder`."""
     for staging in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(staging, ignore_errors=True)
-    for aside in folder.glob(f"{_ASIDE}*"):
+    for temporary in folder.glob(f"{_TEMPORARY}*"):
         with suppress(OSError):
-            if _is_left(aside):
-                aside.unlink()
+            if _is_abandoned(temporary):
+                temporary.unlink()
+
+
+def publish_folder(written: Path, target: Path) -> None:
+    """Renames a staging folder after everything in it is on disk, so that `target` is never seen incomplete."""
+    for path in (*written.rglob("*"), written):
+        synchronise(path)
+    os.rename(written, target)
+    synchronise(target.parent)
 
 
 def discard_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it: out of sight by one rename first, so that half of it is never seen."""
+    """Removes a folder and its content. It is renamed out of sight first, so that it is never seen incomplete."""
     hidden = folder.parent / f"{_STAGING}{secrets.token_hex(4)}"
     os.rename(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def synchronise(path: Path) -> None:
-    """Has the system write a file or a folder's entries to disk: a rename may otherwise outlive its content in a power cut."""
+    """Flushes a file, or a folder's entries, to disk; in a power cut a rename could otherwise survive without the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as reason:
-        if reason.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing for folders
+        if reason.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
             raise
     finally:
         os.close(descriptor)
 
 
-def _is_left(aside: Path) -> bool:
-    """Whether a file aside is what a killed process left: one of this machine that no longer runs, or a long time ago."""
-    machine, _, rest = aside.name.removeprefix(_ASIDE).partition("-")
+def _is_abandoned(temporary: Path) -> bool:
+    """Whether the process that wrote a temporary file is gone: on this machine it no longer runs; elsewhere the file is old."""
+    machine, _, rest = temporary.name.removeprefix(_TEMPORARY).partition("-")
     if machine == _machine():
         with suppress(ValueError, OverflowError):
             try:
@@ -120,7 +125,7 @@ def _is_left(aside: Path) -> bool:
             except PermissionError:  # another user's
                 return False
             return False
-    return time.time() - aside.lstat().st_mtime > _DEAD
+    return time.time() - temporary.lstat().st_mtime > _ABANDONED
 
 
 def _machine() -> str:
@@ -128,8 +133,8 @@ def _machine() -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    aside = path.parent / f"{_ASIDE}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    temporary = path.parent / f"{_TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             with suppress(FileNotFoundError):
@@ -137,38 +142,40 @@ def _replace(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     synchronise(path.parent)
 
 
 def _open_stream(path: Path) -> int | None:
-    """A descriptor to write to where a path is a device, a FIFO or this process's own output; None for any other file."""
+    """A descriptor to write to if a path is a device, a FIFO or this process's own output; None for any other file."""
     try:
-        there = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
-    own = _own_output(path, there)
+    own = _own_output(path, status)
     if own is not None:
         if sys.stdout is not None:
-            sys.stdout.flush()  # what was printed before stands before
+            sys.stdout.flush()  # keeps what was printed earlier in front
         return os.dup(own)
-    if not _is_stream(there.st_mode):
+    if not _is_stream(status.st_mode):
         return None
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)  # a FIFO without a reader is an error, not a wait
+    descriptor = os.open(
+        path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK
+    )  # without a reader a FIFO fails instead of waiting
     os.set_blocking(descriptor, True)
     return descriptor
 
 
-def _own_output(path: Path, there: os.stat_result) -> int | None:
-    """1 or 2 for /dev/stdout, /proc/self/fd/2 and the like, which may be regular files that a shell redirects to."""
+def _own_output(path: Path, status: os.stat_result) -> int | None:
+    """1 or 2 for /dev/stdout, /proc/self/fd/2 and similar paths, which may be regular files that the shell redirects to."""
     if not os.path.abspath(path).startswith(("/dev/", "/proc/")):
         return None
     for descriptor in (1, 2):
         with suppress(OSError):
-            if os.path.samestat(there, os.fstat(descriptor)):
+            if os.path.samestat(status, os.fstat(descriptor)):
                 return descriptor
     return None
 

@@ -8,8 +8,7 @@ import torch
 
 from ..checkpoint.adapters import adapters_of
 from ..config.training import FinetuneConfig
-from ..errors import ConfigError
-from ..storage.reading import first_line
+from ..errors import ConfigError, first_line
 
 
 def with_lora(model: Any, config: FinetuneConfig) -> Any:

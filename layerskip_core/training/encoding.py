@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..config.data import DataConfig
-from ..data.examples import Conversation, Example, Row, stream_rows
-from ..errors import DataError, LayerSkipError
+from ..data.conversations import Conversation
+from ..data.examples import Example, Row, stream_rows
+from ..errors import DataError, LayerSkipError, first_line
 from ..losses import IGNORED
 from ..prompting.chat import has_chat_template, render_chat
 from ..prompting.encoding import encode_prompt, encoded
 from ..prompting.special_text import special_text
 from ..prompting.template import RAW, PromptTemplate
-from ..storage.reading import first_line
 from .packing import packed
 
 _SHUFFLED = 10_000  # rows of a stream that wait together, so that neighbours in the file part

@@ -19,8 +19,8 @@ from .adapters import require_base_kept
 from .checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
 from .plan import make_plan, sealed_settings
 from .presets import sequence_length
-from .rows import encode_training, encode_validation, make_encoder, training_rows
 from .run import FinetuneJob
+from .run_data import encode_training, encode_validation, make_encoder, training_rows
 from .tokenizer import train_tokenizer
 
 

@@ -15,9 +15,8 @@ from ..checkpoint.loaded import Trainable
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.save import output_lock, save_checkpoint
 from ..config.training import FinetuneConfig
-from ..errors import CheckpointError, LayerSkipError, TrainingInterrupted
+from ..errors import CheckpointError, LayerSkipError, TrainingInterrupted, first_line
 from ..model.draft_vocabulary import ORDER_FILE
-from ..storage.reading import first_line
 from ..storage.writing import run_staging
 from .adapters import with_lora
 from .attention import use_fp32_attention

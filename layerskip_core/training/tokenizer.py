@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..data.examples import Conversation, Row
+from ..data.conversations import Conversation
+from ..data.examples import Row
 from .encoding import EncodedData
 
 _COUNTED = 50_000  # rows, evenly spread; of a stream the first

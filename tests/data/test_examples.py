@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset
 
 from layerskip_core.config.data import DataConfig
-from layerskip_core.data.examples import Conversation, is_parsing, load_examples, load_rows, stream_rows
+from layerskip_core.data.conversations import Conversation
+from layerskip_core.data.examples import is_parsing, load_examples, load_rows, stream_rows
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError
 from layerskip_core.storage import reading as input_files
@@ -115,7 +116,7 @@ def corrupted(content):
 
 BAD = {
     "malformed JSON": ("a.jsonl", lines(FULL) + '\n{"prompt": "p",\n', r"a\.jsonl:3: not valid JSON"),
-    "not an object": ("a.jsonl", lines(FULL, ["p", "c"]), r"a\.jsonl:2: needed a JSON object a line, found list"),
+    "not an object": ("a.jsonl", lines(FULL, ["p", "c"]), r"a\.jsonl:2: needed a JSON object, found list"),
     "no completion": (
         "a.jsonl",
         lines(FULL, {"prompt": "p"}),
@@ -147,7 +148,7 @@ BAD = {
     "too many fields": ("a.csv", "prompt,completion\np,c\np,c,d\n", r"a\.csv:3: needed 2 fields, found 3"),
     "no such CSV column": ("a.csv", "prompt,target\np,c\n", r"a\.csv:2: no column 'completion' .* found prompt, target"),
     "an empty CSV field": ("a.csv", "prompt,completion\np,c\np,\n", r"a\.csv:3: the completion must be a text"),
-    "a quote left open": ("a.csv", 'prompt,completion\np,c\np,"c\nq,d\n', r"a\.csv:3: a quoted field that does not end"),
+    "a quote left open": ("a.csv", 'prompt,completion\np,c\np,"c\nq,d\n', r"a\.csv:3: a quoted field is not closed"),
     "CSV in UTF-16": ("a.csv", "prompt,completion\np,c\n".encode("utf-16"), r"a\.csv:1: not UTF-8 text"),
     "empty CSV": ("a.csv", "", r"a\.csv holds no rows"),
     "only a header": ("a.csv", "prompt,completion\n", r"a\.csv holds no rows"),
@@ -166,13 +167,13 @@ BAD = {
         r"a\.jsonl:1: the prompt must be a text, found \['x{70,80}\.\.\.$",
     ),
     "a name of two lines": ("a.jsonl", lines({"a\nb": 1}), r"a\.jsonl:1: no column 'completion' .* found 'a\\nb'$"),
-    "an array in lines": ("a.jsonl", "[1]", r"a\.jsonl:1: needed a JSON object a line, found list"),
-    "an array of other things": ("a.json", '[{"completion": "c"}, 5]', r"a\.json: row 2: needed a JSON object .* found int"),
+    "an array in lines": ("a.jsonl", "[1]", r"a\.jsonl:1: needed a JSON object, found list"),
+    "an array of other things": ("a.json", '[{"completion": "c"}, 5]', r"a\.json: row 2: needed a JSON object, found int"),
     "an array that does not end": ("a.json", '[{"completion": "c"},', r"a\.json: not valid JSON"),
     "columns of one name": (
         "a.csv",
         "prompt,completion,prompt\np,c,q\n",
-        r"a\.csv:1: needed columns of different names.*prompt",
+        r"a\.csv:1: needed distinct column names.*prompt",
     ),
     "a NUL": ("a.csv", "prompt,completion\np,c\0\n", r"a\.csv:2: not UTF-8 text: a NUL at character 4"),
     "CR alone": ("a.csv", "prompt,completion\rp,c\r", r"a\.csv:1: a line must end in LF or CR LF, found CR alone"),
@@ -355,8 +356,8 @@ def test_what_is_parsing(tmp_path):
 CHAT_ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 MALFORMED = {
     "no list": ({"messages": "hi"}, r"a\.jsonl:2: messages must be a list of objects .* found 'hi'"),
-    "no role": ({"messages": [{"content": "hi"}]}, r"a\.jsonl:2: a message must have a text as role .* found None and 'hi'"),
-    "no text": ({"messages": [{"role": "user", "content": 5}]}, r"a\.jsonl:2: a message must .* found 'user' and 5"),
+    "no role": ({"messages": [{"content": "hi"}]}, r"a\.jsonl:2: role and content of a message must be texts, found None and 'hi'"),
+    "no text": ({"messages": [{"role": "user", "content": 5}]}, r"a\.jsonl:2: role and content of a message must be texts, found 'user' and 5"),
     "no answer": (
         {"messages": [{"role": "user", "content": "hi"}]},
         r"a\.jsonl:2: needed a message .*, found user",

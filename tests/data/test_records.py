@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.config.data import DataConfig
-from layerskip_core.data.examples import Conversation, Example, load_rows, stream_rows
+from layerskip_core.data.conversations import Conversation
+from layerskip_core.data.examples import Example, load_rows, stream_rows
 from layerskip_core.data.records import FILE_ENDINGS, file_records
 from layerskip_core.errors import DataError
 

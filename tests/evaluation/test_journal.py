@@ -102,7 +102,7 @@ def stats(**fields):
         (b'{"repeat": true, "sample": 0, "outputs": []}', "repeat: needed a whole number, found True"),
         (damaged(lambda document: document["outputs"].append(1)), r"outputs\[1\]: needed an object, found 1"),
         (damaged(lambda document: document["outputs"].clear()), "outputs: needed 1, found 0"),
-        (damaged(lambda document: document.update(more=1)), "'more' is no field of it"),
+        (damaged(lambda document: document.update(more=1)), "'more' is not one of its fields"),
         (output(ids=[3, 10]), r"outputs\[0\].ids: needed tokens in 0..9, found 10"),
         (output(ids=[3, "4"]), r"outputs\[0\].ids\[1\]: needed a whole number, found '4'"),
         (output(finish_reason="tired"), r"outputs\[0\].finish_reason: needed one of .*, found 'tired'"),
@@ -111,7 +111,7 @@ def stats(**fields):
         (output(steps=[[1, 0.5]]), r"outputs\[0\].steps: needed 2 tokens in all"),
         (stats(rounds=-1), r"outputs\[0\].stats.rounds: needed at least 0, found -1"),
         (stats(tested_by_position=[0]), r"outputs\[0\].stats.tested_by_position: needed at least 1"),
-        (stats(drafted=2**60), r"outputs\[0\].stats.drafted: needed a number within the range"),
+        (stats(drafted=2**60), r"outputs\[0\].stats.drafted: needed a number in range"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, message):

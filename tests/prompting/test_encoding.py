@@ -11,7 +11,7 @@ from layerskip_core.checkpoint.fast_read import lean_tokenizer
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.evaluation import TaskConfig
-from layerskip_core.data.examples import Conversation
+from layerskip_core.data.conversations import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.evaluation.tasks.load import load_task
 from layerskip_core.prompting import encoding

@@ -30,7 +30,7 @@ def test_the_deepest_allowed_is_read():
         (b"\xff", "here: not valid JSON: 'utf-8' codec"),
         ("NaN", "here: not valid JSON: NaN is not a JSON number"),
         ("-Infinity", "here: not valid JSON: -Infinity is not a JSON number"),
-        ("[-1e999]", "here: not valid JSON: -1e999 is beyond all numbers"),
+        ("[-1e999]", "here: not valid JSON: -1e999 is too large for a number"),
         ("1" * 5000, "here: not valid JSON: Exceeds the limit"),
         ('{"a": "\\ud800"}', "here: not valid Unicode"),
         ('{"\\ud800": 1}', "here: not valid Unicode"),

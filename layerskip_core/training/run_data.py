@@ -7,7 +7,8 @@ from pathlib import Path
 from ..checkpoint.loaded import Trainable
 from ..config.data import DataConfig
 from ..config.training import FinetuneConfig
-from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
+from ..data.conversations import Conversation
+from ..data.examples import PARSING_TEMPLATE, Example, Row, is_parsing, load_rows, stream_rows
 from ..errors import ConfigError
 from ..prompting.chat import require_chat_template
 from ..prompting.template import CHAT, RAW, resolve_template
