@@ -18,7 +18,7 @@ class ConfigError(LayerSkipError):
 
 
 class CheckpointError(LayerSkipError):
-    """A model cannot be found, read, split by depth, or written."""
+    """A model cannot be found, read, run layer by layer, or written."""
 
 
 class LockedError(LayerSkipError):

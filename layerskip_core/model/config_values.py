@@ -1,4 +1,4 @@
-"""The values of a config.json that something here depends on: the type and range of each, checked before anything is built."""
+"""Types and ranges of the values of config.json that this package reads. They are checked before anything is built."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 from ..errors import CheckpointError
 
 MOST_LAYERS = 1024
-MOST_WIDTH = 1 << 20  # of hidden states, of all heads together and of the MLP: the kernels count in 32 bits
+MOST_WIDTH = 1 << 20  # of hidden states, all heads together and the MLP: the kernels count in 32 bits
 MOST_TOKENS = 1 << 24  # of a vocabulary
 MOST_POSITIONS = 1 << 27  # of a context
 LARGEST_HEAD = 1024
 LAYER_KINDS = ("full_attention", "sliding_attention")
-FLOATS = ("float64", "float32", "float16", "bfloat16")  # precisions that weights may be stored in
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # precisions of stored weights
 
 
 class Needed(NamedTuple):
-    """What a value must be: in words, and as a test."""
+    """A requirement on a value, in words and as a predicate."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -30,7 +30,7 @@ def _is_id(value: Any) -> bool:
 
 
 def tokens_of(value: Any) -> list[Any]:
-    """The entries of what may be one token id, several or none."""
+    """A list of token ids, for a value that may be a single id, a list or None."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -39,7 +39,7 @@ def whole(least: int, most: int) -> Needed:
 
 
 def _number(least: float, most: float) -> Needed:
-    """Not NaN, which no comparison holds for. The limits keep what is computed from it finite in fp32."""
+    """Comparisons exclude NaN; the limits keep what is computed from the value finite in fp32."""
     return Needed(
         f"a number in {least:g}..{most:g}",
         lambda value: (_is_whole(value) or isinstance(value, float)) and least <= value <= most,
@@ -63,10 +63,10 @@ def _one_of(choices: tuple[str, ...]) -> Needed:
 
 _TRUTH = Needed("true or false", lambda value: isinstance(value, bool))
 _POSITIVE = _number(1e-6, 1e6)
-_SHARE = _number(1e-3, 1)  # of a head that rotates
+_SHARE = _number(1e-3, 1)  # part of a head that rotates
 _THETA = _number(1, 1e15)
 _HEAD = Needed(
-    f"an even number in 2..{LARGEST_HEAD}",  # rotary positions turn pairs
+    f"an even number in 2..{LARGEST_HEAD}",  # rotary positions rotate pairs
     lambda value: _is_whole(value) and 2 <= value <= LARGEST_HEAD and value % 2 == 0,
 )
 _NAME = Needed("a text", lambda value: isinstance(value, str))
@@ -74,7 +74,7 @@ _OBJECT = Needed("an object", lambda value: isinstance(value, Mapping))
 _PRECISION = Needed(f"one of auto, {', '.join(FLOATS)}", lambda value: str(value).removeprefix("torch.") in ("auto", *FLOATS))
 _EOS = Needed("a token id, a list of them, or null", lambda value: all(map(_is_id, tokens_of(value))))
 
-# By name. A value that is not there has the default of its architecture.
+# By name. A missing value has the default of its architecture.
 _VALUES: dict[str, Needed] = {
     "num_hidden_layers": whole(1, MOST_LAYERS),
     "hidden_size": whole(1, MOST_WIDTH),
@@ -104,7 +104,7 @@ _VALUES: dict[str, Needed] = {
     "mlp_bias": _or_none(_TRUTH),
     "use_bias": _or_none(_TRUTH),
     "embedding_dropout": _or_none(_number(0, 1)),
-    "use_bidirectional_attention": Needed("false: a model that generates looks back alone", lambda value: not value),
+    "use_bidirectional_attention": Needed("false, because generation is causal", lambda value: not value),
     "hidden_act": _or_none(_NAME),
     "hidden_activation": _or_none(_NAME),
     "query_pre_attn_scalar": _POSITIVE,
@@ -138,7 +138,7 @@ _ROPE_VALUES: dict[str, Needed] = {
     "short_factor": _or_none(_each(_POSITIVE, LARGEST_HEAD)),
     "long_factor": _or_none(_each(_POSITIVE, LARGEST_HEAD)),
 }
-_ROPE_NEEDS = {  # by type: what there must be beside the base
+_ROPE_NEEDS = {  # by type: values required besides the base
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor",),
@@ -148,9 +148,9 @@ _ROPE_NEEDS = {  # by type: what there must be beside the base
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for a value of a configuration that is not of its type or outside its range.
+    """Raises CheckpointError for a value of the wrong type or out of range.
 
-    Values that are not there are not missed, so that this is also for the config.json of a model that transformers completes.
+    Missing values are accepted, because transformers completes the config.json of older models.
     """
     _check(values, _VALUES, "")
     for name in ("rope_parameters", "rope_scaling"):
@@ -159,12 +159,12 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def check_named(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """As `check_values`, for values under names of their own; `names` says what they are here."""
-    _check(values, {theirs: _VALUES[ours] for theirs, ours in names.items()}, "")
+    """As `check_values`, for a format with other names: `names` maps them to those of config.json."""
+    _check(values, {name: _VALUES[known] for name, known in names.items()}, "")
 
 
 def check_token_ids(values: Mapping[str, Any], vocab_size: int | None) -> None:
-    """Raises CheckpointError for a special token that is no token id, or beyond the vocabulary where that is known."""
+    """Raises CheckpointError for a special token that is not a token id, or not in the vocabulary if its size is given."""
     _check(values, {name: _VALUES[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id")}, "")
     for name in ("eos_token_id", "pad_token_id"):
         for token in tokens_of(values.get(name)):
@@ -189,21 +189,21 @@ def _check_rope(parameters: Mapping[str, Any], where: str) -> None:
 
 
 def rope_types(values: Mapping[str, Any]) -> set[Any]:
-    """The types of rope that a checked configuration names."""
+    """All rope types of a checked configuration."""
     named = [rope for name in ("rope_parameters", "rope_scaling") for _, rope in _ropes(values.get(name) or {})]
     return {rope.get("rope_type", rope.get("type")) for rope in named}
 
 
 def _ropes(parameters: Mapping[str, Any]) -> list[tuple[str | None, Mapping[str, Any]]]:
-    """Rope parameters by kind of layer (Gemma 3 has two), or those of all layers."""
+    """Rope parameters by kind of layer (as in Gemma 3), or a single set for all layers."""
     by_kind = [(kind, parameters[kind]) for kind in LAYER_KINDS if kind in parameters]
-    for kind, mine in by_kind:
-        if not isinstance(mine, Mapping):
-            raise CheckpointError(f"rope_parameters.{kind} must be an object, got {shortened(mine)}")
+    for kind, of_kind in by_kind:
+        if not isinstance(of_kind, Mapping):
+            raise CheckpointError(f"rope_parameters.{kind} must be an object, got {shortened(of_kind)}")
     return [*by_kind] if by_kind else [(None, parameters)]
 
 
 def shortened(value: Any) -> str:
-    """A value as it is shown in an error."""
+    """A value as errors show it."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

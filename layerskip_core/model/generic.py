@@ -51,7 +51,7 @@ class GenericBackend:
     exact = False
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises CheckpointError for an architecture that cannot be split by depth, or whose configuration is impossible."""
+        """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible."""
         self.spec = ModelSpec.of(model.config)
         self.model = model
         transformers_model: Any = model

@@ -9,7 +9,7 @@ from math import prod, sqrt
 from typing import Any, Literal, NamedTuple
 
 from ..errors import CheckpointError
-from .config_values import LAYER_KINDS, MOST_WIDTH, check_values, rope_types
+from .config_values import LAYER_KINDS, MOST_WIDTH, check_values, rope_types, shortened
 
 Shapes = Mapping[str, tuple[int, ...]]
 FULL, SLIDING = LAYER_KINDS
@@ -152,9 +152,9 @@ def is_complete(config: Mapping[str, Any]) -> bool:
 
 
 def architecture_of(model_type: Any) -> Architecture:
-    """Raises CheckpointError, naming the model type, unless its decoder can be run in spans."""
+    """Raises CheckpointError for a model type that is not supported."""
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise CheckpointError(f"model type {model_type!r} cannot be split by depth; supported: {', '.join(SUPPORTED)}")
+        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {shortened(model_type)}")
     return ARCHITECTURES[model_type]
 
 
@@ -223,6 +223,7 @@ class ModelSpec:
         rotates = _rotates(config, layers) if architecture.skips_rope else (True,) * layers
         kinds, window = _windows(config, architecture, rotates)
         ropes = _ropes(config, kinds)
+        _check_longropes(ropes, head_dim)
         rope_indices = {rope.kind: index for index, rope in enumerate(ropes)}
         multipliers = architecture.multipliers
         scale = head_dim**-0.5
@@ -373,6 +374,15 @@ def _ropes(config: Any, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
     if not any(kind in parameters for kind in LAYER_KINDS):
         return (RopeSpec(parameters, None),)
     return tuple(RopeSpec(parameters.get(kind) or {}, kind) for kind in dict.fromkeys(kinds))
+
+
+def _check_longropes(ropes: tuple[RopeSpec, ...], head_dim: int) -> None:
+    for rope in ropes:
+        pairs = int(head_dim * rope.share) // 2
+        for name in ("short_factor", "long_factor"):
+            factors = rope.parameters.get(name)
+            if rope.type == "longrope" and factors is not None:
+                _require(len(factors) == pairs, f"rope_parameters.{name}", f"a list of {pairs} entries", len(factors))
 
 
 def _rotary(head_dim: int, ropes: tuple[RopeSpec, ...]) -> int:

@@ -42,11 +42,6 @@ class Weights:
         check_finite(full, weight)
         return weight
 
-    def together(self, parts: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Weights of several projections, and their biases, which either all or none have."""
-        biases = [bias for part in parts if (bias := self.get(f"{part}.bias")) is not None]
-        return [self.of(f"{part}.weight") for part in parts], biases or None
-
 
 def check_model(model: nn.Module, spec: ModelSpec) -> None:
     """Raises CheckpointError if a weight of a transformers model is missing, has another shape or is not finite."""

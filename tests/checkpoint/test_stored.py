@@ -76,7 +76,7 @@ CONFIGS = [
     ({"eos_token_id": [2, True]}, "eos_token_id must be a token id, a list of them, or null, got [2, True]"),
     ({"eos_token_id": 300}, "eos_token_id must be below vocab_size, got 300 (vocab_size is 300)"),
     ({"dtype": "int8"}, "dtype must be one of auto, float64, float32, float16, bfloat16, or null, got 'int8'"),
-    ({"model_type": "gpt2"}, f"model type 'gpt2' cannot be split by depth; supported: {', '.join(SUPPORTED)}"),
+    ({"model_type": "gpt2"}, f"model_type must be one of {', '.join(SUPPORTED)}, got 'gpt2'"),
 ]  # fmt: skip
 
 

@@ -131,8 +131,8 @@ def test_scales_and_caps_are_those_of_the_architecture():
 
 WHOLE = "must be a whole number in"
 BAD = [
-    ({"model_type": "gpt2"}, "model type 'gpt2' cannot be split by depth; supported: llama, "),
-    ({"model_type": ["llama"]}, "cannot be split by depth"),
+    ({"model_type": "gpt2"}, "model_type must be one of llama, .*, starcoder2, got 'gpt2'"),
+    ({"model_type": ["llama"]}, r"model_type must be one of .*, got \['llama'\]"),
     ({"num_hidden_layers": 0}, rf"num_hidden_layers {WHOLE} 1..1024, got 0"),
     ({"num_hidden_layers": 10**7}, rf"num_hidden_layers {WHOLE} 1..1024, got 10000000"),
     ({"num_hidden_layers": True}, rf"num_hidden_layers {WHOLE} 1..1024, got True"),
@@ -182,6 +182,10 @@ BAD = [
     (
         {"model_type": "phi3", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}},
         r"head_dim \* partial_rotary_factor must be an even number above 0, got 3",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [1.0] * 4}},
+        r"rope_parameters\.short_factor must be a list of 4 entries, got 3",
     ),
     ({"norm_epsilon": 0}, r"norm_epsilon must be a number in 1e-30\.\.1, got 0"),
     ({"use_bias": "no"}, "use_bias must be true or false, or null, got 'no'"),

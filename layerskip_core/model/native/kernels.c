@@ -300,7 +300,8 @@ static void multiply(const Shape *s, const Matrix *m, const char *x, int rows, f
     size_t stride = form_bytes(m);
     int step = what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step;
     int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, tiles = (rows + most - 1) / most;
-    float part[2][TILE][PANEL];
+    float part[2][TILE][PANEL], scale = s->residual_scale;
+    int activation = s->activation;
     for (int p = share(count, thread, threads); p < share(count, thread + 1, threads); p++)
         for (int t = 0; t < tiles; t++) {
             int row = share(rows, t, tiles), tile = share(rows, t + 1, tiles) - row;
@@ -310,10 +311,10 @@ static void multiply(const Shape *s, const Matrix *m, const char *x, int rows, f
                 float *product = part[0][r], *to = out + (size_t)(row + r) * (size_t)width + (size_t)p * PANEL;
                 if (what == ACTIVATE)
                     for (int i = 0; i < PANEL; i += 16) {
-                        vf active = activated(f_load(product + i), s->activation);
+                        vf active = activated(f_load(product + i), activation);
                         f_store(product + i, step == 2 ? f_mul(active, f_load(part[1][r] + i)) : active);
                     }
-                if (what == ADD) for (int i = 0; i < live; i++) to[i] += s->residual_scale * product[i];
+                if (what == ADD) for (int i = 0; i < live; i++) to[i] += scale * product[i];
                 else memcpy(to, product, 4 * (size_t)live);
             }
         }
@@ -400,7 +401,7 @@ static void norm_projections(const Shape *s, const Layer *l, const Call *call, i
 
 /* Norm, rotation and scale of this thread's queries and keys; keys and values to the cache. */
 static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
-    int size = s->head_dim, half = s->rotary / 2, slots = s->heads + 2 * s->kv_heads;
+    int size = s->head_dim, half = s->rotary / 2, slots = s->heads + 2 * s->kv_heads, rotates = l->rope >= 0;
     int64_t tasks = (int64_t)call->rows * slots;
     for (int64_t task = share_of_many(tasks, thread, threads); task < share_of_many(tasks, thread + 1, threads); task++) {
         int row = (int)(task / slots), slot = (int)(task % slots), head = slot - s->heads;
@@ -413,8 +414,8 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int lay
             const float *cos = call->cos[l->rope > 0] + place * half, *sin = call->sin[l->rope > 0] + place * half;
             for (int i = 0; i < half; i++) {
                 float a = x[i] * scale, b = x[i + half] * scale;
-                x[i] = l->rope >= 0 ? a * cos[i] - b * sin[i] : a;
-                x[i + half] = l->rope >= 0 ? b * cos[i] + a * sin[i] : b;
+                x[i] = rotates ? a * cos[i] - b * sin[i] : a;
+                x[i + half] = rotates ? b * cos[i] + a * sin[i] : b;
             }
             for (int i = 2 * half; i < size; i++) x[i] *= scale;
         }
@@ -485,10 +486,11 @@ static void add_block(Work *work, const Matrix *m, const float *x, int width, co
     multiply(s, m, formed, rows, after->weight ? call->block : call->hidden, n, after->weight ? PUT : ADD, thread, threads);
     meet(&work->barrier, threads);
     if (!after->weight) return;
+    float scale = s->residual_scale;
     for (int r = share(rows, thread, threads); r < share(rows, thread + 1, threads); r++) {
         float *hidden = call->hidden + (size_t)r * (size_t)n;
         normed(call->block + (size_t)r * (size_t)n, after, n, s->eps, row);
-        for (int i = 0; i < n; i++) hidden[i] += s->residual_scale * row[i];
+        for (int i = 0; i < n; i++) hidden[i] += scale * row[i];
     }
     meet(&work->barrier, threads);
 }
@@ -549,6 +551,7 @@ static int largest_of(const float *x, int n) {
 static void embed(const Work *work, int64_t token, float *out) {
     const Shape *s = work->shape;
     int n = s->hidden;
+    float scale = s->embedding_scale;
     const char *row = (const char *)work->draft->embedding + (size_t)token * (size_t)n * (s->bf16_cache ? 2 : 4);
     for (int i = 0; i < n; i++) {
         if (s->bf16_cache) {
@@ -557,7 +560,7 @@ static void embed(const Work *work, int64_t token, float *out) {
         } else {
             out[i] = ((const float *)row)[i];
         }
-        out[i] *= s->embedding_scale;
+        out[i] *= scale;
     }
 }
 

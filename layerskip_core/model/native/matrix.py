@@ -1,4 +1,4 @@
-"""Weights as the kernels read them: in panels of 32 outputs, from front to end."""
+"""Weights as the kernels read them: in panels of 32 outputs, from front to back."""
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ _PANEL = 32  # outputs
 
 
 class NativeMatrix:
-    """One or several matrices (out, in) of the same shape, whose panels then alternate, and the C structure that says where."""
+    """One matrix (out, in), or several of the same shape with alternating panels, and the C structure with their addresses."""
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor] | None, quantization: Quantization | None) -> None:
-        """Low-bit weights need an `in` that the group size divides, bf16 ones an even one."""
+        """The group size must divide `in` for low-bit weights; for bf16 it must be even."""
         outputs, inputs = weights[0].shape
         kind = quantization or ("bf16" if weights[0].dtype == torch.bfloat16 else "fp32")
         packed = [_PACK[kind](F.pad(weight, (0, 0, 0, -outputs % _PANEL))) for weight in weights]
@@ -30,7 +30,7 @@ class NativeMatrix:
 
 
 def _alternating(parts: list[Tensor]) -> Tensor:
-    """Panels (P, ...) of each part in turn."""
+    """Panels (P, ...) of the parts, interleaved."""
     return torch.stack(parts, dim=1).flatten(0, 1).contiguous()
 
 
@@ -52,7 +52,7 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Two levels a byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and smallest, (P, groups, 2, 32)."""
+    """Two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and smallest, (P, groups, 2, 32)."""
     groups = weight.shape[1] // GROUP_SIZE
     levels, scale, low = int4_levels(weight)
     quads = levels.view(-1, _PANEL, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)  # (2, P, groups, 4, 32, 4)
