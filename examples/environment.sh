@@ -1,5 +1,5 @@
-# Sourced by the scripts: makes the virtual environment $LAYERSKIP_ENV (default .venv) and installs this project with extras "$1".
-# Needs Python 3.11 or newer as $PYTHON (default python3) and nothing else.
+# Sourced by other scripts. Makes the virtual environment $LAYERSKIP_ENV (default .venv) and installs this project with the
+# extras "$1". Needs only Python 3.11 or newer, as $PYTHON (default python3).
 PYTHON=${PYTHON:-python3}
 LAYERSKIP_ENV=${LAYERSKIP_ENV:-.venv}
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Sets up an environment, then the main job on the embedded default: convert, sweep, generate. No network after the installation.
+# Sets up an environment, then converts the embedded model, sweeps its exits and generates text. Needs no network after the
+# installation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. examples/environment.sh '' # no extras: sourced without it, it would take this script's arguments
+. examples/environment.sh '' # no extras; without an argument, the sourced file would see this script's
 model=${1:-layerskip-model}
 
-echo "1/3 finetune: the recipe on the embedded base model" >&2
+echo "1/3 finetune: train the embedded base model with the recipe" >&2
 layerskip finetune --pmax 0.1 --escale 0.3 --exit-weights uniform --rotation 4 --lr 1.5e-3 --output "$model" --overwrite
-echo "2/3 sweep-exits: where to exit, and how far to draft" >&2
+echo "2/3 sweep-exits: measure every exit and draft length, save the best" >&2
 layerskip sweep-exits --model "$model" --save
-echo "3/3 generate: with the setting that the sweep recommends" >&2
+echo "3/3 generate: decode with the saved setting" >&2
 printf 'remind me to call mom at 5' | layerskip generate --model "$model" --stats

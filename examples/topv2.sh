@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The paper's own task: TOPv2 (8 domains), from scratch without the recipe, then the recipe, and a control of equal steps.
-# Usage: bash examples/topv2.sh FOLDER [RUNS]    FOLDER holds DOMAIN_{train,eval,test}.tsv; EPOCHS, RECIPE_EPOCHS and ROWS change
-# the size. Two cores with AVX-512 BF16: 25 to 45 minutes an epoch of the base, the recipe and the control side by side in as many,
-# and 20 to measure. What is already there is kept: call it again after an interruption.
+# The paper's own task, TOPv2 (8 domains): trains a base model from scratch, then continues it with the recipe, and without the
+# recipe for as many steps as a control. Then measures both.
+# Usage: bash examples/topv2.sh FOLDER [RUNS]    FOLDER holds DOMAIN_{train,eval,test}.tsv.
+# EPOCHS, RECIPE_EPOCHS and ROWS in the environment change the size. On two cores with AVX-512 BF16, an epoch of the base takes
+# 25 to 45 minutes, recipe and control (side by side) take as long, and measuring takes 20 minutes.
+# Finished stages are kept: after an interruption, run it again.
 set -euo pipefail
 here=$(dirname "$0")
 data=$1 runs=${2:-topv2-runs} epochs=${EPOCHS:-2} recipe_epochs=${RECIPE_EPOCHS:-0.6} rows=${ROWS:-5000}
@@ -11,14 +13,14 @@ recipe=(--pmax 0.05 --escale 0.5 --exit-weights uniform --curriculum all --exits
 steps=(--data "$data" --batch-size 32 --threads 1 --save-steps 500)
 mkdir -p "$runs"
 
-train() { # NAME FLAGS...: one run, resumed where it was cut short
+train() { # NAME FLAGS...: one training run, resumed if it was interrupted
     [ -f "$runs/$1/config.json" ] && return
     local resume=
     ls "$runs/$1"/checkpoints/*/complete.json >/dev/null 2>&1 && resume=--resume
     layerskip finetune "${steps[@]}" --output "$runs/$1" $resume "${@:2}"
 }
 
-answer() { # MODEL SPLIT: its autoregressive answers to the split's rows
+answer() { # MODEL SPLIT: the model's autoregressive answers to the rows of the split
     [ -f "$runs/$1-$2.jsonl" ] && return
     layerskip generate --model "$runs/$1" --strategy autoregressive --jsonl --threads 1 <"$runs/$2.jsonl" >"$runs/$1-$2.part"
     mv "$runs/$1-$2.part" "$runs/$1-$2.jsonl"
@@ -27,7 +29,7 @@ answer() { # MODEL SPLIT: its autoregressive answers to the split's rows
 layerskip data --data "$data" --split validation --samples 1000 >"$runs/validation.jsonl"
 layerskip data --data "$data" --split test --samples "$rows" >"$runs/test.jsonl"
 
-# The base: the embedded shape, 24 layers and 160 wide, with a tokenizer of its own. An epoch a run.
+# The base model: the shape of `embedded` (24 layers, 160 wide), with a new tokenizer. One epoch per run.
 from=(--regime scratch --model embedded-base --vocab-size 1024)
 measured=()
 for epoch in $(seq "$epochs"); do
@@ -38,13 +40,13 @@ for epoch in $(seq "$epochs"); do
 done
 python "$here/parsing_tables.py" "$runs/validation.jsonl" "${measured[@]}"
 
-# The recipe and its control, side by side, a core each.
+# The recipe and its control, side by side on one core each.
 next=("${from[@]}" --lr 1.5e-3 --epochs "$recipe_epochs" --seed 9)
 train recipe "${next[@]}" "${recipe[@]}" &
 train control "${next[@]}" "${plain[@]}"
 wait $!
 
-# Answers come from batches; speed is measured prompt by prompt on 60 of the rows.
+# Answers are decoded in batches. Speed is measured one prompt at a time, on 60 rows.
 for name in recipe control; do
     answer "$name" test
     [ -f "$runs/$name-test/results.json" ] || layerskip sweep-exits --model "$runs/$name" --task topv2 --data "$data" \

@@ -1,4 +1,4 @@
-"""A small tokenizer in the manner of SmolLM2's: bytes, ChatML's special tokens, and its chat template."""
+"""A small tokenizer like SmolLM2's: byte-level, with ChatML's special tokens and chat template."""
 
 import json
 from pathlib import Path

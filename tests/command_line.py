@@ -1,4 +1,4 @@
-"""Runs the command line: `run` in this process, `start` in one of its own."""
+"""Runs the command line: `run` in this process, `start` in a new process."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from cli.main import main
 ROOT = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-m", "cli")
 _LISTING = "import sys; from cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-LISTING_MODULES = (sys.executable, "-c", _LISTING)  # at its end it names on stderr every module that it loaded
+LISTING_MODULES = (sys.executable, "-c", _LISTING)  # at the end it prints the names of all loaded modules to stderr
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
@@ -28,7 +28,7 @@ class Result:
 
 
 def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> Result:
-    """`main()` itself, so that errors become what people see; no exception but its exit comes through."""
+    """Calls `main()`, which turns every error into its message and exit status, as for a user."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
     source = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin), encoding)
     with redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", source), patch("sys.argv", ["layerskip", *arguments]):
@@ -45,7 +45,7 @@ def fails(message: str, *arguments: str, **keywords: str | bytes) -> None:
 
 
 def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: object) -> subprocess.Popen[str]:
-    """It heeds Ctrl-C even where the shell started the tests in the background, which ignores it."""
+    """Starts a command that reacts to Ctrl-C, even if the tests run in the background, where the shell ignores it."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(

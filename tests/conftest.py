@@ -27,7 +27,7 @@ _SHAPE = {
 
 
 def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **changes: object):
-    """A random model of six layers; weights far from their usual tiny scale, so that logits and exits differ clearly."""
+    """A random model of six layers. Its weights are larger than usual, so that logits and exits differ clearly."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**_SHAPE, **changes})
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()

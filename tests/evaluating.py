@@ -25,8 +25,10 @@ NEW_TOKENS = 12
 
 @cache
 def tiny_loaded(dtype: torch.dtype = torch.float64) -> Decoder:
-    """Six random layers, a context of 128 tokens, and a tokenizer of 300 entries. Its EOS is never the most probable: one that
-    is drafted behind a wrong draft ends a real round early, which the cost model cannot know.
+    """Six random layers, a context of 128 tokens, and a tokenizer of 300 entries.
+
+    EOS is never the most probable token. If it were drafted after a wrong draft, a real round would end early, which the cost
+    model cannot predict.
     """
     tokenizer = train_tokenizer(load_examples(DataConfig("commands", "train", limit=60)), 300)
     model = tiny_model(
@@ -46,7 +48,7 @@ def task_of(*examples: Example) -> Task:
 
 @cache
 def own_answers(samples: int = 3) -> Task:
-    """Prompts of `commands` whose references are what the model itself answers."""
+    """Prompts of `commands` with the model's own answers as references."""
     loaded = tiny_loaded()
     prompts = [row.prompt for row in load_examples(DataConfig("commands", "test", limit=samples))]
     setting = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
@@ -54,7 +56,7 @@ def own_answers(samples: int = 3) -> Task:
 
 
 def early_exit_share(loaded: Decoder, task: Task, exit_layer: int) -> float:
-    """How many of a task's references an exit alone answers."""
+    """The share of a task's references that early exit at this layer reproduces."""
     setting = DecodingConfig("early-exit", exit_layer, max_new_tokens=NEW_TOKENS)
     texts = [measure_prompt(loaded, example.prompt, setting).text for example in task.examples]
     return exact_match(texts, [[example.completion] for example in task.examples])
@@ -66,11 +68,11 @@ TOO_LONG = Example("word " * 200, "x")  # more than the tiny model's context
 def outputs_of(
     *steps: list[tuple[int, float]], ids: tuple[tuple[int, ...], ...] = (), stats: DecodeStats | None = None
 ) -> Outputs:
-    """Outputs with the steps (tokens, seconds) given; all the stats are the first one's."""
+    """Outputs with the given steps (tokens, seconds). Only the first output has the given stats."""
     each = []
-    for number, mine in enumerate(steps):
-        count = sum(tokens for tokens, _ in mine)
+    for number, own_steps in enumerate(steps):
+        count = sum(tokens for tokens, _ in own_steps)
         tokens = ids[number] if ids else tuple(range(count))
-        one = stats if stats is not None and number == 0 else DecodeStats()
-        each.append(Output(tokens, "", tuple(Step(*step) for step in mine), one, "length"))
+        own_stats = stats if stats is not None and number == 0 else DecodeStats()
+        each.append(Output(tokens, "", tuple(Step(*step) for step in own_steps), own_stats, "length"))
     return Outputs(tuple(each))

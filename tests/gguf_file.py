@@ -8,7 +8,7 @@ from layerskip_core.checkpoint.load import for_training
 
 
 def write_gguf(folder, path):
-    """A Llama checkpoint's folder as a GGUF file, with q and k rows in llama.cpp's order: halves of each head interleaved."""
+    """Writes a Llama checkpoint as GGUF. The rows of q and k are in llama.cpp's order: the halves of each head interleaved."""
     loaded = for_training(folder, "cpu", "fp32")
     config = loaded.model.config
     writer = gguf.GGUFWriter(path, "llama")

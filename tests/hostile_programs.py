@@ -1,19 +1,19 @@
-"""Programs that try to get through the walls of the sandbox, as data: what each tries, and what must not happen.
+"""Programs that try to break out of the sandbox, as data: what each one tries, and what must not happen.
 
-A program comes to its end without an error only where it got what it wanted, so that a passed verdict is a breach. Its reason
-otherwise must match `refused`: a program that fails for another reason shows nothing. `{home}` stands for a folder of the user
-with the files `secret` (text) and `link` (a symbolic link), `{pid}` for a process of the user.
+A program ends without an error only if its attempt worked, so a verdict of "passed" is a breach. Otherwise the verdict's reason
+must match `refused`: a program that failed for another reason proves nothing. `{home}` is a folder of the user with the files
+`secret` (text) and `link` (a symbolic link), `{pid}` a process of the user.
 """
 
 import platform
 from dataclasses import dataclass
 
-DENIED = r"PermissionError|FileNotFoundError|OSError: \[Errno (18|30)\]"  # and: other or read-only file system
+DENIED = r"PermissionError|FileNotFoundError|OSError: \[Errno (18|30)\]"  # 18: another file system, 30: a read-only one
 
 
 @dataclass(frozen=True)
 class HostileProgram:
-    """`wall`: without this one the program may succeed, as the sandbox's README says. `victims`: it names a file or process."""
+    """`wall`: without this wall the program may succeed, as the sandbox's README says."""
 
     name: str
     program: str
@@ -47,9 +47,9 @@ def _native(name: str, line: str, must_not_happen: str, refused: str = DENIED, w
     return HostileProgram(name, f"{_CALL}\n{line}\n", must_not_happen, refused, wall=wall)
 
 
-_CHANGED = "a file of the user's changes"
-_READ = "a file of the user's is read"
-_ASKED = "a file of the user's can be asked for"
+_CHANGED = "a file of the user is changed"
+_READ = "a file of the user is read"
+_ASKED = "the existence of a user's file is revealed"
 FILES = [
     HostileProgram("chmod", "import os; os.chmod('{home}/secret', 0o666)", _CHANGED),
     HostileProgram("chmod of the home", "import os; os.chmod('{home}', 0o777)", _CHANGED),
@@ -95,9 +95,9 @@ FILES = [
     _native("fanotify", "call(300, 262, 0, 0)", "the user's activity is watched"),
 ]
 
-_SIGNALLED = "a process of the user's gets a signal"
-_BENT = "a process of the user's gets other priorities, processors or limits"
-_PEEKED = "a process of the user's is looked into"
+_SIGNALLED = "a process of the user gets a signal"
+_BENT = "the priority, processors or limits of a user's process are changed"
+_PEEKED = "a process of the user is inspected"
 _NO_SUCH = f"{DENIED}|ProcessLookupError"
 PROCESSES = [
     HostileProgram("kill", "import os; os.kill({pid}, 15)", _SIGNALLED, _NO_SUCH),
@@ -137,8 +137,8 @@ PROCESSES = [
     _native("survival of its parent", "call(157, 167, 1, 0, 0, 0, 0)", "a process outlives its supervisor"),
 ]
 
-_KEYS = "keys of the user are read or left behind"
-_SHARED = "memory outside the limit, which outlives the program"
+_KEYS = "the user's keys are read, or new ones are left"
+_SHARED = "memory beyond the limit is allocated and outlives the program"
 KERNEL = [
     _native("session keyring", "call(250, 219, 11, -3, bytes(4096), 4096)", _KEYS),
     _native("new session keyring", "call(250, 219, 1, None)", _KEYS),
@@ -151,11 +151,11 @@ KERNEL = [
     _native("msgget", "call(68, 186, 0x4C534B50, 0o1600)", _SHARED),
     _native("semget", "call(64, 190, 0x4C534B50, 1, 0o1600)", _SHARED),
     _native("mq_open", "call(240, 180, b'layerskip-hostile', 0o102, 0o600, None)", _SHARED),
-    _native("memfd_create", "call(319, 279, b'x', 0)", "files without a folder"),
-    _native("userfaultfd", "call(323, 282, 1)", "it gets at the kernel's memory faults"),
-    _native("io_uring", "call(425, 425, 1, bytes(256))", "calls that no filter sees"),
-    _native("bpf", "call(321, 280, 0, bytes(64), 64)", "programs in the kernel"),
-    _native("perf_event_open", "call(298, 241, bytes(128), 0, -1, -1, 0)", "counters of the machine"),
+    _native("memfd_create", "call(319, 279, b'x', 0)", "a file without a path is made"),
+    _native("userfaultfd", "call(323, 282, 1)", "the program handles page faults for the kernel"),
+    _native("io_uring", "call(425, 425, 1, bytes(256))", "system calls bypass the filter"),
+    _native("bpf", "call(321, 280, 0, bytes(64), 64)", "a program is loaded into the kernel"),
+    _native("perf_event_open", "call(298, 241, bytes(128), 0, -1, -1, 0)", "the machine's performance counters are read"),
     _native("unshare of users", "call(272, 97, 0x10000000)", "a user namespace is made"),
     _native("clone with users", "if call(56, 220, 0x10000011, 0, 0, 0, 0) == 0: os._exit(0)", "a user namespace is made"),
     _native("clone with a mount namespace", "if call(56, 220, 0x20011, 0, 0, 0, 0) == 0: os._exit(0)", "a namespace is made"),
@@ -174,10 +174,14 @@ KERNEL = [
     HostileProgram("chroot", "import os; os.chroot('.')", "another root is entered"),
     HostileProgram("setuid", "import os; os.setuid(0)", "it becomes another user"),
     HostileProgram("setgroups", "import os; os.setgroups([])", "it becomes another user"),
-    _native("personality", "call(135, 92, 0x0040000)", "weaker memory layout"),
-    _native("a filter of its own", "call(317, 277, 0, 0, None)", "filters that answer for the kernel"),
-    _native("landlock of its own", "call(444, 444, None, 0, 1)", "the kernel's version is asked for"),
-    _native("fcntl lease", "import fcntl; fcntl.fcntl(os.open('a', os.O_CREAT), 1024, 0)", "others wait for its files"),
+    _native("personality", "call(135, 92, 0x0040000)", "address space randomisation is turned off"),
+    _native("a filter of its own", "call(317, 277, 0, 0, None)", "a filter answers system calls in place of the kernel"),
+    _native("landlock of its own", "call(444, 444, None, 0, 1)", "the kernel's Landlock version is read"),
+    _native(
+        "fcntl lease",
+        "import fcntl; fcntl.fcntl(os.open('a', os.O_CREAT), 1024, 0)",
+        "other processes wait for its files",
+    ),
     _native("terminal input", "call(16, 29, 0, 0x5412, b'x')", "something is typed into the user's terminal"),
     _native("sync", "call(306, 267, 0)", "the whole machine waits for its disks"),
     _native("clock", "call(227, 112, 0, bytes(16))", "the clock is set"),
@@ -187,8 +191,8 @@ if platform.machine() == "x86_64":
     _CODE = "import mmap\nbuffer = mmap.mmap(-1, 4096, prot=7)\nbuffer.write(bytes.fromhex('b814000000cd80c3'))\n"
     _CODE += "ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))()"
     FOREIGN = [
-        _native("32-bit call", _CODE, "calls are numbered otherwise than the filter thinks", "ended, or was ended"),
-        _native("x32 call", "call(0x40000000 + 39, 0)", "calls are numbered otherwise than the filter thinks", "ended, or was"),
+        _native("32-bit call", _CODE, "the filter misreads the numbers of calls", "ended, or was ended"),
+        _native("x32 call", "call(0x40000000 + 39, 0)", "the filter misreads the numbers of calls", "ended, or was"),
     ]
 
 _NETWORK = "something is sent"
@@ -211,7 +215,7 @@ NETWORK = [
     ),
 ]
 
-_UNBOUNDED = "a folder without bounds"
+_UNBOUNDED = "the folder grows without limit"
 _FULL = r"OSError: \[Errno 28\]|its folder grew|took more than"
 FOLDER = [
     HostileProgram("many files", "for name in range(100000): open(str(name), 'x').close()", _UNBOUNDED, _FULL),
@@ -298,7 +302,7 @@ FRAMES = [
         "tests in the runner's frames",
         "import sys\nframe, seen = sys._getframe(), ''\nwhile frame := frame.f_back: seen += repr(frame.f_locals)\n"
         "assert 'SEC' + 'RET' in seen",
-        "the tests are there before the program has ended",
+        "the tests are in the process before the program has ended",
         "AssertionError",
         "'SECRET'",
     ),

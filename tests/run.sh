@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up an environment, then: lint, types, tests, and the wheel built and run in an empty environment.
+# Sets up an environment, then runs lint, types, the wheel in an empty environment, and the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh '[dev,gguf]'
@@ -27,7 +27,7 @@ wheel=$(ls "$scratch"/*.whl)
 "$PYTHON" -m venv "$scratch/empty"
 "$scratch/empty/bin/python" -m pip install --quiet --disable-pip-version-check "$wheel"
 (
-    cd "$scratch" # nothing of the checkout may be found
+    cd "$scratch" # so that nothing of the checkout is imported
     layerskip="$scratch/empty/bin/layerskip"
     "$layerskip" --version
     require_kernels "$layerskip"

@@ -1,4 +1,4 @@
-"""A short campaign of tests/attack, in a process of its own, and what its judgements are made of."""
+"""A short campaign of tests/attack in a separate process, and tests of the parts that judge its results."""
 
 import json
 import os
@@ -19,8 +19,8 @@ PARTS = ("commands", "checkpoints", "models", "kills", "writers", "programs", "d
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory):
-    """What the short campaign found, by part."""
+def campaign(tmp_path_factory):
+    """The report of the short campaign, by part."""
     report = tmp_path_factory.mktemp("attack") / "report.json"
     command = [sys.executable, "-m", "tests.attack", "--short", "--report", str(report)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -29,9 +29,9 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_short_campaign_finds_nothing(found, part):
-    assert found[part]["misses"] == []
-    assert found[part]["cases"] > 0
+def test_a_short_campaign_finds_nothing(campaign, part):
+    assert campaign[part]["misses"] == []
+    assert campaign[part]["cases"] > 0
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_memory_and_time_count_as_well():
         (lambda: bytearray(1 << 40) and 0, 70, ""),
     ],
 )
-def test_a_child_ends_as_it_ended(tmp_path, work, status, out):
+def test_the_outcome_has_the_status_and_output_of_the_child(tmp_path, work, status, out):
     outcome = Child(work, tmp_path, Limits(), None, (-1, -1)).wait()
     assert (outcome.status, outcome.out, outcome.timed_out) == (status, out, False)
 
@@ -80,7 +80,7 @@ def test_a_child_that_does_not_end_is_killed(tmp_path):
     assert (outcome.status, outcome.timed_out) == (-9, True)
 
 
-def test_a_snapshot_tells_what_was_lost(tmp_path):
+def test_a_snapshot_reports_what_was_lost(tmp_path):
     (tmp_path / "kept").write_text("a")
     (tmp_path / "gone").write_text("b")
     (tmp_path / "changed").write_text("c")
@@ -91,8 +91,8 @@ def test_a_snapshot_tells_what_was_lost(tmp_path):
     (tmp_path / "new").write_text("e")
     (tmp_path / "link").unlink()
     (tmp_path / "link").write_text("a")
-    told = changes(before, snapshot(tmp_path))
-    assert sorted(one.split()[0] for one in told) == ["changed", "gone", "link"]
+    reported = changes(before, snapshot(tmp_path))
+    assert sorted(line.split()[0] for line in reported) == ["changed", "gone", "link"]
     assert changes(before, snapshot(tmp_path), ("changed", "gone", "link")) == []
 
 

@@ -1,4 +1,4 @@
-"""A campaign of hostile inputs, damaged files, kills and programs against the command line; see README.md.
+"""Attacks the command line with hostile inputs, damaged files, kills and hostile programs. See README.md.
 
 Run it from the root of the repository with `python -m tests.attack`.
 """
@@ -7,5 +7,5 @@ import sys
 from pathlib import Path
 
 _TESTS = str(Path(__file__).parents[1])
-if _TESTS not in sys.path:  # pytest has put it there; `python -m tests.attack` has not
+if _TESTS not in sys.path:  # pytest adds it; `python -m tests.attack` does not
     sys.path.append(_TESTS)

@@ -1,4 +1,4 @@
-"""`python -m tests.attack`: the whole campaign or a part of it, a table of what it found, and exit status 1 for any miss."""
+"""`python -m tests.attack`: runs the whole campaign or a part, prints a table, and exits with 1 if there is any miss."""
 
 import argparse
 import importlib
@@ -15,7 +15,7 @@ from .material import import_everything, import_what_commands_import, make
 from .outcome import KINDS
 
 PARTS = ("commands", "checkpoints", "models", "kills", "writers", "programs", "decoding")
-_SHOWN = 12  # misses of a part that are told; the report file has all
+_SHOWN = 12  # misses that are printed per part; the report file has all
 
 
 def main() -> None:

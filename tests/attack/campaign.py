@@ -1,4 +1,4 @@
-"""Runs the cases of the parts in two processes at once, each case in a folder of its own and by a seed of its own."""
+"""Runs the cases of all parts in two processes. Each case has its own folder and its own seed."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from .outcome import KINDS, Miss
 
 @dataclass(frozen=True)
 class Case:
-    """One attack: its number, which with the seed decides everything about it, an empty folder, and what there is to attack."""
+    """One attack: its number, which with the seed determines everything, an empty folder, and the material to attack."""
 
     number: int
     random: Random
     folder: Path
     material: Material
     said: list[str] = field(default_factory=list)  # commands and changes, for the report of a miss
-    counted: list[int] = field(default_factory=list)  # how many things it checked, where it is not one
+    counted: list[int] = field(default_factory=list)  # how many checks it made, if not one
 
     @property
     def logs(self) -> Path:
@@ -44,11 +44,11 @@ Attack = Callable[[Case], Iterable[Miss]]
 
 @dataclass
 class PartReport:
-    """What a part found."""
+    """The results of a part."""
 
     name: str
     cases: int = 0
-    attacks: int = 0  # that ended; one may check several cases
+    attacks: int = 0  # that ended; an attack may check several cases
     seconds: float = 0.0
     misses: list[dict[str, object]] = field(default_factory=list)  # case, kind, what, said
 
@@ -81,7 +81,7 @@ def run_part(part: ModuleType, numbers: Sequence[int], seed: int, material: Mate
                 os.kill(pid, signal.SIGKILL)
         raise
     shutil.rmtree(work, ignore_errors=True)
-    if report.attacks != len(numbers):  # a driver that is gone must not look like one that missed nothing
+    if report.attacks != len(numbers):  # a driver that died must not look like one without misses
         what = f"{report.attacks} of {len(numbers)} attacks came to their end"
         report.misses.append({"case": numbers[-1], "kind": "wrong", "what": what, "said": []})
     report.misses.sort(key=lambda miss: int(str(miss["case"])))
@@ -100,7 +100,7 @@ def _collect(report: PartReport, results: Path, status: int, numbers: Sequence[i
 
 
 def _drive(part: ModuleType, numbers: Sequence[int], seed: int, material: Material, work: Path, results: Path) -> None:
-    """In a forked process: attacks one after the other, a line of JSON for each."""
+    """In a forked process: runs the attacks one by one and writes a line of JSON for each."""
     try:
         with open(results, "w") as file:
             for number in numbers:

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: every file that a model's folder may hold, spoiled; code and templates that want to run."""
+"""Damaged and hostile checkpoints: every file of a model's folder damaged, and code and templates that try to run."""
 
 import os
 import shutil
@@ -20,11 +20,11 @@ from .outcome import Miss, misses_of
 from .snapshot import changes, snapshot
 
 CASES = 2600
-SHORT = (*range(0, 200, 6), *range(1000, 1030))  # of the known ones some, and some that are drawn
+SHORT = (*range(0, 200, 6), *range(1000, 1030))  # some of the known cases, and some random ones
 
 
 def attack(case: Case) -> Iterator[Miss]:
-    """The first cases are the known ones, by two commands each; the others are drawn."""
+    """The first cases are known faults, with two commands each; the others are random."""
     if case.number < len(KNOWN):
         known = KNOWN[case.number]
         model = _copy(case, known.model)
@@ -49,7 +49,7 @@ def _copy(case: Case, name: str) -> Path:
 
 
 def _run(case: Case, model: Path, command: str, must_fail: bool) -> Iterator[Miss]:
-    """One command on the model, which answers `y` to whoever asks and must find everything else as it was."""
+    """Runs one command on the model, answers `y` to every question, and checks that everything else is unchanged."""
     home = case.folder / "home"
     home.mkdir(exist_ok=True)
     before = snapshot(model) if model.is_dir() else {}
@@ -60,7 +60,7 @@ def _run(case: Case, model: Path, command: str, must_fail: bool) -> Iterator[Mis
     for miss in misses:
         yield Miss(miss.kind, f"[{command}] {miss.what}")
     if outcome.status == 0 and not misses and (fault := _unusable(model)):
-        yield Miss("wrong", f"[{command}] success, though {fault}; {outcome.told}")
+        yield Miss("wrong", f"[{command}] success, though {fault}; {outcome.tail}")
     for place in (home, case.folder, model if model.is_dir() else model.parent):
         if (place / MARKER).exists():
             yield Miss("executed", f"[{command}] a model's code wrote {place / MARKER}")
@@ -71,7 +71,7 @@ def _run(case: Case, model: Path, command: str, must_fail: bool) -> Iterator[Mis
 
 
 def _unusable(model: Path) -> str | None:
-    """Why no answer of these weights can be right: numbers that are none, or integers. None where numpy cannot tell."""
+    """Why these weights cannot give a right answer: NaN, infinity or integers. None if numpy cannot read them."""
     for file in sorted(model.glob("*.safetensors")) if model.is_dir() else ():
         try:
             tensors = load_file(file)
@@ -93,7 +93,7 @@ def _spoil(model: Path, random: Random) -> str:
         return spoil_gguf(model, random) if random.random() < 0.5 else spoil_file(model, random)
     files = sorted(file for file in model.iterdir() if file.is_file())
     file = random.choice(files)
-    if random.random() < 0.45:  # what decides most
+    if random.random() < 0.45:  # the settings that matter most
         file = model / random.choice(("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"))
     if not file.exists():
         file = random.choice(files)
@@ -114,7 +114,7 @@ def _spoil(model: Path, random: Random) -> str:
     if file.name == "config.json" and way < 0.6:
         key = random.choice(_CONFIG_KEYS)
         value = random.choice(ODD_VALUES)
-        with suppress(ValueError, RecursionError):  # it is spoiled already
+        with suppress(ValueError, RecursionError):  # it is damaged already
             edit_json(file, **{key: value})
             return f"config.json: {key} = {str(value)[:60]!r}"
     return spoil_file(file, random)

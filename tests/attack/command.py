@@ -19,7 +19,7 @@ STREAMS = ("file", "closed", "full", "broken")  # what stdout or stderr may be
 
 @dataclass(frozen=True)
 class Command:
-    """One command line and what surrounds it. `stdin` of None is closed; streams are of STREAMS."""
+    """A command line with its environment. A `stdin` of None is closed; stdout and stderr are each one of STREAMS."""
 
     arguments: tuple[str, ...]
     stdin: bytes | None = b""
@@ -40,7 +40,7 @@ class Command:
 def start(
     command: Command, folder: Path, logs: Path, limits: Limits | None = None, prepare: Callable[[], None] | None = None
 ) -> Child:
-    """Starts a command in a folder. Its streams are kept in files under `logs`. `prepare` runs in its process before it."""
+    """Starts a command in a folder. Its output goes to files under `logs`. `prepare` runs first, in the command's process."""
     logs.mkdir(parents=True, exist_ok=True)
     opened: list[int] = []
     source = None
@@ -57,14 +57,14 @@ def start(
 
 
 def run(command: Command, folder: Path, logs: Path, limits: Limits | None = None) -> Outcome:
-    """A command from its start to its end."""
+    """Runs a command to its end."""
     outcome = start(command, folder, logs, limits).wait()
     assert outcome is not None
     return outcome
 
 
 def interrupt_late(command: Command, folder: Path, logs: Path, seconds: float = 3.0) -> tuple[Outcome, bool]:
-    """A command that may rightly take long: after so many seconds Ctrl-C is sent. Returns whether that was needed."""
+    """Sends Ctrl-C after so many seconds, for a command that may run long. Returns whether that was needed."""
     child = start(command, folder, logs)
     outcome = child.wait(seconds)
     if outcome is not None:
@@ -94,7 +94,7 @@ def _stream(kind: str, opened: list[int]) -> int | None:
 
 
 def _main(command: Command, folder: Path, prepare: Callable[[], None] | None) -> int:
-    """What the console script does between the interpreter's start and its end."""
+    """Does what the console script does, until the interpreter ends."""
     import torch
 
     from cli.main import main
@@ -114,7 +114,7 @@ def _main(command: Command, folder: Path, prepare: Callable[[], None] | None) ->
         try:
             if stream is not None:
                 stream.flush()
-        except Exception as error:  # what the interpreter says at its end when it cannot write what is left
+        except Exception as error:  # as the interpreter does when it cannot flush a stream at exit
             status = 120
             with suppress(OSError):
                 os.write(2, f"Exception ignored in: {stream.name}\n{type(error).__name__}: {error}\n".encode())

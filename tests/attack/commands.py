@@ -16,11 +16,11 @@ from .outcome import Miss, misses_of
 from .victim import OUTPUTS, Victim
 
 CASES = 2500
-SHORT = (*range(0, 170, 5), *range(1000, 1025))  # of the known ones every third, and some that are drawn
+SHORT = (*range(0, 170, 5), *range(1000, 1025))  # every fifth known case, and some random ones
 
 
 def attack(case: Case) -> Iterator[Miss]:
-    """The first cases are the known ones, one by one; the others are drawn."""
+    """The first cases are known faults, one by one; the others are random."""
     if case.number < len(KNOWN):
         yield from _watched(case, KNOWN[case.number](case))
     elif case.number < len(KNOWN) + len(WORKING):
@@ -31,7 +31,7 @@ def attack(case: Case) -> Iterator[Miss]:
 
 
 def _watched(case: Case, command: Command, must_work: bool = False) -> Iterator[Miss]:
-    """Runs it in a home whose things must survive."""
+    """Runs the command in a home whose files must survive."""
     case.say(command)
     victim = Victim(case)
     _fill(case, victim.home)
@@ -40,9 +40,9 @@ def _watched(case: Case, command: Command, must_work: bool = False) -> Iterator[
     else:
         outcome, interrupted = run(command, victim.home, case.logs), False
     found = misses_of(outcome, interrupted=interrupted)
-    yield from (miss for miss in found if command.stderr == "file" or miss.kind != "wrong")  # else it could not tell
+    yield from (miss for miss in found if command.stderr == "file" or miss.kind != "wrong")  # else it cannot report its error
     if must_work and outcome.status:
-        yield Miss("wrong", f"this must work; {outcome.told}")
+        yield Miss("wrong", f"this must work; {outcome.tail}")
     output = _value_of(command, "--output")
     yield from victim.losses(victim.written_by_command(output) if outcome.status == 0 and output else ())
     if (victim.home / "executed").exists():
@@ -50,7 +50,7 @@ def _watched(case: Case, command: Command, must_work: bool = False) -> Iterator[
 
 
 def _fill(case: Case, home: Path) -> None:
-    """What an attack prepared goes to where the command runs."""
+    """Moves what an attack prepared to the folder where the command runs."""
     for file in list(case.folder.iterdir()):
         if file != home:
             shutil.move(file, home / file.name)
@@ -65,7 +65,7 @@ def _value_of(command: Command, flag: str) -> str:
 
 
 def _flags(case: Case) -> Command:
-    """One to three flags with values that are seldom right."""
+    """One to three flags with values that are mostly invalid."""
     random = case.random
     name = random.choice(COMMANDS)
     arguments = list(base_of(name, case.material))
@@ -104,7 +104,7 @@ _TEXTS = (
 
 
 def _data(case: Case) -> Command:
-    """A data set with something wrong in it, by every command that reads one."""
+    """A data set with a fault, given to any command that reads one."""
     random = case.random
     name = random.choice(
         ("rows.jsonl", "rows.csv", "rows.parquet", "text.txt", "chat.jsonl", "code.jsonl", "mbpp.jsonl", "topv2")
@@ -204,7 +204,7 @@ _TOML_FILES = (
 
 
 def _outputs(case: Case) -> Command:
-    """Outputs that stand where something else is."""
+    """Outputs whose path is taken by something else."""
     random = case.random
     name = random.choice(("import", "import", "finetune", "bench", "sweep-exits", "inspect"))
     arguments = [*base_of(name, case.material), "--output", random.choice(OUTPUTS)]
@@ -218,7 +218,7 @@ def _outputs(case: Case) -> Command:
 
 
 def _journal(case: Case) -> Command:
-    """A damaged unfinished.jsonl, gone on with."""
+    """Resumes from a damaged unfinished.jsonl."""
     (case.folder / "going").mkdir()
     file = Path(shutil.copy(case.material.journal, case.folder / "going" / "unfinished.jsonl"))
     case.say(spoil_file(file, case.random))
@@ -242,7 +242,7 @@ def _streams(case: Case) -> Command:
 
 
 def _known(*arguments: str, base: str = "generate", **keywords: object) -> Callable[[Case], Command]:
-    """`base` is the command whose short form stands before the arguments; a `{MODEL}` names a model of the material."""
+    """`base`: the command whose short form precedes the arguments. `{MODEL}` stands for a model of the material."""
 
     def make(case: Case) -> Command:
         found = [
@@ -319,7 +319,7 @@ KNOWN: tuple[Callable[[Case], Command], ...] = (
     _file("r.json", base64.b64decode("e30="), "--from", "r.json", base="sweep-exits"),
 )
 
-WORKING: tuple[Callable[[Case], Command], ...] = (  # what must not fail
+WORKING: tuple[Callable[[Case], Command], ...] = (  # these must succeed
     *(
         _known("--model", f"{{{name}}}", base=base, stdin=b"call")
         for name in _NAMED

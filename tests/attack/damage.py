@@ -1,4 +1,4 @@
-"""Ways to spoil bytes, JSON and files."""
+"""Damages bytes, JSON documents and files."""
 
 import json
 from contextlib import suppress
@@ -15,7 +15,7 @@ RAW_VALUES = ("NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"', "[" * DEEP +
 
 
 def spoil_bytes(data: bytes, random: Random) -> bytes:
-    """Cuts, flips, repeats, inserts or empties."""
+    """Cuts, flips, repeats, inserts or removes bytes."""
     if not data:
         return b"\0"
     place = random.randrange(len(data))
@@ -36,7 +36,7 @@ def spoil_bytes(data: bytes, random: Random) -> bytes:
 
 
 def spoil_json(text: str, random: Random) -> tuple[str, str]:
-    """A JSON document with one or two of its values changed; and what was changed."""
+    """Changes one or two values of a JSON document; returns it with a description of the change."""
     document = json.loads(text)
     said, raws = [], {}
     for _ in range(random.choice((1, 1, 1, 2))):
@@ -62,12 +62,12 @@ def spoil_json(text: str, random: Random) -> tuple[str, str]:
 
 
 def spoil_file(path: Path, random: Random) -> str:
-    """Spoils a file in place, by its structure where it has one; returns what was done."""
+    """Damages a file in place, by its structure if it has one; returns what was done."""
     data = path.read_bytes()
     if path.suffix in (".json", ".jsonl") and random.random() < 0.75:
         lines = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode(errors="replace")]
         number = random.randrange(len(lines))
-        with suppress(ValueError, RecursionError):  # it is spoiled already
+        with suppress(ValueError, RecursionError):  # it is damaged already
             lines[number], said = spoil_json(lines[number], random)
             path.write_text("\n".join(lines) + "\n")
             return f"{path.name}:{number + 1}: {said}"
@@ -76,7 +76,7 @@ def spoil_file(path: Path, random: Random) -> str:
 
 
 def _anywhere(document: Any, random: Random) -> tuple[Any, Any, str]:
-    """A place in a document: what holds it, its key there, and its path. High ones as likely as deep ones."""
+    """A random place in a document: its container, its key and its path. All depths are equally likely."""
     holder, key, where = None, None, ""
     while isinstance(document, dict | list) and document and (holder is None or random.random() < 0.6):
         keys = list(document) if isinstance(document, dict) else list(range(len(document)))

@@ -1,4 +1,4 @@
-"""Random settings of decoding on tiny models: speculation gives plain decoding's tokens, a batch those of its rows alone."""
+"""Random decoding settings on tiny models: speculation must equal plain decoding, and a batch its rows decoded alone."""
 
 from collections.abc import Iterator
 from random import Random
@@ -8,7 +8,7 @@ from .campaign import Case
 from .outcome import Miss
 from .probe import COUNTED, probe
 
-CASES, SHORT = 120, range(0, 12, 2)  # of so many settings each
+CASES, SHORT = 120, range(0, 12, 2)  # each with several settings
 _SETTINGS = 25
 _KINDS = (
     *("generic", "packed", "windows", "native", "native bf16", "native int8", "native int4", "int8 drafts", "few drafts"),
@@ -18,7 +18,7 @@ _COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "test
 
 
 def attack(case: Case) -> Iterator[Miss]:
-    """One model and some settings."""
+    """Tries several settings on one model."""
     kind = _KINDS[case.number % len(_KINDS)]
     seed = case.random.randrange(2**31)
     case.say(f"{kind}, seed {seed}")
@@ -55,7 +55,7 @@ def _model(kind: str) -> Any:
     }.get(kind)
     dtype = torch.bfloat16 if "bf16" in kind or "int4" in kind else torch.float32
     tiny = tiny_model("llama", dtype, **wide)
-    if not can_run_native(tiny.config, dtype, torch.device("cpu"), packing):  # nothing else promises the same bits
+    if not can_run_native(tiny.config, dtype, torch.device("cpu"), packing):  # only this backend promises identical bits
         return PackedBackend.of(tiny_model("llama", torch.float64))
     return NativeBackend.of(tiny, packing)
 
@@ -93,10 +93,10 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
         for place, prompt in enumerate(prompts):
             if (expected := _alone(model, prompt, plain, ends)[:2]) != alone[place][:2]:
                 yield f"speculation gave {alone[place][:2]}, plain decoding {expected}; {where}"
-    crowded = any(reason == "context" for _, reason, _ in alone)  # near the context's end the longest row bounds the drafts
+    crowded = any(reason == "context" for _, reason, _ in alone)  # near the context's end the longest row limits the drafts
     for one in decode_batch(model, prompts, config, ends, _letters):
         ids, reason, stats = alone[one.row]
-        if sampled and strategy == "self-speculative":  # draws go by the drafts of a round, which others may cut short
+        if sampled and strategy == "self-speculative":  # draws depend on the number of drafts, which other rows may limit
             continue
         if (one.ids, one.finish_reason) != (ids, reason):
             yield f"row {one.row} of the batch gave {one.ids}, {one.finish_reason}, alone {ids}, {reason}; {where}"
@@ -118,7 +118,7 @@ def _letters(ids: list[int]) -> str:
 
 
 def _inconsistent(model: Any, prompt: list[int], config: Any, ids: list[int], reason: Any, stats: Any) -> Iterator[str]:
-    """What the counts of one output cannot be."""
+    """Contradictions in the counts of one output."""
     if stats.new_tokens != len(ids) or stats.prompt_tokens != len(prompt):
         yield f"counts of {stats.prompt_tokens} and {stats.new_tokens} tokens for {len(prompt)} and {len(ids)}"
     if not 0 <= stats.accepted <= stats.drafted or stats.accepted >= max(1, len(ids)):

@@ -1,4 +1,4 @@
-"""The commands, read from the command line itself: their flags, a short valid form of each, and hostile values for flags."""
+"""The commands as the CLI defines them: their flags, a short valid form of each command, and hostile values for flags."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,7 @@ _LONG = (
     "--validation-samples",
     "--timed",
 )
-_LONG_MARK = 1000  # a count of rows or steps above this may rightly take long
+_LONG_MARK = 1000  # with more rows or steps than this, a long run is no fault
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Flag:
 
 @cache
 def flags_of(command: str) -> tuple[Flag, ...]:
-    """All but --help, in their order."""
+    """All flags except --help, in the CLI's order."""
     import typer.main
 
     from cli.main import app
@@ -49,7 +49,7 @@ def flags_of(command: str) -> tuple[Flag, ...]:
 
 
 def base_of(command: str, material: Material) -> tuple[str, ...]:
-    """The shortest form of a command that does something."""
+    """The shortest useful form of a command."""
     model, few = ("--model", str(material.model())), ("--samples", "2", "--max-new-tokens", "4")
     return {
         "generate": ("generate", *model, "--max-new-tokens", "4"),
@@ -63,7 +63,7 @@ def base_of(command: str, material: Material) -> tuple[str, ...]:
 
 
 def hostile_value(flag: Flag, random: Random, legal: bool = False) -> str:
-    """A value for a flag; `legal`: without the bytes that only an argument of a command can hold."""
+    """A value for a flag. `legal`: without bytes that only a command-line argument can hold."""
     pool = {
         "int": (*_COUNTS, *_NUMBERS),
         "float": (*_REALS, *_NUMBERS),
@@ -75,7 +75,7 @@ def hostile_value(flag: Flag, random: Random, legal: bool = False) -> str:
 
 
 def takes_long(argument: str) -> bool:
-    """Whether a value asks for so many rows or steps that the command may rightly run for long."""
+    """Whether a value asks for so many rows or steps that a long run is no fault."""
     try:
         return float(argument) > _LONG_MARK
     except ValueError:

@@ -1,6 +1,6 @@
-"""Forks a process that has imported everything already: a command costs milliseconds, and its end cannot hurt the campaign.
+"""Runs commands in forks of a process that has imported everything: each takes milliseconds, and a crash ends only its fork.
 
-The process that forks has imported torch and transformers but run nothing of them, so that no thread of theirs is lost.
+The forking process has imported torch and transformers but has run nothing from them, because a fork loses running threads.
 """
 
 import os
@@ -17,12 +17,12 @@ from typing import BinaryIO, NoReturn
 
 from .outcome import Outcome
 
-_PAUSE = 0.004  # seconds between two looks at a child
+_PAUSE = 0.004  # seconds between two checks of a child
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one child: CPU and wall-clock seconds, MB of address space beyond what it is born with, MB of one file."""
+    """Limits of a child: CPU and wall-clock seconds, MB of address space beyond what it starts with, MB per file."""
 
     cpu_seconds: int = 20
     wall_seconds: float = 150.0
@@ -31,12 +31,12 @@ class Limits:
 
 
 class Child:
-    """A function running in a forked process, its output in two files. `streams`: what stands in for stdout and stderr."""
+    """A function running in a forked process, with its output in two files. `streams`: replacements for stdout and stderr."""
 
     def __init__(
         self, work: Callable[[], int], logs: Path, limits: Limits, stdin: int | None, streams: tuple[int | None, int | None]
     ) -> None:
-        """`work` returns the exit status. A stream of None is closed, one of -1 goes to a file in the folder `logs`."""
+        """`work` returns the exit status. A stream of None is closed, a stream of -1 goes to a file in the folder `logs`."""
         self._logs, self._limits = logs, limits
         self._files = [open(logs / name, "wb+") for name in ("stdout", "stderr")]  # noqa: SIM115
         given = [file.fileno() if stream == -1 else stream for file, stream in zip(self._files, streams, strict=True)]
@@ -49,13 +49,13 @@ class Child:
             _run(work, limits, (stdin, *given))
 
     def running(self) -> bool:
-        """Whether it still runs; one that is out of time is killed here."""
+        """Whether it still runs. Kills it if it is out of time."""
         if self._ended is not None:
             return False
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid:
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)  # what it left running
+                os.killpg(self.pid, signal.SIGKILL)  # processes that it left running
             out, err = (_content(file) for file in self._files)
             self._ended = Outcome(os.waitstatus_to_exitcode(status), out, err, self._timed_out, usage.ru_maxrss / 1024)
         elif time.monotonic() > self._deadline:
@@ -64,13 +64,13 @@ class Child:
         return not pid
 
     def send(self, number: signal.Signals) -> None:
-        """A signal to the child and what it started in its own session."""
+        """Sends a signal to the child and to what it started in its session."""
         if self._ended is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
     def wait(self, seconds: float = float("inf")) -> Outcome | None:
-        """How it ended; None when it still runs after so many seconds."""
+        """How it ended; None if it still runs after so many seconds."""
         until = time.monotonic() + seconds
         while self.running():
             if time.monotonic() > until:
@@ -80,7 +80,7 @@ class Child:
 
 
 def fork() -> int:
-    """os.fork, which waits where the machine has no process to spare just now."""
+    """os.fork, but waits while the machine has no free process."""
     for _ in range(50):
         try:
             return os.fork()
@@ -96,7 +96,7 @@ def _content(file: BinaryIO) -> str:
 
 
 def _run(work: Callable[[], int], limits: Limits, streams: tuple[int | None, ...]) -> NoReturn:
-    """Never returns into the code of the parent, whatever happens."""
+    """Never returns to the parent's code, whatever happens."""
     status = 70
     try:
         os.setsid()

@@ -1,7 +1,7 @@
-"""More programs that try to reach out of the sandbox, beside those of tests/hostile_programs.py and written before its walls.
+"""More programs that try to break out of the sandbox, written before its walls were built. See also tests/hostile_programs.py.
 
-Each comes to its end only when what it tried has worked. `{home}` stands for a folder of the user with a file `secret`, `{pid}`
-for a process of the user, SHM for a key.
+Each program reaches its end only if its attempt worked. `{home}` is a folder of the user with a file `secret`, `{pid}` a
+process of the user, SHM a key.
 """
 
 from hostile_programs import PROGRAMS as OF_THE_TESTS
@@ -160,7 +160,7 @@ OUTLIVING = {
 
 _WALLS = dict.fromkeys(
     ("size of a file", "existence of a file", "access to a file"), "file names"
-)  # without it they are known to work
+)  # without this wall they are known to succeed
 
 PROGRAMS = [
     *OF_THE_TESTS,

@@ -1,7 +1,6 @@
-"""Commands that write are killed before each of their changes to the disk in turn, or at any moment; nothing may be lost by it.
+"""Kills commands before each of their changes to the disk, or at a random moment. Nothing may be lost.
 
-A hook on the interpreter's events counts what a command does to files, so that a kill falls on the moments that matter, and
-falls there again in the next run.
+An audit hook counts the changes that a command makes to files. So kills happen at the moments that matter, and can be repeated.
 """
 
 import os
@@ -26,13 +25,13 @@ _PROMPT = b"remind me to call mom"
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command that writes to `out`, and how the folder looks before it."""
+    """A command that writes to `out`, and the state of the folder before it."""
 
     name: str
     flags: Callable[[Material], tuple[str, ...]]
-    old: Callable[[Material], Path | None]  # what `out` is a copy of at the start
-    again: tuple[str, ...] = ()  # added to the command when it is given again after the kill
-    checked: tuple[str, ...] = ("model.safetensors",)  # files that must be old or new, and new after a second run
+    old: Callable[[Material], Path | None]  # the folder that is copied to `out` first
+    again: tuple[str, ...] = ()  # added to the command when it is repeated after the kill
+    checked: tuple[str, ...] = ("model.safetensors",)  # files that must be old or new, and new after the second run
 
 
 def _import(material: Material) -> tuple[str, ...]:
@@ -62,7 +61,7 @@ _WEIGHTS = (5, 2, 2, 4, 2, 1)
 
 
 def attack(case: Case) -> Iterator[Miss]:
-    """One kill, then what a person would do next: use the model, and give the command again."""
+    """One kill, then what a user would do next: use the model, and repeat the command."""
     random = case.random
     scenario = random.choices(SCENARIOS, _WEIGHTS)[0]
     number = random.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), (8, 1, 1))[0]
@@ -91,7 +90,7 @@ def _afterwards(scenario: Scenario, reference: "Reference", home: Path, case: Ca
     if scenario.checked and (model_before or (out / "config.json").exists()):
         used = run(ask, home, logs)
         if used.status:
-            yield Miss("lost", f"after the kill no model answers; {used.told}")
+            yield Miss("lost", f"after the kill no model answers; {used.tail}")
         elif used.out not in (reference.old_answer, reference.new_answer):
             yield Miss("mixed", f"after the kill {used.out!r} is answered, neither {reference.old_answer!r} nor the new one's")
     flags = [*scenario.flags(case.material)]
@@ -99,12 +98,12 @@ def _afterwards(scenario: Scenario, reference: "Reference", home: Path, case: Ca
     goes_on = "--resume" not in scenario.again or scenario.name == "bench" or any(checkpoints.glob("checkpoint-*"))
     done = outcome.status == 0 or (scenario.checked and snapshot(out) == reference.new)
     if done and "--resume" in scenario.again and scenario.checked:
-        return  # it was complete: there is nothing to go on with
+        return  # it was complete: there is nothing to resume
     again = run(Command((*flags, *(scenario.again if goes_on else ()))), home, logs)
     for miss in misses_of(again):
         yield Miss(miss.kind, f"given again: {miss.what}")
     if again.status:
-        yield Miss("wrong", f"given again it fails; {again.told}")
+        yield Miss("wrong", f"the repeated command fails; {again.tail}")
         return
     after = snapshot(out)
     for name in scenario.checked:
@@ -117,13 +116,13 @@ def _afterwards(scenario: Scenario, reference: "Reference", home: Path, case: Ca
 
 
 def _lasting(found: Snapshot) -> set[str]:
-    """The files of a result, but not the lock files, which may stay, nor what a run is resumed from."""
+    """The files of a result, without lock files, which may stay, and without what a run resumes from."""
     return {path for path in found if not path.startswith(("checkpoints", ".lock")) and not path.endswith(".lock")}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An undisturbed run: how many changes to the disk it makes, what it leaves, and what the old and the new model answer."""
+    """An undisturbed run: its number of changes to the disk, its result, and the answers of the old and the new model."""
 
     events: int
     new: Snapshot
@@ -160,7 +159,7 @@ def _home(scenario: Scenario, material: Material, home: Path) -> Path:
 
 
 def _strike(out: Path, moment: int, number: int, count: Path | None = None) -> None:
-    """From now on: at the so many-th change to the disk at or below `out` the signal comes. `count` gets a byte for each."""
+    """From now on, sends the signal at the given change to the disk at or below `out`. Writes a byte to `count` per change."""
     names = (str(out), out.name)
     counter = None if count is None else os.open(count, os.O_WRONLY | os.O_APPEND)
     seen = 0
@@ -170,7 +169,7 @@ def _strike(out: Path, moment: int, number: int, count: Path | None = None) -> N
         if event not in _EVENTS or (event == "open" and not _writes(arguments)):
             return
         paths = [os.fsdecode(one) for one in arguments[:2] if isinstance(one, str | bytes | os.PathLike)]
-        inner = event in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None)  # by a descriptor of its folder
+        inner = event in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None)  # relative to a descriptor of its folder
         if not inner and not any(path == name or path.startswith(f"{name}/") for path in paths for name in names):
             return
         seen += 1

@@ -1,4 +1,4 @@
-"""Ways to spoil a model that have once done harm, and what the commands owe for each."""
+"""Damaged models that once caused a fault, and how the commands must react to each."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from .damage import DEEP
 from .model_files import Tensors, change_weights, cut, edit_gguf, edit_json, redirect_shards
 
-MARKER = "executed"  # the file that a model's code would write
+MARKER = "executed"  # the file that code of the model would write
 _FEW = "--max-new-tokens 6"
 _GENERATE = f"generate --model MODEL {_FEW}"
 _IMPORT = "import MODEL --output imported"
@@ -27,7 +27,7 @@ COMMANDS = (
 
 @dataclass(frozen=True)
 class Known:
-    """One way. `must_fail`: nothing right can come of it, so that each of `commands` has to say an error."""
+    """One kind of damage. `must_fail`: no right result is possible, so each of `commands` must end with an error."""
 
     name: str
     spoil: Callable[[Path], object]
@@ -47,7 +47,7 @@ def _config(
 
 
 def _each(key: str, *values: object, model: str = "llama", must_fail: bool = True) -> Iterator[Known]:
-    """One setting of config.json with each of some values."""
+    """A setting of config.json, with each of the values."""
     return (_config(model, must_fail, **{key: value}) for value in values)
 
 
@@ -91,7 +91,7 @@ def _filled(name: str, value: float) -> Known:
 
 
 def _added(name: str, length: int) -> Known:
-    """A tensor that the architecture does not have: left alone or refused, but never read beyond its end."""
+    """A tensor that the architecture does not have. It may be ignored or refused, but never read beyond its end."""
 
     def add(tensors: Tensors) -> None:
         import torch
@@ -126,7 +126,7 @@ _WEIGHTS: tuple[Known, ...] = (
 
 
 def _code(path: Path, **settings: dict[str, object]) -> None:
-    """Adds the settings that name a module of code, by file, and the module under every name it may be looked for."""
+    """Adds settings that name a module of code, by file, and the module under every name that a loader may look for."""
     code = f"open({str(path.parent / MARKER)!r}, 'w')\nclass Evil:\n    from_pretrained = classmethod(lambda *a, **k: 1)\n"
     for name in ("evil", "tokenization_evil", "modeling_evil", "configuration_evil", "custom_generate/generate"):
         (path / name).parent.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def _code(path: Path, **settings: dict[str, object]) -> None:
 
 
 def _pickle(path: Path) -> None:
-    """Weights as a pickle that runs code when it is loaded."""
+    """Weights as a pickle that runs code when loaded."""
     code = f"cbuiltins\nexec\n(Vopen({str(path.parent / MARKER)!r}, 'w')\ntR.".encode()
     (path / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "training_args.bin", "tokenizer.pkl"):

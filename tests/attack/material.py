@@ -1,4 +1,4 @@
-"""The models, data and results that attacks start from: tiny, random, made by code, once for a campaign."""
+"""The models, data and results that attacks start from: tiny, random, generated once per campaign."""
 
 import gc
 import importlib
@@ -26,7 +26,7 @@ _CHAT = "{% for message in messages %}<{{ message['role'] }}> {{ message['conten
 
 @dataclass(frozen=True)
 class Material:
-    """A folder of things to attack. Attacks copy from it and never write to it."""
+    """A folder with models and files to attack. Attacks copy from it and never write to it."""
 
     root: Path
 
@@ -56,7 +56,7 @@ class Material:
 
     @property
     def training(self) -> Path:
-        """The output of a finetuning run with checkpoints, which `training_flags` began."""
+        """The output of a finetuning run with checkpoints, started with `training_flags`."""
         return self.root / "training"
 
     def bench_flags(self) -> tuple[str, ...]:
@@ -70,9 +70,9 @@ class Material:
 
 
 def import_everything() -> None:
-    """What commands import, so that forked children need not: nothing of it is run here."""
+    """Imports what commands import, so that forked children need not. Nothing of it is run here."""
     os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"})
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that wait leave the cores to the other attacks
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads leave the cores to the other attacks
     os.environ.setdefault("HF_HOME", "/nonexistent")
     import datasets  # noqa: F401
     import matplotlib.figure  # noqa: F401
@@ -95,12 +95,12 @@ def import_everything() -> None:
 
 def _require_no_threads() -> None:
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    if len(names) - names.count("jemalloc_bg_thd") > 1:  # that one is made again after a fork
+    if len(names) - names.count("jemalloc_bg_thd") > 1:  # this thread is started again after a fork
         sys.exit(f"importing the libraries started threads, which a forked child would lack: {', '.join(names)}")
 
 
 def import_what_commands_import(material: Material) -> None:
-    """Runs commands that do much, and imports what they imported, so that no later child has to."""
+    """Runs commands that use many modules, and imports these modules, so that no later child has to."""
     logs = material.root / "logs"
     training = (*material.training_flags(1), "--output", "learnt", "--lora-rank", "2")
     named = ("--model", str(material.model("tiny.gguf")), "--max-new-tokens", "2", "call")
@@ -114,30 +114,30 @@ def import_what_commands_import(material: Material) -> None:
             training,
         )
     ):
-        known, told = set(sys.modules), logs / f"modules-{number}"
-        tell = partial(_tell_modules_at_exit, told)
-        start(Command(arguments), material.root, logs, prepare=tell).wait()  # with sanitizers some of them fail
-        for name in told.read_text().split():
+        known, listed = set(sys.modules), logs / f"modules-{number}"
+        listing = partial(_list_modules_at_exit, listed)
+        start(Command(arguments), material.root, logs, prepare=listing).wait()  # some of them fail with sanitizers
+        for name in listed.read_text().split():
             if name not in known:
-                with suppress(Exception):  # a few cannot be imported alone
+                with suppress(Exception):  # a few modules cannot be imported alone
                     importlib.import_module(name)
     _require_no_threads()
     gc.collect()
-    gc.freeze()  # else each child's collections walk, and by that copy, everything that was imported
+    gc.freeze()  # otherwise each child's garbage collections would touch, and so copy, everything imported
 
 
-def _tell_modules_at_exit(told: Path) -> None:
-    """Keeps the list up to date, because a child ends without the interpreter's own end."""
+def _list_modules_at_exit(listed: Path) -> None:
+    """Keeps the list up to date while the child runs, because a child skips the interpreter's shutdown."""
 
     def tell(event: str, _: object) -> None:
         if event == "layerskip.attack.done":
-            told.write_text("\n".join(sys.modules))
+            listed.write_text("\n".join(sys.modules))
 
     sys.addaudithook(tell)
 
 
 def make(root: Path) -> Material:
-    """Makes everything in forked children."""
+    """Generates everything in forked children."""
     material = Material(root)
     logs = root / "logs"
     logs.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Changes to the files of a model: settings, the header of safetensors, GGUF, the index of shards, the weights themselves."""
+"""Changes to the files of a model: settings, safetensors headers, GGUF headers, the index of shards, the weights."""
 
 import json
 import struct
@@ -43,7 +43,7 @@ def spoil_header(file: Path, random: Random) -> str:
 
 
 def spoil_gguf(file: Path, random: Random) -> str:
-    """Bytes within the first part, where counts, names and types are."""
+    """Changes bytes in the first part of the file, where counts, names and types are."""
     data = bytearray(file.read_bytes())
     place = random.choice((4, 8, 12, 16, random.randrange(24, 900), random.randrange(24, len(data))))
     value = random.choice((b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 2**40), struct.pack("<I", 10**7), random.randbytes(4)))
@@ -53,7 +53,7 @@ def spoil_gguf(file: Path, random: Random) -> str:
 
 
 def edit_gguf(file: Path, key: bytes, value: int) -> None:
-    """Sets an unsigned number of 32 bits, which stands after its key and type."""
+    """Sets an unsigned 32-bit number, which follows its key and type."""
     data = bytearray(file.read_bytes())
     place = data.index(key) + len(key) + 4
     data[place : place + 4] = struct.pack("<I", value)
@@ -61,7 +61,7 @@ def edit_gguf(file: Path, key: bytes, value: int) -> None:
 
 
 def redirect_shards(model: Path, target: str) -> None:
-    """Says of every weight that it is in another file."""
+    """Makes the index name another file for every weight."""
     index = model / "model.safetensors.index.json"
     document = json.loads(index.read_text())
     document["weight_map"] = dict.fromkeys(document["weight_map"], target)
@@ -73,7 +73,7 @@ def cut(file: Path) -> None:
 
 
 def change_weights(model: Path, change: Callable[[Tensors], object]) -> None:
-    """Reads, changes and writes a model's weights, in a child because that takes torch."""
+    """Reads, changes and writes a model's weights, in a child because it uses torch."""
 
     def work() -> int:
         from safetensors.torch import load_file, save_file

@@ -1,4 +1,4 @@
-"""Random architectures and shapes through every implementation, compared with transformers' own forward pass."""
+"""Random architectures and shapes on every backend, compared with the forward pass of transformers."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _TYPES = (
 
 
 def attack(case: Case) -> Iterator[Miss]:
-    """One model: sound in two of three cases, else with one thing about it that does not fit."""
+    """One model: valid in two of three cases, otherwise with one part that does not fit."""
     shape = _shape(case.random)
     unsound = case.random.choice(_UNSOUND) if case.random.random() < 0.33 else None
     case.say(f"{shape}, {unsound or 'sound'}")
@@ -97,13 +97,13 @@ def _model(shape: dict[str, Any], seed: int, dtype: Any) -> Any:
     changes = {key: value for key, value in shape.items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[shape["model_type"]](**changes)).to(dtype).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too: at their initial values they would hide faults
+        for parameter in model.parameters():  # also norms and biases: their initial values would hide faults
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
     return model
 
 
 def _sound(shape: dict[str, Any], seed: int) -> Iterator[Miss | str]:
-    """Every implementation in every precision that it takes."""
+    """Every backend in every precision that it supports."""
     import torch
 
     from layerskip_core.config.packing import PackingConfig
@@ -136,7 +136,7 @@ def _sound(shape: dict[str, Any], seed: int) -> Iterator[Miss | str]:
 def _compare(
     name: str, model: Any, ids: Any, reference: Any, tolerance: float, random: Random, exact: bool
 ) -> Iterator[Miss | str]:
-    """All tokens at once and in pieces, all layers at once and in spans. `exact`: the pieces have the bits of the whole."""
+    """All tokens at once and in pieces, all layers at once and in spans. `exact`: the results must be bit-identical."""
     import torch
 
     yield COUNTED
@@ -172,7 +172,7 @@ _UNSOUND = (
 
 
 def _unsound(shape: dict[str, Any], what: str, seed: int) -> Iterator[Miss | str]:
-    """Refused by each implementation with an error of ours: never run, which would read beyond what there is."""
+    """Each backend must refuse it with an error of ours. Running it would read beyond the weights."""
     import torch
 
     from layerskip_core.errors import LayerSkipError

@@ -1,11 +1,11 @@
-"""What an attacked command did, and what counts as a miss of it."""
+"""What an attacked command did, and what counts as a miss."""
 
 import re
 import signal
 from dataclasses import dataclass
 
 KINDS = ("traceback", "crash", "hang", "lost", "mixed", "executed", "breach", "wrong")
-MOST_MEMORY_MB = 2500  # of one command on a tiny model; more is a memory bomb
+MOST_MEMORY_MB = 2500  # of a command on a tiny model; more is a memory bomb
 _EXPECTED_STATUS = (0, 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 _ERROR = re.compile(r"^error: (?!line \d+: )", re.MULTILINE)
 _ERROR_OF_A_LINE = re.compile(r"^error: line \d+: ", re.MULTILINE)
@@ -14,7 +14,7 @@ _NOISE = re.compile(r"Warning: |Exception ignored|\r|^\s*warnings\.warn|it/s\]|l
 
 @dataclass(frozen=True)
 class Miss:
-    """One fault that an attack found: its kind, and what happened, for the person who mends it."""
+    """A fault that an attack found: its kind, and what happened."""
 
     kind: str
     what: str
@@ -31,41 +31,41 @@ class Outcome:
     peak_mb: float = 0.0
 
     @property
-    def told(self) -> str:
-        """The end of what it wrote, for reports."""
+    def tail(self) -> str:
+        """The end of its output, for reports."""
         return f"status {self.status}; stderr: {self.err.strip()[-600:]!r}; stdout: {self.out.strip()[-120:]!r}"
 
 
 def misses_of(outcome: Outcome, *, must_fail: bool = False, interrupted: bool = False) -> list[Miss]:
-    """What every command owes, whatever it is given: an end in time, no traceback, and for a failure one line that says why.
+    """Checks what every command must do with any input: end in time, print no traceback, and explain a failure in one line.
 
-    `must_fail`: nothing right can come of it, so that success is a miss. `interrupted`: a signal was sent to it.
+    `must_fail`: no right result is possible, so success is a miss. `interrupted`: a signal was sent to the command.
     """
-    told = outcome.told
+    tail = outcome.tail
     if "Traceback (most recent call last)" in outcome.err + outcome.out:
-        return [Miss("traceback", told)]
+        return [Miss("traceback", tail)]
     if outcome.timed_out or outcome.status == -signal.SIGXCPU:
-        return [Miss("hang", f"did not end in time; {told}")]
+        return [Miss("hang", f"did not end in time; {tail}")]
     if outcome.peak_mb > MOST_MEMORY_MB:
-        return [Miss("hang", f"took {outcome.peak_mb:.0f} MB; {told}")]
+        return [Miss("hang", f"took {outcome.peak_mb:.0f} MB; {tail}")]
     if outcome.status < 0:
-        return [Miss("crash", f"ended by {signal.Signals(-outcome.status).name}; {told}")]
+        return [Miss("crash", f"ended by {signal.Signals(-outcome.status).name}; {tail}")]
     if outcome.status not in _EXPECTED_STATUS or (outcome.status > 2 and not interrupted):
-        return [Miss("wrong", f"unexpected exit status; {told}")]
+        return [Miss("wrong", f"unexpected exit status; {tail}")]
     if outcome.status == 1 and (fault := _fault_of_error(outcome)):
-        return [Miss("wrong", f"{fault}; {told}")]
+        return [Miss("wrong", f"{fault}; {tail}")]
     if outcome.status == 0 and must_fail:
-        return [Miss("wrong", f"success where there can be none; {told}")]
+        return [Miss("wrong", f"success, though no right result is possible; {tail}")]
     if noise := _NOISE.search(outcome.err):
-        return [Miss("wrong", f"noise of a library on stderr ({noise.group()!r}); {told}")]
+        return [Miss("wrong", f"noise of a library on stderr ({noise.group()!r}); {tail}")]
     return []
 
 
 def _fault_of_error(outcome: Outcome) -> str | None:
-    """What is wrong with how a failure was told; None when it is one line of `error: ...` at the end."""
+    """What is wrong with the report of a failure; None if its last line, and only this line, is `error: ...`."""
     lines = outcome.err.strip().splitlines()
     whole, of_lines = len(_ERROR.findall(outcome.err)), len(_ERROR_OF_A_LINE.findall(outcome.err))
-    if whole == 0 and (of_lines or '{"error": ' in outcome.out):  # prompts of --lines or --jsonl that failed, each told
+    if whole == 0 and (of_lines or '{"error": ' in outcome.out):  # failed prompts of --lines or --jsonl, each reported
         return None
     if whole != 1:
         return f"{whole} error lines"

@@ -1,4 +1,4 @@
-"""Runs checks on models in a forked child, where a crash of a kernel ends nothing but the child."""
+"""Runs checks on models in a forked child, so that a crash of a kernel ends only the child."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from .campaign import Case
 from .forked import Child, Limits
 from .outcome import Miss, misses_of
 
-COUNTED = "counted"  # a check yields this for each thing that it looked at
+COUNTED = "counted"  # yielded by a check for each comparison that it made
 
 
 def probe(case: Case, check: Callable[[], Iterable[Miss | str]], threads: int = 1) -> Iterator[Miss]:
-    """What `check` finds, and how the process ended that ran it."""
+    """The misses of `check`, and how its process ended."""
 
     def work() -> int:
         import torch

@@ -21,15 +21,15 @@ from .outcome import Miss, Outcome, misses_of
 _WAYS = tuple((plain, namespaces) for plain in (False, True) for namespaces in (True, False))
 _ALL = (*PROGRAMS, *OUTLIVING)
 CASES, SHORT = len(_ALL) * len(_WAYS), range(30)
-_STEP = 359  # a prime: the first programs and ways come from the whole list
+_STEP = 359  # a prime, so that the first cases are spread over the whole list
 _PLAIN_USER = 61_837
 _NEW_MOUNTS, _PRIVATE_MOUNTS, _BIND, _WHOLE_TREE = 0x20000, 0x44000, 0x1000, 0x4000  # unshare(2), mount(2)
 _ROOT = Path(__file__).parents[2]
-_KEY = 0x4C5300  # of System V shared memory; the case's number is added
+_KEY = 0x4C5300  # of System V shared memory; the case's number is added to it
 
 
 def attack(case: Case) -> Iterator[Miss]:
-    """One program in one way."""
+    """One program in one setting."""
     place = case.number * _STEP % CASES
     program, (plain, namespaces) = _ALL[place // len(_WAYS)], _WAYS[place % len(_WAYS)]
     name = program if isinstance(program, str) else program.name
@@ -77,7 +77,7 @@ def _run(case: Case, hostile: HostileProgram, plain: bool, namespaces: bool, mar
 
 
 def _outlives(case: Case, program: str, plain: bool, namespaces: bool, marker: Path) -> Iterator[Miss]:
-    """The harness is killed while a program runs that wants to stay."""
+    """Kills the harness while a program runs that tries to survive it."""
     work = lambda: int(_harness(program, "", plain, namespaces, marker))  # noqa: E731
     child = Child(work, case.logs, Limits(), None, (-1, -1))
     child.wait(1.0 + case.random.random())
@@ -101,16 +101,16 @@ def _harness(program: str, tests: str, plain: bool, namespaces: bool, marker: Pa
     if plain and os.getuid() == 0:
         try:
             _become_plain(marker.parent)
-        except OSError:  # of a machine where root may not mount: there is nothing to try
+        except OSError:  # root may not mount on this machine: there is nothing to test
             return False
-    tempfile.tempdir = str(marker.with_name("temporary"))  # what a killed harness leaves goes with the case
-    sandbox._ROOT = str(marker)  # it stands in the command line of every process of the sandbox
+    tempfile.tempdir = str(marker.with_name("temporary"))  # files that a killed harness leaves are removed with the case
+    sandbox._ROOT = str(marker)  # it appears in the command line of every process of the sandbox
     short = sandbox.Limits(seconds=3.0, cpu_seconds=2, memory_mb=512, processes=6)
     return sandbox.run_tests(program, tests, short, namespaces).passed
 
 
 def _become_plain(folder: Path) -> None:
-    """Becomes a user of a number that nobody has, in a mount namespace where Python and this checkout can be reached."""
+    """Becomes a user with an unused id, in a mount namespace where Python and this checkout can be read."""
     c = ctypes.CDLL(None, use_errno=True)
     needed = {Path(path).resolve() for path in (sys.base_prefix, sys.prefix, _ROOT, folder)}
     if c.unshare(_NEW_MOUNTS) or c.mount(b"none", b"/", None, _PRIVATE_MOUNTS, None):
@@ -137,11 +137,11 @@ def _user(plain: bool) -> int | None:
 
 
 def _home(home: Path, plain: bool) -> Path:
-    """What hostile programs look for, the user's own."""
+    """Creates the user's files that hostile programs look for."""
     home.mkdir()
     (home / "secret").write_text("secret")
     (home / "link").symlink_to("secret")
-    with suppress(OSError):  # of a file system without attributes
+    with suppress(OSError):  # the file system has no extended attributes
         os.setxattr(home / "secret", "user.kept", b"kept")
     user = _user(plain)
     for path in (home, home / "secret", home / "link") if user is not None else ():
@@ -150,7 +150,7 @@ def _home(home: Path, plain: bool) -> Path:
 
 
 def _of_user(home: Path, pid: int) -> object:
-    """All that no program may change, of a folder and a process."""
+    """Everything about a folder and a process that no program may change."""
     files = {}
     for path in (home, *sorted(home.iterdir())):
         status = path.lstat()
@@ -177,7 +177,7 @@ def _survivors(marker: Path) -> list[int]:
 
 
 def _shared_memory(key: int) -> bool:
-    """Whether there is a segment of this key; it is removed."""
+    """Whether a segment with this key exists. Removes it."""
     c = ctypes.CDLL(None)
     found = c.shmget(key, 0, 0)
     if found >= 0:

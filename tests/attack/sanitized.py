@@ -1,4 +1,4 @@
-"""The C kernels built with address and undefined-behaviour sanitizers, in a folder of their own, and who uses them."""
+"""Builds the C kernels with address and undefined-behaviour sanitizers in a separate folder, and runs with them."""
 
 import atexit
 import os
@@ -11,7 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
-_FOLDER = "LAYERSKIP_ATTACK_KERNELS"  # environment variable: where the built kernels are
+_FOLDER = "LAYERSKIP_ATTACK_KERNELS"  # environment variable with the folder of the built kernels
 _FLAGS = (
     "-O1",
     "-g",
@@ -24,7 +24,7 @@ _FLAGS = (
 
 
 def restart_sanitized() -> None:
-    """Builds the kernels and starts this program again with the sanitizers' runtime; returns in the process that has it."""
+    """Builds the kernels and restarts this program with the sanitizers' runtime. Returns only in the restarted process."""
     if os.environ.get(_FOLDER):
         return
     folder = Path(tempfile.mkdtemp(prefix="layerskip-sanitized-"))
@@ -34,7 +34,7 @@ def restart_sanitized() -> None:
         target = folder / (module["name"].rpartition(".")[2] + EXTENSION_SUFFIXES[0])
         sources = [str(_ROOT / source) for source in module["sources"]]
         subprocess.run(["gcc", *flags, *_FLAGS, *sources, "-o", str(target), "-lm"], check=True)
-    runtime = [_library("libasan.so"), _library("libstdc++.so.6")]  # the second: the first looks for its exceptions at once
+    runtime = [_library("libasan.so"), _library("libstdc++.so.6")]  # the first needs the second as soon as it starts
     environment = {
         **os.environ,
         _FOLDER: str(folder),
@@ -51,7 +51,7 @@ def _library(name: str) -> str:
 
 
 def use_sanitized_kernels() -> None:
-    """In a process that has the runtime: kernels are looked for in the folder where they were built, which goes at the end."""
+    """With the runtime: loads the kernels from the folder where they were built, and removes the folder at the end."""
     folder = os.environ.get(_FOLDER)
     if folder is not None:
         from layerskip_core.model.native import compiled

@@ -1,11 +1,11 @@
-"""What a folder holds, to be compared with what it holds after an attack."""
+"""The contents of a folder, to compare before and after an attack."""
 
 import hashlib
 import os
 import stat
 from pathlib import Path
 
-Snapshot = dict[str, str]  # path below the folder -> what is there
+Snapshot = dict[str, str]  # path below the folder -> description of its content
 
 
 def snapshot(folder: Path) -> Snapshot:
@@ -19,7 +19,7 @@ def snapshot(folder: Path) -> Snapshot:
 
 
 def changes(before: Snapshot, after: Snapshot, allowed: tuple[str, ...] = ()) -> list[str]:
-    """What was there before and is gone or changed, but for paths that begin with one of `allowed`. What is new is no loss."""
+    """What is gone or changed, except paths that begin with one of `allowed`. New files are no loss."""
     return [
         f"{path} ({kind.split()[0]}) {'is gone' if path not in after else f'became {after[path]}'}"
         for path, kind in before.items()

@@ -1,4 +1,4 @@
-"""A folder with a user's own things in it, which no command may lose, and outputs that stand in the way."""
+"""A folder with files of a user, which no command may lose, and with objects in the way of outputs."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ OUTPUTS = (
 
 
 class Victim:
-    """`home` is where a command runs; the things in it are looked at before and after."""
+    """`home` is where a command runs. Its contents are compared before and after."""
 
     def __init__(self, case: Case) -> None:
         self.home = case.folder / "home"
@@ -62,7 +62,7 @@ class Victim:
         return [Miss("lost", "; ".join(found[:6]))] if found else []
 
     def written_by_command(self, output: str) -> tuple[str, ...]:
-        """What success may change when a command writes to this output: files of this program, no others."""
+        """What a successful command may change when it writes to this output: files of this program, no others."""
         model = ("config.json", "generation_config.json", "model.safetensors", "tokenizer", "layerskip.json")
         mine = {
             "model": model,
@@ -71,6 +71,6 @@ class Victim:
             "bench": tuple(file.name for file in (self.home / "bench").iterdir()),
             "training": ("",),
         }
-        if (file := (self.home / output).resolve()).is_file():  # that very file was asked for
+        if (file := (self.home / output).resolve()).is_file():  # the user asked for this file
             return (str(file.relative_to(self.home.resolve())),)
         return tuple(f"{output}/{name}" for name in mine.get(output, ()))

@@ -1,4 +1,4 @@
-"""Two commands write to one output at once: one whole result stands at the end, and who was refused says by one line why."""
+"""Two commands write to one output at once. One whole result must remain, and a refused command must say why in one line."""
 
 import shutil
 import time
@@ -32,7 +32,7 @@ def _flags(name: str, material: Material) -> tuple[str, ...]:
 
 
 def attack(case: Case) -> Iterator[Miss]:
-    """One pair, the second a moment after the first."""
+    """A pair of commands, the second a moment after the first."""
     pair = _PAIRS[case.number % len(_PAIRS)]
     home = _home(case.folder / "home", case.material)
     commands = [Command(_flags(name, case.material)) for name in pair]
@@ -49,12 +49,12 @@ def attack(case: Case) -> Iterator[Miss]:
         if outcome.status == 0:
             won.append(name)
     if not won:
-        yield Miss("wrong", f"both failed: {' | '.join(outcome.told for outcome in outcomes if outcome)}")
+        yield Miss("wrong", f"both failed: {' | '.join(outcome.tail for outcome in outcomes if outcome)}")
     yield from _judge(case, home, won)
 
 
 def _judge(case: Case, home: Path, won: list[str]) -> Iterator[Miss]:
-    """The output is what one of the winners writes, and serves."""
+    """The output must be what one of the successful commands writes, and must be usable."""
     found = snapshot(home / "out")
     writers = [name for name in won if name.startswith(("import", "finetune"))]
     if writers:
@@ -66,26 +66,26 @@ def _judge(case: Case, home: Path, won: list[str]) -> Iterator[Miss]:
         saved = run(Command(("bench", "--from", "out/results.json")), home, case.logs)
         lines = (home / "out" / "outputs.jsonl").read_text().splitlines() if (home / "out" / "outputs.jsonl").exists() else []
         if saved.status or len(lines) != len((case.material.bench / "outputs.jsonl").read_text().splitlines()):
-            yield Miss("mixed", f"the results of bench are not whole: {len(lines)} lines of outputs; {saved.told}")
+            yield Miss("mixed", f"the results of bench are not whole: {len(lines)} lines of outputs; {saved.tail}")
         return
     used = run(Command(("generate", "--model", "out", "--max-new-tokens", "4"), b"call mom"), home, case.logs)
     if used.status:
-        yield Miss("lost", f"the model there does not answer; {used.told}")
+        yield Miss("lost", f"the model there does not answer; {used.tail}")
     if rubbish := [path for path in found if ".writing" in path or ".staging" in path]:
         yield Miss("wrong", f"left over: {rubbish}")
     again = run(Command(_flags("import", case.material)), home, case.logs)
     if again.status:
-        yield Miss("wrong", f"the next import fails; {again.told}")
+        yield Miss("wrong", f"the next import fails; {again.tail}")
 
 
 def _weights(files: Snapshot) -> Snapshot:
-    """The files that are the model's: equal bytes in equal runs."""
+    """The files of the model that are identical in identical runs."""
     return {path: kind for path, kind in files.items() if path.endswith((".safetensors", "config.json")) and "/" not in path}
 
 
 @cache
 def _alone(name: str, material: Material) -> Snapshot:
-    """What a command leaves when it is alone."""
+    """The result of a command that runs alone."""
     folder = material.root / f"alone-{name.replace(' ', '-')}-{time.monotonic_ns()}"
     logs = folder / "logs"
     logs.mkdir(parents=True)
@@ -98,7 +98,7 @@ def _alone(name: str, material: Material) -> Snapshot:
 
 
 def _home(home: Path, material: Material) -> Path:
-    """With a third model where the two will write."""
+    """With a third model in the output folder."""
     home.mkdir()
     shutil.copytree(material.model("smollm3"), home / "out")
     return home
