@@ -1,10 +1,10 @@
-"""The tables of parsers from what topv2.sh or embedded.sh measured: exits and drafts of each, then exact match side by side.
+"""Prints the tables of parsers, from the measurements of topv2.sh or embedded.sh: each sweep, then exact match side by side.
 
 Usage: python parsing_tables.py ROWS RUN ...
 
 ROWS  JSON lines with the reference of each row (`layerskip data`)
-RUN   RUN.jsonl holds the autoregressive answers to ROWS (`generate --jsonl`); RUN/results.json, if it is there, a sweep. The
-      exact match of all but the first is compared with the first one's, row by row.
+RUN   RUN.jsonl holds the autoregressive answers to ROWS (`generate --jsonl`); RUN/results.json, if it exists, holds a sweep.
+      The exact match of the first run is compared with that of every other one, row by row.
 """
 
 import json
@@ -27,24 +27,24 @@ def answers(run: Path) -> Path:
 
 
 def exits_table(results: list[dict[str, Any]]) -> None:
-    """By exit: the answers of the exit alone, and what it is worth as a draft; then the drafts accepted by position."""
-    found = {(one["strategy"], one["exit_layer"], one["num_draft_tokens"]): one for one in results}
-    specs = sorted({spec for strategy, _, spec in found if strategy == "self-speculative"})
-    exits = sorted({exit_layer for strategy, exit_layer, _ in found if strategy == "early-exit"})
+    """By exit: quality alone, and quality, acceptance and speed as a draft; then the accepted drafts by position."""
+    by_setting = {(result["strategy"], result["exit_layer"], result["num_draft_tokens"]): result for result in results}
+    specs = sorted({spec for strategy, _, spec in by_setting if strategy == "self-speculative"})
+    exits = sorted({exit_layer for strategy, exit_layer, _ in by_setting if strategy == "early-exit"})
     heads = [f"{what}, {spec} drafts" for spec in specs for what in ("exact match", "identical", "accepted", "speedup")]
     print("| exit | early exit, exact match | " + " | ".join(heads) + " |")
     print("|---" * (2 + len(heads)) + "|")
     for exit_layer in exits:
-        cells = [str(exit_layer), f"{found['early-exit', exit_layer, None]['metrics']['exact_match']:.1%}"]
-        for one in (found["self-speculative", exit_layer, spec] for spec in specs):
-            shares = (one["metrics"]["exact_match"], one["identical_outputs"], one["acceptance_rate"])
-            cells += [*(f"{share:.1%}" for share in shares), f"{one['speedup']:.2f}x"]
+        cells = [str(exit_layer), f"{by_setting['early-exit', exit_layer, None]['metrics']['exact_match']:.1%}"]
+        for result in (by_setting["self-speculative", exit_layer, spec] for spec in specs):
+            shares = (result["metrics"]["exact_match"], result["identical_outputs"], result["acceptance_rate"])
+            cells += [*(f"{share:.1%}" for share in shares), f"{result['speedup']:.2f}x"]
         print("| " + " | ".join(cells) + " |")
-    plain = found["autoregressive", None, None]
+    plain = by_setting["autoregressive", None, None]
     print(f"\nautoregressive: exact match {plain['metrics']['exact_match']:.2%}, {plain['tokens_per_second']:.0f} tokens/s\n")
-    print("| exit | drafts | accepted at each position, those before it being accepted |\n|---|---|---|")
+    print("| exit | drafts | accepted at each position, if all before it were accepted |\n|---|---|---|")
     for exit_layer, spec in product(exits, specs):
-        shares = found["self-speculative", exit_layer, spec]["acceptance_by_position"]
+        shares = by_setting["self-speculative", exit_layer, spec]["acceptance_by_position"]
         print(f"| {exit_layer} | {spec} | {', '.join(f'{share:.1%}' for share in shares)} |")
 
 
@@ -56,7 +56,7 @@ def main() -> None:
             exits_table(json.loads(sweep.read_text(encoding="utf-8"))["results"])
     references = lines(rows, "completion")
     right = [[text == wanted for text, wanted in zip(lines(answers(run), "text"), references, strict=True)] for run in runs]
-    print(f"\n| autoregressive, {len(references)} rows | exact match | {runs[0].name} less it, points (95% interval) |")
+    print(f"\n| autoregressive, {len(references)} rows | exact match | {runs[0].name} minus this run, points (95% interval) |")
     print("|---|---|---|")
     for run, hits in zip(runs, right, strict=True):
         differences = [100 * (first - other) for first, other in zip(right[0], hits, strict=True)]

@@ -1,4 +1,4 @@
-"""The tables of SmolLM2-135M under the recipe, from what smollm2.sh measured; what is not there yet is left out.
+"""The tables of RESULTS.md, from the measurements of smollm2.sh. Missing measurements are left out.
 
 Usage: python tables.py RESULTS           RESULTS holds {recipe,control,untouched}-TASK[-WHAT]/results.json
        python tables.py best RESULTS/NAME  the exit and draft length of a sweep's best setting
@@ -27,10 +27,10 @@ def read(folder: Path) -> Records:
 
 
 def entry(record: Record | None, strategy: str, setting: Setting | None = None) -> Result | None:
-    """The measured result of a strategy, the first unless the setting is given; what a quick sweep only predicted is none."""
-    for one in record["results"] if record else ():
-        if one["strategy"] == strategy and one["metrics"] and setting in (None, setting_of(one)):
-            return dict(one)
+    """The measured result of a strategy with the setting, or its first. None if there is none, or only a prediction."""
+    for result in record["results"] if record else ():
+        if result["strategy"] == strategy and result["metrics"] and setting in (None, setting_of(result)):
+            return dict(result)
     return None
 
 
@@ -39,46 +39,51 @@ def setting_of(result: Result) -> Setting:
 
 
 def best(record: Record | None) -> Result | None:
-    """The recommended self-speculative result, which kept the outputs; where none pays, or in a bench, the fastest."""
+    """The recommended self-speculative result. Without a recommendation, and in a bench, the fastest one."""
     advice = (record or {}).get("recommendation") or {}
     if advice.get("exit_layer") is not None:
         return entry(record, "self-speculative", setting_of(advice))
-    drafting = [one for one in record["results"] if one["strategy"] == "self-speculative"] if record else []
-    return max((one for one in drafting if one["tokens_per_second"]), key=lambda one: float(one["speedup"]), default=None)
+    drafting = [result for result in record["results"] if result["strategy"] == "self-speculative"] if record else []
+    return max(
+        (result for result in drafting if result["tokens_per_second"]),
+        key=lambda result: float(result["speedup"]),
+        default=None,
+    )
 
 
 def machine(records: Records) -> None:
-    """Where it was measured. Every run notes the load before it: much of it is another process, which spoils speeds."""
+    """The machine, and the load before the runs: a high load means that other processes disturbed the speeds."""
     places = [record["environment"] for record in records.values()]
     if places:
-        where = f"{places[0]['cpu']}, {places[0]['threads']} threads, torch {places[0]['versions']['torch']}"
+        threads = places[0]["threads"]
+        where = f"{places[0]['cpu']}, {threads} thread{'' if threads == 1 else 's'}, torch {places[0]['versions']['torch']}"
         loads = [place["load_average"][0] for place in places if place["load_average"]]
         load = f"; load average before a run: median {median(loads):.1f}, at most {max(loads):.1f}" if loads else ""
         print(f"{where}{load}.\n")
 
 
 def headline(records: Records) -> None:
-    """Quality, acceptance and outputs are of the rows answered in batches where they hold the setting, speed of the bench."""
+    """Speed from the bench; quality, acceptance and outputs from the batched answers, if these have the setting."""
     rows = []
     for task, title in TASKS.items():
         many, grid = records.get(f"recipe-{task}"), records.get(f"recipe-{task}-grid")
         timed = records.get(f"recipe-{task}-bench") or grid or many
         fastest = best(timed)
-        for way, fast in (("autoregressive", entry(timed, "autoregressive")), ("self-speculative", fastest)):
+        for strategy, fast in (("autoregressive", entry(timed, "autoregressive")), ("self-speculative", fastest)):
             setting = None if fast is None else setting_of(fast)
-            source = next((one for one in (many, timed) if entry(one, way, setting)), None)
-            found = entry(source, way, setting)
-            if source is None or found is None:
+            source = next((record for record in (many, timed) if entry(record, strategy, setting)), None)
+            result = entry(source, strategy, setting)
+            if source is None or result is None:
                 continue
-            fast = fast or found
-            name = way if setting is None or setting[0] is None else f"{way}, exit {setting[0]}, {setting[1]} drafts"
+            fast = fast or result
+            name = strategy if setting is None or setting[0] is None else f"{strategy}, exit {setting[0]}, {setting[1]} drafts"
             over = number(fast.get("speedup_over_transformers"), ".2f", "x")
             rows.append([
-                title, name, quality(source, found, named=True), rows_of(source), percent(found["acceptance_rate"]),
-                outputs(source, found), number(fast["tokens_per_second"], ".0f"), number(fast["speedup"], ".2f", "x"), over,
+                title, name, quality(source, result, named=True), rows_of(source), percent(result["acceptance_rate"]),
+                outputs(source, result), number(fast["tokens_per_second"], ".0f"), number(fast["speedup"], ".2f", "x"), over,
                 prompts_timed(timed),
             ])  # fmt: skip
-    head = ["task", "decoding", "quality", "rows", "acceptance", "identical outputs"]
+    head = ["task", "strategy", "quality", "rows", "acceptance", "identical outputs"]
     head += ["tokens/s", "speedup", "over transformers", "prompts timed"]
     table("The recipe, bf16", head, rows)
 
@@ -88,26 +93,27 @@ def alternatives(records: Records) -> None:
         record = records.get(f"recipe-{task}-bench")
         rows = [
             [
-                one["strategy"], text(one["exit_layer"]), text(one["num_draft_tokens"]), percent(one["acceptance_rate"]),
-                number(one["tokens_per_second"], ".1f"), number(one["speedup"], ".2f", "x"),
-                number(one["decode_speedup"], ".2f", "x"), number(one["speedup_over_transformers"], ".2f", "x"),
-                outputs(record, one),
+                result["strategy"], text(result["exit_layer"]), text(result["num_draft_tokens"]),
+                percent(result["acceptance_rate"]),
+                number(result["tokens_per_second"], ".1f"), number(result["speedup"], ".2f", "x"),
+                number(result["decode_speedup"], ".2f", "x"), number(result["speedup_over_transformers"], ".2f", "x"),
+                outputs(record, result),
             ]
-            for one in (record["results"] if record else ())
+            for result in (record["results"] if record else ())
         ]  # fmt: skip
-        head = ["way", "exit", "drafts", "acceptance", "tokens/s", "speedup", "behind the prefill", "over transformers"]
+        head = ["method", "exit", "drafts", "acceptance", "tokens/s", "speedup", "decode speedup", "over transformers"]
         head += ["identical outputs"]
         table(f"{title}: the alternatives on the same {rows_of(record)} prompts", head, rows)
 
 
 def by_exit(records: Records) -> None:
-    """Quality of an exit alone, how its drafts fare, and the share of full depth's tokens that it would have chosen."""
+    """Quality of each exit alone, acceptance and speedup of its drafts, and its agreement with full depth."""
     rows = []
     for task, title in TASKS.items():
         names = {model: (f"{model}-{task}", f"{model}-{task}-grid") for model in MODELS}
         sources = {model: [records[name] for name in names[model] if name in records] for model in MODELS}
-        known = [one for both in sources.values() for record in both for one in record["results"]]
-        exits = sorted({one["exit_layer"] for one in known if one["exit_layer"]})
+        known = [result for both in sources.values() for record in both for result in record["results"]]
+        exits = sorted({result["exit_layer"] for result in known if result["exit_layer"]})
         for exit_layer in [*exits, None]:
             cells = [[exit_figures(sources[model], exit_layer)[place] for model in MODELS] for place in range(3)]
             flat = [cell for of_figure in cells for cell in of_figure]
@@ -118,35 +124,39 @@ def by_exit(records: Records) -> None:
 
 
 def exit_figures(records: Sequence[Record], exit_layer: int | None) -> tuple[str, str, str]:
-    """Quality (by the first of the records, which has most rows), acceptance and speedup with the draft length, agreement.
+    """Quality (from the first record, which has the most rows), acceptance and speedup with the draft length, agreement.
 
-    Of exits that a quick sweep did not measure, the acceptance that it predicted.
+    For exits that a quick sweep did not measure, the predicted acceptance.
     """
-    mine = [(record, one) for record in records for one in record["results"] if one["exit_layer"] == exit_layer]
-    alone = [(record, one) for record, one in mine if one["strategy"] in ("early-exit", "autoregressive")]
-    good = next((quality(record, one) for record, one in alone if record is records[0] and one["metrics"]), "")
-    agreed = next((percent(one["agreement"]) for _, one in alone if one.get("agreement") is not None), "")
-    drafting = [one for _, one in mine if one["strategy"] == "self-speculative"]
+    at_exit = [(record, result) for record in records for result in record["results"] if result["exit_layer"] == exit_layer]
+    alone = [(record, result) for record, result in at_exit if result["strategy"] in ("early-exit", "autoregressive")]
+    good = next((quality(record, result) for record, result in alone if record is records[0] and result["metrics"]), "")
+    agreed = next((percent(result["agreement"]) for _, result in alone if result.get("agreement") is not None), "")
+    drafting = [result for _, result in at_exit if result["strategy"] == "self-speculative"]
     if not drafting:
         return good, "", agreed
-    one = max(drafting, key=lambda one: one["tokens_per_second"] is not None)
-    share = one["acceptance_rate"] if one["metrics"] else one["predicted_acceptance_rate"]
-    return good, f"{percent(share)} of {one['num_draft_tokens']}, {number(one['speedup'], '.2f', 'x') or 'not timed'}", agreed
+    result = max(drafting, key=lambda result: result["tokens_per_second"] is not None)
+    share = result["acceptance_rate"] if result["metrics"] else result["predicted_acceptance_rate"]
+    return (
+        good,
+        f"{percent(share)} of {result['num_draft_tokens']}, {number(result['speedup'], '.2f', 'x') or 'not timed'}",
+        agreed,
+    )
 
 
 def grids(records: Records) -> None:
     for task, title in TASKS.items():
         record = records.get(f"recipe-{task}-grid")
         results = sweep_results(record)
-        lengths = sorted({one["num_draft_tokens"] for one in results})
-        found = {setting_of(one): one for one in results}
+        lengths = sorted({result["num_draft_tokens"] for result in results})
+        by_setting = {setting_of(result): result for result in results}
         rows = [
             [
                 text(exit_layer),
                 number((entry(record, "early-exit", (exit_layer, None)) or {}).get("speedup"), ".2f", "x"),
-                *(grid_cell(found.get((exit_layer, drafts))) for drafts in lengths),
+                *(grid_cell(by_setting.get((exit_layer, drafts))) for drafts in lengths),
             ]
-            for exit_layer in sorted({one["exit_layer"] for one in results})
+            for exit_layer in sorted({result["exit_layer"] for result in results})
         ]
         table(f"{title}: speedup (acceptance) by exit and draft length", ["exit", "alone", *map(str, lengths)], rows)
 
@@ -156,10 +166,12 @@ def grid_cell(result: Result | None) -> str:
 
 
 def positions(records: Records) -> None:
-    """Of the drafts compared at each position, all before them being accepted; of each exit's longest drafts."""
+    """The share of drafts accepted at each position, if all before them were; for the longest drafts of each exit."""
     for task, title in TASKS.items():
         results = sweep_results(records.get(f"recipe-{task}-grid"))
-        longest = {one["exit_layer"]: one for one in sorted(results, key=lambda one: int(one["num_draft_tokens"]))}
+        longest = {
+            result["exit_layer"]: result for result in sorted(results, key=lambda result: int(result["num_draft_tokens"]))
+        }
         rows = [[text(layer), *map(percent, longest[layer]["acceptance_by_position"])] for layer in sorted(longest)]
         count = max(map(len, rows), default=1)
         rows = [row + [""] * (count - len(row)) for row in rows]
@@ -167,22 +179,22 @@ def positions(records: Records) -> None:
 
 
 def sweep_results(record: Record | None) -> list[Result]:
-    """The self-speculative ones that were measured."""
+    """The measured self-speculative results."""
     every = record["results"] if record else ()
-    return [one for one in every if one["strategy"] == "self-speculative" and one["tokens_per_second"]]
+    return [result for result in every if result["strategy"] == "self-speculative" and result["tokens_per_second"]]
 
 
 def weights(records: Records) -> None:
-    """The grid in bf16 and everything measured with other weights, at its own best setting, on the same prompts.
+    """The bf16 grid and all runs with other weights, each at its best setting, on the same prompts.
 
-    Runs at different times are compared by the median speed of plain bf16 decoding in all of them that have it.
+    Runs at different times are compared through the median speed of autoregressive bf16 decoding in these runs.
     """
     rows = []
     for model, (task, title) in product(MODELS, TASKS.items()):
         names = [name for name in records if name.startswith(f"{model}-{task}-") and is_packed(records[name])]
         first = f"{model}-{task}-grid"
         plains = [entry(records.get(name), "autoregressive") for name in [first, *names] if not is_low(records.get(name))]
-        base = median(one["tokens_per_second"] for one in plains if one) if any(plains) else None
+        base = median(result["tokens_per_second"] for result in plains if result) if any(plains) else None
         for name in [first, *names] if names else []:
             record, many = records.get(name), records.get(f"{model}-{task}" if name == first else f"{name}-rows")
             plain, fast = entry(record, "autoregressive"), best(record)
@@ -214,24 +226,24 @@ def is_packed(record: Record) -> bool:
 
 
 def time_split(records: Records) -> None:
-    """Milliseconds a token; and those of one draft, one verification and one plain step, with the tokens that a round gives."""
+    """Milliseconds per token by phase; tokens per round; milliseconds per draft, verification and autoregressive step."""
     rows = []
     for task, title in TASKS.items():
         grid = records.get(f"recipe-{task}-grid")
         record = records.get(f"recipe-{task}-bench") or grid
         fast = best(record)
-        for name, one in (("autoregressive", entry(record, "autoregressive")), ("self-speculative", fast)):
-            if one is None or not one["time_split_ms"]:
+        for name, result in (("autoregressive", entry(record, "autoregressive")), ("self-speculative", fast)):
+            if result is None or not result["time_split_ms"]:
                 continue
-            passes = (entry(grid, name, setting_of(one)) or {}).get("pass_times_ms") or {}
-            parts = [one["time_split_ms"][part] for part in SPLIT]
-            accepted = one["mean_accepted_tokens"]
+            passes = (entry(grid, name, setting_of(result)) or {}).get("pass_times_ms") or {}
+            parts = [result["time_split_ms"][part] for part in SPLIT]
+            accepted = result["mean_accepted_tokens"]
             rows.append([
                 title, name, *(number(part, ".2f") for part in [*parts, sum(parts)]), number(accepted and accepted + 1, ".1f"),
                 *(number(passes.get(part), ".2f") for part in ("draft", "verify", "other", "plain")),
             ])  # fmt: skip
-    head = ["task", "decoding", *(f"{part}, ms a token" for part in (*SPLIT, "all")), "tokens a round"]
-    head += ["a draft, ms", "a verification, ms", "rest of a round, ms", "a plain step, ms"]
+    head = ["task", "strategy", *(f"{part}, ms/token" for part in (*SPLIT, "total")), "tokens per round"]
+    head += ["one draft, ms", "one verification, ms", "rest of a round, ms", "autoregressive step, ms"]
     table("Where the time goes", head, rows)
 
 
@@ -239,9 +251,9 @@ def perplexity(records: Records) -> None:
     rows = []
     for model in MODELS[::-1]:
         record = records.get(f"{model}-wikitext2")
-        found = entry(record, "autoregressive")
-        if record is not None and found is not None:
-            rows.append([model, number(found["metrics"]["perplexity"], ".2f"), rows_of(record)])
+        result = entry(record, "autoregressive")
+        if record is not None and result is not None:
+            rows.append([model, number(result["metrics"]["perplexity"], ".2f"), rows_of(record)])
     table("WikiText-2, full depth", ["model", "perplexity", "windows of 512 tokens"], rows)
 
 
@@ -261,7 +273,7 @@ def prompts_timed(record: Record | None) -> str:
 
 
 def outputs(record: Record | None, result: Result) -> str:
-    """The share of outputs that are those of autoregressive decoding; in bf16 others part where two tokens are as likely."""
+    """The share of outputs equal to the autoregressive ones, and the largest top-2 gap at which others differ."""
     gap = max((place["top2_gap"] for place in result["differences"]), default=None)
     return percent(result["identical_outputs"]) + (f", gaps up to {gap:.2f}" if gap is not None else "")
 
@@ -279,7 +291,7 @@ def text(value: object) -> str:
 
 
 def table(title: str, head: Iterable[str], rows: Sequence[Sequence[str]]) -> None:
-    """Markdown on stdout; nothing without rows."""
+    """Prints a Markdown table, or nothing if there are no rows."""
     if rows:
         lines = [list(head), ["---"] * len(rows[0]), *rows]
         print(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
@@ -287,10 +299,10 @@ def table(title: str, head: Iterable[str], rows: Sequence[Sequence[str]]) -> Non
 
 def main(arguments: Sequence[str]) -> None:
     if arguments[0] == "best":
-        found = best(json.loads((Path(arguments[1]) / "results.json").read_text(encoding="utf-8")))
-        if found is None:
+        result = best(json.loads((Path(arguments[1]) / "results.json").read_text(encoding="utf-8")))
+        if result is None:
             sys.exit(f"error: {arguments[1]} has no self-speculative setting that was measured")
-        print(*setting_of(found))
+        print(*setting_of(result))
         return
     records = read(Path(arguments[0]))
     machine(records)
