@@ -54,9 +54,9 @@ def color(number: int) -> str:
     return _COLORS[number % len(_COLORS)]
 
 
-def legend_above(axes: Any, columns: int) -> None:
-    """A legend in one line above the axes, where it covers no data."""
-    axes.legend(fontsize=7.5, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.3, columnspacing=1.2)
+def legend_above(axes: Any, entries: int) -> None:
+    """A legend above the axes, where it covers no data: in one line, or in lines of three if there are more than four."""
+    axes.legend(fontsize=7.5, ncols=entries if entries <= 4 else 3, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.3, columnspacing=1.2)
 
 
 def label(result: ExitResult | BenchResult) -> str:
