@@ -56,7 +56,8 @@ def color(number: int) -> str:
 
 def legend_above(axes: Any, entries: int) -> None:
     """A legend above the axes, where it covers no data: in one line, or in lines of three if there are more than four."""
-    axes.legend(fontsize=7.5, ncols=entries if entries <= 4 else 3, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.3, columnspacing=1.2)
+    columns = entries if entries <= 4 else 3
+    axes.legend(fontsize=7.5, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.3, columnspacing=1.2)
 
 
 def label(result: ExitResult | BenchResult) -> str:

@@ -1,9 +1,9 @@
-"""Runs generated code in a process of its own, behind every wall that the kernel allows, and says whether its tests passed.
+"""Runs generated code in its own process, restricted in every way that the kernel allows, and reports whether its tests passed.
 
 harness -> supervisor (own session) -> init (process 1 of its own process namespace) -> program
 
-Each ends with the one before it. supervisor.py and runner.py make the verdict, walls.py keeps the program from the machine, and
-README.md says what each wall keeps out and what remains possible.
+Each process ends when the one before it ends. supervisor.py and runner.py make the verdict, walls.py isolates the program.
+README.md describes what each wall prevents and what remains possible.
 """
 
 import json
@@ -25,7 +25,7 @@ from .walls import WALLS
 
 __all__ = ["WALLS", "Limits", "Verdict", "run_tests", "standing_walls"]
 
-_GRACE_SECONDS = 20.0  # for the supervisor itself, on a machine that is busy
+_GRACE_SECONDS = 20.0  # for the supervisor itself, on a busy machine
 _SECONDS_TO_END = 10.0
 _ROOT = str(Path(__file__).parents[3])
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox.supervisor import main; main()"
@@ -33,9 +33,9 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evalu
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: wall-clock and CPU time, address space and file size (MB of 2**20 bytes), processes and threads."""
+    """Limits of a program: wall-clock and CPU time, address space and file size (MB of 2**20 bytes), processes and threads."""
 
-    seconds: float = 30.0  # generous, for MBPP's slowest solution (row 123) takes 2.4 s of a core to itself
+    seconds: float = 30.0  # generous, because MBPP's slowest solution (row 123) needs 2.4 s of an idle core
     cpu_seconds: int = 10
     memory_mb: int = 512
     file_mb: int = 1
@@ -44,18 +44,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a program's tests ran to their end without an error. `reason` is for people: parts of it are the program's."""
+    """Whether a program's tests ran to their end without an error. `reason` is for display: the program can write to it."""
 
     passed: bool
     reason: str
 
 
 def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces: bool = True) -> Verdict:
-    """Runs a program, then its tests in the same module; passed when both came to their end.
+    """Runs a program, then its tests in the same module. It passes if both run to their end.
 
-    What passes runs a second time with a failing assertion after its tests, and must then fail by that very assertion: a
-    program that makes every test pass, or ends the tests early, does not. `namespaces` off leaves those out, as a kernel does
-    that forbids them; for tests.
+    A program that passes runs again with a failing assertion after its tests, and must fail with exactly that assertion. This
+    catches programs that make every test pass or end the tests early. `namespaces=False` runs without namespaces, as on a
+    kernel that forbids them; tests use it.
 
     Raises LayerSkipError when the sandbox itself cannot be started.
     """
@@ -71,12 +71,12 @@ def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces
 
 @cache
 def standing_walls() -> tuple[str, ...]:
-    """Which of WALLS this machine puts up around a program."""
+    """Those of WALLS that this machine supports."""
     return _supervised("", "", Limits(), namespaces=True)[1]
 
 
 def _supervised(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple[Verdict, tuple[str, ...]]:
-    """One run: its verdict, and the walls that stood."""
+    """One run: its verdict and its walls."""
     folder = tempfile.mkdtemp(prefix="layerskip-")
     settings = {"folder": folder, "namespaces": namespaces, "harness": os.getpid(), **asdict(limits)}
     try:
@@ -89,8 +89,8 @@ def _supervised(program: str, tests: str, limits: Limits, namespaces: bool) -> t
 
 
 def _ask_supervisor(settings: dict[str, Any], request: str, seconds: float) -> dict[str, Any] | None:
-    """The supervisor's answer; None when it gave none in time."""
-    # The fixed seed makes the order of sets, and with it the verdict, the same on every run; the program never sees it.
+    """The supervisor's answer, or None if it does not answer in time."""
+    # The fixed seed makes the order of sets, and so the verdict, reproducible. The program cannot see it.
     process = subprocess.Popen(
         [sys.executable, "-P", "-s", "-B", "-c", _START, _ROOT, json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -109,14 +109,14 @@ def _ask_supervisor(settings: dict[str, Any], request: str, seconds: float) -> d
     finally:
         _end(process)
     if process.returncode != 0 or not answer:
-        told = errors.strip().splitlines() or [f"exit status {process.returncode}"]
-        raise LayerSkipError(f"generated code cannot be run here: {told[-1]}")
-    found: dict[str, Any] = json.loads(answer)
-    return found
+        lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
+        raise LayerSkipError(f"generated code cannot be run here: {lines[-1]}")
+    verdict: dict[str, Any] = json.loads(answer)
+    return verdict
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Lets a supervisor kill its program first, where it has not ended by itself."""
+    """Ends a supervisor that is still running, so that it can kill its program first."""
     if process.returncode is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""A program's temporary folder, where no file system in memory bounds it: how much lies there, and its removal."""
+"""A program's temporary folder, if no file system in memory limits its size: checks its size, and removes it."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ _DEEPEST = 32
 
 
 def outgrown(folder: str) -> bool:
-    """Whether more lies in a folder than a program may keep. A folder that cannot be listed counts as too much."""
+    """Whether a folder exceeds the size or number of files allowed. A folder that cannot be listed counts as too large."""
     files = size = 0
     waiting = [(folder, 0)]
     try:
@@ -24,7 +24,7 @@ def outgrown(folder: str) -> bool:
                         waiting.append((entry.path, depth + 1))
                 if files > FOLDER_FILES or size > FOLDER_MB << 20 or depth > _DEEPEST:
                     return True
-    except FileNotFoundError:  # the folder itself is replaced while it is looked at; next time it is seen
+    except FileNotFoundError:  # the folder was just replaced; the next check sees the new one
         return False
     except OSError:
         return True
@@ -32,9 +32,9 @@ def outgrown(folder: str) -> bool:
 
 
 def remove(folder: str) -> None:
-    """Removes a folder with all that is in it, however deep: what lies two levels down comes up one level, until none does.
+    """Removes a folder and its content, however deep: each pass moves the folders two levels down up by one level.
 
-    Nothing may run there any more. What cannot be removed stays: it is a temporary folder.
+    No process may use the folder any more. What cannot be removed stays, as the folder is a temporary one.
     """
     with suppress(OSError):
         while entries := list(os.scandir(folder)):
@@ -45,7 +45,7 @@ def remove(folder: str) -> None:
                 os.chmod(entry.path, 0o700)
                 for inner in list(os.scandir(entry.path)):
                     if inner.is_dir(follow_symlinks=False):
-                        os.chmod(inner.path, 0o700)  # a folder is moved by those who may write to it
+                        os.chmod(inner.path, 0o700)  # moving a folder needs write permission on it
                         os.rename(inner.path, f"{folder}/{os.urandom(8).hex()}")
                     else:
                         os.unlink(inner.path)

@@ -1,7 +1,8 @@
-"""Keeps a program from looking at its tests through the interpreter: an audit hook that ends it when it tries.
+"""An audit hook that ends a program when it tries to inspect its tests through the interpreter.
 
-Refused are tracing, profiling, the frames of all threads and the collector's lists of objects, at any time, and the code of the
-tests, of their functions and of their frames. Native code (ctypes, bytecode built by hand) reads memory without an audit event.
+It refuses, at any time, tracing, profiling, the frames of all threads and the garbage collector's lists of objects; and reading
+the code of the tests, of their functions and of their frames. Native code (ctypes, hand-made bytecode) can read memory without
+an audit event.
 """
 
 import os
@@ -10,13 +11,13 @@ from collections.abc import Callable
 from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, FunctionType, GeneratorType
 from typing import Any
 
-TESTS = "<tests>"  # the name of their code
-CHANNEL = 3  # the program's descriptor to its supervisor
+TESTS = "<tests>"  # the file name of the tests' code
+CHANNEL = 3  # the file descriptor from the program to the supervisor
 
 
 def keep_tests_unseen() -> None:
-    """For this process, for good. What is refused is named on the channel, in one line."""
-    # Globals that nothing else refers to, because a program can change those of a module. The hook knows itself by them.
+    """Installs the hook in this process, permanently. It reports what it refused on the channel, in one line."""
+    # Its own globals dict, because a program can change a module's. The hook recognises its own frames by it.
     sys.addaudithook(FunctionType(_hook.__code__, {"__builtins__": {}}, None, _hook.__defaults__))
 
 
@@ -35,7 +36,7 @@ def _hook(
     channel: int = CHANNEL,
     tests: str = TESTS,
 ) -> None:
-    """Names nothing but its arguments and calls nothing of the program's, and raises nothing that would show its frame."""
+    """Uses only its arguments, calls nothing that the program can change, and raises nothing, which would expose its frame."""
     if event in {
         "gc.get_objects",
         "gc.get_referents",
@@ -61,7 +62,7 @@ def _hook(
                 or (of_kind is generators[1] and name == "cr_code")
                 or (of_kind is generators[2] and name == "ag_code")
             )
-            # Reading it here is an event as well.
+            # Reading it here triggers this event again.
             if carries_code and caller(1).f_globals is not mine() and read(of, name).co_filename == tests:
                 tell(channel, b"looked at the code of its tests\n")
                 end(1)

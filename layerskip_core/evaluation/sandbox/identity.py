@@ -1,4 +1,4 @@
-"""Who a program runs as: for root a user that nobody else is, and no privilege that could be gained."""
+"""The user that a program runs as: under root a user id of its own. It cannot gain privileges."""
 
 import os
 import struct
@@ -16,8 +16,9 @@ _JOIN_SESSION_KEYRING = 1
 
 
 def own_identity() -> int | None:
-    """For root: a user that nobody else is, so that the limit of processes is the program's alone; `nobody` where users are
-    not mapped. None for everybody else, who cannot change.
+    """Under root: an otherwise unused user id, so that the limit of processes counts the program's alone.
+
+    `nobody` if that id is not mapped in this user namespace. None for other users, who cannot change their id.
     """
     if not LINUX or os.getuid() != 0:
         return None
@@ -30,9 +31,9 @@ def own_identity() -> int | None:
 
 
 def leave_session_keyring(machine: str | None) -> None:
-    """This process and its descendants get a new, empty session keyring in place of the user's."""
+    """Gives this process and its descendants a new, empty session keyring instead of the user's."""
     if machine:
-        with suppress(OSError):  # containers refuse the call, and with it the keyring
+        with suppress(OSError):  # containers refuse this call, and all other uses of keyrings
             system_call(_KEYCTL[machine], _JOIN_SESSION_KEYRING, 0)
 
 
@@ -41,8 +42,10 @@ def gain_no_privileges() -> None:
 
 
 def become(identity: int, folder: str, keep_reading: bool) -> None:
-    """From root to an unprivileged user, the owner of `folder`. With `keep_reading` it keeps root's right to read any file, for
-    an interpreter under /root that could not load its own library else; Landlock must bound that right.
+    """Changes from root to an unprivileged user, who gets `folder`.
+
+    `keep_reading` keeps root's right to read any file: an interpreter under /root could not load its library otherwise.
+    Landlock must restrict that right.
     """
     os.chown(folder, identity, identity)
     prctl(_KEEP_CAPABILITIES, 1)
@@ -51,7 +54,7 @@ def become(identity: int, folder: str, keep_reading: bool) -> None:
     os.setresuid(identity, identity, identity)
     try:
         _set_capabilities(_READ_ANY_FILE if keep_reading else 0)
-    except OSError:  # of a container that has not got that one
+    except OSError:  # in a container without this capability
         drop_capabilities()
 
 
@@ -66,5 +69,5 @@ def readable_by_all(paths: list[str]) -> bool:
 
 
 def _set_capabilities(bits: int) -> None:
-    """The effective and permitted ones; none can be inherited."""
+    """Sets the effective and permitted capabilities; none are inheritable."""
     call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", bits, bits, 0, 0, 0, 0))

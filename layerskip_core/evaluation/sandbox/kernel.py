@@ -1,4 +1,4 @@
-"""Calls of the kernel that Python has no function for. Standard library only."""
+"""Kernel interfaces that Python has no functions for. Standard library only."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ LINUX = sys.platform == "linux"
 
 
 def call(name: str, *arguments: Any) -> int:
-    """A function of the C library. Raises OSError when it returns less than 0."""
+    """Calls a function of the C library. Raises OSError if it returns a negative value."""
     function = getattr(ctypes.CDLL(None, use_errno=True), name)
     result = int(function(*arguments))
     if result < 0:
@@ -20,8 +20,10 @@ def call(name: str, *arguments: Any) -> int:
 
 
 def system_call(number: int, *arguments: Any) -> int:
-    """A system call by its number: integers are passed as longs, so that no upper half is left to chance."""
-    return call("syscall", ctypes.c_long(number), *(ctypes.c_long(one) if type(one) is int else one for one in arguments))
+    """A system call by its number. Integers are passed as longs, so that their upper halves are defined."""
+    return call(
+        "syscall", ctypes.c_long(number), *(ctypes.c_long(value) if type(value) is int else value for value in arguments)
+    )
 
 
 def prctl(option: int, *values: int) -> None:
@@ -29,6 +31,6 @@ def prctl(option: int, *values: int) -> None:
 
 
 def machine() -> str | None:
-    """`x86_64` or `aarch64` for a 64-bit Linux process there, whose system calls are known here; else None."""
+    """`x86_64` or `aarch64` for a 64-bit Linux process on these processors, whose system calls we know; else None."""
     known = LINUX and sys.maxsize > 2**32 and platform.machine() in ("x86_64", "aarch64")
     return platform.machine() if known else None

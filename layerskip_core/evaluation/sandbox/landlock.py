@@ -1,4 +1,4 @@
-"""Landlock: reading the system's libraries and Python's, all else in one folder; no signal or connection to the outside."""
+"""Landlock: allows reading the libraries of Python and the system, and everything in one folder; no signals to others."""
 
 import os
 import struct
@@ -7,16 +7,16 @@ from contextlib import suppress
 from .kernel import LINUX, system_call
 from .paths import SYSTEM_FILES, python_folders, system_folders
 
-# landlock(7). Bits of file access: 1 is writing, 2 reading a file, 3 listing a folder, the others make and remove things.
-# The numbers of these calls are the same on every architecture.
+# landlock(7). Access bits: 1 is writing and 2 reading a file, 3 is listing a folder, the others create and remove entries.
+# These system calls have the same numbers on every architecture.
 _CREATE_RULES, _ADD_RULE, _RESTRICT = 444, 445, 446
-_FILE_BITS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # bits known to each version, the last for all later ones
+_FILE_BITS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of access bits in each version; later ones have no more
 _WRITE, _READ, _READ_AND_LIST = 1 << 1, 1 << 2, 1 << 2 | 1 << 3
 _SIGNALS_SINCE = 6
 
 
 def version() -> int:
-    """Of the kernel's Landlock; 0 where there is none."""
+    """The version of the kernel's Landlock; 0 without Landlock."""
     try:
         return system_call(_CREATE_RULES, None, 0, 1) if LINUX else 0
     except OSError:
@@ -28,7 +28,7 @@ def bounds_signals() -> bool:
 
 
 def allow_files_only(folder: str) -> bool:
-    """Confines this process for good. False where the kernel has no Landlock."""
+    """Restricts this process, permanently. False if the kernel has no Landlock."""
     known = version()
     if not known:
         return False

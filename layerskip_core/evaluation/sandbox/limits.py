@@ -1,4 +1,4 @@
-"""Resource limits of one program: time, memory, file size, processes. The only wall that other systems than Linux have too."""
+"""Resource limits of a program: time, memory, file size, processes. The only restriction outside Linux."""
 
 import os
 import resource
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def set_limits(settings: dict[str, Any], others: int) -> None:
-    """`others`: how many tasks count against the limit of processes although they are not the program's."""
+    """Sets the limits. `others`: how many tasks of other programs count against the limit of processes."""
     memory, file = settings["memory_mb"] << 20, settings["file_mb"] << 20
     limits = [
         (resource.RLIMIT_CPU, settings["cpu_seconds"]),
@@ -21,12 +21,12 @@ def set_limits(settings: dict[str, Any], others: int) -> None:
     for kind, value in limits:
         _, most = resource.getrlimit(kind)
         bound = value if most == resource.RLIM_INFINITY else min(value, most)
-        with suppress(ValueError, OSError):  # macOS has no limit of address space
+        with suppress(ValueError, OSError):  # macOS does not limit the address space
             resource.setrlimit(kind, (bound, bound))
 
 
 def tasks_of(uid: int) -> int:
-    """Tasks, threads included, that already run as a user."""
+    """How many tasks, threads included, already run as this user."""
     count = 0
     for process in Path("/proc").glob("[0-9]*/task"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Namespaces: network, processes, IPC and mounts of a program's own, and a tree of files that holds what it may read only."""
+"""Gives a program its own network, processes, IPC and mounts, and a file tree that holds only what it may read."""
 
 import os
 from collections.abc import Callable
@@ -19,9 +19,9 @@ _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 
 def enter_namespaces() -> bool:
-    """Network, host name and IPC of this process become its own, and the processes of its children theirs.
+    """Gives this process its own network, host name and IPC, and its children their own process ids.
 
-    False when the kernel forbids namespaces: nothing has changed then.
+    False if the kernel forbids namespaces; then nothing has changed.
     """
     if not LINUX:
         return False
@@ -39,7 +39,7 @@ def enter_namespaces() -> bool:
 
 
 def _own_users(more_kinds: int = 0) -> None:
-    """This user becomes the only one of a namespace. Some systems let it be made and refuse the names that it needs."""
+    """Creates a user namespace with this user alone. Some systems allow the namespace but refuse to map its ids."""
     uid, gid = os.getuid(), os.getgid()
     call("unshare", _USERS | more_kinds)
     Path("/proc/self/setgroups").write_text("deny")
@@ -48,7 +48,7 @@ def _own_users(more_kinds: int = 0) -> None:
 
 
 def _succeeds_in_a_child(act: Callable[[], None]) -> bool:
-    """What cannot be undone is tried there first."""
+    """Tries in a child process what could not be undone in this one."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -61,9 +61,9 @@ def _succeeds_in_a_child(act: Callable[[], None]) -> bool:
 
 
 def enter_small_tree(folder: str, machine: str | None) -> bool:
-    """The root of this process becomes a tree in memory: what may be read, read-only, and `folder`, empty and bounded.
+    """Replaces this process's root by a tree in memory: read-only views of what may be read, and an empty, limited `folder`.
 
-    Its mounts become its own. False when mounts are forbidden.
+    The process gets its own mounts. False if mounts are forbidden.
     """
     if machine is None:
         return False
@@ -84,7 +84,7 @@ def enter_small_tree(folder: str, machine: str | None) -> bool:
         _mount("tmpfs", own, "tmpfs", _NO_SETUID | _NO_DEVICES, f"size={FOLDER_MB}m,nr_inodes={FOLDER_FILES},mode=700")
         _enter(folder, _PIVOT_ROOT[machine])
     except OSError:
-        with suppress(OSError):  # what has been mounted already
+        with suppress(OSError):  # undo what has been mounted
             call("umount2", folder.encode(), _DETACH)
         return False
     return True
@@ -92,27 +92,27 @@ def enter_small_tree(folder: str, machine: str | None) -> bool:
 
 def _enter(root: str, pivot_root: int) -> None:
     os.chdir(root)
-    system_call(pivot_root, b".", b".")  # the old root then lies over the new one
+    system_call(pivot_root, b".", b".")  # mounts the old root on top of the new one
     call("umount2", b".", _DETACH)
     os.chdir("/")
-    with suppress(OSError):  # Landlock forbids to write there as well
+    with suppress(OSError):  # Landlock forbids writing there anyway
         _mount(None, "/", None, _REMOUNT | _BIND | _READ_ONLY | _NO_SETUID | _NO_DEVICES)
 
 
 def _bind(source: str, target: str, flags: int) -> None:
-    """A read-only view with all that is mounted below it."""
+    """A read-only bind mount, including the mounts below it."""
     _mount(source, target, None, _BIND | _RECURSIVE)
     attributes = (_READ_ONLY | flags).to_bytes(8, "little") + bytes(24)
     system_call(_MOUNT_SETATTR, -100, target.encode(), _WHOLE_TREE, attributes, len(attributes))
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
-    source_, kind_, options_ = (one.encode() if one else None for one in (source, kind, options))
+    source_, kind_, options_ = (text.encode() if text else None for text in (source, kind, options))
     call("mount", source_, target.encode(), kind_, flags, options_)
 
 
 def _outermost(paths: list[str]) -> list[str]:
-    """Without those that lie in another one of them."""
+    """The paths that lie in none of the others."""
     kept: list[str] = []
     for path in sorted(paths):
         if not any(path == other or path.startswith(other.rstrip("/") + "/") for other in kept):

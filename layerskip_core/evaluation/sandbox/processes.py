@@ -1,6 +1,6 @@
-"""Processes that end with the one that started them, whatever ends it, and take with them all that they started.
+"""Processes that end when their parent ends, for whatever reason, and that end all their own descendants.
 
-The kernel tells a process of its parent's end by SIGTERM. It is noticed in `wait`, so that nothing interrupts a clean-up.
+The kernel sends SIGTERM to a process when its parent ends. `wait` reports it, so that it cannot interrupt a clean-up.
 """
 
 import os
@@ -17,7 +17,7 @@ _SECONDS_TO_KILL = 2.0
 
 
 class Alarms:
-    """The signals that this process waits for, as bytes in a pipe: its parent's end and its children's."""
+    """The signals for the end of the parent and of children, as bytes in a pipe."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
@@ -28,15 +28,15 @@ class Alarms:
             signal.signal(number, _only_wake)
 
     def wait(self, seconds: float | None, files: Sequence[int] = ()) -> tuple[bool, list[int]]:
-        """(whether this process was told to end, which of the files can be read), when there is anything to tell."""
+        """Waits for either: (whether this process should end, which of the files can be read)."""
         ready, _, _ = select.select([self._reader, *files], [], [], seconds)
-        told = b""
+        received = b""
         with suppress(BlockingIOError):
-            told = os.read(self._reader, 4096)
-        return signal.SIGTERM in told, [file for file in files if file in ready]
+            received = os.read(self._reader, 4096)
+        return signal.SIGTERM in received, [file for file in files if file in ready]
 
     def close(self) -> None:
-        """In a child that is to have signals of its own."""
+        """Restores the default signal handling, in a child process."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
@@ -45,50 +45,51 @@ class Alarms:
 
 
 def _only_wake(number: int, frame: object) -> None:
-    """The byte in the pipe says it all."""
+    """Does nothing: the byte in the pipe is the message."""
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """The kernel sends this signal when the parent ends. A change of user undoes it."""
+    """Makes the kernel send this signal when the parent ends. A change of user undoes this."""
     if LINUX:
         prctl(_DEATH_SIGNAL, number)
 
 
 def adopt_orphans() -> None:
-    """Descendants whose parent ends become children of this process, wherever they hide."""
+    """Descendants whose parent ends become children of this process."""
     if LINUX:
         prctl(_SUBREAPER, 1)
 
 
 def descendants(ancestor: int) -> list[int]:
-    """All living processes below one; none where /proc does not tell."""
+    """All living descendants of a process; none if /proc is not available."""
     parents: dict[int, list[int]] = {}
     for pid in _numbers():
         with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as status:
             state, parent = status.read().rpartition(b")")[2].split()[:2]
-            # A process whose first thread has ended looks dead, though its other threads live.
+            # A process whose first thread has ended looks like a zombie while its other threads live.
             if state != b"Z" or len(os.listdir(f"/proc/{pid}/task")) > 1:
                 parents.setdefault(int(parent), []).append(int(pid))
-    found: list[int] = []
+    living: list[int] = []
     waiting = [ancestor]
     while waiting:
-        below = parents.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
+        children = parents.get(waiting.pop(), [])
+        living += children
+        waiting += children
+    return living
 
 
 def kill_descendants(ancestor: int, spared: Sequence[int] = ()) -> bool:
-    """Kills all processes below one; children of this process are reaped. False when there were always new ones: a process
-    that forks and ends, over and over, is a step ahead of whoever looks for it.
+    """Kills all descendants of a process, except `spared`, and reaps those that are children of this process.
+
+    False if new ones keep appearing: a process that keeps forking and ending can stay ahead of this search.
     """
     deadline = time.monotonic() + _SECONDS_TO_KILL
-    while left := [one for one in descendants(ancestor) if one not in spared]:
-        for one in left:
+    while left := [pid for pid in descendants(ancestor) if pid not in spared]:
+        for pid in left:
             with suppress(ProcessLookupError, PermissionError):
-                os.kill(one, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
             with suppress(ChildProcessError):
-                os.waitpid(one, os.WNOHANG)
+                os.waitpid(pid, os.WNOHANG)
         if time.monotonic() > deadline:
             return False
     return True

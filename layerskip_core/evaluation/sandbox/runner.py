@@ -1,9 +1,9 @@
-"""What runs a program, then its tests, in the process that is walled in.
+"""Runs a program, then its tests, in the restricted process.
 
-The program shares this interpreter, and can change every module and, from Python 3.13 on, the local names of every frame above
-its own. So what runs after it is made before it and lies in no name: a function on the value stack of the frame that runs the
-program, with all that it calls bound to it. It holds a key, whose arrival tells the supervisor that the program has come to its
-end; only then do the tests come, and with them a second key, which goes back when they have come to theirs.
+The program shares this interpreter. It can change every module and, from Python 3.13 on, the local variables of every frame
+above its own. Therefore the code that runs after it is created before it and has no name: it is a function on the value stack
+of the frame that runs the program, and everything it calls is bound to it. This function sends a key to the supervisor when the
+program has run to its end. Only then the tests arrive, with a second key, which goes back when they have run to their end.
 """
 
 import _signal  # type: ignore[import-not-found]
@@ -24,19 +24,21 @@ from .guard import CHANNEL
 from .walls import confine
 
 KEY_BYTES = 32
-_SECONDS_FOR_THREADS = 1.0  # that have ended but are not gone yet
+_SECONDS_FOR_THREADS = 1.0  # that have ended but are not removed yet
 
 
 def run_program(
     settings: dict[str, Any], channel: socket.socket, identity: int | None, separate: bool, small_tree: bool
 ) -> NoReturn:
-    """Puts up the walls, runs the program and its tests, and tells the supervisor how that went."""
+    """Restricts this process, runs the program and its tests, and reports to the supervisor."""
     leave = os._exit
     try:
         _keep_only(channel)
         standing = confine(settings, identity, separate, small_tree)
         os.write(CHANNEL, json.dumps(standing).encode() + b"\n")
-        module = ModuleType("program")  # not __main__, whose blocks the harnesses of these tasks do not run either
+        module = ModuleType(
+            "program"
+        )  # not __main__: other harnesses of these tasks do not run `if __name__ == "__main__"` either
         sys.modules["program"] = module
         sys.path.remove(sys.argv[1])
         guard.keep_tests_unseen()
@@ -48,12 +50,12 @@ def run_program(
 
 
 def _play(namespace: dict[str, Any]) -> None:
-    # The left call is made first: its result waits where no name leads to it.
+    # The left call runs first, so that its result has no name while the program runs.
     _second_part(_receive(KEY_BYTES))(_first_part(_receive_text(), namespace), namespace)
 
 
 def _first_part(program: str, namespace: dict[str, Any]) -> BaseException | None:
-    """Runs the program; what it raised."""
+    """Runs the program; returns what it raised."""
     try:
         exec(compile(program, "<program>", "exec", dont_inherit=True), namespace)
     except BaseException as error:
@@ -62,7 +64,7 @@ def _first_part(program: str, namespace: dict[str, Any]) -> BaseException | None
 
 
 def _second_part(key: bytes) -> Callable[[BaseException | None, dict[str, Any]], None]:
-    """The function that runs the tests. Every name in it is an argument: it looks up neither a global nor a builtin."""
+    """The function that runs the tests. It uses only its arguments and looks up no global and no builtin."""
     every_signal = frozenset(signal.valid_signals())
 
     def exactly(size: int, read: Callable[[int, int], bytes] = os.read, channel: int = CHANNEL) -> bytes:
@@ -89,7 +91,7 @@ def _second_part(key: bytes) -> Callable[[BaseException | None, dict[str, Any]],
         unblock: int = int(signal.SIG_UNBLOCK),
         signals: frozenset[int] = every_signal,
     ) -> dict[str, Any]:
-        """The namespace, when the program's own signal handlers and finalizers may run again."""
+        """Returns the namespace, after allowing the program's own signal handlers and finalizers to run again."""
         if collects:
             collect()
         mask(unblock, signals)
@@ -131,16 +133,16 @@ def _second_part(key: bytes) -> Callable[[BaseException | None, dict[str, Any]],
         anything: type[BaseException] = BaseException,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
-        if process() != me:  # a child of the program's that came here as well
+        if process() != me:  # a process that the program forked
             leave(0)
         try:
             if error is None:
-                mask(block, signals)  # runs the handlers of those that have come already
+                mask(block, signals)  # runs the handlers of pending signals
                 collected = collects()
                 collect_no_more()
                 if alone():
                     send(channel, key + b"\n")
-                    # Neither the text nor its code nor the second key gets a name here.
+                    # The text, its code and the second key get no names here.
                     finisher(receive(key_bytes))(run(translate(text(), name, "exec", 0, True), freed(namespace, collected)))
                 else:
                     send(channel, b"left a thread running\n")
@@ -153,7 +155,7 @@ def _second_part(key: bytes) -> Callable[[BaseException | None, dict[str, Any]],
 
 
 def _keep_only(channel: socket.socket) -> None:
-    """Leaves an input at its end, two outputs that lead nowhere, and the channel, which becomes descriptor CHANNEL."""
+    """Leaves an empty input, two discarded outputs and the channel, as descriptor CHANNEL; closes all other descriptors."""
     ended, writer = os.pipe()
     os.close(writer)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,6 +1,6 @@
-"""A filter of system calls, as a program of classic BPF: what is not on the list is refused.
+"""A filter of system calls, as a program in classic BPF: calls that are not on the list are refused.
 
-A call of another architecture or of the 32-bit ABI ends the process, because its numbers mean something else.
+A call of another architecture or of the x32 ABI ends the process, because its number has another meaning.
 """
 
 import ctypes
@@ -13,14 +13,14 @@ from .system_calls import ARCHITECTURES, NEWEST, Check, allowed, checked, missin
 
 _SECCOMP, _FILTER = 22, 2  # prctl(2)
 _KILL, _REFUSE, _NOT_THERE, _ALLOW = 0x80000000, 0x00050001, 0x00050026, 0x7FFF0000  # the process; EPERM; ENOSYS
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in what the filter sees of a call
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in seccomp_data, which describes a call
 _LOAD, _AND, _EQUAL, _AT_LEAST, _MORE_THAN, _GIVE = 0x20, 0x54, 0x15, 0x35, 0x25, 0x06
-_LONG_NUMBERS = 0x40000000  # the x32 ABI numbers its calls from here
+_LONG_NUMBERS = 0x40000000  # calls of the x32 ABI are numbered from here
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One instruction; `true` and `false` are how many of the next ones to skip."""
+    """One instruction. `true` and `false` are the numbers of instructions to skip."""
 
     code: int
     value: int
@@ -32,9 +32,9 @@ class _Step:
 
 
 def filter_calls(machine: str, separate: bool, only_signalled: int | None) -> bool:
-    """Filters this process's calls, and its descendants', for good; False where the kernel cannot.
+    """Filters the calls of this process and its descendants, permanently. False if the kernel cannot.
 
-    See `checked` for the two settings.
+    See `checked` for `separate` and `only_signalled`.
     """
     steps = _program(machine, separate, only_signalled)
     packed = b"".join(step.packed() for step in steps)
@@ -61,7 +61,7 @@ def _program(machine: str, separate: bool, only_signalled: int | None) -> list[_
 
 
 def _test(check: Check) -> list[_Step]:
-    """Refuses the call unless the check holds. The lower half of an argument is all that the kernel reads of these."""
+    """Refuses the call unless the check holds. Of these arguments the kernel reads the lower half only."""
     count = len(check.values)
     matches = [_Step(_EQUAL, value, true=count - place) for place, value in enumerate(check.values)]
     return [_load(_ARGUMENTS + 8 * check.argument), _Step(_AND, check.mask), *matches, _give(_REFUSE)]

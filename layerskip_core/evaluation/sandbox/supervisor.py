@@ -1,9 +1,8 @@
-"""The process that judges one program. Standard library only; started by `run_tests`, the settings in its arguments and the
-program and its tests on stdin.
+"""The process that judges one program. Standard library only.
 
-The program shares an interpreter with its tests, as in every harness of this kind, so nothing that it prints, leaves in a file
-or returns to the system counts. Two random keys do: see runner.py. The tests stay here until the first one has come and every
-other process of the program's is dead.
+`run_tests` starts it, with the settings in its arguments and the program and its tests on stdin. The program shares an
+interpreter with its tests, as in every harness of this kind, so its output, files and exit status do not count. Two random keys
+do: see runner.py. The tests stay here until the first key has arrived and every other process of the program is dead.
 """
 
 import json
@@ -22,9 +21,9 @@ from .namespaces import FOLDER_FILES, FOLDER_MB, enter_namespaces, enter_small_t
 from .processes import Alarms
 from .runner import KEY_BYTES, run_program
 
-_MOST_BYTES = 4096  # of a line that a program can make the supervisor read
-_SECONDS_TO_END = 5.0  # for init, which kills the program first
-_FOLDER_SECONDS = 0.02  # between two looks at a folder that nothing else bounds
+_MOST_BYTES = 4096  # longest line that the supervisor reads
+_SECONDS_TO_END = 5.0  # for init, which first kills the program
+_FOLDER_SECONDS = 0.02  # between two checks of a folder whose size nothing else limits
 
 
 class _Ended(Exception):
@@ -42,23 +41,23 @@ def main() -> None:
     processes.end_with_parent()
     if os.getppid() != settings["harness"]:
         sys.exit("the harness has ended")
-    mine, its = socket.socketpair()
-    init = os.fork()  # before the tests are read: what is forked has nothing to look for
+    own_end, program_end = socket.socketpair()
+    init = os.fork()  # before the tests are read, so that the child's memory does not hold them
     if init == 0:
-        mine.close()
+        own_end.close()
         alarms.close()
-        _run_init(settings, its, identity, separate)
-    its.close()
+        _run_init(settings, program_end, identity, separate)
+    program_end.close()
     try:
-        answer = _Run(settings, mine, alarms, init).judge(**json.load(sys.stdin))
+        answer = _Run(settings, own_end, alarms, init).judge(**json.load(sys.stdin))
     finally:
         _kill_everything(init, separate)
-        folder.remove(settings["folder"])  # the harness may have ended
+        folder.remove(settings["folder"])  # in case the harness has ended
     print(json.dumps(answer))
 
 
 class _Run:
-    """The supervisor's side of one program's run: what it sends and hears, until the time is over."""
+    """The supervisor's side of one run: sends the program and its tests, and reads the answers, until the time is over."""
 
     def __init__(self, settings: dict[str, Any], channel: socket.socket, alarms: Alarms, init: int) -> None:
         self._channel, self._alarms, self._init = channel, alarms, init
@@ -73,7 +72,7 @@ class _Run:
         try:
             walls += json.loads(self._line())
             self._folder_bounded = "file names" in walls
-            first = processes.descendants(self._init)  # the program's own process, which waits for the program
+            first = processes.descendants(self._init)  # the program's own process, which is spared
             key = self._send_keyed(program)
             self._expect(key)
             if not processes.kill_descendants(self._init, first):
@@ -84,7 +83,7 @@ class _Run:
         return {"passed": True, "reason": "", "walls": walls}
 
     def _send_keyed(self, text: str) -> bytes:
-        """Sends a new key and a text; the key will come back when the text has been run."""
+        """Sends a new key and a text. The key comes back when the text has run."""
         key = os.urandom(KEY_BYTES // 2).hex().encode()
         data = text.encode("utf-8", "surrogatepass")
         self._channel.settimeout(self._left())
@@ -102,10 +101,10 @@ class _Run:
             raise _Ended(line.decode(errors="replace") or "no reason given")
 
     def _line(self) -> bytes:
-        """The next line of the program's side. Raises _Ended when none comes."""
+        """The next line from the program's side. Raises _Ended if none arrives."""
         while b"\n" not in self._received:
-            told, ready = self._alarms.wait(self._left(), [self._channel.fileno()])
-            if told:
+            should_end, ready = self._alarms.wait(self._left(), [self._channel.fileno()])
+            if should_end:
                 raise SystemExit("the harness has ended")
             if not self._folder_bounded and folder.outgrown(self._folder):
                 raise _Ended(f"its folder grew beyond {FOLDER_MB} MB or {FOLDER_FILES} files")
@@ -133,10 +132,10 @@ class _Run:
 
 
 def _kill_everything(init: int, separate: bool) -> None:
-    """Kills the program and all that it started, and waits until nothing of it is left.
+    """Kills the program and everything that it started, and waits for their end.
 
-    The end of `init` is the end of its process namespace. Where there is none, it kills the program's group before it ends,
-    and what has left the group comes to this process.
+    When `init` ends, the kernel ends its process namespace. Without a namespace, init kills the program's group before it
+    ends, and processes outside the group become children of this process.
     """
     with suppress(ProcessLookupError):
         os.kill(init, signal.SIGKILL if separate else signal.SIGTERM)
@@ -151,7 +150,7 @@ def _kill_everything(init: int, separate: bool) -> None:
 
 
 def _run_init(settings: dict[str, Any], channel: socket.socket, identity: int | None, separate: bool) -> NoReturn:
-    """Starts the program, and ends with it, or when the supervisor does; nothing that the program started is left then."""
+    """Starts the program. Ends when the program or the supervisor ends, and leaves no process of the program behind."""
     program = 0
     try:
         alarms = Alarms()
@@ -168,13 +167,13 @@ def _run_init(settings: dict[str, Any], channel: socket.socket, identity: int | 
     finally:
         if not separate and program:
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(program, signal.SIGKILL)  # all of the group at once: nobody in it can fork meanwhile
+                os.killpg(program, signal.SIGKILL)  # the whole group at once, so that none of it can fork meanwhile
             processes.kill_descendants(os.getpid())
         os._exit(0)
 
 
 def _supervisor_is_gone(channel: socket.socket) -> bool:
-    """Whether it ended before this process could ask to be told."""
+    """Whether the supervisor ended before this process could ask for a signal at its end."""
     try:
         return channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -184,7 +183,7 @@ def _supervisor_is_gone(channel: socket.socket) -> bool:
 
 
 def _has_ended(child: int) -> bool:
-    """Whether this child of the process has ended; it keeps its number until it is waited for. Others that have are reaped."""
+    """Whether this child has ended; it keeps its process id until it is waited for. Reaps other children that have ended."""
     with suppress(ChildProcessError):
         while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if ended.si_pid == child:

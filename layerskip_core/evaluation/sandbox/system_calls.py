@@ -1,17 +1,17 @@
-"""The system calls that a program may make, by family: every other one is refused.
+"""The system calls that a program may make, by family. All others are refused.
 
-Each line names a call and its numbers on x86_64 and aarch64 (`-`: it has none there). What programs do without is left out on
-purpose: changing modes, owners, times and attributes of files (Landlock does not cover them), locks of files, devices and
-FIFOs, keys, System V and POSIX message queues and shared memory, sockets by name, priorities and processors, other processes'
-limits and memory, tracing, executing files, namespaces and mounts, new kinds of descriptors (userfaultfd, io_uring, bpf, perf,
-pidfd, memfd, inotify, fanotify), clocks, modules, further filters.
+Each entry is a call and its numbers on x86_64 and aarch64 (`-`: none). Calls that programs do not need are left out: changing
+modes, owners, times and attributes of files (Landlock does not cover them), locks of files, devices and FIFOs, keys, System V
+and POSIX message queues and shared memory, sockets by name, priorities and processors, other processes' limits and memory,
+tracing, executing files, namespaces and mounts, new kinds of descriptors (userfaultfd, io_uring, bpf, perf, pidfd, memfd,
+inotify, fanotify), clocks, modules, further filters.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # as the kernel's audit numbers them
-NEWEST = 450  # the last call of this table's kernel; later ones do not exist for a program
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's AUDIT_ARCH_ constants
+NEWEST = 450  # the last call of the kernel that this table describes; later ones fail with ENOSYS
 
 _MEMORY = """
 brk 12 214, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226, madvise 28 233, msync 26 227, membarrier 324 283
@@ -55,7 +55,7 @@ sched_getaffinity 204 123, sched_get_priority_max 146 125, sched_get_priority_mi
 """
 _FAMILIES = (_MEMORY, _FILES, _WAITING, _CONNECTED_PAIRS, _TIME_AND_CHANCE, _SIGNALS, _PROCESSES, _QUESTIONS)
 
-# Calls that are refused as if this kernel had not got them: the C library then takes another one, which is let through.
+# Calls that fail with ENOSYS, as on an older kernel: the C library then uses another call, which is allowed.
 _MISSING = "clone3 435 435, openat2 437 437"
 
 # Calls that depend on their arguments.
@@ -72,22 +72,21 @@ _GROUPS = "setsid 112 157, setpgid 109 154"
 
 _ALL = 0xFFFFFFFF
 _PATH_ONLY, _TRUNCATE, _ACCESS_MODE = 0o10000000, 0o1000, 0o3  # open(2)
-# All but opening a bare path, which Landlock does not see, and emptying a file that is opened for reading, as Landlock before
-# its version 3 does not see either.
+# Not O_PATH, which Landlock does not check, and not O_TRUNC with O_RDONLY, which Landlock does not check before version 3.
 _OPENINGS = (0, 1, 2, _TRUNCATE | 1, _TRUNCATE | 2)
-# Copying descriptors and their flags: not the owner, to whom the kernel sends signals, nor leases and notices.
+# Copying descriptors and changing their flags; not setting the owner, to whom the kernel sends signals, nor leases or notices.
 _DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032)
 _TERMINAL_QUESTIONS = (0x5401, 0x5413, 0x802C542A)
-_DESCRIPTOR_REQUESTS = (0x5421, 0x5450, 0x5451, 0x541B)  # blocking or not, inherited or not, bytes that wait
-_THREAD_NAMES = (15, 16, 0x53564D41)  # prctl(2); the last names areas of memory
+_DESCRIPTOR_REQUESTS = (0x5421, 0x5450, 0x5451, 0x541B)  # blocking mode, close-on-exec, bytes available
+_THREAD_NAMES = (15, 16, 0x53564D41)  # prctl(2); the last one names memory areas
 _NEW_NAMESPACES = 0x7E020080
 _SIBLING = 0x8000  # a child of the parent
-_LOCAL, _STREAM, _SOCKET_FLAGS = 1, 1, 0o2004000  # a pair of datagrams could send to any address
+_LOCAL, _STREAM, _SOCKET_FLAGS = 1, 1, 0o2004000  # datagram pairs could send to any address
 
 
 @dataclass(frozen=True)
 class Check:
-    """An argument, by its place, must have one of these values under a mask."""
+    """An argument, by its index, must have one of these values after masking."""
 
     argument: int
     mask: int
@@ -100,15 +99,15 @@ def allowed(machine: str) -> list[int]:
 
 
 def missing(machine: str) -> list[int]:
-    """The numbers of calls that do not exist for a program."""
+    """The numbers of calls that fail with ENOSYS."""
     return list(_numbers(_MISSING, machine))
 
 
 def checked(machine: str, separate: bool, only_signalled: int | None) -> dict[int, tuple[Check, ...]]:
-    """The numbers of calls that depend on their arguments, or on the other walls.
+    """The numbers of calls that depend on their arguments or on the other walls.
 
-    Signals reach the process `only_signalled`; with None whom the other walls let them reach. Unless it is `separate`, in a
-    process namespace, a program must stay in one group, which can be killed at once.
+    `only_signalled` is the only process that can be signalled; None if other walls restrict signals. `separate`: the program
+    has a process namespace; without one it must stay in its process group, so that the group can be killed at once.
     """
     mask = _PATH_ONLY | _TRUNCATE | _ACCESS_MODE
     namespaces = _NEW_NAMESPACES | _SIBLING

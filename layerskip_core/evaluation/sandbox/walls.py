@@ -1,4 +1,4 @@
-"""The order in which a program is walled in. A wall that the kernel does not allow is left out, and not among those named."""
+"""Restricts a program, in the right order. A wall that the kernel does not allow is left out, and not reported."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def confine(settings: dict[str, Any], identity: int | None, separate: bool, small_tree: bool) -> list[str]:
-    """Confines this process for good; returns the walls that stand.
+    """Restricts this process, permanently. Returns the names of the walls that are up.
 
-    `separate`: it is in namespaces of its own; `small_tree`: its root holds no more than it may read.
+    `separate`: it has its own namespaces. `small_tree`: its root holds only what it may read.
     """
     folder = settings["folder"]
     os.environ.clear()
-    for name in _ONE_THREAD:  # for numeric libraries only: os.environ stays empty
+    for name in _ONE_THREAD:  # for numeric libraries; os.environ stays empty
         os.putenv(name, "1")
     os.chdir(folder)
     counted_alone = separate if identity is None else identity != users.NOBODY
