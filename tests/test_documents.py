@@ -81,8 +81,23 @@ def test_names_in_the_table_from_paper_to_code():
         resolve_name(f"layerskip_core.{name}")
 
 
-def test_the_example_of_a_task_is_the_tested_one():
-    module = text_of(ROOT / "tests" / "toy_task.py")
-    example = text_of(CORE / "README.md").partition("## How to add a task")[2]
-    code = re.search(r"^```python\n(.*?)^```$", example, re.MULTILINE | re.DOTALL)
-    assert code and module.endswith(code[1])
+@pytest.mark.parametrize(
+    ("heading", "module"),
+    [("How to add a task", "toy_task.py"), ("How to add a drafter", "decoding/repeating_drafter.py")],
+)
+def test_how_tos_show_the_code_that_is_tested(heading, module):
+    how_to = text_of(CORE / "README.md").partition(f"\n## {heading}\n")[2]
+    example = re.search(r"^```python\n(.*?)^```$", how_to, re.MULTILINE | re.DOTALL)
+    assert example and text_of(ROOT / "tests" / module).endswith(example[1])
+
+
+def test_the_map_names_every_module():
+    """A module counts only in the lines of its own package, which are indented under the package's line."""
+    named, packages = set(), []
+    for line in block(CORE / "README.md", "").splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        package = re.match(r" *([a-z_]+)/", line)
+        packages = [*packages[:depth], package[1]] if package else packages[:depth]
+        named |= {"/".join([*packages, name]) for name in re.findall(r"(?<![\w/])[a-z_0-9]+\.py\b", line)}
+    modules = {path.relative_to(CORE).as_posix() for path in CORE.rglob("*.py") if not path.name.startswith("__")}
+    assert named == modules
