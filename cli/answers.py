@@ -12,7 +12,7 @@ from layerskip_core.storage.json_reading import parse_json
 
 from . import standard_input
 from .console import narrate
-from .flags import with_flags
+from .options import with_flags
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def answer_all(
-    loaded: "Decoder", config: DecodingConfig, prompt: str | None, lines: bool, jsonl: bool, raw: bool
+    loaded: "Decoder", config: DecodingConfig, prompt: str | None, lines: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
     """Answers every prompt in order; returns whether one failed, and the counts of all."""
     from layerskip_core.decoding import DecodeStats
@@ -31,7 +31,7 @@ def answer_all(
         try:
             if problem:
                 raise LayerSkipError(problem)
-            answer = TextStream(loaded, text, config, raw)
+            answer = TextStream(loaded, text, config)
             for piece in answer:
                 if not jsonl:
                     _write(piece)
@@ -39,7 +39,7 @@ def answer_all(
             if not (lines or jsonl):
                 raise
             failed = True
-            _tell(error, number, jsonl)
+            _report(error, number, jsonl)
         else:
             total = total + answer.stats
             if jsonl:
@@ -48,10 +48,8 @@ def answer_all(
     return failed, total
 
 
-def answer_in_batches(
-    loaded: "Decoder", config: DecodingConfig, batch_size: int, jsonl: bool, raw: bool
-) -> tuple[bool, "DecodeStats"]:
-    """The same for the lines of standard input, so many at a time."""
+def answer_in_batches(loaded: "Decoder", config: DecodingConfig, batch_size: int, jsonl: bool) -> tuple[bool, "DecodeStats"]:
+    """The same for the lines of standard input, `batch_size` of them at a time."""
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.text import answer_together
 
@@ -59,22 +57,22 @@ def answer_in_batches(
     prompts = _prompts(None, not jsonl, jsonl)
     while batch := list(islice(prompts, batch_size)):
         good = [text for _, text, problem in batch if not problem]
-        answers, stats = answer_together(loaded, good, config, raw)
+        answers, stats = answer_together(loaded, good, config)
         total = total + stats
         left = iter(answers)
         for number, _, problem in batch:
             answer = LayerSkipError(problem) if problem else next(left)
             if isinstance(answer, LayerSkipError):
                 failed = True
-                _tell(answer, number, jsonl)
+                _report(answer, number, jsonl)
             else:
                 _write(json.dumps(_answer_object(answer), ensure_ascii=False) if jsonl else answer.text)
             _write("\n")
     return failed, total
 
 
-def _tell(error: LayerSkipError, number: int, jsonl: bool) -> None:
-    """In the place of an answer."""
+def _report(error: LayerSkipError, number: int, jsonl: bool) -> None:
+    """Prints an error in place of an answer."""
     if jsonl:
         _write(json.dumps({"error": with_flags(str(error))}, ensure_ascii=False))
     else:
@@ -82,7 +80,7 @@ def _tell(error: LayerSkipError, number: int, jsonl: bool) -> None:
 
 
 def _prompts(prompt: str | None, lines: bool, jsonl: bool) -> Iterator[tuple[int, str, str | None]]:
-    """(line number, prompt, what is wrong with it): the argument, all of standard input, or one a line of it."""
+    """(line number, prompt, what is wrong with it): the argument, all of standard input, or each line of it."""
     if prompt is not None:
         yield 1, prompt, None
         return

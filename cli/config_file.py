@@ -20,7 +20,7 @@ _KINDS: tuple[tuple[type, str, tuple[type, ...]], ...] = (
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Takes a TOML file's values as the defaults of the flags, so that a flag given beside it wins."""
+    """Makes a TOML file's values the defaults of the flags, so that a flag on the command line wins."""
     if path is None:
         return None
     try:
@@ -29,19 +29,27 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise ConfigError(f"--config {path} is nested too deeply") from None
     except ValueError as error:  # of TOML, or of an int of thousands of digits
         raise ConfigError(f"--config {path} is not valid TOML: {first_line(error)}") from None
-    known = get_type_hints(context.command.callback)
-    del known["config"], known["return"]
-    given = {key.replace("-", "_"): value for key, value in values.items()}
-    for key, value in given.items():
-        if key not in known:
-            names = ", ".join(sorted(name.replace("_", "-") for name in known))
+    parameters = _parameters(context)
+    hints = get_type_hints(context.command.callback)
+    defaults = {}
+    for key, value in values.items():
+        flag = key.replace("_", "-")
+        if flag not in parameters:
+            names = ", ".join(sorted(parameters))
             raise ConfigError(f"--config {path}: {shown(key)!r} is no flag of finetune; known: {names}")
-        asked = get_args(known[key]) or (known[key],)
+        hint = hints[parameters[flag]]
+        asked = get_args(hint) or (hint,)
         needed, kinds = next((needed, kinds) for kind, needed, kinds in _KINDS if kind in asked)
-        if type(value) not in kinds:  # an exact type: true is no number
-            flag = "--" + key.replace("_", "-")
-            raise ConfigError(f"--config {path}: {flag} must be {needed}, got {shown(value)}")
+        if type(value) not in kinds:  # the exact type: true is not a number
+            raise ConfigError(f"--config {path}: --{flag} must be {needed}, got {shown(value)}")
         if "\0" in str(value):
             raise ConfigError(f"--config {path}: {key} must be a text without NUL")
-    context.default_map = {**cast(Mapping[str, Any], context.default_map or {}), **given}
+        defaults[parameters[flag]] = value
+    context.default_map = {**cast(Mapping[str, Any], context.default_map or {}), **defaults}
     return path
+
+
+def _parameters(context: typer.Context) -> dict[str, str]:
+    """The command's parameters by their flags, without the dashes."""
+    named = {flag.removeprefix("--"): str(parameter.name) for parameter in context.command.params for flag in parameter.opts}
+    return {flag: name for flag, name in named.items() if name not in ("config", "help")}

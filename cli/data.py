@@ -1,21 +1,23 @@
 """`layerskip data`: the rows of a data set as JSON lines."""
 
 import json
-from typing import Annotated
 
 import typer
 
 from layerskip_core.config.data import DataConfig
 
+from .signature import command
 
-def data(
-    name: Annotated[str, typer.Option("--data", help="commands, topv2, a file, a TOPv2 folder or a hub id.")] = "commands",
-    split: Annotated[str, typer.Option(help="train, validation, test; compositional for commands.")] = "test",
-    samples: Annotated[int, typer.Option(help="How many rows; 0 is all, for `commands` 20000.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of generated rows.")] = 0,
-) -> None:
-    """Print a data set's rows, `{"prompt": ..., "completion": ...}` a line: to look at, or to pipe into `generate --jsonl`."""
+_TEN_ROWS = DataConfig(split="test", limit=10)
+
+
+@command
+def data(rows: DataConfig = _TEN_ROWS) -> None:
+    """Print the rows of a data set as JSON lines of `prompt` and `completion`, to read or to pipe into `generate --jsonl`.
+
+    Example: layerskip data --samples 3
+    """
     from layerskip_core.data.examples import load_examples
 
-    for example in load_examples(DataConfig(name, split, limit=samples, seed=seed)):
+    for example in load_examples(rows):
         typer.echo(json.dumps({"prompt": example.prompt, "completion": example.completion}, ensure_ascii=False))

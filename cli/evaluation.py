@@ -1,15 +1,13 @@
-"""What sweep-exits and bench share: the flags of a task, progress on stderr, and the result on stdout and in files."""
+"""What sweep-exits and bench share: loading, progress on stderr, and the result on stdout and in files."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
-
-from layerskip_core.evaluation.tasks import TASKS
 
 from .console import ResultsConsole, narrate, narrate_notes, progress_bar, use_threads
 
@@ -23,64 +21,21 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.report.tables import TextTable
     from layerskip_core.evaluation.tasks.task import Task
 
-FORMATS = ("table", "json", "csv", "markdown")
 Result = TypeVar("Result")
-
-Model = Annotated[str, typer.Option("--model", help="embedded, embedded-base, a folder, a .gguf file or a hub id.")]
-TaskName = Annotated[
-    str | None,
-    typer.Option("--task", help=f"{', '.join(TASKS)}. [default: by --data, else commands]"),
-]
-Source = Annotated[
-    str | None, typer.Option("--data", help="A file, a TOPv2 folder, a hub id. [default: the task's own on the hub]")
-]
-Split = Annotated[str, typer.Option("--split", help="train, validation, test; compositional for commands.")]
-Samples = Annotated[int, typer.Option("--samples", help="How many rows; 0 is all, for `commands` 20000.")]
-MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Most tokens of an answer. [default: 128]")]
-PromptColumn = Annotated[
-    str | None, typer.Option("--prompt-column", help="Column of the prompt. [default: by its usual names]")
-]
-CompletionColumn = Annotated[
-    str | None, typer.Option("--completion-column", help="Column of the reference. [default: by its usual names]")
-]
-Metric = Annotated[
-    str | None, typer.Option("--metric", help="Of jsonl: exact_match, rouge1, rouge2 or rougeL. [default: rouge2]")
-]
-Shots = Annotated[int | None, typer.Option("--shots", help="Solved rows before each prompt. [default: the task's]")]
-Template = Annotated[
-    str | None,
-    typer.Option("--template", help="A row's prompt: a text with {prompt} in it, raw, or chat. [default: the task's]"),
-]
-PassK = Annotated[str, typer.Option("--pass-k", help="The k of pass@k, such as 1,10.")]
-ProblemSamples = Annotated[int, typer.Option("--problem-samples", help="Answers to each problem, for pass@k.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="Of answers to code problems; 0 is greedy.")]
-AllowCode = Annotated[
-    bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, in a sandbox.")
-]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", help="Prompts answered together, for quality; speed is measured one by one.")
-]
-Timed = Annotated[
-    int | None, typer.Option("--timed", help="With --batch-size: how many of the prompts speed is measured on. [default: 8]")
-]
-Format = Annotated[str, typer.Option("--format", help="Of standard output: table, json, csv or markdown.")]
-Output = Annotated[str | None, typer.Option("--output", help="Folder for report.html, results.json, results.csv and plots.")]
-Saved = Annotated[str | None, typer.Option("--from", help="Measure nothing: render this results.json again.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of generated rows.")]
 
 
 def load(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, Task]":
-    """The rows, about which it says what there is to say, and the model."""
+    """The rows and the model; prints their notes."""
     from layerskip_core.checkpoint.load import for_decoding
     from layerskip_core.evaluation.tasks.load import load_task
 
     rows = load_task(config.task)
     for note in rows.notes:
         narrate(note)
-    loaded = for_decoding(config.model, config.device, config.dtype, config.packing)
+    loaded = for_decoding(config.model, config.machine.device, config.machine.dtype, config.packing)
     narrate_notes(loaded)
-    use_threads(config.threads, loaded)
-    rows.prepared(loaded).encode_prompt("hello")  # a template that fails is one error, not one for each prompt
+    use_threads(config.machine.threads, loaded)
+    rows.prepared(loaded).encode_prompt("hello")  # so that a bad template is one error, not one per prompt
     return loaded, rows
 
 
@@ -116,7 +71,7 @@ def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> 
 
 
 def deliver(record: "RunRecord[Result]", table: "TextTable", form: str, folder: "Path | None") -> None:
-    """The report files, if there is a folder for them, and the result on stdout."""
+    """Writes the report's files, if there is a folder for them, and the result to stdout."""
     from layerskip_core.evaluation.output_folder import write_files
     from layerskip_core.evaluation.report.files import report_files
 
@@ -129,7 +84,7 @@ def deliver(record: "RunRecord[Result]", table: "TextTable", form: str, folder: 
 
 
 def narrate_failures(record: "RunRecord[Result]") -> None:
-    """Says on stderr how many prompts failed; the record has each."""
+    """Prints on stderr how many prompts failed; the record has each of them."""
     failures = record.document()["results"][0]["failures"]
     if failures:
         first = failures[0]
@@ -137,7 +92,7 @@ def narrate_failures(record: "RunRecord[Result]") -> None:
 
 
 def _print_table(table: "TextTable") -> None:
-    """As wide as the terminal at most: columns for which there is no room follow in a table of their own."""
+    """At most as wide as the terminal: columns that do not fit follow in another table."""
     console = ResultsConsole()
     for places in table.column_blocks(console.width):
         grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)

@@ -7,7 +7,7 @@ import unicodedata
 from layerskip_core.errors import LayerSkipError
 
 from .console import stderr_console
-from .flags import with_flags
+from .options import with_flags
 
 _LONGEST = 2_000  # characters of a message
 _HIDDEN = ("Cc", "Cs")  # control characters, which a terminal obeys, and halves of surrogate pairs

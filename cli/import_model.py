@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from layerskip_core.config.checks import require_choice, require_given
-from layerskip_core.config.packing import DTYPES
+from layerskip_core.config.machine import DTYPES
 
 from .console import narrate
 

@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from layerskip_core.config.checks import require, require_choice, require_given
-from layerskip_core.config.packing import DTYPES
+from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import parse_counts, require_ranges
 from layerskip_core.errors import LayerSkipError
 
-from . import standard_input
-from .console import Device, Precision, ResultsConsole, Threads, narrate, narrate_notes, use_threads
-from .evaluation import Model
+from . import options, standard_input
+from .console import ResultsConsole, narrate, narrate_notes, use_threads
+from .signature import command
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.inspection import Inspection, TokenTrace
@@ -26,33 +27,39 @@ _CELL = 9  # characters of a token that are shown
 _FORMATS = ("table", "json")
 
 
+@command
 def inspect(
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; without it standard input is read, or an example shown on a terminal.")
+        str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")
     ] = None,
-    model: Model = "embedded",
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 24,
-    layers: Annotated[str | None, typer.Option(help="Those shown: 2,4,8 or A:B:STEP. [default: what has room]")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Leave out the prompt template; special tokens in the prompt count.")
-    ] = False,
-    format: Annotated[str, typer.Option("--format", help="Of standard output: table or json.")] = "table",
-    output: Annotated[str | None, typer.Option("--output", help="An HTML file, with every layer.")] = None,
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    threads: Threads = 0,
+    model: Annotated[
+        str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.", rich_help_panel=options.MODEL)
+    ] = "embedded",
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens in the answer.", rich_help_panel=options.DECODING)
+    ] = 24,
+    *,
+    prompting: PromptingConfig,
+    machine: MachineConfig,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers shown: 2,4,8 or A:B:STEP. [default: as many as fit]", rich_help_panel=options.OUTPUT),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="Format of standard output: table or json.", rich_help_panel=options.OUTPUT)
+    ] = "table",
+    output: Annotated[str | None, typer.Option(help="HTML file with every layer.", rich_help_panel=options.OUTPUT)] = None,
 ) -> None:
-    """Show what the model would have said after every layer, and from which layer on each token was right.
+    """Show what the model would have answered after every layer, and from which layer on each token was correct.
 
     Example: layerskip inspect "set an alarm for 7 am" --layers 2:24:2 --output inspect.html
     """
     require_choice(format, "format", _FORMATS)
-    require_choice(dtype, "dtype", DTYPES)
     require_ranges(max_new_tokens=max_new_tokens)
     require_given("model", model)
     require_given("output", output)
     wanted = parse_counts(layers, "layers") if layers is not None else None
-    use_threads(threads)
+    use_threads(machine.threads)
     from layerskip_core.checkpoint.load import for_decoding
     from layerskip_core.evaluation.measure.inspect import inspect as run_inspect
     from layerskip_core.evaluation.report.inspect_page import inspection_page
@@ -60,14 +67,14 @@ def inspect(
 
     if output is not None:
         require_writable(_page_file(output), LayerSkipError)
-    loaded = for_decoding(model, device, dtype)
+    loaded = for_decoding(model, machine.device, machine.dtype).with_template(prompting.asked, prompting.system)
     narrate_notes(loaded)
-    use_threads(threads, loaded)
+    use_threads(machine.threads, loaded)
     count = loaded.backend.num_layers
     console = ResultsConsole()
     shown = wanted or _spread(count, _room(console))
     require(shown[0] >= 1 and shown[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, shown)))
-    found = run_inspect(loaded, _prompt(prompt), max_new_tokens, raw)
+    found = run_inspect(loaded, _prompt(prompt), max_new_tokens)
     if output is not None:
         write_file(_page_file(output), inspection_page(found).encode(), LayerSkipError)
         narrate(f"wrote {output}")

@@ -1,11 +1,11 @@
-"""The Typer app, and the one place where whatever is raised becomes `error: ...` and exit status 1."""
+"""The Typer app, and the one place where an exception becomes `error: ...` and exit status 1."""
 
 import os
 import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
-# The libraries beneath are quiet by default; both must be set before transformers loads.
+# Quiet by default; both must be set before transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -19,11 +19,12 @@ from .finetune import finetune
 from .generate import generate
 from .import_model import import_model
 from .inspect import inspect
+from .signature import Command
 from .sweep_exits import sweep_exits
 
 
 class _Commands(TyperGroup):
-    """Ends quietly when the reader of stdout (`| head`) has what it wanted; Typer alone would exit with 1."""
+    """Ends quietly when the reader of stdout (`| head`) goes away; Typer alone would exit with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -42,13 +43,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("finetune")(finetune)
-app.command("sweep-exits")(sweep_exits)
-app.command("generate")(generate)
-app.command("bench")(bench)
-app.command("inspect")(inspect)
-app.command("import")(import_model)
-app.command("data")(data)
+app.command("finetune", cls=Command)(finetune)
+app.command("sweep-exits", cls=Command)(sweep_exits)
+app.command("generate", cls=Command)(generate)
+app.command("bench", cls=Command)(bench)
+app.command("inspect", cls=Command)(inspect)
+app.command("import", cls=Command)(import_model)
+app.command("data", cls=Command)(data)
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,40 +63,40 @@ def _root(
     _: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="With an error show where it arose; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; can stand anywhere.")] = False,
 ) -> None:
     """Turn a causal language model into a LayerSkip model and decode faster with the same output."""
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done, 1 an error told in one line, 2 wrong usage, 130 interrupted."""
+    """Runs the command line and exits: 0 done, 1 an error, printed in one line, 2 wrong usage, 130 interrupted."""
     streams.take()
     sys.exit(_run(*_without_debug(sys.argv[1:])))
 
 
 def _run(arguments: list[str], debug: bool) -> str | int | None:
-    """The exit status. Nothing that a command raises gets past here."""
+    """The exit status. Every exception of a command ends here."""
     try:
         try:
             app(arguments)
         except SystemExit as end:
             streams.finish()
             return end.code
-        return 0  # not reached: Typer always exits
+        return 0  # unreachable: Typer always exits
     except BrokenPipeError:
         streams.give_up()
         return 0
     except KeyboardInterrupt:
         streams.give_up()
         return 130
-    except BaseException as error:  # a panic of the tokenizers library, too, is no Exception
+    except BaseException as error:  # including panics of the tokenizers library, which are not Exceptions
         failure.tell(error, debug)
         streams.give_up()
         return 1
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """--debug may stand anywhere before `--`; the environment variable LAYERSKIP_DEBUG stands for it."""
+    """The arguments without --debug, which can stand anywhere before `--`, and whether it was given, or LAYERSKIP_DEBUG set."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     kept = [argument for argument in arguments[:end] if argument != "--debug"]
     return kept + arguments[end:], len(kept) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")

@@ -2,24 +2,24 @@
 
 from dataclasses import dataclass, field
 
-from .checks import require, require_choice, require_given, require_unicode
-from .decoding import strategies
-from .packing import DTYPES, DType, PackingConfig
+from .checks import require, require_choice, require_given
+from .decoding import DRAFTERS, GenerationSettings, strategies
+from .machine import MachineConfig
+from .packing import PackingConfig
+from .prompting import PromptingConfig
 from .ranges import require_ranges
 
 METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
-
-
 BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse")
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is evaluated on which rows. The data are `data`, else the task's own; `samples` of them (0: all).
+    """What is evaluated on which rows: `samples` of them (0: all) from `data`, by default the task's own.
 
-    `task` is one of evaluation/tasks, or a name of data with prompts and references. None for `max_new_tokens`, `shots` and the
-    columns: the task decides. `template` is the form of a row's prompt with {prompt} in it, or `raw`, or `chat`. Code gets
-    `problem_samples` answers a problem, drawn at `temperature`, of which pass@k is estimated for each of `pass_k`.
+    `task` is one of evaluation/tasks, or names data with prompts and references. None for `max_new_tokens`, `shots` and the
+    columns: the task decides. `seed` is that of generated rows. A template with {prompt} in it is also the form of each row's
+    prompt. Code problems get `problem_samples` answers each, from which pass@k is estimated for each k of `pass_k`.
     """
 
     task: str | None = None
@@ -32,84 +32,73 @@ class TaskConfig:
     completion_column: str | None = None
     metric: str | None = None
     shots: int | None = None
-    template: str | None = None
     pass_k: tuple[int, ...] = (1,)
     problem_samples: int = 1
-    temperature: float = 0.0
     allow_code_execution: bool = False
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
 
     def __post_init__(self) -> None:
         require_given("task", self.task)
         require_given("data", self.data)
         require_ranges(
             samples=self.samples, seed=self.seed, max_new_tokens=self.max_new_tokens, shots=self.shots,
-            problem_samples=self.problem_samples, temperature=self.temperature,
+            problem_samples=self.problem_samples,
         )  # fmt: skip
         if self.metric is not None:
             require_choice(self.metric, "metric", METRICS)
-        require_unicode("template", self.template)
-        require(
-            self.template in (None, "raw", "chat") or "{prompt}" in (self.template or ""),
-            "template",
-            "raw, chat or a text with {prompt} in it",
-            self.template,
-        )
         require(bool(self.pass_k) and min(self.pass_k) >= 1, "pass_k", "counts of at least 1", _listed(self.pass_k))
         most = max(self.pass_k)
         require(self.problem_samples >= most, "problem_samples", f"at least {most}, for `pass_k`", self.problem_samples)
-        drawn = self.problem_samples == 1 or self.temperature > 0
-        require(drawn, "temperature", "above 0 for several `problem_samples`", self.temperature)
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Ways of decoding side by side, and baselines. None for exit and draft length: what the checkpoint recommends.
+    """Strategies and baselines side by side. None for exit and draft length: what the checkpoint recommends.
 
-    With a `batch_size` above 1 answers come from batches, and `timed` of the prompts (0: none, None: some) are measured.
+    With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none, None: some) are timed.
     """
 
     model: str = "embedded"
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    strategies: tuple[str, ...] = field(default_factory=strategies)
+    strategies: tuple[str, ...] = field(default_factory=lambda: ("autoregressive", "early-exit", *DRAFTERS))
     batch_size: int = 1
     timed: int | None = None
     repeats: int = 3
     baselines: tuple[str, ...] = ()
     draft_model: str | None = None
-    device: str = "auto"
-    dtype: DType = "auto"
-    threads: int = 0
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
         require_given("model", self.model)
         require_given("draft_model", self.draft_model)
-        require_ranges(num_draft_tokens=self.num_draft_tokens, repeats=self.repeats, threads=self.threads)
+        require_ranges(num_draft_tokens=self.num_draft_tokens, repeats=self.repeats)
         for name in self.strategies:
             require_choice(name, "strategies", strategies())
         known = "autoregressive" in self.strategies
         require(
             known, "strategies", "a list with autoregressive, which the others are compared with", ",".join(self.strategies)
         )
-        _require_batches(self.batch_size, self.timed, 0, self.task, self.packing)
+        temperature = self.generation.sampling.temperature
+        _require_batches(self.batch_size, self.timed, 0, temperature, self.packing)
+        _require_drawn(self.task.problem_samples, temperature)
         for name in self.baselines:
             require_choice(name, "baselines", BASELINES)
-        temperature = self.task.temperature
         require(not self.baselines or temperature == 0, "temperature", "0 with `baselines`, which are greedy", temperature)
         drafting = "draft-model" in self.baselines
         require(
             drafting == (self.draft_model is not None), "draft_model", "given with the baseline draft-model", self.draft_model
         )
-        require_choice(self.dtype, "dtype", DTYPES)
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Every exit with every draft length; `quick`: only those that should be fastest. No exits: a spread over the layers.
+    """Every exit with every draft length; `quick`: only those predicted to be fastest. No exits: a spread over the layers.
 
-    With a `batch_size` above 1 answers come from batches, and `timed` of the prompts (None: some) are measured.
+    With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (None: some) are timed.
     """
 
     model: str = "embedded"
@@ -119,9 +108,8 @@ class SweepConfig:
     quick: bool = False
     batch_size: int = 1
     timed: int | None = None
-    device: str = "auto"
-    dtype: DType = "auto"
-    threads: int = 0
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
 
     def __post_init__(self) -> None:
@@ -129,17 +117,23 @@ class SweepConfig:
         require(bool(self.specs), "specs", "at least one draft length", "none")
         require(all(spec >= 1 for spec in self.specs), "specs", "draft lengths of at least 1", _listed(self.specs))
         require_given("model", self.model)
-        require_ranges(num_draft_tokens=max(self.specs), threads=self.threads)
-        _require_batches(self.batch_size, self.timed, 1, self.task, self.packing)
-        require_choice(self.dtype, "dtype", DTYPES)
+        require_ranges(num_draft_tokens=max(self.specs))
+        temperature = self.generation.sampling.temperature
+        _require_batches(self.batch_size, self.timed, 1, temperature, self.packing)
+        _require_drawn(self.task.problem_samples, temperature)
 
 
-def _require_batches(batch_size: int, timed: int | None, fewest: int, task: TaskConfig, packing: PackingConfig) -> None:
+def _require_batches(batch_size: int, timed: int | None, fewest: int, temperature: float, packing: PackingConfig) -> None:
     require_ranges(batch_size=batch_size, timed=timed)
     require(batch_size == 1 or not packing.exact, "batch_size", "1 with `exact`", batch_size)
-    require(batch_size == 1 or task.temperature == 0, "batch_size", "1 with a `temperature` above 0", batch_size)
+    require(batch_size == 1 or temperature == 0, "batch_size", "1 with a `temperature` above 0", batch_size)
     require(timed is None or batch_size > 1, "timed", "used with `batch_size`; without it every prompt is timed", timed)
     require(timed is None or timed >= fewest, "timed", f"at least {fewest}", timed)
+
+
+def _require_drawn(problem_samples: int, temperature: float) -> None:
+    drawn = problem_samples == 1 or temperature > 0
+    require(drawn, "temperature", "above 0 for several `problem_samples`", temperature)
 
 
 def _listed(counts: tuple[int, ...]) -> str:

@@ -6,13 +6,7 @@ from typing import Literal, get_args
 from .checks import require_choice
 from .ranges import require_ranges
 
-DType = Literal["auto", "fp32", "bf16"]
-
-
 Quantization = Literal["int8", "int4"]
-
-
-DTYPES: tuple[str, ...] = get_args(DType)
 
 
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)

@@ -1,28 +1,18 @@
 """A training run and its recipe."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from .checks import require, require_choice, require_given, require_unicode
 from .data import DataConfig
-from .packing import DTYPES, DType
+from .machine import DTYPES, DType
 from .ranges import require_ranges
 
 Curriculum = Literal["rotational", "gradual", "all", "none"]
-
-
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
-
-
 Regime = Literal["finetune", "continual", "scratch", "code"]
-
-
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
-
-
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
-
-
 REGIMES: tuple[str, ...] = get_args(Regime)
 
 
@@ -52,10 +42,30 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """One training run. None means: the preset of the regime (see training/presets.py), or the data decides.
+class RecipeSettings:
+    """What is asked of the recipe; the fields are those of RecipeConfig. None: the regime's preset decides."""
 
-    `recipe_changes`: fields of RecipeConfig that differ from the preset, where `recipe` is None.
+    p_max: float | None = None
+    e_scale: float | None = None
+    exit_weights: ExitWeights | None = None
+    curriculum: Curriculum | None = None
+    rotation: int | None = None
+    exits: tuple[int, ...] | None = None
+    distill: float | None = None
+
+    def __post_init__(self) -> None:
+        self.over(RecipeConfig())  # raises now what would otherwise be raised after the model is loaded
+
+    def over(self, preset: RecipeConfig) -> RecipeConfig:
+        """The preset with what was asked in its place."""
+        return replace(preset, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One training run, as asked. None: the preset of the regime (see training/presets.py), or the data decides.
+
+    `recipe_changes` is asked of the preset's recipe; a whole `recipe` stands in place of both.
     """
 
     model: str = "embedded-base"
@@ -63,7 +73,7 @@ class FinetuneConfig:
     output: str = "layerskip-model"
     regime: Regime = "finetune"
     recipe: RecipeConfig | None = None
-    recipe_changes: dict[str, Any] = field(default_factory=dict)
+    recipe_changes: RecipeSettings = field(default_factory=RecipeSettings)
     lr: float | None = None
     steps: int | None = None
     epochs: float = 1.0
@@ -103,7 +113,6 @@ class FinetuneConfig:
             vocab_size=self.vocab_size,
         )  # fmt: skip
         require(not self.eval_steps or self.validation is not None, "eval_steps", "used with `validation`", "none")
-        RecipeConfig(**self.recipe_changes)  # raises now what would be raised after the model is loaded
         if self.streaming:
             require(self.steps is not None, "steps", "given with `streaming`, whose rows cannot be counted", "none")
             require(not self.data.limit, "limit", "0 with `streaming`", self.data.limit)

@@ -162,9 +162,7 @@ def _open_stream(path: Path) -> int | None:
         return os.dup(own)
     if not _is_stream(status.st_mode):
         return None
-    descriptor = os.open(
-        path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK
-    )  # without a reader a FIFO fails instead of waiting
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)  # without a reader a FIFO fails instead of waiting
     os.set_blocking(descriptor, True)
     return descriptor
 

@@ -85,7 +85,7 @@ def make_plan(
     """
     backend = trainable.backend
     parameters = sum(parameter.numel() for parameter in trainable.model.parameters())
-    asked = config.recipe or replace(recipe_preset(config.regime, parameters), **config.recipe_changes)
+    asked = config.recipe or config.recipe_changes.over(recipe_preset(config.regime, parameters))
     for exit_layer in asked.exits:
         require_exit_layer(exit_layer, backend.num_layers, field="exits")
     if asked.rotation is None and sealed.get("rotation"):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from evaluating import own_answers, tiny_loaded
 from typer.testing import CliRunner
 
 from cli.bench import bench
-from cli.flags import with_flags
+from cli.options import with_flags
 from cli.sweep_exits import sweep_exits
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.save import save_checkpoint
@@ -172,6 +173,45 @@ def test_answers_in_batches_without_speed(tmp_path, model, data):
     timed = run(*arguments, "--timed", "1", "--repeats", "2").stdout
     assert "tokens/s" in timed
     assert "speed: 1 prompt at batch size 1, medians of 2 repeats" in " ".join(timed.split())
+
+
+FIXED = ("--exit", "5", "--spec", "3", "--repeats", "1", "--max-new-tokens", "12", "--format", "json")
+
+
+def test_bench_measures_with_the_flags_of_decoding(model, data):
+    arguments = ("bench", "--model", model, "--data", data, *FIXED)
+    plain = json.loads(run(*arguments).stdout)
+    unsure = json.loads(run(*arguments, "--draft-confidence", "0.999999").stdout)
+    assert unsure["config"]["generation"]["draft_confidence"] == 0.999999
+    drafted = [document["results"][2]["mean_accepted_tokens"] for document in (plain, unsure)]
+    assert drafted[0] > drafted[1]
+    hot = json.loads(run(*arguments, "--temperature", "5", "--top-k", "9", "--top-p", "0.9", "--seed", "3").stdout)
+    assert hot["config"]["generation"]["sampling"] == {"temperature": 5.0, "top_k": 9, "top_p": 0.9, "seed": 3}
+    assert (plain["results"][0]["metrics"]["exact_match"], hot["results"][0]["metrics"]["exact_match"]) == (1.0, 0.0)
+    assert [one["differences"] for one in hot["results"]] == [[]] * 3
+
+
+def test_stop_strings_cut_the_answers_that_are_scored(tmp_path, model, data):
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    stop = rows[0]["reference"][3]
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(json.dumps({**row, "reference": row["reference"].split(stop)[0]}) + "\n" for row in rows[:1]))
+    arguments = ("--model", model, "--data", str(cut), "--max-new-tokens", "12", "--format", "json", "--metric", "exact_match")
+    for command in (("bench", "--exit", "5", "--repeats", "1"), ("sweep-exits", "--exits", "5", "--specs", "3")):
+        document = json.loads(run(*command, *arguments, "--stop", stop).stdout)
+        assert document["config"]["generation"]["stop"] == [stop]
+        assert document["results"][0]["metrics"]["exact_match"] == document["results"][2]["metrics"]["exact_match"] == 1.0
+
+
+def test_what_was_applied_is_in_the_report(model, data):
+    arguments = ("--model", model, "--data", data, "--max-new-tokens", "4", "--samples", "1")
+    table = run("bench", *arguments, "--repeats", "1", "--raw", "--temperature", "0.5", "--draft-confidence", "0.25").stdout
+    assert table.splitlines()[-3:] == [
+        "Prompt template: raw.", "Sampled at temperature 0.5, top-k 0, top-p 1.", "Drafts stop below a confidence of 0.25.",
+    ]  # fmt: skip
+    swept = run("sweep-exits", *arguments, "--exits", "5", "--specs", "3", "--draft-confidence", "0.25").stdout
+    assert "Prompt template: '{prompt}\\n'." in swept
+    assert "Predictions are for greedy decoding with whole drafts." in swept
 
 
 def test_resume_needs_a_folder_and_leaves_nothing_there(tmp_path, model):

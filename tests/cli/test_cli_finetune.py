@@ -100,7 +100,7 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps = 3\nlearning-speed = 1\n", r"--config run\.toml: 'learning_speed' is no flag of finetune; known: .*, lr, .*"),
+        ("steps = 3\nlearning-speed = 1\n", r"--config run\.toml: 'learning-speed' is no flag of finetune; known: .*, lr, .*"),
         ("[recipe]\npmax = 0.1\n", r"--config run\.toml: 'recipe' is no flag of finetune; known: .*"),
         ('config = "other.toml"\n', r"--config run\.toml: 'config' is no flag of finetune; known: .*"),
         ("steps = \n", r"--config run\.toml is not valid TOML: .*line 1.*"),
@@ -174,7 +174,7 @@ def test_settings_that_cannot_be(finetune):
         (["--max-length", "129"], "--max-length must be at most the model's context of 128 tokens, got 129"),
         (["--dtype", "fp8"], "--dtype must be one of auto, fp32, bf16, got fp8"),
         (["--vocab-size", "400"], "--vocab-size must be used with --regime scratch, got finetune"),
-        (["--prompt-template", "Q:"], "--prompt-template must be 'chat' or a text with {prompt} in it, got Q:"),
+        (["--prompt-template", "Q:"], "--template must be 'chat' or a text with {prompt} in it, got Q:"),
         (
             ["--model", "here/none/such"],
             "no model 'here/none/such': needed embedded, embedded-base, a folder, a .gguf file or a hub id such as owner/name",

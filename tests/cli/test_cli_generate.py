@@ -98,7 +98,7 @@ def test_stats_are_on_stderr(generate, expected):
     assert (result.code, result.out) == (0, expected() + "\n")
     counts = re.fullmatch(
         r"20 tokens, [\d.]+ tokens/s; drafted (\d+), accepted (\d+) \(([\d.]+)%\) in (\d+) rounds; "
-        r"(?:native \(avx\d+\)|packed|packed \(oneDNN\)) layers, float32 on cpu\n",
+        r"(?:native \(avx\d+\)|packed|packed \(oneDNN\)) layers, float32 on cpu; prompt template: '{prompt}\\n'\n",
         result.err,
     )
     drafted, accepted, share, rounds = map(float, counts.groups())

@@ -185,7 +185,7 @@ ODD = "a\udcffb"  # as an argument arrives that is no UTF-8
         (("bench", "--template", ODD + "{prompt}"), r"--template must be valid Unicode, got 'a\udcffb{prompt}'"),
         (
             ("finetune", "--prompt-template", ODD + "{prompt}"),
-            r"--prompt-template must be valid Unicode, got 'a\udcffb{prompt}'",
+            r"--template must be valid Unicode, got 'a\udcffb{prompt}'",
         ),
         (("generate", "x", "--dtype", ODD), r"--dtype must be one of auto, fp32, bf16, got a\udcffb"),
         (("data", "--data", ""), "--data must be a name that is not empty, got an empty one"),

@@ -356,8 +356,14 @@ def test_what_is_parsing(tmp_path):
 CHAT_ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 MALFORMED = {
     "no list": ({"messages": "hi"}, r"a\.jsonl:2: messages must be a list of objects .* found 'hi'"),
-    "no role": ({"messages": [{"content": "hi"}]}, r"a\.jsonl:2: role and content of a message must be texts, found None and 'hi'"),
-    "no text": ({"messages": [{"role": "user", "content": 5}]}, r"a\.jsonl:2: role and content of a message must be texts, found 'user' and 5"),
+    "no role": (
+        {"messages": [{"content": "hi"}]},
+        r"a\.jsonl:2: role and content of a message must be texts, found None and 'hi'",
+    ),
+    "no text": (
+        {"messages": [{"role": "user", "content": 5}]},
+        r"a\.jsonl:2: role and content of a message must be texts, found 'user' and 5",
+    ),
     "no answer": (
         {"messages": [{"role": "user", "content": "hi"}]},
         r"a\.jsonl:2: needed a message .*, found user",

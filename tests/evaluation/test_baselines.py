@@ -17,11 +17,13 @@ from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.runner import measure_prompt
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
+SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
 
 
 def baseline(name, exit_layer=5, drafts=3, **changes):
-    config = BenchConfig("tiny", exit_layer=exit_layer, num_draft_tokens=drafts, baselines=(name,), **changes)
-    (found,) = load_baselines(tiny_loaded(), config, PLAIN)
+    config = BenchConfig("tiny", baselines=(name,), **changes)
+    speculative = replace(SPECULATIVE, exit_layer=exit_layer, num_draft_tokens=drafts)
+    (found,) = load_baselines(tiny_loaded(), config, speculative)
     return found
 
 
@@ -85,8 +87,7 @@ def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
     text = measure_prompt(loaded, prompt, PLAIN).text
     stop = text[4:6]
     plain = replace(PLAIN, stop=(stop,))
-    config = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, baselines=(name,))
-    (setting,) = load_baselines(loaded, config, plain)
+    (setting,) = load_baselines(loaded, BenchConfig("tiny", baselines=(name,)), replace(SPECULATIVE, stop=(stop,)))
     expected = decode(loaded.backend, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
     ids = tuple(token.id for step in expected for token in step)
     found = measure_prompt(loaded, prompt, setting)

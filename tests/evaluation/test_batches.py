@@ -7,8 +7,8 @@ import pytest
 import torch
 from evaluating import NEW_TOKENS, TOO_LONG, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.decoding import DecodingConfig, GenerationSettings, SamplingConfig
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import batches as together
@@ -20,6 +20,7 @@ from layerskip_core.evaluation.measure.runner import measure_prompt
 from layerskip_core.evaluation.measure.sweep import sweep
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
+SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
 CONFIG = BenchConfig(
     "tiny", exit_layer=5, num_draft_tokens=3, repeats=1, batch_size=2, baselines=("transformers", "prompt-lookup", "no-reuse")
 )
@@ -45,8 +46,8 @@ def test_every_way_of_decoding_answers_as_it_does_alone(dtype, stop):
     settings = [
         plain,
         replace(plain, strategy="early-exit", exit_layer=5),
-        replace(plain, strategy="self-speculative", exit_layer=5, num_draft_tokens=3),
-        *load_baselines(loaded, CONFIG, plain),
+        replace(SPECULATIVE, stop=stop),
+        *load_baselines(loaded, CONFIG, replace(SPECULATIVE, stop=stop)),
     ]
     progress, answers = collect(answer_in_batches(loaded, examples, settings, batch_size=2))
     assert [event.done for event in progress] == [2, 4, 5]
@@ -65,13 +66,13 @@ def test_transformers_answers_a_batch_in_one_call(monkeypatch):
     monkeypatch.setattr(
         TransformersGenerate, "_generate", lambda *given, **how: calls.append(given[2].shape[0]) or honest(*given, **how)
     )
-    collect(answer_in_batches(loaded, own_answers(5).examples, load_baselines(loaded, CONFIG, PLAIN)[:1], batch_size=3))
+    collect(answer_in_batches(loaded, own_answers(5).examples, load_baselines(loaded, CONFIG, SPECULATIVE)[:1], batch_size=3))
     assert calls == [3, 2]
 
 
 def test_a_prompt_that_does_not_fit_fails_alone():
     loaded, (first, second) = tiny_loaded(), own_answers(2).examples
-    settings = [PLAIN, *load_baselines(loaded, CONFIG, PLAIN)[:1]]
+    settings = [PLAIN, *load_baselines(loaded, CONFIG, SPECULATIVE)[:1]]
     _, answers = collect(answer_in_batches(loaded, [first, TOO_LONG, second], settings, batch_size=3))
     for found in answers:
         assert [failure.sample for failure in found.failures] == [1]
@@ -133,7 +134,10 @@ def test_only_the_strategies_wanted_run():
     [
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"batch_size": 2, "packing": PackingConfig(exact=True)}, "`batch_size` must be 1 with `exact`"),
-        ({"batch_size": 2, "task": TaskConfig(temperature=0.5)}, "`batch_size` must be 1 with a `temperature` above 0"),
+        (
+            {"batch_size": 2, "generation": GenerationSettings(sampling=SamplingConfig(0.5))},
+            "`batch_size` must be 1 with a `temperature` above 0",
+        ),
         ({"timed": 4}, "`timed` must be used with `batch_size`"),
     ],
 )

@@ -145,7 +145,7 @@ def test_the_figures_of_extremes_are_drawn(saved, tmp_path, figure):
             r"results\[0\].speedup: needed a number up to 1e\+12, found 1e\+13",
         ),
         (lambda one: one["results"][-1].update(exit_layer=0), r"results\[-?\d\].exit_layer: needed at least 1, found 0"),
-        (lambda one: one["config"].update(threads="2"), "config.threads: needed a whole number, found '2'"),
+        (lambda one: one["config"]["machine"].update(threads="2"), "config.machine.threads: needed a whole number, found '2'"),
         (lambda one: one["config"]["task"].update(pass_k=1), "config.task.pass_k: needed a list, found 1"),
         (lambda one: one["environment"].pop("dtype"), "environment.dtype is missing"),
         (lambda one: one["environment"].update(threads=[]), "environment.threads: needed a whole number, found a list"),

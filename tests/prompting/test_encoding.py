@@ -11,6 +11,7 @@ from layerskip_core.checkpoint.fast_read import lean_tokenizer
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.evaluation import TaskConfig
+from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.data.conversations import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.evaluation.tasks.load import load_task
@@ -120,7 +121,7 @@ def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(tokenizer, full, 
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": prompt, "answer": "b"} for prompt in ["a", EVIL][1 - shots :]]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = load_task(TaskConfig(data=str(file), shots=shots, template=template))
+    task = load_task(TaskConfig(data=str(file), shots=shots, prompting=PromptingConfig(template)))
     loaded = task.prepared(decoder_with(tokenizer))
     ids = loaded.encode_prompt(task.examples[0].prompt)
     # A solved row adds its own turns. A raw prompt then ends with a line end, so that no end token is removed.

@@ -30,19 +30,26 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 class WithoutReuse:
     """Self-speculation whose verifier recomputes the layers below the exit instead of reusing the drafts' exit states."""
 
-    exit_layer: int
-    num_draft_tokens: int
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()
+    decoding: DecodingConfig
     strategy: str = "no-reuse"
 
+    @property
+    def exit_layer(self) -> int | None:
+        return self.decoding.exit_layer
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self.decoding.num_draft_tokens
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.decoding.max_new_tokens
+
     def limited(self, max_new_tokens: int) -> "WithoutReuse":
-        return replace(self, max_new_tokens=max_new_tokens)
+        return replace(self, decoding=replace(self.decoding, max_new_tokens=max_new_tokens))
 
     def run(self, loaded: Decoder, prompt_ids: list[int]) -> Generation:
-        drafts, limit = self.num_draft_tokens, self.max_new_tokens
-        config = DecodingConfig("self-speculative", self.exit_layer, drafts, limit, stop=self.stop)
-        decoding = decode(loaded.backend, prompt_ids, config, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False)
+        decoding = decode(loaded.backend, prompt_ids, self.decoding, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False)
         return decode_timed(decoding)
 
     def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Generation]:
@@ -231,8 +238,8 @@ def _pad(loaded: Decoder) -> int:
     return min(loaded.eos_ids, default=0)
 
 
-def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) -> list[Baseline]:
-    """The config's baselines, with the limits of the `plain` decoding. The config's exit and draft length must be set.
+def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> list[Baseline]:
+    """The config's baselines, with the exit, draft length and limits of a `speculative` decoding.
 
     transformers' decoders run on transformers' own layers. If `loaded` has repacked weights, the model is read again for them.
 
@@ -240,8 +247,8 @@ def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) 
         ConfigError: the draft model has another tokenizer, or transformers ignores an early exit of this architecture.
         CheckpointError: a model cannot be read.
     """
-    exit_layer, drafts, limit, stop = config.exit_layer, config.num_draft_tokens, plain.max_new_tokens, plain.stop
-    assert exit_layer is not None and drafts is not None
+    exit_layer, drafts = speculative.exit_layer, speculative.num_draft_tokens
+    limit, stop = speculative.max_new_tokens, speculative.stop
 
     def transformers_model(name: str) -> Trainable:
         device, dtype = str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto")
@@ -249,15 +256,16 @@ def load_baselines(loaded: Decoder, config: BenchConfig, plain: DecodingConfig) 
 
     def make(name: str) -> Baseline:
         if name == "no-reuse":
-            return WithoutReuse(exit_layer, drafts, limit, stop)
+            return WithoutReuse(speculative)
         if name == "assistant-early-exit":
             require_early_exit(model)
             return TransformersGenerate(name, model, limit, exit_layer, drafts, stop, {"assistant_early_exit": exit_layer})
         if name == "prompt-lookup":
             return TransformersGenerate(name, model, limit, None, drafts, stop, {"prompt_lookup_num_tokens": drafts})
         if name == "draft-model":
-            assert config.draft_model is not None
-            return TransformersGenerate(name, model, limit, None, drafts, stop, assistant=_draft_model(config.draft_model))
+            return TransformersGenerate(
+                name, model, limit, None, drafts, stop, assistant=_draft_model(config.draft_model or "")
+            )
         return TransformersGenerate(name, model, limit, stop=stop)
 
     def _draft_model(name: str) -> Any:

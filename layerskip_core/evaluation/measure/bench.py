@@ -7,7 +7,7 @@ from statistics import median
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require_exit_layer
-from ...config.decoding import DecodingConfig
+from ...config.decoding import DRAFTERS, DecodingConfig, ExitChoice
 from ...config.evaluation import BenchConfig
 from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
@@ -38,11 +38,21 @@ def bench(
         CheckpointError: a baseline's model cannot be read.
         LayerSkipError: no prompt could be answered, or the journal to resume belongs to other settings.
     """
-    config = _resolved(loaded, task, config)
-    sampled = task.config.temperature > 0
+    task, generation = task.asked(config.generation)
+    choice = _choice(loaded, config)
+    config = replace(
+        config,
+        task=task.config,
+        generation=generation,
+        exit_layer=choice.exit_layer,
+        num_draft_tokens=choice.num_draft_tokens,
+        timed=default_timed(config),
+    )
+    sampled = generation.sampling.temperature > 0
     loaded = task.prepared(loaded)
-    strategies = [task.decoding(strategy) for strategy in _strategies(config, task.max_new_tokens)]
-    methods: list[Method] = [*strategies, *load_baselines(loaded, config, strategies[0])]
+    strategies = _strategies(config, choice)
+    speculative = generation.decoding("self-speculative", choice.exit_layer, choice.num_draft_tokens)
+    methods: list[Method] = [*strategies, *load_baselines(loaded, config, speculative)]
     machine = environment(loaded)
     journal = Journal(folder, asdict(config), resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
     losses = ReferenceLosses(0, {})
@@ -67,7 +77,8 @@ def bench(
         perplexity = losses.perplexity(_target_layers(method, loaded)) if isinstance(method, DecodingConfig) else None
         metrics = task.score(answered.texts, perplexity)
         results.append(bench_result(method, timed, outputs[0], metrics, differing, transformers, (answered, expected)))
-    yield RunRecord(asdict(config) | {"quality_metric": task.quality_metric}, machine, tuple(results))
+    resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
+    yield RunRecord(resolved, machine, tuple(results))
 
 
 def bench_result(
@@ -112,25 +123,22 @@ def bench_result(
     )
 
 
-def _resolved(loaded: Decoder, task: Task, config: BenchConfig) -> BenchConfig:
-    """The config with its defaults filled in."""
+def _choice(loaded: Decoder, config: BenchConfig) -> ExitChoice:
+    """The config's exit and draft length, by default those that the checkpoint recommends."""
     exit_layer, num_draft_tokens = loaded.recommended()
     if config.exit_layer is not None:
         exit_layer = config.exit_layer
     require_exit_layer(exit_layer, loaded.backend.num_layers)
-    num_draft_tokens = config.num_draft_tokens or num_draft_tokens
-    config = replace(config, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
-    return replace(config, task=task.config, timed=default_timed(config))
+    return ExitChoice(exit_layer, config.num_draft_tokens or num_draft_tokens)
 
 
-def _strategies(config: BenchConfig, max_new_tokens: int) -> list[DecodingConfig]:
+def _strategies(config: BenchConfig, choice: ExitChoice) -> list[DecodingConfig]:
     """The config's strategies, autoregressive decoding first."""
-    exit_layer, drafts = config.exit_layer, config.num_draft_tokens
-    assert exit_layer is not None and drafts is not None
+    generation = config.generation
     every = [
-        DecodingConfig("autoregressive", max_new_tokens=max_new_tokens),
-        DecodingConfig("early-exit", exit_layer, max_new_tokens=max_new_tokens),
-        DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens),
+        generation.decoding("autoregressive"),
+        generation.decoding("early-exit", choice.exit_layer),
+        *(generation.decoding(strategy, choice.exit_layer, choice.num_draft_tokens) for strategy in DRAFTERS),
     ]
     return [decoding for decoding in every if decoding.strategy in config.strategies]
 

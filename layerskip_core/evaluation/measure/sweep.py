@@ -30,7 +30,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         ConfigError: an exit is outside the model.
         LayerSkipError: no prompt could be answered.
     """
-    config = _resolved(loaded, task, config)
+    task, generation = task.asked(config.generation)
+    config = replace(_resolved(loaded, config), task=task.config, generation=generation)
     loaded = task.prepared(loaded)
     machine = environment(loaded)
     losses = ReferenceLosses(0, {})
@@ -38,8 +39,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         losses = losses + new
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     examples = timed_examples(task.examples, config.timed)
-    predictions = yield from predict(loaded, examples, config.exits, config.specs, task.max_new_tokens, task.stop)
-    autoregressive, settings = _settings(config, task)
+    autoregressive, settings = _settings(config)
+    predictions = yield from predict(loaded, examples, config.exits, config.specs, autoregressive.max_new_tokens, task.stop)
     chosen = _promising(settings, predictions) if config.quick else settings
     batched = None
     if config.batch_size > 1:
@@ -70,7 +71,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     results = [_with_predictions(result, losses, loaded.backend.num_layers, predictions) for result in results]
     marked = mark_pareto(results, task.quality_metric)
     advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], baseline_drift(first, second))
-    resolved = asdict(config) | {"quality_metric": task.quality_metric}
+    resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked))
 
 
@@ -106,25 +107,24 @@ def default_exits(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, min(round(num_layers * share), num_layers - 1)) for share in shares}))
 
 
-def _resolved(loaded: Decoder, task: Task, config: SweepConfig) -> SweepConfig:
+def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:
     """The config with its defaults filled in."""
     num_layers = loaded.backend.num_layers
     exits = config.exits or default_exits(num_layers)
     for exit_layer in exits:
         require_exit_layer(exit_layer, num_layers, field="exits")
-    return replace(config, task=task.config, exits=exits, timed=default_timed(config))
+    return replace(config, exits=exits, timed=default_timed(config))
 
 
-def _settings(config: SweepConfig, task: Task) -> tuple[DecodingConfig, list[DecodingConfig]]:
+def _settings(config: SweepConfig) -> tuple[DecodingConfig, list[DecodingConfig]]:
     """Autoregressive decoding, and the settings compared with it: each exit alone, then each exit with each draft length."""
-    max_new_tokens = task.max_new_tokens
-    alone = [DecodingConfig("early-exit", exit_layer, max_new_tokens=max_new_tokens) for exit_layer in config.exits]
+    generation = config.generation
+    alone = [generation.decoding("early-exit", exit_layer) for exit_layer in config.exits]
     drafting = [
-        DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens)
+        generation.decoding("self-speculative", exit_layer, drafts)
         for exit_layer, drafts in product(config.exits, config.specs)
     ]
-    autoregressive = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
-    return task.decoding(autoregressive), [task.decoding(setting) for setting in alone + drafting]
+    return generation.decoding("autoregressive"), alone + drafting
 
 
 def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> list[DecodingConfig]:

@@ -59,7 +59,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
         )
         for result in record.results
     ]
-    note = PARETO_NOTE
+    note = f"{PARETO_NOTE}{_settings_note(record.config)}"
     error = record.prediction_error
     if error is not None:
         note += (
@@ -99,7 +99,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     rows = [(name, cells) for name, cells in rows if set(cells) != {"-"}]
     machine = record.environment
     where = f"{machine['dtype']} on {machine['device_name']}, {_plural(machine['threads'], 'thread')}"
-    note = f"{_method(record.config)}; {where}."
+    note = f"{_method(record.config)}; {where}.{_settings_note(record.config)}"
     with_transformers = any(name != "no-reuse" for name in record.config.get("baselines", ()))
     if with_transformers and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is that of the whole process, which also holds transformers' copy of the model."
@@ -113,6 +113,24 @@ def _method(config: dict[str, Any]) -> str:
         return medians.capitalize()
     speed = f"{_plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
     return f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
+
+
+def _settings_note(config: dict[str, Any]) -> str:
+    """How prompts and answers were made, as far as it is not the default. Older records do not say."""
+    generation = config.get("generation", {})
+    sampling = generation.get("sampling", {})
+    notes = []
+    if "prompt_template" in config:
+        notes.append(f"Prompt template: {config['prompt_template']}.")
+    if sampling.get("temperature"):
+        notes.append(
+            f"Sampled at temperature {sampling['temperature']:g}, top-k {sampling['top_k']}, top-p {sampling['top_p']:g}."
+        )
+    if confidence := generation.get("draft_confidence"):
+        notes.append(f"Drafts stop below a confidence of {confidence:g}.")
+    if "specs" in config and (confidence or sampling.get("temperature")):
+        notes.append("Predictions are for greedy decoding with whole drafts.")
+    return "".join(f"\n{note}" for note in notes)
 
 
 def _count(value: int | None) -> str:

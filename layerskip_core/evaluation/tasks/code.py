@@ -43,7 +43,9 @@ class _Problem:
 
 def humaneval(config: TaskConfig) -> Task:
     every = file_rows(config.data) if config.data else hub_rows(_HUMANEVAL_HUB, "test")
-    problems, template = _framed(forms(config.template, BARE, BARE), map(_humaneval_problem, spread(every, config.samples)))
+    problems, template = _framed(
+        forms(config.prompting.asked, BARE, BARE), map(_humaneval_problem, spread(every, config.samples))
+    )
     return _task(replace(config, data=config.data or _HUMANEVAL_HUB, shots=0), problems, _HUMANEVAL_STOP, template)
 
 
@@ -60,7 +62,7 @@ def mbpp(config: TaskConfig) -> Task:
     solved = [_mbpp_problem(row).example for row in shots]
     solved = [Example(example.prompt, example.completion + "\n[DONE]") for example in solved]
     asked = map(_mbpp_problem, spread(rows, config.samples))
-    problems, template = _framed(forms(config.template, _MBPP_FORM, BARE), asked, solved)
+    problems, template = _framed(forms(config.prompting.asked, _MBPP_FORM, BARE), asked, solved)
     return _task(replace(config, data=config.data or _MBPP_HUB, shots=count), problems, _MBPP_STOP, template)
 
 
@@ -166,5 +168,5 @@ def _notes(config: TaskConfig) -> tuple[str, ...]:
     return (f"on this machine the sandbox does not restrict: {', '.join(missing)}",) if missing else ()
 
 
-HUMANEVAL = TaskLoader(humaneval, accepts=("template", "temperature"))
-MBPP = TaskLoader(mbpp, accepts=("shots", "template", "temperature"))
+HUMANEVAL = TaskLoader(humaneval)
+MBPP = TaskLoader(mbpp, accepts=("shots", "template"))

@@ -52,7 +52,6 @@ def _refuse_unused(name: str, loader: TaskLoader, config: TaskConfig) -> None:
     accepts = loader.accepts
     require(config.metric is None or "metric" in accepts, "metric", f"left out for `task` {name}", config.metric)
     require(not config.shots or "shots" in accepts, "shots", f"0 for `task` {name}", config.shots)
-    require(config.template is None or "template" in accepts, "template", f"left out for `task` {name}", config.template)
-    sampled = config.temperature > 0
-    require(not sampled or "temperature" in accepts, "temperature", f"0 for `task` {name}", config.temperature)
+    template = config.prompting.asked
+    require(template is None or "template" in accepts, "template", f"left out for `task` {name}", template)
     require(config.data is not None or not loader.needs_data, "data", f"given for `task` {name}", "none")

@@ -25,7 +25,7 @@ def parsing(config: TaskConfig) -> Task:
     source = config.data or name
     data = DataConfig(source, config.split, config.prompt_column or "prompt", config.completion_column or "completion")
     examples = load_examples(replace(data, limit=config.samples, seed=config.seed))
-    shaped, template = framed(*forms(config.template, BARE, None), examples)
+    shaped, template = framed(*forms(config.prompting.asked, BARE, None), examples)
     references = [[example.completion] for example in examples]
     resolved = replace(
         config, data=source, max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS,
@@ -44,7 +44,7 @@ def prompts(config: TaskConfig) -> Task:
     every, config = _references(source, config)
     shots, rest = shots_and_rest(every, config.shots or 0, source)
     rows = spread(rest, config.samples)
-    form, template = forms(config.template, BARE, None)
+    form, template = forms(config.prompting.asked, BARE, None)
     shot_form = "{prompt}\n" if form == BARE else form
     if shots and template == RAW:
         form = shot_form

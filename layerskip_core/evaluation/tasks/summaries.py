@@ -49,7 +49,7 @@ def _summaries(config: TaskConfig, source: _Source) -> Task:
         shots = hub_rows(source.hub_id, "train", count, **source.keywords) if count else []
         rows = hub_rows(source.hub_id, config.split, **source.keywords)
     solved, asked = [_example(row) for row in shots], [_example(row) for row in spread(rows, config.samples)]
-    examples, template = framed(*forms(config.template, BARE if ready else _FORM, BARE), asked, solved)
+    examples, template = framed(*forms(config.prompting.asked, BARE if ready else _FORM, BARE), asked, solved)
     limit = config.max_new_tokens or source.max_new_tokens
     resolved = replace(config, data=config.data or source.hub_id, shots=count, max_new_tokens=limit)
     scorer = partial(text_scores, "rouge2", [[example.completion] for example in examples])

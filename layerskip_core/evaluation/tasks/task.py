@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig, SamplingConfig
+from ...config.decoding import GenerationSettings
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example
 from ...decoding.stopping import before_stop
 from ..perplexity import ReferenceLosses, reference_losses, text_losses
 
 Scorer = Callable[[Sequence[str]], dict[str, float]]
-Option = Literal["metric", "shots", "template", "temperature"]
+Option = Literal["metric", "shots", "template"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,18 @@ class Task:
         else:
             yield from (reference_losses(loaded, example, exit_layers) for example in self.examples)
 
-    def decoding(self, config: DecodingConfig) -> DecodingConfig:
-        """The config with this task's stop strings and sampling."""
-        return replace(config, stop=self.stop, sampling=SamplingConfig(self.config.temperature, seed=self.config.seed))
+    def asked(self, generation: GenerationSettings) -> "tuple[Task, GenerationSettings]":
+        """This task with what is asked of its answers, and that with the task's limit and stop strings."""
+        stop = (*self.stop, *(text for text in generation.stop if text not in self.stop))
+        limit = generation.max_new_tokens or self.max_new_tokens
+        return replace(self, stop=stop), replace(generation, stop=stop, max_new_tokens=limit)
 
     def prepared(self, loaded: Decoder) -> Decoder:
-        """The model, with this task's template if it has one."""
-        return loaded if self.template is None else loaded.with_template(self.template, None)
+        """The model with this task's template, if it has one, and the system message asked for, if any."""
+        system = self.config.prompting.system
+        return loaded if self.template is None and system is None else loaded.with_template(self.template, system)
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]

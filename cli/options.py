@@ -1,0 +1,234 @@
+"""Every flag, declared once: the option of each field of the configs, and commands made of configs.
+
+A command takes configs, and `signature.command` makes a flag of each of their fields that has an Option here. A new field of
+GenerationSettings with its Option is thereby a flag of generate, bench and sweep-exits.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from layerskip_core.config.checks import require_choice, require_given
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.decoding import DecodingSettings, GenerationSettings, SamplingConfig, strategies
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.prompting import PromptingConfig
+from layerskip_core.config.ranges import parse_counts
+from layerskip_core.config.training import FinetuneConfig, RecipeSettings
+from layerskip_core.evaluation.tasks import TASKS
+
+MODEL = "Model"
+DATA = "Data"
+TASK = "Task"
+DECODING = "Decoding"
+SAMPLING = "Sampling"
+PROMPTING = "Prompting"
+WEIGHTS = "Weights"
+MEASUREMENT = "Measurement"
+RECIPE = "Recipe"
+OPTIMISATION = "Optimisation"
+ADAPTERS = "Adapters"
+RUN = "Run"
+INPUT = "Input"
+OUTPUT = "Output"
+MACHINE = "Machine"
+PANELS = (
+    INPUT, MODEL, RECIPE, OPTIMISATION, TASK, DATA, DECODING, SAMPLING, PROMPTING, ADAPTERS, RUN, MEASUREMENT, WEIGHTS, MACHINE,
+    OUTPUT,
+)  # in the order of --help  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field is given on the command line, under which heading of --help.
+
+    `flag`: where it is not the field's name; several with slashes between. `default`: shown if the field's own is None, decided
+    later. `parse` makes the value from a text, given the field's name for errors.
+    """
+
+    panel: str
+    help: str
+    flag: str | None = None
+    default: str | None = None
+    parse: Callable[[str, str], object] | None = None
+
+
+FORMATS = ("table", "json", "csv", "markdown")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the result of a measurement goes; `saved` is a results.json to render again."""
+
+    format: str = "table"
+    output: str | None = None
+    saved: str | None = None
+
+    def __post_init__(self) -> None:
+        require_choice(self.format, "format", FORMATS)
+        require_given("output", self.output)
+        require_given("saved", self.saved)
+
+
+def _names(text: str, _: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+_CHECKPOINT = "the checkpoint's"
+_REGIME = "by --regime"
+_MODEL = Option(MODEL, "embedded, embedded-base, a folder, a .gguf file or a hub id.")
+_DEVICE = Option(MACHINE, "auto, cpu, cuda, cuda:N or mps.")
+_DTYPE = Option(MACHINE, "auto, fp32 or bf16.")
+_BATCH_SIZE = Option(MEASUREMENT, "Prompts answered together, for quality; speed is measured at batch size 1.")
+_TIMED = Option(MEASUREMENT, "With --batch-size: the number of prompts that speed is measured on.", default="8")
+
+OPTIONS: dict[type, dict[str, Option]] = {
+    GenerationSettings: {
+        "max_new_tokens": Option(DECODING, "Maximum number of tokens in an answer.", default="256"),
+        "draft_confidence": Option(DECODING, "Stop drafting when the draft's best token is less probable than this; 0: never."),
+        "stop": Option(DECODING, "End the answer before this text. Can be repeated."),
+    },
+    SamplingConfig: {
+        "temperature": Option(SAMPLING, "Temperature; 0 is greedy."),
+        "top_k": Option(SAMPLING, "Sample from the k most probable tokens; 0: from all."),
+        "top_p": Option(SAMPLING, "Sample from the most probable tokens that add up to this probability."),
+        "seed": Option(SAMPLING, "Seed of sampling."),
+    },
+    DecodingSettings: {
+        "strategy": Option(
+            DECODING,
+            f"{', '.join(strategies())}.",
+            default="self-speculative if the exits were trained or measured, or a flag about drafts is given",
+        ),
+        "exit_layer": Option(DECODING, "Draft with (or exit after) this many layers.", "--exit", _CHECKPOINT),
+        "num_draft_tokens": Option(DECODING, "Draft tokens per round.", "--spec", _CHECKPOINT),
+    },
+    PromptingConfig: {
+        "template": Option(
+            PROMPTING,
+            "Prompt template: chat, raw, or a text with {prompt} in it.",
+            default="the task's or checkpoint's, else the tokenizer's chat template",
+        ),
+        "system": Option(PROMPTING, "System message, for chat templates."),
+        "raw": Option(PROMPTING, "Use no template; text of special tokens in the prompt becomes tokens."),
+    },
+    PackingConfig: {
+        "quantize": Option(WEIGHTS, "int8 or int4 weights (CPU only).", default="none"),
+        "draft_weights": Option(WEIGHTS, "Draft with int8 or int4 copies of the weights; the target keeps its own."),
+        "draft_vocab": Option(WEIGHTS, "Draft among the N most frequent tokens only; 0: among all."),
+        "exact": Option(WEIGHTS, "Bit-for-bit the output of autoregressive decoding, in any precision; slower."),
+    },
+    MachineConfig: {
+        "device": _DEVICE,
+        "dtype": _DTYPE,
+        "threads": Option(MACHINE, "CPU threads; 0: torch's choice, or 1 to decode with a small model."),
+    },
+    TaskConfig: {
+        "task": Option(TASK, f"{', '.join(TASKS)}, or data with prompts and references.", default="by --data, else commands"),
+        "data": Option(TASK, "A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub"),
+        "split": Option(TASK, "train, validation or test; compositional too for `commands`."),
+        "samples": Option(TASK, "Number of rows; 0: all, 20000 for `commands`."),
+        "seed": Option(TASK, "Seed of generated rows and of sampling."),
+        "max_new_tokens": Option(DECODING, "Maximum number of tokens in an answer.", default="the task's"),
+        "prompt_column": Option(TASK, "Column of the prompt.", default="the first of the usual names"),
+        "completion_column": Option(TASK, "Column of the reference.", default="the first of the usual names"),
+        "metric": Option(TASK, "For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="rouge2"),
+        "shots": Option(TASK, "Solved rows before each prompt.", default="the task's"),
+        "pass_k": Option(TASK, "The k of pass@k, such as 1,10.", parse=parse_counts),
+        "problem_samples": Option(TASK, "Answers to each code problem, for pass@k; needs --temperature if above 1."),
+        "allow_code_execution": Option(TASK, "Run the programs that the model writes, in a sandbox."),
+    },
+    BenchConfig: {
+        "model": _MODEL,
+        "exit_layer": Option(DECODING, "Layers of the early exit and of the drafts.", "--exit", _CHECKPOINT),
+        "num_draft_tokens": Option(DECODING, "Draft tokens per round.", "--spec", _CHECKPOINT),
+        "strategies": Option(DECODING, "The strategies to run; autoregressive is required.", parse=_names),
+        "batch_size": _BATCH_SIZE,
+        "timed": _TIMED,
+        "repeats": Option(MEASUREMENT, "Number of times that everything is measured; medians are reported."),
+        "baselines": Option(
+            MEASUREMENT, "Also: transformers,assistant-early-exit,prompt-lookup,draft-model,no-reuse, or some.", parse=_names
+        ),
+        "draft_model": Option(MEASUREMENT, "Model that the baseline draft-model drafts with."),
+    },
+    SweepConfig: {
+        "model": _MODEL,
+        "exits": Option(DECODING, "Exits: 3,6,8 or A:B:STEP, both ends included.", default="six of them", parse=parse_counts),
+        "specs": Option(DECODING, "Draft lengths, in the same form.", parse=parse_counts),
+        "quick": Option(MEASUREMENT, "Measure only the settings that are predicted to be fastest."),
+        "batch_size": _BATCH_SIZE,
+        "timed": _TIMED,
+    },
+    Report: {
+        "format": Option(OUTPUT, "Format of standard output: table, json, csv or markdown."),
+        "output": Option(OUTPUT, "Folder for report.html, results.json, results.csv and plots."),
+        "saved": Option(OUTPUT, "Measure nothing: render this results.json again.", "--from"),
+    },
+    DataConfig: {
+        "name": Option(DATA, "commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data"),
+        "split": Option(DATA, "Split of the data; for `commands` train, validation, test or compositional."),
+        "limit": Option(DATA, "Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples"),
+        "seed": Option(DATA, "Seed of generated rows."),
+        "prompt_column": Option(DATA, "Column of the prompt."),
+        "completion_column": Option(DATA, "Column of what follows the prompt."),
+    },
+    RecipeSettings: {
+        "p_max": Option(RECIPE, "Dropout rate of the last layer.", "--pmax", _REGIME),
+        "e_scale": Option(RECIPE, "Scale of the early exits' loss.", "--escale", _REGIME),
+        "exit_weights": Option(RECIPE, "Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper"),
+        "curriculum": Option(RECIPE, "rotational, gradual, all or none.", default=_REGIME),
+        "rotation": Option(RECIPE, "R of the rotational curriculum: each exit is trained every R steps.", default=_REGIME),
+        "exits": Option(RECIPE, "Exits to train: 3,6,8 or A:B:STEP.", default="every layer", parse=parse_counts),
+        "distill": Option(RECIPE, "Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
+    },
+    FinetuneConfig: {
+        "model": Option(MODEL, "embedded-base, a folder, a .gguf file or a hub id."),
+        "output": Option(RUN, "Folder of the new checkpoint."),
+        "regime": Option(RECIPE, "Preset: finetune, continual, scratch or code."),
+        "lr": Option(OPTIMISATION, "Initial learning rate.", default="by --regime and model size"),
+        "steps": Option(OPTIMISATION, "Optimizer steps; overrides --epochs.", default="300 on `commands`"),
+        "epochs": Option(OPTIMISATION, "Passes over the data."),
+        "batch_size": Option(OPTIMISATION, "Rows per forward pass."),
+        "accumulation": Option(OPTIMISATION, "Forward passes per optimizer step."),
+        "max_length": Option(DATA, "Tokens per row, prompt included.", default=_REGIME),
+        "warmup": Option(OPTIMISATION, "Share of the steps over which the learning rate rises."),
+        "weight_decay": Option(OPTIMISATION, "AdamW's weight decay."),
+        "seed": Option(RUN, "Seed of data, order, dropout and fresh weights."),
+        "dtype": _DTYPE,
+        "device": _DEVICE,
+        "lora_rank": Option(ADAPTERS, "Rank of LoRA adapters; 0 trains all weights."),
+        "lora_targets": Option(ADAPTERS, "Modules with adapters: all-linear, or names with commas."),
+        "lora_keep": Option(ADAPTERS, "Save the adapter alone, not merged; it loads as a model."),
+        "gradient_checkpointing": Option(OPTIMISATION, "Recompute layers in the backward pass: less memory, more time."),
+        "save_steps": Option(RUN, "Steps between checkpoints; 0: none."),
+        "resume": Option(RUN, "Continue from the last checkpoint in --output."),
+        "report_to": Option(RUN, "Also log losses to tensorboard, wandb, ...; several with commas."),
+        "streaming": Option(DATA, "Read a file or hub data set while training; needs --steps."),
+        "pack": Option(DATA, "Pack plain text into full rows.", default="yes, except with --regime finetune"),
+        "validation": Option(DATA, "A split of --data, or other data, to measure every exit on."),
+        "validation_samples": Option(DATA, "Rows of it to use; 0: all."),
+        "eval_steps": Option(DATA, "Steps between validations; 0: ten validations per run."),
+        "overwrite": Option(RUN, "Replace a model in --output."),
+        "prompt_template": Option(
+            DATA, "Prompt template: chat, or a text with {prompt} in it.", "--template/--prompt-template", "the data's"
+        ),
+        "vocab_size": Option(DATA, "With --regime scratch: train a BPE tokenizer of this size on the data."),
+    },
+}
+
+
+def flags_of(field: str, option: Option) -> tuple[str, ...]:
+    """The flags of a field, --max-new-tokens for `max_new_tokens` unless its Option names others. Errors show the first."""
+    return tuple((option.flag or "--" + field.replace("_", "-")).split("/"))
+
+
+_NAMED = {field: flags_of(field, option)[0] for options in OPTIONS.values() for field, option in options.items()}
+_OF_COMMANDS = ("lines", "jsonl", "stats", "layers", "save", "dry_run")
+FLAGS = _NAMED | {name: "--" + name.replace("_", "-") for name in _OF_COMMANDS}
+
+
+def with_flags(message: str) -> str:
+    """A message of the core, with flags in place of the settings that it names in backquotes."""
+    return re.sub(r"`(\w+)`", lambda match: FLAGS.get(match[1], match[0]), message)

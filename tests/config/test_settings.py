@@ -1,0 +1,91 @@
+"""What is asked, and what it resolves to for a checkpoint."""
+
+import pytest
+
+from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, ExitChoice, GenerationSettings, SamplingConfig
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.prompting import PromptingConfig
+from layerskip_core.config.training import FinetuneConfig, RecipeConfig, RecipeSettings
+from layerskip_core.errors import ConfigError
+
+TRAINED = ExitChoice(4, 12, "self-speculative")
+UNKNOWN = ExitChoice(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "recommended", "strategy", "exit_layer", "drafts"),
+    [
+        (DecodingSettings(), TRAINED, "self-speculative", 4, 12),
+        (DecodingSettings(), UNKNOWN, "autoregressive", 2, 6),
+        (DecodingSettings(), ExitChoice(4, 12, "autoregressive"), "autoregressive", 4, 12),
+        (DecodingSettings(exit_layer=3), UNKNOWN, "self-speculative", 3, 6),
+        (DecodingSettings(num_draft_tokens=1), UNKNOWN, "self-speculative", 2, 1),
+        (DecodingSettings(generation=GenerationSettings(draft_confidence=0.5)), UNKNOWN, "self-speculative", 2, 6),
+        (DecodingSettings("early-exit", 8), TRAINED, "early-exit", 8, 12),
+        (DecodingSettings("autoregressive"), TRAINED, "autoregressive", 4, 12),
+    ],
+)
+def test_the_checkpoint_decides_what_was_not_said(asked, recommended, strategy, exit_layer, drafts):
+    config = asked.resolve(recommended, 8)
+    assert (config.strategy, config.exit_layer, config.num_draft_tokens) == (strategy, exit_layer, drafts)
+    assert config.max_new_tokens == 256
+
+
+def test_weights_for_drafts_imply_drafting():
+    assert DecodingSettings().resolve(UNKNOWN, 8, drafts_apart=True).strategy == "self-speculative"
+
+
+def test_every_setting_of_an_answer_reaches_the_decoding():
+    generation = GenerationSettings(9, 0.25, ("x",), SamplingConfig(0.5, 3, 0.75, 7))
+    expected = DecodingConfig("self-speculative", 2, 6, 9, 0.25, ("x",), SamplingConfig(0.5, 3, 0.75, 7))
+    assert DecodingSettings("self-speculative", generation=generation).resolve(UNKNOWN, 8) == expected
+    assert GenerationSettings().decoding("autoregressive", max_new_tokens=5).max_new_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DecodingSettings(exit_layer=8).resolve(UNKNOWN, 8), "`exit_layer` must be in 1..7, got 8"),
+        (
+            lambda: DecodingSettings("magic"),
+            "`strategy` must be one of self-speculative, early-exit, autoregressive, got magic",
+        ),
+        (lambda: GenerationSettings(stop=("",)), "`stop` must be a text that is not empty"),
+        (lambda: GenerationSettings(draft_confidence=1.0), r"`draft_confidence` must be in \[0, 1\), got 1.0"),
+        (lambda: PromptingConfig("Q:"), "`template` must be raw, chat or a text with {prompt} in it, got Q:"),
+        (lambda: PromptingConfig("chat", raw=True), "`raw` must be given without `template`, got `template` chat"),
+        (lambda: PromptingConfig(system="s", raw=True), "`system` must be given with a chat template, got a raw prompt"),
+        (lambda: PromptingConfig(system="\ud800"), "`system` must be valid Unicode"),
+        (
+            lambda: BenchConfig(task=TaskConfig(problem_samples=5)),
+            "`temperature` must be above 0 for several `problem_samples`",
+        ),
+        (
+            lambda: SweepConfig(task=TaskConfig(problem_samples=5)),
+            "`temperature` must be above 0 for several `problem_samples`",
+        ),
+        (lambda: RecipeSettings(p_max=1.0), r"`p_max` must be in \[0, 1\), got 1.0"),
+        (
+            lambda: FinetuneConfig(prompt_template="Q:"),
+            "`prompt_template` must be 'chat' or a text with {prompt} in it, got Q:",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(make, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        make()
+    assert caught.value.field == message.split("`")[1]
+
+
+def test_the_template_that_is_asked_for():
+    assert [PromptingConfig(*asked).asked for asked in ((), ("chat",), (None, None, True), ("{prompt}!",))] == [
+        None, "chat", "raw", "{prompt}!",
+    ]  # fmt: skip
+
+
+def test_a_recipe_takes_what_was_not_said_from_the_preset():
+    preset = RecipeConfig(p_max=0.1, e_scale=0.3, rotation=8)
+    assert RecipeSettings().over(preset) == preset
+    assert RecipeSettings(p_max=0.0, curriculum="all", exits=(2,)).over(preset) == RecipeConfig(
+        p_max=0.0, e_scale=0.3, rotation=8, curriculum="all", exits=(2,)
+    )
