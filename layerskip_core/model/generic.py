@@ -128,7 +128,7 @@ class GenericBackend:
         """One layer over (B, T, D), with the inputs that `prepare` made."""
         kind = self._kinds[layer]
         keywords = {self._cache_keyword: inputs.writer} if inputs.writer is not None else {}
-        output: Any = self.layers[layer](
+        output: Tensor | tuple[Tensor, ...] = self.layers[layer](
             hidden,
             attention_mask=inputs.mask[kind],
             position_ids=inputs.positions,
@@ -136,8 +136,7 @@ class GenericBackend:
             use_cache=False,
             **keywords,
         )
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return output[0] if isinstance(output, tuple) else output
 
     def prepare(
         self,

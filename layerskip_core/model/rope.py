@@ -1,7 +1,5 @@
 """Rotary position embeddings, in the forms that the packed and the native layers take."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ class Rope:
     of a head that does not rotate. There is one table for each of `spec.ropes`; it grows with the text.
     """
 
-    def __init__(self, config: Any, spec: ModelSpec, like: Tensor) -> None:
+    def __init__(self, config: object, spec: ModelSpec, like: Tensor) -> None:
         self._frequencies = [rope_frequencies(config, spec, rope) for rope in spec.ropes]
         self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         self._fixed = (spec.head_dim - spec.rotary) // 2  # pairs that do not rotate
@@ -51,7 +49,7 @@ class Rope:
 class RopeTables:
     """Cosines and sines of the first positions in fp32, as the C kernels read them, one pair for each of `spec.ropes`."""
 
-    def __init__(self, config: Any, spec: ModelSpec) -> None:
+    def __init__(self, config: object, spec: ModelSpec) -> None:
         self._frequencies = [rope_frequencies(config, spec, rope) for rope in spec.ropes]
         self._like = torch.empty(0, spec.rotary // 2)
         self._length = 0
@@ -71,7 +69,7 @@ def cos_and_sin(frequencies: Tensor, scaling: float, count: int, like: Tensor) -
     return (angles.cos() * scaling).to(like), (angles.sin() * scaling).to(like)
 
 
-def rope_frequencies(config: Any, spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
+def rope_frequencies(config: object, spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
     """Radians per position of each rotating pair of a head, (rotary / 2,) in fp32, and the factor of cosine and sine."""
     if rope.type == "default":  # transformers computes this one in each model's own module, which takes seconds to import
         exponents = torch.arange(0, spec.rotary, 2, dtype=torch.int64).float() / spec.rotary

@@ -9,7 +9,7 @@ import torch
 from command_line import fails, run
 from conftest import tiny_model
 from test_generic import CHANGES
-from test_packed import CASES, assert_equal_spans, ids_of, pair  # noqa: F401  a fixture
+from test_packed import BF16_ERROR, CASES, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
 
 from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
@@ -68,22 +68,32 @@ def model_of(precision, model_type="llama", **changes):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_spans_equal_the_generic_ones(variant, pair, case, dtype, monkeypatch, threads):  # noqa: F811
+def test_fp32_spans_equal_the_generic_ones(variant, pair, case, threads):  # noqa: F811
     threads(2)
-    monkeypatch.setattr("test_packed.PackedBackend", NativeBackend)
-    generic, fast = pair(case, dtype)
-    generic.model.float()  # the same weights; the kernels keep hidden states in fp32, and are nearer to this
+    generic, fast = pair(case, torch.float32, NativeBackend)
     assert fast.implementation == f"native ({variant})"
-    assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], dtype)
+    assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case, threads):  # noqa: F811
+    """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round less."""
+    threads(2)
+    generic, fast = pair(case, torch.bfloat16, NativeBackend)
+    ids, edges = ids_of(2, 17), [0, 9, 10, 17]
+    ours, transformers = spans(fast, ids, edges), spans(generic, ids, edges)
+    generic.model.float()
+    expected = spans(generic, ids, edges)
+    assert rms(errors(ours, expected)) < 0.8 * rms(errors(transformers, expected)) < BF16_ERROR
 
 
 @needs_kernels
 @pytest.mark.parametrize("size", [8, 24, 64, 128])
-def test_heads_of_any_size(variant, pair, size, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("test_packed.PackedBackend", NativeBackend)
-    assert_equal_spans(*pair("qwen3", torch.float32, head_dim=size), ids_of(1, 40), [0, 33, 34, 40], torch.float32)
+def test_heads_of_any_size(variant, pair, size):  # noqa: F811
+    models = pair("qwen3", torch.float32, NativeBackend, head_dim=size)
+    assert_equal_spans(*models, ids_of(1, 40), [0, 33, 34, 40], torch.float32)
 
 
 @needs_kernels
@@ -238,11 +248,25 @@ def test_without_kernels_decoding_runs_on_those_of_torch(monkeypatch):
     assert compiled.kernels.__wrapped__() is None
 
 
+OTHER_VERSION = r"another version: install layerskip again .* LAYERSKIP_KERNELS=torch"
+
+
 @needs_kernels
-def test_kernels_of_another_version_are_refused_by_name(monkeypatch):
-    """As after a pull in a checkout: calling them would crash, or fill structures that they read otherwise."""
+def test_kernels_of_another_version_are_refused(monkeypatch):
+    """As after a pull in a checkout."""
     monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
-    with pytest.raises(LayerSkipError, match=r"another version: install layerskip again .* LAYERSKIP_KERNELS=torch"):
+    with pytest.raises(LayerSkipError, match=OTHER_VERSION):
+        compiled.kernels.__wrapped__()
+
+
+@needs_kernels
+@pytest.mark.parametrize("structure", compiled.STRUCTURES, ids=lambda structure: structure.__name__)
+def test_kernels_whose_structures_have_other_sizes_are_refused(monkeypatch, structure):
+    """They would read or write beyond the end of one."""
+    longer = type("Longer", (structure,), {"_fields_": [("more", ctypes.c_int64)]})
+    changed = tuple(longer if each is structure else each for each in compiled.STRUCTURES)
+    monkeypatch.setattr(compiled, "STRUCTURES", changed)
+    with pytest.raises(LayerSkipError, match=OTHER_VERSION):
         compiled.kernels.__wrapped__()
 
 

@@ -163,6 +163,7 @@ def kernels(variant: str | None = None) -> Kernels | None:
 def _matches(library: ctypes.CDLL) -> bool:
     """Whether the library has the functions and structures of this file."""
     try:
-        return bool(library.layerskip_interface() == INTERFACE)
-    except AttributeError:
+        sizes = [library.layerskip_size_of(index) for index in range(len(STRUCTURES))]
+        return bool(library.layerskip_interface() == INTERFACE) and sizes == list(map(ctypes.sizeof, STRUCTURES))
+    except AttributeError:  # of a version without one of these functions
         return False

@@ -25,12 +25,19 @@ class NativeHead:
         """(..., D) to logits (..., N) in fp32."""
         *shape, size = hidden.shape
         rows = hidden.reshape(-1, size).to(torch.float32).contiguous()
-        logits = torch.empty(len(rows), self.matrix.outputs)
-        most = rows_at_once(len(rows), self._pool.row_bytes)
-        for part, out in zip(torch.split(rows, most), torch.split(logits, most), strict=True):
-            buffers = self._pool.of(len(part))
-            buffers.call.hidden = part.data_ptr()
-            self._kernels.score(
-                self._shape, self.norm.structure, self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
-            )
+        count = len(rows)
+        logits = torch.empty(count, self.matrix.outputs)
+        most = rows_at_once(count, self._pool.row_bytes)
+        if count <= most:
+            self._score(rows, logits)
+        else:
+            for part, out in zip(torch.split(rows, most), torch.split(logits, most), strict=True):
+                self._score(part, out)
         return scaled_logits(logits.view(*shape, self.matrix.outputs), self._spec)
+
+    def _score(self, rows: Tensor, out: Tensor) -> None:
+        buffers = self._pool.of(len(rows))
+        buffers.call.hidden = rows.data_ptr()
+        self._kernels.score(
+            self._shape, self.norm.structure, self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
+        )

@@ -1,7 +1,6 @@
 """`Backend` by the C kernels, where they were built and the CPU has the instructions that they need."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +27,12 @@ from .span import NativeLayers
 _LARGEST_HEAD = 256
 
 
-def can_run_native(config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+def can_run_native(config: object, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
     """Whether kernels are here for every part of this architecture in this precision."""
     return suits_kernels(config, dtype, device, packing) and kernels() is not None
 
 
-def suits_kernels(config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+def suits_kernels(config: object, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
     """Whether the kernels, if there are any, support this architecture, its widths and this precision."""
     if not can_pack(config) or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -55,7 +54,7 @@ class NativeBackend:
     exact = False  # calls need no splitting
 
     def __init__(
-        self, config: Any, take: Take, packing: PackingConfig | None = None, token_order: list[int] | None = None
+        self, config: object, take: Take, packing: PackingConfig | None = None, token_order: list[int] | None = None
     ) -> None:
         """Arguments and errors are those of `PackedBackend`, for an architecture that `can_run_native`."""
         packing = packing or PackingConfig()

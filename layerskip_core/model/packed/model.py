@@ -1,7 +1,6 @@
 """`Backend` on repacked weights, by torch's kernels: faster than transformers' layers, on every device."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from .linear import KernelLinear
 from .span import PackedLayers
 
 
-def can_pack(config: Any) -> bool:
+def can_pack(config: object) -> bool:
     """Whether PackedBackend supports every part of this architecture."""
     return missing_feature(ModelSpec.of(config)) is None
 
@@ -31,7 +30,7 @@ class PackedBackend:
     """The operations and results of `GenericBackend`, for inference only. Not for two threads at once."""
 
     def __init__(
-        self, config: Any, take: Take, packing: PackingConfig | None = None, token_order: list[int] | None = None
+        self, config: object, take: Take, packing: PackingConfig | None = None, token_order: list[int] | None = None
     ) -> None:
         """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
 
