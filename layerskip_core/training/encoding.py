@@ -17,7 +17,7 @@ from ..losses import IGNORED
 from ..prompting.chat import has_chat_template, render_chat
 from ..prompting.encoding import encode_prompt, encoded
 from ..prompting.special_text import special_text
-from ..prompting.template import RAW, PromptTemplate
+from ..prompting.template import PromptTemplate
 from .packing import packed
 
 _SHUFFLED = 10_000  # rows of a stream that wait together, so that neighbours in the file part
@@ -29,7 +29,7 @@ class Encoder:
     """How rows become token ids: prompt in its template and completion, a conversation in the tokenizer's, or packed text."""
 
     tokenizer: Any
-    template: str | None
+    template: PromptTemplate
     max_length: int
     pack: bool = False
 
@@ -63,8 +63,7 @@ class Encoder:
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
         """Prompt, completion and end of text as ids; the labels of the prompt masked."""
-        template = PromptTemplate(self.template or RAW) if row.prompt else PromptTemplate()
-        prompt = encode_prompt(self.tokenizer, template, row.prompt)
+        prompt = encode_prompt(self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt)
         completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
         completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return prompt + completion, [IGNORED] * len(prompt) + completion

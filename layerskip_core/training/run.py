@@ -17,6 +17,7 @@ from ..checkpoint.save import output_lock, save_checkpoint
 from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, LayerSkipError, TrainingInterrupted, first_line
 from ..model.draft_vocabulary import ORDER_FILE
+from ..prompting.template import PromptTemplate
 from ..storage.writing import run_staging
 from .adapters import with_lora
 from .attention import use_fp32_attention
@@ -39,7 +40,7 @@ class FinetuneJob:
     trainable: Trainable
     data: EncodedData
     held_out: EncodedData | None
-    template: str | None
+    template: PromptTemplate
     plan: TrainingPlan
     save_dtype: torch.dtype
     resume: ResumePoint | None = None
@@ -69,7 +70,8 @@ class FinetuneJob:
             self._train(trainer, interruption)
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
             history = LossHistory.of_log(trainer.state.log_history)
-            info = CheckpointInfo(prompt_template=self.template, details=self._details(history))
+            details = self._details(history)
+            info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)
             if trainer.is_world_process_zero():
                 files = {
                     "losses.jsonl": history.to_jsonl().encode(),

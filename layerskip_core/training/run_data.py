@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint.loaded import Trainable
+from ..config.checks import require
 from ..config.data import DataConfig
 from ..config.training import FinetuneConfig
 from ..data.conversations import Conversation
 from ..data.examples import PARSING_TEMPLATE, Example, Row, is_parsing, load_rows, stream_rows
 from ..errors import ConfigError
-from ..prompting.chat import require_chat_template
-from ..prompting.template import CHAT, RAW, resolve_template
+from ..prompting.template import CHAT, RAW, PromptTemplate, resolve_template
 from .encoding import EncodedData, Encoder, encode_rows, encode_stream
 from .plan import COMMANDS_STEPS, rows_per_step
 
@@ -60,17 +60,16 @@ def _packs(config: FinetuneConfig, rows: list[Row]) -> bool:
     return config.regime != "finetune" and all(isinstance(row, Example) and not row.prompt for row in rows)
 
 
-def _template(config: FinetuneConfig, trainable: Trainable, rows: list[Row]) -> str:
-    """For conversations the chat template; else the one asked for, the parsing template for parsing data, the checkpoint's own,
-    or the prompt and a line end.
+def _template(config: FinetuneConfig, trainable: Trainable, rows: list[Row]) -> PromptTemplate:
+    """The template asked for; else chat for conversations, the parsing template for parsing data, and otherwise what decoding
+    uses by default. Where that is no template, the prompt gets a line end.
     """
+    asked = config.prompt_template
     if any(isinstance(row, Conversation) for row in rows):
-        return CHAT
-    if config.prompt_template is not None:
-        if config.prompt_template == CHAT:
-            require_chat_template(trainable.tokenizer)
-        return config.prompt_template
-    if is_parsing(config.data):
-        return PARSING_TEMPLATE
-    template = resolve_template(None, None, trainable.info.template, trainable.tokenizer).text
-    return PARSING_TEMPLATE if template == RAW else template
+        require(asked in (None, CHAT), "prompt_template", "chat for conversations", asked)
+        return PromptTemplate(CHAT)
+    if asked is None and is_parsing(config.data):
+        return PromptTemplate(PARSING_TEMPLATE)
+    stored = trainable.info.template
+    template = resolve_template(asked, None, stored, trainable.tokenizer)
+    return PromptTemplate(PARSING_TEMPLATE) if asked is None and stored is None and template.text == RAW else template

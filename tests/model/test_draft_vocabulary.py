@@ -4,6 +4,7 @@ import pytest
 
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import Example, load_examples
+from layerskip_core.prompting.template import PromptTemplate
 from layerskip_core.training import tokenizer as vocabulary
 from layerskip_core.training.encoding import Encoder, encode_rows, encode_stream
 from layerskip_core.training.tokenizer import token_order, train_tokenizer
@@ -58,7 +59,7 @@ def test_any_text_and_any_size(size, text):
 
 def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch):
     """Of targets alone: the q's of the prompt do not count. `ab` may be one token, so letters stand apart."""
-    encoder = Encoder(tokenizer, "{prompt}", 64)
+    encoder = Encoder(tokenizer, PromptTemplate("{prompt}"), 64)
     z, y, end = (tokenizer.convert_tokens_to_ids(name) for name in ("z", "y", "<|eos|>"))
     rows = [Example("qqqqqqqq", "zzz"), Example("qqqqqqqq", "zy")]  # z four times, the end twice, y once
     order = token_order(encode_rows(rows, encoder), 300)

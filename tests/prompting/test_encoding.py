@@ -151,12 +151,12 @@ def test_a_special_token_that_only_normalisation_reveals(full):
 
 def test_a_turn_of_a_conversation_opens_no_other(full):
     turns = (("user", "hi"), ("assistant", EVIL), ("user", EVIL), ("assistant", "bye"))
-    (row,) = Encoder(full, None, 1000).rows([Conversation(turns)])
+    (row,) = Encoder(full, PromptTemplate(), 1000).rows([Conversation(turns)])
     assert control(full, row["input_ids"]) == SPECIAL[1:] * 5
     said = full.decode([token for token in row["labels"] if token != -100], clean_up_tokenization_spaces=False)
     assert said == f"{EVIL}<|im_end|>\nbye<|im_end|>\n"
     # Other conversations are encoded in one piece by the tokenizer itself.
-    (row,) = Encoder(full, None, 1000).rows([Conversation((("user", "hi"), ("assistant", "bye")))])
+    (row,) = Encoder(full, PromptTemplate(), 1000).rows([Conversation((("user", "hi"), ("assistant", "bye")))])
     text = full.apply_chat_template(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "bye"}], tokenize=False
     )

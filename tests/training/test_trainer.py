@@ -238,7 +238,7 @@ def test_commands_without_a_limit_never_repeat_a_row(settings):
 def test_settings_that_cannot_work_fail_before_training(settings, tmp_path):
     with pytest.raises(ConfigError, match="`max_length` must be at most the model's context of 256 tokens, got 300"):
         prepare(settings(max_length=300))
-    assert prepare(settings(prompt_template="Q: {prompt}")).template == "Q: {prompt}"
+    assert prepare(settings(prompt_template="Q: {prompt}")).template.text == "Q: {prompt}"
     assert not (tmp_path / "out").exists()  # a plan writes nothing
 
 

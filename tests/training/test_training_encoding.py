@@ -9,6 +9,7 @@ from layerskip_core.data.conversations import Conversation
 from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.losses import IGNORED
+from layerskip_core.prompting.template import PromptTemplate
 from layerskip_core.training import encoding
 from layerskip_core.training.encoding import Collator, Encoder, StreamedRows, encode_rows
 from layerskip_core.training.packing import packed
@@ -36,7 +37,7 @@ def chat_tokenizer(tokenizer):
 
 
 def encoded_rows(rows, tokenizer, template, max_length):
-    return encode_rows(rows, Encoder(tokenizer, template, max_length))
+    return encode_rows(rows, Encoder(tokenizer, PromptTemplate(template or "raw"), max_length))
 
 
 def test_prompts_are_masked_and_rows_end(tokenizer):
@@ -73,7 +74,7 @@ def test_batches_are_padded_at_the_right_and_their_first_label_does_not_count():
 
 
 def test_of_a_conversation_only_what_the_assistant_says_is_a_target(chat_tokenizer):
-    (row,) = Encoder(chat_tokenizer, None, 128).rows([Conversation(TURNS)])
+    (row,) = Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS)])
     text = "<user>hi<|eos|>\n<assistant>hello you<|eos|>\n<user>bye<|eos|>\n<assistant>so long<|eos|>\n"
     assert row["input_ids"] == chat_tokenizer(text)["input_ids"]
     said = [token for token in row["labels"] if token != IGNORED]
@@ -86,22 +87,22 @@ def test_of_a_conversation_only_what_the_assistant_says_is_a_target(chat_tokeniz
 def test_conversations_that_cannot_be_encoded(tokenizer, chat_tokenizer):
     chat_tokenizer.chat_template = "{{ messages | length }}" + CHAT  # what a turn looks like depends on what follows it
     with pytest.raises(DataError, match="rewrites earlier turns"):
-        list(Encoder(chat_tokenizer, None, 128).rows([Conversation(TURNS)]))
+        list(Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS)]))
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        list(Encoder(tokenizer, None, 128).rows([Conversation(TURNS)]))
+        list(Encoder(tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS)]))
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{% for %}", "{{ nothing.at.all }}"])
 def test_a_template_that_fails_is_an_error_of_the_row(chat_tokenizer, template):
     chat_tokenizer.chat_template = template
     with pytest.raises(DataError, match=r"^a\.jsonl:7.*") as error:
-        list(Encoder(chat_tokenizer, None, 128).rows([Conversation(TURNS, "a.jsonl:7")]))
+        list(Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS, "a.jsonl:7")]))
     assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_that_fails_is_an_error_of_the_row():
-    encoder = Encoder(lambda *_, **__: 1 / 0, "{prompt}", 128)
+    encoder = Encoder(lambda *_, **__: 1 / 0, PromptTemplate("{prompt}"), 128)
     with pytest.raises(DataError, match=r"^a\.csv:3: the model's tokenizer cannot encode the prompt: division by zero"):
         list(encoder.rows([Example("", "b", "a.csv:3")]))
 
@@ -109,7 +110,7 @@ def test_a_tokenizer_that_fails_is_an_error_of_the_row():
 def test_without_an_end_of_text_a_row_ends_with_its_completion(tokenizer):
     tokenizer.eos_token = None
     try:
-        (row,) = Encoder(tokenizer, None, 64).rows([Example("", "go")])
+        (row,) = Encoder(tokenizer, PromptTemplate(), 64).rows([Example("", "go")])
     finally:
         tokenizer.eos_token = "<|eos|>"
     assert row["input_ids"] == tokenizer("go")["input_ids"]
@@ -143,7 +144,7 @@ def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_pat
 
 def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "_SHUFFLED", 8)
-    stream = StreamedRows(DataConfig(name=written(tmp_path, 20)), Encoder(tokenizer, None, 64), seed=1)
+    stream = StreamedRows(DataConfig(name=written(tmp_path, 20)), Encoder(tokenizer, PromptTemplate(), 64), seed=1)
     first = [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
     assert first == [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
     passes = [first[at : at + 20] for at in (0, 20, 40)]
@@ -168,7 +169,7 @@ def test_a_stream_that_has_lost_its_rows_ends(tokenizer, tmp_path):
     """As every pass without a row is followed by another."""
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n')
-    stream = iter(StreamedRows(DataConfig(name=str(file)), Encoder(tokenizer, "{prompt}", 8), seed=1))
+    stream = iter(StreamedRows(DataConfig(name=str(file)), Encoder(tokenizer, PromptTemplate("{prompt}"), 8), seed=1))
     next(stream)
     file.write_text('{"prompt": "a prompt longer than the row", "completion": "b"}\n')
     with pytest.raises(DataError, match="no row has room for a completion within `max_length` 8"):
