@@ -1,5 +1,6 @@
-"""The documents: links lead somewhere, the commands, flags and names in them exist, and the map of the code is complete."""
+"""The documents: links lead somewhere, the commands, flags and names in them exist, and the map of the code is true."""
 
+import ast
 import re
 from pathlib import Path
 from pkgutil import resolve_name
@@ -89,6 +90,27 @@ def test_how_tos_show_the_code_that_is_tested(heading, module):
     how_to = text_of(CORE / "README.md").partition(f"\n## {heading}\n")[2]
     example = re.search(r"^```python\n(.*?)^```$", how_to, re.MULTILINE | re.DOTALL)
     assert example and text_of(ROOT / "tests" / module).endswith(example[1])
+
+
+def imported_by(path):
+    """The packages of layerskip_core that a module imports from."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            named = [*base, *(node.module or "").split(".")]
+            yield from (name for name in named[1:2] if named[0] == "layerskip_core")
+
+
+def test_packages_import_only_from_those_above_them_in_the_map():
+    order = re.findall(r"^(\w+)(?:/|\.py) ", block(CORE / "README.md", ""), re.MULTILINE)
+    for path in CORE.rglob("*.py"):
+        own = path.relative_to(CORE).with_suffix("").parts[0]
+        if own == "__init__":  # the front door
+            continue
+        for other in imported_by(path):
+            assert order.index(other) <= order.index(own), f"{path} imports {other}"
+            assert {own, other} != {"training", "evaluation"}, path
 
 
 def test_the_map_names_every_module():
