@@ -1,4 +1,4 @@
-"""Where an output ends: EOS ids, stop strings, a token count, the context. The earliest token that ends it decides."""
+"""Where an output ends: an EOS id, a stop string, a number of tokens, the context. The first of them decides."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from ..config.checks import require
 StopReason = Literal["eos", "stop", "length", "context"]
 Detokenize = Callable[[list[int]], str]
 
-_MARGIN = 16  # characters of context that keep a window's first tokens (split characters, stripped spaces) off a match
+_MARGIN = 16  # characters: the text of a window's first tokens can differ (split characters, stripped spaces)
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """What ends an output. An EOS token and the tokens that complete a stop string are still part of the output's tokens."""
+    """What ends an output. Its tokens include the EOS token, or those that complete a stop string; its text does not."""
 
     eos_ids: frozenset[int]
     stop: tuple[str, ...]
     max_new_tokens: int
 
     def visible(self, text: str, finished: bool) -> str:
-        """What may be shown of the `text` decoded so far: never a stop string nor what follows it.
+        """The part of the `text` decoded so far that may be shown: nothing from a stop string on.
 
-        Unless the output is finished, an end of the text that may be the start of a stop string is held back too, so that
-        successive results only ever grow and can be streamed.
+        Unless the output is finished, an end of the text that may be the start of a stop string is held back too. So each
+        result extends the one before, and the text can be streamed.
         """
         before = before_stop(text, self.stop)
         if len(before) < len(text):
@@ -34,17 +34,17 @@ class Stopping:
 
 
 class StopScanner:
-    """Reads an output token by token and says where it ends, the same whether tokens arrive singly or as accepted drafts."""
+    """Reads an output token by token and finds its end, whether tokens arrive one by one or several per round."""
 
     def __init__(self, stopping: Stopping, context_room: int, detokenize: Detokenize | None = None) -> None:
-        """`context_room`: how many new tokens the context has place for. Stop strings need `detokenize`."""
+        """`context_room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
         require(not stopping.stop or detokenize is not None, "stop", "used with a detokenizer", "none")
         self._stopping = stopping
         self._context_room = context_room
         self._detokenize = detokenize
         self.reason: StopReason | None = None  # why the output ended, once it has
         self._ids: list[int] = []
-        self._window = 0  # the first token that a stop string not yet complete can begin in
+        self._window = 0  # no stop string that is still incomplete begins before this token
         self._reach = max(map(len, stopping.stop), default=0) + _MARGIN
 
     @property
@@ -53,7 +53,7 @@ class StopScanner:
         return min(self._stopping.max_new_tokens, self._context_room) - len(self._ids)
 
     def cut(self, ids: list[int]) -> tuple[int, StopReason | None]:
-        """Takes in new tokens up to the first that ends the output; returns how many that were, and the reason if one did."""
+        """Reads new tokens up to the first that ends the output. Returns how many it read, and the reason if one did."""
         for count, token in enumerate(ids, start=1):
             self._ids.append(token)
             self.reason = self._reason(token)
@@ -76,7 +76,7 @@ class StopScanner:
         if any(stop in text for stop in self._stopping.stop):
             return True
         if len(text) > 4 * self._reach:
-            # Decoding only the end keeps a long output linear; counting characters allows for tokens without any.
+            # Decoding only the end keeps the cost of a long output linear. Characters are counted because a token may have none.
             middle = (self._window + len(self._ids)) // 2
             if len(self._detokenize(self._ids[middle:])) >= self._reach:
                 self._window = middle
