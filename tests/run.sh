@@ -35,7 +35,9 @@ wheel=$(ls "$scratch"/*.whl)
     grep -q '^\[IN:CREATE_REMINDER .* call .* mom .* at 5 .*\]$' answer.txt
     printf 'remind me to call mom at 5' | "$layerskip" generate --strategy autoregressive | diff - answer.txt
     "$layerskip" finetune --steps 3 --batch-size 2 --output tiny
-    "$layerskip" sweep-exits --model tiny --samples 2 --exits 6,12 --specs 4 --max-new-tokens 16 >/dev/null
+    "$layerskip" sweep-exits --model tiny --samples 2 --exits 6,12 --specs 4 --max-new-tokens 16 --output sweep >/dev/null
+    "$layerskip" inspect 'wake me up' --max-new-tokens 2 --output sweep/inspect.html >/dev/null
+    grep -q '<tbody>' sweep/report.html && grep -q '<tbody>' sweep/inspect.html # the templates are in the wheel
     "$layerskip" bench --model tiny --samples 2 --repeats 1 --max-new-tokens 16 --format json | python -m json.tool >/dev/null
 )
 

@@ -1,4 +1,4 @@
-"""The benchmark: its figures from known times, and a run on the tiny model."""
+"""The benchmark: figures from known times, and a run on the tiny model."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -57,8 +57,8 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
     )
 
 
-def test_speedup_is_by_token_not_by_output():
-    # Half the tokens in half the time is no speedup.
+def test_speedup_is_per_token_not_per_output():
+    # Half the tokens in half the time are no speedup.
     baseline, shorter = outputs_of([(1, 1.0), (1, 1.0)]), outputs_of([(1, 1.0)])
     result = bench_result(DecodingConfig("early-exit", 5), [shorter], [baseline], {})
     assert (result.speedup, result.decode_speedup, result.identical_outputs) == (1.0, None, 0.0)
@@ -66,7 +66,7 @@ def test_speedup_is_by_token_not_by_output():
     assert result.time_per_token_ms == {"p50": None, "p95": None}
 
 
-def test_both_autoregressive_rows_are_compared_with():
+def test_speedups_over_both_autoregressive_rows():
     # 1 s a token here, 4 s a token with transformers, 0.5 s a token drafted.
     baseline, transformers = [outputs_of([(1, 1.0), (1, 1.0)])] * 2, [outputs_of([(1, 4.0), (1, 4.0)])] * 2
     repeats = [outputs_of([(1, 0.5), (1, seconds)]) for seconds in (0.5, 1.5)]
@@ -75,7 +75,7 @@ def test_both_autoregressive_rows_are_compared_with():
     assert bench_result(DRAFTED, repeats, baseline, {}).speedup_over_transformers is None
 
 
-def test_acceptance_by_position_and_what_the_time_went_to():
+def test_acceptance_by_position_and_the_time_split():
     stats = DecodeStats(
         new_tokens=4, prefill_seconds=0.5, draft_seconds=1.0, verify_seconds=2.0,
         tested_by_position=(4, 2, 1), accepted_by_position=(2, 1),
@@ -113,24 +113,24 @@ def test_a_run_on_the_models_own_answers():
     assert record.environment["threads"] == torch.get_num_threads()
 
 
-def test_one_valid_document_with_the_promised_names():
+def test_the_document_has_the_documented_names():
     document = json.loads(to_json(record_of(own_answers(1), BenchConfig("tiny", repeats=1))))
     assert list(document) == ["config", "environment", "results"]
     assert list(document["results"][0])[: len(FIELDS)] == FIELDS
-    # Six layers: a quarter of them, and 6 drafts, is what a checkpoint without advice gets.
+    # A checkpoint without a recommendation gets a quarter of its six layers, and 6 drafts.
     assert (document["config"]["exit_layer"], document["config"]["num_draft_tokens"]) == (1, 6)
 
 
-def test_the_first_difference_of_a_wrong_draft_verifier_would_show(monkeypatch):
-    from layerskip_core.evaluation.measure import runner as generation
+def test_a_wrong_verifier_shows_as_differences_at_clear_choices(monkeypatch):
+    from layerskip_core.evaluation.measure import runner
 
-    honest = generation.measure_prompt
+    honest = runner.measure_prompt
 
     def broken(loaded, prompt, config):
         output = honest(loaded, prompt, config)
         return replace(output, ids=(*output.ids[:2], 7, *output.ids[3:])) if config.num_draft_tokens == 3 else output
 
-    monkeypatch.setattr(generation, "measure_prompt", broken)
+    monkeypatch.setattr(runner, "measure_prompt", broken)
     task = own_answers()
     *_, drafted = record_of(task, BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=1)).results
     assert drafted.identical_outputs == 0.0
@@ -138,7 +138,7 @@ def test_the_first_difference_of_a_wrong_draft_verifier_would_show(monkeypatch):
     assert all(place.top2_gap > 1e-6 for place in drafted.differences)
 
 
-def test_failures_are_in_every_result():
+def test_every_result_lists_the_failures():
     record = record_of(task_of(own_answers().examples[0], TOO_LONG), BenchConfig("tiny", exit_layer=5, repeats=1))
     for result in record.results:
         assert [failure.sample for failure in result.failures] == [1]
@@ -164,7 +164,7 @@ def test_peak_memory_is_the_highest_of_the_outputs():
     assert outputs.peak_memory_mb == 30.0
 
 
-def test_peak_memory_starts_anew(tmp_path, monkeypatch):
+def test_peak_memory_is_reset(tmp_path, monkeypatch):
     clear_refs, status = tmp_path / "clear_refs", tmp_path / "status"
     monkeypatch.setattr(memory, "_CLEAR_REFS", clear_refs)
     monkeypatch.setattr(memory, "_STATUS", status)

@@ -1,4 +1,4 @@
-"""The cost model: rounds that are simulated exactly, pass times from the loop itself, and the arithmetic between them."""
+"""The cost model: exact simulation of rounds, pass times from the real loop, and the arithmetic on them."""
 
 import json
 import shutil
@@ -80,11 +80,11 @@ def test_simulated_rounds_of_drafts_with_their_own_vocabulary(checkpoint, tmp_pa
     [
         # The first token is the prefill's. 2 3 right and 4 the target's; 5 6 right, and 7 where no draft has room.
         ([1, 2, 3, 0, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7], 2, 7, Rounds(4, 4, 2, 0)),
-        # Never right: a token a round; the last but one has room for one draft, the last for none.
+        # Never right: one token per round. The last but one has room for one draft, the last for none.
         ([0, 0, 0, 0], [1, 2, 3, 4], 2, 4, Rounds(3, 0, 2, 1)),
         # An accepted EOS ends the draft, and the output.
         ([1, 2, 9], [1, 2, 9], 2, 5, Rounds(2, 2, 1, 0)),
-        # Behind a wrong draft the next ones are taken to end where the output does.
+        # The drafts after a wrong one are assumed to end where the output ends.
         ([1, 0, 9], [1, 2, 9], 4, 9, Rounds(3, 1, 2, 0)),
         # A wrong EOS ends the draft, and is rejected.
         ([1, 9, 3, 4, 5], [1, 2, 3, 4, 5], 3, 5, Rounds(3, 2, 2, 0)),
@@ -105,7 +105,7 @@ def test_the_time_of_rounds():
 
 
 def test_pass_times_are_those_of_full_rounds(monkeypatch):
-    # A prefill, a first round that is left out, rounds of 3 drafts, and a short one that does not count.
+    # A prefill, a first round that is left out, rounds of 3 drafts, and a short round that does not count.
     steps = [(0, 0.0, 9.0), (3, 9.0, 9.0), (3, 0.3, 0.5), (3, 0.6, 0.6), (3, 0.9, 0.4), (1, 7.0, 7.0)]
     clock = 0.0
 
@@ -124,10 +124,10 @@ def test_pass_times_are_those_of_full_rounds(monkeypatch):
     monkeypatch.setattr(cost_model.time, "perf_counter", lambda: clock)
     plain = iter([_StepTime(0, 0.0, 0.0, seconds) for seconds in (1.0, 2.0, 3.0, 4.0)])
     times = pass_times(tiny_loaded(), [1], 2, 3, plain)
-    assert [one.draft for one in times] == pytest.approx([0.1, 0.2, 0.3])
-    assert [one.verify for one in times] == pytest.approx([0.5, 0.6, 0.4])
-    assert [one.other for one in times] == pytest.approx([0.01] * 3)
-    assert [one.plain for one in times] == [1.0, 2.0, 3.0]
+    assert [passes.draft for passes in times] == pytest.approx([0.1, 0.2, 0.3])
+    assert [passes.verify for passes in times] == pytest.approx([0.5, 0.6, 0.4])
+    assert [passes.other for passes in times] == pytest.approx([0.01] * 3)
+    assert [passes.plain for passes in times] == [1.0, 2.0, 3.0]
 
 
 def test_pass_times_of_the_real_loop():
@@ -135,12 +135,12 @@ def test_pass_times_of_the_real_loop():
     prompt = loaded.encode_prompt("hi")
     times = pass_times(loaded, prompt, 2, 4, plain_steps(loaded, prompt))
     assert len(times) >= 2
-    assert all(one.draft > 0 and one.verify > 0 and one.plain > 0 for one in times)
+    assert all(passes.draft > 0 and passes.verify > 0 and passes.plain > 0 for passes in times)
     full = [5] * (loaded.backend.max_positions - 1)
     assert pass_times(loaded, full, 2, 4, plain_steps(loaded, full)) == []
 
 
-def test_plain_steps_go_on_where_the_context_ends():
+def test_plain_steps_start_again_at_the_end_of_the_context():
     loaded = tiny_loaded()
     nearly = [5] * (loaded.backend.max_positions - 3)
     steps = list(islice(plain_steps(loaded, nearly), 7))  # a prefill and two steps have room
@@ -148,12 +148,12 @@ def test_plain_steps_go_on_where_the_context_ends():
     assert all(step.drafted == 0 and step.total > 0 for step in steps)
 
 
-def test_speed_from_known_passes(monkeypatch):
+def test_speed_from_known_pass_times(monkeypatch):
     loaded, task = tiny_loaded(), own_answers(1)
     honest = measure_prompt(loaded, task.examples[0].prompt, DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS))
     (known,) = outputs_of([(1, 0.5), *[(1, 7.0)] * (len(honest.ids) - 1)], ids=(honest.ids,)).each
     monkeypatch.setattr(cost_model, "measure_prompt", lambda *_: known)
-    # A pass that was disturbed does not count, nor does how fast the prompts were answered before.
+    # Neither a disturbed pass nor the speed of the answers before counts.
     usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
     monkeypatch.setattr(cost_model, "pass_times", lambda *_: [usual, disturbed, usual])
     _, found = collect(predict(loaded, task.examples, (5,), (3,), NEW_TOKENS))
@@ -166,7 +166,7 @@ def test_speed_from_known_passes(monkeypatch):
     assert found.agreement == {5: sum(a == b for a, b in zip(choices, honest.ids, strict=True)) / len(honest.ids)}
 
 
-def test_the_most_promising_first():
+def test_the_best_predictions_come_first():
     settings = {(2, speed): Prediction(Rounds(), PassTimes(1, 1, 0, 1), 1.0, speed) for speed in (5, 9, 7)}
     assert Predictions({}, settings).promising(2) == [(2, 9), (2, 7)]
 

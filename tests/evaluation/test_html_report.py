@@ -1,24 +1,26 @@
-"""The report: one page that needs nothing else, with the figures that its record has data for."""
+"""The report page: self-contained, escaped, with the figures that its record has data for."""
 
 import re
 import struct
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from test_report import BENCH, SWEEP
 
+from layerskip_core.evaluation.record import RunRecord
 from layerskip_core.evaluation.report.drawing import to_png, to_svg
 from layerskip_core.evaluation.report.html import html_report
 from layerskip_core.evaluation.report.plots import figures
-from layerskip_core.evaluation.results import frontier
+from layerskip_core.evaluation.results import Failure, frontier
 
 FULL = replace(
     SWEEP,
     config={**SWEEP.config, "quality_metric": "exact_match"},
     results=tuple(
-        replace(one, time_split_ms={"prefill": 1.0, "draft": 2.0, "verify": 3.0, "other": 0.5}) for one in SWEEP.results
+        replace(result, time_split_ms={"prefill": 1.0, "draft": 2.0, "verify": 3.0, "other": 0.5}) for result in SWEEP.results
     ),
 )
 TABLES = replace(BENCH, config={**BENCH.config, "task": {"task": "rows<.jsonl"}, "quality_metric": "rouge2"})
@@ -27,10 +29,11 @@ TABLES = replace(BENCH, config={**BENCH.config, "task": {"task": "rows<.jsonl"},
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.rows, self.links, self.open = [], [], []
+        self.rows, self.links, self.open, self.tags = [], [], [], Counter()
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
         if tag not in ("meta",):
             self.open.append(tag)
         if tag == "tr":
@@ -51,20 +54,38 @@ class Page(HTMLParser):
             self.rows[-1].append(data)
 
 
+HOSTILE = """</pre></td></title></style><script>alert("1")</script><img src=x onerror='1'>&lt;{{ 1 + 1 }}"""
+
+
 def page(record):
     return html_report(record, figures(record), ["the verdict & more"])
 
 
 @pytest.mark.parametrize("record", [FULL, TABLES])
-def test_the_page_is_whole_and_needs_nothing_else(record):
+def test_the_page_is_well_formed_and_self_contained(record):
     text = page(record)
-    found = Page(text)
-    assert found.open == []
-    assert found.links == []
+    parsed = Page(text)
+    assert parsed.open == []
+    assert parsed.links == []
     assert not re.search(r"https?://|@import|url\((?!#)", text)
     assert "the verdict &amp; more" in text
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
+
+
+def test_no_text_of_a_record_becomes_markup():
+    """Every text that a model, a data set or a saved results.json can choose, at once."""
+    result = replace(FULL.results[2], strategy=HOSTILE, metrics={HOSTILE: 0.5}, failures=(Failure(0, HOSTILE),))
+    config = {"model": f"folder/{HOSTILE.replace('/', '')}", "task": {"task": HOSTILE}, "quality_metric": HOSTILE, HOSTILE: 1}
+    record = RunRecord(config, {**FULL.environment, "device_name": HOSTILE, "notes": [HOSTILE]}, (result,))
+    text = html_report(record, figures(record), [HOSTILE])
+    parsed = Page(text)
+    assert (parsed.open, parsed.links) == ([], [])
+    assert parsed.tags["script"] == parsed.tags["pre"] == parsed.tags["title"] == 1
+    assert parsed.tags["img"] == 0
+    assert "{{ 1 + 1 }}" in text  # shown, not evaluated
+    (row,) = parsed.rows[1:]
+    assert row[0] == HOSTILE
 
 
 def test_the_table_of_the_page():
@@ -81,19 +102,14 @@ def test_the_table_of_the_page():
 
 
 def test_only_figures_with_data():
-    assert list(figures(FULL)) == [
-        "pareto",
-        "acceptance_by_position",
-        "perplexity",
-        "prediction",
-        "time_split",
-    ]  # a single exit
+    # Acceptance by exit needs two exits.
+    assert list(figures(FULL)) == ["pareto", "acceptance_by_position", "perplexity", "prediction", "time_split"]
     assert list(figures(TABLES)) == ["pareto"]
 
 
-def test_an_svg_takes_the_pages_colour_and_width():
-    made = figures(FULL)
-    for figure in made.values():
+def test_an_svg_has_the_text_colour_and_the_width_of_the_page():
+    drawn = figures(FULL)
+    for figure in drawn.values():
         text = to_svg(figure)
         root = ElementTree.fromstring(text.replace("xlink:href", "href"))
         assert root.get("width") is root.get("height") is None
@@ -101,7 +117,7 @@ def test_an_svg_takes_the_pages_colour_and_width():
         assert "currentColor" in text
         assert "#010203" not in text
     # Labelled: the fastest setting of a strategy with its speedup, the baseline with its name alone.
-    texts = re.findall(r">([^<]+)</text>", to_svg(made["pareto"]))
+    texts = re.findall(r">([^<]+)</text>", to_svg(drawn["pareto"]))
     assert {"exit 12, 12 drafts: 1.8x", "exit 12 alone: 19x", "autoregressive"} <= set(texts)
     assert {"Speed (tokens per second)", "Quality: exact match (%)"} <= set(texts)
 

@@ -1,5 +1,6 @@
-"""What a model would have said after every layer: the figures, the page, and the command."""
+"""The prediction after every layer: its values, the page and the command."""
 
+import html
 import json
 import re
 import shutil
@@ -20,11 +21,11 @@ from layerskip_core.evaluation.report.inspect_page import inspection_page
 @pytest.mark.parametrize(
     ("chosen", "layer"), [([5], 1), ([5, 5, 5], 1), ([1, 5, 5], 2), ([5, 1, 5], 3), ([1, 2, 5], 3), ([5, 5, 1, 5, 5], 4)]
 )
-def test_right_for_good(chosen, layer):
+def test_the_layer_from_which_on_a_prediction_stays(chosen, layer):
     assert settled_layer(chosen) == layer
 
 
-def test_every_layer_is_what_transformers_says_there():
+def test_every_layer_predicts_as_transformers_does():
     loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
     found = inspect(loaded, prompt, 6)
     ids = loaded.encode_prompt(prompt)
@@ -58,6 +59,15 @@ KNOWN = Inspection(
         TokenTrace("<", 3, (LayerPrediction("<", 0.5), LayerPrediction("\n", 0.5), LayerPrediction("<", 0.75))),
     ),
 )
+
+
+def test_no_text_of_an_inspection_becomes_markup():
+    text = """</pre></title><script>alert("1")</script><img src=x onerror='1'>&lt;"""
+    page = inspection_page(Inspection(text, text, 1, (TokenTrace(text, 1, (LayerPrediction(text, 0.5),)),)))
+    assert re.findall(r"<(script|img)", page) == []
+    assert page.count("</title>") == 1
+    assert html.unescape(re.search(r'title="(.*?)"', page)[1]) == f"layer 1: {text!r} 50%"
+    assert html.unescape(re.search(r"<pre>\n(.*?)</pre>", page)[1]) == text
 
 
 def test_the_page_of_a_known_inspection():

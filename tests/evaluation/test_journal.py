@@ -1,4 +1,4 @@
-"""An interrupted benchmark goes on where it stopped."""
+"""An interrupted benchmark continues where it stopped."""
 
 import json
 import random
@@ -10,37 +10,37 @@ from evaluating import own_answers, tiny_loaded
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure import runner as generation
+from layerskip_core.evaluation.measure import runner
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
 from layerskip_core.evaluation.outputs import Output, Step
 
-ONE = Output(
+ANSWER = Output(
     (3, 4), "ab", (Step(1, 0.5), Step(1, 0.25)), DecodeStats(1, 5, 2, 6, 1, 1, 0.5, 0.1, 0.1, 0.75, (1, 1), (1,)), "eos", 12.5
 )
-TWO = Output(error="out of memory")
+FAILURE = Output(error="out of memory")
 CONFIG = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2)
 
 
 def test_outputs_come_back_as_they_were(tmp_path):
-    Journal(tmp_path, {"a": 1}, False, 2, 10).add(0, 2, [ONE, TWO])
+    Journal(tmp_path, {"a": 1}, False, 2, 10).add(0, 2, [ANSWER, FAILURE])
     again = Journal(tmp_path, {"a": 1}, True, 2, 10)
-    assert again.recall(0, 2) == [ONE, TWO]
+    assert again.recall(0, 2) == [ANSWER, FAILURE]
     assert again.recall(0, 1) is None
     without_resume = Journal(tmp_path, {"a": 1}, False, 2, 10)
     assert without_resume.recall(0, 2) is None
 
 
-def test_half_a_line_is_measured_again(tmp_path):
+def test_an_incomplete_line_is_measured_again(tmp_path):
     journal = Journal(tmp_path, {}, False, 1, 10)
-    journal.add(0, 0, [ONE])
-    journal.add(0, 1, [ONE])
+    journal.add(0, 0, [ANSWER])
+    journal.add(0, 1, [ANSWER])
     file = tmp_path / FILE_NAME
     file.write_text(file.read_text()[:-20])
     again = Journal(tmp_path, {}, True, 1, 10)
-    assert (again.recall(0, 0), again.recall(0, 1)) == ([ONE], None)
-    again.add(0, 1, [TWO])
-    assert Journal(tmp_path, {}, True, 1, 10).recall(0, 1) == [TWO]
+    assert (again.recall(0, 0), again.recall(0, 1)) == ([ANSWER], None)
+    again.add(0, 1, [FAILURE])
+    assert Journal(tmp_path, {}, True, 1, 10).recall(0, 1) == [FAILURE]
 
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):
@@ -58,13 +58,13 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     running.close()
     assert [json.loads(line).get("sample") for line in (tmp_path / FILE_NAME).read_text().splitlines()] == [None, 0, 1, 2, 0]
     calls = []
-    honest = generation.measure_prompt
+    honest = runner.measure_prompt
 
     def counted(loaded, prompt, setting):
         calls.append(prompt)
         return honest(loaded, prompt, setting)
 
-    monkeypatch.setattr(generation, "measure_prompt", counted)
+    monkeypatch.setattr(runner, "measure_prompt", counted)
     *progress, resumed = bench(loaded, task, CONFIG, tmp_path, resume=True)
     prompts = [example.prompt for example in task.examples]
     assert calls == [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[2]] * 3  # warm-up, then two prompts in three ways
@@ -76,8 +76,8 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
 
 
 def damaged(change):
-    """The line of ONE with a change to its document."""
-    document = {"repeat": 0, "sample": 0, "outputs": [json.loads(json.dumps(asdict(ONE)))]}
+    """The line of ANSWER with a change to its document."""
+    document = {"repeat": 0, "sample": 0, "outputs": [json.loads(json.dumps(asdict(ANSWER)))]}
     change(document)
     return json.dumps(document).encode()
 
@@ -115,7 +115,7 @@ def stats(**fields):
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, message):
-    Journal(tmp_path, {}, False, 1, 10).add(0, 1, [ONE])
+    Journal(tmp_path, {}, False, 1, 10).add(0, 1, [ANSWER])
     file = tmp_path / FILE_NAME
     whole = file.read_bytes()
     file.write_bytes(whole + line + b"\n" + whole.splitlines()[1] + b"\n")
@@ -125,9 +125,9 @@ def test_a_damaged_line_is_named(tmp_path, line, message):
     assert file.read_bytes() == whole + line + b"\n" + whole.splitlines()[1] + b"\n"
 
 
-def test_any_damage_to_the_file_is_one_error_or_measured_again(tmp_path):
-    Journal(tmp_path, {"a": 1}, False, 1, 10).add(0, 0, [ONE])
-    Journal(tmp_path, {"a": 1}, True, 1, 10).add(0, 1, [TWO])
+def test_any_damage_to_the_file_is_an_error_or_measured_again(tmp_path):
+    Journal(tmp_path, {"a": 1}, False, 1, 10).add(0, 0, [ANSWER])
+    Journal(tmp_path, {"a": 1}, True, 1, 10).add(0, 1, [FAILURE])
     file = tmp_path / FILE_NAME
     whole, chance = file.read_bytes(), random.Random(11)
     for _ in range(300):
@@ -137,7 +137,12 @@ def test_any_damage_to_the_file_is_one_error_or_measured_again(tmp_path):
             content[place : place + chance.randint(0, 3)] = chance.randbytes(chance.randint(0, 2))
         file.write_bytes(content)
         try:
-            Journal(tmp_path, {"a": 1}, True, 1, 10)
+            journal = Journal(tmp_path, {"a": 1}, True, 1, 10)
         except LayerSkipError as error:
             assert "\n" not in str(error) and str(file) in str(error)
             assert file.read_bytes() == content
+        else:  # what it kept can be used
+            for row in filter(None, (journal.recall(0, sample) for sample in (0, 1))):
+                (output,) = row
+                assert all(0 <= token < 10 for token in output.ids)
+                assert sum(step.tokens for step in output.steps) in (0, len(output.ids))

@@ -1,18 +1,8 @@
-"""Scores of known texts; losses and gaps against the transformers model itself."""
-
-import math
+"""Scores of known texts."""
 
 import pytest
-import torch
-from evaluating import TOO_LONG, tiny_loaded
-from torch.nn.functional import cross_entropy
 
-from layerskip_core.data.examples import Example
-from layerskip_core.evaluation.measure.comparison import first_difference, top2_gap
 from layerskip_core.evaluation.metrics import exact_match, pass_at_k, quality, rouge
-from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses, text_losses
-
-EXAMPLE = Example("remind me to call mom", "[IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to call mom ]")
 
 
 def test_exact_match_is_the_share_of_equal_texts():
@@ -44,62 +34,3 @@ def test_pass_at_k_is_the_unbiased_estimate():
 def test_more_is_better_of_every_quality():
     assert quality({"rouge2": 0.5}, "rouge2") > quality({"rouge2": 0.25}, "rouge2") > quality({}, "rouge2")
     assert quality({"perplexity": 5.0}, "perplexity") > quality({"perplexity": 9.0}, "perplexity") > quality({}, "perplexity")
-
-
-def test_losses_of_a_text_are_those_of_windows_that_cover_it():
-    loaded = tiny_loaded()
-    text = " ".join([EXAMPLE.completion] * 4)
-    ids = loaded.tokenizer(text)["input_ids"]
-    every = list(text_losses(loaded, text, 0, [2, 6], window_tokens=20))
-    assert [one.tokens for one in every] == [20 - (not loaded.encode_prompt("", raw=True))] * (len(ids) // 20)
-    assert list(text_losses(loaded, text, 1, [2, 6], window_tokens=20)) == every[:1]
-    window = torch.tensor([ids[20:40]])
-    logits = loaded.backend.model(window, use_cache=False).logits[0]
-    expected = cross_entropy(logits[:-1], window[0, 1:], reduction="sum").item()
-    assert every[1].summed[6] == pytest.approx(expected, rel=1e-5)
-
-
-def test_losses_equal_those_of_the_truncated_model_on_the_reference_only():
-    loaded = tiny_loaded()
-    prompt = loaded.encode_prompt(EXAMPLE.prompt)
-    reference = [*loaded.tokenizer(EXAMPLE.completion)["input_ids"], loaded.tokenizer.eos_token_id]
-    losses = reference_losses(loaded, EXAMPLE, [6, 2])
-    assert losses.tokens == len(reference)
-    assert list(losses.summed) == [2, 6]
-    layers = loaded.backend.model.model.layers
-    for exit_layer in (2, 6):
-        loaded.backend.model.model.layers = layers[:exit_layer]
-        try:
-            logits = loaded.backend.model(torch.tensor([prompt + reference]), use_cache=False).logits[0]
-        finally:
-            loaded.backend.model.model.layers = layers
-        expected = cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(reference), reduction="sum").item()
-        assert losses.summed[exit_layer] == pytest.approx(expected, rel=1e-5)
-
-
-def test_perplexity_is_by_token_over_all_samples():
-    total = ReferenceLosses(2, {1: 4.0, 3: 2.0}) + ReferenceLosses(6, {1: 4.0, 3: 2.0})
-    assert total.perplexity(1) == pytest.approx(math.exp(1.0))
-    assert total.perplexity(3) == pytest.approx(math.exp(0.5))
-    assert ReferenceLosses(1, {1: 1e4}).perplexity(1) is None
-    assert ReferenceLosses(1, {1: math.nan}).perplexity(1) is None
-    assert ReferenceLosses(0, {}).perplexity(1) is None
-
-
-def test_a_prompt_that_fills_the_context_has_no_reference_tokens():
-    assert reference_losses(tiny_loaded(), TOO_LONG, [2, 6]) == ReferenceLosses(0, {})
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected", "position"),
-    [([1, 2], [1, 2], None), ([1, 3], [1, 2], 1), ([1], [1, 2], 1), ([1, 2, 3], [1, 2], 2), ([], [5], 0)],
-)
-def test_first_difference(ids, expected, position):
-    assert first_difference(ids, expected) == position
-
-
-def test_gap_is_between_the_two_best_logits():
-    loaded = tiny_loaded()
-    ids = loaded.encode_prompt(EXAMPLE.prompt)
-    best, second = sorted(loaded.backend.model(torch.tensor([ids])).logits[0, -1].tolist(), reverse=True)[:2]
-    assert top2_gap(loaded.backend, ids) == pytest.approx(best - second)

@@ -1,4 +1,4 @@
-"""One output and its times; a whole task, interleaved."""
+"""One output and its times; a task measured by several methods, interleaved."""
 
 import math
 
@@ -8,11 +8,9 @@ from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, outputs_of, own_answers, ta
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure import runner as generation
-from layerskip_core.evaluation.measure.comparison import differences, top2_gap
+from layerskip_core.evaluation.measure import runner
 from layerskip_core.evaluation.measure.runner import Progress, measure_interleaved, measure_prompt
 from layerskip_core.evaluation.outputs import Output, Outputs
-from layerskip_core.evaluation.results import Failure
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 DRAFTED = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -44,7 +42,7 @@ def test_an_output_is_what_transformers_generates():
     assert all(step.seconds > 0 for step in drafted.steps)
 
 
-def test_times_by_token():
+def test_times_per_token():
     # 1 + 4 + 1 + 2 tokens in 1.0 + 0.8 + 2.0 + 1.0 seconds.
     outputs = outputs_of([(1, 1.0), (4, 0.8)], [(1, 2.0), (2, 1.0)])
     assert outputs.seconds_per_token == pytest.approx(4.8 / 8)
@@ -55,7 +53,7 @@ def test_times_by_token():
     assert outputs.token_seconds(0.95) == pytest.approx(0.5)
 
 
-def test_without_tokens_times_are_no_numbers():
+def test_without_tokens_times_are_nan():
     outputs = outputs_of([(1, 1.0)])
     assert math.isnan(outputs.decode_seconds_per_token)
     assert math.isnan(outputs.token_seconds(0.5))
@@ -71,26 +69,14 @@ def test_identical_outputs_counts_samples_that_the_baseline_answered():
     assert failed.identical_outputs(baseline) == pytest.approx(2 / 3)
 
 
-def test_a_difference_is_located_with_the_targets_gap_there():
-    loaded, task = tiny_loaded(), own_answers()
-    plain = Outputs(tuple(measure_prompt(loaded, example.prompt, PLAIN) for example in task.examples))
-    ids = plain.each[1].ids
-    changed = Outputs((plain.each[0], Output((*ids[:4], ids[4] + 1, *ids[5:])), plain.each[2]))
-    (difference,) = differences(loaded, task.examples, changed, plain)
-    assert (difference.sample, difference.position) == (1, 4)
-    prefix = loaded.encode_prompt(task.examples[1].prompt) + list(ids[:4])
-    assert difference.top2_gap == pytest.approx(top2_gap(loaded.backend, prefix))
-    assert differences(loaded, task.examples, plain, plain) == ()
-
-
 def test_the_order_changes_and_every_setting_answers_every_prompt(monkeypatch):
     calls = []
 
     def recorded(loaded, prompt, config):
         calls.append((prompt, config.exit_layer))
-        return Output((config.exit_layer or 0,), steps=(generation.Step(1, 1.0),))
+        return Output((config.exit_layer or 0,), steps=(runner.Step(1, 1.0),))
 
-    monkeypatch.setattr(generation, "measure_prompt", recorded)
+    monkeypatch.setattr(runner, "measure_prompt", recorded)
     settings = [DecodingConfig("early-exit", layer) for layer in (1, 2, 3)]
     task = own_answers()
     prompts = [example.prompt for example in task.examples]
@@ -99,7 +85,7 @@ def test_the_order_changes_and_every_setting_answers_every_prompt(monkeypatch):
     orders = [[layer for _, layer in calls[start : start + 3]] for start in range(3, len(calls), 3)]
     assert orders == [[1, 2, 3], [2, 1, 3], [3, 1, 2], [2, 1, 3], [3, 1, 2], [1, 3, 2]]
     assert [prompt for prompt, _ in calls[3::3]] == prompts * 2
-    assert [[one.ids for one in found.each] for repeats in outputs for found in repeats] == [
+    assert [[output.ids for output in measured.each] for repeats in outputs for measured in repeats] == [
         [(layer,)] * 3 for layer in (1, 1, 2, 2, 3, 3)
     ]
     assert progress == [Progress(done, 6, "prompts") for done in range(1, 7)]
@@ -108,11 +94,11 @@ def test_the_order_changes_and_every_setting_answers_every_prompt(monkeypatch):
 def test_a_prompt_that_fails_is_recorded_and_the_others_go_on():
     loaded, task = tiny_loaded(), own_answers()
     _, outputs = collect(measure_interleaved(loaded, [TOO_LONG, task.examples[0]], [PLAIN, DRAFTED]))
-    for (found,) in outputs:
-        assert [failure.sample for failure in found.failures] == [0]
-        assert "at most 127 tokens" in found.failures[0].error
-        assert found.texts == ["", task.examples[0].completion]
-        assert isinstance(found.failures[0], Failure)
+    for (measured,) in outputs:
+        (failure,) = measured.failures
+        assert failure.sample == 0
+        assert "the prompt must be at most 127 tokens" in failure.error
+        assert measured.texts == ["", task.examples[0].completion]
 
 
 def test_nothing_but_failures_is_an_error():

@@ -1,14 +1,17 @@
-"""The sweep: marks and advice from known tables, and a run on the tiny model."""
+"""The sweep: Pareto marks and recommendations from known tables, and a run on the tiny model."""
 
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.ranges import parse_counts
 from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.measure.comparison import NEAR_TIE
 from layerskip_core.evaluation.measure.cost_model import PassTimes
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.measure.runner import Progress
@@ -59,13 +62,13 @@ def test_default_exits(layers, exits):
 
 def test_pareto_marks_of_a_known_table():
     table = [
-        PLAIN,  # as good as the drafted ones, and slower
+        PLAIN,  # as good as the drafted ones, but slower
         row("early-exit", 3, quality=0.2, speed=400),  # the fastest
         row("early-exit", 6, quality=0.1, speed=300),  # beaten by exit 3 in both
         row("early-exit", 12, quality=0.9, speed=190),  # slower and worse than exit 6 with drafts
         row("early-exit", 8, quality=0.9, speed=250),
         row("self-speculative", 6, 4, speed=200),
-        row("self-speculative", 6, 8, speed=200),  # the very same point: neither beats the other
+        row("self-speculative", 6, 8, speed=200),  # the same point: neither beats the other
         row("self-speculative", 8, 8, speed=150),
     ]
     marks = [result.pareto for result in mark_pareto(table, "exact_match")]
@@ -83,7 +86,7 @@ def test_the_fastest_faithful_setting_is_recommended():
     )
 
 
-def test_other_outputs_are_set_aside_and_near_ties_are_not():
+def test_settings_that_change_the_output_are_excluded_unless_at_near_ties():
     wrong = row("self-speculative", 6, 4, speed=300, differences=(Difference(0, 3, 0.5),))
     failed = row("self-speculative", 6, 6, speed=300, failures=(Failure(0, "out of memory"),))
     tied = replace(row("self-speculative", 8, 6, speed=182), identical_outputs=0.9, differences=(Difference(1, 3, 1e-4),))
@@ -97,7 +100,7 @@ def test_other_outputs_are_set_aside_and_near_ties_are_not():
     assert nothing.reason.startswith("no self-speculative setting kept the autoregressive outputs")
 
 
-def test_says_that_speculation_does_not_pay():
+def test_speculation_that_does_not_pay_is_not_recommended():
     advice = recommend([PLAIN, row("self-speculative", 8, 6, speed=104)], near_tie=1e-3, drift=0.0)
     assert (advice.exit_layer, advice.num_draft_tokens, advice.speedup) == (None, None, 1.04)
     assert advice.reason == (
@@ -105,7 +108,7 @@ def test_says_that_speculation_does_not_pay():
     )
 
 
-def test_a_restless_machine_is_told():
+def test_a_noisy_machine_is_reported():
     reason = recommend([PLAIN, row("self-speculative", 8, 6, speed=200)], near_tie=1e-3, drift=0.25).reason
     assert reason.endswith("; the autoregressive baseline itself varied by 25%, so measure again on a quieter machine")
 
@@ -127,8 +130,8 @@ def test_a_sweep_of_the_tiny_model():
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
     phases = (("perplexity", 3), ("prediction", 15), ("prompts", 3))  # 3 prompts, and 4 settings timed thrice
     assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
-    ways = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
-    assert ways == [
+    settings = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
+    assert settings == [
         ("autoregressive", None, None),
         ("early-exit", 2, None),
         ("early-exit", 5, None),
@@ -159,29 +162,31 @@ def test_a_sweep_of_the_tiny_model():
     assert early_exits[0].agreement < early_exits[1].agreement < 1
     assert record.prediction_error.settings == 4
     assert record.config["exits"] == (2, 5)
-    assert record.recommendation.reason
+    advice = record.recommendation
+    assert advice == recommend(record.results, NEAR_TIE[torch.float64], advice.baseline_drift)
+    assert re.search(r"exit \d with \d draft tokens", advice.reason)
 
 
 def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
-    from layerskip_core.evaluation.measure import runner as generation
+    from layerskip_core.evaluation.measure import runner
 
     order = []
-    honest = generation.measure_prompt
+    honest = runner.measure_prompt
 
     def recorded(loaded, prompt, config):
         order.append(config.strategy)
         return honest(loaded, prompt, config)
 
-    monkeypatch.setattr(generation, "measure_prompt", recorded)
+    monkeypatch.setattr(runner, "measure_prompt", recorded)
     list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", exits=(2, 5), specs=(2,))))
     once = ["autoregressive", "early-exit", "early-exit", "autoregressive", "self-speculative", "self-speculative"]
     assert order == once * 2  # warm-up and measurement
 
 
-def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
+def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
     from layerskip_core.evaluation.measure import cost_model
 
-    # An early exit costs a second a layer, whatever is verified: exit 2 should win, for both draft lengths.
+    # A draft costs a second per layer, a verification one second: exit 2 has the best predictions.
     def known_times(loaded, prompt_ids, exit_layer, drafts, plain):
         return [PassTimes(draft=exit_layer, verify=1.0, other=0.0, plain=6.0)]
 
@@ -190,7 +195,7 @@ def test_a_quick_sweep_measures_only_what_should_be_fastest(monkeypatch):
     *_, record = sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 5), specs=(2, 4), quick=True))
     rows = {(result.strategy, result.exit_layer, result.num_draft_tokens): result for result in record.results}
     assert len(rows) == 7
-    measured = [way for way, result in rows.items() if result.metrics]
+    measured = [setting for setting, result in rows.items() if result.metrics]
     assert measured == [("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 2)]
     skipped = rows["self-speculative", 5, 4]
     assert skipped.predicted_tokens_per_second < rows["self-speculative", 2, 2].predicted_tokens_per_second
