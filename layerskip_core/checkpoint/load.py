@@ -19,7 +19,7 @@ from ..model import (
     suits_kernels,
 )
 from ..model.draft_vocabulary import token_order
-from ..model.native.compiled import kernel_note, kernels_asked_for
+from ..model.native.compiled import kernel_note, requested_variant
 from ..prompting.template import resolve_template
 from .adapters import adapters_of, is_adapter
 from .fast_read import FileWeights, generation_config, lean_config, lean_tokenizer
@@ -43,7 +43,7 @@ def for_decoding(name: str, device: str = "auto", dtype: str = "auto", packing: 
         ConfigError: the device is absent, or `packing` asks for something that this architecture or device cannot do.
     """
     target = pick_device(device)
-    kernels_asked_for()
+    requested_variant()
     return read_whole(name, lambda: _decoder(name, target, dtype, packing))
 
 

@@ -1,4 +1,4 @@
-"""Drafting one step at a time: the draft side of every backend that has no faster kernel for it."""
+"""Drafting step by step: the draft side of every backend that has no kernel for whole drafts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -177,9 +177,9 @@ class GenericBackend:
 
 
 def _takes_boolean_masks(attention: str) -> bool:
-    """Whether a kind of attention takes masks of booleans, and applies causality itself without one: as `sdpa` does.
+    """Whether a kind of attention takes boolean masks and is causal without a mask, as `sdpa` does.
 
-    Asked of transformers, which knows the kinds that others have registered, too.
+    transformers knows this for every kind that is registered with it, such as training's.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
@@ -201,5 +201,5 @@ def _seen(positions: Tensor, key_count: int | None, window: int | None, key_mask
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same as what is added to scores."""
+    """A boolean mask as numbers to add to the scores."""
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

@@ -43,8 +43,8 @@ def test_spans_equal_the_model_itself(model_type):
 def test_cached_spans_equal_the_model_itself(model_type, monkeypatch):
     """Prefill 7 tokens, then three spans of 1, 3 and 2 tokens, each split at layer 2."""
     if model_type == "gemma2":
-        # Its attention, the only eager one, takes the softmax in fp32 even here: a sum whose last bit depends, without AVX-512,
-        # on how many masked keys stand behind the others. In fp64 it is as near as the rest.
+        # Its attention, the only eager one, computes the softmax in fp32 even here. Without AVX-512 the last bit of its sum
+        # depends on how many masked keys follow the others. In fp64 it is as near as the rest.
         softmax = torch.nn.functional.softmax
         monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
     model = tiny_model(model_type, **CHANGES.get(model_type, {}))

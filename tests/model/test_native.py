@@ -1,4 +1,4 @@
-"""The C kernels: equal to the generic layers, exact whatever stands beside a token, and left out where they cannot be."""
+"""The C kernels: equal to the generic layers, batch-invariant, and replaced by torch's where they cannot run."""
 
 import ctypes
 import shutil
@@ -99,11 +99,11 @@ def test_heads_of_any_size(variant, pair, size):  # noqa: F811
 @needs_kernels
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model_type", KINDS)
-def test_a_token_has_the_same_bits_alone_and_among_others(variant, precision, model_type, threads):
+def test_the_kernels_are_batch_invariant(variant, precision, model_type, threads):
     """Rows of a call, rows of a batch, a span in pieces, and any number of threads."""
     model = model_of(precision, model_type, **KINDS[model_type])
     ids = ids_of(3, 20)
-    found = []
+    results = []
     for count, rows, number in ((1, 1, 1), (4, 3, 2), (7, 1, 3), (20, 3, 1)):
         threads(number)
         with torch.inference_mode():
@@ -118,8 +118,8 @@ def test_a_token_has_the_same_bits_alone_and_among_others(variant, precision, mo
                     hidden = model.run_layers(hidden, 4, 6, positions, cache)
                     pieces.append(model.unembed(hidden))
                 outputs.append(torch.cat(pieces, dim=1))
-            found.append(torch.cat(outputs))
-    assert all(torch.equal(found[0], other) for other in found[1:])
+            results.append(torch.cat(outputs))
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @needs_kernels
@@ -140,18 +140,18 @@ def test_speculation_gives_the_tokens_of_plain_decoding(variant, precision, mode
 @needs_kernels
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("model_type", KINDS)
-def test_low_bit_layers_are_near_the_levels_they_store(variant, precision, model_type):
+def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision, model_type):
     """Against the packed model on torch's kernels over the same levels: what differs is the rounding of activations."""
     dtype, packing = PRECISIONS[precision]
     tiny = tiny_model(model_type, dtype, **{**WIDE, **KINDS[model_type]})
     reference = PackedBackend.of(tiny, PackingConfig(**packing))
     model, ids = model_of(precision, model_type, **KINDS[model_type]), ids_of(1, 12)
     with torch.inference_mode():
-        expected, found = (
+        expected, actual = (
             each.unembed(each.run_layers(each.embed(ids), 0, 6, torch.arange(12)[None], each.new_cache())).float()
             for each in (reference, model)
         )
-    assert (found - expected).std() < 0.1 * expected.std()
+    assert (actual - expected).std() < 0.1 * expected.std()
 
 
 @needs_kernels
@@ -178,7 +178,7 @@ def test_a_low_bit_copy_drafts_and_the_model_verifies(variant):
     ],
     ids=str,
 )
-def test_a_draft_in_one_call_is_that_of_single_steps(variant, model_type, packing, number, threads):
+def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packing, number, threads):
     """Tokens, states and the cache, bit for bit; and the same after an EOS, which ends the draft."""
     threads(number)
     order = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
@@ -198,18 +198,18 @@ def test_a_draft_in_one_call_is_that_of_single_steps(variant, model_type, packin
 
     chosen = drafted((), False)[0].tokens[0].tolist()
     for ends in ((), (66, chosen[1]), (chosen[3],), (chosen[6],)):
-        (expected, logits), (found, ours) = drafted(ends, False), drafted(ends, True)
-        assert torch.equal(found.tokens, expected.tokens) and found.counts == expected.counts
+        (expected, logits), (draft, ours) = drafted(ends, False), drafted(ends, True)
+        assert torch.equal(draft.tokens, expected.tokens) and draft.counts == expected.counts
         if expected.exit_states is not None:
             known = expected.exit_states.shape[1]
-            assert torch.equal(found.exit_states[:, :known], expected.exit_states)
+            assert torch.equal(draft.exit_states[:, :known], expected.exit_states)
         assert torch.equal(ours, logits)
 
 
 @needs_kernels
 @pytest.mark.parametrize("best", [0, 1, 255, 256, 590, 599])
 def test_of_equal_logits_the_first_is_drafted(variant, best):
-    """In a vocabulary of 600: blocks of 256 are looked at, and 599 stands behind the last whole sixteen."""
+    """In a vocabulary of 600: the kernel searches blocks of 256, and 599 is after the last whole vector of sixteen."""
 
     def drafted(change):
         tiny = tiny_model("llama", torch.float32, vocab_size=600, **WIDE)
@@ -229,7 +229,7 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
 
 
 @needs_kernels
-def test_where_there_are_kernels_and_where_not(variant):
+def test_which_precisions_devices_and_widths_the_kernels_support(variant):
     config, cpu = tiny_model("llama", torch.float32, **WIDE).config, torch.device("cpu")
     assert can_run_native(config, torch.float32, cpu, None)
     assert can_run_native(config, torch.bfloat16, cpu, PackingConfig(quantize="int4"))
@@ -241,7 +241,7 @@ def test_where_there_are_kernels_and_where_not(variant):
     assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights="int8"))
 
 
-def test_without_kernels_decoding_runs_on_those_of_torch(monkeypatch):
+def test_without_kernels_nothing_runs_native(monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda: None)
     assert not can_run_native(tiny_model("llama", torch.float32).config, torch.float32, torch.device("cpu"), None)
     monkeypatch.setenv(compiled.SWITCH, "torch")
@@ -275,7 +275,7 @@ SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attent
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_rows_beyond_what_32_bits_can_multiply(variant, kind, threads, monkeypatch):
+def test_row_counts_whose_products_exceed_32_bits(variant, kind, threads, monkeypatch):
     """A call's rows times its tiles overflowed at 65,536 rows by AVX2, at 131,072 by AVX-512 in int8, else at 160,500."""
     threads(2)
     monkeypatch.setattr(splitting, "MOST_BYTES", 1 << 50)
@@ -291,9 +291,9 @@ def test_rows_beyond_what_32_bits_can_multiply(variant, kind, threads, monkeypat
             cache = model.new_cache(len(part), 1)
             return model.unembed(model.run_layers(part, 0, 1, torch.zeros(len(part), 1, dtype=torch.long), cache))
 
-        found = run(hidden)
+        together = run(hidden)
         for part in (slice(0, 40), slice(rows // 2, rows // 2 + 40), slice(rows - 40, rows)):
-            assert torch.equal(found[part], run(hidden[part]))
+            assert torch.equal(together[part], run(hidden[part]))
 
 
 @needs_kernels
@@ -310,13 +310,13 @@ def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
 
     monkeypatch.setattr(layers, "run", counted)
     with torch.inference_mode():
-        found = []
+        results = []
         for rows in (2000, 130, 30):
             monkeypatch.setattr(splitting, "MOST_BYTES", rows * layers.pool.row_bytes())
             sizes.clear()
-            found.append(model.unembed(model.run_layers(model.embed(ids), 0, 6, positions, model.new_cache(40))))
+            results.append(model.unembed(model.run_layers(model.embed(ids), 0, 6, positions, model.new_cache(40))))
             assert max(sizes) == {2000: 640, 130: 120, 30: 40}[rows]  # 16, 3 and 1 tokens of each
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @needs_kernels
@@ -371,7 +371,7 @@ def filled(model, ids):
 
 
 @needs_kernels
-def test_scratch_is_as_long_as_the_text_and_not_as_the_context(variant):
+def test_scratch_grows_with_the_text_not_with_the_context(variant):
     """A context of 2**27 tokens costs nothing; places of the cache are added in blocks of 64, and the buffers follow."""
     model, ids = model_of("fp32", max_position_embeddings=1 << 27), ids_of(1, 100)
     short, long = model.new_cache(), model.new_cache()
@@ -428,7 +428,7 @@ def test_no_note_where_kernels_are():
 def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkeypatch, tmp_path, threads):
     """From a copy of the library, which has variables of its own."""
     threads(2)
-    ids, expected = ids_of(1, 12), model_of("fp32")
+    ids, threaded = ids_of(1, 12), model_of("fp32")
     monkeypatch.setattr(compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads"))
     (built,) = Path(compiled.__file__).parent.glob(f"_{variant}.*.so")
     single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(built, tmp_path)))
@@ -439,10 +439,10 @@ def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkey
     model = model_of("fp32")
     assert model.implementation == f"native ({variant})"
     with torch.inference_mode():
-        found, known = (
-            each.unembed(each.run_layers(each.embed(ids), 0, 6, torch.arange(12)[None])) for each in (model, expected)
+        actual, expected = (
+            each.unembed(each.run_layers(each.embed(ids), 0, 6, torch.arange(12)[None])) for each in (model, threaded)
         )
-    assert torch.equal(found, known)
+    assert torch.equal(actual, expected)
 
 
 def test_commands_say_once_that_kernels_are_missing(absent, checkpoint):

@@ -1,4 +1,4 @@
-"""Decoding by kernels of our own, in C: a span of layers is one call, and a token has the same bits alone and among others."""
+"""The backend on C kernels: a span of layers is one call, and the kernels are batch-invariant."""
 
 from .model import NativeBackend, can_run_native, suits_kernels
 

@@ -92,25 +92,25 @@ class Kernels:
             self.has_threads = False
 
 
-def kernels_asked_for() -> str | None:
+def requested_variant() -> str | None:
     """The value of the environment variable: a variant, `torch`, or None if unset. Raises ConfigError for other values."""
-    asked = os.environ.get(SWITCH) or None
-    if asked is not None:
-        require_choice(asked, SWITCH, (*VARIANTS, "torch"))
-    return asked
+    requested = os.environ.get(SWITCH) or None
+    if requested is not None:
+        require_choice(requested, SWITCH, (*VARIANTS, "torch"))
+    return requested
 
 
 def kernel_note() -> str | None:
     """A sentence for the user if decoding is slower on this machine than it could be; None if the kernels run as intended."""
-    asked = kernels_asked_for()
-    if asked == "torch" or not (sys.platform == "linux" and platform.machine() == "x86_64"):
+    requested = requested_variant()
+    if requested == "torch" or not (sys.platform == "linux" and platform.machine() == "x86_64"):
         return None
     compiled = kernels()
     if compiled is not None:
         return None if compiled.has_threads else _ONE_THREAD
-    if any(_CPU_FLAGS[name] <= _cpu_flags() for name in VARIANTS if asked in (None, name)):
+    if any(_CPU_FLAGS[name] <= _cpu_flags() for name in VARIANTS if requested in (None, name)):
         return f"the compiled kernels are missing: {_FALLBACK}"
-    return None if asked is None else f"this CPU lacks instructions of the {asked} kernels: {_FALLBACK}"
+    return None if requested is None else f"this CPU lacks instructions of the {requested} kernels: {_FALLBACK}"
 
 
 def _cpu_flags() -> set[str]:
@@ -141,8 +141,8 @@ def kernels(variant: str | None = None) -> Kernels | None:
     """
     import torch  # noqa: F401  loads the OpenMP runtime
 
-    asked = variant or kernels_asked_for()
-    for name in VARIANTS if asked is None else (asked,):
+    requested = variant or requested_variant()
+    for name in VARIANTS if requested is None else (requested,):
         for suffix in EXTENSION_SUFFIXES:
             path = Path(__file__).with_name(f"_{name}{suffix}")
             if path.is_file():

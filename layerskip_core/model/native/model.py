@@ -45,7 +45,7 @@ def suits_kernels(config: object, dtype: torch.dtype, device: torch.device, pack
 
 
 class NativeBackend:
-    """The operations and results of `GenericBackend`, for inference only; hidden states are fp32 whatever the weights are.
+    """The operations and results of `GenericBackend`, for inference only; hidden states are fp32 in every precision.
 
     The kernels are batch-invariant: without splitting calls, a token has the same bits alone as among others. Not for two
     threads at once.

@@ -15,7 +15,7 @@ from .layer import NativeLayer
 
 
 class NativeLayers:
-    """`Layers` whose hidden states are fp32, whatever the weights are. Not for two threads at once."""
+    """`Layers` with fp32 hidden states for weights in any precision. Not for two threads at once."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class NativeLayers:
         return rows.view(batch, count, size)
 
     def address(self, layer: int) -> int:
-        """Of a layer's structure, which the following ones stand after."""
+        """The address of a layer's structure; those of the next layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
     def place(self, buffers: Buffers, cache: KVCache, end: int, positions: Tensor, start: int, stop: int) -> None:

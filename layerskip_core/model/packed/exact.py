@@ -8,7 +8,7 @@ _MOST_ROWS = 8
 
 
 class ExactRows:
-    """The row count is found by trying on this machine, once for each number of threads."""
+    """The row count is measured on this machine, once for each number of threads."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
