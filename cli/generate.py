@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerskip_core.config.checks import require_given
-from layerskip_core.config.decoding import DecodingSettings, ExitChoice
+from layerskip_core.config.decoding import DecodingSettings
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
@@ -81,7 +81,7 @@ def generate(
     loaded = for_decoding(model, machine.device, machine.dtype, kept).with_template(prompting.asked, prompting.system)
     narrate_notes(loaded)
     use_threads(machine.threads, loaded)
-    recommended = ExitChoice(*loaded.recommended(), loaded.strategy)
+    recommended = loaded.recommended()
     if recommended.strategy is None and decoding.leaves_strategy_open(packing.drafts_apart):
         narrate(_UNMEASURED)
     config = decoding.resolve(recommended, loaded.backend.num_layers, packing.drafts_apart)

@@ -1,0 +1,31 @@
+"""LayerSkip: train early exits into a causal language model, and decode with them by self-speculation.
+
+    from layerskip_core import load
+
+    model = load("embedded")
+    print(model.generate("remind me to call mom at 5", exit_layer=8, num_draft_tokens=6).text)
+    for piece in model.stream("play some jazz"):
+        print(piece, end="", flush=True)
+
+Nothing is imported before it is used: `load` imports torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .decoding.text import Answer, TextStream
+    from .language_model import LanguageModel, load
+
+__all__ = ["Answer", "LanguageModel", "TextStream", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("LanguageModel", "load"):
+        from . import language_model
+
+        return getattr(language_model, name)
+    if name in ("Answer", "TextStream"):
+        from .decoding import text
+
+        return getattr(text, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..config.decoding import ExitChoice
 from ..errors import ConfigError
 from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
@@ -49,16 +50,15 @@ class Decoder:
     def detokenize(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def recommended(self) -> tuple[int, int]:
-        """(exit layer, draft tokens): from layerskip.json, else the published ones, else a quarter of the layers and 6."""
-        exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
-        return self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts
+    def recommended(self) -> ExitChoice:
+        """From layerskip.json, else as published with the model, else a quarter of the layers and 6 draft tokens.
 
-    @property
-    def strategy(self) -> str | None:
-        """The strategy that a sweep recommends, or self-speculative where the exits were trained; None if nothing is known."""
+        The strategy is the one that a sweep found best, else self-speculative if the exits were trained.
+        """
+        exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         known = self.info.exit_layer is not None or self.info.trained_exits or self.name in PUBLISHED
-        return self.info.strategy or ("self-speculative" if known else None)
+        strategy = self.info.strategy or ("self-speculative" if known else None)
+        return ExitChoice(self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts, strategy)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class StopScanner:
         if any(stop in text for stop in self._stopping.stop):
             return True
         if len(text) > 4 * self._reach:
-            # Decoding only the end keeps the cost of a long output linear. Characters are counted because a token may have none.
+            # Only the end is decoded, so a long output costs linear time. Characters count, because a token may have none.
             middle = (self._window + len(self._ids)) // 2
             if len(self._detokenize(self._ids[middle:])) >= self._reach:
                 self._window = middle

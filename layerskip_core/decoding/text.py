@@ -14,17 +14,36 @@ from .stopping import Detokenize, Stopping, StopReason
 _INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come yet
 
 
-class TextStream:
-    """Iterates over the pieces of one answer as they are verified; `text`, `stats` and `finish_reason` are of what has come."""
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer. Its stats are counts alone if it was decoded together with others."""
 
-    def __init__(self, loaded: Decoder, prompt: str, config: DecodingConfig, raw: bool = False) -> None:
-        """`raw` leaves out the checkpoint's prompt template. Raises ConfigError for a prompt or exit that does not fit."""
-        ids = loaded.encode_prompt(prompt, raw)
+    text: str
+    finish_reason: StopReason
+    stats: DecodeStats
+
+
+class TextStream:
+    """Iterates over the pieces of one answer as they are verified.
+
+    `text`, `stats` and `finish_reason` describe what has come so far.
+    """
+
+    def __init__(self, loaded: Decoder, prompt: str, config: DecodingConfig) -> None:
+        """Raises ConfigError for a prompt or exit that does not fit."""
+        ids = loaded.encode_prompt(prompt)
         self.text = ""
         self._eos_ids = loaded.eos_ids
         self._decoding = decode(loaded.backend, ids, config, self._eos_ids, loaded.detokenize)
         self._stopping = Stopping(self._eos_ids, config.stop, config.max_new_tokens)
         self._decoder = _IncrementalText(loaded.detokenize)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once all pieces have come. Raises RuntimeError before."""
+        if self.finish_reason is None:
+            raise RuntimeError("the answer is not finished: iterate over the stream first")
+        return Answer(self.text, self.finish_reason, self.stats)
 
     @property
     def stats(self) -> DecodeStats:
@@ -44,17 +63,8 @@ class TextStream:
                 yield piece
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The whole text of an answer. Without seconds in its stats if it was decoded together with others."""
-
-    text: str
-    finish_reason: StopReason
-    stats: DecodeStats
-
-
 def answer_together(
-    loaded: Decoder, prompts: Sequence[str], config: DecodingConfig, raw: bool = False
+    loaded: Decoder, prompts: Sequence[str], config: DecodingConfig
 ) -> tuple[list[Answer | LayerSkipError], DecodeStats]:
     """Answers in the order of the prompts, an error in the place of a prompt that does not fit; and the stats of all."""
     started = time.perf_counter()
@@ -62,7 +72,7 @@ def answer_together(
     encoded: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         try:
-            ids = loaded.encode_prompt(prompt, raw)
+            ids = loaded.encode_prompt(prompt)
             check_prompt(ids, loaded.backend.max_positions)
             encoded[place] = ids
         except LayerSkipError as error:

@@ -19,6 +19,7 @@ from layerskip_core.checkpoint.placement import pick_device, pick_dtype
 from layerskip_core.checkpoint.quiet import quiet_transformers
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
 from layerskip_core.config.data import DataConfig
+from layerskip_core.config.decoding import ExitChoice
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend
@@ -61,7 +62,7 @@ def test_a_model_comes_back_as_it_was_saved(folder, tokenizer):
     assert decoder.encode_prompt("remind me") == tokenizer("remind me ->")["input_ids"]
     assert decoder.encode_prompt("remind me", raw=True) == tokenizer("remind me")["input_ids"]
     assert decoder.detokenize([*tokenizer("remind  me , 's")["input_ids"], 2]) == "remind  me , 's"
-    assert decoder.recommended() == (3, 5)
+    assert decoder.recommended() == ExitChoice(3, 5, "self-speculative")
 
 
 def test_tied_weights_stay_tied(tmp_path, tokenizer):
@@ -182,7 +183,10 @@ def test_eos_at_the_end_of_a_prompt_is_removed(tokenizer):
 
 def test_recommendations():
     def recommended(name, exit_layer=None):
-        return Decoder(name, backend, None, CheckpointInfo(exit_layer=exit_layer), frozenset(), PromptTemplate()).recommended()
+        choice = Decoder(
+            name, backend, None, CheckpointInfo(exit_layer=exit_layer), frozenset(), PromptTemplate()
+        ).recommended()
+        return choice.exit_layer, choice.num_draft_tokens
 
     backend = GenericBackend(model_of(num_hidden_layers=8))
     assert recommended("facebook/layerskip-llama2-7B") == (8, 12)
@@ -190,7 +194,7 @@ def test_recommendations():
     assert recommended("facebook/layerskip-llama2-7B", exit_layer=5) == (5, 12)
 
     def strategy(name, **info):
-        return Decoder(name, backend, None, CheckpointInfo(**info), frozenset(), PromptTemplate()).strategy
+        return Decoder(name, backend, None, CheckpointInfo(**info), frozenset(), PromptTemplate()).recommended().strategy
 
     assert strategy("some/model") is None
     assert strategy("facebook/layerskip-llama2-7B") == strategy("some/model", exit_layer=5) == "self-speculative"

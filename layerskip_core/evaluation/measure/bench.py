@@ -125,11 +125,10 @@ def bench_result(
 
 def _choice(loaded: Decoder, config: BenchConfig) -> ExitChoice:
     """The config's exit and draft length, by default those that the checkpoint recommends."""
-    exit_layer, num_draft_tokens = loaded.recommended()
-    if config.exit_layer is not None:
-        exit_layer = config.exit_layer
+    recommended = loaded.recommended()
+    exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
     require_exit_layer(exit_layer, loaded.backend.num_layers)
-    return ExitChoice(exit_layer, config.num_draft_tokens or num_draft_tokens)
+    return ExitChoice(exit_layer, config.num_draft_tokens or recommended.num_draft_tokens)
 
 
 def _strategies(config: BenchConfig, choice: ExitChoice) -> list[DecodingConfig]:

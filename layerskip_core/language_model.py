@@ -1,0 +1,106 @@
+"""A model that answers prompts: what `layerskip_core.load` gives a program or a notebook."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypedDict, Unpack
+
+from .checkpoint.load import for_decoding
+from .checkpoint.loaded import Decoder
+from .config.decoding import DecodingConfig, DecodingSettings, GenerationSettings, SamplingConfig
+from .config.machine import DType
+from .config.packing import PackingConfig, Quantization
+from .decoding.text import Answer, TextStream, answer_together
+from .errors import LayerSkipError
+
+
+class DecodingOptions(TypedDict, total=False):
+    """How to decode. The checkpoint decides what is left out of the first three; the others are greedy, 256 tokens, no stop."""
+
+    strategy: str  # one of config.decoding.strategies()
+    exit_layer: int  # a count of layers, 1..L-1
+    num_draft_tokens: int  # per round
+    max_new_tokens: int
+    draft_confidence: float  # a round stops drafting below this probability
+    stop: str | Sequence[str]  # texts that end the answer, and are not part of it
+    temperature: float  # 0 is greedy
+    top_k: int
+    top_p: float
+    seed: int
+
+
+class LanguageModel:
+    """A model in memory, ready to decode. Not for two threads at once."""
+
+    def __init__(self, decoder: Decoder, packing: PackingConfig) -> None:
+        self.decoder = decoder
+        self._packing = packing
+
+    def generate(self, prompt: str, **options: Unpack[DecodingOptions]) -> Answer:
+        """The whole answer to a prompt. Raises ConfigError for a prompt or an option that does not suit the model."""
+        stream = self.stream(prompt, **options)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(self, prompt: str, **options: Unpack[DecodingOptions]) -> TextStream:
+        """Iterates over the pieces of an answer as they are verified. Raises as `generate` does."""
+        return TextStream(self.decoder, prompt, self._resolved(options))
+
+    def generate_batch(self, prompts: Sequence[str], **options: Unpack[DecodingOptions]) -> list[Answer]:
+        """Answers to several prompts, decoded together. Raises as `generate` does, for the first prompt that does not fit."""
+        answers, _ = answer_together(self.decoder, prompts, self._resolved(options))
+        if errors := [answer for answer in answers if isinstance(answer, LayerSkipError)]:
+            raise errors[0]
+        return [answer for answer in answers if isinstance(answer, Answer)]
+
+    def _resolved(self, options: DecodingOptions) -> DecodingConfig:
+        layers = self.decoder.backend.num_layers
+        return decoding_settings(options).resolve(self.decoder.recommended(), layers, self._packing.drafts_apart)
+
+
+def load(
+    name: str = "embedded",
+    *,
+    device: str = "auto",
+    dtype: DType = "auto",
+    template: str | None = None,
+    system: str | None = None,
+    quantize: Quantization | None = None,
+    draft_weights: Quantization | None = None,
+    draft_vocab: int = 0,
+    exact: bool = False,
+) -> LanguageModel:
+    """Loads a model to decode with: an embedded name, a folder, a GGUF file or a hub id.
+
+    `template`: `chat`, `raw` or a text with {prompt} in it, instead of the checkpoint's own. `system`: a system message, for a
+    chat template. The others are fields of PackingConfig. On a small model one thread is the fastest: torch.set_num_threads(1).
+
+    Raises:
+        CheckpointError: the model is not there, is damaged, or has an unsupported architecture.
+        ConfigError: a setting is out of its range or does not suit the model or this machine.
+    """
+    packing = PackingConfig(quantize, draft_weights, draft_vocab=draft_vocab, exact=exact)
+    decoder = for_decoding(name, device, dtype, packing).with_template(template, system)
+    for note in decoder.notes:
+        warnings.warn(note, stacklevel=2)
+    return LanguageModel(decoder, packing)
+
+
+def decoding_settings(options: Mapping[str, Any]) -> DecodingSettings:
+    """Options as the settings that they are fields of. Raises TypeError for an unknown one, ConfigError for its value."""
+    values = dict(options)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = (values["stop"],)
+    elif "stop" in values:
+        values["stop"] = tuple(values["stop"])
+
+    def taken(config: type) -> dict[str, Any]:
+        return {field.name: values.pop(field.name) for field in fields(config) if field.name in values}
+
+    generation = GenerationSettings(sampling=SamplingConfig(**taken(SamplingConfig)), **taken(GenerationSettings))
+    settings = DecodingSettings(generation=generation, **taken(DecodingSettings))
+    if values:
+        known = ", ".join(DecodingOptions.__annotations__)
+        raise TypeError(f"unknown decoding option {next(iter(values))!r}; known: {known}")
+    return settings
