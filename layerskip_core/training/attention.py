@@ -1,8 +1,8 @@
-"""Attention over short rows under bf16 autocast on the CPU, in fp32: torch's flash kernel is slow there in bf16.
+"""Attention in fp32 for short rows under bf16 autocast on the CPU, where torch's flash kernel is slow in bf16.
 
 Forward and backward of one layer with torch 2.13 on AVX-512 BF16, one thread, in bf16 and in fp32: 32 rows of 56 tokens with 5
-heads of 32: 15 and 7 ms; 16 of 128 with 9 heads of 64: 44 and 34 ms; 8 of 224: 39 and 44 ms; 2 of 1,024: 98 and 139 ms. It had
-been half of a training step of the embedded model.
+heads of 32: 15 and 7 ms; 16 of 128 with 9 heads of 64: 44 and 34 ms; 8 of 224: 39 and 44 ms; 2 of 1,024: 98 and 139 ms. In
+bf16 it took half of a training step of the embedded model.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ _SHORT = 192  # tokens; longer rows are faster in bf16
 
 
 def use_fp32_attention(model: Any) -> None:
-    """Has a transformers model with `sdpa` attention run it in fp32 on short rows; one with another kind stays as it is."""
+    """Makes a transformers model with `sdpa` attention run it in fp32 on short rows. Other attention stays unchanged."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -1,7 +1,7 @@
-"""Checkpoints of a run in progress: written aside, sealed with the digest of every file, then renamed into place.
+"""Checkpoints of a run in progress: written to a staging folder, sealed with a digest of every file, then renamed into place.
 
-A folder that was cut short or damaged since fails its seal, and the one before it is used. A folder of that name without any
-sign of this program is somebody else's: a run does not begin beside it.
+A checkpoint that is incomplete or damaged fails its seal, and the one before it is used. A folder of that name that this
+program did not write belongs to somebody else, and a run refuses to start beside it.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from ..checkpoint.stored import open_weights
 from ..checkpoint.swap import files_below
 from ..errors import CheckpointError, ConfigError
 from ..storage.json_reading import read_json_object
-from ..storage.writing import discard_folder, remove_leftovers, synchronise
+from ..storage.writing import discard_folder, publish_folder, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 _SEAL = "complete.json"
 _PREFIX = "checkpoint-"
-_KEPT = 2  # should the newest be damaged, there is one before it
+_KEPT = 2  # if the newest is damaged, there is one before it
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The newest whole checkpoint, the settings of the run that wrote it, and what is wrong with newer ones."""
+    """The newest intact checkpoint, the settings of the run that wrote it, and the faults of newer checkpoints."""
 
     folder: Path
     step: int
@@ -39,12 +39,12 @@ class ResumePoint:
 
 
 def checkpoints_folder(output: str) -> Path:
-    """Where a run keeps what it can be resumed from."""
+    """The folder of the checkpoints of a run."""
     return Path(output) / "checkpoints"
 
 
 def require_own(folder: Path) -> None:
-    """Raises ConfigError for what is in the way of a run's checkpoints and is not of this program."""
+    """Raises ConfigError for files in the way of a run's checkpoints that this program did not write."""
     if os.path.lexists(folder) and not folder.is_dir():
         raise ConfigError(f"`output`: {folder} is in the way: it must be a folder, for checkpoints")
     for path in _numbered(folder):
@@ -53,13 +53,12 @@ def require_own(folder: Path) -> None:
 
 
 def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Seals a checkpoint written aside, moves it into `folder` by one rename, and drops the oldest. Returns its place."""
+    """Seals a checkpoint in a staging folder, renames it into `folder`, and removes the oldest ones. Returns its new path."""
     _seal(written, settings)
     target = folder / written.name
-    if target in _newest_first(folder):  # a damaged one of the same step
+    if target in _newest_first(folder):  # a damaged checkpoint of the same step
         discard_folder(target)
-    os.rename(written, target)
-    synchronise(folder)
+    publish_folder(written, target)
     for old in _newest_first(folder)[_KEPT:]:
         with suppress(OSError):
             discard_folder(old)
@@ -67,7 +66,7 @@ def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> Path:
 
 
 def newest_whole(folder: Path) -> ResumePoint:
-    """The checkpoint to resume from. Raises CheckpointError when there is none, saying what is wrong with those there are."""
+    """The checkpoint to resume from. Raises CheckpointError if none is intact, with the fault of each."""
     damaged: list[str] = []
     for checkpoint in _newest_first(folder):
         fault = _fault(checkpoint)
@@ -81,17 +80,17 @@ def newest_whole(folder: Path) -> ResumePoint:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a run left anything there that must not be lost unasked."""
+    """Whether a run left checkpoints that must not be overwritten without asking."""
     return bool(_newest_first(folder))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in place; its files are not read."""
+    """The newest checkpoint, by its name; its files are not checked."""
     return next(iter(_newest_first(folder)), None)
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes what lies beyond a step that a run goes on from: damaged checkpoints, and one that was being written."""
+    """Removes what lies after the step that a run resumes from: damaged checkpoints, and a staging folder."""
     remove_leftovers(folder)
     for checkpoint in _newest_first(folder):
         if _step(checkpoint) > step:
@@ -116,17 +115,12 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def _seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    names = files_below(checkpoint)
-    files = {name: _digest(checkpoint / name) for name in names}
-    seal = checkpoint / _SEAL
-    seal.write_text(json.dumps({"files": files, "settings": settings}, indent=2), encoding="utf-8")
-    for name in (*names, _SEAL):
-        synchronise(checkpoint / name)
-    synchronise(checkpoint)
+    files = {name: _digest(checkpoint / name) for name in files_below(checkpoint)}
+    (checkpoint / _SEAL).write_text(json.dumps({"files": files, "settings": settings}, indent=2), encoding="utf-8")
 
 
 def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint in one phrase; None when every file is as it was written."""
+    """What is wrong with a checkpoint; None if every file is as it was written."""
     if not (checkpoint / _SEAL).is_file():
         return "it was cut short"
     try:
@@ -158,7 +152,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _is_own(checkpoint: Path) -> bool:
-    """Whether it has a seal, or what is sealed with all else: a folder of transformers' own Trainer has neither."""
+    """Whether it has a seal, or the losses of a run: a checkpoint of transformers' own Trainer has neither."""
     return not checkpoint.is_symlink() and any((checkpoint / name).is_file() for name in (_SEAL, LOSSES))
 
 

@@ -37,7 +37,8 @@ def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0) -> list[flo
 def kept_rows(rate: float, batch_size: int, seed: int, step: int, micro_batch: int, layer: int) -> list[int]:
     """Indices of the batch rows that run a layer, drawn from (seed, step, micro-batch, layer) alone.
 
-    No global random state: a resumed run, a recomputed activation checkpoint and every rank see the same rows.
+    Global random state is not used, so that a resumed run, a recomputed activation checkpoint and every process see the same
+    rows.
     """
     if rate == 0:
         return list(range(batch_size))
@@ -47,9 +48,9 @@ def kept_rows(rate: float, batch_size: int, seed: int, step: int, micro_batch: i
 
 
 def run_layer_on(backend: GenericBackend, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:
-    """Runs a layer on the kept rows of (B, T, D) only and scatters them back; the others pass it unchanged.
+    """Runs a layer on the kept rows of (B, T, D) only and scatters them back; the other rows skip it unchanged.
 
-    With no row kept it still runs on one, times zero: its parameters must get a gradient on every rank (DDP, FSDP2).
+    If no row is kept, the layer runs on one row times zero: its parameters need a gradient in every process (DDP, FSDP2).
     """
     if len(kept) == hidden.shape[0]:
         return backend.run_layer(layer, hidden, inputs)

@@ -1,4 +1,4 @@
-"""The early-exit loss: cross-entropy of every exit through one shared LM head (LayerSkip section 4.2)."""
+"""The weights of the early-exit loss (LayerSkip section 4.2). The cross-entropy itself is in losses.py."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def exit_scales(num_layers: int, e_scale: float, kind: ExitWeights = "paper") ->
 
 
 def exit_weights(exit_layers: Sequence[int], num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:
-    """Normalised e~ of the exits that are on, in the order given; they sum to 1. A single layer has weight 1."""
+    """Normalised e~ of the exits that are on, in the order given; they sum to 1. A single exit has weight 1."""
     scales = exit_scales(num_layers, e_scale, kind)
     chosen = [scales[exit_layer - 1] for exit_layer in exit_layers]
     total = sum(chosen)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step it is in, so that it can be saved."""
+"""Ctrl-C and SIGTERM end a run after the current step, so that it can be saved."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Notes the first of these signals while it is entered; a second one then acts as if nobody listened.
+    """A context that notes the first of these signals. A second one has its usual effect.
 
-    Under torchrun, which passes on what a terminal has sent already, further ones are ignored.
+    Under torchrun further signals are ignored, because it forwards the ones that the terminal has already sent.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+        if threading.current_thread() is threading.main_thread():  # the only one where Python allows handlers
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 

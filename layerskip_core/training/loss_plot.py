@@ -1,15 +1,15 @@
-"""The losses of a run as a picture: a curve for every exit."""
+"""A plot of a run's losses with a curve for every exit."""
 
 import io
 from collections.abc import Sequence
 
 from .progress import LossHistory
 
-_POINTS = 200  # of a curve: a long run is drawn as means over stretches
+_POINTS = 200  # per curve: a long run is drawn as means over stretches of steps
 
 
 def loss_plot(history: LossHistory) -> bytes:
-    """A PNG: loss of each exit over the steps, shallow exits dark and deep ones bright, the last layer in black.
+    """A PNG of the loss of each exit over the steps: shallow exits dark, deep exits bright, the last layer black.
 
     Losses on held-out rows are dots.
     """
@@ -34,7 +34,7 @@ def loss_plot(history: LossHistory) -> bytes:
             *_thinned(seen), color=colour, linewidth=2 if last else 1,
             marker="." if len(seen) == 1 else None, label=f"last layer ({layer})" if last else None,
         )  # fmt: skip
-    axes.set(xlabel="optimizer step", ylabel="loss, nats a token")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.legend()
     if len(layers) > 1:
         figure.colorbar(ScalarMappable(Normalize(1, max(layers)), colours), ax=axes, label="exit layer")

@@ -1,4 +1,4 @@
-"""Documents packed into rows of one length: how they are cut, and what keeps them from seeing each other."""
+"""Documents packed into rows of equal length, and the attention masks that keep them apart."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,10 +12,10 @@ from ..model import SpanInputs
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
-    """Rows of exactly `length` tokens (the last may be shorter) that hold all documents one after the other.
+    """Rows of exactly `length` tokens (the last may be shorter) with all documents in sequence.
 
-    A document that does not fit goes on in the next row, where what came before it is out of sight. `documents` numbers those
-    of a row; the label of each one's first token is masked, for nothing predicts it.
+    A document that does not fit continues in the next row, without a view of its beginning. `documents` numbers the documents
+    of a row; the label of the first token of each is masked, because nothing predicts it.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -45,7 +45,7 @@ def positions_in_documents(documents: Tensor) -> Tensor:
 
 
 def between_documents(inputs: SpanInputs, documents: Tensor) -> SpanInputs:
-    """The same inputs of a span, with each query's view cut to its own document; every mask must be there, (B, 1, T, T)."""
+    """The same inputs with each query's view limited to its own document. Every mask must be given, (B, 1, T, T)."""
     same = documents[:, None, :, None] == documents[:, None, None, :]
     mask: dict[str, Tensor | None] = {}
     for kind, seen in inputs.mask.items():

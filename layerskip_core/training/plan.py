@@ -14,7 +14,8 @@ from ..config.training import FinetuneConfig
 from ..losses import CHUNK_LOGITS
 from .curriculum import mean_exits
 from .dropout import dropout_rates, time_scale
-from .encoding import EncodedData, Encoder
+from .encoded_data import EncodedData
+from .encoder import Encoder
 from .presets import learning_rate, recipe_preset
 from .recipe import Recipe, resolve_recipe
 

@@ -1,8 +1,8 @@
-"""What a regime means: the paper's hyper-parameters by model size, each changed by a flag (LayerSkip tables 1, 2)."""
+"""The settings of each regime: the paper's hyper-parameters by model size (LayerSkip tables 1 and 2)."""
 
 from ..config.training import RecipeConfig, Regime
 
-_SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for 1B and more
+_SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for models of 1B and more
 _LEARNING_RATES = {"finetune": 1e-4, "continual": 3e-5, "scratch": 8e-4, "code": 1e-4}
 _SMALL_LEARNING_RATES = {"finetune": 5e-4, "continual": 2e-4, "scratch": 2e-3, "code": 5e-4}
 _LENGTHS = {"finetune": 512, "continual": 2048, "scratch": 2048, "code": 2048}
@@ -11,9 +11,9 @@ _LENGTHS = {"finetune": 512, "continual": 2048, "scratch": 2048, "code": 2048}
 def recipe_preset(regime: Regime, parameters: int) -> RecipeConfig:
     """The paper's recipe for a regime and a model of that many parameters.
 
-    Where the paper gives R = L-1 (23, 31 and 39 for 24, 32 and 40 layers) the rotation is left to RecipeConfig, which takes L-1
-    above a vocabulary of 8k. For tasks the paper has the gradual curriculum, whose later half trains every exit on every
-    step; the rotational one costs a fraction of that.
+    Where the paper gives R = L-1 (23, 31 and 39 for 24, 32 and 40 layers), R is left to its default, which is L-1 for a
+    vocabulary above 8k. For tasks the paper uses the gradual curriculum, which trains every exit on every step of its second
+    half; the rotational curriculum costs a fraction of that.
     """
     if regime == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
         if parameters >= 10e9:
@@ -27,12 +27,12 @@ def recipe_preset(regime: Regime, parameters: int) -> RecipeConfig:
 
 
 def learning_rate(regime: str, parameters: int) -> float:
-    """The initial learning rate of a regime: the paper's, or one that suits models under 50M parameters."""
+    """The initial learning rate of a regime: the paper's, or a higher one for models under 50M parameters."""
     if regime == "continual" and parameters >= 10e9:
         return 2e-5
     return (_SMALL_LEARNING_RATES if parameters < _SMALL_MODEL else _LEARNING_RATES)[regime]
 
 
 def sequence_length(regime: str, context: int) -> int:
-    """Tokens of a row: 512 for tasks, 2048 for language-model data (ours: the paper's table names none), within the context."""
+    """Tokens per row: 512 for tasks, 2048 for plain text (our values: the paper's table has none), within the context."""
     return min(_LENGTHS[regime], context)

@@ -22,7 +22,7 @@ from ..storage.writing import run_staging
 from .adapters import with_lora
 from .attention import use_fp32_attention
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, last_checkpoint
-from .encoding import EncodedData
+from .encoded_data import EncodedData
 from .interruption import Interruption
 from .loss_plot import loss_plot
 from .module import RecipeModule

@@ -12,7 +12,8 @@ from ..data.conversations import Conversation
 from ..data.examples import PARSING_TEMPLATE, Example, Row, is_parsing, load_rows, stream_rows
 from ..errors import ConfigError
 from ..prompting.template import CHAT, RAW, PromptTemplate, resolve_template
-from .encoding import EncodedData, Encoder, encode_rows, encode_stream
+from .encoded_data import EncodedData, encode_rows, encode_stream
+from .encoder import Encoder
 from .plan import COMMANDS_STEPS, rows_per_step
 
 

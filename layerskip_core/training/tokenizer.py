@@ -1,4 +1,4 @@
-"""The data's vocabulary: a tokenizer trained on it, and which of its tokens are frequent."""
+"""A tokenizer trained on the data, and the order of its tokens by frequency."""
 
 import itertools
 import json
@@ -9,22 +9,22 @@ from typing import Any
 
 from ..data.conversations import Conversation
 from ..data.examples import Row
-from .encoding import EncodedData
+from .encoded_data import EncodedData
 
-_COUNTED = 50_000  # rows, evenly spread; of a stream the first
+_COUNTED = 50_000  # rows, evenly spaced; of a stream the first ones
 _LONGEST_WORD = 1000  # characters
 _ENDLESS = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")
 _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 
 
 def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
-    """A transformers tokenizer of `vocab_size` entries, bytes and three special tokens included; of fewer where the rows have
-    too few pairs of characters to merge.
+    """A transformers tokenizer of `vocab_size` entries, including bytes and three special tokens; of fewer entries if the rows
+    have too few pairs of characters to merge.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    # The trainer makes room for all entries at once, and each merge needs a character of its own.
+    # The trainer allocates memory for all entries at once; each merge needs at least one character of text.
     most = len(_SPECIAL) + 256 + sum(len(text.encode()) for text in _texts(rows))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,22 +44,22 @@ def _texts(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         parts = [text for _, text in row.messages] if isinstance(row, Conversation) else [f"{row.prompt}\n{row.completion}"]
         for text in parts:
-            # The trainer's time grows with the square of a word's length, so what has endless words is cut.
+            # The trainer's time grows with the square of a word's length, so texts with very long words are cut.
             size = _LONGEST_WORD if _ENDLESS.search(text) else len(text) or 1
             yield from (text[at : at + size] for at in range(0, len(text), size))
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
-    """All token ids 0..V-1, the training rows' most frequent targets first; those never seen follow in their order."""
+    """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
     rows = data.rows
     if not data.streamed:
         rows = rows.select_columns("labels").select(range(0, len(rows), -(-len(rows) // _COUNTED)))
     counts: Counter[int] = Counter()
     for row in itertools.islice(rows, _COUNTED):
-        counts.update(row["labels"])  # IGNORED among them, which is no token
+        counts.update(row["labels"])  # includes IGNORED, which is not a token
     return sorted(range(vocab_size), key=lambda token: -counts[token])
 
 
 def token_order_json(order: list[int]) -> bytes:
-    """What ORDER_FILE holds beside a model: a JSON list; `draft_vocab` N drafts among its first N tokens."""
+    """The content of ORDER_FILE beside a model, a JSON list: `draft_vocab` N drafts among its first N tokens."""
     return json.dumps(order, separators=(",", ":")).encode()

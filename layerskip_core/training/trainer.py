@@ -14,7 +14,7 @@ from ..config.training import FinetuneConfig
 from ..errors import ConfigError
 from ..losses import IGNORED
 from .checkpoints import checkpoints_folder
-from .encoding import Collator, EncodedData
+from .encoded_data import Collator, EncodedData
 from .interruption import Interruption
 from .module import Moment, RecipeModule
 from .order import OrderedRows, run_order

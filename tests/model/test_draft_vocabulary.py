@@ -6,7 +6,8 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import Example, load_examples
 from layerskip_core.prompting.template import PromptTemplate
 from layerskip_core.training import tokenizer as vocabulary
-from layerskip_core.training.encoding import Encoder, encode_rows, encode_stream
+from layerskip_core.training.encoded_data import encode_rows, encode_stream
+from layerskip_core.training.encoder import Encoder
 from layerskip_core.training.tokenizer import token_order, train_tokenizer
 
 

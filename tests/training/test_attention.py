@@ -7,7 +7,7 @@ from training_runs import recipe_module, saved_base, settings_on
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.training import attention
 from layerskip_core.training.attention import use_fp32_attention
-from layerskip_core.training.encoding import Collator
+from layerskip_core.training.encoded_data import Collator
 from layerskip_core.training.module import Moment
 from layerskip_core.training.packing import packed
 from layerskip_core.training.prepare import prepare

@@ -10,8 +10,9 @@ from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.losses import IGNORED
 from layerskip_core.prompting.template import PromptTemplate
-from layerskip_core.training import encoding
-from layerskip_core.training.encoding import Collator, Encoder, StreamedRows, encode_rows
+from layerskip_core.training import encoded_data
+from layerskip_core.training.encoded_data import Collator, StreamedRows, encode_rows
+from layerskip_core.training.encoder import Encoder
 from layerskip_core.training.packing import packed
 from layerskip_core.training.prepare import prepare
 from layerskip_core.training.tokenizer import train_tokenizer
@@ -143,7 +144,7 @@ def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_pat
 
 
 def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "_SHUFFLED", 8)
+    monkeypatch.setattr(encoded_data, "_SHUFFLED", 8)
     stream = StreamedRows(DataConfig(name=written(tmp_path, 20)), Encoder(tokenizer, PromptTemplate(), 64), seed=1)
     first = [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
     assert first == [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]

@@ -1,0 +1,127 @@
+"""Encoded rows for training, in memory or as a stream, and their batches."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..config.data import DataConfig
+from ..data.examples import Row, stream_rows
+from ..errors import DataError
+from ..losses import IGNORED
+from .encoder import Encoder
+
+_SHUFFLED = 10_000  # rows of a stream in the shuffle buffer
+_SAMPLED = 64  # rows of a stream that are read to plan a run
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """Encoded rows. `truncated` counts the rows cut at the maximum length, `tokens` the tokens after that.
+
+    For a stream the counts are those of its first rows.
+    """
+
+    rows: Any  # datasets.Dataset of input_ids, labels and length; or StreamedRows
+    tokens: int
+    target_tokens: int
+    truncated: int
+    longest: int
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.rows, StreamedRows)
+
+
+def encode_rows(rows: Iterable[Row], encoder: Encoder) -> EncodedData:
+    """All rows in memory. Raises DataError if none has a target token within the maximum length."""
+    from datasets import Dataset
+
+    encoded = list(encoder.rows(rows))
+    kept = list(filter(_has_target, encoded))
+    return _counted(Dataset.from_list(kept) if kept else None, encoded, encoder)
+
+
+def encode_stream(config: DataConfig, encoder: Encoder, seed: int) -> EncodedData:
+    """An endless stream of rows. Raises DataError like `encode_rows`, judged by the first rows."""
+    stream = StreamedRows(config, encoder, seed)
+    sample = list(itertools.islice(encoder.rows(stream_rows(config)), _SAMPLED))
+    return _counted(stream, sample, encoder)
+
+
+def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> EncodedData:
+    kept = list(filter(_has_target, seen))
+    if not kept:
+        raise _no_room(encoder)
+    return EncodedData(
+        rows,
+        tokens=sum(row["length"] for row in kept),
+        target_tokens=sum(sum(label != IGNORED for label in row["labels"]) for row in kept),
+        truncated=sum(row["truncated"] for row in seen),
+        longest=max(row["length"] for row in kept),
+    )
+
+
+def _no_room(encoder: Encoder) -> DataError:
+    return DataError(f"no row has room for a completion within `max_length` {encoder.max_length}: every prompt is longer")
+
+
+def _has_target(row: dict[str, Any]) -> bool:
+    return any(label != IGNORED for label in row["labels"][1:])  # nothing predicts the first token
+
+
+class StreamedRows(IterableDataset):  # type: ignore[type-arg]
+    """Encoded rows of a file or hub data set, pass after pass, endlessly. The seed decides how the buffer shuffles them."""
+
+    def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in itertools.count():
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+            rows, empty = self._encoder.rows(_shuffled(stream_rows(self._config), generator)), True
+            for row in filter(_has_target, rows):
+                empty = False
+                yield row
+            if empty:  # the file has changed since the run was planned
+                raise _no_room(self._encoder)
+
+
+def _shuffled(rows: Iterable[Row], generator: torch.Generator) -> Iterator[Row]:
+    waiting: list[Row] = []
+    for row in rows:
+        if len(waiting) < _SHUFFLED:
+            waiting.append(row)
+            continue
+        at = int(torch.randint(_SHUFFLED, (), generator=generator))
+        yield waiting[at]
+        waiting[at] = row
+    yield from (waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist())
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch (B, T) of rows, padded at the right, where causality alone keeps real tokens from seeing padding.
+
+    Packed rows add `documents` (B, T), -1 in the padding.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {"input_ids": _padded(rows, "input_ids", self.pad_id), "labels": _padded(rows, "labels", IGNORED)}
+        batch["labels"][:, 0] = IGNORED  # nothing predicts a row's first token; it must not count as a target either
+        if "documents" in rows[0]:
+            batch["documents"] = _padded(rows, "documents", -1)
+        return batch
+
+
+def _padded(rows: list[dict[str, Any]], name: str, filler: int) -> Tensor:
+    length = max(len(row[name]) for row in rows)
+    return torch.tensor([[*row[name], *[filler] * (length - len(row[name]))] for row in rows])

@@ -1,0 +1,96 @@
+"""Examples, conversations and documents as token ids with labels."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.conversations import Conversation
+from ..data.examples import Example, Row
+from ..errors import DataError, LayerSkipError, first_line
+from ..losses import IGNORED
+from ..prompting.chat import has_chat_template, render_chat
+from ..prompting.encoding import encode_prompt, encoded
+from ..prompting.special_text import special_text
+from ..prompting.template import PromptTemplate
+from .packing import packed
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes an example as its prompt in `template` and its completion, a conversation in the tokenizer's chat template, and
+    with `pack` plain text as packed documents.
+    """
+
+    tokenizer: Any
+    template: PromptTemplate
+    max_length: int
+    pack: bool = False
+
+    def rows(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+        """Rows of input_ids, labels (IGNORED where there is no target) and length, at most `max_length` tokens each.
+
+        `truncated` tells whether a row was cut, perhaps before its first target.
+        """
+        if self.pack:
+            yield from ({**row, "truncated": False} for row in packed(map(self._document, rows), self.max_length))
+            return
+        for row in rows:
+            ids, labels = self._encoded(row)
+            truncated = len(ids) > self.max_length
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+            yield {"input_ids": ids, "labels": labels, "length": len(ids), "truncated": truncated}
+
+    def _document(self, row: Row) -> list[int]:
+        if isinstance(row, Conversation) or row.prompt:
+            raise DataError("`pack` is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
+        return self._encoded(row)[0]
+
+    def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
+        """Ids and labels of a row. Raises DataError that names it."""
+        try:
+            return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
+        except LayerSkipError as error:
+            raise DataError(f"{row.where}: {error}" if row.where else str(error)) from None
+        except Exception as error:  # a chat template is a program, and tokenizers raise many kinds
+            raise DataError(f"{row.where or 'a row'} cannot be encoded: {first_line(error)}") from error
+
+    def _example(self, row: Example) -> tuple[list[int], list[int]]:
+        """Prompt, completion and end of text as ids; the prompt's labels are masked."""
+        prompt = encode_prompt(self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt)
+        completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+        completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return prompt + completion, [IGNORED] * len(prompt) + completion
+
+    def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
+        """A conversation in the tokenizer's chat template. Only the assistant's turns have labels, with their end of turn."""
+        if not has_chat_template(self.tokenizer):
+            raise DataError("`data` holds conversations (messages), but the model's tokenizer has no chat template for them")
+        special = special_text(self.tokenizer)
+        if special is not None and not any(special.in_prompt(text) for message in row.messages for text in message):
+            special = None
+        messages = [{"role": role, "content": content} for role, content in row.messages]
+        if special is not None:  # the text of a special token within a turn must not open another turn
+            messages = [{name: special.masked(text) for name, text in message.items()} for message in messages]
+
+        def text_of(count: int, prompt: bool) -> str:
+            text = render_chat(self.tokenizer, messages[:count], add_generation_prompt=prompt) if count else ""
+            return text if special is None else special.sealed(text)
+
+        text = text_of(len(messages), False)
+        spans = [
+            (text_of(at, True), text_of(at + 1, False)) for at, (role, _) in enumerate(row.messages) if role == "assistant"
+        ]
+        for before, through in spans:
+            if not (text.startswith(through) and through.startswith(before)):
+                raise DataError("the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart")
+        if special is None:
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+        else:
+            ids, offsets = encoded(lambda: _with_offsets(special.encode(text, add_special_tokens=False)))
+        targets = [any(len(before) <= start < len(through) for before, through in spans) for start, _ in offsets]
+        return ids, [token if target else IGNORED for token, target in zip(ids, targets, strict=True)]
+
+
+def _with_offsets(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    return list(encoding.ids), list(encoding.offsets)
