@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What each part of the recipe buys: short runs of equal steps from embedded-base on `commands`, with public commands only.
-# Usage: bash examples/ablation.sh [FOLDER]    about 20 minutes on one core; goes on where an earlier call stopped.
-# STEPS, BATCH, LR, LORA_LR and ROWS (of the test split) in the environment change it.
+# The effect of each part of the recipe: short runs of equal steps from embedded-base on `commands`, with public commands only.
+# Usage: bash examples/ablation.sh [FOLDER]    about 20 minutes on one core; continues where an earlier call stopped.
+# The environment variables STEPS, BATCH, LR, LORA_LR and ROWS (of the test split) change it.
 set -euo pipefail
 runs=${1:-ablation-runs}
 STEPS=${STEPS:-120} BATCH=${BATCH:-16} LR=${LR:-1e-3} LORA_LR=${LORA_LR:-5e-3} ROWS=${ROWS:-80}
@@ -40,10 +40,10 @@ print("| run | exact match at exit 6 / 12 / full depth | perplexity of the refer
 print("|---|---|---|---|")
 for name in names:
     results = json.loads(Path(runs, f"{name}.json").read_text())["results"]
-    found = {(result["strategy"], result["exit_layer"]): result for result in results}
-    depths = [found["early-exit", 6], found["early-exit", 12], found["autoregressive", None]]
+    by_setting = {(result["strategy"], result["exit_layer"]): result for result in results}
+    depths = [by_setting["early-exit", 6], by_setting["early-exit", 12], by_setting["autoregressive", None]]
     quality = " / ".join(f"{depth['metrics']['exact_match']:.1%}" for depth in depths)
     perplexity = " / ".join(f"{depth['perplexity']:.2f}" for depth in depths)
-    accepted = " / ".join(f"{found['self-speculative', layer]['acceptance_rate']:.0%}" for layer in (6, 12))
+    accepted = " / ".join(f"{by_setting['self-speculative', layer]['acceptance_rate']:.0%}" for layer in (6, 12))
     print(f"| {name} | {quality} | {perplexity} | {accepted} |")
 END

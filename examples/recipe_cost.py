@@ -1,10 +1,10 @@
-"""Peak memory and time of a training step under the recipe, over those of a plain step with the same chunked last-layer loss.
+"""Peak memory and time of a training step under the recipe, relative to a plain step with the same chunked last-layer loss.
 
     python examples/recipe_cost.py MODEL --batch 8 --length 256 --rotation 8 --steps 5
 
-Each kind of step runs in a process of its own, on random tokens, with AdamW. The count beside the times: multiply-adds of the
-same steps, rows that dropout left out and heads of the exits that were on included. Medians over the steps, which stderr shows
-as they end: on a machine that does other work too they take many times as long, and the fastest step says more.
+Each kind of step runs in its own process, on random tokens, with AdamW. The count beside the times is the multiply-adds of the
+same steps; it accounts for the rows that dropout left out and the heads of the exits that were on. Figures are medians over the
+steps, which stderr shows as they end. On a busy machine steps take many times as long, and the fastest step says more.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--curriculum", default="rotational")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: a thread for each core that this process may use")
-    parser.add_argument("--one", action="store_true", help="measure this setting alone, in this process")
+    parser.add_argument("--threads", type=int, default=0, help="0: one per core that this process may use")
+    parser.add_argument("--one", action="store_true", help="measure only this setting, in this process")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measured(arguments)))
@@ -39,18 +39,18 @@ def main() -> None:
     for name, result in (("plain", plain), ("recipe", recipe)):
         seconds, exits = result["seconds"], result["exits"]
         print(
-            f"{name:7} {median(seconds):.2f} s a step (fastest {min(seconds):.2f}), peak {result['peak_mb']:.0f} MB, "
-            f"{sum(exits) / len(exits):.1f} exits a step"
+            f"{name:7} {median(seconds):.2f} s per step (fastest {min(seconds):.2f}), peak {result['peak_mb']:.0f} MB, "
+            f"{sum(exits) / len(exits):.1f} exits per step"
         )
     print(f"memory {recipe['peak_mb'] / plain['peak_mb']:.3f}x plain")
     for name, pick in (("median", median), ("fastest", min)):
         took = pick(recipe["seconds"]) / pick(plain["seconds"])
-        over = pick(seconds_a_count(recipe)) / pick(seconds_a_count(plain))
+        over = pick(seconds_per_count(recipe)) / pick(seconds_per_count(plain))
         print(f"time, {name} step: {took:.3f}x plain; counted {took / over:.3f}x; time over count {over:.3f}")
 
 
-def seconds_a_count(result: dict) -> list[float]:
-    """Of each step: its time by its own multiply-adds, for exits and dropped rows differ from step to step."""
+def seconds_per_count(result: dict) -> list[float]:
+    """The time of each step over its own multiply-adds, because exits and dropped rows differ from step to step."""
     return [seconds / count for seconds, count in zip(result["seconds"], result["counts"], strict=True)]
 
 
@@ -98,7 +98,7 @@ def measured(arguments: argparse.Namespace) -> dict:
 
 
 def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, length: int) -> float:
-    """Of one step: forward once and backward twice; a head whose logits come in chunks once more; one of no weight once."""
+    """Multiply-adds of one step: 1x forward and 2x backward; a head with chunked logits 1x more; a head of weight 0 only 1x."""
     from layerskip_core import losses
     from layerskip_core.training.dropout import kept_rows
     from layerskip_core.training.module import Moment

@@ -3,12 +3,12 @@
     utterance   remind me to call mom at 5
     parse       [IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to [SL:TODO call mom ] [SL:DATE_TIME at 5 ] ]
 
-The grammar is the `*.txt` files beside this one; `GRAMMAR.md` says how to read them. Rows are a function of (split, seed).
+The grammar is in the `*.txt` files of this folder; `GRAMMAR.md` explains their format. Rows are a function of (split, seed).
 
-Two hashes keep the splits apart. Every expansion of an `open` rule (a slot value: a name, a place, a time) belongs to one split
-by its surface string, and so does every phrasing skeleton (the parse with its open values blanked out). A test row draws both
-from the test side, so neither its values nor its phrasings occur in training. `compositional` takes test values too, and
-nestings marked `!` in the grammar, which no other split uses.
+Two hashes separate the splits. The text of every expansion of an `open` rule (a slot value: a name, a place, a time) assigns it
+to one split, and so does every skeleton (the parse without its open values). A test row takes both from the test side, so
+neither its values nor its phrasing occur in training. `compositional` takes values from the test side too, and nestings marked
+`!` in the grammar, which no other split uses.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from importlib import resources
 SPLITS = ("train", "validation", "test", "compositional")
 _BUCKETS = 10  # of ten hash buckets, 0 is test, 1 is validation, the others are training
 _MAX_TRIES = 4000
-_COINED = 0.25  # of the expansions of `coined` rules in training are made up
-_COINED_ANYWHERE = 0.04  # and of the other words in values: what a model copies should not depend on having met it
-_SHORTEST_COINED = 4  # letters; the short ones (at, the, 5) tell what kind of value it is
+_COINED = 0.25  # share of made-up expansions of `coined` rules in training
+_COINED_ANYWHERE = 0.04  # share of made-up words elsewhere in values, so that the model copies words it has never seen
+_SHORTEST_COINED = 4  # letters; shorter words (at, the, 5) tell what kind of value it is
 _ONSETS, _VOWELS, _CODAS = (
     tuple(letters.replace("-", "") for letters in line.split())
     for line in (
@@ -39,7 +39,7 @@ _PIECE = re.compile(r"\(([^()]*)\)|\{([a-z_]+)\}|(\S+)")
 
 @dataclass(frozen=True)
 class Alternative:
-    """One right-hand side: its pieces are a literal token, a rule's name in braces, or an inline choice."""
+    """One right-hand side. A piece is a literal token, a rule's name in braces, or an inline choice."""
 
     pieces: tuple["str | Choice", ...]
     compositional: bool = False
@@ -47,7 +47,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """`(a|b|)`: one of several alternatives written in place."""
+    """`(a|b|)`: an inline choice between alternatives."""
 
     alternatives: tuple[Alternative, ...]
 
@@ -71,14 +71,14 @@ class CommandRow:
 
 @dataclass
 class _Derivation:
-    """Tokens of a row, open values still blank, and whether a compositional alternative was used."""
+    """Tokens of a row before its open values are filled in, and whether a compositional alternative was used."""
 
     tokens: list[str] = field(default_factory=list)
     compositional: bool = False
 
 
 class Grammar:
-    """The rules of all domains. `check()` lists what is wrong with them."""
+    """The rules of all domains."""
 
     def __init__(self, files: dict[str, str]) -> None:
         self.rules: dict[str, Rule] = {}
@@ -108,7 +108,7 @@ class Grammar:
                 rule.alternatives.append(_alternative(line.removeprefix("! "), compositional))
 
     def check(self) -> list[str]:
-        """What is wrong with the grammar, one line each."""
+        """The faults of the grammar, one line each."""
         problems = []
         for rule in self.rules.values():
             for alternative in rule.alternatives:
@@ -136,7 +136,7 @@ class Grammar:
         for _ in range(_MAX_TRIES):
             domain = domains[_below(rng, len(domains))]
             derivation = _Derivation()
-            # A whole root alternative is picked, so an intent weighs as much as the phrasings written for it.
+            # The draw is among root alternatives, so the weight of an intent is the number of its phrasings.
             usable = [a for a in self.roots[domain] if split == "compositional" or not a.compositional]
             self._closed(usable[_below(rng, len(usable))], split, rng, derivation)
             skeleton = " ".join(derivation.tokens)
@@ -154,7 +154,7 @@ class Grammar:
     def _closed(
         self, alternative: Alternative, split: str, rng: random.Random, out: _Derivation, in_value: bool = False
     ) -> None:
-        """Expands everything but open rules, which stay as `{name}`; in an open value, words may be made up."""
+        """Expands all rules but open ones, which stay as `{name}`; in an open value, words may be made up."""
         out.compositional |= alternative.compositional
         coins = in_value and split == "train" and not any(_is_label(piece) for piece in alternative.pieces)
         for piece in alternative.pieces:
@@ -174,7 +174,7 @@ class Grammar:
             self._closed(options[_below(rng, len(options))], split, rng, out, in_value)
 
     def _open(self, name: str, split: str, rng: random.Random) -> str:
-        """A value of an open rule whose surface string, and that of every open value in it, is on this side."""
+        """A value of an open rule. Its text, and that of every open value in it, is on the side of the split."""
         side = "test" if split == "compositional" else split
         rule = self.rules[name]
         for _ in range(_MAX_TRIES):
@@ -195,30 +195,30 @@ class Grammar:
         raise ValueError(f"rule {name} has no value on the {side} side: give it more alternatives")
 
     def _made_up(self, name: str, split: str, rng: random.Random) -> list[str]:
-        """What takes the place of an expansion of a `coined` rule: as many words, the short ones of several kept (`in law`)."""
+        """Made-up words for an expansion of a `coined` rule: as many words; of several, the short ones stay (`in law`)."""
         alternatives, derivation = self.rules[name].alternatives, _Derivation()
         self._closed(alternatives[_below(rng, len(alternatives))], split, rng, derivation)
         words = derivation.tokens
         return [_coined_word(rng) if len(words) == 1 or len(word) >= _SHORTEST_COINED else word for word in words]
 
     def _coins(self, name: str, split: str, rng: random.Random) -> bool:
-        """Whether a made-up word takes this rule's place: sometimes, for `coined` ones, in values of training rows alone.
+        """Whether made-up words replace this rule: sometimes, for `coined` rules, only in values of training rows.
 
-        In a phrasing it would change the hash that keeps the splits apart, and let phrasings of the test side in.
+        In a skeleton they would change the hash that separates the splits, and phrasings of the test side would leak in.
         """
         return split == "train" and self.rules[name].coined and rng.random() < _COINED
 
 
 def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
-    """`count` rows of a split with pairwise different utterances, the same for the same (split, seed).
+    """`count` rows of a split with distinct utterances, always the same for a (split, seed).
 
     Raises:
-        ValueError: `split` is none of SPLITS, or the split has too few distinct rows.
+        ValueError: `split` is not in SPLITS, or the split has too few distinct rows.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split}")
-    grammar, seen, index, found = load_grammar(), set(), 0, 0
-    while found < count:
+    grammar, seen, index = load_grammar(), set(), 0
+    while len(seen) < count:
         row = grammar.row(split, random.Random(f"{seed}:{split}:{index}"))
         index += 1
         if row.utterance in seen:
@@ -226,7 +226,6 @@ def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
                 raise ValueError(f"split {split} has fewer than {count} distinct rows")
             continue
         seen.add(row.utterance)
-        found += 1
         yield row
 
 
@@ -260,7 +259,7 @@ def _is_label(piece: str | Choice) -> bool:
 
 
 def _coined_word(rng: random.Random) -> str:
-    """A pronounceable word of one to three syllables that most likely means nothing."""
+    """A pronounceable word of one to three syllables, most likely without a meaning."""
     syllables = [
         _ONSETS[_below(rng, len(_ONSETS))] + _VOWELS[_below(rng, len(_VOWELS))] + _CODAS[_below(rng, len(_CODAS))]
         for _ in range(1 + _below(rng, 2) + _below(rng, 2))
@@ -274,5 +273,5 @@ def _side(text: str) -> str:
 
 
 def _below(rng: random.Random, count: int) -> int:
-    """A draw from 0..count-1 that is the same on every Python version."""
+    """A random number in 0..count-1, the same on every Python version."""
     return int(rng.random() * count)

@@ -14,7 +14,7 @@ def main() -> int:
         print(problem, file=sys.stderr)
     if problems:
         return 1
-    alternatives = {domain: len(found) for domain, found in grammar.roots.items()}
+    alternatives = {domain: len(phrasings) for domain, phrasings in grammar.roots.items()}
     labels: Counter[str] = Counter()
     for split in SPLITS:
         sample = list(rows(split, 200, seed=1))
