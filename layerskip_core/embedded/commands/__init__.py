@@ -217,7 +217,8 @@ def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split}")
-    grammar, seen, index = load_grammar(), set(), 0
+    grammar, index = load_grammar(), 0
+    seen: set[str] = set()
     while len(seen) < count:
         row = grammar.row(split, random.Random(f"{seed}:{split}:{index}"))
         index += 1
