@@ -107,7 +107,7 @@ def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, len
     rates = training._rates(Moment(number, 1000))
     kept = sum(max(1, len(kept_rows(rate, batch, training.seed, number, 0, layer))) for layer, rate in enumerate(rates))
     layer = sum(parameter.numel() for parameter in backend.layers[0].parameters())
-    attention = length * backend.config.num_attention_heads * backend.layers[0].self_attn.head_dim  # scores and values, causal
+    attention = length * backend.spec.queries  # scores and values, causal
     head = backend.hidden_size * backend.vocab_size
     chunked = batch * (length - 1) > losses.CHUNK_LOGITS // backend.vocab_size
     heads = sum((3 + chunked) if weight > 0 else 1 for weight in training._weights(exits))

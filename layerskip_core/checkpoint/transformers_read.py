@@ -35,12 +35,12 @@ _NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would 
 def read_model(name: str, device: torch.device, dtype: str) -> Trainable:
     """A model that is not an adapter, in evaluation mode. Raises CheckpointError as `for_training` does."""
     location = locate(name)
-    config, spec = reading(name, lambda: read_architecture(location))
+    _, spec = reading(name, lambda: read_architecture(location))
     if location.is_folder:
         reading(name, lambda: _check_folder_weights(location.path, spec))
     tokenizer = reading(name, lambda: read_tokenizer(location))
     reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
-    model = reading(name, lambda: _from_pretrained(location, config))
+    model = reading(name, lambda: _from_pretrained(location, spec))
     reading(name, lambda: check_model(model, spec))
     model = _converted(model.to(device), pick_dtype(dtype, device, spec.parameters)).eval()
     return Trainable(name, model, reading(name, lambda: GenericBackend(model)), tokenizer, read_info(location.path))
@@ -92,7 +92,7 @@ def stored_dtype(name: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _from_pretrained(location: Location, config: Any) -> Any:
+def _from_pretrained(location: Location, spec: ModelSpec) -> Any:
     """The model with its stored weights. Raises CheckpointError for one that lacks some."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -100,7 +100,7 @@ def _from_pretrained(location: Location, config: Any) -> Any:
     keywords: dict[str, Any] = {**location.keywords, **_NO_FOREIGN_CODE}
     if is_gguf:
         keywords["quantization_config"] = GgufConfig(dequantize=True)
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    attention = "sdpa" if spec.score_cap is None else "eager"
     with no_gguf_bar() if is_gguf else nullcontext():
         model, report = AutoModelForCausalLM.from_pretrained(
             location.path, dtype="auto", attn_implementation=attention, output_loading_info=True, **keywords
