@@ -35,7 +35,8 @@ def expected(loaded):
     """The text of plain decoding, as the core gives it."""
 
     def answer(prompt=PROMPT, raw=False, **changes):
-        return "".join(TextStream(loaded, prompt, replace(PLAIN, **changes), raw))
+        model = loaded.with_template("raw", None) if raw else loaded
+        return "".join(TextStream(model, prompt, replace(PLAIN, **changes)))
 
     return answer
 
