@@ -40,7 +40,8 @@ def for_decoding(name: str, device: str = "auto", dtype: str = "auto", packing: 
 
     Raises:
         CheckpointError: the model is absent, incomplete or damaged, or of an unsupported architecture.
-        ConfigError: the device is absent, or `packing` asks for something that this architecture or device cannot do.
+        ConfigError: the device is absent, `packing` asks for something that this architecture or device cannot do, or the
+            environment variable that chooses kernels has an unknown value.
     """
     target = pick_device(device)
     requested_variant()
@@ -53,6 +54,7 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
     Raises CheckpointError and ConfigError as `for_decoding` does.
     """
     target = pick_device(device)
+    requested_variant()
     return read_whole(name, lambda: _trainable(name, target, dtype))
 
 

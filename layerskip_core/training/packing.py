@@ -50,6 +50,6 @@ def between_documents(inputs: SpanInputs, documents: Tensor) -> SpanInputs:
     mask: dict[str, Tensor | None] = {}
     for kind, seen in inputs.mask.items():
         assert seen is not None
-        hidden = torch.finfo(seen.dtype).min if seen.is_floating_point() else False
-        mask[kind] = seen.masked_fill(~same, hidden)
+        never = torch.finfo(seen.dtype).min if seen.is_floating_point() else False
+        mask[kind] = seen.masked_fill(~same, never)
     return replace(inputs, mask=mask)

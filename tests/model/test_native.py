@@ -11,7 +11,7 @@ from conftest import tiny_model
 from test_generic import CHANGES
 from test_packed import BF16_ERROR, CASES, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
@@ -471,6 +471,7 @@ def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint,
     monkeypatch.setenv(compiled.SWITCH, "avx1024")
     message = "LAYERSKIP_KERNELS must be one of avx512, avx2, torch, got avx1024"
     tiny_model(model_type, torch.float64).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=message):
-        for_decoding(str(tmp_path), "cpu")
+    for load in (for_decoding, for_training):
+        with pytest.raises(ConfigError, match=message):
+            load(str(tmp_path), "cpu")
     fails(message, "generate", "go", "--model", checkpoint)
