@@ -96,9 +96,7 @@ class Scripted:
 )
 def test_pieces_of_an_answer(monkeypatch, chunks, reason, stop, pieces):
     monkeypatch.setattr(text, "decode", lambda *_: Scripted(chunks, reason))
-    loaded = SimpleNamespace(
-        backend=None, eos_ids=frozenset({EOS}), encode_prompt=lambda prompt: [1], detokenize=bytes_to_text
-    )
+    loaded = SimpleNamespace(backend=None, eos_ids=frozenset({EOS}), encode_prompt=lambda prompt: [1], detokenize=bytes_to_text)
     answer = TextStream(loaded, "prompt", DecodingConfig("autoregressive", stop=stop))
     assert list(answer) == pieces
     assert (answer.text, answer.finish_reason) == ("".join(pieces), reason)
