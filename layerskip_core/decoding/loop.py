@@ -90,7 +90,7 @@ class DecodingLoop:
         self._places = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self._all_rows = tuple(self._rows)
-        self._seconds: list[DecodeStats] = []
+        self._prefill_seconds = self._draft_seconds = self._verify_seconds = self._total_seconds = 0.0
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self
@@ -109,7 +109,12 @@ class DecodingLoop:
     @property
     def seconds(self) -> DecodeStats:
         """The seconds of the steps so far, for all rows together. Time between two steps is the caller's and not counted."""
-        return sum(self._seconds, DecodeStats())
+        return DecodeStats(
+            prefill_seconds=self._prefill_seconds,
+            draft_seconds=self._draft_seconds,
+            verify_seconds=self._verify_seconds,
+            total_seconds=self._total_seconds,
+        )
 
     def _step(self) -> list[RowStep]:
         started = drafted_at = time.perf_counter()
@@ -125,15 +130,12 @@ class DecodingLoop:
         verified_at = time.perf_counter()
         steps = [self._commit(row, count, ids) for row, count, ids in zip(rows, draft.counts, verified, strict=True)]
         self._go_on(following)
-        target_seconds = verified_at - drafted_at
-        self._seconds.append(
-            DecodeStats(
-                prefill_seconds=target_seconds if newest is None else 0.0,
-                draft_seconds=drafted_at - started,
-                verify_seconds=0.0 if newest is None else target_seconds,
-                total_seconds=time.perf_counter() - started,
-            )
-        )
+        self._draft_seconds += drafted_at - started
+        if newest is None:
+            self._prefill_seconds += verified_at - drafted_at
+        else:
+            self._verify_seconds += verified_at - drafted_at
+        self._total_seconds += time.perf_counter() - started
         return steps
 
     def _prefill(self) -> tuple[Draft, Tensor]:
