@@ -20,6 +20,7 @@ from ..checkpoint.stored import open_weights
 from ..checkpoint.swap import files_below
 from ..errors import CheckpointError, ConfigError
 from ..storage.json_reading import read_json_object
+from ..storage.reading import listed
 from ..storage.writing import discard_folder, publish_folder, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
@@ -101,17 +102,17 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Loads the weights, or a peft model's adapter, of a checkpoint. Raises CheckpointError when any of them is missing."""
     stored = {name: file.get_tensor(name) for name, file in open_weights(checkpoint).items()}
     if hasattr(model, "get_base_model"):
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+        missing = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - stored.keys())
         unknown = set_peft_model_state_dict(model, stored).unexpected_keys
-        missing: list[str] = []
     else:
         unknown = model.load_state_dict(stored, strict=False).unexpected_keys
         # Tied weights are stored once.
         loaded = {weight.data_ptr() for name, weight in model.state_dict().items() if name in stored}
         missing = [name for name, weight in model.state_dict().items() if weight.data_ptr() not in loaded]
     if unknown or missing:
-        raise CheckpointError(f"{checkpoint} does not fit the model: missing weights {missing[:3]}, unknown ones {unknown[:3]}")
+        raise CheckpointError(f"{checkpoint} does not fit the model: missing {listed(missing)}; unknown {listed(unknown)}")
 
 
 def _seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:

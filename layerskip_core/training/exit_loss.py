@@ -3,10 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from ..config.training import ExitWeights
-from ..losses import IGNORED
 
 
 def exit_scales(num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:
@@ -29,10 +26,3 @@ def exit_weights(exit_layers: Sequence[int], num_layers: int, e_scale: float, ki
     chosen = [scales[exit_layer - 1] for exit_layer in exit_layers]
     total = sum(chosen)
     return [scale / total for scale in chosen] if total else [1.0 / len(chosen)] * len(chosen)
-
-
-def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states (N, D) that predict an unmasked label, and those labels (N,), of (B, T, D) and (B, T)."""
-    shifted = labels[:, 1:]
-    wanted = shifted != IGNORED
-    return hidden[:, :-1][wanted], shifted[wanted]

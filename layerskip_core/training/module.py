@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..losses import summed_losses
+from ..losses import IGNORED, summed_losses
 from ..model import GenericBackend, SpanInputs
 from .curriculum import exits_on
 from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
-from .exit_loss import exit_weights, target_rows
+from .exit_loss import exit_weights
 from .packing import between_documents, positions_in_documents
 from .recipe import Recipe
 
@@ -54,7 +54,8 @@ class RecipeModule(nn.Module):
     ) -> dict[str, Tensor | tuple[int, ...]]:
         """Ids and labels (B, T), padded at the right; labels are IGNORED where there is no target.
 
-        `documents` (B, T) numbers the documents packed into a row: none sees another, and each starts at position 0. Returns
+        `documents` (B, T) numbers the documents packed into a row: attention stays within a document, and each starts at
+        position 0. Returns
         `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the summed
         cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit` belongs to.
         """
@@ -63,7 +64,7 @@ class RecipeModule(nn.Module):
         if not self.training:
             exits = tuple(range(1, layers + 1))
         taps = self._taps(input_ids, exits, moment, documents)
-        rows = {exit_layer: target_rows(hidden, labels) for exit_layer, hidden in taps.items()}
+        rows = {exit_layer: _target_rows(hidden, labels) for exit_layer, hidden in taps.items()}
         total = rows[layers][0].new_zeros((), dtype=torch.float32)
         per_exit = []
         for weight, exit_layer in zip(self._weights(exits), exits, strict=True):
@@ -106,3 +107,10 @@ class RecipeModule(nn.Module):
         if not self.training or self.recipe.p_max == 0:
             return [0.0] * layers
         return dropout_rates(self.recipe.p_max, layers, time_scale(moment.step, moment.total_steps, self.from_scratch))
+
+
+def _target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states (N, D) that predict a target, and the targets (N,), of (B, T, D) and (B, T)."""
+    shifted = labels[:, 1:]
+    is_target = shifted != IGNORED
+    return hidden[:, :-1][is_target], shifted[is_target]

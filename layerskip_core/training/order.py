@@ -1,4 +1,4 @@
-"""The order in which a run sees its rows: a function of the seed alone, so that resuming needs no history."""
+"""The order of a run's rows: a function of the seed alone, so that resuming needs no history."""
 
 import itertools
 from array import array
@@ -12,9 +12,9 @@ _POOL = 50  # optimizer steps whose rows are sorted together
 
 
 class OrderedRows(Dataset[Any]):
-    """The rows of a whole run, one after the other: one long epoch that holds all passes over the data.
+    """The rows of a whole run in sequence: all passes over the data as one long epoch.
 
-    (Trainer's own shuffling draws each epoch from global random state: a run resumed in a later epoch sees another order.)
+    (Trainer's own shuffling depends on global random state, so that a run resumed in a later epoch gets another order.)
     """
 
     def __init__(self, rows: Any, order: Iterator[int]) -> None:

@@ -21,7 +21,7 @@ from .recipe import Recipe, resolve_recipe
 
 COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
 
-_PACKED = "documents are packed into whole rows; none sees another"
+_PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
 
 # May differ between a run and its resumption: none of it changes the steps that follow.
@@ -43,7 +43,7 @@ _FREE = {
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run is about to do, with nothing left to a default. `cost` is the computation of a step as a multiple of one
+    """The settings and estimates of a run, all defaults resolved. `cost` is the computation of a step as a multiple of a step
     without the recipe; memory is in MB.
 
     Of a stream `rows` is None, and `tokens` and `truncated` are those of its first rows.

@@ -1,4 +1,4 @@
-"""What a run has seen so far: sums over a step's micro-batches, the report of each step, the history of losses."""
+"""The progress of a run: sums over the micro-batches of a step, the report of each step, the history of losses."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -45,7 +45,7 @@ class StepSums:
 
 @dataclass
 class RunState:
-    """What the trainer and its callback share: the sums of the step in progress, and what an error would come from."""
+    """Shared by the trainer and its callback: the sums of the current step, and what the run is doing, to explain errors."""
 
     sums: StepSums = field(default_factory=StepSums)
     phase: Literal["loading", "training", "saving"] = "loading"

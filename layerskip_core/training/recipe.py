@@ -1,4 +1,4 @@
-"""The recipe of one run: what was asked for, with nothing left to a default."""
+"""The recipe of a run, with all defaults resolved."""
 
 from dataclasses import dataclass
 

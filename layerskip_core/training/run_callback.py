@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: clipping, reports, validation, the end by a signal, the sealing of checkpoints."""
+"""What happens around the steps of a run: clipping, reports, validation, stopping after a signal, sealing checkpoints."""
 
 import math
 import time
@@ -20,7 +20,9 @@ _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's 
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Ends a run whose loss or gradient is not finite before the optimizer writes it into the weights (TrainingError)."""
+    """Reports every step. Raises TrainingError for a gradient that is not finite, before the optimizer applies it, and for a
+    loss that explodes.
+    """
 
     def __init__(
         self,
@@ -48,8 +50,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._history = LossHistory.of_log(state.log_history)
         state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it
-        # Trainer writes checkpoints below `output_dir`: from here on aside. This callback is the last one, so that a tracker
-        # has set up its files in the run's folder.
+        # From now on Trainer writes checkpoints into a staging folder; on_save moves them. Trackers have already set up their
+        # files in the run's own folder, because this callback is the last one.
         args.output_dir = str(run_staging(self._checkpoints))
         self._started = time.perf_counter()
 
@@ -57,7 +59,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._run.phase = "training"
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Clips the gradient: `max_grad_norm` is 0, because Trainer would tell nobody the norm before the optimizer steps."""
+        """Clips the gradient in place of Trainer (`max_grad_norm` is 0), which does not show its norm to callbacks in time."""
         self._grad_norm = float(self._trainer.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM))
         if not math.isfinite(self._grad_norm):
             assert self._run.sums.loss is not None

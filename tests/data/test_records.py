@@ -67,15 +67,15 @@ def read_all(folder, name, content):
     """The rows, the same read at once and as a stream; None where both give the same error."""
     file = folder / name
     file.write_bytes(content)
-    found = []
+    results = []
     for read in (load_rows, stream_rows, lambda config: file_records(file)):
         try:
-            found.append(list(read(DataConfig(str(file)))))
+            results.append(list(read(DataConfig(str(file)))))
         except DataError as error:
             assert str(file) in str(error) and "\n" not in str(error) and len(str(error)) < len(str(file)) + 450
-            found.append(str(error))
-    assert found[0] == found[1]
-    return None if isinstance(found[0], str) else found[0]
+            results.append(str(error))
+    assert results[0] == results[1]
+    return None if isinstance(results[0], str) else results[0]
 
 
 @pytest.mark.parametrize("ending", WHOLE)

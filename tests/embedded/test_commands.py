@@ -32,22 +32,22 @@ def leaf_slots(row):
 
 def chains(row):
     """Label paths from the root to every intent: (IN:A,), (IN:A, SL:B, IN:C), ..."""
-    path, found = [], set()
+    path, intents = [], set()
     for token in row.parse.split():
         if token.startswith("["):
             path.append(token[1:])
             if token.startswith("[IN:"):
-                found.add(tuple(path))
+                intents.add(tuple(path))
         elif token == "]":
             path.pop()
     assert not path
-    return found
+    return intents
 
 
 def novelties(row):
     """The chains of a row, and which of them occur together."""
-    found = chains(row)
-    return found | {frozenset(pair) for pair in itertools.combinations(found, 2)}
+    paths = chains(row)
+    return paths | {frozenset(pair) for pair in itertools.combinations(paths, 2)}
 
 
 def recorded_rows(split, count, monkeypatch):
@@ -169,8 +169,8 @@ def test_values_and_skeletons_of_test_rows_never_occur_in_training(monkeypatch):
 
 def listed_words():
     """Every word and reference that the grammar writes out."""
-    alternatives = [one for rule in commands.load_grammar().rules.values() for one in rule.alternatives]
-    return {word for one in alternatives for word in re.findall(r"[^\s()|]+", commands._source(one))}
+    alternatives = [choice for rule in commands.load_grammar().rules.values() for choice in rule.alternatives]
+    return {word for choice in alternatives for word in re.findall(r"[^\s()|]+", commands._source(choice))}
 
 
 def test_made_up_words_stand_in_values_and_never_in_a_phrasing(monkeypatch):

@@ -1,4 +1,4 @@
-"""One writer for each folder."""
+"""Only one process writes to a folder."""
 
 import errno
 import os
@@ -45,20 +45,20 @@ def holder():
         process.communicate()
 
 
-def test_the_second_one_is_told_who_the_first_is(holder, tmp_path):
+def test_a_second_process_gets_an_error_that_names_the_first(holder, tmp_path):
     folder = tmp_path / "out"
     process = holder(folder)
-    told = rf"{folder} is being written by pid {process.pid} on \S+, a test, since [-\d]+ [:\d]+; wait until it ends, or "
-    with pytest.raises(LockedError, match=told), hold(folder, "me"):
+    message = rf"{folder} is being written by pid {process.pid} on \S+, a test, since [-\d]+ [:\d]+; wait until it ends, or "
+    with pytest.raises(LockedError, match=message), hold(folder, "me"):
         pass
     process.communicate("\n")
     assert not folder.exists()  # it was made for the lock, and nothing was put there
     with hold(folder, "me"):
-        (folder / "mine").touch()
-    assert os.listdir(folder) == ["mine"]
+        (folder / "file").touch()
+    assert os.listdir(folder) == ["file"]
 
 
-def test_killing_frees_it(holder, tmp_path):
+def test_killing_the_process_releases_the_lock(holder, tmp_path):
     process = holder(tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -68,7 +68,7 @@ def test_killing_frees_it(holder, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_it_may_be_taken_again_by_the_same_thread_only(tmp_path):
+def test_only_the_same_thread_may_take_a_lock_again(tmp_path):
     def elsewhere():
         with pytest.raises(LockedError), hold(tmp_path, "another thread"):
             pass
@@ -89,13 +89,13 @@ def test_it_may_be_taken_again_by_the_same_thread_only(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link"]
 
 
-def test_only_folders_made_for_it_go_and_only_when_empty(tmp_path):
+def test_only_folders_created_for_the_lock_are_removed_and_only_if_empty(tmp_path):
     with hold(tmp_path / "a" / "b" / "c", "me"):
         (tmp_path / "a" / "file").touch()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["a", "a/file"]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(LayerSkipError, match=r"cannot write to .*file/out: Not a directory"),
@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         pass
 
 
-def test_without_locks_in_the_system_the_file_is_the_lock(tmp_path, monkeypatch):
+def test_on_a_system_without_locks_the_file_is_the_lock(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -119,8 +119,8 @@ def test_without_locks_in_the_system_the_file_is_the_lock(tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == []
 
 
-def test_every_command_that_writes_a_folder_asks_for_it(holder, checkpoint, tmp_path):
-    """None of them has begun its work when it is told: the models that they name do not exist."""
+def test_every_command_that_writes_a_folder_takes_its_lock(holder, checkpoint, tmp_path):
+    """Before it does any work: the models that the commands name do not exist."""
     process = holder(tmp_path / "out")
     for command in (("import", "no/model"), ("finetune", "--model", "no/model"), ("bench", "--model", "no/model"),
                     ("sweep-exits", "--model", "no/model")):  # fmt: skip
@@ -148,8 +148,8 @@ def broken(link):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
-def test_of_two_that_write_at_once_one_is_told_and_the_other_writes(checkpoint, tmp_path, overwrite):
-    """Neither they nor what they leave is mixed: 9 of 30 such pairs had ended as a success without weights, or in parts."""
+def test_of_two_concurrent_commands_one_writes_and_the_other_gets_an_error(checkpoint, tmp_path, overwrite):
+    """Their files are never mixed. (Before there was a lock, 9 of 30 such pairs left a mixed or incomplete model.)"""
     output = tmp_path / "out"
     if overwrite:
         assert run("import", checkpoint, "--output", str(output)).code == 0
@@ -160,6 +160,6 @@ def test_of_two_that_write_at_once_one_is_told_and_the_other_writes(checkpoint, 
     for result in ended:
         assert result.err.count("\n") == 1 and (result.code == 0 or re.search("is being written by|already holds", result.err))
     written = {str(weight.dtype) for weight in load_file(output / "model.safetensors").values()}
-    told = next(result.err for result in reversed(ended) if result.code == 0)
-    assert len(written) == 1 and (codes == [0, 0] or f"in {written.pop().removeprefix('torch.')}" in told)
+    message = next(result.err for result in reversed(ended) if result.code == 0)
+    assert len(written) == 1 and (codes == [0, 0] or f"in {written.pop().removeprefix('torch.')}" in message)
     assert sorted(os.listdir(output)) == sorted(read_info(output).files)

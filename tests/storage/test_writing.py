@@ -1,4 +1,4 @@
-"""What stands at a path that is written to: regular files are replaced whole, nothing else is ever renamed over."""
+"""Atomic writes: regular files are replaced as a whole, and nothing else is ever renamed over."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def names(folder):
 
 
 def node(path, kind):
-    """The device 1:3, a null of our own; only root may make one."""
+    """A device like /dev/null; only root may make one."""
     try:
         os.mknod(path, kind | 0o666, os.makedev(1, 3))
     except PermissionError:
@@ -33,7 +33,7 @@ def node(path, kind):
     return path
 
 
-def test_a_file_is_replaced_whole_and_keeps_its_mode(tmp_path):
+def test_a_file_is_replaced_as_a_whole_and_keeps_its_mode(tmp_path):
     file = tmp_path / "a"
     write_file(file, b"one", LayerSkipError)
     file.chmod(0o640)
@@ -73,19 +73,19 @@ def test_a_device_is_written_to(tmp_path):
     assert names(tmp_path) == ["link", "null"]
 
 
-def test_a_fifo_is_written_to_if_somebody_reads_it(tmp_path):
+def test_a_fifo_is_written_to_if_a_process_reads_it(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with pytest.raises(LayerSkipError, match=r"cannot write .*fifo: no process reads this FIFO"):
         write_file(fifo, b"x", LayerSkipError)
     held = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(held, True)
-    found = []
+    received = []
 
     def read():
-        select.select([held], [], [], 10)  # without a writer yet, reading would be at its end
+        select.select([held], [], [], 10)  # before a writer opens it, a read would return the end of the file
         with os.fdopen(held, "rb") as stream:
-            found.append(stream.read())
+            received.append(stream.read())
 
     reader = threading.Thread(target=read)
     write = threading.Thread(target=write_file, args=(fifo, b"x" * 100_000, LayerSkipError))  # more than a pipe holds
@@ -93,7 +93,7 @@ def test_a_fifo_is_written_to_if_somebody_reads_it(tmp_path):
     reader.start()
     write.join(10)
     reader.join(10)
-    assert found == [b"x" * 100_000] and stat.S_ISFIFO(fifo.stat().st_mode)
+    assert received == [b"x" * 100_000] and stat.S_ISFIFO(fifo.stat().st_mode)
 
 
 def test_folders_sockets_and_block_devices_are_refused(tmp_path):
@@ -150,7 +150,7 @@ def test_inspect_writes_to_the_standard_output_it_was_given(checkpoint, tmp_path
     assert names(tmp_path) == ["both"]
 
 
-def test_an_output_folder_is_refused_before_the_run_for_what_stands_in_it(tmp_path):
+def test_an_output_folder_with_files_in_the_way_is_refused_before_the_run(tmp_path):
     for name in ("report.html", "pareto.png", "outputs.jsonl"):
         (tmp_path / name).mkdir()
         with pytest.raises(LayerSkipError, match=f"cannot write .*{name}: it is a folder"):

@@ -31,7 +31,7 @@ def test_two_processes_equal_one_with_accumulation_2(base, tmp_path, monkeypatch
     shared = ("finetune", "--model", base, "--samples", "12", "--steps", "4", "--batch-size", "2", "--max-length", "64",
               "--pmax", "0.9", "--lr", "1e-3", "--gradient-checkpointing", "--device", "cpu", "--dtype", "fp32",
               "--validation", "test", "--validation-samples", "5", "--save-steps", "3", "--threads", "1")  # fmt: skip
-    both, one = str(tmp_path / "both"), str(tmp_path / "one")
+    both, single = str(tmp_path / "both"), str(tmp_path / "single")
     process = start(*shared, "--output", both, command=TORCHRUN)
 
     drawn = []
@@ -44,21 +44,21 @@ def test_two_processes_equal_one_with_accumulation_2(base, tmp_path, monkeypatch
     monkeypatch.setattr(module, "kept_rows", repeated)
     threads = torch.get_num_threads()
     try:
-        assert run(*shared, "--accumulation", "2", "--output", one).code == 0
+        assert run(*shared, "--accumulation", "2", "--output", single).code == 0
     finally:
         torch.set_num_threads(threads)
     assert [] in drawn and [0, 1] in drawn and ([0] in drawn or [1] in drawn)
 
     result = finish(process)
     assert (result.code, result.out) == (0, ""), result.err
-    assert result.err.count("saved ") == 1  # one process speaks
-    ours, reference = map(loss_rows, (both, one))
+    assert result.err.count("saved ") == 1  # only one process reports
+    ours, reference = map(loss_rows, (both, single))
     for step, expected in zip(ours, reference, strict=True):
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert step["exits"] == pytest.approx(expected["exits"], rel=1e-5)
         assert step["validation"] == pytest.approx(expected["validation"], rel=1e-4)
     assert reference[-1]["validation"]
-    expected_weights = weights(one)
+    expected_weights = weights(single)
     for name, weight in weights(both).items():
         torch.testing.assert_close(weight, expected_weights[name], rtol=1e-4, atol=2e-5)
     checkpoint = Path(both) / "checkpoints" / "checkpoint-4"
@@ -74,8 +74,8 @@ def test_sharding_on_the_cpu_is_refused(settings, monkeypatch):
 def gradients(training, rank, ranks):
     """Those of the mean loss over all rows, from the share of one rank."""
     ids = torch.randint(3, 67, (4, 9), generator=torch.Generator().manual_seed(5))
-    mine = ids[rank * 4 // ranks : (rank + 1) * 4 // ranks]
-    output = training(mine, mine, Moment(1, 10))
+    share = ids[rank * 4 // ranks : (rank + 1) * 4 // ranks]
+    output = training(share, share, Moment(1, 10))
     (output["loss"] / (4 * 8) * ranks).backward()
     return output["loss"].item()
 
@@ -104,14 +104,14 @@ def sharded_case():
 
 @pytest.mark.slow
 def test_fully_shard_around_the_training_module(tmp_path):
-    """Each rank has two rows and the same mask. One process: the same two batches one after the other."""
+    """Each rank has two rows and the same mask. One process: the same two batches in sequence."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     arguments = (str(tmp_path / "rendezvous"), results)
     processes = [context.Process(target=sharded_process, args=(rank, *arguments)) for rank in (0, 1)]
     for process in processes:
         process.start()
-    found = {rank: (loss, grads) for rank, loss, grads in (results.get(timeout=100) for _ in processes)}
+    by_rank = {rank: (loss, grads) for rank, loss, grads in (results.get(timeout=100) for _ in processes)}
     for process in processes:
         process.join()
         assert process.exitcode == 0
@@ -120,7 +120,7 @@ def test_fully_shard_around_the_training_module(tmp_path):
     assert [] in kept and [0, 1] in kept
     model, training = sharded_case()
     losses = [gradients(training, rank, 2) for rank in (0, 1)]
-    assert [found[rank][0] for rank in (0, 1)] == pytest.approx(losses, rel=1e-6)
+    assert [by_rank[rank][0] for rank in (0, 1)] == pytest.approx(losses, rel=1e-6)
     for name, parameter in model.named_parameters():
         for rank in (0, 1):
-            torch.testing.assert_close(torch.from_numpy(found[rank][1][name]), parameter.grad / 2, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(torch.from_numpy(by_rank[rank][1][name]), parameter.grad / 2, rtol=1e-5, atol=1e-8)

@@ -1,4 +1,4 @@
-"""Runs that end early: by a signal, by kill -9, by a full disk; and what a later run makes of what they left."""
+"""Runs that end early (by a signal, kill -9, a full disk), and how later runs resume them."""
 
 import json
 import os
@@ -31,9 +31,9 @@ def steps_saved(folder):
     return sorted(int(path.name.split("-")[1]) for path in Path(folder, "checkpoints").glob("checkpoint-*"))
 
 
-def same_weights(one, other):
-    expected = weights(other)
-    return all(torch.equal(weight, expected[name]) for name, weight in weights(one).items())
+def same_weights(folder, reference):
+    expected = weights(reference)
+    return all(torch.equal(weight, expected[name]) for name, weight in weights(folder).items())
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def when_there(process, *paths):
     assert process.poll() is None, process.stderr.read()
 
 
-def test_killed_then_terminated_then_damaged_it_ends_as_if_nothing_had_been(base, tmp_path):
+def test_a_run_that_is_killed_terminated_and_damaged_ends_with_the_same_weights(base, tmp_path):
     """kill -9 in one process, SIGTERM in a second, a checkpoint cut short, and a third run to the end: bit for bit."""
     threads = torch.get_num_threads()
     shared = ("finetune", "--model", base, "--samples", "16", "--steps", "40", "--batch-size", "4", "--max-length", "64",
@@ -89,15 +89,15 @@ def test_killed_then_terminated_then_damaged_it_ends_as_if_nothing_had_been(base
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (143, "")
     assert f"going on from {checkpoint(cut, first)}" in err
-    told = re.search(r"interrupted after step (\d+) of 40; saved (\S+); go on with: layerskip (.*)\n", err)
-    last = int(told[1])
-    assert first + 3 <= last < 40 and told[2] == str(checkpoint(cut, last)) and max(steps_saved(cut)) == last
-    assert told[3].split() == [*shared, "--output", cut, "--resume"]
+    message = re.search(r"interrupted after step (\d+) of 40; saved (\S+); go on with: layerskip (.*)\n", err)
+    last = int(message[1])
+    assert first + 3 <= last < 40 and message[2] == str(checkpoint(cut, last)) and max(steps_saved(cut)) == last
+    assert message[3].split() == [*shared, "--output", cut, "--resume"]
 
     optimizer = checkpoint(cut, last) / "optimizer.pt"
     os.truncate(optimizer, optimizer.stat().st_size // 2)
     try:
-        ended = run(*told[3].split())
+        ended = run(*message[3].split())
         assert ended.code == 0 and f"checkpoint-{last}: optimizer.pt is damaged; it is not used" in ended.err
         assert run(*shared, "--output", whole).code == 0
     finally:
@@ -144,7 +144,7 @@ def test_ctrl_c_saves_and_ends_with_130(base, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_that_replaces_a_model_is_resumed_as_it_says(base, tmp_path, monkeypatch):
+def test_a_run_that_replaces_a_model_is_resumed_by_the_command_it_prints(base, tmp_path, monkeypatch):
     output = tmp_path / "out"
     output.mkdir()
     (output / "config.json").write_text('{"model_type": "llama"}')
@@ -287,7 +287,7 @@ def flip(file):
         ("complete.json", Path.unlink, "it was cut short"),
     ],
 )
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(settings, two_checkpoints, name, damage, message):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(settings, two_checkpoints, name, damage, message):
     damage(checkpoint(two_checkpoints, 2) / name)
     plan = prepare(settings(save_steps=1, resume=True)).plan
     assert plan.resumed_step == 1
@@ -362,8 +362,8 @@ def test_the_state_of_random_numbers_is_no_pickle_to_run_either(settings, two_ch
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_checkpoint_that_was_being_written_does_not_count(settings, two_checkpoints, monkeypatch):
-    """What kill -9 leaves of a checkpoint, aside; a resumed run clears it away."""
+def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeypatch):
+    """kill -9 leaves it in a staging folder, which a resumed run removes."""
     written = two_checkpoints / "checkpoints" / ".layerskip-staging-0" / "checkpoint-3"
     written.mkdir(parents=True)
     (written / "model.safetensors").write_bytes(b"half")
@@ -375,7 +375,7 @@ def test_a_checkpoint_that_was_being_written_does_not_count(settings, two_checkp
     assert steps_saved(two_checkpoints) == [2, 3] and not written.parent.exists()
 
 
-def test_a_resumed_run_saves_as_often_as_it_is_told_now(settings, tmp_path, monkeypatch):
+def test_a_resumed_run_saves_as_often_as_now_asked(settings, tmp_path, monkeypatch):
     signal_in_step(monkeypatch, 2, signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
         prepare(settings(steps=9)).run(lambda report: None)

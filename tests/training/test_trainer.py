@@ -54,7 +54,7 @@ def test_accumulation_gives_the_same_loss_and_weights(settings, tmp_path, recipe
             torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)  # lr 1e-3: 2% of a step
 
 
-def test_rows_of_unlike_lengths_weigh_by_their_tokens(settings, tmp_path):
+def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
     """One step over rows of few and of many target tokens: micro-batches of one give the mean over all of them.
 
     Compared in the gradient that the optimizer gets, for Adam's steps do not show its scale.
@@ -157,7 +157,7 @@ def test_an_output_that_holds_a_model_is_refused(settings):
     prepare(settings(overwrite=True))
 
 
-def test_what_is_saved_is_a_plain_checkpoint_with_its_story(settings, base, tmp_path):
+def test_the_result_is_a_plain_checkpoint_with_its_details(settings, base, tmp_path):
     info = prepare(settings()).run(lambda report: None)
     output = str(tmp_path / "out")
     loaded = for_training(output, "cpu", "fp32")
@@ -297,7 +297,7 @@ def spoiling(job, step, factor):
     ],
 )
 @pytest.mark.parametrize("save_steps", [0, 1])
-def test_a_loss_beyond_reason_stops_the_run(settings, tmp_path, factor, message, save_steps):
+def test_a_nan_or_exploding_loss_stops_the_run(settings, tmp_path, factor, message, save_steps):
     last = tmp_path / "out" / "checkpoints" / "checkpoint-2"
     where = r"no checkpoint was written" if not save_steps else f"the last good checkpoint is {last}: start from it"
     job = prepare(settings(save_steps=save_steps, recipe=RECIPE))
@@ -382,9 +382,9 @@ def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_p
     names = load_file(Path(kept) / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in names} == {"q_proj", "down_proj"}
     expected = for_training(merged, "cpu", "fp32")
-    found = for_training(kept, "cpu", "fp32")
-    assert found.info.prompt_template == "{prompt}\n" and len(found.tokenizer) == 300
-    state = found.model.state_dict()
+    loaded = for_training(kept, "cpu", "fp32")
+    assert loaded.info.prompt_template == "{prompt}\n" and len(loaded.tokenizer) == 300
+    state = loaded.model.state_dict()
     assert state.keys() == expected.model.state_dict().keys()
     for name, weight in expected.model.state_dict().items():
         torch.testing.assert_close(state[name], weight, rtol=1e-6, atol=1e-7)

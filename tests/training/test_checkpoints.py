@@ -1,0 +1,66 @@
+"""Weights of checkpoints, and the order of writing them."""
+
+import os
+
+import pytest
+import torch
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from layerskip_core.checkpoint.save import write_model
+from layerskip_core.errors import CheckpointError
+from layerskip_core.storage.writing import publish_folder
+from layerskip_core.training.checkpoints import load_weights
+
+
+def changed(model):
+    """The same model with other weights."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    return model
+
+
+def adapted():
+    torch.manual_seed(1)
+    return get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_model, lambda: tiny_model(tie_word_embeddings=True), adapted], ids=["all", "tied", "LoRA"]
+)
+def test_weights_are_loaded_as_they_were_written(make, tmp_path):
+    write_model(make(), tmp_path)
+    model = changed(make())
+    load_weights(model, tmp_path)
+    expected = make().state_dict()
+    loaded = {name for name, weight in model.state_dict().items() if torch.equal(weight, expected[name])}
+    assert loaded == {name for name in expected if make is not adapted or "lora_" in name}
+
+
+@pytest.mark.parametrize(("make", "file", "name"), [
+    (tiny_model, "model.safetensors", "model.layers.2.mlp.up_proj.weight"),
+    (adapted, "adapter_model.safetensors", "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_named(make, file, name, tmp_path):
+    write_model(make(), tmp_path)
+    weights = load_file(tmp_path / file)
+    other = name.replace("layers.2", "layers.9")
+    save_file({other if key == name else key: weight for key, weight in weights.items()}, tmp_path / file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"does not fit the model: missing {name}; unknown .*layers.9"):
+        load_weights(make(), tmp_path)
+
+
+def test_a_folder_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    written, target = tmp_path / "written", tmp_path / "target"
+    (written / "inner").mkdir(parents=True)
+    (written / "inner" / "file").write_text("x")
+    inodes = {path.stat().st_ino for path in (written, written / "inner", written / "inner" / "file")}
+    events = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda opened: (events.append(os.fstat(opened).st_ino), fsync(opened)))
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
+    publish_folder(written, target)
+    assert set(events[:3]) == inodes and events[3:] == ["rename", tmp_path.stat().st_ino]
+    assert (target / "inner" / "file").read_text() == "x"
