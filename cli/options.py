@@ -109,6 +109,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "template": Option(
             PROMPTING,
             "Prompt template: chat, raw, or a text with {prompt} in it.",
+            "--template/--prompt-template",
             default="the task's or checkpoint's, else the tokenizer's chat template",
         ),
         "system": Option(PROMPTING, "System message, for chat templates."),
@@ -211,9 +212,6 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "validation_samples": Option(DATA, "Rows of it to use; 0: all."),
         "eval_steps": Option(DATA, "Steps between validations; 0: ten validations per run."),
         "overwrite": Option(RUN, "Replace a model in --output."),
-        "prompt_template": Option(
-            DATA, "Prompt template: chat, or a text with {prompt} in it.", "--template/--prompt-template", "the data's"
-        ),
         "vocab_size": Option(DATA, "With --regime scratch: train a BPE tokenizer of this size on the data."),
     },
 }

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from .checks import require, require_choice, require_given, require_unicode
+from .checks import require, require_choice, require_given
 from .data import DataConfig
 from .machine import DTYPES, DType
+from .prompting import PromptingConfig
 from .ranges import require_ranges
 
 Curriculum = Literal["rotational", "gradual", "all", "none"]
@@ -98,7 +99,7 @@ class FinetuneConfig:
     validation_samples: int = 256
     eval_steps: int = 0
     overwrite: bool = False
-    prompt_template: str | None = None
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -120,10 +121,3 @@ class FinetuneConfig:
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
         require(not self.lora_keep or self.lora_rank > 0, "lora_keep", "used with `lora_rank`", "no rank")
         require(self.vocab_size is None or self.regime == "scratch", "vocab_size", "used with `regime` scratch", self.regime)
-        require_unicode("prompt_template", self.prompt_template)
-        require(
-            self.prompt_template is None or "{prompt}" in self.prompt_template or self.prompt_template == "chat",
-            "prompt_template",
-            "'chat' or a text with {prompt} in it",
-            self.prompt_template,
-        )

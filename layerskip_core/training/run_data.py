@@ -65,12 +65,12 @@ def _template(config: FinetuneConfig, trainable: Trainable, rows: list[Row]) -> 
     """The template asked for; else chat for conversations, the parsing template for parsing data, and otherwise what decoding
     uses by default. Where that is no template, the prompt gets a line end.
     """
-    asked = config.prompt_template
+    asked, system = config.prompting.asked, config.prompting.system
     if any(isinstance(row, Conversation) for row in rows):
-        require(asked in (None, CHAT), "prompt_template", "chat for conversations", asked)
+        require(asked in (None, CHAT), "template", "chat for conversations", asked)
+        require(system is None, "system", "left out for conversations, which have system messages of their own", system)
         return PromptTemplate(CHAT)
-    if asked is None and is_parsing(config.data):
-        return PromptTemplate(PARSING_TEMPLATE)
     stored = trainable.info.template
-    template = resolve_template(asked, None, stored, trainable.tokenizer)
-    return PromptTemplate(PARSING_TEMPLATE) if asked is None and stored is None and template.text == RAW else template
+    template = resolve_template(asked, system, stored, trainable.tokenizer)
+    by_default = is_parsing(config.data) or (stored is None and template.text == RAW)
+    return PromptTemplate(PARSING_TEMPLATE) if asked is None and system is None and by_default else template

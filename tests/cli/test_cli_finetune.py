@@ -174,7 +174,7 @@ def test_settings_that_cannot_be(finetune):
         (["--max-length", "129"], "--max-length must be at most the model's context of 128 tokens, got 129"),
         (["--dtype", "fp8"], "--dtype must be one of auto, fp32, bf16, got fp8"),
         (["--vocab-size", "400"], "--vocab-size must be used with --regime scratch, got finetune"),
-        (["--prompt-template", "Q:"], "--template must be 'chat' or a text with {prompt} in it, got Q:"),
+        (["--prompt-template", "Q:"], "--template must be raw, chat or a text with {prompt} in it, got Q:"),
         (
             ["--model", "here/none/such"],
             "no model 'here/none/such': needed embedded, embedded-base, a folder, a .gguf file or a hub id such as owner/name",

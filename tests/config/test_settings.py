@@ -66,8 +66,8 @@ def test_every_setting_of_an_answer_reaches_the_decoding():
         ),
         (lambda: RecipeSettings(p_max=1.0), r"`p_max` must be in \[0, 1\), got 1.0"),
         (
-            lambda: FinetuneConfig(prompt_template="Q:"),
-            "`prompt_template` must be 'chat' or a text with {prompt} in it, got Q:",
+            lambda: FinetuneConfig(prompting=PromptingConfig("Q:")),
+            "`template` must be raw, chat or a text with {prompt} in it, got Q:",
         ),
     ],
 )

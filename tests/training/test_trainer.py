@@ -12,6 +12,7 @@ from transformers.integrations import integration_utils
 
 from layerskip_core.checkpoint.load import for_training
 from layerskip_core.config.data import DataConfig
+from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
 from layerskip_core.model.draft_vocabulary import token_order
@@ -238,7 +239,7 @@ def test_commands_without_a_limit_never_repeat_a_row(settings):
 def test_settings_that_cannot_work_fail_before_training(settings, tmp_path):
     with pytest.raises(ConfigError, match="`max_length` must be at most the model's context of 256 tokens, got 300"):
         prepare(settings(max_length=300))
-    assert prepare(settings(prompt_template="Q: {prompt}")).template.text == "Q: {prompt}"
+    assert prepare(settings(prompting=PromptingConfig("Q: {prompt}"))).template.text == "Q: {prompt}"
     assert not (tmp_path / "out").exists()  # a plan writes nothing
 
 
