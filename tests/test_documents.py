@@ -4,10 +4,12 @@ import ast
 import re
 from pathlib import Path
 from pkgutil import resolve_name
+from textwrap import dedent
 
 import pytest
 from typer.main import get_command
 
+import layerskip_core
 from cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,14 @@ def test_every_command_has_an_example():
     examples = text_of(ROOT / "cli" / "README.md")
     assert [name for name in COMMANDS if f"\nlayerskip {name}" not in examples] == []
     assert [name for name in COMMANDS if f"\n## {name}\n" not in examples] == []
+
+
+def test_the_python_example_is_the_tested_one():
+    """tests/test_front_door.py runs the example of the package's docstring."""
+    assert (
+        dedent(layerskip_core.__doc__.split("\n\n", 1)[1].rsplit("\n\n", 1)[0]).strip()
+        == block(ROOT / "README.md", "python").strip()
+    )
 
 
 def test_names_in_the_table_from_paper_to_code():
