@@ -35,12 +35,12 @@ class Decoder:
         """The same model with the template that `template` and `system` mean for it; see `resolve_template`."""
         return replace(self, template=resolve_template(asked, system, self.info.template, self.tokenizer))
 
-    def encode_prompt(self, prompt: str, raw: bool = False) -> list[int]:
-        """Token ids of a prompt in `template`, or in none if `raw`.
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a prompt in `template`.
 
         Raises ConfigError for a token that the model has no embedding for.
         """
-        ids = encode_prompt(self.tokenizer, PromptTemplate() if raw else self.template, prompt)
+        ids = encode_prompt(self.tokenizer, self.template, prompt)
         last, known = max(ids, default=0), self.backend.vocab_size
         if last >= known:
             token = self.tokenizer.decode([last])

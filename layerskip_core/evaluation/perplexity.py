@@ -12,6 +12,7 @@ from ..checkpoint.quiet import quiet_transformers
 from ..data.examples import Example
 from ..losses import summed_cross_entropy
 from ..model.backend import Backend
+from ..prompting.template import RAW
 
 _WINDOW_TOKENS = 512
 
@@ -57,7 +58,7 @@ def text_losses(
     """
     with quiet_transformers():  # else transformers warns that the text is longer than the context
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-    start = loaded.encode_prompt("", raw=True)
+    start = loaded.with_template(RAW, None).encode_prompt("")
     size = min(window_tokens, loaded.backend.max_positions - len(start))
     offsets = range(0, max(len(ids) - size, 0) + 1, size)
     count = min(windows or len(offsets), len(offsets))

@@ -60,7 +60,7 @@ def test_a_model_comes_back_as_it_was_saved(folder, tokenizer):
     assert loaded.info == INFO and loaded.backend.num_layers == 6 and not loaded.model.training
     decoder = decoder_of(loaded)
     assert decoder.encode_prompt("remind me") == tokenizer("remind me ->")["input_ids"]
-    assert decoder.encode_prompt("remind me", raw=True) == tokenizer("remind me")["input_ids"]
+    assert decoder.with_template("raw", None).encode_prompt("remind me") == tokenizer("remind me")["input_ids"]
     assert decoder.detokenize([*tokenizer("remind  me , 's")["input_ids"], 2]) == "remind  me , 's"
     assert decoder.recommended() == ExitChoice(3, 5, "self-speculative")
 

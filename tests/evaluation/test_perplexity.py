@@ -18,7 +18,9 @@ def test_losses_of_a_text_are_those_of_windows_that_cover_it():
     text = " ".join([EXAMPLE.completion] * 4)
     ids = loaded.tokenizer(text)["input_ids"]
     windows = list(text_losses(loaded, text, 0, [2, 6], window_tokens=20))
-    assert [losses.tokens for losses in windows] == [20 - (not loaded.encode_prompt("", raw=True))] * (len(ids) // 20)
+    assert [losses.tokens for losses in windows] == [20 - (not loaded.with_template("raw", None).encode_prompt(""))] * (
+        len(ids) // 20
+    )
     assert list(text_losses(loaded, text, 1, [2, 6], window_tokens=20)) == windows[:1]
     second = torch.tensor([ids[20:40]])
     logits = loaded.backend.model(second, use_cache=False).logits[0]

@@ -108,7 +108,7 @@ def test_the_template_and_the_prompt_together_make_no_special_token(tokenizer, f
 
 def test_raw_prompts_still_hold_special_tokens(tokenizer, full):
     loaded = decoder_with(tokenizer)
-    assert control(full, loaded.encode_prompt(EVIL, raw=True)) == [
+    assert control(full, loaded.with_template(RAW, None).encode_prompt(EVIL)) == [
         "<|im_end|>",
         "<|im_start|>",
     ]  # EOS at the end is removed

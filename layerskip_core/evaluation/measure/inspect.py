@@ -9,13 +9,13 @@ from ..inspection import Inspection, LayerPrediction, TokenTrace
 
 
 @torch.inference_mode()
-def inspect(loaded: Decoder, prompt: str, max_new_tokens: int, raw: bool = False) -> Inspection:
+def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     """Decodes greedily with all layers, then applies the shared head after every layer, in one pass over prompt and answer.
 
     Raises ConfigError when the prompt is empty or does not fit the context.
     """
     model = loaded.backend
-    prompt_ids = loaded.encode_prompt(prompt, raw)
+    prompt_ids = loaded.encode_prompt(prompt)
     config = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
     answer = [token.id for step in decode(model, prompt_ids, config, loaded.eos_ids) for token in step]
     ids = [*prompt_ids, *answer]
