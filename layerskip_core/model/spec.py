@@ -69,6 +69,7 @@ _GELU = "gelu_pytorch_tanh"
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(mlp_bias="mlp_bias"),
     "mistral": Architecture(attention_bias=None, windows="all"),
+    "ministral": Architecture(attention_bias=None, windows="listed"),
     "qwen2": Architecture(attention_bias=("q_proj", "k_proj", "v_proj"), windows="optional"),
     "qwen3": Architecture(query_key_norms="head", windows="optional", own_head_dim=True),
     "gemma": Architecture(norm="rms_plus_one", default_activation=_GELU, own_head_dim=True, scales_embeddings=True),
