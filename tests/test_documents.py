@@ -95,7 +95,7 @@ def test_names_in_the_table_from_paper_to_code():
 @pytest.mark.parametrize(
     ("heading", "module"),
     [
-        ("How to add an architecture", "layerskip_core/model/spec.py"),
+        ("How to add an architecture", "layerskip_core/model/architectures.py"),
         ("How to add a task", "tests/toy_task.py"),
         ("How to add a drafter", "tests/decoding/repeating_drafter.py"),
     ],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model import ModelSpec, can_pack
-from ..model.spec import is_complete
+from ..model.architectures import is_complete
 from ..model.weights import Take
 from .stored import GENERATION_FILE, TOKENIZER_FILE, check_stored_weights, open_weights, read_config, read_settings
 

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..model.architectures import architecture_of, is_complete
 from ..model.config_values import check_token_ids, check_values
-from ..model.spec import ModelSpec, architecture_of, is_complete
+from ..model.spec import ModelSpec
 from ..prompting.tokenizer import Tokenizer
 from ..storage.json_reading import read_json_object
 

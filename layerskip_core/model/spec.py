@@ -1,162 +1,19 @@
-"""What an architecture is. This module alone turns a configuration into sizes, norms, biases, windows and weight names;
-every backend is built from the ModelSpec that it makes.
+"""What a model is: this module turns a configuration into sizes, norms, biases, windows and the names of weights. Every
+backend is built from its ModelSpec.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod, sqrt
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from ..errors import CheckpointError
-from .config_values import LAYER_KINDS, MOST_WIDTH, check_values, rope_types, shortened
+from .architectures import Architecture, architecture_of
+from .config_values import LAYER_KINDS, MOST_WIDTH, check_values, rope_types
 
 Shapes = Mapping[str, tuple[int, ...]]
 FULL, SLIDING = LAYER_KINDS
-
-
-class BlockNorms(NamedTuple):
-    """Names of the norms around a block (attention or MLP); None where there is none. Both act inside the residual branch."""
-
-    before: str | None
-    after: str | None
-
-
-_BEFORE = BlockNorms("input_layernorm", None), BlockNorms("post_attention_layernorm", None)
-_AROUND = (
-    BlockNorms("input_layernorm", "post_attention_layernorm"),
-    BlockNorms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-)
-_AFTER = BlockNorms(None, "post_attention_layernorm"), BlockNorms(None, "post_feedforward_layernorm")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a family of models differs from Llama, whose layers the defaults describe. Strings name values of config.json."""
-
-    attention_norms: BlockNorms = _BEFORE[0]
-    mlp_norms: BlockNorms = _BEFORE[1]
-    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # a stored w scales by 1 + w in the second; the third has biases
-    norm_eps: str = "rms_norm_eps"
-    query_key_norms: Literal["none", "head", "projection"] = "none"  # over each head, or over all heads together
-
-    # Projections that read the hidden states come first. Fewer names mean that several matrices are stored as one.
-    attention_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    mlp_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    attention_bias: str | tuple[str, ...] | None = "attention_bias"  # a switch for all, or those that always have one
-    mlp_bias: str | None = None  # the switch
-    gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
-    activation: str = "hidden_act"
-    default_activation: str = "silu"
-
-    windows: Literal["none", "all", "optional", "listed"] = "none"
-    # Which layers are sliding: all if there is a window; by `layer_types` if `use_sliding_window`; or always by `layer_types`.
-    own_head_dim: bool = False  # head_dim has a default other than hidden_size / num_attention_heads
-    skips_rope: bool = False  # `no_rope_layers` have no rotary positions
-    partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
-    scales_queries: bool = False  # scores are scaled by query_pre_attn_scalar^-0.5, not head_dim^-0.5
-    scales_embeddings: bool = False  # by sqrt(hidden_size)
-    multipliers: bool = False  # Granite's: of embeddings, scores, residual branches and logits
-    caps_scores: bool = False  # `attn_logit_softcapping`
-    caps_logits: bool = False  # `final_logit_softcapping`
-    drops_embeddings: bool = False  # `embedding_dropout`, in training
-
-
-_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-_GELU = "gelu_pytorch_tanh"
-
-# Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(mlp_bias="mlp_bias"),
-    "mistral": Architecture(attention_bias=None, windows="all"),
-    "ministral": Architecture(attention_bias=None, windows="listed"),
-    "qwen2": Architecture(attention_bias=("q_proj", "k_proj", "v_proj"), windows="optional"),
-    "qwen3": Architecture(query_key_norms="head", windows="optional", own_head_dim=True),
-    "gemma": Architecture(norm="rms_plus_one", default_activation=_GELU, own_head_dim=True, scales_embeddings=True),
-    "gemma2": Architecture(
-        *_AROUND,
-        norm="rms_plus_one",
-        activation="hidden_activation",
-        default_activation=_GELU,
-        windows="listed",
-        own_head_dim=True,
-        scales_embeddings=True,
-        scales_queries=True,
-        caps_scores=True,
-        caps_logits=True,
-    ),
-    "gemma3_text": Architecture(
-        *_AROUND,
-        norm="rms_plus_one",
-        query_key_norms="head",
-        activation="hidden_activation",
-        default_activation=_GELU,
-        windows="listed",
-        own_head_dim=True,
-        scales_embeddings=True,
-        scales_queries=True,
-        caps_logits=True,
-    ),
-    "smollm3": Architecture(mlp_bias="mlp_bias", windows="optional", skips_rope=True),
-    "olmo2": Architecture(*_AFTER, query_key_norms="projection"),
-    "olmo3": Architecture(*_AFTER, query_key_norms="projection", windows="listed"),
-    "granite": Architecture(mlp_bias="mlp_bias", multipliers=True),
-    "phi3": Architecture(
-        attention_projections=("qkv_proj", "o_proj"),
-        mlp_projections=("gate_up_proj", "down_proj"),
-        attention_bias=None,
-        windows="all",
-        partial_rope=True,
-    ),
-    "starcoder2": Architecture(
-        norm="layer",
-        norm_eps="norm_epsilon",
-        mlp_projections=("c_fc", "c_proj"),
-        attention_bias="use_bias",
-        mlp_bias="use_bias",
-        gated=False,
-        default_activation=_GELU,
-        windows="all",
-        drops_embeddings=True,
-    ),
-}
-SUPPORTED = tuple(ARCHITECTURES)
-
-
-_ALWAYS_NEEDED = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "vocab_size"),
-)
-
-
-def is_complete(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json leaves no default to transformers, so that `ModelSpec.of` can read it alone."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        return False
-    architecture = ARCHITECTURES[model_type]
-    switches = (architecture.attention_bias, architecture.mlp_bias, architecture.norm_eps, architecture.activation)
-    needed = {*_ALWAYS_NEEDED, *(name for name in switches if isinstance(name, str))}
-    for names, used in (
-        (("head_dim",), architecture.own_head_dim),
-        (("sliding_window",), architecture.windows != "none"),
-        (("layer_types",), architecture.windows == "listed"),
-        (("use_sliding_window",), architecture.windows == "optional"),
-        (("no_rope_layers",), architecture.skips_rope),
-        (("query_pre_attn_scalar",), architecture.scales_queries),
-        (_MULTIPLIERS, architecture.multipliers),
-        (("attn_logit_softcapping",), architecture.caps_scores),
-        (("final_logit_softcapping",), architecture.caps_logits),
-    ):
-        needed.update(names if used else ())
-    return config.keys() >= needed
-
-
-def architecture_of(model_type: Any) -> Architecture:
-    """Raises CheckpointError for a model type that is not supported."""
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {shortened(model_type)}")
-    return ARCHITECTURES[model_type]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import GenericBackend
-from layerskip_core.model.spec import SUPPORTED
+from layerskip_core.model.architectures import SUPPORTED
 
 TEXTS = ["wake me up", "", "né ☃\n  two  spaces", "<|eos|> inside <|bos|>"]
 

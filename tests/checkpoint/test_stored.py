@@ -17,7 +17,7 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend
-from layerskip_core.model.spec import SUPPORTED
+from layerskip_core.model.architectures import SUPPORTED
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from training_runs import recipe_module
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.model import GenericBackend
-from layerskip_core.model.spec import SUPPORTED
+from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.training.module import Moment
 
 NEW = ("--max-new-tokens", "3")

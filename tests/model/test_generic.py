@@ -4,7 +4,7 @@ from conftest import tiny_model
 
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend
-from layerskip_core.model.spec import SUPPORTED
+from layerskip_core.model.architectures import SUPPORTED
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5, 2.0, 2.5], "long_factor": [4.0, 5.0, 6.0]}
 CHANGES = {  # what makes each architecture differ from Llama in every way that it can

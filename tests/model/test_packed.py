@@ -12,8 +12,8 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, ModelSpec, PackedBackend, can_pack, missing_feature
+from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.model.packed import linear
-from layerskip_core.model.spec import SUPPORTED
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}

@@ -11,7 +11,7 @@ from test_packed import BIASES
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
-from layerskip_core.model.spec import SUPPORTED
+from layerskip_core.model.architectures import SUPPORTED
 
 LLAMA = {
     "model_type": "llama",
