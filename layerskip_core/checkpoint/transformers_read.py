@@ -94,11 +94,13 @@ def stored_dtype(name: str) -> torch.dtype:
 
 def _from_pretrained(location: Location, spec: ModelSpec) -> Any:
     """The model with its stored weights. Raises CheckpointError for one that lacks some."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
 
     is_gguf = location.gguf_file is not None
     keywords: dict[str, Any] = {**location.keywords, **_NO_FOREIGN_CODE}
     if is_gguf:
+        from transformers import GgufConfig
+
         keywords["quantization_config"] = GgufConfig(dequantize=True)
     attention = "sdpa" if spec.score_cap is None else "eager"
     with no_gguf_bar() if is_gguf else nullcontext():

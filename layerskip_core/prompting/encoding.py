@@ -63,12 +63,12 @@ def encoded(encode: Callable[[], Result]) -> Result:
         return encode()
     except (LayerSkipError, KeyboardInterrupt, MemoryError):
         raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
         raise CheckpointError(f"the model's tokenizer cannot encode the prompt: {error}") from None
 
 
 def _without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """Some tokenizers end every text, as if nothing should follow."""
+    """Removes the end-of-text tokens that some tokenizers append to every text."""
     ids = list(ids)
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
@@ -76,7 +76,7 @@ def _without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 def _refuse_special(tokenizer: Tokenizer, *texts: str) -> None:
-    """For a tokenizer written in Python, which has no way to encode special tokens as text."""
+    """Raises ConfigError for a tokenizer written in Python, which cannot encode special tokens as text."""
     for token in tokenizer.all_special_tokens:
         if any(token in text for text in texts):
             raise ConfigError(f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`")

@@ -9,6 +9,7 @@ import torch
 from command_line import run
 from evaluating import tiny_loaded
 from gguf_file import write_gguf
+from safetensors.torch import save_file
 
 from layerskip_core.checkpoint.gguf_header import read_gguf_header
 from layerskip_core.checkpoint.load import blank as blank_model
@@ -31,6 +32,12 @@ def test_the_header_of_a_gguf_file(file):
 def test_loading_a_gguf_file_prints_nothing(file, capfd):
     for_training(str(file), "cpu", "fp32")
     assert capfd.readouterr() == ("", "")
+
+
+def test_other_weights_in_the_folder_of_a_gguf_file_do_not_matter(file):
+    save_file({"model.norm.weight": torch.zeros(3)}, file.parent / "model.safetensors")
+    loaded = for_training(str(file), "cpu", "fp32")
+    torch.testing.assert_close(loaded.model.model.norm.weight, tiny_loaded(torch.float32).backend.model.model.norm.weight)
 
 
 def patched(file, key, code, value):
