@@ -11,6 +11,7 @@ from typer.main import get_command
 
 import layerskip_core
 from cli.main import app
+from layerskip_core.model.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "layerskip_core"
@@ -43,6 +44,11 @@ def flags_of(command):
 
 def test_a_newcomer_reads_the_readme_in_two_minutes():
     assert len(text_of(ROOT / "README.md").splitlines()) <= 120
+
+
+def test_the_readme_lists_every_architecture():
+    names = re.search(r"^- Architectures: (.*?)\.", text_of(ROOT / "README.md"), re.MULTILINE)[1].split(", ")
+    assert len(names) == len(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
