@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     config = loaded.info.details["config"]
     assert (config["steps"], config["batch_size"], config["recipe"]["curriculum"]) == (2, 2, "all")
     assert run("generate", "row 1", "--model", "my model", "--max-new-tokens", "4").code == 0
+
+
+def test_the_template_and_the_system_message_are_saved_and_used(checkpoint, finetune):
+    shutil.copytree(checkpoint, "base")
+    Path("base", "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}")
+    asked = ("--template", "chat", "--system", "Be brief.")
+    assert run(*finetune("--model", "base", "--steps", "1", *asked)).code == 0
+    saved = json.loads(Path("out", "layerskip.json").read_text())
+    assert (saved["prompt_template"], saved["system"]) == ("chat", "Be brief.")
+    prompt = ("row 1", "--max-new-tokens", "4", "--device", "cpu", "--dtype", "fp32")
+    by_default = run("generate", *prompt, "--model", "out", "--stats")
+    assert "prompt template: chat with a system message" in by_default.err
+    whole = run("generate", "[system: Be brief.][user: row 1]", *prompt[1:], "--model", "out", "--raw")
+    assert (by_default.code, by_default.out) == (0, whole.out)
+    assert run("generate", *prompt, "--model", "out", "--raw").out != whole.out
 
 
 def plan_of(*arguments):
