@@ -23,30 +23,30 @@ SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
 def baseline(name, exit_layer=5, drafts=3, **changes):
     config = BenchConfig("tiny", baselines=(name,), **changes)
     speculative = replace(SPECULATIVE, exit_layer=exit_layer, num_draft_tokens=drafts)
-    (found,) = load_baselines(tiny_loaded(), config, speculative)
-    return found
+    (method,) = load_baselines(tiny_loaded(), config, speculative)
+    return method
 
 
 @pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
 def test_every_baseline_gives_the_autoregressive_tokens(name):
     loaded, setting = tiny_loaded(), baseline(name)
     for example in own_answers().examples:
-        expected, found = measure_prompt(loaded, example.prompt, PLAIN), measure_prompt(loaded, example.prompt, setting)
-        assert (found.ids, found.text, found.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
-        assert sum(step.tokens for step in found.steps) == found.stats.new_tokens == len(expected.ids)
-        assert found.stats.sequences == 1
-        assert all(step.seconds > 0 for step in found.steps)
+        expected, output = measure_prompt(loaded, example.prompt, PLAIN), measure_prompt(loaded, example.prompt, setting)
+        assert (output.ids, output.text, output.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
+        assert sum(step.tokens for step in output.steps) == output.stats.new_tokens == len(expected.ids)
+        assert output.stats.sequences == 1
+        assert all(step.seconds > 0 for step in output.steps)
 
 
 def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
-    # A prompt's rounds: transformers drafts 3 from the prompt on, this engine from the first token on. Both draft with the same
-    # 5 layers, so the drafts that stand at the same place are the same, and so is how many of them are right.
-    # (On the other two prompts transformers 5.17 and 5.24, each in its own way, draft otherwise some rounds after a rejection.)
+    # transformers drafts from the prompt on, our loop from the first token on. Both draft with the same 5 layers, so drafts at
+    # the same position are the same, and as many of them are right. (On the other two prompts, transformers 5.17 and 5.24
+    # draft differently, each in its own way, some rounds after a rejection.)
     loaded, setting = tiny_loaded(), baseline("assistant-early-exit")
     prompt = own_answers().examples[1].prompt
     ids = loaded.encode_prompt(prompt)
     expected = list(measure_prompt(loaded, prompt, PLAIN).ids)
-    found = measure_prompt(loaded, prompt, setting)
+    output = measure_prompt(loaded, prompt, setting)
     place, accepted, drafted = 0, [], 0
     while place < len(expected):
         count = min(3, NEW_TOKENS - place - 1)
@@ -60,11 +60,11 @@ def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
         accepted.append(right)
         drafted += min(count, len(drafts))
         place += right + 1
-    assert [step.tokens for step in found.steps] == [right + 1 for right in accepted]
-    assert (found.stats.accepted, found.stats.drafted) == (sum(accepted), drafted)
+    assert [step.tokens for step in output.steps] == [right + 1 for right in accepted]
+    assert (output.stats.accepted, output.stats.drafted) == (sum(accepted), drafted)
 
 
-def test_without_reuse_nothing_but_the_time_changes():
+def test_without_reuse_only_the_time_changes():
     loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
     with_reuse = measure_prompt(loaded, prompt, DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)).stats
     without = measure_prompt(loaded, prompt, baseline("no-reuse")).stats
@@ -74,15 +74,15 @@ def test_without_reuse_nothing_but_the_time_changes():
 def test_a_draft_model_that_is_the_model_itself_is_always_right():
     loaded = tiny_loaded()
     setting = TransformersGenerate("draft-model", loaded.backend.model, NEW_TOKENS, None, 3, assistant=tiny_copy())
-    found = measure_prompt(loaded, own_answers().examples[0].prompt, setting)
-    assert found.stats.accepted == found.stats.drafted > 0
+    output = measure_prompt(loaded, own_answers().examples[0].prompt, setting)
+    assert output.stats.accepted == output.stats.drafted > 0
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
-    assert [step.tokens for step in found.steps] == [4, 4, 4]
-    assert found.stats.tested_by_position == found.stats.accepted_by_position == (3, 3, 3)
+    assert [step.tokens for step in output.steps] == [4, 4, 4]
+    assert output.stats.tested_by_position == output.stats.accepted_by_position == (3, 3, 3)
 
 
 @pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
-def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
+def test_a_stop_string_ends_every_baseline_where_it_ends_our_decoding(name):
     loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
     text = measure_prompt(loaded, prompt, PLAIN).text
     stop = text[4:6]
@@ -90,8 +90,8 @@ def test_a_stop_string_ends_every_baseline_where_it_ends_this_engine(name):
     (setting,) = load_baselines(loaded, BenchConfig("tiny", baselines=(name,)), replace(SPECULATIVE, stop=(stop,)))
     expected = decode(loaded.backend, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
     ids = tuple(token.id for step in expected for token in step)
-    found = measure_prompt(loaded, prompt, setting)
-    assert (found.error, found.ids, found.finish_reason) == (None, ids, "stop")
+    output = measure_prompt(loaded, prompt, setting)
+    assert (output.error, output.ids, output.finish_reason) == (None, ids, "stop")
     assert len(ids) < NEW_TOKENS
 
 
@@ -102,7 +102,7 @@ def tiny_copy():
     return copy
 
 
-def test_what_the_checkpoint_recommends_for_sampling_does_not_reach_the_baselines():
+def test_the_checkpoints_generation_config_does_not_reach_the_baselines():
     loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
     expected = measure_prompt(loaded, prompt, PLAIN).ids
     before = loaded.backend.model.generation_config
@@ -144,7 +144,7 @@ def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
         require_early_exit(model)
 
 
-def test_a_draft_model_of_another_tokenizer_is_refused():
+def test_a_draft_model_with_another_tokenizer_is_refused():
     with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
         baseline("draft-model", draft_model="embedded-base")
 
@@ -170,7 +170,7 @@ def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
     config = BenchConfig(checkpoint, exit_layer=5, num_draft_tokens=3, repeats=1, baselines=("transformers", "no-reuse"))
     *_, record = bench(packed, own_answers(2), config)
     plain, _, drafted, transformers, without = record.results
-    assert [one.strategy for one in record.results[3:]] == ["transformers", "no-reuse"]
+    assert [result.strategy for result in record.results[3:]] == ["transformers", "no-reuse"]
     assert transformers.identical_outputs == without.identical_outputs == 1.0
     assert transformers.speedup_over_transformers == 1.0
     assert transformers.acceptance_rate is None

@@ -66,17 +66,12 @@ class Task:
             yield from (reference_losses(loaded, example, exit_layers) for example in self.examples)
 
     def asked(self, generation: GenerationSettings) -> "tuple[Task, GenerationSettings]":
-        """This task with what is asked of its answers, and that with the task's limit and stop strings."""
+        """The task with the stop strings that were asked for, and the settings with the task's limit and stop strings."""
         stop = (*self.stop, *(text for text in generation.stop if text not in self.stop))
         limit = generation.max_new_tokens or self.max_new_tokens
         return replace(self, stop=stop), replace(generation, stop=stop, max_new_tokens=limit)
 
     def prepared(self, loaded: Decoder) -> Decoder:
-        """The model with this task's template, if it has one, and the system message asked for, if any."""
+        """The model with this task's template and the system message that was asked for, if there are any."""
         system = self.config.prompting.system
         return loaded if self.template is None and system is None else loaded.with_template(self.template, system)
-
-
-def cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
-    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]
