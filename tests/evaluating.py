@@ -62,7 +62,7 @@ def early_exit_share(loaded: Decoder, task: Task, exit_layer: int) -> float:
     return exact_match(texts, [[example.completion] for example in task.examples])
 
 
-TOO_LONG = Example("word " * 200, "x")  # more than the tiny model's context
+TOO_LONG = Example("word " * 200, "x")  # longer than the tiny model's context
 
 
 def outputs_of(

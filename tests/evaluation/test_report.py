@@ -1,4 +1,4 @@
-"""Records as documents, tables, files and a plot."""
+"""Records as JSON, CSV, tables and files."""
 
 import csv
 import errno
@@ -127,9 +127,9 @@ def test_markdown_is_a_table_and_a_note():
     assert lines[-2:] == ["", "Medians of 3 repeats; float32 on a CPU, 2 threads."]
 
 
-def test_columns_without_room_go_into_a_table_of_their_own():
+def test_columns_without_room_go_into_another_table():
     table = TextTable(("", "one", "two", "three"), (("name", "1", "22222", "3"), ("x", "1", "2", "3")), "note")
-    # Widths with their space: 5, 4, 6, 6; the last one needs none behind it.
+    # Widths with a space: 5, 4, 6, 6; the last column needs no space.
     assert table.column_blocks(20) == [[0, 1, 2, 3]]
     assert table.column_blocks(19) == [[0, 1, 2], [0, 3]]
     assert table.column_blocks(9) == [[0, 1], [0, 2], [0, 3]]
@@ -138,14 +138,14 @@ def test_columns_without_room_go_into_a_table_of_their_own():
 
 
 @pytest.mark.parametrize("record", [SWEEP, BENCH])
-def test_a_record_comes_back_from_its_json(tmp_path, record):
+def test_a_record_is_read_back_from_its_json(tmp_path, record):
     file = tmp_path / "results.json"
     file.write_text(to_json(record))
     assert read_record(str(file), type(record.results[0])) == record
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", to_json(BENCH), '{"config": {}, "environment": {}, "results": [{"x": 1}]}'])
-def test_what_is_no_record_of_a_sweep_is_refused(tmp_path, text):
+def test_a_file_that_is_no_record_of_a_sweep_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(
         LayerSkipError, match=r"`saved` .*x.json(: not valid JSON| must be a results.json that sweep-exits wrote): "
@@ -161,7 +161,7 @@ def test_files_are_replaced_whole(tmp_path):
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": "new", "b.csv": "x"}
 
 
-def test_no_space_leaves_what_was_there(tmp_path, monkeypatch):
+def test_without_space_the_old_file_stays(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("old")
 
     def full(*_):
@@ -173,7 +173,7 @@ def test_no_space_leaves_what_was_there(tmp_path, monkeypatch):
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": "old"}
 
 
-def test_the_output_folder_is_tried_before_the_run(tmp_path, monkeypatch):
+def test_the_output_folder_is_checked_before_the_run(tmp_path, monkeypatch):
     assert prepare_output(str(tmp_path / "new" / "folder")).is_dir()
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     (tmp_path / "file").write_text("x")

@@ -1,4 +1,4 @@
-"""Programs that try to hang, to break out or to look as if their tests had passed: with namespaces and without."""
+"""Programs that try to hang, to break out, or to pass without passing their tests; with and without namespaces."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def needs(wall):
 
 
 def survivors(marker):
-    """Processes whose command line names the marker."""
+    """The processes whose command line contains the marker."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -45,7 +45,7 @@ def survivors(marker):
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
-    """A path that stands in the command line of every process of the sandbox."""
+    """A path that is in the command line of every process of the sandbox."""
     link = tmp_path / "root"
     link.symlink_to(sandbox._ROOT)
     monkeypatch.setattr(sandbox, "_ROOT", str(link))
@@ -77,7 +77,7 @@ def test_a_right_program_passes_and_a_wrong_one_fails(namespaces):
         ("import os\nassert os.environ.get('SECRET_OF_THE_TEST') or dict(os.environ) == {}\nf(os.environ)", "NameError"),
     ],
 )
-def test_what_ends_a_program_is_told(monkeypatch, program, reason):
+def test_the_reason_names_what_ended_the_program(monkeypatch, program, reason):
     monkeypatch.setenv("SECRET_OF_THE_TEST", "s")
     verdict = run_tests(program, "")
     assert not verdict.passed
@@ -89,12 +89,12 @@ def test_what_ends_a_program_is_told(monkeypatch, program, reason):
     ["while True: pass", "while True: print('x' * 1000000)", "import time; time.sleep(1000)"],
     ids=["loop", "output", "sleep"],
 )
-def test_time_ends(program):
+def test_the_time_limit_ends_a_program(program):
     assert not run_tests(program, "", SHORT).passed
     assert not run_tests("def f(): pass", program, SHORT).passed
 
 
-def test_cpu_time_ends():
+def test_the_cpu_limit_ends_a_program():
     verdict = run_tests("while True: pass", "", Limits(seconds=60.0, cpu_seconds=1))
     assert verdict.reason.startswith("ended, or was ended by a limit")
 
@@ -109,7 +109,7 @@ def test_processes_are_few_and_none_is_left(namespaces, marker):
     assert survivors(marker) == []
 
 
-def test_a_daemon_is_killed_too(namespaces, marker):
+def test_a_daemon_is_killed(namespaces, marker):
     daemon = "import os, signal, time\nif os.fork() == 0:\n  try: os.setsid()\n  except OSError: pass\n  if os.fork() == 0:\n"
     daemon += "    [signal.signal(one, signal.SIG_IGN) for one in (1, 2, 15)]\n    time.sleep(600)\n  os._exit(0)\nos.wait()\n"
     assert run_tests(daemon, "", namespaces=namespaces).passed
@@ -156,14 +156,14 @@ def test_no_network(namespaces):
 CHAIN = "import os\nif os.fork() == 0:\n    while True:\n        if os.fork(): os._exit(0)\n"
 
 
-def test_who_forks_and_ends_over_and_over_is_killed_too(namespaces, marker):
+def test_a_program_that_keeps_forking_and_ending_is_killed(namespaces, marker):
     run_tests(CHAIN, "", SHORT, namespaces)
     assert survivors(marker) == []
     assert not run_tests(CHAIN + "while True: pass", "", SHORT, namespaces).passed
     assert survivors(marker) == []
 
 
-def test_namespaces_without_users_are_left_out(monkeypatch):
+def test_without_user_namespaces_namespaces_are_left_out(monkeypatch):
     def refused(path, text):
         raise PermissionError
 
@@ -183,7 +183,7 @@ def test_namespaces_without_users_are_left_out(monkeypatch):
         ("walls.filter_calls", {"system calls"}),
     ],
 )
-def test_a_wall_that_the_kernel_forbids_is_left_out_and_missed(monkeypatch, without, missing, marker):
+def test_a_wall_that_the_kernel_forbids_is_left_out_and_reported_missing(monkeypatch, without, missing, marker):
     start = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox import supervisor, walls\n"
     before = set(standing_walls())
     monkeypatch.setattr(sandbox, "_START", f"{start}{without} = lambda *all: False\nsupervisor.main()")
@@ -223,7 +223,7 @@ def may_succeed(hostile, namespaces):
 
 
 def of_user(home, pid):
-    """All that no program may change, of a folder and a process."""
+    """The state of a folder and a process that no program may change."""
     files = {}
     for path in (home, home / "secret", home / "link"):
         status = os.lstat(path)
@@ -241,7 +241,7 @@ def make_home(home):
 
 @pytest.fixture
 def temporary_folder(monkeypatch):
-    """Where the sandbox makes its folders, in memory where that can be: empty before and after."""
+    """The folder for the sandbox's own folders, in memory if possible; empty before and after."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         os.chmod(folder, 0o711)
         monkeypatch.setattr(tempfile, "tempdir", folder)
@@ -260,7 +260,7 @@ def victim(tmp_path_factory):
     process.wait()
 
 
-def test_the_programs_have_names_of_their_own():
+def test_the_programs_have_distinct_names():
     assert len({one.name for one in PROGRAMS}) == len(PROGRAMS) > 100
 
 
@@ -284,7 +284,7 @@ def test_files_made_by_the_program_may_be_read_by_its_tests(namespaces):
     assert run_tests(own, "assert open('a/b/c').read() == 'd'", namespaces=namespaces).passed
 
 
-def test_threads_processes_signals_and_loops_of_events_work(namespaces):
+def test_threads_processes_signals_and_event_loops_work(namespaces):
     program = """
 import asyncio, multiprocessing.pool, os, signal, threading, time
 results = []
@@ -345,7 +345,7 @@ sandbox.run_tests(sys.argv[3], "", sandbox.Limits(seconds=600.0), namespaces=sys
 @pytest.mark.parametrize(
     ("left", "count"), [(DAEMON, 2), (f"{CHAIN}import time; time.sleep(600)", 0)], ids=["daemons", "chain"]
 )
-def test_nothing_survives_the_end_of_what_started_it(marker, namespaces, killed, left, count, temporary_folder):
+def test_no_process_survives_the_end_of_its_ancestors(marker, namespaces, killed, left, count, temporary_folder):
     harness = subprocess.Popen(
         [sys.executable, "-c", HARNESS, sandbox._ROOT, str(marker), left, str(namespaces)],
         env={"TMPDIR": temporary_folder},
@@ -419,7 +419,7 @@ def test_hostile_programs_of_a_plain_user():
 
 
 def interpreter_of_all():
-    """A Python that any user can start."""
+    """A Python interpreter that any user can start."""
     for path in (sys.executable, "/usr/bin/python3"):
         try:
             known = subprocess.run(
@@ -436,7 +436,7 @@ def site_of_pytest():
     return str(Path(pytest.__file__).parents[1])
 
 
-def test_what_is_taken_away_is_taken_whole(tmp_path):
+def test_a_removed_folder_is_removed_completely(tmp_path):
     deep = tmp_path / "folder"
     deep.mkdir()
     here = os.open(deep, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""--from takes what sweeps and benchmarks wrote, and of anything else says in one line what is wrong with it."""
+"""--from renders the results.json of sweeps and benchmarks, and refuses anything else with one line."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ FORMATS = ("table", "json", "csv", "markdown")
 
 @pytest.fixture(scope="module", params=COMMANDS)
 def saved(request, checkpoint, tmp_path_factory):
-    """A command, and the document of a results.json that it wrote."""
+    """A command and the document of its results.json."""
     folder = tmp_path_factory.mktemp(request.param)
     result = run(request.param, "--model", checkpoint, *SHORT, *COMMANDS[request.param][2], "--output", str(folder))
     assert result.code == 0, result.err
@@ -42,10 +42,10 @@ def places(value, path=()):
 
 
 def mutant(document, chance):
-    """A document with one to three parts replaced, removed, added, doubled or exchanged."""
+    """A document with one to three parts replaced, removed, added or duplicated."""
     document = {"root": copy.deepcopy(document)}
     for _ in range(chance.randint(1, 3)):
-        # A result's own fields as often as all else, which is longer.
+        # The fields of results are chosen more often, because the rest of the document is longer.
         every = [path for path in places(document) if path]
         *above, key = chance.choice([path for path in every if "results" in path] or every if chance.random() < 0.6 else every)
         parent = document
@@ -64,13 +64,13 @@ def mutant(document, chance):
 
 
 def rendered(record, table):
-    """Every form but the page and the figures."""
+    """Renders all formats except the page and the figures."""
     for text in (to_json(record), to_csv(record), table(record).markdown()):
         assert text
     assert table(record).column_blocks(80)
 
 
-def test_mutants_give_one_line_or_are_rendered(saved, tmp_path):
+def test_mutants_are_refused_with_one_line_or_rendered(saved, tmp_path):
     command, document = saved
     kind, table, _ = COMMANDS[command]
     file, chance = tmp_path / "results.json", random.Random(f"{command} 15")
@@ -115,8 +115,8 @@ FIGURES = (0.0, 1e-300, 1.0, 1e12)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("figure", FIGURES)
-def test_the_figures_of_extremes_are_drawn(saved, tmp_path, figure):
-    """Every number of every result at once, and every second one."""
+def test_figures_of_extreme_values_are_drawn(saved, tmp_path, figure):
+    """Changes the numbers of all results, then of every second one."""
     command, document = saved
     kind, table, _ = COMMANDS[command]
     for every in (1, 2):
@@ -135,23 +135,35 @@ def test_the_figures_of_extremes_are_drawn(saved, tmp_path, figure):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda one: one.pop("results"), "results: needed a list, found null"),
-        (lambda one: one["results"].clear(), "results: needed at least one, found none"),
-        (lambda one: one["results"][0].pop("metrics"), r"results\[0\].metrics is missing"),
-        (lambda one: one["results"][0].update(speedup="fast"), r"results\[0\].speedup: needed a number, found 'fast'"),
-        (lambda one: one["results"][0].update(speedup=True), r"results\[0\].speedup: needed a number, found True"),
+        (lambda document: document.pop("results"), "results: needed a list, found null"),
+        (lambda document: document["results"].clear(), "results: needed at least one, found none"),
+        (lambda document: document["results"][0].pop("metrics"), r"results\[0\].metrics is missing"),
         (
-            lambda one: one["results"][0].update(speedup=1e13),
+            lambda document: document["results"][0].update(speedup="fast"),
+            r"results\[0\].speedup: needed a number, found 'fast'",
+        ),
+        (lambda document: document["results"][0].update(speedup=True), r"results\[0\].speedup: needed a number, found True"),
+        (
+            lambda document: document["results"][0].update(speedup=1e13),
             r"results\[0\].speedup: needed a number up to 1e\+12, found 1e\+13",
         ),
-        (lambda one: one["results"][-1].update(exit_layer=0), r"results\[-?\d\].exit_layer: needed at least 1, found 0"),
-        (lambda one: one["config"]["machine"].update(threads="2"), "config.machine.threads: needed a whole number, found '2'"),
-        (lambda one: one["config"]["task"].update(pass_k=1), "config.task.pass_k: needed a list, found 1"),
-        (lambda one: one["environment"].pop("dtype"), "environment.dtype is missing"),
-        (lambda one: one["environment"].update(threads=[]), "environment.threads: needed a whole number, found a list"),
+        (
+            lambda document: document["results"][-1].update(exit_layer=0),
+            r"results\[-?\d\].exit_layer: needed at least 1, found 0",
+        ),
+        (
+            lambda document: document["config"]["machine"].update(threads="2"),
+            "config.machine.threads: needed a whole number, found '2'",
+        ),
+        (lambda document: document["config"]["task"].update(pass_k=1), "config.task.pass_k: needed a list, found 1"),
+        (lambda document: document["environment"].pop("dtype"), "environment.dtype is missing"),
+        (
+            lambda document: document["environment"].update(threads=[]),
+            "environment.threads: needed a whole number, found a list",
+        ),
     ],
 )
-def test_what_is_wrong_is_named(saved, tmp_path, change, message):
+def test_the_error_names_the_wrong_part(saved, tmp_path, change, message):
     command, document = saved
     document = copy.deepcopy(document)
     change(document)

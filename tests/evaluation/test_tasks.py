@@ -1,4 +1,4 @@
-"""Tasks by name and from files: their prompts, how answers end, and how they score."""
+"""Tasks by name and from files: prompts, ends of answers, scores."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ def write_lines(path, rows):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub of the rows given, by (id, split); `calls` are the keywords it was asked with."""
+    """A fake hub: (rows by (id, split), the calls of load_dataset)."""
     rows, calls = {}, []
 
     def load_dataset(hub_id, split, streaming=False, **keywords):
@@ -71,7 +71,7 @@ def test_columns_by_flag(tmp_path):
     assert load_task(TaskConfig(data=str(file), prompt_column="q", completion_column="a")).examples == (Example("one", "two"),)
 
 
-def test_lists_are_sentences_of_a_prompt_and_references_to_choose_from(tmp_path):
+def test_a_list_is_joined_as_a_prompt_and_a_choice_of_references(tmp_path):
     file = write_lines(tmp_path / "rows.json", [{"source": ["One. ", "Two."], "target": ["a b c", "the cat sat down"]}])
     task = load_task(TaskConfig(data=file, metric="rouge1"))
     assert task.examples == (Example("One. Two.", "a b c"),)
@@ -133,7 +133,7 @@ def test_xsum_from_the_hub_has_no_shots(hub):
     assert calls == [("EdinburghNLP/xsum", "validation", False, {"revision": "refs/convert/parquet"})]
 
 
-def test_xsum_prompts_that_bring_their_shots_stay_as_they_are(tmp_path):
+def test_complete_xsum_prompts_are_not_changed(tmp_path):
     rows = [{"article": "###\nArticle: Snow fell.\n\nSummarize it.\n", "summary_gt": "It snowed."}]
     task = load_task(TaskConfig("xsum", write_lines(tmp_path / "rows.jsonl", rows)))
     assert task.examples == (Example("###\nArticle: Snow fell.\n\nSummarize it.\n", " It snowed."),)
@@ -156,17 +156,17 @@ def test_humaneval_judges_by_running_the_tests(tmp_path):
     config = TaskConfig("humaneval", str(file), problem_samples=2, pass_k=(1, 2), allow_code_execution=True)
     task = load_task(config)
     first, second = problem(1), problem(2)
-    heads = [one["prompt"].removesuffix("\n") for one in (first, second)]
+    heads = [row["prompt"].removesuffix("\n") for row in (first, second)]
     assert [example.prompt for example in task.examples] == [heads[0]] * 2 + [heads[1]] * 2
     assert (task.quality_metric, task.template) == ("pass@1", "{prompt}")
-    right = "    return x + 1\n\ndef add1(x):\n    return 0\n"  # what stands behind a stop string is no part of the answer
+    right = "    return x + 1\n\ndef add1(x):\n    return 0\n"  # the text after a stop string is not part of the answer
     scores = task.score([right, "    return x", "    return x", ""])
     assert (scores["pass@1"], scores["pass@2"]) == (0.25, 0.5)
     fenced = "\n    return x + 2\n```\n\nThis adds 2."
     assert task.score([fenced] * 4)["pass@1"] == 0.5
 
 
-def test_without_the_flag_no_code_runs_and_that_is_said(tmp_path, monkeypatch):
+def test_without_the_flag_no_code_runs_and_a_note_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("layerskip_core.evaluation.tasks.code.run_tests", None)
     task = load_task(TaskConfig("humaneval", write_lines(tmp_path / "problems.jsonl", [problem(1)])))
     assert task.score(["    return x + 1\n"]) == {"rouge2": 1.0}
@@ -189,7 +189,7 @@ SHOT += "assert f{0}() == {0}\n[BEGIN]\n"
 SOLVED = SHOT + "def f{0}():\n  return {0}\n[DONE]\n\n"
 
 
-def test_mbpp_shows_problems_2_to_4_and_asks_those_of_the_split(tmp_path):
+def test_mbpp_has_problems_2_to_4_as_shots_and_asks_those_of_the_split(tmp_path):
     file = write_lines(tmp_path / "mbpp.jsonl", [small(number) for number in (1, 2, 3, 4, 5, 11, 12, 511)])
     task = load_task(TaskConfig("mbpp", file, allow_code_execution=True))
     assert [example.prompt for example in task.examples] == [
@@ -201,7 +201,7 @@ def test_mbpp_shows_problems_2_to_4_and_asks_those_of_the_split(tmp_path):
     assert only.prompt == SHOT.format(511)
 
 
-def test_what_mbpp_sets_up_for_its_tests_may_use_the_answer(tmp_path):
+def test_the_setup_of_mbpp_can_use_the_answer(tmp_path):
     row = small(367, test_setup_code="root = Node(1)\r\n", test_list=["assert root.value == 1"])
     task = load_task(TaskConfig("mbpp", write_lines(tmp_path / "mbpp.jsonl", [row]), shots=0, allow_code_execution=True))
     answer = "class Node:\n  def __init__(self, value):\n    self.value = value"
@@ -209,7 +209,7 @@ def test_what_mbpp_sets_up_for_its_tests_may_use_the_answer(tmp_path):
     assert task.score(["def f(): pass"])["pass@1"] == 0.0
 
 
-def test_mbpp_in_its_sanitized_form_brings_imports(tmp_path):
+def test_the_sanitized_form_of_mbpp_has_imports(tmp_path):
     rows = [small(7), small(8, test_imports=["import math"], test_list=["assert math.floor(f8()) == 8"])]
     for row in rows:
         row["prompt"] = row.pop("text")
@@ -237,7 +237,7 @@ ODD = (5, None, True, 1e308, [], {}, [5], [None], [[]], {"a": 1}, ["a", 5], "")
 )
 @pytest.mark.parametrize("odd", ODD, ids=repr)
 def test_mbpp_rows_of_wrong_types_are_named(tmp_path, column, needed, odd):
-    """Each is an error of its row, or of a kind that the column may have."""
+    """Each value is an error that names its row, or a type that the column can have."""
     fits = {"task_id": (5, None, ""), "test_setup_code": (None, ""), "test_imports": (None, [])}.get(column, ())
     file = write_lines(tmp_path / "rows.jsonl", [small(1), small(2, **{column: odd})])
     if odd in fits and odd is not True:
@@ -295,7 +295,7 @@ def test_columns_of_parquet_and_of_the_hub_are_found_too(tmp_path, hub):
 
 @pytest.mark.parametrize("text", ["word" * 5000, "one" + " " * 9000 + "two"])
 def test_lm_of_texts_with_few_words(tmp_path, text):
-    """A place in the middle of a word, and one with nothing but space after it."""
+    """Passages that start inside a word, or in whitespace."""
     file = tmp_path / "text.md"
     file.write_text(text)
     examples = load_task(TaskConfig("lm", str(file))).examples
@@ -374,7 +374,7 @@ def test_a_split_without_rows_is_named(tmp_path):
         ({"task": "mbpp", "split": "dev"}, r"`split` must be one of test, validation, train for `task` mbpp, got dev"),
     ],
 )
-def test_what_a_task_does_not_have_is_named(keywords, message):
+def test_settings_and_data_that_a_task_lacks_are_named(keywords, message):
     with pytest.raises((ConfigError, DataError), match=message):
         load_task(TaskConfig(**keywords))
 
@@ -387,12 +387,12 @@ def test_what_a_task_does_not_have_is_named(keywords, message):
         ({"shots": -1}, "`shots` must be at least 0, got -1"),
     ],
 )
-def test_settings_that_cannot_be_are_named(keywords, message):
+def test_invalid_settings_are_named(keywords, message):
     with pytest.raises(ConfigError, match=message):
         TaskConfig(**keywords)
 
 
-def test_a_hub_that_cannot_be_reached_points_to_data(monkeypatch):
+def test_if_the_hub_is_unreachable_the_error_names_the_data_setting(monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("offline\nmore")
 

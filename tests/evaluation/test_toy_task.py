@@ -1,4 +1,4 @@
-"""A task is one module and one line: every command and report has it then."""
+"""A task is one module and one line: then bench and all reports have it."""
 
 import csv
 import json
