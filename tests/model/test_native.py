@@ -256,7 +256,7 @@ def test_kernels_of_another_version_are_refused(monkeypatch):
     """As after a pull in a checkout."""
     monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
     with pytest.raises(LayerSkipError, match=OTHER_VERSION):
-        compiled.kernels.__wrapped__()
+        compiled.kernels.__wrapped__(BUILT[0])
 
 
 @needs_kernels
@@ -267,7 +267,7 @@ def test_kernels_whose_structures_have_other_sizes_are_refused(monkeypatch, stru
     changed = tuple(longer if each is structure else each for each in compiled.STRUCTURES)
     monkeypatch.setattr(compiled, "STRUCTURES", changed)
     with pytest.raises(LayerSkipError, match=OTHER_VERSION):
-        compiled.kernels.__wrapped__()
+        compiled.kernels.__wrapped__(BUILT[0])
 
 
 SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -420,7 +420,8 @@ def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(abse
 
 
 @needs_kernels
-def test_no_note_where_kernels_are():
+def test_no_note_where_kernels_are(monkeypatch):
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
     assert compiled.kernel_note() is None
 
 
@@ -428,6 +429,7 @@ def test_no_note_where_kernels_are():
 def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkeypatch, tmp_path, threads):
     """From a copy of the library, which has variables of its own."""
     threads(2)
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
     ids, threaded = ids_of(1, 12), model_of("fp32")
     monkeypatch.setattr(compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads"))
     (built,) = Path(compiled.__file__).parent.glob(f"_{variant}.*.so")
