@@ -1,4 +1,4 @@
-"""What a training run says of itself, as lines for people."""
+"""The lines that `finetune` prints: the plan, the progress, the losses."""
 
 import os
 import shlex
@@ -19,8 +19,8 @@ def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
         f"{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
         f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"
         f"{' over ' + ','.join(map(str, recipe.exits)) if recipe.exits else ''}"
-        f"{f' R={recipe.rotation}' if recipe.rotation else ''}, {plan.exits_per_step:.1f} exits a step; "
-        f"a step costs {plan.cost:.2f}x one without the recipe" + "".join(f"\n{note}" for note in plan.notes)
+        f"{f' R={recipe.rotation}' if recipe.rotation else ''}, {plan.exits_per_step:.1f} exits per step; "
+        f"a step costs {plan.cost:.2f}x a step without the recipe" + "".join(f"\n{note}" for note in plan.notes)
     )
 
 
@@ -40,7 +40,7 @@ def report_text(report: StepReport) -> str:
 
 
 def losses_text(info: CheckpointInfo) -> str:
-    """The last loss of every exit; those on held-out rows in a line of their own, where there are any."""
+    """The last loss of every exit, and in a second line the losses on held-out rows if there are any."""
     kinds = (("final_losses", "loss by exit"), ("validation_losses", "on held-out rows"))
     return "\n".join(
         f"{what}: " + "  ".join(f"{layer}: {loss:.3f}" for layer, loss in info.details[name].items())
@@ -50,14 +50,14 @@ def losses_text(info: CheckpointInfo) -> str:
 
 
 def resume_command() -> str:
-    """The command line that goes on with the run that this process was started for."""
+    """The command line that resumes the run of this process."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     command = shlex.join(["layerskip", *arguments, "--resume"])
     return command if "WORLD_SIZE" not in os.environ else f"{command} (under torchrun, as before)"
 
 
 def spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:
-    """At most `count` exits at even distances: a line has room for no more."""
+    """At most `count` exits at even distances, so that they fit in one line."""
     items = list(losses.items())
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 
@@ -26,17 +27,16 @@ class StepReport:
 class StepSums:
     """Sums over the micro-batches of one optimizer step. They stay on the device: reading them would wait for it."""
 
-    loss: Tensor | None = None
-    per_exit: Tensor | None = None
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    per_exit: Tensor = field(default_factory=lambda: torch.zeros(()))  # (exits,) from the first micro-batch on
     exit_layers: tuple[int, ...] = ()
     tokens: int = 0
     micro_batches: int = 0
     targets: Tensor | int = 1  # target tokens of the whole step, over all micro-batches and processes
 
     def add(self, output: dict[str, Any], tokens: int, targets: Tensor | int) -> None:
-        loss, per_exit = output["loss"].detach(), output["per_exit"]
-        self.loss = loss if self.loss is None else self.loss + loss
-        self.per_exit = per_exit if self.per_exit is None else self.per_exit + per_exit
+        self.loss = self.loss + output["loss"].detach()
+        self.per_exit = self.per_exit + output["per_exit"]
         self.exit_layers = output["exit_layers"]
         self.tokens += tokens
         self.micro_batches += 1

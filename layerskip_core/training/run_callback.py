@@ -62,7 +62,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """Clips the gradient in place of Trainer (`max_grad_norm` is 0), which does not show its norm to callbacks in time."""
         self._grad_norm = float(self._trainer.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM))
         if not math.isfinite(self._grad_norm):
-            assert self._run.sums.loss is not None
             loss = float(self._run.sums.loss)
             what = "norm of the gradient" if math.isfinite(loss) else "loss"
             value = self._grad_norm if math.isfinite(loss) else loss
@@ -112,7 +111,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def _reduced(self, sums: StepSums, step: int) -> tuple[StepLosses, float, bool]:
         """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
-        assert sums.loss is not None and sums.per_exit is not None
         signalled = float(self._interruption.signal is not None)
         counts = torch.tensor([sums.tokens, signalled], device=sums.loss.device)
         values = torch.cat([sums.loss[None], sums.per_exit, counts])

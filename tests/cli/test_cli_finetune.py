@@ -45,7 +45,8 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu, about \d+ MB", how)
     # R = L / 3; of the six layer indices every second one is on, and the last always.
     assert re.fullmatch(
-        r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits a step; a step costs [\d.]+x one without the recipe",
+        r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits per step; a step costs "
+        r"[\d.]+x a step without the recipe",
         recipe,
     )
     assert list(Path().iterdir()) == []
@@ -54,7 +55,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
 def test_named_exits_alone_are_trained(finetune):
     result = run(*finetune("--steps", "2", "--curriculum", "all", "--exits", "2:4:2"))
     assert (result.code, result.out) == (0, "")
-    assert "recipe: p_max 0.2, e_scale 1.0, all over 2,4, 3.0 exits a step; " in result.err
+    assert "recipe: p_max 0.2, e_scale 1.0, all over 2,4, 3.0 exits per step; " in result.err
     assert re.search(r"^loss by exit: 2: [\d.]+  4: [\d.]+  6: [\d.]+$", result.err, re.MULTILINE)
 
 

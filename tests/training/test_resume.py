@@ -89,7 +89,8 @@ def test_a_run_that_is_killed_terminated_and_damaged_ends_with_the_same_weights(
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (143, "")
     assert f"going on from {checkpoint(cut, first)}" in err
-    message = re.search(r"interrupted after step (\d+) of 40; saved (\S+); go on with: layerskip (.*)\n", err)
+    message = re.search(r"interrupted after step (\d+) of 40; saved (\S+); continue with: layerskip (.*)\n", err)
+    assert message, err
     last = int(message[1])
     assert first + 3 <= last < 40 and message[2] == str(checkpoint(cut, last)) and max(steps_saved(cut)) == last
     assert message[3].split() == [*shared, "--output", cut, "--resume"]
@@ -153,7 +154,7 @@ def test_a_run_that_replaces_a_model_is_resumed_by_the_command_it_prints(base, t
         cut = run("finetune", "--model", base, "--samples", "8", "--steps", "3", "--batch-size", "4", "--output", str(output),
                   "--overwrite")  # fmt: skip
     assert cut.code == 143 and steps_saved(output) == [2]
-    ended = run(*re.search("go on with: layerskip (.*)\n", cut.err)[1].split())
+    ended = run(*re.search("continue with: layerskip (.*)\n", cut.err)[1].split())
     assert ended.code == 0 and f"going on from {checkpoint(output, 2)}" in ended.err
     assert len((output / "losses.jsonl").read_text().splitlines()) == 3
 

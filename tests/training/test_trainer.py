@@ -217,7 +217,7 @@ def test_the_cost_of_a_step(settings):
     assert job.plan.exits_per_step == 2.5
     assert job.plan.cost == pytest.approx((layers * kept + head * 2.5) / (layers + head), rel=1e-6)
     assert prepare(settings(recipe=PLAIN)).plan.cost == 1
-    taught = prepare(settings(recipe=replace(RECIPE, distill=0.5))).plan  # 1.5 early exits a step, a third of a head each
+    taught = prepare(settings(recipe=replace(RECIPE, distill=0.5))).plan  # 1.5 early exits per step, a third of a head each
     assert taught.cost == pytest.approx((layers * kept + head * 3) / (layers + head), rel=1e-6)
 
 
@@ -318,15 +318,19 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights(settings):
     assert torch.equal(head, before)
 
 
-def test_losses_go_where_they_are_reported_to(settings, monkeypatch):
-    logged = []
+def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
+    logged, folders = [], []
 
     class Recorder(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            folders.append(args.output_dir)
+
         def on_log(self, args, state, control, logs=None, **_):
             logged.append((state.global_step, logs))
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
     reports = train(settings(report_to="recorder"))
+    assert folders == [str(tmp_path / "out" / "checkpoints")]  # where tensorboard writes, and not in a staging folder
     steps = [(step, logs) for step, logs in logged if "loss" in logs]
     assert [step for step, _ in steps] == [1, 2, 3, 4]
     for (_, logs), report in zip(steps, reports, strict=True):

@@ -1,0 +1,58 @@
+"""Packages import only packages below them, and no modules import each other in a circle."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent / "layerskip_core"
+
+# From the bottom up. Packages of one level do not import each other.
+LEVELS = [
+    {"errors"},
+    {"config", "storage", "embedded"},
+    {"data", "prompting", "model", "losses"},
+    {"checkpoint"},
+    {"decoding"},
+    {"training", "evaluation", "language_model"},
+]
+LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
+
+
+def modules():
+    """Name -> syntax tree, of every module below layerskip_core; a package has the name of its folder."""
+    trees = {}
+    for file in sorted(ROOT.rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        trees[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = (ast.parse(file.read_text()), file)
+    return trees
+
+
+def imports(name, tree, file, known):
+    """The modules that a module imports, in functions too; not those under `if TYPE_CHECKING`."""
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {child for guard in guards for child in ast.walk(guard)}
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node not in for_types:
+            base = package[: len(package) - (node.level - 1)] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                target = ".".join([*base, alias.name])
+                yield target if target in known else ".".join(base)
+
+
+def graph():
+    trees = modules()
+    return {name: set(imports(name, tree, file, trees)) - {name} for name, (tree, file) in trees.items()}
+
+
+def test_no_package_imports_a_package_above_it():
+    edges = [(name, target) for name, targets in graph().items() if name for target in targets]
+    tops = [(name.split(".")[0], target.split(".")[0], f"{name} imports {target}") for name, target in edges]
+    assert [text for top, other, text in tops if top != other and LEVEL_OF[top] <= LEVEL_OF[other]] == []
+    assert {"data", "model", "checkpoint"} <= {other for top, other, _ in tops if top == "training"}  # edges are found at all
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    left = graph()
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    assert sorted(left) == []
