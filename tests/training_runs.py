@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.data import DataConfig
-from layerskip_core.config.training import FinetuneConfig, RecipeConfig
+from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data.examples import load_examples
 from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.prepare import prepare
 from layerskip_core.training.recipe import resolve_recipe
 from layerskip_core.training.tokenizer import train_tokenizer
 
-RECIPE = RecipeConfig(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
+RECIPE = RecipeSettings(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
 
 
 class Interrupted(Exception):

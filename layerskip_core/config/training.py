@@ -64,17 +64,13 @@ class RecipeSettings:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One training run, as asked. None: the preset of the regime (see training/presets.py), or the data decides.
-
-    `recipe_changes` is asked of the preset's recipe; a whole `recipe` stands in place of both.
-    """
+    """One training run, as asked. None: the preset of the regime (see training/presets.py), or the data decides."""
 
     model: str = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
     output: str = "layerskip-model"
     regime: Regime = "finetune"
-    recipe: RecipeConfig | None = None
-    recipe_changes: RecipeSettings = field(default_factory=RecipeSettings)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
     lr: float | None = None
     steps: int | None = None
     epochs: float = 1.0

@@ -86,7 +86,7 @@ def make_plan(
     """
     backend = trainable.backend
     parameters = sum(parameter.numel() for parameter in trainable.model.parameters())
-    asked = config.recipe or config.recipe_changes.over(recipe_preset(config.regime, parameters))
+    asked = config.recipe.over(recipe_preset(config.regime, parameters))
     for exit_layer in asked.exits:
         require_exit_layer(exit_layer, backend.num_layers, field="exits")
     if asked.rotation is None and sealed.get("rotation"):
@@ -130,7 +130,6 @@ def sealed_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any
 def resolved_config(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
     """The fields of a config with the plan's values where none was asked for, as a JSON file gives them back."""
     fields = asdict(config) | {"recipe": asdict(plan.recipe), "lr": plan.lr, "max_length": plan.max_length}
-    del fields["recipe_changes"]
     resolved: dict[str, Any] = json.loads(json.dumps(fields))
     return resolved
 

@@ -18,6 +18,7 @@ from command_line import run, start
 from training_runs import RECIPE, Interrupted, saved_base, stop_at, train, weights
 
 from layerskip_core.config.data import DataConfig
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import checkpoints, module, recipe
 from layerskip_core.training.prepare import prepare
@@ -310,7 +311,7 @@ def test_a_default_that_changes_does_not_alter_a_resumed_run(settings, tmp_path,
         prepare(settings(**asked)).run(stop_at(2))
     assert json.loads((checkpoint(tmp_path / "out", 1) / "complete.json").read_text())["settings"]["rotation"] == 1
     monkeypatch.setattr(recipe, "_LARGE_VOCABULARY", 0)
-    assert prepare(settings(output=str(tmp_path / "other"), recipe=None)).plan.recipe.rotation == 3
+    assert prepare(settings(output=str(tmp_path / "other"), recipe=RecipeSettings())).plan.recipe.rotation == 3
     assert prepare(settings(**asked, resume=True)).plan.recipe.rotation == 1
     with pytest.raises(ConfigError, match="`resume`: rotation was 1 in the run to go on with, and is 2 now"):
         prepare(settings(save_steps=1, resume=True))  # which asks for R = 2

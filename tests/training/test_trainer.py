@@ -13,7 +13,7 @@ from transformers.integrations import integration_utils
 from layerskip_core.checkpoint.load import for_training
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.training import RecipeConfig
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
 from layerskip_core.model.draft_vocabulary import token_order
 from layerskip_core.training import module, trainer
@@ -24,7 +24,7 @@ from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.order import run_order
 from layerskip_core.training.prepare import prepare
 
-PLAIN = RecipeConfig(p_max=0, curriculum="none")
+PLAIN = RecipeSettings(p_max=0, curriculum="none")
 
 
 def same_length_rows(tmp_path, count=8):
@@ -35,7 +35,7 @@ def same_length_rows(tmp_path, count=8):
     return DataConfig(name=str(file))
 
 
-@pytest.mark.parametrize("recipe", [PLAIN, RecipeConfig(p_max=0, curriculum="all")], ids=["plain", "all exits"])
+@pytest.mark.parametrize("recipe", [PLAIN, RecipeSettings(p_max=0, curriculum="all")], ids=["plain", "all exits"])
 def test_accumulation_gives_the_same_loss_and_weights(settings, tmp_path, recipe):
     """4 x 1 and 1 x 4: the same rows in each step, the same means over target tokens; tolerance: fp32 sums in another order."""
     data = same_length_rows(tmp_path)
@@ -117,7 +117,7 @@ def recording_batches(forward, batches):
 
 def test_a_small_set_is_memorised(settings, tmp_path):
     data = same_length_rows(tmp_path)
-    reports = train(settings(data=data, recipe=RecipeConfig(p_max=0, curriculum="all"), steps=80, batch_size=8, lr=1e-2))
+    reports = train(settings(data=data, recipe=RecipeSettings(p_max=0, curriculum="all"), steps=80, batch_size=8, lr=1e-2))
     first, last = reports[0], reports[-1]
     assert last.final_loss < 0.5 < first.final_loss - 3
     assert last.exit_losses[2] < first.exit_losses[2] - 2  # a middle exit learns with it
