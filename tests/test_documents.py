@@ -1,12 +1,12 @@
 """The documents: links lead somewhere, the commands, flags and names in them exist, and the map of the code is true."""
 
-import ast
 import re
 from pathlib import Path
 from pkgutil import resolve_name
 from textwrap import dedent
 
 import pytest
+from test_imports import LEVEL_OF
 from typer.main import get_command
 
 import layerskip_core
@@ -112,25 +112,11 @@ def test_how_tos_show_code_that_is_tested(heading, module):
     assert example and example[1] in text_of(ROOT / module)
 
 
-def imported_by(path):
-    """The packages of layerskip_core that a module imports from."""
-    package = path.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(text_of(path))):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            named = [*base, *(node.module or "").split(".")]
-            yield from (name for name in named[1:2] if named[0] == "layerskip_core")
-
-
-def test_packages_import_only_from_those_above_them_in_the_map():
+def test_the_map_has_the_order_in_which_packages_import():
+    """Held against the imports by tests/test_imports.py."""
     order = re.findall(r"^(\w+)(?:/|\.py) ", block(CORE / "README.md", ""), re.MULTILINE)
-    for path in CORE.rglob("*.py"):
-        own = path.relative_to(CORE).with_suffix("").parts[0]
-        if own == "__init__":  # the front door
-            continue
-        for other in imported_by(path):
-            assert order.index(other) <= order.index(own), f"{path} imports {other}"
-            assert {own, other} != {"training", "evaluation"}, path
+    levels = [LEVEL_OF[package] for package in order]
+    assert order and levels == sorted(levels)
 
 
 def test_the_map_names_every_module():
