@@ -1,1 +1,1 @@
-"""The `layerskip` command: turns flags into the core's settings, and its results into text."""
+"""The `layerskip` command: turns flags into settings for the core, and its results into text."""

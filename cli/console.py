@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
 
 _SMALL_WIDTH = 256  # of the hidden states
-_PLAIN_SECONDS = 10.0  # between two plain lines
+_PLAIN_SECONDS = 10.0  # between two progress lines
 
 
 @cache

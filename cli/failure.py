@@ -1,4 +1,4 @@
-"""Whatever ends a command, as the one line that people see."""
+"""Any exception that ends a command, as one line on stderr."""
 
 import sys
 import traceback
@@ -10,18 +10,18 @@ from .console import stderr_console
 from .options import with_flags
 
 _LONGEST = 2_000  # characters of a message
-_HIDDEN = ("Cc", "Cs")  # control characters, which a terminal obeys, and halves of surrogate pairs
+_HIDDEN = ("Cc", "Cs")  # control characters, which terminals act on, and lone surrogates
 
 
 def tell(error: BaseException, debug: bool) -> None:
-    """Prints `error: ...` on stderr; before it, with `debug`, where it was raised."""
+    """Prints `error: ...` on stderr; with `debug`, the traceback before it."""
     if debug:
         traceback.print_exception(error, file=sys.stderr)
     stderr_console().print(f"error: {one_line(error)}", style=None, markup=False, highlight=False, soft_wrap=True)
 
 
 def one_line(error: BaseException) -> str:
-    """What is wrong. A bug's exception has its type's name before it, and how to see more of it behind it."""
+    """What is wrong. An unexpected exception is shown with its type, and with how to see its traceback."""
     text = _folded(with_flags(str(error)))
     kind = type(error).__name__
     if isinstance(error, LayerSkipError | OSError):

@@ -1,4 +1,4 @@
-"""`layerskip inspect`: what the model would have said after every layer."""
+"""`layerskip inspect`: what the model would have answered after every layer."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.inspection import Inspection, TokenTrace
 
 _EXAMPLE = "remind me to call mom at 5"
-_CELL = 9  # characters of a token that are shown
+_CELL = 9  # characters shown of a token
 _FORMATS = ("table", "json")
 
 
@@ -74,18 +74,18 @@ def inspect(
     console = ResultsConsole()
     shown = wanted or _spread(count, _room(console))
     require(shown[0] >= 1 and shown[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, shown)))
-    found = run_inspect(loaded, _prompt(prompt), max_new_tokens)
+    inspection = run_inspect(loaded, _prompt(prompt), max_new_tokens)
     if output is not None:
-        write_file(_page_file(output), inspection_page(found).encode(), LayerSkipError)
+        write_file(_page_file(output), inspection_page(inspection).encode(), LayerSkipError)
         narrate(f"wrote {output}")
     if format == "json":
-        typer.echo(json.dumps(found.document(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(inspection.document(), indent=2, ensure_ascii=False))
     else:
-        _print(found, shown, console)
+        _print(inspection, shown, console)
 
 
 def _page_file(output: str) -> Path:
-    """Raises LayerSkipError for a file in no folder, and for one of a model, which the page must not replace."""
+    """Raises LayerSkipError if the folder does not exist, and for a file of a model, which must not be replaced."""
     from layerskip_core.checkpoint.model_files import model_files
 
     file = Path(output)
@@ -106,17 +106,17 @@ def _prompt(given: str | None) -> str:
 
 
 def _room(console: Console) -> int:
-    """How many layers fit beside a token and its count."""
+    """The number of layers that fit next to a token and its count."""
     return max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))
 
 
 def _spread(num_layers: int, count: int) -> tuple[int, ...]:
-    """About that many layers at even distances, the last one among them."""
+    """About `count` evenly spaced layers, the last one included."""
     return tuple(sorted({max(1, round(num_layers * part / count)) for part in range(1, count + 1)}))
 
 
-def _print(found: "Inspection", layers: tuple[int, ...], console: Console) -> None:
-    """A row for each token, a column for each layer; in as many tables as the terminal's width asks for."""
+def _print(inspection: "Inspection", layers: tuple[int, ...], console: Console) -> None:
+    """A row per token and a column per layer, in as many tables as the terminal's width requires."""
     room = _room(console)
     for start in range(0, len(layers), room):
         part = layers[start : start + room]
@@ -125,26 +125,25 @@ def _print(found: "Inspection", layers: tuple[int, ...], console: Console) -> No
         table.add_column("needed", justify="right", no_wrap=True)
         for layer in part:
             table.add_column(f"layer {layer}", no_wrap=True, width=_CELL)
-        for one in found.tokens:
-            table.add_row(Text(_visible(one.token)), str(one.settled), *(_cell(one, layer) for layer in part))
+        for trace in inspection.tokens:
+            table.add_row(Text(_visible(trace.token)), str(trace.settled), *(_cell(trace, layer) for layer in part))
         console.print(table)
         console.print()
     console.print(
-        f"A token needed {found.mean_layers:.1f} of {found.num_layers} layers on average. "
+        f"A token needed {inspection.mean_layers:.1f} of {inspection.num_layers} layers on average. "
         "Green or =: correct from this layer on. Yellow or ~: correct here, but not in every later layer.",
         markup=False,
     )
 
 
-def _cell(one: "TokenTrace", layer: int) -> Text:
-    said = _visible(one.predictions[layer - 1].token)
-    if layer >= one.settled:
-        return Text("=" + said, "bold green")
-    right = one.predictions[layer - 1].token == one.token
-    return Text("~" + said, "yellow") if right else Text(" " + said, "dim")
+def _cell(trace: "TokenTrace", layer: int) -> Text:
+    predicted = trace.predictions[layer - 1].token
+    if layer >= trace.settled:
+        return Text("=" + _visible(predicted), "bold green")
+    return Text("~" + _visible(predicted), "yellow") if predicted == trace.token else Text(" " + _visible(predicted), "dim")
 
 
 def _visible(token: str) -> str:
-    """A token on one line, its blanks to be seen."""
+    """A token on one line, with visible whitespace."""
     line_end, blank = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
     return token.replace("\n", line_end).replace("\t", blank).replace(" ", blank)

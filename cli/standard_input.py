@@ -1,4 +1,4 @@
-"""Standard input, which carries prompts and nothing else: no library may read an answer to a question of its own from it."""
+"""Standard input, which carries prompts only: no library can read it as the answer to a question of its own."""
 
 import io
 import sys
@@ -8,20 +8,20 @@ _taken: TextIO | None = None
 
 
 def take() -> None:
-    """Keeps standard input for `prompts_stream` and leaves an empty one in its place. `main` calls it before anything else."""
+    """Keeps standard input for `prompts_stream` and replaces it by an empty stream. `main` calls this first."""
     global _taken
     _taken, sys.stdin = sys.stdin, io.StringIO()
 
 
 def is_piped() -> bool:
-    """Whether there is an input, and it is not a terminal."""
+    """Whether standard input exists and is not a terminal."""
     return _taken is not None and not _taken.isatty()
 
 
 def prompts_stream() -> TextIO:
-    """The input that `take` kept, as UTF-8 text; empty where the process was started without one.
+    """The input that `take` kept, as UTF-8 text; empty if the process was started without one.
 
-    Bytes that are none become halves of surrogate pairs, as in arguments: the prompt that they are in is then refused.
+    Invalid bytes become lone surrogates, as in arguments, so that the prompt they are in is refused.
     """
     if _taken is None:
         return io.StringIO()

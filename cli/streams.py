@@ -1,4 +1,4 @@
-"""The standard streams, in whatever state the shell left them: closed, full, or with a reader that went away."""
+"""The standard streams, usable in any state that the shell left them in: closed, full, or with a reader that went away."""
 
 import errno
 import os
@@ -11,30 +11,30 @@ from . import standard_input
 
 
 def take() -> None:
-    """Makes all three usable. `main` calls it before anything else."""
+    """Makes all three usable. `main` calls this first."""
     _fill_descriptors()
     standard_input.take()
-    # A descriptor that was closed is now /dev/null for reading: what is written to it fails, and is told as an error.
+    # A descriptor that was closed is now /dev/null for reading: writing to it fails, which is reported as an error.
     out = sys.stdout if sys.stdout is not None else open(1, "w", closefd=False)  # noqa: SIM115
     out.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # whatever the locale
     sys.stdout = _Results(out)
     err = sys.stderr if sys.stderr is not None else open(os.devnull, "w")  # noqa: SIM115
-    err.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as it is unless someone replaced it
+    err.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as it is, unless it was replaced
     sys.stderr = _Narration(err)
 
 
 def finish() -> None:
-    """Writes what is buffered. Raises LayerSkipError when that fails, BrokenPipeError when nobody reads it."""
+    """Flushes standard output. Raises LayerSkipError if that fails, BrokenPipeError if its reader went away."""
     sys.stdout.flush()
 
 
 def give_up() -> None:
-    """Lets what is still buffered for standard output go to /dev/null, so that the interpreter's exit does not fail on it."""
+    """Sends what is still buffered for standard output to /dev/null, so that the interpreter's exit does not fail."""
     _to_null(sys.stdout)
 
 
 class _Results:
-    """Standard output, whose failures are errors that name it."""
+    """Standard output; failures to write become errors that name it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -56,7 +56,7 @@ class _Results:
 
 
 class _Narration:
-    """Standard error, which may fail without a command's failing: what it says is lost, what it works on is not."""
+    """Standard error; failures to write are ignored, because progress messages must not end a command."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -86,7 +86,7 @@ def _named(error: OSError) -> Exception:
 
 
 def _fill_descriptors() -> None:
-    """Descriptors 0 to 2 that are closed become /dev/null; else the next file opened would take their place, and C's output."""
+    """Opens /dev/null on closed descriptors 0 to 2. Otherwise the next file opened would get their number, and C's output."""
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
     os.close(descriptor)
@@ -95,7 +95,7 @@ def _fill_descriptors() -> None:
 def _to_null(stream: Any) -> None:
     try:
         descriptor = stream.fileno()
-    except (OSError, ValueError):  # no file beneath
+    except (OSError, ValueError):  # not a file
         return
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)

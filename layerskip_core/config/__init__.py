@@ -1,1 +1,1 @@
-"""Settings of every command, validated where they are made. Standard library only, so that `--help` stays fast."""
+"""The settings of every command, validated when they are made. Standard library only, so that the command line starts fast."""

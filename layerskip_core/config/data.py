@@ -8,7 +8,7 @@ from .ranges import require_ranges
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; which columns; how many rows (0: all).
+    """A data set: a name (`commands`, `topv2`), a file or folder, or a hub id; its columns; the number of rows (0: all).
 
     `setting` is the one that named the data, for errors.
     """

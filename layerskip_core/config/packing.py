@@ -12,7 +12,7 @@ Quantization = Literal["int8", "int4"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 
-EXACT_TOKENS = 64  # an exact call has no more; longer ones are prompts, which every way of decoding runs alike
+EXACT_TOKENS = 64  # the most in an exact call; longer calls are prompts, which every strategy runs in the same way
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class PackingConfig:
     """How the weights of a model that only decodes are stored; the embedding keeps its precision.
 
     `quantize`: low-bit linear layers and head. `draft_weights`: a low-bit copy of the head and of the first `draft_layers` (0:
-    all but the last), used to draft only; without it `draft_layers` means nothing. `draft_vocab`: drafts are chosen among so
-    many tokens, by token_order.json the most frequent of the training data, else the tokenizer's first (0: all). `exact`:
-    self-speculative output is that of plain decoding bit for bit, in every precision.
+    all but the last), for drafting only; without it `draft_layers` has no effect. `draft_vocab`: drafts are chosen among this
+    many tokens (0: all): the most frequent of the training data if there is a token_order.json, else the tokenizer's first.
+    `exact`: self-speculative output is bit for bit that of autoregressive decoding, in every precision.
     """
 
     quantize: Quantization | None = None
@@ -39,10 +39,10 @@ class PackingConfig:
 
     @property
     def drafts_apart(self) -> bool:
-        """Whether drafts have a head, and perhaps layers, of their own."""
+        """Whether drafts have a head of their own, and possibly layers."""
         return self.draft_weights is not None or self.draft_vocab > 0
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weights stay as they are, which is all that a model that is not repacked can do."""
+        """Whether the weights stay as they are; a model that is not repacked supports nothing else."""
         return self.quantize is None and not self.drafts_apart and not self.exact

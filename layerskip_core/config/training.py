@@ -21,7 +21,7 @@ REGIMES: tuple[str, ...] = get_args(Regime)
 class RecipeConfig:
     """The LayerSkip recipe (Elhoushi et al., ACL 2024, sections 4.1 and 4.2).
 
-    `exit_weights`: how the exits' losses weigh, see training/exit_loss.py; the paper's formula gives early ones very little.
+    `exit_weights`: the weights of the exits' losses, see training/exit_loss.py; the paper's give early exits very little.
     `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among; empty is all L, as in the paper. `rotation`
     is R of the rotational curriculum; None picks n/3 (at least 1) up to a vocabulary of 8k and n-1 above it, where every
     extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is

@@ -121,6 +121,8 @@ _OF_FLAGS = {
     "--format": ("table", "json", "csv", "markdown", "html"),
     "--task": ("commands", "jsonl", "lm", "humaneval", "mbpp", "cnn_dm", "xsum", "x", "../x"),
     "--metric": ("exact_match", "rouge1", "rougeL", "rouge9"),
+    "--stop": ("a", "\n", "{prompt}", "x" * 3000),
+    "--system": ("Be short.", "{prompt}", "{{ messages }}", "<|im_end|>", "x" * 3000),
     "--split": ("train", "validation", "test", "compositional", "x", "../x", "train[:3]"),
     "--template": ("chat", "raw", "{prompt}", "{prompt}{prompt}", "{prompt!r:>9999999999}", "{}", "no", "{prompt}" * 3000),
     "--prompt-template": ("chat", "{prompt}", "{prompt}{x}", "{", "{prompt}" * 3000),
