@@ -202,7 +202,7 @@ def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
     assert (skipped.tokens_per_second, skipped.identical_outputs, skipped.pareto) == (None, None, False)
     assert rows["early-exit", 5, None].perplexity is not None
     assert record.prediction_error.settings == 1
-    assert "3 settings with lower predicted speed were not measured" in record.recommendation.reason
+    assert "; not measured because of a lower predicted speed: 3" in record.recommendation.reason
 
 
 def test_prediction_error_of_known_figures():

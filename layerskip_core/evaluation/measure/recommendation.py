@@ -23,7 +23,7 @@ def recommend(results: Sequence[ExitResult], near_tie: float, drift: float) -> R
     if len(faithful) < len(measured):
         notes += f"; {len(measured) - len(faithful)} of {len(measured)} settings changed the output and were excluded"
     if len(measured) < len(settings):
-        notes += f"; {len(settings) - len(measured)} settings with lower predicted speed were not measured"
+        notes += f"; not measured because of a lower predicted speed: {len(settings) - len(measured)}"
     if drift > _NOISY:
         notes += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
     best = max(faithful, key=lambda result: result.speedup or 0.0, default=None)
