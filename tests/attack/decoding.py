@@ -12,7 +12,8 @@ CASES, SHORT = 120, range(0, 12, 2)  # each with several settings
 _SETTINGS = 25
 _KINDS = (
     *("generic", "packed", "windows", "native", "native bf16", "native int8", "native int4", "int8 drafts", "few drafts"),
-    *("smollm3", "gemma3_text", "qwen2"),
+    *("smollm3", "gemma3_text", "qwen2", "native gemma2", "native gemma3_text", "native granite", "native olmo3"),
+    *("native phi3", "native starcoder2"),
 )
 _COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position", "accepted_by_position")
 
@@ -40,6 +41,7 @@ def _model(kind: str) -> Any:
 
     from layerskip_core.config.packing import PackingConfig
     from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+    from layerskip_core.model.architectures import ARCHITECTURES
 
     wide = {"intermediate_size": 64, "hidden_size": 64}
     if kind in ("generic", "gemma3_text"):
@@ -54,7 +56,8 @@ def _model(kind: str) -> Any:
         "few drafts": PackingConfig(draft_vocab=30),
     }.get(kind)
     dtype = torch.bfloat16 if "bf16" in kind or "int4" in kind else torch.float32
-    tiny = tiny_model("llama", dtype, **wide)
+    named = kind.removeprefix("native ")
+    tiny = tiny_model(named if named in ARCHITECTURES else "llama", dtype, **wide)
     if not can_run_native(tiny.config, dtype, torch.device("cpu"), packing):  # only this backend promises identical bits
         return PackedBackend.of(tiny_model("llama", torch.float64))
     return NativeBackend.of(tiny, packing)

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_model
+from test_generic import CHANGES
 from test_packed import BIASES
 
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
-from layerskip_core.model.architectures import SUPPORTED
+from layerskip_core.model.architectures import ARCHITECTURES, SUPPORTED, is_complete
 
 LLAMA = {
     "model_type": "llama",
@@ -127,6 +128,27 @@ def test_scales_and_caps_are_those_of_the_architecture():
     assert scales("gemma2") == ((0.25, 5.6569, 1, 1), 50, 30)
     assert scales("gemma3_text") == ((0.25, 5.6569, 1, 1), None, 30)
     assert scales("granite") == ((0.5, 3, 0.7, 8), None, None)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_a_complete_configuration_gives_the_same_spec_without_transformers(model_type):
+    """Without any of the values that the architecture reads, it is not complete, because a default may apply."""
+    config = tiny_model(model_type, torch.float32, **CHANGES.get(model_type, {})).config
+    document = config.to_dict()
+    assert is_complete(document)
+    assert ModelSpec.of(SimpleNamespace(**document)) == ModelSpec.of(config)
+    architecture = ARCHITECTURES[model_type]
+    for name in ("hidden_size", "rope_parameters", architecture.activation, architecture.norm_eps):
+        assert not is_complete({key: value for key, value in document.items() if key != name})
+    assert not is_complete({**document, "model_type": "gpt2"})
+
+
+def test_values_that_only_some_architectures_read_must_be_there():
+    document = {**LLAMA, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    assert is_complete(document)
+    assert not is_complete({**document, "model_type": "granite"})  # its multipliers
+    assert not is_complete({**document, "model_type": "mistral"})  # sliding_window
+    assert is_complete({**document, "model_type": "mistral", "sliding_window": None})
 
 
 WHOLE = "must be a whole number in"
