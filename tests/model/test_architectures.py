@@ -66,8 +66,8 @@ def test_the_loss_of_the_last_exit_is_that_of_the_model(model_type):
         torch.testing.assert_close(weight.grad, gradients[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_embedding_dropout_is_that_of_training():
-    """Of Starcoder 2: a half of the embedding is zero in training, the rest is doubled; nothing changes in evaluation."""
+def test_embedding_dropout_acts_in_training():
+    """In training half of the embedding is zero and the rest is doubled; in evaluation nothing changes."""
     backend = GenericBackend(tiny_model("starcoder2", embedding_dropout=0.5))
     ids = torch.arange(3, 67)[None]
     plain = backend.embed(ids)

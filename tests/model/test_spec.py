@@ -1,4 +1,4 @@
-"""What a configuration says an architecture is, and what it may not say."""
+"""Specs of configurations, the values that are refused, and the checks of weights."""
 
 from math import inf, nan
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ def test_the_weights_are_those_that_transformers_makes(model_type, changes):
     assert (spec.layers, spec.head_dim, spec.context) == (6, 8, 128)
 
 
-def test_sizes_that_are_left_out():
+def test_default_sizes():
     spec = spec_of(head_dim=None, num_key_value_heads=None)
     assert (spec.head_dim, spec.kv_heads, spec.queries, spec.keys) == (8, 4, 32, 32)
 
@@ -86,15 +86,15 @@ def test_windows(changes, kinds, window):
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("used", [True, False])
-def test_a_window_is_what_transformers_takes_it_for(model_type, used):
-    """transformers' own logits over 11 tokens, of which the first must be out of a window of 5 or not."""
+def test_windows_equal_those_of_transformers(model_type, used):
+    """Logits over 11 tokens, the first of which are outside a window of 5."""
     window = {"sliding_window": 5, "use_sliding_window": used, "max_window_layers": 0}
     model, ids = tiny_model(model_type, **window), torch.randint(3, 67, (1, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids).logits
         backend = GenericBackend(model)
-        found = backend.unembed(backend.run_layers(backend.embed(ids), 0, 6, torch.arange(11)[None]))
-    torch.testing.assert_close(found, expected)
+        actual = backend.unembed(backend.run_layers(backend.embed(ids), 0, 6, torch.arange(11)[None]))
+    torch.testing.assert_close(actual, expected)
     assert backend.spec.window == (5 if used or model_type == "mistral" else None)
 
 
@@ -112,7 +112,7 @@ def test_a_longrope_ends_where_its_frequencies_would_change():
 
 
 def test_scales_and_caps_are_those_of_the_architecture():
-    """The same values in config.json mean something to some architectures only."""
+    """Each architecture reads only some of the values."""
     values = {
         "query_pre_attn_scalar": 16, "attention_multiplier": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
         "logits_scaling": 8.0, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
@@ -132,7 +132,7 @@ def test_scales_and_caps_are_those_of_the_architecture():
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_a_complete_configuration_gives_the_same_spec_without_transformers(model_type):
-    """Without any of the values that the architecture reads, it is not complete, because a default may apply."""
+    """It is incomplete if a value that the architecture reads is missing, because transformers may have another default."""
     config = tiny_model(model_type, torch.float32, **CHANGES.get(model_type, {})).config
     document = config.to_dict()
     assert is_complete(document)
@@ -143,7 +143,7 @@ def test_a_complete_configuration_gives_the_same_spec_without_transformers(model
     assert not is_complete({**document, "model_type": "gpt2"})
 
 
-def test_values_that_only_some_architectures_read_must_be_there():
+def test_a_configuration_is_complete_by_architecture():
     document = {**LLAMA, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     assert is_complete(document)
     assert not is_complete({**document, "model_type": "granite"})  # its multipliers
@@ -218,12 +218,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda value: str(value)[:60])
-def test_what_cannot_be_is_refused_by_name(changes, message):
+def test_invalid_values_are_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message):
         spec_of(**changes)
 
 
-def test_weights_are_compared_with_what_is_needed():
+def test_missing_and_misshapen_weights_are_refused():
     spec = spec_of()
     spec.check_weights({**spec.shapes, "another": (3,)})
     with pytest.raises(CheckpointError, match=r"2 weights are missing, lm_head\.weight the first"):
@@ -238,7 +238,7 @@ IMPLEMENTATIONS = [PackedBackend, NativeBackend]
 
 
 def pack(implementation, change, model_type="llama", dtype=torch.float32, packing=None, **shape):
-    """Packs the tiny model's weights after `change` did something to them."""
+    """Packs the tiny model's weights after `change` has edited them."""
     model = tiny_model(model_type, dtype, **shape)
     if implementation is NativeBackend and not can_run_native(model.config, dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
@@ -264,8 +264,8 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_every_weight_is_checked_where_it_is_packed(implementation, name):
-    """The kernels would read past the end of a short one. Two of the three projections of a layer with a bias, too."""
+def test_every_weight_is_checked_when_it_is_packed(implementation, name):
+    """The kernels would read past the end of a short weight."""
 
     def cut(weights):
         weights[name] = weights[name][:-1]
@@ -283,8 +283,8 @@ def test_every_weight_is_checked_where_it_is_packed(implementation, name):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_an_architecture_does_not_have_is_not_looked_at(implementation):
-    """As in transformers, which ignores it. A bias of the head was read by the kernels, whatever its length."""
+def test_weights_that_an_architecture_lacks_are_ignored(implementation):
+    """As transformers does. The kernels once read a bias of the head, whatever its length."""
     extra = {"lm_head.bias": torch.zeros(1), "model.layers.0.self_attn.q_proj.bias": torch.full((1,), nan)}
     pack(implementation, lambda weights: weights.update(extra))
 
@@ -300,6 +300,6 @@ def test_infinity_and_sums_beyond_fp32():
 
 @pytest.mark.parametrize("width", [8, 24, 40])
 def test_torchs_int8_kernel_takes_widths_of_sixteens(width):
-    """With others it read past the end of the rows: wrong by 1e30, or a crash."""
+    """With other widths it reads past the end of the rows."""
     with pytest.raises(ConfigError, match=f"int8 weights need layer widths that 16 divides, got {width}"):
         pack(PackedBackend, lambda weights: None, packing=PackingConfig("int8"), intermediate_size=width)
