@@ -294,7 +294,7 @@ def test_a_model_that_nobody_measured_is_decoded_plainly(copy, expected, info, f
 
 @pytest.mark.parametrize(("name", "strategy"), [("embedded", "self-speculative"), ("embedded-base", None)])
 def test_how_the_embedded_models_are_decoded(name, strategy):
-    assert for_decoding(name, "cpu", "fp32").strategy == strategy
+    assert for_decoding(name, "cpu", "fp32").recommended().strategy == strategy
 
 
 @pytest.mark.parametrize(
