@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config.checks import require, require_exit_layer
-from ..config.decoding import DecodingConfig
+from ..config.checks import require
 from ..errors import ConfigError
 from ..model.backend import Backend
 from ..model.cache import KVCache
-from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
-from .sampling import Sampler, Verdict, sampler_for
+from .drafters import Context, Draft, Drafter
+from .sampling import Sampler, Verdict
 from .stats import DecodeStats, step_counts
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
 
@@ -34,15 +33,6 @@ class RowStep(NamedTuple):
     row: int  # the prompt's place in the batch
     tokens: list[Token]
     finish_reason: StopReason | None  # set with the output's last tokens
-
-
-class Finished(NamedTuple):
-    """One prompt's whole output. Its stats are counts alone: the seconds of a batch belong to no single row."""
-
-    row: int
-    ids: list[int]
-    finish_reason: StopReason
-    stats: DecodeStats
 
 
 class _Row:
@@ -201,89 +191,6 @@ class DecodingLoop:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         return time.perf_counter()
-
-
-class Decoding:
-    """One prompt: iterates over the lists of newly verified tokens, one list per step, then says why the output ended."""
-
-    def __init__(self, loop: DecodingLoop) -> None:
-        """`loop`: of one row."""
-        self._loop = loop
-        self.finish_reason: StopReason | None = None
-
-    @property
-    def stats(self) -> DecodeStats:
-        """Counts and seconds of the steps so far."""
-        return self._loop.counts(0) + self._loop.seconds
-
-    def __iter__(self) -> Iterator[list[Token]]:
-        return self
-
-    def __next__(self) -> list[Token]:
-        _, tokens, self.finish_reason = next(self._loop)[0]
-        return tokens
-
-
-def decode(
-    model: Backend,
-    prompt_ids: list[int],
-    config: DecodingConfig,
-    eos_ids: frozenset[int] = frozenset(),
-    detokenize: Detokenize | None = None,
-    *,
-    reuse_exit_states: bool = True,
-) -> Decoding:
-    """Decodes a prompt by the config's strategy.
-
-    Greedy self-speculative decoding gives the tokens of autoregressive decoding; sampled, it gives their distribution.
-    `detokenize` (ids to text) is needed for stop strings only. `reuse_exit_states=False` makes the target recompute the layers
-    below the exit, to measure what reuse saves. Raises ConfigError for an exit that the model does not have and a prompt that
-    does not fit.
-    """
-    return Decoding(_loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states))
-
-
-def decode_batch(
-    model: Backend,
-    prompts: Sequence[list[int]],
-    config: DecodingConfig,
-    eos_ids: frozenset[int] = frozenset(),
-    detokenize: Detokenize | None = None,
-) -> Iterator[Finished]:
-    """Decodes prompts together by the config's strategy; yields each output when it is complete.
-
-    In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Each
-    sampled row has the config's seed. Rows stand at different positions, because a key's place in the cache is its token's
-    position. Raises ConfigError for a prompt or an exit that does not fit and for a model with exact weights.
-    """
-    require(not model.exact, "batch_size", "1 with `exact`", len(prompts))
-    loop = _loop_of(model, prompts, config, eos_ids, detokenize)
-    ids: list[list[int]] = [[] for _ in prompts]
-    for steps in loop:
-        for row, tokens, reason in steps:
-            ids[row] += [token.id for token in tokens]
-            if reason is not None:
-                yield Finished(row, ids[row], reason, loop.counts(row))
-
-
-def _loop_of(
-    model: Backend,
-    prompts: Sequence[list[int]],
-    config: DecodingConfig,
-    eos_ids: frozenset[int],
-    detokenize: Detokenize | None,
-    reuse_exit_states: bool = True,
-) -> DecodingLoop:
-    sampler = sampler_for(config.sampling, model.device, len(prompts))
-    target_layers, drafter = model.num_layers, None
-    if config.exit_layer is not None and config.strategy != "autoregressive":
-        require_exit_layer(config.exit_layer, model.num_layers, config.strategy)
-        if config.strategy == "early-exit":
-            target_layers = config.exit_layer
-        else:
-            drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states))
-    stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
-    return DecodingLoop(model, prompts, stopping, sampler, target_layers, drafter, config.num_draft_tokens, detokenize)
 
 
 def check_prompt(prompt_ids: list[int], limit: int) -> None:

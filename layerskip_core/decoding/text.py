@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError
-from .loop import check_prompt, decode, decode_batch
+from .loop import check_prompt
 from .stats import DecodeStats
 from .stopping import Detokenize, Stopping, StopReason
+from .strategies import decode, decode_batch
 
 _INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come yet
 
