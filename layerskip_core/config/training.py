@@ -19,7 +19,7 @@ REGIMES: tuple[str, ...] = get_args(Regime)
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """The LayerSkip recipe (Elhoushi et al., ACL 2024, sections 4.1 and 4.2).
+    """The LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1).
 
     `exit_weights`: the weights of the exits' losses, see training/exit_loss.py; the paper's give early exits very little.
     `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among; empty is all L, as in the paper. `rotation`

@@ -6,7 +6,7 @@ from .recipe import Recipe
 def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tuple[int, ...]:
     """Exit layers (counts, 1..L, ascending) whose loss is on at optimizer step `step` of `total_steps`.
 
-    LayerSkip section 4.2, over the recipe's n exits (all L layers unless it names some). rotational: index i is on when
+    LayerSkip section 4.1, over the recipe's n exits (all L layers unless it names some). rotational: index i is on when
     i % R == step % R. gradual: when 2*n*step >= T*(n - i), from the last exit down, one more every T/(2n) steps. The last layer
     is always on: taken literally, the paper's rotation would train it on one step in R.
     """

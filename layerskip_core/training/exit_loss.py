@@ -1,4 +1,4 @@
-"""The weights of the early-exit loss (LayerSkip section 4.2). The cross-entropy itself is in losses.py."""
+"""The weights of the early-exit loss (LayerSkip section 4.1). The cross-entropy itself is in losses.py."""
 
 import math
 from collections.abc import Sequence
