@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(settings
 
 def test_a_default_that_changes_does_not_alter_a_resumed_run(settings, tmp_path, monkeypatch):
     """R of the curriculum is sealed as it was resolved: 4 layers and 300 tokens make it 1 by default, 3 with a new rule."""
-    asked = {"recipe": None, "save_steps": 1}
+    asked = {"recipe": RecipeSettings(), "save_steps": 1}
     with pytest.raises(Interrupted):
         prepare(settings(**asked)).run(stop_at(2))
     assert json.loads((checkpoint(tmp_path / "out", 1) / "complete.json").read_text())["settings"]["rotation"] == 1
