@@ -73,7 +73,7 @@ def _tell(report: PartReport, seed: int) -> None:
 
 def _table(reports: list[PartReport]) -> str:
     head = ("part", "cases", *KINDS, "seconds")
-    rows = [(one.name, one.cases, *one.counts().values(), round(one.seconds)) for one in reports]
+    rows = [(report.name, report.cases, *report.counts().values(), round(report.seconds)) for report in reports]
     lines = [head, ("---", *("---:" for _ in head[1:])), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

@@ -97,15 +97,15 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
             if (expected := _alone(model, prompt, plain, ends)[:2]) != alone[place][:2]:
                 yield f"speculation gave {alone[place][:2]}, plain decoding {expected}; {where}"
     crowded = any(reason == "context" for _, reason, _ in alone)  # near the context's end the longest row limits the drafts
-    for one in decode_batch(model, prompts, config, ends, _letters):
-        ids, reason, stats = alone[one.row]
+    for output in decode_batch(model, prompts, config, ends, _letters):
+        ids, reason, stats = alone[output.row]
         if sampled and strategy == "self-speculative":  # draws depend on the number of drafts, which other rows may limit
             continue
-        if (one.ids, one.finish_reason) != (ids, reason):
-            yield f"row {one.row} of the batch gave {one.ids}, {one.finish_reason}, alone {ids}, {reason}; {where}"
-        elif not crowded and (different := [name for name in _COUNTS if getattr(one.stats, name) != getattr(stats, name)]):
-            found = ", ".join(f"{name} {getattr(one.stats, name)} and {getattr(stats, name)}" for name in different)
-            yield f"row {one.row} of the batch counts otherwise than alone: {found}; {where}"
+        if (output.ids, output.finish_reason) != (ids, reason):
+            yield f"row {output.row} of the batch gave {output.ids}, {output.finish_reason}, alone {ids}, {reason}; {where}"
+        elif not crowded and (different := [name for name in _COUNTS if getattr(output.stats, name) != getattr(stats, name)]):
+            found = ", ".join(f"{name} {getattr(output.stats, name)} and {getattr(stats, name)}" for name in different)
+            yield f"row {output.row} of the batch counts otherwise than alone: {found}; {where}"
 
 
 def _alone(model: Any, prompt: list[int], config: Any, ends: frozenset[int]) -> tuple[list[int], Any, Any]:

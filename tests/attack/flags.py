@@ -42,10 +42,10 @@ def flags_of(command: str) -> tuple[Flag, ...]:
 
     group = typer.main.get_command(app)
     parameters = group.commands[command].params
-    options = [one for one in parameters if one.param_type_name == "option" and one.name != "help"]
-    kinds = [one.type_descriptor.annotation for one in options]
-    named = [(one, getattr(kind, "__name__", "str")) for one, kind in zip(options, kinds, strict=True)]
-    return tuple(Flag(name, kind) for one, kind in named for name in (one.opts[0], *one.secondary_opts))
+    options = [option for option in parameters if option.param_type_name == "option" and option.name != "help"]
+    kinds = [option.type_descriptor.annotation for option in options]
+    named = [(option, getattr(kind, "__name__", "str")) for option, kind in zip(options, kinds, strict=True)]
+    return tuple(Flag(name, kind) for option, kind in named for name in (option.opts[0], *option.secondary_opts))
 
 
 def base_of(command: str, material: Material) -> tuple[str, ...]:

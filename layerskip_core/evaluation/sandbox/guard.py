@@ -27,7 +27,7 @@ def _hook(
     end: Callable[[int], Any] = os._exit,
     tell: Callable[[int, bytes], Any] = os.write,
     caller: Callable[[int], FrameType] = sys._getframe,
-    mine: Callable[[], dict[str, Any]] = globals,
+    own_globals: Callable[[], dict[str, Any]] = globals,
     read: Callable[[Any, str], CodeType] = getattr,
     kind: type = type,
     function: type = FunctionType,
@@ -63,7 +63,7 @@ def _hook(
                 or (of_kind is generators[2] and name == "ag_code")
             )
             # Reading it here triggers this event again.
-            if carries_code and caller(1).f_globals is not mine() and read(of, name).co_filename == tests:
+            if carries_code and caller(1).f_globals is not own_globals() and read(of, name).co_filename == tests:
                 tell(channel, b"looked at the code of its tests\n")
                 end(1)
         except:  # noqa: E722
