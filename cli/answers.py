@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import DataError, LayerSkipError
@@ -17,6 +17,7 @@ from .options import with_flags
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding import DecodeStats
+    from layerskip_core.decoding.text import Answer, TextStream
 
 
 def answer_all(
@@ -105,7 +106,7 @@ def _prompt_of(line: str, number: int) -> tuple[str, str | None]:
     return (text, None) if isinstance(text, str) else ("", f"line {number}: needed an object with a text `prompt`")
 
 
-def _answer_object(answer: Any) -> dict[str, Any]:
+def _answer_object(answer: "TextStream | Answer") -> dict[str, object]:
     stats = answer.stats
     return {
         "text": answer.text,
