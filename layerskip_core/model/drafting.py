@@ -1,4 +1,4 @@
-"""Drafting step by step: the draft side of every backend that has no kernel for whole drafts."""
+"""The draft side of every backend: layers and a head, step by step unless there is a kernel for whole drafts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +14,22 @@ _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
 
 
+# (token, exit_layer, positions, cache, end_ids) to tokens and hidden states, see `DraftSide.draft_greedily`.
+GreedyDraft = Callable[[Tensor, int, Tensor, KVCache, frozenset[int]], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
-class StepwiseDraftSide:
-    """Layers and a head that draft, see `DraftSide`. `shares_states`: the layers are the backend's own."""
+class LayeredDraftSide:
+    """Layers and a head that draft, see `DraftSide`. `shares_states`: the layers are the backend's own.
+
+    `greedy_draft` makes a whole greedy draft by a kernel; without it a draft goes step by step.
+    """
 
     layers: Layers
     head: Callable[[Tensor], Tensor]  # (..., D) to logits (..., N)
     vocabulary: DraftVocabulary | None = None
     shares_states: bool = True
+    greedy_draft: GreedyDraft | None = None
 
     @property
     def num_layers(self) -> int:
@@ -43,7 +51,9 @@ class StepwiseDraftSide:
     def draft_greedily(
         self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (1, K+1) and the hidden states (1, K, D) of all but the last, see `DraftSide`."""
+        """Tokens (1, K+1) and hidden states: step by step those of all but the last token, (1, K, D)."""
+        if self.greedy_draft is not None:
+            return self.greedy_draft(token, exit_layer, positions, cache, end_ids)
         tokens, states = [token], []
         for step in range(positions.shape[1]):
             hidden = self.layers.run_layers(self.layers.embed(tokens[-1]), 0, exit_layer, positions[:, step : step + 1], cache)

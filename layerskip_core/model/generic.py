@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache, SpanWriter
-from .drafting import StepwiseDraftSide
+from .drafting import LayeredDraftSide
 from .logits import scaled_logits
 from .spec import ModelSpec
 
@@ -93,9 +93,9 @@ class GenericBackend:
         return self._weight.dtype
 
     @property
-    def draft_side(self) -> StepwiseDraftSide:
+    def draft_side(self) -> LayeredDraftSide:
         """The model itself."""
-        return StepwiseDraftSide(self, self.unembed)
+        return LayeredDraftSide(self, self.unembed)
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         return KVCache.of(self.spec, batch_size, max_positions)

@@ -14,32 +14,14 @@ from .span import NativeLayers
 
 
 @dataclass(frozen=True)
-class NativeDraftSide:
-    """Layers and a head that draft, see `DraftSide`. `shares_states`: the layers are the backend's own."""
+class OneCallDraft:
+    """A `GreedyDraft` by layers and a head; `vocabulary` holds the tokens of the head's outputs, None for all."""
 
     layers: NativeLayers
     head: NativeHead
     vocabulary: DraftVocabulary | None
-    shares_states: bool
 
-    @property
-    def num_layers(self) -> int:
-        return self.layers.num_layers
-
-    @property
-    def device(self) -> torch.device:
-        return self.layers.device
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.layers.embed(ids)
-
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.layers.run_layers(hidden, start, stop, positions, cache)
-
-    def unembed(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
-
-    def draft_greedily(
+    def __call__(
         self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
     ) -> tuple[Tensor, Tensor]:
         """Tokens (1, K+1) and the hidden states (1, K+1, D) of all of them, see `DraftSide`."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
+from ..drafting import LayeredDraftSide
 from ..layer_weights import NormWeights
 from ..packed.model import can_pack
 from ..quantized import GROUP_SIZE
@@ -18,7 +19,7 @@ from ..splitting import run_in_parts
 from ..weights import Take, Weights
 from .buffers import BufferPool, shape_of
 from .compiled import ACTIVATIONS, MOST_ROPES, kernels
-from .draft import NativeDraftSide
+from .draft import OneCallDraft
 from .head import NativeHead
 from .layer import NativeLayer
 from .matrix import NativeMatrix
@@ -77,9 +78,9 @@ class NativeBackend:
             chain = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))
             self._layers, self._head = chain(packed.layers), packed.head
             drafting = chain(packed.draft_layers) if packed.draft_layers else self._layers
-        self.draft_side: DraftSide = NativeDraftSide(
-            drafting, packed.draft_head or self._head, packed.vocabulary, drafting is self._layers
-        )
+        head, vocabulary = packed.draft_head or self._head, packed.vocabulary
+        one_call = OneCallDraft(drafting, head, vocabulary)
+        self.draft_side: DraftSide = LayeredDraftSide(drafting, head, vocabulary, drafting is self._layers, one_call)
         kinds = ", ".join(filter(None, (compiled.variant, packing.quantize)))
         self.implementation = f"native ({kinds})" + (f", {packing.draft_weights} drafts" if packing.draft_weights else "")
         self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab

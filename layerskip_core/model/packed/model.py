@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
-from ..drafting import StepwiseDraftSide
+from ..drafting import LayeredDraftSide
 from ..layer_weights import NormWeights
 from ..repack import repack, taken_from
 from ..rope import Rope
@@ -54,7 +54,7 @@ class PackedBackend:
             chain = partial(PackedLayers, spec, embedding, Rope(config, spec, embedding))
             self._layers, self._head = chain(packed.layers, packing.exact), packed.head
             drafting = chain(packed.draft_layers, False) if packed.draft_layers else self._layers
-        self.draft_side: DraftSide = StepwiseDraftSide(
+        self.draft_side: DraftSide = LayeredDraftSide(
             drafting, packed.draft_head or self._head, packed.vocabulary, drafting is self._layers
         )
         self.implementation = _implementation(packing, self._head, self._layers)
