@@ -82,9 +82,9 @@ def generate(
     narrate_notes(loaded)
     use_threads(machine.threads, loaded)
     recommended = loaded.recommended()
-    if recommended.strategy is None and decoding.leaves_strategy_open(packing.drafts_apart):
+    if recommended.strategy is None and decoding.implied_strategy is None and not packing.drafts_apart:
         narrate(_UNMEASURED)
-    config = decoding.resolve(recommended, loaded.backend.num_layers, packing.drafts_apart)
+    config = decoding.resolve(recommended, loaded.backend.num_layers, packing)
     try:
         if batch_size > 1:
             failed, total = answer_in_batches(loaded, config, batch_size, jsonl)

@@ -89,6 +89,10 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "max_new_tokens": Option(DECODING, "Maximum number of tokens in an answer.", default="256"),
         "draft_confidence": Option(DECODING, "Stop drafting when the draft's best token is less probable than this; 0: never."),
         "stop": Option(DECODING, "End the answer before this text. Can be repeated."),
+        "exit_confidence": Option(
+            DECODING, "Early exit: each token leaves at the first exit that gives its best token more than this probability."
+        ),
+        "lookup": Option(DECODING, "First draft the text after an earlier occurrence of the last N tokens or more; 0: do not."),
     },
     SamplingConfig: {
         "temperature": Option(SAMPLING, "Temperature; 0 is greedy."),
@@ -117,7 +121,10 @@ OPTIONS: dict[type, dict[str, Option]] = {
     },
     PackingConfig: {
         "quantize": Option(WEIGHTS, "int8 or int4 weights (CPU only).", default="none"),
-        "draft_weights": Option(WEIGHTS, "Draft with int8 or int4 copies of the weights; the target keeps its own."),
+        "draft_weights": Option(
+            WEIGHTS, "Draft with low-bit copies of the weights: int8, int4 or both. The target keeps its own.", parse=_names
+        ),
+        "draft_head": Option(WEIGHTS, "Precision of the head of these copies: int8 or int4.", default="int8"),
         "draft_vocab": Option(WEIGHTS, "Draft among the N most frequent tokens only; 0: among all."),
         "exact": Option(WEIGHTS, "Bit-for-bit the output of autoregressive decoding, in any precision; slower."),
     },

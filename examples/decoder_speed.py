@@ -222,9 +222,12 @@ def one_step(backend: Any, context: int = 128) -> float:
 def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
     """The cost of a verification and of a draft step, in autoregressive steps."""
     exit_layer = arguments.exit
-    backend = load(arguments, draft_weights="int4", draft_layers=exit_layer, draft_vocab=arguments.draft_vocab).backend
+    backend = load(arguments, draft_weights=("int4",), draft_layers=exit_layer, draft_vocab=arguments.draft_vocab).backend
     settings = {f"{count} rows": (backend, backend.num_layers, count, 128) for count in (1, 2, 4, 7, 8, 9)}
-    settings |= {"draft, own weights": (backend, exit_layer, 1, 128), "draft, int4": (backend.draft_side, exit_layer, 1, 128)}
+    settings |= {
+        "draft, own weights": (backend, exit_layer, 1, 128),
+        "draft, int4": (backend.draft_sides["int4"], exit_layer, 1, 128),
+    }
     times = pass_seconds(backend, settings, 60)
     one, rest = times["1 rows"], backend.num_layers - exit_layer
     ratio = {name: seconds / one for name, seconds in times.items()}
@@ -258,8 +261,8 @@ def part_speculation(arguments: argparse.Namespace) -> dict[str, Any]:
     for layer, drafts, bits in settings:
         if bits not in models:
             layers = max(layer for layer, _, precision in settings if precision == bits)
-            models[bits] = load(arguments, draft_weights=bits, draft_layers=layers, draft_vocab=arguments.draft_vocab)
-        config = DecodingConfig("self-speculative", layer, drafts, arguments.new_tokens)
+            models[bits] = load(arguments, draft_weights=(bits,), draft_layers=layers, draft_vocab=arguments.draft_vocab)
+        config = DecodingConfig("self-speculative", layer, drafts, arguments.new_tokens, draft_weights=bits or None)
         name = f"E {layer}, d {drafts}" + (f", {bits} drafts" if bits else "")
         runs[name] = lambda model=models[bits], config=config: decode_all(model, prompts, config)
     times, results = interleave(runs, arguments.repeats)

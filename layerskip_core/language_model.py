@@ -22,6 +22,8 @@ class DecodingOptions(TypedDict, total=False):
     num_draft_tokens: int  # per round
     max_new_tokens: int
     draft_confidence: float  # a round stops drafting below this probability
+    lookup: int  # first draft what followed an earlier occurrence of at least this many last tokens; 0: do not
+    exit_confidence: float  # early exit: each token leaves at the first exit whose best token is more probable
     stop: str | Sequence[str]  # texts that end the answer, and are not part of it
     temperature: float  # 0 is greedy
     top_k: int
@@ -56,7 +58,7 @@ class LanguageModel:
 
     def _resolved(self, options: DecodingOptions) -> DecodingConfig:
         layers = self.decoder.backend.num_layers
-        return decoding_settings(options).resolve(self.decoder.recommended(), layers, self._packing.drafts_apart)
+        return decoding_settings(options).resolve(self.decoder.recommended(), layers, self._packing)
 
 
 def load(
@@ -68,6 +70,7 @@ def load(
     system: str | None = None,
     quantize: Quantization | None = None,
     draft_weights: Quantization | None = None,
+    draft_head: Quantization | None = None,
     draft_vocab: int = 0,
     exact: bool = False,
 ) -> LanguageModel:
@@ -80,7 +83,8 @@ def load(
         CheckpointError: the model is not there, is damaged, or has an unsupported architecture.
         ConfigError: a setting is out of its range or does not suit the model or this machine.
     """
-    packing = PackingConfig(quantize, draft_weights, draft_vocab=draft_vocab, exact=exact)
+    copies = () if draft_weights is None else (draft_weights,)
+    packing = PackingConfig(quantize, copies, draft_head=draft_head, draft_vocab=draft_vocab, exact=exact)
     decoder = for_decoding(name, device, dtype, packing).with_template(template, system)
     for note in decoder.notes:
         warnings.warn(note, stacklevel=2)

@@ -49,11 +49,23 @@ class CheckpointInfo:
         return None if self.prompt_template is None else PromptTemplate(self.prompt_template, self.system)
 
     @property
-    def trained_exits(self) -> bool:
+    def has_trained_exits(self) -> bool:
         """Whether `finetune` trained this checkpoint with a loss at its exits."""
+        return bool(self._recipe.get("curriculum", "none") != "none")
+
+    def trained_exits(self, num_layers: int) -> tuple[int, ...]:
+        """The exits before the last layer that `finetune` trained: those of the recipe, or all."""
+        if not self.has_trained_exits:
+            return ()
+        listed = self._recipe.get("exits")
+        exits = {exit_layer for exit_layer in listed if type(exit_layer) is int} if isinstance(listed, list) else set()
+        return tuple(exit_layer for exit_layer in range(1, num_layers) if not exits or exit_layer in exits)
+
+    @property
+    def _recipe(self) -> dict[str, Any]:
         config = self.details.get("config")
         recipe = config.get("recipe") if isinstance(config, dict) else None
-        return isinstance(recipe, dict) and recipe.get("curriculum", "none") != "none"
+        return recipe if isinstance(recipe, dict) else {}
 
 
 def read_info(path: str | Path) -> CheckpointInfo:

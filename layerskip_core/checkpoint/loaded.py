@@ -56,9 +56,10 @@ class Decoder:
         The strategy is the one that a sweep found best, else self-speculative if the exits were trained.
         """
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
-        known = self.info.exit_layer is not None or self.info.trained_exits or self.name in PUBLISHED
+        known = self.info.exit_layer is not None or self.info.has_trained_exits or self.name in PUBLISHED
         strategy = self.info.strategy or ("self-speculative" if known else None)
-        return ExitChoice(self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts, strategy)
+        exits = self.info.trained_exits(self.backend.num_layers)
+        return ExitChoice(self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts, strategy, exits)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ def require_given(field: str, name: str | None) -> None:
     require(name != "", field, "a name that is not empty", "an empty one")
 
 
-def require_exit_layer(exit_layer: int, num_layers: int, strategy: str = "self-speculative", field: str = "exit_layer") -> None:
-    """An early exit may be any layer 1..L; a draft needs layers left to verify it, so 1..L-1."""
-    last = num_layers if strategy == "early-exit" else num_layers - 1
+def require_exit_layer(exit_layer: int, num_layers: int, may_be_last: bool = False, field: str = "exit_layer") -> None:
+    """1..L for an early exit and for drafts by a low-bit copy; 1..L-1 for drafts that the layers above must verify."""
+    last = num_layers if may_be_last else num_layers - 1
     if not 1 <= exit_layer <= last:
         raise refused(field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")
 

@@ -3,10 +3,14 @@
 from dataclasses import dataclass, field
 
 from .checks import require, require_choice, require_exit_layer, require_unicode
+from .packing import QUANTIZATIONS, PackingConfig, Quantization
 from .ranges import require_ranges
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
-DRAFTERS = {"self-speculative": "layerskip_core.decoding.drafters.exit"}
+DRAFTERS = {
+    "self-speculative": "layerskip_core.decoding.drafters.exit",
+    "lookup": "layerskip_core.decoding.drafters.lookup",
+}
 
 
 def strategies() -> tuple[str, ...]:
@@ -15,6 +19,7 @@ def strategies() -> tuple[str, ...]:
 
 
 _MAX_NEW_TOKENS = 256
+_PLAIN = PackingConfig()
 
 
 @dataclass(frozen=True)
@@ -35,22 +40,31 @@ class DecodingConfig:
     """A strategy with all that it needs. `exit_layer` counts layers, 1..L; `num_draft_tokens` is the draft length per round.
 
     `draft_confidence`: a round stops drafting when the draft's most probable token has less than this probability (0: never).
+    `draft_weights`: the low-bit copy that drafts; None for the model's own weights. `lookup`: before anything else drafts, the
+    text after an earlier occurrence of at least this many last tokens is the draft (0: no lookup). `exit_confidence`: each
+    token leaves at the first of `exits` that gives its best token more than this probability (0: at `exit_layer`).
     """
 
     strategy: str = "self-speculative"
-    exit_layer: int | None = None  # None for autoregressive decoding only
+    exit_layer: int | None = None  # of self-speculative decoding and early exit
     num_draft_tokens: int = 6
     max_new_tokens: int = _MAX_NEW_TOKENS
     draft_confidence: float = 0.0
     stop: tuple[str, ...] = ()
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    draft_weights: Quantization | None = None
+    lookup: int = 0
+    exits: tuple[int, ...] = ()  # that adaptive drafting and `exit_confidence` choose among
+    exit_confidence: float = 0.0
 
     def __post_init__(self) -> None:
         require_choice(self.strategy, "strategy", strategies())
-        if self.strategy != "autoregressive":
+        if self.strategy in ("self-speculative", "early-exit") and not self.exit_confidence:
             require(self.exit_layer is not None, "exit_layer", f"given for `strategy` {self.strategy}", "none")
+        if self.draft_weights is not None:
+            require_choice(self.draft_weights, "draft_weights", QUANTIZATIONS)
         require_ranges(num_draft_tokens=self.num_draft_tokens, max_new_tokens=self.max_new_tokens)
-        _require_generation(self.draft_confidence, self.stop)
+        _require_generation(self)
 
 
 @dataclass(frozen=True)
@@ -61,10 +75,12 @@ class GenerationSettings:
     draft_confidence: float = 0.0
     stop: tuple[str, ...] = ()
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    lookup: int = 0
+    exit_confidence: float = 0.0
 
     def __post_init__(self) -> None:
         require_ranges(max_new_tokens=self.max_new_tokens)
-        _require_generation(self.draft_confidence, self.stop)
+        _require_generation(self)
 
     def decoding(
         self,
@@ -72,19 +88,36 @@ class GenerationSettings:
         exit_layer: int | None = None,
         num_draft_tokens: int = 6,
         max_new_tokens: int = _MAX_NEW_TOKENS,
+        draft_weights: Quantization | None = None,
+        exits: tuple[int, ...] = (),
     ) -> DecodingConfig:
-        """A strategy with these settings; `max_new_tokens` is the default."""
-        settings = vars(self) | {"max_new_tokens": self.max_new_tokens or max_new_tokens}
-        return DecodingConfig(strategy, exit_layer, num_draft_tokens, **settings)
+        """A strategy with these settings; `max_new_tokens` is the default. What the strategy does not use is left out."""
+        settings = vars(self) | {"max_new_tokens": self.max_new_tokens or max_new_tokens, "draft_weights": draft_weights}
+        unused = {name: _UNSET[name] for name, users in _USERS.items() if strategy not in users}
+        return DecodingConfig(strategy, exit_layer, num_draft_tokens, **settings | {"exits": exits} | unused)
+
+
+# The strategies that use a setting, and its value for the others.
+_USERS = {
+    "draft_weights": ("self-speculative",),
+    "lookup": ("self-speculative", "lookup"),
+    "exits": ("early-exit",),
+    "exit_confidence": ("early-exit",),
+}
+_UNSET: dict[str, object] = {"draft_weights": None, "lookup": 0, "exits": (), "exit_confidence": 0.0}
 
 
 @dataclass(frozen=True)
 class ExitChoice:
-    """An exit and a draft length, as a checkpoint recommends them. No `strategy`: its exits were not trained or measured."""
+    """An exit and a draft length, as a checkpoint recommends them. No `strategy`: its exits were not trained or measured.
+
+    `exits`: those that were trained.
+    """
 
     exit_layer: int
     num_draft_tokens: int
     strategy: str | None = None
+    exits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,29 +134,51 @@ class DecodingSettings:
             require_choice(self.strategy, "strategy", strategies())
         require_ranges(num_draft_tokens=self.num_draft_tokens)
 
-    def leaves_strategy_open(self, drafts_apart: bool = False) -> bool:
-        """Whether nothing was said that implies a strategy. `drafts_apart`: weights for drafting were asked for."""
+    @property
+    def implied_strategy(self) -> str | None:
+        """The strategy that was named, or that another setting implies; None if it is left open."""
+        if self.strategy is not None:
+            return self.strategy
+        if self.generation.exit_confidence:
+            return "early-exit"
         drafting = (self.exit_layer, self.num_draft_tokens) != (None, None) or self.generation.draft_confidence > 0
-        return self.strategy is None and not drafting and not drafts_apart
+        return "self-speculative" if drafting else None
 
-    def resolve(self, recommended: ExitChoice, num_layers: int, drafts_apart: bool = False) -> DecodingConfig:
+    def resolve(self, recommended: ExitChoice, num_layers: int, packing: PackingConfig = _PLAIN) -> DecodingConfig:
         """What was asked, completed by what the checkpoint of `num_layers` layers recommends.
 
-        Where the strategy is left open, it is self-speculative for a checkpoint whose exits were trained or measured, and
-        autoregressive for any other. Raises ConfigError for an exit outside the model.
+        A strategy that is left open is the checkpoint's; weights for drafting imply self-speculative. Raises ConfigError for an
+        exit outside the model and for settings that contradict each other.
         """
-        strategy: str = self.strategy or "self-speculative"
-        if self.leaves_strategy_open(drafts_apart):
-            strategy = recommended.strategy or "autoregressive"
+        strategy = self.implied_strategy or ("self-speculative" if packing.drafts_apart else recommended.strategy)
+        confidence = self.generation.exit_confidence
+        early = strategy == "early-exit" or not confidence
+        require(early, "exit_confidence", "used with `strategy` early-exit", f"`strategy` {strategy}")
+        open_exit = not confidence or self.exit_layer is None
+        require(open_exit, "exit_layer", "left out with `exit_confidence`, which chooses exits itself", self.exit_layer)
+        return self.resolve_as(strategy or "autoregressive", recommended, num_layers, packing)
+
+    def resolve_as(
+        self, strategy: str, recommended: ExitChoice, num_layers: int, packing: PackingConfig = _PLAIN
+    ) -> DecodingConfig:
+        """The same for one strategy; settings that it does not use have no effect.
+
+        The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
+        """
+        weights = packing.draft_weights[0] if packing.draft_weights else None
         exit_layer = recommended.exit_layer if self.exit_layer is None else self.exit_layer
-        if strategy != "autoregressive":
-            require_exit_layer(exit_layer, num_layers, strategy)
+        if strategy == "self-speculative":
+            if weights and self.exit_layer is None and not recommended.exits:
+                exit_layer = num_layers
+            require_exit_layer(exit_layer, num_layers, weights is not None)
+        elif strategy == "early-exit":
+            require_exit_layer(exit_layer, num_layers, may_be_last=True)
         drafts = recommended.num_draft_tokens if self.num_draft_tokens is None else self.num_draft_tokens
-        return self.generation.decoding(strategy, exit_layer, drafts)
+        return self.generation.decoding(strategy, exit_layer, drafts, draft_weights=weights, exits=recommended.exits)
 
 
-def _require_generation(draft_confidence: float, stop: tuple[str, ...]) -> None:
-    require_ranges(draft_confidence=draft_confidence)
-    require(all(stop), "stop", "a text that is not empty", "an empty one")
-    for text in stop:
+def _require_generation(settings: DecodingConfig | GenerationSettings) -> None:
+    require_ranges(draft_confidence=settings.draft_confidence, lookup=settings.lookup, exit_confidence=settings.exit_confidence)
+    require(all(settings.stop), "stop", "a text that is not empty", "an empty one")
+    for text in settings.stop:
         require_unicode("stop", text)

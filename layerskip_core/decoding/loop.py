@@ -118,7 +118,8 @@ class DecodingLoop:
             logits = target_logits(self._model, draft, positions, self._cache, self._target_layers)
         verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, logits)
         verified_at = time.perf_counter()
-        steps = [self._commit(row, count, ids) for row, count, ids in zip(rows, draft.counts, verified, strict=True)]
+        source = draft.source if newest is not None and self._drafter is not None else None
+        steps = [self._commit(row, count, ids, source) for row, count, ids in zip(rows, draft.counts, verified, strict=True)]
         self._go_on(following)
         self._draft_seconds += drafted_at - started
         if newest is None:
@@ -162,13 +163,13 @@ class DecodingLoop:
         # Only padding can stand at the context's last place, where no token is read that is followed by another.
         return (starts[:, None] + self._places[:, :count]).clamp_max(self._cache.max_positions - 1)
 
-    def _commit(self, row: _Row, drafted: int, verified: list[int]) -> RowStep:
-        """Adds a row's verified tokens to its output, up to the first that ends it."""
-        if self._drafter is not None and drafted:
+    def _commit(self, row: _Row, drafted: int, verified: list[int], source: str | None) -> RowStep:
+        """Adds a row's verified tokens to its output, up to the first that ends it. `source`: Draft's, None of a prefill."""
+        if self._drafter is not None and source is not None:
             self._drafter.observe(Verdict(row.number, drafted, verified))
         count, reason = row.scanner.cut(verified)
         row.ids += verified[:count]
-        step = step_counts(drafted, len(verified) - 1, count)
+        step = step_counts(drafted, len(verified) - 1, count, source)
         row.steps.append(step)
         tokens = [Token(token, place < step.accepted) for place, token in enumerate(verified[:count])]
         return RowStep(row.number, tokens, reason)

@@ -1,6 +1,6 @@
 """Counts and seconds of decoding. Ratios are derived from them once, at the end."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -13,7 +13,8 @@ class DecodeStats:
     output: a draft after an EOS, a stop string or the last token allowed is drafted but not accepted. `rounds` counts the
     passes that verified drafts. `tested_by_position[j]`: in how many rounds draft j+1 was compared, because all drafts before
     it were accepted and none of them ended the output. `accepted_by_position[j]`: in how many of these rounds it was accepted.
-    Steps without drafts count in `verify_seconds`. The first token comes from the prefill.
+    Steps without drafts count in `verify_seconds`. The first token comes from the prefill. `steps_by_drafter`: the steps of a
+    strategy that drafts, by what drafted; `plain` are those without drafts.
     """
 
     sequences: int = 0
@@ -28,6 +29,7 @@ class DecodeStats:
     total_seconds: float = 0.0
     tested_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)
 
     @property
     def acceptance_rate(self) -> float:
@@ -47,8 +49,11 @@ class DecodeStats:
         return DecodeStats(*(_sum(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
 
 
-def step_counts(drafted: int, accepted: int, new_tokens: int) -> DecodeStats:
-    """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target."""
+def step_counts(drafted: int, accepted: int, new_tokens: int, drafter: str | None = None) -> DecodeStats:
+    """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
+
+    `drafter` names what drafted, or would have; None where nothing could.
+    """
     accepted = min(accepted, new_tokens)
     return DecodeStats(
         new_tokens=new_tokens,
@@ -57,6 +62,7 @@ def step_counts(drafted: int, accepted: int, new_tokens: int) -> DecodeStats:
         rounds=int(drafted > 0),
         tested_by_position=(1,) * min(drafted, new_tokens),
         accepted_by_position=(1,) * accepted,
+        steps_by_drafter={} if drafter is None else {drafter if drafted else "plain": 1},
     )
 
 
@@ -67,4 +73,6 @@ def _ratio(part: float, whole: float) -> float:
 def _sum(left: Any, right: Any) -> Any:
     if isinstance(left, tuple):
         return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
+    if isinstance(left, dict):
+        return {name: left.get(name, 0) + right.get(name, 0) for name in {**left, **right}}
     return left + right

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..config.checks import require, require_exit_layer
-from ..config.decoding import DecodingConfig
+from ..config.decoding import DRAFTERS, DecodingConfig
 from ..model.backend import Backend
 from .drafters import DrafterSetup, drafter_for
 from .loop import DecodingLoop, Token
@@ -95,11 +95,13 @@ def _loop_of(
 ) -> DecodingLoop:
     sampler = sampler_for(config.sampling, model.device, len(prompts))
     target_layers, drafter = model.num_layers, None
-    if config.exit_layer is not None and config.strategy != "autoregressive":
-        require_exit_layer(config.exit_layer, model.num_layers, config.strategy)
-        if config.strategy == "early-exit":
-            target_layers = config.exit_layer
-        else:
-            drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states))
+    if config.exit_layer is not None and config.strategy in ("early-exit", "self-speculative"):
+        may_be_last = config.strategy == "early-exit" or config.draft_weights is not None
+        require_exit_layer(config.exit_layer, model.num_layers, may_be_last)
+    if config.strategy == "early-exit":
+        assert config.exit_layer is not None
+        target_layers = config.exit_layer
+    elif config.strategy in DRAFTERS:
+        drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states))
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
     return DecodingLoop(model, prompts, stopping, sampler, target_layers, drafter, config.num_draft_tokens, detokenize)

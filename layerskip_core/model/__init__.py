@@ -6,7 +6,7 @@ E exit layer (a count, 1..L), K drafted tokens per round.
 
 from typing import TYPE_CHECKING
 
-from .backend import Backend, DraftSide, Layers
+from .backend import Backend, DraftEnds, DraftSide, GreedyDraft, Layers
 from .cache import KVCache
 from .generic import GenericBackend, SpanInputs
 from .native import NativeBackend, can_run_native, suits_kernels
@@ -16,8 +16,10 @@ from .spec import ModelSpec
 
 __all__ = [
     "Backend",
+    "DraftEnds",
     "DraftSide",
     "GenericBackend",
+    "GreedyDraft",
     "KVCache",
     "Layers",
     "ModelSpec",

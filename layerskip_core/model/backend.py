@@ -1,10 +1,12 @@
 """What decoding needs of a model. The protocols are complete: nothing about a backend is looked up at run time."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config.packing import Quantization
 from .cache import KVCache
 from .draft_vocabulary import DraftVocabulary
 from .spec import ModelSpec
@@ -30,6 +32,31 @@ class Layers(Protocol):
         """
 
 
+class GreedyDraft(NamedTuple):
+    """K drafts for one prompt, chosen by argmax."""
+
+    tokens: Tensor  # (1, K+1), the newest token first
+    states: Tensor  # (1, K+1 or K, D), after the exit, of all tokens or of all but the last
+    probs: list[float]  # of each draft, by the draft side's own head; empty if not asked for
+
+
+class DraftEnds(NamedTuple):
+    """Where a greedy draft ends, besides its largest length.
+
+    After one of `ids`; before a token with less than `confidence`; and after a token if the product of the probabilities so far
+    is below `survival`. `wants_probs`: the probabilities are returned even if no threshold needs them.
+    """
+
+    ids: frozenset[int] = frozenset()
+    confidence: float = 0.0
+    survival: float = 0.0
+    wants_probs: bool = False
+
+    @property
+    def needs_probs(self) -> bool:
+        return self.wants_probs or self.confidence > 0 or self.survival > 0
+
+
 class DraftSide(Layers, Protocol):
     """What drafts for a backend: layers and a head, each either shared with the backend or a cheaper copy."""
 
@@ -44,13 +71,10 @@ class DraftSide(Layers, Protocol):
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and head: (..., D) to logits (..., N), in the order of `vocabulary`."""
 
-    def draft_greedily(
-        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Greedy drafts after `token` (1, 1), which stands at the first of `positions` (1, d): d, or up to an end token.
+    def draft_greedily(self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds) -> GreedyDraft:
+        """At most d drafts after `token` (1, 1), which stands at the first of `positions` (1, d).
 
-        Returns the tokens (1, K+1), `token` being the first, and their hidden states after `exit_layer` layers, of all K+1
-        tokens or of all but the last. The cache needs room for one position more than `positions` has.
+        The cache needs room for one position more than `positions` has.
         """
 
 
@@ -82,7 +106,8 @@ class Backend(Layers, Protocol):
         """Whether calls are split so that a token has the same bits alone as among others. Such a backend takes one row."""
 
     @property
-    def draft_side(self) -> DraftSide: ...
+    def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
+        """What can draft, by the precision of its layers; None for the backend's own layers, which are always there."""
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for all layers. `max_positions` can only lower the context limit."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backend import Layers
+from .backend import DraftEnds, GreedyDraft, Layers
 from .cache import KVCache
 from .draft_vocabulary import DraftVocabulary
 
@@ -14,22 +14,22 @@ _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
 
 
-# (token, exit_layer, positions, cache, end_ids) to tokens and hidden states, see `DraftSide.draft_greedily`.
-GreedyDraft = Callable[[Tensor, int, Tensor, KVCache, frozenset[int]], tuple[Tensor, Tensor]]
+# (token, exit_layer, positions, cache, ends), see `DraftSide.draft_greedily`.
+DraftKernel = Callable[[Tensor, int, Tensor, KVCache, DraftEnds], GreedyDraft]
 
 
 @dataclass(frozen=True)
 class LayeredDraftSide:
     """Layers and a head that draft, see `DraftSide`. `shares_states`: the layers are the backend's own.
 
-    `greedy_draft` makes a whole greedy draft by a kernel; without it a draft goes step by step.
+    `kernel` makes a whole greedy draft in one call; without it a draft goes step by step.
     """
 
     layers: Layers
     head: Callable[[Tensor], Tensor]  # (..., D) to logits (..., N)
     vocabulary: DraftVocabulary | None = None
     shares_states: bool = True
-    greedy_draft: GreedyDraft | None = None
+    kernel: DraftKernel | None = None
 
     @property
     def num_layers(self) -> int:
@@ -48,21 +48,26 @@ class LayeredDraftSide:
     def unembed(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
 
-    def draft_greedily(
-        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (1, K+1) and hidden states: step by step those of all but the last token, (1, K, D)."""
-        if self.greedy_draft is not None:
-            return self.greedy_draft(token, exit_layer, positions, cache, end_ids)
-        tokens, states = [token], []
+    def draft_greedily(self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds) -> GreedyDraft:
+        """As `DraftSide` says. Step by step the hidden states are those of all tokens that were run."""
+        if self.kernel is not None:
+            return self.kernel(token, exit_layer, positions, cache, ends)
+        tokens, states, probs, survival = [token], [], [], 1.0
         for step in range(positions.shape[1]):
             hidden = self.layers.run_layers(self.layers.embed(tokens[-1]), 0, exit_layer, positions[:, step : step + 1], cache)
             states.append(hidden)
-            chosen = most_probable(self.head(hidden))
+            logits = self.head(hidden)
+            if ends.needs_probs:
+                prob = float(logits.float().softmax(-1).amax())
+                if prob < ends.confidence:
+                    break
+                probs.append(prob)
+                survival *= prob
+            chosen = most_probable(logits)
             tokens.append(chosen if self.vocabulary is None else self.vocabulary.tokens(chosen))
-            if end_ids and int(tokens[-1]) in end_ids:
+            if survival < ends.survival or (ends.ids and int(tokens[-1]) in ends.ids):
                 break
-        return torch.cat(tokens, dim=1), torch.cat(states, dim=1)
+        return GreedyDraft(torch.cat(tokens, dim=1), torch.cat(states, dim=1), probs)
 
 
 def most_probable(logits: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`Backend` over a transformers model: the only file that knows the inside of transformers' models."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config.packing import Quantization
+from .backend import DraftSide
 from .cache import KVCache, SpanWriter
 from .drafting import LayeredDraftSide
 from .logits import scaled_logits
@@ -93,9 +96,9 @@ class GenericBackend:
         return self._weight.dtype
 
     @property
-    def draft_side(self) -> LayeredDraftSide:
+    def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
         """The model itself."""
-        return LayeredDraftSide(self, self.unembed)
+        return {None: LayeredDraftSide(self, self.unembed)}
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         return KVCache.of(self.spec, batch_size, max_positions)

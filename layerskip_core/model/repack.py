@@ -21,13 +21,13 @@ PackHead = Callable[[NormWeights, Tensor, Quantization | None, bool], HeadT]  # 
 
 @dataclass(frozen=True)
 class Repacked(Generic[LayerT, HeadT]):
-    """All weights but the embedding. What drafts has None, or no layers, where it shares the target's."""
+    """All weights but the embedding."""
 
     layers: list[LayerT]
     head: HeadT
-    draft_layers: list[LayerT]
-    draft_head: HeadT | None
-    vocabulary: DraftVocabulary | None  # of `draft_head`; None for all tokens
+    draft_head: HeadT  # of drafts by the target's own layers
+    copies: dict[Quantization, tuple[list[LayerT], HeadT]]  # for drafting: the first layers, and a head
+    vocabulary: DraftVocabulary | None  # of the heads that draft; None for all tokens
 
 
 def repack(
@@ -42,24 +42,24 @@ def repack(
     """Takes every weight once, so that a second copy of one layer exists at most."""
     norm = norm_weights(weights, "model.norm", spec)
     head = embedding if spec.tied else weights.of("lm_head.weight")
-    vocabulary, draft_head = None, None
+    vocabulary = DraftVocabulary(len(head), packing.draft_vocab, token_order) if packing.draft_vocab else None
+    kept = head if vocabulary is None else vocabulary.rows_of(head)
     packed_head = pack_head(norm, head, packing.quantize, packing.exact)
-    if packing.draft_vocab:
-        vocabulary = DraftVocabulary(len(head), packing.draft_vocab, token_order)
-    if packing.drafts_apart:
-        kept = head if vocabulary is None else vocabulary.rows_of(head)
-        draft_head = pack_head(norm, kept, packing.draft_weights or packing.quantize, False)
-        del kept
-    del head
+    draft_head = packed_head if vocabulary is None else pack_head(norm, kept, packing.quantize, False)
+    copies: dict[Quantization, tuple[list[LayerT], HeadT]] = {}
+    if packing.draft_weights:
+        kind = packing.draft_head or "int8"
+        cheap_head = draft_head if kind == packing.quantize and not packing.exact else pack_head(norm, kept, kind, False)
+        copies = {kind: ([], cheap_head) for kind in packing.draft_weights}
+    del head, kept
     layers: list[LayerT] = []
-    draft_layers: list[LayerT] = []
-    copies = 0 if packing.draft_weights is None else packing.draft_layers or spec.layers - 1
     for index in range(spec.layers):
         originals = weights.remembered(f"model.layers.{index}.")
         layers.append(pack_layer(originals, index, packing.quantize, packing.exact))
-        if index < copies:
-            draft_layers.append(pack_layer(originals, index, packing.draft_weights, False))
-    return Repacked(layers, packed_head, draft_layers, draft_head, vocabulary)
+        if index < (packing.draft_layers or spec.layers):
+            for kind, (copied, _) in copies.items():
+                copied.append(pack_layer(originals, index, kind, False))
+    return Repacked(layers, packed_head, draft_head, copies, vocabulary)
 
 
 def taken_from(model: nn.Module) -> Take:

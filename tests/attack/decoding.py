@@ -52,7 +52,7 @@ def _model(kind: str) -> Any:
     packing = {
         "native int8": PackingConfig(quantize="int8"),
         "native int4": PackingConfig(quantize="int4"),
-        "int8 drafts": PackingConfig(draft_weights="int8"),
+        "int8 drafts": PackingConfig(draft_weights=("int8",)),
         "few drafts": PackingConfig(draft_vocab=30),
     }.get(kind)
     dtype = torch.bfloat16 if "bf16" in kind or "int4" in kind else torch.float32

@@ -206,7 +206,7 @@ def test_flags_that_cannot_be(checkpoint):
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--draft-confidence", "1"], "--draft-confidence must be in [0, 1), got 1.0"),
         (["--stop", ""], "--stop must be a text that is not empty, got an empty one"),
-        (["--strategy", "magic"], "--strategy must be one of self-speculative, early-exit, autoregressive, got magic"),
+        (["--strategy", "magic"], "--strategy must be one of self-speculative, lookup, early-exit, autoregressive, got magic"),
         (["--dtype", "int3"], "--dtype must be one of auto, fp32, bf16, got int3"),
         (["--device", "abacus"], "--device must be auto, cpu, cuda, cuda:N or mps, got abacus"),
     ):

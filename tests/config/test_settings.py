@@ -4,6 +4,7 @@ import pytest
 
 from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, ExitChoice, GenerationSettings, SamplingConfig
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeConfig, RecipeSettings
 from layerskip_core.errors import ConfigError
@@ -32,7 +33,11 @@ def test_the_checkpoint_decides_what_was_not_said(asked, recommended, strategy, 
 
 
 def test_weights_for_drafts_imply_drafting():
-    assert DecodingSettings().resolve(UNKNOWN, 8, drafts_apart=True).strategy == "self-speculative"
+    assert DecodingSettings().resolve(UNKNOWN, 8, PackingConfig(draft_vocab=9)).strategy == "self-speculative"
+    low = DecodingSettings().resolve(UNKNOWN, 8, PackingConfig(draft_weights=("int4", "int8")))
+    assert (low.strategy, low.exit_layer, low.draft_weights) == ("self-speculative", 8, "int4")
+    trained = ExitChoice(4, 12, "self-speculative", exits=(4, 6))
+    assert DecodingSettings().resolve(trained, 8, PackingConfig(draft_weights=("int8",))).exit_layer == 4
 
 
 def test_every_setting_of_an_answer_reaches_the_decoding():
@@ -48,7 +53,7 @@ def test_every_setting_of_an_answer_reaches_the_decoding():
         (lambda: DecodingSettings(exit_layer=8).resolve(UNKNOWN, 8), "`exit_layer` must be in 1..7, got 8"),
         (
             lambda: DecodingSettings("magic"),
-            "`strategy` must be one of self-speculative, early-exit, autoregressive, got magic",
+            "`strategy` must be one of self-speculative, lookup, early-exit, autoregressive, got magic",
         ),
         (lambda: GenerationSettings(stop=("",)), "`stop` must be a text that is not empty"),
         (lambda: GenerationSettings(draft_confidence=1.0), r"`draft_confidence` must be in \[0, 1\), got 1.0"),

@@ -22,8 +22,12 @@ def model_of(kind):
         return GenericBackend(tiny_model())
     if kind == "windows":
         return PackedBackend.of(tiny_model("mistral", sliding_window=5))
-    packing = PackingConfig(draft_weights="int8", draft_vocab=50) if kind == "low-bit drafts" else None
+    packing = PackingConfig(draft_weights=("int8",), draft_vocab=50) if kind == "low-bit drafts" else None
     return PackedBackend.of(tiny_model(), packing)
+
+
+def drafting(kind):
+    return {"draft_weights": "int8"} if kind == "low-bit drafts" else {}
 
 
 def prompt_of(length):
@@ -59,7 +63,7 @@ def everything_together(model, prompts, config, eos_ids=frozenset()):
     ]
 
 
-STRATEGIES = ("autoregressive", "early-exit", "self-speculative")
+STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
 
 
 @settings(max_examples=25, deadline=None)
@@ -78,11 +82,12 @@ def test_each_row_ends_as_it_does_alone(
 ):
     """EOS and stop string are taken from one row's output, so that rows end at different times."""
     model, prompts = model_of(kind), [prompt_of(length) for length in lengths]
-    config = DecodingConfig(strategy, exit_layer, num_draft_tokens, 16)
+    own = drafting(kind)
+    config = DecodingConfig(strategy, exit_layer, num_draft_tokens, 16, **own)
     free, _ = alone(model, prompts[0], config, frozenset())
     eos_ids = frozenset() if eos_place is None else frozenset({66, free[eos_place]})
     stop = () if stop_place is None else (letters(free[stop_place : stop_place + 2]),)
-    config = DecodingConfig(strategy, exit_layer, num_draft_tokens, max_new_tokens, stop=stop)
+    config = DecodingConfig(strategy, exit_layer, num_draft_tokens, max_new_tokens, stop=stop, **own)
     found = {one.row: (one.ids, one.finish_reason) for one in decode_batch(model, prompts, config, eos_ids, letters)}
     assert found == {row: alone(model, prompt, config, eos_ids) for row, prompt in enumerate(prompts)}
 
@@ -101,7 +106,7 @@ def test_counts_are_those_of_each_row_alone(eos_place):
 @pytest.mark.parametrize("kind", ["generic", "packed", "windows", "low-bit drafts"])
 def test_each_row_stops_drafting_by_its_own_confidence(kind, confidence):
     model, prompts = model_of(kind), [prompt_of(length) for length in (3, 9, 5, 12)]
-    config = DecodingConfig(exit_layer=3, num_draft_tokens=5, max_new_tokens=20, draft_confidence=confidence)
+    config = DecodingConfig(exit_layer=3, num_draft_tokens=5, max_new_tokens=20, draft_confidence=confidence, **drafting(kind))
     assert everything_together(model, prompts, config) == [everything_alone(model, prompt, config) for prompt in prompts]
 
 

@@ -288,7 +288,7 @@ class TableModel:
     shares_states, vocabulary = True, None  # of its draft side, which is the model itself
 
     def __init__(self, table):
-        self.table, self.max_positions, self.draft_side = table, table.shape[1], self
+        self.table, self.max_positions, self.draft_sides = table, table.shape[1], {None: self}
 
     def new_cache(self, batch_size=1, max_positions=None):
         return KVCache(2, batch_size, max_positions)
@@ -502,7 +502,7 @@ def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
     table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     model, sampler, stopping = TableModel(table), Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
-    drafter = ExitDrafter(model.draft_side, sampler, 1)
+    drafter = ExitDrafter(model.draft_sides[None], sampler, 1)
     outputs = [
         tuple(token.id for token in chain.from_iterable(single(model, [3], stopping, sampler, 2, drafter, num_draft_tokens)))
         for _ in range(draws)
@@ -543,7 +543,7 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
     config, prompt = SamplingConfig(temperature=4.0, top_k=2), [3, 1, 4]
     backend = GenericBackend(model)
     sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
-    drafter = ExitDrafter(backend.draft_side, sampler, 1)
+    drafter = ExitDrafter(backend.draft_sides[None], sampler, 1)
     stats, outputs = DecodeStats(), []
     for _ in range(300):
         decoding = single(backend, prompt, stopping, sampler, 2, drafter, 2)

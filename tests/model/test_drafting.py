@@ -1,11 +1,13 @@
 """The draft side of every backend, against the same layers and head without a cache."""
 
+from math import prod
+
 import pytest
 import torch
 from conftest import tiny_model
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, can_run_native
 
 EXIT, MOST = 3, 5
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
@@ -13,8 +15,8 @@ ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 PACKINGS = {
     "plain": {},
     "its own head": {"draft_vocab": 40},
-    "its own layers": {"draft_weights": "int8", "draft_layers": 4},
-    "its own layers and head": {"draft_weights": "int4", "draft_vocab": 40},
+    "its own layers": {"draft_weights": ("int8",), "draft_layers": 4},
+    "its own layers and head": {"draft_weights": ("int4",), "draft_vocab": 40},
 }
 PROMPT = torch.randint(3, 67, (1, 9), generator=torch.Generator().manual_seed(9))
 
@@ -25,24 +27,34 @@ def backend_of(kind, packing=None):
         if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
             pytest.skip("no kernels were built here")
         return NativeBackend.of(model, packing, ORDER)
+    if kind == "gemma2 native":  # with capped logits
+        model = tiny_model("gemma2", torch.float32, **WIDE)
+        if not can_run_native(model.config, torch.float32, torch.device("cpu"), None):
+            pytest.skip("no kernels were built here")
+        return NativeBackend.of(model)
     if kind == "packed":
         return PackedBackend.of(tiny_model("llama", torch.float64, **WIDE), PackingConfig(**(packing or {})), ORDER)
     return GenericBackend(tiny_model(kind))
 
 
-def drafted(backend, ends=frozenset()):
+def side_of(backend):
+    """The copy that drafts if there is one, else the backend's own layers."""
+    return list(backend.draft_sides.values())[-1]
+
+
+def drafted(backend, **ends):
     """Tokens and states of a draft after a prompt; all of the prompt but its last token is cached."""
-    side, cache, last = backend.draft_side, backend.new_cache(), PROMPT.shape[1] - 1
+    side, cache, last = side_of(backend), backend.new_cache(), PROMPT.shape[1] - 1
     positions = torch.arange(last + MOST)[None]
     with torch.inference_mode():
         for layers in (backend, side):  # a draft side with its own weights has its own keys
             layers.run_layers(layers.embed(PROMPT[:, :last]), 0, layers.num_layers, positions[:, :last], cache)
-        return side.draft_greedily(PROMPT[:, last:], EXIT, positions[:, last:], cache, ends)
+        return side.draft_greedily(PROMPT[:, last:], EXIT, positions[:, last:], cache, DraftEnds(**ends))
 
 
 def expected(backend):
     """The same by the whole sequence for each token, without a cache: MOST + 1 tokens and their states (MOST + 1, D)."""
-    side, ids = backend.draft_side, PROMPT
+    side, ids = side_of(backend), PROMPT
     with torch.inference_mode():
         while True:
             states = side.run_layers(side.embed(ids), 0, EXIT, torch.arange(ids.shape[1])[None])
@@ -63,7 +75,8 @@ CASES = [
 @pytest.mark.parametrize(("kind", "packing"), CASES)
 def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
     backend = backend_of(kind, PACKINGS.get(packing))
-    tokens, states = drafted(backend)
+    tokens, states, probs = drafted(backend)
+    assert probs == []
     known_tokens, known_states = expected(backend)
     assert tokens.tolist() == [known_tokens]
     assert states.shape[1] in (MOST, MOST + 1)
@@ -77,7 +90,7 @@ def test_a_draft_ends_after_an_end_token(kind, packing):
     known, _ = expected(backend)
     end = next(place for place in range(2, MOST + 1) if known[place] not in known[1:place])
     other = next(token for token in range(67) if token not in known)
-    tokens, states = drafted(backend, ends=frozenset({other, known[end]}))
+    tokens, states, _ = drafted(backend, ids=frozenset({other, known[end]}))
     assert tokens.tolist() == [known[: end + 1]] and states.shape[1] in (end, end + 1)
 
 
@@ -87,8 +100,28 @@ def test_the_states_of_a_draft_are_shared_unless_its_layers_are_copies(kind, pac
     with torch.inference_mode():
         target, draft = (
             layers.run_layers(layers.embed(PROMPT), 0, EXIT, torch.arange(PROMPT.shape[1])[None])
-            for layers in (backend, backend.draft_side)
+            for layers in (backend, side_of(backend))
         )
     copies = packing is not None and "draft_weights" in PACKINGS[packing]
-    assert backend.draft_side.shares_states == torch.equal(target, draft) == (not copies)
-    assert backend.draft_side.num_layers == (PACKINGS[packing].get("draft_layers", 5) if copies else 6)
+    assert side_of(backend).shares_states == torch.equal(target, draft) == (not copies)
+    assert side_of(backend).num_layers == (PACKINGS[packing].get("draft_layers", 6) if copies else 6)
+    assert list(backend.draft_sides) == [None, *PACKINGS.get(packing, {}).get("draft_weights", ())]
+
+
+@pytest.mark.parametrize(("kind", "packing"), [*CASES, ("gemma2 native", None)])
+def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
+    """Before a token below `confidence`, and after one that brings the product below `survival`."""
+    backend = backend_of(kind, PACKINGS.get(packing))
+    known, states = expected(backend)
+    with torch.inference_mode():
+        probs = side_of(backend).unembed(states[:MOST].to(backend.embed(PROMPT).dtype)).double().softmax(-1).amax(-1).tolist()
+    rough = 1e-2 if kind == "packed" else 1e-5
+    full = drafted(backend, wants_probs=True)
+    assert full.tokens.tolist() == [known] and full.probs == pytest.approx(probs, rel=rough)
+    low = min(range(MOST), key=probs.__getitem__)
+    confident = drafted(backend, confidence=probs[low] * (1 + 2 * rough))
+    assert confident.tokens.tolist() == [known[: low + 1]] and len(confident.probs) == low
+    survival = [prod(probs[: place + 1]) for place in range(MOST)]
+    for place in (0, 2):
+        surviving = drafted(backend, survival=survival[place] * (1 + 10 * rough))
+        assert surviving.tokens.tolist() == [known[: place + 2]] and len(surviving.probs) == place + 1

@@ -19,7 +19,7 @@ from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.model import NativeBackend, PackedBackend, can_run_native, splitting
+from layerskip_core.model import DraftEnds, NativeBackend, PackedBackend, can_run_native, splitting
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
 from layerskip_core.model.native.buffers import BufferPool, Buffers
@@ -156,13 +156,13 @@ def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision,
 
 @needs_kernels
 def test_a_low_bit_copy_drafts_and_the_model_verifies(variant):
-    packing = PackingConfig(draft_weights="int4", draft_layers=3, draft_vocab=50)
+    packing = PackingConfig(draft_weights=("int4",), draft_layers=3, draft_vocab=50)
     model = NativeBackend.of(tiny_model("llama", torch.float32, **WIDE), packing)
     alone = NativeBackend.of(tiny_model("llama", torch.float32, **WIDE))
-    assert model.draft_side.num_layers == 3 and not model.draft_side.shares_states
+    assert model.draft_sides["int4"].num_layers == 3 and not model.draft_sides["int4"].shares_states
     assert model.implementation == f"native ({variant}), int4 drafts"
     prompt = ids_of(1, 9)[0].tolist()
-    drafted = decode(model, prompt, DecodingConfig("self-speculative", 3, 4, 30))
+    drafted = decode(model, prompt, DecodingConfig("self-speculative", 3, 4, 30, draft_weights="int4"))
     plain = decode(alone, prompt, DecodingConfig("autoregressive", max_new_tokens=30))
     assert [t.id for ts in drafted for t in ts] == [t.id for ts in plain for t in ts]
     assert drafted.stats.accepted > 0
@@ -173,8 +173,8 @@ def test_a_low_bit_copy_drafts_and_the_model_verifies(variant):
 @pytest.mark.parametrize(
     ("model_type", "packing"),
     [
-        *(("llama", packing) for packing in ({}, {"draft_vocab": 40}, {"draft_weights": "int8"}, {"quantize": "int4"})),
-        *(("gemma3_text", {}), ("olmo2", {"draft_weights": "int8"}), ("granite", {}), ("starcoder2", {})),
+        *(("llama", packing) for packing in ({}, {"draft_vocab": 40}, {"draft_weights": ("int8",)}, {"quantize": "int4"})),
+        *(("gemma3_text", {}), ("olmo2", {"draft_weights": ("int8",)}), ("granite", {}), ("starcoder2", {})),
     ],
     ids=str,
 )
@@ -186,10 +186,13 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
     model = NativeBackend.of(tiny, PackingConfig(**packing), order)
     prompt, positions = ids_of(1, 30), torch.arange(29, 36)[None]
 
+    weights = packing.get("draft_weights", (None,))[0]
+
     def drafted(ends, one_call):
-        drafter = drafter_for(DrafterSetup(model, Greedy(), DecodingConfig("self-speculative", 4, 6), frozenset(ends)))
+        config = DecodingConfig("self-speculative", 4, 6, draft_weights=weights)
+        drafter = drafter_for(DrafterSetup(model, Greedy(), config, frozenset(ends)))
         if not one_call:
-            drafter._in_one_call = False
+            drafter._is_greedy = False
         with torch.inference_mode():
             cache = model.new_cache()
             model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
@@ -217,7 +220,7 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
         model = NativeBackend.of(tiny)
         with torch.inference_mode():
             token, places = torch.tensor([[5]]), torch.arange(1)[None]
-            return model.draft_side.draft_greedily(token, 3, places, model.new_cache(), frozenset())[0].tolist()
+            return model.draft_sides[None].draft_greedily(token, 3, places, model.new_cache(), DraftEnds()).tokens.tolist()
 
     ((_, likely),) = drafted(lambda weight: None)
 
@@ -238,7 +241,7 @@ def test_which_precisions_devices_and_widths_the_kernels_support(variant):
     assert not can_run_native(tiny_model("llama", torch.float32, hidden_act="relu").config, torch.float32, cpu, None)
     narrow = tiny_model("llama", torch.float32, intermediate_size=48).config  # 48: no whole groups of 32
     assert can_run_native(narrow, torch.float32, cpu, None)
-    assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights="int8"))
+    assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights=("int8",)))
 
 
 def test_without_kernels_nothing_runs_native(monkeypatch):
@@ -338,7 +341,7 @@ def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
     """In Python: the kernels would read or write where nothing of theirs is."""
     model, ids = model_of("fp32"), ids_of(1, 3)
     hidden, places = model.embed(ids), torch.arange(3)[None]
-    run, draft = model.run_layers, model.draft_side.draft_greedily
+    run, draft = model.run_layers, model.draft_sides[None].draft_greedily
     with torch.inference_mode():
         for start, stop in ((0, 7), (-1, 3), (4, 2)):
             with pytest.raises(ValueError, match=rf"layers must be in 0\.\.6, got {start}\.\.{stop}"):
@@ -357,7 +360,7 @@ def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
             run(hidden, 0, 6, places, filled(model_of("fp32", num_hidden_layers=2), ids))
         for token, layers in ((-1, 3), (67, 3), (5, 7)):
             with pytest.raises(ValueError, match=f"no draft of token {token} by {layers} layers"):
-                draft(torch.tensor([[token]]), layers, places, model.new_cache(), frozenset())
+                draft(torch.tensor([[token]]), layers, places, model.new_cache(), DraftEnds())
         with pytest.raises(ConfigError, match="context limit of 128 tokens"):
             draft(ids[:, :1], 3, torch.arange(120, 128)[None], model.new_cache(), frozenset())
         assert run(hidden[:, :0], 0, 6, places[:, :0], model.new_cache()).shape == (1, 0, 64)

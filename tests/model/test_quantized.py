@@ -122,7 +122,13 @@ def test_quantized_logits_are_near_the_original_ones(model_type, quantize, toler
 @settings(max_examples=15, deadline=None)
 @given(
     packing=st.sampled_from(
-        [{}, {"draft_weights": "int8"}, {"draft_weights": "int4", "draft_vocab": 40}, {"draft_vocab": 20}, {"draft_vocab": 99}]
+        [
+            {},
+            {"draft_weights": ("int8",)},
+            {"draft_weights": ("int4",), "draft_vocab": 40},
+            {"draft_vocab": 20},
+            {"draft_vocab": 99},
+        ]
     ),
     exit_layer=st.integers(1, 5),
     num_draft_tokens=st.integers(1, 7),
@@ -132,13 +138,18 @@ def test_quantized_logits_are_near_the_original_ones(model_type, quantize, toler
 def test_draft_weights_and_vocabularies_change_no_output(packing, exit_layer, num_draft_tokens, length, max_new_tokens):
     """In fp64, where near-ties do not matter. The low-bit kernels only draft."""
     model, prompt = packed(torch.float64, **packing), prompt_of(length)
-    settings = {"exit_layer": exit_layer, "num_draft_tokens": num_draft_tokens, "max_new_tokens": max_new_tokens}
+    settings = {
+        "draft_weights": packing.get("draft_weights", (None,))[0],
+        "exit_layer": exit_layer,
+        "num_draft_tokens": num_draft_tokens,
+        "max_new_tokens": max_new_tokens,
+    }
     assert output(model, prompt, **settings)[0] == plain(model, prompt, max_new_tokens=max_new_tokens)
 
 
 def test_a_draft_vocabulary_limits_only_the_drafts():
     model, prompt = packed(torch.float64, draft_vocab=20), prompt_of(9)
-    side = model.draft_side
+    side = model.draft_sides[None]
     hidden = side.embed(torch.tensor([prompt]))
     with torch.inference_mode():
         torch.testing.assert_close(side.unembed(hidden), model.unembed(hidden)[..., :20])
@@ -153,8 +164,8 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     model = PackedBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
     with torch.inference_mode():
         hidden = model.embed(ids)
-        torch.testing.assert_close(model.draft_side.unembed(hidden), model.unembed(hidden)[..., [50, 3, 40, 0, 1]])
-    assert model.draft_side.vocabulary.tokens(torch.arange(5)).tolist() == [50, 3, 40, 0, 1]
+        torch.testing.assert_close(model.draft_sides[None].unembed(hidden), model.unembed(hidden)[..., [50, 3, 40, 0, 1]])
+    assert model.draft_sides[None].vocabulary.tokens(torch.arange(5)).tolist() == [50, 3, 40, 0, 1]
     settings = {"exit_layer": 5, "num_draft_tokens": 3, "max_new_tokens": 40}
     assert output(model, prompt_of(9), **settings)[0] == plain(model, prompt_of(9), max_new_tokens=40)
     often = sorted(set(plain(model, prompt_of(9), max_new_tokens=40)))
@@ -187,20 +198,22 @@ def test_a_token_order_is_read_and_checked(tmp_path):
 
 def test_low_bit_drafts_are_accepted_nearly_as_often_as_full_ones():
     """With copies of 5 of 6 layers. Sampling takes the same path."""
-    own, low = packed(torch.float64), packed(torch.float64, draft_weights="int8")
+    own, low = packed(torch.float64), packed(torch.float64, draft_weights=("int8",))
     settings = {"exit_layer": 5, "num_draft_tokens": 4, "max_new_tokens": 60}
-    full, cheap = output(own, prompt_of(9), **settings)[1], output(low, prompt_of(9), **settings)[1]
-    assert not low.draft_side.shares_states and low.implementation == "packed, int8 drafts"
+    full = output(own, prompt_of(9), **settings)[1]
+    settings["draft_weights"] = "int8"
+    cheap = output(low, prompt_of(9), **settings)[1]
+    assert not low.draft_sides["int8"].shares_states and low.implementation == "packed, int8 drafts"
     assert cheap.accepted > 0.7 * full.accepted > 0
     sampled, _ = output(low, prompt_of(9), sampling=SamplingConfig(temperature=1.0), **settings)
     assert len(sampled) == 60
 
 
 def test_only_draft_layers_are_copied():
-    model = packed(draft_weights="int8", draft_layers=2)
-    assert model.draft_side.num_layers == 2
+    model = packed(draft_weights=("int8",), draft_layers=2)
+    assert model.draft_sides["int8"].num_layers == 2
     with pytest.raises(ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"):
-        output(model, prompt_of(3), exit_layer=3)
+        output(model, prompt_of(3), exit_layer=3, draft_weights="int8")
 
 
 # --- exact -------------------------------------------------------------------------------------------------------------
@@ -263,7 +276,7 @@ def test_exact_drafts_with_a_head_of_their_own_reuse_exact_states():
         return layers.run_layers(layers.embed(prompt[:, 8:]), 0, 4, places[:, 8:], cache)
 
     with torch.inference_mode():
-        assert model.draft_side.shares_states and torch.equal(state(model.draft_side), state(model))
+        assert model.draft_sides[None].shares_states and torch.equal(state(model.draft_sides[None]), state(model))
 
 
 def test_exact_attention_respects_windows():
@@ -303,7 +316,7 @@ def test_draft_vocab_follows_the_token_order_of_the_checkpoint(checkpoint, tmp_p
         backend = for_decoding(str(folder), "cpu", "fp32", PackingConfig(draft_vocab=2)).backend
         with torch.inference_mode():
             hidden = backend.embed(ids)
-            torch.testing.assert_close(backend.draft_side.unembed(hidden), backend.unembed(hidden)[..., [299, 7]])
+            torch.testing.assert_close(backend.draft_sides[None].unembed(hidden), backend.unembed(hidden)[..., [299, 7]])
     (folder / "token_order.json").write_text("[300]")
     refused = run("generate", "x", "--model", str(folder), "--draft-vocab", "2")
     assert refused.code == 1 and "token_order.json must be a list of distinct token ids below 300" in refused.err

@@ -32,7 +32,8 @@ class Draft:
     """K drafts per row for the target to verify in one pass, after the newest token.
 
     `exit_states` are the target's own hidden states after `exit_layer` layers, pre-norm, of all tokens or of all but the last.
-    None if the draft has no such states (looked-up or low-bit drafts): the target then starts at layer 0.
+    None if the draft has no such states (looked-up or low-bit drafts): the target then starts at layer 0. `source` names what
+    drafted, for reports.
     """
 
     tokens: Tensor  # (B, 1+K), the newest token first
@@ -40,6 +41,7 @@ class Draft:
     probs: Tensor | None = None  # (B, K, V), what each draft was drawn from; None if it was chosen without chance
     exit_states: Tensor | None = None  # (B, K+1 or K, D)
     exit_layer: int = 0
+    source: str = "drafts"
 
 
 @dataclass(frozen=True)
@@ -58,4 +60,4 @@ class Drafter(Protocol):
         """Up to `most[row]` drafts for each row, of which at least one may have a draft."""
 
     def observe(self, verdict: Verdict) -> None:
-        """Takes note of what the target made of one row's last draft. Called for every row after each round."""
+        """Takes note of what the target made of one row's last draft. Called for every row after each step but the prefill."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...config.checks import require
-from ...config.packing import EXACT_TOKENS
-from ...model.backend import DraftSide
+from ...config.packing import EXACT_TOKENS, Quantization
+from ...model.backend import DraftEnds, DraftSide
 from ..sampling import Greedy, Sampler, Verdict
 from .base import Context, Draft, DrafterSetup
 
@@ -23,11 +23,13 @@ class ExitDrafter:
         confidence: float = 0.0,
         eos_ids: frozenset[int] = frozenset(),
         reuse_exit_states: bool = True,
+        source: str = "drafts",
     ) -> None:
         """`confidence`: a row drafts no further if its most probable token has a lower probability.
 
         Without `reuse_exit_states` the target recomputes the first layers, as it must for a draft side with other weights.
         """
+        self.source = source
         self._draft_side = draft_side
         self._sampler = sampler
         self._exit_layer = exit_layer
@@ -35,11 +37,11 @@ class ExitDrafter:
         # On other devices waiting for every id costs more than a few drafts after an EOS, once per output.
         self._eos_ids = eos_ids if draft_side.device.type == "cpu" else frozenset()
         self._reuses = reuse_exit_states and draft_side.shares_states
-        self._in_one_call = isinstance(sampler, Greedy) and not confidence
+        self._is_greedy = isinstance(sampler, Greedy)
 
     def draft(self, context: Context, most: Sequence[int]) -> Draft:
         """Each row ends after an EOS, or before a token of which it is not confident."""
-        if self._in_one_call and len(most) == 1:
+        if self._is_greedy and len(most) == 1:
             return self._greedy_draft(context)
         vocabulary = self._draft_side.vocabulary
         limits, counts, token = list(most), [0] * len(most), context.newest
@@ -75,16 +77,18 @@ class ExitDrafter:
             torch.cat(probs, dim=1) if probs else None,
             torch.cat(states, dim=1) if self._reuses else None,
             self._exit_layer,
+            self.source,
         )
 
     def observe(self, verdict: Verdict) -> None:
         """Every round drafts in the same way."""
 
     def _greedy_draft(self, context: Context) -> Draft:
-        tokens, states = self._draft_side.draft_greedily(
-            context.newest, self._exit_layer, context.positions[:, :-1], context.cache, self._eos_ids
+        ends = DraftEnds(self._eos_ids, self._confidence)
+        tokens, states, _ = self._draft_side.draft_greedily(
+            context.newest, self._exit_layer, context.positions[:, :-1], context.cache, ends
         )
-        return Draft(tokens, (tokens.shape[1] - 1,), None, states if self._reuses else None, self._exit_layer)
+        return Draft(tokens, (tokens.shape[1] - 1,), None, states if self._reuses else None, self._exit_layer, self.source)
 
     def _confident(self, rows: list[int], logits: Tensor, draft_probs: Tensor | None) -> list[int]:
         """Those of the rows whose most probable token is probable enough."""
@@ -95,12 +99,32 @@ class ExitDrafter:
 
 def drafter(setup: DrafterSetup) -> ExitDrafter:
     """Raises ConfigError for an exit beyond the layers kept for drafting, and for drafts too long to be verified exactly."""
-    model, config, exit_layer = setup.model, setup.config, setup.config.exit_layer
-    assert exit_layer is not None
-    kept = model.draft_side.num_layers
-    require(exit_layer <= kept, "exit_layer", f"at most the {kept} layers kept for drafting", exit_layer)
-    short = not model.exact or config.num_draft_tokens < EXACT_TOKENS
-    require(short, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
+    config = setup.config
+    assert config.exit_layer is not None
+    require_exact_length(setup)
+    side = draft_side(setup, config.draft_weights)
+    name = drafter_name(config.draft_weights, config.exit_layer, setup.model.num_layers)
     return ExitDrafter(
-        model.draft_side, setup.sampler, exit_layer, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states
+        *(side, setup.sampler, config.exit_layer, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name)
     )
+
+
+def draft_side(setup: DrafterSetup, weights: Quantization | None) -> DraftSide:
+    """The layers that draft in this precision. Raises ConfigError if no such copy was made, or not of enough layers."""
+    sides, exit_layer = setup.model.draft_sides, setup.config.exit_layer or 0
+    require(weights in sides, "draft_weights", f"a copy that was made: {', '.join(filter(None, sides)) or 'none'}", weights)
+    side = sides[weights]
+    require(exit_layer <= side.num_layers, "exit_layer", f"at most the {side.num_layers} layers kept for drafting", exit_layer)
+    return side
+
+
+def drafter_name(weights: Quantization | None, exit_layer: int, num_layers: int) -> str:
+    """What reports call a drafter: `exit 8`, `int8 exit 8`, or `int8` for a copy of all layers."""
+    layers = "" if exit_layer == num_layers else f"exit {exit_layer}"
+    return " ".join(filter(None, (weights, layers)))
+
+
+def require_exact_length(setup: DrafterSetup) -> None:
+    """Raises ConfigError for drafts too long to be verified exactly."""
+    short = not setup.model.exact or setup.config.num_draft_tokens < EXACT_TOKENS
+    require(short, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", setup.config.num_draft_tokens)

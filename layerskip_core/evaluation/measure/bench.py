@@ -6,8 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from ...checkpoint.loaded import Decoder
-from ...config.checks import require_exit_layer
-from ...config.decoding import DRAFTERS, DecodingConfig, ExitChoice
+from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings
 from ...config.evaluation import BenchConfig
 from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
@@ -39,19 +38,23 @@ def bench(
         LayerSkipError: no prompt could be answered, or the journal to resume belongs to other settings.
     """
     task, generation = task.asked(config.generation)
-    choice = _choice(loaded, config)
+    asked = DecodingSettings(None, config.exit_layer, config.num_draft_tokens, generation)
+    every = {
+        strategy: asked.resolve_as(strategy, loaded.recommended(), loaded.backend.num_layers, config.packing)
+        for strategy in ("autoregressive", "early-exit", *DRAFTERS)  # in this order
+    }
+    speculative = every["self-speculative"]
     config = replace(
         config,
         task=task.config,
         generation=generation,
-        exit_layer=choice.exit_layer,
-        num_draft_tokens=choice.num_draft_tokens,
+        exit_layer=speculative.exit_layer,
+        num_draft_tokens=speculative.num_draft_tokens,
         timed=default_timed(config),
     )
     sampled = generation.sampling.temperature > 0
     loaded = task.prepared(loaded)
-    strategies = _strategies(config, choice)
-    speculative = generation.decoding("self-speculative", choice.exit_layer, choice.num_draft_tokens)
+    strategies = [decoding for strategy, decoding in every.items() if strategy in config.strategies]
     methods: list[Method] = [*strategies, *load_baselines(loaded, config, speculative)]
     machine = environment(loaded)
     journal = Journal(folder, asdict(config), resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
@@ -121,25 +124,6 @@ def bench_result(
         differences=differing,
         failures=first.failures,
     )
-
-
-def _choice(loaded: Decoder, config: BenchConfig) -> ExitChoice:
-    """The config's exit and draft length, by default those that the checkpoint recommends."""
-    recommended = loaded.recommended()
-    exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
-    require_exit_layer(exit_layer, loaded.backend.num_layers)
-    return ExitChoice(exit_layer, config.num_draft_tokens or recommended.num_draft_tokens)
-
-
-def _strategies(config: BenchConfig, choice: ExitChoice) -> list[DecodingConfig]:
-    """The config's strategies, autoregressive decoding first."""
-    generation = config.generation
-    every = [
-        generation.decoding("autoregressive"),
-        generation.decoding("early-exit", choice.exit_layer),
-        *(generation.decoding(strategy, choice.exit_layer, choice.num_draft_tokens) for strategy in DRAFTERS),
-    ]
-    return [decoding for decoding in every if decoding.strategy in config.strategies]
 
 
 def _target_layers(decoding: DecodingConfig, loaded: Decoder) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
+from ...config.packing import Quantization
 from ...data.examples import Example
 from ...decoding import DecodeStats, Decoding, decode
 from ...model.backend import DraftSide
@@ -63,7 +64,11 @@ class Rounds:
 
 @torch.inference_mode()
 def agreement(
-    loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], exit_layers: Sequence[int]
+    loaded: Decoder,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    exit_layers: Sequence[int],
+    weights: Quantization | None = None,
 ) -> dict[int, list[int]]:
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
@@ -71,7 +76,7 @@ def agreement(
     draft is always the autoregressive output. For low-bit drafts this is an approximation: in the loop they attend to the
     target's keys and values of earlier rounds, here to their own.
     """
-    drafting: DraftSide = loaded.backend.draft_side
+    drafting: DraftSide = loaded.backend.draft_sides[weights]
     ids = [*prompt_ids, *output_ids]
     tokens = torch.tensor([ids[:-1]], device=drafting.device)
     positions = torch.arange(len(ids) - 1)[None]

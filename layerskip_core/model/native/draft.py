@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backend import DraftEnds, GreedyDraft
 from ..cache import KVCache
 from ..draft_vocabulary import DraftVocabulary
 from .compiled import CDraft
@@ -15,16 +16,18 @@ from .span import NativeLayers
 
 @dataclass(frozen=True)
 class OneCallDraft:
-    """A `GreedyDraft` by layers and a head; `vocabulary` holds the tokens of the head's outputs, None for all."""
+    """A `DraftKernel` by layers and a head; `vocabulary` holds the tokens of the head's outputs, None for all.
+
+    `runs_last`: the layers run over the last draft too, whose hidden state the target then needs.
+    """
 
     layers: NativeLayers
     head: NativeHead
     vocabulary: DraftVocabulary | None
+    runs_last: bool
 
-    def __call__(
-        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, end_ids: frozenset[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (1, K+1) and the hidden states (1, K+1, D) of all of them, see `DraftSide`."""
+    def __call__(self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds) -> GreedyDraft:
+        """See `DraftSide`. Hidden states (1, K+1, D), or (1, K, D) without `runs_last`."""
         layers, first = self.layers, int(token)
         vocab_size, hidden_size = layers.embedding.shape
         if not (0 <= first < vocab_size and 0 <= exit_layer <= layers.num_layers and len(cache.lengths) == 1):
@@ -39,13 +42,20 @@ class OneCallDraft:
         states = torch.empty(1, most + 1, hidden_size)
         logits = torch.empty(self.head.matrix.outputs)
         known = None if self.vocabulary is None else self.vocabulary.ids
-        ends = (ctypes.c_int64 * len(end_ids))(*end_ids)
+        end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
+        probs = (ctypes.c_float * most)() if ends.needs_probs else None
         draft = CDraft(
             layers.embedding.data_ptr(),
             None if known is None else known.data_ptr(),
-            ctypes.addressof(ends),
+            ctypes.addressof(end_ids),
+            None if probs is None else ctypes.addressof(probs),
             len(end_ids),
             most,
+            self.runs_last,
+            self.head.logits_scale,
+            self.head.logits_cap,
+            ends.confidence,
+            ends.survival,
             *(tensor.data_ptr() for tensor in (tokens, states, logits)),
         )
         layers.kernels.draft(
@@ -53,4 +63,5 @@ class OneCallDraft:
             *(buffers.call, draft, buffers.threads),
         )
         count = draft.drafted + 1
-        return tokens[:, :count], states[:, :count]
+        run = count if self.runs_last else draft.drafted
+        return GreedyDraft(tokens[:, :count], states[:, :run], [] if probs is None else probs[: draft.drafted])

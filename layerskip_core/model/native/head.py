@@ -20,6 +20,7 @@ class NativeHead:
         """Final norm and head (N, D)."""
         self._kernels, self._shape, self._pool, self._spec = kernels, shape, pool, spec
         self.norm, self.matrix = NativeNorm(norm), matrix
+        self.logits_scale, self.logits_cap = 1 / spec.logits_divisor, spec.logits_cap or 0.0
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., D) to logits (..., N) in fp32."""

@@ -64,7 +64,13 @@ typedef struct {
     const void *embedding;     /* (token, hidden), bf16 if the cache is */
     const int64_t *vocabulary; /* token of each output of the head; NULL where they are the same */
     const int64_t *ends;       /* tokens that end a draft */
+    float *probs;              /* (most): of each draft; NULL where no one asks */
     int32_t end_count, most;   /* most: largest number of drafts */
+    int32_t runs_last;         /* whether the layers run over the last draft too */
+    float logits_scale;        /* logits are those of the head times this, and then capped */
+    float logits_cap;          /* 0 for none */
+    float confidence;          /* a less probable token is not drafted */
+    float survival;            /* drafting ends where the product of the probabilities is less */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states, *logits;    /* (1 + most, hidden) after the layers; one row of logits */
     int32_t drafted;           /* number of drafts made */
@@ -464,6 +470,7 @@ typedef struct {
     const Norm *head_norm;
     float *logits;
     Draft *draft;
+    int ended, finished; /* a draft: no more tokens; and no more layers either */
     Barrier barrier;
 } Work;
 
@@ -570,9 +577,47 @@ static int ends(const Draft *draft, int64_t token) {
     return 0;
 }
 
-/* Token by token: its layers and the most probable next token; of the last one only the layers. */
+INLINE vf logits_of(const Draft *draft, vf x) {
+    x = f_mul(x, f_set(draft->logits_scale));
+    if (draft->logits_cap <= 0) return x;
+    vf cap = f_set(draft->logits_cap);
+    return f_mul(cap, f_tanh(f_div(x, cap)));
+}
+
+/* The probability of the largest of n outputs of the head. */
+static float prob_of_largest(const Draft *draft, const float *x, int n, float largest) {
+    vf sum = f_set(0), most = logits_of(draft, f_set(largest));
+    float rest[16];
+    int i = 0;
+    for (; i + 16 <= n; i += 16) sum = f_add(sum, f_exp(f_sub(logits_of(draft, f_load(x + i)), most)));
+    float total = f_sum(sum);
+    if (i < n) {
+        for (int k = 0; k < 16; k++) rest[k] = x[i + k < n ? i + k : i];
+        f_store(rest, f_exp(f_sub(logits_of(draft, f_load(rest)), most)));
+        for (int k = 0; k < n - i; k++) total += rest[k];
+    }
+    return 1 / total;
+}
+
+/* Takes the most probable token as the next draft. Returns whether the draft ends. */
+static int choose(Work *work, float *product) {
+    Draft *draft = work->draft;
+    int chosen = largest_of(work->logits, work->head->outputs);
+    if (draft->probs) {
+        float prob = prob_of_largest(draft, work->logits, work->head->outputs, work->logits[chosen]);
+        if (prob < draft->confidence) return 1;
+        draft->probs[draft->drafted] = prob, *product *= prob;
+    }
+    int64_t token = draft->vocabulary ? draft->vocabulary[chosen] : chosen;
+    draft->tokens[++draft->drafted] = token;
+    work->call->positions++;
+    return draft->drafted == draft->most || (draft->probs && *product < draft->survival) || ends(draft, token);
+}
+
+/* Token by token: its layers and the most probable next token; of the last one only the layers, if at all. */
 static void draft(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
+    float product = 1;
     for (;;) {
         if (thread == 0) {
             work->call->hidden = draft->states + (size_t)draft->drafted * (size_t)work->shape->hidden;
@@ -580,15 +625,16 @@ static void draft(Work *work, int thread, int threads) {
         }
         meet(&work->barrier, threads);
         span(work, thread, threads);
-        if (draft->drafted == draft->most || (draft->drafted > 0 && ends(draft, draft->tokens[draft->drafted]))) return;
+        if (work->ended) return; /* the same for all threads: thread 0 set it before the last barrier */
         score(work, thread, threads);
         meet(&work->barrier, threads);
         if (thread == 0) {
-            int chosen = largest_of(work->logits, work->head->outputs);
-            draft->tokens[++draft->drafted] = draft->vocabulary ? draft->vocabulary[chosen] : chosen;
-            work->call->positions++;
+            int before = draft->drafted;
+            work->ended = choose(work, &product);
+            work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
         }
         meet(&work->barrier, threads);
+        if (work->finished) return;
     }
 }
 
@@ -615,7 +661,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 3; }
+int layerskip_interface(void) { return 4; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

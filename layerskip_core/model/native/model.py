@@ -1,5 +1,6 @@
 """`Backend` by the C kernels, where they were built and the CPU has the instructions that they need."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
+from ..draft_vocabulary import DraftVocabulary
 from ..drafting import LayeredDraftSide
 from ..layer_weights import NormWeights
 from ..packed.model import can_pack
@@ -40,7 +42,7 @@ def suits_kernels(config: object, dtype: torch.dtype, device: torch.device, pack
     spec = ModelSpec.of(config)
     if spec.activation not in ACTIVATIONS or len(spec.ropes) > MOST_ROPES:
         return False
-    low_bit = packing is not None and (packing.quantize or packing.draft_weights) is not None
+    low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
     divisor = GROUP_SIZE if low_bit else 2
     return spec.head_dim <= _LARGEST_HEAD and not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
 
@@ -77,12 +79,15 @@ class NativeBackend:
             packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head)
             chain = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))
             self._layers, self._head = chain(packed.layers), packed.head
-            drafting = chain(packed.draft_layers) if packed.draft_layers else self._layers
-        head, vocabulary = packed.draft_head or self._head, packed.vocabulary
-        one_call = OneCallDraft(drafting, head, vocabulary)
-        self.draft_side: DraftSide = LayeredDraftSide(drafting, head, vocabulary, drafting is self._layers, one_call)
+            self.draft_sides: Mapping[Quantization | None, DraftSide] = {
+                None: _draft_side(self._layers, packed.draft_head, packed.vocabulary, True),
+                **{
+                    kind: _draft_side(chain(layers), head, packed.vocabulary, False)
+                    for kind, (layers, head) in packed.copies.items()
+                },
+            }
         kinds = ", ".join(filter(None, (compiled.variant, packing.quantize)))
-        self.implementation = f"native ({kinds})" + (f", {packing.draft_weights} drafts" if packing.draft_weights else "")
+        self.implementation = f"native ({kinds}){packing.drafting}"
         self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab
         self.max_positions, self.device, self.dtype = spec.context, embedding.device, embedding.dtype
 
@@ -104,3 +109,9 @@ class NativeBackend:
 
     def unembed(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
+
+
+def _draft_side(layers: NativeLayers, head: NativeHead, vocabulary: DraftVocabulary | None, shares_states: bool) -> DraftSide:
+    """`shares_states`: the layers are the target's own, so that it goes on from the states of all drafts."""
+    kernel = OneCallDraft(layers, head, vocabulary, shares_states)
+    return LayeredDraftSide(layers, head, vocabulary, shares_states, kernel)

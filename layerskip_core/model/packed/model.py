@@ -1,5 +1,6 @@
 """`Backend` on repacked weights, by torch's kernels: faster than transformers' layers, on every device."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -53,10 +54,12 @@ class PackedBackend:
             packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head)
             chain = partial(PackedLayers, spec, embedding, Rope(config, spec, embedding))
             self._layers, self._head = chain(packed.layers, packing.exact), packed.head
-            drafting = chain(packed.draft_layers, False) if packed.draft_layers else self._layers
-        self.draft_side: DraftSide = LayeredDraftSide(
-            drafting, packed.draft_head or self._head, packed.vocabulary, drafting is self._layers
-        )
+            own = LayeredDraftSide(self._layers, packed.draft_head, packed.vocabulary)
+            copies: dict[Quantization | None, DraftSide] = {
+                kind: LayeredDraftSide(chain(layers, False), head, packed.vocabulary, shares_states=False)
+                for kind, (layers, head) in packed.copies.items()
+            }
+        self.draft_sides: Mapping[Quantization | None, DraftSide] = {None: own} | copies
         self.implementation = _implementation(packing, self._head, self._layers)
         self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab
         self.max_positions, self.exact = spec.context, packing.exact
@@ -85,5 +88,4 @@ class PackedBackend:
 def _implementation(packing: PackingConfig, head: PackedHead, layers: PackedLayers) -> str:
     prepacked = any(isinstance(part, KernelLinear) for part in (head.linear, *layers.layers[0].linears))
     kernels = f"packed ({packing.quantize or 'oneDNN'})" if prepacked else "packed"
-    drafts = f", {packing.draft_weights} drafts" if packing.draft_weights else ""
-    return kernels + drafts + (", exact" if packing.exact else "")
+    return kernels + packing.drafting + (", exact" if packing.exact else "")

@@ -1,0 +1,94 @@
+"""Drafts copied from the text so far: prompt lookup decoding (Saxena, 2023), over the prompt and the output."""
+
+from collections.abc import Sequence
+
+from torch import tensor
+
+from ..sampling import Verdict
+from .base import Context, Draft, Drafter, DrafterSetup
+
+SHORTEST = 2  # tokens that must match, unless told otherwise
+_LONGEST = 16  # tokens of a match that are compared
+_CANDIDATES = 8  # earlier occurrences that are compared, the latest first
+
+
+class History:
+    """One row's tokens, indexed by every run of `shortest` of them."""
+
+    def __init__(self, shortest: int) -> None:
+        self._shortest = shortest
+        self._ends: dict[tuple[int, ...], list[int]] = {}  # where the text goes on after each run
+        self._indexed = 0  # runs that end here or before are in the index
+
+    def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
+        """At most `most` tokens that followed the longest match of the last ones, and how many tokens matched, 0 for no match.
+
+        The last tokens are not their own match. A continuation that reaches the end of the text goes on with itself, which
+        continues a repetition. `ids` are those of the last call and what was added to them.
+        """
+        size, end = self._shortest, len(ids)
+        for stop in range(max(self._indexed + 1, size), end):
+            self._ends.setdefault(tuple(ids[stop - size : stop]), []).append(stop)
+        self._indexed = max(self._indexed, end - 1)
+        start, longest = 0, 0
+        for candidate in self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]:
+            match = size
+            while match < min(_LONGEST, candidate) and ids[candidate - match - 1] == ids[end - match - 1]:
+                match += 1
+            if match > longest:
+                start, longest = candidate, match
+        if not longest:
+            return [], 0
+        period = end - start
+        return [ids[start + place % period] for place in range(most)], longest
+
+
+class LookupDrafter:
+    """Drafts what followed the last tokens where they occurred before. A draft is certain: it has no probabilities.
+
+    Where no row has a match, the drafter `otherwise` drafts, if there is one.
+    """
+
+    source = "lookup"
+
+    def __init__(self, shortest: int, eos_ids: frozenset[int] = frozenset(), otherwise: Drafter | None = None) -> None:
+        """`shortest`: how many tokens must match."""
+        self._shortest = shortest
+        self._eos_ids = eos_ids
+        self._otherwise = otherwise
+        self._histories: dict[int, History] = {}
+        self._otherwise_drafted = False
+
+    def draft(self, context: Context, most: Sequence[int]) -> Draft:
+        found = [self.find(row, ids, limit)[0] for row, ids, limit in zip(context.rows, context.ids, most, strict=True)]
+        self._otherwise_drafted = self._otherwise is not None and not any(found)
+        if self._otherwise is not None and self._otherwise_drafted:
+            return self._otherwise.draft(context, most)
+        return copied(context, found)
+
+    def find(self, row: int, ids: Sequence[int], most: int) -> tuple[list[int], int]:
+        """A row's draft, which ends after an EOS, and how many tokens matched."""
+        history = self._histories.setdefault(row, History(self._shortest))
+        tokens, match = history.continuation(ids, max(most, 0))
+        if self._eos_ids:
+            end = next((place for place, token in enumerate(tokens, start=1) if token in self._eos_ids), len(tokens))
+            tokens = tokens[:end]
+        return tokens, match
+
+    def observe(self, verdict: Verdict) -> None:
+        if self._otherwise is not None and self._otherwise_drafted:
+            self._otherwise.observe(verdict)
+
+
+def copied(context: Context, drafts: Sequence[list[int]], source: str = LookupDrafter.source) -> Draft:
+    """Token lists as a draft, padded to the longest."""
+    longest = max(map(len, drafts))
+    if longest == 0:
+        return Draft(context.newest, (0,) * len(drafts), source=source)
+    padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in drafts]
+    rows = [[ids[-1], *tokens] for ids, tokens in zip(context.ids, padded, strict=True)]
+    return Draft(tensor(rows, device=context.newest.device), tuple(map(len, drafts)), source=source)
+
+
+def drafter(setup: DrafterSetup) -> LookupDrafter:
+    return LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids)
