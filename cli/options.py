@@ -163,7 +163,12 @@ OPTIONS: dict[type, dict[str, Option]] = {
     },
     SweepConfig: {
         "model": _MODEL,
-        "exits": Option(DECODING, "Exits: 3,6,8 or A:B:STEP, both ends included.", default="six of them", parse=parse_counts),
+        "exits": Option(
+            DECODING,
+            "Exits: 3,6,8 or A:B:STEP, both ends included.",
+            default="six of them, and all layers of --draft-weights; the latter alone if no exit was trained",
+            parse=parse_counts,
+        ),
         "specs": Option(DECODING, "Draft lengths, in the same form.", parse=parse_counts),
         "quick": Option(MEASUREMENT, "Measure only the settings that are predicted to be fastest."),
         "batch_size": _BATCH_SIZE,

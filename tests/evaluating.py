@@ -14,7 +14,8 @@ from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_example
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.evaluation.measure.runner import measure_prompt
 from layerskip_core.evaluation.metrics import exact_match
-from layerskip_core.evaluation.outputs import Output, Outputs, Step
+from layerskip_core.evaluation.outputs import Output, Outputs
+from layerskip_core.evaluation.results import Step
 from layerskip_core.evaluation.tasks.task import Task
 from layerskip_core.model import GenericBackend
 from layerskip_core.training.tokenizer import train_tokenizer

@@ -96,7 +96,9 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Every exit with every draft length; `quick`: only those predicted to be fastest. No exits: a spread over the layers.
+    """Every exit and drafter with every draft length; `quick`: only those predicted to be fastest.
+
+    No exits: a spread over the layers, and all layers of low-bit copies; these alone if the exits were not trained.
 
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (None: some) are timed.
     """

@@ -96,6 +96,10 @@ class DecodingLoop:
         """The counts of one prompt's steps so far, without seconds."""
         return sum(self._all_rows[row].steps, DecodeStats())
 
+    def last_step(self, row: int) -> DecodeStats:
+        """The counts of one prompt's last step."""
+        return self._all_rows[row].steps[-1]
+
     @property
     def seconds(self) -> DecodeStats:
         """The seconds of the steps so far, for all rows together. Time between two steps is the caller's and not counted."""

@@ -35,6 +35,11 @@ class Decoding:
         """Counts and seconds of the steps so far."""
         return self._loop.counts(0) + self._loop.seconds
 
+    @property
+    def drafter(self) -> str | None:
+        """What drafted in the last step, as in `DecodeStats.steps_by_drafter`; None if nothing could, as in the prefill."""
+        return next(iter(self._loop.last_step(0).steps_by_drafter), None)
+
     def __iter__(self) -> Iterator[list[Token]]:
         return self
 

@@ -5,19 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
-from typing import NamedTuple
 
 from ..checkpoint.loaded import Decoder
 from ..decoding import DecodeStats, StopReason
 from ..errors import LayerSkipError
-from .results import Failure
-
-
-class Step(NamedTuple):
-    """The number of tokens from one step of the decoding loop, and its wall-clock seconds."""
-
-    tokens: int
-    seconds: float
+from .results import Failure, Step
 
 
 @dataclass(frozen=True)
@@ -89,6 +81,11 @@ class Outputs:
         """Median time to the first token, over the prompts. NaN without tokens."""
         firsts = [output.steps[0].seconds for output in self.each if output.steps]
         return median(firsts) if firsts else math.nan
+
+    @property
+    def longest(self) -> Output:
+        """The output with the most tokens, the first of several."""
+        return max(self.each, key=lambda output: len(output.ids))
 
     @property
     def acceptance_by_position(self) -> tuple[float, ...]:

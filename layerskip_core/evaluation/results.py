@@ -2,6 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..config.packing import Quantization
+
+
+class Step(NamedTuple):
+    """The number of tokens from one step of the decoding loop, its wall-clock seconds, and what drafted.
+
+    `drafter`: as in DecodeStats.steps_by_drafter; None of a prefill, and where nothing could draft.
+    """
+
+    tokens: int
+    seconds: float
+    drafter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -23,12 +37,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class ExitResult:
-    """One row of a sweep: autoregressive decoding, an early exit, or self-speculation with that exit as the draft.
+    """One row of a sweep: autoregressive decoding, an early exit, or a strategy that drafts.
 
-    `perplexity` is measured on the references through the exit. It is None for self-speculation, which answers with the last
-    layer. `speedup` compares the total generation time per new token, prefill included, with autoregressive decoding in the
-    same run. `pareto`: no other row is at least as good (by the task's quality metric) and as fast, and better in one of the
-    two. `agreement` is the share of the autoregressive tokens that the exit would also have chosen.
+    `draft_weights`: the low-bit copy that drafts with its first `exit_layer` layers; None for the model's own weights.
+    `perplexity` is measured on the references through the exit. It is None for strategies that draft, which answer with the
+    last layer. `speedup` compares the total generation time per new token, prefill included, with autoregressive decoding in
+    the same run. `pareto`: no other row is at least as good (by the task's quality metric) and as fast, and better in one of
+    the two. `agreement` is the share of the autoregressive tokens that the exit, or the copy, would also have chosen.
+    `steps_by_drafter`: the steps of a strategy that drafts, by what drafted; `plain` are those without drafts.
 
     The predictions come from the cost model, before the setting itself is measured; `pass_times_ms` are its inputs. The
     predicted speedup is relative to the autoregressive steps timed together with them. A quick sweep leaves settings
@@ -55,6 +71,8 @@ class ExitResult:
     time_split_ms: dict[str, float] = field(default_factory=dict)
     differences: tuple[Difference, ...] = ()
     failures: tuple[Failure, ...] = ()
+    draft_weights: Quantization | None = None
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,8 +86,11 @@ class BenchResult:
     repeat; `speedup_over_transformers` with transformers' generate. `decode_speedup` leaves out prefill and first token.
     `identical_outputs` is the share of samples whose tokens equal the autoregressive ones; `differences` lists where the
     outputs of drafting strategies depart from them. `acceptance_by_position`: the share of drafts accepted at each position of
-    a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. None means that the figure does
-    not apply (no drafts, a single token, no such baseline) or cannot be measured.
+    a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. `draft_weights` and
+    `steps_by_drafter` are those of ExitResult. None means that the figure does not apply (no drafts, a single token, no such
+    baseline) or cannot be measured.
+
+    `longest_answer`: the steps of the longest answer, of adaptive decoding only, to show how its speed changes on the way.
     """
 
     strategy: str
@@ -90,6 +111,9 @@ class BenchResult:
     time_split_ms: dict[str, float] = field(default_factory=dict)
     differences: tuple[Difference, ...] = ()
     failures: tuple[Failure, ...] = ()
+    draft_weights: Quantization | None = None
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)
+    longest_answer: tuple[Step, ...] = ()
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

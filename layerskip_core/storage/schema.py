@@ -74,9 +74,11 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
 def _named_tuple(kind: Any, value: Any, where: str) -> Any:
     hints = get_type_hints(kind)
     entries = _list(value, where)
-    if len(entries) != len(hints):
-        raise SchemaError(f"{where}: needed {len(hints)} values, found {len(entries)}")
-    pairs = zip(hints.values(), entries, strict=True)
+    fewest = len(hints) - len(kind._field_defaults)
+    if not fewest <= len(entries) <= len(hints):
+        needed = f"{len(hints)}" if fewest == len(hints) else f"{fewest} to {len(hints)}"
+        raise SchemaError(f"{where}: needed {needed} values, found {len(entries)}")
+    pairs = zip(hints.values(), entries, strict=False)
     return kind(*(build(hint, entry, f"{where}[{place}]") for place, (hint, entry) in enumerate(pairs)))
 
 

@@ -18,6 +18,8 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import LayerSkipError
 
+STRATEGIES = "autoregressive,early-exit,self-speculative"
+
 app = typer.Typer()
 app.command("sweep-exits")(sweep_exits)
 app.command("bench")(bench)
@@ -54,7 +56,7 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
         "--format", "json", "--output", str(tmp_path / "out"),
     )  # fmt: skip
     document = json.loads(result.stdout)
-    assert [(one["strategy"], one["exit_layer"]) for one in document["results"]] == [
+    assert [(one["strategy"], one["exit_layer"]) for one in document["results"][:5]] == [
         ("autoregressive", None), ("early-exit", 2), ("early-exit", 5), ("self-speculative", 2), ("self-speculative", 5),
     ]  # fmt: skip
     assert document["config"]["task"]["task"] == "commands"
@@ -122,7 +124,7 @@ def test_save_needs_a_folder():
 
 def test_bench_formats(tmp_path, model, data):
     arguments = ("bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1")
-    arguments += ("--max-new-tokens", "12")
+    arguments += ("--max-new-tokens", "12", "--strategies", STRATEGIES)
     table = run(*arguments, "--output", str(tmp_path / "out")).stdout.splitlines()
     assert table[0].split() == ["autoregressive", "early-exit", "self-speculative"]
     figures = {line[:22].strip(): line[22:].split() for line in table[2:]}
@@ -146,7 +148,7 @@ def test_all_baselines_at_80_columns(model, data, monkeypatch):
     names = ["transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse"]
     result = run(
         "bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1", "--samples", "1",
-        "--max-new-tokens", "12", "--baselines", ",".join(names), "--draft-model", model,
+        "--max-new-tokens", "12", "--baselines", ",".join(names), "--draft-model", model, "--strategies", STRATEGIES,
     )  # fmt: skip
     lines = result.stdout.splitlines()
     headers = [line.split() for line in lines if "early-exit" in line]
@@ -164,7 +166,8 @@ def test_answers_in_batches_without_speed(tmp_path, model, data):
     arguments += ("--strategies", "autoregressive,self-speculative", "--batch-size", "2")
     lines = run(*arguments, "--timed", "0", "--output", str(tmp_path / "out")).stdout.splitlines()
     assert [line[:22].strip() for line in lines[2 : lines.index("")]] == [
-        "exit layer", "draft tokens", "rouge2", "exact match", "identical outputs", "acceptance rate", "mean accepted tokens",
+        "exit layer", "draft tokens", "drafted by", "rouge2", "exact match", "identical outputs", "acceptance rate",
+        "mean accepted tokens",
     ]  # fmt: skip
     assert " ".join(lines).count("Quality: answers in batches of 2; speed: not measured; float32 on") == 1
     answers = [json.loads(line)["outputs"] for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()[1:]]
@@ -176,6 +179,7 @@ def test_answers_in_batches_without_speed(tmp_path, model, data):
 
 
 FIXED = ("--exit", "5", "--spec", "3", "--repeats", "1", "--max-new-tokens", "12", "--format", "json")
+FIXED += ("--strategies", STRATEGIES)
 
 
 def test_bench_measures_with_the_flags_of_decoding(model, data):
@@ -226,7 +230,8 @@ def test_bench_tells_failures_and_goes_on(tmp_path, model):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "word " * 200, "reference": "x"}) + '\n{"prompt": "hi", "reference": "y"}\n')
     result = run("bench", "--model", model, "--data", str(file), "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
-    assert [[failure["sample"] for failure in one["failures"]] for one in json.loads(result.stdout)["results"]] == [[0]] * 3
+    results = json.loads(result.stdout)["results"]
+    assert [[failure["sample"] for failure in one["failures"]] for one in results] == [[0]] * len(results)
     assert "1 prompts failed and count as wrong answers; sample 0: the prompt must be at most 127 tokens" in result.stderr
 
 
@@ -255,7 +260,7 @@ def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
     assert [one["metrics"]["perplexity"] for one in swept[:2]] == [one["perplexity"] for one in swept[:2]]
     assert swept[2]["metrics"] == swept[0]["metrics"] != swept[1]["metrics"]
     benched = json.loads(run("bench", *arguments, "--exit", "5", "--repeats", "1", "--format", "json").stdout)["results"]
-    assert [one["metrics"] for one in benched] == [swept[place]["metrics"] for place in (0, 1, 0)]
+    assert [one["metrics"] for one in benched[:3]] == [swept[place]["metrics"] for place in (0, 1, 0)]
 
 
 @pytest.mark.parametrize(

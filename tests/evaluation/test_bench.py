@@ -23,6 +23,7 @@ FIELDS = [
     "strategy", "exit_layer", "num_draft_tokens", "metrics", "acceptance_rate", "mean_accepted_tokens", "tokens_per_second",
     "time_per_token_ms", "ttft_ms", "peak_memory_mb", "speedup", "decode_speedup", "identical_outputs",
 ]  # fmt: skip
+STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
 DRAFTED = DecodingConfig("self-speculative", 5, 3)
 
 
@@ -87,15 +88,18 @@ def test_acceptance_by_position_and_the_time_split():
 
 def test_a_run_on_the_models_own_answers():
     task = own_answers()
-    record = record_of(task, BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2))
+    settings = {"exit_layer": 5, "num_draft_tokens": 3, "repeats": 2, "strategies": STRATEGIES}
+    record = record_of(task, BenchConfig("tiny", **settings))
     assert [field.name for field in fields(BenchResult)] == [
         *FIELDS, "speedup_over_transformers", "acceptance_by_position", "time_split_ms", "differences", "failures",
+        "draft_weights", "steps_by_drafter", "longest_answer",
     ]  # fmt: skip
-    plain, early, drafted = record.results
-    assert [result.strategy for result in record.results] == ["autoregressive", "early-exit", "self-speculative"]
-    assert [result.exit_layer for result in record.results] == [None, 5, 5]
-    assert [result.num_draft_tokens for result in record.results] == [None, None, 3]
-    assert plain.metrics == drafted.metrics == {"exact_match": 1.0}
+    plain, early, drafted, looked_up = record.results
+    assert [result.strategy for result in record.results] == list(STRATEGIES)
+    assert [result.exit_layer for result in record.results] == [None, 5, 5, None]
+    assert [result.num_draft_tokens for result in record.results] == [None, None, 3, 3]
+    assert plain.metrics == drafted.metrics == looked_up.metrics == {"exact_match": 1.0}
+    assert (looked_up.identical_outputs, looked_up.differences) == (1.0, ())
     assert (plain.speedup, plain.decode_speedup, plain.identical_outputs) == (1.0, 1.0, 1.0)
     share = early_exit_share(tiny_loaded(), task, 5)
     assert share < 1
@@ -105,7 +109,11 @@ def test_a_run_on_the_models_own_answers():
     stats = sum((measure_prompt(tiny_loaded(), example.prompt, setting).stats for example in task.examples), DecodeStats())
     assert 0 < drafted.acceptance_rate == stats.acceptance_rate < 1
     assert drafted.mean_accepted_tokens == stats.mean_accepted_tokens
+    plain_steps = {name: count for name, count in stats.steps_by_drafter.items() if name == "plain"}
+    assert drafted.steps_by_drafter == stats.steps_by_drafter == {"exit 5": stats.rounds} | plain_steps
+    assert set(looked_up.steps_by_drafter) <= {"lookup", "plain"}
     assert plain.acceptance_rate is None
+    assert plain.steps_by_drafter == early.steps_by_drafter == {}
     assert record.config["exit_layer"] == 5
     assert record.config["task"]["max_new_tokens"] == NEW_TOKENS
     assert record.environment["dtype"] == "float64"
@@ -128,11 +136,13 @@ def test_a_wrong_verifier_shows_as_differences_at_clear_choices(monkeypatch):
 
     def broken(loaded, prompt, config):
         output = honest(loaded, prompt, config)
-        return replace(output, ids=(*output.ids[:2], 7, *output.ids[3:])) if config.num_draft_tokens == 3 else output
+        wrong = (*output.ids[:2], 7, *output.ids[3:])
+        return replace(output, ids=wrong) if config.strategy == "self-speculative" else output
 
     monkeypatch.setattr(runner, "measure_prompt", broken)
     task = own_answers()
-    *_, drafted = record_of(task, BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=1)).results
+    settings = {"exit_layer": 5, "num_draft_tokens": 3, "repeats": 1, "strategies": STRATEGIES[:3]}
+    *_, drafted = record_of(task, BenchConfig("tiny", **settings)).results
     assert drafted.identical_outputs == 0.0
     assert [(place.sample, place.position) for place in drafted.differences] == [(0, 2), (1, 2), (2, 2)]
     assert all(place.top2_gap > 1e-6 for place in drafted.differences)
@@ -147,9 +157,10 @@ def test_every_result_lists_the_failures():
     assert asdict(Failure(1, "x")) == {"sample": 1, "error": "x"}
 
 
-@pytest.mark.parametrize("exit_layer", [0, 6])
-def test_an_exit_outside_the_model_is_refused(exit_layer):
-    with pytest.raises(ConfigError, match=rf"`exit_layer` must be in 1..5, got {exit_layer} \(model has 6 layers\)"):
+@pytest.mark.parametrize(("exit_layer", "last"), [(0, 6), (6, 5), (7, 6)])
+def test_an_exit_outside_the_model_is_refused(exit_layer, last):
+    """An early exit after the last layer is plain decoding, drafts need a layer to verify them."""
+    with pytest.raises(ConfigError, match=rf"`exit_layer` must be in 1..{last}, got {exit_layer} \(model has 6 layers\)"):
         record_of(own_answers(), BenchConfig("tiny", exit_layer=exit_layer))
 
 

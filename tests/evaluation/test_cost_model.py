@@ -18,6 +18,7 @@ from layerskip_core.evaluation.measure.cost_model import (
     Prediction,
     Predictions,
     Rounds,
+    Side,
     _StepTime,
     agreement,
     pass_times,
@@ -28,6 +29,7 @@ from layerskip_core.evaluation.measure.cost_model import (
 from layerskip_core.evaluation.measure.runner import measure_prompt
 
 EOS = frozenset({9})
+SETTING = DecodingConfig("self-speculative", 5, 3)
 
 
 def collect(events):
@@ -123,7 +125,7 @@ def test_pass_times_are_those_of_full_rounds(monkeypatch):
     monkeypatch.setattr(cost_model, "decode", lambda *_: Known())
     monkeypatch.setattr(cost_model.time, "perf_counter", lambda: clock)
     plain = iter([_StepTime(0, 0.0, 0.0, seconds) for seconds in (1.0, 2.0, 3.0, 4.0)])
-    times = pass_times(tiny_loaded(), [1], 2, 3, plain)
+    times = pass_times(tiny_loaded(), [1], DecodingConfig("self-speculative", 2, 3), plain)
     assert [passes.draft for passes in times] == pytest.approx([0.1, 0.2, 0.3])
     assert [passes.verify for passes in times] == pytest.approx([0.5, 0.6, 0.4])
     assert [passes.other for passes in times] == pytest.approx([0.01] * 3)
@@ -133,11 +135,12 @@ def test_pass_times_are_those_of_full_rounds(monkeypatch):
 def test_pass_times_of_the_real_loop():
     loaded = tiny_loaded()
     prompt = loaded.encode_prompt("hi")
-    times = pass_times(loaded, prompt, 2, 4, plain_steps(loaded, prompt))
+    setting = DecodingConfig("self-speculative", 2, 4)
+    times = pass_times(loaded, prompt, setting, plain_steps(loaded, prompt))
     assert len(times) >= 2
     assert all(passes.draft > 0 and passes.verify > 0 and passes.plain > 0 for passes in times)
     full = [5] * (loaded.backend.max_positions - 1)
-    assert pass_times(loaded, full, 2, 4, plain_steps(loaded, full)) == []
+    assert pass_times(loaded, full, setting, plain_steps(loaded, full)) == []
 
 
 def test_plain_steps_start_again_at_the_end_of_the_context():
@@ -156,25 +159,27 @@ def test_speed_from_known_pass_times(monkeypatch):
     # Neither a disturbed pass nor the speed of the answers before counts.
     usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
     monkeypatch.setattr(cost_model, "pass_times", lambda *_: [usual, disturbed, usual])
-    _, found = collect(predict(loaded, task.examples, (5,), (3,), NEW_TOKENS))
-    prediction = found.settings[5, 3]
+    _, found = collect(predict(loaded, task.examples, [SETTING], NEW_TOKENS))
+    prediction = found.settings[SETTING]
     rounds = prediction.rounds
     expected = 0.5 + 0.01 * rounds.drafted + 0.2 * rounds.rounds + 0.1 * rounds.plain_steps
     assert prediction.tokens_per_second == pytest.approx(len(honest.ids) / expected)
     assert prediction.speedup == pytest.approx((0.5 + 0.1 * (len(honest.ids) - 1)) / expected)
     choices = agreement(loaded, loaded.encode_prompt(task.examples[0].prompt), honest.ids, [5])[5]
-    assert found.agreement == {5: sum(a == b for a, b in zip(choices, honest.ids, strict=True)) / len(honest.ids)}
+    assert found.agreement == {Side(None, 5): sum(a == b for a, b in zip(choices, honest.ids, strict=True)) / len(honest.ids)}
 
 
 def test_the_best_predictions_come_first():
-    settings = {(2, speed): Prediction(Rounds(), PassTimes(1, 1, 0, 1), 1.0, speed) for speed in (5, 9, 7)}
-    assert Predictions({}, settings).promising(2) == [(2, 9), (2, 7)]
+    slow, fast, middle = (DecodingConfig("self-speculative", 2, drafts) for drafts in (1, 2, 3))
+    speedups = {slow: 5.0, fast: 9.0, middle: 7.0}
+    settings = {setting: Prediction(Rounds(), PassTimes(1, 1, 0, 1), 1.0, speed) for setting, speed in speedups.items()}
+    assert Predictions({}, settings).promising(2) == [fast, middle]
 
 
 def test_prompts_that_fail_are_left_out_and_nothing_but_failures_is_an_error():
     loaded, task = tiny_loaded(), own_answers(1)
-    _, alone = collect(predict(loaded, task.examples, (5,), (3,), NEW_TOKENS))
-    _, found = collect(predict(loaded, (TOO_LONG, *task.examples), (5,), (3,), NEW_TOKENS))
+    _, alone = collect(predict(loaded, task.examples, [SETTING], NEW_TOKENS))
+    _, found = collect(predict(loaded, (TOO_LONG, *task.examples), [SETTING], NEW_TOKENS))
     assert found.agreement == alone.agreement
     with pytest.raises(LayerSkipError, match="none of the 1 prompts could be answered"):
-        collect(predict(loaded, task_of(TOO_LONG).examples, (5,), (3,), NEW_TOKENS))
+        collect(predict(loaded, task_of(TOO_LONG).examples, [SETTING], NEW_TOKENS))

@@ -13,13 +13,16 @@ from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure import runner
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
-from layerskip_core.evaluation.outputs import Output, Step
+from layerskip_core.evaluation.outputs import Output
+from layerskip_core.evaluation.results import Step
 
 ANSWER = Output(
-    (3, 4), "ab", (Step(1, 0.5), Step(1, 0.25)), DecodeStats(1, 5, 2, 6, 1, 1, 0.5, 0.1, 0.1, 0.75, (1, 1), (1,)), "eos", 12.5
-)
+    (3, 4), "ab", (Step(1, 0.5), Step(1, 0.25, "exit 5")),
+    DecodeStats(1, 5, 2, 6, 1, 1, 0.5, 0.1, 0.1, 0.75, (1, 1), (1,), {"exit 5": 1}), "eos", 12.5,
+)  # fmt: skip
 FAILURE = Output(error="out of memory")
-CONFIG = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2)
+STRATEGIES = ("autoregressive", "early-exit", "self-speculative")
+CONFIG = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2, strategies=STRATEGIES)
 
 
 def test_outputs_come_back_as_they_were(tmp_path):
@@ -106,11 +109,12 @@ def stats(**fields):
         (output(ids=[3, 10]), r"outputs\[0\].ids: needed tokens in 0..9, found 10"),
         (output(ids=[3, "4"]), r"outputs\[0\].ids\[1\]: needed a whole number, found '4'"),
         (output(finish_reason="tired"), r"outputs\[0\].finish_reason: needed one of .*, found 'tired'"),
-        (output(steps=[[1, 0.5], [1]]), r"outputs\[0\].steps\[1\]: needed 2 values, found 1"),
+        (output(steps=[[1, 0.5], [1]]), r"outputs\[0\].steps\[1\]: needed 2 to 3 values, found 1"),
         (output(steps=[[1, 0.5], [1, 0]]), r"outputs\[0\].steps\[1\]: needed a count of tokens and a time, found 1, 0.0"),
         (output(steps=[[1, 0.5]]), r"outputs\[0\].steps: needed 2 tokens in all"),
         (stats(rounds=-1), r"outputs\[0\].stats.rounds: needed at least 0, found -1"),
         (stats(tested_by_position=[0]), r"outputs\[0\].stats.tested_by_position: needed at least 1"),
+        (stats(steps_by_drafter={"exit 5": -1}), r"outputs\[0\].stats.steps_by_drafter: needed at least 0"),
         (stats(drafted=2**60), r"outputs\[0\].stats.drafted: needed a number in range"),
     ],
 )

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,8 @@ def test_json_holds_everything():
         "time_split_ms": {},
         "differences": [{"sample": 0, "position": 3, "top2_gap": 0.0001}],
         "failures": [{"sample": 1, "error": "no, really"}],
+        "draft_weights": None,
+        "steps_by_drafter": {},
     }
     assert document["recommendation"]["reason"] == "it is the only one"
     assert list(json.loads(to_json(BENCH))) == ["config", "environment", "results"]
@@ -91,7 +94,7 @@ def test_csv_round_trip():
         "identical_outputs": "1.0", "pareto": "True", "predicted_speedup": "1.902", "predicted_tokens_per_second": "190.2",
         "predicted_acceptance_rate": "0.7",
         "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
-        "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1",
+        "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1", "draft_weights": "",
     }  # fmt: skip
     (plain, _) = csv.DictReader(io.StringIO(to_csv(BENCH)))
     assert (plain["rouge2"], plain["time_per_token_ms_p50"], plain["time_per_token_ms_p95"]) == ("0.4", "6.5", "7.25")
@@ -111,6 +114,24 @@ def test_the_table_of_a_sweep():
         "Recommended: it is the only one."
     )
     assert len(table.column_blocks(80)) == 1
+
+
+def test_low_bit_drafts_and_lookups_have_their_names_in_80_columns():
+    low = replace(SWEEP.results[2], exit_layer=30, draft_weights="int8", steps_by_drafter={"int8": 7, "plain": 1})
+    lookup = replace(low, strategy="lookup", exit_layer=None, draft_weights=None)
+    table = sweep_table(replace(SWEEP, results=(*SWEEP.results, low, lookup)))
+    assert [row[:3] for row in table.rows[3:]] == [("int8 drafts", "30", "12"), ("lookup", "-", "12")]
+    assert len(table.column_blocks(80)) == 1
+
+
+def test_the_table_of_a_benchmark_says_what_drafted():
+    low = replace(BENCH.results[1], draft_weights="int8", steps_by_drafter={"plain": 2, "int8": 8})
+    steps = {"plain": 1, "lookup": 4, "int8": 15}
+    adaptive = replace(low, strategy="adaptive", draft_weights=None, steps_by_drafter=steps)
+    rows = {name: cells for name, *cells in bench_table(replace(BENCH, results=(*BENCH.results, low, adaptive))).rows}
+    assert rows["draft weights"] == ["-", "-", "int8", "-"]
+    assert rows["drafted by"] == ["-", "-", "int8 80%, plain 20%", "int8 75%, lookup 20%, plain 5%"]
+    assert not {"draft weights", "drafted by"} & {name for name, *_ in bench_table(BENCH).rows}
 
 
 def test_markdown_is_a_table_and_a_note():
@@ -142,6 +163,31 @@ def test_a_record_is_read_back_from_its_json(tmp_path, record):
     file = tmp_path / "results.json"
     file.write_text(to_json(record))
     assert read_record(str(file), type(record.results[0])) == record
+
+
+@pytest.mark.parametrize(("older", "now"), [("int8", ["int8"]), (None, []), (["int8", "int4"], ["int8", "int4"])])
+def test_older_records_name_one_low_bit_copy(tmp_path, older, now):
+    file = tmp_path / "results.json"
+    file.write_text(to_json(replace(SWEEP, config=SWEEP.config | {"packing": {"draft_weights": older}})))
+    record = read_record(str(file), ExitResult)
+    assert sweep_table(record).rows == sweep_table(SWEEP).rows
+    assert record.config["packing"] == {"draft_weights": now}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("draft_weights", "int3", r"results\[0\].draft_weights: needed one of int8, int4, found 'int3'"),
+        ("steps_by_drafter", {"exit 2": 0}, r"results\[0\].steps_by_drafter.exit 2: needed at least 1, found 0"),
+        ("longest_answer", [[1, 0.0, None]], r"results\[0\].longest_answer\[0\]: needed a count of tokens and a time"),
+    ],
+)
+def test_wrong_figures_about_drafters_are_refused(tmp_path, field, value, message):
+    document = json.loads(to_json(BENCH))
+    document["results"][0][field] = value
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    with pytest.raises(LayerSkipError, match=message):
+        read_record(str(tmp_path / "x.json"), BenchResult)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", to_json(BENCH), '{"config": {}, "environment": {}, "results": [{"x": 1}]}'])

@@ -125,7 +125,7 @@ def test_figures_of_extreme_values_are_drawn(saved, tmp_path, figure):
             for name, value in result.items():
                 if isinstance(value, float):
                     result[name] = 1e300 if name == "perplexity" and figure == 1e12 else figure
-                elif isinstance(value, dict):
+                elif isinstance(value, dict) and name != "steps_by_drafter":
                     result[name] = {part: figure for part in value}
         (tmp_path / "results.json").write_text(json.dumps(changed))
         record = read_record(str(tmp_path / "results.json"), kind)

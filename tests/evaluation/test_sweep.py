@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny_model
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
-from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
 from layerskip_core.config.evaluation import SweepConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import parse_counts
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.comparison import NEAR_TIE
@@ -18,6 +21,7 @@ from layerskip_core.evaluation.measure.runner import Progress
 from layerskip_core.evaluation.measure.sweep import default_exits, exit_result, sweep
 from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses
 from layerskip_core.evaluation.results import Difference, ExitResult, Failure
+from layerskip_core.model import PackedBackend
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=1.0, speed=100.0, **changes):
@@ -131,6 +135,7 @@ def test_a_sweep_of_the_tiny_model():
     phases = (("perplexity", 3), ("prediction", 15), ("prompts", 3))  # 3 prompts, and 4 settings timed thrice
     assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
     settings = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
+    adaptive = [("adaptive", None, None)] if "adaptive" in DRAFTERS else []
     assert settings == [
         ("autoregressive", None, None),
         ("early-exit", 2, None),
@@ -139,19 +144,26 @@ def test_a_sweep_of_the_tiny_model():
         ("self-speculative", 2, 4),
         ("self-speculative", 5, 2),
         ("self-speculative", 5, 4),
+        ("lookup", None, 2),
+        ("lookup", None, 4),
+        *adaptive,
     ]
     plain, *early_exits = record.results[:3]
-    drafted = record.results[3:]
+    drafted, others = record.results[3:7], record.results[7:]
     shares = [early_exit_share(loaded, task, layer) for layer in (2, 5)]
     assert max(shares) < 1
-    assert [result.metrics["exact_match"] for result in record.results] == [1.0, *shares, 1.0, 1.0, 1.0, 1.0]
-    assert [result.identical_outputs for result in record.results] == [1.0, *shares, 1.0, 1.0, 1.0, 1.0]
+    assert [result.metrics["exact_match"] for result in record.results[:3]] == [1.0, *shares]
+    assert [result.identical_outputs for result in record.results[:3]] == [1.0, *shares]
+    assert all((result.metrics["exact_match"], result.identical_outputs) == (1.0, 1.0) for result in (*drafted, *others))
     assert plain.speedup == 1.0
     for result in record.results:
         assert result.speedup == pytest.approx(result.tokens_per_second / plain.tokens_per_second)
     losses = sum((reference_losses(loaded, example, [2, 5, LAYERS]) for example in task.examples), ReferenceLosses(0, {}))
     assert [result.perplexity for result in (plain, *early_exits)] == [losses.perplexity(layer) for layer in (LAYERS, 2, 5)]
-    assert all(result.perplexity is None for result in drafted)
+    assert all(result.perplexity is None for result in (*drafted, *others))
+    assert all(result.predicted_speedup is None for result in others)
+    assert drafted[0].steps_by_drafter["exit 2"] > 0
+    assert set(others[0].steps_by_drafter) <= {"lookup", "plain"}
     # A deeper exit of this model agrees with it more often.
     assert drafted[2].acceptance_rate > drafted[0].acceptance_rate
     for result in drafted:
@@ -167,6 +179,35 @@ def test_a_sweep_of_the_tiny_model():
     assert re.search(r"exit \d with \d draft tokens", advice.reason)
 
 
+def test_low_bit_copies_draft_with_all_layers():
+    """Of a model without trained exits only the copies' full depth is swept; exits are if they are given."""
+    packing = PackingConfig(draft_weights=("int8", "int4"))
+    model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
+    untrained = replace(tiny_loaded(torch.float32), backend=PackedBackend.of(model, packing))
+    config = SweepConfig("tiny", specs=(3,), packing=packing)
+    *_, record = sweep(untrained, own_answers(), config)
+    drafted = [result for result in record.results if result.strategy == "self-speculative"]
+    assert [(result.draft_weights, result.exit_layer) for result in drafted] == [("int8", LAYERS), ("int4", LAYERS)]
+    assert not any(result.strategy == "early-exit" for result in record.results)
+    assert all(result.identical_outputs == 1.0 and result.predicted_speedup > 0 for result in drafted)
+    assert 0.5 < drafted[1].agreement < drafted[0].agreement
+    assert drafted[0].steps_by_drafter["int8"] > 0
+    *_, record = sweep(untrained, own_answers(1), replace(config, exits=(2, LAYERS), quick=True))
+    drafted = [(result.draft_weights, result.exit_layer) for result in record.results if result.strategy == "self-speculative"]
+    assert drafted == [(None, 2), ("int8", 2), ("int8", LAYERS), ("int4", 2), ("int4", LAYERS)]
+    (alone,) = [result.exit_layer for result in record.results if result.strategy == "early-exit"]
+    assert alone == 2
+
+
+def test_the_exits_of_a_trained_model_are_swept_beside_its_copies(checkpoint):
+    packing = PackingConfig(draft_weights=("int8",))
+    loaded = for_decoding(checkpoint, packing=packing)  # its layerskip.json recommends an exit
+    *_, record = sweep(loaded, own_answers(1), SweepConfig("tiny", specs=(2,), packing=packing, quick=True))
+    drafted = [(result.draft_weights, result.exit_layer) for result in record.results if result.strategy == "self-speculative"]
+    exits = default_exits(LAYERS)
+    assert drafted == [*((None, layer) for layer in exits), *(("int8", layer) for layer in (*exits, LAYERS))]
+
+
 def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
     from layerskip_core.evaluation.measure import runner
 
@@ -179,24 +220,32 @@ def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
 
     monkeypatch.setattr(runner, "measure_prompt", recorded)
     list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", exits=(2, 5), specs=(2,))))
-    once = ["autoregressive", "early-exit", "early-exit", "autoregressive", "self-speculative", "self-speculative"]
-    assert order == once * 2  # warm-up and measurement
+    once = [
+        "early-exit",
+        "early-exit",
+        "self-speculative",
+        "self-speculative",
+        "lookup",
+        *["adaptive"] * ("adaptive" in DRAFTERS),
+    ]
+    once[len(once) // 2 : 0] = ["autoregressive"]
+    assert order == ["autoregressive", *once] * 2  # warm-up and measurement
 
 
 def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
     from layerskip_core.evaluation.measure import cost_model
 
     # A draft costs a second per layer, a verification one second: exit 2 has the best predictions.
-    def known_times(loaded, prompt_ids, exit_layer, drafts, plain):
-        return [PassTimes(draft=exit_layer, verify=1.0, other=0.0, plain=6.0)]
+    def known_times(loaded, prompt_ids, setting, plain):
+        return [PassTimes(draft=setting.exit_layer, verify=1.0, other=0.0, plain=6.0)]
 
     monkeypatch.setattr(cost_model, "pass_times", known_times)
     monkeypatch.setattr("layerskip_core.evaluation.measure.sweep._QUICK", 1)
     *_, record = sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 5), specs=(2, 4), quick=True))
     rows = {(result.strategy, result.exit_layer, result.num_draft_tokens): result for result in record.results}
-    assert len(rows) == 7
-    measured = [setting for setting, result in rows.items() if result.metrics]
-    assert measured == [("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 2)]
+    measured = [setting for setting, result in rows.items() if result.metrics and result.strategy != "adaptive"]
+    best = [("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 2)]
+    assert measured == [*best, ("lookup", None, 4)]
     skipped = rows["self-speculative", 5, 4]
     assert skipped.predicted_tokens_per_second < rows["self-speculative", 2, 2].predicted_tokens_per_second
     assert (skipped.tokens_per_second, skipped.identical_outputs, skipped.pareto) == (None, None, False)

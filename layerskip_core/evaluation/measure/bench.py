@@ -18,7 +18,7 @@ from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import differences
 from .environment import environment
 from .journal import Journal
-from .runner import Method, Progress, drafts_tokens, measure_interleaved
+from .runner import Method, Progress, drafts_tokens, exit_and_drafts, measure_interleaved
 
 
 def bench(
@@ -39,11 +39,10 @@ def bench(
     """
     task, generation = task.asked(config.generation)
     asked = DecodingSettings(None, config.exit_layer, config.num_draft_tokens, generation)
-    every = {
-        strategy: asked.resolve_as(strategy, loaded.recommended(), loaded.backend.num_layers, config.packing)
-        for strategy in ("autoregressive", "early-exit", *DRAFTERS)  # in this order
-    }
-    speculative = every["self-speculative"]
+    known = (loaded.recommended(), loaded.backend.num_layers, config.packing)
+    in_order = [strategy for strategy in ("autoregressive", "early-exit", *DRAFTERS) if strategy in config.strategies]
+    strategies = [asked.resolve_as(strategy, *known) for strategy in in_order]
+    speculative = asked.resolve_as("self-speculative", *known)
     config = replace(
         config,
         task=task.config,
@@ -54,7 +53,6 @@ def bench(
     )
     sampled = generation.sampling.temperature > 0
     loaded = task.prepared(loaded)
-    strategies = [decoding for strategy, decoding in every.items() if strategy in config.strategies]
     methods: list[Method] = [*strategies, *load_baselines(loaded, config, speculative)]
     machine = environment(loaded)
     journal = Journal(folder, asdict(config), resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
@@ -99,12 +97,13 @@ def bench_result(
     """
     first, expected = answers or (repeats[0], autoregressive[0])
     drafts = drafts_tokens(method)
+    exit_layer, num_draft_tokens = exit_and_drafts(method)
     pairs = list(zip(autoregressive, repeats, strict=True))
     transformers_pairs = list(zip(transformers or (), repeats, strict=False))
     return BenchResult(
         strategy=method.strategy,
-        exit_layer=method.exit_layer,
-        num_draft_tokens=method.num_draft_tokens if drafts else None,
+        exit_layer=exit_layer,
+        num_draft_tokens=num_draft_tokens,
         metrics=metrics,
         acceptance_rate=first.stats.acceptance_rate if drafts else None,
         mean_accepted_tokens=first.stats.mean_accepted_tokens if drafts else None,
@@ -123,6 +122,9 @@ def bench_result(
         time_split_ms=repeats[0].time_split_ms if repeats else {},
         differences=differing,
         failures=first.failures,
+        draft_weights=method.draft_weights if isinstance(method, DecodingConfig) else None,
+        steps_by_drafter=first.stats.steps_by_drafter,
+        longest_answer=repeats[0].longest.steps if repeats and method.strategy == "adaptive" else (),
     )
 
 

@@ -1,20 +1,19 @@
-"""Predicts the speed of every exit and draft length from its acceptance and from the time of each kind of forward pass."""
+"""Predicts the speed of settings that draft from their acceptance and from the time of each kind of forward pass."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice, pairwise, product
+from dataclasses import dataclass, replace
+from itertools import groupby, islice, pairwise
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig
+from ...config.decoding import DecodingConfig, SamplingConfig
 from ...config.packing import Quantization
 from ...data.examples import Example
 from ...decoding import DecodeStats, Decoding, decode
-from ...model.backend import DraftSide
 from ..outputs import Output, Outputs, require_outputs
 from .runner import Progress, measure_prompt
 
@@ -27,7 +26,7 @@ class PassTimes:
     """Seconds on this machine.
 
     draft: one draft token (layers 0..E-1 and the head). verify: the verification of a round, with the first layers of its last
-    draft. other: the rest of a round. plain: an autoregressive step, timed next to the round.
+    draft, or of all tokens after low-bit drafts. other: the rest of a round. plain: an autoregressive step, timed next to it.
     """
 
     draft: float
@@ -73,17 +72,21 @@ def agreement(
     """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
 
     One pass over an output serves all exits: greedy drafts are compared only after accepted ones, so the context of a compared
-    draft is always the autoregressive output. For low-bit drafts this is an approximation: in the loop they attend to the
-    target's keys and values of earlier rounds, here to their own.
+    draft is always the autoregressive output. For low-bit drafts (`weights`) this is an approximation: in the loop they attend
+    to the target's keys and values of the prompt and of earlier rounds, here to the target's of the prompt and else to their
+    own.
     """
-    drafting: DraftSide = loaded.backend.draft_sides[weights]
-    ids = [*prompt_ids, *output_ids]
-    tokens = torch.tensor([ids[:-1]], device=drafting.device)
+    model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
+    ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
+    tokens = torch.tensor([ids[:-1]], device=model.device)
     positions = torch.arange(len(ids) - 1)[None]
-    hidden, cache, choices = drafting.embed(tokens), loaded.backend.new_cache(1, len(ids)), {}
+    cache, choices = model.new_cache(1, len(ids)), {}
+    if first:
+        model.run_layers(model.embed(tokens[:, :first]), 0, max(exit_layers), positions[:, :first], cache)
+    hidden = drafting.embed(tokens[:, first:])
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
-        hidden = drafting.run_layers(hidden, start, stop, positions, cache)
-        chosen = drafting.unembed(hidden[:, len(prompt_ids) - 1 :]).argmax(-1)[0]
+        hidden = drafting.run_layers(hidden, start, stop, positions[:, first:], cache)
+        chosen = drafting.unembed(hidden).argmax(-1)[0]
         choices[stop] = (chosen if drafting.vocabulary is None else drafting.vocabulary.tokens(chosen)).tolist()
     return choices
 
@@ -119,19 +122,21 @@ def simulate(
 
 
 def pass_times(
-    loaded: Decoder, prompt_ids: list[int], exit_layer: int, num_draft_tokens: int, plain: Iterator["_StepTime"]
+    loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, plain: Iterator["_StepTime"]
 ) -> list[PassTimes]:
-    """Times a few rounds of the real decoding loop, so that no part of a round is left out.
+    """Times a few rounds of the real decoding loop by a setting, so that no part of a round is left out.
+
+    They are greedy, with whole drafts.
 
     Each round is paired with one of the `plain` steps (see `plain_steps`). Half of those run before the rounds, half after.
     Empty if the context has no room for a round.
     """
-    room = loaded.backend.max_positions - len(prompt_ids)
-    length = min(room, (_ROUNDS + 1) * (num_draft_tokens + 1))
-    config = DecodingConfig("self-speculative", exit_layer, num_draft_tokens, max(length, 1))
-    decoding = decode(loaded.backend, prompt_ids, config)  # without EOS ids, so that it goes on
+    room, drafts = loaded.backend.max_positions - len(prompt_ids), setting.num_draft_tokens
+    length = max(min(room, (_ROUNDS + 1) * (drafts + 1)), 1)
+    whole = replace(setting, max_new_tokens=length, stop=(), sampling=SamplingConfig(), draft_confidence=0.0, lookup=0)
+    decoding = decode(loaded.backend, prompt_ids, whole)  # without EOS ids, so that it goes on
     steps = list(islice(plain, _ROUNDS // 2))
-    rounds = [step for step in islice(_step_times(decoding), _ROUNDS + 2) if step.drafted == num_draft_tokens]
+    rounds = [step for step in islice(_step_times(decoding), _ROUNDS + 2) if step.drafted == drafts]
     steps += islice(plain, _ROUNDS - len(steps))
     return [
         PassTimes(timed.draft / timed.drafted, timed.verify, timed.total - timed.draft - timed.verify, step.total)
@@ -176,7 +181,7 @@ def _medians(times: Sequence[PassTimes]) -> PassTimes:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for one exit and draft length."""
+    """The prediction for one setting."""
 
     rounds: Rounds
     times: PassTimes
@@ -184,17 +189,30 @@ class Prediction:
     speedup: float  # over the plain steps timed with it, so that a later change of the machine's speed cancels out
 
 
+class Side(NamedTuple):
+    """What drafts: the first `exit_layer` layers of the model itself, or of its low-bit copy."""
+
+    weights: Quantization | None
+    exit_layer: int
+
+
+def side_of(setting: DecodingConfig) -> Side:
+    """What drafts in self-speculative decoding; for an early exit, the layers that answer."""
+    assert setting.exit_layer is not None
+    return Side(setting.draft_weights, setting.exit_layer)
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions by (exit, draft length).
+    """Predictions by setting.
 
-    `agreement`: for each exit, the share of the autoregressive tokens that it would also have chosen.
+    `agreement`: for each exit and copy, the share of the autoregressive tokens that it would also have chosen.
     """
 
-    agreement: dict[int, float]
-    settings: dict[tuple[int, int], Prediction]
+    agreement: dict[Side, float]
+    settings: dict[DecodingConfig, Prediction]
 
-    def promising(self, count: int) -> list[tuple[int, int]]:
+    def promising(self, count: int) -> list[DecodingConfig]:
         """The settings with the highest predicted speedup, best first."""
         return sorted(self.settings, key=lambda setting: -self.settings[setting].speedup)[:count]
 
@@ -202,16 +220,16 @@ class Predictions:
 def predict(
     loaded: Decoder,
     examples: Sequence[Example],
-    exits: Sequence[int],
-    specs: Sequence[int],
+    settings: Sequence[DecodingConfig],
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
 ) -> Generator[Progress, None, Predictions]:
-    """Decodes every prompt once, autoregressively, and times a few rounds of each setting. Yields progress.
+    """Decodes every prompt once, autoregressively, and times a few rounds of each self-speculative setting. Yields progress.
 
-    Raises LayerSkipError when no prompt could be answered.
+    Settings that draft with the same layers stand together. Raises LayerSkipError when no prompt could be answered.
     """
-    total = len(examples) + _VISITS * len(exits) * len(specs)
+    total = len(examples) + _VISITS * len(settings)
+    sides = list(dict.fromkeys(map(side_of, settings)))
     plain = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens, stop=stop)
     measure_prompt(loaded, examples[0].prompt, plain)  # warm-up
     answered: list[_Answered] = []
@@ -222,48 +240,59 @@ def predict(
         if output.error is None:
             prompt_ids = loaded.encode_prompt(example.prompt)
             room = min(max_new_tokens, loaded.backend.max_positions - len(prompt_ids))
-            answered.append(_Answered(prompt_ids, output, room, agreement(loaded, prompt_ids, output.ids, exits)))
+            answered.append(_Answered(prompt_ids, output, room, _choices(loaded, prompt_ids, output.ids, sides)))
         yield Progress(number, total, "prediction")
     require_outputs(Outputs(tuple(outputs)))
     context = _typical_context(answered)
-    times: dict[tuple[int, int], list[PassTimes]] = {setting: [] for setting in product(exits, specs)}
+    times: dict[DecodingConfig, list[PassTimes]] = {setting: [] for setting in settings}
     done = len(examples)
-    for exit_layer in [*exits] * _VISITS:
+    for _, alike in groupby([*settings] * _VISITS, key=side_of):
         steps = plain_steps(loaded, context)
-        for drafts in specs:
-            times[exit_layer, drafts] += pass_times(loaded, context, exit_layer, drafts, steps)
+        for setting in alike:
+            times[setting] += pass_times(loaded, context, setting, steps)
             done += 1
             yield Progress(done, total, "prediction")
     predictions = {
-        setting: _prediction(answered, *setting, _medians(passes), loaded.eos_ids)
-        for setting, passes in times.items()
-        if passes
+        setting: _prediction(answered, setting, _medians(passes), loaded.eos_ids) for setting, passes in times.items() if passes
     }
     tokens = sum(len(answer.output.ids) for answer in answered)
-    agreeing = {exit_layer: sum(answer.agreeing(exit_layer) for answer in answered) for exit_layer in exits}
-    return Predictions({exit_layer: count / tokens for exit_layer, count in agreeing.items()}, predictions)
+    agreeing = {side: sum(answer.agreeing(side) for answer in answered) for side in sides}
+    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions)
+
+
+def _choices(
+    loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], sides: Sequence[Side]
+) -> dict[Side, list[int]]:
+    """The choices of each exit and copy along an output, see `agreement`."""
+    choices: dict[Side, list[int]] = {}
+    for weights in dict.fromkeys(side.weights for side in sides):
+        exits = [side.exit_layer for side in sides if side.weights == weights]
+        found = agreement(loaded, prompt_ids, output_ids, exits, weights)
+        choices |= {Side(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
+    return choices
 
 
 @dataclass(frozen=True)
 class _Answered:
-    """A prompt with its autoregressive output and the choices of each exit along it."""
+    """A prompt with its autoregressive output and the choices of each exit and copy along it."""
 
     prompt_ids: list[int]
     output: Output
     room: int
-    choices: dict[int, list[int]]
+    choices: dict[Side, list[int]]
 
-    def agreeing(self, exit_layer: int) -> int:
-        """How many of the output's tokens the exit would also have chosen."""
-        return sum(choice == token for choice, token in zip(self.choices[exit_layer], self.output.ids, strict=True))
+    def agreeing(self, side: Side) -> int:
+        """How many of the output's tokens the exit or copy would also have chosen."""
+        return sum(choice == token for choice, token in zip(self.choices[side], self.output.ids, strict=True))
 
 
 def _prediction(
-    answered: Sequence[_Answered], exit_layer: int, drafts: int, times: PassTimes, eos_ids: frozenset[int]
+    answered: Sequence[_Answered], setting: DecodingConfig, times: PassTimes, eos_ids: frozenset[int]
 ) -> Prediction:
     """Time = prefill + drafts * t_draft(E) + rounds * t_verify(E, d) + plain steps * t_plain."""
+    side, drafts = side_of(setting), setting.num_draft_tokens
     rounds = sum(
-        (simulate(answer.choices[exit_layer], answer.output.ids, drafts, answer.room, eos_ids) for answer in answered), Rounds()
+        (simulate(answer.choices[side], answer.output.ids, drafts, answer.room, eos_ids) for answer in answered), Rounds()
     )
     tokens = sum(len(answer.output.ids) for answer in answered)
     prefill = sum(answer.output.steps[0].seconds for answer in answered)

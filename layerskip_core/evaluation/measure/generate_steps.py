@@ -9,7 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from ...decoding import DecodeStats, StopReason
 from ...decoding.stopping import StopScanner
-from ..outputs import Generation, Step
+from ..outputs import Generation
+from ..results import Step
 
 
 class StopString(Exception):

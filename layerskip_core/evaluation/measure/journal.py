@@ -101,7 +101,8 @@ def _require_valid(output: Output, where: str, vocab_size: int) -> None:
             )
     for name, value in asdict(output.stats).items():
         least = 1 if name == "tested_by_position" else 0
-        if any(not least <= number < _LARGEST for number in (value if isinstance(value, tuple) else (value,))):
+        numbers = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
+        if any(not least <= number < _LARGEST for number in numbers):
             raise SchemaError(f"{where}.stats.{name}: needed at least {least}, found {value}")
     if sum(step.tokens for step in output.steps) not in (0, len(output.ids)):
         raise SchemaError(f"{where}.steps: needed {len(output.ids)} tokens in all, as many as ids")

@@ -16,7 +16,7 @@ _NOISY = 0.1  # a baseline that drifts by more makes small differences meaningle
 def recommend(results: Sequence[ExitResult], near_tie: float, drift: float) -> Recommendation:
     """The fastest self-speculative setting with the autoregressive outputs, up to differences at near-ties."""
     autoregressive = next(result for result in results if result.strategy == "autoregressive")
-    settings = [result for result in results if result.strategy == "self-speculative"]
+    settings = [result for result in results if result.strategy == "self-speculative" and result.draft_weights is None]
     measured = [result for result in settings if result.metrics]
     faithful = [result for result in measured if _is_faithful(result, autoregressive, near_tie)]
     notes = ""

@@ -12,7 +12,8 @@ from ...config.decoding import DecodingConfig
 from ...data.examples import Example
 from ...decoding import Decoding, decode
 from ...errors import LayerSkipError
-from ..outputs import Generation, Output, Outputs, Step, answer_text, require_outputs
+from ..outputs import Generation, Output, Outputs, answer_text, require_outputs
+from ..results import Step
 from .journal import Journal
 from .memory import PeakMemory
 
@@ -63,7 +64,8 @@ def decode_timed(decoding: Decoding) -> Generation:
     steps: list[Step] = []
     started = time.perf_counter()
     for tokens in decoding:
-        steps.append(Step(len(tokens), time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        steps.append(Step(len(tokens), seconds, decoding.drafter))
         ids += [token.id for token in tokens]
         started = time.perf_counter()
     return Generation(tuple(ids), tuple(steps), decoding.stats, decoding.finish_reason)
@@ -123,6 +125,15 @@ def measure_interleaved(
             of_method.append(Outputs(new))
         require_outputs(outputs[0][-1])
     return outputs
+
+
+def exit_and_drafts(method: Method) -> tuple[int | None, int | None]:
+    """The exit that a method answers or drafts with, and its draft length. None if it has none or chooses itself."""
+    if not isinstance(method, DecodingConfig):
+        return method.exit_layer, method.num_draft_tokens
+    exits = method.strategy in ("early-exit", "self-speculative") and not method.exit_confidence
+    drafts = drafts_tokens(method) and method.strategy != "adaptive"
+    return method.exit_layer if exits else None, method.num_draft_tokens if drafts else None
 
 
 def drafts_tokens(method: Method) -> bool:

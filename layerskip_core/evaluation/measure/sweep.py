@@ -1,4 +1,4 @@
-"""Every exit with every draft length on one task: quality, speed, and which setting to decode with."""
+"""Every exit and drafter with every draft length on one task: quality, speed, and which setting to decode with."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -6,7 +6,7 @@ from itertools import product
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require_exit_layer
-from ...config.decoding import DecodingConfig
+from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings
 from ...config.evaluation import SweepConfig
 from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
@@ -15,10 +15,10 @@ from ..results import Difference, ExitResult
 from ..tasks.task import Task
 from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import NEAR_TIE, differences
-from .cost_model import Predictions, predict
+from .cost_model import Predictions, predict, side_of
 from .environment import environment
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
-from .runner import Progress, drafts_tokens, measure_interleaved
+from .runner import Progress, drafts_tokens, exit_and_drafts, measure_interleaved
 
 _QUICK = 3  # settings that a quick sweep measures
 
@@ -35,12 +35,14 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     loaded = task.prepared(loaded)
     machine = environment(loaded)
     losses = ReferenceLosses(0, {})
-    for number, new in enumerate(task.losses(loaded, [*config.exits, loaded.backend.num_layers]), start=1):
+    layers = sorted({*config.exits, loaded.backend.num_layers})
+    for number, new in enumerate(task.losses(loaded, layers), start=1):
         losses = losses + new
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     examples = timed_examples(task.examples, config.timed)
-    autoregressive, settings = _settings(config)
-    predictions = yield from predict(loaded, examples, config.exits, config.specs, autoregressive.max_new_tokens, task.stop)
+    autoregressive, settings = config.generation.decoding("autoregressive"), _settings(loaded, config)
+    predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
+    predictions = yield from predict(loaded, examples, predictable, autoregressive.max_new_tokens, task.stop)
     chosen = _promising(settings, predictions) if config.quick else settings
     batched = None
     if config.batch_size > 1:
@@ -65,10 +67,13 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         drafts = drafts_tokens(setting)
         comparable = drafts and not setting.sampling.temperature
         differing = differences(loaded, task.examples, answered, expected) if comparable else ()
-        perplexity = full if drafts or setting.exit_layer is None else losses.perplexity(setting.exit_layer)
+        perplexity = losses.perplexity(setting.exit_layer) if setting.strategy == "early-exit" and setting.exit_layer else full
         metrics = task.score(answered.texts, perplexity)
         results.append(exit_result(setting, outputs, seconds, answered, expected, metrics, differing))
-    results = [_with_predictions(result, losses, loaded.backend.num_layers, predictions) for result in results]
+    results[0] = replace(results[0], perplexity=full)
+    results[1:] = [
+        _with_predictions(result, setting, losses, predictions) for result, setting in zip(results[1:], settings, strict=True)
+    ]
     marked = mark_pareto(results, task.quality_metric)
     advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], baseline_drift(first, second))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
@@ -98,6 +103,7 @@ def exit_result(
         time_split_ms=outputs.time_split_ms,
         differences=differing,
         failures=answers.failures,
+        steps_by_drafter=answers.stats.steps_by_drafter,
     )
 
 
@@ -108,52 +114,71 @@ def default_exits(num_layers: int) -> tuple[int, ...]:
 
 
 def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:
-    """The config with its defaults filled in."""
-    num_layers = loaded.backend.num_layers
-    exits = config.exits or default_exits(num_layers)
+    """The config with its defaults filled in.
+
+    Low-bit copies draft with all layers, so that the exits of a model are left out if they were not trained.
+    """
+    num_layers, copies = loaded.backend.num_layers, bool(config.packing.draft_weights)
+    known = loaded.recommended()
+    worthwhile = not copies or bool(known.exits) or known.strategy == "self-speculative"
+    exits = config.exits or (default_exits(num_layers) if worthwhile else ())
     for exit_layer in exits:
-        require_exit_layer(exit_layer, num_layers, field="exits")
-    return replace(config, exits=exits, timed=default_timed(config))
+        require_exit_layer(exit_layer, num_layers, copies, field="exits")
+    # All layers of the copies too, unless the exits were given.
+    drafting = config.exits or tuple(sorted({*exits, *((num_layers,) if copies else ())}))
+    return replace(config, exits=drafting, timed=default_timed(config))
 
 
-def _settings(config: SweepConfig) -> tuple[DecodingConfig, list[DecodingConfig]]:
-    """Autoregressive decoding, and the settings compared with it: each exit alone, then each exit with each draft length."""
-    generation = config.generation
-    alone = [generation.decoding("early-exit", exit_layer) for exit_layer in config.exits]
-    drafting = [
-        generation.decoding("self-speculative", exit_layer, drafts)
-        for exit_layer, drafts in product(config.exits, config.specs)
-    ]
-    return generation.decoding("autoregressive"), alone + drafting
+def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
+    """What is compared with autoregressive decoding: each exit alone, then each drafter with each draft length."""
+    generation, num_layers = config.generation, loaded.backend.num_layers
+    exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
+    settings = [generation.decoding("early-exit", exit_layer) for exit_layer in exits]
+    for weights, layers in ((None, exits), *((weights, config.exits) for weights in config.packing.draft_weights)):
+        settings += [
+            generation.decoding("self-speculative", exit_layer, drafts, draft_weights=weights)
+            for exit_layer, drafts in product(layers, config.specs)
+        ]
+    settings += [generation.decoding("lookup", None, drafts) for drafts in config.specs]
+    if "adaptive" in DRAFTERS:
+        asked = DecodingSettings("adaptive", generation=generation)
+        settings.append(asked.resolve_as("adaptive", loaded.recommended(), num_layers, config.packing))
+    return settings
 
 
 def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> list[DecodingConfig]:
-    """The settings with the best predicted speedup, and their exits alone."""
+    """The settings with the best predicted speedup, their exits alone, and one of each drafter without predictions."""
     best = predictions.promising(_QUICK)
-    exits = {exit_layer for exit_layer, _ in best}
+    exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
+    lookups = [setting for setting in settings if setting.strategy == "lookup"]
+    unpredicted = [lookups[len(lookups) // 2], *(setting for setting in settings if setting.strategy == "adaptive")]
     return [
         setting
         for setting in settings
-        if ((setting.exit_layer, setting.num_draft_tokens) in best if drafts_tokens(setting) else setting.exit_layer in exits)
+        if setting in best or setting in unpredicted or (setting.strategy == "early-exit" and setting.exit_layer in exits)
     ]
 
 
 def _unmeasured(setting: DecodingConfig) -> ExitResult:
-    drafts = setting.num_draft_tokens if drafts_tokens(setting) else None
-    return ExitResult(setting.strategy, setting.exit_layer, drafts, {}, None, None, None, None, None, None)
+    exit_layer, drafts = exit_and_drafts(setting)
+    nothing = ExitResult(setting.strategy, exit_layer, drafts, {}, None, None, None, None, None, None)
+    return replace(nothing, draft_weights=setting.draft_weights)
 
 
-def _with_predictions(result: ExitResult, losses: ReferenceLosses, num_layers: int, predictions: Predictions) -> ExitResult:
-    """Adds what is known without decoding by the setting: an exit's perplexity and agreement, or a predicted speedup."""
-    if result.strategy != "self-speculative":
-        agreement = predictions.agreement[result.exit_layer] if result.exit_layer else None
-        return replace(result, perplexity=losses.perplexity(result.exit_layer or num_layers), agreement=agreement)
-    assert result.exit_layer is not None and result.num_draft_tokens is not None
-    prediction = predictions.settings.get((result.exit_layer, result.num_draft_tokens))
+def _with_predictions(
+    result: ExitResult, setting: DecodingConfig, losses: ReferenceLosses, predictions: Predictions
+) -> ExitResult:
+    """Adds what is known without decoding by the setting: perplexity and agreement of an exit, and a predicted speedup."""
+    if setting.strategy == "early-exit":
+        assert setting.exit_layer is not None
+        perplexity, agreement = losses.perplexity(setting.exit_layer), predictions.agreement[side_of(setting)]
+        return replace(result, perplexity=perplexity, agreement=agreement)
+    prediction = predictions.settings.get(setting)
     if prediction is None:
         return result
     return replace(
         result,
+        agreement=predictions.agreement[side_of(setting)] if setting.draft_weights else None,
         predicted_speedup=prediction.speedup,
         predicted_tokens_per_second=finite(prediction.tokens_per_second),
         predicted_acceptance_rate=prediction.rounds.acceptance_rate,

@@ -61,13 +61,15 @@ def legend_above(axes: Any, entries: int) -> None:
 
 
 def label(result: ExitResult | BenchResult) -> str:
-    """A result's name in figures: `exit 8, 6 drafts`, `exit 8 alone`, `prompt-lookup, 6 drafts`."""
+    """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
     if result.strategy in ("autoregressive", "transformers"):
         return result.strategy
     if result.strategy == "early-exit":
         return f"exit {result.exit_layer} alone"
-    parts = [] if result.strategy == "self-speculative" else [result.strategy]
-    parts += [f"exit {result.exit_layer}"] if result.exit_layer is not None else []
+    own = result.strategy == "self-speculative"
+    parts = [] if own else [result.strategy]
+    if result.exit_layer is not None:
+        parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
     parts += [f"{result.num_draft_tokens} drafts"] if result.num_draft_tokens else []
     return ", ".join(parts)
 

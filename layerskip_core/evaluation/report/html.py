@@ -15,7 +15,7 @@ from .plots import title
 
 _PERCENT = ("acceptance_rate", "identical_outputs", "agreement", "predicted_acceptance_rate")
 _TWO_DECIMALS = ("speedup", "decode_speedup", "speedup_over_transformers", "predicted_speedup", "mean_accepted_tokens")
-_HIDDEN = ("acceptance_by_position", "pareto", "time_split_ms")
+_HIDDEN = ("acceptance_by_position", "pareto", "time_split_ms", "longest_answer")
 _NAMES = {
     "exit_layer": "exit",
     "num_draft_tokens": "drafts",

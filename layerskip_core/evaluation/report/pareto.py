@@ -11,6 +11,7 @@ from ..metrics import LOWER_IS_BETTER, quality
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult, frontier
 from .drawing import GREY, SIZE, color, label, legend_above, new_figure
+from .tables import strategy_name
 
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
@@ -40,9 +41,9 @@ def pareto_figure(record: RunRecord[Any]) -> Figure | None:
     figure, axes = new_figure("Quality against speed")
     lower = metric in LOWER_IS_BETTER
     points = [(result.tokens_per_second, result.metrics[metric] * (1 if lower else 100)) for result in shown]
-    strategies = list(dict.fromkeys(result.strategy for result in shown))
+    strategies = list(dict.fromkeys(map(strategy_name, shown)))
     for number, strategy in enumerate(strategies):
-        own = [point for result, point in zip(shown, points, strict=True) if result.strategy == strategy]
+        own = [point for result, point in zip(shown, points, strict=True) if strategy_name(result) == strategy]
         marker = _MARKERS.get(strategy, "D")
         axes.scatter(*zip(*own, strict=True), marker=marker, color=color(number), alpha=0.8, label=strategy)
     optimal = frontier([(result.tokens_per_second or 0.0, quality(result.metrics, metric)) for result in shown])
@@ -81,7 +82,8 @@ def _label_points(
     optimal: Sequence[int],
 ) -> None:
     """Labels the frontier, the exits alone and each other strategy's fastest setting, where a label has room."""
-    fastest = {result.strategy: index for index, result in sorted(enumerate(shown), key=lambda item: points[item[0]][0])}
+    by_speed = sorted(enumerate(shown), key=lambda item: points[item[0]][0])
+    fastest = {strategy_name(result): index for index, result in by_speed}
     alone = [index for index, result in enumerate(shown) if result.strategy == "early-exit"]
     scaled = _in_points(axes, points)
     taken: list[Box] = [(x - 3, y - 3, x + 3, y + 3) for x, y in scaled]
@@ -89,9 +91,9 @@ def _label_points(
     for (left, top), (right, bottom) in pairwise(steps):  # the frontier: down at `left`, then to the right
         taken += [(left - 1, bottom, left + 1, top), (left, bottom - 1, right, bottom + 1)]
     for index in dict.fromkeys([*optimal, *fastest.values(), *alone]):
-        result = shown[index]
+        result, strategy = shown[index], strategy_name(shown[index])
         text = label(result)
-        if result.strategy != "autoregressive" and index == fastest[result.strategy] and result.speedup:
+        if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
             text += f": {result.speedup:.2g}x"
         for x, y, horizontal, vertical in _OFFSETS:
             box = _box(scaled[index][0] + x, scaled[index][1] + y, text, horizontal, vertical)
@@ -99,7 +101,7 @@ def _label_points(
                 taken.append(box)
                 axes.annotate(
                     text, points[index], textcoords="offset points", xytext=(x, y), ha=horizontal, va=vertical,
-                    fontsize=_FONT, color=color(strategies.index(result.strategy)),
+                    fontsize=_FONT, color=color(strategies.index(strategy)),
                 )  # fmt: skip
                 break
 

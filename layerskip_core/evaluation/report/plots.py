@@ -37,10 +37,17 @@ def _acceptance_by_exit(record: Record) -> Figure | None:
     if len({result.exit_layer for result in drafted}) < 2:
         return None
     figure, axes = new_figure("Accepted drafts by exit")
-    for number, drafts in enumerate(sorted({result.num_draft_tokens for result in drafted})):
-        line = [(result.exit_layer, 100 * result.acceptance_rate) for result in drafted if result.num_draft_tokens == drafts]
-        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, color=color(number), label=f"{drafts} drafts")
-    agreeing = [(result.exit_layer, 100 * result.agreement) for result in _exits(record) if result.agreement is not None]
+    kinds = sorted({(result.draft_weights or "", result.num_draft_tokens) for result in drafted})
+    for number, (weights, drafts) in enumerate(kinds):
+        line = [
+            (result.exit_layer, 100 * result.acceptance_rate)
+            for result in drafted
+            if (result.draft_weights or "", result.num_draft_tokens) == (weights, drafts)
+        ]
+        name = f"{drafts} {weights} drafts".replace("  ", " ")
+        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, color=color(number), label=name)
+    alone = [result for result in _exits(record) if result.strategy == "early-exit" and result.agreement is not None]
+    agreeing = [(result.exit_layer, 100 * (result.agreement or 0.0)) for result in alone]
     if agreeing:
         axes.plot(*zip(*agreeing, strict=True), linestyle="--", color=GREY, label="agreement with the full model")
     axes.set(xlabel="exit layer", ylabel="accepted drafts (%)", ylim=(0, 105))
@@ -53,7 +60,8 @@ def _acceptance_by_position(record: Record) -> Figure | None:
     if not drafted:
         return None
     by_length = sorted(drafted, key=lambda result: result.num_draft_tokens or 0)
-    longest = {(result.strategy, result.exit_layer): result for result in by_length}  # the longest drafts of each exit
+    # The longest drafts of each drafter.
+    longest = {(result.strategy, result.draft_weights, result.exit_layer): result for result in by_length}
     figure, axes = new_figure("Accepted drafts by position in the round")
     for number, result in enumerate(longest.values()):
         positions = range(1, len(result.acceptance_by_position) + 1)
@@ -106,14 +114,21 @@ def _prediction(record: Record) -> Figure | None:
     if not compared:
         return None
     figure, axes = new_figure("Predicted and measured speedup")
-    for number, exit_layer in enumerate(sorted({result.exit_layer for result in compared}, key=lambda layer: layer or 0)):
-        points = [(result.predicted_speedup, result.speedup) for result in compared if result.exit_layer == exit_layer]
-        axes.scatter(*zip(*points, strict=True), marker="^", color=color(number), alpha=0.8, label=f"exit {exit_layer}")
+    for number, (weights, exit_layer) in enumerate(sorted({_side(result) for result in compared})):
+        own = [result for result in compared if _side(result) == (weights, exit_layer)]
+        points = [(result.predicted_speedup, result.speedup) for result in own]
+        name = f"{weights} exit {exit_layer}".strip()
+        axes.scatter(*zip(*points, strict=True), marker="^", color=color(number), alpha=0.8, label=name)
     start = min(speedup for result in compared for speedup in (result.predicted_speedup, result.speedup) if speedup)
     axes.axline((start, start), slope=1, color=GREY, linewidth=1, zorder=0)
     axes.set(xlabel="predicted speedup", ylabel="measured speedup")
     axes.legend(fontsize=7)
     return figure
+
+
+def _side(result: ExitResult) -> tuple[str, int]:
+    """What drafts: the weights of a low-bit copy, or nothing, and the exit."""
+    return result.draft_weights or "", result.exit_layer or 0
 
 
 def _exits(record: Record) -> list[ExitResult]:

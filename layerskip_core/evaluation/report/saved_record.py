@@ -44,6 +44,7 @@ def _record(document: Any, result: type[Any], config: type[Any]) -> RunRecord[An
         for name in (*names, *(["repeats"] if part == "config" and config is BenchConfig else [])):
             if name not in values:
                 raise SchemaError(f"{part}.{name} is missing")
+    document["config"] = _current(document["config"])
     require_fields(config, document["config"], "config")
     build(str | None, document["config"].get("quality_metric"), "config.quality_metric")
     build(Environment, document["environment"], "environment")
@@ -59,6 +60,14 @@ def _record(document: Any, result: type[Any], config: type[Any]) -> RunRecord[An
     )
 
 
+def _current(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the low-bit copies as a list: they were one name or null in older records."""
+    packing = config.get("packing")
+    if not isinstance(packing, dict) or not isinstance(packing.get("draft_weights", []), str | None):
+        return config
+    return config | {"packing": packing | {"draft_weights": [packing["draft_weights"]] if packing["draft_weights"] else []}}
+
+
 def _require_valid(result: Any, where: str) -> None:
     """Raises SchemaError for figures that no run gives: unknown strategies, layers below 1, numbers out of range."""
     known = (*strategies(), *BASELINES)
@@ -71,6 +80,12 @@ def _require_valid(result: Any, where: str) -> None:
             raise SchemaError(f"{where}.{name}: needed a whole number for {result.strategy}, found null")
         if value is not None and value < 1:
             raise SchemaError(f"{where}.{name}: needed at least 1, found {value}")
+    for name, count in result.steps_by_drafter.items():
+        if count < 1:
+            raise SchemaError(f"{where}.steps_by_drafter.{name:.60}: needed at least 1, found {count}")
+    for number, step in enumerate(getattr(result, "longest_answer", ())):
+        if step.tokens < 0 or not 0 < step.seconds < _LARGEST:
+            raise SchemaError(f"{where}.longest_answer[{number}]: needed a count of tokens and a time, found {step[:2]}")
     for name, figure in _figures(result):
         if abs(figure) > _LARGEST and not name.endswith("perplexity"):
             raise SchemaError(f"{where}.{name}: needed a number up to {_LARGEST:g}, found {figure:g}")

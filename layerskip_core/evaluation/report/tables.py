@@ -36,6 +36,11 @@ class TextTable:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{self.note}\n"
 
 
+def strategy_name(result: ExitResult | BenchResult) -> str:
+    """What tables and figures call a strategy: `int8 drafts` for drafts by a low-bit copy."""
+    return f"{result.draft_weights} drafts" if result.draft_weights else result.strategy
+
+
 def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     """A row per setting. Fits 80 columns with one or two metrics. A dash marks what was not measured."""
     metrics = [name for name in record.results[0].metrics if name != "perplexity"]  # it has its own column
@@ -44,7 +49,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     rows = [
         (
-            result.strategy,
+            strategy_name(result),
             _count(result.exit_layer),
             _count(result.num_draft_tokens),
             *(_percent(result.metrics.get(name), decimals) for name in metrics),
@@ -79,6 +84,8 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     rows: list[tuple[str, list[str]]] = [
         ("exit layer", [_count(result.exit_layer) for result in results]),
         ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
+        ("draft weights", [result.draft_weights or "-" for result in results]),
+        ("drafted by", [_shares(result.steps_by_drafter) for result in results]),
         *((name.replace("_", " "), [_metric(result.metrics, name) for result in results]) for name in results[0].metrics),
         ("identical outputs", [_percent(result.identical_outputs, 1) for result in results]),
         ("acceptance rate", [_percent(result.acceptance_rate, 1) for result in results]),
@@ -128,13 +135,24 @@ def _settings_note(config: dict[str, Any]) -> str:
         )
     if confidence := generation.get("draft_confidence"):
         notes.append(f"Drafts stop below a confidence of {confidence:g}.")
-    if "specs" in config and (confidence or sampling.get("temperature")):
+    if lookup := generation.get("lookup"):
+        notes.append(f"Matches of {lookup} tokens or more are drafts, before anything else drafts.")
+    if "specs" in config and (confidence or lookup or sampling.get("temperature")):
         notes.append("Predictions are for greedy decoding with whole drafts.")
     return "".join(f"\n{note}" for note in notes)
 
 
 def _count(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _shares(steps_by_drafter: dict[str, int]) -> str:
+    """`lookup 21%, int8 72%, plain 7%`: the share of steps by what drafted. A dash if one drafter made all drafts."""
+    total = sum(steps_by_drafter.values())
+    if len(steps_by_drafter) < 2:
+        return "-"
+    ordered = sorted(steps_by_drafter.items(), key=lambda item: (item[0] == "plain", -item[1]))
+    return ", ".join(f"{name} {count / total:.0%}" for name, count in ordered)
 
 
 def _plural(count: int, noun: str) -> str:
