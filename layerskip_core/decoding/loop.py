@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config.checks import require
 from ..errors import ConfigError
 from ..model.backend import Backend
-from ..model.cache import KVCache
+from .depth import Depth, Pass
 from .drafters import Context, Draft, Drafter
 from .sampling import Sampler, Verdict
 from .stats import DecodeStats, step_counts
@@ -59,15 +59,15 @@ class DecodingLoop:
         prompts: Sequence[list[int]],
         stopping: Stopping,
         sampler: Sampler,
-        target_layers: int,
+        depth: Depth,
         drafter: Drafter | None = None,
         num_draft_tokens: int = 0,
         detokenize: Detokenize | None = None,
     ) -> None:
-        """The target is layers 0..target_layers-1. Raises ConfigError for a prompt that is empty or leaves no room."""
+        """`depth`: which layers the target is. Raises ConfigError for a prompt that is empty or leaves no room."""
         self._model = model
         self._sampler = sampler
-        self._target_layers = target_layers
+        self._depth = depth
         self._drafter = drafter
         self._num_draft_tokens = num_draft_tokens
         self._rows = []
@@ -114,16 +114,16 @@ class DecodingLoop:
         started = drafted_at = time.perf_counter()
         rows, newest = self._rows, self._newest
         if newest is None:
-            draft, logits = self._prefill()
+            draft, made = self._prefill()
         else:
             draft = self._draft(newest)
             drafted_at = self._clock() if draft.tokens.shape[1] > 1 else started
-            positions = self._positions(draft.tokens.shape[1])
-            logits = target_logits(self._model, draft, positions, self._cache, self._target_layers)
-        verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, logits)
+            made = self._depth.verify(draft, self._positions(draft.tokens.shape[1]), self._cache)
+        verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, made.logits)
         verified_at = time.perf_counter()
         source = draft.source if newest is not None and self._drafter is not None else None
-        steps = [self._commit(row, count, ids, source) for row, count, ids in zip(rows, draft.counts, verified, strict=True)]
+        outcomes = zip(rows, draft.counts, verified, strict=True)
+        steps = [self._commit(row, count, ids, source, made.layers) for row, count, ids in outcomes]
         self._go_on(following)
         self._draft_seconds += drafted_at - started
         if newest is None:
@@ -133,8 +133,8 @@ class DecodingLoop:
         self._total_seconds += time.perf_counter() - started
         return steps
 
-    def _prefill(self) -> tuple[Draft, Tensor]:
-        """An empty draft, and the logits (B, 1, V) after each prompt.
+    def _prefill(self) -> tuple[Draft, Pass]:
+        """An empty draft, and the target's pass over the prompts.
 
         Prompts are padded at their ends. No token sees what padding writes there, and the next tokens overwrite it.
         """
@@ -143,9 +143,7 @@ class DecodingLoop:
         padded = [row.ids + [row.ids[-1]] * (longest - len(row.ids)) for row in self._rows]
         tokens, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device) - 1
         positions = self._places[:, :longest].expand(len(lengths), -1)
-        hidden = self._model.run_layers(self._model.embed(tokens), 0, self._target_layers, positions, self._cache)
-        logits = self._model.unembed(hidden[torch.arange(len(lengths), device=device), last][:, None])
-        return Draft(tokens[:, :1], (0,) * len(lengths)), logits
+        return Draft(tokens[:, :1], (0,) * len(lengths)), self._depth.prefill(tokens, last, positions, self._cache)
 
     def _draft(self, newest: Tensor) -> Draft:
         """No drafts if only the target's own token has room."""
@@ -167,13 +165,16 @@ class DecodingLoop:
         # Only padding can stand at the context's last place, where no token is read that is followed by another.
         return (starts[:, None] + self._places[:, :count]).clamp_max(self._cache.max_positions - 1)
 
-    def _commit(self, row: _Row, drafted: int, verified: list[int], source: str | None) -> RowStep:
-        """Adds a row's verified tokens to its output, up to the first that ends it. `source`: Draft's, None of a prefill."""
+    def _commit(self, row: _Row, drafted: int, verified: list[int], source: str | None, layers: int) -> RowStep:
+        """Adds a row's verified tokens to its output, up to the first that ends it.
+
+        `source`: Draft's, None of a prefill. `layers`: Pass's.
+        """
         if self._drafter is not None and source is not None:
             self._drafter.observe(Verdict(row.number, drafted, verified))
         count, reason = row.scanner.cut(verified)
         row.ids += verified[:count]
-        step = step_counts(drafted, len(verified) - 1, count, source)
+        step = step_counts(drafted, len(verified) - 1, count, source, layers)
         row.steps.append(step)
         tokens = [Token(token, place < step.accepted) for place, token in enumerate(verified[:count])]
         return RowStep(row.number, tokens, reason)
@@ -205,17 +206,3 @@ def check_prompt(prompt_ids: list[int], limit: int) -> None:
         raise ConfigError(
             f"the prompt must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
         )
-
-
-def target_logits(model: Backend, draft: Draft, positions: Tensor, cache: KVCache, target_layers: int) -> Tensor:
-    """Logits (B, K+1, V) after each of the draft's tokens: one pass through the layers that its exit states leave."""
-    tokens, hidden = draft.tokens, draft.exit_states
-    if hidden is None:
-        hidden = model.run_layers(model.embed(tokens), 0, target_layers, positions, cache)
-    else:
-        known = hidden.shape[1]
-        if known < tokens.shape[1]:
-            last = model.run_layers(model.embed(tokens[:, known:]), 0, draft.exit_layer, positions[:, known:], cache)
-            hidden = torch.cat((hidden, last), dim=1)
-        hidden = model.run_layers(hidden, draft.exit_layer, target_layers, positions, cache)
-    return model.unembed(hidden)

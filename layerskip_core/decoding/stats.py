@@ -14,7 +14,8 @@ class DecodeStats:
     passes that verified drafts. `tested_by_position[j]`: in how many rounds draft j+1 was compared, because all drafts before
     it were accepted and none of them ended the output. `accepted_by_position[j]`: in how many of these rounds it was accepted.
     Steps without drafts count in `verify_seconds`. The first token comes from the prefill. `steps_by_drafter`: the steps of a
-    strategy that drafts, by what drafted; `plain` are those without drafts.
+    strategy that drafts, by what drafted; `plain` are those without drafts. `tokens_by_layers[j]`: how many of the new tokens
+    were chosen after j+1 layers.
     """
 
     sequences: int = 0
@@ -30,6 +31,7 @@ class DecodeStats:
     tested_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()
     steps_by_drafter: dict[str, int] = field(default_factory=dict)
+    tokens_by_layers: tuple[int, ...] = ()
 
     @property
     def acceptance_rate(self) -> float:
@@ -41,6 +43,12 @@ class DecodeStats:
         return _ratio(self.accepted, self.rounds)
 
     @property
+    def mean_layers(self) -> float:
+        """Layers that a new token was chosen after, on average."""
+        layers = sum(layers * tokens for layers, tokens in enumerate(self.tokens_by_layers, start=1))
+        return _ratio(layers, sum(self.tokens_by_layers))
+
+    @property
     def tokens_per_second(self) -> float:
         """New tokens per second, prefill included."""
         return _ratio(self.new_tokens, self.total_seconds)
@@ -49,10 +57,12 @@ class DecodeStats:
         return DecodeStats(*(_sum(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
 
 
-def step_counts(drafted: int, accepted: int, new_tokens: int, drafter: str | None = None) -> DecodeStats:
+def step_counts(
+    drafted: int, accepted: int, new_tokens: int, drafter: str | None = None, layers: int | None = None
+) -> DecodeStats:
     """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
 
-    `drafter` names what drafted, or would have; None where nothing could.
+    `drafter` names what drafted, or would have; None where nothing could. `layers` of the target; None where they are unknown.
     """
     accepted = min(accepted, new_tokens)
     return DecodeStats(
@@ -62,6 +72,7 @@ def step_counts(drafted: int, accepted: int, new_tokens: int, drafter: str | Non
         rounds=int(drafted > 0),
         tested_by_position=(1,) * min(drafted, new_tokens),
         accepted_by_position=(1,) * accepted,
+        tokens_by_layers=() if layers is None else (0,) * (layers - 1) + (new_tokens,),
         steps_by_drafter={} if drafter is None else {drafter if drafted else "plain": 1},
     )
 

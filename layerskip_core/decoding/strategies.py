@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ..config.checks import require, require_exit_layer
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..model.backend import Backend
+from .depth import Depth, DynamicDepth, FixedDepth
 from .drafters import DrafterSetup, drafter_for
 from .loop import DecodingLoop, Token
 from .sampling import sampler_for
@@ -78,9 +79,11 @@ def decode_batch(
 
     In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Each
     sampled row has the config's seed. Rows stand at different positions, because a key's place in the cache is its token's
-    position. Raises ConfigError for a prompt or an exit that does not fit and for a model with exact weights.
+    position. Raises ConfigError for a prompt or an exit that does not fit, for a model with exact weights and for an
+    `exit_confidence`, with which the rows would leave at different exits.
     """
     require(not model.exact, "batch_size", "1 with `exact`", len(prompts))
+    require(not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
     loop = _loop_of(model, prompts, config, eos_ids, detokenize)
     ids: list[list[int]] = [[] for _ in prompts]
     for steps in loop:
@@ -98,15 +101,22 @@ def _loop_of(
     detokenize: Detokenize | None,
     reuse_exit_states: bool = True,
 ) -> DecodingLoop:
-    sampler = sampler_for(config.sampling, model.device, len(prompts))
-    target_layers, drafter = model.num_layers, None
-    if config.exit_layer is not None and config.strategy in ("early-exit", "self-speculative"):
-        may_be_last = config.strategy == "early-exit" or config.draft_weights is not None
-        require_exit_layer(config.exit_layer, model.num_layers, may_be_last)
-    if config.strategy == "early-exit":
-        assert config.exit_layer is not None
-        target_layers = config.exit_layer
-    elif config.strategy in DRAFTERS:
+    sampler, drafter = sampler_for(config.sampling, model.device, len(prompts)), None
+    depth = _depth_of(model, config)
+    if config.strategy in DRAFTERS:
         drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states))
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
-    return DecodingLoop(model, prompts, stopping, sampler, target_layers, drafter, config.num_draft_tokens, detokenize)
+    return DecodingLoop(model, prompts, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize)
+
+
+def _depth_of(model: Backend, config: DecodingConfig) -> Depth:
+    """Raises ConfigError for an exit that the model does not have."""
+    early, layers = config.strategy == "early-exit", model.num_layers
+    if early and config.exit_confidence:
+        require(bool(config.exits), "exits", "given with `exit_confidence`", "none")
+        for exit_layer in config.exits:
+            require_exit_layer(exit_layer, layers, field="exits")
+        return DynamicDepth(model, tuple(sorted(set(config.exits))), config.exit_confidence)
+    if config.exit_layer is not None and config.strategy in ("early-exit", "self-speculative"):
+        require_exit_layer(config.exit_layer, layers, early or config.draft_weights is not None)
+    return FixedDepth(model, config.exit_layer if early and config.exit_layer is not None else layers)

@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class SpanInputs:
     positions: Tensor
     rope: dict[str, tuple[Tensor, Tensor]]
     mask: dict[str, Tensor | None]
-    writer: SpanWriter | None = None
+    writer: "SpanWriter | _KeysOnly | None" = None
 
     def rows(self, index: Tensor) -> "SpanInputs":
         """Only the batch rows at `index` (kept,)."""
@@ -42,6 +43,21 @@ class SpanInputs:
             mask={kind: None if mask is None else select(mask) for kind, mask in self.mask.items()},
             writer=self.writer,
         )
+
+
+class _KeysWritten(Exception):
+    """Ends a layer that had to write its keys and values only."""
+
+
+class _KeysOnly:
+    """In the place of a SpanWriter: the attention module does not go on after its call of `update`."""
+
+    def __init__(self, writer: SpanWriter) -> None:
+        self._writer = writer
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> NoReturn:
+        self._writer.update(keys, values, layer_idx)
+        raise _KeysWritten
 
 
 class GenericBackend:
@@ -126,6 +142,15 @@ class GenericBackend:
         for layer in range(start, stop):
             hidden = self.run_layer(layer, hidden, inputs)
         return hidden
+
+    def propagate(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        """As `Backend.propagate`. Each layer ends where its attention module has given its keys and values to the cache."""
+        inputs = self.prepare(hidden, positions, cache)
+        assert isinstance(inputs.writer, SpanWriter)
+        inputs = replace(inputs, writer=_KeysOnly(inputs.writer))
+        for layer in range(start, stop):
+            with suppress(_KeysWritten):
+                self.run_layer(layer, hidden, inputs)
 
     def run_layer(self, layer: int, hidden: Tensor, inputs: SpanInputs) -> Tensor:
         """One layer over (B, T, D), with the inputs that `prepare` made."""

@@ -1,6 +1,6 @@
 """Large calls run in parts, which bounds the memory of their activations. For the backends with repacked weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -27,6 +27,9 @@ class SpanKernel(Protocol):
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
         """As `Layers.run_layers`, for at least one token and one layer."""
 
+    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        """As `Backend.propagate`, for at least one token and one layer."""
+
 
 def run_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None) -> Tensor:
     """`Layers.run_layers` by a kernel. The activations of a part take about 256 MB at most, or those of 256 tokens or of one
@@ -35,19 +38,36 @@ def run_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, posi
     if not torch.is_inference_mode_enabled():
         with torch.inference_mode():
             return run_in_parts(kernel, hidden, start, stop, positions, cache)
+    if cache is None:
+        cache = KVCache(kernel.num_layers, len(hidden), kernel.max_positions)
+    parts = _parts(kernel, hidden, start, stop, positions, cache)
+    outputs = [kernel.run(part, start, stop, places, cache) for part, places in parts]
+    if len(outputs) < 2:
+        return outputs[0] if outputs else hidden
+    return torch.cat(outputs, dim=1)
+
+
+def propagate_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+    """`Backend.propagate` by a kernel, with the bounds and errors of `run_in_parts`."""
+    with torch.inference_mode():
+        for part, places in _parts(kernel, hidden, start, stop, positions, cache):
+            kernel.write(part, start, stop, places, cache)
+
+
+def _parts(
+    kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The checked hidden states and positions of a call, as those of calls that are small enough; none if there is no work."""
     batch, count, _ = hidden.shape
     if not 0 <= start <= stop <= kernel.num_layers:
         raise ValueError(f"layers must be in 0..{kernel.num_layers}, got {start}..{stop}")
     if start == stop or batch * count == 0:
-        return hidden
-    if cache is None:
-        cache = KVCache(kernel.num_layers, batch, kernel.max_positions)
+        return ()
     if len(cache.lengths) != batch or positions.shape != hidden.shape[:2]:
         raise ValueError(f"{batch} x {count} tokens do not fit {list(positions.shape)} positions, {len(cache.lengths)} rows")
     if count == 1 or count <= (most := kernel.tokens_at_once(batch, count)):
-        return kernel.run(hidden, start, stop, positions, cache)
-    parts = zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)
-    return torch.cat([kernel.run(part, start, stop, places, cache) for part, places in parts], dim=1)
+        return ((hidden, positions),)
+    return zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)
 
 
 def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:

@@ -13,6 +13,7 @@ from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.decoding import DecodeStats, Decoding, Stopping, Token, decode, sampling
+from layerskip_core.decoding.depth import FixedDepth
 from layerskip_core.decoding.drafters import Draft, ExitDrafter
 from layerskip_core.decoding.loop import DecodingLoop
 from layerskip_core.decoding.sampling import Greedy, Stochastic, probabilities
@@ -323,8 +324,8 @@ class Scripted:
         pass
 
 
-def single(model, prompt, *settings):
-    return Decoding(DecodingLoop(model, [prompt], *settings))
+def single(model, prompt, stopping, sampler, layers, *settings):
+    return Decoding(DecodingLoop(model, [prompt], stopping, sampler, FixedDepth(model, layers), *settings))
 
 
 def counting_model(limit=100):

@@ -15,8 +15,8 @@ from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
+from layerskip_core.decoding.depth import target_logits
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
-from layerskip_core.decoding.loop import target_logits
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.model import DraftEnds, NativeBackend, PackedBackend, can_run_native, splitting

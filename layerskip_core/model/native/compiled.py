@@ -16,7 +16,7 @@ KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers th
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 VARIANTS = ("avx512", "avx2")  # the best first
-INTERFACE = 4  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 5  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
 
@@ -77,14 +77,15 @@ class Kernels:
 
     def __init__(self, variant: str, library: ctypes.CDLL) -> None:
         self.variant = variant
-        self.span, self.score, self.draft = library.layerskip_span, library.layerskip_score, library.layerskip_draft
-        self.span.argtypes = [POINTER(CShape), c_void_p, c_int, POINTER(CCall), c_int]
+        self.span, self.write = library.layerskip_span, library.layerskip_write
+        self.score, self.draft = library.layerskip_score, library.layerskip_draft
+        self.span.argtypes = self.write.argtypes = [POINTER(CShape), c_void_p, c_int, POINTER(CCall), c_int]
         self.score.argtypes = [POINTER(CShape), POINTER(CNorm), POINTER(CMatrix), POINTER(CCall), c_void_p, c_int]
         self.draft.argtypes = [
             *(POINTER(CShape), c_void_p, c_int, POINTER(CNorm), POINTER(CMatrix)),
             *(POINTER(CCall), POINTER(CDraft), c_int),
         ]
-        self.span.restype = self.score.restype = self.draft.restype = None
+        self.span.restype = self.write.restype = self.score.restype = self.draft.restype = None
         runtime = ctypes.CDLL(None)  # includes the OpenMP runtime that torch has loaded
         try:
             library.layerskip_use_openmp(*(ctypes.cast(runtime[name], c_void_p) for name in _OPENMP))

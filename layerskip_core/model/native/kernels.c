@@ -301,14 +301,16 @@ INLINE vf activated(vf x, int activation) {
 }
 
 /* This thread's part of out (row, width) = rows @ matrix (PUT), out += residual_scale * rows @ matrix (ADD), or, of `up`
- * (ACTIVATE), out = activated(gate) * up, or activated(up) where there is no gate. */
-static void multiply(const Shape *s, const Matrix *m, const char *x, int rows, float *out, int width, int what, int thread, int threads) {
+ * (ACTIVATE), out = activated(gate) * up, or activated(up) where there is no gate. From panel `first` on. */
+static void multiply(
+    const Shape *s, const Matrix *m, int first, const char *x, int rows, float *out, int width, int what, int thread, int threads
+) {
     size_t stride = form_bytes(m);
-    int step = what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step;
+    int step = what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step - first;
     int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, tiles = (rows + most - 1) / most;
     float part[2][TILE][PANEL], scale = s->residual_scale;
     int activation = s->activation;
-    for (int p = share(count, thread, threads); p < share(count, thread + 1, threads); p++)
+    for (int p = first + share(count, thread, threads); p < first + share(count, thread + 1, threads); p++)
         for (int t = 0; t < tiles; t++) {
             int row = share(rows, t, tiles), tile = share(rows, t + 1, tiles) - row;
             int live = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
@@ -396,23 +398,24 @@ static char *place_of(const Shape *s, const Call *call, int layer, int value, in
 }
 
 /* This thread's part of the norms over all queries of a row, and over all its keys. */
-static void norm_projections(const Shape *s, const Layer *l, const Call *call, int thread, int threads) {
+static void norm_projections(const Shape *s, const Layer *l, const Call *call, int keys_only, int thread, int threads) {
     int queries = s->heads * s->head_dim, keys = s->kv_heads * s->head_dim;
     for (int task = share(2 * call->rows, thread, threads); task < share(2 * call->rows, thread + 1, threads); task++) {
         float *row = call->qkv + (size_t)(task / 2) * (size_t)(queries + 2 * keys);
-        if (task % 2 == 0) normed(row, &l->query, queries, s->eps, row);
-        else normed(row + queries, &l->key, keys, s->eps, row + queries);
+        if (task % 2 == 0 && !keys_only) normed(row, &l->query, queries, s->eps, row);
+        if (task % 2) normed(row + queries, &l->key, keys, s->eps, row + queries);
     }
 }
 
-/* Norm, rotation and scale of this thread's queries and keys; keys and values to the cache. */
-static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
-    int size = s->head_dim, half = s->rotary / 2, slots = s->heads + 2 * s->kv_heads, rotates = l->rope >= 0;
+/* Norm, rotation and scale of this thread's queries, unless `keys_only`, and keys; keys and values to the cache. */
+static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int keys_only, int thread, int threads) {
+    int size = s->head_dim, half = s->rotary / 2, all = s->heads + 2 * s->kv_heads, rotates = l->rope >= 0;
+    int first = keys_only ? s->heads : 0, slots = all - first;
     int64_t tasks = (int64_t)call->rows * slots;
     for (int64_t task = share_of_many(tasks, thread, threads); task < share_of_many(tasks, thread + 1, threads); task++) {
-        int row = (int)(task / slots), slot = (int)(task % slots), head = slot - s->heads;
+        int row = (int)(task / slots), slot = first + (int)(task % slots), head = slot - s->heads;
         int64_t place = call->positions[row];
-        float *x = call->qkv + (size_t)task * (size_t)size;
+        float *x = call->qkv + ((size_t)row * (size_t)all + (size_t)slot) * (size_t)size;
         if (head < s->kv_heads) {
             const Norm *norm = head < 0 ? &l->query : &l->key;
             float scale = head < 0 ? s->attention_scale : 1;
@@ -464,7 +467,7 @@ static void mix_values(const Shape *s, const Layer *l, const Call *call, int lay
 typedef struct {
     const Shape *shape;
     const Layer *layers;
-    int count;
+    int count, keys_only; /* keys_only: layers write keys and values of the given hidden states, and leave these as they are */
     Call *call;
     const Matrix *head; /* of `score` and `draft`, with its norm; else NULL */
     const Norm *head_norm;
@@ -490,7 +493,7 @@ static void add_block(Work *work, const Matrix *m, const float *x, int width, co
     const Call *call = work->call;
     int rows = call->rows, n = s->hidden;
     form_rows(s, m, x, width, NULL, rows, row, formed);
-    multiply(s, m, formed, rows, after->weight ? call->block : call->hidden, n, after->weight ? PUT : ADD, thread, threads);
+    multiply(s, m, 0, formed, rows, after->weight ? call->block : call->hidden, n, after->weight ? PUT : ADD, thread, threads);
     meet(&work->barrier, threads);
     if (!after->weight) return;
     float scale = s->residual_scale;
@@ -511,19 +514,20 @@ static void span(Work *work, int thread, int threads) {
     for (int i = 0; i < work->count; i++) {
         const Layer *l = work->layers + i;
         form_rows(s, &l->qkv, call->hidden, s->hidden, &l->before_attention, rows, row, formed);
-        multiply(s, &l->qkv, formed, rows, call->qkv, slots, PUT, thread, threads);
+        multiply(s, &l->qkv, work->keys_only ? mixed / PANEL : 0, formed, rows, call->qkv, slots, PUT, thread, threads);
         meet(&work->barrier, threads);
         if (s->norms_projections) {
-            norm_projections(s, l, call, thread, threads);
+            norm_projections(s, l, call, work->keys_only, thread, threads);
             meet(&work->barrier, threads);
         }
-        place_keys(s, l, call, i, thread, threads);
+        place_keys(s, l, call, i, work->keys_only, thread, threads);
         meet(&work->barrier, threads);
+        if (work->keys_only) continue;
         mix_values(s, l, call, i, row, thread, threads);
         meet(&work->barrier, threads);
         add_block(work, &l->output, call->mixed, mixed, &l->after_attention, row, formed, thread, threads);
         form_rows(s, &l->up, call->hidden, s->hidden, &l->before_mlp, rows, row, formed);
-        multiply(s, &l->up, formed, rows, call->inside, s->inner, ACTIVATE, thread, threads);
+        multiply(s, &l->up, 0, formed, rows, call->inside, s->inner, ACTIVATE, thread, threads);
         meet(&work->barrier, threads);
         add_block(work, &l->down, call->inside, s->inner, &l->after_mlp, row, formed, thread, threads);
     }
@@ -535,7 +539,7 @@ static void score(Work *work, int thread, int threads) {
     float *row = (float *)(call->scratch + thread * call->scratch_bytes);
     char *formed = (char *)(row + s->hidden + 16);
     form_rows(s, work->head, call->hidden, s->hidden, work->head_norm, call->rows, row, formed);
-    multiply(s, work->head, formed, call->rows, work->logits, work->head->outputs, PUT, thread, threads);
+    multiply(s, work->head, 0, formed, call->rows, work->logits, work->head->outputs, PUT, thread, threads);
 }
 
 /* The first of the largest of n numbers. */
@@ -661,7 +665,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 4; }
+int layerskip_interface(void) { return 5; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {
@@ -682,6 +686,12 @@ int layerskip_supported(void) {
 /* Layers 0..count-1 of `layers` over the call's rows, in place. */
 void layerskip_span(const Shape *shape, const Layer *layers, int count, Call *call, int threads) {
     Work work = {.shape = shape, .layers = layers, .count = count, .call = call};
+    run(&work, threads);
+}
+
+/* The keys and values of layers 0..count-1 of `layers`, as if the call's rows were the input of each. */
+void layerskip_write(const Shape *shape, const Layer *layers, int count, Call *call, int threads) {
+    Work work = {.shape = shape, .layers = layers, .count = count, .keys_only = 1, .call = call};
     run(&work, threads);
 }
 

@@ -17,7 +17,7 @@ from ..quantized import GROUP_SIZE
 from ..repack import repack, taken_from
 from ..rope import RopeTables
 from ..spec import ModelSpec
-from ..splitting import run_in_parts
+from ..splitting import propagate_in_parts, run_in_parts
 from ..weights import Take, Weights
 from .buffers import BufferPool, shape_of
 from .compiled import ACTIVATIONS, MOST_ROPES, kernels
@@ -106,6 +106,9 @@ class NativeBackend:
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         return run_in_parts(self._layers, hidden, start, stop, positions, cache)
+
+    def propagate(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        propagate_in_parts(self._layers, hidden, start, stop, positions, cache)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)

@@ -1,6 +1,7 @@
 """A chain of layers by the C kernels: a span is one call."""
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,16 +47,24 @@ class NativeLayers:
 
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
         """As `run_layers`, on checked arguments and in one part."""
-        batch, count, size = hidden.shape
-        buffers = self.pool.of(batch * count)
-        places = positions.contiguous()
+        rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
+        self._call(self.kernels.span, rows, start, stop, positions, cache)
+        return rows
+
+    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        """As `Backend.propagate`, on checked arguments and in one part."""
+        self._call(self.kernels.write, hidden.to(torch.float32).contiguous(), start, stop, positions, cache)
+
+    def _call(
+        self, kernel: Callable[..., None], rows: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
+    ) -> None:
+        """A kernel over layers start..stop-1 and contiguous hidden states, which it knows by their address."""
+        batch, count, _ = rows.shape
+        buffers, places = self.pool.of(batch * count), positions.contiguous()
         self.place(buffers, cache, cache.writer(positions).stop, places, start, stop)
         buffers.call.rows_per_sequence = count
-        # The kernels change the rows in place, and read them by their address.
-        rows = hidden.reshape(-1, size).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         buffers.call.hidden = rows.data_ptr()
-        self.kernels.span(self.shape, self.address(start), stop - start, buffers.call, buffers.threads)
-        return rows.view(batch, count, size)
+        kernel(self.shape, self.address(start), stop - start, buffers.call, buffers.threads)
 
     def address(self, layer: int) -> int:
         """The address of a layer's structure; those of the next layers follow it."""

@@ -108,16 +108,20 @@ class PackedLayer:
 
     def run_(self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace) -> None:
         """The layer over `hidden` (B*T, D), in place."""
-        self._qkv.write(hidden if self._before_attention is None else self._before_attention(hidden), space.qkv)
-        if self._query_key_norm is not None:
-            self._query_key_norm.apply_(space.rotating)
-        space.pairs.mul_(step.still if self._rope is None else step.ropes[self._rope])
-        held.write(space.keys_values)
+        self.write(hidden, step, held, space)
         space.queries.copy_(space.rotated)
         self._add(self._output, self._attended(step, kind, held, space), self._after_attention, hidden)
         self._up.write(hidden if self._before_mlp is None else self._before_mlp(hidden), space.inside)
         inside = self._activation(space.up) if space.gate is None else self._activation(space.gate).mul_(space.up)
         self._add(self._down, inside, self._after_mlp, hidden)
+
+    def write(self, hidden: Tensor, step: Step, held: LayerSlots, space: Workspace) -> None:
+        """Keys and values of `hidden` (B*T, D) to the cache, and queries to the workspace."""
+        self._qkv.write(hidden if self._before_attention is None else self._before_attention(hidden), space.qkv)
+        if self._query_key_norm is not None:
+            self._query_key_norm.apply_(space.rotating)
+        space.pairs.mul_(step.still if self._rope is None else step.ropes[self._rope])
+        held.write(space.keys_values)
 
     def _add(self, layer: Linear, rows: Tensor, after: "Norm | None", hidden: Tensor) -> None:
         """Adds a block's output to `hidden`, in place."""

@@ -14,7 +14,7 @@ from ..layer_weights import NormWeights
 from ..repack import repack, taken_from
 from ..rope import Rope
 from ..spec import ModelSpec
-from ..splitting import run_in_parts
+from ..splitting import propagate_in_parts, run_in_parts
 from ..weights import Take, Weights
 from .head import PackedHead
 from .layer import PackedLayer, missing_feature
@@ -80,6 +80,9 @@ class PackedBackend:
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         return run_in_parts(self._layers, hidden, start, stop, positions, cache)
+
+    def propagate(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        propagate_in_parts(self._layers, hidden, start, stop, positions, cache)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)

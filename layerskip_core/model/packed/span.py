@@ -57,6 +57,16 @@ class PackedLayers:
             layer.run_(rows, step, kind, held, space)
         return rows.view(batch, count, size)
 
+    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        """As `Backend.propagate`, on checked arguments and in one part."""
+        batch, count, size = hidden.shape
+        writer = cache.writer(positions)
+        space = self._workspace(batch, count)
+        slots = writer.layers(start, stop, self._spec.kv_heads, self._spec.head_dim, hidden)
+        step = self._step(writer, positions, slots[0].values.shape[1])
+        for layer, held in zip(self.layers[start:stop], slots, strict=True):
+            layer.write(hidden.reshape(batch * count, size), step, held, space)
+
     def _step(self, writer: SpanWriter, positions: Tensor, capacity: int) -> Step:
         on_device = positions.to(self.device, non_blocking=True)
         ropes, still = self._rope.at(writer, on_device), self._rope.still

@@ -1,0 +1,213 @@
+"""Dynamic depth per token: against a reference in plain torch, on every backend, and against the fixed depths at its ends."""
+
+from collections import Counter
+from itertools import chain
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.decoding import DecodeStats, decode, decode_batch
+from layerskip_core.decoding.depth import Pass
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend
+from layerskip_core.model.native.compiled import kernels
+
+LAYERS = 6
+EXITS = (1, 2, 4)
+UNTIED = {"tie_word_embeddings": False}  # a head of its own: a tied one mostly repeats the last token
+MODELS = {
+    "llama": {},
+    "gemma2": {**UNTIED, "sliding_window": 5},
+    "gemma3_text": {**UNTIED, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "olmo2": {},
+    "starcoder2": UNTIED,
+}
+CONFIDENCE = 0.08  # of 67 tokens: some tokens of these models leave at each exit
+BACKENDS = [GenericBackend, PackedBackend.of, *([NativeBackend.of] if kernels() is not None else [])]
+
+
+def model_of(backend, model_type="llama"):
+    dtype = torch.float32 if backend == NativeBackend.of else torch.float64
+    return backend(tiny_model(model_type, dtype, **MODELS[model_type]))
+
+
+def prompt_of(length: int) -> list[int]:
+    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def run(model, prompt, count=24, **settings):
+    """Ids and stats of a decoding."""
+    decoding = decode(model, prompt, DecodingConfig(max_new_tokens=count, **settings))
+    return [token.id for token in chain.from_iterable(decoding)], decoding.stats
+
+
+def dynamic(model, prompt, confidence, count=24, **settings):
+    return run(model, prompt, count, strategy="early-exit", exits=EXITS, exit_confidence=confidence, **settings)
+
+
+def reference(model, prompt, confidence, count=24):
+    """The whole sequence again for each token, layer by layer: above its exit a token stays as it was at its exit."""
+    backend, ids, exits = GenericBackend(model), list(prompt), []
+    for _ in range(count):
+        positions, hidden = torch.arange(len(ids))[None], backend.embed(torch.tensor([ids]))
+        ran = torch.tensor([LAYERS] * len(prompt) + exits[1:] + [LAYERS] * (len(ids) > len(prompt)))
+        for layer in range(LAYERS):
+            after = backend.run_layers(hidden, layer, layer + 1, positions)
+            hidden = torch.where((ran > layer)[None, :, None], after, hidden)
+            logits = backend.unembed(hidden[0, -1])
+            if layer + 1 == LAYERS or (layer + 1 in EXITS and logits.softmax(-1).max() > confidence):
+                break
+        exits.append(layer + 1)
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :], exits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_type):
+    model, seen = model_of(backend, model_type), Counter()
+    for length in (1, 2, 9):
+        with torch.no_grad():
+            expected, exits = reference(tiny_model(model_type, **MODELS[model_type]), prompt_of(length), CONFIDENCE)
+        ids, stats = dynamic(model, prompt_of(length), CONFIDENCE)
+        assert ids == expected
+        assert stats.tokens_by_layers == tuple(exits.count(layers) for layers in range(1, max(exits) + 1))
+        assert stats.mean_layers == pytest.approx(sum(exits) / len(exits))
+        assert stats.new_tokens == 24
+        seen.update(exits)
+    assert min(seen[layers] for layers in (*EXITS, LAYERS)) > 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ends_are_plain_decoding_and_early_exit_at_the_first_exit(backend):
+    """A probability is never above 1, and always above the smallest number."""
+    model, smallest = model_of(backend), 5e-324
+    for prompt in (prompt_of(1), prompt_of(9)):
+        never, stats = dynamic(model, prompt, 1.0)
+        assert never == run(model, prompt, strategy="autoregressive")[0]
+        assert stats.tokens_by_layers == (0, 0, 0, 0, 0, 24) and stats.mean_layers == 6
+        always, stats = dynamic(model, prompt, smallest)
+        assert always == run(model, prompt, strategy="early-exit", exit_layer=EXITS[0])[0] != never
+        assert stats.tokens_by_layers == (24,) and stats.mean_layers == 1
+
+
+def test_sampling_at_full_depth_draws_the_tokens_of_plain_sampling():
+    model, sampling = model_of(GenericBackend), SamplingConfig(temperature=1.0, seed=3)
+    expected = run(model, prompt_of(9), strategy="autoregressive", sampling=sampling)[0]
+    assert dynamic(model, prompt_of(9), 1.0, sampling=sampling)[0] == expected
+
+
+def test_the_temperature_moves_no_exit():
+    """Tokens are drawn from what the exit gives; whether a token leaves is decided before, by the probabilities without it."""
+    model, hot = model_of(GenericBackend), SamplingConfig(temperature=2.0, seed=5)
+    ids, stats = dynamic(model, prompt_of(9), 0.1, sampling=hot)
+    hidden = model.embed(torch.tensor([prompt_of(9)]))
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            hidden = model.run_layers(hidden, layer, layer + 1, torch.arange(9)[None])
+            if layer + 1 in EXITS and model.unembed(hidden[0, -1]).softmax(-1).max() > 0.1:
+                break
+    first = next(decode(model, prompt_of(9), DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.1, sampling=hot)))
+    assert [token.id for token in first] == ids[:1]
+    assert stats.tokens_by_layers[layer] > 0
+
+
+def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
+    """And keys are written for tokens that left, all together, only when a token goes where they are missing."""
+    model, calls = model_of(GenericBackend), []
+    for name in ("run_layers", "propagate"):
+        recorded(monkeypatch, model, name, calls)
+    decoding = decode(model, prompt_of(9), DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.5, max_new_tokens=9))
+    monkeypatch.setattr(decoding._loop._depth, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
+    for _ in range(7):
+        next(decoding)
+    assert calls == [
+        *[("run_layers", 0, 2, [*range(9)]), ("run_layers", 2, 4, [*range(9)]), ("run_layers", 4, 6, [*range(9)])],
+        ("run_layers", 0, 2, [9]),
+        *[("run_layers", 0, 2, [10]), ("propagate", 2, 4, [9]), ("run_layers", 2, 4, [10])],
+        ("run_layers", 0, 2, [11]),
+        ("run_layers", 0, 2, [12]),
+        *[("run_layers", 0, 2, [13]), ("propagate", 2, 4, [11, 12]), ("run_layers", 2, 4, [13])],
+        *[("propagate", 4, 6, [9, 10, 11, 12]), ("run_layers", 4, 6, [13])],
+        ("run_layers", 0, 2, [14]),
+    ]
+    assert decoding.stats.tokens_by_layers == (0, 5, 0, 1, 0, 1)
+
+
+def recorded(monkeypatch, model, name, calls):
+    original = getattr(model, name)
+
+    def method(hidden, start, stop, positions, cache):
+        calls.append((name, start, stop, positions[0].tolist()))
+        return original(hidden, start, stop, positions, cache)
+
+    monkeypatch.setattr(model, name, method)
+
+
+def scripted(exits, model):
+    """In the place of `_leaving`: the tokens leave after so many layers each."""
+    left = iter(exits)
+    current = next(left)
+
+    def leaving(hidden, layers):
+        nonlocal current
+        if layers != current:
+            return None
+        current = next(left, LAYERS)
+        return Pass(model.unembed(hidden), layers)
+
+    return leaving
+
+
+def test_an_interrupted_step_can_be_taken_again():
+    backend = model_of(GenericBackend)
+    expected, stats = dynamic(backend, prompt_of(9), 0.1)
+    for layer in (0, 1, 3, LAYERS - 1):
+        decoding = decode(
+            backend, prompt_of(9), DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.1, max_new_tokens=24)
+        )
+        ids = [token.id for token in next(decoding)]
+        while len(ids) < 24:
+            hook = backend.layers[layer].register_forward_hook(interrupt)
+            try:
+                ids += [token.id for token in next(decoding)]
+            except KeyboardInterrupt:
+                hook.remove()
+                ids += [token.id for token in next(decoding)]
+            hook.remove()
+        assert ids == expected and decoding.stats.tokens_by_layers == stats.tokens_by_layers
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_fixed_depths_are_counted_too():
+    model = model_of(GenericBackend)
+    assert run(model, prompt_of(9), 5, strategy="early-exit", exit_layer=2)[1].tokens_by_layers == (0, 5)
+    stats = run(model, prompt_of(9), 5, exit_layer=2, num_draft_tokens=3)[1]
+    assert stats.tokens_by_layers == (0, 0, 0, 0, 0, 5) and stats.drafted > 0
+    both = stats + run(model, prompt_of(9), 15, strategy="early-exit", exit_layer=2)[1]
+    assert both.tokens_by_layers == (0, 15, 0, 0, 0, 5) and both.mean_layers == 3
+    assert DecodeStats().mean_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("exits", "message"),
+    [
+        ((), "`exits` must be given with `exit_confidence`, got none"),
+        ((2, 6), r"`exits` must be in 1\.\.5, got 6 \(model has 6 layers\)"),
+        ((0, 2), r"`exits` must be in 1\.\.5, got 0 \(model has 6 layers\)"),
+    ],
+)
+def test_exits_that_do_not_fit_are_refused(exits, message):
+    with pytest.raises(ConfigError, match=message):
+        decode(model_of(GenericBackend), prompt_of(9), DecodingConfig("early-exit", exits=exits, exit_confidence=0.5))
+
+
+def test_batches_are_refused():
+    config = DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.5)
+    with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exit_confidence`, got 2"):
+        next(decode_batch(model_of(GenericBackend), [prompt_of(9), prompt_of(2)], config))

@@ -1,0 +1,82 @@
+"""`Backend.propagate`: the keys and values that a layer gives to the cache, without the rest of the layer."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_generic import CHANGES, ids_of, positions_of
+from test_native import BUILT, KINDS, PRECISIONS, WIDE, model_of, needs_kernels, threads, variant  # noqa: F401  fixtures
+
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend
+from layerskip_core.model.architectures import SUPPORTED
+
+LAYERS = 6
+
+
+def kept(cache, layer):
+    """Keys and values of a layer, (2, B, kv heads, capacity, head dim)."""
+    return cache.matrices(layer, layer + 1)[0][0].clone()
+
+
+def assert_propagates(model, positions):
+    """Layers 2..4 for hidden states at `positions`, against a run of each of these layers over the same states."""
+    rows, count = positions.shape
+    prompt, ids = ids_of(rows, 9), ids_of(rows, count)
+    with torch.inference_mode():
+        cache, reference = model.new_cache(rows), model.new_cache(rows)
+        for each in (cache, reference):
+            model.run_layers(model.embed(prompt), 0, LAYERS, positions_of(0, 9, rows), each)
+        hidden = model.run_layers(model.embed(ids), 0, 2, positions, reference)
+        before, states = [kept(cache, layer) for layer in range(LAYERS)], hidden.clone()
+        model.propagate(hidden, 2, 5, positions, cache)
+        assert torch.equal(hidden, states)
+        for layer in range(2, 5):
+            model.run_layers(hidden, layer, layer + 1, positions, reference)
+    for layer in range(LAYERS):
+        now = kept(cache, layer)
+        if layer in range(2, 5):
+            assert torch.equal(now, kept(reference, layer)) and not torch.equal(now, before[layer])
+        else:
+            assert torch.equal(now[..., : before[layer].shape[-2], :], before[layer])  # the cache may have grown
+
+
+PLACES = {"a row": torch.tensor([[9]]), "rows at different places": torch.tensor([[9, 10, 11], [7, 8, 9]])}
+
+
+@pytest.mark.parametrize("positions", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("backend", [GenericBackend, PackedBackend.of], ids=["generic", "packed"])
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_keys_and_values_are_those_of_the_layers(model_type, backend, positions):
+    assert_propagates(backend(tiny_model(model_type, **CHANGES.get(model_type, {}))), positions)
+
+
+@needs_kernels
+@pytest.mark.parametrize("positions", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model_type", KINDS)
+def test_those_of_the_kernels_too(variant, threads, model_type, precision, positions):  # noqa: F811  fixtures
+    threads(2)
+    assert_propagates(model_of(precision, model_type, **KINDS[model_type]), positions)
+
+
+@needs_kernels
+@pytest.mark.parametrize("heads", [1, 3, 5])
+def test_queries_that_end_within_a_panel_of_the_weights(variant, heads):  # noqa: F811  a fixture
+    """The kernels compute the panels of 32 outputs that hold keys and values: the first also has 8, 24 or 8 queries."""
+    model = tiny_model(dtype=torch.float32, hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=1)
+    assert_propagates(NativeBackend.of(model), PLACES["rows at different places"])
+
+
+def test_a_long_text_in_parts():
+    """300 tokens are more than the part that a call of the packed layers has."""
+    model = PackedBackend.of(tiny_model(max_position_embeddings=400))
+    assert_propagates(model, positions_of(9, 309))
+
+
+@pytest.mark.parametrize("backend", [PackedBackend.of, *([NativeBackend.of] if BUILT else [])])
+def test_what_does_not_fit_is_refused(backend):
+    model = backend(tiny_model(dtype=torch.float32))
+    hidden = model.embed(ids_of(1, 2))
+    with pytest.raises(ValueError, match=r"layers must be in 0\.\.6, got 2\.\.7"):
+        model.propagate(hidden, 2, 7, positions_of(0, 2), model.new_cache())
+    with pytest.raises(ValueError, match=r"1 x 2 tokens do not fit \[1, 3\] positions"):
+        model.propagate(hidden, 2, 6, positions_of(0, 3), model.new_cache())
