@@ -92,6 +92,12 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "exit_confidence": Option(
             DECODING, "Early exit: each token leaves at the first exit that gives its best token more than this probability."
         ),
+        "skip": Option(
+            DECODING,
+            "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
+            default="those of sweep-exits --search-skips",
+            parse=parse_counts,
+        ),
         "lookup": Option(DECODING, "First draft the text after an earlier occurrence of the last N tokens or more; 0: do not."),
     },
     SamplingConfig: {

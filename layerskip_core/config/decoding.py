@@ -1,8 +1,8 @@
 """How tokens are decoded: what was asked for, and what it means for a checkpoint."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from .checks import require, require_choice, require_exit_layer, require_unicode
+from .checks import refused, require, require_choice, require_exit_layer, require_skip, require_unicode
 from .packing import QUANTIZATIONS, PackingConfig, Quantization
 from .ranges import require_ranges
 
@@ -10,6 +10,7 @@ from .ranges import require_ranges
 DRAFTERS = {
     "self-speculative": "layerskip_core.decoding.drafters.exit",
     "lookup": "layerskip_core.decoding.drafters.lookup",
+    "draft-and-verify": "layerskip_core.decoding.drafters.skipping",
 }
 
 
@@ -42,7 +43,8 @@ class DecodingConfig:
     `draft_confidence`: a round stops drafting when the draft's most probable token has less than this probability (0: never).
     `draft_weights`: the low-bit copy that drafts; None for the model's own weights. `lookup`: before anything else drafts, the
     text after an earlier occurrence of at least this many last tokens is the draft (0: no lookup). `exit_confidence`: each
-    token leaves at the first of `exits` that gives its best token more than this probability (0: at `exit_layer`).
+    token leaves at the first of `exits` that gives its best token more than this probability (0: at `exit_layer`). `skip`: the
+    layers that the drafts of draft-and-verify leave out, by number, 1..L: layer E is the last that runs before exit E.
     """
 
     strategy: str = "self-speculative"
@@ -56,11 +58,14 @@ class DecodingConfig:
     lookup: int = 0
     exits: tuple[int, ...] = ()  # that adaptive drafting and `exit_confidence` choose among
     exit_confidence: float = 0.0
+    skip: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_choice(self.strategy, "strategy", strategies())
         if self.strategy in ("self-speculative", "early-exit") and not self.exit_confidence:
             require(self.exit_layer is not None, "exit_layer", f"given for `strategy` {self.strategy}", "none")
+        if self.strategy == "draft-and-verify":
+            require(bool(self.skip), "skip", f"given for `strategy` {self.strategy}", "none")
         if self.draft_weights is not None:
             require_choice(self.draft_weights, "draft_weights", QUANTIZATIONS)
         require_ranges(num_draft_tokens=self.num_draft_tokens, max_new_tokens=self.max_new_tokens)
@@ -77,6 +82,7 @@ class GenerationSettings:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     lookup: int = 0
     exit_confidence: float = 0.0
+    skip: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_ranges(max_new_tokens=self.max_new_tokens)
@@ -99,25 +105,35 @@ class GenerationSettings:
 
 # The strategies that use a setting, and its value for the others.
 _USERS = {
-    "draft_weights": ("self-speculative",),
-    "lookup": ("self-speculative", "lookup"),
+    "draft_weights": ("self-speculative", "draft-and-verify"),
+    "lookup": ("self-speculative", "lookup", "draft-and-verify"),
+    "skip": ("draft-and-verify",),
     "exits": ("early-exit",),
     "exit_confidence": ("early-exit",),
 }
-_UNSET: dict[str, object] = {"draft_weights": None, "lookup": 0, "exits": (), "exit_confidence": 0.0}
+_UNSET: dict[str, object] = {"draft_weights": None, "lookup": 0, "exits": (), "exit_confidence": 0.0, "skip": ()}
+
+
+@dataclass(frozen=True)
+class SkipChoice:
+    """The layers that drafts skip, and a draft length, as `sweep-exits --search-skips` found them."""
+
+    layers: tuple[int, ...]
+    num_draft_tokens: int
 
 
 @dataclass(frozen=True)
 class ExitChoice:
     """An exit and a draft length, as a checkpoint recommends them. No `strategy`: its exits were not trained or measured.
 
-    `exits`: those that were trained.
+    `exits`: those that were trained. `skip`: None if no search was made.
     """
 
     exit_layer: int
     num_draft_tokens: int
     strategy: str | None = None
     exits: tuple[int, ...] = ()
+    skip: SkipChoice | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,8 @@ class DecodingSettings:
             return self.strategy
         if self.generation.exit_confidence:
             return "early-exit"
+        if self.generation.skip:
+            return "draft-and-verify"
         drafting = (self.exit_layer, self.num_draft_tokens) != (None, None) or self.generation.draft_confidence > 0
         return "self-speculative" if drafting else None
 
@@ -156,6 +174,10 @@ class DecodingSettings:
         require(early, "exit_confidence", "used with `strategy` early-exit", f"`strategy` {strategy}")
         open_exit = not confidence or self.exit_layer is None
         require(open_exit, "exit_layer", "left out with `exit_confidence`, which chooses exits itself", self.exit_layer)
+        skipping = strategy == "draft-and-verify" or not self.generation.skip
+        require(skipping, "skip", "used with `strategy` draft-and-verify", f"`strategy` {strategy}")
+        open_exit = strategy != "draft-and-verify" or self.exit_layer is None
+        require(open_exit, "exit_layer", "left out with `strategy` draft-and-verify, which drafts by `skip`", self.exit_layer)
         return self.resolve_as(strategy or "autoregressive", recommended, num_layers, packing)
 
     def resolve_as(
@@ -166,6 +188,10 @@ class DecodingSettings:
         The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
         """
         weights = packing.draft_weights[0] if packing.draft_weights else None
+        if strategy == "draft-and-verify":
+            skip = self._skip(recommended, num_layers)
+            drafts = self.num_draft_tokens or skip.num_draft_tokens
+            return replace(self.generation, skip=skip.layers).decoding(strategy, None, drafts, draft_weights=weights)
         exit_layer = recommended.exit_layer if self.exit_layer is None else self.exit_layer
         if strategy == "self-speculative":
             if weights and self.exit_layer is None and not recommended.exits:
@@ -176,9 +202,21 @@ class DecodingSettings:
         drafts = recommended.num_draft_tokens if self.num_draft_tokens is None else self.num_draft_tokens
         return self.generation.decoding(strategy, exit_layer, drafts, draft_weights=weights, exits=recommended.exits)
 
+    def _skip(self, recommended: ExitChoice, num_layers: int) -> SkipChoice:
+        """The layers to skip that were given, else those that a search found. Raises ConfigError if there are none."""
+        skip = recommended.skip
+        if self.generation.skip:
+            skip = SkipChoice(self.generation.skip, recommended.num_draft_tokens)
+        if skip is None:
+            needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
+            raise refused("skip", needed, "none")
+        require_skip(skip.layers, num_layers)
+        return skip
+
 
 def _require_generation(settings: DecodingConfig | GenerationSettings) -> None:
     require_ranges(draft_confidence=settings.draft_confidence, lookup=settings.lookup, exit_confidence=settings.exit_confidence)
     require(all(settings.stop), "stop", "a text that is not empty", "an empty one")
+    require(all(layer >= 1 for layer in settings.skip), "skip", "layers of at least 1", ",".join(map(str, settings.skip)))
     for text in settings.stop:
         require_unicode("stop", text)

@@ -62,7 +62,9 @@ class BenchConfig:
     task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    strategies: tuple[str, ...] = field(default_factory=lambda: ("autoregressive", "early-exit", *DRAFTERS))
+    strategies: tuple[str, ...] = field(
+        default_factory=lambda: ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
+    )
     batch_size: int = 1
     timed: int | None = None
     repeats: int = 3

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from .checks import refused, shown
 
@@ -97,23 +98,35 @@ def _require_in_range(field: str, value: object, known: Range) -> None:
 
 
 def parse_counts(text: str, field: str) -> tuple[int, ...]:
-    """Distinct counts in ascending order from `3,6,8`, or from `A:B` or `A:B:STEP` with both ends included.
+    """Distinct counts in ascending order from `3,6,8`, from `A:B` or `A:B:STEP` with both ends included, or from `3,8:12`.
 
     Raises ConfigError, also for more than MAX_COUNTS of them.
     """
     try:
-        numbers = [int(part) for part in text.split(":" if ":" in text else ",")]
-        if any(abs(number) > MAX_COUNT for number in numbers):
+        parts = [[int(number) for number in part.split(":")] for part in text.split(",")]
+        if any(abs(number) > MAX_COUNT for numbers in parts for number in numbers):
             raise refused(field, f"counts of at most {MAX_COUNT}", shown(text))
-        counts: Sequence[int] = _range(*numbers) if ":" in text else numbers
-    except (ValueError, TypeError):  # not a number; too few or too many for a range
-        counts = []
-    if not counts:
+        ranges = [_range(*numbers) if len(numbers) > 1 else numbers for numbers in parts]
+    except (ValueError, TypeError):  # not a number; too many for a range
+        ranges = []
+    if not ranges or not all(ranges):
         needed = "a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1"
         raise refused(field, needed, repr(shown(text)))
-    if len(counts) > MAX_COUNTS:
-        raise refused(field, f"at most {MAX_COUNTS} counts", str(len(counts)))
-    return tuple(sorted(set(counts)))
+    count = sum(map(len, ranges))
+    if count > MAX_COUNTS:
+        raise refused(field, f"at most {MAX_COUNTS} counts", str(count))
+    return tuple(sorted(set(chain.from_iterable(ranges))))
+
+
+def counts_text(counts: Sequence[int]) -> str:
+    """Ascending counts as `parse_counts` reads them; three or more in a row as a range: 8,9,14:18."""
+    runs = [[counts[0]]] if counts else []
+    for count in counts[1:]:
+        if count == runs[-1][-1] + 1:
+            runs[-1].append(count)
+        else:
+            runs.append([count])
+    return ",".join(f"{run[0]}:{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 def _range(start: int, stop: int, step: int = 1) -> Sequence[int]:

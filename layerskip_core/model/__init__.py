@@ -6,7 +6,7 @@ E exit layer (a count, 1..L), K drafted tokens per round.
 
 from typing import TYPE_CHECKING
 
-from .backend import Backend, DraftEnds, DraftSide, GreedyDraft, Layers
+from .backend import Backend, DraftEnds, DraftSide, GreedyDraft, Layers, Spans
 from .cache import KVCache
 from .generic import GenericBackend, SpanInputs
 from .native import NativeBackend, can_run_native, suits_kernels
@@ -26,6 +26,7 @@ __all__ = [
     "NativeBackend",
     "PackedBackend",
     "SpanInputs",
+    "Spans",
     "can_pack",
     "can_run_native",
     "missing_feature",

@@ -40,6 +40,10 @@ class GreedyDraft(NamedTuple):
     probs: list[float]  # of each draft, by the draft side's own head; empty if not asked for
 
 
+Spans = tuple[tuple[int, int], ...]
+"""Spans of layers (start, stop), in ascending order."""
+
+
 class DraftEnds(NamedTuple):
     """Where a greedy draft ends, besides its largest length.
 
@@ -71,10 +75,13 @@ class DraftSide(Layers, Protocol):
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and head: (..., D) to logits (..., N), in the order of `vocabulary`."""
 
-    def draft_greedily(self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds) -> GreedyDraft:
+    def draft_greedily(
+        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds, beyond: Spans = ()
+    ) -> GreedyDraft:
         """At most d drafts after `token` (1, 1), which stands at the first of `positions` (1, d).
 
-        The cache needs room for one position more than `positions` has.
+        The states are those after `exit_layer` layers. The layers `beyond` them run between these states and the head: none
+        for an exit. The cache needs room for one position more than `positions` has.
         """
 
 

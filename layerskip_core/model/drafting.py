@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backend import DraftEnds, GreedyDraft, Layers
+from .backend import DraftEnds, GreedyDraft, Layers, Spans
 from .cache import KVCache
 from .draft_vocabulary import DraftVocabulary
 
@@ -14,8 +14,8 @@ _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
 
 
-# (token, exit_layer, positions, cache, ends), see `DraftSide.draft_greedily`.
-DraftKernel = Callable[[Tensor, int, Tensor, KVCache, DraftEnds], GreedyDraft]
+# (token, exit_layer, positions, cache, ends, beyond), see `DraftSide.draft_greedily`.
+DraftKernel = Callable[[Tensor, int, Tensor, KVCache, DraftEnds, Spans], GreedyDraft]
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,18 @@ class LayeredDraftSide:
     def unembed(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
 
-    def draft_greedily(self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds) -> GreedyDraft:
+    def draft_greedily(
+        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds, beyond: Spans = ()
+    ) -> GreedyDraft:
         """As `DraftSide` says. Step by step the hidden states are those of all tokens that were run."""
         if self.kernel is not None:
-            return self.kernel(token, exit_layer, positions, cache, ends)
+            return self.kernel(token, exit_layer, positions, cache, ends, beyond)
         tokens, states, probs, survival = [token], [], [], 1.0
         for step in range(positions.shape[1]):
-            hidden = self.layers.run_layers(self.layers.embed(tokens[-1]), 0, exit_layer, positions[:, step : step + 1], cache)
+            place = positions[:, step : step + 1]
+            hidden = self.layers.run_layers(self.layers.embed(tokens[-1]), 0, exit_layer, place, cache)
             states.append(hidden)
+            hidden = run_spans(self.layers, hidden, beyond, place, cache)
             logits = self.head(hidden)
             if ends.needs_probs:
                 prob = float(logits.float().softmax(-1).amax())
@@ -68,6 +72,13 @@ class LayeredDraftSide:
             if survival < ends.survival or (ends.ids and int(tokens[-1]) in ends.ids):
                 break
         return GreedyDraft(torch.cat(tokens, dim=1), torch.cat(states, dim=1), probs)
+
+
+def run_spans(layers: Layers, hidden: Tensor, spans: Spans, positions: Tensor, cache: KVCache) -> Tensor:
+    """Several spans of layers, one after the other; arguments as for `Layers.run_layers`."""
+    for start, stop in spans:
+        hidden = layers.run_layers(hidden, start, stop, positions, cache)
+    return hidden
 
 
 def most_probable(logits: Tensor) -> Tensor:

@@ -206,7 +206,18 @@ def test_flags_that_cannot_be(checkpoint):
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--draft-confidence", "1"], "--draft-confidence must be in [0, 1), got 1.0"),
         (["--stop", ""], "--stop must be a text that is not empty, got an empty one"),
-        (["--strategy", "magic"], "--strategy must be one of self-speculative, lookup, early-exit, autoregressive, got magic"),
+        (
+            ["--strategy", "magic"],
+            "--strategy must be one of self-speculative, lookup, draft-and-verify, early-exit, autoregressive, got magic",
+        ),
+        (["--skip", "2,7"], "--skip must be in 1..6, got 7 (model has 6 layers)"),
+        (["--skip", "1:6"], "--skip must be a list that leaves at least one layer, got all 6 layers"),
+        (["--skip", "0:2"], "--skip must be layers of at least 1, got 0,1,2"),
+        (["--skip", ""], "--skip must be a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1, got ''"),
+        (
+            ["--skip", "2", "--exit", "3"],
+            "--exit must be left out with --strategy draft-and-verify, which drafts by --skip, got 3",
+        ),
         (["--dtype", "int3"], "--dtype must be one of auto, fp32, bf16, got int3"),
         (["--device", "abacus"], "--device must be auto, cpu, cuda, cuda:N or mps, got abacus"),
     ):
@@ -242,6 +253,13 @@ def test_flags_that_exclude_each_other(generate, arguments):
     result = generate(*arguments)
     assert (result.code, result.out) == (2, "")
     assert "--lines" in result.err and "--jsonl" in result.err
+
+
+def test_drafts_skip_layers(generate, expected):
+    for arguments in (["--skip", "2,4:5"], ["--skip", "3", "--strategy", "draft-and-verify", "--spec", "2", "--lookup", "2"]):
+        result = generate(PROMPT, *arguments, "--stats")
+        assert result.out == expected() + "\n" and result.code == 0
+        assert "drafted 0," not in result.err and " rounds; " in result.err
 
 
 def test_exit_and_spec_come_from_the_checkpoint(copy, expected):

@@ -101,6 +101,8 @@ def test_counts_are_bounded_before_they_are_built():
         ("1:10000000000", "`exits` must be counts of at most 1000000000, got 1:10000000000"),
         ("-10000000000:3", "`exits` must be counts of at most 1000000000, got -10000000000:3"),
         (",".join(["7"] * 10_001), "`exits` must be at most 10000 counts, got 10001"),
+        ("5,1:6000,1:4000", "`exits` must be at most 10000 counts, got 10001"),
+        ("5,1:10000000000", "`exits` must be counts of at most 1000000000, got 5,1:10000000000"),
     ):
         with pytest.raises(ConfigError) as caught:
             parse_counts(text, "exits")

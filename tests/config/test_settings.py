@@ -2,7 +2,14 @@
 
 import pytest
 
-from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, ExitChoice, GenerationSettings, SamplingConfig
+from layerskip_core.config.decoding import (
+    DecodingConfig,
+    DecodingSettings,
+    ExitChoice,
+    GenerationSettings,
+    SamplingConfig,
+    SkipChoice,
+)
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
@@ -40,6 +47,33 @@ def test_weights_for_drafts_imply_drafting():
     assert DecodingSettings().resolve(trained, 8, PackingConfig(draft_weights=("int8",))).exit_layer == 4
 
 
+SEARCHED = ExitChoice(4, 12, skip=SkipChoice((3, 5), 9))
+
+
+@pytest.mark.parametrize(
+    ("asked", "recommended", "skip", "drafts"),
+    [
+        (DecodingSettings(generation=GenerationSettings(skip=(2,))), UNKNOWN, (2,), 6),  # implies the strategy
+        (DecodingSettings(None, None, 3, GenerationSettings(draft_confidence=0.5, skip=(2,))), SEARCHED, (2,), 3),
+        (DecodingSettings("draft-and-verify"), SEARCHED, (3, 5), 9),
+        (DecodingSettings("draft-and-verify", num_draft_tokens=2), SEARCHED, (3, 5), 2),
+        (DecodingSettings(), ExitChoice(4, 12, "draft-and-verify", skip=SkipChoice((1,), 5)), (1,), 5),
+    ],
+)
+def test_the_layers_to_skip_are_given_or_searched(asked, recommended, skip, drafts):
+    packing = PackingConfig(draft_weights=("int8",))
+    for weights in (PackingConfig(), packing) if asked.implied_strategy else (PackingConfig(),):
+        config = asked.resolve(recommended, 8, weights)
+        assert (config.strategy, config.skip, config.num_draft_tokens) == ("draft-and-verify", skip, drafts)
+        assert config.exit_layer is None and config.draft_weights == next(iter(weights.draft_weights), None)
+
+
+def test_other_strategies_skip_nothing():
+    asked = DecodingSettings(generation=GenerationSettings(skip=(2,)))
+    for strategy in ("autoregressive", "early-exit", "self-speculative", "lookup"):
+        assert asked.resolve_as(strategy, SEARCHED, 8).skip == ()
+
+
 def test_every_setting_of_an_answer_reaches_the_decoding():
     generation = GenerationSettings(9, 0.25, ("x",), SamplingConfig(0.5, 3, 0.75, 7))
     expected = DecodingConfig("self-speculative", 2, 6, 9, 0.25, ("x",), SamplingConfig(0.5, 3, 0.75, 7))
@@ -53,8 +87,25 @@ def test_every_setting_of_an_answer_reaches_the_decoding():
         (lambda: DecodingSettings(exit_layer=8).resolve(UNKNOWN, 8), "`exit_layer` must be in 1..7, got 8"),
         (
             lambda: DecodingSettings("magic"),
-            "`strategy` must be one of self-speculative, lookup, early-exit, autoregressive, got magic",
+            "`strategy` must be one of self-speculative, lookup, draft-and-verify, early-exit, autoregressive, got magic",
         ),
+        (
+            lambda: DecodingSettings("early-exit", generation=GenerationSettings(skip=(2,))).resolve(UNKNOWN, 8),
+            "`skip` must be used with `strategy` draft-and-verify, got `strategy` early-exit",
+        ),
+        (
+            lambda: DecodingSettings(exit_layer=3, generation=GenerationSettings(skip=(2,))).resolve(UNKNOWN, 8),
+            "`exit_layer` must be left out with `strategy` draft-and-verify, which drafts by `skip`, got 3",
+        ),
+        (
+            lambda: DecodingSettings("draft-and-verify").resolve(UNKNOWN, 8),
+            "`skip` must be given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`",
+        ),
+        (
+            lambda: DecodingSettings(generation=GenerationSettings(skip=(2, 9))).resolve(UNKNOWN, 8),
+            r"`skip` must be in 1..8, got 9 \(model has 8 layers\)",
+        ),
+        (lambda: GenerationSettings(skip=(0,)), "`skip` must be layers of at least 1, got 0"),
         (lambda: GenerationSettings(stop=("",)), "`stop` must be a text that is not empty"),
         (lambda: GenerationSettings(draft_confidence=1.0), r"`draft_confidence` must be in \[0, 1\), got 1.0"),
         (lambda: PromptingConfig("Q:"), "`template` must be raw, chat or a text with {prompt} in it, got Q:"),

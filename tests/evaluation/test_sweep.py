@@ -12,7 +12,7 @@ from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.ranges import parse_counts
+from layerskip_core.config.ranges import counts_text, parse_counts
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.comparison import NEAR_TIE
 from layerskip_core.evaluation.measure.cost_model import PassTimes
@@ -45,13 +45,26 @@ PLAIN = row("autoregressive")
         ("2:7:3", (2, 5)),
         ("4:6", (4, 5, 6)),
         ("4:4", (4,)),
+        ("8,9,14:18", (8, 9, 14, 15, 16, 17, 18)),
+        ("2:8:3, 1, 5:6", (1, 2, 5, 6, 8)),
     ],
 )
 def test_counts(text, counts):
     assert parse_counts(text, "exits") == counts
 
 
-@pytest.mark.parametrize("text", ["", "a", "3,", "1:2,3", "3,6:8", "8:2", "2:8:0", "2:8:-1", "1:2:3:4", ":", "2:", "1.5"])
+@pytest.mark.parametrize("counts", [(), (5,), (8, 9), (8, 9, 10), (1, 8, 9, 14, 15, 16, 17, 18, 20, 21), tuple(range(1, 30))])
+def test_counts_as_text(counts):
+    text = counts_text(counts)
+    assert counts == (parse_counts(text, "skip") if counts else ())
+    assert len(text) <= len(",".join(map(str, counts)))
+
+
+def test_the_text_of_counts():
+    assert counts_text((8, 9, 14, 15, 16, 17, 18)) == "8,9,14:18"
+
+
+@pytest.mark.parametrize("text", ["", "a", "3,", "3,8:6", "8:2", "3,:", "2:8:0", "2:8:-1", "1:2:3:4", ":", "2:", "1.5"])
 def test_bad_counts_name_the_flag(text):
     with pytest.raises(ConfigError, match=r"`exits` must be a list such as 3,6,8 or a range A:B:STEP"):
         parse_counts(text, "exits")

@@ -361,6 +361,8 @@ def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
         for token, layers in ((-1, 3), (67, 3), (5, 7)):
             with pytest.raises(ValueError, match=f"no draft of token {token} by {layers} layers"):
                 draft(torch.tensor([[token]]), layers, places, model.new_cache(), DraftEnds())
+        with pytest.raises(ValueError, match="no draft of token 5 by 5 layers"):
+            draft(torch.tensor([[5]]), 3, places, model.new_cache(), DraftEnds(), ((5, 7),))
         with pytest.raises(ConfigError, match="context limit of 128 tokens"):
             draft(ids[:, :1], 3, torch.arange(120, 128)[None], model.new_cache(), frozenset())
         assert run(hidden[:, :0], 0, 6, places[:, :0], model.new_cache()).shape == (1, 0, 64)

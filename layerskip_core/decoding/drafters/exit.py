@@ -7,13 +7,14 @@ from torch import Tensor
 
 from ...config.checks import require
 from ...config.packing import EXACT_TOKENS, Quantization
-from ...model.backend import DraftEnds, DraftSide
+from ...model.backend import DraftEnds, DraftSide, Spans
+from ...model.drafting import run_spans
 from ..sampling import Greedy, Sampler, Verdict
 from .base import Context, Draft, DrafterSetup
 
 
 class ExitDrafter:
-    """Drafts with layers 0..E-1 and an LM head, on the target's own cache."""
+    """Drafts with layers 0..E-1, and perhaps spans of layers beyond them, and an LM head, on the target's own cache."""
 
     def __init__(
         self,
@@ -24,6 +25,7 @@ class ExitDrafter:
         eos_ids: frozenset[int] = frozenset(),
         reuse_exit_states: bool = True,
         source: str = "drafts",
+        beyond: Spans = (),
     ) -> None:
         """`confidence`: a row drafts no further if its most probable token has a lower probability.
 
@@ -33,6 +35,7 @@ class ExitDrafter:
         self._draft_side = draft_side
         self._sampler = sampler
         self._exit_layer = exit_layer
+        self._beyond = beyond
         self._confidence = confidence
         # On other devices waiting for every id costs more than a few drafts after an EOS, once per output.
         self._eos_ids = eos_ids if draft_side.device.type == "cpu" else frozenset()
@@ -53,6 +56,7 @@ class ExitDrafter:
             positions = context.positions[:, step : step + 1]
             hidden = self._draft_side.run_layers(self._draft_side.embed(token), 0, self._exit_layer, positions, context.cache)
             states.append(hidden)
+            hidden = run_spans(self._draft_side, hidden, self._beyond, positions, context.cache)
             logits = self._draft_side.unembed(hidden)
             draft_probs = self._sampler.probs(logits)
             # Decided before a token is drawn: dropping a drawn token because of its probability would bias the samples.
@@ -86,7 +90,7 @@ class ExitDrafter:
     def _greedy_draft(self, context: Context) -> Draft:
         ends = DraftEnds(self._eos_ids, self._confidence)
         tokens, states, _ = self._draft_side.draft_greedily(
-            context.newest, self._exit_layer, context.positions[:, :-1], context.cache, ends
+            context.newest, self._exit_layer, context.positions[:, :-1], context.cache, ends, self._beyond
         )
         return Draft(tokens, (tokens.shape[1] - 1,), None, states if self._reuses else None, self._exit_layer, self.source)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backend import DraftEnds, GreedyDraft
+from ..backend import DraftEnds, GreedyDraft, Spans
 from ..cache import KVCache
 from ..draft_vocabulary import DraftVocabulary
 from .compiled import CDraft
@@ -18,7 +18,7 @@ from .span import NativeLayers
 class OneCallDraft:
     """A `DraftKernel` by layers and a head; `vocabulary` holds the tokens of the head's outputs, None for all.
 
-    `runs_last`: the layers run over the last draft too, whose hidden state the target then needs.
+    `runs_last`: the layers up to the exit run over the last draft too, whose hidden state the target then needs.
     """
 
     layers: NativeLayers
@@ -26,29 +26,38 @@ class OneCallDraft:
     vocabulary: DraftVocabulary | None
     runs_last: bool
 
-    def __call__(self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds) -> GreedyDraft:
+    def __call__(
+        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds, beyond: Spans = ()
+    ) -> GreedyDraft:
         """See `DraftSide`. Hidden states (1, K+1, D), or (1, K, D) without `runs_last`."""
         layers, first = self.layers, int(token)
         vocab_size, hidden_size = layers.embedding.shape
-        if not (0 <= first < vocab_size and 0 <= exit_layer <= layers.num_layers and len(cache.lengths) == 1):
-            raise ValueError(f"no draft of token {first} by {exit_layer} layers in a cache of {len(cache.lengths)} rows")
+        order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
+        known = all(0 <= layer < layers.num_layers for layer in order)
+        if not (0 <= first < vocab_size and exit_layer >= 0 and known and len(cache.lengths) == 1):
+            raise ValueError(f"no draft of token {first} by {len(order)} layers in a cache of {len(cache.lengths)} rows")
         most, start = positions.shape[1], int(positions[0, 0])
         places = torch.arange(start, start + most + 1)
         buffers = layers.pool.of(1)
-        layers.place(buffers, cache, cache.writer(places[None]).stop, places, 0, exit_layer)
+        layers.place(buffers, cache, cache.writer(places[None]).stop, places, 0, max(order, default=-1) + 1)
         buffers.call.rows_per_sequence = 1
         tokens = torch.empty(1, most + 1, dtype=torch.long)
         tokens[0, 0] = first
         states = torch.empty(1, most + 1, hidden_size)
         logits = torch.empty(self.head.matrix.outputs)
-        known = None if self.vocabulary is None else self.vocabulary.ids
+        after_exit = torch.empty(hidden_size) if beyond else states
+        vocabulary = None if self.vocabulary is None else self.vocabulary.ids
         end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
+        indices = (ctypes.c_int32 * len(order))(*order)
         probs = (ctypes.c_float * most)() if ends.needs_probs else None
         draft = CDraft(
             layers.embedding.data_ptr(),
-            None if known is None else known.data_ptr(),
+            None if vocabulary is None else vocabulary.data_ptr(),
             ctypes.addressof(end_ids),
+            ctypes.addressof(indices),
             None if probs is None else ctypes.addressof(probs),
+            len(order),
+            exit_layer,
             len(end_ids),
             most,
             self.runs_last,
@@ -56,10 +65,10 @@ class OneCallDraft:
             self.head.logits_cap,
             ends.confidence,
             ends.survival,
-            *(tensor.data_ptr() for tensor in (tokens, states, logits)),
+            *(tensor.data_ptr() for tensor in (tokens, states, after_exit, logits)),
         )
         layers.kernels.draft(
-            *(layers.shape, layers.address(0), exit_layer, self.head.norm.structure, self.head.matrix.structure),
+            *(layers.shape, layers.address(0), self.head.norm.structure, self.head.matrix.structure),
             *(buffers.call, draft, buffers.threads),
         )
         count = draft.drafted + 1

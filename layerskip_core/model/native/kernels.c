@@ -64,15 +64,19 @@ typedef struct {
     const void *embedding;     /* (token, hidden), bf16 if the cache is */
     const int64_t *vocabulary; /* token of each output of the head; NULL where they are the same */
     const int64_t *ends;       /* tokens that end a draft */
+    const int32_t *order;      /* (layer_count): the indices of the layers that draft, in ascending order */
     float *probs;              /* (most): of each draft; NULL where no one asks */
+    int32_t layer_count;
+    int32_t exit_layer;        /* how many of them run before the states are kept */
     int32_t end_count, most;   /* most: largest number of drafts */
-    int32_t runs_last;         /* whether the layers run over the last draft too */
+    int32_t runs_last;         /* whether the layers before the exit run over the last draft too */
     float logits_scale;        /* logits are those of the head times this, and then capped */
     float logits_cap;          /* 0 for none */
     float confidence;          /* a less probable token is not drafted */
     float survival;            /* drafting ends where the product of the probabilities is less */
     int64_t *tokens;           /* (1 + most): the first is given */
-    float *states, *logits;    /* (1 + most, hidden) after the layers; one row of logits */
+    float *states;             /* (1 + most, hidden): after the exit */
+    float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
     int32_t drafted;           /* number of drafts made */
 } Draft;
 
@@ -468,6 +472,7 @@ typedef struct {
     const Shape *shape;
     const Layer *layers;
     int count, keys_only; /* keys_only: layers write keys and values of the given hidden states, and leave these as they are */
+    const int32_t *order; /* the indices of the layers to run; NULL: 0..count-1 */
     Call *call;
     const Matrix *head; /* of `score` and `draft`, with its norm; else NULL */
     const Norm *head_norm;
@@ -505,14 +510,16 @@ static void add_block(Work *work, const Matrix *m, const float *x, int width, co
     meet(&work->barrier, threads);
 }
 
-static void span(Work *work, int thread, int threads) {
+/* The layers from the first-th to the one before the last-th of those to run. */
+static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
     int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
     float *row = (float *)(call->scratch + thread * call->scratch_bytes); /* a row, or the scores of a query */
     char *formed = (char *)(row + (call->places > s->hidden ? call->places : s->hidden) + 16);
-    for (int i = 0; i < work->count; i++) {
-        const Layer *l = work->layers + i;
+    for (int i = first; i < last; i++) {
+        int index = work->order ? work->order[i] : i;
+        const Layer *l = work->layers + index;
         form_rows(s, &l->qkv, call->hidden, s->hidden, &l->before_attention, rows, row, formed);
         multiply(s, &l->qkv, work->keys_only ? mixed / PANEL : 0, formed, rows, call->qkv, slots, PUT, thread, threads);
         meet(&work->barrier, threads);
@@ -520,10 +527,10 @@ static void span(Work *work, int thread, int threads) {
             norm_projections(s, l, call, work->keys_only, thread, threads);
             meet(&work->barrier, threads);
         }
-        place_keys(s, l, call, i, work->keys_only, thread, threads);
+        place_keys(s, l, call, index, work->keys_only, thread, threads);
         meet(&work->barrier, threads);
         if (work->keys_only) continue;
-        mix_values(s, l, call, i, row, thread, threads);
+        mix_values(s, l, call, index, row, thread, threads);
         meet(&work->barrier, threads);
         add_block(work, &l->output, call->mixed, mixed, &l->after_attention, row, formed, thread, threads);
         form_rows(s, &l->up, call->hidden, s->hidden, &l->before_mlp, rows, row, formed);
@@ -618,7 +625,7 @@ static int choose(Work *work, float *product) {
     return draft->drafted == draft->most || (draft->probs && *product < draft->survival) || ends(draft, token);
 }
 
-/* Token by token: its layers and the most probable next token; of the last one only the layers, if at all. */
+/* Token by token: its layers and the most probable next token; of the last one only the layers before the exit, if at all. */
 static void draft(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
     float product = 1;
@@ -628,8 +635,16 @@ static void draft(Work *work, int thread, int threads) {
             embed(work, draft->tokens[draft->drafted], work->call->hidden);
         }
         meet(&work->barrier, threads);
-        span(work, thread, threads);
+        span(work, 0, draft->exit_layer, thread, threads);
         if (work->ended) return; /* the same for all threads: thread 0 set it before the last barrier */
+        if (draft->exit_layer < work->count) {
+            if (thread == 0) {
+                memcpy(draft->beyond, work->call->hidden, sizeof(float) * (size_t)work->shape->hidden);
+                work->call->hidden = draft->beyond;
+            }
+            meet(&work->barrier, threads);
+            span(work, draft->exit_layer, work->count, thread, threads);
+        }
         score(work, thread, threads);
         meet(&work->barrier, threads);
         if (thread == 0) {
@@ -648,7 +663,7 @@ static int (*thread_number)(void), (*thread_count)(void);
 static void part(Work *work, int thread, int threads) {
     if (work->draft) draft(work, thread, threads);
     else if (work->head) score(work, thread, threads);
-    else span(work, thread, threads);
+    else span(work, 0, work->count, thread, threads);
 }
 
 static void in_thread(void *work) { part(work, thread_number(), thread_count()); }
@@ -665,7 +680,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 5; }
+int layerskip_interface(void) { return 6; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {
@@ -701,12 +716,14 @@ void layerskip_score(const Shape *shape, const Norm *norm, const Matrix *head, C
     run(&work, threads);
 }
 
-/* Drafts greedily with layers 0..count-1 and a head, from draft->tokens[0] at call->positions[0] on; the call is of one row. */
+/* Drafts greedily with the layers draft->order and a head, from draft->tokens[0] at call->positions[0] on; the call is of one
+ * row, and its cache that of layer 0. */
 void layerskip_draft(
-    const Shape *shape, const Layer *layers, int count, const Norm *norm, const Matrix *head, const Call *call, Draft *draft, int threads
+    const Shape *shape, const Layer *layers, const Norm *norm, const Matrix *head, const Call *call, Draft *draft, int threads
 ) {
     Call step = *call;
-    Work work = {.shape = shape, .layers = layers, .count = count, .call = &step, .head = head, .head_norm = norm};
+    Work work = {.shape = shape, .layers = layers, .call = &step, .head = head, .head_norm = norm};
+    work.count = draft->layer_count, work.order = draft->order;
     work.logits = draft->logits, work.draft = draft;
     run(&work, threads);
 }

@@ -1,0 +1,257 @@
+"""Drafts that leave out layers: Draft & Verify."""
+
+from functools import cache
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding.depth import target_logits
+from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
+from layerskip_core.decoding.drafters.skipping import kept_layers
+from layerskip_core.decoding.sampling import Greedy, Stochastic
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+
+LAYERS, MOST = 6, 5
+PROMPT = [5, 11, 23, 42, 8]
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+KINDS = ("generic", "packed", "packed windows", "native", "native int8 drafts")
+SKIPS = [(3,), (1,), (6,), (1, 2), (2, 5), (3, 4, 6), (1, 3, 5), (2, 3, 4, 5, 6)]
+
+
+@cache
+def model_of(kind):
+    """In fp64, or fp32 where kernels have no more: those are batch-invariant."""
+    if kind == "generic":
+        return GenericBackend(tiny_model())
+    if kind.startswith("packed"):
+        return PackedBackend.of(tiny_model("mistral", sliding_window=4 if "windows" in kind else None))
+    model = tiny_model(dtype=torch.float32, **WIDE)
+    packing = PackingConfig(draft_weights=("int8",)) if "int8" in kind else None
+    if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here")
+    return NativeBackend.of(model, packing)
+
+
+def config_of(kind, skip, drafts=4, **changes):
+    weights = {"draft_weights": "int8"} if "int8" in kind else {}
+    return DecodingConfig("draft-and-verify", None, drafts, skip=skip, **weights, **changes)
+
+
+def ids_of(decoding):
+    return [token.id for tokens in decoding for token in tokens]
+
+
+def prompt_of(length):
+    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("skip", "exit_layer", "beyond"),
+    [
+        ((3,), 2, ((3, 6),)),
+        ((1,), 0, ((1, 6),)),
+        ((6,), 5, ()),
+        ((4, 5, 6), 3, ()),
+        ((5, 2, 2), 1, ((2, 4), (5, 6))),
+        ((1, 3, 5), 0, ((1, 2), (3, 4), (5, 6))),
+    ],
+)
+def test_the_layers_that_are_left(skip, exit_layer, beyond):
+    assert kept_layers(skip, LAYERS) == (exit_layer, beyond)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    skip=st.sets(st.integers(1, LAYERS), min_size=1, max_size=LAYERS - 1),
+    drafts=st.integers(1, 6),
+    length=st.integers(1, 9),
+    new_tokens=st.integers(1, 20),
+    confidence=st.sampled_from([0.0, 0.5, 0.9]),
+    lookup=st.sampled_from([0, 1]),
+    ends=st.booleans(),
+)
+def test_the_output_is_that_of_plain_decoding(kind, skip, drafts, length, new_tokens, confidence, lookup, ends):
+    model, prompt = model_of(kind), prompt_of(length)
+    expected = ids_of(decode(model, prompt, DecodingConfig("autoregressive", max_new_tokens=new_tokens)))
+    eos_ids = frozenset({expected[len(expected) // 2]}) if ends else frozenset()
+    if ends:
+        expected = expected[: expected.index(expected[len(expected) // 2]) + 1]
+    changes = {"max_new_tokens": new_tokens, "draft_confidence": confidence, "lookup": lookup}
+    config = config_of(kind, tuple(sorted(skip)), drafts, **changes)
+    assert ids_of(decode(model, prompt, config, eos_ids)) == expected
+    assert ids_of(decode(model, prompt, config, eos_ids, reuse_exit_states=False)) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_gives_what_each_prompt_gives_alone(kind):
+    model, prompts = model_of(kind), [prompt_of(length) for length in (1, 9, 4)]
+    config = config_of(kind, (2, 5), max_new_tokens=17)
+    together = {output.row: output for output in decode_batch(model, prompts, config)}
+    for row, prompt in enumerate(prompts):
+        alone = decode(model, prompt, config)
+        assert together[row].ids == ids_of(alone)
+        if "int8" not in kind:  # torch's low-bit kernels round differently by row count
+            assert (together[row].stats.drafted, together[row].stats.accepted) == (alone.stats.drafted, alone.stats.accepted)
+
+
+def draft_of(model, config, sampler=None, reuse=True):
+    """A draft after PROMPT, all of which but its last token is cached, and the cache."""
+    sampler, cache, last = sampler or Greedy(), model.new_cache(), len(PROMPT) - 1
+    drafter = drafter_for(DrafterSetup(model, sampler, config, frozenset(), reuse))
+    with torch.inference_mode():
+        ids = torch.tensor([PROMPT[:last]])
+        model.run_layers(model.embed(ids), 0, LAYERS, torch.arange(last)[None], cache)
+        positions = torch.arange(last, last + MOST + 1)[None]
+        draft = drafter.draft(Context([0], [PROMPT], torch.tensor([PROMPT[last:]]), positions, cache), [MOST])
+    return draft, cache
+
+
+@cache
+def pruned_drafts(skip):
+    """The greedy drafts of a model that lacks the layers, on the keys and values that the whole model wrote for the prompt."""
+    whole = GenericBackend(tiny_model())
+    pruned = tiny_model()
+    kept = [index for index in range(LAYERS) if index + 1 not in skip]
+    pruned.model.layers = torch.nn.ModuleList(pruned.model.layers[index] for index in kept)
+    pruned.config.num_hidden_layers = len(kept)
+    pruned.config.layer_types = None
+    for place, layer in enumerate(pruned.model.layers):
+        layer.self_attn.layer_idx = place
+    backend, last = GenericBackend(pruned), len(PROMPT) - 1
+    full, cache = whole.new_cache(), backend.new_cache()
+    ids, logits = list(PROMPT), []
+    before = torch.arange(last)[None]
+    with torch.inference_mode():
+        prompt = whole.embed(torch.tensor([PROMPT[:last]]))
+        whole.run_layers(prompt, 0, LAYERS, before, full)
+        held = full.room(last, 2, 8, prompt)
+        for place, index in enumerate(kept):
+            cache.writer(before).update(held[index, 0, :, :, :last], held[index, 1, :, :, :last], place)
+        for place in range(last, last + MOST):
+            hidden = backend.embed(torch.tensor([ids[place:]]))
+            hidden = backend.run_layers(hidden, 0, len(kept), torch.tensor([[place]]), cache)
+            logits.append(backend.unembed(hidden)[0, 0])
+            ids.append(int(logits[-1].argmax()))
+    return ids[last:], torch.stack(logits)
+
+
+@pytest.mark.parametrize("kind", ["generic", "packed"])
+@pytest.mark.parametrize("skip", SKIPS)
+def test_drafts_are_those_of_a_pruned_model_on_the_same_cache(kind, skip):
+    model = GenericBackend(tiny_model()) if kind == "generic" else PackedBackend.of(tiny_model())
+    tokens, logits = pruned_drafts(skip)
+    draft, _ = draft_of(model, config_of(kind, skip))
+    assert draft.tokens.tolist() == [tokens]
+    assert (draft.counts, draft.source) == ((MOST,), f"{LAYERS - len(skip)} of 6 layers")
+    sampler = Stochastic(SamplingConfig(temperature=1, top_k=1), model.device)  # step by step, and the same tokens
+    sampled, _ = draft_of(model, config_of(kind, skip), sampler)
+    assert sampled.tokens.tolist() == [tokens]
+    top = logits.softmax(-1).amax(-1).tolist()
+    sure = next(place for place in range(MOST) if top[place] == min(top))
+    ended, _ = draft_of(model, config_of(kind, skip, draft_confidence=min(top) + 1e-6))
+    assert ended.counts == (sure,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skip", SKIPS)
+def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind, skip):
+    """Recomputing them gives the same logits, and the same keys and values for the tokens that follow."""
+    model, found = model_of(kind), []
+    for reuse in (True, False):
+        draft, cache = draft_of(model, config_of(kind, skip), reuse=reuse)
+        last = len(PROMPT) - 1
+        with torch.inference_mode():
+            logits = target_logits(model, draft, torch.arange(last, last + MOST + 1)[None], cache, LAYERS)
+            # The next token sees all that was written.
+            newest = torch.tensor([[7]])
+            hidden = model.run_layers(model.embed(newest), 0, LAYERS, torch.tensor([[last + MOST + 1]]), cache)
+        found.append((draft, logits, model.unembed(hidden)))
+    (reused, *numbers), (recomputed, *others) = found
+    shares = "int8" not in kind
+    assert recomputed.exit_states is None and (reused.exit_states is not None) == shares
+    assert reused.exit_layer == skip[0] - 1
+    for ours, expected in zip(numbers, others, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9 if numbers[0].dtype == torch.float64 else 0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_native_states_are_those_of_the_layers_before_the_first_skipped_one(threads):
+    model, before = model_of("native"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        draft, _ = draft_of(model, config_of("native", (3, 5)))
+    finally:
+        torch.set_num_threads(before)
+    ids = [*PROMPT[:-1], *draft.tokens[0].tolist()]
+    with torch.inference_mode():
+        states = model.run_layers(model.embed(torch.tensor([ids])), 0, 2, torch.arange(len(ids))[None])
+    assert torch.equal(draft.exit_states[0], states[0, len(PROMPT) - 1 :])
+    generic, _ = draft_of(GenericBackend(tiny_model(dtype=torch.float32, **WIDE)), config_of("native", (3, 5)))
+    assert draft.tokens.tolist() == generic.tokens.tolist()
+
+
+def silenced(*layers):
+    """The tiny model, in which these layers (by number) add nothing."""
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in layers:
+            model.model.layers[layer - 1].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer - 1].mlp.down_proj.weight.zero_()
+    return GenericBackend(model)
+
+
+def test_drafts_without_layers_that_add_nothing_are_always_accepted():
+    decoding = decode(silenced(2, 5), PROMPT, config_of("generic", (2, 5), drafts=3, max_new_tokens=17))
+    assert len(ids_of(decoding)) == 17
+    assert (decoding.stats.drafted, decoding.stats.accepted, decoding.stats.rounds) == (12, 12, 4)
+
+
+def test_drafts_that_are_never_accepted():
+    """One silent layer is left, and a head that then predicts the next id: 8, 9, 10. The whole model never does."""
+    torch.manual_seed(1)
+    model = silenced(6).model
+    with torch.no_grad():
+        embedding = torch.nn.functional.normalize(torch.randn(67, 32, dtype=torch.float64), dim=1)
+        model.model.embed_tokens.weight.copy_(embedding * 0.1)  # little beside what the layers add
+        model.lm_head.weight.copy_(embedding.roll(1, 0))
+    backend = GenericBackend(model)
+    config = config_of("generic", (1, 2, 3, 4, 5), drafts=3, max_new_tokens=12)
+    draft, _ = draft_of(backend, config)
+    assert draft.tokens.tolist() == [list(range(PROMPT[-1], PROMPT[-1] + MOST + 1))]
+    decoding = decode(backend, PROMPT, config)
+    ids = ids_of(decoding)
+    assert ids == ids_of(decode(backend, PROMPT, DecodingConfig("autoregressive", max_new_tokens=12)))
+    assert all(after != before + 1 for before, after in zip([PROMPT[-1], *ids], ids, strict=False))
+    assert decoding.stats.accepted == 0 < decoding.stats.drafted
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        ((), "`skip` must be given for `strategy` draft-and-verify, got none"),
+        ((0, 2), "`skip` must be layers of at least 1, got 0,2"),
+        ((2, 7), r"`skip` must be in 1..6, got 7 \(model has 6 layers\)"),
+        ((1, 2, 3, 4, 5, 6), "`skip` must be a list that leaves at least one layer, got all 6 layers"),
+    ],
+)
+def test_layers_that_cannot_be_skipped(skip, message):
+    with pytest.raises(ConfigError, match=message):
+        decode(model_of("generic"), PROMPT, config_of("generic", skip))
+
+
+def test_a_copy_of_the_first_layers_is_not_enough():
+    packing = PackingConfig(draft_weights=("int8",), draft_layers=4)
+    model = PackedBackend.of(tiny_model(dtype=torch.float32, **WIDE), packing)
+    with pytest.raises(ConfigError, match="`skip` must be a list with all layers after the 4 kept for drafting, got 6"):
+        decode(model, PROMPT, config_of("int8", (2,)))
+    assert ids_of(decode(model, PROMPT, config_of("int8", (2, 5, 6), max_new_tokens=5))) == ids_of(
+        decode(model, PROMPT, DecodingConfig("autoregressive", max_new_tokens=5))
+    )
