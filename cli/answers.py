@@ -117,6 +117,7 @@ def _answer_object(answer: "TextStream | Answer") -> dict[str, object]:
         "accepted": stats.accepted,
         "rounds": stats.rounds,
         "acceptance_rate": round(stats.acceptance_rate, 4),
+        "steps_by_drafter": stats.steps_by_drafter,
     }
 
 

@@ -100,9 +100,11 @@ def generate(
 
 
 def _stats_text(stats: "DecodeStats", loaded: "Decoder") -> str:
+    steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
     return (
         f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; drafted {stats.drafted}, "
         f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
+        f"{f'steps by {steps}; ' if steps else ''}"
         f"{loaded.backend.implementation} layers, {str(loaded.backend.dtype).removeprefix('torch.')} on "
         f"{loaded.backend.device}; prompt template: {loaded.template.name}"
     )

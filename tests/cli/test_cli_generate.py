@@ -99,10 +99,12 @@ def test_stats_are_on_stderr(generate, expected):
     assert (result.code, result.out) == (0, expected() + "\n")
     counts = re.fullmatch(
         r"20 tokens, [\d.]+ tokens/s; drafted (\d+), accepted (\d+) \(([\d.]+)%\) in (\d+) rounds; "
+        r"steps by exit 4: (\d+)(?:, plain: 1)?; "
         r"(?:native \(avx\d+\)|packed|packed \(oneDNN\)) layers, float32 on cpu; prompt template: '{prompt}\\n'\n",
         result.err,
     )
-    drafted, accepted, share, rounds = map(float, counts.groups())
+    drafted, accepted, share, rounds, steps = map(float, counts.groups())
+    assert steps == rounds
     assert 0 < accepted < drafted <= 5 * rounds and share == pytest.approx(100 * accepted / drafted, abs=0.06)
     assert 20 - (1 + rounds + accepted) in (0, 1)  # the prefill's, one a round, the drafts; a last one has no room for drafts
 
@@ -133,6 +135,7 @@ def test_jsonl_answers_in_order_with_errors_in_their_place(generate, loaded, exp
     assert first["prompt_tokens"] == len(loaded.encode_prompt(PROMPT))
     assert 0 < first["accepted"] < first["drafted"] <= 5 * first["rounds"]
     assert first["acceptance_rate"] == round(first["accepted"] / first["drafted"], 4)
+    assert first["steps_by_drafter"]["exit 4"] == first["rounds"]
     messages = [error.pop("error") for error in errors]
     assert errors == [{}] * 5
     assert messages[0].startswith("line 3: not valid JSON: ")

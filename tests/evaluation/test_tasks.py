@@ -109,6 +109,16 @@ def test_a_folder_of_topv2_files(tmp_path):
         assert task.examples == (Example("play it", "[IN:PLAY_MUSIC play it ]"),)
 
 
+def test_training_rows_of_topv2_are_shots_before_each_prompt(tmp_path):
+    head, form = "domain\tutterance\tsemantic_parse\n", "music\t{0}\t[IN:{0} ]\n"
+    (tmp_path / "music_train.tsv").write_text(head + "".join(map(form.format, ("one", "two", "three", "more"))))
+    (tmp_path / "music_test.tsv").write_text(head + form.format("four"))
+    task = load_task(TaskConfig("topv2", str(tmp_path), shots=2))
+    assert task.examples == (Example("one\n[IN:one ]\n\nthree\n[IN:three ]\n\nfour", "[IN:four ]"),)
+    assert (task.stop, task.template, task.config.shots) == (("\n\n",), None, 2)
+    assert task.score(["[IN:four ]\n\nfive"]) == {"exact_match": 1.0}
+
+
 def test_cnn_dm_from_the_hub_shows_one_article_of_the_training_split(hub):
     rows, calls = hub
     rows["abisee/cnn_dailymail", "train"] = [{"article": "Rain fell.", "highlights": "It rained .\nA lot ."}] * 2
@@ -131,6 +141,17 @@ def test_xsum_from_the_hub_has_no_shots(hub):
     task = load_task(TaskConfig("xsum", split="validation"))
     assert task.examples == (Example("Article: Snow fell.\nSummary:", " It snowed."),)
     assert calls == [("EdinburghNLP/xsum", "validation", False, {"revision": "refs/convert/parquet"})]
+
+
+def test_scitldr_takes_the_best_of_a_rows_summaries(hub):
+    rows, calls = hub
+    row = {"source": ["Snow fell.", "It was white."], "target": ["It snowed a lot.", "Rain is rare."]}
+    rows["allenai/scitldr", "validation"] = [row, row]
+    task = load_task(TaskConfig("scitldr", split="validation", samples=1))
+    assert task.examples == (Example("Snow fell. It was white.\nTL;DR:", " It snowed a lot."),)
+    assert calls == [("allenai/scitldr", "validation", False, {"data_dir": "Abstract", "revision": "refs/convert/parquet"})]
+    assert task.score([" Rain is rare.\nTL;DR: more"]) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
+    assert (task.quality_metric, task.template, task.max_new_tokens) == ("rouge2", "{prompt}", 64)
 
 
 def test_complete_xsum_prompts_are_not_changed(tmp_path):

@@ -10,6 +10,7 @@ TASKS = {
     "jsonl": ".pairs:PROMPTS",
     "cnn_dm": ".summaries:CNN_DM",
     "xsum": ".summaries:XSUM",
+    "scitldr": ".summaries:SCITLDR",
     "humaneval": ".code:HUMANEVAL",
     "mbpp": ".code:MBPP",
     "lm": ".language_modelling:LANGUAGE_MODELLING",

@@ -20,22 +20,24 @@ _REFERENCE_COLUMNS = ("completion", "reference", "summary", "summary_gt", "highl
 
 
 def parsing(config: TaskConfig) -> Task:
-    """Sentences and their parses. Whitespace is folded, because tokenizers differ in it."""
+    """Sentences and their parses. Whitespace is folded, because tokenizers differ in it. Shots are training rows."""
     name = config.task or "commands"
     source = config.data or name
     data = DataConfig(source, config.split, config.prompt_column or "prompt", config.completion_column or "completion")
     examples = load_examples(replace(data, limit=config.samples, seed=config.seed))
-    shaped, template = framed(*forms(config.prompting.asked, BARE, None), examples)
+    # Evenly spaced, so that every domain is shown.
+    shots = load_examples(replace(data, split="train", limit=config.shots, seed=config.seed)) if config.shots else []
+    shaped, template = _few_shot(config.prompting.asked, examples, shots)
     references = [[example.completion] for example in examples]
     resolved = replace(
-        config, data=source, max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS,
+        config, data=source, max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS, shots=len(shots),
         prompt_column=data.prompt_column, completion_column=data.completion_column,
     )  # fmt: skip
 
     def score(predictions: Sequence[str]) -> dict[str, float]:
         return {"exact_match": exact_match(predictions, references, fold_whitespace=True)}
 
-    return Task(name, shaped, resolved, "exact_match", score, template=template)
+    return Task(name, shaped, resolved, "exact_match", score, (SHOT_END,) if shots else (), template)
 
 
 def prompts(config: TaskConfig) -> Task:
@@ -44,19 +46,29 @@ def prompts(config: TaskConfig) -> Task:
     every, config = _references(source, config)
     shots, rest = shots_and_rest(every, config.shots or 0, source)
     rows = spread(rest, config.samples)
-    form, template = forms(config.prompting.asked, BARE, None)
-    shot_form = "{prompt}\n" if form == BARE else form
-    if shots and template == RAW:
-        form = shot_form
-    gap = " " if template == form != BARE and not form[-1].isspace() else ""
-    solved = [Example(prompt, gap + texts[0]) for prompt, texts in shots]
-    asked = [Example(prompt, gap + texts[0]) for prompt, texts in rows]
-    examples, template = framed(form, template, asked, solved, shot_form)
+    asked, solved = ([Example(prompt, texts[0]) for prompt, texts in some] for some in (rows, shots))
+    examples, template = _few_shot(config.prompting.asked, asked, solved)
     resolved = replace(config, shots=len(solved), max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS)
     scorer = partial(text_scores, config.metric, [texts for _, texts in rows])
     stop = (SHOT_END,) if solved else ()
     name = config.task or source
     return Task(name, examples, resolved, config.metric or "rouge2", scorer, stop, template)
+
+
+def _few_shot(
+    asked: str | None, examples: Sequence[Example], shots: Sequence[Example]
+) -> tuple[tuple[Example, ...], str | None]:
+    """(examples, their template) for the template that was `asked` for, with solved rows before each prompt.
+
+    A completion follows a template of the user's after a space.
+    """
+    form, template = forms(asked, BARE, None)
+    shot_form = "{prompt}\n" if form == BARE else form
+    if shots and template == RAW:
+        form = shot_form
+    gap = " " if template == form != BARE and not form[-1].isspace() else ""
+    rows, solved = ([replace(example, completion=gap + example.completion) for example in some] for some in (examples, shots))
+    return framed(form, template, rows, solved, shot_form)
 
 
 def text_scores(metric: str | None, references: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
@@ -90,5 +102,5 @@ def _columns(first: Record, config: TaskConfig) -> TaskConfig:
     )
 
 
-PARSING = TaskLoader(parsing)
+PARSING = TaskLoader(parsing, accepts=("shots", "template"))
 PROMPTS = TaskLoader(prompts, accepts=("metric", "shots", "template"), needs_data=True)

@@ -1,4 +1,4 @@
-"""News summaries with the prompts of LayerSkip's evaluation: CNN/DM (1-shot) and XSUM (0-shot)."""
+"""Summaries: news with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; XSUM, 0-shot), and papers in one sentence."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +14,8 @@ from .task import Task, TaskLoader
 
 _FORM = "Article: {prompt}\nSummary:"
 _STOP = ("\nArticle:",)  # a base model continues with another article
-_ARTICLES = ("article", "document")
-_SUMMARIES = ("highlights", "summary", "summary_gt")
+_ARTICLES = ("article", "document", "source")
+_SUMMARIES = ("highlights", "summary", "summary_gt", "target")
 _READY_STOP = ("###",)  # for complete prompts in HELM's form, with their own shots
 
 
@@ -25,6 +25,9 @@ class _Source:
     keywords: dict[str, Any]
     shots: int
     max_new_tokens: int
+    form: str = _FORM
+    stop: tuple[str, ...] = _STOP
+    alternatives: bool = False  # a row's summaries are several references, not the sentences of one
 
 
 def cnn_dm(config: TaskConfig) -> Task:
@@ -34,6 +37,13 @@ def cnn_dm(config: TaskConfig) -> Task:
 def xsum(config: TaskConfig) -> Task:
     # The repository holds a script, which datasets no longer runs. The hub stores its rows as parquet on this branch.
     return _summaries(config, _Source("EdinburghNLP/xsum", {"revision": "refs/convert/parquet"}, shots=0, max_new_tokens=64))
+
+
+def scitldr(config: TaskConfig) -> Task:
+    """Abstracts of papers (Cachola et al., 2020). A row can have several summaries; the best counts."""
+    hub = {"data_dir": "Abstract", "revision": "refs/convert/parquet"}
+    form, stop = "{prompt}\nTL;DR:", ("\nTL;DR:",)  # a base model continues with another abstract
+    return _summaries(config, _Source("allenai/scitldr", hub, 0, 64, form, stop, alternatives=True))
 
 
 def _summaries(config: TaskConfig, source: _Source) -> Task:
@@ -48,18 +58,26 @@ def _summaries(config: TaskConfig, source: _Source) -> Task:
         ready = False
         shots = hub_rows(source.hub_id, "train", count, **source.keywords) if count else []
         rows = hub_rows(source.hub_id, config.split, **source.keywords)
-    solved, asked = [_example(row) for row in shots], [_example(row) for row in spread(rows, config.samples)]
-    examples, template = framed(*forms(config.prompting.asked, BARE if ready else _FORM, BARE), asked, solved)
+    rows = spread(rows, config.samples)
+    references = [_references(row, source) for row in rows]
+    solved, asked = [_example(row, source) for row in shots], [_example(row, source) for row in rows]
+    examples, template = framed(*forms(config.prompting.asked, BARE if ready else source.form, BARE), asked, solved)
     limit = config.max_new_tokens or source.max_new_tokens
     resolved = replace(config, data=config.data or source.hub_id, shots=count, max_new_tokens=limit)
-    scorer = partial(text_scores, "rouge2", [[example.completion] for example in examples])
-    return Task(config.task or "", examples, resolved, "rouge2", scorer, _READY_STOP if ready else _STOP, template)
+    scorer = partial(text_scores, "rouge2", references)
+    return Task(config.task or "", examples, resolved, "rouge2", scorer, _READY_STOP if ready else source.stop, template)
 
 
-def _example(row: Record) -> Example:
-    summary = row.text(row.first_column(_SUMMARIES))
-    return Example(row.text(row.first_column(_ARTICLES)), " " + " ".join(summary.split()))
+def _example(row: Record, source: _Source) -> Example:
+    return Example(row.text(row.first_column(_ARTICLES)), " " + _references(row, source)[0])
+
+
+def _references(row: Record, source: _Source) -> list[str]:
+    column = row.first_column(_SUMMARIES)
+    texts = row.texts(column) if source.alternatives else [row.text(column)]
+    return [" ".join(text.split()) for text in texts]
 
 
 CNN_DM = TaskLoader(cnn_dm, accepts=("shots", "template"))
 XSUM = TaskLoader(xsum, accepts=("shots", "template"))
+SCITLDR = TaskLoader(scitldr, accepts=("shots", "template"))
