@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from . import failure, streams
 from .bench import bench
+from .calibrate import calibrate
 from .data import data
 from .finetune import finetune
 from .generate import generate
@@ -48,6 +49,7 @@ app.command("sweep-exits", cls=Command)(sweep_exits)
 app.command("generate", cls=Command)(generate)
 app.command("bench", cls=Command)(bench)
 app.command("inspect", cls=Command)(inspect)
+app.command("calibrate", cls=Command)(calibrate)
 app.command("import", cls=Command)(import_model)
 app.command("data", cls=Command)(data)
 

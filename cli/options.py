@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.checks import require_choice, require_given
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingSettings, GenerationSettings, SamplingConfig, strategies
@@ -179,6 +180,16 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "quick": Option(MEASUREMENT, "Measure only the settings that are predicted to be fastest."),
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,
+    },
+    CalibrationConfig: {
+        "model": _MODEL,
+        "output": Option(OUTPUT, "Folder for a copy of the model.", default="--model's folder, or calibrated-model"),
+        "data": Option(DATA, "Rows to calibrate on: commands, topv2, a file or a hub id.", default="what the model writes"),
+        "samples": Option(DATA, "Number of texts."),
+        "length": Option(DATA, "Tokens of a text."),
+        "tuning_steps": Option(OPTIMISATION, "Steps of tuning the scales; 0: none.", "--steps"),
+        "seed": Option(RUN, "Seed of the texts and of their order."),
+        "overwrite": Option(RUN, "Replace a model in --output."),
     },
     Report: {
         "format": Option(OUTPUT, "Format of standard output: table, json, csv or markdown."),

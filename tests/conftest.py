@@ -57,6 +57,18 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def wide(tmp_path):
+    """A folder with a model like that of `checkpoint`, of widths that int4 kernels run."""
+    from evaluating import tiny_loaded
+
+    from layerskip_core.checkpoint.save import save_checkpoint
+
+    loaded = tiny_loaded(torch.float32, hidden_size=64, intermediate_size=96)
+    save_checkpoint(loaded.backend.model, loaded.tokenizer, loaded.info, str(tmp_path / "wide"), torch.float32)
+    return tmp_path / "wide"
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A folder with a small untrained model of four layers, a context of 256 tokens, 300 entries."""

@@ -25,8 +25,8 @@ NEW_TOKENS = 12
 
 
 @cache
-def tiny_loaded(dtype: torch.dtype = torch.float64) -> Decoder:
-    """Six random layers, a context of 128 tokens, and a tokenizer of 300 entries.
+def tiny_loaded(dtype: torch.dtype = torch.float64, **changes: object) -> Decoder:
+    """Six random layers with `changes` of the config, a context of 128 tokens, and a tokenizer of 300 entries.
 
     EOS is never the most probable token. If it were drafted after a wrong draft, a real round would end early, which the cost
     model cannot predict.
@@ -34,7 +34,7 @@ def tiny_loaded(dtype: torch.dtype = torch.float64) -> Decoder:
     tokenizer = train_tokenizer(load_examples(DataConfig("commands", "train", limit=60)), 300)
     model = tiny_model(
         dtype=dtype, vocab_size=300, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id, **changes,
     )  # fmt: skip
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
     return decoder_of(Trainable("tiny", model, GenericBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)))

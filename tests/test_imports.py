@@ -12,7 +12,7 @@ LEVELS = [
     {"data", "prompting", "model", "losses"},
     {"checkpoint"},
     {"decoding"},
-    {"training", "evaluation", "language_model"},
+    {"training", "evaluation", "calibration", "language_model"},
 ]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 

@@ -54,6 +54,10 @@ class FileWeights:
         self._files = open_weights(folder)
         check_stored_weights(self._files, spec)
 
+    def stored(self, name: str) -> Tensor:
+        """A weight as it is stored. Only what is used of it is read."""
+        return self._files[name].get_tensor(name)
+
     def reader(self, dtype: torch.dtype) -> Take:
         """A function from a weight's name to the weight in `dtype`, or to None if the files have no such weight."""
 

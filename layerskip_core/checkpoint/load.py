@@ -24,6 +24,7 @@ from ..prompting.template import resolve_template
 from .adapters import adapters_of, is_adapter
 from .fast_read import FileWeights, generation_config, lean_config, lean_tokenizer
 from .info import CheckpointInfo, read_info
+from .int4_file import read_int4
 from .loaded import Decoder, Trainable, decoder_of, end_ids
 from .locate import Location, locate, reading
 from .placement import pick_device, pick_dtype
@@ -89,17 +90,18 @@ def _trainable(name: str, device: torch.device, dtype: str) -> Trainable:
 
 
 def _decoder(name: str, device: torch.device, dtype: str, packing: PackingConfig | None) -> Decoder:
-    path = name
+    path, folder = name, None
     if not is_adapter(name):
         location = locate(name)
         path = location.path
         if location.is_folder:
+            folder = path
             info = read_info(path)
             lean = reading(name, lambda: _lean_decoder(name, path, info, device, dtype, packing))
             if lean is not None:
                 return lean
     trainable = _trainable(name, device, dtype)
-    return reading(name, lambda: _repacked(trainable, path, packing))
+    return reading(name, lambda: _repacked(trainable, path, folder, packing))
 
 
 def _lean_decoder(
@@ -115,18 +117,25 @@ def _lean_decoder(
     check_tokenizer(tokenizer, spec.vocab)
     precision = pick_dtype(dtype, device, spec.parameters)
     kind, notes = _best_backend(config, precision, device, packing)
-    backend = kind(config, weights.reader(precision), packing, _token_order(path, config, packing))
+    int4 = read_int4(path, spec, weights.stored) if packing is not None and packing.has_int4 else None
+    backend = kind(config, weights.reader(precision), packing, _token_order(path, config, packing), int4)
     eos_ids = end_ids(generation_config(path), config, tokenizer)
     return Decoder(name, backend, tokenizer, info, eos_ids, resolve_template(None, None, info.template, tokenizer), notes)
 
 
-def _repacked(trainable: Trainable, path: str, packing: PackingConfig | None) -> Decoder:
-    """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights."""
+def _repacked(trainable: Trainable, path: str, folder: str | None, packing: PackingConfig | None) -> Decoder:
+    """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights.
+
+    `folder`: that of the weights, if the model is a folder of them.
+    """
     model, generic = trainable.model, decoder_of(trainable)
     if can_pack(model.config):
         weight = model.get_input_embeddings().weight
         kind, notes = _best_backend(model.config, weight.dtype, weight.device, packing)
-        return replace(generic, backend=kind.of(model, packing, _token_order(path, model.config, packing)), notes=notes)
+        int4 = None
+        if folder is not None and packing is not None and packing.has_int4:
+            int4 = read_int4(folder, generic.backend.spec, model.get_parameter)
+        return replace(generic, backend=kind.of(model, packing, _token_order(path, model.config, packing), int4), notes=notes)
     if packing is not None and not packing.is_plain:
         missing = missing_feature(generic.backend.spec)
         got = f"{model.config.model_type} with {missing}"

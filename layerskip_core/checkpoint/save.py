@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from ..storage.locks import hold
 from ..storage.writing import new_staging, write_file
-from .info import INFO_FILE, CheckpointInfo, holds_model
+from .info import INFO_FILE, CheckpointInfo, holds_model, read_info
 from .load import for_training
 from .model_files import model_files, obstacles
 from .quiet import quiet_transformers
@@ -109,6 +109,18 @@ def write_info(path: str, info: CheckpointInfo) -> None:
     """Replaces layerskip.json of a folder atomically. Raises CheckpointError if it cannot be written."""
     with hold(path, "saving layerskip.json"):
         write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)
+
+
+def save_beside(folder: str, name: str, content: bytes) -> None:
+    """Adds a file to a folder's model, in one step. layerskip.json lists it, so that it goes when the model is replaced.
+
+    Raises CheckpointError if it cannot be written, and LockedError if another process writes to the folder.
+    """
+    with hold(folder, f"saving {name}"):
+        info = read_info(folder)
+        files = {*(info.files or model_files(Path(folder))), INFO_FILE, name}
+        write_info(folder, replace(info, files=tuple(sorted(files))))  # first: a file that it does not list would be in the way
+        write_file(Path(folder) / name, content, CheckpointError)
 
 
 def _write_all(model: nn.Module, tokenizer: Any, info: CheckpointInfo, staging: Path, files: Mapping[str, bytes]) -> None:

@@ -17,6 +17,7 @@ from ..storage.json_reading import read_json_object
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
+INT4_FILE = "int4.safetensors"  # beside the weights, see int4_file.py
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -32,6 +33,8 @@ class WeightFile(Protocol):
     """An open safetensors file."""
 
     def keys(self) -> list[str]: ...
+
+    def metadata(self) -> dict[str, str] | None: ...
 
     def get_slice(self, name: str) -> StoredWeight: ...
 
@@ -70,11 +73,11 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def open_weights(folder: str | Path) -> dict[str, WeightFile]:
-    """The open safetensors file of each weight in a folder, by the weight's name."""
+    """The open safetensors file of each weight in a folder, by the weight's name; without those in int4."""
     from safetensors import safe_open
 
     files: dict[str, WeightFile] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(set(Path(folder).glob("*.safetensors")) - {Path(folder) / INT4_FILE}):
         file: WeightFile = safe_open(path, "pt", device="cpu")
         files.update(dict.fromkeys(file.keys(), file))
     return files

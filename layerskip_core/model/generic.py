@@ -196,8 +196,13 @@ class GenericBackend:
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
-        logits: Tensor = self._head(self._decoder.norm(hidden))
+        logits: Tensor = self._head(self.normed(hidden))
         return scaled_logits(logits, self.spec)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The input (..., D) of the head."""
+        normed: Tensor = self._decoder.norm(hidden)
+        return normed
 
     def _rope(self, hidden: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         cos, sin = self._decoder.rotary_emb(hidden, positions, *((kind,) if self._rope_by_type else ()))

@@ -1,5 +1,7 @@
 """Weight-only int8 and int4 linear layers by torch's kernels. Weights are rounded to the nearest level, inputs to bf16.
 
+An int4 weight may also be rows of bytes that a calibration stored, see int4.py.
+
 The kernels take fp32 inputs too, but without AVX-512 they are then ten times as slow. The layers around them keep their own
 precision.
 """
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from ..config.packing import Quantization
 from ..errors import ConfigError
+from .int4 import GROUP_SIZE, inputs_of, int4_of
 
-GROUP_SIZE = 32  # inputs that share an int4 scale: 5 bits per weight, and a divisor of most widths
 _MANY_ROWS = 16  # from here on the bf16 kernel, on levels converted for the call, is faster than int8's: 2.4 times at 64
 _STEP = 16  # inputs per step of torch's int8 kernel, and outputs per step of the int4 kernel
 
@@ -43,12 +45,11 @@ class Int8Linear:
 class Int4Linear:
     """Each group of an output's inputs has 16 levels, from its smallest to its largest weight."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group_size: int = GROUP_SIZE) -> None:
-        self._outputs, inputs = weight.shape
-        if inputs % group_size:
-            raise ConfigError(f"int4 weights need layer widths that the group size {group_size} divides, got {inputs}")
-        levels, scale, low = int4_levels(F.pad(weight, (0, 0, 0, -self._outputs % _STEP)), group_size)
-        self._group_size = group_size
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._outputs, inputs = len(weight), inputs_of(weight)
+        if inputs % GROUP_SIZE:
+            raise ConfigError(f"int4 weights need layer widths that the group size {GROUP_SIZE} divides, got {inputs}")
+        levels, scale, low = int4_of(F.pad(weight, (0, 0, 0, -self._outputs % _STEP)))
         self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.to(torch.int32), 2)
         zero = low + 8 * scale  # the kernel computes a weight as (level - 8) * scale + zero
         self._scale_and_zero = torch.stack([scale, zero], dim=-1).to(torch.bfloat16).transpose(0, 1).contiguous()
@@ -57,7 +58,7 @@ class Int4Linear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """As Int8Linear."""
-        product = self._multiply(rows.to(torch.bfloat16), self._weight, self._group_size, self._scale_and_zero)
+        product = self._multiply(rows.to(torch.bfloat16), self._weight, GROUP_SIZE, self._scale_and_zero)
         product = product[:, : self._outputs]
         return product if self._bias is None else product + self._bias
 
@@ -67,15 +68,6 @@ def int8_levels(weight: Tensor) -> tuple[Tensor, Tensor]:
     wide = weight.float()
     scale = wide.abs().amax(1).clamp_min_(1e-12).div_(127)
     return (wide / scale[:, None]).round_().to(torch.int8), scale
-
-
-def int4_levels(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels 0..15 (out, in), uint8; the size of a step and the value of level 0, both (out, groups)."""
-    groups = weight.float().view(len(weight), -1, group_size)
-    low, high = groups.aminmax(dim=2)
-    scale = ((high - low) / 15).clamp_min_(1e-12)
-    levels = ((groups - low[..., None]) / scale[..., None]).round_().to(torch.uint8)
-    return levels.view_as(weight), scale, low
 
 
 def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Int8Linear | Int4Linear:

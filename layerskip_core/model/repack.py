@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config.packing import PackingConfig, Quantization
 from .draft_vocabulary import DraftVocabulary
 from .layer_weights import NormWeights, norm_weights
-from .spec import ModelSpec
+from .spec import EMBEDDING, ModelSpec
 from .weights import Take, Weights
 
 LayerT = TypeVar("LayerT")
@@ -38,27 +38,39 @@ def repack(
     token_order: list[int] | None,
     pack_layer: PackLayer[LayerT],
     pack_head: PackHead[HeadT],
+    int4: Take | None = None,
 ) -> Repacked[LayerT, HeadT]:
-    """Takes every weight once, so that a second copy of one layer exists at most."""
+    """Takes every weight once, so that a second copy of one layer exists at most.
+
+    `int4`: calibrated weights as rows of bytes (see int4.py), of which int4 layers and heads are made.
+    """
+
+    def source(weights: Weights, kind: Quantization | None) -> Weights:
+        return weights.after(int4) if kind == "int4" and int4 is not None else weights
+
     norm = norm_weights(weights, "model.norm", spec)
-    head = embedding if spec.tied else weights.of("lm_head.weight")
-    vocabulary = DraftVocabulary(len(head), packing.draft_vocab, token_order) if packing.draft_vocab else None
-    kept = head if vocabulary is None else vocabulary.rows_of(head)
-    packed_head = pack_head(norm, head, packing.quantize, packing.exact)
-    draft_head = packed_head if vocabulary is None else pack_head(norm, kept, packing.quantize, False)
+    vocabulary = DraftVocabulary(spec.vocab, packing.draft_vocab, token_order) if packing.draft_vocab else None
+    heads = weights.remembered("").after({EMBEDDING: embedding}.get)
+
+    def pack_draft_head(heads: Weights, kind: Quantization | None) -> HeadT:
+        head = source(heads, kind).of(spec.head_name)
+        return pack_head(norm, head if vocabulary is None else vocabulary.rows_of(head), kind, False)
+
+    packed_head = pack_head(norm, source(heads, packing.quantize).of(spec.head_name), packing.quantize, packing.exact)
+    draft_head = packed_head if vocabulary is None else pack_draft_head(heads, packing.quantize)
     copies: dict[Quantization, tuple[list[LayerT], HeadT]] = {}
     if packing.draft_weights:
         kind = packing.draft_head or "int8"
-        cheap_head = draft_head if kind == packing.quantize and not packing.exact else pack_head(norm, kept, kind, False)
+        cheap_head = draft_head if kind == packing.quantize and not packing.exact else pack_draft_head(heads, kind)
         copies = {kind: ([], cheap_head) for kind in packing.draft_weights}
-    del head, kept
+    del heads
     layers: list[LayerT] = []
     for index in range(spec.layers):
         originals = weights.remembered(f"model.layers.{index}.")
-        layers.append(pack_layer(originals, index, packing.quantize, packing.exact))
+        layers.append(pack_layer(source(originals, packing.quantize), index, packing.quantize, packing.exact))
         if index < (packing.draft_layers or spec.layers):
             for kind, (copied, _) in copies.items():
-                copied.append(pack_layer(originals, index, kind, False))
+                copied.append(pack_layer(source(originals, kind), index, kind, False))
     return Repacked(layers, packed_head, draft_head, copies, vocabulary)
 
 

@@ -14,6 +14,7 @@ from .config_values import LAYER_KINDS, MOST_WIDTH, check_values, rope_types
 
 Shapes = Mapping[str, tuple[int, ...]]
 FULL, SLIDING = LAYER_KINDS
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class ModelSpec:
         )
 
     @property
+    def head_name(self) -> str:
+        """The name of the head's weight; the embedding's where that is the head."""
+        return EMBEDDING if self.tied else "lm_head.weight"
+
+    @property
     def norms_blocks(self) -> bool:
         """Whether a norm comes after attention or the MLP, before their output is added."""
         return self.architecture.attention_norms.after is not None or self.architecture.mlp_norms.after is not None
@@ -138,9 +144,9 @@ class ModelSpec:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all weights, as in a checkpoint; a tied head is the embedding and has none."""
         shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab, self.hidden),
+            EMBEDDING: (self.vocab, self.hidden),
             **self._norm_shapes("model.norm", self.hidden),
-            **({} if self.tied else {"lm_head.weight": (self.vocab, self.hidden)}),
+            **({} if self.tied else {self.head_name: (self.vocab, self.hidden)}),
         }
         layer = self._layer_shapes()
         for index in range(self.layers):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .int4 import is_stored, stored_shape
 from .spec import ModelSpec, Shapes, check_shape
 
 Take = Callable[[str], Tensor | None]  # the weight of a name, or None
@@ -28,6 +29,15 @@ class Weights:
         """As `below`, for weights that are read twice: they stay in memory as long as this object."""
         return Weights(cache(self.take), self.shapes, self.prefix + prefix)
 
+    def after(self, first: Take) -> "Weights":
+        """With the weights that `first` has in the place of those of the same name."""
+
+        def take(name: str) -> Tensor | None:
+            weight = first(name)
+            return self.take(name) if weight is None else weight
+
+        return Weights(take, self.shapes, self.prefix)
+
     def get(self, name: str) -> Tensor | None:
         """None if the architecture has no such weight. Raises CheckpointError as `of` does."""
         return self.of(name) if self.prefix + name in self.shapes else None
@@ -38,8 +48,12 @@ class Weights:
         weight = self.take(full)
         if weight is None:
             raise CheckpointError(f"the weight {full} is missing")
-        check_shape(full, self.shapes[full], tuple(weight.shape))
-        check_finite(full, weight)
+        needed = self.shapes[full]
+        if is_stored(weight):
+            check_shape(full, stored_shape(*needed), tuple(weight.shape))
+        else:
+            check_shape(full, needed, tuple(weight.shape))
+            check_finite(full, weight)
         return weight
 
 

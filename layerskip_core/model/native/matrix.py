@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config.packing import Quantization
-from ..quantized import GROUP_SIZE, int4_levels, int8_levels
+from ..int4 import GROUP_SIZE, inputs_of, int4_of
+from ..quantized import int8_levels
 from .compiled import KINDS, CMatrix
 
 _PANEL = 32  # outputs
@@ -16,7 +17,7 @@ class NativeMatrix:
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor] | None, quantization: Quantization | None) -> None:
         """The group size must divide `in` for low-bit weights; for bf16 it must be even."""
-        outputs, inputs = weights[0].shape
+        outputs, inputs = len(weights[0]), inputs_of(weights[0])
         kind = quantization or ("bf16" if weights[0].dtype == torch.bfloat16 else "fp32")
         packed = [_PACK[kind](F.pad(weight, (0, 0, 0, -outputs % _PANEL))) for weight in weights]
         self._weight = _alternating([weight for weight, _ in packed])
@@ -53,8 +54,8 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and smallest, (P, groups, 2, 32)."""
-    groups = weight.shape[1] // GROUP_SIZE
-    levels, scale, low = int4_levels(weight)
+    levels, scale, low = int4_of(weight)
+    groups = levels.shape[1] // GROUP_SIZE
     quads = levels.view(-1, _PANEL, groups, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)  # (2, P, groups, 4, 32, 4)
     factors = torch.stack([scale, low]).to(torch.bfloat16).view(2, -1, _PANEL, groups).permute(1, 3, 0, 2)
     return (quads[0] | quads[1] << 4).contiguous(), factors.contiguous()

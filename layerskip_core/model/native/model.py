@@ -11,12 +11,12 @@ from ..backend import DraftSide
 from ..cache import KVCache
 from ..draft_vocabulary import DraftVocabulary
 from ..drafting import LayeredDraftSide
+from ..int4 import GROUP_SIZE, named_int4
 from ..layer_weights import NormWeights
 from ..packed.model import can_pack
-from ..quantized import GROUP_SIZE
 from ..repack import repack, taken_from
 from ..rope import RopeTables
-from ..spec import ModelSpec
+from ..spec import EMBEDDING, ModelSpec
 from ..splitting import propagate_in_parts, run_in_parts
 from ..weights import Take, Weights
 from .buffers import BufferPool, shape_of
@@ -57,7 +57,12 @@ class NativeBackend:
     exact = False  # calls need no splitting
 
     def __init__(
-        self, config: object, take: Take, packing: PackingConfig | None = None, token_order: list[int] | None = None
+        self,
+        config: object,
+        take: Take,
+        packing: PackingConfig | None = None,
+        token_order: list[int] | None = None,
+        int4: Take | None = None,
     ) -> None:
         """Arguments and errors are those of `PackedBackend`, for an architecture that `can_run_native`."""
         packing = packing or PackingConfig()
@@ -66,7 +71,7 @@ class NativeBackend:
         spec = self.spec = ModelSpec.of(config)
         weights = Weights(take, spec.shapes)
         with torch.inference_mode():
-            embedding = weights.of("model.embed_tokens.weight")
+            embedding = weights.of(EMBEDDING)
             shape = shape_of(spec, embedding.dtype)
             pool = BufferPool(shape, spec.norms_blocks)
 
@@ -76,7 +81,7 @@ class NativeBackend:
             def pack_head(norm: NormWeights, weight: Tensor, quantization: Quantization | None, _: bool) -> NativeHead:
                 return NativeHead(compiled, shape, pool, spec, norm, NativeMatrix([weight], None, quantization))
 
-            packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head)
+            packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head, int4)
             chain = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))
             self._layers, self._head = chain(packed.layers), packed.head
             self.draft_sides: Mapping[Quantization | None, DraftSide] = {
@@ -87,16 +92,20 @@ class NativeBackend:
                 },
             }
         kinds = ", ".join(filter(None, (compiled.variant, packing.quantize)))
-        self.implementation = f"native ({kinds}){packing.drafting}"
+        self.implementation = named_int4(f"native ({kinds}){packing.drafting}", int4 is not None)
         self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab
         self.max_positions, self.device, self.dtype = spec.context, embedding.device, embedding.dtype
 
     @classmethod
     def of(
-        cls, model: nn.Module, packing: PackingConfig | None = None, token_order: list[int] | None = None
+        cls,
+        model: nn.Module,
+        packing: PackingConfig | None = None,
+        token_order: list[int] | None = None,
+        int4: Take | None = None,
     ) -> "NativeBackend":
         """Takes the weights of a transformers model, which can no longer run afterwards."""
-        return cls(model.config, taken_from(model), packing, token_order)
+        return cls(model.config, taken_from(model), packing, token_order, int4)
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         return KVCache.of(self.spec, batch_size, max_positions)

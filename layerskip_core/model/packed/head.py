@@ -1,5 +1,7 @@
 """The final norm and the head on repacked weights."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,6 @@ class PackedHead:
         self._spec = spec
         self._norm = Norm(norm, spec.eps, quantization is None and weight.dtype.itemsize >= 4)
         self.linear = linear(self._norm.folded_into(weight), None, quantization, exact)
-        self._like = weight.new_empty(0, spec.hidden)
         self._exact = ExactRows() if exact else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ class PackedHead:
         *shape, size = hidden.shape
         rows = hidden.reshape(-1, size)
         if self._exact is not None and 1 < len(rows) <= EXACT_TOKENS:
-            most = self._exact.at_once(self._same_alone)
+            most = self._exact.at_once(partial(self._same_alone, rows))
             logits = torch.cat([self._logits(part) for part in torch.split(rows, most)])
         else:
             logits = self._logits(rows)
@@ -37,7 +38,7 @@ class PackedHead:
     def _logits(self, rows: Tensor) -> Tensor:
         return scaled_logits(self.linear(self._norm(rows)), self._spec)
 
-    def _same_alone(self, count: int) -> bool:
-        generator = torch.Generator(self._like.device).manual_seed(count)
-        rows = torch.randn(count, self._like.shape[1], generator=generator, device=self._like.device).to(self._like.dtype)
+    def _same_alone(self, like: Tensor, count: int) -> bool:
+        generator = torch.Generator(like.device).manual_seed(count)
+        rows = torch.randn(count, like.shape[1], generator=generator, device=like.device).to(like.dtype)
         return torch.equal(self._logits(rows), torch.cat([self._logits(row[None]) for row in rows]))

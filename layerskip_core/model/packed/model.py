@@ -10,10 +10,11 @@ from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
 from ..drafting import LayeredDraftSide
+from ..int4 import named_int4
 from ..layer_weights import NormWeights
 from ..repack import repack, taken_from
 from ..rope import Rope
-from ..spec import ModelSpec
+from ..spec import EMBEDDING, ModelSpec
 from ..splitting import propagate_in_parts, run_in_parts
 from ..weights import Take, Weights
 from .head import PackedHead
@@ -31,11 +32,17 @@ class PackedBackend:
     """The operations and results of `GenericBackend`, for inference only. Not for two threads at once."""
 
     def __init__(
-        self, config: object, take: Take, packing: PackingConfig | None = None, token_order: list[int] | None = None
+        self,
+        config: object,
+        take: Take,
+        packing: PackingConfig | None = None,
+        token_order: list[int] | None = None,
+        int4: Take | None = None,
     ) -> None:
         """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
 
-        `token_order`: token ids, the most frequent first, which `draft_vocab` counts; None for the tokenizer's order.
+        `token_order`: token ids, the most frequent first, which `draft_vocab` counts; None for the tokenizer's order. `int4`:
+        calibrated weights as rows of bytes, for int4 layers and heads; the others are rounded to nearest.
         Raises CheckpointError for a configuration that is impossible and for a weight that is missing, of another shape or not
         finite, ConfigError where no kernel does what `packing` asks for.
         """
@@ -50,8 +57,8 @@ class PackedBackend:
             return PackedHead(norm, weight, spec, quantization, exact)
 
         with torch.inference_mode():
-            embedding = weights.of("model.embed_tokens.weight")
-            packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head)
+            embedding = weights.of(EMBEDDING)
+            packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head, int4)
             chain = partial(PackedLayers, spec, embedding, Rope(config, spec, embedding))
             self._layers, self._head = chain(packed.layers, packing.exact), packed.head
             own = LayeredDraftSide(self._layers, packed.draft_head, packed.vocabulary)
@@ -60,17 +67,21 @@ class PackedBackend:
                 for kind, (layers, head) in packed.copies.items()
             }
         self.draft_sides: Mapping[Quantization | None, DraftSide] = {None: own} | copies
-        self.implementation = _implementation(packing, self._head, self._layers)
+        self.implementation = named_int4(_implementation(packing, self._head, self._layers), int4 is not None)
         self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab
         self.max_positions, self.exact = spec.context, packing.exact
         self.device, self.dtype = embedding.device, embedding.dtype
 
     @classmethod
     def of(
-        cls, model: nn.Module, packing: PackingConfig | None = None, token_order: list[int] | None = None
+        cls,
+        model: nn.Module,
+        packing: PackingConfig | None = None,
+        token_order: list[int] | None = None,
+        int4: Take | None = None,
     ) -> "PackedBackend":
         """Takes the weights of a transformers model, which can no longer run afterwards."""
-        return cls(model.config, taken_from(model), packing, token_order)
+        return cls(model.config, taken_from(model), packing, token_order, int4)
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         return KVCache.of(self.spec, batch_size, max_positions)

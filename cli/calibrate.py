@@ -1,0 +1,48 @@
+"""`layerskip calibrate`: better int4 weights for a model, saved beside it."""
+
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Annotated
+
+import typer
+
+from layerskip_core.config.calibration import CalibrationConfig
+from layerskip_core.config.ranges import require_ranges
+
+from . import options
+from .console import narrate, progress_bar, use_threads
+from .signature import command
+
+
+@command
+def calibrate(
+    *,
+    config: CalibrationConfig,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.", rich_help_panel=options.MACHINE)] = 0,
+) -> None:
+    """Calibrate int4 weights on text that the model writes. --quantize int4 and --draft-weights int4 use them from then on.
+
+    Example: layerskip calibrate --model my-model
+    """
+    require_ranges(threads=threads)
+    use_threads(threads)
+    from layerskip_core.calibration.run import Progress, calibrate, output_folder
+    from layerskip_core.checkpoint.save import output_lock
+
+    started = time.monotonic()
+    stage = ""
+    update: Callable[[int, str], None] = lambda done, text: None  # noqa: E731
+    with output_lock(output_folder(config), "layerskip calibrate"), ExitStack() as bars:
+
+        def show(progress: Progress) -> None:
+            nonlocal stage, update
+            if progress.stage != stage:
+                bars.close()
+                stage, update = progress.stage, bars.enter_context(progress_bar(progress.total, progress.stage))
+            update(progress.done, "" if progress.divergence is None else f"divergence {progress.divergence:.3f}")
+
+        folder = calibrate(config, show)
+    narrate(f"saved int4 weights in {folder} after {time.monotonic() - started:.0f} s")
+    narrate(f"next: layerskip generate --model {shlex.quote(folder)} --quantize int4")

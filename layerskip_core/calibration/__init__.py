@@ -1,0 +1,1 @@
+"""Better int4 weights, from text that the model itself wrote: `layerskip calibrate`."""

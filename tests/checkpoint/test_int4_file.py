@@ -1,0 +1,125 @@
+"""int4.safetensors beside a model: used, replaced with the model, and refused where it does not belong to it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.int4_file import fingerprint, int4_content, int4_names
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.save import import_checkpoint, refuse_overwrite, save_beside
+from layerskip_core.checkpoint.stored import INT4_FILE
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.model.int4 import int4_of, stored
+
+INT4 = PackingConfig("int4")
+
+
+def add_int4(folder, change=lambda weight: weight):
+    """Calibrated weights that differ visibly from rounded ones, if `change` does."""
+    model, spec = (trained := for_training(str(folder), "cpu")).model, trained.backend.spec
+    names = int4_names(spec)
+    rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
+    save_beside(str(folder), INT4_FILE, int4_content(rows, fingerprint(names, model.get_parameter), {"texts": "3"}))
+
+
+def logits(folder, packing=INT4, dtype="fp32"):
+    model = for_decoding(str(folder), "cpu", dtype, packing).backend
+    with torch.inference_mode():
+        hidden = model.run_layers(model.embed(torch.tensor([[5, 9, 33]])), 0, 6, torch.arange(3)[None])
+        return model.unembed(hidden), model.implementation
+
+
+def older(folder):
+    """Makes the folder one that only transformers reads."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0"}))
+
+
+@pytest.mark.parametrize("prepare", [lambda folder: None, older])
+def test_the_stored_weights_are_used_in_every_precision(wide, prepare):
+    prepare(wide)
+    before = {dtype: logits(wide, dtype=dtype)[0] for dtype in ("fp32", "bf16")}
+    add_int4(wide)
+    same, implementation = logits(wide)
+    assert torch.equal(same, before["fp32"]) and "calibrated int4" in implementation
+    add_int4(wide, lambda weight: 0.9 * weight)
+    for dtype in ("fp32", "bf16"):
+        other, implementation = logits(wide, dtype=dtype)
+        assert not torch.equal(other, before[dtype]) and "calibrated int4" in implementation
+    for packing in (PackingConfig(), PackingConfig("int8")):
+        assert "calibrated" not in logits(wide, packing)[1]
+    assert logits(wide, PackingConfig(draft_weights=("int4",)))[1].endswith(", calibrated int4 drafts")
+
+
+def test_layerskip_json_lists_the_file_so_that_the_next_model_replaces_it(wide):
+    files = read_info(wide).files
+    add_int4(wide)
+    assert set(read_info(wide).files) == {*files, INT4_FILE}
+    add_int4(wide)
+    refuse_overwrite(str(wide), overwrite=True)
+    import_checkpoint(str(wide), str(wide), "fp32")
+    assert not (wide / INT4_FILE).exists() and set(read_info(wide).files) == set(files)
+    assert "calibrated" not in logits(wide)[1]
+
+
+def test_a_plain_checkpoint_gets_a_list_of_all_its_files(wide):
+    (wide / "layerskip.json").unlink()
+    add_int4(wide)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "layerskip.json", INT4_FILE} <= set(read_info(wide).files)
+    import_checkpoint(str(wide), str(wide), "fp32")
+    assert not (wide / INT4_FILE).exists()
+
+
+def test_a_file_of_another_model_is_refused(wide, tmp_path):
+    add_int4(wide)
+    other = shutil.copytree(wide, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"] *= 1.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"int4.safetensors cannot be used: it was made from other weights"):
+        logits(other)
+    logits(other, PackingConfig())
+    logits(wide)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda rows: rows.pop("lm_head.weight"), "1 weights are missing, lm_head.weight the first"),
+        (lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"][:9].clone()}), "lm_head.weight must be U8"),
+        (lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"].float()}), "lm_head.weight must be U8"),
+        (lambda rows: rows["lm_head.weight"].fill_(255), "lm_head.weight is not finite"),
+    ],
+)
+def test_damaged_files_are_refused(wide, damage, found):
+    add_int4(wide)
+    rows = load_file(wide / INT4_FILE)
+    damage(rows)
+    names = int4_names(for_training(str(wide), "cpu").backend.spec)
+    (wide / INT4_FILE).write_bytes(int4_content(rows, fingerprint(names, for_training(str(wide)).model.get_parameter), {}))
+    with pytest.raises(CheckpointError, match=rf"int4\.safetensors.* {found}"):
+        logits(wide)
+
+
+def test_cut_and_foreign_files_are_refused(wide):
+    add_int4(wide)
+    whole = (wide / INT4_FILE).read_bytes()
+    for content, found in ((whole[:-9], "cannot be used"), (b"", "cannot be used"), (whole[:40], "cannot be used")):
+        (wide / INT4_FILE).write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"int4\.safetensors {found}"):
+            logits(wide)
+    logits(wide, PackingConfig("int8"))
+    save_file({"lm_head.weight": torch.zeros(3)}, wide / INT4_FILE)
+    with pytest.raises(CheckpointError, match=r"needed {'format': '1', 'group_size': '32'} in its header, found {}"):
+        logits(wide)
+
+
+def test_a_file_that_layerskip_did_not_write_is_in_the_way(wide):
+    save_file({"lm_head.weight": torch.zeros(3)}, wide / INT4_FILE)
+    with pytest.raises(ConfigError, match=r"in the way is int4\.safetensors, which layerskip did not write"):
+        refuse_overwrite(str(wide), overwrite=True)

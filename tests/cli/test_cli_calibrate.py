@@ -1,0 +1,103 @@
+"""`layerskip calibrate` on a tiny model."""
+
+import json
+import signal
+
+import pytest
+from command_line import fails, finish, run, start
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from layerskip_core.checkpoint.stored import INT4_FILE
+
+QUICK = ("--samples", "6", "--length", "24", "--steps", "3")
+
+
+def state(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_int4_weights_are_saved_beside_the_model_and_used(wide):
+    before = state(wide)
+    rounded = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
+    done = run("calibrate", "--model", str(wide), *QUICK)
+    assert done.code == 0 and done.out == "", done.err
+    assert "texts 6/6" in done.err and "layers 7/7" in done.err and "tuning 3/3 divergence 0." in done.err
+    assert f"saved int4 weights in {wide} after" in done.err
+    after = state(wide)
+    assert {name for name in after if after[name] != before.get(name)} == {INT4_FILE, "layerskip.json"}
+    answer = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
+    assert answer.code == 0 and "calibrated int4" in answer.err and "calibrated" not in rounded.err
+    drafted = run("generate", "wake me up", "--model", str(wide), "--draft-weights", "int4", "--exit", "6", "--stats")
+    assert drafted.code == 0 and "calibrated int4 drafts" in drafted.err
+    assert drafted.out == run("generate", "wake me up", "--model", str(wide), "--strategy", "autoregressive").out
+
+
+def test_the_same_settings_give_the_same_weights_and_another_seed_others(wide):
+    contents = []
+    for seed in ("1", "1", "2"):
+        assert run("calibrate", "--model", str(wide), "--seed", seed, *QUICK).code == 0
+        contents.append({name: rows.tolist() for name, rows in load_file(wide / INT4_FILE).items()})
+    assert contents[0] == contents[1] != contents[2]
+    with safe_open(wide / INT4_FILE, "pt") as file:
+        header = file.metadata()
+    assert (header["texts"], header["length"], header["tuning_steps"], header["seed"]) == ("6", "24", "3", "2")
+
+
+def test_an_embedded_model_is_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("calibrate", "--samples", "2", "--length", "8", "--steps", "0")
+    assert done.code == 0 and "saved int4 weights in calibrated-model" in done.err, done.err
+    answer = run("generate", "wake me up at 5", "--model", "calibrated-model", "--quantize", "int4", "--stats")
+    assert answer.code == 0 and "calibrated int4" in answer.err
+    fails(
+        "--output calibrated-model already holds a model; give --overwrite to replace it, or another folder",
+        "calibrate", "--samples", "2", "--length", "8", "--steps", "0",
+    )  # fmt: skip
+
+
+def test_a_copy_elsewhere_leaves_the_model_as_it_is(wide, tmp_path):
+    before = state(wide)
+    assert run("calibrate", "--model", str(wide), "--output", str(tmp_path / "copy"), *QUICK).code == 0
+    assert state(wide) == before and INT4_FILE in json.loads((tmp_path / "copy" / "layerskip.json").read_text())["files"]
+
+
+def test_own_rows_are_calibrated_on(wide, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "wake me up", "completion": "at seven in the morning"}\n' * 8)
+    done = run("calibrate", "--model", str(wide), "--data", str(rows), *QUICK)
+    assert done.code == 0, done.err
+    rows.write_text('{"prompt": "", "completion": "a"}\n')
+    short = run("calibrate", "--model", str(wide), "--data", str(rows), *QUICK)
+    assert short.code == 1 and "--data" in short.err and "must have at least 24 tokens, found" in short.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--length", "129"), "--length must be at most 128, the model's context, got 129"),
+        (("--length", "1"), "--length must be at least 2, got 1"),
+        (("--samples", "0"), "--samples must be at least 1, got 0"),
+        (("--steps", "-1"), "--steps must be at least 0, got -1"),
+    ],
+)
+def test_wrong_settings_are_one_error(wide, arguments, message):
+    fails(message, "calibrate", "--model", str(wide), *arguments)
+    assert not (wide / INT4_FILE).exists()
+
+
+def test_a_model_without_int4_kernels_is_refused(checkpoint):
+    fails(
+        "--model must be one whose layer widths 32 divides, got 48 in model.layers.0.mlp.down_proj.weight",
+        "calibrate", "--model", checkpoint,
+    )  # fmt: skip
+
+
+def test_an_interrupted_calibration_leaves_nothing(wide):
+    before = state(wide)
+    process = start("calibrate", "--model", str(wide), "--samples", "6", "--length", "24", "--steps", "100000")
+    while "tuning" not in (line := process.stderr.readline()):
+        assert line
+    process.send_signal(signal.SIGINT)
+    assert finish(process).code == 130
+    assert state(wide) == before
