@@ -1,18 +1,18 @@
-"""Prompts from the argument or standard input, answered one by one or in batches, in order, to standard output."""
+"""Answers to requests, one by one or in batches, in order, to standard output."""
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.errors import DataError, LayerSkipError
-from layerskip_core.storage.json_reading import parse_json
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.errors import ConfigError, LayerSkipError
 
-from . import standard_input
 from .console import narrate
 from .options import with_flags
+from .requests import Request, about_row
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
@@ -21,18 +21,16 @@ if TYPE_CHECKING:
 
 
 def answer_all(
-    loaded: "Decoder", config: DecodingConfig, prompt: str | None, lines: bool, jsonl: bool
+    loaded: "Decoder", packing: PackingConfig, requests: Iterator[Request], lines: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
-    """Answers every prompt in order; returns whether one failed, and the counts of all."""
+    """Answers every request in order; returns whether one failed, and the counts of all. `packing`: as it was asked for."""
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.text import TextStream
 
     failed, total = False, DecodeStats()
-    for number, text, problem in _prompts(prompt, lines, jsonl):
+    for request in requests:
         try:
-            if problem:
-                raise LayerSkipError(problem)
-            answer = TextStream(loaded, text, config)
+            answer = TextStream(loaded, request.prompt, _resolved(loaded, packing, request))
             for piece in answer:
                 if not jsonl:
                     _write(piece)
@@ -40,36 +38,89 @@ def answer_all(
             if not (lines or jsonl):
                 raise
             failed = True
-            _report(error, number, jsonl)
+            _report(error, request.number, jsonl)
         else:
             total = total + answer.stats
             if jsonl:
-                _write(json.dumps(_answer_object(answer), ensure_ascii=False))
+                _write_object(answer, loaded.policy_for(request.settings, packing))
         _write("\n")
     return failed, total
 
 
-def answer_in_batches(loaded: "Decoder", config: DecodingConfig, batch_size: int, jsonl: bool) -> tuple[bool, "DecodeStats"]:
-    """The same for the lines of standard input, `batch_size` of them at a time."""
+def answer_in_batches(
+    loaded: "Decoder", packing: PackingConfig, requests: Iterator[Request], batch_size: int, jsonl: bool
+) -> tuple[bool, "DecodeStats"]:
+    """The same, `batch_size` requests at a time; those of them with equal settings are decoded together."""
     from layerskip_core.decoding import DecodeStats
-    from layerskip_core.decoding.text import answer_together
 
     failed, total = False, DecodeStats()
-    prompts = _prompts(None, not jsonl, jsonl)
-    while batch := list(islice(prompts, batch_size)):
-        good = [text for _, text, problem in batch if not problem]
-        answers, stats = answer_together(loaded, good, config)
+    while batch := list(islice(requests, batch_size)):
+        answers, stats = _answered_together(loaded, packing, batch)
         total = total + stats
-        left = iter(answers)
-        for number, _, problem in batch:
-            answer = LayerSkipError(problem) if problem else next(left)
+        for request, answer in zip(batch, answers, strict=True):
             if isinstance(answer, LayerSkipError):
                 failed = True
-                _report(answer, number, jsonl)
+                _report(answer, request.number, jsonl)
+            elif jsonl:
+                _write_object(answer, loaded.policy_for(request.settings, packing))
             else:
-                _write(json.dumps(_answer_object(answer), ensure_ascii=False) if jsonl else answer.text)
+                _write(answer.text)
             _write("\n")
     return failed, total
+
+
+def _answered_together(
+    loaded: "Decoder", packing: PackingConfig, batch: Sequence[Request]
+) -> "tuple[list[Answer | LayerSkipError], DecodeStats]":
+    """An answer or an error for each request of a batch, and the stats of all."""
+    from layerskip_core.decoding import DecodeStats
+    from layerskip_core.decoding.text import Answer, answer_together
+
+    answers: dict[int, Answer | LayerSkipError] = {}
+    groups: dict[DecodingConfig, list[int]] = {}
+    for place, request in enumerate(batch):
+        try:
+            groups.setdefault(_resolved(loaded, packing, request), []).append(place)
+        except LayerSkipError as error:
+            answers[place] = error
+    total = DecodeStats()
+    for config, places in groups.items():
+        answer = _answered_singly if config.exit_confidence else answer_together
+        group, stats = answer(loaded, [batch[place].prompt for place in places], config)
+        answers |= zip(places, group, strict=True)
+        total = total + stats
+    return [answers[place] for place in range(len(batch))], total
+
+
+def _answered_singly(
+    loaded: "Decoder", prompts: Sequence[str], config: DecodingConfig
+) -> "tuple[list[Answer | LayerSkipError], DecodeStats]":
+    """As `answer_together`, for tokens that leave at different exits: such prompts cannot share passes."""
+    from layerskip_core.decoding import DecodeStats
+    from layerskip_core.decoding.text import Answer, TextStream
+
+    answers: list[Answer | LayerSkipError] = []
+    total = DecodeStats()
+    for prompt in prompts:
+        try:
+            stream = TextStream(loaded, prompt, config)
+            for _ in stream:
+                pass
+            answers.append(stream.answer)
+            total = total + stream.stats
+        except LayerSkipError as error:
+            answers.append(error)
+    return answers, total
+
+
+def _resolved(loaded: "Decoder", packing: PackingConfig, request: Request) -> DecodingConfig:
+    """How a request is decoded. Raises LayerSkipError, which names the line, if that cannot be."""
+    if request.problem is not None:
+        raise LayerSkipError(request.problem)
+    try:
+        return loaded.resolve(request.settings, packing)
+    except ConfigError as error:
+        raise LayerSkipError(about_row(error, request.number)) from None
 
 
 def _report(error: LayerSkipError, number: int, jsonl: bool) -> None:
@@ -80,37 +131,12 @@ def _report(error: LayerSkipError, number: int, jsonl: bool) -> None:
         narrate(f"error: line {number}: {error}")
 
 
-def _prompts(prompt: str | None, lines: bool, jsonl: bool) -> Iterator[tuple[int, str, str | None]]:
-    """(line number, prompt, what is wrong with it): the argument, all of standard input, or each line of it."""
-    if prompt is not None:
-        yield 1, prompt, None
-        return
-    stream = standard_input.prompts_stream()
-    if not (lines or jsonl):
-        yield 1, stream.read().removesuffix("\n"), None
-        return
-    for number, line in enumerate(stream, start=1):
-        line = line.rstrip("\r\n")
-        if not jsonl:
-            yield number, line, None
-        elif line.strip():
-            yield number, *_prompt_of(line, number)
-
-
-def _prompt_of(line: str, number: int) -> tuple[str, str | None]:
-    try:
-        row = parse_json(line, f"line {number}", DataError)
-    except DataError as error:
-        return "", str(error)
-    text = row.get("prompt") if isinstance(row, dict) else None
-    return (text, None) if isinstance(text, str) else ("", f"line {number}: needed an object with a text `prompt`")
-
-
-def _answer_object(answer: "TextStream | Answer") -> dict[str, object]:
+def _write_object(answer: "TextStream | Answer", policy: str | None) -> None:
     stats = answer.stats
-    return {
+    document = {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
+        "policy": policy,
         "prompt_tokens": stats.prompt_tokens,
         "new_tokens": stats.new_tokens,
         "drafted": stats.drafted,
@@ -119,6 +145,7 @@ def _answer_object(answer: "TextStream | Answer") -> dict[str, object]:
         "acceptance_rate": round(stats.acceptance_rate, 4),
         "steps_by_drafter": stats.steps_by_drafter,
     }
+    _write(json.dumps(document, ensure_ascii=False))
 
 
 def _write(text: str) -> None:

@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerskip_core.config.checks import require_given
+from layerskip_core.config.checks import require, require_given
 from layerskip_core.config.decoding import DecodingSettings
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.policies import EXACT
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import require_ranges
 
 from . import options, standard_input
 from .answers import answer_all, answer_in_batches
 from .console import narrate, narrate_notes, use_threads
+from .requests import read_requests
 from .signature import command
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def generate(
         bool,
         typer.Option(
             "--jsonl",
-            help="Standard input holds one JSON object with a `prompt` per line; answers are objects too.",
+            help="Standard input holds one JSON object with a `prompt` per line; answers are objects too. `policy`, "
+            "`max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed` and `stop` of an object are for its prompt alone.",
             rich_help_panel=options.INPUT,
         ),
     ] = False,
@@ -78,33 +81,38 @@ def generate(
     from layerskip_core.checkpoint.load import for_decoding
 
     kept = replace(packing, draft_layers=decoding.exit_layer or 0)
-    loaded = for_decoding(model, machine.device, machine.dtype, kept).with_template(prompting.asked, prompting.system)
+    policies = None if jsonl else (decoding.policy or EXACT,) if decoding.policy or decoding.is_open else ()
+    loaded = for_decoding(model, machine.device, machine.dtype, kept, policies)
+    loaded = loaded.with_template(prompting.asked, prompting.system)
     narrate_notes(loaded)
     use_threads(machine.threads, loaded)
-    recommended = loaded.recommended()
-    if recommended.strategy is None and decoding.implied_strategy is None and not packing.drafts_apart:
+    policy = loaded.policy_for(decoding, packing)
+    unmeasured = policy is None and loaded.recommended().strategy is None
+    if unmeasured and decoding.implied_strategy is None and not packing.drafts_apart:
         narrate(_UNMEASURED)
-    config = decoding.resolve(recommended, loaded.backend.num_layers, packing)
+    config = loaded.resolve(decoding, packing)  # so that a wrong flag is one error, not one per prompt
+    require(batch_size == 1 or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", batch_size)
+    requests = read_requests(prompt, lines, jsonl, decoding)
     try:
         if batch_size > 1:
-            failed, total = answer_in_batches(loaded, config, batch_size, jsonl)
+            failed, total = answer_in_batches(loaded, packing, requests, batch_size, jsonl)
         else:
-            failed, total = answer_all(loaded, config, prompt, lines, jsonl)
+            failed, total = answer_all(loaded, packing, requests, lines, jsonl)
     except KeyboardInterrupt:
         sys.stdout.write("\n")
         raise typer.Exit(130) from None
     if stats:
-        narrate(_stats_text(total, loaded))
+        narrate(_stats_text(total, loaded, policy))
     if failed:
         raise typer.Exit(1)
 
 
-def _stats_text(stats: "DecodeStats", loaded: "Decoder") -> str:
+def _stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> str:
     steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
     return (
         f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; drafted {stats.drafted}, "
         f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
         f"{f'steps by {steps}; ' if steps else ''}"
         f"{loaded.backend.implementation} layers, {str(loaded.backend.dtype).removeprefix('torch.')} on "
-        f"{loaded.backend.device}; prompt template: {loaded.template.name}"
+        f"{loaded.backend.device}; prompt template: {loaded.template.name}{'' if policy is None else f'; policy: {policy}'}"
     )

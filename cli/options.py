@@ -115,6 +115,12 @@ OPTIONS: dict[type, dict[str, Option]] = {
         ),
         "exit_layer": Option(DECODING, "Draft with (or exit after) this many layers.", "--exit", _CHECKPOINT),
         "num_draft_tokens": Option(DECODING, "Draft tokens per round.", "--spec", _CHECKPOINT),
+        "policy": Option(
+            DECODING,
+            "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
+            "of plain decoding) or fast (nearly its quality).",
+            default="exact if it is stored and nothing else is said",
+        ),
     },
     PromptingConfig: {
         "template": Option(
@@ -177,6 +183,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
             parse=parse_counts,
         ),
         "specs": Option(DECODING, "Draft lengths, in the same form.", parse=parse_counts),
+        "keep": Option(MEASUREMENT, "Share of full depth's quality that an early exit must keep to be the policy `fast`."),
         "quick": Option(MEASUREMENT, "Measure only the settings that are predicted to be fastest."),
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,

@@ -26,7 +26,9 @@ def sweep_exits(
     save: Annotated[
         bool,
         typer.Option(
-            "--save", help="Write the recommendation into the model's layerskip.json.", rich_help_panel=options.OUTPUT
+            "--save",
+            help="Write the recommendation and the policies exact and fast into the model's layerskip.json.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = False,
 ) -> None:
@@ -71,14 +73,22 @@ def _model_folder(model: str) -> Iterator[None]:
 
 
 def _save(model: str, advice: "Recommendation") -> None:
-    """Makes the recommended exit and draft length the model's defaults; if none pays, autoregressive decoding."""
+    """Stores the policies, and the recommended exit and draft length for versions without policies.
+
+    What these versions do not know, such as low-bit drafts, is plain decoding for them; so is a recommendation of it.
+    """
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
+    from layerskip_core.config.policies import EXACT, FAST, Policy
 
-    plain = advice.exit_layer is None
-    info = replace(read_info(model), exit_layer=advice.exit_layer, num_draft_tokens=advice.num_draft_tokens)
-    write_info(model, replace(info, strategy="autoregressive" if plain else None))
-    if plain:
+    exact = advice.policies.get(EXACT)
+    known = advice.exit_layer is not None and (exact is None or exact.is_exit_drafting)
+    exit_layer, drafts = (advice.exit_layer, advice.num_draft_tokens) if known else (None, None)
+    info = replace(read_info(model), exit_layer=exit_layer, num_draft_tokens=drafts, policies=advice.policies)
+    write_info(model, replace(info, strategy=None if known else "autoregressive"))
+    if not advice.pays:
         console.narrate(f"saved plain decoding as the default of {model}: {advice.reason}")
-        return
-    console.narrate(f"saved exit {advice.exit_layer} and {advice.num_draft_tokens} draft tokens as the defaults of {model}")
+    else:
+        console.narrate(f"saved {exact or Policy('self-speculative', exit_layer, drafts)} as the default of {model}")
+    if advice.fast_reason:
+        console.narrate(f"policy {FAST}: {advice.fast_reason}")

@@ -20,9 +20,11 @@ class DecodingOptions(TypedDict, total=False):
     strategy: str  # one of config.decoding.strategies()
     exit_layer: int  # a count of layers, 1..L-1
     num_draft_tokens: int  # per round
+    policy: str  # instead of these: settings that a sweep saved with the model, exact or fast
     max_new_tokens: int
     draft_confidence: float  # a round stops drafting below this probability
     lookup: int  # first draft what followed an earlier occurrence of at least this many last tokens; 0: do not
+    skip: Sequence[int]  # draft with all layers but these, by number from 1
     exit_confidence: float  # early exit: each token leaves at the first exit whose best token is more probable
     stop: str | Sequence[str]  # texts that end the answer, and are not part of it
     temperature: float  # 0 is greedy
@@ -57,8 +59,7 @@ class LanguageModel:
         return [answer for answer in answers if isinstance(answer, Answer)]
 
     def _resolved(self, options: DecodingOptions) -> DecodingConfig:
-        layers = self.decoder.backend.num_layers
-        return decoding_settings(options).resolve(self.decoder.recommended(), layers, self._packing)
+        return self.decoder.resolve(decoding_settings(options), self._packing)
 
 
 def load(
@@ -85,7 +86,7 @@ def load(
     """
     copies = () if draft_weights is None else (draft_weights,)
     packing = PackingConfig(quantize, copies, draft_head=draft_head, draft_vocab=draft_vocab, exact=exact)
-    decoder = for_decoding(name, device, dtype, packing).with_template(template, system)
+    decoder = for_decoding(name, device, dtype, packing, policies=None).with_template(template, system)
     for note in decoder.notes:
         warnings.warn(note, stacklevel=2)
     return LanguageModel(decoder, packing)
@@ -98,6 +99,8 @@ def decoding_settings(options: Mapping[str, Any]) -> DecodingSettings:
         values["stop"] = (values["stop"],)
     elif "stop" in values:
         values["stop"] = tuple(values["stop"])
+    if "skip" in values:
+        values["skip"] = tuple(values["skip"])
 
     def taken(config: type) -> dict[str, Any]:
         return {field.name: values.pop(field.name) for field in fields(config) if field.name in values}

@@ -6,9 +6,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..config.decoding import strategies
+from ..config.policies import Policy
 from ..errors import CheckpointError
 from ..prompting.template import CHAT, PromptTemplate, is_template
 from ..storage.json_reading import read_json
+from ..storage.schema import SchemaError, build
 
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -21,8 +23,9 @@ class CheckpointInfo:
     """The content of layerskip.json.
 
     `exit_layer`, `num_draft_tokens` and `strategy` are recommended by a sweep; "autoregressive" means that no exit pays.
-    `details` holds all other keys: recipe, data, seed, versions, losses. `files` are the names, relative to the folder, of
-    all files written with the model; older versions did not write them. `system` belongs to the prompt template `chat`.
+    `policies` are the settings that a sweep saved, by name; older versions know only the recommended ones. `details` holds all
+    other keys: recipe, data, seed, versions, losses. `files` are the names, relative to the folder, of all files written with
+    the model; older versions did not write them. `system` belongs to the prompt template `chat`.
     """
 
     prompt_template: str | None = None
@@ -32,11 +35,14 @@ class CheckpointInfo:
     strategy: str | None = None
     files: tuple[str, ...] = field(default=(), compare=False)
     system: str | None = None
+    policies: dict[str, Policy] = field(default_factory=dict)
 
     def to_json(self) -> str:
         recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
         recommended |= {"strategy": self.strategy} if self.strategy else {}
         document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
+        if self.policies:
+            document["policies"] = {name: policy.document() for name, policy in self.policies.items()}
         document |= {"system": self.system} if self.system is not None else {}
         document |= self.details
         if self.files:
@@ -82,6 +88,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         document.pop("format", None)
         recommended = _require(document.pop("recommended", {}), dict, "recommended")
         files = _require(document.pop("files", []), list, "files")
+        policies = build(dict[str, Policy], document.pop("policies", {}), "policies")
         strategy = recommended.get("strategy")
         if strategy is not None and strategy not in strategies():
             raise ValueError(f"strategy must be one of {', '.join(strategies())}, got {strategy!r}")
@@ -99,8 +106,9 @@ def read_info(path: str | Path) -> CheckpointInfo:
             strategy=strategy,
             files=tuple(require_inside(name) for name in files),
             system=system,
+            policies=policies,
         )
-    except ValueError as error:
+    except (ValueError, SchemaError) as error:
         raise CheckpointError(f"{file} is not valid: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model, `blank` untrained."""
 
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -34,10 +35,17 @@ from .swap import read_whole
 from .transformers_read import merge_adapters, read_architecture, read_model, read_tokenizer
 
 
-def for_decoding(name: str, device: str = "auto", dtype: str = "auto", packing: PackingConfig | None = None) -> Decoder:
+def for_decoding(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    packing: PackingConfig | None = None,
+    policies: Collection[str] | None = (),
+) -> Decoder:
     """Loads a model by embedded name, folder, GGUF file or hub id, to generate text with.
 
-    Where the architecture allows it the weights are repacked for the fastest kernels of this machine, as `packing` says.
+    Where the architecture allows it the weights are repacked for the fastest kernels of this machine, as `packing` says. On the
+    CPU the low-bit copies that these saved `policies` draft with are added; None: all policies.
 
     Raises:
         CheckpointError: the model is absent, incomplete or damaged, or of an unsupported architecture.
@@ -46,7 +54,7 @@ def for_decoding(name: str, device: str = "auto", dtype: str = "auto", packing: 
     """
     target = pick_device(device)
     requested_variant()
-    return read_whole(name, lambda: _decoder(name, target, dtype, packing))
+    return read_whole(name, lambda: _decoder(name, target, dtype, packing, policies))
 
 
 def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Trainable:
@@ -89,7 +97,9 @@ def _trainable(name: str, device: torch.device, dtype: str) -> Trainable:
     return merge_adapters(adapters, for_training(base, str(device), dtype))
 
 
-def _decoder(name: str, device: torch.device, dtype: str, packing: PackingConfig | None) -> Decoder:
+def _decoder(
+    name: str, device: torch.device, dtype: str, packing: PackingConfig | None, policies: Collection[str] | None
+) -> Decoder:
     path, folder = name, None
     if not is_adapter(name):
         location = locate(name)
@@ -97,11 +107,21 @@ def _decoder(name: str, device: torch.device, dtype: str, packing: PackingConfig
         if location.is_folder:
             folder = path
             info = read_info(path)
+            if device.type == "cpu":
+                packing = _with_copies(packing, info, policies)
             lean = reading(name, lambda: _lean_decoder(name, path, info, device, dtype, packing))
             if lean is not None:
                 return lean
     trainable = _trainable(name, device, dtype)
     return reading(name, lambda: _repacked(trainable, path, folder, packing))
+
+
+def _with_copies(packing: PackingConfig | None, info: CheckpointInfo, names: Collection[str] | None) -> PackingConfig | None:
+    """`packing` with whole low-bit copies for those of the saved policies that draft with them."""
+    used = [policy.draft_weights for name, policy in info.policies.items() if names is None or name in names]
+    packing = packing or PackingConfig()
+    copies = tuple(dict.fromkeys((*packing.draft_weights, *(weights for weights in used if weights is not None))))
+    return packing if copies == packing.draft_weights else replace(packing, draft_weights=copies, draft_layers=0)
 
 
 def _lean_decoder(

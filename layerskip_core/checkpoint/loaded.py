@@ -3,7 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..config.decoding import ExitChoice
+from ..config.checks import require
+from ..config.decoding import DecodingConfig, DecodingSettings, ExitChoice
+from ..config.packing import PackingConfig
+from ..config.policies import EXACT, policy_named
 from ..errors import ConfigError
 from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
@@ -60,6 +63,31 @@ class Decoder:
         strategy = self.info.strategy or ("self-speculative" if known else None)
         exits = self.info.trained_exits(self.backend.num_layers)
         return ExitChoice(self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts, strategy, exits)
+
+    def policy_for(self, settings: DecodingSettings, packing: PackingConfig) -> str | None:
+        """The policy that answers what was asked: the one that was named; `exact`, if it is saved, where nothing was said."""
+        if not settings.is_open or packing.drafts_apart:
+            return settings.policy
+        exact = self.info.policies.get(EXACT)
+        return EXACT if exact is not None and exact.draft_weights in self.backend.draft_sides else None
+
+    def resolve(self, settings: DecodingSettings, packing: PackingConfig) -> DecodingConfig:
+        """What was asked, completed by this checkpoint. `packing`: as it was asked for.
+
+        Raises ConfigError for a policy that is not saved or needs copies of the weights that are not here, and as
+        `DecodingSettings.resolve` does.
+        """
+        name, layers, recommended = self.policy_for(settings, packing), self.backend.num_layers, self.recommended()
+        if name is None:
+            return settings.resolve(recommended, layers, packing)
+        policy = policy_named(self.info.policies, name)
+        here = policy.draft_weights in self.backend.draft_sides
+        require(here, "policy", f"given with `draft_weights` {policy.draft_weights}, which it drafts with", name)
+        exits = policy.exits or recommended.exits
+        try:
+            return policy.settings(settings.generation).resolve(replace(recommended, exits=exits), layers, policy.packing)
+        except ConfigError as error:
+            raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
 
 
 @dataclass(frozen=True)

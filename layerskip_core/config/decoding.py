@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from .checks import refused, require, require_choice, require_exit_layer, require_skip, require_unicode
 from .packing import QUANTIZATIONS, PackingConfig, Quantization
-from .ranges import require_ranges
+from .ranges import counts_text, require_ranges
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {
@@ -138,17 +138,37 @@ class ExitChoice:
 
 @dataclass(frozen=True)
 class DecodingSettings:
-    """What is asked of decoding. None: not said, so that the checkpoint decides."""
+    """What is asked of decoding. None: not said, so that the checkpoint decides.
+
+    `policy` names settings that are saved with the checkpoint, and stands for all that it sets.
+    """
 
     strategy: str | None = None
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    policy: str | None = None
 
     def __post_init__(self) -> None:
         if self.strategy is not None:
             require_choice(self.strategy, "strategy", strategies())
         require_ranges(num_draft_tokens=self.num_draft_tokens)
+        if self.policy is not None:
+            for name, value in self._choices.items():
+                text = counts_text(value) if isinstance(value, tuple) else value
+                require(not value, "policy", f"given without `{name}`", f"`{name}` {text}")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is said about how to draft or where to exit."""
+        return self.policy is None and not any(self._choices.values())
+
+    @property
+    def _choices(self) -> dict[str, object]:
+        """All that a policy sets."""
+        names = ("draft_confidence", "lookup", "exit_confidence", "skip")
+        own = {"strategy": self.strategy, "exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
+        return own | {name: getattr(self.generation, name) for name in names}
 
     @property
     def implied_strategy(self) -> str | None:

@@ -102,6 +102,7 @@ class SweepConfig:
 
     No exits: a spread over the layers, and all layers of low-bit copies; these alone if the exits were not trained.
 
+    `keep`: the share of full depth's quality that an early exit must keep to become the policy `fast`.
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (None: some) are timed.
     """
 
@@ -109,6 +110,7 @@ class SweepConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     exits: tuple[int, ...] = ()
     specs: tuple[int, ...] = (2, 4, 6, 8, 12)
+    keep: float = 0.98
     quick: bool = False
     batch_size: int = 1
     timed: int | None = None
@@ -121,7 +123,7 @@ class SweepConfig:
         require(bool(self.specs), "specs", "at least one draft length", "none")
         require(all(spec >= 1 for spec in self.specs), "specs", "draft lengths of at least 1", _listed(self.specs))
         require_given("model", self.model)
-        require_ranges(num_draft_tokens=max(self.specs))
+        require_ranges(num_draft_tokens=max(self.specs), keep=self.keep)
         temperature = self.generation.sampling.temperature
         _require_batches(self.batch_size, self.timed, 1, temperature, self.packing)
         _require_drawn(self.task.problem_samples, temperature)

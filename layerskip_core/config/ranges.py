@@ -53,6 +53,7 @@ RANGES = {
     "exit_confidence": _share(),
     "epochs": Range(0.0, 1_000_000.0, low_open=True),
     "eval_steps": Range(0, 1_000_000_000),
+    "keep": _share(low_open=True),
     "length": Range(2, 10_000_000),
     "limit": Range(0, 10_000_000),
     "lookup": Range(0, 1_000),

@@ -17,6 +17,11 @@ def quality(metrics: Mapping[str, float], name: str) -> float:
     return -value if name in LOWER_IS_BETTER else value
 
 
+def keeps(value: float, full_depth: float, share: float, name: str) -> bool:
+    """Whether a metric keeps this share of its value at full depth: where lower is better, it may grow by 1 / share."""
+    return value <= full_depth / share if name in LOWER_IS_BETTER else value >= share * full_depth
+
+
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], fold_whitespace: bool = False) -> float:
     """The share of predictions equal to one of their references, without outer whitespace.
 

@@ -1,17 +1,20 @@
 """The record of a measurement: its settings, the machine and its results, as one JSON document."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
+
+from ..config.policies import EXACT, Policy
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The exit and draft length to decode with, and a sentence that says why. Both are None where speculation does not pay.
+    """The exit and draft length to decode with, and a sentence that says why. Both are None if another setting is recommended.
 
     `baseline_drift`: by how much the autoregressive time changed between the two measurements of a prompt, as a share (median
-    over the prompts).
+    over the prompts). `policies`: the recommendation as `exact`, and `fast` if there is one; `fast_reason` says why, or why
+    not. Older versions wrote neither.
     """
 
     exit_layer: int | None
@@ -19,6 +22,14 @@ class Recommendation:
     speedup: float | None
     baseline_drift: float
     reason: str
+    fast_reason: str = ""
+    policies: dict[str, Policy] = field(default_factory=dict)
+
+    @property
+    def pays(self) -> bool:
+        """Whether anything but plain decoding is recommended."""
+        exact = self.policies.get(EXACT)
+        return self.exit_layer is not None if exact is None else exact.strategy != "autoregressive"
 
 
 @dataclass(frozen=True)

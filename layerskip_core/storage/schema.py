@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from ..errors import LayerSkipError
+from ..errors import ConfigError, LayerSkipError
 
 _LARGEST = 2**53  # the largest integer: beyond it floats are not exact
 _NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", NoneType: "null", dict: "an object"}
@@ -68,7 +68,10 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
             arguments[field.name] = build(hints[field.name], entries[field.name], _path(where, field.name))
         elif field.default is MISSING and field.default_factory is MISSING:
             raise SchemaError(f"{_path(where, field.name)} is missing")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except ConfigError as error:  # from its own checks; what it names in backquotes is no flag here
+        raise SchemaError(f"{where}: {str(error).replace('`', '')}") from None
 
 
 def _named_tuple(kind: Any, value: Any, where: str) -> Any:

@@ -223,6 +223,8 @@ _FILES: tuple[Known, ...] = (
     _tokenizer("of another form", model={"type": "Unigram", "vocab": []}),
     Known("no tokenizer", _without_tokenizer),
     *(_info(recommended={"exit_layer": count, "num_draft_tokens": count}) for count in _COUNTS),
+    *(_info(policies={"exact": {"strategy": "early-exit", "exit_layer": count}}) for count in (*_COUNTS, None)),
+    *(_info(policies=policies) for policies in ([], {"exact": 3}, {"exact": {"strategy": "magic"}}, {"": {}})),
     *(_info(prompt_template=template) for template in ("", "chat", "{prompt", "{prompt}" * 90, 5, [])),
     Known("GGUF: 10 million blocks", lambda file: edit_gguf(file, b"llama.block_count", 10**7), "tiny.gguf"),
     Known("GGUF: no heads", lambda file: edit_gguf(file, b"llama.attention.head_count", 0), "tiny.gguf"),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from cli.bench import bench
 from cli.options import with_flags
 from cli.sweep_exits import sweep_exits
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.checkpoint.save import save_checkpoint, write_info
 from layerskip_core.errors import LayerSkipError
 
 STRATEGIES = "autoregressive,early-exit,self-speculative"
@@ -101,8 +102,21 @@ def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkey
     assert "prompts 3/3" not in result.stdout
 
 
+def test_older_versions_decode_plainly_what_they_do_not_know(model, monkeypatch):
+    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._WORTHWHILE", 0.0)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation.DRAFTERS", ("lookup",))
+    arguments = ("--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6")
+    result = run("sweep-exits", *arguments, "--save")
+    info = read_info(model)
+    assert (info.exit_layer, info.num_draft_tokens, info.strategy) == (None, None, "autoregressive")
+    assert (info.policies["exact"].strategy, info.policies["exact"].num_draft_tokens) == ("lookup", 3)
+    assert f"saved lookup with 3 draft tokens as the default of {model}" in result.stderr
+    assert "Recommended: lookup with 3 draft tokens is the fastest of 1 settings" in result.stdout
+
+
 @pytest.mark.parametrize("pays", [True, False])
 def test_save_writes_the_recommendation_if_there_is_one(model, monkeypatch, pays):
+    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation.DRAFTERS", ("self-speculative",))
     monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._WORTHWHILE", 0.0 if pays else 1e9)
     result = run(
         "sweep-exits", "--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6", "--save"
@@ -112,9 +126,59 @@ def test_save_writes_the_recommendation_if_there_is_one(model, monkeypatch, pays
     assert info.prompt_template == "{prompt}\n"
     assert info.strategy == (None if pays else "autoregressive")
     saved = (
-        "saved exit 5 and 3 draft tokens" if pays else f"saved plain decoding as the default of {model}: speculation does not"
+        f"saved exit 5 with 3 draft tokens as the default of {model}"
+        if pays
+        else f"saved plain decoding as the default of {model}: speculation does not"
     )
     assert saved in result.stderr
+    exact = info.policies["exact"]
+    assert (exact.strategy, exact.exit_layer) == (("self-speculative", 5) if pays else ("autoregressive", None))
+    assert (exact.measured.task, exact.measured.metric) == ("commands", "exact_match")
+    assert "policy fast: none, because exact_match is 0 at full depth" in result.stderr
+    assert "Policy fast: none, because" in result.stdout and f"Policy exact: {exact}." in result.stdout
+
+
+@pytest.mark.parametrize(("keep", "saved"), [("0.3", True), ("0.98", False)])
+def test_save_stores_the_fastest_exit_that_keeps_the_quality(tmp_path, model, data, monkeypatch, keep, saved):
+    """Exit 2 answers nothing right and exit 5 one of three, on whatever machine: nothing pays, and any exit counts as fast."""
+    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._WORTHWHILE", 1e9)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.policies._speedup", lambda policy: policy.exit_layer or 1.0)
+    arguments = ("--model", model, "--data", data, "--metric", "exact_match", "--exits", "2,5", "--specs", "3", "--save")
+    out = str(tmp_path / "out")
+    result = run("sweep-exits", *arguments, "--keep", keep, "--max-new-tokens", "12", "--output", out)
+    policies = read_info(model).policies
+    assert list(policies) == (["exact", "fast"] if saved else ["exact"])
+    reason = (
+        "exit 5: 5.00x the speed of plain decoding, exact_match 0.333 (1 at full depth)"
+        if saved
+        else "none, because no early exit keeps 0.98 of exact_match, 1 at full depth; the best, exit 5, has 0.333"
+    )
+    assert f"policy fast: {reason}" in result.stderr and f"Policy fast: {reason}." in result.stdout.replace("\n", "")
+    if saved:
+        assert (policies["fast"].strategy, policies["fast"].exit_layer) == ("early-exit", 5)
+        assert (policies["fast"].measured.value, policies["fast"].measured.full_depth) == (1 / 3, 1.0)
+    # A saved sweep saves the same.
+    write_info(model, replace(read_info(model), policies={}))
+    run("sweep-exits", "--from", f"{out}/results.json", "--save")
+    assert read_info(model).policies == policies
+
+
+def test_a_sweep_of_an_older_version_saves_its_recommendation_alone(tmp_path, model):
+    arguments = ("--model", model, "--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6")
+    record = json.loads(run("sweep-exits", *arguments, "--format", "json", "--save").stdout)
+    assert read_info(model).policies
+    record["recommendation"] |= {"exit_layer": 5, "num_draft_tokens": 3}
+    del record["recommendation"]["policies"], record["recommendation"]["fast_reason"], record["config"]["keep"]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(record))
+    result = run("sweep-exits", "--from", str(file), "--save")
+    info = read_info(model)
+    assert (info.exit_layer, info.num_draft_tokens, info.strategy, info.policies) == (5, 3, None, {})
+    assert "saved exit 5 with 3 draft tokens" in result.stderr and "Policy" not in result.stdout
+    record["recommendation"]["policies"] = {"exact": {"strategy": "early-exit"}}
+    file.write_text(json.dumps(record))
+    with pytest.raises(LayerSkipError, match=r"wrote: recommendation.policies.exact: exit_layer must be given"):
+        run("sweep-exits", "--from", str(file))
 
 
 def test_save_needs_a_folder():

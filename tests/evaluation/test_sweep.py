@@ -10,7 +10,7 @@ from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_l
 
 from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
-from layerskip_core.config.evaluation import SweepConfig
+from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import counts_text, parse_counts
 from layerskip_core.errors import ConfigError
@@ -33,6 +33,11 @@ def row(strategy, exit_layer=None, drafts=None, quality=1.0, speed=100.0, **chan
 
 
 PLAIN = row("autoregressive")
+
+
+def advise(table, drift=0.0, metric="exact_match", **config):
+    """The recommendation from a table, for the settings of a sweep."""
+    return recommend(table, 1e-3, drift, metric, SweepConfig(task=TaskConfig("known"), **config))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ def test_pareto_marks_of_a_known_table():
 def test_the_fastest_faithful_setting_is_recommended():
     slower, best = row("self-speculative", 6, 4, speed=170), row("self-speculative", 8, 6, speed=182)
     table = [PLAIN, row("early-exit", 3, speed=900), slower, best]
-    advice = recommend(table, near_tie=1e-3, drift=0.02)
+    advice = advise(table, drift=0.02)
     assert (advice.exit_layer, advice.num_draft_tokens, advice.speedup, advice.baseline_drift) == (8, 6, 1.82, 0.02)
     assert advice.reason == (
         "exit 8 with 6 draft tokens is the fastest of 2 settings: 1.82x the speed of autoregressive decoding "
@@ -107,18 +112,18 @@ def test_settings_that_change_the_output_are_excluded_unless_at_near_ties():
     wrong = row("self-speculative", 6, 4, speed=300, differences=(Difference(0, 3, 0.5),))
     failed = row("self-speculative", 6, 6, speed=300, failures=(Failure(0, "out of memory"),))
     tied = replace(row("self-speculative", 8, 6, speed=182), identical_outputs=0.9, differences=(Difference(1, 3, 1e-4),))
-    advice = recommend([PLAIN, wrong, failed, tied], near_tie=1e-3, drift=0.0)
+    advice = advise([PLAIN, wrong, failed, tied])
     assert (advice.exit_layer, advice.num_draft_tokens) == (8, 6)
     assert advice.reason.endswith(
         "90% of outputs identical (1 differs at a near-tie); 2 of 3 settings changed the output and were excluded"
     )
-    nothing = recommend([PLAIN, wrong], near_tie=1e-3, drift=0.0)
+    nothing = advise([PLAIN, wrong])
     assert (nothing.exit_layer, nothing.num_draft_tokens, nothing.speedup) == (None, None, None)
-    assert nothing.reason.startswith("no self-speculative setting kept the autoregressive outputs")
+    assert nothing.reason.startswith("no setting that drafts kept the autoregressive outputs")
 
 
 def test_speculation_that_does_not_pay_is_not_recommended():
-    advice = recommend([PLAIN, row("self-speculative", 8, 6, speed=104)], near_tie=1e-3, drift=0.0)
+    advice = advise([PLAIN, row("self-speculative", 8, 6, speed=104)])
     assert (advice.exit_layer, advice.num_draft_tokens, advice.speedup) == (None, None, 1.04)
     assert advice.reason == (
         "speculation does not pay on this model and machine: exit 8 with 6 draft tokens, the best setting, reaches 1.04x"
@@ -126,7 +131,7 @@ def test_speculation_that_does_not_pay_is_not_recommended():
 
 
 def test_a_noisy_machine_is_reported():
-    reason = recommend([PLAIN, row("self-speculative", 8, 6, speed=200)], near_tie=1e-3, drift=0.25).reason
+    reason = advise([PLAIN, row("self-speculative", 8, 6, speed=200)], drift=0.25).reason
     assert reason.endswith("; the autoregressive baseline itself varied by 25%, so measure again on a quieter machine")
 
 
@@ -188,8 +193,9 @@ def test_a_sweep_of_the_tiny_model():
     assert record.prediction_error.settings == 4
     assert record.config["exits"] == (2, 5)
     advice = record.recommendation
-    assert advice == recommend(record.results, NEAR_TIE[torch.float64], advice.baseline_drift)
-    assert re.search(r"exit \d with \d draft tokens", advice.reason)
+    config = SweepConfig("tiny", task.config)
+    assert advice == recommend(record.results, NEAR_TIE[torch.float64], advice.baseline_drift, "exact_match", config)
+    assert re.search(r"(exit \d|lookup) with \d draft tokens|adaptive", advice.reason)
 
 
 def test_low_bit_copies_draft_with_all_layers():

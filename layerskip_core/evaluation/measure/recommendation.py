@@ -4,42 +4,53 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean, median
 
+from ...config.decoding import DRAFTERS
+from ...config.evaluation import SweepConfig
+from ...config.policies import EXACT, FAST
 from ..metrics import quality
 from ..outputs import Outputs
 from ..record import PredictionError, Recommendation
 from ..results import ExitResult, frontier
+from .policies import fast_policy, policy_of
 
 _WORTHWHILE = 1.05  # smaller speedups are not recommended
 _NOISY = 0.1  # a baseline that drifts by more makes small differences meaningless
 
 
-def recommend(results: Sequence[ExitResult], near_tie: float, drift: float) -> Recommendation:
-    """The fastest self-speculative setting with the autoregressive outputs, up to differences at near-ties."""
-    autoregressive = next(result for result in results if result.strategy == "autoregressive")
-    settings = [result for result in results if result.strategy == "self-speculative" and result.draft_weights is None]
+def recommend(
+    results: Sequence[ExitResult], near_tie: float, drift: float, quality_metric: str, config: SweepConfig
+) -> Recommendation:
+    """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies."""
+    plain = next(result for result in results if result.strategy == "autoregressive")
+    settings = [result for result in results if result.strategy in DRAFTERS]
     measured = [result for result in settings if result.metrics]
-    faithful = [result for result in measured if _is_faithful(result, autoregressive, near_tie)]
+    faithful = [result for result in measured if _is_faithful(result, plain, near_tie)]
     notes = ""
     if len(faithful) < len(measured):
         notes += f"; {len(measured) - len(faithful)} of {len(measured)} settings changed the output and were excluded"
-    if len(measured) < len(settings):
-        notes += f"; not measured because of a lower predicted speed: {len(settings) - len(measured)}"
+    skipped = [result for result in settings if result.predicted_speedup and not result.metrics]
+    if skipped:
+        notes += f"; not measured because of a lower predicted speed: {len(skipped)}"
     if drift > _NOISY:
         notes += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
     best = max(faithful, key=lambda result: result.speedup or 0.0, default=None)
+    pays = best is not None and (best.speedup or 0.0) >= _WORTHWHILE
+    exact = policy_of(best if best is not None and pays else plain, plain, quality_metric, config)
+    fast, fast_reason = fast_policy(results, exact, plain, quality_metric, config)
+    policies = {EXACT: exact} | ({} if fast is None else {FAST: fast})
     if best is None:
-        return Recommendation(None, None, None, drift, f"no self-speculative setting kept the autoregressive outputs{notes}")
-    speedup = best.speedup or 0.0
-    name = f"exit {best.exit_layer} with {best.num_draft_tokens} draft tokens"
-    if speedup < _WORTHWHILE:
+        reason = f"no setting that drafts kept the autoregressive outputs{notes}"
+        return Recommendation(None, None, None, drift, reason, fast_reason, policies)
+    speedup, name = best.speedup or 0.0, policy_of(best, plain, quality_metric, config)
+    if not pays:
         reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {speedup:.2f}x{notes}"
-        return Recommendation(None, None, best.speedup, drift, reason)
+        return Recommendation(None, None, best.speedup, drift, reason, fast_reason, policies)
     reason = (
         f"{name} is the fastest of {len(faithful)} settings: {speedup:.2f}x the speed of autoregressive decoding "
-        f"({best.tokens_per_second:.0f} vs. {autoregressive.tokens_per_second:.0f} tokens/s), {best.acceptance_rate:.0%} of "
+        f"({best.tokens_per_second:.0f} vs. {plain.tokens_per_second:.0f} tokens/s), {best.acceptance_rate or 0.0:.0%} of "
         f"drafts accepted, {best.identical_outputs or 0.0:.0%} of outputs identical{_near_ties(best)}{notes}"
     )
-    return Recommendation(best.exit_layer, best.num_draft_tokens, best.speedup, drift, reason)
+    return Recommendation(best.exit_layer, best.num_draft_tokens, best.speedup, drift, reason, fast_reason, policies)
 
 
 def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[ExitResult]:

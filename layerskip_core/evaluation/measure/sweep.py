@@ -75,7 +75,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         _with_predictions(result, setting, losses, predictions) for result, setting in zip(results[1:], settings, strict=True)
     ]
     marked = mark_pareto(results, task.quality_metric)
-    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], baseline_drift(first, second))
+    drift = baseline_drift(first, second)
+    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config)
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked))
 

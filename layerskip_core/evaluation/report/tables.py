@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ...config.policies import EXACT, FAST
 from ..metrics import LOWER_IS_BETTER
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult
@@ -73,7 +74,9 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
         )
     advice = record.recommendation
     if advice is not None:
-        note += f"\n{'Not recommended' if advice.exit_layer is None else 'Recommended'}: {advice.reason}."
+        note += f"\n{'Recommended' if advice.pays else 'Not recommended'}: {advice.reason}."
+        note += f"\nPolicy {EXACT}: {advice.policies[EXACT]}." if EXACT in advice.policies else ""
+        note += f"\nPolicy {FAST}: {advice.fast_reason}." if advice.fast_reason else ""
     return TextTable(headers, tuple(rows), note, labels=3)
 
 

@@ -1,0 +1,68 @@
+"""layerskip.json: policies written and read back, files of older versions, damaged ones."""
+
+import json
+
+import pytest
+
+from layerskip_core.checkpoint.info import CheckpointInfo, read_info
+from layerskip_core.config.policies import Measured, Policy
+from layerskip_core.errors import CheckpointError
+
+POLICIES = {
+    "exact": Policy("self-speculative", 6, 4, "int8", lookup=3, measured=Measured("topv2", "exact_match", 0.9, 0.9, 1.8)),
+    "fast": Policy("early-exit", exits=(2, 4), exit_confidence=0.9),
+    "my own": Policy("autoregressive"),
+}
+
+
+def write(folder, content):
+    (folder / "layerskip.json").write_text(content, encoding="utf-8")
+    return read_info(folder)
+
+
+def test_policies_are_read_as_they_were_written(tmp_path):
+    info = CheckpointInfo("{prompt}\n", strategy="autoregressive", details={"rows": 7}, policies=POLICIES)
+    assert write(tmp_path, info.to_json()) == info
+    document = json.loads(info.to_json())
+    assert document["recommended"] == {"exit_layer": None, "num_draft_tokens": None, "strategy": "autoregressive"}
+    assert document["policies"]["fast"] == {"strategy": "early-exit", "exits": [2, 4], "exit_confidence": 0.9}
+
+
+def test_a_file_without_policies(tmp_path):
+    info = write(tmp_path, '{"format": 1, "recommended": {"exit_layer": 3, "num_draft_tokens": 5}, "rows": 7}')
+    assert info == CheckpointInfo(exit_layer=3, num_draft_tokens=5, details={"rows": 7})
+    assert "policies" not in json.loads(info.to_json())
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [
+        ([], "policies: needed an object, found a list"),
+        ({"fast": 7}, "policies.fast: needed an object, found 7"),
+        ({"fast": {}}, "policies.fast.strategy is missing"),
+        ({"fast": {"strategy": 7}}, "policies.fast.strategy: needed a text, found 7"),
+        ({"fast": {"strategy": "magic"}}, "policies.fast: strategy must be one of "),
+        ({"fast": {"strategy": "early-exit"}}, "policies.fast: exit_layer must be given for strategy early-exit, got none"),
+        ({"fast": {"strategy": "early-exit", "exit_layer": 0}}, "policies.fast: exit_layer must be at least 1, got 0"),
+        (
+            {"fast": {"strategy": "early-exit", "exit_layer": True}},
+            "policies.fast.exit_layer: needed a whole number, found True",
+        ),
+        ({"fast": {"strategy": "early-exit", "exit_layer": 2.5}}, "policies.fast.exit_layer: needed a whole number, found 2.5"),
+        ({"fast": {"strategy": "lookup", "num_draft_tokens": 0}}, "policies.fast: num_draft_tokens must be at least 1, got 0"),
+        ({"fast": {"strategy": "lookup", "exits": [2, "a"]}}, "policies.fast.exits[1]: needed a whole number, found 'a'"),
+        ({"fast": {"strategy": "lookup", "exits": [2, 0]}}, "policies.fast: exit_layer must be at least 1, got 0"),
+        (
+            {"fast": {"strategy": "early-exit", "exit_confidence": 2}},
+            "policies.fast: exit_confidence must be in [0, 1], got 2.0",
+        ),
+        ({"exact": {"strategy": "lookup", "draft_weights": "int3"}}, "policies.exact.draft_weights: needed one of int8, int4"),
+        ({"exact": {"strategy": "lookup", "speed": 3}}, "policies.exact: 'speed' is not one of its fields"),
+        ({"exact": {"strategy": "lookup", "measured": {"metric": "x"}}}, "policies.exact.measured.task is missing"),
+        ({"x" * 900: 7}, "policies." + "x" * 60 + ": needed an object, found 7"),
+    ],
+)
+def test_every_damaged_policy_names_the_file(tmp_path, policies, message):
+    with pytest.raises(CheckpointError) as error:
+        write(tmp_path, json.dumps({"policies": policies}))
+    assert str(error.value).startswith(f"{tmp_path / 'layerskip.json'} is not valid: {message}")

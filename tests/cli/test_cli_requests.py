@@ -1,0 +1,224 @@
+"""Policies of `layerskip generate`, and rows of JSON lines that say how they are decoded."""
+
+import json
+import shutil
+
+import pytest
+from command_line import fails, run
+
+from layerskip_core import load
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.save import write_info
+from layerskip_core.config.policies import Policy
+from layerskip_core.decoding import text as decoding_text
+
+PROMPT = "wake me up"
+POLICIES = {
+    "exact": Policy("self-speculative", 5, 2),
+    "fast": Policy("early-exit", 3),
+    "copies": Policy("self-speculative", 6, 3, "int8"),
+    "confident": Policy("early-exit", exits=(2, 3), exit_confidence=0.6),
+    "too deep": Policy("early-exit", 40),
+}
+
+UNKNOWN = (
+    "policy must be one that is saved with the model (exact, fast, copies, confident, too deep; `layerskip sweep-exits --save` "
+    "saves exact, and fast where an early exit keeps the quality), got magic"
+)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, tmp_path_factory):
+    """The tiny checkpoint, which recommends exit 1 with 6 draft tokens, with policies."""
+    folder = str(shutil.copytree(checkpoint, tmp_path_factory.mktemp("policies") / "model"))
+    return with_policies(folder, POLICIES)
+
+
+def with_policies(folder, policies):
+    info = read_info(folder)
+    info.policies.update(policies)
+    write_info(folder, info)
+    return folder
+
+
+@pytest.fixture
+def generate(model):
+    def command(*arguments, **keywords):
+        return run("generate", *arguments, "--model", model, "--dtype", "fp32", **keywords)
+
+    return command
+
+
+@pytest.fixture
+def ask(generate):
+    """The answers to rows, as objects."""
+
+    def answers(*rows, flags=(), code=0):
+        result = generate("--jsonl", "--max-new-tokens", "20", *flags, stdin="".join(json.dumps(row) + "\n" for row in rows))
+        assert (result.code, result.err) == (code, "")
+        return [json.loads(line) for line in result.out.splitlines()]
+
+    return answers
+
+
+def test_a_policy_is_its_settings(ask):
+    row = {"prompt": PROMPT}
+    (early,) = ask(row, flags=("--policy", "fast"))
+    assert early == ask(row, flags=("--strategy", "early-exit", "--exit", "3"))[0] | {"policy": "fast"}
+    (exact,) = ask(row, flags=("--policy", "exact"))
+    assert exact == ask(row, flags=("--exit", "5", "--spec", "2"))[0] | {"policy": "exact"}
+    assert early["text"] != exact["text"]
+
+
+def test_exact_is_used_where_nothing_is_said(ask, generate):
+    row = {"prompt": PROMPT}
+    assert ask(row) == ask(row, flags=("--policy", "exact"))
+    for flags in (("--exit", "5"), ("--spec", "2"), ("--strategy", "autoregressive"), ("--draft-vocab", "200")):
+        assert ask(row, flags=flags)[0]["policy"] is None
+    assert generate(PROMPT, "--stats").err.endswith("; policy: exact\n")
+    assert "policy" not in generate(PROMPT, "--stats", "--exit", "5").err
+
+
+def test_low_bit_copies_of_a_policy_are_loaded_with_the_model(ask, generate):
+    plain = ask({"prompt": PROMPT}, flags=("--strategy", "autoregressive"))[0]["text"]
+    for found in (ask({"prompt": PROMPT, "policy": "copies"})[0], ask({"prompt": PROMPT}, flags=("--policy", "copies"))[0]):
+        assert (found["text"], found["policy"]) == (plain, "copies") and found["drafted"] > 0
+    assert "int8 drafts" in generate(PROMPT, "--policy", "copies", "--stats").err
+    assert "int8 drafts" not in generate(PROMPT, "--stats").err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--policy", "magic"),
+            "--" + UNKNOWN,
+        ),
+        (("--policy", "fast", "--strategy", "lookup"), "--policy must be given without --strategy, got --strategy lookup"),
+        (("--policy", "fast", "--exit", "3"), "--policy must be given without --exit, got --exit 3"),
+        (("--policy", "fast", "--spec", "3"), "--policy must be given without --spec, got --spec 3"),
+        (
+            ("--policy", "fast", "--exit-confidence", "0.5"),
+            "--policy must be given without --exit-confidence, got --exit-confidence 0.5",
+        ),
+        (("--policy", "fast", "--skip", "3,5,6,7"), "--policy must be given without --skip, got --skip 3,5:7"),
+        (
+            ("--policy", "too deep"),
+            "--policy too deep does not suit the model: --exit must be in 1..6, got 40 (model has 6 layers)",
+        ),
+    ],
+)
+def test_policies_that_cannot_be(model, flags, message):
+    fails(message, "generate", PROMPT, *flags, "--model", model)
+
+
+def test_a_model_without_policies_says_how_to_save_them(checkpoint):
+    result = run("generate", PROMPT, "--policy", "fast", "--model", checkpoint)
+    assert result.code == 1 and "(there are none; `layerskip sweep-exits --save` saves exact" in result.err
+
+
+# A row's own settings, and the flags that mean the same.
+OWN = [
+    ({}, ()),
+    ({"policy": "fast"}, ("--policy", "fast")),
+    ({"policy": None, "stop": None, "id": 3}, ()),
+    ({"max_new_tokens": 3}, ("--max-new-tokens", "3")),
+    ({"stop": "e"}, ("--stop", "e")),
+    ({"stop": ["never there", "e"]}, ("--stop", "never there", "--stop", "e")),
+    ({"temperature": 0.9, "seed": 5}, ("--temperature", "0.9", "--seed", "5")),
+    ({"policy": "confident"}, ("--policy", "confident")),
+    (
+        {"temperature": 2, "top_k": 5, "top_p": 0.9, "policy": "fast", "max_new_tokens": 7},
+        ("--temperature", "2", "--top-k", "5", "--top-p", "0.9", "--policy", "fast", "--max-new-tokens", "7"),
+    ),
+]
+
+
+def test_rows_are_answered_as_their_settings_say(ask, generate):
+    found = ask(*({"prompt": PROMPT, **row} for row, _ in OWN))
+    for answer, (row, flags) in zip(found, OWN, strict=True):
+        limit = () if "--max-new-tokens" in flags else ("--max-new-tokens", "20")
+        alone = generate("--jsonl", *limit, *flags, stdin=json.dumps({"prompt": PROMPT}))
+        assert answer == json.loads(alone.out), row
+        assert answer["policy"] == (row.get("policy") or "exact")
+    assert len({answer["text"] for answer in found}) > 4
+
+
+def test_rows_override_flags(ask):
+    flags = ("--exit", "4", "--lookup", "3", "--temperature", "0.9", "--stop", "e")
+    own, flagged = ask({"prompt": PROMPT, "policy": "fast", "temperature": 0, "stop": []}, {"prompt": PROMPT}, flags=flags)
+    assert own == ask({"prompt": PROMPT, "policy": "fast"})[0]
+    assert flagged == ask({"prompt": PROMPT}, flags=flags)[0] and flagged["policy"] is None
+
+
+BAD = [
+    ({"temperature": "hot"}, "temperature: needed a number, found 'hot'"),
+    ({"temperature": True}, "temperature: needed a number, found True"),
+    ({"temperature": -1}, "temperature must be at least 0, got -1.0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens: needed a whole number, found 2.5"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ({"max_new_tokens": 2**70}, "max_new_tokens: needed a number in range, found 1180591620717411303424"),
+    ({"top_k": -1}, "top_k must be at least 0, got -1"),
+    ({"top_p": 0}, "top_p must be in (0, 1], got 0.0"),
+    ({"seed": "1"}, "seed: needed a whole number, found '1'"),
+    ({"stop": 3}, "stop: needed a list, found 3"),
+    ({"stop": ["a", 3]}, "stop[1]: needed a text, found 3"),
+    ({"stop": ""}, "stop must be a text that is not empty, got an empty one"),
+    ({"policy": ["fast"]}, "policy: needed a text, found a list"),
+    (
+        {"policy": "magic"},
+        UNKNOWN,
+    ),
+    ({"policy": "too deep"}, "policy too deep does not suit the model: --exit must be in 1..6, got 40 (model has 6 layers)"),
+]
+
+
+@pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])
+def test_bad_settings_are_errors_of_their_rows(ask, batch):
+    rows = [{"prompt": PROMPT}, *({"prompt": PROMPT, **row} for row, _ in BAD), {"prompt": PROMPT}]
+    first, *errors, last = ask(*rows, flags=batch, code=1)
+    assert first == last and first["new_tokens"] == 20
+    assert errors == [{"error": f"line {number}: {message}"} for number, (_, message) in enumerate(BAD, start=2)]
+
+
+def test_rows_with_equal_settings_are_decoded_together_and_answered_in_order(ask, monkeypatch):
+    prompts = [PROMPT, "play jazz", "set an alarm", "call mom", "what is the weather like"]
+    changes = [{}, {"policy": "fast"}, {"policy": "exact"}, {"policy": "fast", "seed": 0}, {"max_new_tokens": 5}]
+    prompts, changes = [*prompts, PROMPT], [*changes, {"policy": "confident"}]  # decoded alone
+    rows = [{"prompt": prompt, **change} for prompt, change in zip(prompts, changes, strict=True)]
+    singly, groups, honest = ask(*rows), [], decoding_text.answer_together
+
+    def recorded(loaded, prompts, config):
+        groups.append(list(prompts))
+        return honest(loaded, prompts, config)
+
+    monkeypatch.setattr(decoding_text, "answer_together", recorded)
+    together = ask(*rows, flags=("--batch-size", "8"))
+    assert groups == [[prompts[0], prompts[2]], [prompts[1], prompts[3]], [prompts[4]]]
+    for one, other in zip(singly, together, strict=True):
+        assert [one[name] for name in ("text", "policy", "new_tokens")] == [
+            other[name] for name in ("text", "policy", "new_tokens")
+        ]
+
+
+def test_policies_from_python(model, ask):
+    loaded = load(model, device="cpu", dtype="fp32")
+    for policy in ("exact", "fast", "copies"):
+        expected = ask({"prompt": PROMPT}, flags=("--policy", policy))[0]
+        answer = loaded.generate(PROMPT, policy=policy, max_new_tokens=20)
+        assert (answer.text, answer.stats.drafted) == (expected["text"], expected["drafted"])
+    assert loaded.generate(PROMPT, max_new_tokens=20).stats.drafted == ask({"prompt": PROMPT})[0]["drafted"]
+
+
+def test_exact_with_copies_needs_them(checkpoint, tmp_path):
+    """On a device without low-bit kernels, for example."""
+    folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
+    from layerskip_core.checkpoint.load import for_decoding
+    from layerskip_core.config.decoding import DecodingSettings
+    from layerskip_core.config.packing import PackingConfig
+    from layerskip_core.errors import ConfigError
+
+    loaded = for_decoding(folder, "cpu", "fp32")
+    assert loaded.resolve(DecodingSettings(), PackingConfig()).exit_layer == 1  # as the checkpoint recommends without policies
+    with pytest.raises(ConfigError, match="`policy` must be given with `draft_weights` int8, which it drafts with, got exact"):
+        loaded.resolve(DecodingSettings(policy="exact"), PackingConfig())
