@@ -108,7 +108,7 @@ def _decoder(
             folder = path
             info = read_info(path)
             if device.type == "cpu":
-                packing = _with_copies(packing, info, policies)
+                packing = _with_policy_copies(packing, info, policies)
             lean = reading(name, lambda: _lean_decoder(name, path, info, device, dtype, packing))
             if lean is not None:
                 return lean
@@ -116,7 +116,9 @@ def _decoder(
     return reading(name, lambda: _repacked(trainable, path, folder, packing))
 
 
-def _with_copies(packing: PackingConfig | None, info: CheckpointInfo, names: Collection[str] | None) -> PackingConfig | None:
+def _with_policy_copies(
+    packing: PackingConfig | None, info: CheckpointInfo, names: Collection[str] | None
+) -> PackingConfig | None:
     """`packing` with whole low-bit copies for those of the saved policies that draft with them."""
     used = [policy.draft_weights for name, policy in info.policies.items() if names is None or name in names]
     packing = packing or PackingConfig()
