@@ -16,7 +16,7 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfi
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.ranges import parse_counts
+from layerskip_core.config.ranges import parse_counts, parse_shares
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.evaluation.tasks import TASKS
 
@@ -184,6 +184,12 @@ OPTIONS: dict[type, dict[str, Option]] = {
         ),
         "specs": Option(DECODING, "Draft lengths, in the same form.", parse=parse_counts),
         "keep": Option(MEASUREMENT, "Share of full depth's quality that an early exit must keep to be the policy `fast`."),
+        "exit_confidences": Option(
+            DECODING,
+            "Also early exits by confidence (--exit-confidence of generate), for each of 0.8,0.9.",
+            default="0.8,0.9,0.95 if the exits were trained; none with --quick or --batch-size",
+            parse=parse_shares,
+        ),
         "quick": Option(MEASUREMENT, "Measure only the settings that are predicted to be fastest."),
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,

@@ -101,6 +101,7 @@ class SweepConfig:
     """Every exit and drafter with every draft length; `quick`: only those predicted to be fastest.
 
     No exits: a spread over the layers, and all layers of low-bit copies; these alone if the exits were not trained.
+    `exit_confidences`: early exits at a depth of each token's own; None: a few, if the exits were trained.
 
     `keep`: the share of full depth's quality that an early exit must keep to become the policy `fast`.
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (None: some) are timed.
@@ -111,6 +112,7 @@ class SweepConfig:
     exits: tuple[int, ...] = ()
     specs: tuple[int, ...] = (2, 4, 6, 8, 12)
     keep: float = 0.98
+    exit_confidences: tuple[float, ...] | None = None
     quick: bool = False
     batch_size: int = 1
     timed: int | None = None
@@ -124,6 +126,10 @@ class SweepConfig:
         require(all(spec >= 1 for spec in self.specs), "specs", "draft lengths of at least 1", _listed(self.specs))
         require_given("model", self.model)
         require_ranges(num_draft_tokens=max(self.specs), keep=self.keep)
+        shares = self.exit_confidences or ()
+        require(all(0 < share <= 1 for share in shares), "exit_confidences", "above 0 and up to 1", _listed(shares))
+        single = self.generation.exit_confidence
+        require(not single, "exit_confidence", "left out of a sweep, which takes `exit_confidences`", single)
         temperature = self.generation.sampling.temperature
         _require_batches(self.batch_size, self.timed, 1, temperature, self.packing)
         _require_drawn(self.task.problem_samples, temperature)
@@ -142,5 +148,5 @@ def _require_drawn(problem_samples: int, temperature: float) -> None:
     require(drawn, "temperature", "above 0 for several `problem_samples`", temperature)
 
 
-def _listed(counts: tuple[int, ...]) -> str:
-    return ",".join(map(str, counts))
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ",".join(map(str, numbers))

@@ -121,6 +121,17 @@ def parse_counts(text: str, field: str) -> tuple[int, ...]:
     return tuple(sorted(set(chain.from_iterable(ranges))))
 
 
+def parse_shares(text: str, field: str) -> tuple[float, ...]:
+    """Distinct shares above 0 and up to 1 in ascending order, from `0.8,0.9`. Raises ConfigError."""
+    try:
+        shares = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise refused(field, "a list such as 0.8,0.9 of numbers above 0 and up to 1", repr(shown(text)))
+    return tuple(shares)
+
+
 def counts_text(counts: Sequence[int]) -> str:
     """Ascending counts as `parse_counts` reads them; three or more in a row as a range: 8,9,14:18."""
     runs = [[counts[0]]] if counts else []

@@ -39,6 +39,7 @@ class Difference:
 class ExitResult:
     """One row of a sweep: autoregressive decoding, an early exit, or a strategy that drafts.
 
+    `exit_confidence`: each token leaves at the first of `exits` with this confidence, after `mean_layers` on average.
     `draft_weights`: the low-bit copy that drafts with its first `exit_layer` layers; None for the model's own weights.
     `perplexity` is measured on the references through the exit. It is None for strategies that draft, which answer with the
     last layer. `speedup` compares the total generation time per new token, prefill included, with autoregressive decoding in
@@ -73,6 +74,9 @@ class ExitResult:
     failures: tuple[Failure, ...] = ()
     draft_weights: Quantization | None = None
     steps_by_drafter: dict[str, int] = field(default_factory=dict)
+    exit_confidence: float | None = None
+    exits: tuple[int, ...] = ()
+    mean_layers: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,9 @@ class BenchResult:
     repeat; `speedup_over_transformers` with transformers' generate. `decode_speedup` leaves out prefill and first token.
     `identical_outputs` is the share of samples whose tokens equal the autoregressive ones; `differences` lists where the
     outputs of drafting strategies depart from them. `acceptance_by_position`: the share of drafts accepted at each position of
-    a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. `draft_weights` and
-    `steps_by_drafter` are those of ExitResult. None means that the figure does not apply (no drafts, a single token, no such
-    baseline) or cannot be measured.
+    a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. `draft_weights`,
+    `steps_by_drafter`, `exit_confidence` and `mean_layers` are those of ExitResult. None means that the figure does not apply
+    (no drafts, a single token, no such baseline) or cannot be measured.
 
     `longest_answer`: the steps of the longest answer, of adaptive decoding only, to show how its speed changes on the way.
     """
@@ -113,6 +117,8 @@ class BenchResult:
     failures: tuple[Failure, ...] = ()
     draft_weights: Quantization | None = None
     steps_by_drafter: dict[str, int] = field(default_factory=dict)
+    exit_confidence: float | None = None
+    mean_layers: float | None = None
     longest_answer: tuple[Step, ...] = ()
 
 

@@ -29,7 +29,7 @@ COMMANDS = {
     ("bench", "--model", "nonesuch", "--data", "none.csv", "--batch-size", "2"): ("--timed",),
     ("sweep-exits", "--model", "nonesuch", "--data", "none.csv"): (
         "--samples", "--exits", "--specs", "--max-new-tokens", "--shots", "--pass-k", "--temperature", "--seed",
-        "--draft-vocab", "--threads", "--batch-size",
+        "--draft-vocab", "--threads", "--batch-size", "--exit-confidences",
     ),
     ("sweep-exits", "--model", "nonesuch", "--data", "none.csv", "--temperature", "1"): ("--problem-samples",),
     ("sweep-exits", "--model", "nonesuch", "--data", "none.csv", "--batch-size", "2"): ("--timed",),

@@ -7,8 +7,10 @@ import pytest
 import torch
 from evaluating import NEW_TOKENS, TOO_LONG, early_exit_share, outputs_of, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.config.decoding import DecodingConfig, GenerationSettings
 from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.data.examples import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure import memory
@@ -24,6 +26,7 @@ FIELDS = [
     "time_per_token_ms", "ttft_ms", "peak_memory_mb", "speedup", "decode_speedup", "identical_outputs",
 ]  # fmt: skip
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
+TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}})
 DRAFTED = DecodingConfig("self-speculative", 5, 3)
 
 
@@ -92,7 +95,7 @@ def test_a_run_on_the_models_own_answers():
     record = record_of(task, BenchConfig("tiny", **settings))
     assert [field.name for field in fields(BenchResult)] == [
         *FIELDS, "speedup_over_transformers", "acceptance_by_position", "time_split_ms", "differences", "failures",
-        "draft_weights", "steps_by_drafter", "longest_answer",
+        "draft_weights", "steps_by_drafter", "exit_confidence", "mean_layers", "longest_answer",
     ]  # fmt: skip
     plain, early, drafted, looked_up = record.results
     assert [result.strategy for result in record.results] == list(STRATEGIES)
@@ -119,6 +122,19 @@ def test_a_run_on_the_models_own_answers():
     assert record.environment["dtype"] == "float64"
     assert record.environment["implementation"] == "generic"
     assert record.environment["threads"] == torch.get_num_threads()
+
+
+def test_early_exit_by_confidence():
+    trained = replace(tiny_loaded(), info=TRAINED)
+    task, generation = own_answers(), GenerationSettings(exit_confidence=0.03)
+    config = BenchConfig("tiny", repeats=1, strategies=STRATEGIES[:2], generation=generation)
+    *_, record = bench(trained, task, config)
+    plain, early = record.results
+    assert (early.exit_layer, early.exit_confidence, plain.exit_confidence, plain.mean_layers) == (None, 0.03, None, None)
+    setting = DecodingConfig("early-exit", None, 6, NEW_TOKENS, exits=(2, 4), exit_confidence=0.03)
+    stats = sum((measure_prompt(trained, example.prompt, setting).stats for example in task.examples), DecodeStats())
+    assert 2 < early.mean_layers == stats.mean_layers < 6
+    assert plain.speedup == 1.0
 
 
 def test_the_document_has_the_documented_names():

@@ -74,6 +74,9 @@ def test_json_holds_everything():
         "failures": [{"sample": 1, "error": "no, really"}],
         "draft_weights": None,
         "steps_by_drafter": {},
+        "exit_confidence": None,
+        "exits": [],
+        "mean_layers": None,
     }
     assert document["recommendation"]["reason"] == "it is the only one"
     assert list(json.loads(to_json(BENCH))) == ["config", "environment", "results"]
@@ -95,6 +98,7 @@ def test_csv_round_trip():
         "predicted_acceptance_rate": "0.7",
         "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
         "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1", "draft_weights": "",
+        "exit_confidence": "", "exits": "0", "mean_layers": "",
     }  # fmt: skip
     (plain, _) = csv.DictReader(io.StringIO(to_csv(BENCH)))
     assert (plain["rouge2"], plain["time_per_token_ms_p50"], plain["time_per_token_ms_p95"]) == ("0.4", "6.5", "7.25")
@@ -122,6 +126,16 @@ def test_low_bit_drafts_and_lookups_have_their_names_in_80_columns():
     table = sweep_table(replace(SWEEP, results=(*SWEEP.results, low, lookup)))
     assert [row[:3] for row in table.rows[3:]] == [("int8 drafts", "30", "12"), ("lookup", "-", "12")]
     assert len(table.column_blocks(80)) == 1
+
+
+def test_exits_by_confidence_show_their_mean_layers():
+    by_confidence = replace(SWEEP.results[1], exit_layer=None, exit_confidence=0.95, exits=(4, 8), mean_layers=6.25)
+    table = sweep_table(replace(SWEEP, results=(*SWEEP.results, by_confidence)))
+    assert table.rows[-1][:3] == ("exits at 0.95", "6.2", "-")
+    assert "exits at P: each token leaves at the first exit with a probability above P" in table.note
+    early = replace(BENCH.results[0], strategy="early-exit", exit_confidence=0.95, mean_layers=6.25)
+    rows = {name: cells for name, *cells in bench_table(replace(BENCH, results=(*BENCH.results, early))).rows}
+    assert (rows["exit confidence"], rows["mean layers"]) == (["-", "-", "0.95"], ["-", "-", "6.2"])
 
 
 def test_the_table_of_a_benchmark_says_what_drafted():

@@ -9,7 +9,7 @@ from conftest import tiny_model
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.load import for_decoding
-from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
+from layerskip_core.config.decoding import DRAFTERS, DecodingConfig, GenerationSettings
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import counts_text, parse_counts
@@ -33,6 +33,7 @@ def row(strategy, exit_layer=None, drafts=None, quality=1.0, speed=100.0, **chan
 
 
 PLAIN = row("autoregressive")
+CONFIDENCE = 0.03  # that the tiny model has in some tokens
 
 
 def advise(table, drift=0.0, metric="exact_match", **config):
@@ -227,6 +228,24 @@ def test_the_exits_of_a_trained_model_are_swept_beside_its_copies(checkpoint):
     assert drafted == [*((None, layer) for layer in exits), *(("int8", layer) for layer in (*exits, LAYERS))]
 
 
+def test_exits_by_confidence_are_swept_where_exits_were_trained():
+    recipe = {"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}}
+    trained = replace(tiny_loaded(), info=replace(tiny_loaded().info, details=recipe))
+    settings = SweepConfig("tiny", exits=(2,), specs=(2,))
+    *_, record = sweep(trained, own_answers(), replace(settings, exit_confidences=(CONFIDENCE, 1.0)))
+    some, never = [result for result in record.results if result.exit_confidence is not None]
+    assert (some.strategy, some.exit_layer, some.exits, never.exit_confidence) == ("early-exit", None, (2, 4), 1.0)
+    assert 2 < some.mean_layers < never.mean_layers == LAYERS
+    assert some.identical_outputs < never.identical_outputs == never.metrics["exact_match"] == 1.0
+    assert (some.perplexity, some.agreement, some.predicted_speedup) == (None, None, None)
+    *_, record = sweep(trained, own_answers(1), settings)
+    assert [result.exit_confidence for result in record.results if result.exit_confidence] == [0.8, 0.9, 0.95]
+    *_, record = sweep(trained, own_answers(1), replace(settings, quick=True))
+    assert not any(result.exit_confidence for result in record.results)
+    *_, record = sweep(tiny_loaded(), own_answers(1), replace(settings, exit_confidences=(0.5,)))
+    assert [result.exits for result in record.results if result.exit_confidence] == [(2,)]  # none was trained: the sweep's
+
+
 def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
     from layerskip_core.evaluation.measure import runner
 
@@ -294,6 +313,11 @@ def test_exits_outside_the_model_are_refused():
         ({"exits": (0, 2)}, "`exits` must be layers of at least 1, got 0,2"),
         ({"specs": (0, 2)}, "`specs` must be draft lengths of at least 1, got 0,2"),
         ({"specs": ()}, "`specs` must be at least one draft length, got none"),
+        ({"exit_confidences": (0.5, 1.5)}, "`exit_confidences` must be above 0 and up to 1, got 0.5,1.5"),
+        (
+            {"generation": GenerationSettings(exit_confidence=0.5)},
+            "`exit_confidence` must be left out of a sweep, which takes `exit_confidences`, got 0.5",
+        ),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -74,8 +74,10 @@ def bench(
     for method, answered, timed in zip(methods, answers, outputs, strict=True):
         comparable = method.strategy != "early-exit" and not sampled
         differing = differences(loaded, task.examples, answered, expected) if comparable else ()
-        # Perplexity is measured by our own passes, so that the baselines have none.
-        perplexity = losses.perplexity(_target_layers(method, loaded)) if isinstance(method, DecodingConfig) else None
+        # Perplexity is measured by our own passes through one exit, so that the baselines have none.
+        perplexity = None
+        if isinstance(method, DecodingConfig) and not method.exit_confidence:
+            perplexity = losses.perplexity(_target_layers(method, loaded))
         metrics = task.score(answered.texts, perplexity)
         results.append(bench_result(method, timed, outputs[0], metrics, differing, transformers, (answered, expected)))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
@@ -98,6 +100,7 @@ def bench_result(
     first, expected = answers or (repeats[0], autoregressive[0])
     drafts = drafts_tokens(method)
     exit_layer, num_draft_tokens = exit_and_drafts(method)
+    confidence = (method.exit_confidence or None) if isinstance(method, DecodingConfig) else None
     pairs = list(zip(autoregressive, repeats, strict=True))
     transformers_pairs = list(zip(transformers or (), repeats, strict=False))
     return BenchResult(
@@ -124,13 +127,15 @@ def bench_result(
         failures=first.failures,
         draft_weights=method.draft_weights if isinstance(method, DecodingConfig) else None,
         steps_by_drafter=first.stats.steps_by_drafter,
+        exit_confidence=confidence,
+        mean_layers=first.stats.mean_layers if confidence else None,
         longest_answer=repeats[0].longest.steps if repeats and method.strategy == "adaptive" else (),
     )
 
 
 def _target_layers(decoding: DecodingConfig, loaded: Decoder) -> int:
-    """How many layers an answer comes from."""
-    if decoding.strategy == "early-exit" and decoding.exit_layer is not None:
+    """How many layers an answer comes from; all if its tokens leave at several exits, of which there is no perplexity."""
+    if decoding.strategy == "early-exit" and not decoding.exit_confidence and decoding.exit_layer is not None:
         return decoding.exit_layer
     return int(loaded.backend.num_layers)
 

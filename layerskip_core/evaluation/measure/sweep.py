@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from ...checkpoint.loaded import Decoder
-from ...config.checks import require_exit_layer
+from ...config.checks import require, require_exit_layer
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings
 from ...config.evaluation import SweepConfig
 from ..outputs import Outputs, finite
@@ -21,6 +21,7 @@ from .recommendation import baseline_drift, mark_pareto, prediction_error, recom
 from .runner import Progress, drafts_tokens, exit_and_drafts, measure_interleaved
 
 _QUICK = 3  # settings that a quick sweep measures
+_CONFIDENCES = (0.8, 0.9, 0.95)
 
 
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord[ExitResult]]:
@@ -31,6 +32,11 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         LayerSkipError: no prompt could be answered.
     """
     task, generation = task.asked(config.generation)
+    if config.exit_confidences is None:
+        several = bool(loaded.recommended().exits) and config.batch_size == 1 and not config.quick and task.text is None
+        config = replace(config, exit_confidences=_CONFIDENCES if several else ())
+    elif task.text is not None:
+        require(not config.exit_confidences, "exit_confidences", "left out for `task` lm, which goes through one exit", "some")
     config = replace(_resolved(loaded, config), task=task.config, generation=generation)
     loaded = task.prepared(loaded)
     machine = environment(loaded)
@@ -105,6 +111,7 @@ def exit_result(
         differences=differing,
         failures=answers.failures,
         steps_by_drafter=answers.stats.steps_by_drafter,
+        mean_layers=answers.stats.mean_layers if setting.exit_confidence else None,
     )
 
 
@@ -131,10 +138,16 @@ def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:
 
 
 def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
-    """What is compared with autoregressive decoding: each exit alone, then each drafter with each draft length."""
+    """What is compared with autoregressive decoding: each exit alone, exits by confidence, each drafter with each draft length.
+
+    Exits are chosen by confidence among those that were trained, as `generate` does, else among those of the sweep.
+    """
     generation, num_layers = config.generation, loaded.backend.num_layers
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     settings = [generation.decoding("early-exit", exit_layer) for exit_layer in exits]
+    chosen = loaded.recommended().exits or tuple(exits)
+    for confidence in config.exit_confidences or ():
+        settings.append(replace(generation, exit_confidence=confidence).decoding("early-exit", exits=chosen))
     for weights, layers in ((None, exits), *((weights, config.exits) for weights in config.packing.draft_weights)):
         settings += [
             generation.decoding("self-speculative", exit_layer, drafts, draft_weights=weights)
@@ -156,22 +169,26 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> 
     return [
         setting
         for setting in settings
-        if setting in best or setting in unpredicted or (setting.strategy == "early-exit" and setting.exit_layer in exits)
+        if setting in best
+        or setting in unpredicted
+        or setting.exit_confidence
+        or (setting.strategy == "early-exit" and setting.exit_layer in exits)
     ]
 
 
 def _unmeasured(setting: DecodingConfig) -> ExitResult:
     exit_layer, drafts = exit_and_drafts(setting)
     nothing = ExitResult(setting.strategy, exit_layer, drafts, {}, None, None, None, None, None, None)
-    return replace(nothing, draft_weights=setting.draft_weights)
+    confidence = setting.exit_confidence or None
+    exits = setting.exits if confidence else ()
+    return replace(nothing, draft_weights=setting.draft_weights, exit_confidence=confidence, exits=exits)
 
 
 def _with_predictions(
     result: ExitResult, setting: DecodingConfig, losses: ReferenceLosses, predictions: Predictions
 ) -> ExitResult:
     """Adds what is known without decoding by the setting: perplexity and agreement of an exit, and a predicted speedup."""
-    if setting.strategy == "early-exit":
-        assert setting.exit_layer is not None
+    if setting.strategy == "early-exit" and setting.exit_layer is not None:
         perplexity, agreement = losses.perplexity(setting.exit_layer), predictions.agreement[side_of(setting)]
         return replace(result, perplexity=perplexity, agreement=agreement)
     prediction = predictions.settings.get(setting)

@@ -64,6 +64,8 @@ def label(result: ExitResult | BenchResult) -> str:
     """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
     if result.strategy in ("autoregressive", "transformers"):
         return result.strategy
+    if result.exit_confidence is not None:
+        return f"exits at {result.exit_confidence:.3g}"
     if result.strategy == "early-exit":
         return f"exit {result.exit_layer} alone"
     own = result.strategy == "self-speculative"

@@ -74,7 +74,8 @@ def _require_valid(result: Any, where: str) -> None:
     if result.strategy not in known:
         raise SchemaError(f"{where}.strategy: needed one of {', '.join(known)}, found {result.strategy!r:.60}")
     drafting = result.strategy == "self-speculative"
-    for name, needed in (("exit_layer", drafting or result.strategy == "early-exit"), ("num_draft_tokens", drafting)):
+    exits = drafting or (result.strategy == "early-exit" and result.exit_confidence is None)
+    for name, needed in (("exit_layer", exits), ("num_draft_tokens", drafting)):
         value = getattr(result, name)
         if value is None and needed:
             raise SchemaError(f"{where}.{name}: needed a whole number for {result.strategy}, found null")

@@ -50,8 +50,8 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     rows = [
         (
-            strategy_name(result),
-            _count(result.exit_layer),
+            strategy_name(result) if result.exit_confidence is None else f"exits at {result.exit_confidence:.3g}",
+            _count(result.exit_layer) if result.mean_layers is None else f"{result.mean_layers:.1f}",
             _count(result.num_draft_tokens),
             *(_percent(result.metrics.get(name), decimals) for name in metrics),
             _perplexity(result.perplexity),
@@ -65,7 +65,10 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
         )
         for result in record.results
     ]
-    note = f"{PARETO_NOTE}{_settings_note(record.config)}"
+    note = PARETO_NOTE
+    if any(result.exit_confidence is not None for result in record.results):
+        note += "\nexits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average."
+    note += _settings_note(record.config)
     error = record.prediction_error
     if error is not None:
         note += (
@@ -86,6 +89,8 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     over_transformers = [result.speedup_over_transformers for result in results]
     rows: list[tuple[str, list[str]]] = [
         ("exit layer", [_count(result.exit_layer) for result in results]),
+        ("exit confidence", [_number(result.exit_confidence, ".3g") for result in results]),
+        ("mean layers", [_number(result.mean_layers, ".1f") for result in results]),
         ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
         ("draft weights", [result.draft_weights or "-" for result in results]),
         ("drafted by", [_shares(result.steps_by_drafter) for result in results]),
