@@ -144,6 +144,7 @@ def _write_object(answer: "TextStream | Answer", policy: str | None) -> None:
         "rounds": stats.rounds,
         "acceptance_rate": round(stats.acceptance_rate, 4),
         "steps_by_drafter": stats.steps_by_drafter,
+        "mean_layers": round(stats.mean_layers, 2),
     }
     _write(json.dumps(document, ensure_ascii=False))
 

@@ -121,6 +121,12 @@ OPTIONS: dict[type, dict[str, Option]] = {
             "of plain decoding) or fast (nearly its quality).",
             default="exact if it is stored and nothing else is said",
         ),
+        "exits": Option(
+            DECODING,
+            "Exits that --exit-confidence chooses among: 3,6,8 or A:B:STEP.",
+            default="the trained ones, at most six",
+            parse=parse_counts,
+        ),
     },
     PromptingConfig: {
         "template": Option(

@@ -26,6 +26,7 @@ class DecodingOptions(TypedDict, total=False):
     lookup: int  # first draft what followed an earlier occurrence of at least this many last tokens; 0: do not
     skip: Sequence[int]  # draft with all layers but these, by number from 1
     exit_confidence: float  # early exit: each token leaves at the first exit whose best token is more probable
+    exits: Sequence[int]  # that exit_confidence chooses among; left out: the trained ones
     stop: str | Sequence[str]  # texts that end the answer, and are not part of it
     temperature: float  # 0 is greedy
     top_k: int
@@ -101,6 +102,8 @@ def decoding_settings(options: Mapping[str, Any]) -> DecodingSettings:
         values["stop"] = tuple(values["stop"])
     if "skip" in values:
         values["skip"] = tuple(values["skip"])
+    if "exits" in values:
+        values["exits"] = tuple(values["exits"])
 
     def taken(config: type) -> dict[str, Any]:
         return {field.name: values.pop(field.name) for field in fields(config) if field.name in values}

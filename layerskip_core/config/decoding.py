@@ -138,7 +138,7 @@ class ExitChoice:
 
 @dataclass(frozen=True)
 class DecodingSettings:
-    """What is asked of decoding. None: not said, so that the checkpoint decides.
+    """What is asked of decoding. None, or no `exits`: not said, so that the checkpoint decides.
 
     `policy` names settings that are saved with the checkpoint, and stands for all that it sets.
     """
@@ -148,6 +148,7 @@ class DecodingSettings:
     num_draft_tokens: int | None = None
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     policy: str | None = None
+    exits: tuple[int, ...] = ()  # that `exit_confidence` chooses among
 
     def __post_init__(self) -> None:
         if self.strategy is not None:
@@ -167,7 +168,12 @@ class DecodingSettings:
     def _choices(self) -> dict[str, object]:
         """All that a policy sets."""
         names = ("draft_confidence", "lookup", "exit_confidence", "skip")
-        own = {"strategy": self.strategy, "exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
+        own = {
+            "strategy": self.strategy,
+            "exit_layer": self.exit_layer,
+            "num_draft_tokens": self.num_draft_tokens,
+            "exits": self.exits,
+        }
         return own | {name: getattr(self.generation, name) for name in names}
 
     @property
@@ -198,6 +204,7 @@ class DecodingSettings:
         require(skipping, "skip", "used with `strategy` draft-and-verify", f"`strategy` {strategy}")
         open_exit = strategy != "draft-and-verify" or self.exit_layer is None
         require(open_exit, "exit_layer", "left out with `strategy` draft-and-verify, which drafts by `skip`", self.exit_layer)
+        require(bool(confidence) or not self.exits, "exits", "used with `exit_confidence`", "none")
         return self.resolve_as(strategy or "autoregressive", recommended, num_layers, packing)
 
     def resolve_as(
@@ -207,6 +214,8 @@ class DecodingSettings:
 
         The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
         """
+        if strategy == "early-exit" and self.generation.exit_confidence:
+            return self.generation.decoding(strategy, exits=self._exits_to_test(recommended.exits, num_layers))
         weights = packing.draft_weights[0] if packing.draft_weights else None
         if strategy == "draft-and-verify":
             skip = self._skip(recommended, num_layers)
@@ -232,6 +241,27 @@ class DecodingSettings:
             raise refused("skip", needed, "none")
         require_skip(skip.layers, num_layers)
         return skip
+
+    def _exits_to_test(self, trained: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+        """The exits that `exit_confidence` chooses among: those given, else a spread of the trained ones."""
+        needed = "used with a model whose exits were trained (`layerskip finetune`), or with `exits`"
+        require(bool(self.exits or trained), "exit_confidence", needed, "neither")
+        for exit_layer in self.exits:
+            require_exit_layer(exit_layer, num_layers, field="exits")
+        return self.exits or spread_exits(trained, num_layers)
+
+
+def default_exits(num_layers: int) -> tuple[int, ...]:
+    """Six exits, denser among the early layers, where drafts are cheap. Of 24 layers: 3, 4, 6, 8, 12 and 18."""
+    shares = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
+    return tuple(sorted({max(1, min(round(num_layers * share), num_layers - 1)) for share in shares}))
+
+
+def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """At most six of the exits, the nearest to `default_exits`: each one that is tested costs a pass of the head."""
+    if len(exits) <= 6:
+        return exits
+    return tuple(sorted({min(exits, key=lambda known: abs(known - wanted)) for wanted in default_exits(num_layers)}))
 
 
 def _require_generation(settings: DecodingConfig | GenerationSettings) -> None:

@@ -75,6 +75,21 @@ def test_every_strategy_and_the_text_of_plain_decoding(generate, expected):
     assert generate(PROMPT, "--strategy", "early-exit", "--exit", "3").out == early + "\n" != plain
 
 
+def test_a_depth_for_each_token(generate, expected):
+    plain, flags = expected() + "\n", ("--exits", "2,4", "--exit-confidence")
+    assert generate(PROMPT, *flags, "1").out == plain
+    early = expected(strategy="early-exit", exits=(2, 4), exit_confidence=0.03)
+    result = generate(PROMPT, *flags, "0.03", "--stats")
+    assert result.out == early + "\n" != plain
+    told = re.search(r"tokens/s; ([\d.]+) layers per token \(exit 2: (\d+), exit 4: (\d+), exit 6: (\d+)\); ", result.err)
+    mean, first, second, last = map(float, told.groups())
+    assert first + second + last == 20
+    answer = json.loads(generate("--jsonl", *flags, "0.03", stdin=json.dumps({"prompt": PROMPT})).out)
+    assert answer["text"] == early
+    assert answer["mean_layers"] == pytest.approx((2 * first + 4 * second + 6 * last) / 20, abs=0.01)
+    assert mean == pytest.approx(answer["mean_layers"], abs=0.051)
+
+
 def test_sampling_follows_the_seed(generate):
     hot = ("--temperature", "0.9", "--top-k", "50", "--top-p", "0.95", "--strategy", "autoregressive")
     one, again, other = (generate(PROMPT, *hot, "--seed", seed).out for seed in ("1", "1", "2"))
@@ -191,6 +206,11 @@ def test_batches_give_the_same_answers_in_the_same_places(generate, strategy):
     assert lines[0] == lines[1]
 
 
+def test_batches_have_no_depth_for_each_token(generate):
+    result = generate("--lines", "--batch-size", "2", "--exit-confidence", "0.5", "--exits", "2", stdin="a\nb\n")
+    assert result == Result(1, "", "error: --batch-size must be 1 with --exit-confidence, got 2\n")
+
+
 def test_batches_need_lines(generate):
     result = generate(PROMPT, "--batch-size", "2")
     assert (result.code, result.out) == (2, "") and "--lines or --jsonl" in result.err
@@ -221,6 +241,14 @@ def test_flags_that_cannot_be(checkpoint):
             ["--skip", "2", "--exit", "3"],
             "--exit must be left out with --strategy draft-and-verify, which drafts by --skip, got 3",
         ),
+        (
+            ["--exit-confidence", "0.9"],
+            "--exit-confidence must be used with a model whose exits were trained (`layerskip finetune`), or with --exits, "
+            "got neither",
+        ),
+        (["--exit-confidence", "0.9", "--exits", "4:6"], "--exits must be in 1..5, got 6 (model has 6 layers)"),
+        (["--exits", "4"], "--exits must be used with --exit-confidence, got none"),
+        (["--exit-confidence", "1.5"], "--exit-confidence must be in [0, 1], got 1.5"),
         (["--dtype", "int3"], "--dtype must be one of auto, fp32, bf16, got int3"),
         (["--device", "abacus"], "--device must be auto, cpu, cuda, cuda:N or mps, got abacus"),
     ):

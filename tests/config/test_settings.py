@@ -1,5 +1,7 @@
 """What is asked, and what it resolves to for a checkpoint."""
 
+from dataclasses import replace
+
 import pytest
 
 from layerskip_core.config.decoding import (
@@ -9,6 +11,7 @@ from layerskip_core.config.decoding import (
     GenerationSettings,
     SamplingConfig,
     SkipChoice,
+    spread_exits,
 )
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
@@ -18,6 +21,7 @@ from layerskip_core.errors import ConfigError
 
 TRAINED = ExitChoice(4, 12, "self-speculative")
 UNKNOWN = ExitChoice(2, 6)
+_CONFIDENT = DecodingSettings(generation=GenerationSettings(exit_confidence=0.9))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,17 @@ def test_other_strategies_skip_nothing():
         assert asked.resolve_as(strategy, SEARCHED, 8).skip == ()
 
 
+def test_a_depth_per_token_is_early_exit_among_the_trained_exits():
+    asked = DecodingSettings(generation=GenerationSettings(exit_confidence=0.9))
+    config = asked.resolve(ExitChoice(4, 12, "self-speculative", exits=(4, 6)), 8)
+    assert (config.strategy, config.exit_layer, config.exits, config.exit_confidence) == ("early-exit", None, (4, 6), 0.9)
+    all_exits = ExitChoice(4, 12, exits=tuple(range(1, 24)))
+    assert asked.resolve(all_exits, 24).exits == (3, 4, 6, 8, 12, 18)
+    assert spread_exits((1, 2, 5, 9, 10, 11, 20, 23), 24) == (2, 5, 9, 11, 20)
+    assert replace(asked, exits=(2, 7)).resolve(UNKNOWN, 8).exits == (2, 7)
+    assert asked.resolve_as("self-speculative", TRAINED, 8).exit_confidence == 0
+
+
 def test_every_setting_of_an_answer_reaches_the_decoding():
     generation = GenerationSettings(9, 0.25, ("x",), SamplingConfig(0.5, 3, 0.75, 7))
     expected = DecodingConfig("self-speculative", 2, 6, 9, 0.25, ("x",), SamplingConfig(0.5, 3, 0.75, 7))
@@ -106,6 +121,18 @@ def test_every_setting_of_an_answer_reaches_the_decoding():
             r"`skip` must be in 1..8, got 9 \(model has 8 layers\)",
         ),
         (lambda: GenerationSettings(skip=(0,)), "`skip` must be layers of at least 1, got 0"),
+        (
+            lambda: _CONFIDENT.resolve(UNKNOWN, 8),
+            r"`exit_confidence` must be used with a model whose exits were trained \(`layerskip finetune`\), or with `exits`",
+        ),
+        (lambda: replace(_CONFIDENT, exits=(2, 8)).resolve(UNKNOWN, 8), r"`exits` must be in 1\.\.7, got 8"),
+        (lambda: DecodingSettings(policy="fast", exits=(2, 3)), "`policy` must be given without `exits`, got `exits` 2,3"),
+        (lambda: DecodingSettings(exits=(2,)).resolve(TRAINED, 8), "`exits` must be used with `exit_confidence`, got none"),
+        (lambda: replace(_CONFIDENT, exit_layer=3).resolve(TRAINED, 8), "`exit_layer` must be left out with `exit_confidence`"),
+        (
+            lambda: replace(_CONFIDENT, strategy="autoregressive").resolve(TRAINED, 8),
+            "`exit_confidence` must be used with `strategy` early-exit, got `strategy` autoregressive",
+        ),
         (lambda: GenerationSettings(stop=("",)), "`stop` must be a text that is not empty"),
         (lambda: GenerationSettings(draft_confidence=1.0), r"`draft_confidence` must be in \[0, 1\), got 1.0"),
         (lambda: PromptingConfig("Q:"), "`template` must be raw, chat or a text with {prompt} in it, got Q:"),

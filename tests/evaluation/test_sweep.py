@@ -9,7 +9,7 @@ from conftest import tiny_model
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.load import for_decoding
-from layerskip_core.config.decoding import DRAFTERS, DecodingConfig, GenerationSettings
+from layerskip_core.config.decoding import DRAFTERS, DecodingConfig, GenerationSettings, default_exits
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import counts_text, parse_counts
@@ -18,7 +18,7 @@ from layerskip_core.evaluation.measure.comparison import NEAR_TIE
 from layerskip_core.evaluation.measure.cost_model import PassTimes
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.measure.runner import Progress
-from layerskip_core.evaluation.measure.sweep import default_exits, exit_result, sweep
+from layerskip_core.evaluation.measure.sweep import exit_result, sweep
 from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses
 from layerskip_core.evaluation.results import Difference, ExitResult, Failure
 from layerskip_core.model import PackedBackend

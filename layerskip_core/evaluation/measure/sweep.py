@@ -6,7 +6,7 @@ from itertools import product
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require, require_exit_layer
-from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings
+from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, default_exits, spread_exits
 from ...config.evaluation import SweepConfig
 from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
@@ -115,12 +115,6 @@ def exit_result(
     )
 
 
-def default_exits(num_layers: int) -> tuple[int, ...]:
-    """Six exits, denser among the early layers, where drafts are cheap. Of 24 layers: 3, 4, 6, 8, 12 and 18."""
-    shares = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
-    return tuple(sorted({max(1, min(round(num_layers * share), num_layers - 1)) for share in shares}))
-
-
 def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:
     """The config with its defaults filled in.
 
@@ -145,7 +139,7 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
     generation, num_layers = config.generation, loaded.backend.num_layers
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     settings = [generation.decoding("early-exit", exit_layer) for exit_layer in exits]
-    chosen = loaded.recommended().exits or tuple(exits)
+    chosen = spread_exits(loaded.recommended().exits or tuple(exits), num_layers)
     for confidence in config.exit_confidences or ():
         settings.append(replace(generation, exit_confidence=confidence).decoding("early-exit", exits=chosen))
     for weights, layers in ((None, exits), *((weights, config.exits) for weights in config.packing.draft_weights)):
