@@ -14,7 +14,7 @@ from layerskip_core.evaluation.record import RunRecord
 from layerskip_core.evaluation.report.drawing import to_png, to_svg
 from layerskip_core.evaluation.report.html import html_report
 from layerskip_core.evaluation.report.plots import figures
-from layerskip_core.evaluation.results import Failure, frontier
+from layerskip_core.evaluation.results import Failure, Step, frontier
 
 FULL = replace(
     SWEEP,
@@ -105,6 +105,20 @@ def test_only_figures_with_data():
     # Acceptance by exit needs two exits.
     assert list(figures(FULL)) == ["pareto", "acceptance_by_position", "perplexity", "prediction", "time_split"]
     assert list(figures(TABLES)) == ["pareto"]
+
+
+def test_the_speed_within_an_answer_is_drawn_by_drafter():
+    steps = (Step(1, 0.5), Step(3, 0.25, "lookup"), Step(1, 0.25, "plain"), Step(2, 0.5, "int8"), Step(4, 0.5, "int8"))
+    adaptive = replace(BENCH.results[1], strategy="adaptive", exit_layer=None, longest_answer=steps)
+    drawn = figures(replace(TABLES, results=(*TABLES.results, adaptive)))
+    (axes,) = drawn["speed_within_an_answer"].axes
+    line, plain = axes.lines
+    assert list(line.get_xdata()) == [0.25, 0.5, 1.0, 1.5]  # the prefill's step is left out
+    assert list(line.get_ydata()) == [10 / 1.5] * 4  # eight steps around each are all of them
+    assert plain.get_ydata()[0] == 1000 / 6.5
+    assert [points.get_label() for points in axes.collections] == ["int8", "lookup", "plain"]
+    assert axes.collections[0].get_offsets().tolist() == [[1.0, 10 / 1.5], [1.5, 10 / 1.5]]
+    assert "speed_within_an_answer" not in figures(TABLES)
 
 
 def test_an_svg_has_the_text_colour_and_the_width_of_the_page():

@@ -6,7 +6,10 @@ from ..record import RunRecord
 from .documents import to_csv, to_json
 from .tables import PARETO_NOTE, TextTable
 
-FIGURE_NAMES = ("pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "time_split")
+FIGURE_NAMES = (
+    "pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "speed_within_an_answer",
+    "time_split",
+)  # fmt: skip
 REPORT_FILES = ("report.html", "results.json", "results.csv", *(f"{name}.png" for name in FIGURE_NAMES))
 
 

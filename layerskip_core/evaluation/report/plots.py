@@ -1,17 +1,20 @@
 """The figures of a record: drawn once, exported as PNG files and as SVG for the report page."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from ..record import RunRecord
-from ..results import ExitResult
+from ..results import BenchResult, ExitResult
 from .drawing import GREY, SIZE, color, label, legend_above, new_figure, style
 from .pareto import pareto_figure
 
 _PHASES = ("prefill", "draft", "verify", "other")
+_PLAIN = "plain"  # steps without drafts
+_WINDOW = 8  # steps
 
 Record = RunRecord[Any]
 
@@ -91,6 +94,32 @@ def _time_split(record: Record) -> Figure | None:
     return figure
 
 
+def _speed_within_an_answer(record: Record) -> Figure | None:
+    """Tokens per second along the longest answer of adaptive decoding, and what drafted at each step."""
+    benched = [result for result in record.results if isinstance(result, BenchResult)]
+    steps = next((result.longest_answer[1:] for result in benched if len(result.longest_answer) > 1), ())  # after the prefill
+    if not steps:
+        return None
+    figure, axes = new_figure(f"Speed within the longest answer of adaptive decoding, mean of {_WINDOW} steps")
+    ends = list(accumulate(step.seconds for step in steps))
+    speeds = []
+    for place in range(len(steps)):
+        window = steps[max(0, place - _WINDOW // 2) : place + _WINDOW // 2]
+        speeds.append(sum(step.tokens for step in window) / sum(step.seconds for step in window))
+    axes.plot(ends, speeds, color=GREY, linewidth=1, zorder=0)
+    drafters = [step.drafter or _PLAIN for step in steps]
+    for number, name in enumerate(sorted(set(drafters), key=lambda name: (name == _PLAIN, -drafters.count(name)))):
+        own = [point for point, drafter in zip(zip(ends, speeds, strict=True), drafters, strict=True) if drafter == name]
+        axes.scatter(*zip(*own, strict=True), s=14, color=GREY if name == _PLAIN else color(number), label=name)
+    plain = next((result.time_per_token_ms.get("p50") for result in benched if result.strategy == "autoregressive"), None)
+    if plain:
+        axes.axhline(1000 / plain, linestyle="--", linewidth=1, color=GREY, label="autoregressive")
+    axes.set(xlabel="seconds after the first token", ylabel="tokens per second")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)
+    return figure
+
+
 def _perplexity(record: Record) -> Figure | None:
     measured = [result for result in _exits(record) if result.perplexity is not None]
     line = [(result.exit_layer, result.perplexity) for result in measured if result.exit_layer is not None]
@@ -142,5 +171,6 @@ FIGURES: dict[str, Callable[[Record], Figure | None]] = {
     "acceptance_by_position": _acceptance_by_position,
     "perplexity": _perplexity,
     "prediction": _prediction,
+    "speed_within_an_answer": _speed_within_an_answer,
     "time_split": _time_split,  # last, because it can be tall
 }
