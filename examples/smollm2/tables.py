@@ -26,11 +26,15 @@ def read(folder: Path) -> Records:
     return {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/results.json"))}
 
 
-def entry(record: Record | None, strategy: str, setting: Setting | None = None) -> Result | None:
-    """The measured result of a strategy with the setting, or its first. None if there is none, or only a prediction."""
+def entry(record: Record | None, strategy: str, setting: Setting | None = None, weights: str | None = None) -> Result | None:
+    """The measured result of a strategy with the setting, or its first. None if there is none, or only a prediction.
+
+    `weights`: those of the low-bit copy that drafts; records that were made when there was one copy name it in their config.
+    """
     for result in record["results"] if record else ():
         if result["strategy"] == strategy and result["metrics"] and setting in (None, setting_of(result)):
-            return dict(result)
+            if setting is None or result.get("draft_weights") == weights:
+                return dict(result)
     return None
 
 
@@ -42,7 +46,8 @@ def best(record: Record | None) -> Result | None:
     """The recommended self-speculative result. Without a recommendation, and in a bench, the fastest one."""
     advice = (record or {}).get("recommendation") or {}
     if advice.get("exit_layer") is not None:
-        return entry(record, "self-speculative", setting_of(advice))
+        exact = advice.get("policies", {}).get("exact", {})
+        return entry(record, "self-speculative", setting_of(advice), exact.get("draft_weights"))
     drafting = [result for result in record["results"] if result["strategy"] == "self-speculative"] if record else []
     return max(
         (result for result in drafting if result["tokens_per_second"]),
@@ -132,7 +137,7 @@ def exit_figures(records: Sequence[Record], exit_layer: int | None) -> tuple[str
     alone = [(record, result) for record, result in at_exit if result["strategy"] in ("early-exit", "autoregressive")]
     good = next((quality(record, result) for record, result in alone if record is records[0] and result["metrics"]), "")
     agreed = next((percent(result["agreement"]) for _, result in alone if result.get("agreement") is not None), "")
-    drafting = [result for _, result in at_exit if result["strategy"] == "self-speculative"]
+    drafting = [result for _, result in at_exit if is_own(result)]
     if not drafting:
         return good, "", agreed
     result = max(drafting, key=lambda result: result["tokens_per_second"] is not None)
@@ -179,9 +184,13 @@ def positions(records: Records) -> None:
 
 
 def sweep_results(record: Record | None) -> list[Result]:
-    """The measured self-speculative results."""
+    """The measured self-speculative results, without those of low-bit copies beside the model's own layers."""
     every = record["results"] if record else ()
-    return [result for result in every if result["strategy"] == "self-speculative" and result["tokens_per_second"]]
+    return [result for result in every if is_own(result) and result["tokens_per_second"]]
+
+
+def is_own(result: Result) -> bool:
+    return result["strategy"] == "self-speculative" and not result.get("draft_weights")
 
 
 def weights(records: Records) -> None:
@@ -202,9 +211,11 @@ def weights(records: Records) -> None:
                 continue
             packing, full = record["config"]["packing"], entry(many, "autoregressive")
             target, head = packing["quantize"] or "bf16", packing["draft_vocab"] or "all"
+            older = packing["draft_weights"]  # one name or null; now a list, and each result says which of them drafted
+            drafts = older if isinstance(older, str) else fast.get("draft_weights")
             over = fast["tokens_per_second"] / base if base else None
             rows.append([
-                title, model, target, packing["draft_weights"] or target, text(head),
+                title, model, target, drafts or target, text(head),
                 f"{quality(many, full)} of {rows_of(many)}" if many and full else "", number(plain["tokens_per_second"], ".0f"),
                 f"{fast['exit_layer']}, {fast['num_draft_tokens']}", percent(fast["acceptance_rate"]),
                 number(fast["tokens_per_second"], ".0f"), number(fast["speedup"], ".2f", "x"), number(over, ".2f", "x"),

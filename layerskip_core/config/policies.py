@@ -79,7 +79,8 @@ class Policy:
             generation, draft_confidence=self.draft_confidence, lookup=self.lookup, exit_confidence=self.exit_confidence,
             skip=self.skip,
         )  # fmt: skip
-        return DecodingSettings(self.strategy, self.exit_layer, self.num_draft_tokens, own)
+        exits = self.exits if self.exit_confidence else ()
+        return DecodingSettings(self.strategy, self.exit_layer, self.num_draft_tokens, own, exits=exits)
 
     def document(self) -> dict[str, object]:
         """The policy as plain values, without what is not set."""

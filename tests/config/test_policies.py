@@ -47,6 +47,11 @@ def test_a_policy_keeps_limit_stop_and_sampling_of_the_request():
         "self-speculative", 8, 3, 9, 0.5, ("x",), sampling, "int8", 4
     )
     assert Policy("early-exit", 4).packing == PackingConfig()
+    by_confidence = Policy("early-exit", exits=(3, 5), exit_confidence=0.9).settings(GenerationSettings(9))
+    resolved = by_confidence.resolve(
+        ExitChoice(2, 6, exits=(2, 4)), 8
+    )  # the exits that were measured, not all that were trained
+    assert (resolved.exits, resolved.exit_confidence) == ((3, 5), 0.9)
 
 
 def test_settings_are_open_where_nothing_is_said():
