@@ -32,9 +32,9 @@ def entry(record: Record | None, strategy: str, setting: Setting | None = None, 
     `weights`: those of the low-bit copy that drafts; records that were made when there was one copy name it in their config.
     """
     for result in record["results"] if record else ():
-        if result["strategy"] == strategy and result["metrics"] and setting in (None, setting_of(result)):
-            if setting is None or result.get("draft_weights") == weights:
-                return dict(result)
+        found = setting is None or (setting_of(result) == setting and result.get("draft_weights") == weights)
+        if found and result["strategy"] == strategy and result["metrics"]:
+            return dict(result)
     return None
 
 

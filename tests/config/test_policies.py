@@ -48,9 +48,7 @@ def test_a_policy_keeps_limit_stop_and_sampling_of_the_request():
     )
     assert Policy("early-exit", 4).packing == PackingConfig()
     by_confidence = Policy("early-exit", exits=(3, 5), exit_confidence=0.9).settings(GenerationSettings(9))
-    resolved = by_confidence.resolve(
-        ExitChoice(2, 6, exits=(2, 4)), 8
-    )  # the exits that were measured, not all that were trained
+    resolved = by_confidence.resolve(ExitChoice(2, 6, exits=(2, 4)), 8)  # those that were measured
     assert (resolved.exits, resolved.exit_confidence) == ((3, 5), 0.9)
 
 
