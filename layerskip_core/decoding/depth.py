@@ -48,12 +48,13 @@ class DynamicDepth:
     tokens attend to a token that left at exit E in the layers above E too. Their keys and values are computed from the state
     at E (state propagation), but only when a later token first needs them: those of several tokens are then one pass.
 
-    For one prompt, without drafts. The prompt runs through all layers, and its last token decides as every other.
+    For one prompt, without drafts. The prompt runs through all layers, and its last token decides as every other. Exits are
+    tested with the head that drafts, which may be one over the most frequent tokens; the token itself is one of all.
     """
 
     def __init__(self, model: Backend, exits: tuple[int, ...], confidence: float) -> None:
         """`exits`: ascending counts of layers below L."""
-        self._model = model
+        self._model, self._draft_side = model, model.draft_sides[None]
         self._confidence = confidence
         self._stops = (*exits, model.num_layers)  # of the spans between exits
         self._begin = 0  # position of the first token after the prompt
@@ -93,10 +94,13 @@ class DynamicDepth:
 
     def _leaving(self, hidden: Tensor, layers: int) -> Pass | None:
         """The logits (1, 1, V) after `layers` layers if a token leaves with them."""
-        logits = self._model.unembed(hidden)
-        if layers < self._model.num_layers and float(logits.float().softmax(-1).amax()) <= self._confidence:
-            return None
-        return Pass(logits, layers)
+        if layers < self._model.num_layers:
+            logits = self._draft_side.unembed(hidden)
+            if float(logits.float().softmax(-1).amax()) <= self._confidence:
+                return None
+            if self._draft_side.vocabulary is None:
+                return Pass(logits, layers)
+        return Pass(self._model.unembed(hidden), layers)
 
 
 def target_logits(model: Backend, draft: Draft, positions: Tensor, cache: KVCache, target_layers: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
 from layerskip_core.decoding.depth import Pass
 from layerskip_core.errors import ConfigError
@@ -47,7 +48,7 @@ def dynamic(model, prompt, confidence, count=24, **settings):
     return run(model, prompt, count, strategy="early-exit", exits=EXITS, exit_confidence=confidence, **settings)
 
 
-def reference(model, prompt, confidence, count=24):
+def reference(model, prompt, confidence, count=24, draft_vocab=67):
     """The whole sequence again for each token, layer by layer: above its exit a token stays as it was at its exit."""
     backend, ids, exits = GenericBackend(model), list(prompt), []
     for _ in range(count):
@@ -57,7 +58,7 @@ def reference(model, prompt, confidence, count=24):
             after = backend.run_layers(hidden, layer, layer + 1, positions)
             hidden = torch.where((ran > layer)[None, :, None], after, hidden)
             logits = backend.unembed(hidden[0, -1])
-            if layer + 1 == LAYERS or (layer + 1 in EXITS and logits.softmax(-1).max() > confidence):
+            if layer + 1 == LAYERS or (layer + 1 in EXITS and logits[:draft_vocab].softmax(-1).max() > confidence):
                 break
         exits.append(layer + 1)
         ids.append(int(logits.argmax()))
@@ -78,6 +79,17 @@ def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_typ
         assert stats.new_tokens == 24
         seen.update(exits)
     assert min(seen[layers] for layers in (*EXITS, LAYERS)) > 2
+
+
+def test_exits_are_tested_with_the_head_that_drafts():
+    """Over the first 40 of 67 tokens more tokens leave early; which token it is decide all."""
+    model, prompt = PackedBackend.of(tiny_model(), PackingConfig(draft_vocab=40)), prompt_of(9)
+    with torch.no_grad():
+        expected, exits = reference(tiny_model(), prompt, 0.12, draft_vocab=40)
+    ids, stats = dynamic(model, prompt, 0.12)
+    assert ids == expected and max(ids) >= 40
+    assert stats.tokens_by_layers == tuple(exits.count(layers) for layers in range(1, max(exits) + 1))
+    assert exits != reference(tiny_model(), prompt, 0.12)[1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
