@@ -10,6 +10,11 @@ from layerskip_core.config.evaluation import BenchConfig
 from . import console, evaluation, options
 from .signature import command
 
+_SEARCHING = (
+    "searching the layers that drafts skip, because none are known: give --skip, or store them with "
+    "`layerskip sweep-exits --search-skips --save`"
+)
+
 
 @command
 def bench(
@@ -28,6 +33,7 @@ def bench(
     require(report.output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     console.use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
+    from layerskip_core.evaluation.measure.bench import must_search
     from layerskip_core.evaluation.measure.journal import close
     from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.saved_record import read_record
@@ -39,6 +45,8 @@ def bench(
             record = read_record(report.saved, BenchResult)
         else:
             loaded, rows = evaluation.load(config)
+            if must_search(loaded, config):
+                console.narrate(_SEARCHING)
             record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
         evaluation.deliver(record, bench_table(record), report.format, folder)
         if folder is not None and report.saved is None:

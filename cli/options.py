@@ -12,7 +12,7 @@ from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.checks import require_choice, require_given
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingSettings, GenerationSettings, SamplingConfig, strategies
-from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.evaluation import BASELINES, BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
@@ -175,9 +175,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,
         "repeats": Option(MEASUREMENT, "Number of times that everything is measured; medians are reported."),
-        "baselines": Option(
-            MEASUREMENT, "Also: transformers,assistant-early-exit,prompt-lookup,draft-model,no-reuse, or some.", parse=_names
-        ),
+        "baselines": Option(MEASUREMENT, f"Also: {','.join(BASELINES)}, or some.", parse=_names),
         "draft_model": Option(MEASUREMENT, "Model that the baseline draft-model drafts with."),
     },
     SweepConfig: {
@@ -197,6 +195,10 @@ OPTIONS: dict[type, dict[str, Option]] = {
             parse=parse_shares,
         ),
         "quick": Option(MEASUREMENT, "Measure only the settings that are predicted to be fastest."),
+        "search_skips": Option(
+            MEASUREMENT,
+            "Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.",
+        ),
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,
     },

@@ -1,6 +1,6 @@
 """`layerskip sweep-exits`: which exit and draft length are fastest on this model and machine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerskip_core.config.decoding import SkipChoice
 from layerskip_core.config.evaluation import SweepConfig
+from layerskip_core.config.ranges import counts_text
 from layerskip_core.errors import ConfigError
 
 from . import console, evaluation, options
@@ -16,6 +18,7 @@ from .signature import command
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.record import Recommendation
+    from layerskip_core.evaluation.results import ExitResult
 
 
 @command
@@ -52,6 +55,24 @@ def sweep_exits(
         evaluation.deliver(record, sweep_table(record), report.format, folder)
         if save and record.recommendation is not None:
             _save(target, record.recommendation)
+        if save:
+            _save_skip(target, record.results)
+
+
+def _save_skip(model: str, results: "Sequence[ExitResult]") -> None:
+    """Stores the layers that drafts skip, those of the fastest such row, for --strategy draft-and-verify."""
+    from layerskip_core.checkpoint.info import read_info
+    from layerskip_core.checkpoint.save import write_info
+
+    rows = [result for result in results if result.skip and result.num_draft_tokens is not None]
+    if not rows:
+        return
+    best = max(rows, key=lambda result: result.speedup or 0.0)
+    skip = SkipChoice(best.skip, best.num_draft_tokens or 1)
+    write_info(model, replace(read_info(model), skip=skip))
+    console.narrate(
+        f"saved --skip {counts_text(skip.layers)} and {skip.num_draft_tokens} draft tokens for --strategy draft-and-verify"
+    )
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """layerskip.json: the prompt template, the recommended settings, how the model was made, and the files written with it."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..config.decoding import strategies
+from ..config.decoding import SkipChoice, strategies
 from ..config.policies import Policy
 from ..errors import CheckpointError
 from ..prompting.template import CHAT, PromptTemplate, is_template
@@ -25,7 +25,8 @@ class CheckpointInfo:
     `exit_layer`, `num_draft_tokens` and `strategy` are recommended by a sweep; "autoregressive" means that no exit pays.
     `policies` are the settings that a sweep saved, by name; older versions know only the recommended ones. `details` holds all
     other keys: recipe, data, seed, versions, losses. `files` are the names, relative to the folder, of all files written with
-    the model; older versions did not write them. `system` belongs to the prompt template `chat`.
+    the model; older versions did not write them. `system` belongs to the prompt template `chat`. `skip`: the layers that a
+    search found for draft-and-verify.
     """
 
     prompt_template: str | None = None
@@ -36,10 +37,12 @@ class CheckpointInfo:
     files: tuple[str, ...] = field(default=(), compare=False)
     system: str | None = None
     policies: dict[str, Policy] = field(default_factory=dict)
+    skip: SkipChoice | None = None
 
     def to_json(self) -> str:
         recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
         recommended |= {"strategy": self.strategy} if self.strategy else {}
+        recommended |= {"skip": asdict(self.skip)} if self.skip else {}
         document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
         if self.policies:
             document["policies"] = {name: policy.document() for name, policy in self.policies.items()}
@@ -107,6 +110,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
             files=tuple(require_inside(name) for name in files),
             system=system,
             policies=policies,
+            skip=_skip(recommended.get("skip")),
         )
     except (ValueError, SchemaError) as error:
         raise CheckpointError(f"{file} is not valid: {error}") from None
@@ -130,6 +134,18 @@ def _require(value: Any, kind: type, name: str) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r:.100}")
     return value
+
+
+def _skip(value: Any) -> SkipChoice | None:
+    choice = _optional(value, dict, "skip")
+    if choice is None:
+        return None
+    listed = _require(choice.get("layers"), list, "skip.layers")
+    layers = [layer for layer in listed if _count(layer, "skip.layers")]
+    drafts = _count(choice.get("num_draft_tokens"), "skip.num_draft_tokens")
+    if not layers or layers != listed or drafts is None:
+        raise ValueError(f"skip must have layers and num_draft_tokens, got {choice!r:.100}")
+    return SkipChoice(tuple(layers), drafts)
 
 
 def _count(value: Any, name: str) -> int | None:

@@ -62,7 +62,8 @@ class Decoder:
         known = self.info.exit_layer is not None or self.info.has_trained_exits or self.name in PUBLISHED
         strategy = self.info.strategy or ("self-speculative" if known else None)
         exits = self.info.trained_exits(self.backend.num_layers)
-        return ExitChoice(self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts, strategy, exits)
+        exit_layer, drafts = self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts
+        return ExitChoice(exit_layer, drafts, strategy, exits, self.info.skip)
 
     def policy_for(self, settings: DecodingSettings, packing: PackingConfig) -> str | None:
         """The policy that answers what was asked: the one that was named; `exact`, if it is saved, where nothing was said."""

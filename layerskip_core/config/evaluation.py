@@ -10,7 +10,8 @@ from .prompting import PromptingConfig
 from .ranges import require_ranges
 
 METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
-BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse")
+BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse", "draft-and-verify")
+OWN_BASELINES = ("no-reuse", "draft-and-verify")  # the others are transformers'
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TaskConfig:
 class BenchConfig:
     """Strategies and baselines side by side. None for exit and draft length: what the checkpoint recommends.
 
+    Layers to skip in `generation` imply the strategy draft-and-verify.
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none, None: some) are timed.
     """
 
@@ -73,6 +75,11 @@ class BenchConfig:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
+
+    @property
+    def skips(self) -> bool:
+        """Whether Draft & Verify runs, as a strategy or as a baseline."""
+        return bool(self.generation.skip) or "draft-and-verify" in (*self.strategies, *self.baselines)
 
     def __post_init__(self) -> None:
         require_given("model", self.model)
@@ -103,6 +110,7 @@ class SweepConfig:
     No exits: a spread over the layers, and all layers of low-bit copies; these alone if the exits were not trained.
     `exit_confidences`: early exits at a depth of each token's own; None: a few, if the exits were trained.
 
+    `search_skips`: also Draft & Verify, with the layers to skip and the draft length that a search finds.
     `keep`: the share of full depth's quality that an early exit must keep to become the policy `fast`.
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (None: some) are timed.
     """
@@ -114,6 +122,7 @@ class SweepConfig:
     keep: float = 0.98
     exit_confidences: tuple[float, ...] | None = None
     quick: bool = False
+    search_skips: bool = False
     batch_size: int = 1
     timed: int | None = None
     generation: GenerationSettings = field(default_factory=GenerationSettings)
@@ -130,6 +139,8 @@ class SweepConfig:
         require(all(0 < share <= 1 for share in shares), "exit_confidences", "above 0 and up to 1", _listed(shares))
         single = self.generation.exit_confidence
         require(not single, "exit_confidence", "left out of a sweep, which takes `exit_confidences`", single)
+        searched = not (self.search_skips and self.generation.skip)
+        require(searched, "search_skips", "left out with `skip`", ",".join(map(str, self.generation.skip)))
         temperature = self.generation.sampling.temperature
         _require_batches(self.batch_size, self.timed, 1, temperature, self.packing)
         _require_drawn(self.task.problem_samples, temperature)

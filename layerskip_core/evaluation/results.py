@@ -45,11 +45,13 @@ class ExitResult:
     last layer. `speedup` compares the total generation time per new token, prefill included, with autoregressive decoding in
     the same run. `pareto`: no other row is at least as good (by the task's quality metric) and as fast, and better in one of
     the two. `agreement` is the share of the autoregressive tokens that the exit, or the copy, would also have chosen.
-    `steps_by_drafter`: the steps of a strategy that drafts, by what drafted; `plain` are those without drafts.
+    `steps_by_drafter`: the steps of a strategy that drafts, by what drafted; `plain` are those without drafts. `skip`: the
+    layers that the drafts of draft-and-verify leave out, by number.
 
     The predictions come from the cost model, before the setting itself is measured; `pass_times_ms` are its inputs. The
     predicted speedup is relative to the autoregressive steps timed together with them. A quick sweep leaves settings
-    unmeasured: these have predictions only, and empty `metrics`.
+    unmeasured: these have predictions only, and empty `metrics`. What is predicted for layers that a search found is for the
+    rows of the search.
     """
 
     strategy: str
@@ -77,6 +79,7 @@ class ExitResult:
     exit_confidence: float | None = None
     exits: tuple[int, ...] = ()
     mean_layers: float | None = None
+    skip: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class BenchResult:
     `identical_outputs` is the share of samples whose tokens equal the autoregressive ones; `differences` lists where the
     outputs of drafting strategies depart from them. `acceptance_by_position`: the share of drafts accepted at each position of
     a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. `draft_weights`,
-    `steps_by_drafter`, `exit_confidence` and `mean_layers` are those of ExitResult. None means that the figure does not apply
-    (no drafts, a single token, no such baseline) or cannot be measured.
+    `steps_by_drafter`, `exit_confidence`, `mean_layers` and `skip` are those of ExitResult. None means that the figure does
+    not apply (no drafts, a single token, no such baseline) or cannot be measured.
 
     `longest_answer`: the steps of the longest answer, of adaptive decoding only, to show how its speed changes on the way.
     """
@@ -119,6 +122,7 @@ class BenchResult:
     steps_by_drafter: dict[str, int] = field(default_factory=dict)
     exit_confidence: float | None = None
     mean_layers: float | None = None
+    skip: tuple[int, ...] = ()
     longest_answer: tuple[Step, ...] = ()
 
 

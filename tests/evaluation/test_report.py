@@ -77,6 +77,7 @@ def test_json_holds_everything():
         "exit_confidence": None,
         "exits": [],
         "mean_layers": None,
+        "skip": [],
     }
     assert document["recommendation"]["reason"] == "it is the only one"
     assert list(json.loads(to_json(BENCH))) == ["config", "environment", "results"]
@@ -98,7 +99,7 @@ def test_csv_round_trip():
         "predicted_acceptance_rate": "0.7",
         "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
         "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1", "draft_weights": "",
-        "exit_confidence": "", "exits": "0", "mean_layers": "",
+        "exit_confidence": "", "exits": "0", "mean_layers": "", "skip": "",
     }  # fmt: skip
     (plain, _) = csv.DictReader(io.StringIO(to_csv(BENCH)))
     assert (plain["rouge2"], plain["time_per_token_ms_p50"], plain["time_per_token_ms_p95"]) == ("0.4", "6.5", "7.25")

@@ -12,7 +12,7 @@ from ...checkpoint.load import for_training
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.quiet import quiet_transformers
 from ...config.decoding import DecodingConfig
-from ...config.evaluation import BenchConfig
+from ...config.evaluation import OWN_BASELINES, BenchConfig
 from ...decoding import DecodeStats, decode
 from ...decoding.stats import step_counts
 from ...decoding.stopping import Stopping, StopScanner
@@ -137,7 +137,8 @@ def _pad(loaded: Decoder) -> int:
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> list[Baseline]:
     """The config's baselines, with the exit, draft length and limits of a `speculative` decoding.
 
-    transformers' decoders run on transformers' own layers. If `loaded` has repacked weights, the model is read again for them.
+    Not draft-and-verify, which is a DecodingConfig. transformers' decoders run on transformers' own layers. If `loaded` has
+    repacked weights, the model is read again for them.
 
     Raises:
         ConfigError: the draft model has another tokenizer, or transformers ignores an early exit of this architecture.
@@ -173,10 +174,10 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     model, vocabulary = None, {}
     if isinstance(loaded.backend, GenericBackend):
         model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
-    elif any(name != "no-reuse" for name in config.baselines):
+    elif any(name not in OWN_BASELINES for name in config.baselines):
         target = transformers_model(loaded.name)
         model, vocabulary = target.model, target.tokenizer.get_vocab()
-    return [make(name) for name in config.baselines]
+    return [make(name) for name in config.baselines if name != "draft-and-verify"]
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings
+from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, SkipChoice
 from ...config.evaluation import BenchConfig
 from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
@@ -17,8 +17,9 @@ from .baselines import load_baselines
 from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import differences
 from .environment import environment
-from .journal import Journal
+from .journal import FOUND_SKIP, Journal, found_skip
 from .runner import Method, Progress, drafts_tokens, exit_and_drafts, measure_interleaved
+from .skip_search import search_skips
 
 
 def bench(
@@ -39,8 +40,17 @@ def bench(
     """
     task, generation = task.asked(config.generation)
     asked = DecodingSettings(None, config.exit_layer, config.num_draft_tokens, generation)
-    known = (loaded.recommended(), loaded.backend.num_layers, config.packing)
-    in_order = [strategy for strategy in ("autoregressive", "early-exit", *DRAFTERS) if strategy in config.strategies]
+    loaded, recommended = task.prepared(loaded), loaded.recommended()
+    searched: SkipChoice | None = None
+    if must_search(loaded, config):
+        searched = found_skip(folder) if folder is not None and resume else None
+        if searched is None:
+            weights = config.packing.draft_weights
+            searched = (yield from search_skips(loaded, task, generation, weights[0] if weights else None)).choice
+        recommended = replace(recommended, skip=searched)
+    known = (recommended, loaded.backend.num_layers, config.packing)
+    chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
+    in_order = [strategy for strategy in ("autoregressive", "early-exit", *DRAFTERS) if strategy in chosen]
     strategies = [asked.resolve_as(strategy, *known) for strategy in in_order]
     speculative = asked.resolve_as("self-speculative", *known)
     config = replace(
@@ -52,10 +62,10 @@ def bench(
         timed=default_timed(config),
     )
     sampled = generation.sampling.temperature > 0
-    loaded = task.prepared(loaded)
     methods: list[Method] = [*strategies, *load_baselines(loaded, config, speculative)]
     machine = environment(loaded)
-    journal = Journal(folder, asdict(config), resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
+    settings = asdict(config) | ({FOUND_SKIP: asdict(searched)} if searched else {})
+    journal = Journal(folder, settings, resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
     losses = ReferenceLosses(0, {})
     if task.text is not None:
         losses = sum(task.losses(loaded, [_target_layers(strategy, loaded) for strategy in strategies]), losses)
@@ -82,6 +92,11 @@ def bench(
         results.append(bench_result(method, timed, outputs[0], metrics, differing, transformers, (answered, expected)))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(results))
+
+
+def must_search(loaded: Decoder, config: BenchConfig) -> bool:
+    """Whether Draft & Verify runs, and the layers to skip were neither given nor stored with the model."""
+    return config.skips and not config.generation.skip and loaded.recommended().skip is None
 
 
 def bench_result(
@@ -129,6 +144,7 @@ def bench_result(
         steps_by_drafter=first.stats.steps_by_drafter,
         exit_confidence=confidence,
         mean_layers=first.stats.mean_layers if confidence else None,
+        skip=method.skip if isinstance(method, DecodingConfig) else (),
         longest_answer=repeats[0].longest.steps if repeats and method.strategy == "adaptive" else (),
     )
 

@@ -34,6 +34,11 @@ class PassTimes:
     other: float
     plain: float
 
+    @property
+    def rest(self) -> float:
+        """Of a round: all but its drafts."""
+        return self.verify + self.other
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -58,7 +63,7 @@ class Rounds:
 
     def seconds(self, times: PassTimes) -> float:
         """Predicted seconds of all steps after the prefill."""
-        return self.drafted * times.draft + self.rounds * (times.verify + times.other) + self.plain_steps * times.plain
+        return self.drafted * times.draft + self.rounds * times.rest + self.plain_steps * times.plain
 
 
 @torch.inference_mode()
@@ -169,7 +174,7 @@ def _step_times(decoding: Decoding) -> Iterator[_StepTime]:
         before, started = now, time.perf_counter()
 
 
-def _medians(times: Sequence[PassTimes]) -> PassTimes:
+def medians(times: Sequence[PassTimes]) -> PassTimes:
     """Medians, because a few disturbed passes must not change the predicted ratio."""
     return PassTimes(
         median(passes.draft for passes in times),
@@ -253,7 +258,7 @@ def predict(
             done += 1
             yield Progress(done, total, "prediction")
     predictions = {
-        setting: _prediction(answered, setting, _medians(passes), loaded.eos_ids) for setting, passes in times.items() if passes
+        setting: _prediction(answered, setting, medians(passes), loaded.eos_ids) for setting, passes in times.items() if passes
     }
     tokens = sum(len(answer.output.ids) for answer in answered)
     agreeing = {side: sum(answer.agreeing(side) for answer in answered) for side in sides}
@@ -296,8 +301,13 @@ def _prediction(
     )
     tokens = sum(len(answer.output.ids) for answer in answered)
     prefill = sum(answer.output.steps[0].seconds for answer in answered)
+    return prediction_of(rounds, times, prefill, tokens, len(answered))
+
+
+def prediction_of(rounds: Rounds, times: PassTimes, prefill: float, tokens: int, answers: int) -> Prediction:
+    """For `tokens` of several answers, of which `prefill` seconds gave the first one each."""
     seconds = prefill + rounds.seconds(times)
-    return Prediction(rounds, times, tokens / seconds, (prefill + (tokens - len(answered)) * times.plain) / seconds)
+    return Prediction(rounds, times, tokens / seconds, (prefill + (tokens - answers) * times.plain) / seconds)
 
 
 def _typical_context(answered: Sequence[_Answered]) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...config.decoding import SkipChoice
 from ...errors import LayerSkipError
 from ...storage.json_reading import parse_json
 from ...storage.schema import SchemaError, build
@@ -13,6 +14,7 @@ from ...storage.writing import require_writable, write_file
 from ..outputs import Output
 
 FILE_NAME = "unfinished.jsonl"
+FOUND_SKIP = "found_skip"  # among the settings: the layers to skip that this run searched
 OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
 _LARGEST = 1e12  # of any count and any number of seconds
 
@@ -59,6 +61,17 @@ class Journal:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise LayerSkipError(f"cannot write {self._path}: {error.strerror}") from error
+
+
+def found_skip(folder: Path) -> SkipChoice | None:
+    """The layers to skip that an interrupted run in this folder searched."""
+    lines = _whole_lines(folder / FILE_NAME)
+    try:
+        settings = build(dict[str, Any], parse_json(lines[0], str(folder / FILE_NAME), LayerSkipError) if lines else {}, "")
+        choice: SkipChoice | None = build(SkipChoice | None, settings.get(FOUND_SKIP), FOUND_SKIP)
+    except (SchemaError, LayerSkipError):  # settings that no run has: the journal refuses them
+        return None
+    return choice
 
 
 def close(folder: Path) -> None:

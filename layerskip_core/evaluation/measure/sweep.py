@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 from itertools import product
 
 from ...checkpoint.loaded import Decoder
-from ...config.checks import require, require_exit_layer
+from ...config.checks import require, require_exit_layer, require_skip
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, default_exits, spread_exits
 from ...config.evaluation import SweepConfig
+from ...config.packing import Quantization
 from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
 from ..record import RunRecord
@@ -19,6 +20,7 @@ from .cost_model import Predictions, predict, side_of
 from .environment import environment
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from .runner import Progress, drafts_tokens, exit_and_drafts, measure_interleaved
+from .skip_search import search_skips
 
 _QUICK = 3  # settings that a quick sweep measures
 _CONFIDENCES = (0.8, 0.9, 0.95)
@@ -45,10 +47,15 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     for number, new in enumerate(task.losses(loaded, layers), start=1):
         losses = losses + new
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
+    searched = (yield from search_skips(loaded, task, generation, _weights(config))) if config.search_skips else None
     examples = timed_examples(task.examples, config.timed)
     autoregressive, settings = config.generation.decoding("autoregressive"), _settings(loaded, config)
+    if searched is not None:
+        settings.append(skipping := _skipping(config, searched.choice.layers, searched.choice.num_draft_tokens))
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
     predictions = yield from predict(loaded, examples, predictable, autoregressive.max_new_tokens, task.stop)
+    if searched is not None:
+        predictions = replace(predictions, settings=predictions.settings | {skipping: searched.prediction})
     chosen = _promising(settings, predictions) if config.quick else settings
     batched = None
     if config.batch_size > 1:
@@ -80,6 +87,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     results[1:] = [
         _with_predictions(result, setting, losses, predictions) for result, setting in zip(results[1:], settings, strict=True)
     ]
+    if searched is not None:
+        results[-1] = replace(results[-1], agreement=searched.agreement)
     marked = mark_pareto(results, task.quality_metric)
     drift = baseline_drift(first, second)
     advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config)
@@ -148,10 +157,23 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
             for exit_layer, drafts in product(layers, config.specs)
         ]
     settings += [generation.decoding("lookup", None, drafts) for drafts in config.specs]
+    if generation.skip:
+        require_skip(generation.skip, num_layers)
+        settings += [_skipping(config, generation.skip, drafts) for drafts in config.specs]
     if "adaptive" in DRAFTERS:
         asked = DecodingSettings("adaptive", generation=generation)
         settings.append(asked.resolve_as("adaptive", loaded.recommended(), num_layers, config.packing))
     return settings
+
+
+def _weights(config: SweepConfig) -> Quantization | None:
+    """Those that draft where a single copy does."""
+    return config.packing.draft_weights[0] if config.packing.draft_weights else None
+
+
+def _skipping(config: SweepConfig, skip: tuple[int, ...], drafts: int) -> DecodingConfig:
+    generation = replace(config.generation, skip=skip)
+    return generation.decoding("draft-and-verify", None, drafts, draft_weights=_weights(config))
 
 
 def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> list[DecodingConfig]:
@@ -159,7 +181,8 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> 
     best = predictions.promising(_QUICK)
     exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
     lookups = [setting for setting in settings if setting.strategy == "lookup"]
-    unpredicted = [lookups[len(lookups) // 2], *(setting for setting in settings if setting.strategy == "adaptive")]
+    others = (setting for setting in settings if setting.strategy in ("adaptive", "draft-and-verify"))
+    unpredicted = [lookups[len(lookups) // 2], *others]
     return [
         setting
         for setting in settings
@@ -174,8 +197,8 @@ def _unmeasured(setting: DecodingConfig) -> ExitResult:
     exit_layer, drafts = exit_and_drafts(setting)
     nothing = ExitResult(setting.strategy, exit_layer, drafts, {}, None, None, None, None, None, None)
     confidence = setting.exit_confidence or None
-    exits = setting.exits if confidence else ()
-    return replace(nothing, draft_weights=setting.draft_weights, exit_confidence=confidence, exits=exits)
+    exits, weights = setting.exits if confidence else (), setting.draft_weights
+    return replace(nothing, draft_weights=weights, exit_confidence=confidence, exits=exits, skip=setting.skip)
 
 
 def _with_predictions(
@@ -190,7 +213,7 @@ def _with_predictions(
         return result
     return replace(
         result,
-        agreement=predictions.agreement[side_of(setting)] if setting.draft_weights else None,
+        agreement=predictions.agreement[side_of(setting)] if setting.draft_weights and setting.exit_layer else None,
         predicted_speedup=prediction.speedup,
         predicted_tokens_per_second=finite(prediction.tokens_per_second),
         predicted_acceptance_rate=prediction.rounds.acceptance_rate,

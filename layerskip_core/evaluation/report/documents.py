@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ...config.ranges import counts_text
 from ..record import RunRecord
 
 
@@ -31,6 +32,8 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
             flat |= value
         elif isinstance(value, dict):
             flat |= {f"{key}_{name}": part for name, part in value.items()}
+        elif key == "skip":
+            flat[key] = counts_text(value)
         elif key == "acceptance_by_position":
             flat[key] = " ".join(map(str, value or ()))
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...config.decoding import strategies
 from ...config.evaluation import BASELINES, BenchConfig, SweepConfig
+from ...config.ranges import MAX_COUNT
 from ...errors import LayerSkipError
 from ...storage.json_reading import read_json
 from ...storage.schema import SchemaError, build, require_fields
@@ -81,6 +82,8 @@ def _require_valid(result: Any, where: str) -> None:
             raise SchemaError(f"{where}.{name}: needed a whole number for {result.strategy}, found null")
         if value is not None and value < 1:
             raise SchemaError(f"{where}.{name}: needed at least 1, found {value}")
+    if any(not 1 <= layer <= MAX_COUNT for layer in result.skip):
+        raise SchemaError(f"{where}.skip: needed layers of at least 1, found {list(result.skip)!s:.60}")
     for name, count in result.steps_by_drafter.items():
         if count < 1:
             raise SchemaError(f"{where}.steps_by_drafter.{name:.60}: needed at least 1, found {count}")

@@ -1,9 +1,12 @@
 """Records of sweeps and benchmarks as text tables."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...config.evaluation import OWN_BASELINES
 from ...config.policies import EXACT, FAST
+from ...config.ranges import counts_text
 from ..metrics import LOWER_IS_BETTER
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult
@@ -39,7 +42,7 @@ class TextTable:
 
 def strategy_name(result: ExitResult | BenchResult) -> str:
     """What tables and figures call a strategy: `int8 drafts` for drafts by a low-bit copy."""
-    return f"{result.draft_weights} drafts" if result.draft_weights else result.strategy
+    return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
 
 
 def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
@@ -69,6 +72,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     if any(result.exit_confidence is not None for result in record.results):
         note += "\nexits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average."
     note += _settings_note(record.config)
+    note += "".join(f"\nLayers that drafts skip: --skip {skip}." for skip in _skips(record.results))
     error = record.prediction_error
     if error is not None:
         note += (
@@ -93,6 +97,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         ("mean layers", [_number(result.mean_layers, ".1f") for result in results]),
         ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
         ("draft weights", [result.draft_weights or "-" for result in results]),
+        ("skipped layers", [counts_text(result.skip) or "-" for result in results]),
         ("drafted by", [_shares(result.steps_by_drafter) for result in results]),
         *((name.replace("_", " "), [_metric(result.metrics, name) for result in results]) for name in results[0].metrics),
         ("identical outputs", [_percent(result.identical_outputs, 1) for result in results]),
@@ -115,7 +120,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     machine = record.environment
     where = f"{machine['dtype']} on {machine['device_name']}, {_plural(machine['threads'], 'thread')}"
     note = f"{_method(record.config)}; {where}.{_settings_note(record.config)}"
-    with_transformers = any(name != "no-reuse" for name in record.config.get("baselines", ()))
+    with_transformers = any(name not in OWN_BASELINES for name in record.config.get("baselines", ()))
     if with_transformers and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is that of the whole process, which also holds transformers' copy of the model."
     return TextTable(("", *(result.strategy for result in results)), tuple((name, *cells) for name, cells in rows), note)
@@ -161,6 +166,11 @@ def _shares(steps_by_drafter: dict[str, int]) -> str:
         return "-"
     ordered = sorted(steps_by_drafter.items(), key=lambda item: (item[0] == "plain", -item[1]))
     return ", ".join(f"{name} {count / total:.0%}" for name, count in ordered)
+
+
+def _skips(results: Sequence[ExitResult]) -> list[str]:
+    """The layers that drafts skip, as flags give them."""
+    return list(dict.fromkeys(counts_text(result.skip) for result in results if result.skip))
 
 
 def _plural(count: int, noun: str) -> str:

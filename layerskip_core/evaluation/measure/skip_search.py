@@ -1,0 +1,243 @@
+"""Finds the layers that the drafts of Draft & Verify skip (Zhang et al., ACL 2024), on a task's validation rows.
+
+The paper searches by Bayesian optimisation. Here layers are left out one by one: always the one whose loss costs the least
+agreement with the model's own greedy outputs. The size of the set and the draft length are those of the best predicted speed.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from statistics import median
+
+import torch
+
+from ...checkpoint.loaded import Decoder
+from ...config.checks import require
+from ...config.decoding import DecodingConfig, GenerationSettings, SkipChoice
+from ...config.packing import Quantization
+from ...data.records import spread
+from ...decoding.drafters.skipping import kept_layers
+from ...errors import ConfigError, DataError, LayerSkipError
+from ...model.drafting import run_spans
+from ..outputs import Outputs, require_outputs
+from ..tasks.load import load_task
+from ..tasks.task import Task
+from .cost_model import PassTimes, Prediction, Rounds, medians, pass_times, plain_steps, prediction_of, simulate
+from .runner import Progress, measure_prompt
+
+_PROMPTS = 8
+_TOKENS = 48  # of each output
+_BLOCK = (
+    4  # about a round: drafts attend to the target's keys and values of the tokens before a block, and to their own within it
+)
+_CANDIDATES = 8  # layers tried at each size: those that cost the least when they were last tried
+_PATIENCE = 5  # sizes without a better prediction, after which the search ends
+_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of drafts
+_FINALISTS = 3  # sets whose pass times are measured
+_VISITS = 3  # to each of them
+_PHASE = "layers to skip"
+
+
+@dataclass(frozen=True)
+class FoundSkip:
+    """The layers to skip, and the prediction for them on the rows of the search.
+
+    `agreement`: the share of the autoregressive tokens that the drafts would also have chosen.
+    """
+
+    choice: SkipChoice
+    agreement: float
+    prediction: Prediction
+
+
+class Probe:
+    """A prompt with the model's own greedy output: tells what drafts without some layers would be along it."""
+
+    def __init__(self, loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], weights: Quantization | None):
+        self.prompt_ids, self.output_ids = list(prompt_ids), list(output_ids)
+        self._model, self._side = loaded.backend, loaded.backend.draft_sides[weights]
+        model, spec = self._model, self._model.spec
+        ids, first = [*prompt_ids, *output_ids][:-1], len(prompt_ids) - 1
+        tokens = torch.tensor([ids], device=model.device)
+        positions = torch.arange(len(ids))[None]
+        self._positions, self._cache = positions[:, first:], model.new_cache(1, len(ids))
+        with torch.inference_mode():
+            if first:
+                model.run_layers(model.embed(tokens[:, :first]), 0, model.num_layers, positions[:, :first], self._cache)
+            self._states = [model.embed(tokens[:, first:])]  # after each number of layers
+            for layer in range(model.num_layers):
+                hidden = model.run_layers(self._states[-1], layer, layer + 1, self._positions, self._cache)
+                self._states.append(hidden)
+            held = self._cache.room(len(ids), spec.kv_heads, spec.head_dim, hidden)
+            self._written = held[..., first : len(ids), :]  # a view
+            self._kept = self._written.clone()
+
+    def choices(self, skip: tuple[int, ...]) -> list[int]:
+        """The greedy draft at each position of the output, given the prompt and the output before it."""
+        exit_layer, spans = kept_layers(skip, self._model.num_layers)
+        if not self._side.shares_states:
+            exit_layer, spans = 0, ((0, exit_layer), *spans)
+        hidden = self._states[exit_layer]
+        blocks = [slice(start, start + _BLOCK) for start in range(0, hidden.shape[1], _BLOCK)]
+        with torch.inference_mode():
+            # The last block first, because its keys and values are seen by none of the others.
+            parts = [
+                run_spans(self._side, hidden[:, block], spans, self._positions[:, block], self._cache)
+                for block in reversed(blocks)
+            ]
+            chosen = self._side.unembed(torch.cat(parts[::-1], dim=1)).argmax(-1)[0]
+            self._written.copy_(self._kept)
+        vocabulary = self._side.vocabulary
+        return (chosen if vocabulary is None else vocabulary.tokens(chosen)).tolist()
+
+    def agreeing(self, choices: Sequence[int]) -> int:
+        return sum(choice == token for choice, token in zip(choices, self.output_ids, strict=True))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What rounds cost by the number of layers that draft and the draft length, in plain steps: a first choice among sets."""
+
+    head: float  # of a draft: all but its layers
+    layer: float
+    round: float  # all but its drafts and their verification
+    token: float  # to verify a draft
+
+    def times(self, layers: int, drafts: int) -> PassTimes:
+        return PassTimes(self.head + layers * self.layer, self.round + drafts * self.token, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Layers that are skipped, and the draft at each position of each output."""
+
+    skip: tuple[int, ...]
+    choices: tuple[list[int], ...]
+    agreeing: int
+
+    def rounds(self, probes: Sequence[Probe], drafts: int, room: int, eos_ids: frozenset[int]) -> Rounds:
+        pairs = zip(self.choices, probes, strict=True)
+        return sum((simulate(choices, probe.output_ids, drafts, room, eos_ids) for choices, probe in pairs), Rounds())
+
+
+def search_skips(
+    loaded: Decoder, task: Task, generation: GenerationSettings, weights: Quantization | None = None
+) -> Generator[Progress, None, FoundSkip]:
+    """Yields progress. `weights`: the low-bit copy that drafts.
+
+    Raises:
+        ConfigError: the model has a single layer.
+        LayerSkipError: no prompt could be answered, or the context has no room for a round of drafts after them.
+    """
+    num_layers = loaded.backend.num_layers
+    require(num_layers > 1, "search_skips", "used with a model of two layers or more", num_layers)
+    rows = validation_rows(task)
+    limit = min(_TOKENS, generation.max_new_tokens or rows.max_new_tokens)
+    plain = DecodingConfig("autoregressive", max_new_tokens=limit, stop=task.stop)
+    outputs, probes = [], []
+    for example in rows.examples:
+        output = measure_prompt(loaded, example.prompt, plain)
+        outputs.append(output)
+        if output.error is None:
+            probes.append(Probe(loaded, loaded.encode_prompt(example.prompt), output.ids, weights))
+    require_outputs(Outputs(tuple(outputs)))
+    prefill = sum(output.steps[0].seconds for output in outputs if output.error is None)
+    timer = _Timer(loaded, probes, weights)
+    costs, tokens = timer.costs(), sum(len(probe.output_ids) for probe in probes)
+
+    def predicted(found: _Set, drafts: int) -> float:
+        times = costs.times(num_layers - len(found.skip), drafts)
+        return tokens / found.rounds(probes, drafts, limit, loaded.eos_ids).seconds(times) if tokens > len(probes) else 0.0
+
+    ranked: list[tuple[float, int, _Set]] = []
+    for size, found in enumerate(eliminated(probes, num_layers), start=1):
+        speed, drafts = max((predicted(found, drafts), -drafts) for drafts in _LENGTHS)
+        ranked.append((speed, -drafts, found))
+        yield Progress(size, num_layers - 1, _PHASE)
+        if size - max(range(size), key=lambda place: ranked[place][0]) > _PATIENCE:
+            break
+    finalists = sorted(ranked, key=lambda entry: -entry[0])[:_FINALISTS]
+    best: tuple[Prediction, int, _Set] | None = None
+    measured = timer.passes([(found.skip, drafts) for _, drafts, found in finalists])
+    for (_, drafts, found), passes in zip(finalists, measured, strict=True):
+        times = medians(passes)
+        prediction = prediction_of(found.rounds(probes, drafts, limit, loaded.eos_ids), times, prefill, tokens, len(probes))
+        if best is None or prediction.speedup > best[0].speedup:
+            best = prediction, drafts, found
+    assert best is not None
+    yield Progress(num_layers - 1, num_layers - 1, _PHASE)
+    prediction, drafts, found = best
+    return FoundSkip(SkipChoice(found.skip, drafts), found.agreeing / tokens, prediction)
+
+
+def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[_Set, None, None]:
+    """Sets of 1, 2, ... L-1 skipped layers, each with one layer more than the last.
+
+    Of layers that cost the same the last one is taken, because the target goes on from the layers before the first.
+    """
+    skip: tuple[int, ...] = ()
+    agreement = dict.fromkeys(range(1, num_layers + 1), 0)  # without the layer, when it was last tried
+    candidates = list(agreement)
+    for _ in range(num_layers - 1):
+        tried = {layer: _set(probes, tuple(sorted((*skip, layer)))) for layer in candidates}
+        agreement |= {layer: found.agreeing for layer, found in tried.items()}
+        best = max(tried, key=lambda layer: (tried[layer].agreeing, layer))
+        skip = tried[best].skip
+        del agreement[best]
+        candidates = sorted(agreement, key=lambda layer: (-agreement[layer], -layer))[:_CANDIDATES]
+        yield tried[best]
+
+
+def validation_rows(task: Task) -> Task:
+    """A few validation rows of the task, or training rows, that are not measured: a file may hold no splits.
+
+    The task's own rows if there are no others.
+    """
+    measured = {example.prompt for example in task.examples}
+    for split in ("validation", "train"):
+        try:
+            rows = load_task(replace(task.config, split=split, samples=len(task.examples) + _PROMPTS))
+        except (DataError, ConfigError):
+            continue
+        if others := [example for example in rows.examples if example.prompt not in measured]:
+            return replace(rows, examples=tuple(spread(others, _PROMPTS)))
+    return replace(task, examples=tuple(spread(task.examples, _PROMPTS)))
+
+
+def _set(probes: Sequence[Probe], skip: tuple[int, ...]) -> _Set:
+    choices = tuple(probe.choices(skip) for probe in probes)
+    return _Set(skip, choices, sum(probe.agreeing(drafts) for probe, drafts in zip(probes, choices, strict=True)))
+
+
+class _Timer:
+    """Times rounds of Draft & Verify, after a prompt of median length."""
+
+    def __init__(self, loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None) -> None:
+        self._loaded, self._weights = loaded, weights
+        by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
+        self._context = by_length[len(by_length) // 2].prompt_ids
+
+    def passes(self, settings: Sequence[tuple[tuple[int, ...], int]]) -> list[list[PassTimes]]:
+        """Of each set and draft length, visited in turn. Raises LayerSkipError if the context has no room for a round."""
+        times: list[list[PassTimes]] = [[] for _ in settings]
+        for _ in range(_VISITS):
+            steps = plain_steps(self._loaded, self._context)
+            for found, (skip, drafts) in zip(times, settings, strict=True):
+                setting = DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=self._weights)
+                found += pass_times(self._loaded, self._context, setting, steps)
+        if not all(times):
+            raise LayerSkipError("prompts that leave room for rounds of drafts are needed to search the layers to skip")
+        return times
+
+    def costs(self) -> Costs:
+        """From the rounds of two sets, which draft with half and a quarter of the layers."""
+        layers = self._loaded.backend.num_layers
+        half, quarter = max(1, layers // 2), max(1, layers // 4)
+        settings = [(tuple(range(kept + 1, layers + 1)), drafts) for kept in (half, quarter) for drafts in (2, 8)]
+        measured = self.passes(settings)
+        # Each round over the plain step next to it, so that a change of the machine's speed cancels out.
+        deep, shallow = (median(times.draft / times.plain for times in chain(*pair)) for pair in (measured[:2], measured[2:]))
+        few, many = (median(times.rest / times.plain for times in chain(*pair)) for pair in (measured[::2], measured[1::2]))
+        layer = max(deep - shallow, 0.0) / (half - quarter) if half > quarter else deep / half
+        token = max(many - few, 0.0) / 6
+        return Costs(max(shallow - quarter * layer, 0.0), layer, max(few - 2 * token, 0.5), token)

@@ -1,0 +1,256 @@
+"""The search of layers to skip: what drafts would be along an output, the order of elimination, and what is found and kept."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from command_line import fails, run
+from conftest import tiny_model
+from evaluating import LAYERS, NEW_TOKENS, own_answers, tiny_loaded
+
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.decoding import DecodingConfig, GenerationSettings, SkipChoice
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.data.examples import load_examples
+from layerskip_core.decoding import decode
+from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
+from layerskip_core.decoding.sampling import Greedy
+from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.evaluation.measure import skip_search
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.cost_model import PassTimes, Rounds
+from layerskip_core.evaluation.measure.runner import Progress
+from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
+from layerskip_core.evaluation.measure.sweep import sweep
+from layerskip_core.evaluation.report.documents import to_csv, to_json
+from layerskip_core.evaluation.report.saved_record import read_record
+from layerskip_core.evaluation.report.tables import bench_table, sweep_table
+from layerskip_core.evaluation.results import ExitResult
+from layerskip_core.evaluation.tasks.load import load_task
+from layerskip_core.model import GenericBackend, PackedBackend
+
+PROMPT = [5, 11, 23, 42, 8]
+GENERATION = GenerationSettings(max_new_tokens=NEW_TOKENS)
+
+
+def silenced(*layers, **changes):
+    """The tiny model of `evaluating`, in which these layers (by number) add nothing."""
+    loaded = tiny_loaded()
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        for layer in layers:
+            model.model.layers[layer - 1].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer - 1].mlp.down_proj.weight.zero_()
+    return replace(loaded, backend=GenericBackend(model))
+
+
+def of_vocabulary(*layers):
+    return silenced(*layers, vocab_size=300)
+
+
+def probe_of(loaded, prompt=PROMPT, tokens=20):
+    config = DecodingConfig("autoregressive", max_new_tokens=tokens)
+    output = [token.id for step in decode(loaded.backend, prompt, config) for token in step]
+    return Probe(loaded, prompt, output, None)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("prompt", [PROMPT, [7]])
+def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(block, packed, prompt, monkeypatch):
+    """Up to the first draft that the target refuses, after which a round goes on with another text."""
+    monkeypatch.setattr(skip_search, "_BLOCK", block)
+    loaded = silenced()
+    if packed:
+        loaded = replace(loaded, backend=PackedBackend.of(tiny_model()))
+    model, probe = loaded.backend, probe_of(loaded, prompt)
+    ids, right = [*prompt, *probe.output_ids], 0
+    for skip in ((1,), (3, 5), (6,), (3,), (2, 3, 4, 5, 6)):
+        choices = probe.choices(skip)
+        drafter = drafter_for(DrafterSetup(model, Greedy(), DecodingConfig("draft-and-verify", skip=skip), frozenset()))
+        for start in range(0, 20, block):
+            known = ids[: len(prompt) + start]
+            cache, last = model.new_cache(), len(known) - 1
+            with torch.inference_mode():
+                if last:
+                    hidden = model.embed(torch.tensor([known[:last]]))
+                    model.run_layers(hidden, 0, LAYERS, torch.arange(last)[None], cache)
+                positions = torch.arange(last, last + block + 1)[None]
+                draft = drafter.draft(Context([0], [known], torch.tensor([known[last:]]), positions, cache), [block])
+            for choice, drafted, token in zip(choices[start:], draft.tokens[0, 1:].tolist(), ids[len(known) :], strict=False):
+                assert choice == drafted
+                if drafted != token:
+                    break
+                right += 1
+        assert probe.choices(skip) == choices  # the cache is as it was
+    assert right > 5
+
+
+def test_layers_that_add_nothing_go_first():
+    loaded = of_vocabulary(2, 5)
+    probes = [probe_of(loaded, prompt) for prompt in (PROMPT, [9, 8, 7])]
+    first, second, *others = eliminated(probes, LAYERS)
+    assert (first.skip, second.skip) == ((5,), (2, 5))  # the last of two that cost the same
+    assert first.agreeing == second.agreeing == 40 > others[0].agreeing
+    assert [len(found.skip) for found in others] == [3, 4, 5]
+    for found in others:
+        assert {2, 5} < set(found.skip) and found.agreeing == sum(map(Probe.agreeing, probes, found.choices))
+
+
+def test_only_some_layers_are_tried_again(monkeypatch):
+    monkeypatch.setattr(skip_search, "_CANDIDATES", 1)
+    probes, tried = [probe_of(of_vocabulary(2, 5))], []
+    honest = Probe.choices
+    monkeypatch.setattr(Probe, "choices", lambda probe, skip: tried.append(skip) or honest(probe, skip))
+    sizes = [len(found.skip) for found in eliminated(probes, LAYERS)]
+    assert sizes == [1, 2, 3, 4, 5] and len(tried) == LAYERS + 4
+
+
+def collect(events):
+    seen = []
+    while True:
+        try:
+            seen.append(next(events))
+        except StopIteration as end:
+            return seen, end.value
+
+
+@pytest.fixture
+def known_times(monkeypatch):
+    """A draft costs what its layers cost, and the rest of a round a plain step."""
+
+    def passes(loaded, prompt_ids, setting, plain):
+        layers = loaded.backend.num_layers
+        return [PassTimes((layers - len(setting.skip)) / layers, 1.0, 0.0, 1.0)]
+
+    monkeypatch.setattr(skip_search, "pass_times", passes)
+
+
+def test_the_search_finds_redundant_layers(known_times):
+    loaded = of_vocabulary(2, 3, 5)
+    progress, found = collect(search_skips(loaded, own_answers(), GENERATION))
+    assert set(found.choice.layers) == {2, 3, 5}
+    assert found.agreement == 1.0 and found.choice.num_draft_tokens >= 2
+    assert found.prediction.rounds.acceptance_rate == 1.0
+    assert progress[-1] == Progress(LAYERS - 1, LAYERS - 1, "layers to skip")
+
+
+def test_a_search_that_finds_nothing_better_ends_early(known_times, monkeypatch):
+    monkeypatch.setattr(skip_search, "_PATIENCE", 1)
+    monkeypatch.setattr(skip_search._Set, "rounds", lambda found, *_: Rounds(10 * len(found.skip), 0, 10 * len(found.skip)))
+    progress, found = collect(search_skips(of_vocabulary(), own_answers(), GENERATION))
+    assert [event.done for event in progress] == [1, 2, LAYERS - 1]
+    assert len(found.choice.layers) == 1
+
+
+def test_a_model_of_one_layer_has_nothing_to_skip():
+    loaded = silenced(vocab_size=300, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="`search_skips` must be used with a model of two layers or more, got 1"):
+        collect(search_skips(loaded, own_answers(), GENERATION))
+
+
+def test_rows_of_the_search_are_not_those_measured(tmp_path):
+    task = load_task(TaskConfig("commands", samples=5))
+    prompts = [example.prompt for example in validation_rows(task).examples]
+    validation = {row.prompt for row in load_examples(DataConfig("commands", "validation", limit=13))}
+    assert len(prompts) == 8 and set(prompts) <= validation - {example.prompt for example in task.examples}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"p{number}", "completion": "x"}) + "\n" for number in range(9)))
+    task = load_task(TaskConfig(data=str(file), samples=4))
+    measured, others = ({example.prompt for example in rows.examples} for rows in (task, validation_rows(task)))
+    assert len(others) == 5 and not measured & others  # a file has no splits
+    everything = load_task(TaskConfig(data=str(file), samples=0))
+    assert len(validation_rows(everything).examples) == 8
+
+
+def test_a_sweep_measures_what_it_found(known_times, tmp_path):
+    loaded, task = of_vocabulary(2, 5), own_answers()
+    *_, record = sweep(loaded, task, SweepConfig("tiny", exits=(3,), specs=(2,), search_skips=True))
+    row = record.results[-1]
+    assert (row.strategy, row.exit_layer) == ("draft-and-verify", None) and {2, 5} <= set(row.skip)
+    assert row.identical_outputs == 1.0 and row.agreement is not None and row.predicted_speedup > 0
+    table = sweep_table(record)
+    assert table.rows[-1][0] == "draft-and-verify"
+    assert f"Layers that drafts skip: --skip {','.join(map(str, row.skip))}." in table.note or ":" in table.note
+    assert to_csv(record).splitlines()[-1].startswith("draft-and-verify,")
+    file = tmp_path / "results.json"
+    file.write_text(to_json(record))
+    assert read_record(str(file), ExitResult).results[-1] == row
+
+
+def test_given_layers_are_measured_at_every_draft_length():
+    generation = GenerationSettings(skip=(2, 5))
+    *_, record = sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", exits=(3,), specs=(2, 4), generation=generation))
+    rows = [(row.skip, row.num_draft_tokens) for row in record.results if row.strategy == "draft-and-verify"]
+    assert rows == [((2, 5), 2), ((2, 5), 4)]
+    with pytest.raises(ConfigError, match=r"`skip` must be in 1..6, got 9 \(model has 6 layers\)"):
+        list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", generation=GenerationSettings(skip=(9,)))))
+    with pytest.raises(ConfigError, match="`search_skips` must be left out with `skip`, got 2,5"):
+        SweepConfig(search_skips=True, generation=generation)
+
+
+def test_bench_searches_unless_the_layers_are_known(known_times, monkeypatch):
+    searched = []
+    honest = search_skips
+    monkeypatch.setattr(
+        "layerskip_core.evaluation.measure.bench.search_skips", lambda *args: searched.append(1) or honest(*args)
+    )
+    loaded, plain = of_vocabulary(2, 5), ("autoregressive",)
+    stored = replace(loaded, info=replace(loaded.info, skip=SkipChoice((4,), 3)))
+    for model, config, skip, searches in (
+        (loaded, BenchConfig("tiny", strategies=plain, baselines=("draft-and-verify",), repeats=1), None, 1),
+        (stored, BenchConfig("tiny", strategies=(*plain, "draft-and-verify"), repeats=1), (4,), 1),
+        (loaded, BenchConfig("tiny", strategies=plain, generation=GenerationSettings(skip=(3,)), repeats=1), (3,), 1),
+    ):
+        *_, record = bench(model, own_answers(1), config)
+        assert [result.strategy for result in record.results] == ["autoregressive", "draft-and-verify"]
+        row = record.results[-1]
+        assert row.skip == skip or (skip is None and {2, 5} <= set(row.skip))
+        assert row.identical_outputs == 1.0 and len(searched) == searches
+        cells = {name: cells for name, *cells in bench_table(record).rows}
+        assert cells["skipped layers"][0] == "-" and cells["skipped layers"][1]
+
+
+def test_a_resumed_bench_keeps_the_layers_that_it_found(known_times, tmp_path, monkeypatch):
+    loaded, task = of_vocabulary(2, 5), own_answers(2)
+    config = BenchConfig("tiny", strategies=("autoregressive",), baselines=("draft-and-verify",), repeats=1)
+    for event in bench(loaded, task, config, tmp_path):
+        if isinstance(event, Progress) and event.phase == "prompts":
+            break
+    monkeypatch.setattr("layerskip_core.evaluation.measure.bench.search_skips", lambda *args: pytest.fail("searched again"))
+    *_, record = bench(loaded, task, config, tmp_path, resume=True)
+    assert {2, 5} <= set(record.results[-1].skip)
+
+
+def test_save_stores_the_layers_and_generate_uses_them(checkpoint, tmp_path):
+    folder = str(shutil.copytree(checkpoint, tmp_path / "model"))
+    common = ("--samples", "2", "--exits", "3", "--specs", "2", "--max-new-tokens", "8", "--model", folder)
+    result = run("sweep-exits", *common, "--search-skips", "--save")
+    assert result.code == 0, result.err
+    listed = re.search(r"Layers that drafts skip: --skip (\S+)\.", result.out)[1]
+    choice = read_info(folder).skip
+    assert f"saved --skip {listed} and {choice.num_draft_tokens} draft tokens for --strategy draft-and-verify" in result.err
+    assert json.loads((tmp_path / "model" / "layerskip.json").read_text())["recommended"]["skip"]["layers"] == [*choice.layers]
+    answers = [
+        run("generate", "hi", "--model", folder, "--dtype", "fp32", "--max-new-tokens", "9", *arguments)
+        for arguments in (["--strategy", "draft-and-verify"], ["--strategy", "autoregressive"])
+    ]
+    assert answers[0].out == answers[1].out and answers[0].code == 0
+    fails("--search-skips must be left out with --skip, got 2", "sweep-exits", *common, "--search-skips", "--skip", "2")
+
+
+@pytest.mark.parametrize(
+    "skip",
+    [[2], {"layers": []}, {"layers": [0], "num_draft_tokens": 2}, {"layers": [2]}, {"layers": ["2"], "num_draft_tokens": 2}],
+)
+def test_stored_layers_are_checked(checkpoint, tmp_path, skip):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    document = json.loads((folder / "layerskip.json").read_text())
+    document["recommended"]["skip"] = skip
+    (folder / "layerskip.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="is not valid: skip"):
+        read_info(folder)
