@@ -5,11 +5,13 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
+from conftest import tiny_model
 from evaluating import NEW_TOKENS, TOO_LONG, early_exit_share, outputs_of, own_answers, task_of, tiny_loaded
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.decoding import DecodingConfig, GenerationSettings
 from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError
@@ -19,7 +21,9 @@ from layerskip_core.evaluation.measure.memory import PeakMemory
 from layerskip_core.evaluation.measure.runner import Progress, measure_prompt
 from layerskip_core.evaluation.outputs import Output, Outputs
 from layerskip_core.evaluation.report.documents import to_json
+from layerskip_core.evaluation.report.tables import bench_table
 from layerskip_core.evaluation.results import BenchResult, Difference, Failure
+from layerskip_core.model import PackedBackend
 
 FIELDS = [
     "strategy", "exit_layer", "num_draft_tokens", "metrics", "acceptance_rate", "mean_accepted_tokens", "tokens_per_second",
@@ -122,6 +126,20 @@ def test_a_run_on_the_models_own_answers():
     assert record.environment["dtype"] == "float64"
     assert record.environment["implementation"] == "generic"
     assert record.environment["threads"] == torch.get_num_threads()
+
+
+def test_every_low_bit_copy_drafts():
+    packing = PackingConfig(draft_weights=("int8", "int4"))
+    model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
+    loaded = replace(tiny_loaded(torch.float32), backend=PackedBackend.of(model, packing))
+    settings = {"strategies": ("autoregressive", "self-speculative"), "repeats": 1, "packing": packing}
+    *_, record = bench(loaded, own_answers(2), BenchConfig("tiny", **settings))
+    assert [(result.draft_weights, result.exit_layer) for result in record.results] == [(None, None), ("int8", 6), ("int4", 6)]
+    assert bench_table(record).headers == ("", "autoregressive", "int8 drafts", "int4 drafts")
+    _, int8, int4 = record.results
+    assert int8.identical_outputs == int4.identical_outputs == 1.0
+    assert int8.acceptance_rate > int4.acceptance_rate > 0
+    assert set(int8.steps_by_drafter) - {"plain"} == {"int8"}
 
 
 def test_early_exit_by_confidence():

@@ -8,6 +8,7 @@ from statistics import median
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, SkipChoice
 from ...config.evaluation import BenchConfig
+from ...config.packing import PackingConfig
 from ..outputs import Outputs, finite
 from ..perplexity import ReferenceLosses
 from ..record import RunRecord
@@ -52,6 +53,7 @@ def bench(
     chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
     in_order = [strategy for strategy in ("autoregressive", "early-exit", *DRAFTERS) if strategy in chosen]
     strategies = [asked.resolve_as(strategy, *known) for strategy in in_order]
+    strategies = [setting for strategy in strategies for setting in _by_copy(strategy, config.packing)]
     speculative = asked.resolve_as("self-speculative", *known)
     config = replace(
         config,
@@ -147,6 +149,13 @@ def bench_result(
         skip=method.skip if isinstance(method, DecodingConfig) else (),
         longest_answer=repeats[0].longest.steps if repeats and method.strategy == "adaptive" else (),
     )
+
+
+def _by_copy(decoding: DecodingConfig, packing: PackingConfig) -> list[DecodingConfig]:
+    """Self-speculative decoding with each of the low-bit copies; any other strategy as it is."""
+    if decoding.strategy != "self-speculative" or not packing.draft_weights:
+        return [decoding]
+    return [replace(decoding, draft_weights=weights) for weights in dict.fromkeys(packing.draft_weights)]
 
 
 def _target_layers(decoding: DecodingConfig, loaded: Decoder) -> int:

@@ -151,7 +151,8 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
     chosen = spread_exits(loaded.recommended().exits or tuple(exits), num_layers)
     for confidence in config.exit_confidences or ():
         settings.append(replace(generation, exit_confidence=confidence).decoding("early-exit", exits=chosen))
-    for weights, layers in ((None, exits), *((weights, config.exits) for weights in config.packing.draft_weights)):
+    for weights in dict.fromkeys((None, *config.packing.draft_weights)):
+        layers = exits if weights is None else config.exits
         settings += [
             generation.decoding("self-speculative", exit_layer, drafts, draft_weights=weights)
             for exit_layer, drafts in product(layers, config.specs)

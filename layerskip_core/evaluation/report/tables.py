@@ -123,7 +123,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     with_transformers = any(name not in OWN_BASELINES for name in record.config.get("baselines", ()))
     if with_transformers and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is that of the whole process, which also holds transformers' copy of the model."
-    return TextTable(("", *(result.strategy for result in results)), tuple((name, *cells) for name, cells in rows), note)
+    return TextTable(("", *map(strategy_name, results)), tuple((name, *cells) for name, cells in rows), note)
 
 
 def _method(config: dict[str, Any]) -> str:
