@@ -37,18 +37,37 @@ class Moments:
         self.shift.addmm_((original.float() - wide).T, wide)
 
 
-def gptq(weight: Tensor, moments: Moments) -> Int4:
-    """A weight (out, in) in 4 bits that keeps its outputs. Scales and lowest values are those of bf16.
+@dataclass(frozen=True)
+class Aim:
+    """What a weight in 4 bits should be: near `weight` (out, in), in the norm that `square` (in, in) gives."""
+
+    weight: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, moments: Moments) -> "Aim":
+        """The outputs of the original layer, on the inputs that the moments are of."""
+        square = moments.square.clone()
+        square.diagonal()[square.diagonal() == 0] = 1
+        square.diagonal().add_(_DAMPING * square.diagonal().mean())
+        original = weight.float()
+        correction = torch.cholesky_solve(moments.shift.T, torch.linalg.cholesky(square)).T
+        return cls(torch.addmm(original, original, correction), square)
+
+    def error(self, made: Int4) -> float:
+        """Of the outputs, squared and summed."""
+        off = made.weight - self.weight
+        return float(((off @ self.square) * off).sum())
+
+
+def gptq(aim: Aim) -> Int4:
+    """A weight in 4 bits. Scales and lowest values are those of bf16.
 
     Without correlations between the inputs, all of them equally large, this is `searched` for each group.
     """
-    square = moments.square.clone()
-    square.diagonal()[square.diagonal() == 0] = 1
-    square.diagonal().add_(_DAMPING * square.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(aim.square))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    original = weight.float()
-    left = torch.addmm(original, original, moments.shift @ inverse)  # what is still to be stored of each input
+    left = aim.weight.clone()  # what is still to be stored of each input
     outputs, inputs = left.shape
     levels = torch.empty(outputs, inputs, dtype=torch.uint8)
     scales, lows = torch.empty(2, outputs, inputs // GROUP_SIZE)

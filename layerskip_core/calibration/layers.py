@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..model import GenericBackend
 from ..model.int4 import Int4
-from .gptq import Moments, gptq
+from .descent import descended
+from .gptq import Aim, Moments, gptq
 
 _TOKENS = 4096  # of a forward pass
 Report = Callable[[int], None]  # layers that are done, the head being the last
@@ -51,7 +52,7 @@ def quantize(backend: GenericBackend, texts: Tensor, report: Report) -> Quantize
                     run(hidden)
                 moments.add(inputs[0].flatten(0, -2), reference.flatten(0, -2))
             references.clear()
-            made = _split(gptq(torch.cat([module.weight for _, module in stage]), moments), stage)
+            made = _split(_quantized(torch.cat([module.weight for _, module in stage]), moments), stage)
             for (name, module), weight in zip(stage, made, strict=True):
                 module.weight.copy_(weight.weight)
                 weights[f"model.layers.{index}.{name}.weight"] = weight
@@ -117,4 +118,9 @@ def _quantized_head(backend: GenericBackend, low: list[Tensor], full: list[Tenso
     moments = Moments.zero(backend.hidden_size)
     for hidden, reference in zip(low, full, strict=True):
         moments.add(backend.normed(hidden).flatten(0, -2), backend.normed(reference).flatten(0, -2))
-    return gptq(backend.model.get_parameter(backend.spec.head_name), moments)
+    return _quantized(backend.model.get_parameter(backend.spec.head_name), moments)
+
+
+def _quantized(weight: Tensor, moments: Moments) -> Int4:
+    aim = Aim.of(weight, moments)
+    return descended(gptq(aim), aim)

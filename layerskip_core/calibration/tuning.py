@@ -17,7 +17,7 @@ from ..model.int4 import LEVELS, Int4
 from .layers import Quantized
 
 _TOKENS = 2048  # of a step
-_RATE = 2e-4  # of the scales, as a share of them; lowest values move by five times as much, in steps
+_RATE = 3e-4  # of the scales, as a share of them; lowest values move by five times as much, in steps
 _WARMUP = 6  # steps
 _MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.99  # of Adam
 _CENTRE = (LEVELS - 1) / 2  # a scale turns a group about its middle level, else it would also move it

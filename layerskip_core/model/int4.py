@@ -25,7 +25,7 @@ class Int4(NamedTuple):
     def weight(self) -> Tensor:
         """(out, in), fp32."""
         groups = self.levels.view(*self.scale.shape, -1).float()
-        return torch.addcmul(self.low[..., None], groups, self.scale[..., None]).view(self.levels.shape)
+        return torch.addcmul(self.low[..., None], groups, self.scale[..., None]).flatten(1)
 
 
 def named_int4(implementation: str, calibrated: bool) -> str:

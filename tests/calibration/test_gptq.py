@@ -1,8 +1,9 @@
-"""GPTQ against rounding to nearest."""
+"""GPTQ against rounding to nearest, and the descent after it."""
 
 import torch
 
-from layerskip_core.calibration.gptq import Moments, gptq, searched
+from layerskip_core.calibration.descent import descended, with_best_levels, with_best_scales
+from layerskip_core.calibration.gptq import Aim, Moments, gptq, searched
 from layerskip_core.model.int4 import int4_of
 
 OUTPUTS, INPUTS = 24, 160
@@ -19,6 +20,14 @@ def inputs(count=600, rank=40):
     return mixed + 0.3 * torch.randn(count, INPUTS, generator=generator)
 
 
+def aim(given, original=None):
+    return Aim.of(weight(), moments(given, original))
+
+
+def plain_aim():
+    return Aim(weight(), torch.eye(INPUTS))
+
+
 def moments(given, original=None):
     made = Moments.zero(INPUTS)
     for part, reference in zip(given.chunk(3), (given if original is None else original).chunk(3), strict=True):
@@ -33,11 +42,11 @@ def output_error(made, given, original=None):
 
 def test_gptq_keeps_outputs_far_better_than_rounding():
     given = inputs()
-    assert output_error(gptq(weight(), moments(given)), given) < 0.25 * output_error(int4_of(weight()), given)
+    assert output_error(gptq(aim(given)), given) < 0.25 * output_error(int4_of(weight()), given)
 
 
 def test_with_inputs_that_do_not_depend_on_each_other_it_rounds_to_nearest():
-    made = gptq(weight(), Moments(3 * torch.eye(INPUTS), torch.zeros(INPUTS, INPUTS)))
+    made = gptq(Aim(weight(), 3 * torch.eye(INPUTS)))
     groups = weight().view(OUTPUTS, -1, 32)
     for number in range(INPUTS // 32):
         scale, low = searched(groups[:, number], torch.ones(32))
@@ -47,7 +56,7 @@ def test_with_inputs_that_do_not_depend_on_each_other_it_rounds_to_nearest():
 
 
 def test_the_searched_range_is_better_than_the_whole_one():
-    whole, made = int4_of(weight()), gptq(weight(), Moments(torch.eye(INPUTS), torch.zeros(INPUTS, INPUTS)))
+    whole, made = int4_of(weight()), gptq(plain_aim())
     assert (made.weight - weight()).square().sum() < 0.95 * (whole.weight - weight()).square().sum()
     assert torch.equal(made.scale.bfloat16().float(), made.scale) and torch.equal(made.low.bfloat16().float(), made.low)
 
@@ -55,12 +64,43 @@ def test_the_searched_range_is_better_than_the_whole_one():
 def test_inputs_of_quantised_layers_are_corrected_towards_the_original_outputs():
     original = inputs()
     given = original + 0.2 * original.roll(1, dims=1)
-    corrected, plain = (gptq(weight(), moments(given, reference)) for reference in (original, given))
+    corrected, plain = (gptq(aim(given, reference)) for reference in (original, given))
     assert output_error(corrected, given, original) < 0.5 * output_error(plain, given, original)
 
 
 def test_inputs_that_are_always_zero_do_no_harm():
     given = inputs()
     given[:, 7] = 0
-    made = gptq(weight(), moments(given))
+    made = descended(gptq(aim(given)), aim(given))
     assert made.weight.isfinite().all() and output_error(made, given) < 0.25 * output_error(int4_of(weight()), given)
+
+
+def test_each_part_of_the_descent_lowers_the_error():
+    goal = aim(inputs())
+    made = gptq(goal)
+    scaled = with_best_scales(made, goal)
+    moved = with_best_levels(scaled, goal)
+    assert goal.error(moved) < goal.error(scaled) < goal.error(made)
+    assert torch.equal(scaled.levels, made.levels) and torch.equal(moved.scale, scaled.scale)
+    assert goal.error(descended(made, goal)) < 0.95 * goal.error(moved)
+    assert moved.levels.max() == 15 and moved.levels.min() == 0
+
+
+def test_the_best_scales_are_a_minimum():
+    goal = aim(inputs())
+    best = with_best_scales(gptq(goal), goal)
+    for factor in (0.97, 1.03):
+        for changed in (best._replace(scale=best.scale * factor), best._replace(low=best.low * factor)):
+            assert goal.error(changed) > goal.error(best)
+
+
+def test_a_weight_without_an_error_stays_as_it_is():
+    exact = int4_of(weight())
+    goal = Aim(exact.weight, aim(inputs()).square)
+    assert all(torch.equal(before, after) for before, after in zip(exact, descended(exact, goal), strict=True))
+
+
+def test_groups_of_equal_weights_do_no_harm():
+    constant = torch.full((3, 64), 0.5)
+    goal = Aim(constant, torch.eye(64))
+    assert torch.equal(descended(gptq(goal), goal).weight, constant)
