@@ -78,15 +78,14 @@ class Decoder:
         Raises ConfigError for a policy that is not saved or needs copies of the weights that are not here, and as
         `DecodingSettings.resolve` does.
         """
-        name, layers, recommended = self.policy_for(settings, packing), self.backend.num_layers, self.recommended()
+        name, layers = self.policy_for(settings, packing), self.backend.num_layers
         if name is None:
-            return settings.resolve(recommended, layers, packing)
+            return settings.resolve(self.recommended(), layers, packing)
         policy = policy_named(self.info.policies, name)
         here = policy.draft_weights in self.backend.draft_sides
         require(here, "policy", f"given with `draft_weights` {policy.draft_weights}, which it drafts with", name)
-        exits = policy.exits or recommended.exits
         try:
-            return policy.settings(settings.generation).resolve(replace(recommended, exits=exits), layers, policy.packing)
+            return policy.settings(settings.generation).resolve(self.recommended(), layers, policy.packing)
         except ConfigError as error:
             raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
 

@@ -33,8 +33,8 @@ class Policy:
     draft_weights: Quantization | None = None
     draft_confidence: float = 0.0
     lookup: int = 0
-    exits: tuple[int, ...] = ()  # none: those that were trained
     exit_confidence: float = 0.0
+    exits: tuple[int, ...] = ()  # none: those that were trained
     skip: tuple[int, ...] = ()  # none: those of a search
     measured: Measured | None = None
 
@@ -42,6 +42,7 @@ class Policy:
         require_choice(self.strategy, "strategy", strategies())
         if self.strategy in ("self-speculative", "early-exit") and not self.exit_confidence:
             require(self.exit_layer is not None, "exit_layer", f"given for `strategy` {self.strategy}", "none")
+        require(bool(self.exit_confidence) or not self.exits, "exits", "given with `exit_confidence`", "none")
         layers = (*self.exits, *self.skip, *(() if self.exit_layer is None else (self.exit_layer,)))
         require(all(layer >= 1 for layer in layers), "exit_layer", "at least 1", min(layers, default=1))
         if self.draft_weights is not None:
@@ -79,8 +80,7 @@ class Policy:
             generation, draft_confidence=self.draft_confidence, lookup=self.lookup, exit_confidence=self.exit_confidence,
             skip=self.skip,
         )  # fmt: skip
-        exits = self.exits if self.exit_confidence else ()
-        return DecodingSettings(self.strategy, self.exit_layer, self.num_draft_tokens, own, exits=exits)
+        return DecodingSettings(self.strategy, self.exit_layer, self.num_draft_tokens, own, exits=self.exits)
 
     def document(self) -> dict[str, object]:
         """The policy as plain values, without what is not set."""

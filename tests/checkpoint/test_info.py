@@ -25,7 +25,7 @@ def test_policies_are_read_as_they_were_written(tmp_path):
     assert write(tmp_path, info.to_json()) == info
     document = json.loads(info.to_json())
     assert document["recommended"] == {"exit_layer": None, "num_draft_tokens": None, "strategy": "autoregressive"}
-    assert document["policies"]["fast"] == {"strategy": "early-exit", "exits": [2, 4], "exit_confidence": 0.9}
+    assert document["policies"]["fast"] == {"strategy": "early-exit", "exit_confidence": 0.9, "exits": [2, 4]}
 
 
 def test_a_file_without_policies(tmp_path):
@@ -51,7 +51,11 @@ def test_a_file_without_policies(tmp_path):
         ({"fast": {"strategy": "early-exit", "exit_layer": 2.5}}, "policies.fast.exit_layer: needed a whole number, found 2.5"),
         ({"fast": {"strategy": "lookup", "num_draft_tokens": 0}}, "policies.fast: num_draft_tokens must be at least 1, got 0"),
         ({"fast": {"strategy": "lookup", "exits": [2, "a"]}}, "policies.fast.exits[1]: needed a whole number, found 'a'"),
-        ({"fast": {"strategy": "lookup", "exits": [2, 0]}}, "policies.fast: exit_layer must be at least 1, got 0"),
+        ({"fast": {"strategy": "lookup", "exits": [2]}}, "policies.fast: exits must be given with exit_confidence, got none"),
+        (
+            {"fast": {"strategy": "early-exit", "exit_confidence": 0.5, "exits": [2, 0]}},
+            "policies.fast: exit_layer must be at least 1, got 0",
+        ),
         (
             {"fast": {"strategy": "early-exit", "exit_confidence": 2}},
             "policies.fast: exit_confidence must be in [0, 1], got 2.0",

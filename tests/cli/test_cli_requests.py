@@ -17,7 +17,7 @@ POLICIES = {
     "exact": Policy("self-speculative", 5, 2),
     "fast": Policy("early-exit", 3),
     "copies": Policy("self-speculative", 6, 3, "int8"),
-    "confident": Policy("early-exit", exits=(2, 3), exit_confidence=0.6),
+    "confident": Policy("early-exit", exits=(2, 3), exit_confidence=0.05),
     "too deep": Policy("early-exit", 40),
 }
 
@@ -67,7 +67,9 @@ def test_a_policy_is_its_settings(ask):
     assert early == ask(row, flags=("--strategy", "early-exit", "--exit", "3"))[0] | {"policy": "fast"}
     (exact,) = ask(row, flags=("--policy", "exact"))
     assert exact == ask(row, flags=("--exit", "5", "--spec", "2"))[0] | {"policy": "exact"}
-    assert early["text"] != exact["text"]
+    (confident,) = ask(row, flags=("--policy", "confident"))
+    assert confident == ask(row, flags=("--exit-confidence", "0.05", "--exits", "2,3"))[0] | {"policy": "confident"}
+    assert len({answer["text"] for answer in (early, exact, confident)}) == 3
 
 
 def test_exact_is_used_where_nothing_is_said(ask, generate):

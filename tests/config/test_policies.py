@@ -47,9 +47,9 @@ def test_a_policy_keeps_limit_stop_and_sampling_of_the_request():
         "self-speculative", 8, 3, 9, 0.5, ("x",), sampling, "int8", 4
     )
     assert Policy("early-exit", 4).packing == PackingConfig()
-    by_confidence = Policy("early-exit", exits=(3, 5), exit_confidence=0.9).settings(GenerationSettings(9))
-    resolved = by_confidence.resolve(ExitChoice(2, 6, exits=(2, 4)), 8)  # those that were measured
-    assert (resolved.exits, resolved.exit_confidence) == ((3, 5), 0.9)
+    confident = Policy("early-exit", exit_confidence=0.9, exits=(2, 4)).settings(GenerationSettings(9))
+    expected = DecodingConfig("early-exit", None, 6, 9, exits=(2, 4), exit_confidence=0.9)
+    assert confident.resolve(ExitChoice(2, 6, exits=(3,)), 8) == expected
 
 
 def test_settings_are_open_where_nothing_is_said():

@@ -103,3 +103,18 @@ def test_the_settings_that_a_sweep_was_measured_with_belong_to_the_policy():
     found, _ = policies(row("self-speculative", 4, 6, speedup=1.8), row("early-exit", 2, speedup=2), generation=generation)
     assert (found["exact"].draft_confidence, found["exact"].lookup) == (0.4, 3)
     assert (found["fast"].draft_confidence, found["fast"].lookup) == (0.0, 0)
+
+
+def test_an_exit_by_confidence_can_be_fast():
+    found, reason = policies(
+        row("early-exit", 4, speedup=1.5), row("early-exit", speedup=1.9, exit_confidence=0.9, exits=(2, 4))
+    )
+    assert found["fast"] == Policy("early-exit", exit_confidence=0.9, exits=(2, 4), measured=measured(0.9, 1.9))
+    assert reason.startswith("exits by confidence 0.9: 1.90x the speed of plain decoding")
+
+
+def test_low_bit_drafts_can_be_exact():
+    found, _ = policies(
+        row("self-speculative", 6, 4, speedup=1.5), row("self-speculative", 8, 3, speedup=1.6, draft_weights="int8")
+    )
+    assert found["exact"] == Policy("self-speculative", 8, 3, "int8", measured=measured(0.9, 1.6))
