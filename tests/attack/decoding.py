@@ -1,6 +1,10 @@
-"""Random decoding settings on tiny models: speculation must equal plain decoding, and a batch its rows decoded alone."""
+"""Random decoding settings on tiny models: speculation must equal plain decoding, and a batch its rows decoded alone.
+
+A depth for each token must equal plain decoding where no exit is confident, and early exit where the first one always is.
+"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -96,6 +100,8 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
         for place, prompt in enumerate(prompts):
             if (expected := _alone(model, prompt, plain, ends)[:2]) != alone[place][:2]:
                 yield f"speculation gave {alone[place][:2]}, plain decoding {expected}; {where}"
+    if random.random() < 0.3:
+        yield from (f"{fault}; {where}" for fault in _depth_faults(model, prompts[0], config, ends, random))
     crowded = any(reason == "context" for _, reason, _ in alone)  # near the context's end the longest row limits the drafts
     for output in decode_batch(model, prompts, config, ends, _letters):
         ids, reason, stats = alone[output.row]
@@ -106,6 +112,19 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
         elif not crowded and (different := [name for name in _COUNTS if getattr(output.stats, name) != getattr(stats, name)]):
             found = ", ".join(f"{name} {getattr(output.stats, name)} and {getattr(stats, name)}" for name in different)
             yield f"row {output.row} of the batch counts otherwise than alone: {found}; {where}"
+
+
+def _depth_faults(model: Any, prompt: list[int], config: Any, ends: frozenset[int], random: Random) -> Iterator[str]:
+    exits = tuple(sorted(random.sample(range(1, model.num_layers), random.randint(1, model.num_layers - 1))))
+    always = replace(config, strategy="early-exit", exit_layer=exits[0])
+    for confidence, same in ((1.0, replace(config, strategy="autoregressive")), (5e-324, always), (random.random(), None)):
+        own = replace(config, strategy="early-exit", exits=exits, exit_confidence=confidence)
+        ids, reason, stats = _alone(model, prompt, own, ends)
+        yield from _inconsistent(model, prompt, own, ids, reason, stats)
+        if sum(stats.tokens_by_layers) != len(ids) or len(stats.tokens_by_layers) > model.num_layers:
+            yield f"{stats.tokens_by_layers} by layers for {len(ids)} tokens, exits {exits}, confidence {confidence}"
+        if same is not None and (expected := _alone(model, prompt, same, ends)[:2]) != (ids, reason):
+            yield f"exits {exits} with confidence {confidence} gave {(ids, reason)}, {same.strategy} {expected}"
 
 
 def _alone(model: Any, prompt: list[int], config: Any, ends: frozenset[int]) -> tuple[list[int], Any, Any]:
