@@ -110,11 +110,20 @@ _RANGES = (
     *("1:3", "1:9:2", "-1:3", " 2 ", "1;2", "2" + ",2" * 20_000),
 )
 _OF_FLAGS = {
-    **dict.fromkeys(("--exits", "--specs", "--layers", "--pass-k"), _RANGES),
+    **dict.fromkeys(("--exits", "--specs", "--layers", "--pass-k", "--skip"), _RANGES),
     "--output": OUTPUTS,
-    "--strategy": ("self-speculative", "early-exit", "autoregressive", "Autoregressive"),
+    "--strategy": ("self-speculative", "draft-and-verify", "early-exit", "autoregressive", "Autoregressive"),
     "--strategies": ("autoregressive", "early-exit", "autoregressive,autoregressive", ",", "x", "autoregressive," * 2000),
-    "--baselines": ("transformers", "prompt-lookup", "no-reuse", "assistant-early-exit", "draft-model", "x", ",,"),
+    "--baselines": (
+        "transformers",
+        "prompt-lookup",
+        "no-reuse",
+        "assistant-early-exit",
+        "draft-model",
+        "draft-and-verify",
+        "x",
+        ",,",
+    ),
     "--device": ("cpu", "cuda", "cuda:99", "mps", "meta", "cpu:1", "CPU", "cuda:-1", "xla", "cuda:" + "9" * 30),
     "--dtype": ("fp32", "bf16", "auto", "float64", "FP32"),
     **dict.fromkeys(("--quantize", "--draft-weights"), ("int8", "int4", "int2", "INT8", "int8,int4", "int8,int8", "int4,")),

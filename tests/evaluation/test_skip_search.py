@@ -19,7 +19,7 @@ from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Greedy
-from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.errors import CheckpointError, ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import skip_search
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import PassTimes, Rounds
@@ -150,6 +150,16 @@ def test_a_search_that_finds_nothing_better_ends_early(known_times, monkeypatch)
 def test_a_model_of_one_layer_has_nothing_to_skip():
     loaded = silenced(vocab_size=300, num_hidden_layers=1)
     with pytest.raises(ConfigError, match="`search_skips` must be used with a model of two layers or more, got 1"):
+        collect(search_skips(loaded, own_answers(), GENERATION))
+
+
+def test_answers_and_contexts_can_be_too_short():
+    with pytest.raises(LayerSkipError, match="answers of two tokens or more are needed to search the layers to skip"):
+        collect(search_skips(of_vocabulary(), own_answers(), GenerationSettings(max_new_tokens=1)))
+    loaded = tiny_loaded()
+    shortest = min(len(loaded.encode_prompt(example.prompt)) for example in own_answers().examples)
+    loaded = replace(loaded, backend=GenericBackend(tiny_model(vocab_size=300, max_position_embeddings=shortest + 3)))
+    with pytest.raises(LayerSkipError, match="prompts that leave room for rounds of drafts are needed"):
         collect(search_skips(loaded, own_answers(), GENERATION))
 
 

@@ -4,10 +4,10 @@ The paper searches by Bayesian optimisation. Here layers are left out one by one
 agreement with the model's own greedy outputs. The size of the set and the draft length are those of the best predicted speed.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from statistics import median
+from statistics import quantiles
 
 import torch
 
@@ -33,7 +33,7 @@ _BLOCK = (
 _CANDIDATES = 8  # layers tried at each size: those that cost the least when they were last tried
 _PATIENCE = 5  # sizes without a better prediction, after which the search ends
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of drafts
-_FINALISTS = 3  # sets whose pass times are measured
+_FINALISTS = 3  # sets whose pass times are measured, with the best draft length and with twice as long drafts
 _VISITS = 3  # to each of them
 _PHASE = "layers to skip"
 
@@ -127,7 +127,7 @@ def search_skips(
 
     Raises:
         ConfigError: the model has a single layer.
-        LayerSkipError: no prompt could be answered, or the context has no room for a round of drafts after them.
+        LayerSkipError: no prompt could be answered by two tokens, or the context has no room for a round of drafts after them.
     """
     num_layers = loaded.backend.num_layers
     require(num_layers > 1, "search_skips", "used with a model of two layers or more", num_layers)
@@ -142,32 +142,34 @@ def search_skips(
             probes.append(Probe(loaded, loaded.encode_prompt(example.prompt), output.ids, weights))
     require_outputs(Outputs(tuple(outputs)))
     prefill = sum(output.steps[0].seconds for output in outputs if output.error is None)
+    tokens = sum(len(probe.output_ids) for probe in probes)
+    if tokens == len(probes):
+        raise LayerSkipError("answers of two tokens or more are needed to search the layers to skip")
+
+    def predicted(found: _Set, drafts: int, times: PassTimes, prefill: float = 0.0) -> Prediction:
+        rounds = found.rounds(probes, drafts, limit, loaded.eos_ids)
+        return prediction_of(rounds, times, prefill, tokens, len(probes))
+
     timer = _Timer(loaded, probes, weights)
-    costs, tokens = timer.costs(), sum(len(probe.output_ids) for probe in probes)
-
-    def predicted(found: _Set, drafts: int) -> float:
-        times = costs.times(num_layers - len(found.skip), drafts)
-        return tokens / found.rounds(probes, drafts, limit, loaded.eos_ids).seconds(times) if tokens > len(probes) else 0.0
-
-    ranked: list[tuple[float, int, _Set]] = []
+    costs = timer.costs()
+    ranked: list[tuple[float, int, _Set]] = []  # the best draft length of each set, by its predicted speedup
     for size, found in enumerate(eliminated(probes, num_layers), start=1):
-        speed, drafts = max((predicted(found, drafts), -drafts) for drafts in _LENGTHS)
-        ranked.append((speed, -drafts, found))
+        speedups = {drafts: predicted(found, drafts, costs.times(num_layers - size, drafts)).speedup for drafts in _LENGTHS}
+        drafts = max(_LENGTHS, key=speedups.__getitem__)
+        ranked.append((speedups[drafts], drafts, found))
         yield Progress(size, num_layers - 1, _PHASE)
         if size - max(range(size), key=lambda place: ranked[place][0]) > _PATIENCE:
+            yield Progress(num_layers - 1, num_layers - 1, _PHASE)
             break
-    finalists = sorted(ranked, key=lambda entry: -entry[0])[:_FINALISTS]
-    best: tuple[Prediction, int, _Set] | None = None
-    measured = timer.passes([(found.skip, drafts) for _, drafts, found in finalists])
-    for (_, drafts, found), passes in zip(finalists, measured, strict=True):
-        times = medians(passes)
-        prediction = prediction_of(found.rounds(probes, drafts, limit, loaded.eos_ids), times, prefill, tokens, len(probes))
-        if best is None or prediction.speedup > best[0].speedup:
-            best = prediction, drafts, found
-    assert best is not None
-    yield Progress(num_layers - 1, num_layers - 1, _PHASE)
-    prediction, drafts, found = best
-    return FoundSkip(SkipChoice(found.skip, drafts), found.agreeing / tokens, prediction)
+    promising = sorted(ranked, key=lambda entry: -entry[0])[:_FINALISTS]
+    finalists = [(found, factor * drafts) for _, drafts, found in promising for factor in (1, 2)]
+    measured = timer.passes([(found.skip, drafts) for found, drafts in finalists])
+    predictions = [
+        predicted(found, drafts, medians(passes), prefill) for (found, drafts), passes in zip(finalists, measured, strict=True)
+    ]
+    best = max(range(len(finalists)), key=lambda place: predictions[place].speedup)
+    found, drafts = finalists[best]
+    return FoundSkip(SkipChoice(found.skip, drafts), found.agreeing / tokens, predictions[best])
 
 
 def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[_Set, None, None]:
@@ -235,9 +237,14 @@ class _Timer:
         half, quarter = max(1, layers // 2), max(1, layers // 4)
         settings = [(tuple(range(kept + 1, layers + 1)), drafts) for kept in (half, quarter) for drafts in (2, 8)]
         measured = self.passes(settings)
-        # Each round over the plain step next to it, so that a change of the machine's speed cancels out.
-        deep, shallow = (median(times.draft / times.plain for times in chain(*pair)) for pair in (measured[:2], measured[2:]))
-        few, many = (median(times.rest / times.plain for times in chain(*pair)) for pair in (measured[::2], measured[1::2]))
+        plain = _undisturbed(times.plain for times in chain(*measured))
+        deep, shallow = (_undisturbed(times.draft for times in chain(*pair)) / plain for pair in (measured[:2], measured[2:]))
+        few, many = (_undisturbed(times.rest for times in chain(*pair)) / plain for pair in (measured[::2], measured[1::2]))
         layer = max(deep - shallow, 0.0) / (half - quarter) if half > quarter else deep / half
         token = max(many - few, 0.0) / 6
         return Costs(max(shallow - quarter * layer, 0.0), layer, max(few - 2 * token, 0.5), token)
+
+
+def _undisturbed(seconds: Iterable[float]) -> float:
+    """The lower quartile: on a busy machine the longer passes are interrupted more often than the short ones."""
+    return quantiles(seconds, n=4)[0]
