@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding import DecodeStats
 
-_UNMEASURED = (
-    "decoding without drafts, because no exit of this model was trained or measured: `layerskip finetune` trains exits, "
-    "`layerskip sweep-exits --save` finds one that pays, --exit N tries one"
-)
-
 
 @command
 def generate(
@@ -63,7 +58,8 @@ def generate(
 ) -> None:
     """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
 
-    A model whose exits were neither trained (finetune) nor measured (sweep-exits --save) is decoded autoregressively.
+    Without --exit, --spec or --strategy it drafts adaptively: by lookups in the text, by the exits of a model that `finetune`
+    trained or by an int8 copy of any other, or not at all, whichever is fastest at the moment.
 
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """
@@ -80,16 +76,14 @@ def generate(
     use_threads(machine.threads)
     from layerskip_core.checkpoint.load import for_decoding
 
-    kept = replace(packing, draft_layers=decoding.exit_layer or 0)
+    adaptive = decoding.policy is None and decoding.implied_strategy in (None, "adaptive")
+    kept = replace(packing, draft_layers=decoding.exit_layer or 0, adaptive=adaptive)
     policies = None if jsonl else (decoding.policy or EXACT,) if decoding.policy or decoding.is_open else ()
     loaded = for_decoding(model, machine.device, machine.dtype, kept, policies)
     loaded = loaded.with_template(prompting.asked, prompting.system)
     narrate_notes(loaded)
     use_threads(machine.threads, loaded)
     policy = loaded.policy_for(decoding, packing)
-    unmeasured = policy is None and loaded.recommended().strategy is None
-    if unmeasured and decoding.implied_strategy is None and not packing.drafts_apart:
-        narrate(_UNMEASURED)
     config = loaded.resolve(decoding, packing)  # so that a wrong flag is one error, not one per prompt
     require(batch_size == 1 or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", batch_size)
     requests = read_requests(prompt, lines, jsonl, decoding)

@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from math import exp
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..config.decoding import SkipChoice, strategies
+from ..config.decoding import DraftProfile, SkipChoice, strategies
 from ..config.policies import Policy
 from ..errors import CheckpointError
 from ..prompting.template import CHAT, PromptTemplate, is_template
@@ -69,6 +70,18 @@ class CheckpointInfo:
         listed = self._recipe.get("exits")
         exits = {exit_layer for exit_layer in listed if type(exit_layer) is int} if isinstance(listed, list) else set()
         return tuple(exit_layer for exit_layer in range(1, num_layers) if not exits or exit_layer in exits)
+
+    def profile(self, num_layers: int) -> DraftProfile:
+        """What the losses of training say of drafts: they are accepted with about exp(loss of the last layer - of the exit)."""
+        losses = self.details.get("final_losses")
+        known = losses if isinstance(losses, dict) else {}
+        last = known.get(str(num_layers))
+        if type(last) is not float:
+            return DraftProfile()
+        exits = {exit_layer: known.get(str(exit_layer)) for exit_layer in self.trained_exits(num_layers)}
+        return DraftProfile(
+            {f"exit {exit_layer}": exp(min(last - loss, 0.0)) for exit_layer, loss in exits.items() if type(loss) is float}
+        )
 
     @property
     def _recipe(self) -> dict[str, Any]:

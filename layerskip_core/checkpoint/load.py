@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ from .fast_read import FileWeights, generation_config, lean_config, lean_tokeniz
 from .info import CheckpointInfo, read_info
 from .int4_file import read_int4
 from .loaded import Decoder, Trainable, decoder_of, end_ids
-from .locate import Location, locate, reading
+from .locate import PUBLISHED, Location, locate, reading
 from .placement import pick_device, pick_dtype
 from .quiet import quiet_transformers
-from .stored import check_tokenizer
+from .stored import INT4_FILE, check_tokenizer
 from .swap import read_whole
 from .transformers_read import merge_adapters, read_architecture, read_model, read_tokenizer
+
+_MEMORY_SHARE = 0.8  # of the machine's memory, that a model with a copy may take
 
 
 def for_decoding(
@@ -120,9 +123,12 @@ def _with_policy_copies(
     packing: PackingConfig | None, info: CheckpointInfo, names: Collection[str] | None
 ) -> PackingConfig | None:
     """`packing` with whole low-bit copies for those of the saved policies that draft with them."""
-    used = [policy.draft_weights for name, policy in info.policies.items() if names is None or name in names]
+    used = [policy for name, policy in info.policies.items() if names is None or name in names]
     packing = packing or PackingConfig()
-    copies = tuple(dict.fromkeys((*packing.draft_weights, *(weights for weights in used if weights is not None))))
+    if used and names is not None:  # a policy says how to decode
+        packing = replace(packing, adaptive=any(policy.strategy == "adaptive" for policy in used))
+    wanted = [policy.draft_weights for policy in used if policy.draft_weights is not None]
+    copies = tuple(dict.fromkeys((*packing.draft_weights, *wanted)))
     return packing if copies == packing.draft_weights else replace(packing, draft_weights=copies, draft_layers=0)
 
 
@@ -138,6 +144,7 @@ def _lean_decoder(
     tokenizer = lean_tokenizer(path) or read_tokenizer(Location(path))
     check_tokenizer(tokenizer, spec.vocab)
     precision = pick_dtype(dtype, device, spec.parameters)
+    packing = _with_adaptive_copy(packing, info, name, path, config, precision, device)
     kind, notes = _best_backend(config, precision, device, packing)
     int4 = read_int4(path, spec, weights.stored) if packing is not None and packing.has_int4 else None
     backend = kind(config, weights.reader(precision), packing, _token_order(path, config, packing), int4)
@@ -153,6 +160,9 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
     model, generic = trainable.model, decoder_of(trainable)
     if can_pack(model.config):
         weight = model.get_input_embeddings().weight
+        packing = _with_adaptive_copy(
+            packing, trainable.info, trainable.name, folder, model.config, weight.dtype, weight.device
+        )
         kind, notes = _best_backend(model.config, weight.dtype, weight.device, packing)
         int4 = None
         if folder is not None and packing is not None and packing.has_int4:
@@ -163,6 +173,29 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
         got = f"{model.config.model_type} with {missing}"
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {got}")
     return generic
+
+
+def _with_adaptive_copy(
+    packing: PackingConfig | None,
+    info: CheckpointInfo,
+    name: str,
+    folder: str | None,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PackingConfig | None:
+    """With the low-bit copy that adaptive drafting needs where no exit was trained, if it is fast here and fits the memory.
+
+    int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
+    """
+    if packing is None or not packing.adaptive or packing.draft_weights or packing.quantize or packing.exact:
+        return packing
+    calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
+    copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
+    needed = ModelSpec.of(config).parameters * (dtype.itemsize + 1)
+    trained = info.has_trained_exits or name in PUBLISHED
+    fits = needed <= _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return copied if not trained and fits and can_run_native(config, dtype, device, copied) else packing
 
 
 def _best_backend(

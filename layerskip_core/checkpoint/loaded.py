@@ -56,14 +56,21 @@ class Decoder:
     def recommended(self) -> ExitChoice:
         """From layerskip.json, else as published with the model, else a quarter of the layers and 6 draft tokens.
 
-        The strategy is the one that a sweep found best, else self-speculative if the exits were trained.
+        The strategy is the one that a sweep saved, self-speculative if it saved only an exit.
         """
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
-        known = self.info.exit_layer is not None or self.info.has_trained_exits or self.name in PUBLISHED
-        strategy = self.info.strategy or ("self-speculative" if known else None)
         exits = self.info.trained_exits(self.backend.num_layers)
-        exit_layer, drafts = self.info.exit_layer or exit_layer, self.info.num_draft_tokens or drafts
-        return ExitChoice(exit_layer, drafts, strategy, exits, self.info.skip)
+        if not exits and self.name in PUBLISHED:
+            exits = (exit_layer,)
+        found = "self-speculative" if self.info.exit_layer is not None and not exits else None
+        return ExitChoice(
+            self.info.exit_layer or exit_layer,
+            self.info.num_draft_tokens or drafts,
+            self.info.strategy or found,
+            exits,
+            self.info.skip,
+            self.info.profile(self.backend.num_layers),
+        )
 
     def policy_for(self, settings: DecodingSettings, packing: PackingConfig) -> str | None:
         """The policy that answers what was asked: the one that was named; `exact`, if it is saved, where nothing was said."""

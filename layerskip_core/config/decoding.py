@@ -8,6 +8,7 @@ from .ranges import counts_text, require_ranges
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {
+    "adaptive": "layerskip_core.decoding.drafters.adaptive",
     "self-speculative": "layerskip_core.decoding.drafters.exit",
     "lookup": "layerskip_core.decoding.drafters.lookup",
     "draft-and-verify": "layerskip_core.decoding.drafters.skipping",
@@ -20,6 +21,7 @@ def strategies() -> tuple[str, ...]:
 
 
 _MAX_NEW_TOKENS = 256
+_MOST_DRAFTS = 32  # of a round of adaptive drafting
 _PLAIN = PackingConfig()
 
 
@@ -37,6 +39,22 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class DraftProfile:
+    """What was measured of drafting with a model, where adaptive drafting starts. Drafters by name: `exit 8`, `int8`.
+
+    `acceptance`: the probability that a draft is accepted given that those before it in the round were. `passes`: milliseconds
+    of a pass of the target by its rows, from 1 on. `drafts`: milliseconds of a draft token.
+    """
+
+    acceptance: dict[str, float] = field(default_factory=dict)
+    passes: tuple[float, ...] = ()
+    drafts: dict[str, float] = field(default_factory=dict)
+
+
+_UNKNOWN = DraftProfile()
+
+
+@dataclass(frozen=True)
 class DecodingConfig:
     """A strategy with all that it needs. `exit_layer` counts layers, 1..L; `num_draft_tokens` is the draft length per round.
 
@@ -45,6 +63,7 @@ class DecodingConfig:
     text after an earlier occurrence of at least this many last tokens is the draft (0: no lookup). `exit_confidence`: each
     token leaves at the first of `exits` that gives its best token more than this probability (0: at `exit_layer`). `skip`: the
     layers that the drafts of draft-and-verify leave out, by number, 1..L: layer E is the last that runs before exit E.
+    `profile`: where adaptive drafting starts.
     """
 
     strategy: str = "self-speculative"
@@ -59,6 +78,7 @@ class DecodingConfig:
     exits: tuple[int, ...] = ()  # that adaptive drafting and `exit_confidence` choose among
     exit_confidence: float = 0.0
     skip: tuple[int, ...] = ()
+    profile: DraftProfile = field(default=_UNKNOWN, hash=False)
 
     def __post_init__(self) -> None:
         require_choice(self.strategy, "strategy", strategies())
@@ -96,22 +116,33 @@ class GenerationSettings:
         max_new_tokens: int = _MAX_NEW_TOKENS,
         draft_weights: Quantization | None = None,
         exits: tuple[int, ...] = (),
+        profile: DraftProfile = _UNKNOWN,
     ) -> DecodingConfig:
         """A strategy with these settings; `max_new_tokens` is the default. What the strategy does not use is left out."""
         settings = vars(self) | {"max_new_tokens": self.max_new_tokens or max_new_tokens, "draft_weights": draft_weights}
         unused = {name: _UNSET[name] for name, users in _USERS.items() if strategy not in users}
-        return DecodingConfig(strategy, exit_layer, num_draft_tokens, **settings | {"exits": exits} | unused)
+        return DecodingConfig(
+            strategy, exit_layer, num_draft_tokens, **settings | {"exits": exits, "profile": profile} | unused
+        )
 
 
 # The strategies that use a setting, and its value for the others.
 _USERS = {
     "draft_weights": ("self-speculative", "draft-and-verify"),
-    "lookup": ("self-speculative", "lookup", "draft-and-verify"),
+    "lookup": ("self-speculative", "lookup", "draft-and-verify", "adaptive"),
     "skip": ("draft-and-verify",),
-    "exits": ("early-exit",),
+    "exits": ("early-exit", "adaptive"),
+    "profile": ("adaptive",),
     "exit_confidence": ("early-exit",),
 }
-_UNSET: dict[str, object] = {"draft_weights": None, "lookup": 0, "exits": (), "exit_confidence": 0.0, "skip": ()}
+_UNSET: dict[str, object] = {
+    "draft_weights": None,
+    "lookup": 0,
+    "exits": (),
+    "exit_confidence": 0.0,
+    "skip": (),
+    "profile": _UNKNOWN,
+}
 
 
 @dataclass(frozen=True)
@@ -134,6 +165,7 @@ class ExitChoice:
     strategy: str | None = None
     exits: tuple[int, ...] = ()
     skip: SkipChoice | None = None
+    profile: DraftProfile = _UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -191,10 +223,10 @@ class DecodingSettings:
     def resolve(self, recommended: ExitChoice, num_layers: int, packing: PackingConfig = _PLAIN) -> DecodingConfig:
         """What was asked, completed by what the checkpoint of `num_layers` layers recommends.
 
-        A strategy that is left open is the checkpoint's; weights for drafting imply self-speculative. Raises ConfigError for an
-        exit outside the model and for settings that contradict each other.
+        A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
+        settings that contradict each other.
         """
-        strategy = self.implied_strategy or ("self-speculative" if packing.drafts_apart else recommended.strategy)
+        strategy = self.implied_strategy or (None if packing.drafts_apart else recommended.strategy) or "adaptive"
         confidence = self.generation.exit_confidence
         early = strategy == "early-exit" or not confidence
         require(early, "exit_confidence", "used with `strategy` early-exit", f"`strategy` {strategy}")
@@ -205,7 +237,7 @@ class DecodingSettings:
         open_exit = strategy != "draft-and-verify" or self.exit_layer is None
         require(open_exit, "exit_layer", "left out with `strategy` draft-and-verify, which drafts by `skip`", self.exit_layer)
         require(bool(confidence) or not self.exits, "exits", "used with `exit_confidence`", "none")
-        return self.resolve_as(strategy or "autoregressive", recommended, num_layers, packing)
+        return self.resolve_as(strategy, recommended, num_layers, packing)
 
     def resolve_as(
         self, strategy: str, recommended: ExitChoice, num_layers: int, packing: PackingConfig = _PLAIN
@@ -228,8 +260,15 @@ class DecodingSettings:
             require_exit_layer(exit_layer, num_layers, weights is not None)
         elif strategy == "early-exit":
             require_exit_layer(exit_layer, num_layers, may_be_last=True)
-        drafts = recommended.num_draft_tokens if self.num_draft_tokens is None else self.num_draft_tokens
-        return self.generation.decoding(strategy, exit_layer, drafts, draft_weights=weights, exits=recommended.exits)
+        elif strategy == "adaptive":
+            for trained in recommended.exits:
+                require_exit_layer(trained, num_layers)
+        drafts = _MOST_DRAFTS if strategy == "adaptive" else recommended.num_draft_tokens
+        if self.num_draft_tokens is not None:
+            drafts = self.num_draft_tokens
+        return self.generation.decoding(
+            *(strategy, exit_layer, drafts), draft_weights=weights, exits=recommended.exits, profile=recommended.profile
+        )
 
     def _skip(self, recommended: ExitChoice, num_layers: int) -> SkipChoice:
         """The layers to skip that were given, else those that a search found. Raises ConfigError if there are none."""

@@ -47,13 +47,16 @@ Spans = tuple[tuple[int, int], ...]
 class DraftEnds(NamedTuple):
     """Where a greedy draft ends, besides its largest length.
 
-    After one of `ids`; before a token with less than `confidence`; and after a token if the product of the probabilities so far
-    is below `survival`. `wants_probs`: the probabilities are returned even if no threshold needs them.
+    After one of `ids`; before a token with less than `confidence`; and after a token if the probability that all drafts so far
+    are accepted is below `survival`. For a token of probability p that is taken to be 1 - doubt (1 - p)^power. `wants_probs`:
+    the probabilities are returned even if no threshold needs them.
     """
 
     ids: frozenset[int] = frozenset()
     confidence: float = 0.0
     survival: float = 0.0
+    doubt: float = 1.0
+    power: int = 1
     wants_probs: bool = False
 
     @property
@@ -111,6 +114,10 @@ class Backend(Layers, Protocol):
     @property
     def exact(self) -> bool:
         """Whether calls are split so that a token has the same bits alone as among others. Such a backend takes one row."""
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a token has the same bits alone as among others, so that greedy outputs do not depend on what drafts."""
 
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:

@@ -66,7 +66,7 @@ class LayeredDraftSide:
                 if prob < ends.confidence:
                     break
                 probs.append(prob)
-                survival *= prob
+                survival *= 1 - ends.doubt * (1 - prob) ** ends.power
             chosen = most_probable(logits)
             tokens.append(chosen if self.vocabulary is None else self.vocabulary.tokens(chosen))
             if survival < ends.survival or (ends.ids and int(tokens[-1]) in ends.ids):

@@ -67,7 +67,7 @@ class GenericBackend:
     """
 
     implementation = "generic"
-    exact = False
+    exact = batch_invariant = False
 
     def __init__(self, model: nn.Module) -> None:
         """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible."""

@@ -192,12 +192,15 @@ def test_recommendations():
     assert recommended("facebook/layerskip-llama2-7B") == (8, 12)
     assert recommended("some/model") == (2, 6)  # a quarter of 8 layers
     assert recommended("facebook/layerskip-llama2-7B", exit_layer=5) == (5, 12)
+    published = Decoder("facebook/layerskip-llama2-7B", backend, None, CheckpointInfo(), frozenset(), PromptTemplate())
+    assert published.recommended().exits == (8,)
 
     def strategy(name, **info):
         return Decoder(name, backend, None, CheckpointInfo(**info), frozenset(), PromptTemplate()).recommended().strategy
 
     assert strategy("some/model") is None
-    assert strategy("facebook/layerskip-llama2-7B") == strategy("some/model", exit_layer=5) == "self-speculative"
+    assert strategy("facebook/layerskip-llama2-7B") is None
+    assert strategy("some/model", exit_layer=5) == "self-speculative"
     assert strategy("facebook/layerskip-llama2-7B", strategy="autoregressive") == "autoregressive"
     assert set(PUBLISHED) == {
         f"facebook/layerskip-{name}"

@@ -42,7 +42,7 @@ def test_inspect_has_those_of_prompting_and_the_machine():
 def test_every_field_is_a_flag(config):
     """Except configs, whose fields are flags, and what another field decides."""
     without = {field.name for field in fields(config)} - OPTIONS[config].keys()
-    assert without <= {"generation", "sampling", "prompting", "data", "recipe", "draft_layers"}
+    assert without <= {"generation", "sampling", "prompting", "data", "recipe", "draft_layers", "adaptive"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -28,7 +28,8 @@ _CONFIDENT = DecodingSettings(generation=GenerationSettings(exit_confidence=0.9)
     ("asked", "recommended", "strategy", "exit_layer", "drafts"),
     [
         (DecodingSettings(), TRAINED, "self-speculative", 4, 12),
-        (DecodingSettings(), UNKNOWN, "autoregressive", 2, 6),
+        (DecodingSettings(), UNKNOWN, "adaptive", 2, 32),
+        (DecodingSettings("adaptive", num_draft_tokens=5), TRAINED, "adaptive", 4, 5),
         (DecodingSettings(), ExitChoice(4, 12, "autoregressive"), "autoregressive", 4, 12),
         (DecodingSettings(exit_layer=3), UNKNOWN, "self-speculative", 3, 6),
         (DecodingSettings(num_draft_tokens=1), UNKNOWN, "self-speculative", 2, 1),
@@ -44,11 +45,13 @@ def test_the_checkpoint_decides_what_was_not_said(asked, recommended, strategy, 
 
 
 def test_weights_for_drafts_imply_drafting():
-    assert DecodingSettings().resolve(UNKNOWN, 8, PackingConfig(draft_vocab=9)).strategy == "self-speculative"
-    low = DecodingSettings().resolve(UNKNOWN, 8, PackingConfig(draft_weights=("int4", "int8")))
+    plain = ExitChoice(2, 6, "autoregressive")  # found best without such weights
+    assert DecodingSettings().resolve(plain, 8, PackingConfig(draft_vocab=9)).strategy == "adaptive"
+    asked, copies = DecodingSettings(num_draft_tokens=3), PackingConfig(draft_weights=("int4", "int8"))
+    low = asked.resolve(UNKNOWN, 8, copies)
     assert (low.strategy, low.exit_layer, low.draft_weights) == ("self-speculative", 8, "int4")
     trained = ExitChoice(4, 12, "self-speculative", exits=(4, 6))
-    assert DecodingSettings().resolve(trained, 8, PackingConfig(draft_weights=("int8",))).exit_layer == 4
+    assert asked.resolve(trained, 8, copies).exit_layer == 4
 
 
 SEARCHED = ExitChoice(4, 12, skip=SkipChoice((3, 5), 9))
@@ -102,7 +105,8 @@ def test_every_setting_of_an_answer_reaches_the_decoding():
         (lambda: DecodingSettings(exit_layer=8).resolve(UNKNOWN, 8), "`exit_layer` must be in 1..7, got 8"),
         (
             lambda: DecodingSettings("magic"),
-            "`strategy` must be one of self-speculative, lookup, draft-and-verify, early-exit, autoregressive, got magic",
+            "`strategy` must be one of adaptive, self-speculative, lookup, draft-and-verify, early-exit, "
+            "autoregressive, got magic",
         ),
         (
             lambda: DecodingSettings("early-exit", generation=GenerationSettings(skip=(2,))).resolve(UNKNOWN, 8),

@@ -114,6 +114,7 @@ def test_sampling_with_a_certain_drafter_keeps_the_target_s_distribution():
 def test_its_name_is_known_to_bench_only_when_it_is_registered(registered):
     assert BenchConfig(strategies=("autoregressive", "repeating")).strategies[1] == "repeating"
     with pytest.raises(
-        ConfigError, match="one of self-speculative, lookup, draft-and-verify, repeating, early-exit, autoregressive, got other"
+        ConfigError,
+        match="one of adaptive, self-speculative, lookup, draft-and-verify, repeating, early-exit, autoregressive, got other",
     ):
         BenchConfig(strategies=("autoregressive", "other"))

@@ -42,6 +42,7 @@ class Draft:
     exit_states: Tensor | None = None  # (B, K+1 or K, D)
     exit_layer: int = 0
     source: str = "drafts"
+    confidence: Sequence[float] = ()  # of a greedy draft of one row: its own probabilities, if these were needed
 
 
 @dataclass(frozen=True)

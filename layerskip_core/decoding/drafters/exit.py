@@ -12,6 +12,8 @@ from ...model.drafting import run_spans
 from ..sampling import Greedy, Sampler, Verdict
 from .base import Context, Draft, DrafterSetup
 
+_NO_ENDS = DraftEnds()
+
 
 class ExitDrafter:
     """Drafts with layers 0..E-1, and perhaps spans of layers beyond them, and an LM head, on the target's own cache."""
@@ -42,10 +44,13 @@ class ExitDrafter:
         self._reuses = reuse_exit_states and draft_side.shares_states
         self._is_greedy = isinstance(sampler, Greedy)
 
-    def draft(self, context: Context, most: Sequence[int]) -> Draft:
-        """Each row ends after an EOS, or before a token of which it is not confident."""
+    def draft(self, context: Context, most: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
+        """Each row ends after an EOS, or before a token of which it is not confident.
+
+        A greedy draft of one row ends by the `survival` of `ends` too.
+        """
         if self._is_greedy and len(most) == 1:
-            return self._greedy_draft(context)
+            return self._greedy_draft(context, ends._replace(ids=self._eos_ids, confidence=self._confidence))
         vocabulary = self._draft_side.vocabulary
         limits, counts, token = list(most), [0] * len(most), context.newest
         tokens, probs, states = [token], [], []
@@ -87,12 +92,12 @@ class ExitDrafter:
     def observe(self, verdict: Verdict) -> None:
         """Every round drafts in the same way."""
 
-    def _greedy_draft(self, context: Context) -> Draft:
-        ends = DraftEnds(self._eos_ids, self._confidence)
-        tokens, states, _ = self._draft_side.draft_greedily(
+    def _greedy_draft(self, context: Context, ends: DraftEnds) -> Draft:
+        tokens, states, probs = self._draft_side.draft_greedily(
             context.newest, self._exit_layer, context.positions[:, :-1], context.cache, ends, self._beyond
         )
-        return Draft(tokens, (tokens.shape[1] - 1,), None, states if self._reuses else None, self._exit_layer, self.source)
+        reused = states if self._reuses else None
+        return Draft(tokens, (tokens.shape[1] - 1,), None, reused, self._exit_layer, self.source, probs)
 
     def _confident(self, rows: list[int], logits: Tensor, draft_probs: Tensor | None) -> list[int]:
         """Those of the rows whose most probable token is probable enough."""
@@ -106,16 +111,16 @@ def drafter(setup: DrafterSetup) -> ExitDrafter:
     config = setup.config
     assert config.exit_layer is not None
     require_exact_length(setup)
-    side = draft_side(setup, config.draft_weights)
+    side = draft_side(setup, config.draft_weights, config.exit_layer)
     name = drafter_name(config.draft_weights, config.exit_layer, setup.model.num_layers)
     return ExitDrafter(
         *(side, setup.sampler, config.exit_layer, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name)
     )
 
 
-def draft_side(setup: DrafterSetup, weights: Quantization | None) -> DraftSide:
+def draft_side(setup: DrafterSetup, weights: Quantization | None, exit_layer: int) -> DraftSide:
     """The layers that draft in this precision. Raises ConfigError if no such copy was made, or not of enough layers."""
-    sides, exit_layer = setup.model.draft_sides, setup.config.exit_layer or 0
+    sides = setup.model.draft_sides
     require(weights in sides, "draft_weights", f"a copy that was made: {', '.join(filter(None, sides)) or 'none'}", weights)
     side = sides[weights]
     require(exit_layer <= side.num_layers, "exit_layer", f"at most the {side.num_layers} layers kept for drafting", exit_layer)

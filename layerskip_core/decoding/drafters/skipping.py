@@ -18,8 +18,8 @@ def drafter(setup: DrafterSetup) -> ExitDrafter:
     config, num_layers = setup.config, setup.model.num_layers
     require_skip(config.skip, num_layers)
     require_exact_length(setup)
-    side = draft_side(setup, config.draft_weights)
     exit_layer, beyond = kept_layers(config.skip, num_layers)
+    side = draft_side(setup, config.draft_weights, exit_layer)
     last = beyond[-1][1] if beyond else exit_layer
     require(last <= side.num_layers, "skip", f"a list with all layers after the {side.num_layers} kept for drafting", last)
     name = f"{num_layers - len(set(config.skip))} of {num_layers} layers"

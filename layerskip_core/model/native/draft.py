@@ -61,10 +61,12 @@ class OneCallDraft:
             len(end_ids),
             most,
             self.runs_last,
+            ends.power,
             self.head.logits_scale,
             self.head.logits_cap,
             ends.confidence,
             ends.survival,
+            ends.doubt,
             *(tensor.data_ptr() for tensor in (tokens, states, after_exit, logits)),
         )
         layers.kernels.draft(

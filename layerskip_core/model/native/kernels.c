@@ -70,10 +70,12 @@ typedef struct {
     int32_t exit_layer;        /* how many of them run before the states are kept */
     int32_t end_count, most;   /* most: largest number of drafts */
     int32_t runs_last;         /* whether the layers before the exit run over the last draft too */
+    int32_t power;             /* see doubt */
     float logits_scale;        /* logits are those of the head times this, and then capped */
     float logits_cap;          /* 0 for none */
     float confidence;          /* a less probable token is not drafted */
-    float survival;            /* drafting ends where the product of the probabilities is less */
+    float survival;            /* drafting ends where the probability that all drafts are accepted is less, */
+    float doubt;               /* which for a draft of probability p is 1 - doubt * (1 - p)^power */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states;             /* (1 + most, hidden): after the exit */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
@@ -611,24 +613,26 @@ static float prob_of_largest(const Draft *draft, const float *x, int n, float la
 }
 
 /* Takes the most probable token as the next draft. Returns whether the draft ends. */
-static int choose(Work *work, float *product) {
+static int choose(Work *work, float *survival) {
     Draft *draft = work->draft;
     int chosen = largest_of(work->logits, work->head->outputs);
     if (draft->probs) {
         float prob = prob_of_largest(draft, work->logits, work->head->outputs, work->logits[chosen]);
         if (prob < draft->confidence) return 1;
-        draft->probs[draft->drafted] = prob, *product *= prob;
+        float rejected = draft->doubt;
+        for (int i = 0; i < draft->power; i++) rejected *= 1 - prob;
+        draft->probs[draft->drafted] = prob, *survival *= 1 - rejected;
     }
     int64_t token = draft->vocabulary ? draft->vocabulary[chosen] : chosen;
     draft->tokens[++draft->drafted] = token;
     work->call->positions++;
-    return draft->drafted == draft->most || (draft->probs && *product < draft->survival) || ends(draft, token);
+    return draft->drafted == draft->most || (draft->probs && *survival < draft->survival) || ends(draft, token);
 }
 
 /* Token by token: its layers and the most probable next token; of the last one only the layers before the exit, if at all. */
 static void draft(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
-    float product = 1;
+    float survival = 1;
     for (;;) {
         if (thread == 0) {
             work->call->hidden = draft->states + (size_t)draft->drafted * (size_t)work->shape->hidden;
@@ -649,7 +653,7 @@ static void draft(Work *work, int thread, int threads) {
         meet(&work->barrier, threads);
         if (thread == 0) {
             int before = draft->drafted;
-            work->ended = choose(work, &product);
+            work->ended = choose(work, &survival);
             work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
         }
         meet(&work->barrier, threads);
@@ -680,7 +684,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 6; }
+int layerskip_interface(void) { return 7; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

@@ -55,6 +55,7 @@ class NativeBackend:
     """
 
     exact = False  # calls need no splitting
+    batch_invariant = True
 
     def __init__(
         self,

@@ -69,7 +69,7 @@ class PackedBackend:
         self.draft_sides: Mapping[Quantization | None, DraftSide] = {None: own} | copies
         self.implementation = named_int4(_implementation(packing, self._head, self._layers), int4 is not None)
         self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab
-        self.max_positions, self.exact = spec.context, packing.exact
+        self.max_positions, self.exact, self.batch_invariant = spec.context, packing.exact, packing.exact
         self.device, self.dtype = embedding.device, embedding.dtype
 
     @classmethod

@@ -1,0 +1,141 @@
+"""Chooses what drafts, and how much, before every round: by expected tokens per unit of time, plain decoding included.
+
+The choice of exit and length by measured acceptance follows DEL (Zarch et al., COLM 2025), and a draft that ends where it will
+probably be rejected follows SpecDec++ (Huang et al., 2024). Instead of layers, the times of passes are compared. Acceptance is
+that of the drafts that were verified: nothing is computed for the choice alone.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...model.backend import DraftEnds
+from ..sampling import Greedy, Verdict
+from .base import Context, Draft, DrafterSetup
+from .estimates import Acceptance, LinearTime, best_length
+from .exit import ExitDrafter, drafter_name, require_exact_length
+from .knowledge import Knowledge, Option, knowledge_of
+from .lookup import SHORTEST, LookupDrafter, copied
+
+_FREE = LinearTime(0.0, 0.0)  # a lookup takes no time
+_LONGER = 2  # a draft that stays certain may be this many times as long as is best on average
+
+
+class AdaptiveDrafter:
+    """Drafts by a lookup, by exits or by low-bit copies, or not at all, whichever promises the most tokens per second.
+
+    With `by_clock` the times of passes are measured while decoding. Without it they are those that were known before, so that
+    an output depends on nothing but its seed.
+    """
+
+    def __init__(self, setup: DrafterSetup, drafters: dict[str, ExitDrafter], known: Knowledge, by_clock: bool) -> None:
+        """`drafters` by the names of `known.options`."""
+        self._drafters = drafters
+        self._known = known
+        self._by_clock = by_clock
+        self._is_greedy = isinstance(setup.sampler, Greedy)
+        self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids)
+        self._found: dict[int, tuple[list[int], Acceptance]] = {}  # by row: the continuation in its text, and how likely it is
+        self._chosen: Option | None = None
+        self._drafted = 0  # tokens of the longest draft of the round
+        self._confidence: Sequence[float] = ()
+        self._rows = 0  # of the pass that verifies; 0 once it was timed
+        self._started = self._ended = 0.0  # of the draft
+
+    def draft(self, context: Context, most: Sequence[int]) -> Draft:
+        batch = len(most)
+        self._look_up(context, most)
+        option, length, rate = self._plan(batch, max(most))
+        self._chosen = None
+        self._started = time.perf_counter()
+        draft = Draft(context.newest, (0,) * batch)
+        if not (self._by_clock and self._known.wants_plain_step()):
+            copy = self._copied(context, rate)
+            if copy is not None:
+                draft = copy
+            elif option is not None:
+                self._chosen = option
+                draft = self._drafted_by(option, context, most, length, rate)
+        self._drafted, self._confidence = draft.tokens.shape[1] - 1, draft.confidence
+        self._rows = batch * (self._drafted + 1)
+        self._ended = time.perf_counter()
+        return draft
+
+    def observe(self, verdict: Verdict) -> None:
+        """Learns from a row's verdict; from the first row of a round also how long the round took."""
+        if self._rows:
+            if self._by_clock:
+                self._known.observe_round(
+                    self._chosen, self._drafted, self._ended - self._started, self._rows, time.perf_counter() - self._ended
+                )
+            self._rows = 0
+        tokens, acceptance = self._found.pop(verdict.row, ([], None))
+        if acceptance is not None:
+            acceptance.compare(tokens, verdict.ids)
+        for option in self._known.options.values():
+            if option is self._chosen:
+                option.acceptance.observe(verdict.drafted, verdict.accepted)
+                option.doubts.observe(self._confidence, verdict.accepted)
+            else:
+                option.acceptance.forget()
+
+    def _look_up(self, context: Context, most: Sequence[int]) -> None:
+        """Finds each row's continuation in its text. The target's verdict judges it whether it is used or not."""
+        for row, ids, limit in zip(context.rows, context.ids, most, strict=True):
+            tokens, match = self._lookup.find(row, ids, limit)
+            if tokens:
+                self._found[row] = tokens, self._known.acceptance_of_match(match)
+
+    def _plan(self, batch: int, most: int) -> tuple[Option | None, int, float]:
+        """The option that promises most, None for plain decoding, with its length and its tokens per unit of time and row."""
+        chosen, length, rate = None, 0, 1 / self._known.plain.of(batch)
+        for option in self._known.options.values():
+            promised, best = option.plan(batch, most)
+            if promised > rate:
+                chosen, length, rate = option, best, promised
+        return chosen, length, rate
+
+    def _copied(self, context: Context, rate: float) -> Draft | None:
+        """The continuations that were found, if on average over the rows they promise more than `rate`."""
+        if not self._found:
+            return None
+        batch, plain = len(context.rows), self._known.plain
+        drafts: list[list[int]] = []
+        promised = 0.0
+        for row in context.rows:
+            tokens, chance = self._found.get(row, ([], None))
+            of_row, length = 0.0, 0
+            if chance is not None:
+                of_row, length = best_length(chance.first, chance.later, _FREE, 0, plain, batch, len(tokens))
+            promised += max(of_row, 1 / plain.of(batch))
+            drafts.append(tokens[:length] if of_row > 1 / plain.of(batch) else [])
+        return copied(context, drafts) if any(drafts) and promised > batch * rate else None
+
+    def _drafted_by(self, option: Option, context: Context, most: Sequence[int], length: int, rate: float) -> Draft:
+        ends = DraftEnds()
+        if self._is_greedy and len(most) == 1:  # such a draft ends where the draft side is uncertain
+            ends = option.ends(rate)
+            length = min(_LONGER * length, most[0])
+        context = replace(context, positions=context.positions[:, : length + 1])
+        return self._drafters[option.name].draft(context, [min(length, limit) for limit in most], ends)
+
+
+def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
+    """Drafts by the trained exits, and by low-bit copies with as many layers, or with all. Raises ConfigError as they do."""
+    require_exact_length(setup)
+    model, config = setup.model, setup.config
+    drafters: dict[str, ExitDrafter] = {}
+    options: dict[str, tuple[str | None, int]] = {}
+    for weights, side in model.draft_sides.items():
+        exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
+        if weights is not None and not exits:
+            exits = [side.num_layers]
+        for exit_layer in exits:
+            name = drafter_name(weights, exit_layer, model.num_layers)
+            options[name] = weights, exit_layer
+            drafters[name] = ExitDrafter(
+                *(side, setup.sampler, exit_layer, config.draft_confidence, setup.eos_ids),
+                *(setup.reuse_exit_states, name),
+            )
+    by_clock = isinstance(setup.sampler, Greedy) and model.batch_invariant
+    return AdaptiveDrafter(setup, drafters, knowledge_of(model, options, config.profile, remembered=by_clock), by_clock)

@@ -1,0 +1,127 @@
+"""All that adaptive drafting knows about a model: what can draft, how often it is right, how long it takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from ...config.decoding import DraftProfile
+from ...model.backend import Backend, DraftEnds
+from .estimates import Acceptance, Doubts, LinearTime, best_length
+
+_CALL = 0.03  # of a pass of one row: what a draft takes besides its passes
+_ROW = 0.06  # of a pass of one row: for each further row
+_SLOW_ROW = 0.5  # the same for transformers' layers on a CPU, whose kernels are made for one row or for many
+_EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
+_COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.85}
+_COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
+# Doubt and power, see DraftEnds. Trained exits are calibrated, copies are right more often than they say.
+_DOUBTS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
+# Shortest length of a match; acceptance of the token after it, and of further ones.
+_MATCHES = ((1, 0.3, 0.6), (2, 0.5, 0.75), (3, 0.6, 0.8), (4, 0.7, 0.85), (8, 0.8, 0.9), (16, 0.9, 0.95))
+_PLAIN_AT = (0, 4)  # steps without drafts, to measure these; then one in every `_PLAIN_EVERY`
+_PLAIN_EVERY = 128
+
+
+@dataclass
+class Option:
+    """One way to draft, and what is known about it. All times are in the same unit."""
+
+    name: str
+    acceptance: Acceptance
+    draft: LinearTime  # by passes of the draft's layers
+    ahead: int  # passes besides one per token: 1 where the target needs the last draft's state
+    verify: LinearTime  # by rows
+    doubts: Doubts
+
+    def plan(self, batch: int, most: int) -> tuple[float, int]:
+        """Expected tokens per unit of time and row, and the length that gives them."""
+        chance = self.acceptance
+        return best_length(chance.first, chance.later, self.draft, self.ahead, self.verify, batch, most)
+
+    def ends(self, rate: float) -> DraftEnds:
+        """Where the probability of all drafts so far is so low that one more does not pay at this rate."""
+        survival = min(rate * (self.draft.each + self.verify.each) / self.acceptance.later, 1.0)
+        return DraftEnds(survival=survival, doubt=self.doubts.scale, power=self.doubts.power)
+
+
+class Knowledge:
+    """What is known of one model. Times are in passes of one row until the first is measured, then in seconds."""
+
+    def __init__(self, plain: LinearTime, options: dict[str, Option]) -> None:
+        self.plain = plain
+        self.options = options
+        self._matches = [(shortest, Acceptance(first, later)) for shortest, first, later in _MATCHES]
+        self._steps = 0
+        self._is_measured = False
+
+    def acceptance_of_match(self, length: int) -> Acceptance:
+        """Of what followed an earlier occurrence of `length` tokens."""
+        return next(acceptance for shortest, acceptance in reversed(self._matches) if length >= shortest)
+
+    def wants_plain_step(self) -> bool:
+        """Whether this step should be one without drafts, so that their time is known. Counts the steps."""
+        step, self._steps = self._steps, self._steps + 1
+        return step in _PLAIN_AT or step % _PLAIN_EVERY == 0
+
+    def observe_round(self, option: Option | None, drafted: int, draft_time: float, rows: int, verify_time: float) -> None:
+        """`option` drafted, or, if None, a lookup or nothing; then a pass of `rows` verified. Times are in seconds."""
+        verify = self.plain if option is None else option.verify
+        if not self._is_measured:
+            self._is_measured = True
+            times = [self.plain, *(option.draft for option in self.options.values())]
+            times += [option.verify for option in self.options.values() if option.verify is not self.plain]
+            factor = verify_time / verify.of(rows)
+            for each in times:
+                each.scale(factor)
+        verify.observe(rows, verify_time)
+        if option is not None and drafted:
+            option.draft.observe(drafted + option.ahead, draft_time)
+
+
+_REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
+
+
+def knowledge_of(
+    model: Backend, drafters: Mapping[str, tuple[str | None, int]], profile: DraftProfile, remembered: bool
+) -> Knowledge:
+    """What is known of these drafters: (weights, layers) by name.
+
+    `remembered`: with all that was learnt from the model's earlier outputs in this process. Otherwise every output starts from
+    the profile, and from usual values for what that lacks.
+    """
+    if not remembered:
+        return _at_first(model, drafters, profile)
+    by_drafters = _REMEMBERED.setdefault(model, {})
+    key = ", ".join(drafters)
+    if key not in by_drafters:
+        by_drafters[key] = _at_first(model, drafters, profile)
+    return by_drafters[key]
+
+
+def _at_first(model: Backend, drafters: Mapping[str, tuple[str | None, int]], profile: DraftProfile) -> Knowledge:
+    spec = model.spec
+    embedding = spec.vocab * spec.hidden
+    head = embedding / (spec.parameters - (0 if spec.tied else embedding))  # its share of the weights that a pass reads
+    layer = (1 - head) / spec.layers
+    plain = _passes(model, profile)
+    step = plain.of(1)
+    options: dict[str, Option] = {}
+    for name, (weights, layers) in drafters.items():
+        draft = profile.drafts.get(name, (layers * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
+        acceptance = profile.acceptance.get(name, _COPY_ACCEPTANCE.get(weights or "", _EXIT_ACCEPTANCE))
+        shared, verify = weights is None, plain
+        if shared:
+            rest = 1 - layers * layer  # of a pass: the target goes on from the exit
+            verify = LinearTime(rest * plain.fixed, rest * plain.each)
+        times = LinearTime(_CALL * step, draft)
+        options[name] = Option(name, Acceptance(acceptance), times, int(shared), verify, Doubts(*_DOUBTS[weights]))
+    return Knowledge(plain, options)
+
+
+def _passes(model: Backend, profile: DraftProfile) -> LinearTime:
+    """Times of a pass by its rows: those of the profile, or usual ones in passes of one row."""
+    if len(profile.passes) > 1:
+        each = (profile.passes[-1] - profile.passes[0]) / (len(profile.passes) - 1)
+        return LinearTime(profile.passes[0] - each, each)
+    each = _SLOW_ROW if model.implementation == "generic" and model.device.type == "cpu" else _ROW
+    return LinearTime(1 - each, each)

@@ -1,0 +1,253 @@
+"""Adaptive drafting: what it chooses, and that it changes no output."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerskip_core.config.decoding import DecodingConfig, DraftProfile, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
+from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
+from layerskip_core.decoding.drafters.estimates import Acceptance, Doubts, LinearTime, best_length
+from layerskip_core.decoding.drafters.knowledge import knowledge_of
+from layerskip_core.decoding.sampling import Greedy, Verdict
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+EXITS = (2, 4)
+
+
+def backend_of(kind):
+    if kind == "generic":
+        return GenericBackend(tiny_model())
+    model, packing = (
+        tiny_model("llama", torch.float32 if kind == "native" else torch.float64, **WIDE),
+        PackingConfig(draft_weights=("int8",)),
+    )
+    if kind == "packed":
+        return PackedBackend.of(model, packing)
+    if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here")
+    return NativeBackend.of(model, packing)
+
+
+def ids_of(decoding):
+    return [token.id for tokens in decoding for token in tokens]
+
+
+def prompt_of(length):
+    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+# --- the output ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["generic", "packed", "native"])
+def test_the_output_is_that_of_plain_decoding(kind):
+    backend = backend_of(kind)
+    for length in (1, 3, 30):
+        for limit in (1, 2, 40):
+            plain = ids_of(decode(backend, prompt_of(length), DecodingConfig("autoregressive", max_new_tokens=limit)))
+            config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=9, exits=EXITS)
+            decoding = decode(backend, prompt_of(length), config)
+            assert ids_of(decoding) == plain
+            assert sum(decoding.stats.steps_by_drafter.values()) == limit - 1 - decoding.stats.accepted or limit > 2
+
+
+class Scheduled(AdaptiveDrafter):
+    """Takes the next of a schedule of options and lengths, whatever they promise."""
+
+    schedule: list[tuple[int, int]]
+
+    def _plan(self, batch, most):
+        option, length = self.schedule.pop(0) if self.schedule else (0, 0)
+        options = [None, *self._known.options.values()]
+        return (options[option % len(options)], min(length, most), 0.0) if length else (None, 0, 1e9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["generic", "packed", "native"]),
+    schedule=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=20),
+    length=st.integers(1, 12),
+    limit=st.integers(1, 25),
+    eos_place=st.none() | st.integers(0, 24),
+)
+def test_no_schedule_of_drafters_changes_the_output(kind, schedule, length, limit, eos_place):
+    """Exits, low-bit copies and lookups take turns on one cache."""
+    backend, prompt = backend_of(kind), prompt_of(length)
+    plain = ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=25)))
+    eos_ids = frozenset() if eos_place is None else frozenset({plain[eos_place]})
+    expected = ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
+    config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS)
+    decoding = decode(backend, prompt, config, eos_ids)
+    drafter = decoding._loop._drafter
+    drafter.__class__ = Scheduled
+    drafter.schedule = list(schedule)
+    assert ids_of(decoding) == expected
+
+
+@pytest.mark.parametrize("kind", ["generic", "packed"])
+def test_rows_decoded_together_give_the_tokens_that_each_gives_alone(kind):
+    backend, prompts = backend_of(kind), [prompt_of(length) for length in (3, 9, 5)]
+    config = DecodingConfig("adaptive", max_new_tokens=20, num_draft_tokens=5, exits=EXITS)
+    expected = [ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=20))) for prompt in prompts]
+    together = sorted((one.row, one.ids) for one in decode_batch(backend, prompts, config))
+    assert together == list(enumerate(expected))
+
+
+@pytest.mark.parametrize("kind", ["generic", "native"])
+def test_a_seed_gives_the_same_sample_however_long_passes_take(kind, monkeypatch):
+    backend = backend_of(kind)
+    config = DecodingConfig(
+        "adaptive", max_new_tokens=40, num_draft_tokens=6, exits=EXITS, sampling=SamplingConfig(temperature=0.8, seed=3)
+    )
+    first = decode(backend, prompt_of(9), config)
+    tokens, chosen = ids_of(first), first.stats.steps_by_drafter
+    ids_of(decode(backend, prompt_of(9), DecodingConfig("adaptive", max_new_tokens=30, exits=EXITS)))  # greedy, learns times
+    clock = iter(range(0, 1 << 20, 777))
+    monkeypatch.setattr("layerskip_core.decoding.drafters.adaptive.time.perf_counter", lambda: float(next(clock)))
+    second = decode(backend, prompt_of(9), config)
+    assert ids_of(second) == tokens and second.stats.steps_by_drafter == chosen
+
+
+# --- the choice ----------------------------------------------------------------------------------------------------------
+
+
+def test_acceptance_moves_from_its_prior_to_what_was_seen_and_back():
+    chance = Acceptance(0.5)
+    assert (chance.first, chance.later) == (0.5, 0.5)
+    for _ in range(200):
+        chance.observe(drafted=3, accepted=3)
+    assert chance.first > 0.95 and chance.later > 0.95
+    before = chance.first
+    for _ in range(300):
+        chance.forget()
+    assert 0.5 < chance.first < 0.6 < before
+    chance.observe(drafted=4, accepted=1)  # the second was wrong; the others were not tested
+    assert chance._tested[0] == pytest.approx(chance._accepted[0])
+    other = Acceptance(0.5)
+    other.compare([7, 8, 9], [7, 9])
+    assert (other._tested, other._accepted) == ([1, 1], [1, 0])
+
+
+def test_doubts_learn_how_far_to_trust_a_probability():
+    doubts = Doubts(1.0, 1)
+    for _ in range(300):
+        doubts.observe([0.5, 0.5], accepted=2)
+    assert doubts.scale < 0.05
+    for _ in range(300):
+        doubts.observe([0.5], accepted=0)
+    assert doubts.scale == pytest.approx(2.0, rel=0.05)
+    doubts.observe([], accepted=0)
+    assert doubts.scale == pytest.approx(2.0, rel=0.05)
+
+
+def test_times_are_fitted_by_a_line_that_follows_the_machine():
+    times = LinearTime(1.0, 0.1)
+    assert times.of(5) == pytest.approx(1.5) and not times.is_measured
+    for n in (1, 3, 9, 4, 12, 2) * 40:
+        times.observe(n, 2.0 + 0.5 * n)
+    assert (times.fixed, times.each) == (pytest.approx(2.0, rel=0.02), pytest.approx(0.5, rel=0.02))
+    times.observe(3, 1000.0)  # a disturbance counts as twice the time at most
+    assert times.of(3) < 1.1 * 3.5
+    for _ in range(300):
+        times.observe(4, 8.0)
+    assert times.of(4) == pytest.approx(8.0, rel=0.02) and times.each >= 0
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "draft", "ahead"), [(0.9, 0.9, 0.2, 0), (0.5, 0.95, 0.1, 1), (0.99, 0.8, 0.05, 1), (0.1, 0.1, 0.3, 0)]
+)
+def test_the_best_length_maximises_tokens_per_time(first, later, draft, ahead):
+    """Against every length: 1 + a + a a' + ... tokens, in the passes of the draft side and one of d + 1 rows."""
+    drafts, verify = LinearTime(0.02, draft), LinearTime(0.9, 0.1)
+    tokens = [1 + sum(first * later**place for place in range(length)) for length in range(17)]
+    rates = {length: tokens[length] / (drafts.of(length + ahead) + verify.of(length + 1)) for length in range(1, 17)}
+    best = max(rates, key=rates.__getitem__)
+    assert best_length(first, later, drafts, ahead, verify, 1, 16) == (pytest.approx(rates[best]), best)
+
+
+def knowing(backend, **profile):
+    known = knowledge_of(backend, {"exit 2": (None, 2), "exit 4": (None, 4)}, DraftProfile(**profile), remembered=False)
+    setup = DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset())
+    drafter = drafter_for(setup)
+    drafter._known, drafter._by_clock = known, False
+    return drafter
+
+
+def source_of(drafter, backend, ids):
+    cache = backend.new_cache()
+    with torch.inference_mode():
+        places = torch.arange(len(ids) - 1)[None]
+        backend.run_layers(backend.embed(torch.tensor([ids[:-1]])), 0, 6, places, cache)
+        positions = torch.arange(len(ids) - 1, len(ids) + 7)[None]
+        draft = drafter.draft(Context([0], [ids], torch.tensor([ids[-1:]]), positions, cache), [7])
+    return draft.source if draft.counts[0] else "plain"
+
+
+def test_it_drafts_by_what_promises_most():
+    backend = backend_of("generic")
+    fast, flat = {"exit 2": 0.1, "exit 4": 0.2}, (1.0, 1.0)
+    assert (
+        source_of(knowing(backend, acceptance={"exit 2": 0.5, "exit 4": 0.99}, drafts=fast, passes=flat), backend, [5, 6, 7])
+        == "exit 4"
+    )
+    assert (
+        source_of(knowing(backend, acceptance={"exit 2": 0.99, "exit 4": 0.99}, drafts=fast, passes=flat), backend, [5, 6, 7])
+        == "exit 2"
+    )
+    assert (
+        source_of(knowing(backend, acceptance={"exit 2": 0.1, "exit 4": 0.1}, drafts=fast, passes=(1, 2)), backend, [5, 6, 7])
+        == "plain"
+    )
+    repeated = [5, 6, 7, 8, 9, 10] * 4
+    assert (
+        source_of(knowing(backend, acceptance={"exit 2": 0.1, "exit 4": 0.1}, drafts=fast, passes=flat), backend, repeated)
+        == "lookup"
+    )
+    expensive = knowing(backend, acceptance={"exit 2": 0.1, "exit 4": 0.1}, drafts=fast, passes=(1, 9))
+    assert source_of(expensive, backend, repeated) == "plain"
+
+
+def test_it_turns_away_from_what_is_rejected():
+    backend = backend_of("generic")
+    drafter = knowing(
+        backend, acceptance={"exit 2": 0.9, "exit 4": 0.7}, drafts={"exit 2": 0.2, "exit 4": 0.3}, passes=(1.0, 1.3)
+    )
+    seen = []
+    for _ in range(60):
+        seen.append(source_of(drafter, backend, [5, 6, 7]))
+        drafter.observe(Verdict(0, drafter._drafted, [1]))  # nothing is ever accepted
+    assert seen[0] == "exit 2" and "exit 4" in seen and seen[-1] == "plain"
+
+
+def test_lookups_learn_without_being_used():
+    backend = backend_of("generic")
+    drafter = knowing(backend, acceptance={"exit 2": 0.99, "exit 4": 0.1}, drafts={"exit 2": 0.01, "exit 4": 0.2})
+    repeated = [5, 6, 7, 8, 9, 10] * 4
+    match = drafter._known.acceptance_of_match(16)
+    before = match.first
+    for _ in range(5):
+        assert source_of(drafter, backend, repeated) in ("exit 2", "lookup")
+        drafter.observe(Verdict(0, drafter._drafted, [66]))  # the repetition does not go on
+    assert match.first < before
+
+
+def test_what_was_learnt_is_kept_for_the_next_greedy_output_only():
+    backend = backend_of("native")
+    first = drafter_for(DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset()))
+    second = drafter_for(DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset()))
+    assert first._known is second._known and set(first._known.options) == {"exit 2", "exit 4", "int8 exit 2", "int8 exit 4"}
+    generic = backend_of("generic")  # its outputs could depend on what drafts, so that they must not depend on the clock
+    others = [drafter_for(DrafterSetup(generic, Greedy(), DecodingConfig("adaptive"), frozenset())) for _ in range(2)]
+    assert others[0]._known is not others[1]._known and not others[0]._by_clock
+
+
+def test_without_trained_exits_a_copy_drafts_with_all_its_layers():
+    backend = backend_of("native")
+    drafter = drafter_for(DrafterSetup(backend, Greedy(), DecodingConfig("adaptive"), frozenset()))
+    assert list(drafter._known.options) == ["int8"]
