@@ -27,9 +27,9 @@ from .runner import Progress, measure_prompt
 
 _PROMPTS = 8
 _TOKENS = 48  # of each output
-_BLOCK = (
-    4  # about a round: drafts attend to the target's keys and values of the tokens before a block, and to their own within it
-)
+# Tokens that are drafted at once: they attend to the target's keys and values of the tokens before them, and to their own.
+_BLOCK = 8
+_CONTEXT = 256  # tokens before timed rounds
 _CANDIDATES = 8  # layers tried at each size: those that cost the least when they were last tried
 _PATIENCE = 5  # sizes without a better prediction, after which the search ends
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of drafts
@@ -212,12 +212,12 @@ def _set(probes: Sequence[Probe], skip: tuple[int, ...]) -> _Set:
 
 
 class _Timer:
-    """Times rounds of Draft & Verify, after a prompt of median length."""
+    """Times rounds of Draft & Verify, after a prompt of median length or its end."""
 
     def __init__(self, loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None) -> None:
         self._loaded, self._weights = loaded, weights
         by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
-        self._context = by_length[len(by_length) // 2].prompt_ids
+        self._context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
 
     def passes(self, settings: Sequence[tuple[tuple[int, ...], int]]) -> list[list[PassTimes]]:
         """Of each set and draft length, visited in turn. Raises LayerSkipError if the context has no room for a round."""
