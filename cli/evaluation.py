@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import typer
@@ -32,7 +33,9 @@ def load(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, Task]":
     rows = load_task(config.task)
     for note in rows.notes:
         narrate(note)
-    loaded = for_decoding(config.model, config.machine.device, config.machine.dtype, config.packing)
+    # Adaptive drafting gets the copy that `generate` makes for it; a sweep always measures it.
+    packing = replace(config.packing, adaptive="adaptive" in getattr(config, "strategies", ("adaptive",)))
+    loaded = for_decoding(config.model, config.machine.device, config.machine.dtype, packing)
     narrate_notes(loaded)
     use_threads(config.machine.threads, loaded)
     rows.prepared(loaded).encode_prompt("hello")  # so that a bad template is one error, not one per prompt

@@ -16,6 +16,7 @@ from cli.bench import bench
 from cli.options import with_flags
 from cli.sweep_exits import sweep_exits
 from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
 from layerskip_core.errors import LayerSkipError
 
@@ -223,6 +224,27 @@ def test_all_baselines_at_80_columns(model, data, monkeypatch):
     assert over[0][3] == "1.00"
     assert max(map(len, lines)) <= 80
     assert "…" not in result.stdout
+
+
+def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monkeypatch):
+    packings = []
+
+    def recorded(name, device, dtype, packing):
+        packings.append(packing)
+        return for_decoding(name, device, dtype, packing)
+
+    monkeypatch.setattr("layerskip_core.checkpoint.load.for_decoding", recorded)
+    arguments = ("--model", model, "--data", data, "--samples", "1", "--max-new-tokens", "6", "--format", "json")
+    for strategies in ("autoregressive", "autoregressive,adaptive"):
+        result = run("bench", *arguments, "--repeats", "1", "--strategies", strategies)
+    plain, adaptive = json.loads(result.stdout)["results"]
+    assert (adaptive["exit_layer"], adaptive["num_draft_tokens"], adaptive["draft_weights"]) == (None, None, None)
+    assert adaptive["metrics"] == plain["metrics"] and adaptive["identical_outputs"] == 1.0
+    assert sum(step[0] for step in adaptive["longest_answer"]) == 6 and plain["longest_answer"] == []
+    assert {step[2] for step in adaptive["longest_answer"][1:]} <= set(adaptive["steps_by_drafter"])
+    swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2").stdout)
+    assert swept["results"][-1]["strategy"] == "adaptive"
+    assert [packing.adaptive for packing in packings] == [False, True, True]
 
 
 def test_answers_in_batches_without_speed(tmp_path, model, data):

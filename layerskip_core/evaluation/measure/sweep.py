@@ -6,7 +6,7 @@ from itertools import product
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require, require_exit_layer, require_skip
-from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, default_exits, spread_exits
+from ...config.decoding import DecodingConfig, DecodingSettings, default_exits, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.packing import Quantization
 from ..outputs import Outputs, finite
@@ -161,10 +161,8 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
     if generation.skip:
         require_skip(generation.skip, num_layers)
         settings += [_skipping(config, generation.skip, drafts) for drafts in config.specs]
-    if "adaptive" in DRAFTERS:
-        asked = DecodingSettings("adaptive", generation=generation)
-        settings.append(asked.resolve_as("adaptive", loaded.recommended(), num_layers, config.packing))
-    return settings
+    asked = DecodingSettings("adaptive", generation=generation)
+    return [*settings, asked.resolve_as("adaptive", loaded.recommended(), num_layers, config.packing)]
 
 
 def _weights(config: SweepConfig) -> Quantization | None:
