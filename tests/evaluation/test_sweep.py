@@ -109,6 +109,15 @@ def test_the_fastest_faithful_setting_is_recommended():
     )
 
 
+def test_adaptive_drafting_is_preferred_to_a_fixed_setting_that_is_hardly_faster():
+    adaptive, fixed = row("adaptive", speed=180), row("self-speculative", 8, 6, speed=188)
+    advice = advise([PLAIN, fixed, adaptive])
+    assert (advice.exit_layer, advice.speedup, advice.policies["exact"].strategy) == (None, 1.8, "adaptive")
+    assert advice.reason.startswith("adaptive is close to the fastest (1.88x) of 2 settings: 1.80x the speed")
+    assert advise([PLAIN, replace(fixed, speedup=1.9), adaptive]).exit_layer == 8
+    assert advise([PLAIN, replace(fixed, speedup=1.7), adaptive]).reason.startswith("adaptive is the fastest of 2 settings")
+
+
 def test_settings_that_change_the_output_are_excluded_unless_at_near_ties():
     wrong = row("self-speculative", 6, 4, speed=300, differences=(Difference(0, 3, 0.5),))
     failed = row("self-speculative", 6, 6, speed=300, failures=(Failure(0, "out of memory"),))

@@ -14,13 +14,17 @@ from ..results import ExitResult, frontier
 from .policies import fast_policy, policy_of
 
 _WORTHWHILE = 1.05  # smaller speedups are not recommended
+_CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting that is faster by less: it suits other prompts too
 _NOISY = 0.1  # a baseline that drifts by more makes small differences meaningless
 
 
 def recommend(
     results: Sequence[ExitResult], near_tie: float, drift: float, quality_metric: str, config: SweepConfig
 ) -> Recommendation:
-    """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies."""
+    """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
+
+    Adaptive drafting is preferred to a fixed setting that is hardly faster.
+    """
     plain = next(result for result in results if result.strategy == "autoregressive")
     settings = [result for result in results if result.strategy in DRAFTERS]
     measured = [result for result in settings if result.metrics]
@@ -34,6 +38,11 @@ def recommend(
     if drift > _NOISY:
         notes += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
     best = max(faithful, key=lambda result: result.speedup or 0.0, default=None)
+    fastest = "the fastest"
+    adaptive = next((result for result in faithful if result.strategy == "adaptive"), None)
+    if best is not None and adaptive is not None and 0.0 < (best.speedup or 0.0) < _CLOSE * (adaptive.speedup or 0.0):
+        fastest = fastest if best is adaptive else f"close to the fastest ({best.speedup:.2f}x)"
+        best = adaptive
     pays = best is not None and (best.speedup or 0.0) >= _WORTHWHILE
     exact = policy_of(best if best is not None and pays else plain, plain, quality_metric, config)
     fast, fast_reason = fast_policy(results, exact, plain, quality_metric, config)
@@ -46,7 +55,7 @@ def recommend(
         reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {speedup:.2f}x{notes}"
         return Recommendation(None, None, best.speedup, drift, reason, fast_reason, policies)
     reason = (
-        f"{name} is the fastest of {len(faithful)} settings: {speedup:.2f}x the speed of autoregressive decoding "
+        f"{name} is {fastest} of {len(faithful)} settings: {speedup:.2f}x the speed of autoregressive decoding "
         f"({best.tokens_per_second:.0f} vs. {plain.tokens_per_second:.0f} tokens/s), {best.acceptance_rate or 0.0:.0%} of "
         f"drafts accepted, {best.identical_outputs or 0.0:.0%} of outputs identical{_near_ties(best)}{notes}"
     )
