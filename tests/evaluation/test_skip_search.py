@@ -15,6 +15,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig, GenerationSettings, SkipChoice
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
@@ -31,7 +32,7 @@ from layerskip_core.evaluation.report.saved_record import read_record
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table
 from layerskip_core.evaluation.results import ExitResult
 from layerskip_core.evaluation.tasks.load import load_task
-from layerskip_core.model import GenericBackend, PackedBackend
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
 
 PROMPT = [5, 11, 23, 42, 8]
 GENERATION = GenerationSettings(max_new_tokens=NEW_TOKENS)
@@ -52,26 +53,39 @@ def of_vocabulary(*layers):
     return silenced(*layers, vocab_size=300)
 
 
-def probe_of(loaded, prompt=PROMPT, tokens=20):
+def on_backend(kind):
+    """The tiny model on this backend; `native int8` with copies that draft."""
+    if kind == "generic":
+        return GenericBackend(tiny_model())
+    if kind == "packed":
+        return PackedBackend.of(tiny_model())
+    model = tiny_model(dtype=torch.float32, hidden_size=64, intermediate_size=64, head_dim=16)
+    packing = PackingConfig(draft_weights=("int8",))
+    if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here")
+    return NativeBackend.of(model, packing)
+
+
+def probe_of(loaded, prompt=PROMPT, tokens=20, weights=None):
     config = DecodingConfig("autoregressive", max_new_tokens=tokens)
     output = [token.id for step in decode(loaded.backend, prompt, config) for token in step]
-    return Probe(loaded, prompt, output, None)
+    return Probe(loaded, prompt, output, weights)
 
 
 @pytest.mark.parametrize("block", [1, 4])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["generic", "packed", "native int8"])
 @pytest.mark.parametrize("prompt", [PROMPT, [7]])
-def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(block, packed, prompt, monkeypatch):
+def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(block, kind, prompt, monkeypatch):
     """Up to the first draft that the target refuses, after which a round goes on with another text."""
     monkeypatch.setattr(skip_search, "_BLOCK", block)
-    loaded = silenced()
-    if packed:
-        loaded = replace(loaded, backend=PackedBackend.of(tiny_model()))
-    model, probe = loaded.backend, probe_of(loaded, prompt)
+    weights = "int8" if "int8" in kind else None
+    loaded = replace(silenced(), backend=on_backend(kind))
+    model, probe = loaded.backend, probe_of(loaded, prompt, weights=weights)
     ids, right = [*prompt, *probe.output_ids], 0
     for skip in ((1,), (3, 5), (6,), (3,), (2, 3, 4, 5, 6)):
         choices = probe.choices(skip)
-        drafter = drafter_for(DrafterSetup(model, Greedy(), DecodingConfig("draft-and-verify", skip=skip), frozenset()))
+        config = DecodingConfig("draft-and-verify", skip=skip, draft_weights=weights)
+        drafter = drafter_for(DrafterSetup(model, Greedy(), config, frozenset()))
         for start in range(0, 20, block):
             known = ids[: len(prompt) + start]
             cache, last = model.new_cache(), len(known) - 1
