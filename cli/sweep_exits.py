@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerskip_core.config.decoding import SkipChoice
+from layerskip_core.config.decoding import DraftProfile, SkipChoice
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.ranges import counts_text
 from layerskip_core.errors import ConfigError
@@ -54,7 +54,7 @@ def sweep_exits(
             record = evaluation.watch(sweep(loaded, rows, config))
         evaluation.deliver(record, sweep_table(record), report.format, folder)
         if save and record.recommendation is not None:
-            _save(target, record.recommendation)
+            _save(target, record.recommendation, record.profile)
         if save:
             _save_skip(target, record.results)
 
@@ -93,8 +93,8 @@ def _model_folder(model: str) -> Iterator[None]:
         yield
 
 
-def _save(model: str, advice: "Recommendation") -> None:
-    """Stores the policies, and the recommended exit and draft length for versions without policies.
+def _save(model: str, advice: "Recommendation", profile: DraftProfile | None) -> None:
+    """Stores the policies, what is known of drafting, and the recommended exit and draft length for versions without policies.
 
     What these versions do not know, such as low-bit drafts, is plain decoding for them; so is a recommendation of it.
     """
@@ -106,6 +106,7 @@ def _save(model: str, advice: "Recommendation") -> None:
     known = advice.exit_layer is not None and (exact is None or exact.is_exit_drafting)
     exit_layer, drafts = (advice.exit_layer, advice.num_draft_tokens) if known else (None, None)
     info = replace(read_info(model), exit_layer=exit_layer, num_draft_tokens=drafts, policies=advice.policies)
+    info = replace(info, profile=profile or info.profile)
     write_info(model, replace(info, strategy=None if known else "autoregressive"))
     if not advice.pays:
         console.narrate(f"saved plain decoding as the default of {model}: {advice.reason}")

@@ -39,12 +39,15 @@ class CheckpointInfo:
     system: str | None = None
     policies: dict[str, Policy] = field(default_factory=dict)
     skip: SkipChoice | None = None
+    profile: DraftProfile | None = None  # of drafting, where a sweep measured it
 
     def to_json(self) -> str:
         recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
         recommended |= {"strategy": self.strategy} if self.strategy else {}
         recommended |= {"skip": asdict(self.skip)} if self.skip else {}
         document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
+        if self.profile is not None:
+            document["profile"] = asdict(self.profile)
         if self.policies:
             document["policies"] = {name: policy.document() for name, policy in self.policies.items()}
         document |= {"system": self.system} if self.system is not None else {}
@@ -71,8 +74,10 @@ class CheckpointInfo:
         exits = {exit_layer for exit_layer in listed if type(exit_layer) is int} if isinstance(listed, list) else set()
         return tuple(exit_layer for exit_layer in range(1, num_layers) if not exits or exit_layer in exits)
 
-    def profile(self, num_layers: int) -> DraftProfile:
-        """What the losses of training say of drafts: they are accepted with about exp(loss of the last layer - of the exit)."""
+    def draft_profile(self, num_layers: int) -> DraftProfile:
+        """What a sweep measured, else what the losses of training say: acceptance is about exp(last loss - exit's loss)."""
+        if self.profile is not None:
+            return self.profile
         losses = self.details.get("final_losses")
         known = losses if isinstance(losses, dict) else {}
         last = known.get(str(num_layers))
@@ -105,6 +110,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         recommended = _require(document.pop("recommended", {}), dict, "recommended")
         files = _require(document.pop("files", []), list, "files")
         policies = build(dict[str, Policy], document.pop("policies", {}), "policies")
+        profile = build(DraftProfile | None, document.pop("profile", None), "profile")
         strategy = recommended.get("strategy")
         if strategy is not None and strategy not in strategies():
             raise ValueError(f"strategy must be one of {', '.join(strategies())}, got {strategy!r}")
@@ -123,6 +129,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
             files=tuple(require_inside(name) for name in files),
             system=system,
             policies=policies,
+            profile=profile,
             skip=_skip(recommended.get("skip")),
         )
     except (ValueError, SchemaError) as error:

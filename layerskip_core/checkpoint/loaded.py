@@ -69,7 +69,7 @@ class Decoder:
             self.info.strategy or found,
             exits,
             self.info.skip,
-            self.info.profile(self.backend.num_layers),
+            self.info.draft_profile(self.backend.num_layers),
         )
 
     def policy_for(self, settings: DecodingSettings, packing: PackingConfig) -> str | None:

@@ -21,6 +21,7 @@ def strategies() -> tuple[str, ...]:
 
 
 _MAX_NEW_TOKENS = 256
+_LONGEST = 1e9  # milliseconds of a pass
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 _PLAIN = PackingConfig()
 
@@ -49,6 +50,13 @@ class DraftProfile:
     acceptance: dict[str, float] = field(default_factory=dict)
     passes: tuple[float, ...] = ()
     drafts: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for share in self.acceptance.values():
+            require(0 <= share <= 1, "acceptance", "in [0, 1]", share)
+        for name, times in (("passes", self.passes), ("drafts", self.drafts.values())):
+            for time in times:
+                require(0 < time < _LONGEST, name, f"above 0 and below {_LONGEST:g} milliseconds", time)
 
 
 _UNKNOWN = DraftProfile()

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
 
+from ..config.decoding import DraftProfile
 from ..config.policies import EXACT, Policy
 
 Result = TypeVar("Result")
@@ -66,9 +67,10 @@ class RunRecord(Generic[Result]):
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
     prediction_error: PredictionError | None = None  # of a sweep
+    profile: DraftProfile | None = None  # of a sweep
 
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float in it is finite."""
         fields = asdict(self)
-        optional = ("recommendation", "prediction_error")
+        optional = ("recommendation", "prediction_error", "profile")
         return {key: value for key, value in fields.items() if value is not None or key not in optional}

@@ -1,10 +1,12 @@
 """layerskip.json: policies written and read back, files of older versions, damaged ones."""
 
 import json
+from math import exp
 
 import pytest
 
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
+from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.policies import Measured, Policy
 from layerskip_core.errors import CheckpointError
 
@@ -70,3 +72,33 @@ def test_every_damaged_policy_names_the_file(tmp_path, policies, message):
     with pytest.raises(CheckpointError) as error:
         write(tmp_path, json.dumps({"policies": policies}))
     assert str(error.value).startswith(f"{tmp_path / 'layerskip.json'} is not valid: {message}")
+
+
+PROFILE = DraftProfile({"exit 4": 0.9, "int8": 1.0}, (2.0, 2.5), {"exit 4": 0.25})
+
+
+def test_what_a_sweep_measured_of_drafting_is_kept(tmp_path):
+    info = CheckpointInfo(profile=PROFILE)
+    read = write(tmp_path, info.to_json())
+    assert read == info and read.draft_profile(24) == PROFILE
+
+
+def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
+    details = {"config": {"recipe": {"curriculum": "all", "exits": [4, 8]}}, "final_losses": {"4": 0.75, "8": 0.5, "12": 0.25}}
+    profile = CheckpointInfo(details=details).draft_profile(12)
+    assert profile.acceptance == {"exit 4": pytest.approx(exp(-0.5)), "exit 8": pytest.approx(exp(-0.25))}
+    assert CheckpointInfo(details=details).draft_profile(24) == CheckpointInfo().draft_profile(12) == DraftProfile()
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        (7, "profile: needed an object, found 7"),
+        ({"acceptance": {"exit 4": 1.5}}, r"profile: acceptance must be in \[0, 1\], got 1.5"),
+        ({"passes": [1, 0]}, "profile: passes must be above 0 and below 1e"),
+        ({"drafts": {"int8": 1e300}}, "profile: drafts must be above 0 and below 1e"),
+    ],
+)
+def test_a_damaged_profile(tmp_path, profile, message):
+    with pytest.raises(CheckpointError, match=message):
+        write(tmp_path, json.dumps({"profile": profile}))

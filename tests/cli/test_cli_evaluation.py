@@ -136,6 +136,7 @@ def test_save_writes_the_recommendation_if_there_is_one(model, monkeypatch, pays
     assert (exact.strategy, exact.exit_layer) == (("self-speculative", 5) if pays else ("autoregressive", None))
     assert (exact.measured.task, exact.measured.metric) == ("commands", "exact_match")
     assert "policy fast: none, because exact_match is 0 at full depth" in result.stderr
+    assert set(info.profile.acceptance) == set(info.profile.drafts) == {"exit 5"} and len(info.profile.passes) == 17
     assert "Policy fast: none, because" in result.stdout and f"Policy exact: {exact}." in result.stdout
 
 

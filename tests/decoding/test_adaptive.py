@@ -227,7 +227,9 @@ def test_it_turns_away_from_what_is_rejected():
 
 def test_lookups_learn_without_being_used():
     backend = backend_of("generic")
-    drafter = knowing(backend, acceptance={"exit 2": 0.99, "exit 4": 0.1}, drafts={"exit 2": 0.01, "exit 4": 0.2})
+    drafter = knowing(
+        backend, acceptance={"exit 2": 0.99, "exit 4": 0.1}, drafts={"exit 2": 0.01, "exit 4": 0.2}, passes=(1.0, 1.0)
+    )
     repeated = [5, 6, 7, 8, 9, 10] * 4
     match = drafter._known.acceptance_of_match(16)
     before = match.first

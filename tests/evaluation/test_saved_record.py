@@ -85,7 +85,7 @@ def test_mutants_are_refused_with_one_line_or_rendered(saved, tmp_path):
             continue
         fit.append(text)
         rendered(record, table)
-    assert 20 < len(fit) < 280
+    assert 10 < len(fit) < 280
     for text in fit[:: len(fit) // 3]:
         file.write_text(text)
         for form in FORMATS:

@@ -107,7 +107,8 @@ def _at_first(model: Backend, drafters: Mapping[str, tuple[str | None, int]], pr
     step = plain.of(1)
     options: dict[str, Option] = {}
     for name, (weights, layers) in drafters.items():
-        draft = profile.drafts.get(name, (layers * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
+        known = profile.drafts if profile.passes else {}  # without both the units would differ
+        draft = known.get(name, (layers * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
         acceptance = profile.acceptance.get(name, _COPY_ACCEPTANCE.get(weights or "", _EXIT_ACCEPTANCE))
         shared, verify = weights is None, plain
         if shared:

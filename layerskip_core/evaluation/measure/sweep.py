@@ -18,6 +18,7 @@ from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import NEAR_TIE, differences
 from .cost_model import Predictions, predict, side_of
 from .environment import environment
+from .profile import draft_profile
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from .runner import Progress, drafts_tokens, exit_and_drafts, measure_interleaved
 from .skip_search import search_skips
@@ -93,7 +94,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     drift = baseline_drift(first, second)
     advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config)
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
-    yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked))
+    profile = draft_profile(loaded, marked)
+    yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked), profile)
 
 
 def exit_result(

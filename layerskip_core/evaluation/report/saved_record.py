@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ...config.decoding import strategies
+from ...config.decoding import DraftProfile, strategies
 from ...config.evaluation import BASELINES, BenchConfig, SweepConfig
 from ...config.ranges import MAX_COUNT
 from ...errors import LayerSkipError
@@ -58,6 +58,7 @@ def _record(document: Any, result: type[Any], config: type[Any]) -> RunRecord[An
         results,
         build(Recommendation | None, document.get("recommendation"), "recommendation"),
         build(PredictionError | None, document.get("prediction_error"), "prediction_error"),
+        build(DraftProfile | None, document.get("profile"), "profile"),
     )
 
 
