@@ -110,7 +110,11 @@ def test_a_bench_with_batches_differs_in_speed_only():
         assert timed.tokens_per_second > 0
         assert (quality.tokens_per_second, quality.speedup, quality.ttft_ms, quality.peak_memory_mb) == (None, None, None, None)
     assert (batched.config["batch_size"], batched.config["timed"]) == (2, 2)
-    assert batched.results[2].acceptance_rate == alone.results[2].acceptance_rate
+    fixed = [
+        [result.acceptance_rate for result in record.results if result.strategy == "self-speculative"]
+        for record in (alone, batched, untimed)
+    ]
+    assert fixed[0] == fixed[1] == fixed[2] != [None]
     json.dumps(untimed.document(), allow_nan=False)
 
 
@@ -121,7 +125,9 @@ def test_a_sweep_with_batches_differs_in_speed_only():
     *events, batched = sweep(tiny_loaded(), task, replace(config, batch_size=4, timed=2))
     for single, timed in zip(alone.results, batched.results, strict=True):
         assert (single.metrics, single.identical_outputs) == (timed.metrics, timed.identical_outputs)
-        assert (single.perplexity, single.acceptance_rate) == (timed.perplexity, timed.acceptance_rate)
+        assert single.perplexity == timed.perplexity
+        # Adaptive drafts depend on measured times.
+        assert single.acceptance_rate == timed.acceptance_rate or single.strategy == "adaptive"
         assert timed.speedup > 0
     assert max(event.total for event in events if event.phase == "prompts") == 2
 
