@@ -18,6 +18,7 @@ from .knowledge import Knowledge, Option, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
 _FREE = LinearTime(0.0, 0.0)  # a lookup takes no time
+_COMPARED = 8  # rounds
 _LONGER = 2  # a draft that stays certain may be this many times as long as is best on average
 
 
@@ -36,7 +37,9 @@ class AdaptiveDrafter:
         self._is_greedy = isinstance(setup.sampler, Greedy)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids)
         self._found: dict[int, tuple[list[int], Acceptance]] = {}  # by row: the continuation in its text, and how likely it is
-        self._chosen: Option | None = None
+        self._preferred: Option | None = None  # of the options, whether a lookup was better or not
+        self._chosen: Option | None = None  # what drafted this round; None for a lookup and for plain decoding
+        self._rounds = 0
         self._drafted = 0  # tokens of the longest draft of the round
         self._confidence: Sequence[float] = ()
         self._rows = 0  # of the pass that verifies; 0 once it was timed
@@ -72,12 +75,9 @@ class AdaptiveDrafter:
         tokens, acceptance = self._found.pop(verdict.row, ([], None))
         if acceptance is not None:
             acceptance.compare(tokens, verdict.ids)
-        for option in self._known.options.values():
-            if option is self._chosen:
-                option.acceptance.observe(verdict.drafted, verdict.accepted)
-                option.doubts.observe(self._confidence, verdict.accepted)
-            else:
-                option.acceptance.forget()
+        if self._chosen is not None:
+            self._chosen.acceptance.observe(verdict.drafted, verdict.accepted)
+            self._chosen.doubts.observe(self._confidence, verdict.accepted)
 
     def _look_up(self, context: Context, most: Sequence[int]) -> None:
         """Finds each row's continuation in its text. The target's verdict judges it whether it is used or not."""
@@ -87,12 +87,23 @@ class AdaptiveDrafter:
                 self._found[row] = tokens, self._known.acceptance_of_match(match)
 
     def _plan(self, batch: int, most: int) -> tuple[Option | None, int, float]:
-        """The option that promises most, None for plain decoding, with its length and its tokens per unit of time and row."""
+        """The option that promises most, None for plain decoding, with its length and its tokens per unit of time and row.
+
+        As long as it beats plain decoding, the last choice is compared with the others in one round of `_COMPARED` only.
+        """
         chosen, length, rate = None, 0, 1 / self._known.plain.of(batch)
+        last, self._rounds = self._preferred, self._rounds + 1
+        if last is not None and self._rounds < _COMPARED:
+            promised, best = last.plan(batch, most)
+            if promised > rate:
+                return last, best, promised
         for option in self._known.options.values():
+            if option is not last:
+                option.acceptance.forget(self._rounds)
             promised, best = option.plan(batch, most)
             if promised > rate:
                 chosen, length, rate = option, best, promised
+        self._preferred, self._rounds = chosen, 0
         return chosen, length, rate
 
     def _copied(self, context: Context, rate: float) -> Draft | None:

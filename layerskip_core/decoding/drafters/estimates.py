@@ -38,11 +38,12 @@ class Acceptance:
         accepted = next((place for place, (drafted, token) in enumerate(known) if drafted != token), len(known))
         self.observe(min(accepted + 1, len(known)), accepted)
 
-    def forget(self) -> None:
+    def forget(self, rounds: int = 1) -> None:
         """Moves towards the prior: what has not been tried for long is worth another try."""
+        kept = _MEMORY**rounds
         for counts in (self._tested, self._accepted):
-            counts[0] *= _MEMORY
-            counts[1] *= _MEMORY
+            counts[0] *= kept
+            counts[1] *= kept
 
     def _mean(self, kind: int) -> float:
         return (self._accepted[kind] + self._strength * self._prior[kind]) / (self._tested[kind] + self._strength)
