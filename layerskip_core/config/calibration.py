@@ -16,9 +16,9 @@ class CalibrationConfig:
     model: str = "embedded"
     output: str | None = None
     data: str | None = None
-    samples: int = 64
+    samples: int = 128
     length: int = 256
-    tuning_steps: int = 64
+    tuning_steps: int = 32
     seed: int = 0
     overwrite: bool = False
 
