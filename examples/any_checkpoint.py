@@ -9,6 +9,7 @@ next prompt comes, in an order that rotates, in one process. Outputs must be ide
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def main() -> None:
                 if repeat == 0:
                     stats[name].append(counts)
         identical += all(ids == outputs["autoregressive"] for ids in outputs.values())
-        print(f"{place + 1} of {len(rows)}", end="\r", flush=True)
+        print(f"{place + 1} of {len(rows)}", end="\r", file=sys.stderr, flush=True)
     medians = {name: [median(repeats) for repeats in prompts] for name, prompts in times.items()}
     report(arguments, loaded, rows, medians, stats, identical, own_time[0] / spent)
 

@@ -11,7 +11,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
-from layerskip_core.decoding.drafters.estimates import Acceptance, Doubts, LinearTime, best_length
+from layerskip_core.decoding.drafters.estimates import Acceptance, Chance, Doubts, LinearTime, best_length
 from layerskip_core.decoding.drafters.knowledge import knowledge_of
 from layerskip_core.decoding.sampling import Greedy, Verdict
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
@@ -117,21 +117,29 @@ def test_a_seed_gives_the_same_sample_however_long_passes_take(kind, monkeypatch
 # --- the choice ----------------------------------------------------------------------------------------------------------
 
 
-def test_acceptance_moves_from_its_prior_to_what_was_seen_and_back():
-    chance = Acceptance(0.5)
-    assert (chance.first, chance.later) == (0.5, 0.5)
+def test_a_chance_moves_from_its_prior_to_what_was_seen_and_back():
+    chance = Chance(0.5)
+    assert chance.mean == 0.5
+    chance.observe(True)
+    assert chance.mean == pytest.approx(3 / 5)  # the prior counts as four observations
     for _ in range(200):
-        chance.observe(drafted=3, accepted=3)
-    assert chance.first > 0.95 and chance.later > 0.95
-    before = chance.first
-    for _ in range(300):
-        chance.forget()
-    assert 0.5 < chance.first < 0.6 < before
-    chance.observe(drafted=4, accepted=1)  # the second was wrong; the others were not tested
-    assert chance._tested[0] == pytest.approx(chance._accepted[0])
-    other = Acceptance(0.5)
-    other.compare([7, 8, 9], [7, 9])
-    assert (other._tested, other._accepted) == ([1, 1], [1, 0])
+        chance.observe(True)
+    seen = chance.mean
+    assert seen > 0.95
+    chance.forget(300)
+    assert 0.5 < chance.mean < 0.6 < seen
+
+
+def test_acceptance_counts_the_drafts_that_were_tested():
+    first, later = Chance(0.5), Chance(0.5)
+    acceptance = Acceptance(first, later)
+    acceptance.observe(drafted=4, accepted=1)  # the second was wrong, the others were not tested
+    assert (first.mean, later.mean) == (pytest.approx(3 / 5), pytest.approx(2 / 5))
+    acceptance.compare([7, 8, 9], [7, 9])  # the same, by what the target said
+    other = Acceptance(Chance(0.5), Chance(0.5))
+    other.observe(4, 1)
+    other.observe(2, 1)
+    assert (acceptance.first, acceptance.later) == (other.first, other.later)
 
 
 def test_doubts_learn_how_far_to_trust_a_probability():

@@ -8,29 +8,47 @@ _JUMP = 2.0  # a time that is longer than expected by more than this factor was 
 _PRIOR_AT, _PRIOR_WEIGHT = (1, 16), 2.0  # two points of the line that is known at first
 
 
-class Acceptance:
-    """The probability that a draft is accepted given that all before it were: of the first in a round, and of later ones."""
+class Chance:
+    """A probability, estimated from what was seen lately and from a prior that counts as a few observations."""
 
-    def __init__(self, first: float, later: float | None = None, strength: float = _STRENGTH) -> None:
-        self._prior = (first, first if later is None else later)
-        self._strength = strength
-        self._tested, self._accepted = [0.0, 0.0], [0.0, 0.0]
+    def __init__(self, prior: float, strength: float = _STRENGTH) -> None:
+        self._prior, self._strength = prior, strength
+        self._tested = self._accepted = 0.0
+
+    @property
+    def mean(self) -> float:
+        return (self._accepted + self._strength * self._prior) / (self._tested + self._strength)
+
+    def observe(self, accepted: bool) -> None:
+        self.forget()
+        self._tested += 1
+        self._accepted += accepted
+
+    def forget(self, observations: int = 1) -> None:
+        """Moves towards the prior: what has not been tried for long is worth another try."""
+        kept = _MEMORY**observations
+        self._tested *= kept
+        self._accepted *= kept
+
+
+class Acceptance:
+    """The chance that a draft is accepted given that all before it were: of the first in a round, and of later ones."""
+
+    def __init__(self, first: Chance, later: Chance) -> None:
+        self._first, self._later = first, later
 
     @property
     def first(self) -> float:
-        return self._mean(0)
+        return self._first.mean
 
     @property
     def later(self) -> float:
-        return self._mean(1)
+        return self._later.mean
 
     def observe(self, drafted: int, accepted: int) -> None:
         """Of `drafted` tokens the first `accepted` were right, and the next one, if there is one, was wrong."""
-        self.forget()
         for place in range(min(accepted + 1, drafted)):
-            kind = min(place, 1)
-            self._tested[kind] += 1
-            self._accepted[kind] += place < accepted
+            (self._later if place else self._first).observe(place < accepted)
 
     def compare(self, draft: Sequence[int], said: Sequence[int]) -> None:
         """Observes a draft that was not verified itself, by what the target said in its place."""
@@ -38,15 +56,9 @@ class Acceptance:
         accepted = next((place for place, (drafted, token) in enumerate(known) if drafted != token), len(known))
         self.observe(min(accepted + 1, len(known)), accepted)
 
-    def forget(self, rounds: int = 1) -> None:
-        """Moves towards the prior: what has not been tried for long is worth another try."""
-        kept = _MEMORY**rounds
-        for counts in (self._tested, self._accepted):
-            counts[0] *= kept
-            counts[1] *= kept
-
-    def _mean(self, kind: int) -> float:
-        return (self._accepted[kind] + self._strength * self._prior[kind]) / (self._tested[kind] + self._strength)
+    def forget(self, rounds: int) -> None:
+        self._first.forget(rounds)
+        self._later.forget(rounds)
 
 
 class Doubts:

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
-from .estimates import Acceptance, Doubts, LinearTime, best_length
+from .estimates import Acceptance, Chance, Doubts, LinearTime, best_length
 
 _CALL = 0.03  # of a pass of one row: what a draft takes besides its passes
 _ROW = 0.06  # of a pass of one row: for each further row
@@ -16,8 +16,9 @@ _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.85}
 _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
 # Doubt and power, see DraftEnds. Trained exits are calibrated, copies are right more often than they say.
 _DOUBTS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
-# Shortest length of a match; acceptance of the token after it, and of further ones.
-_MATCHES = ((1, 0.3, 0.6), (2, 0.5, 0.75), (3, 0.6, 0.8), (4, 0.7, 0.85), (8, 0.8, 0.9), (16, 0.9, 0.95))
+_MATCHES = ((1, 0.3), (2, 0.5), (3, 0.6), (4, 0.65), (8, 0.75), (16, 0.9))  # shortest match, acceptance of the token after it
+_AFTER_MATCH = 0.8  # acceptance of further tokens, after any match
+_MATCH_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
 _PLAIN_AT = (0, 4)  # steps without drafts, to measure these; then one in every `_PLAIN_EVERY`
 _PLAIN_EVERY = 128
 
@@ -50,7 +51,8 @@ class Knowledge:
     def __init__(self, plain: LinearTime, options: dict[str, Option]) -> None:
         self.plain = plain
         self.options = options
-        self._matches = [(shortest, Acceptance(first, later)) for shortest, first, later in _MATCHES]
+        later = Chance(_AFTER_MATCH, _MATCH_STRENGTH)
+        self._matches = [(shortest, Acceptance(Chance(first, _MATCH_STRENGTH), later)) for shortest, first in _MATCHES]
         self._steps = 0
         self._is_measured = False
 
@@ -115,7 +117,9 @@ def _at_first(model: Backend, drafters: Mapping[str, tuple[str | None, int]], pr
             rest = 1 - layers * layer  # of a pass: the target goes on from the exit
             verify = LinearTime(rest * plain.fixed, rest * plain.each)
         times = LinearTime(_CALL * step, draft)
-        options[name] = Option(name, Acceptance(acceptance), times, int(shared), verify, Doubts(*_DOUBTS[weights]))
+        options[name] = Option(
+            name, Acceptance(Chance(acceptance), Chance(acceptance)), times, int(shared), verify, Doubts(*_DOUBTS[weights])
+        )
     return Knowledge(plain, options)
 
 
