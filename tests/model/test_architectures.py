@@ -39,7 +39,7 @@ def test_generate(folder, chosen):
 @pytest.mark.parametrize("chosen", [(), ("--exit", "2", "--spec", "2")], ids=["default", "exit"])
 def test_bench(folder, chosen):
     result = run("bench", *chosen, *ONE, *NEW, "--repeats", "1", "--format", "csv", "--model", folder)
-    assert result.code == 0 and len(result.out.splitlines()) == 4, result.err
+    assert result.code == 0 and len(result.out.splitlines()) == 6, result.err  # five strategies
 
 
 @pytest.mark.parametrize("chosen", [(), ("--exits", "2")], ids=["default", "exit"])
