@@ -156,7 +156,7 @@ def test_doubts_learn_how_far_to_trust_a_probability():
 
 def test_times_are_fitted_by_a_line_that_follows_the_machine():
     times = LinearTime(1.0, 0.1)
-    assert times.of(5) == pytest.approx(1.5) and not times.is_measured
+    assert times.of(5) == pytest.approx(1.5)
     for n in (1, 3, 9, 4, 12, 2) * 40:
         times.observe(n, 2.0 + 0.5 * n)
     assert (times.fixed, times.each) == (pytest.approx(2.0, rel=0.02), pytest.approx(0.5, rel=0.02))
@@ -219,6 +219,13 @@ def test_it_drafts_by_what_promises_most():
     )
     expensive = knowing(backend, acceptance={"exit 2": 0.1, "exit 4": 0.1}, drafts=fast, passes=(1, 9))
     assert source_of(expensive, backend, repeated) == "plain"
+
+
+def test_a_profile_may_hold_exits_that_are_never_right_and_passes_whose_rows_are_free():
+    backend = backend_of("generic")
+    known = knowing(backend, acceptance={"exit 2": 0.0, "exit 4": 0.5}, passes=(1.0, 0.9))._known
+    assert known.options["exit 2"].ends(1.0).survival == 1.0
+    assert known.plain.of(10_000) == known.plain.of(1) == pytest.approx(1.0)
 
 
 def test_it_turns_away_from_what_is_rejected():

@@ -89,17 +89,12 @@ class LinearTime:
 
     def __init__(self, fixed: float, each: float) -> None:
         self.fixed, self.each = fixed, each
-        self._measured = False
         self._sums = [0.0] * 5  # of the weights, n, n n, time, n time
         for n in _PRIOR_AT:
             self._add(n, fixed + n * each, _PRIOR_WEIGHT)
 
     def of(self, n: int) -> float:
         return self.fixed + n * self.each
-
-    @property
-    def is_measured(self) -> bool:
-        return self._measured
 
     def scale(self, factor: float) -> None:
         """Into another unit."""
@@ -109,7 +104,6 @@ class LinearTime:
         self._sums[4] *= factor
 
     def observe(self, n: int, time: float) -> None:
-        self._measured = True
         self._sums = [_MEMORY * total for total in self._sums]
         self._add(n, min(time, _JUMP * self.of(n)), 1.0)
         weight, of_n, of_squares, of_times, of_products = self._sums

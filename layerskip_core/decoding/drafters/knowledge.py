@@ -41,8 +41,8 @@ class Option:
 
     def ends(self, rate: float) -> DraftEnds:
         """Where the probability of all drafts so far is so low that one more does not pay at this rate."""
-        survival = min(rate * (self.draft.each + self.verify.each) / self.acceptance.later, 1.0)
-        return DraftEnds(survival=survival, doubt=self.doubts.scale, power=self.doubts.power)
+        cost, gain = rate * (self.draft.each + self.verify.each), self.acceptance.later  # in tokens, if all so far are right
+        return DraftEnds(survival=cost / gain if cost < gain else 1.0, doubt=self.doubts.scale, power=self.doubts.power)
 
 
 class Knowledge:
@@ -126,7 +126,8 @@ def _at_first(model: Backend, drafters: Mapping[str, tuple[str | None, int]], pr
 def _passes(model: Backend, profile: DraftProfile) -> LinearTime:
     """Times of a pass by its rows: those of the profile, or usual ones in passes of one row."""
     if len(profile.passes) > 1:
-        each = (profile.passes[-1] - profile.passes[0]) / (len(profile.passes) - 1)
+        # Where rows cost nothing, as on a GPU, the last time may be below the first; many rows must not take less than no time.
+        each = max(profile.passes[-1] - profile.passes[0], 0.0) / (len(profile.passes) - 1)
         return LinearTime(profile.passes[0] - each, each)
     each = _SLOW_ROW if model.implementation == "generic" and model.device.type == "cpu" else _ROW
     return LinearTime(1 - each, each)
