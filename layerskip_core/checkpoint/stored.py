@@ -18,6 +18,7 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 INT4_FILE = "int4.safetensors"  # beside the weights, see int4_file.py
+EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see exit_blocks_file.py
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -73,11 +74,12 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def open_weights(folder: str | Path) -> dict[str, WeightFile]:
-    """The open safetensors file of each weight in a folder, by the weight's name; without those in int4."""
+    """The open safetensors file of each weight in a folder, by the weight's name; the model's own weights alone."""
     from safetensors import safe_open
 
     files: dict[str, WeightFile] = {}
-    for path in sorted(set(Path(folder).glob("*.safetensors")) - {Path(folder) / INT4_FILE}):
+    beside = {Path(folder) / INT4_FILE, Path(folder) / EXIT_BLOCKS_FILE}
+    for path in sorted(set(Path(folder).glob("*.safetensors")) - beside):
         file: WeightFile = safe_open(path, "pt", device="cpu")
         files.update(dict.fromkeys(file.keys(), file))
     return files

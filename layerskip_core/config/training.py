@@ -12,9 +12,11 @@ from .ranges import require_ranges
 Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
 Regime = Literal["finetune", "continual", "scratch", "code"]
+Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
+FEATURES: tuple[str, ...] = get_args(Feature)
 
 
 @dataclass(frozen=True)

@@ -145,10 +145,10 @@ class ModelSpec:
         """Names and shapes of all weights, as in a checkpoint; a tied head is the embedding and has none."""
         shapes: dict[str, tuple[int, ...]] = {
             EMBEDDING: (self.vocab, self.hidden),
-            **self._norm_shapes("model.norm", self.hidden),
+            **self.norm_shapes("model.norm", self.hidden),
             **({} if self.tied else {self.head_name: (self.vocab, self.hidden)}),
         }
-        layer = self._layer_shapes()
+        layer = self.layer_shapes
         for index in range(self.layers):
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
         return shapes
@@ -171,7 +171,9 @@ class ModelSpec:
         for name, shape in self.shapes.items():
             check_shape(name, shape, stored[name])
 
-    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+    @cached_property
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of one layer, after its prefix."""
         architecture = self.architecture
         projections = {
             **_projections("self_attn.", architecture.attention_projections, (self.queries, self.keys, self.keys), self.hidden),
@@ -187,10 +189,11 @@ class ModelSpec:
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in projections.items()}
         shapes |= {f"{name}.bias": (shape[0],) for name, shape in projections.items() if name in biased}
         for name, size in norms.items():
-            shapes |= self._norm_shapes(name, size)
+            shapes |= self.norm_shapes(name, size)
         return shapes
 
-    def _norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
+    def norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of a norm over `size` numbers."""
         parts = ("weight", "bias") if self.architecture.norm == "layer" else ("weight",)
         return {f"{name}.{part}": (size,) for part in parts}
 

@@ -1,0 +1,96 @@
+"""Exit blocks: layers that are trained at exits of a model whose own weights stay as they are.
+
+At exit E a block is a decoder layer of the model's own class and a norm, followed by the model's own head. The layer reads the
+state after E layers. With the feature `final` it reads W [state; s] instead, where s is the output of the final norm for the
+token before (as EAGLE, Li et al., 2024): the target's own for the first draft of a round, the block's own for later drafts, and
+0 for the first token of a text.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..config.training import Feature
+from ..errors import CheckpointError
+from .spec import ModelSpec, Shapes
+from .weights import Take, Weights
+
+_PREFIX = "exits."
+_INPUT = "input.weight"
+
+
+@dataclass(frozen=True)
+class ExitBlock:
+    """The block of an exit after `exit_layer` layers, 1..L-1. Names of its weights begin with `prefix`."""
+
+    exit_layer: int
+    feature: Feature = "none"
+
+    @property
+    def prefix(self) -> str:
+        return f"{_PREFIX}{self.exit_layer}."
+
+    @property
+    def input_name(self) -> str:
+        """The map W (D, 2D) of the feature `final`."""
+        return self.prefix + _INPUT
+
+    def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, `exits.E.input.weight`."""
+        shapes = {f"{self.prefix}layer.{name}": shape for name, shape in spec.layer_shapes.items()}
+        shapes |= spec.norm_shapes(f"{self.prefix}norm", spec.hidden)
+        return {**shapes, self.input_name: (spec.hidden, 2 * spec.hidden)} if self.feature == "final" else shapes
+
+    def initial(self, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Its weights before training: copies of the last layer and of the final norm, and [I, 0] for the map.
+
+        `weight_of` gives the model's own weights by their names in a checkpoint.
+        """
+        weights = {}
+        for name, shape in self.shapes(spec).items():
+            if name == self.input_name:
+                weights[name] = torch.eye(*shape)
+            else:
+                source = name.removeprefix(self.prefix).replace("layer.", f"model.layers.{spec.layers - 1}.", 1)
+                source = source.replace("norm.", "model.norm.", 1) if source.startswith("norm.") else source
+                weights[name] = weight_of(source).detach().clone()
+        return weights
+
+
+@dataclass(frozen=True)
+class ExitBlocks:
+    """The blocks of a model, by ascending exits, and their weights."""
+
+    blocks: tuple[ExitBlock, ...]
+    take: Take  # by the names of `ExitBlock.shapes`
+
+    def shapes(self, spec: ModelSpec) -> Shapes:
+        return {name: shape for block in self.blocks for name, shape in block.shapes(spec).items()}
+
+    def weights(self, spec: ModelSpec) -> Weights:
+        return Weights(self.take, self.shapes(spec))
+
+
+def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:
+    """The blocks that weights of these names belong to. Raises CheckpointError for a name that is none of a block's."""
+    inputs: dict[int, set[str]] = {}
+    for name in names:
+        exit_layer, _, rest = name.removeprefix(_PREFIX).partition(".")
+        known = name.startswith(_PREFIX) and (rest == _INPUT or rest.startswith(("layer.", "norm.")))
+        if not (known and exit_layer.isdecimal() and 1 <= int(exit_layer) < num_layers and exit_layer[0] != "0"):
+            raise CheckpointError(f"{name!r:.100} is no weight of a block at an exit in 1..{num_layers - 1}")
+        inputs.setdefault(int(exit_layer), set()).add(rest)
+    return tuple(ExitBlock(exit_layer, "final" if _INPUT in inputs[exit_layer] else "none") for exit_layer in sorted(inputs))
+
+
+def with_blocks(spec: ModelSpec, blocks: Sequence[ExitBlock]) -> ModelSpec:
+    """The chain of layers in which the blocks' follow the model's own: block k is layer L+k, of the kind of the last."""
+    count = len(blocks)
+    return replace(
+        spec,
+        layers=spec.layers + count,
+        kinds=spec.kinds + spec.kinds[-1:] * count,
+        rope_of=spec.rope_of + spec.rope_of[-1:] * count,
+    )

@@ -1,0 +1,137 @@
+"""exit_blocks.safetensors beside a model: read, extended by a further exit, and refused where it does not belong to it."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint, read_exit_blocks
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.save import refuse_overwrite, save_beside
+from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
+from layerskip_core.errors import CheckpointError
+from layerskip_core.model.exit_blocks import ExitBlock, blocks_named
+
+
+@pytest.fixture
+def loaded(checkpoint, tmp_path):
+    """A copy of the tiny model, as transformers reads it."""
+    return for_training(shutil.copytree(checkpoint, tmp_path / "model"), "cpu")
+
+
+def content(loaded, *blocks, kept=None, factor=1.0):
+    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+    weights = {name: factor * weight for block in blocks for name, weight in block.initial(spec, weight_of).items()}
+    return exit_blocks_content(spec, weights, model_fingerprint(spec, weight_of), kept)
+
+
+def read(loaded, folder=None):
+    return read_exit_blocks(folder or loaded.name, loaded.backend.spec, loaded.model.get_parameter)
+
+
+def test_a_block_begins_as_the_last_layer_and_the_final_norm(loaded):
+    model, spec = loaded.model, loaded.backend.spec
+    weights = ExitBlock(2, "final").initial(spec, model.get_parameter)
+    assert weights.keys() == ExitBlock(2, "final").shapes(spec).keys()
+    assert torch.equal(weights["exits.2.norm.weight"], model.model.norm.weight)
+    for name, weight in model.model.layers[-1].named_parameters():
+        assert torch.equal(weights[f"exits.2.layer.{name}"], weight)
+    state, feature = torch.randn(2, spec.hidden)
+    assert torch.equal(weights["exits.2.input.weight"] @ torch.cat([state, feature]), state)
+    assert "exits.2.input.weight" not in ExitBlock(2).shapes(spec)
+
+
+def test_exits_and_features_follow_from_the_names(loaded):
+    assert read(loaded) is None
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4, "final"), ExitBlock(2)))
+    found = read(loaded)
+    assert found.blocks == (ExitBlock(2), ExitBlock(4, "final"))
+    assert found.take("exits.4.input.weight").shape == (32, 64)
+    assert found.take("exits.2.input.weight") is None
+    assert EXIT_BLOCKS_FILE in read_info(loaded.name).files
+    refuse_overwrite(loaded.name, overwrite=True)
+
+
+def test_another_exit_is_added_and_the_same_one_replaced(loaded):
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2), ExitBlock(3, "final")))
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(3), ExitBlock(4), kept=read(loaded), factor=2.0))
+    found = read(loaded)
+    assert found.blocks == (ExitBlock(2), ExitBlock(3), ExitBlock(4))
+    norm = loaded.model.model.norm.weight
+    assert [torch.equal(found.take(f"exits.{exit_layer}.norm.weight"), norm) for exit_layer in (2, 3, 4)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_the_model_beside_it_is_read_as_before(loaded):
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2)))
+    for backend in (for_training(loaded.name, "cpu").backend, for_decoding(loaded.name, "cpu").backend):
+        assert backend.num_layers == 6
+
+
+def test_the_precision_of_the_model_does_not_matter(loaded):
+    spec = loaded.backend.spec
+    lower = for_training(loaded.name, "cpu", "bf16").model
+    assert model_fingerprint(spec, lower.get_parameter) == model_fingerprint(spec, loaded.model.get_parameter)
+
+
+def test_blocks_of_other_weights_are_refused(loaded, tmp_path):
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2)))
+    other = shutil.copytree(loaded.name, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"] *= 1.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="exit_blocks.safetensors cannot be used: its blocks were trained for other"):
+        read(for_training(str(other), "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda weights: weights.pop("exits.2.norm.weight"), "1 weights are missing, exits.2.norm.weight the first"),
+        (lambda weights: weights.update({"exits.2.layer.x.weight": torch.zeros(1)}), "1 weights are unknown"),
+        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(5)}), "size mismatch of exits.2.norm.weight"),
+        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(32, dtype=torch.int8)}), "floating|must be one of"),
+        (lambda weights: weights.update({"exits.6.norm.weight": torch.zeros(32)}), "no weight of a block at an exit in 1..5"),
+        (lambda weights: weights.update({"exits.02.norm.weight": torch.zeros(32)}), "no weight of a block"),
+        (lambda weights: weights.update({"lm_head.weight": torch.zeros(32)}), "no weight of a block"),
+    ],
+)
+def test_damaged_files_are_refused(loaded, change, found):
+    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+    weights = ExitBlock(2).initial(spec, weight_of)
+    change(weights)
+    metadata = {"format": "1", "fingerprint": model_fingerprint(spec, weight_of)}
+    save_file(weights, f"{loaded.name}/{EXIT_BLOCKS_FILE}", metadata)
+    with pytest.raises(CheckpointError, match=rf"exit_blocks\.safetensors cannot be used: .*({found})"):
+        read(loaded)
+
+
+def test_weights_that_are_not_finite_and_foreign_files_are_refused(loaded):
+    whole = content(loaded, ExitBlock(2), factor=float("nan"))
+    path = f"{loaded.name}/{EXIT_BLOCKS_FILE}"
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, whole)
+    with pytest.raises(CheckpointError, match=r"exits\.2\.norm\.weight holds NaN"):
+        read(loaded).take("exits.2.norm.weight")
+    for cut in (b"", whole[:50], whole[:-9]):
+        with open(path, "wb") as file:
+            file.write(cut)
+        with pytest.raises(CheckpointError, match="cannot be used"):
+            read(loaded)
+    save_file({"exits.2.norm.weight": torch.zeros(32)}, path)
+    with pytest.raises(CheckpointError, match="in its header, found"):
+        read(loaded)
+
+
+def test_a_name_needs_an_exit_and_a_part():
+    assert blocks_named(["exits.3.layer.mlp.down_proj.weight", "exits.1.input.weight"], 4) == (
+        ExitBlock(1, "final"),
+        ExitBlock(3),
+    )
+    for name in ("exits.3.head.weight", "exits.4.norm.weight", "exits.0.norm.weight", "exits.-1.norm.weight", "3.norm.bias"):
+        with pytest.raises(CheckpointError, match="no weight of a block"):
+            blocks_named([name], 4)
