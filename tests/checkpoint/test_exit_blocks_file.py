@@ -85,7 +85,7 @@ def test_blocks_of_other_weights_are_refused(loaded, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.layers.1.self_attn.q_proj.weight"] *= 1.01
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="exit_blocks.safetensors cannot be used: its blocks were trained for other"):
+    with pytest.raises(CheckpointError, match=r"exit_blocks\.safetensors cannot be used: its blocks were trained for other"):
         read(for_training(str(other), "cpu"))
 
 
