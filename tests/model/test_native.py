@@ -123,6 +123,27 @@ def test_the_kernels_are_batch_invariant(variant, precision, model_type, threads
 
 
 @needs_kernels
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("width", [32, 40, 96])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_have_the_same_bits_in_any_number(variant, precision, width, number, threads):
+    """Around the sizes of blocks, of widths that are multiples of 32 or not, through layers with biases and the head."""
+    threads(number)
+    model = model_of(precision, "starcoder2", num_hidden_layers=2, hidden_size=width, intermediate_size=width + 2)
+    ids = ids_of(100, 1)
+    positions = torch.zeros(100, 1, dtype=torch.long)
+
+    def run(part):
+        hidden = model.run_layers(model.embed(ids[part]), 0, 2, positions[part], model.new_cache(len(ids[part]), 1))
+        return model.unembed(hidden)
+
+    with torch.inference_mode():
+        alone = torch.cat([run(slice(row, row + 1)) for row in range(100)])
+        for rows in (2, 11, 12, 13, 15, 16, 17, 25, 31, 32, 33, 48, 49, 64, 65, 100):
+            assert torch.equal(run(slice(0, rows)), alone[:rows])
+
+
+@needs_kernels
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model_type", KINDS)
 def test_speculation_gives_the_tokens_of_plain_decoding(variant, precision, model_type, threads):
@@ -476,7 +497,7 @@ def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint, tmp_path, model_type):
     monkeypatch.setenv(compiled.SWITCH, "avx1024")
-    message = "LAYERSKIP_KERNELS must be one of avx512, avx2, torch, got avx1024"
+    message = "LAYERSKIP_KERNELS must be one of amx, avx512, avx2, torch, got avx1024"
     tiny_model(model_type, torch.float64).save_pretrained(tmp_path)
     for load in (for_decoding, for_training):
         with pytest.raises(ConfigError, match=message):

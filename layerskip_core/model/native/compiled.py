@@ -15,7 +15,7 @@ from ...errors import LayerSkipError
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
-VARIANTS = ("avx512", "avx2")  # the best first
+VARIANTS = ("amx", "avx512", "avx2")  # the best first
 INTERFACE = 7  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
@@ -123,8 +123,10 @@ def _cpu_flags() -> set[str]:
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
 _CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "amx": _AVX512 | {"amx_tile", "amx_bf16"},
+    "avx512": _AVX512,
     "avx2": {"avx2", "fma"},
 }
 _FALLBACK = (

@@ -174,6 +174,8 @@ INLINE void fetch(const void *w) {
     _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
 }
 
+#include "tiles.h"
+
 /* ---- a panel of a matrix by R rows, R being constant where it is inlined ---- */
 
 INLINE void panel_fp32(const float *w, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
@@ -266,13 +268,18 @@ INLINE void panel_of(const Matrix *m, int panel, const char *x, size_t stride, c
     case INT4:
         panel_int4((const uint8_t *)m->weight + size / 2, (const uint16_t *)m->scale + size / GROUP * 2, n, x, stride, R, out);
     }
-    if (m->bias)
-        for (int r = 0; r < R; r++)
-            for (int i = 0; i < PANEL; i += 16) f_store(out[r] + i, f_add(f_load(out[r] + i), f_load(m->bias + (size_t)panel * PANEL + i)));
+}
+
+/* Rows of which one panel_rows multiplies a panel: parts of about the same size, or whole tiles. */
+static int rows_at_once(const Matrix *m, int rows) {
+    if (in_tiles(m)) return TILED_ROWS;
+    int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, parts = (rows + most - 1) / most;
+    return (rows + parts - 1) / parts;
 }
 
 static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
-    switch (rows) {
+    switch (in_tiles(m) ? 0 : rows) {
+    case 0: panel_in_tiles(m, panel, x, stride, rows, out); break;
     case 1: panel_of(m, panel, x, stride, 1, out); break;
 #if TILE > 2
     case 2: panel_of(m, panel, x, stride, 2, out); break;
@@ -288,6 +295,9 @@ static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride,
 #endif
     default: panel_of(m, panel, x, stride, TILE, out);
     }
+    if (m->bias)
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < PANEL; i += 16) f_store(out[r] + i, f_add(f_load(out[r] + i), f_load(m->bias + (size_t)panel * PANEL + i)));
 }
 
 enum { PUT, ADD, ACTIVATE }; /* what happens to a product */
@@ -313,13 +323,13 @@ static void multiply(
 ) {
     size_t stride = form_bytes(m);
     int step = what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step - first;
-    int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, tiles = (rows + most - 1) / most;
-    float part[2][TILE][PANEL], scale = s->residual_scale;
-    int activation = s->activation;
+    int most = rows_at_once(m, rows), activation = s->activation, shaped = 0;
+    float part[2][MOST_ROWS][PANEL], scale = s->residual_scale;
     for (int p = first + share(count, thread, threads); p < first + share(count, thread + 1, threads); p++)
-        for (int t = 0; t < tiles; t++) {
-            int row = share(rows, t, tiles), tile = share(rows, t + 1, tiles) - row;
+        for (int row = 0; row < rows; row += most) {
+            int tile = rows - row < most ? rows - row : most;
             int live = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
+            if (in_tiles(m) && tile != shaped) shape_tiles(shaped = tile);
             for (int i = 0; i < step; i++) panel_rows(m, p * step + i, x + (size_t)row * stride, stride, tile, part[i]);
             for (int r = 0; r < tile; r++) {
                 float *product = part[0][r], *to = out + (size_t)(row + r) * (size_t)width + (size_t)p * PANEL;
@@ -332,6 +342,7 @@ static void multiply(
                 else memcpy(to, product, 4 * (size_t)live);
             }
         }
+    if (shaped) release_tiles();
 }
 
 /* ---- attention ---- */
@@ -696,7 +707,8 @@ int layerskip_supported(void) {
     __builtin_cpu_init();
 #if defined(__AVX512F__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+           tiles_supported();
 #else
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
