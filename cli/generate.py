@@ -78,7 +78,8 @@ def generate(
 
     adaptive = decoding.policy is None and decoding.implied_strategy in (None, "adaptive")
     kept = replace(packing, draft_layers=decoding.exit_layer or 0, adaptive=adaptive)
-    policies = None if jsonl else (decoding.policy or EXACT,) if decoding.policy or decoding.is_open else ()
+    used = decoding.policy or (EXACT if decoding.is_open and not packing.drafts_apart else None)
+    policies = None if jsonl else () if used is None else (used,)
     loaded = for_decoding(model, machine.device, machine.dtype, kept, policies)
     loaded = loaded.with_template(prompting.asked, prompting.system)
     narrate_notes(loaded)

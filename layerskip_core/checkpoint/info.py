@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..config.decoding import DraftProfile, SkipChoice, strategies
+from ..config.packing import PackingConfig
 from ..config.policies import Policy
 from ..errors import CheckpointError
 from ..prompting.template import CHAT, PromptTemplate, is_template
@@ -17,6 +18,7 @@ INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
 _MOST = 1024  # layers or draft tokens
+_PLAIN = PackingConfig()
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class CheckpointInfo:
         recommended |= {"skip": asdict(self.skip)} if self.skip else {}
         document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
         if self.profile is not None:
-            document["profile"] = asdict(self.profile)
+            document["profile"] = self.profile.document()
         if self.policies:
             document["policies"] = {name: policy.document() for name, policy in self.policies.items()}
         document |= {"system": self.system} if self.system is not None else {}
@@ -74,19 +76,24 @@ class CheckpointInfo:
         exits = {exit_layer for exit_layer in listed if type(exit_layer) is int} if isinstance(listed, list) else set()
         return tuple(exit_layer for exit_layer in range(1, num_layers) if not exits or exit_layer in exits)
 
-    def draft_profile(self, num_layers: int) -> DraftProfile:
-        """What a sweep measured, else what the losses of training say: acceptance is about exp(last loss - exit's loss)."""
-        if self.profile is not None:
-            return self.profile
+    def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
+        """What a sweep measured of drafts that are stored in this way, and of passes of the target.
+
+        Where it measured no such drafts, what the losses of training say: acceptance is about exp(last loss - exit's loss).
+        """
+        known = self.profile
+        if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
+            return known
+        return DraftProfile(self._acceptance_by_losses(num_layers), () if known is None else known.passes)
+
+    def _acceptance_by_losses(self, num_layers: int) -> dict[str, float]:
         losses = self.details.get("final_losses")
         known = losses if isinstance(losses, dict) else {}
         last = known.get(str(num_layers))
         if type(last) is not float:
-            return DraftProfile()
+            return {}
         exits = {exit_layer: known.get(str(exit_layer)) for exit_layer in self.trained_exits(num_layers)}
-        return DraftProfile(
-            {f"exit {exit_layer}": exp(min(last - loss, 0.0)) for exit_layer, loss in exits.items() if type(loss) is float}
-        )
+        return {f"exit {exit_layer}": exp(min(last - loss, 0.0)) for exit_layer, loss in exits.items() if type(loss) is float}
 
     @property
     def _recipe(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def for_decoding(
     """Loads a model by embedded name, folder, GGUF file or hub id, to generate text with.
 
     Where the architecture allows it the weights are repacked for the fastest kernels of this machine, as `packing` says. On the
-    CPU the low-bit copies that these saved `policies` draft with are added; None: all policies.
+    CPU the low-bit copies that these saved `policies` draft with are added; None: all policies. Where `packing` says nothing of
+    drafts, their head and vocabulary are those of the policies.
 
     Raises:
         CheckpointError: the model is absent, incomplete or damaged, or of an unsupported architecture.
@@ -110,8 +112,7 @@ def _decoder(
         if location.is_folder:
             folder = path
             info = read_info(path)
-            if device.type == "cpu":
-                packing = _with_policy_copies(packing, info, policies)
+            packing = _with_policies(packing, info, policies, device)
             lean = reading(name, lambda: _lean_decoder(name, path, info, device, dtype, packing))
             if lean is not None:
                 return lean
@@ -119,16 +120,19 @@ def _decoder(
     return reading(name, lambda: _repacked(trainable, path, folder, packing))
 
 
-def _with_policy_copies(
-    packing: PackingConfig | None, info: CheckpointInfo, names: Collection[str] | None
-) -> PackingConfig | None:
-    """`packing` with whole low-bit copies for those of the saved policies that draft with them."""
+def _with_policies(
+    packing: PackingConfig | None, info: CheckpointInfo, names: Collection[str] | None, device: torch.device
+) -> PackingConfig:
+    """`packing` with what these of the saved policies draft with: whole low-bit copies, which need the CPU, and a head."""
     used = [policy for name, policy in info.policies.items() if names is None or name in names]
+    used = [policy for policy in used if device.type == "cpu" or not policy.packing.draft_weights]
     packing = packing or PackingConfig()
     if used and names is not None:  # a policy says how to decode
         packing = replace(packing, adaptive=any(policy.strategy == "adaptive" for policy in used))
-    wanted = [policy.draft_weights for policy in used if policy.draft_weights is not None]
-    copies = tuple(dict.fromkeys((*packing.draft_weights, *wanted)))
+    drafting = [policy.packing for policy in used if policy.packing.drafts_apart]
+    copies = tuple(dict.fromkeys(chain(packing.draft_weights, *(known.draft_weights for known in drafting))))
+    if drafting and not packing.drafts_apart:  # one sweep measured them, so that they agree
+        packing = replace(packing, draft_weights=copies, draft_head=drafting[0].draft_head, draft_vocab=drafting[0].draft_vocab)
     return packing if copies == packing.draft_weights else replace(packing, draft_weights=copies, draft_layers=0)
 
 

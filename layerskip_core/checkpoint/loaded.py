@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.checks import require
 from ..config.decoding import DecodingConfig, DecodingSettings, ExitChoice
-from ..config.packing import PackingConfig
-from ..config.policies import EXACT, policy_named
+from ..config.packing import PackingConfig, Quantization
+from ..config.policies import EXACT, Policy, policy_named
 from ..errors import ConfigError
 from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _USUAL_DRAFTS = 6  # draft tokens where nothing recommends a number
+_PLAIN = PackingConfig()
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Decoder:
     def detokenize(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def recommended(self) -> ExitChoice:
+    def recommended(self, packing: PackingConfig = _PLAIN) -> ExitChoice:
         """From layerskip.json, else as published with the model, else a quarter of the layers and 6 draft tokens.
 
-        The strategy is the one that a sweep saved, self-speculative if it saved only an exit.
+        The strategy is the one that a sweep saved, self-speculative if it saved only an exit. `packing`: how drafts are stored.
         """
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         exits = self.info.trained_exits(self.backend.num_layers)
@@ -69,7 +70,7 @@ class Decoder:
             self.info.strategy or found,
             exits,
             self.info.skip,
-            self.info.draft_profile(self.backend.num_layers),
+            self.info.draft_profile(self.backend.num_layers, packing),
         )
 
     def policy_for(self, settings: DecodingSettings, packing: PackingConfig) -> str | None:
@@ -77,7 +78,7 @@ class Decoder:
         if not settings.is_open or packing.drafts_apart:
             return settings.policy
         exact = self.info.policies.get(EXACT)
-        return EXACT if exact is not None and exact.draft_weights in self.backend.draft_sides else None
+        return EXACT if exact is not None and not self._missing(exact) else None
 
     def resolve(self, settings: DecodingSettings, packing: PackingConfig) -> DecodingConfig:
         """What was asked, completed by this checkpoint. `packing`: as it was asked for.
@@ -87,14 +88,18 @@ class Decoder:
         """
         name, layers = self.policy_for(settings, packing), self.backend.num_layers
         if name is None:
-            return settings.resolve(self.recommended(), layers, packing)
+            return settings.resolve(self.recommended(packing), layers, packing)
         policy = policy_named(self.info.policies, name)
-        here = policy.draft_weights in self.backend.draft_sides
-        require(here, "policy", f"given with `draft_weights` {policy.draft_weights}, which it drafts with", name)
+        missing = self._missing(policy)
+        require(not missing, "policy", f"given with `draft_weights` {','.join(missing)}, which it drafts with", name)
         try:
-            return policy.settings(settings.generation).resolve(self.recommended(), layers, policy.packing)
+            return policy.settings(settings.generation).resolve(self.recommended(policy.packing), layers, policy.packing)
         except ConfigError as error:
             raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
+
+    def _missing(self, policy: Policy) -> list[Quantization]:
+        """The copies that a policy drafts with and that were not made."""
+        return [weights for weights in policy.packing.draft_weights if weights not in self.backend.draft_sides]
 
 
 @dataclass(frozen=True)

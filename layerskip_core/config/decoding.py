@@ -44,19 +44,28 @@ class DraftProfile:
     """What was measured of drafting with a model, where adaptive drafting starts. Drafters by name: `exit 8`, `int8`.
 
     `acceptance`: the probability that a draft is accepted given that those before it in the round were. `passes`: milliseconds
-    of a pass of the target by its rows, from 1 on. `drafts`: milliseconds of a draft token.
+    of a pass of the target by its rows, from 1 on. `drafts`: milliseconds of a draft token. `draft_head` and `draft_vocab`: how
+    drafts were stored, as in PackingConfig.
     """
 
     acceptance: dict[str, float] = field(default_factory=dict)
     passes: tuple[float, ...] = ()
     drafts: dict[str, float] = field(default_factory=dict)
+    draft_head: Quantization | None = None
+    draft_vocab: int = 0
 
     def __post_init__(self) -> None:
+        require_ranges(draft_vocab=self.draft_vocab)
         for share in self.acceptance.values():
             require(0 <= share <= 1, "acceptance", "in [0, 1]", share)
         for name, times in (("passes", self.passes), ("drafts", self.drafts.values())):
             for time in times:
                 require(0 < time < _LONGEST, name, f"above 0 and below {_LONGEST:g} milliseconds", time)
+
+    def document(self) -> dict[str, object]:
+        """The profile as plain values, without a head and a vocabulary that are the usual ones."""
+        usual = {"draft_head": None, "draft_vocab": 0}
+        return {name: value for name, value in vars(self).items() if name not in usual or value != usual[name]}
 
 
 _UNKNOWN = DraftProfile()

@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 from .checks import require, require_choice
 from .decoding import DecodingSettings, GenerationSettings, strategies
-from .packing import QUANTIZATIONS, PackingConfig, Quantization
+from .packing import PackingConfig, Quantization
 from .ranges import require_ranges
 
 EXACT = "exact"  # the fastest setting with the outputs of plain decoding; used where nothing is said
@@ -25,7 +25,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Policy:
-    """How to decode. The fields are those of DecodingConfig; limit, stop strings and sampling are left to the request."""
+    """How to decode. Limit, stop strings and sampling are left to the request.
+
+    `draft_copies`, `draft_head` and `draft_vocab` are how drafts were stored when this was measured, as in PackingConfig; the
+    other fields are those of DecodingConfig. `draft_copies`: those that adaptive drafting chooses among; none: the one that it
+    gets without being asked for.
+    """
 
     strategy: str
     exit_layer: int | None = None
@@ -36,6 +41,9 @@ class Policy:
     exit_confidence: float = 0.0
     exits: tuple[int, ...] = ()  # none: those that were trained
     skip: tuple[int, ...] = ()  # none: those of a search
+    draft_copies: tuple[Quantization, ...] = ()
+    draft_head: Quantization | None = None
+    draft_vocab: int = 0
     measured: Measured | None = None
 
     def __post_init__(self) -> None:
@@ -45,8 +53,9 @@ class Policy:
         require(bool(self.exit_confidence) or not self.exits, "exits", "given with `exit_confidence`", "none")
         layers = (*self.exits, *self.skip, *(() if self.exit_layer is None else (self.exit_layer,)))
         require(all(layer >= 1 for layer in layers), "exit_layer", "at least 1", min(layers, default=1))
-        if self.draft_weights is not None:
-            require_choice(self.draft_weights, "draft_weights", QUANTIZATIONS)
+        chosen = self.strategy == "adaptive" or not self.draft_copies
+        require(chosen, "draft_copies", "given for `strategy` adaptive", f"`strategy` {self.strategy}")
+        _ = self.packing  # checks what it is made of
         require_ranges(
             num_draft_tokens=self.num_draft_tokens, draft_confidence=self.draft_confidence, lookup=self.lookup,
             exit_confidence=self.exit_confidence,
@@ -71,8 +80,9 @@ class Policy:
 
     @property
     def packing(self) -> PackingConfig:
-        """The copies of the weights that it drafts with."""
-        return PackingConfig(draft_weights=() if self.draft_weights is None else (self.draft_weights,))
+        """How the weights that it drafts with are stored."""
+        copies = self.draft_copies if self.draft_weights is None else (self.draft_weights,)
+        return PackingConfig(draft_weights=copies, draft_head=self.draft_head, draft_vocab=self.draft_vocab)
 
     def settings(self, generation: GenerationSettings) -> DecodingSettings:
         """The policy for a request, of which it keeps limit, stop strings and sampling."""

@@ -1,12 +1,14 @@
 """layerskip.json: policies written and read back, files of older versions, damaged ones."""
 
 import json
+from dataclasses import replace
 from math import exp
 
 import pytest
 
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.config.decoding import DraftProfile
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.policies import Measured, Policy
 from layerskip_core.errors import CheckpointError
 
@@ -14,6 +16,7 @@ POLICIES = {
     "exact": Policy("self-speculative", 6, 4, "int8", lookup=3, measured=Measured("topv2", "exact_match", 0.9, 0.9, 1.8)),
     "fast": Policy("early-exit", exits=(2, 4), exit_confidence=0.9),
     "my own": Policy("autoregressive"),
+    "trimmed": Policy("adaptive", draft_copies=("int8", "int4"), draft_head="int4", draft_vocab=500),
 }
 
 
@@ -63,6 +66,10 @@ def test_a_file_without_policies(tmp_path):
             "policies.fast: exit_confidence must be in [0, 1], got 2.0",
         ),
         ({"exact": {"strategy": "lookup", "draft_weights": "int3"}}, "policies.exact.draft_weights: needed one of int8, int4"),
+        (
+            {"exact": {"strategy": "lookup", "draft_head": "int8"}},
+            "policies.exact: draft_head must be used with",
+        ),
         ({"exact": {"strategy": "lookup", "speed": 3}}, "policies.exact: 'speed' is not one of its fields"),
         ({"exact": {"strategy": "lookup", "measured": {"metric": "x"}}}, "policies.exact.measured.task is missing"),
         ({"x" * 900: 7}, "policies." + "x" * 60 + ": needed an object, found 7"),
@@ -81,6 +88,16 @@ def test_what_a_sweep_measured_of_drafting_is_kept(tmp_path):
     info = CheckpointInfo(profile=PROFILE)
     read = write(tmp_path, info.to_json())
     assert read == info and read.draft_profile(24) == PROFILE
+    assert set(json.loads(info.to_json())["profile"]) == {"acceptance", "passes", "drafts"}  # as older versions read it
+
+
+def test_what_was_measured_of_drafts_holds_for_their_head_and_vocabulary_only(tmp_path):
+    details = {"config": {"recipe": {"curriculum": "all", "exits": [4]}}, "final_losses": {"4": 0.5, "12": 0.5}}
+    measured = replace(PROFILE, draft_head="int4", draft_vocab=500)
+    info = write(tmp_path, CheckpointInfo(details=details, profile=measured).to_json())
+    assert info.draft_profile(12, PackingConfig(draft_weights=("int8",), draft_head="int4", draft_vocab=500)) == measured
+    for packing in (PackingConfig(), PackingConfig(draft_vocab=500), PackingConfig(draft_vocab=400)):
+        assert info.draft_profile(12, packing) == DraftProfile({"exit 4": 1.0}, PROFILE.passes)
 
 
 def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
@@ -97,6 +114,8 @@ def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
         ({"acceptance": {"exit 4": 1.5}}, r"profile: acceptance must be in \[0, 1\], got 1.5"),
         ({"passes": [1, 0]}, "profile: passes must be above 0 and below 1e"),
         ({"drafts": {"int8": 1e300}}, "profile: drafts must be above 0 and below 1e"),
+        ({"draft_vocab": -1}, "profile: draft_vocab must be at least 0, got -1"),
+        ({"draft_head": "int3"}, "profile.draft_head: needed one of int8, int4, found 'int3'"),
     ],
 )
 def test_a_damaged_profile(tmp_path, profile, message):

@@ -4,11 +4,15 @@ import json
 import shutil
 
 import pytest
+import torch
 from command_line import fails, run
 
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.checkpoint.save import write_info
+from layerskip_core.config.decoding import DecodingSettings
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.policies import Policy
 from layerskip_core.decoding import text as decoding_text
 
@@ -87,6 +91,28 @@ def test_low_bit_copies_of_a_policy_are_loaded_with_the_model(ask, generate):
         assert (found["text"], found["policy"]) == (plain, "copies") and found["drafted"] > 0
     assert "int8 drafts" in generate(PROMPT, "--policy", "copies", "--stats").err
     assert "int8 drafts" not in generate(PROMPT, "--stats").err
+
+
+def test_drafts_are_stored_as_the_policy_says(model):
+    policies = {"exact": Policy("adaptive", draft_copies=("int8",), draft_head="int4", draft_vocab=200)}
+    info = read_info(with_policies(shutil.copytree(model, f"{model} trimmed"), policies))
+
+    def stored(packing=None, policies=("exact",)):
+        """How many tokens each draft side chooses among."""
+        backend = for_decoding(f"{model} trimmed", "cpu", "fp32", packing, policies).backend
+        state = torch.zeros(1, 1, backend.spec.hidden)
+        return {name: side.unembed(state).shape[-1] for name, side in backend.draft_sides.items()}
+
+    assert stored() == stored(policies=None) == {None: 200, "int8": 200}
+    assert stored(policies=()) == {None: 300}
+    # What was asked for about drafts comes first.
+    assert stored(PackingConfig(draft_vocab=100)) == {None: 100, "int8": 100}
+    decoder = for_decoding(f"{model} trimmed", "cpu", "fp32", None, ("exact",))
+    assert decoder.policy_for(DecodingSettings(), PackingConfig()) == "exact"
+    assert decoder.resolve(DecodingSettings(), PackingConfig()).strategy == "adaptive"
+    other = for_decoding(f"{model} trimmed", "cpu", "fp32", None, ())  # without the copy
+    assert other.policy_for(DecodingSettings(), PackingConfig()) is None
+    assert info.policies["exact"].packing == PackingConfig(draft_weights=("int8",), draft_head="int4", draft_vocab=200)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,34 @@ MEASURED = Measured("topv2", "exact_match", 0.9, 0.91, 1.8)
 LOW = Policy("self-speculative", 8, 3, "int8", draft_confidence=0.5, lookup=4)
 
 
-def test_the_fields_are_those_of_a_decoding():
-    assert {field.name for field in fields(Policy)} - {"measured"} <= {field.name for field in fields(DecodingConfig)}
+def test_the_fields_are_those_of_a_decoding_and_of_how_drafts_are_stored():
+    known = {field.name for config in (DecodingConfig, PackingConfig) for field in fields(config)}
+    assert {field.name for field in fields(Policy)} - {"measured", "draft_copies"} <= known
+
+
+def test_how_its_drafts_are_stored():
+    assert LOW.packing == PackingConfig(draft_weights=("int8",))
+    several = Policy("adaptive", draft_copies=("int8", "int4"), draft_head="int4", draft_vocab=500)
+    assert several.packing == PackingConfig(draft_weights=("int8", "int4"), draft_head="int4", draft_vocab=500)
+    assert Policy("self-speculative", 8, 3, draft_vocab=500).packing == PackingConfig(draft_vocab=500)
+    assert several.document() == {
+        "strategy": "adaptive", "draft_copies": ("int8", "int4"), "draft_head": "int4", "draft_vocab": 500,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draft_copies": ("int8",)}, "`draft_copies` must be given for `strategy` adaptive, got `strategy` lookup"),
+        ({"draft_head": "int8"}, "`draft_head` must be used with `draft_weights`, got int8"),
+        ({"draft_weights": "int3"}, "`draft_weights` must be one of int8, int4, got int3"),
+        ({"draft_vocab": -1}, "`draft_vocab` must be at least 0, got -1"),
+    ],
+)
+def test_drafts_that_cannot_be_stored_so(changes, message):
+    with pytest.raises(ConfigError) as error:
+        Policy("lookup", **changes)
+    assert str(error.value) == message
 
 
 def test_a_document_holds_what_is_set():

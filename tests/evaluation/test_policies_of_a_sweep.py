@@ -6,10 +6,11 @@ import pytest
 
 from layerskip_core.config.decoding import GenerationSettings
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.policies import Measured, Policy
 from layerskip_core.evaluation.measure.recommendation import recommend
 from layerskip_core.evaluation.metrics import keeps
-from layerskip_core.evaluation.results import ExitResult
+from layerskip_core.evaluation.results import Difference, ExitResult
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, metric="exact_match", **changes):
@@ -111,6 +112,32 @@ def test_an_exit_by_confidence_can_be_fast():
     )
     assert found["fast"] == Policy("early-exit", exit_confidence=0.9, exits=(2, 4), measured=measured(0.9, 1.9))
     assert reason.startswith("exits by confidence 0.9: 1.90x the speed of plain decoding")
+
+
+def test_exact_is_adaptive_unless_that_was_slower_than_plain_decoding():
+    fixed = row("self-speculative", 4, 6, speedup=1.04)
+    assert policies(fixed, row("adaptive", speedup=1.0))[0] == {"exact": Policy("adaptive", measured=measured(0.9, 1.0))}
+    assert policies(fixed, row("adaptive", speedup=0.999))[0]["exact"].strategy == "autoregressive"
+    assert (
+        policies(fixed, row("adaptive", quality=0.8, speedup=1.0, differences=(Difference(0, 3, 0.5),)))[0]["exact"].strategy
+        == "autoregressive"
+    )
+    assert policies(replace(fixed, speedup=1.06), row("adaptive", speedup=1.0))[0]["exact"].strategy == "self-speculative"
+
+
+def test_how_drafts_were_stored_belongs_to_the_policy():
+    table = (
+        row("self-speculative", 8, 3, speedup=1.6, draft_weights="int8"),
+        row("early-exit", speedup=1.9, exit_confidence=0.9, exits=(2, 4)),
+    )
+    packing = PackingConfig(draft_weights=("int8", "int4"), draft_head="int4", draft_vocab=500)
+    found, _ = policies(*table, packing=packing)
+    assert found["exact"].packing == replace(packing, draft_weights=("int8",))
+    assert found["fast"].packing == PackingConfig(draft_vocab=500)
+    assert policies(row("adaptive", speedup=1.6), packing=packing)[0]["exact"].packing == packing
+    assert policies(row("lookup", None, 6, speedup=1.6), packing=packing)[0]["exact"].packing == PackingConfig()
+    fixed, _ = policies(row("self-speculative", 4, 6, speedup=1.6), row("early-exit", 2, speedup=1.7), packing=packing)
+    assert fixed["exact"].packing == PackingConfig(draft_vocab=500) and fixed["fast"].packing == PackingConfig()
 
 
 def test_low_bit_drafts_can_be_exact():

@@ -41,7 +41,7 @@ def bench(
     """
     task, generation = task.asked(config.generation)
     asked = DecodingSettings(None, config.exit_layer, config.num_draft_tokens, generation)
-    loaded, recommended = task.prepared(loaded), loaded.recommended()
+    loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
     searched: SkipChoice | None = None
     if must_search(loaded, config):
         searched = found_skip(folder) if folder is not None and resume else None

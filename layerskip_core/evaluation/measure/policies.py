@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from ...config.decoding import DRAFTERS
 from ...config.evaluation import SweepConfig
+from ...config.packing import PackingConfig
 from ...config.policies import Measured, Policy
 from ..metrics import keeps, quality
 from ..results import ExitResult
@@ -18,6 +19,7 @@ def policy_of(result: ExitResult, plain: ExitResult, quality_metric: str, config
     settings = {name: getattr(result, name) for name in _COLUMNS if getattr(result, name) is not None}
     if result.strategy in DRAFTERS:
         settings |= {name: getattr(config.generation, name) for name in ("draft_confidence", "lookup")}
+    settings |= _drafts_storage(result, config.packing)
     value, full = result.metrics.get(quality_metric, 0.0), plain.metrics.get(quality_metric, 0.0)
     measured = Measured(str(config.task.task), quality_metric, value, full, result.speedup or 0.0)
     return Policy(**settings, measured=measured)
@@ -53,6 +55,15 @@ def fast_policy(
     if _speedup(best) <= _speedup(exact):
         return None, f"none, because {best} ({figures}) is not faster than the policy exact ({_speedup(exact):.2f}x)"
     return best, f"{best}: {figures}"
+
+
+def _drafts_storage(result: ExitResult, packing: PackingConfig) -> dict[str, object]:
+    """How the drafts of a row were stored. Exits that are chosen by confidence are tested with the head of drafts too."""
+    if result.strategy in ("autoregressive", "lookup") or (result.strategy == "early-exit" and not result.exit_confidence):
+        return {}
+    copies = packing.draft_weights if result.strategy == "adaptive" else ()
+    head = packing.draft_head if copies or result.draft_weights else None
+    return {"draft_copies": copies, "draft_head": head, "draft_vocab": packing.draft_vocab}
 
 
 def _value(policy: Policy) -> float:

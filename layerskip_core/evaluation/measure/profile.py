@@ -8,6 +8,7 @@ import torch
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DraftProfile
+from ...config.packing import PackingConfig
 from ...decoding.drafters.exit import drafter_name
 from ...model.drafting import most_probable
 from ..results import ExitResult
@@ -17,8 +18,11 @@ _TIMES = 5  # per number of rows
 _CONTEXT = 64  # tokens before those of a pass
 
 
-def draft_profile(loaded: Decoder, results: Sequence[ExitResult]) -> DraftProfile:
-    """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes, measured here."""
+def draft_profile(loaded: Decoder, results: Sequence[ExitResult], packing: PackingConfig) -> DraftProfile:
+    """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes, measured here.
+
+    `packing`: how the drafts of these rows were stored.
+    """
     acceptance: dict[str, float] = {}
     drafts: dict[str, float] = {}
     for result in results:  # of several draft lengths the last one counts, which is the longest
@@ -28,7 +32,7 @@ def draft_profile(loaded: Decoder, results: Sequence[ExitResult]) -> DraftProfil
                 acceptance[name] = fmean(result.acceptance_by_position)
             if result.pass_times_ms:
                 drafts[name] = result.pass_times_ms["draft"]
-    return DraftProfile(acceptance, _pass_times(loaded), drafts)
+    return DraftProfile(acceptance, _pass_times(loaded), drafts, packing.draft_head, packing.draft_vocab)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from ..record import PredictionError, Recommendation
 from ..results import ExitResult, frontier
 from .policies import fast_policy, policy_of
 
-_WORTHWHILE = 1.05  # smaller speedups are not recommended
+_WORTHWHILE = 1.05  # smaller speedups of a fixed setting are not recommended
 _CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting that is faster by less: it suits other prompts too
 _NOISY = 0.1  # a baseline that drifts by more makes small differences meaningless
 
@@ -23,7 +23,7 @@ def recommend(
 ) -> Recommendation:
     """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
 
-    Adaptive drafting is preferred to a fixed setting that is hardly faster.
+    Adaptive drafting is preferred to a fixed setting that is hardly faster, and to plain decoding unless that is faster.
     """
     plain = next(result for result in results if result.strategy == "autoregressive")
     settings = [result for result in results if result.strategy in DRAFTERS]
@@ -37,20 +37,19 @@ def recommend(
         notes += f"; not measured because of a lower predicted speed: {len(skipped)}"
     if drift > _NOISY:
         notes += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
-    best = max(faithful, key=lambda result: result.speedup or 0.0, default=None)
-    fastest = "the fastest"
+    best = max(faithful, key=_speed, default=None)
+    pays, fastest = best is not None and _speed(best) >= _WORTHWHILE, "the fastest"
     adaptive = next((result for result in faithful if result.strategy == "adaptive"), None)
-    if best is not None and adaptive is not None and 0.0 < (best.speedup or 0.0) < _CLOSE * (adaptive.speedup or 0.0):
-        fastest = fastest if best is adaptive else f"close to the fastest ({best.speedup:.2f}x)"
-        best = adaptive
-    pays = best is not None and (best.speedup or 0.0) >= _WORTHWHILE
+    if best is not None and adaptive is not None and _speed(adaptive) >= max(1.0, _speed(best) / _CLOSE):
+        fastest = fastest if best is adaptive else f"close to the fastest ({_speed(best):.2f}x)"
+        best, pays = adaptive, True
     exact = policy_of(best if best is not None and pays else plain, plain, quality_metric, config)
     fast, fast_reason = fast_policy(results, exact, plain, quality_metric, config)
     policies = {EXACT: exact} | ({} if fast is None else {FAST: fast})
     if best is None:
         reason = f"no setting that drafts kept the autoregressive outputs{notes}"
         return Recommendation(None, None, None, drift, reason, fast_reason, policies)
-    speedup, name = best.speedup or 0.0, policy_of(best, plain, quality_metric, config)
+    speedup, name = _speed(best), policy_of(best, plain, quality_metric, config)
     if not pays:
         reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {speedup:.2f}x{notes}"
         return Recommendation(None, None, best.speedup, drift, reason, fast_reason, policies)
@@ -84,6 +83,10 @@ def baseline_drift(first: Outputs, second: Outputs) -> float:
     pairs = [(before, after) for before, after in zip(first.each, second.each, strict=True) if before.steps and after.steps]
     times = [(Outputs((before,)).seconds_per_token, Outputs((after,)).seconds_per_token) for before, after in pairs]
     return median(abs(after / before - 1) for before, after in times)
+
+
+def _speed(result: ExitResult) -> float:
+    return result.speedup or 0.0
 
 
 def _is_faithful(result: ExitResult, autoregressive: ExitResult, near_tie: float) -> bool:

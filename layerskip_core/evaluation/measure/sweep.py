@@ -94,7 +94,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     drift = baseline_drift(first, second)
     advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config)
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
-    profile = draft_profile(loaded, marked)
+    profile = draft_profile(loaded, marked, config.packing)
     yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked), profile)
 
 
@@ -164,7 +164,7 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
         require_skip(generation.skip, num_layers)
         settings += [_skipping(config, generation.skip, drafts) for drafts in config.specs]
     asked = DecodingSettings("adaptive", generation=generation)
-    return [*settings, asked.resolve_as("adaptive", loaded.recommended(), num_layers, config.packing)]
+    return [*settings, asked.resolve_as("adaptive", loaded.recommended(config.packing), num_layers, config.packing)]
 
 
 def _weights(config: SweepConfig) -> Quantization | None:
