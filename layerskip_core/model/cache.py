@@ -8,13 +8,13 @@ from torch import Tensor
 from ..errors import ConfigError
 from .spec import ModelSpec
 
-_BLOCK = 64  # positions are added in blocks, so that a long answer seldom reallocates
+_BLOCK = 64  # positions are added in blocks, so that a long answer seldom reallocates; a multiple of the kernels' tiles
 
 
 class KVCache:
     """Keys and values of all L layers for B rows. The index of a key is the position of its token.
 
-    So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) is never read and
+    So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has no weight and
     need not be cleared. `lengths` counts the committed positions of each row; the decoding loop sets it.
     """
 
@@ -44,12 +44,13 @@ class KVCache:
     def room(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
         """The storage, (L, 2, B, kv heads, capacity >= stop, head dim), grown if necessary.
 
-        The keys of a head are contiguous, because attention over a long text is bound by reading them. Less than a block of
-        places is unfilled, so that kernels can read all of them and mask the rest.
+        The keys of a head are contiguous, because attention over a long text is bound by reading them. Places come in whole
+        blocks, the last of them partly filled, so that kernels can read all and mask the rest. Within a block, a head's numbers
+        may stand in an order of the backend's own.
         """
         held = self._storage
         if held is None or held.shape[4] < stop:
-            capacity = min(self.max_positions, -(-stop // _BLOCK) * _BLOCK)
+            capacity = -(-stop // _BLOCK) * _BLOCK
             grown = like.new_zeros(self._num_layers, 2, len(self.lengths), kv_heads, capacity, head_dim)
             if held is not None:
                 grown[..., : held.shape[4], :] = held

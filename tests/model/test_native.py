@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from layerskip_core.decoding.depth import target_logits
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.model import DraftEnds, NativeBackend, PackedBackend, can_run_native, splitting
+from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, can_run_native, splitting
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
 from layerskip_core.model.native.buffers import BufferPool, Buffers
@@ -141,6 +142,41 @@ def test_rows_have_the_same_bits_in_any_number(variant, precision, width, number
         alone = torch.cat([run(slice(row, row + 1)) for row in range(100)])
         for rows in (2, 11, 12, 13, 15, 16, 17, 25, 31, 32, 33, 48, 49, 64, 65, 100):
             assert torch.equal(run(slice(0, rows)), alone[:rows])
+
+
+LONG = {  # of heads: sizes, many that share a key, and what bounds scores or the places seen
+    "32": ("llama", {}),
+    "64": ("qwen3", {"head_dim": 64}),
+    "96": ("llama", {"head_dim": 96}),
+    "256": ("gemma", {"head_dim": 256}),
+    "20 of one key": ("gemma", {"num_attention_heads": 20, "num_key_value_heads": 1}),
+    "window and cap": ("gemma2", {"sliding_window": 140, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", LONG)
+def test_attention_over_long_texts(variant, case, threads):
+    """In bf16, over several spans of places: near fp32, and the same bits in pieces, which end on the edges of spans or not."""
+    model_type, changes = LONG[case]
+    changes = {**WIDE, "num_hidden_layers": 2, "max_position_embeddings": 300, **changes}
+    tiny, same = (tiny_model(model_type, torch.bfloat16, **changes) for _ in range(2))
+    model, ids = NativeBackend.of(tiny), ids_of(2, 300)
+
+    def run(model, edges):
+        cache, pieces = model.new_cache(2), []
+        for start, stop in pairwise(edges):
+            places = torch.arange(start, stop).expand(2, -1)
+            pieces.append(model.unembed(model.run_layers(model.embed(ids[:, start:stop]), 0, 2, places, cache)))
+        return torch.cat(pieces, dim=1)
+
+    with torch.inference_mode():
+        threads(1)
+        whole = run(model, [0, 300])
+        threads(2)
+        assert torch.equal(whole, run(model, [0, 1, 2, 18, 127, 128, 129, 160, 255, 256, 257, 258, 290, *range(291, 301)]))
+        expected = run(GenericBackend(same.float()), [0, 300])
+    assert rms(errors([whole], [expected])) < 0.06
 
 
 @needs_kernels

@@ -68,8 +68,7 @@ class Probe:
             for layer in range(model.num_layers):
                 hidden = model.run_layers(self._states[-1], layer, layer + 1, self._positions, self._cache)
                 self._states.append(hidden)
-            held = self._cache.room(len(ids), spec.kv_heads, spec.head_dim, hidden)
-            self._written = held[..., first : len(ids), :]  # a view
+            self._written = self._cache.room(len(ids), spec.kv_heads, spec.head_dim, hidden)  # also by drafts
             self._kept = self._written.clone()
 
     def choices(self, skip: tuple[int, ...]) -> list[int]:

@@ -28,11 +28,11 @@ INLINE int in_tiles(const Matrix *m) { return m->kind == BF16 && m->inputs % 32 
 /* What the compiler does not know of the instructions: they read memory. */
 INLINE void write_all_memory(void *at) { __asm__ volatile("" : : "r"(at) : "memory"); }
 
-/* This thread's tiles for products of `rows` <= TILED_ROWS rows: 0 to 3 hold sums, 4 and 5 rows, 6 and 7 weights. */
-static void shape_tiles(int rows) {
+/* This thread's tiles: sums in 0 to 3 and what they are sums of in 4 and 5, of which 0, 1 and 4 have `upper` rows, the others
+ * `lower`; what these are multiplied by in 6 and 7. */
+static void shape_tiles(int upper, int lower) {
     struct { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
-    int first = rows < TILE_ROWS ? rows : TILE_ROWS, second = rows - first;
-    const int live[8] = {first, first, second, second, first, second, 16, 16};
+    const int live[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
     for (int i = 0; i < 8; i++)
         if (live[i]) config.row_bytes[i] = 64, config.rows[i] = (uint8_t)live[i];
     write_all_memory(&config);
@@ -69,6 +69,12 @@ INLINE void panel_by_tiles(const uint16_t *w, int n, const char *x, size_t strid
     _tile_stored(3, out[TILE_ROWS] + 16, row_bytes);
 }
 
+/* For panels by `rows` <= TILED_ROWS rows. */
+static void shape_tiles_for(int rows) {
+    int upper = rows < TILE_ROWS ? rows : TILE_ROWS;
+    shape_tiles(upper, rows - upper);
+}
+
 /* A panel of a matrix by the rows x, for whose number the tiles were shaped. */
 static void panel_in_tiles(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
     const uint16_t *w = (const uint16_t *)m->weight + (size_t)panel * PANEL * (size_t)m->inputs;
@@ -84,7 +90,7 @@ static void panel_in_tiles(const Matrix *m, int panel, const char *x, size_t str
 
 INLINE int tiles_supported(void) { return 1; } /* none are needed */
 INLINE int in_tiles(const Matrix *m) { return (void)m, 0; }
-INLINE void shape_tiles(int rows) { (void)rows; }
+INLINE void shape_tiles_for(int rows) { (void)rows; }
 INLINE void release_tiles(void) {}
 INLINE void panel_in_tiles(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
     (void)m, (void)panel, (void)x, (void)stride, (void)rows, (void)out;
