@@ -1,7 +1,8 @@
 """`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
 
 import shlex
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -37,12 +38,22 @@ def finetune(
 ) -> None:
     """Convert a checkpoint by the LayerSkip recipe: layer dropout and early-exit loss through one shared head.
 
+    With --frozen the checkpoint stays as it is, and blocks that draft for it are trained at its exits.
+
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """
     require_ranges(threads=threads)
     use_threads(threads)
+    if settings.exit_blocks.frozen:
+        train_blocks(settings, dry_run)
+    else:
+        train_recipe(settings, dry_run)
+
+
+def train_recipe(settings: FinetuneConfig, dry_run: bool) -> None:
+    """The recipe, on all weights."""
     from layerskip_core.training.prepare import prepare
-    from layerskip_core.training.run import run_lock
+    from layerskip_core.training.session import run_lock
 
     from .training_text import losses_text, plan_text, report_text, resume_command
 
@@ -59,3 +70,42 @@ def finetune(
             raise typer.Exit(128 + interrupted.signal) from None
     narrate(losses_text(info))
     narrate(f"saved {settings.output}; next: layerskip sweep-exits --model {shlex.quote(settings.output)}")
+
+
+def train_blocks(settings: FinetuneConfig, dry_run: bool) -> None:
+    """Exit blocks beside a model that stays as it is."""
+    from layerskip_core.training.frozen.prepare import prepare_frozen
+    from layerskip_core.training.frozen.run import Progress
+    from layerskip_core.training.session import run_lock
+
+    from .training_text import block_report_text, blocks_text, frozen_plan_text, resume_command
+
+    with nullcontext() if dry_run else run_lock(settings.output):
+        job = prepare_frozen(settings)
+        narrate(frozen_plan_text(job.config, job.plan))
+        if dry_run:
+            return
+        stage = ""
+        update: Callable[[int, str], None] = lambda done, text: None  # noqa: E731
+        with ExitStack() as bars:
+
+            def show(what: str, done: int, total: int, text: str) -> None:
+                nonlocal stage, update
+                if what != stage:
+                    bars.close()
+                    stage, update = what, bars.enter_context(progress_bar(total, what))
+                update(done, text)
+
+            def show_stage(progress: Progress) -> None:
+                show(progress.stage, progress.done, progress.total, "")
+
+            try:
+                trained = job.run(
+                    lambda report: show("training", report.step, report.total_steps, block_report_text(report)), show_stage
+                )
+            except TrainingInterrupted as interrupted:
+                bars.close()
+                narrate(f"{interrupted}; continue with: {resume_command()}")
+                raise typer.Exit(128 + interrupted.signal) from None
+    narrate(blocks_text(trained))
+    narrate(f"saved {settings.output}; next: layerskip bench --model {shlex.quote(settings.output)}")

@@ -17,7 +17,7 @@ from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import parse_counts, parse_shares
-from layerskip_core.config.training import FinetuneConfig, RecipeSettings
+from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
 from layerskip_core.evaluation.tasks import TASKS
 
 MODEL = "Model"
@@ -29,6 +29,7 @@ PROMPTING = "Prompting"
 WEIGHTS = "Weights"
 MEASUREMENT = "Measurement"
 RECIPE = "Recipe"
+EXIT_BLOCKS = "Exit blocks"
 OPTIMISATION = "Optimisation"
 ADAPTERS = "Adapters"
 RUN = "Run"
@@ -36,8 +37,8 @@ INPUT = "Input"
 OUTPUT = "Output"
 MACHINE = "Machine"
 PANELS = (
-    INPUT, MODEL, RECIPE, OPTIMISATION, TASK, DATA, DECODING, SAMPLING, PROMPTING, ADAPTERS, RUN, MEASUREMENT, WEIGHTS, MACHINE,
-    OUTPUT,
+    INPUT, MODEL, RECIPE, EXIT_BLOCKS, OPTIMISATION, TASK, DATA, DECODING, SAMPLING, PROMPTING, ADAPTERS, RUN, MEASUREMENT,
+    WEIGHTS, MACHINE, OUTPUT,
 )  # in the order of --help  # fmt: skip
 
 
@@ -231,16 +232,35 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "exit_weights": Option(RECIPE, "Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper"),
         "curriculum": Option(RECIPE, "rotational, gradual, all or none.", default=_REGIME),
         "rotation": Option(RECIPE, "R of the rotational curriculum: each exit is trained every R steps.", default=_REGIME),
-        "exits": Option(RECIPE, "Exits to train: 3,6,8 or A:B:STEP.", default="every layer", parse=parse_counts),
+        "exits": Option(
+            RECIPE,
+            "Exits to train: 3,6,8 or A:B:STEP.",
+            default="every layer; with --frozen a third of the layers",
+            parse=parse_counts,
+        ),
         "distill": Option(RECIPE, "Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
+    },
+    ExitBlockSettings: {
+        "frozen": Option(EXIT_BLOCKS, "Leave the model as it is, and train a block at each of --exits that drafts for it."),
+        "feature": Option(
+            EXIT_BLOCKS,
+            "What a block reads besides the exit's state: none, or final, the model's output state for the token before.",
+            default="none",
+        ),
+        "answers": Option(EXIT_BLOCKS, "Who writes the answers to the prompts of --data: model or data.", default="model"),
+        "answer_tokens": Option(EXIT_BLOCKS, "Maximum number of tokens in an answer of the model.", default="128"),
+        "answer_temperature": Option(EXIT_BLOCKS, "Temperature of these answers; 0 is greedy.", default="0"),
+        "loss": Option(EXIT_BLOCKS, "kl (divergence) or tv (total variation) from the last layer.", default="kl"),
     },
     FinetuneConfig: {
         "model": Option(MODEL, "embedded-base, a folder, a .gguf file or a hub id."),
         "output": Option(RUN, "Folder of the new checkpoint."),
         "regime": Option(RECIPE, "Preset: finetune, continual, scratch or code."),
-        "lr": Option(OPTIMISATION, "Initial learning rate.", default="by --regime and model size"),
-        "steps": Option(OPTIMISATION, "Optimizer steps; overrides --epochs.", default="300 on `commands`"),
-        "epochs": Option(OPTIMISATION, "Passes over the data."),
+        "lr": Option(OPTIMISATION, "Initial learning rate.", default="by --regime or --frozen, and model size"),
+        "steps": Option(
+            OPTIMISATION, "Optimizer steps, with --frozen of each exit; overrides --epochs.", default="300 on `commands`"
+        ),
+        "epochs": Option(OPTIMISATION, "Passes over the data.", default="1; 2 with --frozen"),
         "batch_size": Option(OPTIMISATION, "Rows per forward pass."),
         "accumulation": Option(OPTIMISATION, "Forward passes per optimizer step."),
         "max_length": Option(DATA, "Tokens per row, prompt included.", default=_REGIME),

@@ -3,9 +3,12 @@
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.training import FinetuneConfig
+from layerskip_core.training.frozen.plan import FrozenPlan
 from layerskip_core.training.plan import TrainingPlan
 from layerskip_core.training.progress import StepReport
 
@@ -47,6 +50,45 @@ def losses_text(info: CheckpointInfo) -> str:
         for name, what in kinds
         if info.details[name]
     )
+
+
+def frozen_plan_text(config: FinetuneConfig, plan: FrozenPlan) -> str:
+    settings = plan.settings
+    exits = ",".join(map(str, settings.exits))
+    written = settings.answers == "model"
+    most = "at most " if written and plan.answered < plan.texts + plan.held_out else ""
+    left_out = f", {plan.left_out} left out" if plan.left_out else ""
+    answers = f"{plan.answered} answers are there, the others in {most}{_minutes(plan.answer_seconds)}; " if written else ""
+    return (
+        f"blocks at exits {exits} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers), which "
+        f"stays as it is; {plan.trained / 1e6:.1f}M parameters, feature {settings.feature}, loss {settings.loss}\n"
+        f"on {config.data.name}: {plan.texts} rows and {plan.held_out} held out{left_out}, answers of the {settings.answers}, "
+        f"{most}{plan.tokens} tokens\n"
+        f"{answers}states in {most}{_minutes(plan.state_seconds)} and {plan.disk_mb:.0f} MB of disk, "
+        f"training in about {_minutes(plan.train_seconds)}\n"
+        f"{plan.steps} steps per exit of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
+        f"{plan.dtype} on {plan.device}" + "".join(f"\n{note}" for note in plan.notes)
+    )
+
+
+def block_report_text(report: StepReport) -> str:
+    exits = " ".join(f"{layer}:{loss:.3f}" for layer, loss in spread(report.exit_losses))
+    agreement = " ".join(f"{layer}:{share:.1%}" for layer, share in spread(report.agreement))
+    held_out = f"first drafts agree {agreement} " if agreement else ""
+    return f"divergence {exits} {held_out}lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
+
+
+def blocks_text(trained: Mapping[str, Any]) -> str:
+    """What the training of each exit's block ended with."""
+    return "\n".join(
+        f"exit {exit_layer}: divergence {block['divergence']:.3f}"
+        + (f", first drafts agree {block['agreement']:.1%} on held-out rows" if "agreement" in block else "")
+        for exit_layer, block in trained.items()
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def resume_command() -> str:

@@ -1,6 +1,6 @@
-"""Cross-entropy through an exit in chunks of tokens, used by training and evaluation."""
+"""Losses through an exit in chunks of tokens, used by training and evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,3 +51,50 @@ def summed_losses(
     losses = [checkpoint(chunk_losses, *part, use_reentrant=False) for part in parts]
     trained, seen = zip(*losses, strict=True)
     return torch.stack(trained).sum(), torch.stack(seen).sum()
+
+
+def summed_divergences(
+    unembed: Callable[[Tensor], Tensor],
+    runs: Sequence[Tensor],
+    teacher: Tensor,
+    vocab_size: int,
+    total_variation: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """(divergence of each run from the teacher, agreement of the first), each summed over N tokens, in fp32.
+
+    `runs` are hidden states (N, D) of which a loss can be taken, `teacher` (N, D) those that they should equal; `unembed`
+    gives logits (N, V) of both, by weights that are not trained. The divergence is KL(teacher || run), or half the L1 distance
+    of the probabilities (one minus the expected acceptance). Agreement counts the tokens with the same best token.
+
+    Tokens are taken in chunks, and the gradient of each chunk is taken at once: so no logits are kept for the backward pass,
+    and none are computed twice.
+    """
+    trains = torch.is_grad_enabled() and any(run.requires_grad for run in runs)
+    rows = max(1, CHUNK_LOGITS // vocab_size)
+    sums = [torch.zeros((), device=teacher.device) for _ in runs]
+    gradients = [torch.zeros_like(run) for run in runs]
+    agreeing = torch.zeros((), device=teacher.device)
+    for at in range(0, teacher.shape[0], rows):
+        with torch.no_grad():
+            aim = unembed(teacher[at : at + rows]).float().log_softmax(-1)
+        for number, run in enumerate(runs):
+            part = run.detach()[at : at + rows].requires_grad_(trains)
+            with torch.set_grad_enabled(trains):
+                logits = unembed(part).float()
+                loss = _divergence(aim, logits.log_softmax(-1), total_variation)
+            if trains:
+                gradients[number][at : at + rows] = torch.autograd.grad(loss, part)[0]
+            sums[number] += loss.detach()
+            if number == 0:
+                agreeing += (logits.detach().argmax(-1) == aim.argmax(-1)).sum()
+    if not trains:
+        return sums, agreeing
+    linear = [(run * gradient).sum() for run, gradient in zip(runs, gradients, strict=True)]  # has just this gradient
+    return [value + (term - term.detach()) for value, term in zip(sums, linear, strict=True)], agreeing
+
+
+def _divergence(aim: Tensor, found: Tensor, total_variation: bool) -> Tensor:
+    """Summed over tokens, of log-probabilities (N, V)."""
+    if total_variation:
+        return (aim.exp() - found.exp()).abs().sum() / 2
+    return functional.kl_div(found, aim, reduction="sum", log_target=True)

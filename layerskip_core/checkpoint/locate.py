@@ -22,6 +22,7 @@ PUBLISHED = {
     "facebook/layerskip-codellama-7B": (6, 12),
     "facebook/layerskip-codellama-34B": (8, 12),
 }
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _RUST_PANIC = "PanicException"  # raised by libraries written in Rust; not a subclass of Exception
 
 Result = TypeVar("Result")
@@ -60,6 +61,18 @@ def locate(name: str) -> Location:
         return Location(name)
     names = ", ".join(EMBEDDED)
     raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
+
+
+def downloaded(name: str) -> str:
+    """The folder of a model's files, fetched from the hub if it is a hub id. Raises CheckpointError for a GGUF file."""
+    location = locate(name)
+    if location.gguf_file is not None:
+        raise CheckpointError(f"{name} is a GGUF file; needed a folder of safetensors: convert it with `layerskip import`")
+    if location.is_folder:
+        return location.path
+    from huggingface_hub import snapshot_download
+
+    return reading(name, lambda: snapshot_download(location.path, allow_patterns=_HUB_FILES))
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:

@@ -46,6 +46,12 @@ def model_files(folder: Path) -> set[str]:
     return {name for name in names if os.path.lexists(folder / name) and _obstacle(folder, name) is None}
 
 
+def loaded_files(folder: Path) -> list[str]:
+    """Relative names of the files that loaders read, and of those that layerskip.json lists; links count, as in hub caches."""
+    names = {*_of_loaders(folder), *read_info(folder).files}
+    return sorted(name for name in names if (folder / name).is_file())
+
+
 def obstacles(folder: Path, written: Collection[str] = ()) -> list[str]:
     """Files that a new model would overwrite, or that loaders would take for part of it, as `NAME, which ...`, sorted.
 

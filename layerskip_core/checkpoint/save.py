@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from ..storage.locks import hold
 from ..storage.writing import new_staging, write_file
 from .info import INFO_FILE, CheckpointInfo, holds_model, read_info
 from .load import for_training
-from .model_files import model_files, obstacles
+from .locate import downloaded
+from .model_files import loaded_files, model_files, obstacles
 from .quiet import quiet_transformers
 from .swap import files_below, replace_files, settle
 from .transformers_read import stored_dtype
@@ -64,25 +65,25 @@ def save_checkpoint(
             unchanged then.
         LockedError: another process writes to the folder.
     """
-    folder = Path(output)
-    with hold(folder, "saving a model"):
-        settle(folder)
-        staging = None
-        try:
-            staging = new_staging(folder)
-            _write_all(model.to(dtype), tokenizer, info, staging, files)
-            if in_the_way := obstacles(folder, files_below(staging)):
-                raise CheckpointError(_summary(in_the_way))
-            replace_files(folder, staging, model_files(folder))
-        except BaseException as error:
-            if staging is not None and not staging.exists():
-                raise  # the new model is already in effect
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
-            if not isinstance(error, Exception):
-                raise
-            # safetensors reports a full disk as its own error type
-            raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
+    _replace_model(output, lambda staging: _write_all(model.to(dtype), tokenizer, info, staging, files))
+
+
+def copy_checkpoint(name: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
+    """Replaces the model in `output` by the files of a folder, an embedded model or a hub id, byte for byte, with `info`.
+
+    `files` are written too, by name. Raises as `save_checkpoint` does.
+    """
+    source = Path(downloaded(name))
+
+    def write(staging: Path) -> None:
+        for file in loaded_files(source):
+            (staging / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / file, staging / file)
+        for file, content in files.items():
+            (staging / file).write_bytes(content)
+        _write_listed(info, staging)
+
+    _replace_model(output, write)
 
 
 def import_checkpoint(name: str, output: str, dtype: str) -> torch.dtype:
@@ -111,15 +112,16 @@ def write_info(path: str, info: CheckpointInfo) -> None:
         write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)
 
 
-def save_beside(folder: str, name: str, content: bytes) -> None:
-    """Adds a file to a folder's model, in one step. layerskip.json lists it, so that it goes when the model is replaced.
+def save_beside(folder: str, name: str, content: bytes, details: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Adds a file to a folder's model. layerskip.json lists it, so that it goes when the model is replaced, and gets `details`.
 
     Raises CheckpointError if it cannot be written, and LockedError if another process writes to the folder.
     """
     with hold(folder, f"saving {name}"):
         info = read_info(folder)
         files = {*(info.files or model_files(Path(folder))), INFO_FILE, name}
-        write_info(folder, replace(info, files=tuple(sorted(files))))  # first: a file that it does not list would be in the way
+        info = replace(info, details={**info.details, **details}, files=tuple(sorted(files)))
+        write_info(folder, info)  # first: a file that it does not list would be in the way
         write_file(Path(folder) / name, content, CheckpointError)
 
 
@@ -129,12 +131,40 @@ def _write_all(model: nn.Module, tokenizer: Any, info: CheckpointInfo, staging: 
     tokenizer.save_pretrained(staging)
     for name, content in files.items():
         (staging / name).write_bytes(content)
-    listed = (*files_below(staging), INFO_FILE)
+    _write_listed(info, staging)
+
+
+def _write_listed(info: CheckpointInfo, staging: Path) -> None:
+    """Writes layerskip.json with a list of all files."""
+    listed = tuple(dict.fromkeys((*files_below(staging), INFO_FILE)))
     (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
     readers = (staging / INFO_FILE).stat().st_mode
     for file in map(staging.joinpath, listed):
         if file.stat().st_mode != readers:  # safetensors 0.8 makes its file readable by the owner only, whatever the umask
             file.chmod(readers)
+
+
+def _replace_model(output: str, write: Callable[[Path], None]) -> None:
+    """Replaces the model in a folder by what `write` puts into an empty one. Raises as `save_checkpoint` does."""
+    folder = Path(output)
+    with hold(folder, "saving a model"):
+        settle(folder)
+        staging = None
+        try:
+            staging = new_staging(folder)
+            write(staging)
+            if in_the_way := obstacles(folder, files_below(staging)):
+                raise CheckpointError(_summary(in_the_way))
+            replace_files(folder, staging, model_files(folder))
+        except BaseException as error:
+            if staging is not None and not staging.exists():
+                raise  # the new model is already in effect
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+            if not isinstance(error, Exception):
+                raise
+            # safetensors reports a full disk as its own error type
+            raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
 
 
 def _require_folder(path: Path) -> None:

@@ -13,10 +13,14 @@ Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
 Regime = Literal["finetune", "continual", "scratch", "code"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
+Answers = Literal["model", "data"]
+BlockLoss = Literal["kl", "tv"]
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
 FEATURES: tuple[str, ...] = get_args(Feature)
+ANSWERS: tuple[str, ...] = get_args(Answers)
+BLOCK_LOSSES: tuple[str, ...] = get_args(BlockLoss)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,39 @@ class RecipeSettings:
 
 
 @dataclass(frozen=True)
+class ExitBlockSettings:
+    """With `frozen` the model stays as it is, and blocks are trained at its exits (see model/exit_blocks.py).
+
+    `answers`: who writes the texts that they are trained on, the model itself or the data; of the model's, at most
+    `answer_tokens` each. `loss`: KL(full depth || exit), or their total variation, which is one minus the expected acceptance.
+    None: not said, see training/frozen/plan.py for the defaults.
+    """
+
+    frozen: bool = False
+    feature: Feature | None = None
+    answers: Answers | None = None
+    answer_tokens: int | None = None
+    answer_temperature: float | None = None
+    loss: BlockLoss | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(self.frozen or not value, name, "used with `frozen`", value)
+        require_ranges(answer_tokens=self.answer_tokens, answer_temperature=self.answer_temperature)
+        choices: dict[str, tuple[str | None, tuple[str, ...]]] = {
+            "feature": (self.feature, FEATURES),
+            "answers": (self.answers, ANSWERS),
+            "loss": (self.loss, BLOCK_LOSSES),
+        }
+        for name, (value, known) in choices.items():
+            if value is not None:
+                require_choice(value, name, known)
+        if self.answers == "data":
+            for name in ("answer_tokens", "answer_temperature"):
+                require(getattr(self, name) is None, name, "left out with `answers` data", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """One training run, as asked. None: the preset of the regime (see training/presets.py), or the data decides."""
 
@@ -73,9 +110,10 @@ class FinetuneConfig:
     output: str = "layerskip-model"
     regime: Regime = "finetune"
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    exit_blocks: ExitBlockSettings = field(default_factory=ExitBlockSettings)
     lr: float | None = None
     steps: int | None = None
-    epochs: float = 1.0
+    epochs: float | None = None
     batch_size: int = 16
     accumulation: int = 1
     max_length: int | None = None
@@ -111,7 +149,8 @@ class FinetuneConfig:
             validation_samples=self.validation_samples, eval_steps=self.eval_steps, save_steps=self.save_steps, seed=self.seed,
             vocab_size=self.vocab_size,
         )  # fmt: skip
-        require(not self.eval_steps or self.validation is not None, "eval_steps", "used with `validation`", "none")
+        validates = self.validation is not None or self.exit_blocks.frozen  # which holds rows out
+        require(not self.eval_steps or validates, "eval_steps", "used with `validation`", "none")
         if self.streaming:
             require(self.steps is not None, "steps", "given with `streaming`, whose rows cannot be counted", "none")
             require(not self.data.limit, "limit", "0 with `streaming`", self.data.limit)
@@ -119,3 +158,19 @@ class FinetuneConfig:
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
         require(not self.lora_keep or self.lora_rank > 0, "lora_keep", "used with `lora_rank`", "no rank")
         require(self.vocab_size is None or self.regime == "scratch", "vocab_size", "used with `regime` scratch", self.regime)
+        if self.exit_blocks.frozen:
+            self._require_frozen()
+
+    def _require_frozen(self) -> None:
+        """Raises ConfigError for a setting that only the recipe has."""
+        recipe = {name: value for name, value in vars(self.recipe).items() if name != "exits" and value is not None}
+        others = {
+            "lora_rank": self.lora_rank,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "streaming": self.streaming,
+            "pack": self.pack,
+            "vocab_size": self.vocab_size,
+        }
+        require(self.regime == "finetune", "regime", "left out with `frozen`, which trains no weight of the model", self.regime)
+        for name, value in (recipe | others).items():
+            require(not value, name, "left out with `frozen`, which trains no weight of the model", value)

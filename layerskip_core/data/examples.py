@@ -54,6 +54,22 @@ def load_rows(config: DataConfig) -> list[Row]:
     return spread(list(_rows(config, streaming=False)), config.limit)
 
 
+def load_prompts(config: DataConfig) -> list[Example]:
+    """The prompts of a data set, whose rows need no completion; the lines of a text file are prompts.
+
+    Raises DataError like `load_examples`.
+    """
+    if is_parsing(config):
+        return [Example(row.prompt, "", row.where) for row in load_examples(config)]
+    column = TEXT_COLUMN if file_ending(Path(config.name)) == ".txt" else config.prompt_column
+    prompts = []
+    for record in load_records(config):
+        if MESSAGES in record.fields and column not in record.fields:
+            raise DataError(f"{record.where}: conversations have answers, found messages; needed `answers` data")
+        prompts.append(Example(record.text(column, "prompt_column"), "", record.where))
+    return spread(prompts, config.limit)
+
+
 def stream_rows(config: DataConfig) -> Iterator[Row]:
     """The rows of a file or a hub data set, read lazily. Raises DataError like `load_examples`."""
     if is_parsing(config):

@@ -5,14 +5,17 @@ the processes drift apart.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checkpoint.save import write_model
 from ..losses import IGNORED, summed_losses
 from ..model import GenericBackend, SpanInputs
+from .checkpoints import load_weights
 from .curriculum import exits_on
 from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
 from .exit_loss import exit_weights
@@ -34,10 +37,19 @@ class RecipeModule(nn.Module):
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
 
-    def __init__(self, model: Any, recipe: Recipe, seed: int = 0, from_scratch: bool = False, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        recipe: Recipe,
+        seed: int = 0,
+        from_scratch: bool = False,
+        recompute: bool = False,
+        tokenizer: Any = None,
+    ) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).
 
         `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
+        `tokenizer`: of transformers, saved with the model.
         """
         super().__init__()
         self.model = model
@@ -46,6 +58,7 @@ class RecipeModule(nn.Module):
         self.seed = seed
         self.from_scratch = from_scratch
         self.recompute = recompute
+        self._tokenizer = tokenizer
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backend = GenericBackend(base)
 
@@ -62,7 +75,7 @@ class RecipeModule(nn.Module):
         layers = self.backend.num_layers
         exits = exits_on(self.recipe, moment.step, moment.total_steps, layers)
         if not self.training:
-            exits = tuple(range(1, layers + 1))
+            exits = self.measured_exits
         taps = self._taps(input_ids, exits, moment, documents)
         rows = {exit_layer: _target_rows(hidden, labels) for exit_layer, hidden in taps.items()}
         total = rows[layers][0].new_zeros((), dtype=torch.float32)
@@ -77,6 +90,24 @@ class RecipeModule(nn.Module):
             total = total + weight * loss
             per_exit.append(cross_entropy.detach())
         return {"loss": total, "per_exit": torch.stack(per_exit), "exit_layers": exits}
+
+    @property
+    def measured_exits(self) -> tuple[int, ...]:
+        return tuple(range(1, self.backend.num_layers + 1))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.vocab_size
+
+    def save(self, folder: Path) -> None:
+        """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer."""
+        write_model(self.model, folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Loads the model inside. Raises CheckpointError as `load_weights` does."""
+        load_weights(self.model, folder)
 
     def _taps(self, input_ids: Tensor, exits: tuple[int, ...], moment: Moment, documents: Tensor | None) -> dict[int, Tensor]:
         """The hidden states (B, T, D) after each exit layer that is on."""

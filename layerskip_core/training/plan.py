@@ -38,6 +38,7 @@ _FREE = {
     "report_to",
     "epochs",
     "device",
+    "exit_blocks",  # of a run of the recipe always the default
 }
 
 
@@ -129,7 +130,8 @@ def sealed_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any
 
 def resolved_config(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
     """The fields of a config with the plan's values where none was asked for, as a JSON file gives them back."""
-    fields = asdict(config) | {"recipe": asdict(plan.recipe), "lr": plan.lr, "max_length": plan.max_length}
+    found = {"recipe": asdict(plan.recipe), "lr": plan.lr, "max_length": plan.max_length}
+    fields = asdict(config) | {"epochs": config.epochs or 1.0} | found
     resolved: dict[str, Any] = json.loads(json.dumps(fields))
     return resolved
 
@@ -143,7 +145,7 @@ def _steps(config: FinetuneConfig, rows: int) -> int:
         return config.steps
     if config.data.name == "commands" and not config.data.limit:
         return COMMANDS_STEPS
-    return max(1, math.ceil(rows / rows_per_step(config) * config.epochs))
+    return max(1, math.ceil(rows / rows_per_step(config) * (config.epochs or 1.0)))
 
 
 def _cost(trainable: Trainable, recipe: Recipe, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:

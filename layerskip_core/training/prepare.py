@@ -28,19 +28,19 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
     refuse_overwrite(config.output, config.overwrite, RUN_FILES)
     require_base_kept(config)
-    resume = _resume_point(config)
+    resume = resume_point(config)
     device = pick_device(config.device)
-    _require_device(device)
+    require_device(device)
     rows = training_rows(config)
     trainable = _model(config, rows)
-    encoder = make_encoder(config, trainable, rows, _max_length(config, trainable.backend.max_positions))
+    encoder = make_encoder(config, trainable, rows, tokens_per_row(config, trainable.backend.max_positions))
     data = encode_training(config, encoder, rows)
     held_out = encode_validation(config, encoder)
-    autocast = _autocasts(config, device, sum(parameter.numel() for parameter in trainable.model.parameters()))
+    autocast = autocasts(config, device, sum(parameter.numel() for parameter in trainable.model.parameters()))
     sealed = {} if resume is None else resume.settings
     plan = make_plan(config, trainable, data, encoder, str(device), autocast, sealed)
     if resume is not None:
-        _require_same_run(sealed, sealed_settings(config, plan))
+        require_same_run(sealed, sealed_settings(config, plan))
         notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
         plan = replace(plan, resumed_step=resume.step, notes=plan.notes + notes)
     return FinetuneJob(config, trainable, data, held_out, encoder.template, plan, stored_dtype(config.model), resume)
@@ -53,7 +53,7 @@ def _model(config: FinetuneConfig, rows: list[Row]) -> Trainable:
     return for_training(config.model, "cpu", "fp32")
 
 
-def _max_length(config: FinetuneConfig, context: int) -> int:
+def tokens_per_row(config: FinetuneConfig, context: int) -> int:
     """Tokens per row: what was asked for, or the regime's length within the model's context."""
     if config.max_length is None:
         return sequence_length(config.regime, context)
@@ -62,7 +62,7 @@ def _max_length(config: FinetuneConfig, context: int) -> int:
     return config.max_length
 
 
-def _require_device(device: torch.device) -> None:
+def require_device(device: torch.device) -> None:
     """Raises ConfigError for devices that Trainer would silently replace by others."""
     if device.index:
         raise ConfigError(
@@ -76,7 +76,7 @@ def _require_device(device: torch.device) -> None:
         )
 
 
-def _autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:
+def autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:
     """Whether to train in bf16 autocast. `auto` does wherever a model would be loaded in bf16, and also for small models on a
     CPU with bf16 instructions, where it is twice as fast.
     """
@@ -85,7 +85,7 @@ def _autocasts(config: FinetuneConfig, device: torch.device, parameters: int) ->
     return pick_dtype(config.dtype, device, parameters) == torch.bfloat16
 
 
-def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
+def resume_point(config: FinetuneConfig) -> ResumePoint | None:
     """The checkpoint that `resume` goes on from. Without `resume`, raises ConfigError if there is a run to lose."""
     folder = checkpoints_folder(config.output)
     require_own(folder)
@@ -98,7 +98,7 @@ def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
     return None
 
 
-def _require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
+def require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if sealed.get(name) != value:
             raise ConfigError(

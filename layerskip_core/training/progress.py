@@ -21,6 +21,7 @@ class StepReport:
     learning_rate: float
     tokens_per_second: float
     validation_losses: dict[int, float]  # of every exit at the last validation; empty before the first
+    agreement: dict[int, float] = field(default_factory=dict)  # of frozen exits there: the share of first drafts accepted
 
 
 @dataclass
@@ -53,12 +54,16 @@ class RunState:
 
 @dataclass(frozen=True)
 class StepLosses:
-    """A step's losses in nats per target token: the weighted loss, the exits that were on, and every exit on held-out rows."""
+    """A step's losses in nats per target token: the weighted loss, the exits that were on, and every exit on held-out rows.
+
+    `agreement`: of frozen exits, on held-out rows, the share of targets where the exit's best token is the last layer's.
+    """
 
     step: int
     loss: float
     exits: dict[int, float]
     validation: dict[int, float] = field(default_factory=dict)
+    agreement: dict[int, float] = field(default_factory=dict)
 
     @property
     def final(self) -> float:
@@ -73,6 +78,7 @@ class LossHistory:
     steps: list[StepLosses] = field(default_factory=list)
     latest: dict[int, float] = field(default_factory=dict)  # of every exit seen, by exit layer
     validated: dict[int, float] = field(default_factory=dict)  # of every exit at the last validation
+    agreement: dict[int, float] = field(default_factory=dict)  # likewise
 
     @classmethod
     def of_log(cls, log: Iterable[Mapping[str, float]]) -> "LossHistory":
@@ -82,26 +88,28 @@ class LossHistory:
             if "loss" in entry:
                 history.add(StepLosses(int(entry["step"]), entry["loss"], exits_in(entry, _EXIT)))
             elif "eval_loss" in entry:
-                history.validate(exits_in(entry, _VALIDATION))
+                history.validate(validation_in(entry), agreement_in(entry))
         return history
 
     def add(self, losses: StepLosses) -> None:
         self.steps.append(losses)
         self.latest = dict(sorted({**self.latest, **losses.exits}.items()))
 
-    def validate(self, losses: dict[int, float]) -> None:
-        """Adds the losses of every exit on held-out rows, measured after the last step."""
-        self.steps[-1] = replace(self.steps[-1], validation=losses)
-        self.validated = losses
+    def validate(self, losses: dict[int, float], agreement: dict[int, float]) -> None:
+        """Adds the losses and the agreement of every exit on held-out rows, measured after the last step."""
+        self.steps[-1] = replace(self.steps[-1], validation=losses, agreement=agreement)
+        self.validated, self.agreement = losses, agreement
 
     def to_jsonl(self) -> str:
         """One JSON line per step."""
-        return "".join(json.dumps(vars(step)) + "\n" for step in self.steps)
+        rows = ({name: value for name, value in vars(step).items() if value or name != "agreement"} for step in self.steps)
+        return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 _EXIT = "exit_"
 _VALIDATION = "eval_exit_"
 _LOSS = "_loss"
+_AGREEMENT = "_agreement"
 
 
 def step_log(losses: StepLosses, learning_rate: float, grad_norm: float) -> dict[str, float]:
@@ -110,9 +118,10 @@ def step_log(losses: StepLosses, learning_rate: float, grad_norm: float) -> dict
     return {"loss": losses.loss, "grad_norm": grad_norm, "learning_rate": learning_rate, **exits}
 
 
-def validation_log(losses: dict[int, float]) -> dict[str, float]:
-    """A validation as Trainer logs it; `eval_loss` is the last layer's."""
+def validation_log(losses: dict[int, float], agreement: Mapping[int, float]) -> dict[str, float]:
+    """A validation as Trainer logs it; `eval_loss` is that of the deepest exit."""
     exits = {f"{_VALIDATION}{layer}{_LOSS}": loss for layer, loss in losses.items()}
+    exits |= {f"{_VALIDATION}{layer}{_AGREEMENT}": share for layer, share in agreement.items()}
     return {**exits, "eval_loss": losses[max(losses)]}
 
 
@@ -121,7 +130,12 @@ def validation_in(log: Mapping[str, float]) -> dict[int, float]:
     return exits_in(log, _VALIDATION)
 
 
-def exits_in(log: Mapping[str, float], prefix: str) -> dict[int, float]:
-    """Exit layer -> loss, of the names PREFIX<layer>_loss in a log entry."""
-    names = {name: name.removeprefix(prefix).removesuffix(_LOSS) for name in log if name.startswith(prefix)}
-    return {int(layer): log[name] for name, layer in names.items()}
+def agreement_in(log: Mapping[str, float]) -> dict[int, float]:
+    """The agreement of every exit in an entry of `validation_log`."""
+    return exits_in(log, _VALIDATION, _AGREEMENT)
+
+
+def exits_in(log: Mapping[str, float], prefix: str, suffix: str = _LOSS) -> dict[int, float]:
+    """Exit layer -> value, of the names PREFIX<layer>SUFFIX in a log entry."""
+    named = {name: name.removeprefix(prefix) for name in log if name.startswith(prefix) and name.endswith(suffix)}
+    return {int(layer.removesuffix(suffix)): log[name] for name, layer in named.items()}

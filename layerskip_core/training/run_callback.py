@@ -13,7 +13,7 @@ from ..errors import TrainingError
 from ..storage.writing import run_staging
 from .checkpoints import LOSSES, last_checkpoint, publish
 from .interruption import Interruption
-from .progress import LossHistory, RunState, StepLosses, StepReport, StepSums, step_log, validation_in
+from .progress import LossHistory, RunState, StepLosses, StepReport, StepSums, agreement_in, step_log, validation_in
 
 _MAX_NORM = 1.0  # of the gradient
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
@@ -88,6 +88,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 learning_rate=self._learning_rate,
                 tokens_per_second=tokens / elapsed,
                 validation_losses=self._history.validated,
+                agreement=self._history.agreement,
             )
         )
         last = state.global_step >= state.max_steps
@@ -96,7 +97,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         control.should_evaluate = self._eval_steps > 0 and (last or state.global_step % self._eval_steps == 0)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
-        self._history.validate(validation_in(metrics))
+        self._history.validate(validation_in(metrics), agreement_in(metrics))
         self._started = time.perf_counter()  # validation does not count in the speed of the next step
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -122,7 +123,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def _require_sane(self, losses: StepLosses) -> None:
         """Raises TrainingError when the last layer's loss is above what any start explains."""
         first = (self._history.steps or [losses])[0].final
-        limit = _EXPLODED * max(math.log(self._trainer.model.backend.vocab_size), first)
+        limit = _EXPLODED * max(math.log(self._trainer.model.vocab_size), first)
         if not losses.final <= limit:  # NaN is not either
             raise self._failure(
                 f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, first {first:.1f}"

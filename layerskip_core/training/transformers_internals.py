@@ -4,15 +4,35 @@ tests/training/test_transformers_internals.py fails when a new version of transf
 """
 
 from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from .checkpoints import load_weights
+
+class TrainedModule(Protocol):
+    """What a run trains: an nn.Module that knows what a checkpoint keeps of it.
+
+    Its forward returns `loss`, `per_exit` and `exit_layers` as RecipeModule's does, and perhaps `agreeing` (exits,), the
+    counts of targets where an exit's best token is the last layer's.
+    """
+
+    @property
+    def measured_exits(self) -> tuple[int, ...]:
+        """The exits of `per_exit` in evaluation mode."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load` reads."""
+
+    def load(self, folder: Path) -> None:
+        """Raises CheckpointError for a folder that does not fit."""
 
 
 class ResumingTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose checkpoints hold the model inside RecipeModule, under its own names, and are resumed from them.
+    """A Trainer whose checkpoints hold what its TrainedModule keeps, and are resumed from them.
 
     Trainer offers no public way to do that: `train(resume_from_checkpoint)` always loads the weights by this method, into the
     module that it trains.
@@ -22,7 +42,7 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         if self.is_fsdp_enabled:  # accelerate has written the shards of the whole module
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_weights(self.accelerator.unwrap_model(model or self.model).model, Path(resume_from_checkpoint))
+            self.accelerator.unwrap_model(model or self.model).load(Path(resume_from_checkpoint))
 
 
 def use_one_gpu(arguments: TrainingArguments) -> None:

@@ -17,7 +17,7 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.training import FinetuneConfig, RecipeSettings
+from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
 
 COMMANDS = get_command(app).commands
 SHARED = (GenerationSettings, SamplingConfig, PromptingConfig, PackingConfig, MachineConfig)
@@ -38,11 +38,11 @@ def test_inspect_has_those_of_prompting_and_the_machine():
     assert {"--template", "--system", "--raw", "--device", "--dtype", "--threads", "--max-new-tokens"} <= names_of("inspect")
 
 
-@pytest.mark.parametrize("config", [*SHARED, DecodingSettings, TaskConfig, RecipeSettings, FinetuneConfig])
+@pytest.mark.parametrize("config", [*SHARED, DecodingSettings, TaskConfig, RecipeSettings, ExitBlockSettings, FinetuneConfig])
 def test_every_field_is_a_flag(config):
     """Except configs, whose fields are flags, and what another field decides."""
     without = {field.name for field in fields(config)} - OPTIONS[config].keys()
-    assert without <= {"generation", "sampling", "prompting", "data", "recipe", "draft_layers", "adaptive"}
+    assert without <= {"generation", "sampling", "prompting", "data", "recipe", "exit_blocks", "draft_layers", "adaptive"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -56,9 +56,10 @@ def test_help_lists_every_flag_under_a_heading(name):
 
 def test_the_headings_of_finetune():
     text = run("finetune", "--help").out
-    places = [text.index(f"\n{heading}:\n") for heading in ("Recipe", "Optimisation", "Data", "Adapters", "Run")]
+    places = [text.index(f"\n{heading}:\n") for heading in ("Recipe", "Exit blocks", "Optimisation", "Data", "Adapters", "Run")]
     assert places == sorted(places)
-    assert text.index("--pmax") < places[1] < text.index("--lr ") < places[2] < text.index("--samples") < places[3]
+    flags = ("--pmax", "--feature", "--lr ", "--samples")
+    assert all(place < text.index(flag) < end for place, flag, end in zip(places, flags, places[1:], strict=False))
 
 
 def test_errors_name_flags_on_the_command_line():

@@ -16,7 +16,7 @@ from layerskip_core.training.encoder import Encoder
 from layerskip_core.training.packing import packed
 from layerskip_core.training.prepare import prepare
 from layerskip_core.training.tokenizer import train_tokenizer
-from layerskip_core.training.trainer import RecipeTrainer
+from layerskip_core.training.trainer import RunTrainer
 
 TURNS = (("user", "hi"), ("assistant", "hello you"), ("user", "bye"), ("assistant", "so long"))
 CHAT = (
@@ -223,13 +223,13 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
 def test_every_validation_happens_once(settings, monkeypatch):
     """At the end too, where Trainer asks again when the epoch is over."""
     done = []
-    evaluate = RecipeTrainer.evaluate
+    evaluate = RunTrainer.evaluate
 
     def noting(trainer, *arguments, **keywords):
         done.append(trainer.state.global_step)
         return evaluate(trainer, *arguments, **keywords)
 
-    monkeypatch.setattr(RecipeTrainer, "evaluate", noting)
+    monkeypatch.setattr(RunTrainer, "evaluate", noting)
     train(settings(validation="test", eval_steps=2, validation_samples=2, steps=5))
     assert done == [2, 4, 5]
 

@@ -6,7 +6,7 @@ import pytest
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from layerskip_core.training.trainer import RecipeTrainer
+from layerskip_core.training.trainer import RunTrainer
 from layerskip_core.training.transformers_internals import ResumingTrainer, use_one_gpu
 
 WHERE = f"transformers {transformers.__version__} changed it: see layerskip_core/training/transformers_internals.py"
@@ -19,9 +19,9 @@ def test_the_weights_of_a_checkpoint_are_loaded_by_one_method():
 
 
 def test_no_other_private_method_is_overridden():
-    own = {name for cls in (RecipeTrainer, ResumingTrainer) for name in vars(cls) if not name.startswith("__")}
+    own = {name for cls in (RunTrainer, ResumingTrainer) for name in vars(cls) if not name.startswith("__")}
     inherited = own & set(dir(Trainer))
-    assert inherited == {"compute_loss", "evaluate", "save_model", "_load_from_checkpoint"}
+    assert inherited == {"compute_loss", "create_scheduler", "evaluate", "save_model", "_load_from_checkpoint"}
 
 
 def test_the_number_of_gpus_is_an_attribute_that_can_be_set(tmp_path):

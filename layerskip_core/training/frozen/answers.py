@@ -1,0 +1,120 @@
+"""The texts that exit blocks are trained on: prompts, with the model's own answers or with those of the data.
+
+An answer is decoded once: it goes to a journal, where an interrupted run and a run with other exits find it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...checkpoint.loaded import Decoder
+from ...config.decoding import DecodingConfig, SamplingConfig
+from ...decoding import decode_batch
+from ...errors import CheckpointError, LayerSkipError
+from ...losses import IGNORED
+from ...storage.json_reading import parse_json
+from ...storage.schema import SchemaError, build
+from ...storage.writing import write_file
+
+BATCH = 32  # that are decoded together
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens, and as labels those of them that are answers; the others are IGNORED, and so is the first."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @classmethod
+    def of(cls, prompt: list[int], answer: list[int]) -> "Text":
+        return cls(prompt + answer, [IGNORED] * len(prompt) + answer)
+
+    @property
+    def targets(self) -> int:
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the model writes answers: at most `tokens` each, within `max_length` with the prompt. Temperature 0 is greedy."""
+
+    tokens: int
+    max_length: int
+    temperature: float
+    seed: int
+
+    def config(self, batch: int, longest: int) -> DecodingConfig:
+        """Of a batch by its number, whose longest prompt has that many tokens."""
+        sampling = SamplingConfig(self.temperature, seed=(self.seed + batch) % 2**32)
+        room = min(self.tokens, self.max_length - longest)
+        return DecodingConfig("autoregressive", max_new_tokens=room, sampling=sampling)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of the journal."""
+
+    row: int
+    ids: list[int]
+
+
+def batches_of(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The rows that are decoded together, by their indices: those of similar length, the same in every run."""
+    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
+    return [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
+
+
+def write_answers(
+    decoder: Decoder, prompts: Sequence[list[int]], how: Writing, journal: Path, report: Callable[[int], None]
+) -> list[list[int]]:
+    """The answer to each prompt, with its end of text if it ends by itself; those in the journal are not decoded again.
+
+    `report` gets the number of answers that are there, and may raise to end it. The prompts must leave room for a token.
+    """
+    known = read_answers(journal, len(prompts), decoder.backend.vocab_size)
+    for number, batch in enumerate(batches_of(prompts)):
+        if all(row in known for row in batch):
+            continue
+        report(len(known))
+        config = how.config(number, len(prompts[batch[0]]))
+        written = {}
+        for output in decode_batch(decoder.backend, [prompts[row] for row in batch], config, decoder.eos_ids):
+            written[batch[output.row]] = output.ids
+        _append(journal, written)
+        known |= written
+    report(len(known))
+    return [known[row] for row in range(len(prompts))]
+
+
+def read_answers(journal: Path, rows: int, vocab_size: int) -> dict[int, list[int]]:
+    """The answers that are known, by row. An incomplete last line, left by a killed process, is dropped.
+
+    Raises CheckpointError for a line that `write_answers` does not write.
+    """
+    if not journal.is_file():
+        return {}
+    *lines, rest = journal.read_bytes().split(b"\n")
+    answers = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{journal}, line {number}"
+        try:
+            entry: _Line = build(_Line, parse_json(line, where, CheckpointError), "")
+            if not (0 <= entry.row < rows and entry.ids and all(0 <= token < vocab_size for token in entry.ids)):
+                raise SchemaError(f"needed a row below {rows} and tokens below {vocab_size}")
+        except (SchemaError, LayerSkipError) as error:
+            raise CheckpointError(f"{where} is damaged: {error}; remove the file to write the answers again") from None
+        answers[entry.row] = entry.ids
+    if rest:
+        write_file(journal, b"".join(line + b"\n" for line in lines), CheckpointError)
+    return answers
+
+
+def _append(journal: Path, answers: dict[int, list[int]]) -> None:
+    try:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with journal.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps({"row": row, "ids": ids}) + "\n" for row, ids in answers.items()))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {journal}: {error.strerror}") from error

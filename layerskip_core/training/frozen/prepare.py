@@ -1,0 +1,108 @@
+"""Loads model and rows for a run that trains exit blocks, and plans it. Nothing is written."""
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.adapters import is_adapter
+from ...checkpoint.exit_blocks_file import model_fingerprint, read_exit_blocks
+from ...checkpoint.load import for_decoding, for_training
+from ...checkpoint.locate import downloaded
+from ...checkpoint.placement import pick_device
+from ...checkpoint.save import refuse_overwrite
+from ...config.checks import require
+from ...config.training import FinetuneConfig
+from ...errors import CheckpointError, ConfigError
+from ...model.exit_blocks import ExitBlocks
+from ..checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
+from ..prepare import autocasts, require_device, require_same_run, tokens_per_row
+from .answers import Writing, read_answers
+from .plan import FrozenPlan, make_frozen_plan
+from .run import FrozenJob, RunFiles
+from .run_data import RunRows, run_rows
+from .settings import Resolved, resolved, writing
+from .states import require_disk, states_bytes
+
+
+def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
+    """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
+    one_process = os.environ.get("WORLD_SIZE", "1") == "1"
+    require(one_process, "frozen", "used in one process", f"{os.environ.get('WORLD_SIZE')} by torchrun")
+    if is_adapter(config.model):
+        raise CheckpointError(f"`model` {config.model} is an adapter; needed a folder with all weights: `layerskip import`")
+    source = downloaded(config.model)
+    in_place = Path(config.output).resolve() == Path(config.model).resolve()
+    refuse_overwrite(config.output, config.overwrite or in_place)
+    device = pick_device(config.device)
+    require_device(device)
+    resume = _resume_point(config)
+    trainable = for_training(config.model, str(device), config.dtype)
+    weight_of = trainable.model.get_parameter
+    spec = trainable.backend.spec
+    kept = read_exit_blocks(source, spec, weight_of)
+    settings = resolved(config, spec.layers)
+    _require_new(config, settings, kept, in_place)
+    max_length = tokens_per_row(config, trainable.backend.max_positions)
+    rows = run_rows(config, settings, trainable, max_length)
+    decoder = for_decoding(config.model, str(device), config.dtype)
+    made_for = model_fingerprint(spec, weight_of)
+    how = writing(config, settings, max_length)
+    files = _run_files(config, settings, rows, made_for, how, decoder.backend.implementation)
+    known = read_answers(files.answers, len(rows.prompts), spec.vocab) if rows.prompts else {}
+    autocast = autocasts(config, device, spec.parameters)
+    plan = make_frozen_plan(config, settings, rows, known, how, decoder, autocast)
+    require_disk(files.states, states_bytes(plan.tokens, spec.hidden, len(settings.exits)))
+    sealed = _sealed(config, plan, made_for, files)
+    if resume is not None:
+        require_same_run(resume.settings, sealed)
+        notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
+        plan = replace(plan, resumed_step=resume.step, notes=notes)
+    return FrozenJob(config, decoder, trainable, rows, how, plan, files, sealed, made_for, kept, in_place, resume)
+
+
+def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
+    """As for the recipe, except that a run without checkpoints may have left answers and states, which are always found."""
+    folder = checkpoints_folder(config.output)
+    require_own(folder)
+    if not has_checkpoints(folder):
+        return None
+    if config.resume:
+        return newest_whole(folder)
+    if config.overwrite:
+        return None
+    raise ConfigError(f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew")
+
+
+def _require_new(config: FinetuneConfig, settings: Resolved, kept: ExitBlocks | None, in_place: bool) -> None:
+    known = () if kept is None else [block.exit_layer for block in kept.blocks]
+    there = [exit_layer for exit_layer in settings.exits if exit_layer in known]
+    if there and in_place and not config.overwrite:
+        raise ConfigError(f"`output` {config.output} already has a block at exit {there[0]}; give `overwrite` to replace it")
+
+
+def _run_files(
+    config: FinetuneConfig, settings: Resolved, rows: RunRows, made_for: str, how: Writing, implementation: str
+) -> RunFiles:
+    """Where the answers and states of this run are, under names that other rows, models or settings do not have."""
+    folder = checkpoints_folder(config.output)
+    texts = [(text.ids, text.labels) for text in rows.texts]
+    seed = how.seed if how.temperature else 0
+    answers = _digest([made_for, rows.prompts, how.tokens, how.max_length, how.temperature, seed, config.dtype])
+    states = _digest([made_for, answers, texts, settings.exits, config.dtype, implementation])
+    return RunFiles(folder / f"answers-{answers}.jsonl", folder / f"states-{states}")
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _sealed(config: FinetuneConfig, plan: FrozenPlan, made_for: str, files: RunFiles) -> dict[str, Any]:
+    """What decides the steps of a run: it is resumed with the same or not at all."""
+    settings: dict[str, Any] = json.loads(json.dumps(vars(plan.settings)))
+    names = ("batch_size", "accumulation", "warmup", "weight_decay", "seed")
+    own = {name: getattr(config, name) for name in names}
+    facts = {"steps": plan.steps, "lr": plan.lr, "dtype": plan.dtype, "rows": plan.texts, "model": made_for}
+    return settings | own | facts | {"data": files.states.name}

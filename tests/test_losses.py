@@ -1,0 +1,52 @@
+"""Losses through a head in chunks, against the same formulas without chunks."""
+
+import pytest
+import torch
+
+from layerskip_core import losses
+
+VOCABULARY = 11
+
+
+def naive(head, run, teacher, total_variation):
+    aim, found = (head(states).log_softmax(-1) for states in (teacher, run))
+    if total_variation:
+        return (aim.exp() - found.exp()).abs().sum() / 2
+    return (aim.exp() * (aim - found)).sum()
+
+
+@pytest.mark.parametrize("total_variation", [False, True], ids=["kl", "tv"])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, total_variation, rows):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
+    torch.manual_seed(0)
+    weight = torch.randn(VOCABULARY, 5)
+    teacher, *inputs = torch.randn(3, 7, 5).unbind()
+
+    def head(states):
+        return torch.tanh(states @ weight.T) * 4  # a cap, whose derivative counts too
+
+    results = []
+    for divergence in (losses.summed_divergences, None):
+        runs = [(2 * states.clone().requires_grad_()) for states in inputs]
+        for run in runs:
+            run.retain_grad()
+        if divergence is None:
+            sums = [naive(head, run, teacher, total_variation) for run in runs]
+            agreeing = (head(runs[0]).argmax(-1) == head(teacher).argmax(-1)).sum()
+        else:
+            sums, agreeing = divergence(head, runs, teacher, VOCABULARY, total_variation)
+        (sums[0] + 3 * sums[1]).backward()
+        results.append((sums, agreeing, [run.grad for run in runs]))
+    (sums, agreeing, gradients), (expected_sums, expected_agreeing, expected_gradients) = results
+    torch.testing.assert_close(torch.stack(sums), torch.stack(expected_sums))
+    assert int(agreeing) == int(expected_agreeing)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_without_gradients_only_the_values_are_computed():
+    states = torch.randn(4, 5, requires_grad=True)
+    with torch.no_grad():
+        (value,), agreeing = losses.summed_divergences(lambda part: part, [states], states.detach(), 5)
+    assert float(value) == pytest.approx(0, abs=1e-6) and int(agreeing) == 4 and not value.requires_grad

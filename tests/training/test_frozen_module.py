@@ -1,0 +1,139 @@
+"""Exit blocks in training: what they compute, against plain models that have the block as their last layer."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from layerskip_core.errors import CheckpointError
+from layerskip_core.losses import IGNORED
+from layerskip_core.model import GenericBackend
+from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.training.frozen.module import FrozenExits
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 16, 16]])
+LABELS = torch.tensor([[IGNORED, IGNORED, IGNORED, 8, 9, 10, 11], [IGNORED, IGNORED, 14, 15, 16, IGNORED, IGNORED]])
+EXIT = 2
+
+
+def batch_of(backend, exits):
+    """What `collate` makes of IDS, in full precision."""
+    positions, hidden = torch.arange(IDS.shape[1])[None], backend.embed(IDS)
+    with torch.no_grad():
+        states = [backend.run_layers(hidden, 0, stop, positions) for stop in (*exits, backend.num_layers)]
+        finals = backend.normed(states.pop())
+    batch = {"input_ids": IDS, "labels": LABELS, "states": torch.stack(states), "finals": finals}
+    return {**batch, "exits": torch.tensor(exits)}
+
+
+def module_of(model, *blocks, loss="kl", noise=0.05):
+    """Blocks that have moved away from where they start."""
+    module = FrozenExits(GenericBackend(model), blocks, loss)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight += noise * torch.randn_like(weight)
+    return module
+
+
+def plain_model(model, module, exit_layer):
+    """The first layers, the block's layer and norm, and the head, as one model of transformers."""
+    block, plain = module.exits[str(exit_layer)], deepcopy(model)
+    plain.model.layers = plain.model.layers[:exit_layer].append(deepcopy(block.layer))
+    plain.model.layers[-1].self_attn.layer_idx = exit_layer
+    plain.model.norm = deepcopy(block.norm)
+    plain.config.num_hidden_layers = exit_layer + 1
+    return plain
+
+
+def targets_of(logits):
+    """At the positions whose next token has a label."""
+    return logits[:, :-1][LABELS[:, 1:] != IGNORED]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2"])
+def test_a_block_computes_what_the_plain_model_with_it_computes(model_type):
+    model = tiny_model(model_type, dtype=torch.float32)
+    module = module_of(model, ExitBlock(EXIT))
+    output = module(**batch_of(GenericBackend(model), (EXIT,)))
+    with torch.no_grad():
+        exit_logits = targets_of(plain_model(model, module, EXIT)(IDS, use_cache=False).logits)
+        full = targets_of(model(IDS, use_cache=False).logits)
+    aim, found = full.log_softmax(-1), exit_logits.log_softmax(-1)
+    assert float(output["loss"].detach()) == pytest.approx(float((aim.exp() * (aim - found)).sum()), rel=1e-4)
+    assert torch.equal(output["per_exit"], output["loss"][None].detach())
+    assert int(output["agreeing"]) == int((full.argmax(-1) == exit_logits.argmax(-1)).sum())
+    assert output["exit_layers"] == (EXIT,)
+
+    total_variation = module_of(model, ExitBlock(EXIT), loss="tv")(**batch_of(GenericBackend(model), (EXIT,)))
+    assert float(total_variation["loss"].detach()) == pytest.approx(float((aim.exp() - found.exp()).abs().sum() / 2), rel=1e-4)
+
+
+def test_a_block_starts_as_the_last_layer_and_ignores_its_second_input():
+    model = tiny_model(dtype=torch.float32)
+    backend = GenericBackend(model)
+    alone = FrozenExits(backend, [ExitBlock(EXIT)])
+    fed = FrozenExits(backend, [ExitBlock(EXIT, "final")])
+    batch = batch_of(backend, (EXIT,))
+    torch.testing.assert_close(fed(**batch)["loss"], alone(**batch)["loss"])
+    assert torch.equal(fed.exits["2"].input.weight, torch.eye(32, 64))
+    last = model.model.layers[-1].state_dict()
+    assert all(torch.equal(weight, last[name]) for name, weight in alone.exits["2"].layer.state_dict().items())
+
+
+def test_the_second_run_reads_the_blocks_own_outputs():
+    model = tiny_model(dtype=torch.float32)
+    backend = GenericBackend(model)
+    module = module_of(model, ExitBlock(EXIT, "final"))
+    batch = batch_of(backend, (EXIT,))
+    block, states, finals = module.exits[str(EXIT)], batch["states"][0], batch["finals"]
+    inputs = backend.prepare(finals, torch.arange(7)[None])
+
+    def run(before):
+        shifted = torch.cat((torch.zeros(2, 1, 32), before[:, :-1]), dim=1)
+        hidden = torch.cat((states, shifted), dim=-1) @ block.input.weight.T
+        return block.norm(block.layer(hidden, attention_mask=None, position_embeddings=inputs.rope["full_attention"]))
+
+    first = run(finals)
+    second = run(first)
+    aim = targets_of(model.lm_head(finals)).log_softmax(-1)
+    expected = [(aim.exp() * (aim - targets_of(model.lm_head(each)).log_softmax(-1))).sum() for each in (first, second)]
+    output = module(**batch)
+    assert float(output["per_exit"].detach()) == pytest.approx(float(expected[0].detach()), rel=1e-4)
+    assert float(output["loss"].detach()) == pytest.approx(float(sum(expected).detach() / 2), rel=1e-4)
+
+    output["loss"].backward()  # the first run learns from the second as well
+    found = block.input.weight.grad.clone()
+    block.zero_grad()
+    (sum(expected) / 2).backward()
+    torch.testing.assert_close(found, block.input.weight.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_blocks_of_the_batch_are_trained_and_nothing_of_the_model():
+    model = tiny_model(dtype=torch.float32)
+    module = module_of(model, ExitBlock(2), ExitBlock(4))
+    module(**batch_of(GenericBackend(model), (4,)))["loss"].backward()
+    trained = {name for name, weight in module.named_parameters() if weight.grad is not None}
+    assert trained == {name for name in module.weights() if name.startswith("exits.4.")}
+    assert all(weight.grad is None for weight in model.parameters())
+    assert len(module.weights()) == 2 * (len(model.model.layers[-1].state_dict()) + 1)
+
+
+def test_both_exits_of_a_batch_are_measured():
+    model = tiny_model(dtype=torch.float32)
+    module = module_of(model, ExitBlock(2), ExitBlock(4))
+    both = module(**batch_of(GenericBackend(model), (2, 4)))
+    single = [module(**batch_of(GenericBackend(model), (exit_layer,)))["per_exit"] for exit_layer in (2, 4)]
+    assert both["exit_layers"] == (2, 4) and torch.equal(both["per_exit"], torch.cat(single))
+
+
+def test_weights_are_loaded_as_they_were_saved(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    saved = module_of(model, ExitBlock(EXIT, "final"))
+    saved.save(tmp_path)
+    loaded = module_of(model, ExitBlock(EXIT, "final"), noise=0)
+    loaded.load(tmp_path)
+    assert all(torch.equal(weight, saved.weights()[name]) for name, weight in loaded.weights().items())
+    with pytest.raises(CheckpointError, match="does not fit the exits"):
+        module_of(model, ExitBlock(3)).load(tmp_path)

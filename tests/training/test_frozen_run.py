@@ -1,0 +1,212 @@
+"""Runs that train exit blocks: the model stays byte for byte, a run goes on bit by bit, and wrong use is one error."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import Interrupted, stop_at
+
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.load import for_training
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
+from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
+from layerskip_core.training.frozen.prepare import prepare_frozen
+
+BLOCKS = ExitBlockSettings(frozen=True, answer_tokens=8)
+
+
+@pytest.fixture
+def frozen(base, tmp_path):
+    """Makes the FinetuneConfig of a short run on `base`, into `out`."""
+
+    def make(**changes):
+        defaults = {
+            "model": base,
+            "data": DataConfig(limit=40, seed=1),
+            "output": str(tmp_path / "out"),
+            "recipe": RecipeSettings(exits=(2,)),
+            "exit_blocks": BLOCKS,
+            "steps": 4,
+            "batch_size": 4,
+            "max_length": 96,
+            "device": "cpu",
+            "dtype": "fp32",
+        }
+        return FinetuneConfig(**{**defaults, **changes})
+
+    return make
+
+
+def hashes(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir() if file.is_file()}
+
+
+def blocks(folder):
+    return load_file(Path(folder) / "exit_blocks.safetensors")
+
+
+def train(config):
+    reports, stages = [], []
+    trained = prepare_frozen(config).run(reports.append, stages.append)
+    return trained, reports, stages
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_a_run_lowers_the_divergence_and_raises_the_agreement(frozen, checkpoint):
+    trained, reports, stages = train(frozen(model=checkpoint, steps=60, lr=1e-2, eval_steps=1))
+    assert reports[-1].exit_losses[2] < reports[0].exit_losses[2] / 2
+    assert reports[-1].agreement[2] > reports[1].agreement[2] + 0.2
+    assert trained["2"]["agreement"] == reports[-1].agreement[2] and trained["2"]["divergence"] == reports[-1].exit_losses[2]
+    assert stages[0].stage == "answers" and stages[-1].stage == "states"
+    assert (stages[-1].done, stages[-1].total) == (40, 40)
+
+
+def test_the_copy_has_the_models_files_byte_by_byte(frozen, base):
+    before = hashes(base)
+    config = frozen()
+    trained, _, _ = train(config)
+    after = hashes(config.output)
+    assert hashes(base) == before
+    assert after.keys() == {*before, "exit_blocks.safetensors"}
+    assert {name for name in before if before[name] != after[name]} == {"layerskip.json"}
+    info = read_info(config.output)
+    assert info.details["exit_blocks"] == trained and set(info.files) == set(after)
+    assert info.prompt_template == read_info(base).prompt_template
+    assert [path.suffix for path in Path(config.output, "checkpoints").iterdir()] == [".jsonl"]  # answers; no states
+
+
+def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, base, tmp_path):
+    model = str(shutil.copytree(base, tmp_path / "model"))
+    before = hashes(model)
+    train(frozen(model=model, output=model))
+    first, answers = blocks(model), hashes(Path(model) / "checkpoints")
+    with pytest.raises(ConfigError, match="already has a block at exit 2; give `overwrite` to replace it"):
+        prepare_frozen(frozen(model=model, output=model, recipe=RecipeSettings(exits=(2, 3))))
+
+    config = frozen(model=model, output=model, recipe=RecipeSettings(exits=(3,)))
+    assert prepare_frozen(config).plan.answered == 40
+    train(config)
+    second = blocks(model)
+    assert hashes(Path(model) / "checkpoints") == answers  # the same answers, not decoded again
+    assert {name.split(".")[1] for name in second} == {"2", "3"}
+    assert same({name: weight for name, weight in second.items() if name in first}, first)
+    assert read_info(model).details["exit_blocks"].keys() == {"2", "3"}
+    assert {name for name, digest in hashes(model).items() if before.get(name) != digest} == {
+        "exit_blocks.safetensors", "layerskip.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [BLOCKS, replace(BLOCKS, feature="final", loss="tv", answer_temperature=1.0)])
+def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path, settings):
+    """Of two exits, one after the other; the run is cut while the second is trained."""
+    changes = {"exit_blocks": settings, "recipe": RecipeSettings(exits=(1, 3)), "save_steps": 2}
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    _, expected, _ = train(frozen(**changes, output=whole))
+    assert [set(report.exit_losses) for report in expected] == [{1}] * 4 + [{1, 3}] * 4
+    assert expected[3].learning_rate < expected[0].learning_rate == expected[4].learning_rate  # once more for each exit
+
+    with pytest.raises(Interrupted):
+        prepare_frozen(frozen(**changes, output=cut)).run(stop_at(7))
+    assert not (Path(cut) / "config.json").exists()
+    with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
+        prepare_frozen(frozen(**changes, output=cut))
+    with pytest.raises(ConfigError, match=r"`resume`: lr was 0\.002 in the run to go on with, and is 0\.1 now"):
+        prepare_frozen(frozen(**changes, output=cut, resume=True, lr=0.1))
+    _, reports, stages = train(frozen(**changes, output=cut, resume=True))
+    assert [report.step for report in reports] == [7, 8]
+    assert [report.loss for report in reports] == [report.loss for report in expected[6:]]
+    assert {(stage.done, stage.total) for stage in stages} == {(40, 40)}  # neither answers nor states again
+    assert same(blocks(cut), blocks(whole))
+
+
+def test_a_signal_before_the_training_keeps_what_is_done(frozen):
+    job = prepare_frozen(frozen())
+
+    def interrupt(progress):
+        if progress.stage == "states":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted, match=r"interrupted after .* of 40 states, which are kept"):
+        job.run(lambda report: None, interrupt)
+    assert prepare_frozen(frozen(resume=True)).plan.answered == 40
+
+
+def test_answers_of_the_data_need_no_decoding(frozen, base):
+    config = frozen(exit_blocks=ExitBlockSettings(frozen=True, answers="data"), validation="validation", validation_samples=7)
+    job = prepare_frozen(config)
+    tokenizer = for_training(base).tokenizer
+    text = job.rows.texts[0]
+    answer = [label for label in text.labels if label >= 0]
+    assert text.ids[-len(answer) :] == answer and tokenizer.decode(answer).startswith("[IN:")
+    assert (job.plan.texts, job.plan.held_out) == (40, 7)
+    _, _, stages = train(config)
+    assert {stage.stage for stage in stages} == {"states"}
+
+
+def test_rows_need_prompts_only(frozen, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(30)) + '{"prompt": "%s"}\n' % ("x " * 99)
+    )
+    job = prepare_frozen(frozen(data=DataConfig(str(file)), steps=None))
+    assert (job.plan.texts, job.plan.held_out, job.plan.left_out) == (30, 0, 1)  # the long one was the one to hold out
+    assert job.plan.steps == 15  # two passes, 4 rows a step
+    with pytest.raises(DataError, match="no column 'completion'"):
+        prepare_frozen(frozen(data=DataConfig(str(file)), exit_blocks=ExitBlockSettings(frozen=True, answers="data")))
+    (tmp_path / "rows.txt").write_text("one\ntwo\n")
+    assert prepare_frozen(frozen(data=DataConfig(str(tmp_path / "rows.txt")))).rows.count == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": RecipeSettings(exits=(4,))}, r"`exits` must be in 1\.\.3, got 4"),
+        ({"max_length": 2}, "no row has room for an answer within `max_length` 2"),
+    ],
+)
+def test_what_does_not_suit_the_model_is_refused(frozen, changes, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        prepare_frozen(frozen(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": RecipeSettings(p_max=0.1)}, "`p_max` must be left out with `frozen`, which trains no weight of the model"),
+        ({"lora_rank": 4}, "`lora_rank` must be left out with `frozen`"),
+        ({"streaming": True, "steps": 3, "data": DataConfig("a/b")}, "`streaming` must be left out with `frozen`"),
+        ({"regime": "scratch"}, "`regime` must be left out with `frozen`.*, got scratch"),
+        ({"exit_blocks": {"feature": "final"}}, "`feature` must be used with `frozen`, got final"),
+        ({"exit_blocks": {"frozen": True, "feature": "first"}}, "`feature` must be one of none, final, got first"),
+        (
+            {"exit_blocks": {"frozen": True, "answers": "data", "answer_tokens": 3}},
+            "`answer_tokens` must be left out with `answers`",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(frozen, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        if isinstance(changes.get("exit_blocks"), dict):
+            changes = {"exit_blocks": ExitBlockSettings(**changes["exit_blocks"])}
+        frozen(**changes)
+
+
+def test_adapters_and_several_processes_are_refused(frozen, base, tmp_path, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is an adapter; needed a folder with all weights: `layerskip import`"):
+        prepare_frozen(frozen(model=str(tmp_path / "adapter")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="`frozen` must be used in one process, got 2 by torchrun"):
+        prepare_frozen(frozen())

@@ -1,0 +1,157 @@
+"""The answers that a frozen model writes, and its states on disk: the same after an interruption, refused if damaged."""
+
+import os
+
+import pytest
+import torch
+from conftest import tiny_model
+from evaluating import tiny_loaded
+
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.decoding import decode
+from layerskip_core.errors import CheckpointError
+from layerskip_core.losses import IGNORED
+from layerskip_core.model import GenericBackend
+from layerskip_core.training.frozen import answers as answering
+from layerskip_core.training.frozen import states as keeping
+from layerskip_core.training.frozen.answers import Text, Writing, write_answers
+from layerskip_core.training.frozen.states import StateRows, States, collate, require_disk, write_states
+
+PROMPTS = [[5, 6, 7], [8] * 9, [9, 10], [11, 12, 13, 14], [15] * 5]
+GREEDY = Writing(6, 64, 0.0, 0)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping_after(calls):
+    """A report that ends the work at its call of that number."""
+    count = 0
+
+    def report(done):
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise Stopped
+
+    return report
+
+
+def ignored(done):
+    pass
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    monkeypatch.setattr(answering, "BATCH", 2)
+    return tiny_loaded(torch.float32)
+
+
+def test_an_answer_is_what_decoding_gives_each_prompt_alone(loaded, tmp_path):
+    reports = []
+    found = write_answers(loaded, PROMPTS, GREEDY, tmp_path / "journal", reports.append)
+    alone = DecodingConfig("autoregressive", max_new_tokens=6)
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        steps = decode(loaded.backend, prompt, alone, loaded.eos_ids)
+        assert answer == [token.id for step in steps for token in step]
+    assert reports == [0, 2, 4, 5]
+
+
+def test_an_answer_keeps_within_the_maximum_length(loaded, tmp_path):
+    found = write_answers(loaded, PROMPTS, Writing(6, 10, 0.0, 0), tmp_path / "journal", ignored)
+    # Prompts of 9 and 5 tokens share a batch, in which the longest has room for one token.
+    assert [len(answer) for answer in found] == [6, 1, 6, 6, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_interrupted_run_goes_on_from_its_journal(loaded, tmp_path, temperature):
+    how = Writing(6, 64, temperature, 3)
+    whole = write_answers(loaded, PROMPTS, how, tmp_path / "whole", ignored)
+    journal = tmp_path / "cut"
+    with pytest.raises(Stopped):
+        write_answers(loaded, PROMPTS, how, journal, stopping_after(2))
+    with journal.open("a") as file:
+        file.write('{"row": 4, "ids": [1')  # a process that was killed in the middle of a line
+    reports = []
+    assert write_answers(loaded, PROMPTS, how, journal, reports.append) == whole
+    assert reports[0] == 4  # two batches were there
+    again = []
+    assert write_answers(loaded, PROMPTS, how, journal, again.append) == whole
+    assert again == [5]
+
+
+@pytest.mark.parametrize("line", ["x", '{"row": 5, "ids": [1]}', '{"row": 0, "ids": [300]}', '{"row": 0, "ids": []}'])
+def test_a_damaged_journal_is_refused(loaded, tmp_path, line):
+    (tmp_path / "journal").write_text(line + "\n")
+    with pytest.raises(CheckpointError, match=r"journal, line 1 is damaged: .*; remove the file to write the answers again"):
+        write_answers(loaded, PROMPTS, GREEDY, tmp_path / "journal", ignored)
+
+
+def test_a_text_is_a_prompt_and_its_answer():
+    text = Text.of([4, 5], [6, 7, 8])
+    assert (text.ids, text.labels, text.targets) == ([4, 5, 6, 7, 8], [IGNORED, IGNORED, 6, 7, 8], 3)
+    assert Text([4], [4]).targets == 0  # nothing predicts the first token
+
+
+TEXTS = [Text.of(prompt, [1, 2, 3][: 1 + row % 3]) for row, prompt in enumerate(PROMPTS)]
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.setattr(keeping, "_TOKENS", 12)  # some texts share a pass
+    return GenericBackend(tiny_model(dtype=torch.float32))
+
+
+def test_states_are_those_of_each_text_alone(backend, tmp_path):
+    reports = []
+    write_states(backend, backend.normed, TEXTS, (2, 5), tmp_path, reports.append)
+    states = States(TEXTS, (2, 5), backend.hidden_size, tmp_path)
+    assert reports[0] == 0 and reports[-1] == len(TEXTS) and len(reports) > 3
+    for row, text in enumerate(TEXTS):
+        positions = torch.arange(len(text.ids))[None]
+        found = states.row(row, (2, 5))
+        hidden = backend.embed(torch.tensor([text.ids]))
+        expected = [backend.run_layers(hidden, 0, stop, positions)[0] for stop in (2, 5, 6)]
+        for state, wanted in zip(
+            (*found["states"], found["finals"]), (*expected[:2], backend.normed(expected[2])), strict=True
+        ):
+            torch.testing.assert_close(state.float(), wanted, rtol=1e-2, atol=1e-3)  # bf16
+        assert (found["input_ids"], found["labels"]) == (text.ids, text.labels)
+
+
+def test_states_go_on_from_what_is_on_disk_bit_by_bit(backend, tmp_path):
+    write_states(backend, backend.normed, TEXTS, (2,), tmp_path / "whole", ignored)
+    cut = tmp_path / "cut"
+    with pytest.raises(Stopped):
+        write_states(backend, backend.normed, TEXTS, (2,), cut, stopping_after(2))
+    with pytest.raises(CheckpointError, match=r"exit-2\.bf16 is not complete"):
+        States(TEXTS, (2,), backend.hidden_size, cut)
+    os.truncate(cut / "final.bf16", (cut / "final.bf16").stat().st_size - 3)  # killed in the middle of a write
+    reports = []
+    write_states(backend, backend.normed, TEXTS, (2,), cut, reports.append)
+    assert 0 < reports[0] < len(TEXTS)
+    for name in ("exit-2.bf16", "final.bf16"):
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_batch_is_padded_at_the_right_and_rows_come_exit_by_exit(backend, tmp_path):
+    write_states(backend, backend.normed, TEXTS, (2, 5), tmp_path, ignored)
+    states = States(TEXTS, (2, 5), backend.hidden_size, tmp_path)
+    rows = StateRows(states, [1, 3], one_by_one=True)
+    assert len(rows) == 4 and [rows[place]["exits"] for place in range(4)] == [(2,), (2,), (5,), (5,)]
+    assert torch.equal(rows[3]["states"][0], states.row(3, (5,))["states"][0])
+    batch = collate([StateRows(states, [1, 3], one_by_one=False)[place] for place in range(2)])
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "input_ids": (2, 11), "labels": (2, 11), "states": (2, 2, 11, 32), "finals": (2, 11, 32), "exits": (2,),
+    }  # fmt: skip
+    short = len(TEXTS[3].ids)
+    assert batch["labels"][1].tolist() == [*TEXTS[3].labels, *[IGNORED] * (11 - short)]
+    assert not batch["states"][:, 1, short:].any()
+    assert torch.equal(batch["finals"][1, :short], states.row(3, (2,))["finals"])
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path):
+    require_disk(tmp_path / "not" / "there", 1000)
+    with pytest.raises(CheckpointError, match=r"need \d+ MB of disk in .*there, \d+ MB are free; give fewer rows \(`limit`\)"):
+        require_disk(tmp_path / "not" / "there", 1 << 60)
