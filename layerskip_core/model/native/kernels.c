@@ -409,12 +409,12 @@ INLINE void attend(
     }
 }
 
-#include "tiled_attention.h"
-
 static char *place_of(const Shape *s, const Call *call, int layer, int value, int row, int head, int64_t place) {
     int64_t at = ((int64_t)layer * 2 + value) * call->sequences + row / call->rows_per_sequence;
     return call->cache + ((at * s->kv_heads + head) * call->places + place) * s->head_dim * (s->bf16_cache ? 2 : 4);
 }
+
+#include "tiled_attention.h"
 
 /* This thread's part of the norms over all queries of a row, and over all its keys. */
 static void norm_projections(const Shape *s, const Layer *l, const Call *call, int keys_only, int thread, int threads) {
@@ -465,33 +465,6 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int lay
             memcpy(to + 2 * i, rounded, 2 * (size_t)live);
         }
     }
-}
-
-/* This thread's part of the queries; those of a sequence that share keys stand next to each other, up to TILE_ROWS at once. */
-static void mix_values_in_tiles(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
-    int size = s->head_dim, group = s->heads / s->kv_heads, per_head = call->rows_per_sequence * group, shaped = 0;
-    int64_t queries = (int64_t)call->rows * s->heads, end = share_of_many(queries, thread + 1, threads);
-    for (int64_t at = share_of_many(queries, thread, threads); at < end;) {
-        int64_t head = at / per_head, sequence = head / s->kv_heads; /* head: of keys, of all sequences */
-        int within = (int)(at % per_head), count = per_head - within;
-        Query run[TILE_ROWS];
-        if (count > TILE_ROWS) count = TILE_ROWS;
-        if (count > end - at) count = (int)(end - at);
-        int first = (int)(sequence * call->rows_per_sequence);
-        for (int i = 0; i < count; i++) {
-            int64_t row = first + (within + i) / group, query = head % s->kv_heads * group + (within + i) % group;
-            int64_t stop = call->positions[row] + 1;
-            run[i].query = call->qkv + (row * (s->heads + 2 * s->kv_heads) + query) * size;
-            run[i].out = call->mixed + (row * s->heads + query) * size;
-            run[i].start = l->window && stop > l->window ? stop - l->window : 0, run[i].stop = stop;
-        }
-        const uint16_t *keys = (const uint16_t *)place_of(s, call, layer, 0, first, (int)(head % s->kv_heads), 0);
-        const uint16_t *values = (const uint16_t *)place_of(s, call, layer, 1, first, (int)(head % s->kv_heads), 0);
-        if (count != shaped) shape_tiles(shaped = count, count);
-        attend_in_tiles(run, count, keys, values, size, s->score_cap);
-        at += count;
-    }
-    release_tiles();
 }
 
 static void mix_values(const Shape *s, const Layer *l, const Call *call, int layer, float *scores, int thread, int threads) {

@@ -140,8 +140,41 @@ static void attend_in_tiles(const Query *queries, int count, const uint16_t *key
     }
 }
 
+/* This thread's part of the queries; those of a sequence that share keys stand next to each other, up to TILE_ROWS at once. */
+static void mix_values_in_tiles(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
+    int size = s->head_dim, group = s->heads / s->kv_heads, per_head = call->rows_per_sequence * group, shaped = 0;
+    int64_t queries = (int64_t)call->rows * s->heads, end = share_of_many(queries, thread + 1, threads);
+    for (int64_t at = share_of_many(queries, thread, threads); at < end;) {
+        int64_t head = at / per_head, sequence = head / s->kv_heads; /* head: of keys, of all sequences */
+        int within = (int)(at % per_head), count = per_head - within;
+        Query run[TILE_ROWS];
+        if (count > TILE_ROWS) count = TILE_ROWS;
+        if (count > end - at) count = (int)(end - at);
+        int first = (int)(sequence * call->rows_per_sequence);
+        for (int i = 0; i < count; i++) {
+            int64_t row = first + (within + i) / group, query = head % s->kv_heads * group + (within + i) % group;
+            int64_t stop = call->positions[row] + 1;
+            run[i].query = call->qkv + (row * (s->heads + 2 * s->kv_heads) + query) * size;
+            run[i].out = call->mixed + (row * s->heads + query) * size;
+            run[i].start = l->window && stop > l->window ? stop - l->window : 0, run[i].stop = stop;
+        }
+        const uint16_t *keys = (const uint16_t *)place_of(s, call, layer, 0, first, (int)(head % s->kv_heads), 0);
+        const uint16_t *values = (const uint16_t *)place_of(s, call, layer, 1, first, (int)(head % s->kv_heads), 0);
+        if (count != shaped) shape_tiles(shaped = count, count);
+        attend_in_tiles(run, count, keys, values, size, s->score_cap);
+        at += count;
+    }
+    release_tiles();
+}
+
 #else
 
 INLINE int tiled_cache(const Shape *s) { return (void)s, 0; }
+INLINE void keep_in_tiles(const float *x, int size, int is_value, int64_t place, uint16_t *head) {
+    (void)x, (void)size, (void)is_value, (void)place, (void)head;
+}
+INLINE void mix_values_in_tiles(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
+    (void)s, (void)l, (void)call, (void)layer, (void)thread, (void)threads;
+}
 
 #endif
