@@ -228,6 +228,11 @@ def test_a_profile_may_hold_exits_that_are_never_right_and_passes_whose_rows_are
     assert known.plain.of(10_000) == known.plain.of(1) == pytest.approx(1.0)
 
 
+def test_few_steps_are_without_drafts_and_not_the_first():
+    known = knowing(backend_of("generic"))._known
+    assert [step for step in range(300) if known.wants_plain_step()] == [4, 132, 260]
+
+
 def test_it_turns_away_from_what_is_rejected():
     backend = backend_of("generic")
     drafter = knowing(

@@ -173,7 +173,7 @@ def test_the_best_predictions_come_first():
     slow, fast, middle = (DecodingConfig("self-speculative", 2, drafts) for drafts in (1, 2, 3))
     speedups = {slow: 5.0, fast: 9.0, middle: 7.0}
     settings = {setting: Prediction(Rounds(), PassTimes(1, 1, 0, 1), 1.0, speed) for setting, speed in speedups.items()}
-    assert Predictions({}, settings).promising(2) == [fast, middle]
+    assert Predictions({}, settings, []).promising(2) == [fast, middle]
 
 
 def test_prompts_that_fail_are_left_out_and_nothing_but_failures_is_an_error():

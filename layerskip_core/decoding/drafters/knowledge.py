@@ -19,8 +19,9 @@ _DOUBTS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
 _MATCHES = ((1, 0.3), (2, 0.5), (3, 0.6), (4, 0.65), (8, 0.75), (16, 0.9))  # shortest match, acceptance of the token after it
 _AFTER_MATCH = 0.8  # acceptance of further tokens, after any match
 _MATCH_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
-_PLAIN_AT = (0, 4)  # steps without drafts, to measure these; then one in every `_PLAIN_EVERY`
-_PLAIN_EVERY = 128
+# One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known. Not the first one: a short output
+# has few steps, and drafts usually pay.
+_PLAIN_AT, _PLAIN_EVERY = 4, 128
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Knowledge:
     def wants_plain_step(self) -> bool:
         """Whether this step should be one without drafts, so that their time is known. Counts the steps."""
         step, self._steps = self._steps, self._steps + 1
-        return step in _PLAIN_AT or step % _PLAIN_EVERY == 0
+        return step % _PLAIN_EVERY == _PLAIN_AT
 
     def observe_round(self, option: Option | None, drafted: int, draft_time: float, rows: int, verify_time: float) -> None:
         """`option` drafted, or, if None, a lookup or nothing; then a pass of `rows` verified. Times are in seconds."""

@@ -211,11 +211,13 @@ def side_of(setting: DecodingConfig) -> Side:
 class Predictions:
     """Predictions by setting.
 
-    `agreement`: for each exit and copy, the share of the autoregressive tokens that it would also have chosen.
+    `agreement`: for each exit and copy, the share of the autoregressive tokens that it would also have chosen. `context`: the
+    tokens before the passes that were timed.
     """
 
     agreement: dict[Side, float]
     settings: dict[DecodingConfig, Prediction]
+    context: list[int]
 
     def promising(self, count: int) -> list[DecodingConfig]:
         """The settings with the highest predicted speedup, best first."""
@@ -262,7 +264,7 @@ def predict(
     }
     tokens = sum(len(answer.output.ids) for answer in answered)
     agreeing = {side: sum(answer.agreeing(side) for answer in answered) for side in sides}
-    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions)
+    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions, context)
 
 
 def _choices(

@@ -15,13 +15,15 @@ from ..results import ExitResult
 
 _ROWS = 17  # of the longest pass that is timed
 _TIMES = 5  # per number of rows
-_CONTEXT = 64  # tokens before those of a pass
 
 
-def draft_profile(loaded: Decoder, results: Sequence[ExitResult], packing: PackingConfig) -> DraftProfile:
+def draft_profile(
+    loaded: Decoder, results: Sequence[ExitResult], packing: PackingConfig, context: Sequence[int]
+) -> DraftProfile:
     """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes, measured here.
 
-    `packing`: how the drafts of these rows were stored.
+    `packing`: how the drafts of these rows were stored. `context`: the tokens after which they were timed, because attention
+    takes longer after many.
     """
     acceptance: dict[str, float] = {}
     drafts: dict[str, float] = {}
@@ -32,24 +34,25 @@ def draft_profile(loaded: Decoder, results: Sequence[ExitResult], packing: Packi
                 acceptance[name] = fmean(result.acceptance_by_position)
             if result.pass_times_ms:
                 drafts[name] = result.pass_times_ms["draft"]
-    return DraftProfile(acceptance, _pass_times(loaded), drafts, packing.draft_head, packing.draft_vocab)
+    return DraftProfile(acceptance, _pass_times(loaded, context), drafts, packing.draft_head, packing.draft_vocab)
 
 
 @torch.inference_mode()
-def _pass_times(loaded: Decoder) -> tuple[float, ...]:
-    """Milliseconds of a pass of the target by its rows, medians; empty if the context is too short."""
+def _pass_times(loaded: Decoder, context: Sequence[int]) -> tuple[float, ...]:
+    """Milliseconds of a pass of the target by its rows, medians, after as much of the context as leaves room for them."""
     backend = loaded.backend
-    if backend.max_positions < _CONTEXT + _ROWS:
+    before = context[: max(backend.max_positions - _ROWS, 0)]
+    if not before:
         return ()
-    cache, ids = backend.new_cache(1, _CONTEXT + _ROWS), torch.arange(_CONTEXT + _ROWS, device=backend.device)[None]
-    ids = ids % backend.vocab_size
-    backend.run_layers(backend.embed(ids[:, :_CONTEXT]), 0, backend.num_layers, torch.arange(_CONTEXT)[None], cache)
+    start, end = len(before), len(before) + _ROWS
+    cache, ids = backend.new_cache(1, end), torch.tensor([before], device=backend.device)
+    backend.run_layers(backend.embed(ids), 0, backend.num_layers, torch.arange(start)[None], cache)
     times: list[list[float]] = [[] for _ in range(_ROWS)]
     for _ in range(_TIMES + 1):
         for rows in range(1, _ROWS + 1):
-            places = torch.arange(_CONTEXT, _CONTEXT + rows)[None]
+            places = torch.arange(start, start + rows)[None]
             started = time.perf_counter()
-            hidden = backend.run_layers(backend.embed(ids[:, :rows]), 0, backend.num_layers, places, cache)
+            hidden = backend.run_layers(backend.embed(ids[:, -1:].expand(1, rows)), 0, backend.num_layers, places, cache)
             most_probable(backend.unembed(hidden)).tolist()  # waits for the device
             times[rows - 1].append(1000 * (time.perf_counter() - started))
     return tuple(median(of_rows[1:]) for of_rows in times)

@@ -94,7 +94,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     drift = baseline_drift(first, second)
     advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config)
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
-    profile = draft_profile(loaded, marked, config.packing)
+    profile = draft_profile(loaded, marked, config.packing, predictions.context)
     yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked), profile)
 
 
