@@ -274,7 +274,7 @@ INLINE void panel_of(const Matrix *m, int panel, const char *x, size_t stride, c
 static int rows_at_once(const Matrix *m, int rows) {
     if (in_tiles(m)) return TILED_ROWS;
     int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, parts = (rows + most - 1) / most;
-    return (rows + parts - 1) / parts;
+    return rows <= most ? most : (rows + parts - 1) / parts;
 }
 
 static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
