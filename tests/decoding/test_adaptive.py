@@ -251,12 +251,20 @@ def test_lookups_learn_without_being_used():
         backend, acceptance={"exit 2": 0.99, "exit 4": 0.1}, drafts={"exit 2": 0.01, "exit 4": 0.2}, passes=(1.0, 1.0)
     )
     repeated = [5, 6, 7, 8, 9, 10] * 4
-    match = drafter._known.acceptance_of_match(16)
-    before = match.first
+    acceptance = drafter._known.acceptance_of_lookup(16)
+    before = acceptance.first
     for _ in range(5):
         assert source_of(drafter, backend, repeated) in ("exit 2", "lookup")
         drafter.observe(Verdict(0, drafter._drafted, [66]))  # the repetition does not go on
-    assert match.first < before
+    assert acceptance.first < before
+
+
+def test_a_lookup_counts_little_where_the_text_went_on_in_several_ways():
+    backend = backend_of("generic")
+    known = {"acceptance": {"exit 2": 0.7, "exit 4": 0.1}, "drafts": {"exit 2": 0.1, "exit 4": 0.2}, "passes": (1.0, 1.06)}
+    frame = [5, 6, 7, 8, 9]
+    assert source_of(knowing(backend, **known), backend, [*frame, 20, 21, *frame, 20, 21, *frame]) == "lookup"
+    assert source_of(knowing(backend, **known), backend, [*frame, 30, 31, *frame, 20, 21, *frame]) == "exit 2"
 
 
 def test_what_was_learnt_is_kept_for_the_next_greedy_output_only():

@@ -82,9 +82,9 @@ class AdaptiveDrafter:
     def _look_up(self, context: Context, most: Sequence[int]) -> None:
         """Finds each row's continuation in its text. The target's verdict judges it whether it is used or not."""
         for row, ids, limit in zip(context.rows, context.ids, most, strict=True):
-            tokens, match = self._lookup.find(row, ids, limit)
+            tokens, evidence = self._lookup.find(row, ids, limit)
             if tokens:
-                self._found[row] = tokens, self._known.acceptance_of_match(match)
+                self._found[row] = tokens, self._known.acceptance_of_lookup(evidence)
 
     def _plan(self, batch: int, most: int) -> tuple[Option | None, int, float]:
         """The option that promises most, None for plain decoding, with its length and its tokens per unit of time and row.

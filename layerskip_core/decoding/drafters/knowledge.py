@@ -16,9 +16,9 @@ _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.85}
 _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
 # Doubt and power, see DraftEnds. Trained exits are calibrated, copies are right more often than they say.
 _DOUBTS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
-_MATCHES = ((1, 0.3), (2, 0.5), (3, 0.6), (4, 0.65), (8, 0.75), (16, 0.9))  # shortest match, acceptance of the token after it
-_AFTER_MATCH = 0.8  # acceptance of further tokens, after any match
-_MATCH_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
+# Least evidence of a lookup; acceptance of its first token, and of further ones.
+_LOOKUPS = ((0, 0.3, 0.5), (2, 0.5, 0.7), (3, 0.6, 0.7), (4, 0.75, 0.8), (8, 0.9, 0.9), (16, 0.95, 0.95))
+_LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
 # One step in every `_PLAIN_EVERY` has no drafts, so that the time of such steps is known. Not the first one: a short output
 # has few steps, and drafts usually pay.
 _PLAIN_AT, _PLAIN_EVERY = 4, 128
@@ -52,14 +52,16 @@ class Knowledge:
     def __init__(self, plain: LinearTime, options: dict[str, Option]) -> None:
         self.plain = plain
         self.options = options
-        later = Chance(_AFTER_MATCH, _MATCH_STRENGTH)
-        self._matches = [(shortest, Acceptance(Chance(first, _MATCH_STRENGTH), later)) for shortest, first in _MATCHES]
+        self._lookups = [
+            (least, Acceptance(Chance(first, _LOOKUP_STRENGTH), Chance(later, _LOOKUP_STRENGTH)))
+            for least, first, later in _LOOKUPS
+        ]
         self._steps = 0
         self._is_measured = False
 
-    def acceptance_of_match(self, length: int) -> Acceptance:
-        """Of what followed an earlier occurrence of `length` tokens."""
-        return next(acceptance for shortest, acceptance in reversed(self._matches) if length >= shortest)
+    def acceptance_of_lookup(self, evidence: int) -> Acceptance:
+        """Of a continuation with this evidence, see `History.continuation`."""
+        return next(acceptance for least, acceptance in reversed(self._lookups) if evidence >= least)
 
     def wants_plain_step(self) -> bool:
         """Whether this step should be one without drafts, so that their time is known. Counts the steps."""

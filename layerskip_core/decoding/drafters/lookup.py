@@ -21,26 +21,31 @@ class History:
         self._indexed = 0  # runs that end here or before are in the index
 
     def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
-        """At most `most` tokens that followed the longest match of the last ones, and how many tokens matched, 0 for no match.
+        """At most `most` tokens that followed the longest match of the last ones, and their evidence; none and 0 for no match.
 
-        The last tokens are not their own match. A continuation that reaches the end of the text goes on with itself, which
-        continues a repetition. `ids` are those of the last call and what was added to them.
+        The evidence is by how many tokens this match is longer than any that went on otherwise: where solved examples in a
+        prompt begin alike, matches are long and say little. The last tokens are not their own match. A continuation that
+        reaches the end of the text goes on with itself, which continues a repetition. `ids` are those of the last call and
+        what was added to them.
         """
         size, end = self._shortest, len(ids)
         for stop in range(max(self._indexed + 1, size), end):
             self._ends.setdefault(tuple(ids[stop - size : stop]), []).append(stop)
         self._indexed = max(self._indexed, end - 1)
         start, longest = 0, 0
+        by_next: dict[int, int] = {}  # the longest match before each token that followed one
         for candidate in self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]:
             match = size
             while match < min(_LONGEST, candidate) and ids[candidate - match - 1] == ids[end - match - 1]:
                 match += 1
+            by_next[ids[candidate]] = max(match, by_next.get(ids[candidate], 0))
             if match > longest:
                 start, longest = candidate, match
         if not longest:
             return [], 0
+        del by_next[ids[start]]
         period = end - start
-        return [ids[start + place % period] for place in range(most)], longest
+        return [ids[start + place % period] for place in range(most)], longest - max(by_next.values(), default=0)
 
 
 class LookupDrafter:
@@ -67,13 +72,13 @@ class LookupDrafter:
         return copied(context, found)
 
     def find(self, row: int, ids: Sequence[int], most: int) -> tuple[list[int], int]:
-        """A row's draft, which ends after an EOS, and how many tokens matched."""
+        """A row's draft, which ends after an EOS, and its evidence, see `History.continuation`."""
         history = self._histories.setdefault(row, History(self._shortest))
-        tokens, match = history.continuation(ids, max(most, 0))
+        tokens, evidence = history.continuation(ids, max(most, 0))
         if self._eos_ids:
             end = next((place for place, token in enumerate(tokens, start=1) if token in self._eos_ids), len(tokens))
             tokens = tokens[:end]
-        return tokens, match
+        return tokens, evidence
 
     def observe(self, verdict: Verdict) -> None:
         if self._otherwise is not None and self._otherwise_drafted:
