@@ -86,7 +86,7 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]
         def update(done: int, text: str) -> None:
             nonlocal begun
             if not begun:  # a resumed run begins in the middle, which says nothing about its speed
-                bar.reset(task, completed=done - 1)
+                bar.reset(task, completed=max(done - 1, 0))
                 begun = True
             bar.update(task, completed=done, text=text)
 
@@ -101,11 +101,11 @@ def _is_first_process() -> bool:
 def _plain_updates(total: int, label: str) -> Callable[[int, str], None]:
     started = time.monotonic()
     shown = started
-    before = -1  # steps done before the first report: not 0 in a resumed run
+    before: int | None = None  # steps done before the first report: not 0 in a resumed run
 
     def update(done: int, text: str) -> None:
         nonlocal shown, before
-        before = done - 1 if before < 0 else before
+        before = max(done - 1, 0) if before is None else before
         now = time.monotonic()
         if now - shown < _PLAIN_SECONDS and done < total:
             return

@@ -237,3 +237,32 @@ def test_the_progress_line_shows_exits_at_even_distances():
     assert spread(losses) == [(1, 0.1), (3, 0.3), (5, 0.5), (7, 0.7)]
     assert spread({3: 0.3, 6: 0.6}) == [(3, 0.3), (6, 0.6)]
     assert spread({}) == []
+
+
+def test_blocks_beside_a_frozen_model(finetune, checkpoint):
+    """The plan, the progress and the end on stderr; a run on prompts alone."""
+    arguments = finetune(
+        "--frozen", "--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--feature", "final", "--lr", "0.01"
+    )
+    planned = run(*arguments, "--dry-run")
+    assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
+    what, rows, cost, steps = planned.err.splitlines()
+    assert what == (
+        f"blocks at exits 2,4 of {checkpoint} (0.1M parameters, 6 layers), which stays as it is; 0.0M parameters, "
+        "feature final, loss kl"
+    )
+    assert re.fullmatch(r"on .*rows\.jsonl: 4 rows and 0 held out, answers of the model, at most \d+ tokens", rows)
+    assert re.fullmatch(
+        r"0 answers are there, the others in at most \d+ s; states in at most \d+ s and 0 MB of disk, training in about \d+ s",
+        cost,
+    )
+    assert steps == "2 steps per exit of 2 x 1 rows, lr 0.01, fp32 on cpu"
+
+    result = run(*arguments)
+    assert (result.code, result.out) == (0, "")
+    assert re.search(r"^training 4/4 divergence 2:[\d.]+ 4:[\d.]+ lr [\d.e-]+ \d+ tokens/s 0 s left$", result.err, re.MULTILINE)
+    assert re.search(r"^exit 2: divergence [\d.]+\nexit 4: divergence [\d.]+$", result.err, re.MULTILINE)
+    assert "saved out; next: layerskip bench --model out" in result.err
+    assert {"out/exit_blocks.safetensors", "out/model.safetensors", "out/layerskip.json"} <= set(files())
+    fails("--pmax must be left out with --frozen, which trains no weight of the model, got 0.1", *arguments, "--pmax", "0.1")
+    fails("--feature must be used with --frozen, got final", *finetune("--feature", "final"))

@@ -17,6 +17,15 @@ def test_time_left_counts_from_where_a_run_began(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["training 811/840 b 29 s left", "training 821/840 c 19 s left"]
 
 
+def test_the_first_report_may_come_before_anything_is_done(monkeypatch, capsys):
+    now = iter([0.0, 1.0, 11.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with console.progress_bar(64, "answers") as update:
+        update(0, "")
+        update(32, "")
+    assert capsys.readouterr().err.splitlines() == ["answers 32/64  11 s left"]
+
+
 def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
     def loaded(width, device="cpu"):
         return SimpleNamespace(backend=SimpleNamespace(hidden_size=width, device=torch.device(device)))

@@ -202,11 +202,18 @@ def test_settings_that_contradict_each_other_are_refused(frozen, changes, messag
         frozen(**changes)
 
 
-def test_adapters_and_several_processes_are_refused(frozen, base, tmp_path, monkeypatch):
+def test_models_that_cannot_be_copied_and_several_processes_are_refused(frozen, base, tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is an adapter; needed a folder with all weights: `layerskip import`"):
         prepare_frozen(frozen(model=str(tmp_path / "adapter")))
+    (tmp_path / "older").mkdir()
+    shutil.copy(Path(base) / "config.json", tmp_path / "older")
+    with pytest.raises(CheckpointError, match="has no safetensors, which are copied as they are: `layerskip import`"):
+        prepare_frozen(frozen(model=str(tmp_path / "older")))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"is a GGUF file; needed a folder of safetensors: .* `layerskip import`"):
+        prepare_frozen(frozen(model=str(tmp_path / "model.gguf")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="`frozen` must be used in one process, got 2 by torchrun"):
         prepare_frozen(frozen())

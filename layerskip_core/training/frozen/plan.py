@@ -14,7 +14,7 @@ from .run_data import RunRows
 from .settings import Resolved, learning_rate, rows_of_run, steps_of
 from .states import states_bytes
 
-_MEASURED = 64  # tokens of a pass that is timed
+_MEASURED = 256  # tokens of a pass that is timed
 _BACKWARD = 3  # forward and backward pass over a forward pass
 
 

@@ -34,6 +34,8 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     if is_adapter(config.model):
         raise CheckpointError(f"`model` {config.model} is an adapter; needed a folder with all weights: `layerskip import`")
     source = downloaded(config.model)
+    if not list(Path(source).glob("*.safetensors")):
+        raise CheckpointError(f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`")
     in_place = Path(config.output).resolve() == Path(config.model).resolve()
     refuse_overwrite(config.output, config.overwrite or in_place)
     device = pick_device(config.device)
