@@ -11,7 +11,7 @@ from ..checkpoint.adapters import is_adapter
 from ..checkpoint.int4_file import fingerprint, int4_content, int4_names
 from ..checkpoint.load import for_decoding, for_training
 from ..checkpoint.locate import locate
-from ..checkpoint.save import import_checkpoint, refuse_overwrite, save_beside
+from ..checkpoint.save import import_checkpoint, refuse_beside, refuse_overwrite, save_beside
 from ..checkpoint.stored import INT4_FILE
 from ..config.calibration import CalibrationConfig
 from ..config.checks import require
@@ -54,13 +54,16 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
 
     Raises:
         CheckpointError: the model cannot be read, or the folder not be written.
-        ConfigError: the folder holds another model, or the model has no int4 kernels.
+        ConfigError: the folder holds another model, or a file of this name that is not the model's, or the model has no int4
+            kernels.
         DataError: the data is not there or too small.
     """
     folder = output_folder(config)
     copied = Path(folder).resolve() != Path(config.model).resolve()
     if copied:
         refuse_overwrite(folder, config.overwrite, (INT4_FILE,))
+    else:
+        refuse_beside(folder, INT4_FILE)
     texts = _texts(config, report)
     trainable = for_training(config.model, "cpu")
     backend, model = trainable.backend, trainable.model
@@ -74,9 +77,11 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
             backend, quantized, texts, config.tuning_steps, config.seed,
             lambda done, divergence: report(Progress("tuning", done, config.tuning_steps, divergence)),
         )  # fmt: skip
+    content = _content(weights, names, made_from, config, texts)
     if copied:
-        import_checkpoint(config.model, folder, "auto")
-    save_beside(folder, INT4_FILE, _content(weights, names, made_from, config, texts))
+        import_checkpoint(config.model, folder, "auto", {INT4_FILE: content})
+    else:
+        save_beside(folder, INT4_FILE, content)
     return folder
 
 

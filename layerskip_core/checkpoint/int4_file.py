@@ -18,6 +18,7 @@ from ..model.weights import Take
 from .stored import INT4_FILE, WeightFile
 
 _FORMAT = {"format": "1", "group_size": str(GROUP_SIZE)}
+_REMEDY = "remove it, or run `layerskip calibrate` again"
 
 
 def int4_names(spec: ModelSpec) -> list[str]:
@@ -53,7 +54,8 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
         file: WeightFile = safe_open(path, "pt", device="cpu")
         metadata = file.metadata() or {}
         if not _FORMAT.items() <= metadata.items():
-            raise ValueError(f"needed {_FORMAT} in its header, found {metadata!r:.200}")
+            needed, found = (_named(values) for values in (_FORMAT, metadata))
+            raise ValueError(f"its header must have {needed}, found {found}")
         if metadata.get("fingerprint") != fingerprint(names, weight_of):
             raise ValueError("it was made from other weights than those beside it")
         if missing := sorted(set(names) - set(file.keys())):
@@ -62,14 +64,14 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
             part = file.get_slice(name)
             _check(name, spec, part.get_dtype(), part.get_shape())
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be used: {first_line(error)}; remove it, or run calibrate again") from error
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}; {_REMEDY}") from error
 
     def take(name: str) -> Tensor | None:
         if name not in names:
             return None
         rows = file.get_tensor(name)
         if not bool(int4_of(rows).scale.isfinite().all() and int4_of(rows).low.isfinite().all()):
-            raise CheckpointError(f"{path} is damaged: {name} is not finite")
+            raise CheckpointError(f"{path} cannot be used: {name} is not finite; {_REMEDY}")
         return rows
 
     return take
@@ -81,6 +83,11 @@ def int4_content(rows: Mapping[str, Tensor], made_from: str, details: Mapping[st
 
     content: bytes = save(dict(rows), metadata={**details, **_FORMAT, "fingerprint": made_from})
     return content
+
+
+def _named(metadata: Mapping[str, str]) -> str:
+    """The values that `_FORMAT` fixes: `format 1 and group_size 32`."""
+    return " and ".join(f"{name} {metadata.get(name, 'missing')}" for name in _FORMAT)
 
 
 def _check(name: str, spec: ModelSpec, dtype: str, shape: list[int]) -> None:

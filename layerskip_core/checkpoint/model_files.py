@@ -57,9 +57,14 @@ def obstacles(folder: Path, written: Collection[str] = ()) -> list[str]:
 
     These are files whose names loaders know or that will be `written`, unless they belong to the model in the folder.
     """
+    return in_the_way(folder, {*written, *_of_loaders(folder)})
+
+
+def in_the_way(folder: Path, names: Collection[str]) -> list[str]:
+    """Those of the names that a file has which does not belong to the folder's model, as `NAME, which ...`, sorted."""
     known = model_files(folder)
     reasons = {}
-    for name in (*written, *_of_loaders(folder)):
+    for name in names:
         if name not in known and os.path.lexists(folder / name):
             kind = _obstacle(folder, name)
             reasons[name] = "layerskip did not write" if kind is None else f"is {kind}"

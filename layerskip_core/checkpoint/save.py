@@ -18,7 +18,7 @@ from ..storage.writing import new_staging, write_file
 from .info import INFO_FILE, CheckpointInfo, holds_model, read_info
 from .load import for_training
 from .locate import downloaded
-from .model_files import loaded_files, model_files, obstacles
+from .model_files import in_the_way, loaded_files, model_files, obstacles
 from .quiet import quiet_transformers
 from .swap import files_below, replace_files, settle
 from .transformers_read import stored_dtype
@@ -42,8 +42,15 @@ def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()
     settle(folder)
     if holds_model(folder) and not overwrite:
         raise ConfigError(f"`output` {output} already holds a model; give `overwrite` to replace it, or another folder")
-    if in_the_way := obstacles(folder, written):
-        raise ConfigError(f"`output` {output}: {_summary(in_the_way)}; move it away, or give another folder")
+    if found := obstacles(folder, written):
+        raise ConfigError(f"`output` {output}: {_summary(found)}; move it away, or give another folder")
+
+
+def refuse_beside(model: str, name: str) -> None:
+    """Raises ConfigError if `save_beside` would replace a file that does not belong to the model. Needs the folder's lock."""
+    settle(model)
+    if found := in_the_way(Path(model), (name,)):
+        raise ConfigError(f"`model` {model}: {_summary(found)}; move it away, or give another folder by `output`")
 
 
 @quiet_transformers()
@@ -86,15 +93,16 @@ def copy_checkpoint(name: str, info: CheckpointInfo, output: str, files: Mapping
     _replace_model(output, write)
 
 
-def import_checkpoint(name: str, output: str, dtype: str) -> torch.dtype:
+def import_checkpoint(name: str, output: str, dtype: str, files: Mapping[str, bytes] = MappingProxyType({})) -> torch.dtype:
     """Writes any model that can be loaded to `output`; returns the precision written. GGUF is dequantised, adapters are merged.
 
-    `dtype` is fp32, bf16, or auto: as stored, which is fp32 for a GGUF file. Raises CheckpointError if anything fails.
+    `dtype` is fp32, bf16, or auto: as stored, which is fp32 for a GGUF file. `files` are written too, by name. Raises
+    CheckpointError if anything fails.
     """
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
     loaded = for_training(name, "cpu", "fp32")
     info = replace(loaded.info, details={**loaded.info.details, "imported_from": name})
-    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision)
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, files)
     return precision
 
 
@@ -153,8 +161,8 @@ def _replace_model(output: str, write: Callable[[Path], None]) -> None:
         try:
             staging = new_staging(folder)
             write(staging)
-            if in_the_way := obstacles(folder, files_below(staging)):
-                raise CheckpointError(_summary(in_the_way))
+            if found := obstacles(folder, files_below(staging)):
+                raise CheckpointError(_summary(found))
             replace_files(folder, staging, model_files(folder))
         except BaseException as error:
             if staging is not None and not staging.exists():
@@ -172,6 +180,6 @@ def _require_folder(path: Path) -> None:
         raise ConfigError(f"`output` must be a folder, got the file {path}")
 
 
-def _summary(in_the_way: list[str]) -> str:
-    more = f" ({len(in_the_way) - 1} more)" if len(in_the_way) > 1 else ""
-    return f"in the way is {in_the_way[0]}{more}"
+def _summary(found: list[str]) -> str:
+    more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+    return f"in the way is {found[0]}{more}"

@@ -26,5 +26,5 @@ class CalibrationConfig:
         require_given("model", self.model)
         require_given("output", self.output)
         require_given("data", self.data)
-        require(self.samples != 0, "samples", "at least 1", self.samples)
+        require(self.samples >= 1, "samples", "at least 1", self.samples)
         require_ranges(samples=self.samples, length=self.length, tuning_steps=self.tuning_steps, seed=self.seed)

@@ -17,6 +17,10 @@ def state(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def identities(folder):
+    return {path.name: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in folder.iterdir()}
+
+
 def test_int4_weights_are_saved_beside_the_model_and_used(wide):
     before = state(wide)
     rounded = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
@@ -78,6 +82,7 @@ def test_own_rows_are_calibrated_on(wide, tmp_path):
         (("--length", "129"), "--length must be at most 128, the model's context, got 129"),
         (("--length", "1"), "--length must be at least 2, got 1"),
         (("--samples", "0"), "--samples must be at least 1, got 0"),
+        (("--samples", "-1"), "--samples must be at least 1, got -1"),
         (("--steps", "-1"), "--steps must be at least 0, got -1"),
     ],
 )
@@ -91,6 +96,26 @@ def test_a_model_without_int4_kernels_is_refused(checkpoint):
         "--model must be one whose layer widths 32 divides, got 48 in model.layers.0.mlp.down_proj.weight",
         "calibrate", "--model", checkpoint,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("put", "found"),
+    [
+        (lambda path: path.write_bytes(b"mine"), "which layerskip did not write"),
+        (lambda path: path.symlink_to("config.json"), "which is a symbolic link"),
+        (lambda path: path.symlink_to("/dev/null"), "which is a symbolic link"),
+        (lambda path: path.mkdir(), "which is a folder"),
+    ],
+)
+def test_another_file_of_that_name_is_not_replaced(wide, put, found):
+    """It was: also through a link, into another folder or /dev/null. A folder was found out about after all the work."""
+    put(wide / INT4_FILE)
+    before = identities(wide)
+    fails(
+        f"--model {wide}: in the way is {INT4_FILE}, {found}; move it away, or give another folder by --output",
+        "calibrate", "--model", str(wide), *QUICK,
+    )  # fmt: skip
+    assert identities(wide) == before
 
 
 def test_an_interrupted_calibration_leaves_nothing(wide):
