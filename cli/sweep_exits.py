@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerskip_core.config.decoding import DraftProfile, SkipChoice
+from layerskip_core.config.decoding import SkipChoice
 from layerskip_core.config.evaluation import SweepConfig
+from layerskip_core.config.policies import EXACT, FAST, Policy
 from layerskip_core.config.ranges import counts_text
 from layerskip_core.errors import ConfigError
 
@@ -17,7 +18,8 @@ from . import console, evaluation, options
 from .signature import command
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.record import Recommendation
+    from layerskip_core.checkpoint.info import CheckpointInfo
+    from layerskip_core.evaluation.record import Recommendation, RunRecord
     from layerskip_core.evaluation.results import ExitResult
 
 
@@ -52,27 +54,11 @@ def sweep_exits(
         if record is None:
             loaded, rows = evaluation.load(config)
             record = evaluation.watch(sweep(loaded, rows, config))
+        elif save:
+            _require_of_model(target, record)
+        if save:  # first: the reader of stdout may go away
+            _save(target, record)
         evaluation.deliver(record, sweep_table(record), report.format, folder)
-        if save and record.recommendation is not None:
-            _save(target, record.recommendation, record.profile)
-        if save:
-            _save_skip(target, record.results)
-
-
-def _save_skip(model: str, results: "Sequence[ExitResult]") -> None:
-    """Stores the layers that drafts skip, those of the fastest such row, for --strategy draft-and-verify."""
-    from layerskip_core.checkpoint.info import read_info
-    from layerskip_core.checkpoint.save import write_info
-
-    rows = [result for result in results if result.skip and result.num_draft_tokens is not None]
-    if not rows:
-        return
-    best = max(rows, key=lambda result: result.speedup or 0.0)
-    skip = SkipChoice(best.skip, best.num_draft_tokens or 1)
-    write_info(model, replace(read_info(model), skip=skip))
-    console.narrate(
-        f"saved --skip {counts_text(skip.layers)} and {skip.num_draft_tokens} draft tokens for --strategy draft-and-verify"
-    )
 
 
 @contextmanager
@@ -93,24 +79,68 @@ def _model_folder(model: str) -> Iterator[None]:
         yield
 
 
-def _save(model: str, advice: "Recommendation", profile: DraftProfile | None) -> None:
-    """Stores the policies, what is known of drafting, and the recommended exit and draft length for versions without policies.
+def _save(model: str, record: "RunRecord[ExitResult]") -> None:
+    """Stores in layerskip.json, in one step, what the sweep found, and says what that is."""
+    from layerskip_core.checkpoint.info import read_info
+    from layerskip_core.checkpoint.save import write_info
+
+    advice, skip = record.recommendation, _skip_of(record.results)
+    info = read_info(model)
+    if advice is not None:
+        info = _advised(info, advice)
+    write_info(model, replace(info, profile=record.profile or info.profile, skip=skip or info.skip))
+    if advice is not None:
+        _narrate_advice(model, advice)
+    if skip is not None:
+        layers = counts_text(skip.layers)
+        console.narrate(f"saved --skip {layers} and {skip.num_draft_tokens} draft tokens for --strategy draft-and-verify")
+
+
+def _advised(info: "CheckpointInfo", advice: "Recommendation") -> "CheckpointInfo":
+    """With the policies, and with the recommended exit and draft length for versions that know no policies.
 
     What these versions do not know, such as low-bit drafts, is plain decoding for them; so is a recommendation of it.
     """
-    from layerskip_core.checkpoint.info import read_info
-    from layerskip_core.checkpoint.save import write_info
-    from layerskip_core.config.policies import EXACT, FAST, Policy
+    exit_layer, drafts = _known_exit(advice)
+    strategy = "autoregressive" if exit_layer is None else None
+    return replace(info, exit_layer=exit_layer, num_draft_tokens=drafts, policies=advice.policies, strategy=strategy)
 
+
+def _known_exit(advice: "Recommendation") -> tuple[int | None, int | None]:
+    """The exit and the draft length, if they say all of the recommendation."""
     exact = advice.policies.get(EXACT)
     known = advice.exit_layer is not None and (exact is None or exact.is_exit_drafting)
-    exit_layer, drafts = (advice.exit_layer, advice.num_draft_tokens) if known else (None, None)
-    info = replace(read_info(model), exit_layer=exit_layer, num_draft_tokens=drafts, policies=advice.policies)
-    info = replace(info, profile=profile or info.profile)
-    write_info(model, replace(info, strategy=None if known else "autoregressive"))
-    if not advice.pays:
-        console.narrate(f"saved plain decoding as the default of {model}: {advice.reason}")
+    return (advice.exit_layer, advice.num_draft_tokens) if known else (None, None)
+
+
+def _narrate_advice(model: str, advice: "Recommendation") -> None:
+    if advice.pays:
+        exact = advice.policies.get(EXACT) or Policy("self-speculative", *_known_exit(advice))
+        console.narrate(f"saved {exact} as the default of {model}")
     else:
-        console.narrate(f"saved {exact or Policy('self-speculative', exit_layer, drafts)} as the default of {model}")
+        console.narrate(f"saved plain decoding as the default of {model}: {advice.reason}")
     if advice.fast_reason:
         console.narrate(f"policy {FAST}: {advice.fast_reason}")
+
+
+def _skip_of(results: "Sequence[ExitResult]") -> SkipChoice | None:
+    """The layers that drafts skip, those of the fastest such row, for --strategy draft-and-verify."""
+    rows = [result for result in results if result.skip and result.num_draft_tokens is not None]
+    if not rows:
+        return None
+    best = max(rows, key=lambda result: result.speedup or 0.0)
+    return SkipChoice(best.skip, best.num_draft_tokens or 1)
+
+
+def _require_of_model(model: str, record: "RunRecord[ExitResult]") -> None:
+    """Raises ConfigError for results of a deeper model than the one in the folder, which could not decode with them."""
+    from layerskip_core.checkpoint.stored import read_config
+
+    layers = read_config(model).get("num_hidden_layers")  # an adapter's folder has none
+    advice, skip = record.recommendation, _skip_of(record.results)
+    named = [*skip.layers] if skip is not None else []
+    for policy in advice.policies.values() if advice is not None else ():
+        named += [*policy.exits, *policy.skip, policy.exit_layer or 0]
+    deepest = max([*named, (advice.exit_layer or 0) if advice is not None else 0])
+    if layers is not None and deepest > layers:
+        raise ConfigError(f"`saved` has settings with layer {deepest}, but {model} has {layers} layers")

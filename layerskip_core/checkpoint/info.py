@@ -8,8 +8,8 @@ from typing import Any
 
 from ..config.decoding import DraftProfile, SkipChoice, strategies
 from ..config.packing import PackingConfig
-from ..config.policies import Policy
-from ..errors import CheckpointError
+from ..config.policies import Policy, require_lossless
+from ..errors import CheckpointError, ConfigError
 from ..prompting.template import CHAT, PromptTemplate, is_template
 from ..storage.json_reading import read_json
 from ..storage.schema import SchemaError, build
@@ -117,6 +117,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         recommended = _require(document.pop("recommended", {}), dict, "recommended")
         files = _require(document.pop("files", []), list, "files")
         policies = build(dict[str, Policy], document.pop("policies", {}), "policies")
+        require_lossless(policies)
         profile = build(DraftProfile | None, document.pop("profile", None), "profile")
         strategy = recommended.get("strategy")
         if strategy is not None and strategy not in strategies():
@@ -139,7 +140,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
             profile=profile,
             skip=_skip(recommended.get("skip")),
         )
-    except (ValueError, SchemaError) as error:
+    except (ValueError, SchemaError, ConfigError) as error:
         raise CheckpointError(f"{file} is not valid: {error}") from None
 
 

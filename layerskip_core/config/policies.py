@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 
+from ..errors import ConfigError
 from .checks import require, require_choice
 from .decoding import DecodingSettings, GenerationSettings, strategies
 from .packing import PackingConfig, Quantization
@@ -96,6 +97,12 @@ class Policy:
         """The policy as plain values, without what is not set."""
         unset = {field.name: None if field.default is MISSING else field.default for field in fields(self)}
         return {name: value for name, value in asdict(self).items() if value != unset[name]}
+
+
+def require_lossless(policies: Mapping[str, Policy]) -> None:
+    """Raises ConfigError if `exact`, which is used where nothing is said, is an early exit: its output would be another one."""
+    if EXACT in policies and policies[EXACT].strategy == "early-exit":
+        raise ConfigError(f"policies.{EXACT} must have the output of plain decoding, got the strategy early-exit")
 
 
 def policy_named(policies: Mapping[str, Policy], name: str) -> Policy:

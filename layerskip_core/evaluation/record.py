@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
 
 from ..config.decoding import DraftProfile
-from ..config.policies import EXACT, Policy
+from ..config.policies import EXACT, Policy, require_lossless
 
 Result = TypeVar("Result")
 
@@ -25,6 +25,9 @@ class Recommendation:
     reason: str
     fast_reason: str = ""
     policies: dict[str, Policy] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_lossless(self.policies)
 
     @property
     def pays(self) -> bool:

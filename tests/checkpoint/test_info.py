@@ -70,6 +70,10 @@ def test_a_file_without_policies(tmp_path):
             {"exact": {"strategy": "lookup", "draft_head": "int8"}},
             "policies.exact: draft_head must be used with",
         ),
+        (
+            {"exact": {"strategy": "early-exit", "exit_layer": 2}},
+            "policies.exact must have the output of plain decoding, got the strategy early-exit",
+        ),
         ({"exact": {"strategy": "lookup", "speed": 3}}, "policies.exact: 'speed' is not one of its fields"),
         ({"exact": {"strategy": "lookup", "measured": {"metric": "x"}}}, "policies.exact.measured.task is missing"),
         ({"x" * 900: 7}, "policies." + "x" * 60 + ": needed an object, found 7"),
@@ -112,8 +116,9 @@ def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
     [
         (7, "profile: needed an object, found 7"),
         ({"acceptance": {"exit 4": 1.5}}, r"profile: acceptance must be in \[0, 1\], got 1.5"),
-        ({"passes": [1, 0]}, "profile: passes must be above 0 and below 1e"),
-        ({"drafts": {"int8": 1e300}}, "profile: drafts must be above 0 and below 1e"),
+        ({"passes": [1, 0]}, r"profile: passes must be 0\.0001 to 1e\+09 milliseconds, got 0"),
+        ({"passes": [1e-300, 1e8]}, r"profile: passes must be 0\.0001 to"),  # their differences divided by zero
+        ({"drafts": {"int8": 1e300}}, r"profile: drafts must be 0\.0001 to"),
         ({"draft_vocab": -1}, "profile: draft_vocab must be at least 0, got -1"),
         ({"draft_head": "int3"}, "profile.draft_head: needed one of int8, int4, found 'int3'"),
     ],

@@ -181,6 +181,16 @@ def test_a_sweep_of_an_older_version_saves_its_recommendation_alone(tmp_path, mo
     file.write_text(json.dumps(record))
     with pytest.raises(LayerSkipError, match=r"wrote: recommendation.policies.exact: exit_layer must be given"):
         run("sweep-exits", "--from", str(file))
+    stored = read_info(model)
+    for policies in (
+        {"fast": {"strategy": "early-exit", "exit_layer": 9}},
+        {"exact": {"strategy": "draft-and-verify", "skip": [9]}},
+    ):
+        record["recommendation"]["policies"] = policies
+        file.write_text(json.dumps(record))
+        with pytest.raises(LayerSkipError, match=rf"--from has settings with layer 9, but {model} has 6 layers"):
+            run("sweep-exits", "--from", str(file), "--save")
+    assert read_info(model) == stored
 
 
 def test_save_needs_a_folder():
