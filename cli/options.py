@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from layerskip_core.config.calibration import CalibrationConfig
-from layerskip_core.config.checks import require_choice, require_given
+from layerskip_core.config.checks import require, require_choice, require_given
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingSettings, GenerationSettings, SamplingConfig, strategies
 from layerskip_core.config.evaluation import BASELINES, BenchConfig, SweepConfig, TaskConfig
@@ -74,8 +74,10 @@ class Report:
         require_given("saved", self.saved)
 
 
-def _names(text: str, _: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+def _names(text: str, field: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    require(bool(names), field, "a name, or several with commas", repr(text))
+    return names
 
 
 _CHECKPOINT = "the checkpoint's"
@@ -97,7 +99,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "skip": Option(
             DECODING,
             "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
-            default="those of sweep-exits --search-skips",
+            default="with --strategy draft-and-verify those that sweep-exits --search-skips --save stored",
             parse=parse_counts,
         ),
         "lookup": Option(DECODING, "First draft the text after an earlier occurrence of the last N tokens or more; 0: do not."),
@@ -112,10 +114,10 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "strategy": Option(
             DECODING,
             f"{', '.join(strategies())}.",
-            default="self-speculative if the exits were trained or measured, or a flag about drafts is given",
+            default="adaptive; self-speculative with a flag about an exit or about drafts",
         ),
         "exit_layer": Option(DECODING, "Draft with (or exit after) this many layers.", "--exit", _CHECKPOINT),
-        "num_draft_tokens": Option(DECODING, "Draft tokens per round.", "--spec", _CHECKPOINT),
+        "num_draft_tokens": Option(DECODING, "Most draft tokens per round.", "--spec", _CHECKPOINT),
         "policy": Option(
             DECODING,
             "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
@@ -142,7 +144,9 @@ OPTIONS: dict[type, dict[str, Option]] = {
     PackingConfig: {
         "quantize": Option(WEIGHTS, "int8 or int4 weights (CPU only).", default="none"),
         "draft_weights": Option(
-            WEIGHTS, "Draft with low-bit copies of the weights: int8, int4 or both. The target keeps its own.", parse=_names
+            WEIGHTS,
+            "Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same.",
+            parse=_names,
         ),
         "draft_head": Option(WEIGHTS, "Precision of the head of these copies: int8 or int4.", default="int8"),
         "draft_vocab": Option(WEIGHTS, "Draft among the N most frequent tokens only; 0: among all."),

@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass, field, replace
 
-from .checks import refused, require, require_choice, require_exit_layer, require_skip, require_unicode
+from .checks import (
+    refused,
+    require,
+    require_choice,
+    require_exit_layer,
+    require_given,
+    require_skip,
+    require_unicode,
+)
 from .packing import QUANTIZATIONS, PackingConfig, Quantization
 from .ranges import counts_text, require_ranges
 
@@ -21,7 +29,7 @@ def strategies() -> tuple[str, ...]:
 
 
 _MAX_NEW_TOKENS = 256
-_LONGEST = 1e9  # milliseconds of a pass
+_SHORTEST, _LONGEST = 1e-4, 1e9  # milliseconds of a pass; differences of such times keep digits enough
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 _PLAIN = PackingConfig()
 
@@ -60,7 +68,8 @@ class DraftProfile:
             require(0 <= share <= 1, "acceptance", "in [0, 1]", share)
         for name, times in (("passes", self.passes), ("drafts", self.drafts.values())):
             for time in times:
-                require(0 < time < _LONGEST, name, f"above 0 and below {_LONGEST:g} milliseconds", time)
+                in_range = _SHORTEST <= time <= _LONGEST
+                require(in_range, name, f"{_SHORTEST:g} to {_LONGEST:g} milliseconds", time)
 
     def document(self) -> dict[str, object]:
         """The profile as plain values, without a head and a vocabulary that are the usual ones."""
@@ -203,6 +212,7 @@ class DecodingSettings:
         if self.strategy is not None:
             require_choice(self.strategy, "strategy", strategies())
         require_ranges(num_draft_tokens=self.num_draft_tokens)
+        require_given("policy", self.policy)
         if self.policy is not None:
             for name, value in self._choices.items():
                 text = counts_text(value) if isinstance(value, tuple) else value
@@ -243,18 +253,38 @@ class DecodingSettings:
         A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
         settings that contradict each other.
         """
-        strategy = self.implied_strategy or (None if packing.drafts_apart else recommended.strategy) or "adaptive"
-        confidence = self.generation.exit_confidence
-        early = strategy == "early-exit" or not confidence
-        require(early, "exit_confidence", "used with `strategy` early-exit", f"`strategy` {strategy}")
-        open_exit = not confidence or self.exit_layer is None
-        require(open_exit, "exit_layer", "left out with `exit_confidence`, which chooses exits itself", self.exit_layer)
-        skipping = strategy == "draft-and-verify" or not self.generation.skip
-        require(skipping, "skip", "used with `strategy` draft-and-verify", f"`strategy` {strategy}")
-        open_exit = strategy != "draft-and-verify" or self.exit_layer is None
-        require(open_exit, "exit_layer", "left out with `strategy` draft-and-verify, which drafts by `skip`", self.exit_layer)
-        require(bool(confidence) or not self.exits, "exits", "used with `exit_confidence`", "none")
+        strategy = self.implied_strategy or self._strategy_of(recommended, packing)
+        self._require_consistent(strategy)
         return self.resolve_as(strategy, recommended, num_layers, packing)
+
+    def _strategy_of(self, recommended: ExitChoice, packing: PackingConfig) -> str:
+        """What the checkpoint recommends, if that uses what was asked for; else adaptive."""
+        strategy = None if packing.drafts_apart else recommended.strategy
+        unused = self.generation.lookup > 0 and strategy not in _USERS["lookup"]
+        return "adaptive" if strategy is None or unused else strategy
+
+    def _require_consistent(self, strategy: str) -> None:
+        """Raises ConfigError for settings that this strategy does not use, or that contradict each other."""
+        confidence, named = self.generation.exit_confidence, f"`strategy` {strategy}"
+        require(strategy == "early-exit" or not confidence, "exit_confidence", "used with `strategy` early-exit", named)
+        require(
+            strategy == "draft-and-verify" or not self.generation.skip, "skip", "used with `strategy` draft-and-verify", named
+        )
+        require(bool(confidence) or not self.exits, "exits", "used with `exit_confidence`", "none")
+        require(
+            strategy in _USERS["lookup"] or not self.generation.lookup, "lookup", "used with a `strategy` that drafts", named
+        )
+        reasons = {
+            "draft-and-verify": "`strategy` draft-and-verify, which drafts by `skip`",
+            "lookup": "`strategy` lookup; `lookup` N puts lookups before an exit's drafts",
+        }
+        if confidence:
+            reasons[strategy] = "`exit_confidence`, which chooses exits itself"
+        if strategy in reasons and self.exit_layer is not None:
+            raise refused("exit_layer", f"left out with {reasons[strategy]}", str(self.exit_layer))
+        drafts = {"num_draft_tokens": self.num_draft_tokens, "draft_confidence": self.generation.draft_confidence}
+        for name, value in drafts.items():
+            require(not (confidence and value), name, "left out with `exit_confidence`, which drafts nothing", value)
 
     def resolve_as(
         self, strategy: str, recommended: ExitChoice, num_layers: int, packing: PackingConfig = _PLAIN

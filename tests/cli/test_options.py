@@ -75,6 +75,7 @@ def test_a_flag_that_two_configs_share_reaches_both(tmp_path):
     fails("--problem-samples must be at least 10, for --pass-k, got 2", "bench", "--pass-k", "1,10", "--problem-samples", "2")
     fails("--raw must be given without --template, got --template chat", "bench", "--raw", "--template", "chat")
     fails("--system must be given with a chat template, got a raw prompt", "inspect", "x", "--raw", "--system", "s")
+    fails("--draft-weights must be a name, or several with commas, got ','", "bench", "--draft-weights", ",")
 
 
 def test_the_template_that_was_applied_is_in_the_statistics(checkpoint, tmp_path):

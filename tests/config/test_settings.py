@@ -21,6 +21,7 @@ from layerskip_core.errors import ConfigError
 
 TRAINED = ExitChoice(4, 12, "self-speculative")
 UNKNOWN = ExitChoice(2, 6)
+_LOOKUPS = DecodingSettings(generation=GenerationSettings(lookup=3))
 _CONFIDENT = DecodingSettings(generation=GenerationSettings(exit_confidence=0.9))
 
 
@@ -36,6 +37,8 @@ _CONFIDENT = DecodingSettings(generation=GenerationSettings(exit_confidence=0.9)
         (DecodingSettings(generation=GenerationSettings(draft_confidence=0.5)), UNKNOWN, "self-speculative", 2, 6),
         (DecodingSettings("early-exit", 8), TRAINED, "early-exit", 8, 12),
         (DecodingSettings("autoregressive"), TRAINED, "autoregressive", 4, 12),
+        (_LOOKUPS, TRAINED, "self-speculative", 4, 12),
+        (_LOOKUPS, ExitChoice(4, 12, "autoregressive"), "adaptive", 4, 32),  # it was ignored
     ],
 )
 def test_the_checkpoint_decides_what_was_not_said(asked, recommended, strategy, exit_layer, drafts):
@@ -137,6 +140,19 @@ def test_every_setting_of_an_answer_reaches_the_decoding():
             lambda: replace(_CONFIDENT, strategy="autoregressive").resolve(TRAINED, 8),
             "`exit_confidence` must be used with `strategy` early-exit, got `strategy` autoregressive",
         ),
+        (
+            lambda: replace(_LOOKUPS, strategy="early-exit").resolve(TRAINED, 8),
+            "`lookup` must be used with a `strategy` that drafts, got `strategy` early-exit",
+        ),
+        (
+            lambda: DecodingSettings("lookup", 3).resolve(TRAINED, 8),
+            "`exit_layer` must be left out with `strategy` lookup; `lookup` N puts lookups before an exit's drafts, got 3",
+        ),
+        (
+            lambda: replace(_CONFIDENT, num_draft_tokens=3, exits=(2,)).resolve(TRAINED, 8),
+            "`num_draft_tokens` must be left out with `exit_confidence`, which drafts nothing, got 3",
+        ),
+        (lambda: DecodingSettings(policy=""), "`policy` must be a name that is not empty"),
         (lambda: GenerationSettings(stop=("",)), "`stop` must be a text that is not empty"),
         (lambda: GenerationSettings(draft_confidence=1.0), r"`draft_confidence` must be in \[0, 1\), got 1.0"),
         (lambda: PromptingConfig("Q:"), "`template` must be raw, chat or a text with {prompt} in it, got Q:"),
