@@ -12,7 +12,7 @@ from layerskip_core.errors import ConfigError, LayerSkipError
 
 from .console import narrate
 from .options import with_flags
-from .requests import Request, about_row
+from .requests import Request, of_row
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
@@ -114,21 +114,22 @@ def _answered_singly(
 
 
 def _resolved(loaded: "Decoder", packing: PackingConfig, request: Request) -> DecodingConfig:
-    """How a request is decoded. Raises LayerSkipError, which names the line, if that cannot be."""
+    """How a request is decoded. Raises LayerSkipError if that cannot be."""
     if request.problem is not None:
         raise LayerSkipError(request.problem)
     try:
         return loaded.resolve(request.settings, packing)
     except ConfigError as error:
-        raise LayerSkipError(about_row(error, request.number)) from None
+        raise LayerSkipError(of_row(error)) from None
 
 
 def _report(error: LayerSkipError, number: int, jsonl: bool) -> None:
     """Prints an error in place of an answer."""
+    message = f"line {number}: {error}"
     if jsonl:
-        _write(json.dumps({"error": with_flags(str(error))}, ensure_ascii=False))
+        _write(json.dumps({"error": with_flags(message)}, ensure_ascii=False))
     else:
-        narrate(f"error: line {number}: {error}")
+        narrate(f"error: {message}")
 
 
 def _write_object(answer: "TextStream | Answer", policy: str | None) -> None:

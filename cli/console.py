@@ -111,6 +111,6 @@ def _plain_updates(total: int, label: str) -> Callable[[int, str], None]:
             return
         shown = now
         left = (now - started) / max(done - before, 1) * (total - done)
-        print(f"{label} {done}/{total} {text} {left:.0f} s left", file=sys.stderr, flush=True)
+        print(f"{label} {done}/{total}{text and f' {text}'} {left:.0f} s left", file=sys.stderr, flush=True)
 
     return update

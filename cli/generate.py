@@ -72,6 +72,8 @@ def generate(
     if prompt is None and not standard_input.is_piped():
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
     require_ranges(batch_size=batch_size)
+    single = batch_size == 1 or not decoding.generation.exit_confidence
+    require(single, "batch_size", "1 with `exit_confidence`", batch_size)
     require_given("model", model)
     use_threads(machine.threads)
     from layerskip_core.checkpoint.load import for_decoding
@@ -85,8 +87,7 @@ def generate(
     narrate_notes(loaded)
     use_threads(machine.threads, loaded)
     policy = loaded.policy_for(decoding, packing)
-    config = loaded.resolve(decoding, packing)  # so that a wrong flag is one error, not one per prompt
-    require(batch_size == 1 or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", batch_size)
+    loaded.resolve(decoding, packing)  # so that a wrong flag is one error, not one per prompt
     requests = read_requests(prompt, lines, jsonl, decoding)
     try:
         if batch_size > 1:
@@ -109,7 +110,7 @@ def _stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> 
         f"{_exits_text(stats, loaded.backend.num_layers)}drafted {stats.drafted}, "
         f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
         f"{f'steps by {steps}; ' if steps else ''}"
-        f"{loaded.backend.implementation} layers, {str(loaded.backend.dtype).removeprefix('torch.')} on "
+        f"layers: {loaded.backend.implementation}, {str(loaded.backend.dtype).removeprefix('torch.')} on "
         f"{loaded.backend.device}; prompt template: {loaded.template.name}{'' if policy is None else f'; policy: {policy}'}"
     )
 

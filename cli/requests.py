@@ -25,6 +25,7 @@ class RowSettings(TypedDict, total=False):
     seed: int | None
 
 
+_ROW = "row"
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")
 _KEYS = re.compile(rf"`({'|'.join(RowSettings.__annotations__)})`")
 
@@ -56,23 +57,23 @@ def read_requests(prompt: str | None, lines: bool, jsonl: bool, flags: DecodingS
             yield _of_row(line, number, flags)
 
 
-def about_row(error: LayerSkipError, number: int) -> str:
+def of_row(error: LayerSkipError) -> str:
     """What is wrong with the settings of a row: its keys by their names, where other messages show flags."""
-    return f"line {number}: {_KEYS.sub(lambda match: match[1], str(error))}"
+    return _KEYS.sub(lambda match: match[1], str(error))
 
 
 def _of_row(line: str, number: int, flags: DecodingSettings) -> Request:
     try:
-        row = parse_json(line, f"line {number}", DataError)
+        row = parse_json(line, _ROW, DataError)
     except DataError as error:
-        return Request(number, "", flags, str(error))
+        return Request(number, "", flags, str(error).removeprefix(f"{_ROW}: "))
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str):
-        return Request(number, "", flags, f"line {number}: needed an object with a text `prompt`")
+        return Request(number, "", flags, "needed an object with a text `prompt`")
     try:
         return Request(number, prompt, _changed(flags, row))
     except LayerSkipError as error:
-        return Request(number, prompt, flags, about_row(error, number))
+        return Request(number, prompt, flags, of_row(error))
 
 
 def _changed(flags: DecodingSettings, row: dict[str, Any]) -> DecodingSettings:

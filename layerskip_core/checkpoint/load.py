@@ -133,7 +133,8 @@ def _with_policies(
     copies = tuple(dict.fromkeys(chain(packing.draft_weights, *(known.draft_weights for known in drafting))))
     if drafting and not packing.drafts_apart:  # one sweep measured them, so that they agree
         packing = replace(packing, draft_weights=copies, draft_head=drafting[0].draft_head, draft_vocab=drafting[0].draft_vocab)
-    return packing if copies == packing.draft_weights else replace(packing, draft_weights=copies, draft_layers=0)
+    whole = any(known.draft_weights for known in drafting)
+    return replace(packing, draft_weights=copies, draft_layers=0) if whole else packing
 
 
 def _lean_decoder(

@@ -115,7 +115,7 @@ def test_stats_are_on_stderr(generate, expected):
     counts = re.fullmatch(
         r"20 tokens, [\d.]+ tokens/s; drafted (\d+), accepted (\d+) \(([\d.]+)%\) in (\d+) rounds; "
         r"steps by exit 4: (\d+)(?:, plain: 1)?; "
-        r"(?:native \(avx\d+\)|packed|packed \(oneDNN\)) layers, float32 on cpu; prompt template: '{prompt}\\n'\n",
+        r"layers: (?:native \((?:avx\d+|amx)\)|packed|packed \(oneDNN\)), float32 on cpu; prompt template: '{prompt}\\n'\n",
         result.err,
     )
     drafted, accepted, share, rounds, steps = map(float, counts.groups())
@@ -155,7 +155,7 @@ def test_jsonl_answers_in_order_with_errors_in_their_place(generate, loaded, exp
     assert errors == [{}] * 5
     assert messages[0].startswith("line 3: not valid JSON: ")
     assert messages[1:3] == [f"line {number}: needed an object with a text `prompt`" for number in (4, 5)]
-    assert LONGER.fullmatch(messages[3])
+    assert LONGER.fullmatch(messages[3].removeprefix("line 6: "))
     assert messages[4] == "line 7: not valid Unicode: half of a surrogate pair in a string"
 
 
@@ -170,10 +170,10 @@ def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expecte
     assert (result.code, result.err, len(found)) == (1, "", 8)
     assert [found[place] for place in (0, 5, 7)] == [answer] * 3
     assert found[1] == "line 2: nested deeper than 64 levels"
-    assert found[2] == "the prompt must be at least 1 token, got none"
+    assert found[2] == "line 3: the prompt must be at least 1 token, got none"
     assert found[3] == "line 4: not valid JSON: NaN is not a JSON number"
-    assert LONGER.fullmatch(found[4])
-    assert found[6] == r"the prompt must be valid Unicode, got '\udcff' in it"
+    assert LONGER.fullmatch(found[4].removeprefix("line 5: "))
+    assert found[6] == r"line 7: the prompt must be valid Unicode, got '\udcff' in it"
     lines = generate("--lines", "--raw", *batch, stdin=f"\n{PROMPT}\n{TOO_LONG}\n".encode() + b"\xff\n" + PROMPT.encode())
     assert (lines.code, lines.out) == (1, f"\n{answer}\n\n\n{answer}\n")
     assert [error.split(":")[1] for error in lines.err.splitlines()] == [" line 1", " line 3", " line 4"]

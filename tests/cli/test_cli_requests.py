@@ -201,6 +201,22 @@ BAD = [
 ]
 
 
+def test_a_policy_drafts_with_whole_copies_whatever_the_flags_keep(ask):
+    """`--exit` kept only the first layers of the same copies, so that the row failed."""
+    (answer,) = ask({"prompt": PROMPT, "policy": "copies"}, flags=("--draft-weights", "int8", "--exit", "2"))
+    assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
+
+
+def test_lines_of_a_policy_by_confidence_are_decoded_singly_in_a_batch(generate):
+    one, two = (generate("--lines", "--policy", "confident", *more, stdin="a\nb\n") for more in ((), ("--batch-size", "2")))
+    assert one == two and one.code == 0
+
+
+def test_a_prompt_that_cannot_be_decoded_names_its_line_too(ask):
+    (_, error) = ask({"prompt": "a"}, {"prompt": "x" * 999}, code=1)
+    assert error["error"].startswith("line 2: the prompt must be at most 127 tokens, got ")
+
+
 @pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])
 def test_bad_settings_are_errors_of_their_rows(ask, batch):
     rows = [{"prompt": PROMPT}, *({"prompt": PROMPT, **row} for row, _ in BAD), {"prompt": PROMPT}]
