@@ -39,6 +39,7 @@ def test_a_short_campaign_finds_nothing(campaign, part):
     [
         (0, "answer", "reading\n", []),
         (0, "", "x\nTraceback (most recent call last):\n", ["traceback"]),
+        (1, "", "error: ZeroDivisionError: division by zero; --debug shows where\n", ["traceback"]),
         (-11, "", "", ["crash"]),
         (-signal.SIGXCPU, "", "", ["hang"]),
         (1, "", "reading\nerror: --exit must be in 1..5, got 9\n", []),

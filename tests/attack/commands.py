@@ -7,16 +7,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 from .campaign import Case
 from .command import STREAMS, Command, interrupt_late, run
-from .damage import DEEP, spoil_bytes, spoil_file, spoil_json
+from .damage import DEEP, ODD_VALUES, spoil_bytes, spoil_file, spoil_json
 from .flags import COMMANDS, base_of, flags_of, hostile_value, takes_long
 from .outcome import Miss, misses_of
 from .victim import OUTPUTS, Victim
 
 CASES = 2500
-SHORT = (*range(0, 170, 5), *range(1000, 1025))  # every fifth known case, and some random ones
+SHORT = (*range(0, 290, 7), *range(1000, 1025))  # every seventh known case, and some random ones
 
 
 def attack(case: Case) -> Iterator[Miss]:
@@ -69,6 +70,8 @@ def _flags(case: Case) -> Command:
     random = case.random
     name = random.choice(COMMANDS)
     arguments = list(base_of(name, case.material))
+    if name in ("generate", "bench", "sweep-exits") and random.random() < 0.3:
+        arguments += ["--model", str(case.material.model("measured"))]
     for flag in random.choices(flags_of(name), k=random.choice((1, 1, 2, 3))):
         arguments += [flag.name, *([] if flag.is_switch else [hostile_value(flag, random)])]
     return Command(tuple(arguments), stdin=random.choice((b"", b"remind me", b"a\nb\n", None)))
@@ -83,18 +86,26 @@ def _prompts(case: Case) -> Command:
     if arguments[0] == "inspect" and arguments[-1] != "--raw":
         del arguments[-2 * ("--stop" in arguments) :]
     if random.random() < 0.3:
-        arguments += ["--model", str(case.material.model("chat"))]
+        arguments += ["--model", str(case.material.model(random.choice(("chat", "measured"))))]
     if way == "argument":
         text = texts[0].decode(errors="surrogateescape").replace("\0", "")
         return Command((*arguments, "--", text))
     if way != "whole":
         arguments += [way, "--batch-size", str(random.choice((1, 1, 2, 3)))]
     if way == "--jsonl" and random.random() < 0.7:
-        lines = [json.dumps({"prompt": text.decode(errors="surrogateescape")}) for text in texts]
+        lines = [json.dumps({"prompt": text.decode(errors="surrogateescape"), **_row_settings(random)}) for text in texts]
         return Command(tuple(arguments), "\n".join([*lines[:-1], spoil_json(lines[-1], random)[0]]).encode())
     return Command(tuple(arguments), b"\n".join(texts), encoding=random.choice(("utf-8", "ascii", "latin-1")))
 
 
+def _row_settings(random: Random) -> dict[str, object]:
+    """Settings of a row of JSON lines, most of them wrong."""
+    keys = random.choices(_ROW_KEYS, k=random.choice((0, 1, 1, 2)))
+    return {key: random.choice((*ODD_VALUES, *_POLICIES, 0.7, ["a", ""])) for key in keys}
+
+
+_ROW_KEYS = ("policy", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "unknown", "strategy")
+_POLICIES = ("exact", "fast", "confident", "copies", "absent")
 _TEXTS = (
     *(b"remind me to call mom", b"", b" ", b"\n", b"\0", b"\xff\xfe", b"\xed\xa0\x80", "\u00e9\U0001f600".encode(), b"\r\n"),
     *(b"word " * 400, b"x" * 50_000, b"<s></s><pad>[IN:", b"{prompt}", b"{{ 7*7 }}", b"\x1b[2J\x1b]0;x\x07", b"[" * DEEP),
@@ -254,7 +265,7 @@ def _known(*arguments: str, base: str = "generate", **keywords: object) -> Calla
     return make
 
 
-_NAMED = ("gemma3_text", "chat", "adapter", "tiny.gguf", "qwen2", "smollm3", "sharded")
+_NAMED = ("gemma3_text", "chat", "adapter", "tiny.gguf", "qwen2", "smollm3", "sharded", "measured")
 
 
 def _file(name: str, content: bytes, *arguments: str, base: str) -> Callable[[Case], Command]:
@@ -270,6 +281,13 @@ def _mbpp(**changes: object) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
+_ROWS = (  # settings of rows of JSON lines
+    *(b'"policy": "absent"', b'"policy": ""', b'"policy": 3', b'"policy": ["fast"]', b'"policy": "copies"'),
+    *(b'"max_new_tokens": 0', b'"max_new_tokens": 1e400', b'"max_new_tokens": 2.5', b'"max_new_tokens": true'),
+    *(b'"temperature": NaN', b'"temperature": -1', b'"temperature": 1e308', b'"temperature": 1e-320', b'"seed": -1'),
+    *(b'"stop": ""', b'"stop": [3]', b'"stop": []', b'"stop": {}', b'"top_p": 0', b'"top_k": -1', b'"unknown": {"a": [1]}'),
+    b'"prompt": "' + b"x" * 3000 + b'"',
+)
 KNOWN: tuple[Callable[[Case], Command], ...] = (
     _known("--template", "chat", base="bench"),
     _known("--template", "chat", base="sweep-exits"),
@@ -317,6 +335,21 @@ KNOWN: tuple[Callable[[Case], Command], ...] = (
     _known("--stop", os.fsdecode(b"\xff")),
     _file("r.json", b"[" * DEEP, "--from", "r.json", base="bench"),
     _file("r.json", base64.b64decode("e30="), "--from", "r.json", base="sweep-exits"),
+    *(_known("--output", output, base="calibrate") for output in ("mixed", "blocked", "file.txt", "dangling", "null", "")),
+    *(_known("--length", length, base="calibrate") for length in ("1", "129", "10000000")),
+    *(_known("--samples", count, base="calibrate") for count in ("0", "-1")),
+    _known("--model", "{gemma3_text}", base="calibrate"),
+    *(_known("--data", name, base="calibrate") for name in ("mixed", "file.txt", "/dev/zero", "fifo")),
+    _file("c.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "--data", "c.jsonl", base="calibrate"),
+    *(_known("--model", "{measured}", "--policy", name) for name in ("", "Exact", "x" * 3000)),
+    _known("--model", "{measured}", "--policy", "fast", "--exit", "2"),
+    *(_known("--exit-confidence", "0.5", "--exits", "1,2", *more) for more in (("--lookup", "2"), ("--spec", "3"))),
+    _known("--strategy", "lookup", "--exit", "2"),
+    *(_known("--draft-weights", names) for names in ("", ",", "int8,int2")),
+    *(
+        _known("--jsonl", "--model", "{measured}", *batch, stdin=b"".join(b'{"prompt": "a", %s}\n' % row for row in _ROWS))
+        for batch in ((), ("--batch-size", "3"))
+    ),
 )
 
 WORKING: tuple[Callable[[Case], Command], ...] = (  # these must succeed
@@ -333,6 +366,13 @@ WORKING: tuple[Callable[[Case], Command], ...] = (  # these must succeed
     *(_known("--output", "new/deeper", base=base) for base in ("import", "finetune", "bench", "sweep-exits")),
     *(_known("--output", "plain", "--overwrite", base=base) for base in ("import", "finetune")),
     _known("--output", "training", "--save-steps", "1", "--overwrite", base="finetune"),
+    *(_known("--output", output, "--overwrite", base="calibrate") for output in ("new/deeper", "plain")),
+    *(_known("--model", "{measured}", "--policy", name) for name in ("exact", "fast", "confident", "copies")),
+    _known("--model", "{measured}", "--policy", "confident", "--lines", "--batch-size", "2", stdin=b"call\nme"),
+    *(_known("--model", "{measured}", "--strategy", name) for name in ("adaptive", "lookup", "draft-and-verify")),
+    *(_known("--model", "{measured}", *flags) for flags in (("--exit-confidence", "0.5"), ("--quantize", "int4"))),
+    _known("--model", "{measured}", "--baselines", "draft-and-verify", base="bench"),
+    _known("--model", "{measured}", "--search-skips", "--exit-confidences", "0.5", base="sweep-exits"),
 )
 
 __all__ = ["CASES", "KNOWN", "SHORT", "WORKING", "attack"]

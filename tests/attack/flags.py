@@ -7,7 +7,7 @@ from random import Random
 from .material import Material
 from .victim import OUTPUTS
 
-COMMANDS = ("generate", "bench", "sweep-exits", "finetune", "data", "inspect", "import")
+COMMANDS = ("generate", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "calibrate")
 _LONG = (
     "--samples",
     "--steps",
@@ -59,6 +59,7 @@ def base_of(command: str, material: Material) -> tuple[str, ...]:
         "data": ("data", "--samples", "3"),
         "inspect": ("inspect", *model, "--max-new-tokens", "2"),
         "import": ("import", str(material.model())),
+        "calibrate": (*material.calibrate_flags(), "--output", "calibrated"),
     }[command]
 
 
@@ -71,6 +72,8 @@ def hostile_value(flag: Flag, random: Random, legal: bool = False) -> str:
     if flag.name in _OF_FLAGS and random.random() < 0.5:
         pool = _OF_FLAGS[flag.name]
     value = random.choice(pool)
+    if flag.name == "--output" and value == "/":  # root may write there, and nothing would remove it
+        value = "/proc"
     return value.encode(errors="replace").decode() if legal else value
 
 
@@ -112,7 +115,10 @@ _RANGES = (
 _OF_FLAGS = {
     **dict.fromkeys(("--exits", "--specs", "--layers", "--pass-k", "--skip"), _RANGES),
     "--output": OUTPUTS,
-    "--strategy": ("self-speculative", "draft-and-verify", "early-exit", "autoregressive", "Autoregressive"),
+    "--strategy": (
+        *("adaptive", "lookup", "self-speculative", "draft-and-verify", "early-exit", "autoregressive"),
+        *("Autoregressive", "adaptive,lookup"),
+    ),
     "--strategies": ("autoregressive", "early-exit", "autoregressive,autoregressive", ",", "x", "autoregressive," * 2000),
     "--baselines": (
         "transformers",
@@ -128,6 +134,8 @@ _OF_FLAGS = {
     "--dtype": ("fp32", "bf16", "auto", "float64", "FP32"),
     **dict.fromkeys(("--quantize", "--draft-weights"), ("int8", "int4", "int2", "INT8", "int8,int4", "int8,int8", "int4,")),
     "--exit-confidences": ("0.5", "0.8,0.9", "1", "0,0.5", "nan", "1e-50", ",", "0.5,", "2", "0.5" + ",0.5" * 20_000),
+    "--policy": ("exact", "fast", "confident", "copies", "Exact", "exact,fast", "x"),
+    "--draft-head": ("int8", "int4", "int2", "int8,int4"),
     "--format": ("table", "json", "csv", "markdown", "html"),
     "--task": ("commands", "jsonl", "lm", "humaneval", "mbpp", "cnn_dm", "xsum", "scitldr", "x", "../x"),
     "--metric": ("exact_match", "rouge1", "rougeL", "rouge9"),

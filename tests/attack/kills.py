@@ -32,6 +32,7 @@ class Scenario:
     old: Callable[[Material], Path | None]  # the folder that is copied to `out` first
     again: tuple[str, ...] = ()  # added to the command when it is repeated after the kill
     checked: tuple[str, ...] = ("model.safetensors",)  # files that must be old or new, and new after the second run
+    asked: tuple[str, ...] = ()  # with which flags the model is used
 
 
 def _import(material: Material) -> tuple[str, ...]:
@@ -56,8 +57,24 @@ SCENARIOS = (
         (),
         ("model.safetensors",),
     ),
+    Scenario(
+        "calibrate beside a model",
+        lambda m: (*m.calibrate_flags("out"), "--seed", "5"),
+        lambda m: m.model("measured"),
+        (),
+        ("model.safetensors", "int4.safetensors"),
+        ("--quantize", "int4"),
+    ),
+    Scenario(
+        "calibrate into nothing",
+        lambda m: (*m.calibrate_flags(), "--output", "out"),
+        lambda _: None,
+        ("--overwrite",),
+        ("model.safetensors", "int4.safetensors"),
+        ("--quantize", "int4"),
+    ),
 )
-_WEIGHTS = (5, 2, 2, 4, 2, 1)
+_WEIGHTS = (5, 2, 2, 4, 2, 1, 2, 1)
 
 
 def attack(case: Case) -> Iterator[Miss]:
@@ -85,7 +102,7 @@ def attack(case: Case) -> Iterator[Miss]:
 
 def _afterwards(scenario: Scenario, reference: "Reference", home: Path, case: Case, outcome: Outcome) -> Iterator[Miss]:
     out, logs = home / "out", case.logs
-    ask = Command(("generate", "--model", "out", "--max-new-tokens", "8"), _PROMPT)
+    ask = Command(("generate", "--model", "out", "--max-new-tokens", "8", *scenario.asked), _PROMPT)
     model_before = scenario.old(case.material) is not None
     if scenario.checked and (model_before or (out / "config.json").exists()):
         used = run(ask, home, logs)
@@ -136,7 +153,7 @@ def _reference(scenario: Scenario, material: Material) -> Reference:
     logs = folder / "logs"
     logs.mkdir(parents=True)
     home = _home(scenario, material, folder / "home")
-    ask = Command(("generate", "--model", "out", "--max-new-tokens", "8"), _PROMPT)
+    ask = Command(("generate", "--model", "out", "--max-new-tokens", "8", *scenario.asked), _PROMPT)
     old = run(ask, home, logs).out if scenario.old(material) is not None else ""
     count = logs / "count"
     count.write_bytes(b"")

@@ -22,6 +22,9 @@ COMMANDS = (
     *(f"{_GENERATE} --lines --batch-size 2", f"{_GENERATE} --strategy autoregressive", f"{_GENERATE} --raw --exit 2"),
     *(f"{_GENERATE} --quantize int8", f"{_GENERATE} --draft-weights int4 --draft-vocab 50"),
     "sweep-exits --model MODEL --samples 2 --exits 2 --specs 2 --max-new-tokens 4 --save",
+    *(f"{_GENERATE} {flags}" for flags in ("--quantize int4", "--policy fast", "--temperature 1", "--exit-confidence 0.5")),
+    f"{_GENERATE} --strategy draft-and-verify",
+    "calibrate --model MODEL --samples 2 --length 8 --steps 1 --output calibrated",
 )
 
 
@@ -185,9 +188,31 @@ def _tokenizer(what: str, must_fail: bool = True, **settings: object) -> Known:
     return Known(f"tokenizer.json: {what}", spoil, must_fail=must_fail, commands=(_GENERATE, _BENCH))
 
 
-def _info(**settings: object) -> Known:
+def _info(
+    model: str = "llama", must_fail: bool = False, commands: tuple[str, ...] = (_GENERATE, _IMPORT), **settings: object
+) -> Known:
     said = json.dumps(settings)[:60]
-    return Known(f"layerskip.json: {said}", lambda path: edit_json(path / "layerskip.json", **settings), must_fail=False)
+    return Known(
+        f"layerskip.json: {said}", lambda path: edit_json(path / "layerskip.json", **settings), model, must_fail, commands
+    )
+
+
+def _exact(**policy: object) -> Known:
+    """Nothing can be generated with this as the default."""
+    return _info("measured", True, (_GENERATE,), policies={"exact": policy})
+
+
+def _int4(what: str, change: Callable[[bytes], bytes], commands: tuple[str, ...] = (f"{_GENERATE} --quantize int4",)) -> Known:
+    def spoil(path: Path) -> None:
+        file = path / "int4.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+
+    return Known(f"int4.safetensors: {what}", spoil, "measured", commands=commands)
+
+
+def _foreign_int4(path: Path) -> None:
+    """The file of another model: its weights are those of the model beside it no more."""
+    change_weights(path, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].mul_(1.5))
 
 
 def _in_a_circle(path: Path) -> None:
@@ -225,6 +250,35 @@ _FILES: tuple[Known, ...] = (
     *(_info(recommended={"exit_layer": count, "num_draft_tokens": count}) for count in _COUNTS),
     *(_info(policies={"exact": {"strategy": "early-exit", "exit_layer": count}}) for count in (*_COUNTS, None)),
     *(_info(policies=policies) for policies in ([], {"exact": 3}, {"exact": {"strategy": "magic"}}, {"": {}})),
+    *(
+        _info("measured", True, (_GENERATE, f"{_GENERATE} --temperature 1"), profile=profile)
+        for profile in ([], {"passes": [1e-300, 1e8]}, {"acceptance": {"exit 2": 1.5}}, {"drafts": {"exit 2": 0}}, {"x": 1})
+    ),
+    _info("measured", False, (f"{_GENERATE} --temperature 1",), profile={"passes": [1e9, 1e-4], "acceptance": {"exit 2": 0}}),
+    _info("measured", False, (f"{_GENERATE} --temperature 1",), profile={"passes": [1e-4, 1e9], "drafts": {"exit 2": 1e9}}),
+    _exact(strategy="early-exit", exit_layer=2),
+    _exact(strategy="self-speculative", exit_layer=77),
+    _exact(strategy="draft-and-verify", skip=[9]),
+    _exact(strategy="draft-and-verify", skip=[1, 2, 3, 4]),
+    _exact(strategy="lookup", lookup=2.5),
+    _exact(strategy="self-speculative", exit_layer=2, draft_weights="int2"),
+    _exact(strategy="adaptive", measured={"task": 1}),
+    _info(
+        "measured",
+        True,
+        (f"{_GENERATE} --strategy draft-and-verify",),
+        recommended={"skip": {"layers": [9], "num_draft_tokens": 1}},
+    ),
+    _info("measured", True, (_GENERATE,), recommended={"skip": {"layers": [], "num_draft_tokens": True}}),
+    *(_info("measured", config={"recipe": {"curriculum": "all", "exits": exits}}) for exits in ([99], "x", [True, 2.5], [])),
+    *(_info("measured", final_losses=losses) for losses in ([], {"4": "x"}, {"2": 1e308, "3": -1e308, "4": -1e308})),
+    _int4("cut", lambda data: data[:-9]),
+    _int4("empty", lambda data: b""),
+    _int4("its header alone", lambda data: data[:40]),
+    _int4("not finite", lambda data: data[:-4000] + b"\xff" * 4000),
+    _int4("zeros", lambda data: bytes(len(data))),
+    _int4("another format", lambda data: data.replace(b'"group_size":"32"', b'"group_size":"64"')),
+    Known("int4.safetensors of other weights", _foreign_int4, "measured", commands=(f"{_GENERATE} --quantize int4",)),
     *(_info(prompt_template=template) for template in ("", "chat", "{prompt", "{prompt}" * 90, 5, [])),
     Known("GGUF: 10 million blocks", lambda file: edit_gguf(file, b"llama.block_count", 10**7), "tiny.gguf"),
     Known("GGUF: no heads", lambda file: edit_gguf(file, b"llama.attention.head_count", 0), "tiny.gguf"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from .command import Command, run, start
 from .forked import Child, Limits
 
-MODELS = ("llama", "qwen2", "smollm3", "gemma3_text", "sharded", "adapter", "tiny.gguf", "chat")
+MODELS = ("llama", "qwen2", "smollm3", "gemma3_text", "sharded", "adapter", "tiny.gguf", "chat", "measured")
 _SHAPES: dict[str, dict[str, object]] = {
     "llama": {},
     "qwen2": {},
@@ -62,6 +62,10 @@ class Material:
     def bench_flags(self) -> tuple[str, ...]:
         return ("bench", "--model", str(self.model()), "--samples", "3", "--repeats", "1", "--max-new-tokens", "4")
 
+    def calibrate_flags(self, model: str | None = None) -> tuple[str, ...]:
+        """`model`: a folder, by default that of `measured`."""
+        return ("calibrate", "--model", model or str(self.model("measured")), "--samples", "2", "--length", "8", "--steps", "1")
+
     def training_flags(self, steps: int = 3) -> tuple[str, ...]:
         return (
             *("finetune", "--model", str(self.model()), "--steps", str(steps), "--batch-size", "2", "--max-length", "64"),
@@ -84,6 +88,7 @@ def import_everything() -> None:
 
     for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Gemma3Text", "Gemma2", "Gemma", "Olmo2", "Granite"):
         MODEL_FOR_CAUSAL_LM_MAPPING[getattr(transformers, f"{name}Config")]
+    import layerskip_core.calibration.run
     import layerskip_core.evaluation.measure.bench
     import layerskip_core.evaluation.measure.sweep
     import layerskip_core.evaluation.report.html
@@ -111,6 +116,7 @@ def import_what_commands_import(material: Material) -> None:
             ("data", "--data", str(material.data / "rows.parquet")),
             ("generate", *named),
             ("generate", "--model", str(material.model("adapter")), *named[2:]),
+            ("generate", "--model", str(material.model("measured")), "--quantize", "int4", *named[2:]),
             training,
         )
     ):
@@ -146,6 +152,8 @@ def make(root: Path) -> Material:
         assert outcome is not None and outcome.status == 0, outcome
     bench = material.bench_flags()
     sweep = ("sweep-exits", *bench[1:5], "--exits", "2,3", "--specs", "2", *bench[7:])
+    outcome = run(Command(material.calibrate_flags()), root, logs)
+    assert outcome.status == 0, outcome
     for flags, folder in ((bench, material.bench), (sweep, material.sweep), (material.training_flags(), material.training)):
         outcome = run(Command((*flags, "--output", str(folder))), root, logs)
         assert outcome.status == 0, outcome
@@ -179,7 +187,37 @@ def _make_models(material: Material) -> None:
     information = json.loads((material.model("chat") / "layerskip.json").read_text())
     information["prompt_template"] = "chat"
     (material.model("chat") / "layerskip.json").write_text(json.dumps(information))
+    _make_measured(material, tokenizer, special)
     _make_adapter(material, tokenizer)
+
+
+def _make_measured(material: Material, tokenizer: object, special: dict[str, object]) -> None:
+    """A model with all that a training and `sweep-exits --save` store, of widths that int4 kernels run."""
+    import torch
+    from conftest import tiny_model
+
+    from layerskip_core.checkpoint.info import CheckpointInfo
+    from layerskip_core.checkpoint.save import save_checkpoint
+    from layerskip_core.config.decoding import DraftProfile, SkipChoice
+    from layerskip_core.config.policies import Policy
+
+    widths = {"hidden_size": 64, "intermediate_size": 64}
+    model = tiny_model("llama", torch.float32, vocab_size=300, num_hidden_layers=4, **widths, **special)
+    info = CheckpointInfo(
+        "{prompt}\n",
+        exit_layer=2,
+        num_draft_tokens=3,
+        details={"config": {"recipe": {"curriculum": "rotational", "exits": [2, 3]}}, "final_losses": {"2": 3.5, "4": 3.0}},
+        policies={
+            "exact": Policy("adaptive"),
+            "fast": Policy("early-exit", 3),
+            "confident": Policy("early-exit", exits=(2, 3), exit_confidence=0.3),
+            "copies": Policy("self-speculative", 4, 2, "int4"),
+        },
+        skip=SkipChoice((2,), 3),
+        profile=DraftProfile({"exit 2": 0.5, "exit 3": 0.7}, (1.0, 1.1, 1.2), {"exit 2": 0.5, "exit 3": 0.7}),
+    )
+    save_checkpoint(model, tokenizer, info, str(material.model("measured")), torch.float32)
 
 
 def _make_adapter(material: Material, tokenizer: object) -> None:

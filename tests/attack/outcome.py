@@ -44,6 +44,8 @@ def misses_of(outcome: Outcome, *, must_fail: bool = False, interrupted: bool = 
     tail = outcome.tail
     if "Traceback (most recent call last)" in outcome.err + outcome.out:
         return [Miss("traceback", tail)]
+    if "--debug shows where" in outcome.err:
+        return [Miss("traceback", f"an exception that is no error of ours; {tail}")]
     if outcome.timed_out or outcome.status == -signal.SIGXCPU:
         return [Miss("hang", f"did not end in time; {tail}")]
     if outcome.peak_mb > MOST_MEMORY_MB:

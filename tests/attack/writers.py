@@ -16,6 +16,7 @@ CASES, SHORT = 60, (0, 3, 4, 5)
 _PAIRS = (
     *(("import", "import other"), ("import", "import other"), ("import", "import"), ("finetune", "finetune other")),
     *(("bench", "bench"), ("import", "finetune"), ("sweep --save", "sweep --save"), ("sweep --save", "import")),
+    ("calibrate", "import"),
 )
 
 
@@ -27,6 +28,7 @@ def _flags(name: str, material: Material) -> tuple[str, ...]:
         "finetune": (*train, "--output", "out", "--overwrite", "--seed", "1"),
         "finetune other": (*train, "--output", "out", "--overwrite", "--seed", "2"),
         "bench": (*material.bench_flags(), "--output", "out"),
+        "calibrate": (*material.calibrate_flags(), "--output", "out", "--overwrite"),
         "sweep --save": ("sweep-exits", "--model", "out", "--samples", "1", "--exits", "2", "--specs", "2", "--save"),
     }[name]
 
@@ -56,7 +58,7 @@ def attack(case: Case) -> Iterator[Miss]:
 def _judge(case: Case, home: Path, won: list[str]) -> Iterator[Miss]:
     """The output must be what one of the successful commands writes, and must be usable."""
     found = snapshot(home / "out")
-    writers = [name for name in won if name.startswith(("import", "finetune"))]
+    writers = [name for name in won if name.startswith(("import", "finetune", "calibrate"))]
     if writers:
         expected = {name: _alone(name, case.material) for name in writers}
         if not any(_weights(found) == _weights(files) for files in expected.values()):
