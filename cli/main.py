@@ -44,14 +44,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("finetune", cls=Command)(finetune)
-app.command("sweep-exits", cls=Command)(sweep_exits)
-app.command("generate", cls=Command)(generate)
-app.command("bench", cls=Command)(bench)
-app.command("inspect", cls=Command)(inspect)
-app.command("calibrate", cls=Command)(calibrate)
-app.command("import", cls=Command)(import_model)
-app.command("data", cls=Command)(data)
+app.command("finetune", cls=Command, short_help="Train a checkpoint with layer dropout and early-exit loss.")(finetune)
+app.command("sweep-exits", cls=Command, short_help="Measure exits and draft lengths, and recommend a setting.")(sweep_exits)
+app.command("generate", cls=Command, short_help="Generate text from prompts.")(generate)
+app.command("bench", cls=Command, short_help="Compare decoding strategies on the same prompts.")(bench)
+app.command("inspect", cls=Command, short_help="Show what the model predicts after every layer.")(inspect)
+app.command("calibrate", cls=Command, short_help="Make better int4 weights for a model.")(calibrate)
+app.command("import", cls=Command, short_help="Write any model as a plain transformers checkpoint.")(import_model)
+app.command("data", cls=Command, short_help="Print the rows of a data set as JSON lines.")(data)
 
 
 def _print_version(wanted: bool) -> None:

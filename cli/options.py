@@ -291,6 +291,10 @@ OPTIONS: dict[type, dict[str, Option]] = {
 }
 
 
+# Fields of the configs in a config that have no flag there, because the config has its own instead.
+HIDDEN: dict[type, tuple[str, ...]] = {SweepConfig: ("exit_confidence",)}
+
+
 def flags_of(field: str, option: Option) -> tuple[str, ...]:
     """The flags of a field, --max-new-tokens for `max_new_tokens` unless its Option names others. Errors show the first."""
     return tuple((option.flag or "--" + field.replace("_", "-")).split("/"))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 from typer.core import TyperCommand
 
-from .options import OPTIONS, PANELS, Option, flags_of
+from .options import HIDDEN, OPTIONS, PANELS, Option, flags_of
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -121,14 +121,16 @@ def _flags_of(config: Any) -> Iterator[_Flag]:
     """The flags of a config and of the configs in it, in the order of the fields."""
     nested = _nested(config)
     own = {flag.field: flag for flag in _own_flags(config)}
+    replaced = {*own, *HIDDEN.get(type(config), ())}
     for field in fields(config):
         if field.name in own:
             yield own[field.name]
         elif field.name in nested:
-            yield from (flag for flag in _flags_of(nested[field.name]) if flag.field not in own)
+            yield from (flag for flag in _flags_of(nested[field.name]) if flag.field not in replaced)
 
 
 def _made(config: Any, values: Mapping[str, Any]) -> Any:
     """The config with the values of its flags."""
     nested = {name: _made(value, values) for name, value in _nested(config).items()}
-    return replace(config, **nested, **{flag.field: flag.value(values[flag.field]) for flag in _own_flags(config)})
+    own = {flag.field: flag.value(values[flag.field]) for flag in _own_flags(config) if flag.field in values}
+    return replace(config, **nested, **own)
