@@ -10,7 +10,7 @@ from ..config.packing import PackingConfig, Quantization
 from .draft_vocabulary import DraftVocabulary
 from .layer_weights import NormWeights, norm_weights
 from .spec import EMBEDDING, ModelSpec
-from .weights import Take, Weights
+from .weights import Take, Weights, checked
 
 LayerT = TypeVar("LayerT")
 HeadT = TypeVar("HeadT")
@@ -46,8 +46,9 @@ def repack(
     """
 
     def source(weights: Weights, kind: Quantization | None) -> Weights:
-        return weights.after(int4) if kind == "int4" and int4 is not None else weights
+        return weights.after(calibrated) if kind == "int4" and calibrated is not None else weights
 
+    calibrated = None if int4 is None else checked(int4, spec.shapes)
     norm = norm_weights(weights, "model.norm", spec)
     vocabulary = DraftVocabulary(spec.vocab, packing.draft_vocab, token_order) if packing.draft_vocab else None
     heads = weights.remembered("").after({EMBEDDING: embedding}.get)

@@ -18,7 +18,7 @@ Take = Callable[[str], Tensor | None]  # the weight of a name, or None
 class Weights:
     """Weights by name after a prefix. `shapes` are those that the architecture has; others in a checkpoint are ignored."""
 
-    take: Take
+    take: Take  # `checked`
     shapes: Shapes
     prefix: str = ""
 
@@ -26,7 +26,7 @@ class Weights:
         return Weights(self.take, self.shapes, self.prefix + prefix)
 
     def remembered(self, prefix: str) -> "Weights":
-        """As `below`, for weights that are read twice: they stay in memory as long as this object."""
+        """As `below`, for weights used twice: they are read and checked once, and stay in memory as long as this object."""
         return Weights(cache(self.take), self.shapes, self.prefix + prefix)
 
     def after(self, first: Take) -> "Weights":
@@ -43,18 +43,27 @@ class Weights:
         return self.of(name) if self.prefix + name in self.shapes else None
 
     def of(self, name: str) -> Tensor:
-        """Raises CheckpointError if the weight is missing, has another shape, or is not finite."""
+        """Raises CheckpointError if the weight is missing, and as `checked` does."""
         full = self.prefix + name
         weight = self.take(full)
         if weight is None:
             raise CheckpointError(f"the weight {full} is missing")
-        needed = self.shapes[full]
-        if is_stored(weight):
-            check_shape(full, stored_shape(*needed), tuple(weight.shape))
-        else:
-            check_shape(full, needed, tuple(weight.shape))
-            check_finite(full, weight)
         return weight
+
+
+def checked(take: Take, shapes: Shapes) -> Take:
+    """`take`, raising CheckpointError for a weight that has another shape than `shapes` says, or is not finite."""
+
+    def checked_take(name: str) -> Tensor | None:
+        weight = take(name)
+        if weight is not None and is_stored(weight):
+            check_shape(name, stored_shape(*shapes[name]), tuple(weight.shape))
+        elif weight is not None:
+            check_shape(name, shapes[name], tuple(weight.shape))
+            check_finite(name, weight)
+        return weight
+
+    return checked_take
 
 
 def check_model(model: nn.Module, spec: ModelSpec) -> None:
@@ -66,11 +75,7 @@ def check_model(model: nn.Module, spec: ModelSpec) -> None:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raises CheckpointError for a weight with NaN or infinity, which would make every output meaningless.
-
-    A single number that is not finite makes the sum so. A second pass is needed only if finite numbers overflow their sum.
-    """
-    total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
-    if not bool(total.isfinite()) and not bool(weight.isfinite().all()):
+    """Raises CheckpointError for a weight with NaN or infinity, which would make every output meaningless."""
+    if not bool(torch.stack(weight.aminmax()).isfinite().all()):  # in bf16 far faster than a sum
         what = "NaN" if bool(weight.isnan().any()) else "infinity"
         raise CheckpointError(f"the weight {name} holds {what}: it is damaged, or its training diverged")

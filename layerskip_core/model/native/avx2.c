@@ -1,1 +1,2 @@
 #include "kernels.c"
+#include "pack.c"

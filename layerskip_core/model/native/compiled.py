@@ -16,7 +16,7 @@ KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers th
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 VARIANTS = ("amx", "avx512", "avx2")  # the best first
-INTERFACE = 7  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 8  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
 
@@ -79,13 +79,16 @@ class Kernels:
         self.variant = variant
         self.span, self.write = library.layerskip_span, library.layerskip_write
         self.score, self.draft = library.layerskip_score, library.layerskip_draft
+        self.pack = library.layerskip_pack
         self.span.argtypes = self.write.argtypes = [POINTER(CShape), c_void_p, c_int, POINTER(CCall), c_int]
         self.score.argtypes = [POINTER(CShape), POINTER(CNorm), POINTER(CMatrix), POINTER(CCall), c_void_p, c_int]
         self.draft.argtypes = [
             *(POINTER(CShape), c_void_p, POINTER(CNorm), POINTER(CMatrix)),
             *(POINTER(CCall), POINTER(CDraft), c_int),
         ]
-        self.span.restype = self.write.restype = self.score.restype = self.draft.restype = None
+        self.pack.argtypes = [POINTER(CMatrix), c_void_p, *[c_int] * 5]
+        for function in (self.span, self.write, self.score, self.draft, self.pack):
+            function.restype = None
         runtime = ctypes.CDLL(None)  # includes the OpenMP runtime that torch has loaded
         try:
             library.layerskip_use_openmp(*(ctypes.cast(runtime[name], c_void_p) for name in _OPENMP))

@@ -4,7 +4,7 @@
  * The kernels are batch-invariant: every sum is taken in the same order for one row as for many, so a token that is drafted
  * alone and verified among others has the same bits. Hidden states, queries and sums are fp32.
  *
- * Weights (outputs, inputs) are stored in panels of 32 outputs that are read from front to end; matrix.py packs them. Threads
+ * Weights (outputs, inputs) are stored in panels of 32 outputs that are read from front to end; pack.c packs them. Threads
  * come from the OpenMP runtime that torch uses, because two pools would compete for the cores. They divide the panels of a
  * matrix and the heads of attention and meet at barriers.
  */
@@ -706,7 +706,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 7; }
+int layerskip_interface(void) { return 8; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

@@ -4,19 +4,21 @@ from ...config.packing import Quantization
 from ..layer_weights import NormWeights, Projection, layer_weights, stacked
 from ..spec import ModelSpec
 from ..weights import Weights
-from .compiled import CLayer, CNorm
+from .compiled import CLayer, CNorm, Kernels
 from .matrix import NativeMatrix
 
 
 class NativeLayer:
     """A layer's weights and the C structure with their addresses."""
 
-    def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None) -> None:
+    def __init__(
+        self, kernels: Kernels, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None
+    ) -> None:
         parts = layer_weights(weights, spec)
 
         def matrix(*projections: Projection) -> NativeMatrix:
             biases = [projection.bias for projection in projections if projection.bias is not None]
-            return NativeMatrix([projection.weight for projection in projections], biases or None, quantization)
+            return NativeMatrix(kernels, [projection.weight for projection in projections], biases or None, quantization)
 
         self._matrices = [
             matrix(stacked([parts.query, parts.key, parts.value])),

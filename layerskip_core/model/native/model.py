@@ -18,7 +18,7 @@ from ..repack import repack, taken_from
 from ..rope import RopeTables
 from ..spec import EMBEDDING, ModelSpec
 from ..splitting import propagate_in_parts, run_in_parts
-from ..weights import Take, Weights
+from ..weights import Take, Weights, checked
 from .buffers import BufferPool, shape_of
 from .compiled import ACTIVATIONS, MOST_ROPES, kernels
 from .draft import OneCallDraft
@@ -70,17 +70,17 @@ class NativeBackend:
         compiled = kernels()
         assert compiled is not None
         spec = self.spec = ModelSpec.of(config)
-        weights = Weights(take, spec.shapes)
+        weights = Weights(checked(take, spec.shapes), spec.shapes)
         with torch.inference_mode():
             embedding = weights.of(EMBEDDING)
             shape = shape_of(spec, embedding.dtype)
             pool = BufferPool(shape, spec.norms_blocks)
 
             def pack_layer(weights: Weights, index: int, quantization: Quantization | None, _: bool) -> NativeLayer:
-                return NativeLayer(weights, spec, index, quantization)
+                return NativeLayer(compiled, weights, spec, index, quantization)
 
             def pack_head(norm: NormWeights, weight: Tensor, quantization: Quantization | None, _: bool) -> NativeHead:
-                return NativeHead(compiled, shape, pool, spec, norm, NativeMatrix([weight], None, quantization))
+                return NativeHead(compiled, shape, pool, spec, norm, NativeMatrix(compiled, [weight], None, quantization))
 
             packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head, int4)
             chain = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))

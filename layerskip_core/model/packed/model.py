@@ -16,7 +16,7 @@ from ..repack import repack, taken_from
 from ..rope import Rope
 from ..spec import EMBEDDING, ModelSpec
 from ..splitting import propagate_in_parts, run_in_parts
-from ..weights import Take, Weights
+from ..weights import Take, Weights, checked
 from .head import PackedHead
 from .layer import PackedLayer, missing_feature
 from .linear import KernelLinear
@@ -48,7 +48,7 @@ class PackedBackend:
         """
         packing = packing or PackingConfig()
         spec = self.spec = ModelSpec.of(config)
-        weights = Weights(take, spec.shapes)
+        weights = Weights(checked(take, spec.shapes), spec.shapes)
 
         def pack_layer(weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> PackedLayer:
             return PackedLayer(weights, spec, index, quantization, exact)

@@ -1,0 +1,144 @@
+"""Weights in panels, as torch's operations on whole tensors give them, to the bit."""
+
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_native import BUILT, needs_kernels
+
+from layerskip_core.model.int4 import GROUP_SIZE, int4_of, stored
+from layerskip_core.model.native import compiled
+from layerskip_core.model.native.matrix import NativeMatrix
+from layerskip_core.model.quantized import int8_levels
+
+PANEL = 32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def panels(weight):
+    """(P, 32, in), with zeros after the last row."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % PANEL)).view(-1, PANEL, weight.shape[1])
+
+
+def as_they_are(weight):
+    units = 4 // weight.element_size()
+    return panels(weight).unflatten(2, (-1, units)).transpose(1, 2), None
+
+
+def int8(weight):
+    levels, scale = int8_levels(panels(weight).flatten(0, 1))
+    unsigned = levels.to(torch.int16).add_(128).to(torch.uint8)
+    return unsigned.view(-1, PANEL, weight.shape[1] // 4, 4).transpose(1, 2), scale.view(-1, PANEL)
+
+
+def int4(weight):
+    levels, scale, low = int4_of(panels(weight).flatten(0, 1))
+    quads = levels.view(-1, PANEL, scale.shape[1], 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
+    factors = torch.stack([scale, low]).to(torch.bfloat16).view(2, -1, PANEL, scale.shape[1])
+    return quads[0] | quads[1] << 4, factors.permute(1, 3, 0, 2)
+
+
+EXPECTED = {None: as_they_are, "int8": int8, "int4": int4}
+
+
+def random_weight(outputs, inputs, dtype):
+    """Random numbers, with rows and groups at which rounding could go wrong."""
+    generator = torch.Generator().manual_seed(outputs * inputs)
+    weight = torch.randn(outputs, inputs, generator=generator) * 10 ** torch.randn(outputs, 1, generator=generator)
+    steps = torch.arange(inputs) % 255 - 127
+    edges = torch.stack(
+        [
+            torch.zeros(inputs),
+            -torch.zeros(inputs),
+            torch.full((inputs,), -1.001),  # its lowest value rounds in bf16: the level is far out of range
+            steps / 2,  # ties of int8 where the largest is 127
+            torch.where(torch.arange(inputs) % 32 == 31, 15, (steps + 127) % 31 / 2),  # ties of int4
+            steps * 1e-44,  # subnormal
+            steps * 1e-14,  # below the smallest step
+            steps * 1e34,
+        ]
+    )
+    edges[3, 0] = -127
+    count = min(len(edges), outputs)
+    weight[torch.arange(count) * (outputs - 1) // max(1, count - 1)] = edges[:count]
+    return weight.to(dtype)
+
+
+def packed_by(variant, weights, quantization=None):
+    """What the kernels read: the weights, and their scales or None."""
+    kernels = compiled.kernels(variant)
+    assert kernels is not None
+    matrix = NativeMatrix(kernels, weights, None, quantization)
+    structure = matrix.structure
+    held = matrix._scale
+    scale = None if held is None else held.clone()
+    assert scale is None or structure.scale == held.data_ptr()
+    data = bytearray(ctypes.string_at(structure.weight, matrix._weight.nbytes))
+    return torch.frombuffer(data, dtype=torch.uint8), scale
+
+
+def assert_packed(variant, weights, quantization=None):
+    expected = [EXPECTED[quantization](weight) for weight in weights]
+    data, scale = packed_by(variant, weights, quantization)
+    wanted = torch.stack([part for part, _ in expected], dim=1).contiguous().flatten()
+    assert torch.equal(data, wanted.view(torch.uint8))
+    if quantization is None:
+        assert scale is None
+    else:
+        assert torch.equal(scale, torch.stack([part for _, part in expected], dim=1).flatten())
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+SHAPES = [(1, 32), (31, 64), (32, 96), (100, 32), (257, 544)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", EXPECTED)
+@pytest.mark.parametrize("variant", BUILT)
+def test_panels_are_those_of_torch(variant, quantization, dtype, threads):
+    for outputs, inputs in SHAPES:
+        assert_packed(variant, [random_weight(outputs, inputs, DTYPES[dtype])], quantization)
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", BUILT)
+def test_unrounded_weights_of_any_even_width(variant):
+    for inputs in (2, 14, 30, 34, 62):
+        for dtype in DTYPES.values():
+            assert_packed(variant, [random_weight(40, inputs, dtype)])
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", EXPECTED)
+@pytest.mark.parametrize("variant", BUILT)
+def test_panels_of_two_weights_alternate(variant, quantization):
+    both = random_weight(140, 64, torch.bfloat16)
+    assert_packed(variant, [both[:70], both[70:]], quantization)
+    assert_packed(variant, [both[::2], both[1::2]], quantization)  # rows that do not follow each other
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", BUILT)
+def test_stored_int4_weights(variant, threads):
+    """Their padding differs from that of rounded weights: rows of zero bytes."""
+    weights = [stored(int4_of(random_weight(100, 3 * GROUP_SIZE, torch.float32))) for _ in range(2)]
+    assert_packed(variant, weights, "int4")
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", BUILT)
+def test_every_finite_bf16_value_rounds_as_in_torch(variant):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = bits[bits.isfinite()]
+    weight = F.pad(finite, (0, -len(finite) % GROUP_SIZE)).view(-1, GROUP_SIZE)
+    for quantization in EXPECTED:
+        assert_packed(variant, [weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))]], quantization)
