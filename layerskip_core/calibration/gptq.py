@@ -3,6 +3,9 @@
 The error of a weight W (out, in) is the sum over inputs x of |(W - W4) x|^2, which is the trace of (W - W4) H (W - W4)^T with
 H = sum x x^T. Where the inputs come from layers that are quantised already, W x is compared with the output for the inputs y of
 the original layers (GPTAQ, Li et al., ICML 2025): W is first replaced by W + W (sum (y - x) x^T) H^-1, the best weight for x.
+That is a regression, which also fits the noise of the texts, so its H is damped more. Of the outputs of the MLP of layer 16 of
+SmolLM2-135M on other texts (128 texts), 5.10% were wrong with dampings of 0.01, 5.09% without the correction, and 4.98% with
+a damping of 1 for the correction; 4.76% came from the layers before. Inputs of 576 instead of 1,536 values need less of it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,8 @@ from torch import Tensor
 
 from ..model.int4 import GROUP_SIZE, LEVELS, Int4
 
-_DAMPING = 0.01  # of the mean of H's diagonal, added to it
+_DAMPING = 0.1  # of the mean of H's diagonal, added to it
+_CORRECTION_DAMPING = 1.0  # the same for the correction
 _BLOCK = 128  # inputs whose errors are passed on together
 _RANGES = 20  # tried for each group: from all of it down to the narrowest
 _NARROWEST = 0.6  # of the distance from the smallest to the largest weight
@@ -49,9 +53,11 @@ class Aim:
         """The outputs of the original layer, on the inputs that the moments are of."""
         square = moments.square.clone()
         square.diagonal()[square.diagonal() == 0] = 1
-        square.diagonal().add_(_DAMPING * square.diagonal().mean())
+        mean = square.diagonal().mean()
         original = weight.float()
-        correction = torch.cholesky_solve(moments.shift.T, torch.linalg.cholesky(square)).T
+        ridge = square + _CORRECTION_DAMPING * mean * torch.eye(len(square))
+        correction = torch.cholesky_solve(moments.shift.T, torch.linalg.cholesky(ridge)).T
+        square.diagonal().add_(_DAMPING * mean)
         return cls(torch.addmm(original, original, correction), square)
 
     def error(self, made: Int4) -> float:

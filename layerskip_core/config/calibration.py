@@ -16,7 +16,7 @@ class CalibrationConfig:
     model: str = "embedded"
     output: str | None = None
     data: str | None = None
-    samples: int = 128
+    samples: int = 256
     length: int = 256
     tuning_steps: int = 32
     seed: int = 0

@@ -68,6 +68,15 @@ def test_inputs_of_quantised_layers_are_corrected_towards_the_original_outputs()
     assert output_error(corrected, given, original) < 0.5 * output_error(plain, given, original)
 
 
+def test_the_correction_does_not_learn_the_noise_of_the_inputs():
+    given, unseen = inputs(count=2400)[:240], inputs(count=2400)[-1200:]
+    generator = torch.Generator().manual_seed(2)
+    original = given + 0.5 * torch.randn(given.shape, generator=generator)
+    corrected, plain = gptq(aim(given, original)), gptq(aim(given))
+    assert output_error(corrected, given, original) < output_error(plain, given, original)
+    assert output_error(corrected, unseen) < 1.8 * output_error(plain, unseen)
+
+
 def test_inputs_that_are_always_zero_do_no_harm():
     given = inputs()
     given[:, 7] = 0
@@ -82,7 +91,7 @@ def test_each_part_of_the_descent_lowers_the_error():
     moved = with_best_levels(scaled, goal)
     assert goal.error(moved) < goal.error(scaled) < goal.error(made)
     assert torch.equal(scaled.levels, made.levels) and torch.equal(moved.scale, scaled.scale)
-    assert goal.error(descended(made, goal)) < 0.95 * goal.error(moved)
+    assert goal.error(descended(made, goal)) < 0.97 * goal.error(moved)
     assert moved.levels.max() == 15 and moved.levels.min() == 0
 
 
