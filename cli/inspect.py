@@ -116,30 +116,39 @@ def _spread(num_layers: int, count: int) -> tuple[int, ...]:
 
 
 def _print(inspection: "Inspection", layers: tuple[int, ...], console: Console) -> None:
-    """A row per token and a column per layer, in as many tables as the terminal's width requires."""
-    room = _room(console)
-    for start in range(0, len(layers), room):
-        part = layers[start : start + room]
+    """A row per token, a column per layer and exit block, in as many tables as the terminal's width requires."""
+    room, blocks = _room(console), inspection.tokens[0].blocks if inspection.tokens else {}
+    columns = [(kind, layer) for layer in layers for kind in ("layer", "block") if kind == "layer" or layer in blocks]
+    for start in range(0, len(columns), room):
+        part = columns[start : start + room]
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         table.add_column("token", no_wrap=True, width=_CELL)
         table.add_column("needed", justify="right", no_wrap=True)
-        for layer in part:
-            table.add_column(f"layer {layer}", no_wrap=True, width=_CELL)
+        for kind, layer in part:
+            table.add_column(f"{kind} {layer}", no_wrap=True, width=_CELL)
         for trace in inspection.tokens:
-            table.add_row(Text(_visible(trace.token)), str(trace.settled), *(_cell(trace, layer) for layer in part))
+            cells = (_cell(trace, layer) if kind == "layer" else _block_cell(trace, layer) for kind, layer in part)
+            table.add_row(Text(_visible(trace.token)), str(trace.settled), *cells)
         console.print(table)
         console.print()
     console.print(
         f"A token needed {inspection.mean_layers:.1f} of {inspection.num_layers} layers on average. "
-        "Green or =: correct from this layer on. Yellow or ~: correct here, but not in every later layer.",
+        "Green or =: correct from this layer on. Yellow or ~: correct here, but not in every later layer."
+        + (" block E: the exit block after layer E." if blocks else ""),
         markup=False,
     )
 
 
 def _cell(trace: "TokenTrace", layer: int) -> Text:
     predicted = trace.predictions[layer - 1].token
-    if layer >= trace.settled:
-        return Text("=" + _visible(predicted), "bold green")
+    return Text("=" + _visible(predicted), "bold green") if layer >= trace.settled else _compared(trace, predicted)
+
+
+def _block_cell(trace: "TokenTrace", exit_layer: int) -> Text:
+    return _compared(trace, trace.blocks[exit_layer].token)
+
+
+def _compared(trace: "TokenTrace", predicted: str) -> Text:
     return Text("~" + _visible(predicted), "yellow") if predicted == trace.token else Text(" " + _visible(predicted), "dim")
 
 

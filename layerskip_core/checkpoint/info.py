@@ -79,12 +79,14 @@ class CheckpointInfo:
     def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
         """What a sweep measured of drafts that are stored in this way, and of passes of the target.
 
-        Where it measured no such drafts, what the losses of training say: acceptance is about exp(last loss - exit's loss).
+        Where it measured no such drafts, what training measured of exit blocks, else what its losses say: acceptance is about
+        exp(last loss - exit's loss).
         """
         known = self.profile
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
             return known
-        return DraftProfile(self._acceptance_by_losses(num_layers), () if known is None else known.passes)
+        acceptance = self._acceptance_of_blocks() or self._acceptance_by_losses(num_layers)
+        return DraftProfile(acceptance, () if known is None else known.passes)
 
     def _acceptance_by_losses(self, num_layers: int) -> dict[str, float]:
         losses = self.details.get("final_losses")
@@ -94,6 +96,13 @@ class CheckpointInfo:
             return {}
         exits = {exit_layer: known.get(str(exit_layer)) for exit_layer in self.trained_exits(num_layers)}
         return {f"exit {exit_layer}": exp(min(last - loss, 0.0)) for exit_layer, loss in exits.items() if type(loss) is float}
+
+    def _acceptance_of_blocks(self) -> dict[str, float]:
+        """The share of first drafts that each exit block had right in training."""
+        blocks = self.details.get("exit_blocks")
+        told = blocks.items() if isinstance(blocks, dict) else ()
+        shares = {f"exit {exit_layer}": block.get("agreement") for exit_layer, block in told if isinstance(block, dict)}
+        return {name: share for name, share in shares.items() if type(share) is float and 0 <= share <= 1}
 
     @property
     def _recipe(self) -> dict[str, Any]:

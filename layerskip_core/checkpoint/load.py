@@ -22,9 +22,11 @@ from ..model import (
     suits_kernels,
 )
 from ..model.draft_vocabulary import token_order
+from ..model.exit_blocks import ExitBlocks
 from ..model.native.compiled import kernel_note, requested_variant
 from ..prompting.template import resolve_template
 from .adapters import adapters_of, is_adapter
+from .exit_blocks_file import read_exit_blocks
 from .fast_read import FileWeights, generation_config, lean_config, lean_tokenizer
 from .info import CheckpointInfo, read_info
 from .int4_file import read_int4
@@ -149,10 +151,11 @@ def _lean_decoder(
     tokenizer = lean_tokenizer(path) or read_tokenizer(Location(path))
     check_tokenizer(tokenizer, spec.vocab)
     precision = pick_dtype(dtype, device, spec.parameters)
-    packing = _with_adaptive_copy(packing, info, name, path, config, precision, device)
+    blocks = read_exit_blocks(path, spec, weights.stored)
+    packing = _with_adaptive_copy(packing, _has_exits(name, info, blocks), path, config, precision, device)
     kind, notes = _best_backend(config, precision, device, packing)
     int4 = read_int4(path, spec, weights.stored) if packing is not None and packing.has_int4 else None
-    backend = kind(config, weights.reader(precision), packing, _token_order(path, config, packing), int4)
+    backend = kind(config, weights.reader(precision), packing, _token_order(path, config, packing), int4, blocks)
     eos_ids = end_ids(generation_config(path), config, tokenizer)
     return Decoder(name, backend, tokenizer, info, eos_ids, resolve_template(None, None, info.template, tokenizer), notes)
 
@@ -163,27 +166,33 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
     `folder`: that of the weights, if the model is a folder of them.
     """
     model, generic = trainable.model, decoder_of(trainable)
+    blocks = None if folder is None else read_exit_blocks(folder, generic.backend.spec, model.get_parameter)
     if can_pack(model.config):
         weight = model.get_input_embeddings().weight
         packing = _with_adaptive_copy(
-            packing, trainable.info, trainable.name, folder, model.config, weight.dtype, weight.device
+            packing, _has_exits(trainable.name, trainable.info, blocks), folder, model.config, weight.dtype, weight.device
         )
         kind, notes = _best_backend(model.config, weight.dtype, weight.device, packing)
         int4 = None
         if folder is not None and packing is not None and packing.has_int4:
             int4 = read_int4(folder, generic.backend.spec, model.get_parameter)
-        return replace(generic, backend=kind.of(model, packing, _token_order(path, model.config, packing), int4), notes=notes)
+        backend = kind.of(model, packing, _token_order(path, model.config, packing), int4, blocks)
+        return replace(generic, backend=backend, notes=notes)
     if packing is not None and not packing.is_plain:
         missing = missing_feature(generic.backend.spec)
         got = f"{model.config.model_type} with {missing}"
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {got}")
-    return generic
+    return generic if blocks is None else replace(generic, backend=GenericBackend(model, blocks))
+
+
+def _has_exits(name: str, info: CheckpointInfo, blocks: ExitBlocks | None) -> bool:
+    """Whether exits of the model were trained."""
+    return blocks is not None or info.has_trained_exits or name in PUBLISHED
 
 
 def _with_adaptive_copy(
     packing: PackingConfig | None,
-    info: CheckpointInfo,
-    name: str,
+    has_exits: bool,
     folder: str | None,
     config: Any,
     dtype: torch.dtype,
@@ -198,9 +207,8 @@ def _with_adaptive_copy(
     calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
     copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
     needed = ModelSpec.of(config).parameters * (dtype.itemsize + 1)
-    trained = info.has_trained_exits or name in PUBLISHED
     fits = needed <= _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return copied if not trained and fits and can_run_native(config, dtype, device, copied) else packing
+    return copied if not has_exits and fits and can_run_native(config, dtype, device, copied) else packing
 
 
 def _best_backend(

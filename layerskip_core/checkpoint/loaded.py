@@ -10,6 +10,7 @@ from ..config.policies import EXACT, Policy, policy_named
 from ..errors import ConfigError
 from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
+from ..model.exit_blocks import target_block
 from ..prompting.encoding import encode_prompt
 from ..prompting.template import PromptTemplate, resolve_template
 from ..prompting.tokenizer import Tokenizer
@@ -55,17 +56,20 @@ class Decoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def recommended(self, packing: PackingConfig = _PLAIN) -> ExitChoice:
-        """From layerskip.json, else as published with the model, else a quarter of the layers and 6 draft tokens.
+        """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.
+
+        Where exits have blocks, these are the trained ones.
 
         The strategy is the one that a sweep saved, self-speculative if it saved only an exit. `packing`: how drafts are stored.
         """
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
-        exits = self.info.trained_exits(self.backend.num_layers)
+        blocks = tuple(self.backend.exit_blocks)
+        exits = blocks or self.info.trained_exits(self.backend.num_layers)
         if not exits and self.name in PUBLISHED:
             exits = (exit_layer,)
         found = "self-speculative" if self.info.exit_layer is not None and not exits else None
         return ExitChoice(
-            self.info.exit_layer or exit_layer,
+            self.info.exit_layer or (blocks[0] if blocks else exit_layer),
             self.info.num_draft_tokens or drafts,
             self.info.strategy or found,
             exits,
@@ -83,12 +87,16 @@ class Decoder:
     def resolve(self, settings: DecodingSettings, packing: PackingConfig) -> DecodingConfig:
         """What was asked, completed by this checkpoint. `packing`: as it was asked for.
 
-        Raises ConfigError for a policy that is not saved or needs copies of the weights that are not here, and as
-        `DecodingSettings.resolve` does.
+        Raises ConfigError for early exit at an exit that can only draft, for a policy that is not saved or needs copies of the
+        weights that are not here, and as `DecodingSettings.resolve` does.
         """
         name, layers = self.policy_for(settings, packing), self.backend.num_layers
         if name is None:
-            return settings.resolve(self.recommended(packing), layers, packing)
+            config = settings.resolve(self.recommended(packing), layers, packing)
+            if config.strategy == "early-exit":
+                for exit_layer in config.exits if config.exit_confidence else (config.exit_layer,):
+                    target_block(self.backend.exit_blocks, exit_layer or layers)
+            return config
         policy = policy_named(self.info.policies, name)
         missing = self._missing(policy)
         require(not missing, "policy", f"given with `draft_weights` {','.join(missing)}, which it drafts with", name)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..model.backend import Backend
 from ..model.cache import KVCache
+from ..model.exit_blocks import PlacedBlock, target_block
 from .drafters import Draft
+from .true_states import TrueStates
 
 
 class Pass(NamedTuple):
@@ -28,17 +30,48 @@ class Depth(Protocol):
 
 
 class FixedDepth:
-    """Layers 0..E-1 for every token; E = L is the whole model."""
+    """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
 
-    def __init__(self, model: Backend, layers: int) -> None:
+    def __init__(
+        self, model: Backend, layers: int, true_states: TrueStates | None = None, block: PlacedBlock | None = None
+    ) -> None:
+        """`true_states`: of the blocks that draft. `block`: that of exit E."""
         self._model, self._layers = model, layers
+        self._true_states, self._block = true_states, block
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> Pass:
-        hidden = self._model.run_layers(self._model.embed(tokens), 0, self._layers, positions, cache)
-        return Pass(self._model.unembed(_at(hidden, last)), self._layers)
+        return self._pass(_at(self._run(self._model.embed(tokens), 0, positions, cache), last))
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> Pass:
-        return Pass(target_logits(self._model, draft, positions, cache, self._layers), self._layers)
+        """One pass through the layers that the draft's exit states leave."""
+        tokens, hidden, start = draft.tokens, draft.exit_states, draft.exit_layer
+        if self._true_states is not None and self._true_states.taps[0] < start:
+            hidden = None  # the states at a lower exit are needed too
+        if hidden is None:
+            hidden, start = self._model.embed(tokens), 0
+        elif (known := hidden.shape[1]) < tokens.shape[1]:
+            last = self._model.run_layers(self._model.embed(tokens[:, known:]), 0, start, positions[:, known:], cache)
+            hidden = torch.cat((hidden, last), dim=1)
+        return self._pass(self._run(hidden, start, positions, cache))
+
+    def _run(self, hidden: Tensor, start: int, positions: Tensor, cache: KVCache) -> Tensor:
+        """The layers from `start` on, and the exit's block."""
+        taken = []
+        if self._true_states is not None:
+            for tap in self._true_states.taps:
+                if start < tap:
+                    hidden, start = self._model.run_layers(hidden, start, tap, positions, cache), tap
+                taken.append(hidden)
+        hidden = self._model.run_layers(hidden, start, self._layers, positions, cache)
+        if self._true_states is not None:
+            self._true_states.take(taken, hidden, positions, cache)
+        if self._block is not None:
+            hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
+        return hidden
+
+    def _pass(self, hidden: Tensor) -> Pass:
+        logits = self._model.unembed(hidden) if self._block is None else self._block.head(hidden)
+        return Pass(logits, self._layers)
 
 
 class DynamicDepth:
@@ -49,14 +82,16 @@ class DynamicDepth:
     at E (state propagation), but only when a later token first needs them: those of several tokens are then one pass.
 
     For one prompt, without drafts. The prompt runs through all layers, and its last token decides as every other. Exits are
-    tested with the head that drafts, which may be one over the most frequent tokens; the token itself is one of all.
+    tested with the head that drafts, which may be one over the most frequent tokens; the token itself is one of all. Where an
+    exit has a block, the block decides.
     """
 
     def __init__(self, model: Backend, exits: tuple[int, ...], confidence: float) -> None:
-        """`exits`: ascending counts of layers below L."""
+        """`exits`: ascending counts of layers below L. Raises ConfigError for an exit that can only draft."""
         self._model, self._draft_side = model, model.draft_sides[None]
         self._confidence = confidence
         self._stops = (*exits, model.num_layers)  # of the spans between exits
+        self._blocks = {stop: target_block(model.exit_blocks, stop) for stop in self._stops}
         self._begin = 0  # position of the first token after the prompt
         self._left: list[Tensor] = []  # the state (1, 1, D) that each token after the prompt left with
         self._written = [0] * len(self._stops)  # by span: how many of these tokens have keys and values there
@@ -65,7 +100,8 @@ class DynamicDepth:
         hidden, start, chosen = self._model.embed(tokens), 0, None
         for stop in self._stops:
             hidden = self._model.run_layers(hidden, start, stop, positions, cache)
-            chosen, start = chosen or self._leaving(_at(hidden, last), stop), stop
+            scored = self._through_block(hidden, stop, positions, cache)
+            chosen, start = chosen or self._leaving(_at(scored, last), stop), stop
         self._begin = positions.shape[1]
         assert chosen is not None
         return chosen
@@ -77,7 +113,7 @@ class DynamicDepth:
             self._propagate(span, start, stop, place, cache)
             hidden = self._model.run_layers(hidden, start, stop, positions, cache)
             self._written[span] = place + 1
-            chosen = self._leaving(hidden, stop)
+            chosen = self._leaving(self._through_block(hidden, stop, positions, cache), stop)
             if chosen is not None:
                 break
             start = stop
@@ -90,31 +126,27 @@ class DynamicDepth:
         written = self._written[span]
         if written < place:
             positions = torch.arange(self._begin + written, self._begin + place)[None]
-            self._model.propagate(torch.cat(self._left[written:place], dim=1), start, stop, positions, cache)
+            left = torch.cat(self._left[written:place], dim=1)
+            self._model.propagate(left, start, stop, positions, cache)
+            if (block := self._blocks[stop]) is not None:
+                self._model.propagate(left, block.layer, block.layer + 1, positions, cache)
+
+    def _through_block(self, hidden: Tensor, layers: int, positions: Tensor, cache: KVCache) -> Tensor:
+        """The states after `layers` layers, and after the block of that exit if it has one."""
+        block = self._blocks[layers]
+        return hidden if block is None else self._model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
 
     def _leaving(self, hidden: Tensor, layers: int) -> Pass | None:
-        """The logits (1, 1, V) after `layers` layers if a token leaves with them."""
+        """The logits (1, 1, V) after `layers` layers, and perhaps a block, if a token leaves with them."""
+        block = self._blocks[layers]
         if layers < self._model.num_layers:
-            logits = self._draft_side.unembed(hidden)
+            drafting = self._draft_side.unembed if block is None else self._draft_side.exit_blocks[layers].head
+            logits = drafting(hidden)
             if float(logits.float().softmax(-1).amax()) <= self._confidence:
                 return None
             if self._draft_side.vocabulary is None:
                 return Pass(logits, layers)
-        return Pass(self._model.unembed(hidden), layers)
-
-
-def target_logits(model: Backend, draft: Draft, positions: Tensor, cache: KVCache, target_layers: int) -> Tensor:
-    """Logits (B, K+1, V) after each of the draft's tokens: one pass through the layers that its exit states leave."""
-    tokens, hidden = draft.tokens, draft.exit_states
-    if hidden is None:
-        hidden = model.run_layers(model.embed(tokens), 0, target_layers, positions, cache)
-    else:
-        known = hidden.shape[1]
-        if known < tokens.shape[1]:
-            last = model.run_layers(model.embed(tokens[:, known:]), 0, draft.exit_layer, positions[:, known:], cache)
-            hidden = torch.cat((hidden, last), dim=1)
-        hidden = model.run_layers(hidden, draft.exit_layer, target_layers, positions, cache)
-    return model.unembed(hidden)
+        return Pass(self._model.unembed(hidden) if block is None else block.head(hidden), layers)
 
 
 def _at(hidden: Tensor, places: Tensor) -> Tensor:

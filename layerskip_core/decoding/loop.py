@@ -18,6 +18,7 @@ from .drafters import Context, Draft, Drafter
 from .sampling import Sampler, Verdict
 from .stats import DecodeStats, step_counts
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
+from .true_states import TrueStates
 
 
 class Token(NamedTuple):
@@ -63,13 +64,18 @@ class DecodingLoop:
         drafter: Drafter | None = None,
         num_draft_tokens: int = 0,
         detokenize: Detokenize | None = None,
+        true_states: TrueStates | None = None,
     ) -> None:
-        """`depth`: which layers the target is. Raises ConfigError for a prompt that is empty or leaves no room."""
+        """`depth`: which layers the target is. `true_states`: those that `depth` takes for blocks that draft, if any do.
+
+        Raises ConfigError for a prompt that is empty or leaves no room.
+        """
         self._model = model
         self._sampler = sampler
         self._depth = depth
         self._drafter = drafter
         self._num_draft_tokens = num_draft_tokens
+        self._true_states = true_states
         self._rows = []
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, model.max_positions)
@@ -122,9 +128,10 @@ class DecodingLoop:
         verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, made.logits)
         verified_at = time.perf_counter()
         source = draft.source if newest is not None and self._drafter is not None else None
+        last = [len(row.ids) - 1 for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
         outcomes = zip(rows, draft.counts, verified, strict=True)
         steps = [self._commit(row, count, ids, source, made.layers) for row, count, ids in outcomes]
-        self._go_on(following)
+        self._go_on(following, last)
         self._draft_seconds += drafted_at - started
         if newest is None:
             self._prefill_seconds += verified_at - drafted_at
@@ -153,7 +160,8 @@ class DecodingLoop:
             longest = max(most)
             if longest > 0:
                 numbers, ids = [row.number for row in rows], [row.ids for row in rows]
-                return drafter.draft(Context(numbers, ids, newest, self._positions(longest + 1), self._cache), most)
+                features = None if self._true_states is None else self._true_states.features
+                return drafter.draft(Context(numbers, ids, newest, self._positions(longest + 1), self._cache, features), most)
         return Draft(newest, (0,) * len(rows))
 
     def _positions(self, count: int) -> Tensor:
@@ -179,8 +187,11 @@ class DecodingLoop:
         tokens = [Token(token, place < step.accepted) for place, token in enumerate(verified[:count])]
         return RowStep(row.number, tokens, reason)
 
-    def _go_on(self, newest: Tensor) -> None:
-        """With the rows that are not finished. The cache forgets rejected drafts by its lengths alone."""
+    def _go_on(self, newest: Tensor, last: list[int]) -> None:
+        """With the rows that are not finished. The cache forgets rejected drafts by its lengths alone.
+
+        `last`: where the token that each row's newest was predicted after stood in the pass.
+        """
         staying = [place for place, row in enumerate(self._rows) if row.scanner.reason is None]
         if len(staying) < len(self._rows):
             self._rows = [self._rows[place] for place in staying]
@@ -189,6 +200,8 @@ class DecodingLoop:
             newest = newest[staying]
             self._sampler.keep_rows(staying)
             self._cache.keep_rows(staying)
+        if self._true_states is not None:
+            self._true_states.go_on([last[place] for place in staying], staying)
         self._newest = newest
         self._cache.lengths = [len(row.ids) - 1 for row in self._rows]
 

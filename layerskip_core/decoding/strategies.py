@@ -1,17 +1,19 @@
 """The strategies: each is a number of layers as the target, and perhaps a drafter, for the one loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from ..config.checks import require, require_exit_layer
 from ..config.decoding import DRAFTERS, DecodingConfig
 from ..model.backend import Backend
+from ..model.exit_blocks import target_block
 from .depth import Depth, DynamicDepth, FixedDepth
 from .drafters import DrafterSetup, drafter_for
 from .loop import DecodingLoop, Token
 from .sampling import sampler_for
 from .stats import DecodeStats
 from .stopping import Detokenize, Stopping, StopReason
+from .true_states import TrueStates
 
 
 class Finished(NamedTuple):
@@ -102,15 +104,24 @@ def _loop_of(
     reuse_exit_states: bool = True,
 ) -> DecodingLoop:
     sampler, drafter = sampler_for(config.sampling, model.device, len(prompts)), None
-    depth = _depth_of(model, config)
+    true_states = _true_states(model, config)
+    depth = _depth_of(model, config, true_states)
     if config.strategy in DRAFTERS:
         drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states))
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
-    return DecodingLoop(model, prompts, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize)
+    return DecodingLoop(model, prompts, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize, true_states)
 
 
-def _depth_of(model: Backend, config: DecodingConfig) -> Depth:
-    """Raises ConfigError for an exit that the model does not have."""
+def _true_states(model: Backend, config: DecodingConfig) -> TrueStates | None:
+    """For the blocks of the exits that draft; None if there are none."""
+    exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
+    drafting = exits.get(config.strategy, ())
+    blocks = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting]
+    return TrueStates(model, blocks) if blocks else None
+
+
+def _depth_of(model: Backend, config: DecodingConfig, true_states: TrueStates | None) -> Depth:
+    """Raises ConfigError for an exit that the model does not have, or that can only draft."""
     early, layers = config.strategy == "early-exit", model.num_layers
     if early and config.exit_confidence:
         require(bool(config.exits), "exits", "given with `exit_confidence`", "none")
@@ -119,4 +130,6 @@ def _depth_of(model: Backend, config: DecodingConfig) -> Depth:
         return DynamicDepth(model, tuple(sorted(set(config.exits))), config.exit_confidence)
     if config.exit_layer is not None and config.strategy in ("early-exit", "self-speculative"):
         require_exit_layer(config.exit_layer, layers, early or config.draft_weights is not None)
-    return FixedDepth(model, config.exit_layer if early and config.exit_layer is not None else layers)
+    if early and config.exit_layer is not None:
+        return FixedDepth(model, config.exit_layer, block=target_block(model.exit_blocks, config.exit_layer))
+    return FixedDepth(model, layers, true_states)

@@ -1,6 +1,6 @@
 """The prediction after every layer for each generated token: figure 2 of the LayerSkip paper, as data."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any
 
@@ -20,6 +20,7 @@ class TokenTrace:
     token: str
     settled: int
     predictions: tuple[LayerPrediction, ...]  # after layer 1, 2, ..., L
+    blocks: dict[int, LayerPrediction] = field(default_factory=dict)  # of the exit blocks, by exit
 
 
 @dataclass(frozen=True)

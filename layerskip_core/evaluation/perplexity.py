@@ -31,7 +31,7 @@ class ReferenceLosses:
         )
 
     def perplexity(self, exit_layer: int) -> float | None:
-        """exp of the mean; None when there are no tokens or the value is not finite."""
+        """exp of the mean; None when there are no tokens or the value is not finite, and for an exit that can only draft."""
         mean = self.summed.get(exit_layer, math.nan) / max(self.tokens, 1)
         return math.exp(mean) if self.tokens and mean < 700 else None
 
@@ -79,6 +79,10 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
     hidden, cache, summed = model.embed(tokens), model.new_cache(1, len(ids)), {}
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
         hidden = model.run_layers(hidden, start, stop, positions, cache)
-        loss = summed_cross_entropy(model.unembed, hidden[0, first - 1 :], targets, model.vocab_size)
-        summed[stop] = float(loss)
+        block = model.exit_blocks.get(stop)
+        if block is not None and not block.stands_alone:
+            continue
+        scored = hidden if block is None else model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
+        head = model.unembed if block is None else block.head
+        summed[stop] = float(summed_cross_entropy(head, scored[0, first - 1 :], targets, model.vocab_size))
     return ReferenceLosses(len(targets), summed)

@@ -9,11 +9,15 @@ from torch import Tensor
 from ..config.packing import Quantization
 from .cache import KVCache
 from .draft_vocabulary import DraftVocabulary
+from .exit_blocks import PlacedBlock
 from .spec import ModelSpec
 
 
 class Layers(Protocol):
-    """An embedding and a chain of layers. Hidden states are (B, T, D); `positions` (B, T) are on the host."""
+    """An embedding and a chain of layers. Hidden states are (B, T, D); `positions` (B, T) are on the host.
+
+    The layers of exit blocks come after the `num_layers` of the model, as further layers of the chain.
+    """
 
     @property
     def num_layers(self) -> int: ...
@@ -75,16 +79,29 @@ class DraftSide(Layers, Protocol):
     def vocabulary(self) -> DraftVocabulary | None:
         """The tokens that its head scores; None for all."""
 
+    @property
+    def exit_blocks(self) -> Mapping[int, PlacedBlock]:
+        """The blocks that it has, by their exits, with heads that score the same tokens."""
+
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and head: (..., D) to logits (..., N), in the order of `vocabulary`."""
 
     def draft_greedily(
-        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds, beyond: Spans = ()
+        self,
+        token: Tensor,
+        exit_layer: int,
+        positions: Tensor,
+        cache: KVCache,
+        ends: DraftEnds,
+        beyond: Spans = (),
+        block: PlacedBlock | None = None,
+        feature: Tensor | None = None,
     ) -> GreedyDraft:
         """At most d drafts after `token` (1, 1), which stands at the first of `positions` (1, d).
 
         The states are those after `exit_layer` layers. The layers `beyond` them run between these states and the head: none
-        for an exit. The cache needs room for one position more than `positions` has.
+        for an exit. Or the exit's `block` follows them, one of `exit_blocks`, with the `feature` (1, 1, D) of the token if it
+        needs that. The cache needs room for one position more than `positions` has.
         """
 
 
@@ -120,6 +137,10 @@ class Backend(Layers, Protocol):
         """Whether a token has the same bits alone as among others, so that greedy outputs do not depend on what drafts."""
 
     @property
+    def exit_blocks(self) -> Mapping[int, PlacedBlock]:
+        """The blocks of its exits, by their exits."""
+
+    @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
         """What can draft, by the precision of its layers; None for the backend's own layers, which are always there."""
 
@@ -135,3 +156,6 @@ class Backend(Layers, Protocol):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm alone, (..., D)."""

@@ -1,21 +1,22 @@
 """The draft side of every backend: layers and a head, step by step unless there is a kernel for whole drafts."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .backend import DraftEnds, GreedyDraft, Layers, Spans
+from .backend import DraftEnds, DraftSide, GreedyDraft, Layers, Spans
 from .cache import KVCache
 from .draft_vocabulary import DraftVocabulary
+from .exit_blocks import PlacedBlock
 
 _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
 
 
-# (token, exit_layer, positions, cache, ends, beyond), see `DraftSide.draft_greedily`.
-DraftKernel = Callable[[Tensor, int, Tensor, KVCache, DraftEnds, Spans], GreedyDraft]
+# The arguments of `DraftSide.draft_greedily`.
+DraftKernel = Callable[[Tensor, int, Tensor, KVCache, DraftEnds, Spans, PlacedBlock | None, Tensor | None], GreedyDraft]
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,12 @@ class LayeredDraftSide:
     """
 
     layers: Layers
+    num_layers: int  # without those of exit blocks
     head: Callable[[Tensor], Tensor]  # (..., D) to logits (..., N)
+    exit_blocks: Mapping[int, PlacedBlock] = field(default_factory=dict)
     vocabulary: DraftVocabulary | None = None
     shares_states: bool = True
     kernel: DraftKernel | None = None
-
-    @property
-    def num_layers(self) -> int:
-        return self.layers.num_layers
 
     @property
     def device(self) -> torch.device:
@@ -49,18 +48,25 @@ class LayeredDraftSide:
         return self.head(hidden)
 
     def draft_greedily(
-        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds, beyond: Spans = ()
+        self,
+        token: Tensor,
+        exit_layer: int,
+        positions: Tensor,
+        cache: KVCache,
+        ends: DraftEnds,
+        beyond: Spans = (),
+        block: PlacedBlock | None = None,
+        feature: Tensor | None = None,
     ) -> GreedyDraft:
         """As `DraftSide` says. Step by step the hidden states are those of all tokens that were run."""
         if self.kernel is not None:
-            return self.kernel(token, exit_layer, positions, cache, ends, beyond)
+            return self.kernel(token, exit_layer, positions, cache, ends, beyond, block, feature)
         tokens, states, probs, survival = [token], [], [], 1.0
         for step in range(positions.shape[1]):
             place = positions[:, step : step + 1]
             hidden = self.layers.run_layers(self.layers.embed(tokens[-1]), 0, exit_layer, place, cache)
             states.append(hidden)
-            hidden = run_spans(self.layers, hidden, beyond, place, cache)
-            logits = self.head(hidden)
+            logits, feature = beyond_exit(self, hidden, place, cache, beyond, block, feature)
             if ends.needs_probs:
                 prob = float(logits.float().softmax(-1).amax())
                 if prob < ends.confidence:
@@ -72,6 +78,25 @@ class LayeredDraftSide:
             if survival < ends.survival or (ends.ids and int(tokens[-1]) in ends.ids):
                 break
         return GreedyDraft(torch.cat(tokens, dim=1), torch.cat(states, dim=1), probs)
+
+
+def beyond_exit(
+    side: DraftSide,
+    states: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    beyond: Spans,
+    block: PlacedBlock | None,
+    feature: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, 1, N) from the states (B, 1, D) of one token of each row after an exit, and the feature of the next token.
+
+    By the spans of layers `beyond` the exit, or by its `block`, which may need the `feature` (B, 1, D) of these tokens.
+    """
+    if block is not None:
+        hidden = side.run_layers(block.enter(states, feature), block.layer, block.layer + 1, positions, cache)
+        return block.head(hidden), None if block.join is None else block.norm(hidden)
+    return side.unembed(run_spans(side, states, beyond, positions, cache)), None
 
 
 def run_spans(layers: Layers, hidden: Tensor, spans: Spans, positions: Tensor, cache: KVCache) -> Tensor:

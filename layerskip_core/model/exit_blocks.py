@@ -6,16 +6,16 @@ token before (as EAGLE, Li et al., 2024): the target's own for the first draft o
 0 for the first token of a text.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..config.training import Feature
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from .spec import ModelSpec, Shapes
-from .weights import Take, Weights
+from .weights import Take, Weights, checked
 
 _PREFIX = "exits."
 _INPUT = "input.weight"
@@ -69,8 +69,61 @@ class ExitBlocks:
     def shapes(self, spec: ModelSpec) -> Shapes:
         return {name: shape for block in self.blocks for name, shape in block.shapes(spec).items()}
 
-    def weights(self, spec: ModelSpec) -> Weights:
-        return Weights(self.take, self.shapes(spec))
+    def weights(self, spec: ModelSpec, like: Tensor | None = None) -> Weights:
+        """In the precision and on the device of `like`; as they are stored without it."""
+
+        def take(name: str) -> Tensor | None:
+            weight = self.take(name)
+            return weight if weight is None or like is None else weight.to(like)
+
+        return Weights(checked(take, shapes := self.shapes(spec)), shapes)
+
+
+NO_BLOCKS = ExitBlocks((), lambda name: None)
+
+
+@dataclass(frozen=True)
+class PlacedBlock:
+    """A block where it runs: layer `layer` of a chain of layers, what comes before it, and what follows.
+
+    Hidden states are (..., D). `head`: the block's norm and a head, to logits (..., N). `norm`: the block's norm alone. `join`:
+    the map W from (..., 2D), None without a feature.
+    """
+
+    block: ExitBlock
+    layer: int
+    head: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    join: Callable[[Tensor], Tensor] | None
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it needs no pass of the whole model."""
+        return self.join is None
+
+    def enter(self, states: Tensor, features: Tensor | None) -> Tensor:
+        """The input of the layer, from the exit's states of some tokens and the normed final states of those before them."""
+        if self.join is None:
+            return states
+        assert features is not None
+        return self.join(torch.cat((states, features.to(states.dtype)), dim=-1))
+
+
+def target_block(blocks: Mapping[int, PlacedBlock], exit_layer: int) -> PlacedBlock | None:
+    """The block that early exit at this layer runs; None if it has none. Raises ConfigError for one that can only draft."""
+    block = blocks.get(exit_layer)
+    if block is not None and not block.stands_alone:
+        raise ConfigError(
+            f"`exit_layer` {exit_layer} can only draft, as `strategy` self-speculative or adaptive does: its exit block reads "
+            "the final states of the model (feature final), which early exit does not compute",
+            "exit_layer",
+        )
+    return block
+
+
+def features_of(finals: Tensor) -> Tensor:
+    """The features of the tokens of whole texts, from the normed final states (B, T, D) of the same tokens."""
+    return torch.cat((torch.zeros_like(finals[:, :1]), finals[:, :-1]), dim=1)
 
 
 def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:

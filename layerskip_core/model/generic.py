@@ -3,7 +3,9 @@
 import inspect
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +16,7 @@ from ..config.packing import Quantization
 from .backend import DraftSide
 from .cache import KVCache, SpanWriter
 from .drafting import LayeredDraftSide
+from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .logits import scaled_logits
 from .spec import ModelSpec
 
@@ -69,8 +72,11 @@ class GenericBackend:
     implementation = "generic"
     exact = batch_invariant = False
 
-    def __init__(self, model: nn.Module) -> None:
-        """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible."""
+    def __init__(self, model: nn.Module, exit_blocks: ExitBlocks | None = None) -> None:
+        """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible.
+
+        `exit_blocks`: those of the model's exits, which decode only.
+        """
         self.spec = ModelSpec.of(model.config)
         self.model = model
         transformers_model: Any = model
@@ -83,7 +89,13 @@ class GenericBackend:
         # transformers 5.24 renamed past_key_values; layers swallow a wrong keyword in **kwargs without an error.
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
         self._rope_by_type = "layer_type" in inspect.signature(self._decoder.rotary_emb.forward).parameters
-        self._kinds = self.spec.kinds
+        exit_blocks = exit_blocks or NO_BLOCKS
+        self._chain_spec = with_blocks(self.spec, exit_blocks.blocks)
+        self._kinds = self._chain_spec.kinds
+        self._block_layers: list[nn.Module] = []
+        self.exit_blocks: dict[int, PlacedBlock] = {}
+        for block in exit_blocks.blocks:
+            self._add_block(block, exit_blocks)
         # Gemma's embed_tokens scales its output itself.
         self._embedding_scale = 1.0 if self.spec.architecture.scales_embeddings else self.spec.embedding_scale
 
@@ -114,10 +126,10 @@ class GenericBackend:
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
         """The model itself."""
-        return {None: LayeredDraftSide(self, self.unembed)}
+        return {None: LayeredDraftSide(self, self.num_layers, self.unembed, self.exit_blocks)}
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
-        return KVCache.of(self.spec, batch_size, max_positions)
+        return KVCache.of(self._chain_spec, batch_size, max_positions)
 
     def embed(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self._decoder.embed_tokens(ids)
@@ -156,7 +168,8 @@ class GenericBackend:
         """One layer over (B, T, D), with the inputs that `prepare` made."""
         kind = self._kinds[layer]
         keywords = {self._cache_keyword: inputs.writer} if inputs.writer is not None else {}
-        output: Tensor | tuple[Tensor, ...] = self.layers[layer](
+        module = self.layers[layer] if layer < self.num_layers else self._block_layers[layer - self.num_layers]
+        output: Tensor | tuple[Tensor, ...] = module(
             hidden,
             attention_mask=inputs.mask[kind],
             position_ids=inputs.positions,
@@ -203,6 +216,29 @@ class GenericBackend:
         """The input (..., D) of the head."""
         normed: Tensor = self._decoder.norm(hidden)
         return normed
+
+    def _add_block(self, block: ExitBlock, stored: ExitBlocks) -> None:
+        """As copies of the last layer and of the final norm with the block's weights."""
+        weights = stored.weights(self.spec, self._weight)
+        layer, norm = deepcopy(self.layers[-1]), deepcopy(self._decoder.norm)
+        for module, prefix in ((layer, f"{block.prefix}layer."), (norm, f"{block.prefix}norm.")):
+            for name, parameter in module.named_parameters():
+                parameter.data = weights.of(prefix + name)
+                parameter.requires_grad_(False)
+        place = self.num_layers + len(self._block_layers)
+        parts: list[Any] = list(layer.modules())
+        for part in parts:
+            if hasattr(part, "layer_idx"):  # by which attention addresses the cache
+                part.layer_idx = place
+        self._block_layers.append(layer.eval())
+        join = None
+        if block.feature == "final":
+            join = partial(F.linear, weight=weights.of(block.input_name))
+
+        def head(hidden: Tensor) -> Tensor:
+            return scaled_logits(self._head(norm(hidden)), self.spec)
+
+        self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, norm, join)
 
     def _rope(self, hidden: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         cos, sin = self._decoder.rotary_emb(hidden, positions, *((kind,) if self._rope_by_type else ()))

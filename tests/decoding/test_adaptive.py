@@ -12,7 +12,7 @@ from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.decoding.drafters.estimates import Acceptance, Chance, Doubts, LinearTime, best_length
-from layerskip_core.decoding.drafters.knowledge import knowledge_of
+from layerskip_core.decoding.drafters.knowledge import Drafting, knowledge_of
 from layerskip_core.decoding.sampling import Greedy, Verdict
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
 
@@ -180,7 +180,9 @@ def test_the_best_length_maximises_tokens_per_time(first, later, draft, ahead):
 
 
 def knowing(backend, **profile):
-    known = knowledge_of(backend, {"exit 2": (None, 2), "exit 4": (None, 4)}, DraftProfile(**profile), remembered=False)
+    known = knowledge_of(
+        backend, {"exit 2": Drafting(None, 2, 2), "exit 4": Drafting(None, 4, 4)}, DraftProfile(**profile), remembered=False
+    )
     setup = DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset())
     drafter = drafter_for(setup)
     drafter._known, drafter._by_clock = known, False

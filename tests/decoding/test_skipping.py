@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
-from layerskip_core.decoding.depth import target_logits
+from layerskip_core.decoding.depth import FixedDepth
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.skipping import kept_layers
 from layerskip_core.decoding.sampling import Greedy, Stochastic
@@ -169,7 +169,7 @@ def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind,
         draft, cache = draft_of(model, config_of(kind, skip), reuse=reuse)
         last = len(PROMPT) - 1
         with torch.inference_mode():
-            logits = target_logits(model, draft, torch.arange(last, last + MOST + 1)[None], cache, LAYERS)
+            logits = FixedDepth(model, LAYERS).verify(draft, torch.arange(last, last + MOST + 1)[None], cache).logits
             # The next token sees all that was written.
             newest = torch.tensor([[7]])
             hidden = model.run_layers(model.embed(newest), 0, LAYERS, torch.tensor([[last + MOST + 1]]), cache)

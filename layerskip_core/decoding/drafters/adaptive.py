@@ -14,7 +14,7 @@ from ..sampling import Greedy, Verdict
 from .base import Context, Draft, DrafterSetup
 from .estimates import Acceptance, LinearTime, best_length
 from .exit import ExitDrafter, drafter_name, require_exact_length
-from .knowledge import Knowledge, Option, knowledge_of
+from .knowledge import Drafting, Knowledge, Option, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
 _FREE = LinearTime(0.0, 0.0)  # a lookup takes no time
@@ -136,17 +136,21 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
     require_exact_length(setup)
     model, config = setup.model, setup.config
     drafters: dict[str, ExitDrafter] = {}
-    options: dict[str, tuple[str | None, int]] = {}
+    options: dict[str, Drafting] = {}
+    lowest = min((exit_layer for exit_layer in model.exit_blocks if exit_layer in config.exits), default=model.num_layers)
     for weights, side in model.draft_sides.items():
         exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
         if weights is not None and not exits:
             exits = [side.num_layers]
         for exit_layer in exits:
             name = drafter_name(weights, exit_layer, model.num_layers)
-            options[name] = weights, exit_layer
+            block = side.exit_blocks.get(exit_layer)
+            resumed = weights is None and exit_layer <= lowest  # the states at the exits of blocks are needed
+            options[name] = Drafting(weights, exit_layer + (block is not None), exit_layer if resumed else 0)
             drafters[name] = ExitDrafter(
                 *(side, setup.sampler, exit_layer, config.draft_confidence, setup.eos_ids),
                 *(setup.reuse_exit_states, name),
+                block=block,
             )
     by_clock = isinstance(setup.sampler, Greedy) and model.batch_invariant
     return AdaptiveDrafter(setup, drafters, knowledge_of(model, options, config.profile, remembered=by_clock), by_clock)

@@ -8,7 +8,8 @@ from torch import Tensor
 from ...config.checks import require
 from ...config.packing import EXACT_TOKENS, Quantization
 from ...model.backend import DraftEnds, DraftSide, Spans
-from ...model.drafting import run_spans
+from ...model.drafting import beyond_exit
+from ...model.exit_blocks import PlacedBlock
 from ..sampling import Greedy, Sampler, Verdict
 from .base import Context, Draft, DrafterSetup
 
@@ -16,7 +17,10 @@ _NO_ENDS = DraftEnds()
 
 
 class ExitDrafter:
-    """Drafts with layers 0..E-1, and perhaps spans of layers beyond them, and an LM head, on the target's own cache."""
+    """Drafts with layers 0..E-1, what follows them, and an LM head, on the target's own cache.
+
+    Spans of further layers may follow, or a block that was trained for the exit.
+    """
 
     def __init__(
         self,
@@ -28,6 +32,7 @@ class ExitDrafter:
         reuse_exit_states: bool = True,
         source: str = "drafts",
         beyond: Spans = (),
+        block: PlacedBlock | None = None,
     ) -> None:
         """`confidence`: a row drafts no further if its most probable token has a lower probability.
 
@@ -37,7 +42,7 @@ class ExitDrafter:
         self._draft_side = draft_side
         self._sampler = sampler
         self._exit_layer = exit_layer
-        self._beyond = beyond
+        self._beyond, self._block = beyond, block
         self._confidence = confidence
         # On other devices waiting for every id costs more than a few drafts after an EOS, once per output.
         self._eos_ids = eos_ids if draft_side.device.type == "cpu" else frozenset()
@@ -53,7 +58,7 @@ class ExitDrafter:
             return self._greedy_draft(context, ends._replace(ids=self._eos_ids, confidence=self._confidence))
         vocabulary = self._draft_side.vocabulary
         limits, counts, token = list(most), [0] * len(most), context.newest
-        tokens, probs, states = [token], [], []
+        tokens, probs, states, features = [token], [], [], context.features
         for step in range(max(most)):
             going = [row for row, limit in enumerate(limits) if counts[row] == step < limit]
             if not going:
@@ -61,8 +66,9 @@ class ExitDrafter:
             positions = context.positions[:, step : step + 1]
             hidden = self._draft_side.run_layers(self._draft_side.embed(token), 0, self._exit_layer, positions, context.cache)
             states.append(hidden)
-            hidden = run_spans(self._draft_side, hidden, self._beyond, positions, context.cache)
-            logits = self._draft_side.unembed(hidden)
+            logits, features = beyond_exit(
+                self._draft_side, hidden, positions, context.cache, self._beyond, self._block, features
+            )
             draft_probs = self._sampler.probs(logits)
             # Decided before a token is drawn: dropping a drawn token because of its probability would bias the samples.
             if self._confidence and not (going := self._confident(going, logits, draft_probs)):
@@ -94,7 +100,8 @@ class ExitDrafter:
 
     def _greedy_draft(self, context: Context, ends: DraftEnds) -> Draft:
         tokens, states, probs = self._draft_side.draft_greedily(
-            context.newest, self._exit_layer, context.positions[:, :-1], context.cache, ends, self._beyond
+            *(context.newest, self._exit_layer, context.positions[:, :-1], context.cache, ends),
+            *(self._beyond, self._block, context.features),
         )
         reused = states if self._reuses else None
         return Draft(tokens, (tokens.shape[1] - 1,), None, reused, self._exit_layer, self.source, probs)
@@ -113,8 +120,10 @@ def drafter(setup: DrafterSetup) -> ExitDrafter:
     require_exact_length(setup)
     side = draft_side(setup, config.draft_weights, config.exit_layer)
     name = drafter_name(config.draft_weights, config.exit_layer, setup.model.num_layers)
+    block = side.exit_blocks.get(config.exit_layer)
     return ExitDrafter(
-        *(side, setup.sampler, config.exit_layer, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name)
+        *(side, setup.sampler, config.exit_layer, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name),
+        block=block,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
@@ -83,13 +84,19 @@ class Knowledge:
             option.draft.observe(drafted + option.ahead, draft_time)
 
 
+class Drafting(NamedTuple):
+    """What a draft costs: its layers, and how many of the target's verification leaves out (0: it starts at the first)."""
+
+    weights: str | None
+    layers: int
+    left_out: int
+
+
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
 
 
-def knowledge_of(
-    model: Backend, drafters: Mapping[str, tuple[str | None, int]], profile: DraftProfile, remembered: bool
-) -> Knowledge:
-    """What is known of these drafters: (weights, layers) by name.
+def knowledge_of(model: Backend, drafters: Mapping[str, Drafting], profile: DraftProfile, remembered: bool) -> Knowledge:
+    """What is known of these drafters, by name.
 
     `remembered`: with all that was learnt from the model's earlier outputs in this process. Otherwise every output starts from
     the profile, and from usual values for what that lacks.
@@ -103,7 +110,7 @@ def knowledge_of(
     return by_drafters[key]
 
 
-def _at_first(model: Backend, drafters: Mapping[str, tuple[str | None, int]], profile: DraftProfile) -> Knowledge:
+def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftProfile) -> Knowledge:
     spec = model.spec
     embedding = spec.vocab * spec.hidden
     head = embedding / (spec.parameters - (0 if spec.tied else embedding))  # its share of the weights that a pass reads
@@ -111,17 +118,17 @@ def _at_first(model: Backend, drafters: Mapping[str, tuple[str | None, int]], pr
     plain = _passes(model, profile)
     step = plain.of(1)
     options: dict[str, Option] = {}
-    for name, (weights, layers) in drafters.items():
+    for name, (weights, layers, left_out) in drafters.items():
         known = profile.drafts if profile.passes else {}  # without both the units would differ
         draft = known.get(name, (layers * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
         acceptance = profile.acceptance.get(name, _COPY_ACCEPTANCE.get(weights or "", _EXIT_ACCEPTANCE))
-        shared, verify = weights is None, plain
-        if shared:
-            rest = 1 - layers * layer  # of a pass: the target goes on from the exit
+        verify = plain
+        if left_out:
+            rest = 1 - left_out * layer  # of a pass: the target goes on from the exit
             verify = LinearTime(rest * plain.fixed, rest * plain.each)
-        times = LinearTime(_CALL * step, draft)
+        times, ahead = LinearTime(_CALL * step, draft), int(weights is None)
         options[name] = Option(
-            name, Acceptance(Chance(acceptance), Chance(acceptance)), times, int(shared), verify, Doubts(*_DOUBTS[weights])
+            name, Acceptance(Chance(acceptance), Chance(acceptance)), times, ahead, verify, Doubts(*_DOUBTS[weights])
         )
     return Knowledge(plain, options)
 

@@ -51,6 +51,9 @@ def bench(
         recommended = replace(recommended, skip=searched)
     known = (recommended, loaded.backend.num_layers, config.packing)
     chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
+    block = loaded.backend.exit_blocks.get(config.exit_layer or recommended.exit_layer)
+    if block is not None and not block.stands_alone:
+        chosen.discard("early-exit")  # that exit can only draft
     in_order = [strategy for strategy in ("autoregressive", "early-exit", *DRAFTERS) if strategy in chosen]
     strategies = [asked.resolve_as(strategy, *known) for strategy in in_order]
     strategies = [setting for strategy in strategies for setting in _by_copy(strategy, config.packing)]

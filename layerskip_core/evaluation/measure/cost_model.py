@@ -14,6 +14,8 @@ from ...config.decoding import DecodingConfig, SamplingConfig
 from ...config.packing import Quantization
 from ...data.examples import Example
 from ...decoding import DecodeStats, Decoding, decode
+from ...model.drafting import beyond_exit
+from ...model.exit_blocks import features_of
 from ..outputs import Output, Outputs, require_outputs
 from .runner import Progress, measure_prompt
 
@@ -79,19 +81,31 @@ def agreement(
     One pass over an output serves all exits: greedy drafts are compared only after accepted ones, so the context of a compared
     draft is always the autoregressive output. For low-bit drafts (`weights`) this is an approximation: in the loop they attend
     to the target's keys and values of the prompt and of earlier rounds, here to the target's of the prompt and else to their
-    own.
+    own. So it is for exit blocks with a feature: here every draft has the target's own, in the loop the first of a round.
     """
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
     tokens = torch.tensor([ids[:-1]], device=model.device)
     positions = torch.arange(len(ids) - 1)[None]
-    cache, choices = model.new_cache(1, len(ids)), {}
+    cache, choices, features = model.new_cache(1, len(ids)), {}, None
+    exits = sorted(set(exit_layers))
+    blocks = {exit_layer: block for exit_layer, block in drafting.exit_blocks.items() if exit_layer in exits}
+    if not all(block.stands_alone for block in blocks.values()):
+        finals = model.normed(model.run_layers(model.embed(tokens), 0, model.num_layers, positions, cache))
+        features = features_of(finals)
     if first:
-        model.run_layers(model.embed(tokens[:, :first]), 0, max(exit_layers), positions[:, :first], cache)
+        hidden = model.embed(tokens[:, :first])
+        for start, stop in pairwise([0, *exits]):
+            hidden = model.run_layers(hidden, start, stop, positions[:, :first], cache)
+            if stop in blocks:
+                block, before = model.exit_blocks[stop], None if features is None else features[:, :first]
+                model.propagate(block.enter(hidden, before), block.layer, block.layer + 1, positions[:, :first], cache)
+    after = None if features is None else features[:, first:]
     hidden = drafting.embed(tokens[:, first:])
-    for start, stop in pairwise([0, *sorted(set(exit_layers))]):
+    for start, stop in pairwise([0, *exits]):
         hidden = drafting.run_layers(hidden, start, stop, positions[:, first:], cache)
-        chosen = drafting.unembed(hidden).argmax(-1)[0]
+        logits, _ = beyond_exit(drafting, hidden, positions[:, first:], cache, (), blocks.get(stop), after)
+        chosen = logits.argmax(-1)[0]
         choices[stop] = (chosen if drafting.vocabulary is None else drafting.vocabulary.tokens(chosen)).tolist()
     return choices
 

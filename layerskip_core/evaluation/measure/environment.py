@@ -13,7 +13,7 @@ from ...checkpoint.loaded import Decoder
 
 def environment(loaded: Decoder) -> dict[str, Any]:
     """Versions, machine, and how the model runs. The load average is the one before the run."""
-    device = loaded.backend.device
+    device, blocks = loaded.backend.device, loaded.backend.exit_blocks
     return {
         "versions": {
             "layerskip": version("layerskip"),
@@ -31,6 +31,7 @@ def environment(loaded: Decoder) -> dict[str, Any]:
         "implementation": loaded.backend.implementation,
         "notes": list(loaded.notes),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        **({"exit_blocks": {str(exit_layer): placed.block.feature for exit_layer, placed in blocks.items()}} if blocks else {}),
     }
 
 

@@ -1,10 +1,11 @@
-"""Records the prediction after every layer for each generated token: figure 2 of the LayerSkip paper."""
+"""Records the prediction after every layer, and of every exit block, for each generated token: figure 2 of the paper."""
 
 import torch
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
 from ...decoding import decode
+from ...model.exit_blocks import features_of
 from ..inspection import Inspection, LayerPrediction, TokenTrace
 
 
@@ -21,21 +22,33 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     ids = [*prompt_ids, *answer]
     positions = torch.arange(len(ids) - 1)[None]
     hidden, cache = model.embed(torch.tensor([ids[:-1]], device=model.device)), model.new_cache(1, len(ids))
-    best: list[list[int]] = []  # (L, T)
-    probabilities: list[list[float]] = []  # (L, T)
+    first, states, by_layer = len(prompt_ids) - 1, {}, []
     for layer in range(model.num_layers):
         hidden = model.run_layers(hidden, layer, layer + 1, positions, cache)
-        highest = model.unembed(hidden[0, len(prompt_ids) - 1 :]).float().softmax(-1).max(-1)
-        best.append(highest.indices.tolist())
-        probabilities.append(highest.values.tolist())
+        by_layer.append(_most_probable(model.unembed(hidden[0, first:])))
+        states[layer + 1] = hidden
+    features, by_block = features_of(model.normed(hidden)), {}
+    for exit_layer, block in model.exit_blocks.items():
+        entered = block.enter(states[exit_layer], features)
+        through = model.run_layers(entered, block.layer, block.layer + 1, positions, cache)
+        by_block[exit_layer] = _most_probable(block.head(through[0, first:]))
+
+    def prediction(choice: tuple[int, float]) -> LayerPrediction:
+        return LayerPrediction(_text(loaded, choice[0]), choice[1])
+
     traces = []
     for index, token in enumerate(answer):
-        chosen = [by_position[index] for by_position in best]
-        predictions = [
-            LayerPrediction(_text(loaded, choice), probabilities[layer][index]) for layer, choice in enumerate(chosen)
-        ]
-        traces.append(TokenTrace(_text(loaded, token), settled_layer(chosen), tuple(predictions)))
+        chosen = [choices[index] for choices in by_layer]
+        blocks = {exit_layer: prediction(choices[index]) for exit_layer, choices in by_block.items()}
+        settled = settled_layer([choice for choice, _ in chosen])
+        traces.append(TokenTrace(_text(loaded, token), settled, tuple(map(prediction, chosen)), blocks))
     return Inspection(loaded.name, prompt, model.num_layers, tuple(traces))
+
+
+def _most_probable(logits: torch.Tensor) -> list[tuple[int, float]]:
+    """The most probable token at each position of (T, V), and its probability."""
+    highest = logits.float().softmax(-1).max(-1)
+    return list(zip(highest.indices.tolist(), highest.values.tolist(), strict=True))
 
 
 def settled_layer(chosen: list[int]) -> int:

@@ -134,7 +134,8 @@ def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:
     num_layers, copies = loaded.backend.num_layers, bool(config.packing.draft_weights)
     known = loaded.recommended()
     worthwhile = not copies or bool(known.exits) or known.strategy == "self-speculative"
-    exits = config.exits or (default_exits(num_layers) if worthwhile else ())
+    usual = tuple(loaded.backend.exit_blocks) or default_exits(num_layers)
+    exits = config.exits or (usual if worthwhile else ())
     for exit_layer in exits:
         require_exit_layer(exit_layer, num_layers, copies, field="exits")
     # All layers of the copies too, unless the exits were given.
@@ -149,9 +150,11 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
     """
     generation, num_layers = config.generation, loaded.backend.num_layers
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
-    settings = [generation.decoding("early-exit", exit_layer) for exit_layer in exits]
-    chosen = spread_exits(loaded.recommended().exits or tuple(exits), num_layers)
-    for confidence in config.exit_confidences or ():
+    only_drafting = {exit_layer for exit_layer, block in loaded.backend.exit_blocks.items() if not block.stands_alone}
+    settings = [generation.decoding("early-exit", exit_layer) for exit_layer in exits if exit_layer not in only_drafting]
+    candidates = [exit_layer for exit_layer in loaded.recommended().exits or exits if exit_layer not in only_drafting]
+    chosen = spread_exits(tuple(candidates), num_layers)
+    for confidence in config.exit_confidences or () if chosen else ():
         settings.append(replace(generation, exit_confidence=confidence).decoding("early-exit", exits=chosen))
     for weights in dict.fromkeys((None, *config.packing.draft_weights)):
         layers = exits if weights is None else config.exits

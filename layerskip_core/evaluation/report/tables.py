@@ -71,7 +71,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     note = PARETO_NOTE
     if any(result.exit_confidence is not None for result in record.results):
         note += "\nexits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average."
-    note += _settings_note(record.config)
+    note += _settings_note(record.config) + _blocks_note(record.environment)
     note += "".join(f"\nLayers that drafts skip: --skip {skip}." for skip in _skips(record.results))
     error = record.prediction_error
     if error is not None:
@@ -119,7 +119,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     rows = [(name, cells) for name, cells in rows if set(cells) != {"-"}]
     machine = record.environment
     where = f"{machine['dtype']} on {machine['device_name']}, {_plural(machine['threads'], 'thread')}"
-    note = f"{_method(record.config)}; {where}.{_settings_note(record.config)}"
+    note = f"{_method(record.config)}; {where}.{_settings_note(record.config)}{_blocks_note(machine)}"
     with_transformers = any(name not in OWN_BASELINES for name in record.config.get("baselines", ()))
     if with_transformers and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is that of the whole process, which also holds transformers' copy of the model."
@@ -153,6 +153,13 @@ def _settings_note(config: dict[str, Any]) -> str:
     if "specs" in config and (confidence or lookup or sampling.get("temperature")):
         notes.append("Predictions are for greedy decoding with whole drafts.")
     return "".join(f"\n{note}" for note in notes)
+
+
+def _blocks_note(environment: dict[str, Any]) -> str:
+    """Which exits have a block."""
+    blocks = environment.get("exit_blocks", {})
+    named = ", ".join(f"{exit_layer} (feature {feature})" for exit_layer, feature in blocks.items())
+    return f"\nExits with a block: {named}." if named else ""
 
 
 def _count(value: int | None) -> str:

@@ -91,4 +91,4 @@ def _widths(shape: CShape, norms_blocks: bool) -> tuple[int, int, int, int]:
 
 def _formed_bytes(shape: CShape) -> int:
     """At most what a row takes in the form that the kernel of a matrix reads."""
-    return 4 * int(max(shape.hidden, shape.heads * shape.head_dim, shape.inner)) + 64
+    return 4 * int(max(2 * shape.hidden, shape.heads * shape.head_dim, shape.inner)) + 64  # a block's map reads two states

@@ -1,6 +1,7 @@
 """Greedy drafts by the C kernels: a whole draft is one call."""
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 from ..backend import DraftEnds, GreedyDraft, Spans
 from ..cache import KVCache
 from ..draft_vocabulary import DraftVocabulary
+from ..exit_blocks import PlacedBlock
+from ..repack import BlockEnds
 from .compiled import CDraft
-from .head import NativeHead
+from .head import NativeHead, NativeProduct
 from .span import NativeLayers
 
 
@@ -25,16 +28,31 @@ class OneCallDraft:
     head: NativeHead
     vocabulary: DraftVocabulary | None
     runs_last: bool
+    blocks: Mapping[int, BlockEnds[NativeHead, NativeProduct]]  # by their places among the layers
 
     def __call__(
-        self, token: Tensor, exit_layer: int, positions: Tensor, cache: KVCache, ends: DraftEnds, beyond: Spans = ()
+        self,
+        token: Tensor,
+        exit_layer: int,
+        positions: Tensor,
+        cache: KVCache,
+        ends: DraftEnds,
+        beyond: Spans = (),
+        block: PlacedBlock | None = None,
+        feature: Tensor | None = None,
     ) -> GreedyDraft:
         """See `DraftSide`. Hidden states (1, K+1, D), or (1, K, D) without `runs_last`."""
         layers, first = self.layers, int(token)
         vocab_size, hidden_size = layers.embedding.shape
+        head, join, joined = self.head, None, torch.empty(2, 0)
+        if block is not None:
+            beyond, followed = ((block.layer, block.layer + 1),), self.blocks[block.layer]
+            head, join = followed.head, followed.join
+            if join is not None:
+                assert feature is not None
+                joined = torch.cat((feature, feature), dim=1).to(torch.float32)
         order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
-        known = all(0 <= layer < layers.num_layers for layer in order)
-        if not (0 <= first < vocab_size and exit_layer >= 0 and known and len(cache.lengths) == 1):
+        if not (0 <= first < vocab_size and exit_layer >= 0 and layers.has(order) and len(cache.lengths) == 1):
             raise ValueError(f"no draft of token {first} by {len(order)} layers in a cache of {len(cache.lengths)} rows")
         most, start = positions.shape[1], int(positions[0, 0])
         places = torch.arange(start, start + most + 1)
@@ -44,7 +62,7 @@ class OneCallDraft:
         tokens = torch.empty(1, most + 1, dtype=torch.long)
         tokens[0, 0] = first
         states = torch.empty(1, most + 1, hidden_size)
-        logits = torch.empty(self.head.matrix.outputs)
+        logits = torch.empty(head.product.matrix.outputs)
         after_exit = torch.empty(hidden_size) if beyond else states
         vocabulary = None if self.vocabulary is None else self.vocabulary.ids
         end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
@@ -62,15 +80,16 @@ class OneCallDraft:
             most,
             self.runs_last,
             ends.power,
-            self.head.logits_scale,
-            self.head.logits_cap,
+            head.logits_scale,
+            head.logits_cap,
             ends.confidence,
             ends.survival,
             ends.doubt,
-            *(tensor.data_ptr() for tensor in (tokens, states, after_exit, logits)),
+            None if join is None else ctypes.addressof(join.matrix.structure),
+            *(tensor.data_ptr() for tensor in (joined, tokens, states, after_exit, logits)),
         )
         layers.kernels.draft(
-            *(layers.shape, layers.address(0), self.head.norm.structure, self.head.matrix.structure),
+            *(layers.shape, layers.address(0), head.product.norm.structure, head.product.matrix.structure),
             *(buffers.call, draft, buffers.threads),
         )
         count = draft.drafted + 1

@@ -76,6 +76,8 @@ typedef struct {
     float confidence;          /* a less probable token is not drafted */
     float survival;            /* drafting ends where the probability that all drafts are accepted is less, */
     float doubt;               /* which for a draft of probability p is 1 - doubt * (1 - p)^power */
+    const Matrix *join;        /* from (exit's state, feature) to the input of the layers beyond it; NULL: that is the state */
+    float *joined;             /* (2 * hidden): the feature is the second half, the first token's is given */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states;             /* (1 + most, hidden): after the exit */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
@@ -569,7 +571,7 @@ static void score(Work *work, int thread, int threads) {
     const Call *call = work->call;
     float *row = (float *)(call->scratch + thread * call->scratch_bytes);
     char *formed = (char *)(row + s->hidden + 16);
-    form_rows(s, work->head, call->hidden, s->hidden, work->head_norm, call->rows, row, formed);
+    form_rows(s, work->head, call->hidden, work->head->inputs, work->head_norm, call->rows, row, formed);
     multiply(s, work->head, 0, formed, call->rows, work->logits, work->head->outputs, PUT, thread, threads);
 }
 
@@ -651,6 +653,23 @@ static int choose(Work *work, float *survival) {
     return draft->drafted == draft->most || (draft->probs && *survival < draft->survival) || ends(draft, token);
 }
 
+/* From the exit's state to the input of the layers beyond it, which leave the state as it is. */
+static void leave_exit(Work *work, int thread, int threads) {
+    const Shape *s = work->shape;
+    Draft *draft = work->draft;
+    size_t n = (size_t)s->hidden;
+    if (thread == 0) memcpy(draft->join ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
+    if (draft->join) {
+        meet(&work->barrier, threads);
+        float *row = (float *)(work->call->scratch + thread * work->call->scratch_bytes);
+        char *formed = (char *)(row + n + 16);
+        form_rows(s, draft->join, draft->joined, draft->join->inputs, NULL, 1, row, formed);
+        multiply(s, draft->join, 0, formed, 1, draft->beyond, s->hidden, PUT, thread, threads);
+    }
+    if (thread == 0) work->call->hidden = draft->beyond;
+    meet(&work->barrier, threads);
+}
+
 /* Token by token: its layers and the most probable next token; of the last one only the layers before the exit, if at all. */
 static void draft(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
@@ -664,16 +683,14 @@ static void draft(Work *work, int thread, int threads) {
         span(work, 0, draft->exit_layer, thread, threads);
         if (work->ended) return; /* the same for all threads: thread 0 set it before the last barrier */
         if (draft->exit_layer < work->count) {
-            if (thread == 0) {
-                memcpy(draft->beyond, work->call->hidden, sizeof(float) * (size_t)work->shape->hidden);
-                work->call->hidden = draft->beyond;
-            }
-            meet(&work->barrier, threads);
+            leave_exit(work, thread, threads);
             span(work, draft->exit_layer, work->count, thread, threads);
         }
         score(work, thread, threads);
         meet(&work->barrier, threads);
         if (thread == 0) {
+            const Shape *s = work->shape;
+            if (draft->join) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->joined + s->hidden);
             int before = draft->drafted;
             work->ended = choose(work, &survival);
             work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
@@ -706,7 +723,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 8; }
+int layerskip_interface(void) { return 9; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

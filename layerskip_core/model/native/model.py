@@ -11,10 +11,12 @@ from ..backend import DraftSide
 from ..cache import KVCache
 from ..draft_vocabulary import DraftVocabulary
 from ..drafting import LayeredDraftSide
+from ..exit_blocks import NO_BLOCKS, ExitBlocks, PlacedBlock, with_blocks
 from ..int4 import GROUP_SIZE, named_int4
 from ..layer_weights import NormWeights
+from ..packed.layer import Norm
 from ..packed.model import can_pack
-from ..repack import repack, taken_from
+from ..repack import Chain, repack, taken_from
 from ..rope import RopeTables
 from ..spec import EMBEDDING, ModelSpec
 from ..splitting import propagate_in_parts, run_in_parts
@@ -22,7 +24,7 @@ from ..weights import Take, Weights, checked
 from .buffers import BufferPool, shape_of
 from .compiled import ACTIVATIONS, MOST_ROPES, kernels
 from .draft import OneCallDraft
-from .head import NativeHead
+from .head import NativeHead, NativeProduct
 from .layer import NativeLayer
 from .matrix import NativeMatrix
 from .span import NativeLayers
@@ -64,12 +66,14 @@ class NativeBackend:
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
+        exit_blocks: ExitBlocks | None = None,
     ) -> None:
         """Arguments and errors are those of `PackedBackend`, for an architecture that `can_run_native`."""
         packing = packing or PackingConfig()
         compiled = kernels()
         assert compiled is not None
         spec = self.spec = ModelSpec.of(config)
+        chain_spec = self._chain_spec = with_blocks(spec, (exit_blocks or NO_BLOCKS).blocks)
         weights = Weights(checked(take, spec.shapes), spec.shapes)
         with torch.inference_mode():
             embedding = weights.of(EMBEDDING)
@@ -77,19 +81,25 @@ class NativeBackend:
             pool = BufferPool(shape, spec.norms_blocks)
 
             def pack_layer(weights: Weights, index: int, quantization: Quantization | None, _: bool) -> NativeLayer:
-                return NativeLayer(compiled, weights, spec, index, quantization)
+                return NativeLayer(compiled, weights, chain_spec, index, quantization)
 
             def pack_head(norm: NormWeights, weight: Tensor, quantization: Quantization | None, _: bool) -> NativeHead:
-                return NativeHead(compiled, shape, pool, spec, norm, NativeMatrix(compiled, [weight], None, quantization))
+                matrix = NativeMatrix(compiled, [weight], None, quantization)
+                return NativeHead(NativeProduct(compiled, shape, pool, norm, matrix), spec)
 
-            packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head, int4)
-            chain = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))
-            self._layers, self._head = chain(packed.layers), packed.head
+            def pack_join(weight: Tensor, quantization: Quantization | None) -> NativeProduct:
+                return NativeProduct(compiled, shape, pool, None, NativeMatrix(compiled, [weight], None, quantization))
+
+            packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head, pack_join, int4, exit_blocks)
+            layers_of = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))
+            self._layers, self._head = layers_of(packed.target.layers), packed.target.head
+            self.exit_blocks = _placed(packed.target, spec)
+            self.normed = _norm(packed.norm, spec)
             self.draft_sides: Mapping[Quantization | None, DraftSide] = {
-                None: _draft_side(self._layers, packed.draft_head, packed.vocabulary, True),
+                None: _draft_side(self._layers, spec.layers, packed.drafts, spec, packed.vocabulary, True),
                 **{
-                    kind: _draft_side(chain(layers), head, packed.vocabulary, False)
-                    for kind, (layers, head) in packed.copies.items()
+                    kind: _draft_side(layers_of(chain.layers), packed.copied, chain, spec, packed.vocabulary, False)
+                    for kind, chain in packed.copies.items()
                 },
             }
         kinds = ", ".join(filter(None, (compiled.variant, packing.quantize)))
@@ -104,12 +114,13 @@ class NativeBackend:
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
+        exit_blocks: ExitBlocks | None = None,
     ) -> "NativeBackend":
         """Takes the weights of a transformers model, which can no longer run afterwards."""
-        return cls(model.config, taken_from(model), packing, token_order, int4)
+        return cls(model.config, taken_from(model), packing, token_order, int4, exit_blocks)
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
-        return KVCache.of(self.spec, batch_size, max_positions)
+        return KVCache.of(self._chain_spec, batch_size, max_positions)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._layers.embed(ids)
@@ -124,7 +135,31 @@ class NativeBackend:
         return self._head(hidden)
 
 
-def _draft_side(layers: NativeLayers, head: NativeHead, vocabulary: DraftVocabulary | None, shares_states: bool) -> DraftSide:
+_NativeChain = Chain[NativeLayer, NativeHead, NativeProduct]
+
+
+def _draft_side(
+    layers: NativeLayers,
+    num_layers: int,
+    chain: _NativeChain,
+    spec: ModelSpec,
+    vocabulary: DraftVocabulary | None,
+    shares_states: bool,
+) -> DraftSide:
     """`shares_states`: the layers are the target's own, so that it goes on from the states of all drafts."""
-    kernel = OneCallDraft(layers, head, vocabulary, shares_states)
-    return LayeredDraftSide(layers, head, vocabulary, shares_states, kernel)
+    kernel = OneCallDraft(layers, chain.head, vocabulary, shares_states, chain.blocks)
+    return LayeredDraftSide(layers, num_layers, chain.head, _placed(chain, spec), vocabulary, shares_states, kernel)
+
+
+def _placed(chain: _NativeChain, spec: ModelSpec) -> dict[int, PlacedBlock]:
+    """The chain's blocks, by their exits."""
+    return {
+        ends.block.exit_layer: PlacedBlock(ends.block, place, ends.head, _norm(ends.norm, spec), ends.join)
+        for place, ends in chain.blocks.items()
+    }
+
+
+def _norm(norm: NormWeights, spec: ModelSpec) -> Norm:
+    """Of fp32 hidden states."""
+    wide = NormWeights(norm.weight.float(), None if norm.bias is None else norm.bias.float())
+    return Norm(wide, spec.eps, folds=False)

@@ -1,7 +1,7 @@
 """A chain of layers by the C kernels: a span is one call."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ class NativeLayers:
         spec: ModelSpec,
         embedding: Tensor,
         rope: RopeTables,
-        layers: list[NativeLayer],
+        layers: list[NativeLayer | None],
     ) -> None:
+        """`layers`: None is the place of none."""
         self.num_layers, self.max_positions = len(layers), spec.context
         self.device, self.embedding = embedding.device, embedding
         self.kernels, self.shape, self.pool = kernels, shape, pool
         self._rope, self._layers = rope, layers
-        self._array = (CLayer * len(layers))(*(layer.structure for layer in layers))
+        self._array = (CLayer * len(layers))(*(CLayer() if layer is None else layer.structure for layer in layers))
 
     def embed(self, ids: Tensor) -> Tensor:
         hidden = torch.embedding(self.embedding, ids).float()
@@ -59,12 +60,18 @@ class NativeLayers:
         self, kernel: Callable[..., None], rows: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
     ) -> None:
         """A kernel over layers start..stop-1 and contiguous hidden states, which it knows by their address."""
+        if not self.has(range(start, stop)):
+            raise ValueError(f"layers {start}..{stop} are not all here")
         batch, count, _ = rows.shape
         buffers, places = self.pool.of(batch * count), positions.contiguous()
         self.place(buffers, cache, cache.writer(positions).stop, places, start, stop)
         buffers.call.rows_per_sequence = count
         buffers.call.hidden = rows.data_ptr()
         kernel(self.shape, self.address(start), stop - start, buffers.call, buffers.threads)
+
+    def has(self, layers: Iterable[int]) -> bool:
+        """Whether these places all have a layer."""
+        return all(0 <= layer < self.num_layers and self._layers[layer] is not None for layer in layers)
 
     def address(self, layer: int) -> int:
         """The address of a layer's structure; those of the next layers follow it."""

@@ -10,15 +10,16 @@ from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
 from ..drafting import LayeredDraftSide
+from ..exit_blocks import NO_BLOCKS, ExitBlocks, PlacedBlock, with_blocks
 from ..int4 import named_int4
 from ..layer_weights import NormWeights
-from ..repack import repack, taken_from
+from ..repack import Chain, repack, taken_from
 from ..rope import Rope
 from ..spec import EMBEDDING, ModelSpec
 from ..splitting import propagate_in_parts, run_in_parts
 from ..weights import Take, Weights, checked
-from .head import PackedHead
-from .layer import PackedLayer, missing_feature
+from .head import PackedHead, PackedJoin, packed_head
+from .layer import Norm, PackedLayer, missing_feature
 from .linear import KernelLinear
 from .span import PackedLayers
 
@@ -38,33 +39,44 @@ class PackedBackend:
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
+        exit_blocks: ExitBlocks | None = None,
     ) -> None:
         """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
 
         `token_order`: token ids, the most frequent first, which `draft_vocab` counts; None for the tokenizer's order. `int4`:
-        calibrated weights as rows of bytes, for int4 layers and heads; the others are rounded to nearest.
+        calibrated weights as rows of bytes, for int4 layers and heads; the others are rounded to nearest. `exit_blocks`: those
+        of the model's exits.
         Raises CheckpointError for a configuration that is impossible and for a weight that is missing, of another shape or not
         finite, ConfigError where no kernel does what `packing` asks for.
         """
         packing = packing or PackingConfig()
         spec = self.spec = ModelSpec.of(config)
+        chain_spec = self._chain_spec = with_blocks(spec, (exit_blocks or NO_BLOCKS).blocks)
         weights = Weights(checked(take, spec.shapes), spec.shapes)
 
         def pack_layer(weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> PackedLayer:
-            return PackedLayer(weights, spec, index, quantization, exact)
+            return PackedLayer(weights, chain_spec, index, quantization, exact)
 
         def pack_head(norm: NormWeights, weight: Tensor, quantization: Quantization | None, exact: bool) -> PackedHead:
-            return PackedHead(norm, weight, spec, quantization, exact)
+            return packed_head(norm, weight, spec, quantization, exact, renormed=exit_blocks is not None)
 
         with torch.inference_mode():
             embedding = weights.of(EMBEDDING)
-            packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head, int4)
-            chain = partial(PackedLayers, spec, embedding, Rope(config, spec, embedding))
-            self._layers, self._head = chain(packed.layers, packing.exact), packed.head
-            own = LayeredDraftSide(self._layers, packed.draft_head, packed.vocabulary)
+            packed = repack(
+                *(weights, embedding, spec, packing, token_order, pack_layer, pack_head, PackedJoin, int4, exit_blocks)
+            )
+            layers_of = partial(PackedLayers, chain_spec, embedding, Rope(config, spec, embedding))
+            self._layers, self._head = layers_of(packed.target.layers, packing.exact), packed.target.head
+            self.exit_blocks = _placed(packed.target, spec)
+            self.normed = Norm(packed.norm, spec.eps, folds=False)
+
+            def draft_side(layers: PackedLayers, count: int, chain: _PackedChain, own: bool) -> LayeredDraftSide:
+                return LayeredDraftSide(layers, count, chain.head, _placed(chain, spec), packed.vocabulary, own)
+
+            own = draft_side(self._layers, spec.layers, packed.drafts, True)
             copies: dict[Quantization | None, DraftSide] = {
-                kind: LayeredDraftSide(chain(layers, False), head, packed.vocabulary, shares_states=False)
-                for kind, (layers, head) in packed.copies.items()
+                kind: draft_side(layers_of(chain.layers, False), packed.copied, chain, False)
+                for kind, chain in packed.copies.items()
             }
         self.draft_sides: Mapping[Quantization | None, DraftSide] = {None: own} | copies
         self.implementation = named_int4(_implementation(packing, self._head, self._layers), int4 is not None)
@@ -79,12 +91,13 @@ class PackedBackend:
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
+        exit_blocks: ExitBlocks | None = None,
     ) -> "PackedBackend":
         """Takes the weights of a transformers model, which can no longer run afterwards."""
-        return cls(model.config, taken_from(model), packing, token_order, int4)
+        return cls(model.config, taken_from(model), packing, token_order, int4, exit_blocks)
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
-        return KVCache.of(self.spec, batch_size, max_positions)
+        return KVCache.of(self._chain_spec, batch_size, max_positions)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._layers.embed(ids)
@@ -99,7 +112,18 @@ class PackedBackend:
         return self._head(hidden)
 
 
+_PackedChain = Chain[PackedLayer, PackedHead, PackedJoin]
+
+
+def _placed(chain: _PackedChain, spec: ModelSpec) -> dict[int, PlacedBlock]:
+    """The chain's blocks, by their exits."""
+    return {
+        ends.block.exit_layer: PlacedBlock(ends.block, place, ends.head, Norm(ends.norm, spec.eps, folds=False), ends.join)
+        for place, ends in chain.blocks.items()
+    }
+
+
 def _implementation(packing: PackingConfig, head: PackedHead, layers: PackedLayers) -> str:
-    prepacked = any(isinstance(part, KernelLinear) for part in (head.linear, *layers.layers[0].linears))
+    prepacked = any(isinstance(part, KernelLinear) for part in (head.linear, *layers.linears))
     kernels = f"packed ({packing.quantize or 'oneDNN'})" if prepacked else "packed"
     return kernels + packing.drafting + (", exact" if packing.exact else "")

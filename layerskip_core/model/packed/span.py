@@ -10,6 +10,7 @@ from ..spec import ModelSpec
 from ..splitting import CHUNK, run_in_parts, tokens_at_once
 from .exact import ExactRows
 from .layer import PackedLayer, Step, Workspace
+from .linear import Linear
 from .masks import Masks
 
 _KEPT_ROWS = CHUNK // 2  # calls of up to this many rows keep their buffers
@@ -20,8 +21,11 @@ _PRODUCT_TOKENS = 16  # up to this many tokens per row attention is two matrix p
 class PackedLayers:
     """`Layers` of a model whose hidden states have the precision of its weights. Not for two threads at once."""
 
-    def __init__(self, spec: ModelSpec, embedding: Tensor, rope: Rope, layers: list[PackedLayer], exact: bool) -> None:
-        """`exact`: calls are split so that a token of a single row has the same bits alone as among others."""
+    def __init__(self, spec: ModelSpec, embedding: Tensor, rope: Rope, layers: list[PackedLayer | None], exact: bool) -> None:
+        """`exact`: calls are split so that a token of a single row has the same bits alone as among others.
+
+        `layers`: None is the place of none; the first is a layer.
+        """
         self.num_layers, self.max_positions = len(layers), spec.context
         self.device, self.dtype = embedding.device, embedding.dtype
         self.layers = layers
@@ -31,6 +35,11 @@ class PackedLayers:
         self._masks = Masks(spec, embedding)
         self._exact = ExactRows() if exact else None
         self._spaces: dict[tuple[int, int], Workspace] = {}
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Those of the first layer."""
+        return self._span(0, 1)[0].linears
 
     def embed(self, ids: Tensor) -> Tensor:
         hidden = torch.embedding(self._embedding, ids)
@@ -53,7 +62,7 @@ class PackedLayers:
         slots = writer.layers(start, stop, self._spec.kv_heads, self._spec.head_dim, hidden)
         step = self._step(writer, positions, slots[0].values.shape[1])
         rows = hidden.reshape(batch * count, size).clone()
-        for layer, kind, held in zip(self.layers[start:stop], self._kinds[start:stop], slots, strict=True):
+        for layer, kind, held in zip(self._span(start, stop), self._kinds[start:stop], slots, strict=True):
             layer.run_(rows, step, kind, held, space)
         return rows.view(batch, count, size)
 
@@ -64,8 +73,14 @@ class PackedLayers:
         space = self._workspace(batch, count)
         slots = writer.layers(start, stop, self._spec.kv_heads, self._spec.head_dim, hidden)
         step = self._step(writer, positions, slots[0].values.shape[1])
-        for layer, held in zip(self.layers[start:stop], slots, strict=True):
+        for layer, held in zip(self._span(start, stop), slots, strict=True):
             layer.write(hidden.reshape(batch * count, size), step, held, space)
+
+    def _span(self, start: int, stop: int) -> list[PackedLayer]:
+        layers = [layer for layer in self.layers[start:stop] if layer is not None]
+        if len(layers) < stop - start:
+            raise ValueError(f"layers {start}..{stop} are not all here")
+        return layers
 
     def _step(self, writer: SpanWriter, positions: Tensor, capacity: int) -> Step:
         on_device = positions.to(self.device, non_blocking=True)
@@ -83,7 +98,7 @@ class PackedLayers:
         """Kept for the shapes that decoding repeats, not for prompts."""
         space = self._spaces.get((batch, count))
         if space is None:
-            space = Workspace(batch, count, self.layers[0], self._embedding)
+            space = Workspace(batch, count, self._span(0, 1)[0], self._embedding)
             if batch * count <= _KEPT_ROWS:
                 if len(self._spaces) >= _KEPT:
                     self._spaces.pop(next(iter(self._spaces)))

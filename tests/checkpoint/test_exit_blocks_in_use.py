@@ -1,0 +1,169 @@
+"""A folder with exit_blocks.safetensors, as the commands use it."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run
+from exit_block_models import random_blocks
+
+from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.save import import_checkpoint, save_beside, write_info
+from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.decoding import DecodingConfig, DecodingSettings
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.data.examples import load_examples
+from layerskip_core.decoding import decode
+from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.cost_model import agreement
+from layerskip_core.evaluation.measure.inspect import inspect
+from layerskip_core.evaluation.measure.sweep import sweep
+from layerskip_core.evaluation.perplexity import reference_losses
+from layerskip_core.evaluation.record import RunRecord
+from layerskip_core.evaluation.report.tables import bench_table, sweep_table
+from layerskip_core.evaluation.tasks.load import load_task
+from layerskip_core.model.exit_blocks import ExitBlock, features_of
+
+BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
+
+
+def older(folder):
+    """Makes the folder one that only transformers reads."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0"}))
+
+
+def add_blocks(folder, *blocks):
+    trained = for_training(folder, "cpu", "fp32")
+    spec, weight_of = trained.backend.spec, trained.model.get_parameter
+    made = random_blocks(trained.model, *blocks)
+    weights = {name: made.take(name) for name in made.shapes(spec)}
+    save_beside(folder, EXIT_BLOCKS_FILE, exit_blocks_content(spec, weights, model_fingerprint(spec, weight_of)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    copy = str(shutil.copytree(checkpoint, tmp_path_factory.mktemp("blocks") / "model"))
+    return add_blocks(copy, *BLOCKS)
+
+
+def logits(decoder):
+    model = decoder.backend
+    with torch.inference_mode():
+        return model.unembed(model.run_layers(model.embed(torch.tensor([[5, 9, 33]])), 0, 6, torch.arange(3)[None]))
+
+
+@pytest.mark.parametrize("prepare", [lambda folder: None, older])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_full_depth_stays_as_it_is(checkpoint, tmp_path, prepare, dtype):
+    copy = str(shutil.copytree(checkpoint, tmp_path / "model"))
+    prepare(copy)
+    before, weights = logits(for_decoding(copy, "cpu", dtype)), Path(copy) / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).digest()
+    add_blocks(copy, *BLOCKS)
+    decoder = for_decoding(copy, "cpu", dtype)
+    assert [placed.block for placed in decoder.backend.exit_blocks.values()] == list(BLOCKS)
+    assert torch.equal(logits(decoder), before) and hashlib.sha256(weights.read_bytes()).digest() == digest
+
+
+def test_exits_with_blocks_are_the_trained_ones(folder, checkpoint):
+    adaptive = PackingConfig(adaptive=True)
+    with_blocks, without = (for_decoding(name, "cpu", "fp32", adaptive) for name in (folder, checkpoint))
+    assert with_blocks.recommended().exits == (2, 4) and without.recommended().exits == ()
+    assert list(with_blocks.backend.draft_sides) == [None]  # no copy of all layers is made to draft with
+    nothing_saved = replace(with_blocks, info=replace(with_blocks.info, exit_layer=None))
+    assert nothing_saved.recommended().exit_layer == 2
+    told = replace(with_blocks.info, details={"exit_blocks": {"2": {"agreement": 0.75}, "4": {"agreement": "high"}}})
+    assert told.draft_profile(6).acceptance == {"exit 2": 0.75}
+    copies = for_decoding(folder, "cpu", "fp32", PackingConfig(draft_weights=("int8",), draft_layers=3))
+    assert list(copies.backend.draft_sides["int8"].exit_blocks) == [2]
+
+
+def test_early_exit_where_a_block_can_only_draft_is_one_error(folder):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    decoder.resolve(DecodingSettings("early-exit", 2), PackingConfig())
+    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
+        decoder.resolve(DecodingSettings("early-exit", 4), PackingConfig())
+    result = run("generate", "wake me", "--model", folder, "--strategy", "early-exit", "--exit", "4")
+    assert result.code == 1 and result.out == "" and result.err.startswith("error: --exit 4 can only draft")
+
+
+def test_generate_uses_the_blocks(folder):
+    arguments = ("generate", "wake me up", "--model", folder, "--max-new-tokens", "12", "--dtype", "fp32", "--stats")
+    plain = run(*arguments, "--strategy", "autoregressive")
+    for exit_layer in ("2", "4"):
+        drafted = run(*arguments, "--exit", exit_layer, "--spec", "3")
+        assert (drafted.code, drafted.out) == (0, plain.out) and f"steps by exit {exit_layer}" in drafted.err
+    assert run(*arguments).out == plain.out
+
+
+def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
+    """Agreement by features of the target's own states for every token, perplexity where the block stands alone."""
+    decoder = for_decoding(folder, "cpu", "fp32")
+    model, prompt, output = decoder.backend, [5, 9, 33, 12], [7, 8, 60, 23, 40]
+    tokens, places = torch.tensor([prompt + output]), torch.arange(9)[None]
+    with torch.inference_mode():
+        features = features_of(model.normed(model.run_layers(model.embed(tokens), 0, 6, places)))
+        chosen, scores = {}, {}
+        for exit_layer, block in model.exit_blocks.items():
+            states = model.run_layers(model.embed(tokens), 0, exit_layer, places)
+            hidden = model.run_layers(block.enter(states, features), block.layer, block.layer + 1, places)
+            scores[exit_layer] = block.head(hidden)[0]
+            chosen[exit_layer] = scores[exit_layer].argmax(-1)[3:-1].tolist()
+    assert agreement(decoder, prompt, output, (2, 4)) == chosen
+    row = load_examples(DataConfig("commands", "test", limit=1))[0]
+    losses = reference_losses(decoder, row, (2, 4, 6))
+    plain = reference_losses(for_decoding(checkpoint, "cpu", "fp32"), row, (6,))
+    assert losses.summed.keys() == {2, 6} and losses.summed[6] == plain.summed[6]
+
+
+def test_inspect_shows_what_blocks_predict(folder):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    found = inspect(decoder, "wake me up", 5)
+    prompt = decoder.encode_prompt("wake me up")
+    plain = DecodingConfig("autoregressive", max_new_tokens=5)
+    answer = [token.id for step in decode(decoder.backend, prompt, plain) for token in step]
+    choices = agreement(decoder, prompt, answer, (2, 4))
+    for place, trace in enumerate(found.tokens):
+        for exit_layer in (2, 4):
+            assert trace.blocks[exit_layer].token == (
+                decoder.detokenize([choices[exit_layer][place]])
+                or decoder.tokenizer.convert_ids_to_tokens(choices[exit_layer][place])
+            )
+    shown = run("inspect", "wake me up", "--model", folder, "--max-new-tokens", "3", "--layers", "2,4")
+    assert shown.code == 0 and "layer 2   block 2   layer 4   block 4" in shown.out
+    assert "block E: the exit block after layer E." in " ".join(shown.out.split())
+
+
+def test_bench_and_sweep_measure_blocks(folder):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    task = load_task(TaskConfig("commands", samples=2, max_new_tokens=8))
+    *_, record = bench(decoder, task, BenchConfig(exit_layer=4, num_draft_tokens=3, repeats=1))
+    assert isinstance(record, RunRecord)
+    strategies = [result.strategy for result in record.results]
+    assert "self-speculative" in strategies and "early-exit" not in strategies
+    assert all(result.identical_outputs == 1 for result in record.results)
+    assert "Exits with a block: 2 (feature none), 4 (feature final)." in bench_table(record).note
+    *_, record = sweep(decoder, task, SweepConfig(specs=(3,), exit_confidences=()))
+    assert isinstance(record, RunRecord)
+    rows = {(result.strategy, result.exit_layer) for result in record.results}
+    assert {("early-exit", 2), ("self-speculative", 2), ("self-speculative", 4)} <= rows
+    assert ("early-exit", 4) not in rows
+    assert "Exits with a block" in sweep_table(record).note
+
+
+def test_the_blocks_go_with_their_model(folder, tmp_path):
+    copy = str(shutil.copytree(folder, tmp_path / "copy"))
+    write_info(copy, replace(read_info(copy), exit_layer=2))
+    import_checkpoint(copy, copy, "fp32")
+    assert not (Path(copy) / EXIT_BLOCKS_FILE).exists()

@@ -1,0 +1,234 @@
+"""Decoding with exit blocks: outputs are those of plain decoding, and first drafts are made from the target's own states."""
+
+from functools import cache
+
+import pytest
+import torch
+from conftest import tiny_model
+from exit_block_models import random_blocks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_adaptive import Scheduled
+
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.errors import ConfigError
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model.exit_blocks import ExitBlock, features_of
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 64}
+BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
+EXITS = (2, 4)
+
+
+@cache
+def backend_of(kind):
+    """Of weights near enough to each other that blocks are often right, and often wrong."""
+    dtype = {"generic": torch.float64, "native": torch.float32}.get(kind, torch.bfloat16)
+    model = tiny_model("llama", dtype, **WIDE)
+    blocks = random_blocks(model, *BLOCKS)
+    packing = {"native": PackingConfig(draft_weights=("int8",)), "exact": PackingConfig(exact=True)}.get(kind)
+    if kind == "generic":
+        return GenericBackend(model, blocks)
+    if kind == "exact":
+        return PackedBackend.of(model, packing, exit_blocks=blocks)
+    if not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here")
+    return NativeBackend.of(model, packing, exit_blocks=blocks)
+
+
+def prompt_of(length):
+    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def ids_of(decoding):
+    return [token.id for step in decoding for token in step]
+
+
+def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
+    return ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
+
+
+def first_logits(backend, ids, exit_layer):
+    """The logits (V,) of the block after a text, by passes over all of it."""
+    block, tokens, places = backend.exit_blocks[exit_layer], torch.tensor([ids]), torch.arange(len(ids))[None]
+    with torch.inference_mode():
+        states = backend.run_layers(backend.embed(tokens), 0, exit_layer, places)
+        features = features_of(backend.normed(backend.run_layers(states, exit_layer, 6, places)))
+        return block.head(backend.run_layers(block.enter(states, features), block.layer, block.layer + 1, places))[0, -1]
+
+
+def recorded(decoding, backend):
+    """Compares the first draft of every round by a block with the one from the whole text; returns how many there were."""
+    drafter, seen = decoding._loop._drafter, []
+    original = drafter.draft
+
+    def draft(context, most, *ends):
+        made = original(context, most, *ends)
+        if made.source in ("exit 2", "exit 4"):
+            for row, count in enumerate(made.counts):
+                if count:
+                    logits = first_logits(backend, list(context.ids[row]), int(made.source[-1])).double()
+                    if made.probs is None:
+                        assert int(made.tokens[row, 1]) == int(logits.argmax())
+                    else:
+                        torch.testing.assert_close(made.probs[row, 0].double(), logits.softmax(-1), rtol=1e-3, atol=1e-5)
+                    seen.append(row)
+        return made
+
+    drafter.draft = draft
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["generic", "native", "exact"])
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_the_output_is_that_of_plain_decoding(kind, exit_layer):
+    backend = backend_of(kind)
+    accepted = 0
+    for length, drafts, limit in (
+        (1, 1, 1),
+        (1, 4, 30),
+        (7, 2, 2),
+        (20, 6, 30),
+        (59, 5, 9),
+    ):  # the last reaches the context's end
+        prompt = prompt_of(length)
+        config = DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens=limit)
+        decoding = decode(backend, prompt, config)
+        seen = recorded(decoding, backend) if kind != "exact" else []
+        assert ids_of(decoding) == plainly(backend, prompt, limit)
+        assert kind == "exact" or len(seen) == decoding.stats.rounds
+        accepted += decoding.stats.accepted
+    assert accepted  # else no round would follow accepted drafts
+    prompt = prompt_of(9)
+    plain = plainly(backend, prompt)
+    config = DecodingConfig("self-speculative", exit_layer, 5, max_new_tokens=40)
+    for eos_ids in (frozenset({plain[3]}), frozenset({plain[12], plain[20]})):
+        assert ids_of(decode(backend, prompt, config, eos_ids)) == plainly(backend, prompt, 40, eos_ids)
+    assert ids_of(decode(backend, prompt, config, reuse_exit_states=False)) == plain
+
+
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_low_bit_copies_draft_with_their_blocks(exit_layer):
+    backend = backend_of("native")
+    for length in (1, 15):
+        config = DecodingConfig("self-speculative", exit_layer, 4, draft_weights="int8", max_new_tokens=30)
+        decoding = decode(backend, prompt_of(length), config)
+        assert ids_of(decoding) == plainly(backend, prompt_of(length), 30)
+        own = decode(backend, prompt_of(length), DecodingConfig("self-speculative", exit_layer, 4, max_new_tokens=30))
+        ids_of(own)
+        assert abs(decoding.stats.accepted - own.stats.accepted) <= 0.5 * own.stats.accepted + 2
+
+
+@pytest.mark.parametrize("kind", ["generic", "native"])
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_rows_that_end_at_different_times_draft_on_their_own_states(kind, exit_layer):
+    backend, prompts = backend_of(kind), [prompt_of(length) for length in (3, 12, 5, 1)]
+    plain = [plainly(backend, prompt, 24) for prompt in prompts]
+    eos_ids = frozenset({plain[0][5], plain[2][11]})
+    expected = [plainly(backend, prompt, 24, eos_ids) for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 1
+    config = DecodingConfig("self-speculative", exit_layer, 4, max_new_tokens=24)
+    together = sorted((one.row, one.ids) for one in decode_batch(backend, prompts, config, eos_ids))
+    assert together == list(enumerate(expected))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(["generic", "native"]),
+    schedule=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=20),
+    length=st.integers(1, 12),
+    limit=st.integers(1, 25),
+)
+def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind, schedule, length, limit):
+    """Blocks of two exits, low-bit copies, lookups and plain steps take turns."""
+    backend, prompt = backend_of(kind), prompt_of(length)
+    decoding = decode(backend, prompt, DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS))
+    decoding._loop._drafter.__class__ = Scheduled
+    decoding._loop._drafter.schedule = list(schedule)
+    recorded(decoding, backend)
+    assert ids_of(decoding) == plainly(backend, prompt, limit)
+
+
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_sampled_drafts_are_drawn_from_the_block_s_probabilities(exit_layer):
+    backend = backend_of("generic")
+    sampling = SamplingConfig(temperature=1.0, seed=7)
+    config = DecodingConfig("self-speculative", exit_layer, 3, max_new_tokens=30, sampling=sampling)
+    decoding = decode(backend, prompt_of(6), config)
+    seen = recorded(decoding, backend)
+    assert len(ids_of(decoding)) == 30 and len(seen) == decoding.stats.rounds > 3
+
+
+@pytest.mark.parametrize("kind", ["generic", "native"])
+def test_early_exit_runs_the_block(kind):
+    backend, prompt = backend_of(kind), prompt_of(8)
+    expected = list(prompt)
+    for _ in range(12):
+        expected.append(int(first_logits(backend, expected, 2).argmax()))
+    for config in (
+        DecodingConfig("early-exit", 2, max_new_tokens=12),
+        DecodingConfig("early-exit", exits=(2,), exit_confidence=1e-9, max_new_tokens=12),
+    ):
+        assert ids_of(decode(backend, prompt, config)) == expected[8:]
+    sure = DecodingConfig("early-exit", exits=(2, 3), exit_confidence=1 - 1e-12, max_new_tokens=12)
+    assert ids_of(decode(backend, prompt, sure)) == plainly(backend, prompt, 12)
+    plain_exit = DecodingConfig("early-exit", 3, max_new_tokens=12)
+    assert ids_of(decode(backend, prompt, plain_exit)) != expected[8:]
+
+
+def test_tokens_that_left_earlier_have_keys_and_values_in_later_blocks():
+    """Against a cache that is filled from the start for each token: one that left at exit E passes its state upward."""
+    model = tiny_model("llama", torch.float64, **WIDE)
+    backend = GenericBackend(model, random_blocks(model, ExitBlock(2), ExitBlock(4)))
+    prompt, confidence = prompt_of(8), 0.3
+    decoding = decode(backend, prompt, DecodingConfig("early-exit", exits=EXITS, exit_confidence=confidence, max_new_tokens=20))
+    found = ids_of(decoding)
+    layers = [count for count in decoding.stats.tokens_by_layers if count]
+    assert len(layers) > 1  # tokens left at different exits
+    ids, left = list(prompt), []
+    for token in found:
+        cache = backend.new_cache()
+        with torch.inference_mode():
+            hidden, places = backend.embed(torch.tensor([prompt])), torch.arange(8)[None]
+            states = {0: hidden}
+            for start, stop in ((0, 2), (2, 4), (4, 6)):
+                states[stop] = backend.run_layers(states[start], start, stop, places, cache)
+                if (block := backend.exit_blocks.get(stop)) is not None:
+                    through = backend.run_layers(states[stop], block.layer, block.layer + 1, places, cache)
+                    states[-stop] = through
+            for number in range(len(ids) - 8):
+                place = torch.tensor([[8 + number]])
+                hidden, last = backend.embed(torch.tensor([[ids[8 + number]]])), number == len(ids) - 9
+                for start, stop in ((0, 2), (2, 4), (4, 6)):
+                    block, reached = backend.exit_blocks.get(stop), last or start < left[number][0]
+                    if reached:
+                        hidden = backend.run_layers(hidden, start, stop, place, cache)
+                        states[stop] = hidden
+                        if block is not None:
+                            states[-stop] = backend.run_layers(hidden, block.layer, block.layer + 1, place, cache)
+                    else:
+                        backend.propagate(left[number][1], start, stop, place, cache)
+                        if block is not None:
+                            backend.propagate(left[number][1], block.layer, block.layer + 1, place, cache)
+            for stop in (2, 4, 6):
+                scored = (
+                    backend.unembed(states[6][:, -1]) if stop == 6 else backend.exit_blocks[stop].head(states[-stop][:, -1])
+                )
+                if stop == 6 or float(scored.softmax(-1).amax()) > confidence:
+                    break
+        assert token == int(scored.argmax())
+        if len(ids) > 8:
+            left.append((stop, states[stop]))
+        ids.append(token)
+
+
+def test_an_exit_whose_block_reads_final_states_can_only_draft():
+    backend = backend_of("generic")
+    for config in (
+        DecodingConfig("early-exit", 4, max_new_tokens=5),
+        DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.5, max_new_tokens=5),
+    ):
+        with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
+            decode(backend, prompt_of(4), config)

@@ -1,0 +1,20 @@
+"""Exit blocks with random weights for the tiny models."""
+
+import torch
+
+from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
+from layerskip_core.model.spec import ModelSpec
+
+
+def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> ExitBlocks:
+    """Blocks near where training begins. `scale`: of what is added, relative to each weight's own size."""
+    spec = ModelSpec.of(model.config)
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for block in blocks:
+        for name, weight in block.initial(spec, model.get_parameter).items():
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * weight.double().std().nan_to_num(0)
+            if name.endswith("norm.weight"):
+                noise = 0.2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+            weights[name] = weight + (scale * noise).to(weight)
+    return ExitBlocks(tuple(sorted(blocks, key=lambda block: block.exit_layer)), weights.get)

@@ -1,0 +1,183 @@
+"""Exit blocks in every backend, against transformers' own layers with the block's weights."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import tiny_model
+from exit_block_models import random_blocks
+
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model.exit_blocks import ExitBlock
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
+ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
+BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
+MODELS = ["llama", "gemma2", "starcoder2", "phi3", "smollm3"]
+
+
+def native(model, packing=None, blocks=None):
+    dtype = next(model.parameters()).dtype
+    if not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here")
+    return NativeBackend.of(model, packing, ORDER, exit_blocks=blocks)
+
+
+def packed(model, packing=None, blocks=None):
+    return PackedBackend.of(model, packing, ORDER, exit_blocks=blocks)
+
+
+def generic(model, packing=None, blocks=None):
+    return GenericBackend(model, blocks)
+
+
+BACKENDS = {"native": (native, torch.float32), "packed": (packed, torch.float64), "generic": (generic, torch.float64)}
+
+
+def places(ids):
+    return torch.arange(ids.shape[1]).expand(len(ids), -1)
+
+
+def shortened(model, blocks, block):
+    """A transformers model of the layers below the exit and the block's layer, with the block's norm."""
+    short = deepcopy(model)
+    layer = deepcopy(model.model.layers[-1])
+    layer.load_state_dict({name: blocks.take(f"{block.prefix}layer.{name}") for name in layer.state_dict()})
+    short.model.norm.load_state_dict(
+        {name: blocks.take(f"{block.prefix}norm.{name}") for name in short.model.norm.state_dict()}
+    )
+    short.model.layers = torch.nn.ModuleList([*short.model.layers[: block.exit_layer], layer])
+    short.config.num_hidden_layers = block.exit_layer + 1
+    if (kinds := getattr(model.config, "layer_types", None)) is not None:
+        short.config.layer_types = [*kinds[: block.exit_layer], kinds[-1]]
+    return short
+
+
+def block_logits(backend, block, ids, features=None):
+    states = backend.run_layers(backend.embed(ids), 0, block.block.exit_layer, places(ids))
+    hidden = backend.run_layers(block.enter(states, features), block.layer, block.layer + 1, places(ids))
+    return block.head(hidden)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_block_is_a_model_of_one_layer_more_than_its_exit(kind, architecture):
+    make, dtype = BACKENDS[kind]
+    model = tiny_model(architecture, dtype, **WIDE)
+    blocks = random_blocks(model, ExitBlock(2), ExitBlock(5))
+    short = {block.exit_layer: shortened(model, blocks, block) for block in blocks.blocks}
+    backend = make(model, None, blocks)
+    with torch.inference_mode():
+        known = {exit_layer: model(IDS, use_cache=False).logits for exit_layer, model in short.items()}
+        assert list(backend.exit_blocks) == [2, 5] and backend.num_layers == 6
+        for exit_layer, block in backend.exit_blocks.items():
+            torch.testing.assert_close(block_logits(backend, block, IDS), known[exit_layer], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "starcoder2"])
+def test_a_block_with_a_feature_reads_the_final_states_of_the_tokens_before(kind, architecture):
+    make, dtype = BACKENDS[kind]
+    model = tiny_model(architecture, dtype, **WIDE)
+    blocks = random_blocks(model, ExitBlock(3, "final"))
+    reference = GenericBackend(deepcopy(model))
+    short = GenericBackend(shortened(model, blocks, blocks.blocks[0]))
+    backend = make(model, None, blocks)
+    with torch.inference_mode():
+        full = reference.run_layers(reference.embed(IDS), 0, 6, places(IDS))
+        finals = reference.model.model.norm(full)
+        before = torch.cat([torch.zeros_like(finals[:, :1]), finals[:, :-1]], dim=1)
+        states = reference.run_layers(reference.embed(IDS), 0, 3, places(IDS))
+        entered = torch.cat([states, before], -1) @ blocks.take("exits.3.input.weight").T.to(states)
+        known = short.unembed(short.run_layers(entered, 3, 4, places(IDS)))
+        own = backend.normed(backend.run_layers(backend.embed(IDS), 0, 6, places(IDS)))
+        torch.testing.assert_close(own, finals, rtol=1e-4, atol=1e-4, check_dtype=False)
+        features = torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], dim=1)
+        found = block_logits(backend, backend.exit_blocks[3], IDS, features)
+    torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("packing", [None, PackingConfig("int8"), PackingConfig(exact=True)])
+def test_full_depth_logits_keep_their_bits(kind, dtype, packing):
+    if kind == "generic" and packing is not None:
+        pytest.skip("it has no packing")
+    make, _ = BACKENDS[kind]
+    logits = []
+    for given in (None, BLOCKS):
+        model = tiny_model("llama", dtype, **WIDE)
+        backend = make(model, packing, None if given is None else random_blocks(model, *given))
+        with torch.inference_mode():
+            cache = backend.new_cache(2)
+            logits.append(backend.unembed(backend.run_layers(backend.embed(IDS), 0, 6, places(IDS), cache)))
+    assert torch.equal(*logits)
+
+
+PACKINGS = {
+    "plain": {},
+    "a trimmed head": {"draft_vocab": 40},
+    "int8 copies": {"draft_weights": ("int8",), "draft_layers": 4},
+    "int4 copies and a trimmed head": {"draft_weights": ("int4",), "draft_vocab": 40},
+}
+
+
+@pytest.mark.parametrize("kind", ["native", "packed", "generic"])
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("exit_layer", [2, 4])
+def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer):
+    """Against the same steps over the whole text for each token; the prompt's features are true ones."""
+    if kind == "generic" and PACKINGS[packing]:
+        pytest.skip("it has no packing")
+    make, dtype = BACKENDS[kind]
+    model = tiny_model("llama", dtype, **WIDE)
+    backend = make(model, PackingConfig(**PACKINGS[packing]), random_blocks(model, *BLOCKS))
+    side = list(backend.draft_sides.values())[-1]
+    block, ids, last, most = side.exit_blocks[exit_layer], IDS[:1], IDS.shape[1] - 1, 5
+    with torch.inference_mode():
+        finals = backend.normed(backend.run_layers(backend.embed(ids), 0, 6, places(ids)))
+        features = torch.cat([torch.zeros_like(finals[:, :1]), finals[:, :-1]], dim=1)
+        given = features[:, -1:] if block.join is not None else None
+        cache, positions = backend.new_cache(), torch.arange(last + most)[None]
+        states = side.run_layers(side.embed(ids[:, :last]), 0, exit_layer, positions[:, :last], cache)
+        entered = block.enter(states, features[:, :last])
+        side.run_layers(entered, block.layer, block.layer + 1, positions[:, :last], cache)
+        drafted = side.draft_greedily(
+            ids[:, last:], exit_layer, positions[:, last:], cache, DraftEnds(wants_probs=True), (), block, given
+        )
+        probs = []
+        for _ in range(most):
+            states = side.run_layers(side.embed(ids), 0, exit_layer, places(ids))
+            hidden = side.run_layers(block.enter(states, features), block.layer, block.layer + 1, places(ids))
+            logits = block.head(hidden[:, -1:])
+            probs.append(float(logits.softmax(-1).amax()))
+            chosen = logits.argmax(-1)
+            features = torch.cat([features, block.norm(hidden[:, -1:])], dim=1)
+            ids = torch.cat([ids, chosen if side.vocabulary is None else side.vocabulary.tokens(chosen)], dim=1)
+    assert drafted.tokens.tolist() == [ids[0, last:].tolist()]
+    assert drafted.probs == pytest.approx(probs, rel=1e-2 if kind == "packed" else 1e-4)
+    assert drafted.states.shape[1] in (most, most + 1)
+
+
+def test_copies_have_the_blocks_of_the_exits_that_they_reach():
+    model = tiny_model("llama", torch.float64, **WIDE)
+    backend = packed(model, PackingConfig(draft_weights=("int8",), draft_layers=3), random_blocks(model, *BLOCKS))
+    side = backend.draft_sides["int8"]
+    assert side.num_layers == 3 and list(side.exit_blocks) == [2]
+    assert list(backend.draft_sides[None].exit_blocks) == [2, 4]
+    hidden = side.embed(IDS)
+    for start in (3, 7):
+        with pytest.raises(ValueError, match="not all here"):
+            side.run_layers(hidden, start, start + 1, places(IDS))
+    side.run_layers(hidden, 6, 7, places(IDS))
+
+
+def test_the_head_s_matrix_is_shared():
+    model = tiny_model("llama", torch.bfloat16, **WIDE)
+    backend = packed(model, None, random_blocks(model, *BLOCKS))
+    assert backend.exit_blocks[2].head.linear is backend._head.linear
+    model = tiny_model("llama", torch.float32, **WIDE)
+    backend = native(model, None, random_blocks(model, *BLOCKS))
+    assert backend.exit_blocks[2].head.product.matrix is backend._head.product.matrix
