@@ -9,7 +9,7 @@ require_kernels() {
     [ "$(uname -sm)" = "Linux x86_64" ] && command -v "${CC:-cc}" >/dev/null && grep -q '^flags.* avx2 ' /proc/cpuinfo || return 0
     stats=$(LAYERSKIP_KERNELS='' "$1" generate --stats --max-new-tokens 2 'wake me up' 2>&1 >/dev/null)
     case $stats in
-        *'; native ('*) ;;
+        *'layers: native ('*) ;;
         *) echo "error: ${CC:-cc} is there, but $1 runs without the compiled kernels: $stats" >&2; exit 1 ;;
     esac
 }
