@@ -1,6 +1,7 @@
 """Packages import only packages below them, and no modules import each other in a circle."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "layerskip_core"
@@ -56,3 +57,11 @@ def test_no_modules_import_each_other_in_a_circle():
     while free := {name for name, targets in left.items() if not targets & left.keys()}:
         left = {name: targets for name, targets in left.items() if name not in free}
     assert sorted(left) == []
+
+
+def test_every_package_is_in_the_wheel():
+    """setuptools leaves out what pyproject.toml does not list, and an editable installation does not show it."""
+    with (ROOT.parent / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    there = {".".join(file.parent.relative_to(ROOT.parent).parts) for file in ROOT.rglob("__init__.py")}
+    assert there == {package for package in listed if package != "layerskip_cli"}
