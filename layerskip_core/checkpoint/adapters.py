@@ -6,6 +6,7 @@ from ..errors import CheckpointError
 from ..model.config_values import whole
 from ..storage.json_reading import read_json_object
 from .info import ADAPTER_FILE
+from .locate import reading
 from .stored import check_kinds, open_weights
 
 _MOST_ADAPTERS = 8  # in a chain of adapters
@@ -46,7 +47,8 @@ def _base_of(folder: Path) -> str:
     ranks = [config[name] for name in ("r",) if name in config]
     patterns = config.get("rank_pattern") or {}
     ranks += patterns.values() if isinstance(patterns, dict) else [patterns]
-    slices = {name: weights.get_slice(name) for name, weights in open_weights(folder).items()}
+    opened = reading(str(folder), lambda: open_weights(folder))
+    slices = {name: weights.get_slice(name) for name, weights in opened.items()}
     check_kinds(slices)
     stored = {name: part.get_shape() for name, part in slices.items() if "lora_" in name}
     most = max((shape[0] for name, shape in stored.items() if "_A" in name and shape), default=None)

@@ -23,7 +23,7 @@ def test_the_first_report_may_come_before_anything_is_done(monkeypatch, capsys):
     with console.progress_bar(64, "answers") as update:
         update(0, "")
         update(32, "")
-    assert capsys.readouterr().err.splitlines() == ["answers 32/64  11 s left"]
+    assert capsys.readouterr().err.splitlines() == ["answers 32/64 11 s left"]
 
 
 def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():

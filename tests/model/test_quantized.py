@@ -329,7 +329,7 @@ def test_weight_flags_on_the_command_line(tmp_path, checkpoint):
     drafted = run("generate", "wake me up", *fixed, "--draft-weights", "int8", "--draft-vocab", "200", "--exact", "--stats")
     assert (drafted.code, drafted.out) == (0, expected.out)
     eight = run("generate", "wake me up", *fixed, "--quantize", "int8", "--stats")
-    assert eight.code == 0 and "packed (int8) layers, float32 on cpu" in eight.err
+    assert eight.code == 0 and "layers: packed (int8), float32 on cpu" in eight.err
     fails(
         "int4 weights need layer widths that the group size 32 divides, got 48",
         "generate", "x", *fixed, "--quantize", "int4",
