@@ -79,8 +79,8 @@ class CheckpointInfo:
     def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
         """What a sweep measured of drafts that are stored in this way, and of passes of the target.
 
-        Where it measured no such drafts, what training measured of exit blocks, else what its losses say: acceptance is about
-        exp(last loss - exit's loss).
+        Where it measured no such drafts, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2) for a
+        gap of that many nats between an exit's loss and the last layer's.
         """
         known = self.profile
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
@@ -95,7 +95,9 @@ class CheckpointInfo:
         if type(last) is not float:
             return {}
         exits = {exit_layer: known.get(str(exit_layer)) for exit_layer in self.trained_exits(num_layers)}
-        return {f"exit {exit_layer}": exp(min(last - loss, 0.0)) for exit_layer, loss in exits.items() if type(loss) is float}
+        gaps = {exit_layer: max(loss - last, 0.0) for exit_layer, loss in exits.items() if type(loss) is float}
+        # exp(-gap) is about the chance that the exit gives the token; that this is its best one is more likely.
+        return {f"exit {exit_layer}": exp(-gap / 2) for exit_layer, gap in gaps.items()}
 
     def _acceptance_of_blocks(self) -> dict[str, float]:
         """The share of first drafts that each exit block had right in training."""

@@ -107,7 +107,7 @@ def test_what_was_measured_of_drafts_holds_for_their_head_and_vocabulary_only(tm
 def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
     details = {"config": {"recipe": {"curriculum": "all", "exits": [4, 8]}}, "final_losses": {"4": 0.75, "8": 0.5, "12": 0.25}}
     profile = CheckpointInfo(details=details).draft_profile(12)
-    assert profile.acceptance == {"exit 4": pytest.approx(exp(-0.5)), "exit 8": pytest.approx(exp(-0.25))}
+    assert profile.acceptance == {"exit 4": pytest.approx(exp(-0.25)), "exit 8": pytest.approx(exp(-0.125))}
     assert CheckpointInfo(details=details).draft_profile(24) == CheckpointInfo().draft_profile(12) == DraftProfile()
 
 
