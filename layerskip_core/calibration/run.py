@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.adapters import is_adapter
-from ..checkpoint.int4_file import fingerprint, int4_content, int4_names
+from ..checkpoint.beside import fingerprint, matrix_names
+from ..checkpoint.int4_file import int4_content
 from ..checkpoint.load import for_decoding, for_training
 from ..checkpoint.locate import locate
 from ..checkpoint.save import import_checkpoint, refuse_beside, refuse_overwrite, save_beside
@@ -67,7 +68,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
     texts = _texts(config, report)
     trainable = for_training(config.model, "cpu")
     backend, model = trainable.backend, trainable.model
-    names = int4_names(backend.spec)
+    names = matrix_names(backend.spec)
     made_from = fingerprint(names, model.get_parameter)
     total = backend.num_layers + 1
     quantized = quantize(backend, texts, lambda done: report(Progress("layers", done, total)))
@@ -103,7 +104,7 @@ def _require_kernels(spec: ModelSpec) -> None:
     """Raises ConfigError for a model that no int4 kernel runs."""
     if missing := missing_feature(spec):
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
-    for name in int4_names(spec):
+    for name in matrix_names(spec):
         width = spec.shapes[name][1]
         require(width % GROUP_SIZE == 0, "model", f"one whose layer widths {GROUP_SIZE} divides", f"{width} in {name}")
 

@@ -13,38 +13,31 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import CheckpointError, first_line
-from ..model.exit_blocks import ExitBlocks, blocks_named
+from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import ModelSpec, check_shape
 from ..model.weights import check_finite
-from .int4_file import fingerprint, int4_names
-from .stored import EXIT_BLOCKS_FILE, WeightFile, check_kinds
+from .beside import fingerprint, header, matrix_names, open_beside
+from .stored import EXIT_BLOCKS_FILE, check_kinds
 
 _FORMAT = {"format": "1"}
 
 
 def model_fingerprint(spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> str:
     """Of the model that blocks are trained for, whatever its precision. `weight_of` gives its weights by name."""
-    return fingerprint(int4_names(spec), weight_of)
+    return fingerprint(matrix_names(spec), weight_of)
 
 
-def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks | None:
-    """The blocks of a folder, each weight read when it is taken, as it is stored; None if the folder has none.
+def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
+    """The blocks of a folder, each weight read when it is taken, as it is stored; NO_BLOCKS if the folder has no such file.
 
     `weight_of` gives the model's own weights, in any precision. Raises CheckpointError for a file that is damaged, or that was
     not trained for these weights.
     """
     path = Path(folder) / EXIT_BLOCKS_FILE
     if not path.is_file():
-        return None
+        return NO_BLOCKS
     try:
-        from safetensors import safe_open
-
-        file: WeightFile = safe_open(path, "pt", device="cpu")
-        metadata = file.metadata() or {}
-        if not _FORMAT.items() <= metadata.items():
-            raise ValueError(f"needed {_FORMAT} in its header, found {metadata!r:.200}")
-        if metadata.get("fingerprint") != model_fingerprint(spec, weight_of):
-            raise ValueError("its blocks were trained for other weights than those beside it")
+        file = open_beside(path, _FORMAT, lambda: model_fingerprint(spec, weight_of))
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  the file is no mapping
         blocks = blocks_named(slices, spec.layers)
         shapes = {name: shape for block in blocks for name, shape in block.shapes(spec).items()}
@@ -71,7 +64,7 @@ def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[s
 
 
 def exit_blocks_content(
-    spec: ModelSpec, weights: Mapping[str, Tensor], trained_for: str, kept: ExitBlocks | None = None
+    spec: ModelSpec, weights: Mapping[str, Tensor], trained_for: str, kept: ExitBlocks = NO_BLOCKS
 ) -> bytes:
     """The file, of weights by the names of `ExitBlock.shapes`. `trained_for`: `model_fingerprint` of the model.
 
@@ -81,8 +74,8 @@ def exit_blocks_content(
 
     content = dict(weights)
     trained = {block.exit_layer for block in blocks_named(weights, spec.layers)}
-    for block in () if kept is None else kept.blocks:
-        if kept is not None and block.exit_layer not in trained:
+    for block in kept.blocks:
+        if block.exit_layer not in trained:
             content |= {name: kept.weights(spec).of(name) for name in block.shapes(spec)}
-    written: bytes = save(content, metadata={**_FORMAT, "fingerprint": trained_for})
+    written: bytes = save(content, metadata=header(trained_for, _FORMAT))
     return written

@@ -22,7 +22,7 @@ from ..model import (
     suits_kernels,
 )
 from ..model.draft_vocabulary import token_order
-from ..model.exit_blocks import ExitBlocks
+from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.native.compiled import kernel_note, requested_variant
 from ..prompting.template import resolve_template
 from .adapters import adapters_of, is_adapter
@@ -166,7 +166,7 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
     `folder`: that of the weights, if the model is a folder of them.
     """
     model, generic = trainable.model, decoder_of(trainable)
-    blocks = None if folder is None else read_exit_blocks(folder, generic.backend.spec, model.get_parameter)
+    blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, generic.backend.spec, model.get_parameter)
     if can_pack(model.config):
         weight = model.get_input_embeddings().weight
         packing = _with_adaptive_copy(
@@ -182,12 +182,12 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
         missing = missing_feature(generic.backend.spec)
         got = f"{model.config.model_type} with {missing}"
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {got}")
-    return generic if blocks is None else replace(generic, backend=GenericBackend(model, blocks))
+    return replace(generic, backend=GenericBackend(model, blocks)) if blocks.blocks else generic
 
 
-def _has_exits(name: str, info: CheckpointInfo, blocks: ExitBlocks | None) -> bool:
+def _has_exits(name: str, info: CheckpointInfo, blocks: ExitBlocks) -> bool:
     """Whether exits of the model were trained."""
-    return blocks is not None or info.has_trained_exits or name in PUBLISHED
+    return bool(blocks.blocks) or info.has_trained_exits or name in PUBLISHED
 
 
 def _with_adaptive_copy(

@@ -72,7 +72,7 @@ class GenericBackend:
     implementation = "generic"
     exact = batch_invariant = False
 
-    def __init__(self, model: nn.Module, exit_blocks: ExitBlocks | None = None) -> None:
+    def __init__(self, model: nn.Module, exit_blocks: ExitBlocks = NO_BLOCKS) -> None:
         """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible.
 
         `exit_blocks`: those of the model's exits, which decode only.
@@ -89,7 +89,6 @@ class GenericBackend:
         # transformers 5.24 renamed past_key_values; layers swallow a wrong keyword in **kwargs without an error.
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
         self._rope_by_type = "layer_type" in inspect.signature(self._decoder.rotary_emb.forward).parameters
-        exit_blocks = exit_blocks or NO_BLOCKS
         self._chain_spec = with_blocks(self.spec, exit_blocks.blocks)
         self._kinds = self._chain_spec.kinds
         self._block_layers: list[nn.Module] = []

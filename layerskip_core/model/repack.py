@@ -76,7 +76,7 @@ def repack(
     pack_head: PackHead[HeadT],
     pack_join: PackJoin[JoinT],
     int4: Take | None = None,
-    exit_blocks: ExitBlocks | None = None,
+    exit_blocks: ExitBlocks = NO_BLOCKS,
 ) -> Repacked[LayerT, HeadT, JoinT]:
     """Takes every weight once, so that a second copy of one layer exists at most.
 
@@ -113,7 +113,6 @@ def repack(
             kept = index < copied
             chain.layers.append(pack_layer(source(originals, kind), index, kind, False) if kept else None)
     chains = [(target, packing.quantize, packing.exact), *((chain, kind, False) for kind, chain in copies.items())]
-    exit_blocks = exit_blocks or NO_BLOCKS
     of_blocks = exit_blocks.weights(spec, embedding)
     for place, block in enumerate(exit_blocks.blocks, spec.layers):
         originals = of_blocks.remembered(block.prefix)

@@ -6,7 +6,7 @@ from conftest import tiny_model
 
 from layerskip_core.calibration.layers import quantize
 from layerskip_core.calibration.tuning import tune
-from layerskip_core.checkpoint.int4_file import int4_names
+from layerskip_core.checkpoint.beside import matrix_names
 from layerskip_core.model import GenericBackend
 from layerskip_core.model.int4 import int4_of
 
@@ -42,7 +42,7 @@ def with_weights(model_type, weights):
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text", "starcoder2", "olmo2"])
 def test_each_step_brings_predictions_nearer_to_the_original(model_type):
     backend = backend_of(model_type)
-    names = int4_names(backend.spec)
+    names = matrix_names(backend.spec)
     parameters = {name: backend.model.get_parameter(name).detach() for name in names}
     nearest = with_weights(model_type, {name: int4_of(weight) for name, weight in parameters.items()})
     done = []

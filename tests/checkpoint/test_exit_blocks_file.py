@@ -12,7 +12,7 @@ from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_beside
 from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
 from layerskip_core.errors import CheckpointError
-from layerskip_core.model.exit_blocks import ExitBlock, blocks_named
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def loaded(checkpoint, tmp_path):
     return for_training(shutil.copytree(checkpoint, tmp_path / "model"), "cpu")
 
 
-def content(loaded, *blocks, kept=None, factor=1.0):
+def content(loaded, *blocks, kept=NO_BLOCKS, factor=1.0):
     spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
     weights = {name: factor * weight for block in blocks for name, weight in block.initial(spec, weight_of).items()}
     return exit_blocks_content(spec, weights, model_fingerprint(spec, weight_of), kept)
@@ -44,7 +44,7 @@ def test_a_block_begins_as_the_last_layer_and_the_final_norm(loaded):
 
 
 def test_exits_and_features_follow_from_the_names(loaded):
-    assert read(loaded) is None
+    assert read(loaded) is NO_BLOCKS
     save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4, "final"), ExitBlock(2)))
     found = read(loaded)
     assert found.blocks == (ExitBlock(2), ExitBlock(4, "final"))
@@ -85,7 +85,7 @@ def test_blocks_of_other_weights_are_refused(loaded, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.layers.1.self_attn.q_proj.weight"] *= 1.01
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"exit_blocks\.safetensors cannot be used: its blocks were trained for other"):
+    with pytest.raises(CheckpointError, match=r"exit_blocks\.safetensors cannot be used: it was made from other"):
         read(for_training(str(other), "cpu"))
 
 
@@ -123,7 +123,7 @@ def test_weights_that_are_not_finite_and_foreign_files_are_refused(loaded):
         with pytest.raises(CheckpointError, match="cannot be used"):
             read(loaded)
     save_file({"exits.2.norm.weight": torch.zeros(32)}, path)
-    with pytest.raises(CheckpointError, match="in its header, found"):
+    with pytest.raises(CheckpointError, match="its header must have format 1, found"):
         read(loaded)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from layerskip_core.checkpoint.beside import fingerprint, matrix_names
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.int4_file import fingerprint, int4_content, int4_names
+from layerskip_core.checkpoint.int4_file import int4_content
 from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.save import import_checkpoint, refuse_overwrite, save_beside
 from layerskip_core.checkpoint.stored import INT4_FILE
@@ -22,7 +23,7 @@ INT4 = PackingConfig("int4")
 def add_int4(folder, change=lambda weight: weight):
     """Calibrated weights that differ visibly from rounded ones, if `change` does."""
     model, spec = (trained := for_training(str(folder), "cpu")).model, trained.backend.spec
-    names = int4_names(spec)
+    names = matrix_names(spec)
     rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
     save_beside(str(folder), INT4_FILE, int4_content(rows, fingerprint(names, model.get_parameter), {"texts": "3"}))
 
@@ -100,7 +101,7 @@ def test_damaged_files_are_refused(wide, damage, found):
     add_int4(wide)
     rows = load_file(wide / INT4_FILE)
     damage(rows)
-    names = int4_names(for_training(str(wide), "cpu").backend.spec)
+    names = matrix_names(for_training(str(wide), "cpu").backend.spec)
     (wide / INT4_FILE).write_bytes(int4_content(rows, fingerprint(names, for_training(str(wide)).model.get_parameter), {}))
     with pytest.raises(CheckpointError, match=rf"int4\.safetensors.* {found}"):
         logits(wide)

@@ -66,14 +66,14 @@ class NativeBackend:
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
-        exit_blocks: ExitBlocks | None = None,
+        exit_blocks: ExitBlocks = NO_BLOCKS,
     ) -> None:
         """Arguments and errors are those of `PackedBackend`, for an architecture that `can_run_native`."""
         packing = packing or PackingConfig()
         compiled = kernels()
         assert compiled is not None
         spec = self.spec = ModelSpec.of(config)
-        chain_spec = self._chain_spec = with_blocks(spec, (exit_blocks or NO_BLOCKS).blocks)
+        chain_spec = self._chain_spec = with_blocks(spec, exit_blocks.blocks)
         weights = Weights(checked(take, spec.shapes), spec.shapes)
         with torch.inference_mode():
             embedding = weights.of(EMBEDDING)
@@ -114,7 +114,7 @@ class NativeBackend:
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
-        exit_blocks: ExitBlocks | None = None,
+        exit_blocks: ExitBlocks = NO_BLOCKS,
     ) -> "NativeBackend":
         """Takes the weights of a transformers model, which can no longer run afterwards."""
         return cls(model.config, taken_from(model), packing, token_order, int4, exit_blocks)

@@ -39,7 +39,7 @@ class PackedBackend:
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
-        exit_blocks: ExitBlocks | None = None,
+        exit_blocks: ExitBlocks = NO_BLOCKS,
     ) -> None:
         """The weights of an architecture that `can_pack`, by their names in its checkpoints; each is taken once.
 
@@ -51,7 +51,7 @@ class PackedBackend:
         """
         packing = packing or PackingConfig()
         spec = self.spec = ModelSpec.of(config)
-        chain_spec = self._chain_spec = with_blocks(spec, (exit_blocks or NO_BLOCKS).blocks)
+        chain_spec = self._chain_spec = with_blocks(spec, exit_blocks.blocks)
         weights = Weights(checked(take, spec.shapes), spec.shapes)
 
         def pack_layer(weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> PackedLayer:
@@ -91,7 +91,7 @@ class PackedBackend:
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
-        exit_blocks: ExitBlocks | None = None,
+        exit_blocks: ExitBlocks = NO_BLOCKS,
     ) -> "PackedBackend":
         """Takes the weights of a transformers model, which can no longer run afterwards."""
         return cls(model.config, taken_from(model), packing, token_order, int4, exit_blocks)

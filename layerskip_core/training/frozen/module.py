@@ -13,7 +13,7 @@ from ...config.training import BlockLoss
 from ...errors import CheckpointError
 from ...losses import IGNORED, summed_divergences
 from ...model import GenericBackend, SpanInputs
-from ...model.exit_blocks import ExitBlock
+from ...model.exit_blocks import ExitBlock, features_of
 from ...model.logits import scaled_logits
 from ..module import Moment
 
@@ -110,15 +110,10 @@ class FrozenExits(nn.Module):
 
     def _runs(self, exit_layer: int, states: Tensor, finals: Tensor, inputs: SpanInputs) -> list[Tensor]:
         block, kind = self.exits[str(exit_layer)], self._backend.spec.kinds[-1]
-        first = block(states, _before(finals), inputs, kind)
-        return [first] if block.input is None else [first, block(states, _before(first), inputs, kind)]
+        first = block(states, features_of(finals), inputs, kind)
+        return [first] if block.input is None else [first, block(states, features_of(first), inputs, kind)]
 
     def _logits(self, normed: Tensor) -> Tensor:
         head = self._head[0]
         logits: Tensor = head(normed.to(head.weight.dtype))
         return scaled_logits(logits, self._backend.spec)
-
-
-def _before(states: Tensor) -> Tensor:
-    """The state of the token before each (B, T, D): 0 for the first."""
-    return torch.cat((torch.zeros_like(states[:, :1]), states[:, :-1]), dim=1)

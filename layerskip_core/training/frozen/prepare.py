@@ -78,8 +78,8 @@ def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
     raise ConfigError(f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew")
 
 
-def _require_new(config: FinetuneConfig, settings: Resolved, kept: ExitBlocks | None, in_place: bool) -> None:
-    known = () if kept is None else [block.exit_layer for block in kept.blocks]
+def _require_new(config: FinetuneConfig, settings: Resolved, kept: ExitBlocks, in_place: bool) -> None:
+    known = [block.exit_layer for block in kept.blocks]
     there = [exit_layer for exit_layer in settings.exits if exit_layer in known]
     if there and in_place and not config.overwrite:
         raise ConfigError(f"`output` {config.output} already has a block at exit {there[0]}; give `overwrite` to replace it")

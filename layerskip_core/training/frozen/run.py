@@ -65,7 +65,7 @@ class FrozenJob:
     files: RunFiles
     sealed: dict[str, Any]
     made_for: str  # fingerprint of the model
-    kept: ExitBlocks | None  # that the model has already
+    kept: ExitBlocks  # that the model has already
     in_place: bool  # the model's own folder gets the blocks
     resume: ResumePoint | None = None
 
