@@ -99,7 +99,7 @@ class AdaptiveDrafter:
                 return last, best, promised
         for option in self._known.options.values():
             if option is not last:
-                option.acceptance.forget(self._rounds)
+                self._known.forget(option, self._rounds)
             promised, best = option.plan(batch, most)
             if promised > rate:
                 chosen, length, rate = option, best, promised

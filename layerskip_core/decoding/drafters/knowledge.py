@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds
-from .estimates import Acceptance, Chance, Doubts, LinearTime, best_length
+from .estimates import Acceptance, Chance, Doubts, LinearTime, best_length, slowdown
 
 _CALL = 0.03  # of a pass of one row: what a draft takes besides its passes
 _ROW = 0.06  # of a pass of one row: for each further row
@@ -31,7 +31,7 @@ class Option:
 
     name: str
     acceptance: Acceptance
-    draft: LinearTime  # by passes of the draft's layers
+    draft: LinearTime  # by passes of the draft's layers, of one row
     ahead: int  # passes besides one per token: 1 where the target needs the last draft's state
     verify: LinearTime  # by rows
     doubts: Doubts
@@ -57,6 +57,7 @@ class Knowledge:
             (least, Acceptance(Chance(first, _LOOKUP_STRENGTH), Chance(later, _LOOKUP_STRENGTH)))
             for least, first, later in _LOOKUPS
         ]
+        self._first_pass = plain.of(1)
         self._steps = 0
         self._is_measured = False
 
@@ -68,6 +69,14 @@ class Knowledge:
         """Whether this step should be one without drafts, so that their time is known. Counts the steps."""
         step, self._steps = self._steps, self._steps + 1
         return step % _PLAIN_EVERY == _PLAIN_AT
+
+    def forget(self, option: Option, rounds: int) -> None:
+        """What has not been tried for long is worth another try: it may have been unlucky, or its times disturbed."""
+        unit = self.plain.of(1) / self._first_pass
+        option.acceptance.forget(rounds)
+        option.draft.forget(rounds, unit)
+        if option.verify is not self.plain:
+            option.verify.forget(rounds, unit)
 
     def observe_round(self, option: Option | None, drafted: int, draft_time: float, rows: int, verify_time: float) -> None:
         """`option` drafted, or, if None, a lookup or nothing; then a pass of `rows` verified. Times are in seconds."""
@@ -81,7 +90,7 @@ class Knowledge:
                 each.scale(factor)
         verify.observe(rows, verify_time)
         if option is not None and drafted:
-            option.draft.observe(drafted + option.ahead, draft_time)
+            option.draft.observe(drafted + option.ahead, draft_time / slowdown(verify, rows // (drafted + 1)))
 
 
 class Drafting(NamedTuple):
