@@ -16,9 +16,10 @@ def naive(head, run, teacher, total_variation):
 
 
 @pytest.mark.parametrize("total_variation", [False, True], ids=["kl", "tv"])
-@pytest.mark.parametrize("rows", [1, 3, 100])
-def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, total_variation, rows):
+@pytest.mark.parametrize(("rows", "cached"), [(1, 1), (3, 2), (100, 2), (100, 100)])
+def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, total_variation, rows, cached):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
+    monkeypatch.setattr(losses, "_CACHED_LOGITS", cached * VOCABULARY)
     torch.manual_seed(0)
     weight = torch.randn(VOCABULARY, 5)
     teacher, *inputs = torch.randn(3, 7, 5).unbind()

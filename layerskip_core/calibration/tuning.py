@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..losses import CHUNK_LOGITS
+from ..losses import summed_divergences
 from ..model import GenericBackend
 from ..model.int4 import LEVELS, Int4
 from .layers import Quantized
@@ -71,13 +70,15 @@ def tune(
     positions = torch.arange(texts.shape[1])[None]
     for number, rows in enumerate(_batches(texts, steps, seed), start=1):
         hidden = backend.run_layers(backend.embed(texts[rows]), 0, backend.num_layers, positions)
-        divergence, gradient = _divergence(backend, hidden.detach().flatten(0, 1), quantized.original[rows].flatten(0, 1))
-        torch.autograd.backward(hidden, gradient.view_as(hidden))
+        original = quantized.original[rows].flatten(0, 1)
+        (total,), _ = summed_divergences(backend.unembed, [hidden.flatten(0, 1)], original, backend.vocab_size)
+        divergence = total / len(original)
+        torch.autograd.backward(divergence)
         rate = _RATE * min(1.0, number / _WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * number / steps)) / 2)
         with torch.no_grad():
             for one in tuned.values():
                 one.step(number, rate)
-        report(number, divergence)
+        report(number, float(divergence.detach()))
     return quantized.weights | {name: one.weight for name, one in tuned.items()}
 
 
@@ -91,18 +92,3 @@ def _batches(texts: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
             left = torch.cat([left, torch.randperm(len(texts), generator=generator)])
         yield left[:size]
         left = left[size:]
-
-
-def _divergence(backend: GenericBackend, hidden: Tensor, original: Tensor) -> tuple[float, Tensor]:
-    """KL(original || hidden), the mean over tokens (N, D), and its gradient (N, D). The logits exist in parts only."""
-    total, rows = 0.0, max(1, CHUNK_LOGITS // backend.vocab_size)
-    gradients: list[Tensor] = []
-    for part, reference in zip(torch.split(hidden, rows), torch.split(original, rows), strict=True):
-        with torch.no_grad():
-            aim = backend.unembed(reference).float().log_softmax(-1)
-        part = part.requires_grad_()
-        predicted = backend.unembed(part).float().log_softmax(-1)
-        loss = functional.kl_div(predicted, aim, reduction="sum", log_target=True) / len(hidden)
-        gradients += torch.autograd.grad(loss, part)
-        total += float(loss.detach())
-    return total, torch.cat(gradients)
