@@ -20,6 +20,8 @@ def import_model(
 ) -> None:
     """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.
 
+    Calibrated int4 weights and exit blocks beside the model are kept.
+
     Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
     """
     require_choice(dtype, "dtype", DTYPES)
@@ -30,4 +32,6 @@ def import_model(
     with output_lock(output, "layerskip import"):
         refuse_overwrite(output, overwrite)
         written = import_checkpoint(model, output, dtype)
-    narrate(f"wrote {model} to {output} in {str(written).removeprefix('torch.')}")
+    for reason in written.left_out:
+        narrate(f"left out: {reason}")
+    narrate(f"wrote {model} to {output} in {str(written.dtype).removeprefix('torch.')}")

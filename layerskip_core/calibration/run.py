@@ -11,7 +11,7 @@ from ..checkpoint.adapters import is_adapter
 from ..checkpoint.beside import fingerprint, matrix_names
 from ..checkpoint.int4_file import int4_content
 from ..checkpoint.load import for_decoding, for_training
-from ..checkpoint.locate import locate
+from ..checkpoint.locate import own_folder
 from ..checkpoint.save import import_checkpoint, refuse_beside, refuse_overwrite, save_beside
 from ..checkpoint.stored import INT4_FILE
 from ..config.calibration import CalibrationConfig
@@ -44,8 +44,11 @@ def output_folder(config: CalibrationConfig) -> str:
     """The folder that int4 weights are written to. Raises CheckpointError for a model that is not there."""
     if config.output is not None:
         return config.output
-    own = not is_adapter(config.model) and locate(config.model).is_folder and Path(config.model).is_dir()
-    return config.model if own else _COPY
+    return _own_folder(config.model) or _COPY
+
+
+def _own_folder(model: str) -> str | None:
+    return None if is_adapter(model) else own_folder(model)
 
 
 def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str:
@@ -60,7 +63,8 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
         DataError: the data is not there or too small.
     """
     folder = output_folder(config)
-    copied = Path(folder).resolve() != Path(config.model).resolve()
+    own = _own_folder(config.model)
+    copied = own is None or Path(folder).resolve() != Path(own).resolve()
     if copied:
         refuse_overwrite(folder, config.overwrite, (INT4_FILE,))
     else:

@@ -1,6 +1,7 @@
 """Files of further weights beside a model's. The header of each says which format it has, and for which weights it was made."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from ..model.spec import ModelSpec
 from .stored import WeightFile
+
+_METADATA = "__metadata__"  # safetensors' key of a header's further entries
+_FINGERPRINT = "fingerprint"
 
 
 def matrix_names(spec: ModelSpec) -> list[str]:
@@ -28,9 +32,19 @@ def fingerprint(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> str
     return digest.hexdigest()
 
 
-def header(made_for: str, form: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of such a file; `made_for`: the fingerprint of the model's weights."""
-    return {**form, "fingerprint": made_for}
+def content_beside(weights: Mapping[str, Tensor], made_for: str, form: Mapping[str, str]) -> bytes:
+    """Such a file, with `form` in its header; `made_for`: the fingerprint of the model's weights. The same weights give the
+    same bytes, while safetensors writes the entries of a header in a random order.
+    """
+    from safetensors.torch import save
+
+    written: bytes = save(dict(weights), metadata={**form, _FINGERPRINT: made_for})
+    end = 8 + int.from_bytes(written[:8], "little")  # of the header, which JSON's white space fills up
+    header = json.loads(written[8:end])
+    header[_METADATA] = dict(sorted(header[_METADATA].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    assert len(text) <= end - 8
+    return b"".join((written[:8], text.ljust(end - 8), memoryview(written)[end:]))
 
 
 def open_beside(path: Path, form: Mapping[str, str], made_for: Callable[[], str]) -> WeightFile:
@@ -42,6 +56,6 @@ def open_beside(path: Path, form: Mapping[str, str], made_for: Callable[[], str]
     if not form.items() <= metadata.items():
         needed, found = (" and ".join(f"{name} {values.get(name, 'missing')}" for name in form) for values in (form, metadata))
         raise ValueError(f"its header must have {needed}, found {found}")
-    if metadata.get("fingerprint") != made_for():
-        raise ValueError("it was made from other weights than those beside it")
+    if metadata.get(_FINGERPRINT) != made_for():
+        raise ValueError("it was made from other weights than this model's")
     return file

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, first_line
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import ModelSpec, check_shape
 from ..model.weights import check_finite
-from .beside import fingerprint, header, matrix_names, open_beside
+from .beside import content_beside, fingerprint, matrix_names, open_beside
 from .stored import EXIT_BLOCKS_FILE, check_kinds
 
 _FORMAT = {"format": "1"}
@@ -48,7 +48,7 @@ def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[s
             check_shape(name, shapes[name], tuple(part.get_shape()))
         check_kinds(slices)
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be used: {first_line(error)}; remove it, or train the blocks again") from error
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}; remove it, and train the blocks again") from error
 
     def take(name: str) -> Tensor | None:
         if name not in shapes:
@@ -63,6 +63,13 @@ def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[s
     return ExitBlocks(blocks, take)
 
 
+def check_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> None:
+    """Reads all of a folder's file. Raises CheckpointError as `read_exit_blocks` does, and for numbers that are not finite."""
+    blocks = read_exit_blocks(folder, spec, weight_of)
+    for name in blocks.shapes(spec):
+        blocks.take(name)
+
+
 def exit_blocks_content(
     spec: ModelSpec, weights: Mapping[str, Tensor], trained_for: str, kept: ExitBlocks = NO_BLOCKS
 ) -> bytes:
@@ -70,12 +77,9 @@ def exit_blocks_content(
 
     The blocks of `kept` are added where `weights` has none for their exit. Save it with `save_beside`, or with the model.
     """
-    from safetensors.torch import save
-
     content = dict(weights)
     trained = {block.exit_layer for block in blocks_named(weights, spec.layers)}
     for block in kept.blocks:
         if block.exit_layer not in trained:
             content |= {name: kept.weights(spec).of(name) for name in block.shapes(spec)}
-    written: bytes = save(content, metadata=header(trained_for, _FORMAT))
-    return written
+    return content_beside(content, trained_for, _FORMAT)

@@ -14,7 +14,15 @@ from torch import Tensor
 from ..model import ModelSpec, can_pack
 from ..model.architectures import is_complete
 from ..model.weights import Take
-from .stored import GENERATION_FILE, TOKENIZER_FILE, check_stored_weights, open_weights, read_config, read_settings
+from .stored import (
+    GENERATION_FILE,
+    TOKENIZER_FILE,
+    check_stored_weights,
+    open_weights,
+    read_config,
+    read_settings,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +41,7 @@ def lean_config(folder: str) -> LeanConfig | None:
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
     special = {"quantization_config", "auto_map"} & config.keys()
-    if not recent or special or not is_complete(config) or not list(Path(folder).glob("*.safetensors")):
+    if not recent or special or not is_complete(config) or not weight_files(folder):
         return None
     lean = LeanConfig(**config)
     simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in ModelSpec.of(lean).ropes)

@@ -16,6 +16,7 @@ from ..storage.schema import SchemaError, build
 
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
+EXIT_BLOCKS = "exit_blocks"  # the key that says how each exit's block was trained
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
 _MOST = 1024  # layers or draft tokens
 _PLAIN = PackingConfig()
@@ -64,6 +65,12 @@ class CheckpointInfo:
         return None if self.prompt_template is None else PromptTemplate(self.prompt_template, self.system)
 
     @property
+    def exit_blocks(self) -> dict[str, Any]:
+        """How each exit's block was trained, by exit, as far as `details` tell it."""
+        blocks = self.details.get(EXIT_BLOCKS)
+        return blocks if isinstance(blocks, dict) else {}
+
+    @property
     def has_trained_exits(self) -> bool:
         """Whether `finetune` trained this checkpoint with a loss at its exits."""
         return bool(self._recipe.get("curriculum", "none") != "none")
@@ -101,8 +108,7 @@ class CheckpointInfo:
 
     def _acceptance_of_blocks(self) -> dict[str, float]:
         """The share of first drafts that each exit block had right in training."""
-        blocks = self.details.get("exit_blocks")
-        told = blocks.items() if isinstance(blocks, dict) else ()
+        told = self.exit_blocks.items()
         shares = {f"exit {exit_layer}": block.get("agreement") for exit_layer, block in told if isinstance(block, dict)}
         return {name: share for name, share in shares.items() if type(share) is float and 0 <= share <= 1}
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, first_line
 from ..model.int4 import GROUP_SIZE, int4_of, stored_shape
 from ..model.spec import ModelSpec
 from ..model.weights import Take
-from .beside import fingerprint, header, matrix_names, open_beside
+from .beside import content_beside, fingerprint, matrix_names, open_beside
 from .stored import INT4_FILE
 
 _FORMAT = {"format": "1", "group_size": str(GROUP_SIZE)}
@@ -51,12 +51,17 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
     return take
 
 
+def check_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> None:
+    """Reads all of a folder's file. Raises CheckpointError as `read_int4` does, and for numbers that are not finite."""
+    take = read_int4(folder, spec, weight_of)
+    if take is not None:
+        for name in matrix_names(spec):
+            take(name)
+
+
 def int4_content(rows: Mapping[str, Tensor], made_from: str, details: Mapping[str, str]) -> bytes:
     """The file, of rows of bytes by name. `made_from`: the fingerprint of the model's weights. `details` go into its header."""
-    from safetensors.torch import save
-
-    content: bytes = save(dict(rows), metadata={**details, **header(made_from, _FORMAT)})
-    return content
+    return content_beside(rows, made_from, {**details, **_FORMAT})
 
 
 def _check(name: str, spec: ModelSpec, dtype: str, shape: list[int]) -> None:

@@ -92,7 +92,10 @@ class Decoder:
         """
         name, layers = self.policy_for(settings, packing), self.backend.num_layers
         if name is None:
-            config = settings.resolve(self.recommended(packing), layers, packing)
+            recommended = self.recommended(packing)
+            if settings.generation.exit_confidence:
+                recommended = replace(recommended, exits=self._without_drafting_only(recommended.exits))
+            config = settings.resolve(recommended, layers, packing)
             if config.strategy == "early-exit":
                 for exit_layer in config.exits if config.exit_confidence else (config.exit_layer,):
                     target_block(self.backend.exit_blocks, exit_layer or layers)
@@ -104,6 +107,10 @@ class Decoder:
             return policy.settings(settings.generation).resolve(self.recommended(policy.packing), layers, policy.packing)
         except ConfigError as error:
             raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
+
+    def _without_drafting_only(self, exits: tuple[int, ...]) -> tuple[int, ...]:
+        blocks = self.backend.exit_blocks
+        return tuple(exit_layer for exit_layer in exits if exit_layer not in blocks or blocks[exit_layer].stands_alone)
 
     def _missing(self, policy: Policy) -> list[Quantization]:
         """The copies that a policy drafts with and that were not made."""

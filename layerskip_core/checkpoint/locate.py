@@ -63,6 +63,12 @@ def locate(name: str) -> Location:
     raise CheckpointError(f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name")
 
 
+def own_folder(name: str) -> str | None:
+    """The folder that a model is read from, where files can be added; None for an embedded model, a GGUF file and a hub id."""
+    location = locate(name)
+    return location.path if location.is_folder and name not in EMBEDDED else None
+
+
 def downloaded(name: str) -> str:
     """The folder of a model's files, fetched from the hub if it is a hub id. Raises CheckpointError for a GGUF file."""
     location = locate(name)

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,12 +14,18 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..storage.locks import hold
+from ..storage.reading import read_bytes
 from ..storage.writing import new_staging, write_file
-from .info import INFO_FILE, CheckpointInfo, holds_model, read_info
+from .adapters import adapters_of, is_adapter
+from .exit_blocks_file import check_exit_blocks
+from .info import EXIT_BLOCKS, INFO_FILE, CheckpointInfo, holds_model, read_info
+from .int4_file import check_int4
 from .load import for_training
-from .locate import downloaded
+from .loaded import Trainable
+from .locate import downloaded, locate
 from .model_files import in_the_way, loaded_files, model_files, obstacles
 from .quiet import quiet_transformers
+from .stored import EXIT_BLOCKS_FILE, INT4_FILE
 from .swap import files_below, replace_files, settle
 from .transformers_read import stored_dtype
 
@@ -93,17 +99,29 @@ def copy_checkpoint(name: str, info: CheckpointInfo, output: str, files: Mapping
     _replace_model(output, write)
 
 
-def import_checkpoint(name: str, output: str, dtype: str, files: Mapping[str, bytes] = MappingProxyType({})) -> torch.dtype:
-    """Writes any model that can be loaded to `output`; returns the precision written. GGUF is dequantised, adapters are merged.
+@dataclass(frozen=True)
+class Imported:
+    """What `import_checkpoint` wrote: the precision, and for each file beside the weights that it left out, why."""
 
-    `dtype` is fp32, bf16, or auto: as stored, which is fp32 for a GGUF file. `files` are written too, by name. Raises
-    CheckpointError if anything fails.
+    dtype: torch.dtype
+    left_out: tuple[str, ...]
+
+
+def import_checkpoint(name: str, output: str, dtype: str, files: Mapping[str, bytes] = MappingProxyType({})) -> Imported:
+    """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
+
+    Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name.
+    `dtype` is fp32, bf16, or auto: as stored, which is fp32 for a GGUF file. Raises CheckpointError if anything fails.
     """
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
     loaded = for_training(name, "cpu", "fp32")
-    info = replace(loaded.info, details={**loaded.info.details, "imported_from": name})
-    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, files)
-    return precision
+    beside, left_out = _files_beside(name, loaded)
+    details = {**loaded.info.details, "imported_from": name}
+    if EXIT_BLOCKS_FILE not in beside:
+        details.pop(EXIT_BLOCKS, None)
+    info = replace(loaded.info, details=details)
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**beside, **files})
+    return Imported(precision, left_out)
 
 
 def write_model(model: Any, folder: Path) -> None:
@@ -131,6 +149,25 @@ def save_beside(folder: str, name: str, content: bytes, details: Mapping[str, An
         info = replace(info, details={**info.details, **details}, files=tuple(sorted(files)))
         write_info(folder, info)  # first: a file that it does not list would be in the way
         write_file(Path(folder) / name, content, CheckpointError)
+
+
+def _files_beside(name: str, loaded: Trainable) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The files of further weights for the weights of `loaded`, by name, and why each of the others is not one of them."""
+    location = locate(adapters_of(name)[1])
+    folder = Path(location.path)
+    there = [file for file in (INT4_FILE, EXIT_BLOCKS_FILE) if location.is_folder and (folder / file).is_file()]
+    if is_adapter(name):
+        return {}, tuple(f"{folder / file} is for the weights without the adapter" for file in there)
+    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+    kept, left_out = {}, []
+    for file in there:
+        check = check_int4 if file == INT4_FILE else check_exit_blocks
+        try:
+            check(folder, spec, weight_of)
+            kept[file] = read_bytes(folder / file, str(folder / file), CheckpointError)
+        except CheckpointError as error:
+            left_out.append(str(error))
+    return kept, tuple(left_out)
 
 
 def _write_all(model: nn.Module, tokenizer: Any, info: CheckpointInfo, staging: Path, files: Mapping[str, bytes]) -> None:

@@ -73,13 +73,18 @@ def check_config(config: Mapping[str, Any]) -> None:
         ModelSpec.of(SimpleNamespace(**config))
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a folder that hold the model's own weights."""
+    beside = {Path(folder) / INT4_FILE, Path(folder) / EXIT_BLOCKS_FILE}
+    return sorted(set(Path(folder).glob("*.safetensors")) - beside)
+
+
 def open_weights(folder: str | Path) -> dict[str, WeightFile]:
-    """The open safetensors file of each weight in a folder, by the weight's name; the model's own weights alone."""
+    """The open safetensors file of each of the model's own weights in a folder, by the weight's name."""
     from safetensors import safe_open
 
     files: dict[str, WeightFile] = {}
-    beside = {Path(folder) / INT4_FILE, Path(folder) / EXIT_BLOCKS_FILE}
-    for path in sorted(set(Path(folder).glob("*.safetensors")) - beside):
+    for path in weight_files(folder):
         file: WeightFile = safe_open(path, "pt", device="cpu")
         files.update(dict.fromkeys(file.keys(), file))
     return files

@@ -1,6 +1,7 @@
 """Examples, conversations and documents as token ids with labels."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +41,22 @@ class Encoder:
             ids, labels = ids[: self.max_length], labels[: self.max_length]
             yield {"input_ids": ids, "labels": labels, "length": len(ids), "truncated": truncated}
 
+    def prompts(self, rows: Iterable[Example]) -> Iterator[list[int]]:
+        """The rows' prompts alone, as ids."""
+        for row in rows:
+            with _naming(row):
+                ids = encode_prompt(self.tokenizer, self.template, row.prompt)
+            yield ids
+
     def _document(self, row: Row) -> list[int]:
         if isinstance(row, Conversation) or row.prompt:
             raise DataError("`pack` is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
         return self._encoded(row)[0]
 
     def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
-        """Ids and labels of a row. Raises DataError that names it."""
-        try:
+        """Ids and labels of a row."""
+        with _naming(row):
             return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
-        except LayerSkipError as error:
-            raise DataError(f"{row.where}: {error}" if row.where else str(error)) from None
-        except Exception as error:  # a chat template is a program, and tokenizers raise many kinds
-            raise DataError(f"{row.where or 'a row'} cannot be encoded: {first_line(error)}") from error
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
         """Prompt, completion and end of text as ids; the prompt's labels are masked."""
@@ -90,6 +94,17 @@ class Encoder:
             ids, offsets = encoded(lambda: _with_offsets(special.encode(text, add_special_tokens=False)))
         targets = [any(len(before) <= start < len(through) for before, through in spans) for start, _ in offsets]
         return ids, [token if target else IGNORED for token, target in zip(ids, targets, strict=True)]
+
+
+@contextmanager
+def _naming(row: Row) -> Iterator[None]:
+    """Any error becomes a DataError that names the row."""
+    try:
+        yield
+    except LayerSkipError as error:
+        raise DataError(f"{row.where}: {error}" if row.where else str(error)) from None
+    except Exception as error:  # a chat template is a program, and tokenizers raise many kinds
+        raise DataError(f"{row.where or 'a row'} cannot be encoded: {first_line(error)}") from error
 
 
 def _with_offsets(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:

@@ -54,6 +54,14 @@ def validation_data(config: FinetuneConfig, name: str) -> DataConfig:
     return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
 
 
+def conversation_template(config: FinetuneConfig) -> PromptTemplate:
+    """The template of conversations. Raises ConfigError for settings that they do not use."""
+    asked, system = config.prompting.asked, config.prompting.system
+    require(asked in (None, CHAT), "template", "chat for conversations", asked)
+    require(system is None, "system", "left out for conversations, which have system messages of their own", system)
+    return PromptTemplate(CHAT)
+
+
 def _packs(config: FinetuneConfig, rows: list[Row]) -> bool:
     """Whether documents are packed: by default for plain text, without prompts, in a regime for language-model data."""
     if config.pack is not None:
@@ -65,12 +73,9 @@ def _template(config: FinetuneConfig, trainable: Trainable, rows: list[Row]) -> 
     """The template asked for; else chat for conversations, the parsing template for parsing data, and otherwise what decoding
     uses by default. Where that is no template, the prompt gets a line end.
     """
-    asked, system = config.prompting.asked, config.prompting.system
     if any(isinstance(row, Conversation) for row in rows):
-        require(asked in (None, CHAT), "template", "chat for conversations", asked)
-        require(system is None, "system", "left out for conversations, which have system messages of their own", system)
-        return PromptTemplate(CHAT)
-    stored = trainable.info.template
+        return conversation_template(config)
+    asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     template = resolve_template(asked, system, stored, trainable.tokenizer)
     by_default = is_parsing(config.data) or (stored is None and template.text == RAW)
     return PromptTemplate(PARSING_TEMPLATE) if asked is None and system is None and by_default else template

@@ -73,6 +73,13 @@ def test_the_model_beside_it_is_read_as_before(loaded):
         assert backend.num_layers == 6
 
 
+def test_the_same_blocks_give_the_same_bytes(loaded):
+    written = {content(loaded, ExitBlock(2), ExitBlock(3, "final")) for _ in range(12)}
+    assert len(written) == 1
+    save_beside(loaded.name, EXIT_BLOCKS_FILE, written.pop())
+    assert read(loaded).blocks == (ExitBlock(2), ExitBlock(3, "final"))
+
+
 def test_the_precision_of_the_model_does_not_matter(loaded):
     spec = loaded.backend.spec
     lower = for_training(loaded.name, "cpu", "bf16").model

@@ -17,7 +17,7 @@ from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.save import import_checkpoint, save_beside, write_info
 from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
 from layerskip_core.config.data import DataConfig
-from layerskip_core.config.decoding import DecodingConfig, DecodingSettings
+from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, GenerationSettings
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
@@ -162,8 +162,16 @@ def test_bench_and_sweep_measure_blocks(folder):
     assert "Exits with a block" in sweep_table(record).note
 
 
-def test_the_blocks_go_with_their_model(folder, tmp_path):
+def test_the_blocks_go_with_their_model(folder, checkpoint, tmp_path):
     copy = str(shutil.copytree(folder, tmp_path / "copy"))
     write_info(copy, replace(read_info(copy), exit_layer=2))
-    import_checkpoint(copy, copy, "fp32")
+    import_checkpoint(checkpoint, copy, "fp32")
     assert not (Path(copy) / EXIT_BLOCKS_FILE).exists()
+
+
+def test_only_exits_that_can_answer_are_chosen_by_confidence(folder):
+    decoder, confident = for_decoding(folder, "cpu", "fp32"), GenerationSettings(exit_confidence=0.5)
+    assert decoder.recommended().exits == (2, 4)
+    assert decoder.resolve(DecodingSettings(generation=confident), PackingConfig()).exits == (2,)
+    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
+        decoder.resolve(DecodingSettings(generation=confident, exits=(2, 4)), PackingConfig())

@@ -86,6 +86,12 @@ def test_configurations_that_need_transformers(folder, changes):
     assert lean_config(str(path)) is None
 
 
+def test_files_beside_the_weights_are_no_weights(folder):
+    path = folder()
+    (path / "model.safetensors").rename(path / "int4.safetensors")
+    assert lean_config(str(path)) is None
+
+
 def test_a_tokenizer_that_needs_transformers(folder):
     path = folder()
     edit(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")

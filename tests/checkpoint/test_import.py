@@ -1,10 +1,23 @@
-"""`layerskip import` of a GGUF file and of a folder."""
+"""`layerskip import` of a GGUF file, of a folder and of an adapter, with the files of further weights beside them."""
 
+import json
+import shutil
+from pathlib import Path
+
+import pytest
 import torch
 from command_line import fails, run
 from gguf_file import write_gguf
+from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.calibration.run import calibrate
+from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.save import save_beside
+from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE, INT4_FILE
+from layerskip_core.config.calibration import CalibrationConfig
+from layerskip_core.model.exit_blocks import ExitBlock
 
 
 def test_a_gguf_file_becomes_a_plain_checkpoint(checkpoint, tmp_path):
@@ -31,3 +44,81 @@ def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
         f"--output {output} already holds a model; give --overwrite to replace it, or another folder",
         *("import", checkpoint, "--output", output),
     )
+
+
+@pytest.fixture
+def with_blocks(checkpoint, tmp_path):
+    """The tiny model with a block at exit 2."""
+    folder = str(shutil.copytree(checkpoint, tmp_path / "with-blocks"))
+    loaded = for_training(folder, "cpu", "fp32")
+    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+    content = exit_blocks_content(spec, ExitBlock(2).initial(spec, weight_of), model_fingerprint(spec, weight_of))
+    save_beside(folder, EXIT_BLOCKS_FILE, content, {"exit_blocks": {"2": {"agreement": 0.75}}})
+    return Path(folder)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_exit_blocks_go_with_the_weights_that_they_were_trained_for(with_blocks, tmp_path, dtype):
+    output = tmp_path / "imported"
+    done = run("import", str(with_blocks), "--output", str(output), "--dtype", dtype)
+    assert done.code == 0 and "left out" not in done.err
+    assert (output / EXIT_BLOCKS_FILE).read_bytes() == (with_blocks / EXIT_BLOCKS_FILE).read_bytes()
+    assert EXIT_BLOCKS_FILE in read_info(output).files and read_info(output).exit_blocks == {"2": {"agreement": 0.75}}
+    assert list(for_decoding(str(output), "cpu").backend.exit_blocks) == [2]
+    assert run("import", str(output), "--output", str(output), "--overwrite").code == 0  # onto itself
+    assert list(for_decoding(str(output), "cpu").backend.exit_blocks) == [2]
+
+
+def retrained(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def not_finite(folder):
+    content = (folder / EXIT_BLOCKS_FILE).read_bytes()
+    (folder / EXIT_BLOCKS_FILE).write_bytes(content[:-8] + b"\xff" * 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (retrained, "it was made from other weights than this model's"),
+        (lambda folder: (folder / EXIT_BLOCKS_FILE).write_bytes(b""), "remove it, and train the blocks again"),
+        (not_finite, "holds NaN"),
+    ],
+)
+def test_exit_blocks_that_cannot_be_kept_are_left_out_aloud(with_blocks, tmp_path, change, reason):
+    change(with_blocks)
+    output = tmp_path / "imported"
+    done = run("import", str(with_blocks), "--output", str(output))
+    told, wrote = done.err.splitlines()
+    assert told.startswith(f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: ") and reason in told
+    assert (done.code, done.out) == (0, "") and wrote.startswith("wrote ")
+    assert not (output / EXIT_BLOCKS_FILE).exists() and read_info(output).exit_blocks == {}
+    assert not for_decoding(str(output), "cpu").backend.exit_blocks
+
+
+def test_an_adapters_weights_are_not_those_of_the_blocks_of_its_base(with_blocks, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(with_blocks)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(with_blocks / name, tmp_path / "adapter")
+    done = run("import", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged"))
+    assert done.err.startswith(f"left out: {with_blocks / EXIT_BLOCKS_FILE} is for the weights without the adapter\n")
+    assert done.code == 0 and not (tmp_path / "merged" / EXIT_BLOCKS_FILE).exists()
+
+
+def test_calibrated_int4_weights_go_with_the_weights_that_they_were_made_from(wide, tmp_path):
+    calibrate(CalibrationConfig(str(wide), samples=2, length=8, tuning_steps=0))
+    output = tmp_path / "imported"
+    assert "left out" not in run("import", str(wide), "--output", str(output)).err
+    assert (output / INT4_FILE).read_bytes() == (wide / INT4_FILE).read_bytes()
+    retrained(wide)
+    assert (
+        f"left out: {wide / INT4_FILE} cannot be used: " in run("import", str(wide), "--output", str(output), "--overwrite").err
+    )
+    assert not (output / INT4_FILE).exists() and INT4_FILE not in json.loads((output / "layerskip.json").read_text())["files"]

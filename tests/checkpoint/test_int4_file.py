@@ -57,22 +57,23 @@ def test_the_stored_weights_are_used_in_every_precision(wide, prepare):
     assert logits(wide, PackingConfig(draft_weights=("int4",)))[1].endswith(", calibrated int4 drafts")
 
 
-def test_layerskip_json_lists_the_file_so_that_the_next_model_replaces_it(wide):
-    files = read_info(wide).files
+def test_layerskip_json_lists_the_file_so_that_the_next_model_replaces_it(wide, tmp_path):
+    files, plain = read_info(wide).files, shutil.copytree(wide, tmp_path / "plain")
     add_int4(wide)
     assert set(read_info(wide).files) == {*files, INT4_FILE}
     add_int4(wide)
     refuse_overwrite(str(wide), overwrite=True)
-    import_checkpoint(str(wide), str(wide), "fp32")
+    import_checkpoint(str(plain), str(wide), "fp32")
     assert not (wide / INT4_FILE).exists() and set(read_info(wide).files) == set(files)
     assert "calibrated" not in logits(wide)[1]
 
 
-def test_a_plain_checkpoint_gets_a_list_of_all_its_files(wide):
+def test_a_plain_checkpoint_gets_a_list_of_all_its_files(wide, tmp_path):
     (wide / "layerskip.json").unlink()
+    plain = shutil.copytree(wide, tmp_path / "plain")
     add_int4(wide)
     assert {"config.json", "model.safetensors", "tokenizer.json", "layerskip.json", INT4_FILE} <= set(read_info(wide).files)
-    import_checkpoint(str(wide), str(wide), "fp32")
+    import_checkpoint(str(plain), str(wide), "fp32")
     assert not (wide / INT4_FILE).exists()
 
 

@@ -60,6 +60,13 @@ def test_an_embedded_model_is_copied(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
+def test_a_folder_of_an_embedded_name_gets_the_whole_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()
+    done = run("calibrate", "--model", "embedded", "--output", "embedded", "--samples", "2", "--length", "8", "--steps", "0")
+    assert done.code == 0 and {"model.safetensors", INT4_FILE} <= {file.name for file in (tmp_path / "embedded").iterdir()}
+
+
 def test_a_copy_elsewhere_leaves_the_model_as_it_is(wide, tmp_path):
     before = state(wide)
     assert run("calibrate", "--model", str(wide), "--output", str(tmp_path / "copy"), *QUICK).code == 0

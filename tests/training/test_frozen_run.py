@@ -15,9 +15,12 @@ from training_runs import Interrupted, stop_at
 
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.data import DataConfig
+from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
+from layerskip_core.training.frozen import run as running
 from layerskip_core.training.frozen.prepare import prepare_frozen
 
 BLOCKS = ExitBlockSettings(frozen=True, answer_tokens=8)
@@ -130,6 +133,43 @@ def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path, settings):
     assert same(blocks(cut), blocks(whole))
 
 
+def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(frozen, base, tmp_path, monkeypatch):
+    model = str(shutil.copytree(base, tmp_path / "model"))
+    config = frozen(model=model, output=model, save_steps=2)
+
+    def killed(folder, step):
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(running, "discard_after", killed)
+        prepare_frozen(config).run(lambda report: None)
+    written = hashes(model)
+    with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
+        prepare_frozen(config)
+    train(replace(config, resume=True))
+    assert hashes(model) == written
+    assert [path.suffix for path in Path(model, "checkpoints").iterdir()] == [".jsonl"]
+
+
+def test_folders_of_others_and_odd_details_stay(frozen, base, tmp_path):
+    model = str(shutil.copytree(base, tmp_path / "model"))
+    info = read_info(model)
+    write_info(model, replace(info, details={**info.details, "exit_blocks": "none"}))
+    mine = Path(model, "checkpoints", "states-of-mine")
+    mine.mkdir(parents=True)
+    (mine / "kept").write_text("kept")
+    trained, _, _ = train(frozen(model=model, output=model))
+    assert (mine / "kept").read_text() == "kept" and read_info(model).details["exit_blocks"] == trained
+
+
+def test_a_folder_of_an_embedded_name_gets_the_whole_model(frozen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded-base").mkdir()
+    changes = {"recipe": RecipeSettings(exits=(2,)), "steps": 1, "data": DataConfig(limit=4), "batch_size": 2}
+    train(frozen(model="embedded-base", output="embedded-base", **changes))
+    assert {"model.safetensors", "exit_blocks.safetensors"} <= hashes("embedded-base").keys()
+
+
 def test_a_signal_before_the_training_keeps_what_is_done(frozen):
     job = prepare_frozen(frozen())
 
@@ -164,6 +204,9 @@ def test_rows_need_prompts_only(frozen, tmp_path):
     assert job.plan.steps == 15  # two passes, 4 rows a step
     with pytest.raises(DataError, match="no column 'completion'"):
         prepare_frozen(frozen(data=DataConfig(str(file)), exit_blocks=ExitBlockSettings(frozen=True, answers="data")))
+    file.write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the prompt must be valid Unicode|rows\.jsonl:2.*surrogate"):
+        prepare_frozen(frozen(data=DataConfig(str(file))))
     (tmp_path / "rows.txt").write_text("one\ntwo\n")
     assert prepare_frozen(frozen(data=DataConfig(str(tmp_path / "rows.txt")))).rows.count == 2
 
@@ -202,6 +245,15 @@ def test_settings_that_contradict_each_other_are_refused(frozen, changes, messag
         frozen(**changes)
 
 
+def test_conversations_have_a_template_of_their_own(frozen, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    of_data = ExitBlockSettings(frozen=True, answers="data")
+    with pytest.raises(ConfigError, match="`template` must be chat for conversations, got Q "):
+        prepare_frozen(frozen(data=DataConfig(str(file)), exit_blocks=of_data, prompting=PromptingConfig("Q {prompt}")))
+
+
 def test_models_that_cannot_be_copied_and_several_processes_are_refused(frozen, base, tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -210,6 +262,9 @@ def test_models_that_cannot_be_copied_and_several_processes_are_refused(frozen, 
     (tmp_path / "older").mkdir()
     shutil.copy(Path(base) / "config.json", tmp_path / "older")
     with pytest.raises(CheckpointError, match="has no safetensors, which are copied as they are: `layerskip import`"):
+        prepare_frozen(frozen(model=str(tmp_path / "older")))
+    (tmp_path / "older" / "int4.safetensors").touch()  # is not the model's weights
+    with pytest.raises(CheckpointError, match="has no safetensors"):
         prepare_frozen(frozen(model=str(tmp_path / "older")))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"is a GGUF file; needed a folder of safetensors: .* `layerskip import`"):

@@ -48,8 +48,11 @@ class Writing:
     def config(self, batch: int, longest: int) -> DecodingConfig:
         """Of a batch by its number, whose longest prompt has that many tokens."""
         sampling = SamplingConfig(self.temperature, seed=(self.seed + batch) % 2**32)
-        room = min(self.tokens, self.max_length - longest)
-        return DecodingConfig("autoregressive", max_new_tokens=room, sampling=sampling)
+        return DecodingConfig("autoregressive", max_new_tokens=self.most(longest), sampling=sampling)
+
+    def most(self, prompt: int) -> int:
+        """Tokens of an answer to a prompt of so many tokens."""
+        return min(self.tokens, self.max_length - prompt)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def write_answers(
 
     `report` gets the number of answers that are there, and may raise to end it. The prompts must leave room for a token.
     """
-    known = read_answers(journal, len(prompts), decoder.backend.vocab_size)
+    known = read_answers(journal, prompts, how, decoder.backend.vocab_size)
+    _drop_cut_line(journal)
     for number, batch in enumerate(batches_of(prompts)):
         if all(row in known for row in batch):
             continue
@@ -88,27 +92,33 @@ def write_answers(
     return [known[row] for row in range(len(prompts))]
 
 
-def read_answers(journal: Path, rows: int, vocab_size: int) -> dict[int, list[int]]:
-    """The answers that are known, by row. An incomplete last line, left by a killed process, is dropped.
+def read_answers(journal: Path, prompts: Sequence[list[int]], how: Writing, vocab_size: int) -> dict[int, list[int]]:
+    """The answers that are known, by row, without an incomplete last line, which a killed process leaves.
 
     Raises CheckpointError for a line that `write_answers` does not write.
     """
     if not journal.is_file():
         return {}
-    *lines, rest = journal.read_bytes().split(b"\n")
     answers = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(journal.read_bytes().split(b"\n")[:-1], start=1):
         where = f"{journal}, line {number}"
         try:
             entry: _Line = build(_Line, parse_json(line, where, CheckpointError), "")
-            if not (0 <= entry.row < rows and entry.ids and all(0 <= token < vocab_size for token in entry.ids)):
-                raise SchemaError(f"needed a row below {rows} and tokens below {vocab_size}")
+            if not (0 <= entry.row < len(prompts) and entry.ids and all(0 <= token < vocab_size for token in entry.ids)):
+                raise SchemaError(f"needed a row below {len(prompts)} and tokens below {vocab_size}")
+            if len(entry.ids) > (most := how.most(len(prompts[entry.row]))):
+                raise SchemaError(f"needed at most {most} tokens, found {len(entry.ids)}")
         except (SchemaError, LayerSkipError) as error:
             raise CheckpointError(f"{where} is damaged: {error}; remove the file to write the answers again") from None
         answers[entry.row] = entry.ids
-    if rest:
-        write_file(journal, b"".join(line + b"\n" for line in lines), CheckpointError)
     return answers
+
+
+def _drop_cut_line(journal: Path) -> None:
+    content = journal.read_bytes() if journal.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_file(journal, whole, CheckpointError)
 
 
 def _append(journal: Path, answers: dict[int, list[int]]) -> None:

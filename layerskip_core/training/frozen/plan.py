@@ -67,7 +67,7 @@ def make_frozen_plan(
 ) -> FrozenPlan:
     """`known`: the answers that are there, by row. The speed of the model is measured."""
     spec, speed = decoder.backend.spec, _measured_speed(decoder, BATCH)
-    room = {row: min(how.tokens, how.max_length - len(prompt)) for row, prompt in enumerate(rows.prompts)}
+    room = {row: how.most(len(prompt)) for row, prompt in enumerate(rows.prompts)}
     answers = sum(len(known[row]) if row in known else most for row, most in room.items())
     targets = answers or sum(text.targets for text in rows.texts)
     missing = [prompt for row, prompt in enumerate(rows.prompts) if row not in known]
@@ -120,7 +120,7 @@ def _measured_speed(decoder: Decoder, rows: int) -> _Speed:
         return time.perf_counter() - started
 
     whole = min(seconds(ids[:1].expand(1, length), 0) for _ in range(2))
-    return _Speed(whole / length, min(seconds(ids, at) for at in range(3)))
+    return _Speed(whole / length, min(seconds(ids, at) for at in range(min(3, length))))
 
 
 def _train_seconds(decoder: Decoder, speed: _Speed, settings: Resolved, tokens: float, targets: float) -> float:

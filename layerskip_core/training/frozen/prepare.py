@@ -10,9 +10,10 @@ from typing import Any
 from ...checkpoint.adapters import is_adapter
 from ...checkpoint.exit_blocks_file import model_fingerprint, read_exit_blocks
 from ...checkpoint.load import for_decoding, for_training
-from ...checkpoint.locate import downloaded
+from ...checkpoint.locate import downloaded, own_folder
 from ...checkpoint.placement import pick_device
 from ...checkpoint.save import refuse_overwrite
+from ...checkpoint.stored import weight_files
 from ...config.checks import require
 from ...config.training import FinetuneConfig
 from ...errors import CheckpointError, ConfigError
@@ -21,7 +22,7 @@ from ..checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newe
 from ..prepare import autocasts, require_device, require_same_run, tokens_per_row
 from .answers import Writing, read_answers
 from .plan import FrozenPlan, make_frozen_plan
-from .run import FrozenJob, RunFiles
+from .run import DIGITS, FrozenJob, RunFiles
 from .run_data import RunRows, run_rows
 from .settings import Resolved, resolved, writing
 from .states import require_disk, states_bytes
@@ -34,9 +35,10 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     if is_adapter(config.model):
         raise CheckpointError(f"`model` {config.model} is an adapter; needed a folder with all weights: `layerskip import`")
     source = downloaded(config.model)
-    if not list(Path(source).glob("*.safetensors")):
+    if not weight_files(source):
         raise CheckpointError(f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`")
-    in_place = Path(config.output).resolve() == Path(config.model).resolve()
+    own = own_folder(config.model)
+    in_place = own is not None and Path(config.output).resolve() == Path(own).resolve()
     refuse_overwrite(config.output, config.overwrite or in_place)
     device = pick_device(config.device)
     require_device(device)
@@ -46,14 +48,15 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     spec = trainable.backend.spec
     kept = read_exit_blocks(source, spec, weight_of)
     settings = resolved(config, spec.layers)
-    _require_new(config, settings, kept, in_place)
+    if in_place and resume is None:  # a run that goes on was allowed to when it began
+        _require_new(config, settings, kept)
     max_length = tokens_per_row(config, trainable.backend.max_positions)
     rows = run_rows(config, settings, trainable, max_length)
     decoder = for_decoding(config.model, str(device), config.dtype)
     made_for = model_fingerprint(spec, weight_of)
     how = writing(config, settings, max_length)
     files = _run_files(config, settings, rows, made_for, how, decoder.backend.implementation)
-    known = read_answers(files.answers, len(rows.prompts), spec.vocab) if rows.prompts else {}
+    known = read_answers(files.answers, rows.prompts, how, spec.vocab)
     autocast = autocasts(config, device, spec.parameters)
     plan = make_frozen_plan(config, settings, rows, known, how, decoder, autocast)
     require_disk(files.states, states_bytes(plan.tokens, spec.hidden, len(settings.exits)))
@@ -78,10 +81,10 @@ def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
     raise ConfigError(f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew")
 
 
-def _require_new(config: FinetuneConfig, settings: Resolved, kept: ExitBlocks, in_place: bool) -> None:
+def _require_new(config: FinetuneConfig, settings: Resolved, kept: ExitBlocks) -> None:
     known = [block.exit_layer for block in kept.blocks]
     there = [exit_layer for exit_layer in settings.exits if exit_layer in known]
-    if there and in_place and not config.overwrite:
+    if there and not config.overwrite:
         raise ConfigError(f"`output` {config.output} already has a block at exit {there[0]}; give `overwrite` to replace it")
 
 
@@ -98,7 +101,7 @@ def _run_files(
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:DIGITS]
 
 
 def _sealed(config: FinetuneConfig, plan: FrozenPlan, made_for: str, files: RunFiles) -> dict[str, Any]:

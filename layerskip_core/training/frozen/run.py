@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.exit_blocks_file import exit_blocks_content
+from ...checkpoint.info import EXIT_BLOCKS
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.quiet import quiet_transformers
 from ...checkpoint.save import copy_checkpoint, save_beside
@@ -32,7 +33,7 @@ from .plan import FrozenPlan
 from .run_data import RunRows
 from .states import StateRows, States, collate, write_states
 
-DETAILS = "exit_blocks"  # in layerskip.json: how each exit's block was trained
+DIGITS = 16  # of the digest in the name of what a run keeps
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class FrozenJob:
 
     def _states(self, texts: list[Text], on_progress: Callable[[Progress], None], interruption: Interruption) -> States:
         folder, exits, backend = self.files.states, self.plan.settings.exits, self.trainable.backend
-        for other in folder.parent.glob("states-*"):
+        for other in folder.parent.glob(f"states-{DIGITS * '[0-9a-f]'}"):
             if other != folder:  # of an earlier run with other rows or settings
                 shutil.rmtree(other, ignore_errors=True)
         report = self._reporter("states", len(texts), on_progress, interruption)
@@ -156,7 +157,7 @@ class FrozenJob:
         dtype = stored_dtype(config.model)
         weights = {name: weight.to(dtype) for name, weight in module.weights().items()}
         content = exit_blocks_content(spec, weights, self.made_for, self.kept)
-        details = {DETAILS: {**info.details.get(DETAILS, {}), **trained}}
+        details = {EXIT_BLOCKS: {**info.exit_blocks, **trained}}
         if self.in_place:
             save_beside(config.output, EXIT_BLOCKS_FILE, content, details)
             return

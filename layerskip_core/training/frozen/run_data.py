@@ -7,12 +7,11 @@ from ...checkpoint.loaded import Trainable
 from ...config.data import DataConfig
 from ...config.training import FinetuneConfig
 from ...data.conversations import Conversation
-from ...data.examples import PARSING_TEMPLATE, Row, is_parsing, load_prompts, load_rows
+from ...data.examples import PARSING_TEMPLATE, Example, Row, is_parsing, load_prompts, load_rows
 from ...errors import DataError
-from ...prompting.encoding import encode_prompt
-from ...prompting.template import CHAT, PromptTemplate, resolve_template
+from ...prompting.template import PromptTemplate, resolve_template
 from ..encoder import Encoder
-from ..run_data import validation_data
+from ..run_data import conversation_template, validation_data
 from .answers import Text
 from .settings import Resolved, is_drawn, passes_of, rows_of_run, steps_of
 
@@ -80,17 +79,15 @@ def _texts(encoder: Encoder, rows: Sequence[Row]) -> list[Text]:
 
 
 def _prompts(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
-    prompts = (
-        encode_prompt(encoder.tokenizer, encoder.template, row.prompt) for row in rows if not isinstance(row, Conversation)
-    )
-    return [prompt for prompt in prompts if 0 < len(prompt) < encoder.max_length]
+    examples = (row for row in rows if isinstance(row, Example))
+    return [prompt for prompt in encoder.prompts(examples) if 0 < len(prompt) < encoder.max_length]
 
 
 def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
     """What decoding uses; for parsing data the template of such data, where the model names none."""
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):
-        return PromptTemplate(CHAT)
+        return conversation_template(config)
     if asked is None and system is None and stored is None and is_parsing(config.data):
         return PromptTemplate(PARSING_TEMPLATE)
     return resolve_template(asked, system, stored, trainable.tokenizer)

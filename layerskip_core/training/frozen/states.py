@@ -55,7 +55,6 @@ def write_states(
 
     `exits` ascend. `report` gets the number of texts that are done, and may raise to end it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     batches = _batches(texts)
     ends = [0, *accumulate(sum(len(texts[row].ids) for row in batch) for batch in batches)]  # in tokens
     paths = [folder / name for name in _names(exits)]
@@ -64,6 +63,7 @@ def write_states(
     done = sum(end <= written for end in ends) - 1
     rows = sum(map(len, batches[:done]))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
             path.touch()
             os.truncate(path, ends[done] * size)
@@ -123,6 +123,7 @@ class States:
         """Raises CheckpointError for files that `write_states` has not finished."""
         self.texts = texts
         self.exits = tuple(exits)
+        self._folder = folder
         order = [row for batch in _batches(texts) for row in batch]
         ends = list(accumulate(len(texts[row].ids) for row in order))
         self._starts = {row: end - len(texts[row].ids) for row, end in zip(order, ends, strict=True)}
@@ -130,13 +131,16 @@ class States:
         self._states = dict(zip(self.exits, states, strict=True))
 
     def row(self, row: int, exits: Sequence[int]) -> dict[str, Any]:
-        """`input_ids` and `labels` of a text, `states` (X, T, D) after the `exits` and the `finals` (T, D)."""
+        """`input_ids` and `labels` of a text, `states` (X, T, D) after the `exits` and the `finals` (T, D).
+
+        Raises CheckpointError for states that are not finite, which `write_states` does not write.
+        """
         text, start = self.texts[row], self._starts[row]
         span = slice(start, start + len(text.ids))
-        states = torch.stack([self._states[exit_layer][span] for exit_layer in exits])
-        return {
-            "input_ids": text.ids, "labels": text.labels, "exits": exits, "states": states, "finals": self._finals[span],
-        }  # fmt: skip
+        states, finals = torch.stack([self._states[exit_layer][span] for exit_layer in exits]), self._finals[span]
+        if not bool(states.isfinite().all() and finals.isfinite().all()):
+            raise CheckpointError(f"{self._folder} holds states that are not finite; remove it to compute the states again")
+        return {"input_ids": text.ids, "labels": text.labels, "exits": exits, "states": states, "finals": finals}
 
 
 def _mapped(path: Path, tokens: int, width: int) -> Tensor:
