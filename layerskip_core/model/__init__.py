@@ -6,7 +6,7 @@ E exit layer (a count, 1..L), K drafted tokens per round.
 
 from typing import TYPE_CHECKING
 
-from .backend import Backend, DraftEnds, DraftSide, GreedyDraft, Layers, Spans
+from .backend import Backend, DraftEnds, DraftSide, GreedyDraft, Layers, Spans, Submodel
 from .cache import KVCache
 from .generic import GenericBackend, SpanInputs
 from .native import NativeBackend, can_run_native, suits_kernels
@@ -27,6 +27,7 @@ __all__ = [
     "PackedBackend",
     "SpanInputs",
     "Spans",
+    "Submodel",
     "can_pack",
     "can_run_native",
     "missing_feature",

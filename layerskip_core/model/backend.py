@@ -1,6 +1,7 @@
 """What decoding needs of a model. The protocols are complete: nothing about a backend is looked up at run time."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -48,6 +49,19 @@ Spans = tuple[tuple[int, int], ...]
 """Spans of layers (start, stop), in ascending order."""
 
 
+@dataclass(frozen=True)
+class Submodel:
+    """What drafts: layers 0..exit_layer-1, what follows them, and a head (a sub-model: Elhoushi et al., 2024).
+
+    The spans of layers `beyond` the exit follow, none for an exit of the model, and the draft side's head. Or the exit's
+    `block`, one of `DraftSide.exit_blocks`, which has its own head.
+    """
+
+    exit_layer: int
+    beyond: Spans = ()
+    block: PlacedBlock | None = None
+
+
 class DraftEnds(NamedTuple):
     """Where a greedy draft ends, besides its largest length.
 
@@ -89,19 +103,16 @@ class DraftSide(Layers, Protocol):
     def draft_greedily(
         self,
         token: Tensor,
-        exit_layer: int,
+        submodel: Submodel,
         positions: Tensor,
         cache: KVCache,
         ends: DraftEnds,
-        beyond: Spans = (),
-        block: PlacedBlock | None = None,
         feature: Tensor | None = None,
     ) -> GreedyDraft:
         """At most d drafts after `token` (1, 1), which stands at the first of `positions` (1, d).
 
-        The states are those after `exit_layer` layers. The layers `beyond` them run between these states and the head: none
-        for an exit. Or the exit's `block` follows them, one of `exit_blocks`, with the `feature` (1, 1, D) of the token if it
-        needs that. The cache needs room for one position more than `positions` has.
+        The states are those after the exit. `feature` (1, 1, D): of the token, if the exit's block needs it. The cache needs
+        room for one position more than `positions` has.
         """
 
 

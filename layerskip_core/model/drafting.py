@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .backend import DraftEnds, DraftSide, GreedyDraft, Layers, Spans
+from .backend import DraftEnds, DraftSide, GreedyDraft, Layers, Spans, Submodel
 from .cache import KVCache
 from .draft_vocabulary import DraftVocabulary
 from .exit_blocks import PlacedBlock
@@ -16,7 +16,7 @@ _COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
 
 
 # The arguments of `DraftSide.draft_greedily`.
-DraftKernel = Callable[[Tensor, int, Tensor, KVCache, DraftEnds, Spans, PlacedBlock | None, Tensor | None], GreedyDraft]
+DraftKernel = Callable[[Tensor, Submodel, Tensor, KVCache, DraftEnds, Tensor | None], GreedyDraft]
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,21 @@ class LayeredDraftSide:
     def draft_greedily(
         self,
         token: Tensor,
-        exit_layer: int,
+        submodel: Submodel,
         positions: Tensor,
         cache: KVCache,
         ends: DraftEnds,
-        beyond: Spans = (),
-        block: PlacedBlock | None = None,
         feature: Tensor | None = None,
     ) -> GreedyDraft:
         """As `DraftSide` says. Step by step the hidden states are those of all tokens that were run."""
         if self.kernel is not None:
-            return self.kernel(token, exit_layer, positions, cache, ends, beyond, block, feature)
+            return self.kernel(token, submodel, positions, cache, ends, feature)
         tokens, states, probs, survival = [token], [], [], 1.0
         for step in range(positions.shape[1]):
             place = positions[:, step : step + 1]
-            hidden = self.layers.run_layers(self.layers.embed(tokens[-1]), 0, exit_layer, place, cache)
+            hidden = self.layers.run_layers(self.layers.embed(tokens[-1]), 0, submodel.exit_layer, place, cache)
             states.append(hidden)
-            logits, feature = beyond_exit(self, hidden, place, cache, beyond, block, feature)
+            logits, feature = beyond_exit(self, submodel, hidden, place, cache, feature)
             if ends.needs_probs:
                 prob = float(logits.float().softmax(-1).amax())
                 if prob < ends.confidence:
@@ -81,22 +79,17 @@ class LayeredDraftSide:
 
 
 def beyond_exit(
-    side: DraftSide,
-    states: Tensor,
-    positions: Tensor,
-    cache: KVCache,
-    beyond: Spans,
-    block: PlacedBlock | None,
-    feature: Tensor | None,
+    side: DraftSide, submodel: Submodel, states: Tensor, positions: Tensor, cache: KVCache, feature: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, 1, N) from the states (B, 1, D) of one token of each row after an exit, and the feature of the next token.
+    """Logits (B, 1, N) from the states (B, 1, D) of one token of each row after the exit, and the feature of the next token.
 
-    By the spans of layers `beyond` the exit, or by its `block`, which may need the `feature` (B, 1, D) of these tokens.
+    `feature` (B, 1, D): of these tokens, if the exit's block needs it.
     """
+    block = submodel.block
     if block is not None:
         hidden = side.run_layers(block.enter(states, feature), block.layer, block.layer + 1, positions, cache)
         return block.head(hidden), None if block.join is None else block.norm(hidden)
-    return side.unembed(run_spans(side, states, beyond, positions, cache)), None
+    return side.unembed(run_spans(side, states, submodel.beyond, positions, cache)), None
 
 
 def run_spans(layers: Layers, hidden: Tensor, spans: Spans, positions: Tensor, cache: KVCache) -> Tensor:

@@ -5,7 +5,7 @@ from torch import tensor
 from layerskip_core.config.decoding import SamplingConfig
 from layerskip_core.decoding.drafters import Context, ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import GenericBackend, Submodel
 
 EXIT = 3
 
@@ -23,7 +23,7 @@ def exit_states_and_logits(backend, ids):
 
 def draft_after(backend, prompt, limit, sampler=None, **settings):
     """The draft of a drafter for which all of the prompt but the last token is cached."""
-    drafter = ExitDrafter(backend.draft_sides[None], sampler or Greedy(), EXIT, **settings)
+    drafter = ExitDrafter(backend.draft_sides[None], sampler or Greedy(), Submodel(EXIT), **settings)
     cache, last = backend.new_cache(), len(prompt) - 1
     with torch.inference_mode():
         backend.run_layers(backend.embed(tensor([prompt[:last]])), 0, backend.num_layers, torch.arange(last)[None], cache)

@@ -18,7 +18,7 @@ from layerskip_core.decoding.drafters import Draft, ExitDrafter
 from layerskip_core.decoding.loop import DecodingLoop
 from layerskip_core.decoding.sampling import Greedy, Stochastic, probabilities
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, KVCache
+from layerskip_core.model import GenericBackend, KVCache, Submodel
 
 WINDOWED = {"sliding_window": 5}
 LAYERS = 6
@@ -503,7 +503,7 @@ def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
     table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     model, sampler, stopping = TableModel(table), Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
-    drafter = ExitDrafter(model.draft_sides[None], sampler, 1)
+    drafter = ExitDrafter(model.draft_sides[None], sampler, Submodel(1))
     outputs = [
         tuple(token.id for token in chain.from_iterable(single(model, [3], stopping, sampler, 2, drafter, num_draft_tokens)))
         for _ in range(draws)
@@ -544,7 +544,7 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
     config, prompt = SamplingConfig(temperature=4.0, top_k=2), [3, 1, 4]
     backend = GenericBackend(model)
     sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
-    drafter = ExitDrafter(backend.draft_sides[None], sampler, 1)
+    drafter = ExitDrafter(backend.draft_sides[None], sampler, Submodel(1))
     stats, outputs = DecodeStats(), []
     for _ in range(300):
         decoding = single(backend, prompt, stopping, sampler, 2, drafter, 2)

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, Submodel, can_run_native
 
 EXIT, MOST = 3, 5
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
@@ -49,7 +49,7 @@ def drafted(backend, **ends):
     with torch.inference_mode():
         for layers in (backend, side):  # a draft side with its own weights has its own keys
             layers.run_layers(layers.embed(PROMPT[:, :last]), 0, layers.num_layers, positions[:, :last], cache)
-        return side.draft_greedily(PROMPT[:, last:], EXIT, positions[:, last:], cache, DraftEnds(**ends))
+        return side.draft_greedily(PROMPT[:, last:], Submodel(EXIT), positions[:, last:], cache, DraftEnds(**ends))
 
 
 def expected(backend):

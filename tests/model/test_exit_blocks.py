@@ -8,7 +8,7 @@ from conftest import tiny_model
 from exit_block_models import random_blocks
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, Submodel, can_run_native
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -145,7 +145,7 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
         entered = block.enter(states, features[:, :last])
         side.run_layers(entered, block.layer, block.layer + 1, positions[:, :last], cache)
         drafted = side.draft_greedily(
-            ids[:, last:], exit_layer, positions[:, last:], cache, DraftEnds(wants_probs=True), (), block, given
+            ids[:, last:], Submodel(exit_layer, block=block), positions[:, last:], cache, DraftEnds(wants_probs=True), given
         )
         probs = []
         for _ in range(most):

@@ -20,7 +20,15 @@ from layerskip_core.decoding.depth import FixedDepth
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, can_run_native, splitting
+from layerskip_core.model import (
+    DraftEnds,
+    GenericBackend,
+    NativeBackend,
+    PackedBackend,
+    Submodel,
+    can_run_native,
+    splitting,
+)
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
 from layerskip_core.model.native.buffers import BufferPool, Buffers
@@ -276,8 +284,8 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
         change(tiny.lm_head.weight.data)
         model = NativeBackend.of(tiny)
         with torch.inference_mode():
-            token, places = torch.tensor([[5]]), torch.arange(1)[None]
-            return model.draft_sides[None].draft_greedily(token, 3, places, model.new_cache(), DraftEnds()).tokens.tolist()
+            token, places, side = torch.tensor([[5]]), torch.arange(1)[None], model.draft_sides[None]
+            return side.draft_greedily(token, Submodel(3), places, model.new_cache(), DraftEnds()).tokens.tolist()
 
     ((_, likely),) = drafted(lambda weight: None)
 
@@ -417,11 +425,11 @@ def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
             run(hidden, 0, 6, places, filled(model_of("fp32", num_hidden_layers=2), ids))
         for token, layers in ((-1, 3), (67, 3), (5, 7)):
             with pytest.raises(ValueError, match=f"no draft of token {token} by {layers} layers"):
-                draft(torch.tensor([[token]]), layers, places, model.new_cache(), DraftEnds())
+                draft(torch.tensor([[token]]), Submodel(layers), places, model.new_cache(), DraftEnds())
         with pytest.raises(ValueError, match="no draft of token 5 by 5 layers"):
-            draft(torch.tensor([[5]]), 3, places, model.new_cache(), DraftEnds(), ((5, 7),))
+            draft(torch.tensor([[5]]), Submodel(3, ((5, 7),)), places, model.new_cache(), DraftEnds())
         with pytest.raises(ConfigError, match="context limit of 128 tokens"):
-            draft(ids[:, :1], 3, torch.arange(120, 128)[None], model.new_cache(), frozenset())
+            draft(ids[:, :1], Submodel(3), torch.arange(120, 128)[None], model.new_cache(), DraftEnds())
         assert run(hidden[:, :0], 0, 6, places[:, :0], model.new_cache()).shape == (1, 0, 64)
         assert model.unembed(hidden[:, :0]).shape == (1, 0, 67)
 

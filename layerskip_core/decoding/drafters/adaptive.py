@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...model.backend import DraftEnds
+from ...model.backend import DraftEnds, Submodel
 from ..sampling import Greedy, Verdict
 from .base import Context, Draft, DrafterSetup
 from .estimates import Acceptance, LinearTime, best_length
@@ -147,10 +147,9 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
             block = side.exit_blocks.get(exit_layer)
             resumed = weights is None and exit_layer <= lowest  # the states at the exits of blocks are needed
             options[name] = Drafting(weights, exit_layer + (block is not None), exit_layer if resumed else 0)
+            submodel = Submodel(exit_layer, block=block)
             drafters[name] = ExitDrafter(
-                *(side, setup.sampler, exit_layer, config.draft_confidence, setup.eos_ids),
-                *(setup.reuse_exit_states, name),
-                block=block,
+                side, setup.sampler, submodel, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name
             )
     by_clock = isinstance(setup.sampler, Greedy) and model.batch_invariant
     return AdaptiveDrafter(setup, drafters, knowledge_of(model, options, config.profile, remembered=by_clock), by_clock)

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ...config.checks import require
 from ...config.packing import EXACT_TOKENS, Quantization
-from ...model.backend import DraftEnds, DraftSide, Spans
+from ...model.backend import DraftEnds, DraftSide, Submodel
 from ...model.drafting import beyond_exit
-from ...model.exit_blocks import PlacedBlock
 from ..sampling import Greedy, Sampler, Verdict
 from .base import Context, Draft, DrafterSetup
 
@@ -17,22 +16,17 @@ _NO_ENDS = DraftEnds()
 
 
 class ExitDrafter:
-    """Drafts with layers 0..E-1, what follows them, and an LM head, on the target's own cache.
-
-    Spans of further layers may follow, or a block that was trained for the exit.
-    """
+    """Drafts with a part of the model, on the target's own cache."""
 
     def __init__(
         self,
         draft_side: DraftSide,
         sampler: Sampler,
-        exit_layer: int,
+        submodel: Submodel,
         confidence: float = 0.0,
         eos_ids: frozenset[int] = frozenset(),
         reuse_exit_states: bool = True,
         source: str = "drafts",
-        beyond: Spans = (),
-        block: PlacedBlock | None = None,
     ) -> None:
         """`confidence`: a row drafts no further if its most probable token has a lower probability.
 
@@ -41,8 +35,7 @@ class ExitDrafter:
         self.source = source
         self._draft_side = draft_side
         self._sampler = sampler
-        self._exit_layer = exit_layer
-        self._beyond, self._block = beyond, block
+        self._submodel = submodel
         self._confidence = confidence
         # On other devices waiting for every id costs more than a few drafts after an EOS, once per output.
         self._eos_ids = eos_ids if draft_side.device.type == "cpu" else frozenset()
@@ -64,11 +57,10 @@ class ExitDrafter:
             if not going:
                 break
             positions = context.positions[:, step : step + 1]
-            hidden = self._draft_side.run_layers(self._draft_side.embed(token), 0, self._exit_layer, positions, context.cache)
+            hidden = self._draft_side.embed(token)
+            hidden = self._draft_side.run_layers(hidden, 0, self._submodel.exit_layer, positions, context.cache)
             states.append(hidden)
-            logits, features = beyond_exit(
-                self._draft_side, hidden, positions, context.cache, self._beyond, self._block, features
-            )
+            logits, features = beyond_exit(self._draft_side, self._submodel, hidden, positions, context.cache, features)
             draft_probs = self._sampler.probs(logits)
             # Decided before a token is drawn: dropping a drawn token because of its probability would bias the samples.
             if self._confidence and not (going := self._confident(going, logits, draft_probs)):
@@ -91,7 +83,7 @@ class ExitDrafter:
             tuple(counts),
             torch.cat(probs, dim=1) if probs else None,
             torch.cat(states, dim=1) if self._reuses else None,
-            self._exit_layer,
+            self._submodel.exit_layer,
             self.source,
         )
 
@@ -100,11 +92,10 @@ class ExitDrafter:
 
     def _greedy_draft(self, context: Context, ends: DraftEnds) -> Draft:
         tokens, states, probs = self._draft_side.draft_greedily(
-            *(context.newest, self._exit_layer, context.positions[:, :-1], context.cache, ends),
-            *(self._beyond, self._block, context.features),
+            context.newest, self._submodel, context.positions[:, :-1], context.cache, ends, context.features
         )
         reused = states if self._reuses else None
-        return Draft(tokens, (tokens.shape[1] - 1,), None, reused, self._exit_layer, self.source, probs)
+        return Draft(tokens, (tokens.shape[1] - 1,), None, reused, self._submodel.exit_layer, self.source, probs)
 
     def _confident(self, rows: list[int], logits: Tensor, draft_probs: Tensor | None) -> list[int]:
         """Those of the rows whose most probable token is probable enough."""
@@ -120,11 +111,8 @@ def drafter(setup: DrafterSetup) -> ExitDrafter:
     require_exact_length(setup)
     side = draft_side(setup, config.draft_weights, config.exit_layer)
     name = drafter_name(config.draft_weights, config.exit_layer, setup.model.num_layers)
-    block = side.exit_blocks.get(config.exit_layer)
-    return ExitDrafter(
-        *(side, setup.sampler, config.exit_layer, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name),
-        block=block,
-    )
+    submodel = Submodel(config.exit_layer, block=side.exit_blocks.get(config.exit_layer))
+    return ExitDrafter(side, setup.sampler, submodel, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name)
 
 
 def draft_side(setup: DrafterSetup, weights: Quantization | None, exit_layer: int) -> DraftSide:

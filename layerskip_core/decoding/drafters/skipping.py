@@ -8,7 +8,7 @@ overwrite those of the drafts.
 from itertools import pairwise
 
 from ...config.checks import require, require_skip
-from ...model.backend import Spans
+from ...model.backend import Spans, Submodel
 from .base import DrafterSetup
 from .exit import ExitDrafter, draft_side, require_exact_length
 
@@ -24,9 +24,8 @@ def drafter(setup: DrafterSetup) -> ExitDrafter:
     require(last <= side.num_layers, "skip", f"a list with all layers after the {side.num_layers} kept for drafting", last)
     name = f"{num_layers - len(set(config.skip))} of {num_layers} layers"
     source = f"{config.draft_weights} {name}" if config.draft_weights else name
-    return ExitDrafter(
-        *(side, setup.sampler, exit_layer, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, source, beyond)
-    )
+    submodel = Submodel(exit_layer, beyond)
+    return ExitDrafter(side, setup.sampler, submodel, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, source)
 
 
 def kept_layers(skip: tuple[int, ...], num_layers: int) -> tuple[int, Spans]:

@@ -14,6 +14,7 @@ from ...config.decoding import DecodingConfig, SamplingConfig
 from ...config.packing import Quantization
 from ...data.examples import Example
 from ...decoding import DecodeStats, Decoding, decode
+from ...model.backend import Submodel
 from ...model.drafting import beyond_exit
 from ...model.exit_blocks import features_of
 from ..outputs import Output, Outputs, require_outputs
@@ -104,7 +105,8 @@ def agreement(
     hidden = drafting.embed(tokens[:, first:])
     for start, stop in pairwise([0, *exits]):
         hidden = drafting.run_layers(hidden, start, stop, positions[:, first:], cache)
-        logits, _ = beyond_exit(drafting, hidden, positions[:, first:], cache, (), blocks.get(stop), after)
+        submodel = Submodel(stop, block=blocks.get(stop))
+        logits, _ = beyond_exit(drafting, submodel, hidden, positions[:, first:], cache, after)
         chosen = logits.argmax(-1)[0]
         choices[stop] = (chosen if drafting.vocabulary is None else drafting.vocabulary.tokens(chosen)).tolist()
     return choices

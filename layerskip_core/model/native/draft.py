@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backend import DraftEnds, GreedyDraft, Spans
+from ..backend import DraftEnds, GreedyDraft, Submodel
 from ..cache import KVCache
 from ..draft_vocabulary import DraftVocabulary
-from ..exit_blocks import PlacedBlock
 from ..repack import BlockEnds
 from .compiled import CDraft
 from .head import NativeHead, NativeProduct
@@ -33,21 +32,20 @@ class OneCallDraft:
     def __call__(
         self,
         token: Tensor,
-        exit_layer: int,
+        submodel: Submodel,
         positions: Tensor,
         cache: KVCache,
         ends: DraftEnds,
-        beyond: Spans = (),
-        block: PlacedBlock | None = None,
         feature: Tensor | None = None,
     ) -> GreedyDraft:
         """See `DraftSide`. Hidden states (1, K+1, D), or (1, K, D) without `runs_last`."""
         layers, first = self.layers, int(token)
         vocab_size, hidden_size = layers.embedding.shape
+        exit_layer, beyond = submodel.exit_layer, submodel.beyond
         head, join, joined = self.head, None, torch.empty(2, 0)
-        if block is not None:
-            beyond, followed = ((block.layer, block.layer + 1),), self.blocks[block.layer]
-            head, join = followed.head, followed.join
+        if submodel.block is not None:
+            layer = submodel.block.layer
+            beyond, head, join = ((layer, layer + 1),), self.blocks[layer].head, self.blocks[layer].join
             if join is not None:
                 assert feature is not None
                 joined = torch.cat((feature, feature), dim=1).to(torch.float32)
