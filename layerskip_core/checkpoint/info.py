@@ -1,7 +1,8 @@
 """layerskip.json: the prompt template, the recommended settings, how the model was made, and the files written with it."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import exp
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -89,11 +90,32 @@ class CheckpointInfo:
         Where it measured no such drafts, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2) for a
         gap of that many nats between an exit's loss and the last layer's.
         """
-        known = self.profile
+        known, of_blocks = self.profile, self._acceptance_of_blocks()
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
-            return known
-        acceptance = self._acceptance_of_blocks() or self._acceptance_by_losses(num_layers)
-        return DraftProfile(acceptance, () if known is None else known.passes)
+            return replace(known, acceptance=of_blocks | known.acceptance)
+        return DraftProfile(of_blocks or self._acceptance_by_losses(num_layers), () if known is None else known.passes)
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """The settings that are saved to decode with, by name: the policies, else the recommended exit or strategy."""
+        recommended = self.strategy if self.exit_layer is None else f"exit {self.exit_layer}"
+        return tuple(f"policy {name}" for name in self.policies) or ((recommended,) if recommended else ())
+
+    def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
+        """With a description of how the blocks of exits were trained, by exit.
+
+        The `advice` goes: the best setting without these blocks would hide them. So does what a sweep measured of these exits.
+        Its other measurements stay, such as those of passes and of layers to skip.
+        """
+        return replace(
+            self,
+            exit_layer=None,
+            num_draft_tokens=None,
+            strategy=None,
+            policies={},
+            profile=None if self.profile is None else self.profile.without(map(int, trained)),
+            details={**self.details, EXIT_BLOCKS: {**self.exit_blocks, **trained}},
+        )
 
     def _acceptance_by_losses(self, num_layers: int) -> dict[str, float]:
         losses = self.details.get("final_losses")

@@ -138,15 +138,19 @@ def write_info(path: str, info: CheckpointInfo) -> None:
         write_file(Path(path) / INFO_FILE, info.to_json().encode(), CheckpointError)
 
 
-def save_beside(folder: str, name: str, content: bytes, details: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Adds a file to a folder's model. layerskip.json lists it, so that it goes when the model is replaced, and gets `details`.
+def save_beside(
+    folder: str, name: str, content: bytes, change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info
+) -> None:
+    """Adds a file to a folder's model. layerskip.json lists it, so that it goes when the model is replaced.
+
+    `change`: what else changes there.
 
     Raises CheckpointError if it cannot be written, and LockedError if another process writes to the folder.
     """
     with hold(folder, f"saving {name}"):
         info = read_info(folder)
         files = {*(info.files or model_files(Path(folder))), INFO_FILE, name}
-        info = replace(info, details={**info.details, **details}, files=tuple(sorted(files)))
+        info = replace(change(info), files=tuple(sorted(files)))
         write_info(folder, info)  # first: a file that it does not list would be in the way
         write_file(Path(folder) / name, content, CheckpointError)
 

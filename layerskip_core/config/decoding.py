@@ -1,5 +1,6 @@
 """How tokens are decoded: what was asked for, and what it means for a checkpoint."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from .checks import (
@@ -70,6 +71,15 @@ class DraftProfile:
             for time in times:
                 in_range = _SHORTEST <= time <= _LONGEST
                 require(in_range, name, f"{_SHORTEST:g} to {_LONGEST:g} milliseconds", time)
+
+    def without(self, exits: Iterable[int]) -> "DraftProfile":
+        """Without what was measured of drafts at these exits, by the model's own layers or by copies."""
+        names = tuple(f"exit {exit_layer}" for exit_layer in exits)
+
+        def others(measured: dict[str, float]) -> dict[str, float]:
+            return {name: value for name, value in measured.items() if not name.endswith(names)}
+
+        return replace(self, acceptance=others(self.acceptance), drafts=others(self.drafts))
 
     def document(self) -> dict[str, object]:
         """The profile as plain values, without a head and a vocabulary that are the usual ones."""

@@ -7,7 +7,7 @@ from math import exp
 import pytest
 
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
-from layerskip_core.config.decoding import DraftProfile
+from layerskip_core.config.decoding import DraftProfile, SkipChoice
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.policies import Measured, Policy
 from layerskip_core.errors import CheckpointError
@@ -109,6 +109,38 @@ def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
     profile = CheckpointInfo(details=details).draft_profile(12)
     assert profile.acceptance == {"exit 4": pytest.approx(exp(-0.25)), "exit 8": pytest.approx(exp(-0.125))}
     assert CheckpointInfo(details=details).draft_profile(24) == CheckpointInfo().draft_profile(12) == DraftProfile()
+
+
+def test_new_exit_blocks_leave_what_was_measured_without_them_only(tmp_path):
+    acceptance = {"exit 2": 0.1, "int8 exit 2": 0.1, "exit 12": 0.9, "int8": 1.0}
+    profile = DraftProfile(acceptance, (2.0, 2.5), {"exit 2": 0.5, "exit 12": 0.75})
+    skip = SkipChoice((3, 5), 4)
+    before = CheckpointInfo(
+        exit_layer=6, num_draft_tokens=4, policies=POLICIES, strategy="self-speculative", profile=profile, skip=skip,
+        details={"rows": 7, "exit_blocks": {"4": {"agreement": 0.5}}},
+    )  # fmt: skip
+    assert before.advice == ("policy exact", "policy fast", "policy my own", "policy trimmed")
+    after = write(tmp_path, before.with_exit_blocks({"2": {"agreement": 0.75}}).to_json())
+    assert after.advice == () and (after.skip, after.details["rows"]) == (skip, 7)
+    assert after.details["exit_blocks"] == {"4": {"agreement": 0.5}, "2": {"agreement": 0.75}}
+    assert after.profile == DraftProfile({"exit 12": 0.9, "int8": 1.0}, (2.0, 2.5), {"exit 12": 0.75})
+    known = after.draft_profile(24)
+    assert known.acceptance == {"exit 2": 0.75, "exit 4": 0.5, "exit 12": 0.9, "int8": 1.0}
+    assert (known.passes, known.drafts) == ((2.0, 2.5), {"exit 12": 0.75})
+    measured = replace(after, profile=replace(profile, acceptance={"exit 2": 0.9}))
+    assert measured.draft_profile(24).acceptance == {"exit 2": 0.9, "exit 4": 0.5}  # a sweep of the blocks knows better
+
+
+@pytest.mark.parametrize(
+    ("info", "advice"),
+    [
+        (CheckpointInfo(), ()),
+        (CheckpointInfo(exit_layer=3, num_draft_tokens=5), ("exit 3",)),
+        (CheckpointInfo(strategy="autoregressive"), ("autoregressive",)),
+    ],
+)
+def test_advice_of_older_versions_has_no_policies(info, advice):
+    assert info.advice == advice and info.with_exit_blocks({}).advice == ()
 
 
 @pytest.mark.parametrize(

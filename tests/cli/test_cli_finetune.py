@@ -246,7 +246,7 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     )
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
-    what, rows, cost, steps = planned.err.splitlines()
+    what, rows, cost, steps, note = planned.err.splitlines()
     assert what == (
         f"blocks at exits 2,4 of {checkpoint} (0.1M parameters, 6 layers), which stays as it is; 0.0M parameters, "
         "feature final, loss kl"
@@ -257,6 +257,7 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
         cost,
     )
     assert steps == "2 steps per exit of 2 x 1 rows, lr 0.01, fp32 on cpu"
+    assert note.startswith("saved settings that will be left out: exit 1; they were chosen without these blocks")
 
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")

@@ -14,11 +14,16 @@ from safetensors.torch import load_file
 from training_runs import Interrupted, stop_at
 
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.data import DataConfig
+from layerskip_core.config.decoding import DecodingSettings, DraftProfile
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.policies import Policy
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
+from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
 from layerskip_core.training.frozen import run as running
 from layerskip_core.training.frozen.prepare import prepare_frozen
@@ -108,6 +113,33 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
     assert {name for name, digest in hashes(model).items() if before.get(name) != digest} == {
         "exit_blocks.safetensors", "layerskip.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_path, in_place):
+    """Plain decoding was the best, and exit 2 hardly ever right, before it had a block."""
+    model = str(shutil.copytree(base, tmp_path / "model"))
+    policies = {"exact": Policy("autoregressive"), "fast": Policy("early-exit", 3)}
+    profile = DraftProfile({"exit 2": 0.01}, (2.0, 2.1), {"exit 2": 9.0})
+    saved = replace(read_info(model), exit_layer=3, strategy="autoregressive", policies=policies, profile=profile)
+    write_info(model, saved)
+    asked = PackingConfig(adaptive=True)
+    before = for_decoding(model, "cpu", packing=asked, policies=None)
+    assert before.resolve(DecodingSettings(), asked).strategy == "autoregressive"
+
+    config = frozen(model=model, **({"output": model} if in_place else {}))
+    job = prepare_frozen(config)
+    assert len(job.plan.notes) == 1
+    assert job.plan.notes[0].startswith("saved settings that will be left out: policy exact, policy fast; they were chosen")
+    trained = job.run(lambda report: None)
+    decoder = for_decoding(config.output, "cpu", packing=asked, policies=None)
+    decoding = decoder.resolve(DecodingSettings(), asked)
+    assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
+    assert decoding.profile == DraftProfile({"exit 2": trained["2"]["agreement"]}, (2.0, 2.1))
+    drafter = drafter_for(DrafterSetup(decoder.backend, Greedy(), decoding, decoder.eos_ids))
+    assert "exit 2" in drafter._known.options
+    assert in_place or read_info(model) == saved
+    assert prepare_frozen(replace(config, overwrite=True)).plan.notes == (() if in_place else job.plan.notes)
 
 
 @pytest.mark.parametrize("settings", [BLOCKS, replace(BLOCKS, feature="final", loss="tv", answer_temperature=1.0)])

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...checkpoint.adapters import is_adapter
 from ...checkpoint.exit_blocks_file import model_fingerprint, read_exit_blocks
+from ...checkpoint.info import CheckpointInfo
 from ...checkpoint.load import for_decoding, for_training
 from ...checkpoint.locate import downloaded, own_folder
 from ...checkpoint.placement import pick_device
@@ -59,13 +60,22 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     known = read_answers(files.answers, rows.prompts, how, spec.vocab)
     autocast = autocasts(config, device, spec.parameters)
     plan = make_frozen_plan(config, settings, rows, known, how, decoder, autocast)
+    plan = replace(plan, notes=_notes(trainable.info))
     require_disk(files.states, states_bytes(plan.tokens, spec.hidden, len(settings.exits)))
     sealed = _sealed(config, plan, made_for, files)
     if resume is not None:
         require_same_run(resume.settings, sealed)
         notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
-        plan = replace(plan, resumed_step=resume.step, notes=notes)
+        plan = replace(plan, resumed_step=resume.step, notes=(*plan.notes, *notes))
     return FrozenJob(config, decoder, trainable, rows, how, plan, files, sealed, made_for, kept, in_place, resume)
+
+
+def _notes(info: CheckpointInfo) -> tuple[str, ...]:
+    """A line on the saved settings that `CheckpointInfo.with_exit_blocks` removes."""
+    if not info.advice:
+        return ()
+    why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
+    return (f"saved settings that will be left out: {', '.join(info.advice)}; they were {why}",)
 
 
 def _resume_point(config: FinetuneConfig) -> ResumePoint | None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ...checkpoint.exit_blocks_file import exit_blocks_content
-from ...checkpoint.info import EXIT_BLOCKS
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.quiet import quiet_transformers
 from ...checkpoint.save import copy_checkpoint, save_beside
@@ -157,16 +156,13 @@ class FrozenJob:
         dtype = stored_dtype(config.model)
         weights = {name: weight.to(dtype) for name, weight in module.weights().items()}
         content = exit_blocks_content(spec, weights, self.made_for, self.kept)
-        details = {EXIT_BLOCKS: {**info.exit_blocks, **trained}}
         if self.in_place:
-            save_beside(config.output, EXIT_BLOCKS_FILE, content, details)
+            save_beside(config.output, EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks(trained))
             return
         template = self.rows.template
         if info.prompt_template is None and template.text != "raw" and config.prompting.asked is not None:
             info = replace(info, prompt_template=template.text, system=template.system)
-        copy_checkpoint(
-            config.model, replace(info, details={**info.details, **details}), config.output, {EXIT_BLOCKS_FILE: content}
-        )
+        copy_checkpoint(config.model, info.with_exit_blocks(trained), config.output, {EXIT_BLOCKS_FILE: content})
 
     def _reporter(
         self, stage: str, total: int, on_progress: Callable[[Progress], None], interruption: Interruption
