@@ -17,11 +17,13 @@ from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.save import import_checkpoint, save_beside, write_info
 from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
 from layerskip_core.config.data import DataConfig
-from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, GenerationSettings
+from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, DraftProfile, GenerationSettings
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import decode
+from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
+from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import agreement
@@ -87,6 +89,24 @@ def test_exits_with_blocks_are_the_trained_ones(folder, checkpoint):
     assert told.draft_profile(6).acceptance == {"exit 2": 0.75}
     copies = for_decoding(folder, "cpu", "fp32", PackingConfig(draft_weights=("int8",), draft_layers=3))
     assert list(copies.backend.draft_sides["int8"].exit_blocks) == [2]
+
+
+def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
+    asked = PackingConfig(draft_weights=("int8",), adaptive=True)
+    loaded = for_decoding(folder, "cpu", "fp32", asked)
+    cheap = DraftProfile({"int8 exit 4": 1.0}, (10.0, 10.1), {"int8 exit 4": 0.01})
+    decoder = replace(loaded, info=replace(loaded.info, exit_layer=None, profile=cheap))
+    config = decoder.resolve(DecodingSettings(generation=GenerationSettings(max_new_tokens=12)), asked)
+    assert (config.strategy, config.exits) == ("adaptive", (2, 4))
+    drafter = drafter_for(DrafterSetup(decoder.backend, Greedy(), config, frozenset()))
+    assert list(drafter._known.options) == ["exit 2", "exit 4", "int8 exit 2", "int8 exit 4"]
+    copies, prompt = decoder.backend.draft_sides["int8"].exit_blocks, decoder.encode_prompt("wake me up")
+    assert drafter._drafters["int8 exit 4"]._submodel.block is copies[4]
+    decoding = decode(decoder.backend, prompt, config)
+    ids = [token.id for step in decoding for token in step]
+    plain = decode(decoder.backend, prompt, DecodingConfig("autoregressive", max_new_tokens=12))
+    assert ids == [token.id for step in plain for token in step]
+    assert decoding.stats.steps_by_drafter["int8 exit 4"] > 0
 
 
 def test_early_exit_where_a_block_can_only_draft_is_one_error(folder):

@@ -224,9 +224,8 @@ def test_times_of_drafts_for_several_rows_count_as_those_for_one():
 
 
 def knowing(backend, **profile):
-    known = knowledge_of(
-        backend, {"exit 2": Drafting(None, 2, 2), "exit 4": Drafting(None, 4, 4)}, DraftProfile(**profile), remembered=False
-    )
+    drafters = {f"exit {exit_layer}": Drafting(None, exit_layer, resumed=True) for exit_layer in EXITS}
+    known = knowledge_of(backend, drafters, DraftProfile(**profile), remembered=False)
     setup = DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset())
     drafter = drafter_for(setup)
     drafter._known, drafter._by_clock = known, False
@@ -344,6 +343,15 @@ def test_what_was_learnt_is_kept_for_the_next_greedy_output_only():
     generic = backend_of("generic")  # its outputs could depend on what drafts, so that they must not depend on the clock
     others = [drafter_for(DrafterSetup(generic, Greedy(), DecodingConfig("adaptive"), frozenset())) for _ in range(2)]
     assert others[0]._known is not others[1]._known and not others[0]._by_clock
+
+
+def test_a_copy_at_an_exit_is_expected_to_be_right_nearly_as_often_as_the_exit():
+    backend, profile = backend_of("packed"), DraftProfile({"exit 2": 0.4, "int8 exit 4": 0.7})
+    drafters = {"int8": Drafting("int8", 6), "int8 exit 2": Drafting("int8", 2), "int8 exit 4": Drafting("int8", 4)}
+    options = knowledge_of(backend, drafters, profile, remembered=False).options
+    found = {name: option.acceptance.first for name, option in options.items()}
+    assert found == {"int8": 0.95, "int8 exit 2": pytest.approx(0.38), "int8 exit 4": 0.7}
+    assert {name: option.doubts.power for name, option in options.items()} == {"int8": 3, "int8 exit 2": 1, "int8 exit 4": 1}
 
 
 def test_without_trained_exits_a_copy_drafts_with_all_its_layers():

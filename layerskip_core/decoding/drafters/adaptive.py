@@ -146,7 +146,7 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
             name = drafter_name(weights, exit_layer, model.num_layers)
             block = side.exit_blocks.get(exit_layer)
             resumed = weights is None and exit_layer <= lowest  # the states at the exits of blocks are needed
-            options[name] = Drafting(weights, exit_layer + (block is not None), exit_layer if resumed else 0)
+            options[name] = Drafting(weights, exit_layer, block is not None, resumed)
             submodel = Submodel(exit_layer, block=block)
             drafters[name] = ExitDrafter(
                 side, setup.sampler, submodel, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name

@@ -15,7 +15,7 @@ _SLOW_ROW = 0.5  # the same for transformers' layers on a CPU, whose kernels are
 _EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
 _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92}  # of calibrated int4 weights
 _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
-# Doubt and power, see DraftEnds. Trained exits are calibrated, copies are right more often than they say.
+# Doubt and power, see DraftEnds. Trained exits are calibrated, copies of all layers are right more often than they say.
 _DOUBTS = {None: (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3)}
 # Least evidence of a lookup; acceptance of its first token, and of further ones.
 _LOOKUPS = ((0, 0.3, 0.5), (2, 0.5, 0.7), (3, 0.6, 0.7), (4, 0.75, 0.8), (8, 0.9, 0.9), (16, 0.95, 0.95))
@@ -94,11 +94,15 @@ class Knowledge:
 
 
 class Drafting(NamedTuple):
-    """What a draft costs: its layers, and how many of the target's verification leaves out (0: it starts at the first)."""
+    """What drafts: the layers up to an exit, and perhaps its block, by a low-bit copy or, if None, by the target's own.
+
+    `resumed`: the target goes on from the exit.
+    """
 
     weights: str | None
-    layers: int
-    left_out: int
+    exit_layer: int
+    has_block: bool = False
+    resumed: bool = False
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
@@ -127,18 +131,21 @@ def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftPr
     plain = _passes(model, profile)
     step = plain.of(1)
     options: dict[str, Option] = {}
-    for name, (weights, layers, left_out) in drafters.items():
+    for name, (weights, exit_layer, has_block, resumed) in drafters.items():
         known = profile.drafts if profile.passes else {}  # without both the units would differ
-        draft = known.get(name, (layers * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
-        acceptance = profile.acceptance.get(name, _COPY_ACCEPTANCE.get(weights or "", _EXIT_ACCEPTANCE))
+        draft = known.get(name, ((exit_layer + has_block) * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
+        is_exit = exit_layer < spec.layers
+        acceptance = profile.acceptance.get(name)
+        if acceptance is None:
+            of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
+            acceptance = of_exit * _COPY_ACCEPTANCE.get(weights or "", 1.0)
         verify = plain
-        if left_out:
-            rest = 1 - left_out * layer  # of a pass: the target goes on from the exit
+        if resumed:
+            rest = 1 - exit_layer * layer  # of a pass: the target goes on from the exit
             verify = LinearTime(rest * plain.fixed, rest * plain.each)
         times, ahead = LinearTime(_CALL * step, draft), int(weights is None)
-        options[name] = Option(
-            name, Acceptance(Chance(acceptance), Chance(acceptance)), times, ahead, verify, Doubts(*_DOUBTS[weights])
-        )
+        doubts = Doubts(*_DOUBTS[None if is_exit else weights])
+        options[name] = Option(name, Acceptance(Chance(acceptance), Chance(acceptance)), times, ahead, verify, doubts)
     return Knowledge(plain, options)
 
 
