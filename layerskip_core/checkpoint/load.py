@@ -198,9 +198,10 @@ def _with_adaptive_copy(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PackingConfig | None:
-    """With the low-bit copy that adaptive drafting needs where no exit was trained, if it is fast here and fits the memory.
+    """With a low-bit copy for adaptive drafting, if it is fast here and fits the memory.
 
-    int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
+    int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong. A model in fp32 whose exits
+    were trained gets none: it is small, and its exits take less time than a copy of all layers.
     """
     if packing is None or not packing.adaptive or packing.draft_weights or packing.quantize or packing.exact:
         return packing
@@ -208,7 +209,8 @@ def _with_adaptive_copy(
     copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
     needed = ModelSpec.of(config).parameters * (dtype.itemsize + 1)
     fits = needed <= _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return copied if not has_exits and fits and can_run_native(config, dtype, device, copied) else packing
+    helps = dtype == torch.bfloat16 or not has_exits
+    return copied if helps and fits and can_run_native(config, dtype, device, copied) else packing
 
 
 def _best_backend(

@@ -99,7 +99,7 @@ def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
     config = decoder.resolve(DecodingSettings(generation=GenerationSettings(max_new_tokens=12)), asked)
     assert (config.strategy, config.exits) == ("adaptive", (2, 4))
     drafter = drafter_for(DrafterSetup(decoder.backend, Greedy(), config, frozenset()))
-    assert list(drafter._known.options) == ["exit 2", "exit 4", "int8 exit 2", "int8 exit 4"]
+    assert list(drafter._known.options) == ["exit 2", "exit 4", "int8 exit 2", "int8 exit 4", "int8"]
     copies, prompt = decoder.backend.draft_sides["int8"].exit_blocks, decoder.encode_prompt("wake me up")
     assert drafter._drafters["int8 exit 4"]._submodel.block is copies[4]
     decoding = decode(decoder.backend, prompt, config)

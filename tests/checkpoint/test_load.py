@@ -12,7 +12,7 @@ from transformers import GPT2Config
 from transformers.utils import logging
 
 from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
-from layerskip_core.checkpoint.load import blank, for_training
+from layerskip_core.checkpoint.load import blank, for_decoding, for_training
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids
 from layerskip_core.checkpoint.locate import PUBLISHED
 from layerskip_core.checkpoint.placement import pick_device, pick_dtype
@@ -20,9 +20,10 @@ from layerskip_core.checkpoint.quiet import quiet_transformers
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import ExitChoice
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import GenericBackend, NativeBackend
 from layerskip_core.prompting.encoding import encode_prompt
 from layerskip_core.prompting.template import PromptTemplate
 from layerskip_core.training.tokenizer import train_tokenizer
@@ -227,3 +228,11 @@ def test_quiet_restores_the_previous_state():
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
         raise KeyError
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize(("dtype", "sides"), [("fp32", [None]), ("bf16", [None, "int8"])])
+def test_a_model_with_trained_exits_gets_a_copy_in_bf16_only(dtype, sides):
+    backend = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True)).backend
+    if not isinstance(backend, NativeBackend):
+        pytest.skip("no kernels were built here")
+    assert list(backend.draft_sides) == sides

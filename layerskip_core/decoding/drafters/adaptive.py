@@ -132,7 +132,7 @@ class AdaptiveDrafter:
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
-    """Drafts by the trained exits, and by low-bit copies with as many layers, or with all. Raises ConfigError as they do."""
+    """Drafts by the trained exits, and by low-bit copies with as many layers and with all. Raises ConfigError as they do."""
     require_exact_length(setup)
     model, config = setup.model, setup.config
     drafters: dict[str, ExitDrafter] = {}
@@ -140,8 +140,8 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
     lowest = min((exit_layer for exit_layer in model.exit_blocks if exit_layer in config.exits), default=model.num_layers)
     for weights, side in model.draft_sides.items():
         exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
-        if weights is not None and not exits:
-            exits = [side.num_layers]
+        if weights is not None and (side.num_layers == model.num_layers or not exits):
+            exits.append(side.num_layers)
         for exit_layer in exits:
             name = drafter_name(weights, exit_layer, model.num_layers)
             block = side.exit_blocks.get(exit_layer)
