@@ -1,5 +1,6 @@
 """How many layers the target runs for a token: always the same number, or as many as the token needs."""
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ..model.backend import Backend
 from ..model.cache import KVCache
+from ..model.drafting import joined, states_at
 from ..model.exit_blocks import PlacedBlock, target_block
 from .drafters import Draft
 from .true_states import TrueStates
@@ -40,31 +42,26 @@ class FixedDepth:
         self._true_states, self._block = true_states, block
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> Pass:
-        return self._pass(_at(self._run(self._model.embed(tokens), 0, positions, cache), last))
+        return self._pass(_at(self._run({0: self._model.embed(tokens)}, positions, cache), last))
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> Pass:
         """One pass through the layers that the draft's exit states leave."""
-        tokens, hidden, start = draft.tokens, draft.exit_states, draft.exit_layer
-        if self._true_states is not None and self._true_states.taps[0] < start:
-            hidden = None  # the states at a lower exit are needed too
-        if hidden is None:
-            hidden, start = self._model.embed(tokens), 0
-        elif (known := hidden.shape[1]) < tokens.shape[1]:
-            last = self._model.run_layers(self._model.embed(tokens[:, known:]), 0, start, positions[:, known:], cache)
-            hidden = torch.cat((hidden, last), dim=1)
-        return self._pass(self._run(hidden, start, positions, cache))
+        tokens, states = draft.tokens, draft.exit_states
+        if not states:
+            states = {0: self._model.embed(tokens)}
+        elif (known := states[max(states)].shape[1]) < tokens.shape[1]:
+            last = states_at(self._model, self._model.embed(tokens[:, known:]), sorted(states), positions[:, known:], cache)
+            states = joined((states, last))
+        return self._pass(self._run(states, positions, cache))
 
-    def _run(self, hidden: Tensor, start: int, positions: Tensor, cache: KVCache) -> Tensor:
-        """The layers from `start` on, and the exit's block."""
-        taken = []
+    def _run(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
+        """The layers after the highest of the `states`, and the exit's block."""
+        start, taps = max(states), () if self._true_states is None else self._true_states.taps
+        stops = (*(tap for tap in taps if tap > start), self._layers)
+        states = {**states, **states_at(self._model, states[start], stops, positions, cache, start)}
+        hidden = states[self._layers]
         if self._true_states is not None:
-            for tap in self._true_states.taps:
-                if start < tap:
-                    hidden, start = self._model.run_layers(hidden, start, tap, positions, cache), tap
-                taken.append(hidden)
-        hidden = self._model.run_layers(hidden, start, self._layers, positions, cache)
-        if self._true_states is not None:
-            self._true_states.take(taken, hidden, positions, cache)
+            self._true_states.take([states[tap] for tap in taps], hidden, positions, cache)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
         return hidden

@@ -16,14 +16,10 @@ class TrueStates:
     def __init__(self, model: Backend, blocks: Sequence[PlacedBlock]) -> None:
         self._model = model
         self._blocks = {block.block.exit_layer: block for block in blocks}
+        self.taps = tuple(sorted(self._blocks))  # the exits
         self._needs_finals = any(block.join is not None for block in blocks)
         self._features: Tensor | None = None
         self._finals = torch.empty(0)  # (B, T, D), the final norm's output for the tokens of the last pass
-
-    @property
-    def taps(self) -> list[int]:
-        """The exits, ascending."""
-        return sorted(self._blocks)
 
     @property
     def features(self) -> Tensor | None:

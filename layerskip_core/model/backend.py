@@ -41,7 +41,7 @@ class GreedyDraft(NamedTuple):
     """K drafts for one prompt, chosen by argmax."""
 
     tokens: Tensor  # (1, K+1), the newest token first
-    states: Tensor  # (1, K+1 or K, D), after the exit, of all tokens or of all but the last
+    states: dict[int, Tensor]  # (1, K+1 or K, D) after each of the submodel's stops, of all tokens or of all but the last
     probs: list[float]  # of each draft, by the draft side's own head; empty if not asked for
 
 
@@ -54,12 +54,18 @@ class Submodel:
     """What drafts: layers 0..exit_layer-1, what follows them, and a head (a sub-model: Elhoushi et al., 2024).
 
     The spans of layers `beyond` the exit follow, none for an exit of the model, and the draft side's head. Or the exit's
-    `block`, one of `DraftSide.exit_blocks`, which has its own head.
+    `block`, one of `DraftSide.exit_blocks`, which has its own head. `taps`: ascending exits below, whose states are kept too.
     """
 
     exit_layer: int
     beyond: Spans = ()
     block: PlacedBlock | None = None
+    taps: tuple[int, ...] = ()
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """All counts of layers after which states are kept, ascending."""
+        return (*self.taps, self.exit_layer)
 
 
 class DraftEnds(NamedTuple):
@@ -111,8 +117,8 @@ class DraftSide(Layers, Protocol):
     ) -> GreedyDraft:
         """At most d drafts after `token` (1, 1), which stands at the first of `positions` (1, d).
 
-        The states are those after the exit. `feature` (1, 1, D): of the token, if the exit's block needs it. The cache needs
-        room for one position more than `positions` has.
+        `feature` (1, 1, D): of the token, if the exit's block needs it. The cache needs room for one position more than
+        `positions` has.
         """
 
 

@@ -1,6 +1,6 @@
 """The draft side of every backend: layers and a head, step by step unless there is a kernel for whole drafts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,12 +59,11 @@ class LayeredDraftSide:
         """As `DraftSide` says. Step by step the hidden states are those of all tokens that were run."""
         if self.kernel is not None:
             return self.kernel(token, submodel, positions, cache, ends, feature)
-        tokens, states, probs, survival = [token], [], [], 1.0
+        tokens, kept, probs, survival = [token], [], [], 1.0
         for step in range(positions.shape[1]):
             place = positions[:, step : step + 1]
-            hidden = self.layers.run_layers(self.layers.embed(tokens[-1]), 0, submodel.exit_layer, place, cache)
-            states.append(hidden)
-            logits, feature = beyond_exit(self, submodel, hidden, place, cache, feature)
+            kept.append(states_at(self.layers, self.layers.embed(tokens[-1]), submodel.stops, place, cache))
+            logits, feature = beyond_exit(self, submodel, kept[-1][submodel.exit_layer], place, cache, feature)
             if ends.needs_probs:
                 prob = float(logits.float().softmax(-1).amax())
                 if prob < ends.confidence:
@@ -75,7 +74,23 @@ class LayeredDraftSide:
             tokens.append(chosen if self.vocabulary is None else self.vocabulary.tokens(chosen))
             if survival < ends.survival or (ends.ids and int(tokens[-1]) in ends.ids):
                 break
-        return GreedyDraft(torch.cat(tokens, dim=1), torch.cat(states, dim=1), probs)
+        return GreedyDraft(torch.cat(tokens, dim=1), joined(kept), probs)
+
+
+def states_at(
+    layers: Layers, hidden: Tensor, stops: Iterable[int], positions: Tensor, cache: KVCache, start: int = 0
+) -> dict[int, Tensor]:
+    """The hidden states after each of some ascending counts of layers, from those after `start`; see `Layers.run_layers`."""
+    states = {}
+    for stop in stops:
+        states[stop] = hidden = layers.run_layers(hidden, start, stop, positions, cache)
+        start = stop
+    return states
+
+
+def joined(parts: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """The states of all tokens, from those of the first, of the next, and so on."""
+    return {stop: torch.cat([states[stop] for states in parts], dim=1) for stop in parts[0]}
 
 
 def beyond_exit(

@@ -224,7 +224,7 @@ def test_times_of_drafts_for_several_rows_count_as_those_for_one():
 
 
 def knowing(backend, **profile):
-    drafters = {f"exit {exit_layer}": Drafting(None, exit_layer, resumed=True) for exit_layer in EXITS}
+    drafters = {f"exit {exit_layer}": Drafting(None, exit_layer) for exit_layer in EXITS}
     known = knowledge_of(backend, drafters, DraftProfile(**profile), remembered=False)
     setup = DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset())
     drafter = drafter_for(setup)

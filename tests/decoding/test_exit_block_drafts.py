@@ -13,25 +13,27 @@ from test_adaptive import Scheduled
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding.strategies import _loop_of
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock, features_of
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 64}
-BLOCKS = (ExitBlock(2), ExitBlock(4, "final"))
 EXITS = (2, 4)
+FEATURES = [("none", "final"), ("final", "none")]  # of the blocks of both exits
+KINDS = ["generic", "packed", "native"]
 
 
 @cache
-def backend_of(kind):
+def backend_of(kind, features=FEATURES[0]):
     """Of weights near enough to each other that blocks are often right, and often wrong."""
-    dtype = {"generic": torch.float64, "native": torch.float32}.get(kind, torch.bfloat16)
+    dtype = {"native": torch.float32, "exact": torch.bfloat16}.get(kind, torch.float64)
     model = tiny_model("llama", dtype, **WIDE)
-    blocks = random_blocks(model, *BLOCKS)
-    packing = {"native": PackingConfig(draft_weights=("int8",)), "exact": PackingConfig(exact=True)}.get(kind)
+    blocks = random_blocks(model, *map(ExitBlock, EXITS, features))
+    packing = PackingConfig(exact=True) if kind == "exact" else PackingConfig(draft_weights=("int8",))
     if kind == "generic":
         return GenericBackend(model, blocks)
-    if kind == "exact":
+    if kind in ("packed", "exact"):
         return PackedBackend.of(model, packing, exit_blocks=blocks)
     if not can_run_native(model.config, dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
@@ -59,9 +61,9 @@ def first_logits(backend, ids, exit_layer):
         return block.head(backend.run_layers(block.enter(states, features), block.layer, block.layer + 1, places))[0, -1]
 
 
-def recorded(decoding, backend):
+def recorded(loop, backend):
     """Compares the first draft of every round by a block with the one from the whole text; returns how many there were."""
-    drafter, seen = decoding._loop._drafter, []
+    drafter, seen = loop._drafter, []
     original = drafter.draft
 
     def draft(context, most, *ends):
@@ -81,10 +83,11 @@ def recorded(decoding, backend):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["generic", "native", "exact"])
+@pytest.mark.parametrize("kind", [*KINDS, "exact"])
+@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("exit_layer", EXITS)
-def test_the_output_is_that_of_plain_decoding(kind, exit_layer):
-    backend = backend_of(kind)
+def test_the_output_is_that_of_plain_decoding(kind, features, exit_layer):
+    backend = backend_of(kind, features)
     accepted = 0
     for length, drafts, limit in (
         (1, 1, 1),
@@ -96,7 +99,7 @@ def test_the_output_is_that_of_plain_decoding(kind, exit_layer):
         prompt = prompt_of(length)
         config = DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens=limit)
         decoding = decode(backend, prompt, config)
-        seen = recorded(decoding, backend) if kind != "exact" else []
+        seen = recorded(decoding._loop, backend) if kind != "exact" else []
         assert ids_of(decoding) == plainly(backend, prompt, limit)
         assert kind == "exact" or len(seen) == decoding.stats.rounds
         accepted += decoding.stats.accepted
@@ -134,21 +137,53 @@ def test_rows_that_end_at_different_times_draft_on_their_own_states(kind, exit_l
     assert together == list(enumerate(expected))
 
 
-@settings(max_examples=25, deadline=None)
+def scheduled(backend, prompts, schedule, limit):
+    """A loop in which options of adaptive drafting take turns: 0 is none, 1 and 2 are the exits."""
+    config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS)
+    loop = _loop_of(backend, prompts, config, frozenset(), None)
+    loop._drafter.__class__ = Scheduled
+    loop._drafter.schedule = list(schedule)
+    return loop
+
+
+@settings(max_examples=50, deadline=None)
 @given(
-    kind=st.sampled_from(["generic", "native"]),
+    kind=st.sampled_from(KINDS),
+    features=st.sampled_from(FEATURES),
     schedule=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=20),
-    length=st.integers(1, 12),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),
     limit=st.integers(1, 25),
 )
-def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind, schedule, length, limit):
+def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind, features, schedule, lengths, limit):
     """Blocks of two exits, low-bit copies, lookups and plain steps take turns."""
-    backend, prompt = backend_of(kind), prompt_of(length)
-    decoding = decode(backend, prompt, DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS))
-    decoding._loop._drafter.__class__ = Scheduled
-    decoding._loop._drafter.schedule = list(schedule)
-    recorded(decoding, backend)
-    assert ids_of(decoding) == plainly(backend, prompt, limit)
+    backend, prompts = backend_of(kind, features), [prompt_of(length) for length in lengths]
+    loop, found = scheduled(backend, prompts, schedule, limit), [[] for _ in prompts]
+    recorded(loop, backend)
+    for steps in loop:
+        for row, tokens, _ in steps:
+            found[row] += [token.id for token in tokens]
+    assert found == [plainly(backend, prompt, limit) for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_target_goes_on_from_the_exit_that_drafted(kind, features, monkeypatch):
+    """The other exit's block gets its states too. Only the last draft may still need the layers before the exit."""
+    backend, spans = backend_of(kind, features), []
+    run_layers = backend.run_layers
+
+    def record(hidden, start, stop, positions, cache=None):
+        spans.append((start, hidden.shape[1]))
+        return run_layers(hidden, start, stop, positions, cache)
+
+    loop = scheduled(backend, [prompt_of(7)], [(1, 4), (2, 4)] * 3, 40)
+    next(loop)
+    monkeypatch.setattr(backend, "run_layers", record)
+    for exit_layer, starts in ((2, {2, 4}), (4, {4})) * 3:
+        spans.clear()
+        next(loop)
+        assert loop.last_step(0).steps_by_drafter == {f"exit {exit_layer}": 1}
+        assert {start for start, count in spans if count > 1} == starts
 
 
 @pytest.mark.parametrize("exit_layer", EXITS)
@@ -157,7 +192,7 @@ def test_sampled_drafts_are_drawn_from_the_block_s_probabilities(exit_layer):
     sampling = SamplingConfig(temperature=1.0, seed=7)
     config = DecodingConfig("self-speculative", exit_layer, 3, max_new_tokens=30, sampling=sampling)
     decoding = decode(backend, prompt_of(6), config)
-    seen = recorded(decoding, backend)
+    seen = recorded(decoding._loop, backend)
     assert len(ids_of(decoding)) == 30 and len(seen) == decoding.stats.rounds > 3
 
 

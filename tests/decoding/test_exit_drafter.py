@@ -46,10 +46,10 @@ def test_drafts_are_the_exit_s_own_tokens_and_states(backend):
     expected = greedy_exit_continuation(backend, 4)
     draft = draft_after(backend, PROMPT, limit=4)
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected]]
-    assert (draft.counts, draft.exit_layer, draft.probs) == ((4,), EXIT, None)
+    assert (draft.counts, list(draft.exit_states), draft.probs) == ((4,), [EXIT], None)
     with torch.no_grad():
         states, _ = exit_states_and_logits(backend, PROMPT + expected[:3])
-    torch.testing.assert_close(draft.exit_states[0], states[-4:])  # of all tokens but the last draft
+    torch.testing.assert_close(draft.exit_states[EXIT][0], states[-4:])  # of all tokens but the last draft
 
 
 def test_an_eos_ends_the_draft(backend):
@@ -57,7 +57,7 @@ def test_an_eos_ends_the_draft(backend):
     end = expected.index(expected[1]) + 1
     draft = draft_after(backend, PROMPT, limit=4, eos_ids=frozenset({66, expected[1]}))
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected[:end]]]
-    assert (draft.exit_states.shape[1], draft.counts) == (end, (end,))
+    assert (draft.exit_states[EXIT].shape[1], draft.counts) == (end, (end,))
 
 
 def test_low_confidence_ends_the_draft_before_the_token(backend):
@@ -69,7 +69,7 @@ def test_low_confidence_ends_the_draft_before_the_token(backend):
     sure = next(place for place in range(4) if top[place] == min(top))
     draft = draft_after(backend, PROMPT, limit=4, confidence=min(top) + 1e-6)
     assert draft.tokens.tolist() == [[PROMPT[-1], *expected[:sure]]]
-    torch.testing.assert_close(draft.exit_states[0], states[len(PROMPT) - 1 : len(PROMPT) + sure])
+    torch.testing.assert_close(draft.exit_states[EXIT][0], states[len(PROMPT) - 1 : len(PROMPT) + sure])
     assert draft_after(backend, PROMPT, limit=4, confidence=min(top) - 1e-6).counts == (4,)
 
 
@@ -93,4 +93,4 @@ def test_draft_probs_are_what_each_draft_was_drawn_from(backend):
 
 def test_without_reuse_no_exit_states_are_given(backend):
     draft = draft_after(backend, PROMPT, limit=2, reuse_exit_states=False)
-    assert (draft.counts, draft.exit_states) == ((2,), None)
+    assert (draft.counts, draft.exit_states) == ((2,), {})

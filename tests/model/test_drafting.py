@@ -9,7 +9,8 @@ from conftest import tiny_model
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, Submodel, can_run_native
 
-EXIT, MOST = 3, 5
+STOPS, EXIT, MOST = (1, 3), 3, 5
+SUBMODEL = Submodel(EXIT, taps=STOPS[:-1])
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 PACKINGS = {
@@ -49,18 +50,20 @@ def drafted(backend, **ends):
     with torch.inference_mode():
         for layers in (backend, side):  # a draft side with its own weights has its own keys
             layers.run_layers(layers.embed(PROMPT[:, :last]), 0, layers.num_layers, positions[:, :last], cache)
-        return side.draft_greedily(PROMPT[:, last:], Submodel(EXIT), positions[:, last:], cache, DraftEnds(**ends))
+        return side.draft_greedily(PROMPT[:, last:], SUBMODEL, positions[:, last:], cache, DraftEnds(**ends))
 
 
 def expected(backend):
-    """The same by the whole sequence for each token, without a cache: MOST + 1 tokens and their states (MOST + 1, D)."""
+    """The same by the whole sequence for each token, without a cache: MOST + 1 tokens, and their states by stop."""
     side, ids = side_of(backend), PROMPT
     with torch.inference_mode():
         while True:
-            states = side.run_layers(side.embed(ids), 0, EXIT, torch.arange(ids.shape[1])[None])
+            places = torch.arange(ids.shape[1])[None]
+            states = {stop: side.run_layers(side.embed(ids), 0, stop, places) for stop in STOPS}
             if ids.shape[1] == PROMPT.shape[1] + MOST:
-                return ids[0, PROMPT.shape[1] - 1 :].tolist(), states[0, PROMPT.shape[1] - 1 :]
-            chosen = side.unembed(states[:, -1:]).argmax(-1)
+                new = slice(PROMPT.shape[1] - 1, None)
+                return ids[0, new].tolist(), {stop: reached[:, new] for stop, reached in states.items()}
+            chosen = side.unembed(states[EXIT][:, -1:]).argmax(-1)
             ids = torch.cat([ids, chosen if side.vocabulary is None else side.vocabulary.tokens(chosen)], dim=1)
 
 
@@ -79,9 +82,12 @@ def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
     assert probs == []
     known_tokens, known_states = expected(backend)
     assert tokens.tolist() == [known_tokens]
-    assert states.shape[1] in (MOST, MOST + 1)
-    error = (states[0] - known_states[: states.shape[1]]).abs().max() / known_states.std()
-    assert error < {"packed": 1e-2, "native": 1e-4}.get(kind, 1e-10)  # torch's low-bit kernels round differently by row count
+    assert tuple(states) == STOPS
+    for stop, reached in states.items():
+        assert reached.shape[1] in (MOST, MOST + 1)
+        error = (reached - known_states[stop][:, : reached.shape[1]]).abs().max() / known_states[stop].std()
+        # torch's low-bit kernels round differently by row count
+        assert error < {"packed": 1e-2, "native": 1e-4}.get(kind, 1e-10)
 
 
 @pytest.mark.parametrize(("kind", "packing"), CASES)
@@ -91,7 +97,7 @@ def test_a_draft_ends_after_an_end_token(kind, packing):
     end = next(place for place in range(2, MOST + 1) if known[place] not in known[1:place])
     other = next(token for token in range(67) if token not in known)
     tokens, states, _ = drafted(backend, ids=frozenset({other, known[end]}))
-    assert tokens.tolist() == [known[: end + 1]] and states.shape[1] in (end, end + 1)
+    assert tokens.tolist() == [known[: end + 1]] and states[EXIT].shape[1] in (end, end + 1)
 
 
 @pytest.mark.parametrize(("kind", "packing"), CASES)
@@ -114,7 +120,8 @@ def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
     backend = backend_of(kind, PACKINGS.get(packing))
     known, states = expected(backend)
     with torch.inference_mode():
-        probs = side_of(backend).unembed(states[:MOST].to(backend.embed(PROMPT).dtype)).double().softmax(-1).amax(-1).tolist()
+        logits = side_of(backend).unembed(states[EXIT][0, :MOST].to(backend.embed(PROMPT).dtype))
+    probs = logits.double().softmax(-1).amax(-1).tolist()
     rough = 1e-2 if kind == "packed" else 1e-5
     full = drafted(backend, wants_probs=True)
     assert full.tokens.tolist() == [known] and full.probs == pytest.approx(probs, rel=rough)

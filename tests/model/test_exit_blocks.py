@@ -158,7 +158,29 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
             ids = torch.cat([ids, chosen if side.vocabulary is None else side.vocabulary.tokens(chosen)], dim=1)
     assert drafted.tokens.tolist() == [ids[0, last:].tolist()]
     assert drafted.probs == pytest.approx(probs, rel=1e-2 if kind == "packed" else 1e-4)
-    assert drafted.states.shape[1] in (most, most + 1)
+    assert drafted.states[exit_layer].shape[1] in (most, most + 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_draft_in_one_call_keeps_the_states_at_lower_exits(threads):
+    backend = native(tiny_model("llama", torch.float32, **WIDE), None, random_blocks(tiny_model("llama", **WIDE), *BLOCKS))
+    submodel = Submodel(4, block=backend.exit_blocks[4], taps=(1, 2))
+    before, last = torch.get_num_threads(), IDS.shape[1] - 1
+    with torch.inference_mode():
+        cache, positions = backend.new_cache(), torch.arange(last + 5)[None]
+        hidden = backend.run_layers(backend.embed(IDS[:1, :last]), 0, 6, positions[:, :last], cache)
+        feature = backend.normed(hidden[:, -1:])
+        try:
+            torch.set_num_threads(threads)
+            drafted = backend.draft_sides[None].draft_greedily(
+                IDS[:1, last:], submodel, positions[:, last:], cache, DraftEnds(), feature
+            )
+        finally:
+            torch.set_num_threads(before)
+        ids = torch.cat([IDS[:1, :last], drafted.tokens], dim=1)
+        for stop in (1, 2, 4):
+            states = backend.run_layers(backend.embed(ids), 0, stop, places(ids))
+            assert torch.equal(drafted.states[stop], states[:, last:])
 
 
 def test_copies_have_the_blocks_of_the_exits_that_they_reach():

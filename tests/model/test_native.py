@@ -268,9 +268,9 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
     for ends in ((), (66, chosen[1]), (chosen[3],), (chosen[6],)):
         (expected, logits), (draft, ours) = drafted(ends, False), drafted(ends, True)
         assert torch.equal(draft.tokens, expected.tokens) and draft.counts == expected.counts
-        if expected.exit_states is not None:
-            known = expected.exit_states.shape[1]
-            assert torch.equal(draft.exit_states[:, :known], expected.exit_states)
+        assert list(draft.exit_states) == list(expected.exit_states)
+        for stop, states in expected.exit_states.items():
+            assert torch.equal(draft.exit_states[stop][:, : states.shape[1]], states)
         assert torch.equal(ours, logits)
 
 
@@ -428,6 +428,9 @@ def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
                 draft(torch.tensor([[token]]), Submodel(layers), places, model.new_cache(), DraftEnds())
         with pytest.raises(ValueError, match="no draft of token 5 by 5 layers"):
             draft(torch.tensor([[5]]), Submodel(3, ((5, 7),)), places, model.new_cache(), DraftEnds())
+        for taps in ((4,), (-1,), (2, 1)):
+            with pytest.raises(ValueError, match="no draft of token 5 by 3 layers"):
+                draft(torch.tensor([[5]]), Submodel(3, taps=taps), places, model.new_cache(), DraftEnds())
         with pytest.raises(ConfigError, match="context limit of 128 tokens"):
             draft(ids[:, :1], Submodel(3), torch.arange(120, 128)[None], model.new_cache(), DraftEnds())
         assert run(hidden[:, :0], 0, 6, places[:, :0], model.new_cache()).shape == (1, 0, 64)

@@ -137,7 +137,7 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
     model, config = setup.model, setup.config
     drafters: dict[str, ExitDrafter] = {}
     options: dict[str, Drafting] = {}
-    lowest = min((exit_layer for exit_layer in model.exit_blocks if exit_layer in config.exits), default=model.num_layers)
+    with_blocks = sorted(exit_layer for exit_layer in model.exit_blocks if exit_layer in config.exits)
     for weights, side in model.draft_sides.items():
         exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
         if weights is not None and (side.num_layers == model.num_layers or not exits):
@@ -145,9 +145,9 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
         for exit_layer in exits:
             name = drafter_name(weights, exit_layer, model.num_layers)
             block = side.exit_blocks.get(exit_layer)
-            resumed = weights is None and exit_layer <= lowest  # the states at the exits of blocks are needed
-            options[name] = Drafting(weights, exit_layer, block is not None, resumed)
-            submodel = Submodel(exit_layer, block=block)
+            options[name] = Drafting(weights, exit_layer, block is not None)
+            taps = tuple(lower for lower in with_blocks if lower < exit_layer) if side.shares_states else ()
+            submodel = Submodel(exit_layer, block=block, taps=taps)
             drafters[name] = ExitDrafter(
                 side, setup.sampler, submodel, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name
             )

@@ -1,7 +1,7 @@
 """What a drafter is: it proposes tokens for the rows of a batch, and may learn from the target's verdicts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -32,16 +32,15 @@ class Context:
 class Draft:
     """K drafts per row for the target to verify in one pass, after the newest token.
 
-    `exit_states` are the target's own hidden states after `exit_layer` layers, pre-norm, of all tokens or of all but the last.
-    None if the draft has no such states (looked-up or low-bit drafts): the target then starts at layer 0. `source` names what
-    drafted, for reports.
+    `exit_states` are the target's own hidden states, pre-norm, of all tokens or of all but the last, by the number of layers
+    that gave them. The target goes on from the highest; those below are for the blocks of other exits. Without such states
+    (looked-up or low-bit drafts) it starts at layer 0. `source` names what drafted, for reports.
     """
 
     tokens: Tensor  # (B, 1+K), the newest token first
     counts: tuple[int, ...]  # by row: how many of the K are drafts; the rest is padding
     probs: Tensor | None = None  # (B, K, V), what each draft was drawn from; None if it was chosen without chance
-    exit_states: Tensor | None = None  # (B, K+1 or K, D)
-    exit_layer: int = 0
+    exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (B, K+1 or K, D)
     source: str = "drafts"
     confidence: Sequence[float] = ()  # of a greedy draft of one row: its own probabilities, if these were needed
 

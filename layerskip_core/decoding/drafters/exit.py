@@ -8,7 +8,7 @@ from torch import Tensor
 from ...config.checks import require
 from ...config.packing import EXACT_TOKENS, Quantization
 from ...model.backend import DraftEnds, DraftSide, Submodel
-from ...model.drafting import beyond_exit
+from ...model.drafting import beyond_exit, joined, states_at
 from ..sampling import Greedy, Sampler, Verdict
 from .base import Context, Draft, DrafterSetup
 
@@ -51,16 +51,15 @@ class ExitDrafter:
             return self._greedy_draft(context, ends._replace(ids=self._eos_ids, confidence=self._confidence))
         vocabulary = self._draft_side.vocabulary
         limits, counts, token = list(most), [0] * len(most), context.newest
-        tokens, probs, states, features = [token], [], [], context.features
+        side, submodel = self._draft_side, self._submodel
+        tokens, probs, kept, features = [token], [], [], context.features
         for step in range(max(most)):
             going = [row for row, limit in enumerate(limits) if counts[row] == step < limit]
             if not going:
                 break
             positions = context.positions[:, step : step + 1]
-            hidden = self._draft_side.embed(token)
-            hidden = self._draft_side.run_layers(hidden, 0, self._submodel.exit_layer, positions, context.cache)
-            states.append(hidden)
-            logits, features = beyond_exit(self._draft_side, self._submodel, hidden, positions, context.cache, features)
+            kept.append(states_at(side, side.embed(token), submodel.stops, positions, context.cache))
+            logits, features = beyond_exit(side, submodel, kept[-1][submodel.exit_layer], positions, context.cache, features)
             draft_probs = self._sampler.probs(logits)
             # Decided before a token is drawn: dropping a drawn token because of its probability would bias the samples.
             if self._confidence and not (going := self._confident(going, logits, draft_probs)):
@@ -82,8 +81,7 @@ class ExitDrafter:
             torch.cat(tokens, dim=1),
             tuple(counts),
             torch.cat(probs, dim=1) if probs else None,
-            torch.cat(states, dim=1) if self._reuses else None,
-            self._submodel.exit_layer,
+            joined(kept) if self._reuses else {},
             self.source,
         )
 
@@ -94,8 +92,7 @@ class ExitDrafter:
         tokens, states, probs = self._draft_side.draft_greedily(
             context.newest, self._submodel, context.positions[:, :-1], context.cache, ends, context.features
         )
-        reused = states if self._reuses else None
-        return Draft(tokens, (tokens.shape[1] - 1,), None, reused, self._submodel.exit_layer, self.source, probs)
+        return Draft(tokens, (tokens.shape[1] - 1,), None, states if self._reuses else {}, self.source, probs)
 
     def _confident(self, rows: list[int], logits: Tensor, draft_probs: Tensor | None) -> list[int]:
         """Those of the rows whose most probable token is probable enough."""

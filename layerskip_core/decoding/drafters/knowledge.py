@@ -94,15 +94,11 @@ class Knowledge:
 
 
 class Drafting(NamedTuple):
-    """What drafts: the layers up to an exit, and perhaps its block, by a low-bit copy or, if None, by the target's own.
-
-    `resumed`: the target goes on from the exit.
-    """
+    """What drafts: the layers up to an exit, and perhaps its block, by a low-bit copy or, if None, by the target's own."""
 
     weights: str | None
     exit_layer: int
     has_block: bool = False
-    resumed: bool = False
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
@@ -131,7 +127,7 @@ def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftPr
     plain = _passes(model, profile)
     step = plain.of(1)
     options: dict[str, Option] = {}
-    for name, (weights, exit_layer, has_block, resumed) in drafters.items():
+    for name, (weights, exit_layer, has_block) in drafters.items():
         known = profile.drafts if profile.passes else {}  # without both the units would differ
         draft = known.get(name, ((exit_layer + has_block) * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
         is_exit = exit_layer < spec.layers
@@ -140,7 +136,7 @@ def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftPr
             of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
             acceptance = of_exit * _COPY_ACCEPTANCE.get(weights or "", 1.0)
         verify = plain
-        if resumed:
+        if weights is None:
             rest = 1 - exit_layer * layer  # of a pass: the target goes on from the exit
             verify = LinearTime(rest * plain.fixed, rest * plain.each)
         times, ahead = LinearTime(_CALL * step, draft), int(weights is None)

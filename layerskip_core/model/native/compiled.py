@@ -16,7 +16,7 @@ KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers th
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 VARIANTS = ("amx", "avx512", "avx2")  # the best first
-INTERFACE = 9  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 10  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
 
@@ -61,8 +61,8 @@ class CCall(Structure):
 
 class CDraft(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("embedding", "vocabulary", "ends", "order", "probs")),
-        *((name, c_int32) for name in ("layer_count", "exit_layer", "end_count", "most", "runs_last", "power")),
+        *((name, c_void_p) for name in ("embedding", "vocabulary", "ends", "order", "stops", "probs")),
+        *((name, c_int32) for name in ("layer_count", "stop_count", "end_count", "most", "runs_last", "power")),
         *((name, c_float) for name in ("logits_scale", "logits_cap", "confidence", "survival", "doubt")),
         *((name, c_void_p) for name in ("join", "joined", "tokens", "states", "beyond", "logits")),
         ("drafted", c_int32),

@@ -38,10 +38,10 @@ class OneCallDraft:
         ends: DraftEnds,
         feature: Tensor | None = None,
     ) -> GreedyDraft:
-        """See `DraftSide`. Hidden states (1, K+1, D), or (1, K, D) without `runs_last`."""
+        """See `DraftSide`. The states are those of K+1 tokens, or of K without `runs_last`."""
         layers, first = self.layers, int(token)
         vocab_size, hidden_size = layers.embedding.shape
-        exit_layer, beyond = submodel.exit_layer, submodel.beyond
+        exit_layer, beyond, stops = submodel.exit_layer, submodel.beyond, submodel.stops
         head, join, joined = self.head, None, torch.empty(2, 0)
         if submodel.block is not None:
             layer = submodel.block.layer
@@ -50,7 +50,8 @@ class OneCallDraft:
                 assert feature is not None
                 joined = torch.cat((feature, feature), dim=1).to(torch.float32)
         order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
-        if not (0 <= first < vocab_size and exit_layer >= 0 and layers.has(order) and len(cache.lengths) == 1):
+        ascending = sorted((0, *stops)) == [0, *stops]
+        if not (0 <= first < vocab_size and ascending and layers.has(order) and len(cache.lengths) == 1):
             raise ValueError(f"no draft of token {first} by {len(order)} layers in a cache of {len(cache.lengths)} rows")
         most, start = positions.shape[1], int(positions[0, 0])
         places = torch.arange(start, start + most + 1)
@@ -59,21 +60,23 @@ class OneCallDraft:
         buffers.call.rows_per_sequence = 1
         tokens = torch.empty(1, most + 1, dtype=torch.long)
         tokens[0, 0] = first
-        states = torch.empty(1, most + 1, hidden_size)
+        states = torch.empty(len(stops), most + 1, hidden_size)
         logits = torch.empty(head.product.matrix.outputs)
         after_exit = torch.empty(hidden_size) if beyond else states
         vocabulary = None if self.vocabulary is None else self.vocabulary.ids
         end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
         indices = (ctypes.c_int32 * len(order))(*order)
+        stop_counts = (ctypes.c_int32 * len(stops))(*stops)
         probs = (ctypes.c_float * most)() if ends.needs_probs else None
         draft = CDraft(
             layers.embedding.data_ptr(),
             None if vocabulary is None else vocabulary.data_ptr(),
             ctypes.addressof(end_ids),
             ctypes.addressof(indices),
+            ctypes.addressof(stop_counts),
             None if probs is None else ctypes.addressof(probs),
             len(order),
-            exit_layer,
+            len(stops),
             len(end_ids),
             most,
             self.runs_last,
@@ -92,4 +95,5 @@ class OneCallDraft:
         )
         count = draft.drafted + 1
         run = count if self.runs_last else draft.drafted
-        return GreedyDraft(tokens[:, :count], states[:, :run], [] if probs is None else probs[: draft.drafted])
+        kept = {stop: states[place : place + 1, :run] for place, stop in enumerate(stops)}
+        return GreedyDraft(tokens[:, :count], kept, [] if probs is None else probs[: draft.drafted])

@@ -65,9 +65,9 @@ typedef struct {
     const int64_t *vocabulary; /* token of each output of the head; NULL where they are the same */
     const int64_t *ends;       /* tokens that end a draft */
     const int32_t *order;      /* (layer_count): the indices of the layers that draft, in ascending order */
+    const int32_t *stops;      /* (stop_count): how many of them run before states are kept, ascending; the last is the exit */
     float *probs;              /* (most): of each draft; NULL where no one asks */
-    int32_t layer_count;
-    int32_t exit_layer;        /* how many of them run before the states are kept */
+    int32_t layer_count, stop_count;
     int32_t end_count, most;   /* most: largest number of drafts */
     int32_t runs_last;         /* whether the layers before the exit run over the last draft too */
     int32_t power;             /* see doubt */
@@ -79,7 +79,7 @@ typedef struct {
     const Matrix *join;        /* from (exit's state, feature) to the input of the layers beyond it; NULL: that is the state */
     float *joined;             /* (2 * hidden): the feature is the second half, the first token's is given */
     int64_t *tokens;           /* (1 + most): the first is given */
-    float *states;             /* (1 + most, hidden): after the exit */
+    float *states;             /* (stop_count, 1 + most, hidden) */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
     int32_t drafted;           /* number of drafts made */
 } Draft;
@@ -653,6 +653,23 @@ static int choose(Work *work, float *survival) {
     return draft->drafted == draft->most || (draft->probs && *survival < draft->survival) || ends(draft, token);
 }
 
+/* Where the state of the newest token is kept after a stop. */
+static float *kept(const Work *work, int stop) {
+    const Draft *draft = work->draft;
+    return draft->states + (size_t)(stop * (1 + draft->most) + draft->drafted) * (size_t)work->shape->hidden;
+}
+
+/* The layers up to the exit, which change its state in place; at the earlier stops it is copied. */
+static void reach_exit(Work *work, int thread, int threads) {
+    const Draft *draft = work->draft;
+    for (int stop = 0, from = 0; stop < draft->stop_count; from = draft->stops[stop++]) {
+        span(work, from, draft->stops[stop], thread, threads);
+        /* A span meets all threads before it changes the state. */
+        if (thread == 0 && stop < draft->stop_count - 1)
+            memcpy(kept(work, stop), work->call->hidden, sizeof(float) * (size_t)work->shape->hidden);
+    }
+}
+
 /* From the exit's state to the input of the layers beyond it, which leave the state as it is. */
 static void leave_exit(Work *work, int thread, int threads) {
     const Shape *s = work->shape;
@@ -673,18 +690,19 @@ static void leave_exit(Work *work, int thread, int threads) {
 /* Token by token: its layers and the most probable next token; of the last one only the layers before the exit, if at all. */
 static void draft(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
+    int exit_layer = draft->stops[draft->stop_count - 1];
     float survival = 1;
     for (;;) {
         if (thread == 0) {
-            work->call->hidden = draft->states + (size_t)draft->drafted * (size_t)work->shape->hidden;
+            work->call->hidden = kept(work, draft->stop_count - 1);
             embed(work, draft->tokens[draft->drafted], work->call->hidden);
         }
         meet(&work->barrier, threads);
-        span(work, 0, draft->exit_layer, thread, threads);
+        reach_exit(work, thread, threads);
         if (work->ended) return; /* the same for all threads: thread 0 set it before the last barrier */
-        if (draft->exit_layer < work->count) {
+        if (exit_layer < work->count) {
             leave_exit(work, thread, threads);
-            span(work, draft->exit_layer, work->count, thread, threads);
+            span(work, exit_layer, work->count, thread, threads);
         }
         score(work, thread, threads);
         meet(&work->barrier, threads);
@@ -723,7 +741,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 9; }
+int layerskip_interface(void) { return 10; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {
