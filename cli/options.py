@@ -17,7 +17,7 @@ from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import parse_counts, parse_shares
-from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
+from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings, RetentionSettings
 from layerskip_core.evaluation.tasks import TASKS
 
 MODEL = "Model"
@@ -29,6 +29,7 @@ PROMPTING = "Prompting"
 WEIGHTS = "Weights"
 MEASUREMENT = "Measurement"
 RECIPE = "Recipe"
+RETENTION = "Retention"
 EXIT_BLOCKS = "Exit blocks"
 OPTIMISATION = "Optimisation"
 ADAPTERS = "Adapters"
@@ -37,8 +38,8 @@ INPUT = "Input"
 OUTPUT = "Output"
 MACHINE = "Machine"
 PANELS = (
-    INPUT, MODEL, RECIPE, EXIT_BLOCKS, OPTIMISATION, TASK, DATA, DECODING, SAMPLING, PROMPTING, ADAPTERS, RUN, MEASUREMENT,
-    WEIGHTS, MACHINE, OUTPUT,
+    INPUT, MODEL, RECIPE, RETENTION, EXIT_BLOCKS, OPTIMISATION, TASK, DATA, DECODING, SAMPLING, PROMPTING, ADAPTERS, RUN,
+    MEASUREMENT, WEIGHTS, MACHINE, OUTPUT,
 )  # in the order of --help  # fmt: skip
 
 
@@ -243,6 +244,12 @@ OPTIONS: dict[type, dict[str, Option]] = {
             parse=parse_counts,
         ),
         "distill": Option(RECIPE, "Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
+    },
+    RetentionSettings: {
+        "anchor": Option(
+            RETENTION, "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none."
+        ),
+        "anchor_weights": Option(RETENTION, "Weights of the copy of the original: bf16 or int8.", default="bf16"),
     },
     ExitBlockSettings: {
         "frozen": Option(EXIT_BLOCKS, "Leave the model as it is, and train a block at each of --exits that drafts for it."),

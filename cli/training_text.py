@@ -14,7 +14,7 @@ from layerskip_core.training.progress import StepReport
 
 
 def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
-    recipe = plan.recipe
+    recipe, kept = plan.recipe, _retention_text(config)
     return (
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
         f"on {config.data.name}: {_rows_text(config, plan)}\n"
@@ -23,8 +23,17 @@ def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
         f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"
         f"{' over ' + ','.join(map(str, recipe.exits)) if recipe.exits else ''}"
         f"{f' R={recipe.rotation}' if recipe.rotation else ''}, {plan.exits_per_step:.1f} exits per step; "
-        f"a step costs {plan.cost:.2f}x a step without the recipe" + "".join(f"\n{note}" for note in plan.notes)
+        f"a step costs {plan.cost:.2f}x a step without the recipe" + "".join(f"\n{line}" for line in (*kept, *plan.notes))
     )
+
+
+def _retention_text(config: FinetuneConfig) -> list[str]:
+    """What holds the model to the original, one line each."""
+    asked = config.retention
+    if not asked.anchor:
+        return []
+    beside = "the model without its adapters" if config.lora_rank else f"a copy in {asked.anchor_weights or 'bf16'}"
+    return [f"anchor: {asked.anchor:g} x the divergence from the original, {beside}"]
 
 
 def _rows_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
@@ -36,8 +45,9 @@ def _rows_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
 def report_text(report: StepReport) -> str:
     exits = " ".join(f"{layer}:{loss:.2f}" for layer, loss in spread(report.exit_losses))
     held_out = f"held-out {report.validation_losses[max(report.validation_losses)]:.3f} " if report.validation_losses else ""
+    anchor = "" if report.divergence is None else f"divergence {report.divergence:.3f} "
     return (
-        f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}"
+        f"loss {report.loss:.3f} last layer {report.final_loss:.3f} exits {exits} {held_out}{anchor}"
         f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
     )
 

@@ -1,6 +1,7 @@
 """Losses through an exit in chunks of tokens, used by training and evaluation."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +13,24 @@ CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
 _CACHED_LOGITS = 1 << 18  # of a few tokens: 1 MB in fp32
 
 
+def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states (N, D) that predict a target, and the targets (N,), of (B, T, D) and (B, T)."""
+    shifted = labels[:, 1:]
+    is_target = shifted != IGNORED
+    return hidden[:, :-1][is_target], shifted[is_target]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a divergence is taken from: constant hidden states (N, D), and the head that makes logits (N, V) of them."""
+
+    states: Tensor
+    unembed: Callable[[Tensor], Tensor]
+
+
 def summed_cross_entropy(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Sum of the cross-entropy over N tokens, hidden (N, D), in fp32, in chunks like `summed_losses`."""
-    return summed_losses(unembed, hidden, targets, vocab_size)[1]
+    return summed_losses(unembed, hidden, targets, vocab_size)[0]
 
 
 def summed_losses(
@@ -22,36 +38,34 @@ def summed_losses(
     hidden: Tensor,
     targets: Tensor,
     vocab_size: int,
-    teacher: Tensor | None = None,
-    distill: float = 0.0,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss to train on, cross-entropy) of an exit, each summed over N tokens, in fp32; hidden (N, D), targets (N,).
+    """(cross-entropy, KL(teacher || exit)) of an exit, each summed over N tokens, in fp32; hidden (N, D), targets (N,).
 
-    With the last layer's hidden states as `teacher` (N, D) the loss is (1 - distill) * cross-entropy + distill * KL(last layer
-    || exit); no gradient flows into the teacher. Above CHUNK_LOGITS logits the tokens are taken in chunks whose logits are
-    recomputed in the backward pass, so that (N, V) never exists as a whole.
+    The divergence is 0 without a teacher, into which no gradient flows. Above CHUNK_LOGITS logits the tokens are taken in
+    chunks whose logits are recomputed in the backward pass, so that (N, V) never exists as a whole.
     """
 
     def chunk_losses(part: Tensor, wanted: Tensor, taught: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = unembed(part).float()
         cross_entropy = functional.cross_entropy(logits, wanted, reduction="sum")
-        if taught is None:
-            return cross_entropy, cross_entropy
+        if teacher is None or taught is None:
+            return cross_entropy, cross_entropy.new_zeros(())
         with torch.no_grad():
-            aim = unembed(taught).float().log_softmax(-1)
+            aim = teacher.unembed(taught).float().log_softmax(-1)
         divergence = functional.kl_div(logits.log_softmax(-1), aim, reduction="sum", log_target=True)
-        return (1 - distill) * cross_entropy + distill * divergence, cross_entropy
+        return cross_entropy, divergence
 
     rows = max(1, CHUNK_LOGITS // vocab_size)
-    constant = None if teacher is None else teacher.detach()
+    constant = None if teacher is None else teacher.states.detach()
     if hidden.shape[0] <= rows:
         return chunk_losses(hidden, targets, constant)
     wanted = torch.split(targets, rows)
     taught = [None] * len(wanted) if constant is None else torch.split(constant, rows)
     parts = zip(torch.split(hidden, rows), wanted, taught, strict=True)
     losses = [checkpoint(chunk_losses, *part, use_reentrant=False) for part in parts]
-    trained, seen = zip(*losses, strict=True)
-    return torch.stack(trained).sum(), torch.stack(seen).sum()
+    cross_entropies, divergences = zip(*losses, strict=True)
+    return torch.stack(cross_entropies).sum(), torch.stack(divergences).sum()
 
 
 def summed_divergences(

@@ -45,6 +45,7 @@ def _share(low_open: bool = False, high_open: bool = False) -> Range:
 # By field. The upper ends are far above any honest value; beyond them numbers overflow somewhere, or memory runs out.
 RANGES = {
     "accumulation": Range(1, 65_536),
+    "anchor": Range(0.0, 1_000_000.0),
     "answer_temperature": Range(0.0, 1_000.0),
     "answer_tokens": Range(1, 10_000_000),
     "batch_size": Range(1, 65_536),

@@ -15,12 +15,14 @@ Regime = Literal["finetune", "continual", "scratch", "code"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
 BlockLoss = Literal["kl", "tv"]
+AnchorWeights = Literal["bf16", "int8"]
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
 FEATURES: tuple[str, ...] = get_args(Feature)
 ANSWERS: tuple[str, ...] = get_args(Answers)
 BLOCK_LOSSES: tuple[str, ...] = get_args(BlockLoss)
+ANCHOR_WEIGHTS: tuple[str, ...] = get_args(AnchorWeights)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,25 @@ class RecipeSettings:
 
 
 @dataclass(frozen=True)
+class RetentionSettings:
+    """What holds the trained model to the original, the model as it came.
+
+    `anchor` is the weight of KL(original || trained model) at full depth, on the tokens that the loss is taken of.
+    `anchor_weights`: how the copy of the original is stored; None is bf16. LoRA needs no copy: its original is the model
+    without the adapters.
+    """
+
+    anchor: float = 0.0
+    anchor_weights: AnchorWeights | None = None
+
+    def __post_init__(self) -> None:
+        require_ranges(anchor=self.anchor)
+        if self.anchor_weights is not None:
+            require_choice(self.anchor_weights, "anchor_weights", ANCHOR_WEIGHTS)
+            require(self.anchor > 0, "anchor_weights", "used with `anchor`", self.anchor_weights)
+
+
+@dataclass(frozen=True)
 class ExitBlockSettings:
     """With `frozen` the model stays as it is, and blocks are trained at its exits (see model/exit_blocks.py).
 
@@ -110,6 +131,7 @@ class FinetuneConfig:
     output: str = "layerskip-model"
     regime: Regime = "finetune"
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
     exit_blocks: ExitBlockSettings = field(default_factory=ExitBlockSettings)
     lr: float | None = None
     steps: int | None = None
@@ -158,6 +180,11 @@ class FinetuneConfig:
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
         require(not self.lora_keep or self.lora_rank > 0, "lora_keep", "used with `lora_rank`", "no rank")
         require(self.vocab_size is None or self.regime == "scratch", "vocab_size", "used with `regime` scratch", self.regime)
+        copy = self.retention.anchor_weights
+        require(copy is None or not self.lora_rank, "anchor_weights", "left out with `lora_rank`, which needs no copy", copy)
+        if self.regime == "scratch":
+            for name, value in vars(self.retention).items():
+                require(not value, name, "left out with `regime` scratch, which has no original", value)
         if self.exit_blocks.frozen:
             self._require_frozen()
 
@@ -172,5 +199,5 @@ class FinetuneConfig:
             "vocab_size": self.vocab_size,
         }
         require(self.regime == "finetune", "regime", "left out with `frozen`, which trains no weight of the model", self.regime)
-        for name, value in (recipe | others).items():
+        for name, value in (recipe | vars(self.retention) | others).items():
             require(not value, name, "left out with `frozen`, which trains no weight of the model", value)

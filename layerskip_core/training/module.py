@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.save import write_model
-from ..losses import IGNORED, summed_losses
-from ..model import GenericBackend, SpanInputs
+from ..losses import Teacher, summed_losses, target_rows
+from ..model import GenericBackend
+from .anchor import Anchor
 from .checkpoints import load_weights
 from .curriculum import exits_on
 from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
 from .exit_loss import exit_weights
-from .packing import between_documents, positions_in_documents
+from .packing import span_inputs
 from .recipe import Recipe
 
 
@@ -45,11 +46,12 @@ class RecipeModule(nn.Module):
         from_scratch: bool = False,
         recompute: bool = False,
         tokenizer: Any = None,
+        anchor: Anchor | None = None,
     ) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).
 
         `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
-        `tokenizer`: of transformers, saved with the model.
+        `tokenizer`: of transformers, saved with the model. `anchor` adds the divergence from the original in training.
         """
         super().__init__()
         self.model = model
@@ -58,6 +60,7 @@ class RecipeModule(nn.Module):
         self.seed = seed
         self.from_scratch = from_scratch
         self.recompute = recompute
+        self.anchor = anchor
         self._tokenizer = tokenizer
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backend = GenericBackend(base)
@@ -70,26 +73,35 @@ class RecipeModule(nn.Module):
         `documents` (B, T) numbers the documents packed into a row: attention stays within a document, and each starts at
         position 0. Returns
         `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the summed
-        cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit` belongs to.
+        cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit` belongs to. With an
+        anchor also `divergence`, the summed divergence from the original, detached.
         """
         layers = self.backend.num_layers
         exits = exits_on(self.recipe, moment.step, moment.total_steps, layers)
         if not self.training:
             exits = self.measured_exits
         taps = self._taps(input_ids, exits, moment, documents)
-        rows = {exit_layer: _target_rows(hidden, labels) for exit_layer, hidden in taps.items()}
+        rows = {exit_layer: target_rows(hidden, labels) for exit_layer, hidden in taps.items()}
+        share = self.recipe.distill if self.training else 0.0
+        anchor = self.anchor if self.training else None
+        last_layer = Teacher(rows[layers][0], self.backend.unembed) if share else None
+        original = None if anchor is None else anchor.teacher(input_ids, labels, documents)
         total = rows[layers][0].new_zeros((), dtype=torch.float32)
         per_exit = []
         for weight, exit_layer in zip(self._weights(exits), exits, strict=True):
-            taught = self.training and self.recipe.distill > 0 and exit_layer < layers
-            teacher = rows[layers][0] if taught else None
+            teacher = last_layer if exit_layer < layers else original
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):  # the paper's first exit weighs nothing
-                loss, cross_entropy = summed_losses(
-                    self.backend.unembed, *rows[exit_layer], self.backend.vocab_size, teacher, self.recipe.distill
+                cross_entropy, divergence = summed_losses(
+                    self.backend.unembed, *rows[exit_layer], self.backend.vocab_size, teacher
                 )
-            total = total + weight * loss
+            mixed = (1 - share) * cross_entropy + share * divergence if exit_layer < layers else cross_entropy
+            total = total + weight * mixed
             per_exit.append(cross_entropy.detach())
-        return {"loss": total, "per_exit": torch.stack(per_exit), "exit_layers": exits}
+        output: dict[str, Tensor | tuple[int, ...]] = {"per_exit": torch.stack(per_exit), "exit_layers": exits}
+        if anchor is not None:  # the last exit of the loop was the last layer, which is always on
+            total = total + anchor.weight * divergence
+            output["divergence"] = divergence.detach()
+        return output | {"loss": total}
 
     @property
     def measured_exits(self) -> tuple[int, ...]:
@@ -112,7 +124,7 @@ class RecipeModule(nn.Module):
     def _taps(self, input_ids: Tensor, exits: tuple[int, ...], moment: Moment, documents: Tensor | None) -> dict[int, Tensor]:
         """The hidden states (B, T, D) after each exit layer that is on."""
         hidden = self.backend.embed(input_ids)
-        inputs = self._span_inputs(hidden, documents)
+        inputs = span_inputs(self.backend, hidden, documents)
         taps = {}
         for layer, rate in enumerate(self._rates(moment)):
             kept = kept_rows(rate, hidden.shape[0], self.seed, moment.step, moment.micro_batch, layer)
@@ -124,12 +136,6 @@ class RecipeModule(nn.Module):
                 taps[layer + 1] = hidden
         return taps
 
-    def _span_inputs(self, hidden: Tensor, documents: Tensor | None) -> SpanInputs:
-        if documents is None:
-            return self.backend.prepare(hidden, torch.arange(hidden.shape[1])[None])
-        positions = positions_in_documents(documents.cpu())
-        return between_documents(self.backend.prepare(hidden, positions, key_mask=documents >= 0), documents)
-
     def _weights(self, exits: tuple[int, ...]) -> list[float]:
         return exit_weights(exits, self.backend.num_layers, self.recipe.e_scale, self.recipe.exit_weights)
 
@@ -138,10 +144,3 @@ class RecipeModule(nn.Module):
         if not self.training or self.recipe.p_max == 0:
             return [0.0] * layers
         return dropout_rates(self.recipe.p_max, layers, time_scale(moment.step, moment.total_steps, self.from_scratch))
-
-
-def _target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states (N, D) that predict a target, and the targets (N,), of (B, T, D) and (B, T)."""
-    shifted = labels[:, 1:]
-    is_target = shifted != IGNORED
-    return hidden[:, :-1][is_target], shifted[is_target]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..losses import IGNORED
-from ..model import SpanInputs
+from ..model import GenericBackend, SpanInputs
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
@@ -42,6 +42,14 @@ def positions_in_documents(documents: Tensor) -> Tensor:
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return columns - torch.where(starts, columns, 0).cummax(1).values
+
+
+def span_inputs(backend: GenericBackend, hidden: Tensor, documents: Tensor | None) -> SpanInputs:
+    """Those of whole rows (B, T, D), padded at the right; `documents` (B, T) numbers the documents packed into a row."""
+    if documents is None:
+        return backend.prepare(hidden, torch.arange(hidden.shape[1])[None])
+    positions = positions_in_documents(documents.cpu())
+    return between_documents(backend.prepare(hidden, positions, key_mask=documents >= 0), documents)
 
 
 def between_documents(inputs: SpanInputs, documents: Tensor) -> SpanInputs:

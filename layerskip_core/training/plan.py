@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from ..checkpoint.exit_blocks_file import model_fingerprint
 from ..checkpoint.loaded import Trainable
 from ..config.checks import require_exit_layer
 from ..config.training import FinetuneConfig
@@ -45,7 +46,7 @@ _FREE = {
 @dataclass(frozen=True)
 class TrainingPlan:
     """The settings and estimates of a run, all defaults resolved. `cost` is the computation of a step as a multiple of a step
-    without the recipe; memory is in MB.
+    without the recipe; memory is in MB. `original`: the fingerprint of the model as it came, where the run needs it.
 
     Of a stream `rows` is None, and `tokens` and `truncated` are those of its first rows.
     """
@@ -64,6 +65,7 @@ class TrainingPlan:
     memory_mb: float
     device: str
     autocast: bool
+    original: str | None = None
     resumed_step: int = 0
     notes: tuple[str, ...] = ()  # what the user should know before it starts
 
@@ -107,10 +109,11 @@ def make_plan(
         parameters=parameters,
         num_layers=backend.num_layers,
         exits_per_step=exits,
-        cost=_cost(trainable, recipe, steps, config.regime == "scratch", exits, data),
+        cost=_cost(trainable, recipe, steps, config, exits, data),
         memory_mb=_memory_mb(trainable, config, parameters, data),
         device=device,
         autocast=autocast,
+        original=model_fingerprint(backend.spec, trainable.model.get_parameter) if config.retention.anchor else None,
         notes=(_PACKED,) * encoder.pack + (_STREAMED,) * data.streamed,
     )
 
@@ -123,9 +126,12 @@ def rows_per_step(config: FinetuneConfig) -> int:
 def sealed_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
     """What decides a run's steps, all of it resolved: a run is resumed with the same or not at all."""
     settings = {name: value for name, value in resolved_config(config, plan).items() if name not in _FREE}
-    recipe = settings.pop("recipe")
-    facts = {"steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": _world_size()}
-    return {**settings, **recipe, **facts}
+    recipe, retention = settings.pop("recipe"), settings.pop("retention")
+    facts = {
+        "steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": _world_size(),
+        "original": plan.original,
+    }  # fmt: skip
+    return {**settings, **recipe, **retention, **facts}
 
 
 def resolved_config(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
@@ -148,32 +154,36 @@ def _steps(config: FinetuneConfig, rows: int) -> int:
     return max(1, math.ceil(rows / rows_per_step(config) * (config.epochs or 1.0)))
 
 
-def _cost(trainable: Trainable, recipe: Recipe, steps: int, from_scratch: bool, exits: float, data: EncodedData) -> float:
+def _cost(trainable: Trainable, recipe: Recipe, steps: int, config: FinetuneConfig, exits: float, data: EncodedData) -> float:
     """Multiply-adds of a step over those of a step without the recipe: dropout saves layers, every exit adds a head.
 
-    Distillation computes the last layer's head once more per early exit, forward only, which is a third. Training from scratch
-    is judged by the dropout in the middle of its schedule.
+    Distillation computes the last layer's head once more per early exit, forward only, which is a third; so does the anchor
+    with all of the original. Training from scratch is judged by the dropout in the middle of its schedule.
     """
     backend = trainable.backend
     layers = float(sum(parameter.numel() for parameter in backend.layers.parameters()))
     head = float(backend.hidden_size * backend.vocab_size) * data.target_tokens / data.tokens
-    scale = time_scale(steps // 2, steps, from_scratch) if recipe.p_max else 1.0
+    scale = time_scale(steps // 2, steps, config.regime == "scratch") if recipe.p_max else 1.0
     rates = dropout_rates(recipe.p_max, backend.num_layers, scale)
     kept = 1 - sum(rates) / len(rates)
     heads = exits + (exits - 1) / 3 * (recipe.distill > 0)
-    return (layers * kept + head * heads) / (layers + head)
+    return (layers * kept + head * heads) / (layers + head) + (config.retention.anchor > 0) / 3
 
 
 def _memory_mb(trainable: Trainable, config: FinetuneConfig, parameters: int, data: EncodedData) -> float:
     """An estimate: weights, gradients and two moments in fp32, and the activations of one batch of the longest rows.
 
     With LoRA only the weights count, because the adapters are small; with gradient checkpointing one layer's activations and
-    every layer's input.
+    every layer's input. The anchor adds a copy of the original, and its logits twice; LoRA needs no copy.
     """
     backend = trainable.backend
+    anchored = config.retention.anchor > 0
     state = (4 if config.lora_rank else 16) * parameters
+    if anchored and not config.lora_rank:
+        embedding = backend.vocab_size * backend.hidden_size  # is bf16 in int8 copies too, with a head of their own
+        state += parameters + 2 * embedding if config.retention.anchor_weights == "int8" else 2 * parameters
     layer = 14 * backend.hidden_size + 4 * backend.spec.inner
     layers = backend.num_layers * backend.hidden_size + layer if config.gradient_checkpointing else backend.num_layers * layer
     tokens = config.batch_size * data.longest
-    logits = min(tokens * backend.vocab_size, CHUNK_LOGITS) * 3
+    logits = min(tokens * backend.vocab_size, CHUNK_LOGITS) * (5 if anchored else 3)
     return float((state + 4 * (tokens * layers + logits)) / 2**20)

@@ -22,6 +22,7 @@ class StepReport:
     tokens_per_second: float
     validation_losses: dict[int, float]  # of every exit at the last validation; empty before the first
     agreement: dict[int, float] = field(default_factory=dict)  # of frozen exits there: the share of first drafts accepted
+    divergence: float | None = None  # from the original, with an anchor
 
 
 @dataclass
@@ -31,6 +32,7 @@ class StepSums:
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     per_exit: Tensor = field(default_factory=lambda: torch.zeros(()))  # (exits,) from the first micro-batch on
     exit_layers: tuple[int, ...] = ()
+    divergence: Tensor | None = None  # from the original, with an anchor
     tokens: int = 0
     micro_batches: int = 0
     targets: Tensor | int = 1  # target tokens of the whole step, over all micro-batches and processes
@@ -39,6 +41,8 @@ class StepSums:
         self.loss = self.loss + output["loss"].detach()
         self.per_exit = self.per_exit + output["per_exit"]
         self.exit_layers = output["exit_layers"]
+        if "divergence" in output:
+            self.divergence = output["divergence"] + (0 if self.divergence is None else self.divergence)
         self.tokens += tokens
         self.micro_batches += 1
         self.targets = targets
@@ -57,6 +61,7 @@ class StepLosses:
     """A step's losses in nats per target token: the weighted loss, the exits that were on, and every exit on held-out rows.
 
     `agreement`: of frozen exits, on held-out rows, the share of targets where the exit's best token is the last layer's.
+    `divergence`: KL(original || trained model) at full depth, with an anchor.
     """
 
     step: int
@@ -64,6 +69,7 @@ class StepLosses:
     exits: dict[int, float]
     validation: dict[int, float] = field(default_factory=dict)
     agreement: dict[int, float] = field(default_factory=dict)
+    divergence: float | None = None
 
     @property
     def final(self) -> float:
@@ -86,7 +92,8 @@ class LossHistory:
         history = cls()
         for entry in log:
             if "loss" in entry:
-                history.add(StepLosses(int(entry["step"]), entry["loss"], exits_in(entry, _EXIT)))
+                exits, divergence = exits_in(entry, _EXIT), entry.get(_DIVERGENCE)
+                history.add(StepLosses(int(entry["step"]), entry["loss"], exits, divergence=divergence))
             elif "eval_loss" in entry:
                 history.validate(validation_in(entry), agreement_in(entry))
         return history
@@ -101,8 +108,8 @@ class LossHistory:
         self.validated, self.agreement = losses, agreement
 
     def to_jsonl(self) -> str:
-        """One JSON line per step."""
-        rows = ({name: value for name, value in vars(step).items() if value or name != "agreement"} for step in self.steps)
+        """One JSON line per step, without what the run does not measure."""
+        rows = ({name: value for name, value in vars(step).items() if value not in _RARE.get(name, ())} for step in self.steps)
         return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -110,11 +117,14 @@ _EXIT = "exit_"
 _VALIDATION = "eval_exit_"
 _LOSS = "_loss"
 _AGREEMENT = "_agreement"
+_DIVERGENCE = "divergence"
+_RARE: dict[str, tuple[Any, ...]] = {"agreement": ({},), _DIVERGENCE: (None,)}  # what stands there if nothing is measured
 
 
 def step_log(losses: StepLosses, learning_rate: float, grad_norm: float) -> dict[str, float]:
     """A step as Trainer logs it: the entry of `log_history` and what the trackers of `report_to` receive."""
     exits = {f"{_EXIT}{layer}{_LOSS}": loss for layer, loss in losses.exits.items()}
+    exits |= {} if losses.divergence is None else {_DIVERGENCE: losses.divergence}
     return {"loss": losses.loss, "grad_norm": grad_norm, "learning_rate": learning_rate, **exits}
 
 

@@ -15,6 +15,7 @@ from ..config.training import FinetuneConfig
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.template import PromptTemplate
 from .adapters import with_lora
+from .anchor import anchor_of
 from .attention import use_fp32_attention
 from .checkpoints import ResumePoint
 from .encoded_data import Collator, EncodedData
@@ -69,6 +70,7 @@ class FinetuneJob:
             held_out = None if self.held_out is None else self.held_out.rows
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
             trainer = make_trainer(module, schedule, self._rows(), held_out, Collator(pad or 0), on_step, interruption)
+            module.anchor = anchor_of(config, model, module.backend, str(trainer.args.device))
             train_to_end(trainer, config.output, plan.steps, self.resume, interruption)
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
             history = LossHistory.of_log(trainer.state.log_history)

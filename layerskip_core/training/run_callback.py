@@ -89,6 +89,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 tokens_per_second=tokens / elapsed,
                 validation_losses=self._history.validated,
                 agreement=self._history.agreement,
+                divergence=losses.divergence,
             )
         )
         last = state.global_step >= state.max_steps
@@ -114,11 +115,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
         signalled = float(self._interruption.signal is not None)
         counts = torch.tensor([sums.tokens, signalled], device=sums.loss.device)
-        values = torch.cat([sums.loss[None], sums.per_exit, counts])
-        loss, *per_exit, tokens, stops = self._trainer.accelerator.reduce(values, reduction="sum").tolist()
+        apart = torch.zeros_like(sums.loss) if sums.divergence is None else sums.divergence
+        values = torch.cat([torch.stack([sums.loss, apart]), sums.per_exit, counts])
+        loss, divergence, *per_exit, tokens, stops = self._trainer.accelerator.reduce(values, reduction="sum").tolist()
         targets = float(sums.targets)
         exits = {layer: part / targets for layer, part in zip(sums.exit_layers, per_exit, strict=True)}
-        return StepLosses(step, loss / targets, exits), tokens, bool(stops)
+        anchored = None if sums.divergence is None else divergence / targets
+        return StepLosses(step, loss / targets, exits, divergence=anchored), tokens, bool(stops)
 
     def _require_sane(self, losses: StepLosses) -> None:
         """Raises TrainingError when the last layer's loss is above what any start explains."""

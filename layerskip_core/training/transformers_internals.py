@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 class TrainedModule(Protocol):
     """What a run trains: an nn.Module that knows what a checkpoint keeps of it.
 
-    Its forward returns `loss`, `per_exit` and `exit_layers` as RecipeModule's does, and perhaps `agreeing` (exits,), the
-    counts of targets where an exit's best token is the last layer's.
+    Its forward returns `loss`, `per_exit` and `exit_layers` as RecipeModule's does, and perhaps its `divergence`, or `agreeing`
+    (exits,), the counts of targets where an exit's best token is the last layer's.
     """
 
     @property

@@ -145,6 +145,7 @@ _OF_FLAGS = {
     "--template": ("chat", "raw", "{prompt}", "{prompt}{prompt}", "{prompt!r:>9999999999}", "{}", "no", "{prompt}" * 3000),
     "--prompt-template": ("chat", "{prompt}", "{prompt}{x}", "{", "{prompt}" * 3000),
     "--curriculum": ("rotational", "gradual", "all", "none", "x"),
+    "--anchor-weights": ("bf16", "int8", "int4", "BF16"),
     "--exit-weights": ("paper", "linear", "sqrt", "uniform", "x"),
     "--regime": ("finetune", "continual", "scratch", "code", "x"),
     "--report-to": ("x", "wandb", "tensorboard", ",", "all", "none", "os"),

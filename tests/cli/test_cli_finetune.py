@@ -59,6 +59,20 @@ def test_named_exits_alone_are_trained(finetune):
     assert re.search(r"^loss by exit: 2: [\d.]+  4: [\d.]+  6: [\d.]+$", result.err, re.MULTILINE)
 
 
+def test_an_anchor_is_planned_trained_and_recorded(finetune):
+    Path("run.toml").write_text('anchor = 0.5\nanchor-weights = "bf16"\n')
+    plan = run(*finetune("--config", "run.toml", "--dry-run"))
+    assert "\nanchor: 0.5 x the divergence from the original, a copy in bf16\n" in plan.err
+    result = run(*finetune("--anchor", "0.5", "--lora-rank", "2", "--steps", "2"))
+    assert (result.code, result.out) == (0, "")
+    assert "\nanchor: 0.5 x the divergence from the original, the model without its adapters\n" in result.err
+    assert re.search(r"^training 2/2 loss .* divergence \d\.\d{3} lr ", result.err, re.MULTILINE)
+    config = json.loads(Path("out", "layerskip.json").read_text())["config"]
+    assert config["retention"]["anchor"] == 0.5
+    fails("--anchor must be left out with --frozen, which trains no weight of the model, got 0.5",
+          *finetune("--frozen", "--exits", "2", "--anchor", "0.5"))  # fmt: skip
+
+
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     result = run(*finetune("--steps", "2", "--curriculum", "all", "--output", "my model"))
     assert (result.code, result.out) == (0, "")

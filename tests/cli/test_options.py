@@ -17,7 +17,7 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
+from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings, RetentionSettings
 
 COMMANDS = get_command(app).commands
 SHARED = (GenerationSettings, SamplingConfig, PromptingConfig, PackingConfig, MachineConfig)
@@ -38,11 +38,14 @@ def test_inspect_has_those_of_prompting_and_the_machine():
     assert {"--template", "--system", "--raw", "--device", "--dtype", "--threads", "--max-new-tokens"} <= names_of("inspect")
 
 
-@pytest.mark.parametrize("config", [*SHARED, DecodingSettings, TaskConfig, RecipeSettings, ExitBlockSettings, FinetuneConfig])
+@pytest.mark.parametrize(
+    "config", [*SHARED, DecodingSettings, TaskConfig, RecipeSettings, RetentionSettings, ExitBlockSettings, FinetuneConfig]
+)
 def test_every_field_is_a_flag(config):
     """Except configs, whose fields are flags, and what another field decides."""
     without = {field.name for field in fields(config)} - OPTIONS[config].keys()
-    assert without <= {"generation", "sampling", "prompting", "data", "recipe", "exit_blocks", "draft_layers", "adaptive"}
+    nested = {"generation", "sampling", "prompting", "data", "recipe", "retention", "exit_blocks"}
+    assert without <= nested | {"draft_layers", "adaptive"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -30,7 +30,8 @@ def test_two_processes_equal_one_with_accumulation_2(base, tmp_path, monkeypatch
     """
     shared = ("finetune", "--model", base, "--samples", "12", "--steps", "4", "--batch-size", "2", "--max-length", "64",
               "--pmax", "0.9", "--lr", "1e-3", "--gradient-checkpointing", "--device", "cpu", "--dtype", "fp32",
-              "--validation", "test", "--validation-samples", "5", "--save-steps", "3", "--threads", "1")  # fmt: skip
+              "--validation", "test", "--validation-samples", "5", "--save-steps", "3", "--threads", "1",
+              "--anchor", "0.5")  # fmt: skip
     both, single = str(tmp_path / "both"), str(tmp_path / "single")
     process = start(*shared, "--output", both, command=TORCHRUN)
 
@@ -56,6 +57,7 @@ def test_two_processes_equal_one_with_accumulation_2(base, tmp_path, monkeypatch
     for step, expected in zip(ours, reference, strict=True):
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert step["exits"] == pytest.approx(expected["exits"], rel=1e-5)
+        assert step["divergence"] == pytest.approx(expected["divergence"], rel=1e-3)
         assert step["validation"] == pytest.approx(expected["validation"], rel=1e-4)
     assert reference[-1]["validation"]
     expected_weights = weights(single)

@@ -18,7 +18,7 @@ from command_line import run, start
 from training_runs import RECIPE, Interrupted, saved_base, stop_at, train, weights
 
 from layerskip_core.config.data import DataConfig
-from layerskip_core.config.training import RecipeSettings
+from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import checkpoints, module, recipe
 from layerskip_core.training.prepare import prepare
@@ -45,8 +45,10 @@ def same_weights(folder, reference):
         ({"lora_rank": 2}, True),
         ({"accumulation": 2, "batch_size": 2}, False),
         ({"recipe": replace(RECIPE, exits=(1, 3))}, False),
+        ({"retention": RetentionSettings(anchor=1.0)}, False),
+        ({"retention": RetentionSettings(anchor=1.0), "lora_rank": 2}, True),
     ],
-    ids=["all weights", "tied", "LoRA", "accumulation", "named exits"],
+    ids=["all weights", "tied", "LoRA", "accumulation", "named exits", "anchor", "anchor and LoRA"],
 )
 def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes, tied):
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")

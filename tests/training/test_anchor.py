@@ -1,0 +1,205 @@
+"""The anchor: its loss and gradients against plain computations, and runs that it holds to the original."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import kl_div
+from training_runs import RECIPE, loss_rows, recipe_module, saved_base, settings_on, train
+
+from layerskip_core import losses
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.training import RecipeConfig, RetentionSettings
+from layerskip_core.errors import ConfigError
+from layerskip_core.losses import IGNORED
+from layerskip_core.model import GenericBackend
+from layerskip_core.training.anchor import Anchor, FrozenCopy, WithoutAdapters
+from layerskip_core.training.module import Moment
+from layerskip_core.training.packing import span_inputs
+from layerskip_core.training.prepare import prepare
+
+ALL = RecipeConfig(p_max=0, e_scale=0.5, curriculum="all", distill=0.3)
+
+
+def batch():
+    ids = torch.randint(3, 67, (3, 9), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[:, :3] = IGNORED
+    labels[1, 7:] = IGNORED
+    return ids, labels
+
+
+def other_model():
+    """The tiny model with other weights."""
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def divergence(original, trained, labels):
+    """KL(original || trained) of logits (B, T, V), summed over the tokens with labels."""
+    wanted = labels[:, 1:] != IGNORED
+    aim, found = (logits[:, :-1][wanted].log_softmax(-1) for logits in (original, trained))
+    return kl_div(found, aim, reduction="sum", log_target=True)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("logits", [losses.CHUNK_LOGITS, 5 * 67], ids=["one chunk", "chunks of five tokens"])
+def test_loss_and_gradients_are_those_of_the_plain_divergence(monkeypatch, logits):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
+    ids, labels = batch()
+    trained, original = tiny_model(), other_model()
+    plain = recipe_module(trained, ALL).train()(ids, labels, Moment(0, 10))
+    apart = divergence(original(ids).logits.detach(), trained(ids).logits, labels)
+    expected = gradients(trained, plain["loss"] + 0.7 * apart)
+
+    anchor = Anchor(0.7, FrozenCopy(GenericBackend(original)))
+    output = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, Moment(0, 10))
+    torch.testing.assert_close(output["divergence"].double(), apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output["loss"].double(), plain["loss"].double() + 0.7 * apart, rtol=1e-5, atol=1e-5)
+    assert torch.equal(output["per_exit"], plain["per_exit"])
+    found = gradients(trained, output["loss"])
+    assert found.keys() == expected.keys() == dict(trained.named_parameters()).keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is None for parameter in original.parameters())
+
+
+def test_a_weight_of_0_is_the_step_without_an_anchor_bit_by_bit(settings):
+    ids, labels = batch()
+    results = []
+    for anchor in (None, Anchor(0.0, FrozenCopy(GenericBackend(other_model())))):
+        trained = tiny_model(dtype=torch.float32)
+        loss = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, Moment(0, 10))["loss"]
+        results.append((loss.detach(), gradients(trained, loss)))
+    (loss, expected), (other, found) = results
+    assert torch.equal(loss, other) and all(torch.equal(gradient, found[name]) for name, gradient in expected.items())
+
+
+def test_validation_knows_no_anchor(llama):
+    ids, labels = batch()
+    module = recipe_module(llama, ALL, anchor=Anchor(0.7, None)).eval()
+    with torch.no_grad():
+        assert "divergence" not in module(ids, labels, Moment(0, 10))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]], ids=["layers", "head"])
+def test_the_original_of_adapters_is_the_model_without_them(targets):
+    ids, labels = batch()
+    base = tiny_model()
+    expected = base(ids).logits.detach()
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    module = recipe_module(model, ALL).train()
+    module.anchor = Anchor(2.0, WithoutAdapters(model, module.backend))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    apart = divergence(expected, model(ids).logits, labels)
+    assert apart > 1
+    plain = recipe_module(model, ALL).train()(ids, labels, Moment(0, 10))["loss"]
+    wanted = gradients(model, plain + 2 * apart)
+    output = module(ids, labels, Moment(0, 10))
+    torch.testing.assert_close(output["divergence"].double(), apart, rtol=1e-5, atol=1e-5)
+    found = gradients(model, output["loss"])
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-4)
+    assert model.training and module.backend.model.training
+
+
+def test_a_copy_keeps_packed_documents_apart(llama):
+    """Documents of 5 and 4 tokens in a row of 9, and one of 6 with padding: what masks give, where the tokens are real."""
+    ids, _ = batch()
+    documents = torch.tensor([[0] * 5 + [1] * 4, [0] * 6 + [-1] * 3, [0] * 9])
+    backend = GenericBackend(llama)
+    hidden = backend.embed(ids)
+    inputs = span_inputs(backend, hidden, documents)
+    for layer in range(6):
+        hidden = backend.run_layer(layer, hidden, inputs)
+    found = FrozenCopy(backend).states(ids, documents)
+    real = documents >= 0
+    torch.testing.assert_close(found[real].clone(), hidden.detach()[real])
+
+
+def anchored(weight, **changes):
+    """The settings of a run whose first divergence is that of rounding: no layer is dropped."""
+    plain = replace(RECIPE, p_max=0.0)
+    return {"retention": RetentionSettings(anchor=weight), "recipe": plain, "lr": 1e-2, "steps": 8, **changes}
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}], ids=["a copy", "adapters off"])
+def test_a_strong_anchor_keeps_the_model_near_the_original(settings, tmp_path, changes):
+    loose, strong = (
+        train(settings(**anchored(weight, **changes), output=str(tmp_path / f"{weight}"))) for weight in (1e-6, 100.0)
+    )
+    assert strong[0].divergence == loose[0].divergence < 2e-4  # the copy is rounded to bf16
+    assert strong[-1].divergence < loose[-1].divergence / 4
+    assert [row["divergence"] for row in loss_rows(tmp_path / "100.0")] == [report.divergence for report in strong]
+
+
+def test_accumulation_sums_the_same_divergence(settings, tmp_path):
+    file = tmp_path / "rows.jsonl"  # rows of one length
+    file.write_text("".join(f'{{"prompt": "row {row}", "completion": "{"abcdefgh"[row]} is"}}\n' for row in range(8)))
+    shared = anchored(1.0, data=DataConfig(name=str(file)), steps=2)
+    whole = train(settings(**shared, output=str(tmp_path / "whole")))
+    parts = train(settings(**shared, output=str(tmp_path / "parts"), batch_size=2, accumulation=2))
+    for report, expected in zip(parts, whole, strict=True):
+        assert report.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert report.divergence == pytest.approx(expected.divergence, rel=1e-3)
+    assert whole[1].divergence > 10 * whole[0].divergence
+
+
+def test_an_int8_copy_is_near_the_model(tmp_path):
+    """Its rounding is small beside what eight steps change."""
+    settings = settings_on(saved_base(tmp_path / "base"), tmp_path)
+    retention = RetentionSettings(anchor=0.01, anchor_weights="int8")
+    reports = train(settings(**{**anchored(0.01), "retention": retention}))
+    assert 0 < reports[0].divergence < reports[-1].divergence / 10
+
+
+def test_the_plan_counts_the_anchor(settings):
+    """All of the original forward: a third of a step; its copy in bf16, and logits twice more."""
+    plain, plan = prepare(settings()).plan, prepare(settings(retention=RetentionSettings(anchor=0.5))).plan
+    assert plan.cost == pytest.approx(plain.cost + 1 / 3)
+    logits = prepare(settings()).data.longest * 4 * 300
+    assert plan.memory_mb == pytest.approx(plain.memory_mb + (2 * plan.parameters + 4 * 2 * logits) / 2**20)
+    small = RetentionSettings(anchor=0.5, anchor_weights="int8")
+    assert prepare(settings(retention=small)).plan.memory_mb < plan.memory_mb
+    adapters = [prepare(settings(lora_rank=2, **changes)).plan for changes in ({}, {"retention": RetentionSettings(0.5)})]
+    assert adapters[1].memory_mb == pytest.approx(adapters[0].memory_mb + 4 * 2 * logits / 2**20)
+
+
+def test_a_run_is_not_resumed_beside_another_original(settings, tmp_path):
+    other = saved_base(tmp_path / "other", initializer_range=0.05)
+    train(settings(**anchored(1.0, save_steps=2, steps=4), model=other))
+    with pytest.raises(ConfigError, match=r"`resume`: original was .* in the run to go on with"):
+        prepare(settings(**anchored(1.0, steps=4), resume=True, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"regime": "scratch"}, "`anchor` must be left out with `regime` scratch, which has no original, got 0.5"),
+        (
+            {"lora_rank": 2, "weights": "int8"},
+            "`anchor_weights` must be left out with `lora_rank`, which needs no copy, got int8",
+        ),
+        ({"weights": "int4"}, "`anchor_weights` must be one of bf16, int8, got int4"),
+        ({"anchor": 0.0, "weights": "bf16"}, "`anchor_weights` must be used with `anchor`, got bf16"),
+        ({"anchor": -1.0}, "`anchor` must be at least 0, got -1.0"),
+    ],
+)
+def test_an_anchor_that_cannot_be(settings, changes, message):
+    own = {"anchor": changes.pop("anchor", 0.5), "anchor_weights": changes.pop("weights", None)}
+    with pytest.raises(ConfigError) as refused:
+        settings(**changes, retention=RetentionSettings(**own))
+    assert str(refused.value) == message
