@@ -2,8 +2,6 @@
 
 import shlex
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -12,7 +10,7 @@ from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.ranges import require_ranges
 
 from . import options
-from .console import narrate, progress_bar, use_threads
+from .console import narrate, stage_bars, use_threads
 from .signature import command
 
 
@@ -32,17 +30,12 @@ def calibrate(
     from layerskip_core.checkpoint.save import output_lock
 
     started = time.monotonic()
-    stage = ""
-    update: Callable[[int, str], None] = lambda done, text: None  # noqa: E731
-    with output_lock(output_folder(config), "layerskip calibrate"), ExitStack() as bars:
+    with output_lock(output_folder(config), "layerskip calibrate"), stage_bars() as show:
 
-        def show(progress: Progress) -> None:
-            nonlocal stage, update
-            if progress.stage != stage:
-                bars.close()
-                stage, update = progress.stage, bars.enter_context(progress_bar(progress.total, progress.stage))
-            update(progress.done, "" if progress.divergence is None else f"divergence {progress.divergence:.3f}")
+        def report(progress: Progress) -> None:
+            divergence = "" if progress.divergence is None else f"divergence {progress.divergence:.3f}"
+            show(progress.stage, progress.done, progress.total, divergence)
 
-        folder = calibrate(config, show)
+        folder = calibrate(config, report)
     narrate(f"saved int4 weights in {folder} after {time.monotonic() - started:.0f} s")
     narrate(f"next: layerskip generate --model {shlex.quote(folder)} --quantize int4")

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,23 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]
             bar.update(task, completed=done, text=text)
 
         yield update
+
+
+@contextmanager
+def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
+    """Yields `show(stage, done, total, text)`: a bar for each stage of the work, after the one before."""
+    stage = ""
+    update: Callable[[int, str], None] = lambda done, text: None  # noqa: E731
+    with ExitStack() as bars:
+
+        def show(what: str, done: int, total: int, text: str) -> None:
+            nonlocal stage, update
+            if what != stage:
+                bars.close()
+                stage, update = what, bars.enter_context(progress_bar(total, what))
+            update(done, text)
+
+        yield show
 
 
 def _is_first_process() -> bool:

@@ -1,8 +1,8 @@
 """`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
 
 import shlex
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from layerskip_core.errors import TrainingInterrupted
 
 from . import options
 from .config_file import read_config
-from .console import narrate, progress_bar, use_threads
+from .console import narrate, stage_bars, use_threads
 from .signature import command
 
 
@@ -55,19 +55,18 @@ def train_recipe(settings: FinetuneConfig, dry_run: bool) -> None:
     from layerskip_core.training.prepare import prepare
     from layerskip_core.training.session import run_lock
 
-    from .training_text import losses_text, plan_text, report_text, resume_command
+    from .training_text import losses_text, plan_text, report_text
 
     with nullcontext() if dry_run else run_lock(settings.output):
         job = prepare(settings)
         narrate(plan_text(job.config, job.plan))
         if dry_run:
             return
-        try:
-            with progress_bar(job.plan.steps, "training") as update:
-                info = job.run(lambda report: update(report.step, report_text(report)))
-        except TrainingInterrupted as interrupted:
-            narrate(f"{interrupted}; continue with: {resume_command()}")
-            raise typer.Exit(128 + interrupted.signal) from None
+        with resumable(), stage_bars() as show:
+            info = job.run(
+                lambda report: show("training", report.step, report.total_steps, report_text(report)),
+                lambda progress: show(progress.stage, progress.done, progress.total, ""),
+            )
     narrate(losses_text(info))
     narrate(f"saved {settings.output}; next: layerskip sweep-exits --model {shlex.quote(settings.output)}")
 
@@ -75,37 +74,31 @@ def train_recipe(settings: FinetuneConfig, dry_run: bool) -> None:
 def train_blocks(settings: FinetuneConfig, dry_run: bool) -> None:
     """Exit blocks beside a model that stays as it is."""
     from layerskip_core.training.frozen.prepare import prepare_frozen
-    from layerskip_core.training.frozen.run import Progress
     from layerskip_core.training.session import run_lock
 
-    from .training_text import block_report_text, blocks_text, frozen_plan_text, resume_command
+    from .training_text import block_report_text, blocks_text, frozen_plan_text
 
     with nullcontext() if dry_run else run_lock(settings.output):
         job = prepare_frozen(settings)
         narrate(frozen_plan_text(job.config, job.plan))
         if dry_run:
             return
-        stage = ""
-        update: Callable[[int, str], None] = lambda done, text: None  # noqa: E731
-        with ExitStack() as bars:
-
-            def show(what: str, done: int, total: int, text: str) -> None:
-                nonlocal stage, update
-                if what != stage:
-                    bars.close()
-                    stage, update = what, bars.enter_context(progress_bar(total, what))
-                update(done, text)
-
-            def show_stage(progress: Progress) -> None:
-                show(progress.stage, progress.done, progress.total, "")
-
-            try:
-                trained = job.run(
-                    lambda report: show("training", report.step, report.total_steps, block_report_text(report)), show_stage
-                )
-            except TrainingInterrupted as interrupted:
-                bars.close()
-                narrate(f"{interrupted}; continue with: {resume_command()}")
-                raise typer.Exit(128 + interrupted.signal) from None
+        with resumable(), stage_bars() as show:
+            trained = job.run(
+                lambda report: show("training", report.step, report.total_steps, block_report_text(report)),
+                lambda progress: show(progress.stage, progress.done, progress.total, ""),
+            )
     narrate(blocks_text(trained))
     narrate(f"saved {settings.output}; next: layerskip bench --model {shlex.quote(settings.output)}")
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ends the command when a signal ends the training, with the command that goes on."""
+    from .training_text import resume_command
+
+    try:
+        yield
+    except TrainingInterrupted as interrupted:
+        narrate(f"{interrupted}; continue with: {resume_command()}")
+        raise typer.Exit(128 + interrupted.signal) from None

@@ -250,6 +250,8 @@ OPTIONS: dict[type, dict[str, Option]] = {
             RETENTION, "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none."
         ),
         "anchor_weights": Option(RETENTION, "Weights of the copy of the original: bf16 or int8.", default="bf16"),
+        "replay": Option(RETENTION, "Share of the rows that are the original's own text, sampled before the training."),
+        "replay_tokens": Option(RETENTION, "Tokens of such a text, after its beginning.", default="the mean row's"),
     },
     ExitBlockSettings: {
         "frozen": Option(EXIT_BLOCKS, "Leave the model as it is, and train a block at each of --exits that drafts for it."),

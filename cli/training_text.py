@@ -11,10 +11,11 @@ from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.training.frozen.plan import FrozenPlan
 from layerskip_core.training.plan import TrainingPlan
 from layerskip_core.training.progress import StepReport
+from layerskip_core.training.step_rows import rows_per_step
 
 
 def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
-    recipe, kept = plan.recipe, _retention_text(config)
+    recipe, kept = plan.recipe, _retention_text(config, plan)
     return (
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
         f"on {config.data.name}: {_rows_text(config, plan)}\n"
@@ -27,13 +28,19 @@ def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
     )
 
 
-def _retention_text(config: FinetuneConfig) -> list[str]:
+def _retention_text(config: FinetuneConfig, plan: TrainingPlan) -> list[str]:
     """What holds the model to the original, one line each."""
-    asked = config.retention
-    if not asked.anchor:
-        return []
-    beside = "the model without its adapters" if config.lora_rank else f"a copy in {asked.anchor_weights or 'bf16'}"
-    return [f"anchor: {asked.anchor:g} x the divergence from the original, {beside}"]
+    asked, replay, lines = config.retention, plan.replay, []
+    if asked.anchor:
+        beside = "the model without its adapters" if config.lora_rank else f"a copy in {asked.anchor_weights or 'bf16'}"
+        lines.append(f"anchor: {asked.anchor:g} x the divergence from the original, {beside}")
+    if replay is not None:
+        there = f"{replay.written} are there, the others" if replay.written else "written"
+        lines.append(
+            f"replay: {replay.rows} of the {rows_per_step(config)} rows of a step, of {len(replay.starts)} texts of at most "
+            f"{replay.longest} tokens by the original, {there} in about {_minutes(replay.seconds)}"
+        )
+    return lines
 
 
 def _rows_text(config: FinetuneConfig, plan: TrainingPlan) -> str:

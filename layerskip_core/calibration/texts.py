@@ -6,7 +6,6 @@ begin with a random token, half with what the prompt template puts before a prom
 """
 
 from collections.abc import Callable
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ Report = Callable[[int], None]  # texts that are done
 def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: Report) -> Tensor:
     """(count, length) tokens, sampled at temperature 1. A text goes on after the end of an answer."""
     generator = torch.Generator().manual_seed(seed)
-    start = _template_start(decoder)[: length - 1]
+    start = decoder.prompt_start()[: length - 1]
     texts: list[Tensor] = []
     done = 0
     while done < count:
@@ -51,13 +50,6 @@ def data_texts(decoder: Decoder, data: DataConfig, length: int) -> Tensor:
     if len(ids) < length:
         raise DataError(f"`data` {data.name} must have at least {length} tokens, found {len(ids)}")
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-
-
-def _template_start(decoder: Decoder) -> list[int]:
-    """The tokens that every prompt begins with."""
-    one, other = decoder.encode_prompt("a"), decoder.encode_prompt("1")
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return [token for token, _ in same]
 
 
 def _continued(model: Backend, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:

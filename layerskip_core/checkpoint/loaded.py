@@ -1,6 +1,7 @@
 """A model in memory. A Decoder generates text; a Trainable is a transformers model whose weights can be changed and saved."""
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ..config.checks import require
@@ -51,6 +52,12 @@ class Decoder:
             token = self.tokenizer.decode([last])
             raise ConfigError(f"the prompt must have tokens of the model, of which there are {known}, got {token!r}, id {last}")
         return ids
+
+    def prompt_start(self) -> list[int]:
+        """The tokens that every prompt begins with: what `template` and the tokenizer put before it."""
+        one, other = self.encode_prompt("a"), self.encode_prompt("1")
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+        return [token for token, _ in same]
 
     def detokenize(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

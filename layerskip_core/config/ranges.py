@@ -67,6 +67,8 @@ RANGES = {
     "num_draft_tokens": Range(1, 10_000),
     "p_max": _share(high_open=True),
     "problem_samples": Range(1, 10_000),
+    "replay": _share(high_open=True),
+    "replay_tokens": Range(1, 10_000_000),
     "repeats": Range(1, 1_000),
     "rotation": Range(1, 10_000),
     "samples": Range(0, 10_000_000),

@@ -77,13 +77,19 @@ class RetentionSettings:
     `anchor` is the weight of KL(original || trained model) at full depth, on the tokens that the loss is taken of.
     `anchor_weights`: how the copy of the original is stored; None is bf16. LoRA needs no copy: its original is the model
     without the adapters.
+
+    `replay` is the share of each step's rows that are text of the original's own, written before the training: up to
+    `replay_tokens` each; None is the mean length of the data's rows.
     """
 
     anchor: float = 0.0
     anchor_weights: AnchorWeights | None = None
+    replay: float = 0.0
+    replay_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        require_ranges(anchor=self.anchor)
+        require_ranges(anchor=self.anchor, replay=self.replay, replay_tokens=self.replay_tokens)
+        require(self.replay_tokens is None or self.replay > 0, "replay_tokens", "used with `replay`", self.replay_tokens)
         if self.anchor_weights is not None:
             require_choice(self.anchor_weights, "anchor_weights", ANCHOR_WEIGHTS)
             require(self.anchor > 0, "anchor_weights", "used with `anchor`", self.anchor_weights)
@@ -177,6 +183,7 @@ class FinetuneConfig:
             require(self.steps is not None, "steps", "given with `streaming`, whose rows cannot be counted", "none")
             require(not self.data.limit, "limit", "0 with `streaming`", self.data.limit)
             require(self.vocab_size is None, "vocab_size", "left out with `streaming`", self.vocab_size)
+            require(not self.retention.replay, "replay", "left out with `streaming`", self.retention.replay)
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
         require(not self.lora_keep or self.lora_rank > 0, "lora_keep", "used with `lora_rank`", "no rank")
         require(self.vocab_size is None or self.regime == "scratch", "vocab_size", "used with `regime` scratch", self.regime)

@@ -77,10 +77,10 @@ class Greedy:
 class Stochastic:
     """Tokens drawn by a generator for each row; verification keeps the target's distribution exactly."""
 
-    def __init__(self, config: SamplingConfig, device: torch.device, rows: int = 1) -> None:
-        """Every row has a generator with the config's seed: it draws what it would draw alone."""
+    def __init__(self, config: SamplingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> None:
+        """Every row has a generator, with its own of `seeds` or else the config's: it draws what it would draw alone."""
         self._config = config
-        self._generators = [torch.Generator(device).manual_seed(config.seed) for _ in range(rows)]
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds or [config.seed] * rows]
 
     def probs(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self._config)
@@ -119,9 +119,9 @@ class Stochastic:
         self._generators = [self._generators[row] for row in rows]
 
 
-def sampler_for(config: SamplingConfig, device: torch.device, rows: int = 1) -> Sampler:
-    """Greedy at temperature 0, else drawn with the config's seed."""
-    return Greedy() if config.temperature == 0 else Stochastic(config, device, rows)
+def sampler_for(config: SamplingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> Sampler:
+    """Greedy at temperature 0, else drawn with the config's seed, or with one of `seeds` for each row."""
+    return Greedy() if config.temperature == 0 else Stochastic(config, device, rows, seeds)
 
 
 def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:

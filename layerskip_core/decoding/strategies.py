@@ -76,17 +76,18 @@ def decode_batch(
     config: DecodingConfig,
     eos_ids: frozenset[int] = frozenset(),
     detokenize: Detokenize | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[Finished]:
     """Decodes prompts together by the config's strategy; yields each output when it is complete.
 
     In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Each
-    sampled row has the config's seed. Rows stand at different positions, because a key's place in the cache is its token's
-    position. Raises ConfigError for a prompt or an exit that does not fit, for a model with exact weights and for an
-    `exit_confidence`, with which the rows would leave at different exits.
+    sampled row has the config's seed, or its own of `seeds`. Rows stand at different positions, because a key's place in the
+    cache is its token's position. Raises ConfigError for a prompt or an exit that does not fit, for a model with exact weights
+    and for an `exit_confidence`, with which the rows would leave at different exits.
     """
     require(not model.exact, "batch_size", "1 with `exact`", len(prompts))
     require(not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
-    loop = _loop_of(model, prompts, config, eos_ids, detokenize)
+    loop = _loop_of(model, prompts, config, eos_ids, detokenize, seeds=seeds)
     ids: list[list[int]] = [[] for _ in prompts]
     for steps in loop:
         for row, tokens, reason in steps:
@@ -102,8 +103,9 @@ def _loop_of(
     eos_ids: frozenset[int],
     detokenize: Detokenize | None,
     reuse_exit_states: bool = True,
+    seeds: Sequence[int] | None = None,
 ) -> DecodingLoop:
-    sampler, drafter = sampler_for(config.sampling, model.device, len(prompts)), None
+    sampler, drafter = sampler_for(config.sampling, model.device, len(prompts), seeds), None
     true_states = _true_states(model, config)
     depth = _depth_of(model, config, true_states)
     if config.strategy in DRAFTERS:

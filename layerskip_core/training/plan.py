@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..checkpoint.exit_blocks_file import model_fingerprint
 from ..checkpoint.loaded import Trainable
 from ..config.checks import require_exit_layer
 from ..config.training import FinetuneConfig
@@ -19,6 +17,8 @@ from .encoded_data import EncodedData
 from .encoder import Encoder
 from .presets import learning_rate, recipe_preset
 from .recipe import Recipe, resolve_recipe
+from .replay import Replay
+from .step_rows import data_rows, world_size
 
 COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
 
@@ -66,6 +66,7 @@ class TrainingPlan:
     device: str
     autocast: bool
     original: str | None = None
+    replay: Replay | None = None
     resumed_step: int = 0
     notes: tuple[str, ...] = ()  # what the user should know before it starts
 
@@ -82,8 +83,10 @@ def make_plan(
     device: str,
     autocast: bool,
     sealed: Mapping[str, Any] = MappingProxyType({}),
+    original: str | None = None,
+    replay: Replay | None = None,
 ) -> TrainingPlan:
-    """`sealed`: the settings of the run that is resumed; they decide R where it is not asked for.
+    """`sealed`: the settings of the run that is resumed; they decide R where it is not asked for. `original`: see TrainingPlan.
 
     Raises ConfigError when the recipe is undefined for this model or number of steps.
     """
@@ -95,32 +98,28 @@ def make_plan(
     if asked.rotation is None and sealed.get("rotation"):
         asked = replace(asked, rotation=sealed["rotation"])
     recipe = resolve_recipe(asked, backend.num_layers, backend.vocab_size)
-    rows = None if data.streamed else len(data.rows)
-    steps = _steps(config, rows or 0)
+    steps = steps_of(config, data)
     exits = mean_exits(recipe, steps, backend.num_layers)
+    longest = data.longest if replay is None else max(data.longest, replay.longest)
     return TrainingPlan(
         recipe=recipe,
         lr=config.lr or learning_rate(config.regime, parameters),
         max_length=encoder.max_length,
         steps=steps,
-        rows=rows,
+        rows=None if data.streamed else len(data.rows),
         tokens=data.tokens,
         truncated=data.truncated,
         parameters=parameters,
         num_layers=backend.num_layers,
         exits_per_step=exits,
         cost=_cost(trainable, recipe, steps, config, exits, data),
-        memory_mb=_memory_mb(trainable, config, parameters, data),
+        memory_mb=_memory_mb(trainable, config, parameters, longest),
         device=device,
         autocast=autocast,
-        original=model_fingerprint(backend.spec, trainable.model.get_parameter) if config.retention.anchor else None,
+        original=original,
+        replay=replay,
         notes=(_PACKED,) * encoder.pack + (_STREAMED,) * data.streamed,
     )
-
-
-def rows_per_step(config: FinetuneConfig) -> int:
-    """Rows of an optimizer step, over all processes that torchrun started."""
-    return config.batch_size * config.accumulation * _world_size()
 
 
 def sealed_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
@@ -128,30 +127,29 @@ def sealed_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any
     settings = {name: value for name, value in resolved_config(config, plan).items() if name not in _FREE}
     recipe, retention = settings.pop("recipe"), settings.pop("retention")
     facts = {
-        "steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": _world_size(),
-        "original": plan.original,
+        "steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": world_size(),
+        "original": plan.original, "replayed": None if plan.replay is None else plan.replay.journal.name,
     }  # fmt: skip
     return {**settings, **recipe, **retention, **facts}
 
 
 def resolved_config(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
     """The fields of a config with the plan's values where none was asked for, as a JSON file gives them back."""
-    found = {"recipe": asdict(plan.recipe), "lr": plan.lr, "max_length": plan.max_length}
+    found: dict[str, Any] = {"recipe": asdict(plan.recipe), "lr": plan.lr, "max_length": plan.max_length}
+    if plan.replay is not None:
+        found["retention"] = asdict(replace(config.retention, replay_tokens=plan.replay.how.tokens))
     fields = asdict(config) | {"epochs": config.epochs or 1.0} | found
     resolved: dict[str, Any] = json.loads(json.dumps(fields))
     return resolved
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _steps(config: FinetuneConfig, rows: int) -> int:
+def steps_of(config: FinetuneConfig, data: EncodedData) -> int:
+    """Optimizer steps. An epoch sees each row of the data once; rows of a replay come on top."""
     if config.steps is not None:
         return config.steps
     if config.data.name == "commands" and not config.data.limit:
         return COMMANDS_STEPS
-    return max(1, math.ceil(rows / rows_per_step(config) * (config.epochs or 1.0)))
+    return max(1, math.ceil(len(data.rows) / data_rows(config) * (config.epochs or 1.0)))
 
 
 def _cost(trainable: Trainable, recipe: Recipe, steps: int, config: FinetuneConfig, exits: float, data: EncodedData) -> float:
@@ -170,8 +168,8 @@ def _cost(trainable: Trainable, recipe: Recipe, steps: int, config: FinetuneConf
     return (layers * kept + head * heads) / (layers + head) + (config.retention.anchor > 0) / 3
 
 
-def _memory_mb(trainable: Trainable, config: FinetuneConfig, parameters: int, data: EncodedData) -> float:
-    """An estimate: weights, gradients and two moments in fp32, and the activations of one batch of the longest rows.
+def _memory_mb(trainable: Trainable, config: FinetuneConfig, parameters: int, longest: int) -> float:
+    """An estimate: weights, gradients and two moments in fp32, and the activations of one batch of rows of `longest` tokens.
 
     With LoRA only the weights count, because the adapters are small; with gradient checkpointing one layer's activations and
     every layer's input. The anchor adds a copy of the original, and its logits twice; LoRA needs no copy.
@@ -184,6 +182,6 @@ def _memory_mb(trainable: Trainable, config: FinetuneConfig, parameters: int, da
         state += parameters + 2 * embedding if config.retention.anchor_weights == "int8" else 2 * parameters
     layer = 14 * backend.hidden_size + 4 * backend.spec.inner
     layers = backend.num_layers * backend.hidden_size + layer if config.gradient_checkpointing else backend.num_layers * layer
-    tokens = config.batch_size * data.longest
+    tokens = config.batch_size * longest
     logits = min(tokens * backend.vocab_size, CHUNK_LOGITS) * (5 if anchored else 3)
     return float((state + 4 * (tokens * layers + logits)) / 2**20)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.exit_blocks_file import model_fingerprint
 from ..checkpoint.load import blank, for_training
 from ..checkpoint.loaded import Trainable
 from ..checkpoint.model_files import RUN_FILES
@@ -17,8 +18,9 @@ from ..data.examples import Row
 from ..errors import ConfigError
 from .adapters import require_base_kept
 from .checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
-from .plan import make_plan, sealed_settings
+from .plan import make_plan, sealed_settings, steps_of
 from .presets import sequence_length
+from .replay import has_journal, plan_replay
 from .run import FinetuneJob
 from .run_data import encode_training, encode_validation, make_encoder, training_rows
 from .tokenizer import train_tokenizer
@@ -38,7 +40,10 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     held_out = encode_validation(config, encoder)
     autocast = autocasts(config, device, sum(parameter.numel() for parameter in trainable.model.parameters()))
     sealed = {} if resume is None else resume.settings
-    plan = make_plan(config, trainable, data, encoder, str(device), autocast, sealed)
+    original, replay = _original(config, trainable), None
+    if original is not None and config.retention.replay:
+        replay = plan_replay(config, original, data, encoder, str(device), steps_of(config, data))
+    plan = make_plan(config, trainable, data, encoder, str(device), autocast, sealed, original, replay)
     if resume is not None:
         require_same_run(sealed, sealed_settings(config, plan))
         notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
@@ -51,6 +56,12 @@ def _model(config: FinetuneConfig, rows: list[Row]) -> Trainable:
         tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
         return blank(config.model, config.seed, tokenizer)
     return for_training(config.model, "cpu", "fp32")
+
+
+def _original(config: FinetuneConfig, trainable: Trainable) -> str | None:
+    """The fingerprint of the model as it came, where the run needs it; None otherwise."""
+    needed = config.retention.anchor or config.retention.replay
+    return model_fingerprint(trainable.backend.spec, trainable.model.get_parameter) if needed else None
 
 
 def tokens_per_row(config: FinetuneConfig, context: int) -> int:
@@ -86,11 +97,15 @@ def autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> 
 
 
 def resume_point(config: FinetuneConfig) -> ResumePoint | None:
-    """The checkpoint that `resume` goes on from. Without `resume`, raises ConfigError if there is a run to lose."""
+    """The checkpoint that `resume` goes on from; None if the run ended while it wrote the texts of a replay.
+
+    Without `resume`, raises ConfigError if there is a run to lose.
+    """
     folder = checkpoints_folder(config.output)
     require_own(folder)
     if config.resume:
-        return newest_whole(folder)
+        texts_only = config.retention.replay and has_journal(config.output) and not has_checkpoints(folder)
+        return None if texts_only else newest_whole(folder)
     if has_checkpoints(folder) and not config.overwrite:
         raise ConfigError(
             f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"

@@ -25,6 +25,15 @@ class StepReport:
     divergence: float | None = None  # from the original, with an anchor
 
 
+@dataclass(frozen=True)
+class StageProgress:
+    """What is done of a stage before the training, such as `answers`."""
+
+    stage: str
+    done: int
+    total: int
+
+
 @dataclass
 class StepSums:
     """Sums over the micro-batches of one optimizer step. They stay on the device: reading them would wait for it."""

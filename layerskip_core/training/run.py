@@ -23,10 +23,12 @@ from .interruption import Interruption
 from .loss_plot import loss_plot
 from .module import RecipeModule
 from .order import OrderedRows, run_order
-from .plan import TrainingPlan, resolved_config, rows_per_step
-from .progress import LossHistory, StepReport
+from .plan import TrainingPlan, resolved_config
+from .progress import LossHistory, StageProgress, StepReport
+from .replay import ReplayedRows, replayed_texts
 from .schedule import recipe_schedule
-from .session import run_lock, train_to_end
+from .session import run_lock, stage_reporter, train_to_end
+from .step_rows import data_rows, rows_per_step
 from .tokenizer import token_order, token_order_json
 from .trainer import make_trainer
 
@@ -45,7 +47,9 @@ class FinetuneJob:
     resume: ResumePoint | None = None
 
     @quiet_transformers()
-    def run(self, on_step: Callable[[StepReport], None]) -> CheckpointInfo:
+    def run(
+        self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None] = lambda _: None
+    ) -> CheckpointInfo:
         """Trains, then writes the checkpoint to `config.output`; the info that it returns has the last losses of every exit.
 
         Raises:
@@ -55,9 +59,9 @@ class FinetuneJob:
             LockedError: another process writes to the folder.
         """
         with run_lock(self.config.output):
-            return self._run(on_step)
+            return self._run(on_step, on_progress)
 
-    def _run(self, on_step: Callable[[StepReport], None]) -> CheckpointInfo:
+    def _run(self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None]) -> CheckpointInfo:
         config, plan, tokenizer = self.config, self.plan, self.trainable.tokenizer
         if plan.autocast and plan.device == "cpu":
             use_fp32_attention(self.trainable.model)
@@ -66,10 +70,11 @@ class FinetuneJob:
         module = RecipeModule(model, plan.recipe, config.seed, scratch, recompute, tokenizer)
         order = token_order(self.data, module.backend.vocab_size)  # before training: reading a stream may fail
         with Interruption() as interruption:
+            rows = self._rows(on_progress, interruption)
             schedule = recipe_schedule(config, plan, self.held_out is not None)
             held_out = None if self.held_out is None else self.held_out.rows
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            trainer = make_trainer(module, schedule, self._rows(), held_out, Collator(pad or 0), on_step, interruption)
+            trainer = make_trainer(module, schedule, rows, held_out, Collator(pad or 0), on_step, interruption)
             module.anchor = anchor_of(config, model, module.backend, str(trainer.args.device))
             train_to_end(trainer, config.output, plan.steps, self.resume, interruption)
             trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
@@ -85,13 +90,17 @@ class FinetuneJob:
                 save_checkpoint(trained, tokenizer, info, config.output, self.save_dtype, files)
         return info
 
-    def _rows(self) -> Any:
-        """The rows of the run in their order: batches of similar length, or a stream as it comes."""
-        rows = self.data.rows
+    def _rows(self, on_progress: Callable[[StageProgress], None], interruption: Interruption) -> Any:
+        """The rows of the run in their order: batches of similar length, or a stream as it comes; and those of a replay."""
+        rows, config, replay = self.data.rows, self.config, self.plan.replay
         if self.data.streamed:
             return rows
-        size = rows_per_step(self.config)
-        return OrderedRows(rows, run_order(rows["length"][:], size, self.plan.steps, self.config.seed))
+        ordered = OrderedRows(rows, run_order(rows["length"][:], data_rows(config), self.plan.steps, config.seed))
+        if replay is None:
+            return ordered
+        report = stage_reporter("replay texts", len(replay.starts), on_progress, interruption)
+        texts = replayed_texts(config, replay, self.plan.device, report)
+        return ReplayedRows(ordered, texts, replay.rows, rows_per_step(config))
 
     def _details(self, history: LossHistory) -> dict[str, Any]:
         return {

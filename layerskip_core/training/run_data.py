@@ -14,7 +14,8 @@ from ..errors import ConfigError
 from ..prompting.template import CHAT, RAW, PromptTemplate, resolve_template
 from .encoded_data import EncodedData, encode_rows, encode_stream
 from .encoder import Encoder
-from .plan import COMMANDS_STEPS, rows_per_step
+from .plan import COMMANDS_STEPS
+from .step_rows import data_rows
 
 
 def training_rows(config: FinetuneConfig) -> list[Row]:
@@ -24,7 +25,7 @@ def training_rows(config: FinetuneConfig) -> list[Row]:
         return list(itertools.islice(stream_rows(data), 1))
     if data.name == "commands" and not data.limit:
         # The generator has no end: a run draws as many rows as it will see, so that none repeats.
-        data = replace(data, limit=(config.steps or COMMANDS_STEPS) * rows_per_step(config))
+        data = replace(data, limit=(config.steps or COMMANDS_STEPS) * data_rows(config))
     return load_rows(data)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..errors import CheckpointError, LayerSkipError, TrainingInterrupted, first
 from ..storage.writing import run_staging
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, last_checkpoint
 from .interruption import Interruption
+from .progress import StageProgress
 from .trainer import RunTrainer
 
 
@@ -37,6 +39,20 @@ def train_to_end(trainer: RunTrainer, output: str, steps: int, resume: ResumePoi
             interruption.signal or 0,
             step,
         )
+
+
+def stage_reporter(
+    stage: str, total: int, on_progress: Callable[[StageProgress], None], interruption: Interruption
+) -> Callable[[int], None]:
+    """Reports what is done of a stage before the training, and ends the run after a signal."""
+
+    def report(done: int) -> None:
+        if interruption.signal is not None:
+            kept = f"interrupted after {done} of {total} {stage}, which are kept"
+            raise TrainingInterrupted(kept, interruption.signal, 0)
+        on_progress(StageProgress(stage, done, total))
+
+    return report
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:

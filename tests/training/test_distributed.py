@@ -23,15 +23,16 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_accumulation_2(base, tmp_path, monkeypatch):
-    """The same batches of 2 rows, the loss over the tokens of both; p_max 0.9 leaves layers without a row on some steps.
+    """The same batches of 2 rows, one of them written by the original, and the loss over the tokens of both.
 
+    p_max 0.9 leaves layers without a row on some steps.
     The mask repeats over the ranks, so here it must repeat over the micro-batches. Tolerance: fp32 sums in another order,
     at a learning rate of 1e-3.
     """
     shared = ("finetune", "--model", base, "--samples", "12", "--steps", "4", "--batch-size", "2", "--max-length", "64",
               "--pmax", "0.9", "--lr", "1e-3", "--gradient-checkpointing", "--device", "cpu", "--dtype", "fp32",
               "--validation", "test", "--validation-samples", "5", "--save-steps", "3", "--threads", "1",
-              "--anchor", "0.5")  # fmt: skip
+              "--anchor", "0.5", "--replay", "0.5", "--replay-tokens", "8")  # fmt: skip
     both, single = str(tmp_path / "both"), str(tmp_path / "single")
     process = start(*shared, "--output", both, command=TORCHRUN)
 

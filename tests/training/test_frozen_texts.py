@@ -7,14 +7,14 @@ import torch
 from conftest import tiny_model
 from evaluating import tiny_loaded
 
-from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import GenericBackend
-from layerskip_core.training.frozen import answers as answering
+from layerskip_core.training import answers as answering
+from layerskip_core.training.answers import Text, Writing, read_answers, write_answers
 from layerskip_core.training.frozen import states as keeping
-from layerskip_core.training.frozen.answers import Text, Writing, read_answers, write_answers
 from layerskip_core.training.frozen.states import StateRows, States, collate, require_disk, write_states
 
 PROMPTS = [[5, 6, 7], [8] * 9, [9, 10], [11, 12, 13, 14], [15] * 5]
@@ -79,6 +79,15 @@ def test_an_interrupted_run_goes_on_from_its_journal(loaded, tmp_path, temperatu
     again = []
     assert write_answers(loaded, PROMPTS, how, journal, again.append) == whole
     assert again == [5]
+
+
+def test_equal_prompts_have_different_sampled_answers(loaded, tmp_path):
+    """Those of a batch, and of two batches; each is what its row's seed gives alone."""
+    how = Writing(6, 64, 1.0, 3)
+    found = write_answers(loaded, [[5, 6]] * 4, how, tmp_path / "journal", ignored)
+    assert len(set(map(tuple, found))) == 4
+    alone = DecodingConfig("autoregressive", max_new_tokens=6, sampling=SamplingConfig(1.0, seed=5))
+    assert found[2] == [token.id for step in decode(loaded.backend, [5, 6], alone, loaded.eos_ids) for token in step]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Loads model and rows for a run that trains exit blocks, and plans it. Nothing is written."""
 
-import hashlib
 import json
 import os
 from dataclasses import replace
@@ -19,11 +18,11 @@ from ...config.checks import require
 from ...config.training import FinetuneConfig
 from ...errors import CheckpointError, ConfigError
 from ...model.exit_blocks import ExitBlocks
+from ..answers import Writing, answers_digest, digest, read_answers
 from ..checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
 from ..prepare import autocasts, require_device, require_same_run, tokens_per_row
-from .answers import Writing, read_answers
 from .plan import FrozenPlan, make_frozen_plan
-from .run import DIGITS, FrozenJob, RunFiles
+from .run import FrozenJob, RunFiles
 from .run_data import RunRows, run_rows
 from .settings import Resolved, resolved, writing
 from .states import require_disk, states_bytes
@@ -104,14 +103,9 @@ def _run_files(
     """Where the answers and states of this run are, under names that other rows, models or settings do not have."""
     folder = checkpoints_folder(config.output)
     texts = [(text.ids, text.labels) for text in rows.texts]
-    seed = how.seed if how.temperature else 0
-    answers = _digest([made_for, rows.prompts, how.tokens, how.max_length, how.temperature, seed, config.dtype])
-    states = _digest([made_for, answers, texts, settings.exits, config.dtype, implementation])
+    answers = answers_digest(made_for, rows.prompts, how, config.dtype)
+    states = digest([made_for, answers, texts, settings.exits, config.dtype, implementation])
     return RunFiles(folder / f"answers-{answers}.jsonl", folder / f"states-{states}")
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:DIGITS]
 
 
 def _sealed(config: FinetuneConfig, plan: FrozenPlan, made_for: str, files: RunFiles) -> dict[str, Any]:

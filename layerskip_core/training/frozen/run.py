@@ -16,32 +16,20 @@ from ...checkpoint.save import copy_checkpoint, save_beside
 from ...checkpoint.stored import EXIT_BLOCKS_FILE
 from ...checkpoint.transformers_read import stored_dtype
 from ...config.training import FinetuneConfig
-from ...errors import TrainingInterrupted
 from ...model.exit_blocks import ExitBlocks
+from ..answers import DIGITS, Text, Writing, write_answers
 from ..attention import use_fp32_attention
 from ..checkpoints import ResumePoint, checkpoints_folder, discard_after
 from ..interruption import Interruption
 from ..order import run_order
-from ..progress import LossHistory, StepReport
+from ..progress import LossHistory, StageProgress, StepReport
 from ..schedule import schedule_of
-from ..session import run_lock, train_to_end
+from ..session import run_lock, stage_reporter, train_to_end
 from ..trainer import make_trainer
-from .answers import Text, Writing, write_answers
 from .module import FrozenExits
 from .plan import FrozenPlan
 from .run_data import RunRows
 from .states import StateRows, States, collate, write_states
-
-DIGITS = 16  # of the digest in the name of what a run keeps
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is done before the training: of the stage `answers` or `states`."""
-
-    stage: str
-    done: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ class FrozenJob:
 
     @quiet_transformers()
     def run(
-        self, on_step: Callable[[StepReport], None], on_progress: Callable[[Progress], None] = lambda _: None
+        self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None] = lambda _: None
     ) -> dict[str, Any]:
         """Trains the blocks and writes them to `config.output`; returns how each exit's was trained, by exit.
 
@@ -87,20 +75,20 @@ class FrozenJob:
             discard_after(checkpoints_folder(self.config.output), 0)
         return trained
 
-    def _texts(self, on_progress: Callable[[Progress], None], interruption: Interruption) -> list[Text]:
+    def _texts(self, on_progress: Callable[[StageProgress], None], interruption: Interruption) -> list[Text]:
         prompts = self.rows.prompts
         if not prompts:
             return self.rows.texts
-        report = self._reporter("answers", len(prompts), on_progress, interruption)
+        report = stage_reporter("answers", len(prompts), on_progress, interruption)
         answers = write_answers(self.decoder, prompts, self.writing, self.files.answers, report)
         return [Text.of(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
-    def _states(self, texts: list[Text], on_progress: Callable[[Progress], None], interruption: Interruption) -> States:
+    def _states(self, texts: list[Text], on_progress: Callable[[StageProgress], None], interruption: Interruption) -> States:
         folder, exits, backend = self.files.states, self.plan.settings.exits, self.trainable.backend
         for other in folder.parent.glob(f"states-{DIGITS * '[0-9a-f]'}"):
             if other != folder:  # of an earlier run with other rows or settings
                 shutil.rmtree(other, ignore_errors=True)
-        report = self._reporter("states", len(texts), on_progress, interruption)
+        report = stage_reporter("states", len(texts), on_progress, interruption)
         write_states(self.decoder.backend, self._final_norm, texts, exits, folder, report)
         return States(texts, exits, backend.hidden_size, folder)
 
@@ -163,16 +151,3 @@ class FrozenJob:
         if info.prompt_template is None and template.text != "raw" and config.prompting.asked is not None:
             info = replace(info, prompt_template=template.text, system=template.system)
         copy_checkpoint(config.model, info.with_exit_blocks(trained), config.output, {EXIT_BLOCKS_FILE: content})
-
-    def _reporter(
-        self, stage: str, total: int, on_progress: Callable[[Progress], None], interruption: Interruption
-    ) -> Callable[[int], None]:
-        """Reports what is done of a stage, and ends the run after a signal."""
-
-        def report(done: int) -> None:
-            if interruption.signal is not None:
-                kept = f"interrupted after {done} of {total} {stage}, which are kept"
-                raise TrainingInterrupted(kept, interruption.signal, 0)
-            on_progress(Progress(stage, done, total))
-
-        return report

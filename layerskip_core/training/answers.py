@@ -1,23 +1,30 @@
-"""The texts that exit blocks are trained on: prompts, with the model's own answers or with those of the data.
+"""What the model writes before a training: its answers to prompts, or how it goes on from the beginning of a text.
 
-An answer is decoded once: it goes to a journal, where an interrupted run and a run with other exits find it.
+An answer is decoded once: it goes to a journal, where an interrupted run and a run with other settings of the training find it.
 """
 
+import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig, SamplingConfig
-from ...decoding import decode_batch
-from ...errors import CheckpointError, LayerSkipError
-from ...losses import IGNORED
-from ...storage.json_reading import parse_json
-from ...storage.schema import SchemaError, build
-from ...storage.writing import write_file
+import torch
+
+from ..checkpoint.loaded import Decoder
+from ..config.decoding import DecodingConfig, SamplingConfig
+from ..decoding import decode_batch
+from ..errors import CheckpointError, LayerSkipError
+from ..losses import IGNORED
+from ..storage.json_reading import parse_json
+from ..storage.schema import SchemaError, build
+from ..storage.writing import write_file
 
 BATCH = 32  # that are decoded together
+DIGITS = 16  # of the digest in the name of what a run keeps
+_MEASURED = 256  # tokens of a pass that is timed
 
 
 @dataclass(frozen=True)
@@ -38,17 +45,23 @@ class Text:
 
 @dataclass(frozen=True)
 class Writing:
-    """How the model writes answers: at most `tokens` each, within `max_length` with the prompt. Temperature 0 is greedy."""
+    """How the model writes answers: at most `tokens` each, within `max_length` with the prompt. Temperature 0 is greedy.
+
+    A sampled answer has a seed of its own, so that equal prompts have different answers.
+    """
 
     tokens: int
     max_length: int
     temperature: float
     seed: int
 
-    def config(self, batch: int, longest: int) -> DecodingConfig:
-        """Of a batch by its number, whose longest prompt has that many tokens."""
-        sampling = SamplingConfig(self.temperature, seed=(self.seed + batch) % 2**32)
+    def config(self, longest: int) -> DecodingConfig:
+        """Of a batch whose longest prompt has that many tokens."""
+        sampling = SamplingConfig(self.temperature)
         return DecodingConfig("autoregressive", max_new_tokens=self.most(longest), sampling=sampling)
+
+    def seeds(self, rows: Sequence[int]) -> list[int]:
+        return [(self.seed + row) % 2**32 for row in rows]
 
     def most(self, prompt: int) -> int:
         """Tokens of an answer to a prompt of so many tokens."""
@@ -78,13 +91,13 @@ def write_answers(
     """
     known = read_answers(journal, prompts, how, decoder.backend.vocab_size)
     _drop_cut_line(journal)
-    for number, batch in enumerate(batches_of(prompts)):
+    for batch in batches_of(prompts):
         if all(row in known for row in batch):
             continue
         report(len(known))
-        config = how.config(number, len(prompts[batch[0]]))
+        config, asked = how.config(len(prompts[batch[0]])), [prompts[row] for row in batch]
         written = {}
-        for output in decode_batch(decoder.backend, [prompts[row] for row in batch], config, decoder.eos_ids):
+        for output in decode_batch(decoder.backend, asked, config, decoder.eos_ids, seeds=how.seeds(batch)):
             written[batch[output.row]] = output.ids
         _append(journal, written)
         known |= written
@@ -93,7 +106,7 @@ def write_answers(
 
 
 def read_answers(journal: Path, prompts: Sequence[list[int]], how: Writing, vocab_size: int) -> dict[int, list[int]]:
-    """The answers that are known, by row, without an incomplete last line, which a killed process leaves.
+    """The answers that are known, by row, without an incomplete last line, of a process that was killed or still writes.
 
     Raises CheckpointError for a line that `write_answers` does not write.
     """
@@ -112,6 +125,49 @@ def read_answers(journal: Path, prompts: Sequence[list[int]], how: Writing, voca
             raise CheckpointError(f"{where} is damaged: {error}; remove the file to write the answers again") from None
         answers[entry.row] = entry.ids
     return answers
+
+
+def answers_digest(model: str, prompts: Sequence[list[int]], how: Writing, dtype: str) -> str:
+    """Of what decides the answers, for the name of their journal; `model`: its fingerprint."""
+    seed = how.seed if how.temperature else 0
+    return digest([model, prompts, how.tokens, how.max_length, how.temperature, seed, dtype])
+
+
+def digest(value: object) -> str:
+    """Of what JSON can hold, for a name."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:DIGITS]
+
+
+def writing_seconds(prompts: Sequence[list[int]], how: Writing, speed: "Speed") -> float:
+    """What so many answers of the full length take."""
+    return sum(map(len, prompts)) * speed.token + math.ceil(len(prompts) / BATCH) * how.tokens * speed.step
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of the model on this machine: of a token in a pass of many, and of a step that decodes a batch."""
+
+    token: float
+    step: float
+
+
+@torch.inference_mode()
+def measured_speed(decoder: Decoder) -> Speed:
+    """Times one pass of each kind."""
+    backend = decoder.backend
+    length = min(_MEASURED, backend.max_positions - 1)
+    cache = backend.new_cache(BATCH, length + 1)
+    ids = torch.zeros(BATCH, 1, dtype=torch.long, device=backend.device)
+
+    def seconds(ids: torch.Tensor, at: int) -> float:
+        started = time.perf_counter()
+        positions = torch.arange(at, at + ids.shape[1])[None].expand(len(ids), -1)
+        hidden = backend.run_layers(backend.embed(ids), 0, backend.num_layers, positions, cache if len(ids) == BATCH else None)
+        float(backend.unembed(hidden[:, -1:]).sum())  # waits for a device
+        return time.perf_counter() - started
+
+    whole = min(seconds(ids[:1].expand(1, length), 0) for _ in range(2))
+    return Speed(whole / length, min(seconds(ids, at) for at in range(min(3, length))))
 
 
 def _drop_cut_line(journal: Path) -> None:

@@ -1,0 +1,204 @@
+"""Replay: which rows are the original's own text, how they are written, and how a run goes on."""
+
+import os
+import signal
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import Interrupted, stop_at, train, weights
+
+from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.prompting import PromptingConfig
+from layerskip_core.config.training import RetentionSettings
+from layerskip_core.errors import ConfigError, TrainingInterrupted
+from layerskip_core.losses import IGNORED
+from layerskip_core.training import answers, replay
+from layerskip_core.training.encoded_data import Collator
+from layerskip_core.training.interruption import Interruption
+from layerskip_core.training.prepare import prepare
+from layerskip_core.training.replay import ReplayedRows, replayed_texts
+
+QUARTER = RetentionSettings(replay=0.25, replay_tokens=12)
+
+
+def ignored(done):
+    pass
+
+
+def rows_of(job):
+    """Those that the run will train on, in their order."""
+    with Interruption() as interruption:
+        rows = job._rows(ignored, interruption)
+    return [rows[position] for position in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    ("replayed", "per_step", "places"),
+    [
+        (1, 4, [3, 7, 11]),
+        (2, 6, [2, 5, 8, 11, 14, 17]),  # in two micro-batches of 3, or on two processes: one each
+        (3, 4, [1, 2, 3, 5, 6, 7, 9, 10, 11]),
+    ],
+)
+def test_the_places_of_the_texts_are_a_function_of_the_position(replayed, per_step, places):
+    own, texts = [f"row {row}" for row in range(3 * (per_step - replayed))], ["a", "b", "c", "d"]
+    rows = ReplayedRows(own, texts, replayed, per_step)
+    found = [rows[position] for position in range(len(rows))]
+    assert len(found) == 3 * per_step
+    assert [place for place, row in enumerate(found) if row in texts] == places
+    assert [row for row in found if row not in texts] == own
+    assert [row for row in found if row in texts] == [texts[number % 4] for number in range(len(places))]
+    assert rows[7] == found[7]  # in any order
+
+
+def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
+    """Steps of 4 rows: 3 of the data, each once an epoch, and a text with a label on every token."""
+    config = settings(retention=QUARTER, steps=None, data=DataConfig(limit=30, seed=1))
+    job = prepare(config)
+    assert (job.plan.steps, job.plan.replay.rows, len(job.plan.replay.starts)) == (10, 1, 10)
+    rows = rows_of(job)
+    texts = rows[3::4]
+    own = Counter(tuple(row["input_ids"]) for place, row in enumerate(rows) if place % 4 < 3)
+    assert own == Counter(map(tuple, job.data.rows["input_ids"]))
+    assert all(row["labels"] == row["input_ids"] for row in texts)
+    assert len({tuple(row["input_ids"]) for row in texts}) == 10
+    lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, job.plan.replay.starts, strict=True)}
+    assert lengths == {12} and job.plan.replay.longest == max(len(row["input_ids"]) for row in texts)
+    batch = Collator(0)(rows[:4])
+    assert (batch["labels"][3] != IGNORED).sum() == len(texts[0]["input_ids"]) - 1  # nothing predicts the first
+
+
+def test_texts_are_sampled_by_the_seed(settings, base, tmp_path):
+    job = prepare(settings(retention=QUARTER, steps=40))
+    starts, templated = job.plan.replay.starts, for_decoding(base).prompt_start()
+    assert len({tuple(start) for start in starts[0::2]}) > 10 and {len(start) for start in starts[0::2]} == {1}
+    assert {tuple(start) for start in starts[1::2]} == {tuple(templated)} if templated else len(starts[1]) == 1
+    elsewhere = prepare(settings(retention=QUARTER, steps=40, output=str(tmp_path / "elsewhere")))
+    assert rows_of(elsewhere) == rows_of(job)
+    other = prepare(settings(retention=QUARTER, steps=40, seed=1))
+    assert other.plan.replay.journal != job.plan.replay.journal
+    assert other.plan.replay.starts != starts
+
+
+def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings, tmp_path):
+    base = trained_with_template(settings, tmp_path)
+    job = prepare(settings(model=base, retention=QUARTER, output=str(tmp_path / "next"), overwrite=True))
+    templated = for_decoding(base).prompt_start()
+    assert len(templated) > 1 and job.plan.replay.starts[1] == templated and len(job.plan.replay.starts[0]) == 1
+
+
+def trained_with_template(settings, tmp_path):
+    folder = str(tmp_path / "templated")
+    train(settings(output=folder, steps=1, prompting=PromptingConfig("Question: {prompt}")))
+    return folder
+
+
+def test_the_length_is_the_mean_rows_unless_it_is_asked_for(settings):
+    job = prepare(settings(retention=RetentionSettings(replay=0.5)))
+    assert job.plan.replay.how.tokens == round(job.data.tokens / len(job.data.rows)) > 2
+    long = prepare(settings(retention=RetentionSettings(replay=0.5, replay_tokens=1000), max_length=256)).plan
+    assert long.replay.longest == 256 and long.memory_mb > job.plan.memory_mb
+
+
+def test_packed_rows_have_packed_texts(settings, tmp_path):
+    file = tmp_path / "plain.txt"
+    file.write_text("some words in a row\n\n" * 40)
+    job = prepare(settings(data=DataConfig(str(file)), regime="continual", retention=QUARTER, max_length=32))
+    rows = rows_of(job)
+    assert rows[3]["documents"] == [0] * len(rows[3]["input_ids"])
+    assert Collator(0)(rows[:4])["documents"].shape == (4, 32)
+    assert train(settings(data=DataConfig(str(file)), regime="continual", retention=QUARTER, max_length=32))[-1].step == 4
+
+
+def test_more_rows_than_texts_see_them_again(settings, monkeypatch):
+    monkeypatch.setattr(replay, "MOST_TEXTS", 3)
+    texts = [row["input_ids"] for row in rows_of(prepare(settings(retention=QUARTER, steps=5)))[3::4]]
+    assert len(set(map(tuple, texts))) == 3 and texts[3:] == texts[:2]
+
+
+def test_a_run_with_texts_is_resumed_bit_by_bit(settings, tmp_path, monkeypatch):
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    shared = {"retention": replace(QUARTER, anchor=0.5), "save_steps": 2, "accumulation": 2, "batch_size": 2}
+    expected = train(settings(**shared, output=whole))
+    with pytest.raises(Interrupted):
+        prepare(settings(**shared, output=cut)).run(stop_at(3))
+    monkeypatch.setattr(replay, "write_answers", None)  # nothing is written again
+    reports = train(settings(**shared, output=cut, resume=True))
+    assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
+    found, reference = weights(cut), weights(whole)
+    assert all(torch.equal(weight, reference[name]) for name, weight in found.items())
+
+
+def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
+    """A signal while it writes; `resume` then finds no checkpoint, only texts."""
+    monkeypatch.setattr(answers, "BATCH", 2)
+    config = settings(retention=QUARTER, steps=8)
+    stages = []
+
+    def interrupting(progress):
+        stages.append(progress.done)
+        if progress.done >= 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted, match="interrupted after 6 of 8 replay texts, which are kept"):
+        prepare(config).run(ignored, interrupting)
+    assert stages == [0, 2, 4]
+    job = prepare(replace(config, resume=True))
+    assert (job.plan.replay.written, job.plan.resumed_step) == (6, 0)
+    job.run(ignored, stages.append)
+    assert [progress.done for progress in stages[3:]] == [6, 8]
+    assert prepare(replace(config, overwrite=True)).plan.replay.written == 8
+
+
+def test_another_process_waits_for_the_texts(settings, monkeypatch):
+    """Of two processes the second writes nothing: it reads what the first has written."""
+    config = settings(retention=QUARTER, steps=4)
+    plan = prepare(config).plan
+    with monkeypatch.context() as second:
+        second.setenv("RANK", "1")
+        second.setattr(replay, "_WAIT", 0.0)
+        second.setattr(replay, "write_answers", None)
+        waited = []
+
+        def first_writes(done):
+            waited.append(done)
+            if len(waited) == 3:
+                second.undo()
+                replayed_texts(config, plan.replay, "cpu", ignored)
+
+        texts = replayed_texts(config, plan.replay, "cpu", first_writes)
+    assert waited == [0, 0, 0] and len(texts) == 4
+
+
+def test_a_dry_run_writes_no_text(settings, tmp_path):
+    plan = prepare(settings(retention=QUARTER)).plan
+    assert plan.replay.written == 0 and plan.replay.seconds > 0
+    assert not Path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (1.0, "`replay` must be in [0, 1), got 1.0"),
+        (-0.1, "`replay` must be in [0, 1), got -0.1"),
+        (0.1, "`replay` must be a share of the 4 rows of a step that is one row at least, and not all, got 0.1"),
+        (0.9, "`replay` must be a share of the 4 rows of a step that is one row at least, and not all, got 0.9"),
+    ],
+)
+def test_shares_that_cannot_be(settings, share, message):
+    with pytest.raises(ConfigError) as refused:
+        prepare(settings(retention=RetentionSettings(replay=share)))
+    assert str(refused.value) == message
+
+
+def test_settings_that_do_not_go_together(settings):
+    with pytest.raises(ConfigError, match="`replay_tokens` must be used with `replay`, got 5"):
+        RetentionSettings(replay_tokens=5)
+    with pytest.raises(ConfigError, match=r"`replay` must be left out with `streaming`, got 0\.25"):
+        settings(retention=QUARTER, streaming=True, data=DataConfig())
+    with pytest.raises(ConfigError, match="`replay` must be left out with `regime` scratch, which has no original"):
+        settings(retention=QUARTER, regime="scratch")
