@@ -284,6 +284,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "device": _DEVICE,
         "lora_rank": Option(ADAPTERS, "Rank of LoRA adapters; 0 trains all weights."),
         "lora_targets": Option(ADAPTERS, "Modules with adapters: all-linear, or names with commas."),
+        "lora_layers": Option(ADAPTERS, "Layers with adapters: all, or below-exit, those that the highest of --exits runs."),
         "lora_keep": Option(ADAPTERS, "Save the adapter alone, not merged; it loads as a model."),
         "gradient_checkpointing": Option(OPTIMISATION, "Recompute layers in the backward pass: less memory, more time."),
         "save_steps": Option(RUN, "Steps between checkpoints; 0: none."),

@@ -16,6 +16,7 @@ Feature = Literal["none", "final"]  # what an exit block reads besides the exit'
 Answers = Literal["model", "data"]
 BlockLoss = Literal["kl", "tv"]
 AnchorWeights = Literal["bf16", "int8"]
+LoraLayers = Literal["all", "below-exit"]
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
 REGIMES: tuple[str, ...] = get_args(Regime)
@@ -23,6 +24,7 @@ FEATURES: tuple[str, ...] = get_args(Feature)
 ANSWERS: tuple[str, ...] = get_args(Answers)
 BLOCK_LOSSES: tuple[str, ...] = get_args(BlockLoss)
 ANCHOR_WEIGHTS: tuple[str, ...] = get_args(AnchorWeights)
+LORA_LAYERS: tuple[str, ...] = get_args(LoraLayers)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,10 @@ class ExitBlockSettings:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One training run, as asked. None: the preset of the regime (see training/presets.py), or the data decides."""
+    """One training run, as asked. None: the preset of the regime (see training/presets.py), or the data decides.
+
+    `lora_layers`: which layers have adapters, all or those below the highest early exit that is trained.
+    """
 
     model: str = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
@@ -152,6 +157,7 @@ class FinetuneConfig:
     device: str = "auto"
     lora_rank: int = 0
     lora_targets: str = "all-linear"
+    lora_layers: LoraLayers = "all"
     lora_keep: bool = False
     gradient_checkpointing: bool = False
     save_steps: int = 0
@@ -185,6 +191,8 @@ class FinetuneConfig:
             require(self.vocab_size is None, "vocab_size", "left out with `streaming`", self.vocab_size)
             require(not self.retention.replay, "replay", "left out with `streaming`", self.retention.replay)
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
+        require_choice(self.lora_layers, "lora_layers", LORA_LAYERS)
+        require(self.lora_layers == "all" or self.lora_rank > 0, "lora_layers", "used with `lora_rank`", "no rank")
         require(not self.lora_keep or self.lora_rank > 0, "lora_keep", "used with `lora_rank`", "no rank")
         require(self.vocab_size is None or self.regime == "scratch", "vocab_size", "used with `regime` scratch", self.regime)
         copy = self.retention.anchor_weights

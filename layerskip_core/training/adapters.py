@@ -7,19 +7,43 @@ from typing import Any
 import torch
 
 from ..checkpoint.adapters import adapters_of
+from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
+from .recipe import Recipe
 
 
-def with_lora(model: Any, config: FinetuneConfig) -> Any:
-    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head."""
+def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> int | None:
+    """How many of the first layers have adapters: those that the highest early exit runs; None for the whole model.
+
+    Raises ConfigError where no early exit is trained.
+    """
+    if config.lora_layers == "all":
+        return None
+    require(recipe.curriculum != "none", "lora_layers", "all with `curriculum` none, which trains no exit", config.lora_layers)
+    return max(recipe.exits, default=num_layers - 1)
+
+
+def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> Any:
+    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head.
+
+    With `layers`, only those in so many of the first layers.
+    """
     from peft import LoraConfig, get_peft_model
 
     rank, targets = config.lora_rank, [name.strip() for name in config.lora_targets.split(",")]
+    if layers is not None:
+        modules = dict(model.named_modules())  # peft adapts what is named in full whatever its layer
+        whole = [name for name in targets if name in modules]
+        require(not whole, "lora_targets", "names within a layer with `lora_layers` below-exit", ", ".join(whole))
+        if targets == ["all-linear"]:  # which peft does not take together with layers
+            linear = (name for name, part in model.model.layers[0].named_modules() if isinstance(part, torch.nn.Linear))
+            targets = sorted({name.rpartition(".")[2] for name in linear})
     lora = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        layers_to_transform=None if layers is None else list(range(layers)),
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.model,
     )

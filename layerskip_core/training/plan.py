@@ -11,6 +11,7 @@ from ..checkpoint.loaded import Trainable
 from ..config.checks import require_exit_layer
 from ..config.training import FinetuneConfig
 from ..losses import CHUNK_LOGITS
+from .adapters import adapted_layers
 from .curriculum import mean_exits
 from .dropout import dropout_rates, time_scale
 from .encoded_data import EncodedData
@@ -65,6 +66,7 @@ class TrainingPlan:
     memory_mb: float
     device: str
     autocast: bool
+    adapted_layers: int | None = None  # the first ones, to which LoRA is confined
     original: str | None = None
     replay: Replay | None = None
     resumed_step: int = 0
@@ -116,6 +118,7 @@ def make_plan(
         memory_mb=_memory_mb(trainable, config, parameters, longest),
         device=device,
         autocast=autocast,
+        adapted_layers=adapted_layers(config, recipe, backend.num_layers),
         original=original,
         replay=replay,
         notes=(_PACKED,) * encoder.pack + (_STREAMED,) * data.streamed,

@@ -65,7 +65,9 @@ class FinetuneJob:
         config, plan, tokenizer = self.config, self.plan, self.trainable.tokenizer
         if plan.autocast and plan.device == "cpu":
             use_fp32_attention(self.trainable.model)
-        model = with_lora(self.trainable.model, config) if config.lora_rank else self.trainable.model
+        model = self.trainable.model
+        if config.lora_rank:
+            model = with_lora(model, config, plan.adapted_layers)
         scratch, recompute = config.regime == "scratch", config.gradient_checkpointing
         module = RecipeModule(model, plan.recipe, config.seed, scratch, recompute, tokenizer)
         order = token_order(self.data, module.backend.vocab_size)  # before training: reading a stream may fail

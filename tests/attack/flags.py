@@ -149,6 +149,7 @@ _OF_FLAGS = {
     "--exit-weights": ("paper", "linear", "sqrt", "uniform", "x"),
     "--regime": ("finetune", "continual", "scratch", "code", "x"),
     "--report-to": ("x", "wandb", "tensorboard", ",", "all", "none", "os"),
+    "--lora-layers": ("all", "below-exit", "x"),
     "--lora-targets": ("all-linear", "q_proj", "x", ".*", "(", "lm_head", "embed_tokens", "norm", ","),
     "--data": ("commands", "topv2", "file.txt", "mixed", "x.jsonl", "x.csv", "a/b", "a/b@c", "/dev/zero", "fifo", "bench"),
     "--from": ("bench/results.json", "bench", "file.txt", "fifo2", "/dev/null", "model/config.json"),

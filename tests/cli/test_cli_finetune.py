@@ -74,16 +74,18 @@ def test_an_anchor_is_planned_trained_and_recorded(finetune):
 
 
 def test_a_replay_is_planned_written_and_found_again(finetune):
-    arguments = finetune("--replay", "0.5", "--replay-tokens", "6", "--steps", "3")
+    arguments = finetune("--replay", "0.5", "--replay-tokens", "6", "--steps", "3", "--lora-rank", "2",
+                         "--lora-layers", "below-exit", "--exits", "2")  # fmt: skip
     plan = run(*arguments, "--dry-run")
     assert re.search(r"^replay: 1 of the 2 rows of a step, of 3 texts of at most \d+ tokens by the original, written in about "
                      r"\d+ s$", plan.err, re.MULTILINE)  # fmt: skip
-    assert list(Path().iterdir()) == []
+    assert "lr 0.0005, adapters on layers 1 to 2, fp32 on cpu" in plan.err and list(Path().iterdir()) == []
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")
     assert re.search(r"^replay texts 3/3 ", result.err, re.MULTILINE)
     config = json.loads(Path("out", "layerskip.json").read_text())["config"]
     assert (config["retention"]["replay"], config["retention"]["replay_tokens"]) == (0.5, 6)
+    assert config["lora_layers"] == "below-exit"
     again = run(*arguments, "--overwrite", "--dry-run")
     assert "by the original, 3 are there, the others in about 0 s" in again.err
 

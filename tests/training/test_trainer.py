@@ -185,6 +185,33 @@ def test_lora_is_merged_into_a_plain_checkpoint(settings, base, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
 
 
+@pytest.mark.parametrize(("exits", "adapted"), [((1, 2), 2), ((), 3)], ids=["named exits", "every exit"])
+def test_adapters_below_the_highest_early_exit_alone(settings, base, tmp_path, exits, adapted):
+    """Merged, the layers that follow have the weights that they had; kept, the adapter has no others and loads as a model."""
+    changes = {"lora_rank": 2, "lora_layers": "below-exit", "lr": 1e-2, "recipe": replace(RECIPE, exits=exits)}
+    train(settings(**changes))
+    before, after = weights(base), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = tuple(f"model.layers.{layer}." for layer in range(adapted))
+    assert changed == {name for name in before if name.endswith("_proj.weight") and name.startswith(layers)}
+    assert len(changed) == adapted * 7
+    train(settings(**changes, lora_keep=True, output=str(tmp_path / "kept")))
+    stored = load_file(tmp_path / "kept" / "adapter_model.safetensors")
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in stored} == set(range(adapted))
+    merged = for_training(str(tmp_path / "kept"), "cpu", "fp32").model.state_dict()
+    torch.testing.assert_close({name: merged[name] for name in after}, after, rtol=1e-6, atol=1e-7)
+
+
+def test_adapters_below_an_exit_that_cannot_be(settings):
+    with pytest.raises(ConfigError, match="`lora_layers` must be used with `lora_rank`, got no rank"):
+        settings(lora_layers="below-exit")
+    with pytest.raises(ConfigError, match="`lora_layers` must be all with `curriculum` none, which trains no exit, got below"):
+        prepare(settings(lora_rank=2, lora_layers="below-exit", recipe=PLAIN))
+    head = settings(lora_rank=2, lora_layers="below-exit", lora_targets="lm_head", recipe=replace(RECIPE, exits=(2,)))
+    with pytest.raises(ConfigError, match="`lora_targets` must be names within a layer with `lora_layers` below-exit, got lm_"):
+        train(head)
+
+
 def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
     reports = train(settings(regime="scratch", vocab_size=280))
     assert reports[0].loss == pytest.approx(5.63, abs=0.3)  # fresh weights: about ln 280
