@@ -12,12 +12,12 @@ from random import Random
 from .campaign import Case
 from .command import STREAMS, Command, interrupt_late, run
 from .damage import DEEP, ODD_VALUES, spoil_bytes, spoil_file, spoil_json
-from .flags import COMMANDS, base_of, flags_of, hostile_value, takes_long
+from .flags import COMMANDS, FROZEN, OF_BLOCKS, base_of, flags_of, hostile_value, takes_long
 from .outcome import Miss, misses_of
 from .victim import OUTPUTS, Victim
 
 CASES = 2500
-SHORT = (*range(0, 290, 7), *range(1000, 1025))  # every seventh known case, and some random ones
+SHORT = (*range(0, 350, 9), *range(1000, 1025))  # every ninth known case, and some random ones
 
 
 def attack(case: Case) -> Iterator[Miss]:
@@ -27,8 +27,8 @@ def attack(case: Case) -> Iterator[Miss]:
     elif case.number < len(KNOWN) + len(WORKING):
         yield from _watched(case, WORKING[case.number - len(KNOWN)](case), must_work=True)
     else:
-        kinds = (_flags, _prompts, _data, _saved_results, _settings_file, _outputs, _journal, _streams)
-        yield from _watched(case, case.random.choices(kinds, (40, 15, 15, 10, 8, 8, 4, 6))[0](case))
+        kinds = (_flags, _prompts, _data, _saved_results, _settings_file, _outputs, _journal, _interrupted, _streams)
+        yield from _watched(case, case.random.choices(kinds, (40, 15, 15, 10, 8, 8, 4, 4, 6))[0](case))
 
 
 def _watched(case: Case, command: Command, must_work: bool = False) -> Iterator[Miss]:
@@ -44,8 +44,9 @@ def _watched(case: Case, command: Command, must_work: bool = False) -> Iterator[
     yield from (miss for miss in found if command.stderr == "file" or miss.kind != "wrong")  # else it cannot report its error
     if must_work and outcome.status:
         yield Miss("wrong", f"this must work; {outcome.tail}")
-    output = _value_of(command, "--output")
-    yield from victim.losses(victim.written_by_command(output) if outcome.status == 0 and output else ())
+    output, model = (_value_of(command, flag) for flag in ("--output", "--model"))
+    beside = output == model and (command.arguments[0] == "calibrate" or "--frozen" in command.arguments)
+    yield from victim.losses(victim.written_by_command(output, beside) if outcome.status == 0 and output else ())
     if (victim.home / "executed").exists():
         yield Miss("executed", "a marker was written")
 
@@ -70,9 +71,12 @@ def _flags(case: Case) -> Command:
     random = case.random
     name = random.choice(COMMANDS)
     arguments = list(base_of(name, case.material))
-    if name in ("generate", "bench", "sweep-exits") and random.random() < 0.3:
-        arguments += ["--model", str(case.material.model("measured"))]
-    for flag in random.choices(flags_of(name), k=random.choice((1, 1, 2, 3))):
+    if name in ("generate", "bench", "sweep-exits", "inspect", FROZEN) and random.random() < 0.4:
+        arguments += ["--model", str(case.material.model(random.choice(("measured", "blocks"))))]
+    flags = flags_of(name)
+    if name == FROZEN and random.random() < 0.6:
+        flags = tuple(flag for flag in flags if flag.name in OF_BLOCKS)
+    for flag in random.choices(flags, k=random.choice((1, 1, 2, 3))):
         arguments += [flag.name, *([] if flag.is_switch else [hostile_value(flag, random)])]
     return Command(tuple(arguments), stdin=random.choice((b"", b"remind me", b"a\nb\n", None)))
 
@@ -86,7 +90,7 @@ def _prompts(case: Case) -> Command:
     if arguments[0] == "inspect" and arguments[-1] != "--raw":
         del arguments[-2 * ("--stop" in arguments) :]
     if random.random() < 0.3:
-        arguments += ["--model", str(case.material.model(random.choice(("chat", "measured"))))]
+        arguments += ["--model", str(case.material.model(random.choice(("chat", "measured", "blocks"))))]
     if way == "argument":
         text = texts[0].decode(errors="surrogateescape").replace("\0", "")
         return Command((*arguments, "--", text))
@@ -118,7 +122,10 @@ def _data(case: Case) -> Command:
     """A data set with a fault, given to any command that reads one."""
     random = case.random
     name = random.choice(
-        ("rows.jsonl", "rows.csv", "rows.parquet", "text.txt", "chat.jsonl", "code.jsonl", "mbpp.jsonl", "topv2")
+        (
+            *("rows.jsonl", "rows.csv", "rows.parquet", "text.txt", "chat.jsonl", "code.jsonl", "mbpp.jsonl", "prompts.jsonl"),
+            "topv2",
+        )
     )
     target = case.folder / name
     if name == "topv2":
@@ -133,13 +140,15 @@ def _data(case: Case) -> Command:
         name += ".gz"
         (case.folder / name).write_bytes(spoil_bytes(packed, random) if random.random() < 0.7 else packed)
     task = {"code.jsonl": "humaneval", "mbpp.jsonl": "mbpp", "text.txt": "lm"}.get(name.removesuffix(".gz"), "jsonl")
-    reader = random.choice(("data", "bench", "sweep-exits", "finetune"))
+    reader = random.choice(("data", "bench", "sweep-exits", "finetune", FROZEN))
     arguments = [*base_of(reader, case.material), "--data", name]
     if reader in ("bench", "sweep-exits"):
         arguments += ["--task", random.choice((task, task, task, "jsonl", "cnn_dm", "xsum", "lm", "humaneval", "mbpp"))]
         arguments += random.choice(([], [], ["--shots", "2"], ["--template", "chat"], ["--template", "Q {prompt} A"]))
     if reader == "finetune":
         arguments += random.choice(([], ["--streaming", "--samples", "0"], ["--validation", name], ["--pack"]))
+    if reader == FROZEN:
+        arguments += random.choice(([], [], ["--answers", "data"], ["--validation", name], ["--prompt-column", "text"]))
     return Command(tuple(arguments))
 
 
@@ -183,6 +192,7 @@ def _saved_results(case: Case) -> Command:
 def _settings_file(case: Case) -> Command:
     """`finetune --config`."""
     random = case.random
+    name = random.choice(("finetune", FROZEN))
     lines = []
     for flag in random.choices(flags_of("finetune"), k=random.randrange(1, 5)):
         value = random.choice((json.dumps(hostile_value(flag, random, legal=True)), *_TOML_VALUES))
@@ -191,7 +201,7 @@ def _settings_file(case: Case) -> Command:
     data = text.encode(errors="surrogatepass")
     (case.folder / "settings.toml").write_bytes(spoil_bytes(data, random) if random.random() < 0.2 else data)
     case.say(f"settings.toml: {data[:300]!r}")
-    return Command((*base_of("finetune", case.material), "--dry-run", "--config", "settings.toml"))
+    return Command((*base_of(name, case.material), "--dry-run", "--config", "settings.toml"))
 
 
 _TOML_VALUES = (
@@ -217,10 +227,13 @@ _TOML_FILES = (
 def _outputs(case: Case) -> Command:
     """Outputs whose path is taken by something else."""
     random = case.random
-    name = random.choice(("import", "import", "finetune", "bench", "sweep-exits", "inspect"))
-    arguments = [*base_of(name, case.material), "--output", random.choice(OUTPUTS)]
-    if name in ("import", "finetune"):
+    name = random.choice(("import", "import", "finetune", FROZEN, "bench", "sweep-exits", "inspect"))
+    output = random.choice(OUTPUTS)
+    arguments = [*base_of(name, case.material), "--output", output]
+    if name in ("import", "finetune", FROZEN):
         arguments += random.choice(([], ["--overwrite"], ["--overwrite"]))
+    if name == FROZEN:
+        arguments += random.choice(([], ["--model", output], ["--save-steps", "1"], ["--resume"]))
     if name == "finetune":
         arguments += random.choice(([], ["--save-steps", "1"], ["--resume"], ["--lora-rank", "2", "--lora-keep"]))
     if name == "bench":
@@ -234,6 +247,37 @@ def _journal(case: Case) -> Command:
     file = Path(shutil.copy(case.material.journal, case.folder / "going" / "unfinished.jsonl"))
     case.say(spoil_file(file, case.random))
     return Command((*case.material.bench_flags(), "--output", "going", "--resume"))
+
+
+def _interrupted(case: Case) -> Command:
+    """Goes on with `finetune --frozen` from damaged answers, states and checkpoints."""
+    random = case.random
+    going = Path(shutil.copytree(case.material.frozen, case.folder / "going"))
+    for kind in random.choices(
+        ("answers-*.jsonl", "states-*/*", "checkpoint-*/*", "*"), (4, 3, 2, 1), k=random.choice((1, 1, 2))
+    ):
+        if paths := sorted((going / "checkpoints").glob(kind)):
+            case.say(_spoil_kept(random.choice(paths), random))
+    more = random.choice(((), ("--resume",), ("--resume",), ("--resume",), ("--overwrite",), ("--resume", "--dry-run")))
+    return Command((*case.material.frozen_flags(), "--output", "going", *more))
+
+
+def _spoil_kept(path: Path, random: Random) -> str:
+    """Damages what an interrupted run keeps: a file's content, or what stands in its place."""
+    way = random.random()
+    if path.is_file() and way < 0.75:
+        return spoil_file(path, random)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if way < 0.85:
+        return f"without {path.name}"
+    if way < 0.9:
+        path.mkdir()
+        return f"{path.name} is an empty folder"
+    if way < 0.95:
+        path.write_bytes(random.choice((b"", b"\n", b"\xff" * 400)))
+        return f"{path.name} is a file of {path.stat().st_size} bytes"
+    path.symlink_to(random.choice(("absent", "/dev/null", "..")))
+    return f"{path.name} is a link to {os.readlink(path)}"
 
 
 def _streams(case: Case) -> Command:
@@ -265,7 +309,8 @@ def _known(*arguments: str, base: str = "generate", **keywords: object) -> Calla
     return make
 
 
-_NAMED = ("gemma3_text", "chat", "adapter", "tiny.gguf", "qwen2", "smollm3", "sharded", "measured")
+_NAMED = ("gemma3_text", "chat", "adapter", "tiny.gguf", "qwen2", "smollm3", "sharded", "measured", "blocks")
+_COPIED = ("gemma3_text", "chat", "qwen2", "smollm3", "sharded", "measured", "blocks")  # by finetune --frozen
 
 
 def _file(name: str, content: bytes, *arguments: str, base: str) -> Callable[[Case], Command]:
@@ -274,6 +319,47 @@ def _file(name: str, content: bytes, *arguments: str, base: str) -> Callable[[Ca
         return Command((*base_of(base, case.material), *arguments))
 
     return make
+
+
+def _going_on(*arguments: str, spoil: Callable[[Path], object] = lambda folder: None) -> Callable[[Case], Command]:
+    """`finetune --frozen` after it was killed. `spoil` gets the folder of what it keeps."""
+
+    def make(case: Case) -> Command:
+        going = Path(shutil.copytree(case.material.frozen, case.folder / "going"))
+        spoil(going / "checkpoints")
+        return Command((*case.material.frozen_flags(), "--output", "going", *arguments))
+
+    return make
+
+
+def _answers(change: Callable[[str], str]) -> Callable[[Path], object]:
+    """Changes the text of the journal of answers."""
+
+    def spoil(folder: Path) -> None:
+        (journal,) = folder.glob("answers-*.jsonl")
+        journal.write_text(change(journal.read_text()))
+
+    return spoil
+
+
+def _states(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """Changes the bytes of each file of states."""
+
+    def spoil(folder: Path) -> None:
+        for file in folder.glob("states-*/*.bf16"):
+            file.write_bytes(change(file.read_bytes()))
+
+    return spoil
+
+
+def _without(kind: str) -> Callable[[Path], object]:
+    """Removes files and folders."""
+
+    def spoil(folder: Path) -> None:
+        for path in folder.glob(kind):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return spoil
 
 
 def _mbpp(**changes: object) -> bytes:
@@ -346,6 +432,42 @@ KNOWN: tuple[Callable[[Case], Command], ...] = (
     *(_known("--exit-confidence", "0.5", "--exits", "1,2", *more) for more in (("--lookup", "2"), ("--spec", "3"))),
     _known("--strategy", "lookup", "--exit", "2"),
     *(_known("--draft-weights", names) for names in ("", ",", "int8,int2")),
+    *(_known("--seed", seed, base=FROZEN) for seed in ("-1", str(2**32))),
+    *(_known("--exits", exits, base=FROZEN) for exits in ("0", "4", "1:10000000000", "2:1", "")),
+    *(_known("--answer-temperature", value, base=FROZEN) for value in ("1e-50", "1e-320", "nan", "inf", "-1", "1e308")),
+    *(_known("--answer-tokens", value, base=FROZEN) for value in ("0", "-1", str(2**40))),
+    *(_known("--max-length", value, base=FROZEN) for value in ("1", "2", "129")),
+    *(_known("--lr", rate, base=FROZEN) for rate in ("inf", "nan", "100", "1e-300")),
+    *(_known("--model", f"{{{name}}}", base=FROZEN) for name in ("adapter", "tiny.gguf")),
+    *(_known("--output", output, base=FROZEN) for output in ("mixed", "model", "blocked", "file.txt", "dangling", "null", "")),
+    *(_known("--model", "model", "--output", "model", *more, base=FROZEN) for more in ((), ("--overwrite",))),
+    *(_known("--answers", "data", *more, base=FROZEN) for more in (("--answer-tokens", "3"), ("--answer-temperature", "0"))),
+    *(_known(*more, base=FROZEN) for more in (("--lora-rank", "2"), ("--streaming",), ("--pack",), ("--distill", "0.5"))),
+    *(_known("--exits", "2", *more, base="finetune") for more in (("--feature", "final"), ("--loss", "tv"))),
+    _file("p.jsonl", b'{"prompt": "a"}\n', "--data", "p.jsonl", "--answers", "data", base=FROZEN),
+    _file("p.jsonl", b'{"prompt": "\\ud800"}\n', "--data", "p.jsonl", base=FROZEN),
+    _file("p.txt", b"\n" * 9, "--data", "p.txt", base=FROZEN),
+    _file("p.jsonl", b'{"prompt": "%s"}\n' % (b"x" * 9000), "--data", "p.jsonl", base=FROZEN),
+    _known(environment={"WORLD_SIZE": "2"}, base=FROZEN),
+    _going_on(),
+    _going_on("--resume", "--lr", "0.5"),
+    _going_on("--resume", spoil=_without("checkpoint-1/*")),
+    _going_on("--resume", spoil=_answers(lambda text: text.replace("[", "[[", 1))),
+    _going_on("--resume", spoil=_answers(lambda text: text.replace("}", "}}", 1))),
+    _going_on("--resume", spoil=_answers(lambda text: json.dumps({"row": 0, "ids": [5] * 5000}) + "\n")),
+    _going_on("--resume", spoil=_answers(lambda text: '{"row": 0, "ids": []}\n' + text)),
+    _going_on("--resume", spoil=_answers(lambda text: json.dumps({"row": 2**70, "ids": [5]}) + "\n" + text)),
+    _going_on("--resume", spoil=_answers(lambda text: '{"row": 0, "ids": [300]}\n')),
+    _going_on("--resume", spoil=_answers(lambda text: "[" * DEEP + "\n")),
+    _going_on("--resume", spoil=_states(lambda data: b"\xff" * len(data))),
+    *(
+        _known("--model", "{blocks}", *more)
+        for more in (
+            *(("--strategy", "early-exit", "--exit", "2"), ("--exit-confidence", "0.5", "--exits", "1,2")),
+            *(("--exit", "4"), ("--draft-weights", "int8", "--exit", "5"), ("--skip", "9"), ("--exits", "1")),
+        )
+    ),
+    _known("--model", "{blocks}", "--strategies", "autoregressive,early-exit", "--exit", "2", base="bench"),
     *(
         _known("--jsonl", "--model", "{measured}", *batch, stdin=b"".join(b'{"prompt": "a", %s}\n' % row for row in _ROWS))
         for batch in ((), ("--batch-size", "3"))
@@ -373,6 +495,47 @@ WORKING: tuple[Callable[[Case], Command], ...] = (  # these must succeed
     *(_known("--model", "{measured}", *flags) for flags in (("--exit-confidence", "0.5"), ("--quantize", "int4"))),
     _known("--model", "{measured}", "--baselines", "draft-and-verify", base="bench"),
     _known("--model", "{measured}", "--search-skips", "--exit-confidences", "0.5", base="sweep-exits"),
+    *(_known("--model", f"{{{name}}}", base=FROZEN) for name in _COPIED),
+    *(_known("--answers", answers, "--feature", "final", "--exits", "1,3", base=FROZEN) for answers in ("model", "data")),
+    *(_known("--loss", "tv", "--answer-temperature", heat, base=FROZEN) for heat in ("1", "1e-320")),
+    _known("--model", "plain", "--output", "plain", base=FROZEN),
+    _known("--output", "plain", "--overwrite", base=FROZEN),
+    _known("--model", "{blocks}", "--feature", "final", base=FROZEN),
+    _file("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b"}\n', "--data", "p.jsonl", base=FROZEN),
+    _file("p.txt", b"one\ntwo\n", "--data", "p.txt", base=FROZEN),
+    _going_on("--resume"),
+    _going_on("--overwrite"),
+    _going_on("--resume", "--dry-run"),
+    _going_on("--resume", spoil=_answers(lambda text: text + '{"row": 0, "ids": [5')),
+    _going_on("--resume", spoil=_without("answers-*.jsonl")),
+    _going_on("--resume", spoil=_without("states-*")),
+    _going_on(spoil=_without("checkpoint-*")),
+    _going_on("--resume", spoil=_states(lambda data: data[:-100])),
+    _going_on("--resume", spoil=_states(lambda data: data + data)),
+    *(
+        _known("--model", "{blocks}", *more, stdin=b"call mom")
+        for more in (
+            *((), ("--exit", "1"), ("--exit", "2", "--spec", "4"), ("--strategy", "early-exit", "--exit", "1")),
+            *(("--exit-confidence", "0.5"), ("--exit-confidence", "0.5", "--exits", "1,3"), ("--temperature", "1")),
+            *(
+                ("--temperature", "1", "--exit", "2"),
+                ("--draft-weights", "int8,int4"),
+                ("--draft-weights", "int8", "--exit", "2"),
+            ),
+            *(
+                ("--draft-vocab", "30"),
+                ("--quantize", "int8"),
+                ("--quantize", "int4", "--exit", "2"),
+                ("--exact", "--spec", "3"),
+            ),
+            *(("--lookup", "2"), ("--strategy", "lookup"), ("--skip", "2"), ("--raw", "--dtype", "bf16", "--exit", "2")),
+        )
+    ),
+    _known("--model", "{blocks}", "--lines", "--batch-size", "2", "--exit", "2", stdin=b"call\nme"),
+    _known("--model", "{blocks}", "--exit", "1", "--baselines", "draft-and-verify", base="bench"),
+    _known("--model", "{blocks}", "--batch-size", "2", base="bench"),
+    _known("--model", "{blocks}", "--exits", "1,2,3", "--draft-weights", "int8", base="sweep-exits"),
+    _known("--model", "{blocks}", "--exit-confidences", "0.5", base="sweep-exits"),
 )
 
 __all__ = ["CASES", "KNOWN", "SHORT", "WORKING", "attack"]

@@ -12,12 +12,15 @@ from .campaign import Case
 from .outcome import Miss
 from .probe import COUNTED, probe
 
-CASES, SHORT = 120, range(0, 12, 2)  # each with several settings
+CASES, SHORT = 128, range(0, 32, 5)  # each with several settings
 _SETTINGS = 25
 _KINDS = (
     *("generic", "packed", "windows", "native", "native bf16", "native int8", "native int4", "int8 drafts", "few drafts"),
     *("smollm3", "gemma3_text", "qwen2", "native gemma2", "native gemma3_text", "native granite", "native olmo3"),
     *("native phi3", "native starcoder2"),
+    *("generic blocks", "packed blocks", "windows blocks", "native blocks", "native bf16 blocks", "native int8 blocks"),
+    *("native int4 blocks", "int8 drafts blocks", "few drafts blocks", "gemma3_text blocks", "native gemma2 blocks"),
+    *("native qwen3 blocks", "native smollm3 blocks", "native granite blocks"),
 )
 _COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position", "accepted_by_position")
 
@@ -31,7 +34,7 @@ def attack(case: Case) -> Iterator[Miss]:
 
 
 def _settings(kind: str, random: Random) -> Iterator[Miss | str]:
-    model = _model(kind)
+    model = _model(kind.removesuffix(" blocks"), random if kind.endswith(" blocks") else None)
     for _ in range(_SETTINGS):
         yield COUNTED
         prompts = [[random.randrange(3, 67) for _ in range(random.randint(1, 14))] for _ in range(random.randint(1, 4))]
@@ -39,7 +42,8 @@ def _settings(kind: str, random: Random) -> Iterator[Miss | str]:
             yield Miss("wrong", f"{kind}: {fault}")
 
 
-def _model(kind: str) -> Any:
+def _model(kind: str, with_blocks: Random | None) -> Any:
+    """`with_blocks` chooses exits and their blocks."""
     import torch
     from conftest import tiny_model
 
@@ -49,10 +53,12 @@ def _model(kind: str) -> Any:
 
     wide = {"intermediate_size": 64, "hidden_size": 64}
     if kind in ("generic", "gemma3_text"):
-        return GenericBackend(tiny_model("llama" if kind == "generic" else kind))
+        model = tiny_model("llama" if kind == "generic" else kind)
+        return GenericBackend(model, _blocks(model, with_blocks))
     if kind in ("packed", "windows", "smollm3", "qwen2"):
         types = {"packed": "llama", "windows": "mistral"}
-        return PackedBackend.of(tiny_model(types.get(kind, kind), **({"sliding_window": 5} if kind == "windows" else {})))
+        model = tiny_model(types.get(kind, kind), **({"sliding_window": 5} if kind == "windows" else {}))
+        return PackedBackend.of(model, exit_blocks=_blocks(model, with_blocks))
     packing = {
         "native int8": PackingConfig(quantize="int8"),
         "native int4": PackingConfig(quantize="int4"),
@@ -63,8 +69,22 @@ def _model(kind: str) -> Any:
     named = kind.removeprefix("native ")
     tiny = tiny_model(named if named in ARCHITECTURES else "llama", dtype, **wide)
     if not can_run_native(tiny.config, dtype, torch.device("cpu"), packing):  # only this backend promises identical bits
-        return PackedBackend.of(tiny_model("llama", torch.float64))
-    return NativeBackend.of(tiny, packing)
+        model = tiny_model("llama", torch.float64)
+        return PackedBackend.of(model, exit_blocks=_blocks(model, with_blocks))
+    return NativeBackend.of(tiny, packing, exit_blocks=_blocks(tiny, with_blocks))
+
+
+def _blocks(model: Any, random: Random | None) -> Any:
+    """Near the weights that training starts from, or far from them."""
+    from exit_block_models import random_blocks
+
+    from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+
+    if random is None:
+        return NO_BLOCKS
+    exits = random.sample(range(1, model.config.num_hidden_layers), random.choice((1, 2, 2, 3)))
+    blocks = [ExitBlock(exit_layer, random.choice(("none", "final"))) for exit_layer in exits]
+    return random_blocks(model, *blocks, scale=random.choice((0.05, 0.3, 2.0)))
 
 
 def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[str]:
@@ -78,24 +98,30 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
         random.choice((1.0, 0.9, 0.1)),
         random.randrange(1000),
     )
-    strategy = random.choice(("autoregressive", "early-exit", "self-speculative", "self-speculative", "self-speculative"))
-    last = model.num_layers - (strategy != "early-exit")
+    strategies = ["autoregressive", "early-exit", "self-speculative", "self-speculative", "self-speculative"]
+    strategy = random.choice([*strategies, "adaptive", "adaptive"] if model.exit_blocks else strategies)
+    speculative = strategy in ("self-speculative", "adaptive")
+    weights = random.choice(list(model.draft_sides)) if strategy == "self-speculative" else None
     free = _alone(model, prompts[0], DecodingConfig("autoregressive", max_new_tokens=20), frozenset())[0]
     config = DecodingConfig(
         strategy,
-        random.randint(1, last),
+        random.choice([*model.exit_blocks, *_exits(model, strategy)])
+        if speculative
+        else random.choice(_exits(model, strategy)),
         random.randint(1, 9),
         random.choices((1, 2, 5, 12, 30, 500), (4, 4, 4, 4, 4, 1))[0],
         random.choice((0.0, 0.0, 0.2, 0.7, 0.99)) if strategy == "self-speculative" else 0.0,
         tuple(_letters(free[place : place + 2]) for place in random.sample(range(18), random.choice((0, 0, 1, 2)))),
         sampling,
+        weights,
+        exits=tuple(model.exit_blocks) if strategy == "adaptive" else (),
     )
     ends = frozenset(random.sample(free, random.choice((0, 0, 1, 2))))
     where = f"{config}, ends {sorted(ends)}, prompts {prompts}"
     alone = [_alone(model, prompt, config, ends) for prompt in prompts]
     for prompt, (ids, reason, stats) in zip(prompts, alone, strict=True):
         yield from (f"{fault}; {where}" for fault in _inconsistent(model, prompt, config, ids, reason, stats))
-    if not sampled and strategy == "self-speculative":
+    if not sampled and speculative:
         plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, 0.0, config.stop)
         for place, prompt in enumerate(prompts):
             if (expected := _alone(model, prompt, plain, ends)[:2]) != alone[place][:2]:
@@ -105,17 +131,31 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
     crowded = any(reason == "context" for _, reason, _ in alone)  # near the context's end the longest row limits the drafts
     for output in decode_batch(model, prompts, config, ends, _letters):
         ids, reason, stats = alone[output.row]
-        if sampled and strategy == "self-speculative":  # draws depend on the number of drafts, which other rows may limit
+        if sampled and speculative:  # draws depend on the number of drafts, which other rows may limit
             continue
         if (output.ids, output.finish_reason) != (ids, reason):
             yield f"row {output.row} of the batch gave {output.ids}, {output.finish_reason}, alone {ids}, {reason}; {where}"
-        elif not crowded and (different := [name for name in _COUNTS if getattr(output.stats, name) != getattr(stats, name)]):
+        elif (
+            not crowded
+            and strategy != "adaptive"
+            and (different := [name for name in _COUNTS if getattr(output.stats, name) != getattr(stats, name)])
+        ):
             found = ", ".join(f"{name} {getattr(output.stats, name)} and {getattr(stats, name)}" for name in different)
             yield f"row {output.row} of the batch counts otherwise than alone: {found}; {where}"
 
 
+def _exits(model: Any, strategy: str) -> list[int]:
+    """The exits that a strategy may have: below the last layer for drafts, any for answers that no feature is needed for."""
+    if strategy != "early-exit":
+        return list(range(1, model.num_layers))
+    only_drafting = {exit_layer for exit_layer, block in model.exit_blocks.items() if not block.stands_alone}
+    return [exit_layer for exit_layer in range(1, model.num_layers + 1) if exit_layer not in only_drafting]
+
+
 def _depth_faults(model: Any, prompt: list[int], config: Any, ends: frozenset[int], random: Random) -> Iterator[str]:
-    exits = tuple(sorted(random.sample(range(1, model.num_layers), random.randint(1, model.num_layers - 1))))
+    config = replace(config, draft_weights=None, exits=())
+    known = _exits(model, "early-exit")[:-1]
+    exits = tuple(sorted(random.sample(known, random.randint(1, len(known)))))
     always = replace(config, strategy="early-exit", exit_layer=exits[0])
     for confidence, same in ((1.0, replace(config, strategy="autoregressive")), (5e-324, always), (random.random(), None)):
         own = replace(config, strategy="early-exit", exits=exits, exit_confidence=confidence)

@@ -7,17 +7,9 @@ from random import Random
 from .material import Material
 from .victim import OUTPUTS
 
-COMMANDS = ("generate", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "calibrate")
-_LONG = (
-    "--samples",
-    "--steps",
-    "--repeats",
-    "--epochs",
-    "--problem-samples",
-    "--accumulation",
-    "--validation-samples",
-    "--timed",
-)
+FROZEN = "finetune --frozen"  # counts as a command of its own
+COMMANDS = ("generate", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "calibrate", FROZEN)
+OF_BLOCKS = ("--feature", "--answers", "--answer-tokens", "--answer-temperature", "--loss", "--exits")
 _LONG_MARK = 1000  # with more rows or steps than this, a long run is no fault
 
 
@@ -41,7 +33,7 @@ def flags_of(command: str) -> tuple[Flag, ...]:
     from cli.main import app
 
     group = typer.main.get_command(app)
-    parameters = group.commands[command].params
+    parameters = group.commands[command.split()[0]].params
     options = [option for option in parameters if option.param_type_name == "option" and option.name != "help"]
     kinds = [option.type_descriptor.annotation for option in options]
     named = [(option, getattr(kind, "__name__", "str")) for option, kind in zip(options, kinds, strict=True)]
@@ -60,6 +52,10 @@ def base_of(command: str, material: Material) -> tuple[str, ...]:
         "inspect": ("inspect", *model, "--max-new-tokens", "2"),
         "import": ("import", str(material.model())),
         "calibrate": (*material.calibrate_flags(), "--output", "calibrated"),
+        FROZEN: (
+            *("finetune", "--frozen", *model, "--exits", "2", "--steps", "1", "--batch-size", "2", "--max-length", "48"),
+            *("--samples", "4", "--answer-tokens", "4"),
+        ),
     }[command]
 
 
@@ -146,6 +142,9 @@ _OF_FLAGS = {
     "--prompt-template": ("chat", "{prompt}", "{prompt}{x}", "{", "{prompt}" * 3000),
     "--curriculum": ("rotational", "gradual", "all", "none", "x"),
     "--anchor-weights": ("bf16", "int8", "int4", "BF16"),
+    "--feature": ("none", "final", "Final", "final,none", "x"),
+    "--answers": ("model", "data", "Model", "model,data", "x"),
+    "--loss": ("kl", "tv", "KL", "kl,tv", "x"),
     "--exit-weights": ("paper", "linear", "sqrt", "uniform", "x"),
     "--regime": ("finetune", "continual", "scratch", "code", "x"),
     "--report-to": ("x", "wandb", "tensorboard", ",", "all", "none", "os"),

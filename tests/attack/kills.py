@@ -18,7 +18,7 @@ from .material import Material
 from .outcome import Miss, Outcome, misses_of
 from .snapshot import Snapshot, snapshot
 
-CASES, SHORT = 260, range(10)
+CASES, SHORT = 300, range(10)
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 _PROMPT = b"remind me to call mom"
 
@@ -33,6 +33,8 @@ class Scenario:
     again: tuple[str, ...] = ()  # added to the command when it is repeated after the kill
     checked: tuple[str, ...] = ("model.safetensors",)  # files that must be old or new, and new after the second run
     asked: tuple[str, ...] = ()  # with which flags the model is used
+    kept: tuple[str, ...] = ()  # files of the old model that must be there unchanged at all times
+    frozen: bool = False  # `finetune --frozen`: leaves no checkpoints, and is repeated with the flags that its errors ask for
 
 
 def _import(material: Material) -> tuple[str, ...]:
@@ -64,6 +66,7 @@ SCENARIOS = (
         (),
         ("model.safetensors", "int4.safetensors"),
         ("--quantize", "int4"),
+        ("model.safetensors", "config.json"),
     ),
     Scenario(
         "calibrate into nothing",
@@ -73,8 +76,32 @@ SCENARIOS = (
         ("model.safetensors", "int4.safetensors"),
         ("--quantize", "int4"),
     ),
+    Scenario(
+        "finetune --frozen beside a model",
+        lambda m: (*m.frozen_flags("out"), "--output", "out"),
+        lambda m: m.model("measured"),
+        checked=("model.safetensors", "exit_blocks.safetensors"),
+        asked=("--exit", "2"),
+        kept=("model.safetensors", "config.json"),
+        frozen=True,
+    ),
+    Scenario(
+        "finetune --frozen into nothing",
+        lambda m: (*m.frozen_flags(), "--exits", "1,3", "--feature", "final", "--steps", "1", "--output", "out"),
+        lambda _: None,
+        checked=("model.safetensors", "exit_blocks.safetensors"),
+        asked=("--exit", "3"),
+        frozen=True,
+    ),
+    Scenario(
+        "finetune --frozen over a model",
+        lambda m: (*m.frozen_flags(), "--output", "out", "--overwrite", "--answer-temperature", "1"),
+        lambda m: m.model("blocks"),
+        checked=("model.safetensors", "exit_blocks.safetensors"),
+        frozen=True,
+    ),
 )
-_WEIGHTS = (5, 2, 2, 4, 2, 1, 2, 1)
+_WEIGHTS = (5, 2, 2, 4, 2, 1, 2, 1, 4, 3, 2)
 
 
 def attack(case: Case) -> Iterator[Miss]:
@@ -110,13 +137,20 @@ def _afterwards(scenario: Scenario, reference: "Reference", home: Path, case: Ca
             yield Miss("lost", f"after the kill no model answers; {used.tail}")
         elif used.out not in (reference.old_answer, reference.new_answer):
             yield Miss("mixed", f"after the kill {used.out!r} is answered, neither {reference.old_answer!r} nor the new one's")
-    flags = [*scenario.flags(case.material)]
+    now = snapshot(out)
+    if changed := [name for name in scenario.kept if now.get(name) != reference.old[name]]:
+        yield Miss("lost", f"after the kill {', '.join(changed)} of the old model changed")
+    flags = scenario.flags(case.material)
     checkpoints = out / "checkpoints"
     goes_on = "--resume" not in scenario.again or scenario.name == "bench" or any(checkpoints.glob("checkpoint-*"))
-    done = outcome.status == 0 or (scenario.checked and snapshot(out) == reference.new)
+    done = outcome.status == 0 or (scenario.checked and now == reference.new)
     if done and "--resume" in scenario.again and scenario.checked:
         return  # it was complete: there is nothing to resume
     again = run(Command((*flags, *(scenario.again if goes_on else ()))), home, logs)
+    for flag in ("--resume", "--overwrite") if scenario.frozen else ():
+        if again.status == 1 and f"give {flag}" in again.err:
+            flags = (*flags, flag)
+            again = run(Command(flags), home, logs)
     for miss in misses_of(again):
         yield Miss(miss.kind, f"given again: {miss.what}")
     if again.status:
@@ -126,15 +160,17 @@ def _afterwards(scenario: Scenario, reference: "Reference", home: Path, case: Ca
     for name in scenario.checked:
         if after.get(name) != reference.new.get(name):
             yield Miss("mixed", f"given again, {name} is not what an undisturbed run writes")
-    if rubbish := sorted(_lasting(after) - _lasting(reference.new)):
+    expected, found = (_lasting(files, scenario) for files in (reference.new, after))
+    if rubbish := sorted(found - expected):
         yield Miss("wrong", f"left over: {', '.join(rubbish)}")
-    if missing := sorted(_lasting(reference.new) - _lasting(after)):
+    if missing := sorted(expected - found):
         yield Miss("lost", f"missing: {', '.join(missing)}")
 
 
-def _lasting(found: Snapshot) -> set[str]:
+def _lasting(found: Snapshot, scenario: Scenario) -> set[str]:
     """The files of a result, without lock files, which may stay, and without what a run resumes from."""
-    return {path for path in found if not path.startswith(("checkpoints", ".lock")) and not path.endswith(".lock")}
+    ignored = (".lock",) if scenario.frozen else (".lock", "checkpoints")
+    return {path for path in found if not path.startswith(ignored) and not path.endswith(".lock")}
 
 
 @dataclass(frozen=True)
@@ -142,6 +178,7 @@ class Reference:
     """An undisturbed run: its number of changes to the disk, its result, and the answers of the old and the new model."""
 
     events: int
+    old: Snapshot
     new: Snapshot
     old_answer: str
     new_answer: str
@@ -155,6 +192,7 @@ def _reference(scenario: Scenario, material: Material) -> Reference:
     home = _home(scenario, material, folder / "home")
     ask = Command(("generate", "--model", "out", "--max-new-tokens", "8", *scenario.asked), _PROMPT)
     old = run(ask, home, logs).out if scenario.old(material) is not None else ""
+    before = snapshot(home / "out")
     count = logs / "count"
     count.write_bytes(b"")
     outcome = start(
@@ -162,7 +200,7 @@ def _reference(scenario: Scenario, material: Material) -> Reference:
     ).wait()
     assert outcome is not None and outcome.status == 0, outcome
     new = run(ask, home, logs).out if scenario.checked else ""
-    found = Reference(count.stat().st_size, snapshot(home / "out"), old, new)
+    found = Reference(count.stat().st_size, before, snapshot(home / "out"), old, new)
     shutil.rmtree(folder)
     return found
 

@@ -16,7 +16,9 @@ _FEW = "--max-new-tokens 6"
 _GENERATE = f"generate --model MODEL {_FEW}"
 _IMPORT = "import MODEL --output imported"
 _BENCH = "bench --model MODEL --samples 2 --repeats 1 --max-new-tokens 4"
-_TRAIN = "finetune --model MODEL --steps 1 --batch-size 2 --samples 4 --max-length 48 --output out"
+_SHORTLY = "--model MODEL --steps 1 --batch-size 2 --samples 4 --max-length 48 --output out"
+_TRAIN = f"finetune {_SHORTLY}"
+_FROZEN = f"finetune --frozen --exits 2 --answer-tokens 4 {_SHORTLY}"
 COMMANDS = (
     *(_GENERATE, _BENCH, _IMPORT, _TRAIN, "inspect --model MODEL --max-new-tokens 2"),
     *(f"{_GENERATE} --lines --batch-size 2", f"{_GENERATE} --strategy autoregressive", f"{_GENERATE} --raw --exit 2"),
@@ -25,6 +27,8 @@ COMMANDS = (
     *(f"{_GENERATE} {flags}" for flags in ("--quantize int4", "--policy fast", "--temperature 1", "--exit-confidence 0.5")),
     f"{_GENERATE} --strategy draft-and-verify",
     "calibrate --model MODEL --samples 2 --length 8 --steps 1 --output calibrated",
+    *(f"{_GENERATE} {flags}" for flags in ("--exit 1 --spec 3", "--strategy early-exit --exit 1")),
+    _FROZEN,
 )
 
 
@@ -210,9 +214,98 @@ def _int4(what: str, change: Callable[[bytes], bytes], commands: tuple[str, ...]
     return Known(f"int4.safetensors: {what}", spoil, "measured", commands=commands)
 
 
-def _foreign_int4(path: Path) -> None:
-    """The file of another model: its weights are those of the model beside it no more."""
+def _retrained(path: Path) -> None:
+    """The weights are no longer those that the files beside them were made for."""
     change_weights(path, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].mul_(1.5))
+
+
+_WITH_BLOCKS = (_GENERATE, _FROZEN)
+_DRAFTING = ("--exit 1", "--exit 2", "--exit 2 --temperature 1", "--strategy early-exit --exit 1", "--lines --batch-size 2")
+
+
+def _blocks(what: str, change: Callable[[Path], object], must_fail: bool = True) -> tuple[Known, ...]:
+    """Damage to the file of blocks. Importing leaves it out."""
+    name = f"exit_blocks.safetensors: {what}"
+    spoil = lambda path: change(path / "exit_blocks.safetensors")  # noqa: E731
+    used = () if must_fail else (*(f"{_GENERATE} {flags}" for flags in _DRAFTING), _BENCH)
+    importing = Known(name, spoil, "blocks", False, (_IMPORT,))
+    return Known(name, spoil, "blocks", must_fail, (*_WITH_BLOCKS, *used)), importing
+
+
+def _block_bytes(what: str, change: Callable[[bytes], bytes], must_fail: bool = True) -> tuple[Known, ...]:
+    return _blocks(what, lambda file: file.write_bytes(change(file.read_bytes())), must_fail)
+
+
+def _block_weights(what: str, change: Callable[[Tensors], object], must_fail: bool = True) -> tuple[Known, ...]:
+    return _blocks(what, lambda file: change_weights(file.parent, change, file.name), must_fail)
+
+
+def _block_filled(name: str, value: float, must_fail: bool = True) -> tuple[Known, ...]:
+    return _block_weights(f"{value} in {name}", lambda tensors: tensors[name].fill_(value), must_fail)
+
+
+def _renamed(old: str, new: str) -> Callable[[Tensors], object]:
+    return lambda tensors: [
+        tensors.update({name.replace(old, new): tensors.pop(name)}) for name in list(tensors) if old in name
+    ]
+
+
+def _converted(dtype: str) -> Callable[[Tensors], object]:
+    def convert(tensors: Tensors) -> None:
+        import torch
+
+        tensors.update({name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()})
+
+    return convert
+
+
+def _other_file(file: Path) -> None:
+    file.write_bytes((file.parent / "model.safetensors").read_bytes())
+
+
+def _folder_instead(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+_DOWN, _NORM, _MAP_OF_2 = "exits.1.layer.mlp.down_proj.weight", "exits.1.norm.weight", "exits.2.input.weight"
+_BLOCKS: tuple[Known, ...] = (
+    *_block_bytes("cut", lambda data: data[:-9]),
+    *_block_bytes("empty", lambda data: b""),
+    *_block_bytes("its header alone", lambda data: data[:40]),
+    *_block_bytes("zeros", lambda data: bytes(len(data))),
+    *_block_bytes("not finite", lambda data: data[:-4000] + b"\xff" * 4000),
+    *_block_bytes("another format", lambda data: data.replace(b'"format":"1"', b'"format":"2"')),
+    *_block_bytes("no fingerprint", lambda data: data.replace(b'"fingerprint"', b'"fingerprinz"')),
+    *_block_bytes("a header of 2**63 bytes", lambda data: b"\0" * 7 + b"\x80" + data[8:]),
+    *_blocks("the model's own weights", _other_file),
+    *_blocks("a folder", _folder_instead, must_fail=False),
+    *(one for name in (_DOWN, _NORM, _MAP_OF_2) for one in _block_filled(name, float("nan"))),
+    *_block_filled(_DOWN, float("inf")),
+    *(one for value in (0.0, 1e38, -1e38) for one in _block_filled(_DOWN, value, must_fail=False)),
+    *(one for dtype in ("int32", "uint8", "bool", "float8_e4m3fn") for one in _block_weights(dtype, _converted(dtype))),
+    *(one for dtype in ("float64", "float16") for one in _block_weights(dtype, _converted(dtype), must_fail=False)),
+    *_block_weights("a weight missing", lambda tensors: tensors.pop(_NORM)),
+    *_block_weights("the map alone missing", lambda tensors: tensors.pop(_MAP_OF_2), must_fail=False),
+    *_block_weights("nothing but the map", lambda tensors: [tensors.pop(name) for name in list(tensors) if name != _MAP_OF_2]),
+    *_block_weights("no weights", lambda tensors: tensors.clear(), must_fail=False),
+    *_block_weights("a bias too much", lambda tensors: tensors.update({f"{_DOWN[:-6]}bias": tensors[_NORM].clone()})),
+    *_block_weights("a norm too short", lambda tensors: tensors.update({_NORM: tensors[_NORM][:3].clone()})),
+    *_block_weights("a scalar", lambda tensors: tensors.update({_NORM: tensors[_NORM][0].clone()})),
+    *_block_weights("a map of another width", lambda tensors: tensors.update({_MAP_OF_2: tensors[_MAP_OF_2][:, :64].clone()})),
+    *_block_weights("a map transposed", lambda tensors: tensors.update({_MAP_OF_2: tensors[_MAP_OF_2].T.contiguous()})),
+    *(
+        one
+        for exit_layer in ("0", "4", "01", "-1", "1.0", "9" * 5000, "\u0661", "")
+        for one in _block_weights(f"exit {exit_layer[:9]!r}", _renamed("exits.1.", f"exits.{exit_layer}."))
+    ),
+    *_block_weights("the names of a model", _renamed("exits.1.layer.", "model.layers.0.")),
+    *_block_weights("exit 3 instead of 1", _renamed("exits.1.", "exits.3."), must_fail=False),
+    *(
+        _info("blocks", False, (_GENERATE, f"{_GENERATE} --temperature 1", _FROZEN), exit_blocks=told)
+        for told in ([], "x", 5, {"1": 3}, {"1": {"agreement": 1e308}}, {"x": {"agreement": 0.5}}, {"9": {"agreement": 1.0}})
+    ),
+)
 
 
 def _in_a_circle(path: Path) -> None:
@@ -278,7 +371,9 @@ _FILES: tuple[Known, ...] = (
     _int4("not finite", lambda data: data[:-4000] + b"\xff" * 4000),
     _int4("zeros", lambda data: bytes(len(data))),
     _int4("another format", lambda data: data.replace(b'"group_size":"32"', b'"group_size":"64"')),
-    Known("int4.safetensors of other weights", _foreign_int4, "measured", commands=(f"{_GENERATE} --quantize int4",)),
+    Known("int4.safetensors of other weights", _retrained, "measured", commands=(f"{_GENERATE} --quantize int4",)),
+    Known("exit_blocks.safetensors of other weights", _retrained, "blocks", commands=_WITH_BLOCKS),
+    *_BLOCKS,
     *(_info(prompt_template=template) for template in ("", "chat", "{prompt", "{prompt}" * 90, 5, [])),
     Known("GGUF: 10 million blocks", lambda file: edit_gguf(file, b"llama.block_count", 10**7), "tiny.gguf"),
     Known("GGUF: no heads", lambda file: edit_gguf(file, b"llama.attention.head_count", 0), "tiny.gguf"),

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from .command import Command, run, start
 from .forked import Child, Limits
 
-MODELS = ("llama", "qwen2", "smollm3", "gemma3_text", "sharded", "adapter", "tiny.gguf", "chat", "measured")
+MODELS = ("llama", "qwen2", "smollm3", "gemma3_text", "sharded", "adapter", "tiny.gguf", "chat", "measured", "blocks")
 _SHAPES: dict[str, dict[str, object]] = {
     "llama": {},
     "qwen2": {},
@@ -36,7 +37,7 @@ class Material:
 
     @property
     def data(self) -> Path:
-        """Valid files of every kind: rows.jsonl, rows.csv, rows.parquet, text.txt, code.jsonl, mbpp.jsonl, topv2/."""
+        """Valid files of every kind: rows.*, prompts.jsonl, text.txt, chat.jsonl, code.jsonl, mbpp.jsonl, topv2/."""
         return self.root / "data"
 
     @property
@@ -59,6 +60,11 @@ class Material:
         """The output of a finetuning run with checkpoints, started with `training_flags`."""
         return self.root / "training"
 
+    @property
+    def frozen(self) -> Path:
+        """What `frozen_flags` leave when they are killed after the first of two steps: answers, states and a checkpoint."""
+        return self.root / "frozen"
+
     def bench_flags(self) -> tuple[str, ...]:
         return ("bench", "--model", str(self.model()), "--samples", "3", "--repeats", "1", "--max-new-tokens", "4")
 
@@ -70,6 +76,24 @@ class Material:
         return (
             *("finetune", "--model", str(self.model()), "--steps", str(steps), "--batch-size", "2", "--max-length", "64"),
             *("--samples", "16", "--save-steps", "1", "--dtype", "fp32", "--device", "cpu"),
+        )
+
+    def frozen_flags(self, model: str | None = None) -> tuple[str, ...]:
+        """`model`: a folder, by default that of `llama`."""
+        return (
+            *(
+                "finetune",
+                "--frozen",
+                "--model",
+                model or str(self.model()),
+                "--exits",
+                "2",
+                "--steps",
+                "2",
+                "--save-steps",
+                "1",
+            ),
+            *("--batch-size", "2", "--max-length", "48", "--samples", "4", "--answer-tokens", "4", "--dtype", "fp32"),
         )
 
 
@@ -93,6 +117,7 @@ def import_everything() -> None:
     import layerskip_core.evaluation.measure.sweep
     import layerskip_core.evaluation.report.html
     import layerskip_core.evaluation.report.inspect_page
+    import layerskip_core.training.frozen.run
     import layerskip_core.training.run  # noqa: F401
 
     _require_no_threads()
@@ -118,6 +143,7 @@ def import_what_commands_import(material: Material) -> None:
             ("generate", "--model", str(material.model("adapter")), *named[2:]),
             ("generate", "--model", str(material.model("measured")), "--quantize", "int4", *named[2:]),
             training,
+            (*material.frozen_flags(), "--output", "learnt-blocks"),
         )
     ):
         known, listed = set(sys.modules), logs / f"modules-{number}"
@@ -157,9 +183,20 @@ def make(root: Path) -> Material:
     for flags, folder in ((bench, material.bench), (sweep, material.sweep), (material.training_flags(), material.training)):
         outcome = run(Command((*flags, "--output", str(folder))), root, logs)
         assert outcome.status == 0, outcome
+    frozen = Command((*material.frozen_flags(), "--output", str(material.frozen)))
+    killed = start(frozen, root, logs, prepare=_kill_at_the_second_checkpoint).wait()
+    assert killed is not None and killed.status == -signal.SIGKILL and material.frozen.is_dir(), killed
     lines = (material.bench / "outputs.jsonl").read_text().splitlines(keepends=True)
     material.journal.write_text("".join(lines[:-1]))
     return material
+
+
+def _kill_at_the_second_checkpoint() -> None:
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.rename" and str(arguments[1]).endswith("checkpoint-2"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
 
 
 def _make_models(material: Material) -> None:
@@ -188,6 +225,7 @@ def _make_models(material: Material) -> None:
     information["prompt_template"] = "chat"
     (material.model("chat") / "layerskip.json").write_text(json.dumps(information))
     _make_measured(material, tokenizer, special)
+    _make_blocks(material, tokenizer, special)
     _make_adapter(material, tokenizer)
 
 
@@ -220,6 +258,29 @@ def _make_measured(material: Material, tokenizer: object, special: dict[str, obj
     save_checkpoint(model, tokenizer, info, str(material.model("measured")), torch.float32)
 
 
+def _make_blocks(material: Material, tokenizer: object, special: dict[str, object]) -> None:
+    """A model with blocks at two exits, of which the second reads the model's final states."""
+    import torch
+    from conftest import tiny_model
+    from exit_block_models import random_blocks
+
+    from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+    from layerskip_core.checkpoint.info import EXIT_BLOCKS, CheckpointInfo
+    from layerskip_core.checkpoint.save import save_checkpoint
+    from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
+    from layerskip_core.model import ModelSpec
+    from layerskip_core.model.exit_blocks import ExitBlock
+
+    widths = {"hidden_size": 64, "intermediate_size": 64}
+    model = tiny_model("llama", torch.float32, vocab_size=300, num_hidden_layers=4, **widths, **special)
+    spec, blocks = ModelSpec.of(model.config), random_blocks(model, ExitBlock(1), ExitBlock(2, "final"))
+    weights = {name: blocks.take(name) for name in blocks.shapes(spec)}
+    content = exit_blocks_content(spec, weights, model_fingerprint(spec, model.get_parameter))
+    info = CheckpointInfo("{prompt}\n", details={EXIT_BLOCKS: {"1": {"agreement": 0.5}, "2": {"agreement": 0.75}}})
+    output = str(material.model("blocks"))
+    save_checkpoint(model, tokenizer, info, output, torch.float32, {EXIT_BLOCKS_FILE: content})
+
+
 def _make_adapter(material: Material, tokenizer: object) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -238,6 +299,7 @@ def _make_data(material: Material) -> None:
     (folder / "topv2").mkdir(parents=True)
     rows = [{"prompt": f"remind me to call person {number}", "completion": f"[IN:CALL {number} ]"} for number in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     (folder / "rows.csv").write_text("prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
     (folder / "text.txt").write_text("".join(row["prompt"] + ". " + row["completion"] + "\n" for row in rows) * 4)

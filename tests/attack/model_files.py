@@ -72,15 +72,18 @@ def cut(file: Path) -> None:
     file.write_bytes(spoil_bytes(file.read_bytes()[: file.stat().st_size // 2], Random(0)))
 
 
-def change_weights(model: Path, change: Callable[[Tensors], object]) -> None:
-    """Reads, changes and writes a model's weights, in a child because it uses torch."""
+def change_weights(model: Path, change: Callable[[Tensors], object], name: str = "model.safetensors") -> None:
+    """Reads, changes and writes a file of weights in a model's folder, in a child because it uses torch."""
 
     def work() -> int:
+        from safetensors import safe_open
         from safetensors.torch import load_file, save_file
 
-        tensors = load_file(model / "model.safetensors")
+        tensors = load_file(model / name)
+        with safe_open(model / name, "pt") as file:
+            metadata = file.metadata()
         change(tensors)
-        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        save_file(tensors, model / name, metadata)
         return 0
 
     outcome = Child(work, model.parent, Limits(), None, (-1, -1)).wait()

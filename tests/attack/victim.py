@@ -61,8 +61,13 @@ class Victim:
         found = changes(self._before, snapshot(self.home), changed)
         return [Miss("lost", "; ".join(found[:6]))] if found else []
 
-    def written_by_command(self, output: str) -> tuple[str, ...]:
-        """What a successful command may change when it writes to this output: files of this program, no others."""
+    def written_by_command(self, output: str, beside: bool) -> tuple[str, ...]:
+        """What a successful command may change when it writes to this output: files of this program, no others.
+
+        `beside`: it adds to the model there, whose own files stay as they are.
+        """
+        if beside:
+            return tuple(f"{output}/{name}" for name in ("layerskip.json", "int4.safetensors", "exit_blocks.safetensors"))
         model = ("config.json", "generation_config.json", "model.safetensors", "tokenizer", "layerskip.json")
         mine = {
             "model": model,

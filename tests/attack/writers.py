@@ -12,11 +12,11 @@ from .material import Material
 from .outcome import Miss, misses_of
 from .snapshot import Snapshot, snapshot
 
-CASES, SHORT = 60, (0, 3, 4, 5)
+CASES, SHORT = 60, (0, 3, 4, 9)
 _PAIRS = (
     *(("import", "import other"), ("import", "import other"), ("import", "import"), ("finetune", "finetune other")),
     *(("bench", "bench"), ("import", "finetune"), ("sweep --save", "sweep --save"), ("sweep --save", "import")),
-    ("calibrate", "import"),
+    *(("calibrate", "import"), ("finetune --frozen", "import"), ("finetune --frozen beside", "sweep --save")),
 )
 
 
@@ -29,6 +29,8 @@ def _flags(name: str, material: Material) -> tuple[str, ...]:
         "finetune other": (*train, "--output", "out", "--overwrite", "--seed", "2"),
         "bench": (*material.bench_flags(), "--output", "out"),
         "calibrate": (*material.calibrate_flags(), "--output", "out", "--overwrite"),
+        "finetune --frozen": (*material.frozen_flags(), "--output", "out", "--overwrite"),
+        "finetune --frozen beside": (*material.frozen_flags("out"), "--output", "out"),
         "sweep --save": ("sweep-exits", "--model", "out", "--samples", "1", "--exits", "2", "--specs", "2", "--save"),
     }[name]
 
@@ -58,7 +60,7 @@ def attack(case: Case) -> Iterator[Miss]:
 def _judge(case: Case, home: Path, won: list[str]) -> Iterator[Miss]:
     """The output must be what one of the successful commands writes, and must be usable."""
     found = snapshot(home / "out")
-    writers = [name for name in won if name.startswith(("import", "finetune", "calibrate"))]
+    writers = [name for name in won if name.startswith(("import", "finetune", "calibrate")) and not name.endswith("beside")]
     if writers:
         expected = {name: _alone(name, case.material) for name in writers}
         if not any(_weights(found) == _weights(files) for files in expected.values()):
