@@ -53,7 +53,7 @@ def with_blocks(checkpoint, tmp_path):
     loaded = for_training(folder, "cpu", "fp32")
     spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
     content = exit_blocks_content(spec, ExitBlock(2).initial(spec, weight_of), model_fingerprint(spec, weight_of))
-    save_beside(folder, EXIT_BLOCKS_FILE, content, {"exit_blocks": {"2": {"agreement": 0.75}}})
+    save_beside(folder, EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({"2": {"agreement": 0.75}}))
     return Path(folder)
 
 
