@@ -22,7 +22,7 @@ from ..model import (
     suits_kernels,
 )
 from ..model.draft_vocabulary import token_order
-from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.exit_blocks import NO_BLOCKS
 from ..model.native.compiled import kernel_note, requested_variant
 from ..prompting.template import resolve_template
 from .adapters import adapters_of, is_adapter
@@ -31,7 +31,7 @@ from .fast_read import FileWeights, generation_config, lean_config, lean_tokeniz
 from .info import CheckpointInfo, read_info
 from .int4_file import read_int4
 from .loaded import Decoder, Trainable, decoder_of, end_ids
-from .locate import PUBLISHED, Location, locate, reading
+from .locate import Location, locate, reading
 from .placement import pick_device, pick_dtype
 from .quiet import quiet_transformers
 from .stored import INT4_FILE, check_tokenizer
@@ -152,7 +152,7 @@ def _lean_decoder(
     check_tokenizer(tokenizer, spec.vocab)
     precision = pick_dtype(dtype, device, spec.parameters)
     blocks = read_exit_blocks(path, spec, weights.stored)
-    packing = _with_adaptive_copy(packing, _has_exits(name, info, blocks), path, config, precision, device)
+    packing = _with_adaptive_copy(packing, path, config, precision, device)
     kind, notes = _best_backend(config, precision, device, packing)
     int4 = read_int4(path, spec, weights.stored) if packing is not None and packing.has_int4 else None
     backend = kind(config, weights.reader(precision), packing, _token_order(path, config, packing), int4, blocks)
@@ -169,9 +169,7 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
     blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, generic.backend.spec, model.get_parameter)
     if can_pack(model.config):
         weight = model.get_input_embeddings().weight
-        packing = _with_adaptive_copy(
-            packing, _has_exits(trainable.name, trainable.info, blocks), folder, model.config, weight.dtype, weight.device
-        )
+        packing = _with_adaptive_copy(packing, folder, model.config, weight.dtype, weight.device)
         kind, notes = _best_backend(model.config, weight.dtype, weight.device, packing)
         int4 = None
         if folder is not None and packing is not None and packing.has_int4:
@@ -185,14 +183,8 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
     return replace(generic, backend=GenericBackend(model, blocks)) if blocks.blocks else generic
 
 
-def _has_exits(name: str, info: CheckpointInfo, blocks: ExitBlocks) -> bool:
-    """Whether exits of the model were trained."""
-    return bool(blocks.blocks) or info.has_trained_exits or name in PUBLISHED
-
-
 def _with_adaptive_copy(
     packing: PackingConfig | None,
-    has_exits: bool,
     folder: str | None,
     config: Any,
     dtype: torch.dtype,
@@ -200,8 +192,7 @@ def _with_adaptive_copy(
 ) -> PackingConfig | None:
     """With a low-bit copy for adaptive drafting, if it is fast here and fits the memory.
 
-    int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong. A model in fp32 whose exits
-    were trained gets none: it is small, and its exits take less time than a copy of all layers.
+    int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
     """
     if packing is None or not packing.adaptive or packing.draft_weights or packing.quantize or packing.exact:
         return packing
@@ -209,8 +200,7 @@ def _with_adaptive_copy(
     copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
     needed = ModelSpec.of(config).parameters * (dtype.itemsize + 1)
     fits = needed <= _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    helps = dtype == torch.bfloat16 or not has_exits
-    return copied if helps and fits and can_run_native(config, dtype, device, copied) else packing
+    return copied if fits and can_run_native(config, dtype, device, copied) else packing
 
 
 def _best_backend(

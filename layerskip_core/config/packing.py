@@ -21,8 +21,8 @@ class PackingConfig:
 
     `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), for
     drafting only, each with a head in `draft_head`. That is int8 unless told otherwise, because an int4 head costs most of the
-    agreement with the target. `adaptive`: a model without trained exits gets an int8 copy of all layers where nothing else was
-    asked for and a kernel is there. `draft_vocab`: drafts are chosen among this many tokens (0: all): the most frequent of the
+    agreement with the target. `adaptive`: the model gets a low-bit copy of all layers where nothing else was asked for and a
+    kernel is there. `draft_vocab`: drafts are chosen among this many tokens (0: all): the most frequent of the
     training data if there is a token_order.json, else the tokenizer's first. `exact`: self-speculative output is bit for bit
     that of autoregressive decoding, in every precision.
     """
