@@ -16,6 +16,7 @@ from . import failure, streams
 from .bench import bench
 from .calibrate import calibrate
 from .data import data
+from .export import export
 from .finetune import finetune
 from .generate import generate
 from .import_model import import_model
@@ -51,6 +52,7 @@ app.command("bench", cls=Command, short_help="Compare decoding strategies on the
 app.command("inspect", cls=Command, short_help="Show what the model predicts after every layer.")(inspect)
 app.command("calibrate", cls=Command, short_help="Make better int4 weights for a model.")(calibrate)
 app.command("import", cls=Command, short_help="Write any model as a plain transformers checkpoint.")(import_model)
+app.command("export", cls=Command, short_help="Write an exit as a draft model for another engine.")(export)
 app.command("data", cls=Command, short_help="Print the rows of a data set as JSON lines.")(data)
 
 

@@ -25,6 +25,18 @@ _SHAPE = {
     "pad_token_id": 0,
 }
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5, 2.0, 2.5], "long_factor": [4.0, 5.0, 6.0]}
+CHANGES = {  # what makes each architecture differ from Llama in every way that it can
+    **{model_type: {"sliding_window": 5} for model_type in ("mistral", "ministral", "gemma3_text", "olmo3", "starcoder2")},
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 24},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 1.7},
+    "phi3": {
+        "sliding_window": 5,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64},
+    },
+}
+
 
 def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **changes: object):
     """A random model of six layers. Its weights are larger than usual, so that logits and exits differ clearly."""

@@ -13,7 +13,7 @@ LEVELS = [
     {"data", "prompting", "model", "losses"},
     {"checkpoint"},
     {"decoding"},
-    {"training", "evaluation", "calibration", "language_model"},
+    {"training", "evaluation", "calibration", "export", "language_model"},
 ]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 

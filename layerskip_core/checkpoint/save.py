@@ -27,7 +27,7 @@ from .model_files import in_the_way, loaded_files, model_files, obstacles
 from .quiet import quiet_transformers
 from .stored import EXIT_BLOCKS_FILE, INT4_FILE
 from .swap import files_below, replace_files, settle
-from .transformers_read import stored_dtype
+from .transformers_read import written_dtype
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def import_checkpoint(name: str, output: str, dtype: str, files: Mapping[str, by
     Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name.
     `dtype` is fp32, bf16, or auto: as stored, which is fp32 for a GGUF file. Raises CheckpointError if anything fails.
     """
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or stored_dtype(name)
+    precision = written_dtype(name, dtype)
     loaded = for_training(name, "cpu", "fp32")
     beside, left_out = _files_beside(name, loaded)
     details = {**loaded.info.details, "imported_from": name}

@@ -92,6 +92,11 @@ def stored_dtype(name: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def written_dtype(name: str, asked: str) -> torch.dtype:
+    """The precision to write a checkpoint's weights in: fp32, bf16, or auto: as `stored_dtype` says."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(asked) or stored_dtype(name)
+
+
 def _from_pretrained(location: Location, spec: ModelSpec) -> Any:
     """The model with its stored weights. Raises CheckpointError for one that lacks some."""
     from transformers import AutoModelForCausalLM

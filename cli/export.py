@@ -1,0 +1,46 @@
+"""`layerskip export`: an exit of a model, as a draft model for another engine."""
+
+from typing import Annotated, cast
+
+import typer
+
+from layerskip_core.config.export import ENGINES, Engine, ExportConfig
+from layerskip_core.config.machine import DType
+
+from .console import narrate
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
+    ] = "embedded",
+    exit_layer: Annotated[
+        int | None,
+        typer.Option("--exit", help="Layers of the draft; the last: the whole model. [default: the checkpoint's]"),
+    ] = None,
+    output: Annotated[str, typer.Option("--output", help="Folder for the draft model.")] = "draft-model",
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help=f"Also print how it drafts in this engine: {', '.join(ENGINES)}."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights written: fp32, bf16, or auto: as stored.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
+) -> None:
+    """Write the first layers of a model as a model of its own, which drafts for the whole model in another engine.
+
+    It has the exit's block if there is one, the norm and the head, and gives the logits of this exit.
+
+    Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
+    """
+    config = ExportConfig(model, exit_layer, output, cast(Engine | None, engine), cast(DType, dtype), overwrite)
+    from layerskip_core.checkpoint.save import output_lock
+    from layerskip_core.export.run import README, export
+
+    with output_lock(output, "layerskip export"):
+        exported = export(config)
+    if not exported.trained:
+        narrate(f"exit {exported.exit_layer} was not trained, so most of its drafts will be wrong")
+    told = f", and how to use it to {output}/{README}" if exported.readme else ""
+    narrate(f"wrote exit {exported.exit_layer} of {model}, {exported.layers} layers, to {output}{told}")
+    if exported.readme:
+        typer.echo(exported.readme, nl=False)

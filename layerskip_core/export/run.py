@@ -1,0 +1,103 @@
+"""An export, from its settings to the files of `output`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shlex import quote
+
+from ..checkpoint.adapters import is_adapter
+from ..checkpoint.exit_blocks_file import read_exit_blocks
+from ..checkpoint.info import CheckpointInfo
+from ..checkpoint.load import for_training
+from ..checkpoint.loaded import Trainable, decoder_of
+from ..checkpoint.locate import EMBEDDED, locate, reading
+from ..checkpoint.save import refuse_overwrite, save_checkpoint
+from ..checkpoint.stored import EXIT_BLOCKS_FILE, INT4_FILE
+from ..checkpoint.transformers_read import written_dtype
+from ..config.checks import require_exit_layer
+from ..config.export import ExportConfig
+from ..errors import ConfigError
+from ..model import GenericBackend
+from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from .draft import cut_to_exit
+from .draft_length import recommended_length
+from .engines import instructions
+
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: exit and layers, whether the exit was trained, and the README's text if an engine was named."""
+
+    exit_layer: int
+    layers: int
+    trained: bool
+    readme: str | None
+
+
+def export(config: ExportConfig) -> Exported:
+    """Writes an exit of a model to `output`, whose lock the caller holds, as a transformers checkpoint.
+
+    Its logits are those of the exit. With the last layer as the exit it is the whole model, without the files beside it.
+
+    Raises:
+        CheckpointError: the model cannot be read, or the folder not be written.
+        ConfigError: the folder is the model's own, or holds another model or a README.md of someone else; the exit is not one
+            of the model's, or needs the whole model.
+    """
+    if Path(config.output).resolve() == Path(config.model).resolve():
+        raise ConfigError(f"`output` must be another folder than the model's, got {config.output}", "output")
+    refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
+    loaded = for_training(config.model, "cpu", "fp32")
+    blocks = _blocks_of(loaded)
+    decoder = decoder_of(replace(loaded, backend=GenericBackend(loaded.model, blocks)))
+    recommended, layers = decoder.recommended(), loaded.backend.num_layers
+    exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
+    require_exit_layer(exit_layer, layers, may_be_last=config.engine is None)
+    model = cut_to_exit(loaded, exit_layer, blocks)
+    kept, readme = model.config.num_hidden_layers, None
+    if config.engine is not None:
+        length = recommended_length(decoder, exit_layer, kept)
+        how = instructions(config.engine, *_names(config), length.tokens)
+        readme = _readme(config, exit_layer, layers, f"{length.tokens} draft tokens: {length.why}", how)
+    info = CheckpointInfo(
+        loaded.info.prompt_template,
+        details={"exported_from": config.model, "exported_exit": exit_layer},
+        system=loaded.info.system,
+    )
+    files = {} if readme is None else {README: readme.encode()}
+    save_checkpoint(model, loaded.tokenizer, info, config.output, written_dtype(config.model, config.dtype), files)
+    return Exported(exit_layer, kept, exit_layer == layers or exit_layer in recommended.exits, readme)
+
+
+def _blocks_of(loaded: Trainable) -> ExitBlocks:
+    """The exit blocks beside the model's weights. An adapter changes the weights, so it has none."""
+    if is_adapter(loaded.name) or not (location := locate(loaded.name)).is_folder:
+        return NO_BLOCKS
+    return reading(loaded.name, lambda: read_exit_blocks(location.path, loaded.backend.spec, loaded.model.get_parameter))
+
+
+def _names(config: ExportConfig) -> tuple[str, str]:
+    """Target and draft, as engines take them."""
+    return _target(config) or str(Path(f"{config.output}-target").resolve()), str(Path(config.output).resolve())
+
+
+def _target(config: ExportConfig) -> str | None:
+    """The model as engines can load it: a hub id, or a folder with no weights beside the model's own; None if it is neither."""
+    name = config.model
+    if name in EMBEDDED or is_adapter(name) or (location := locate(name)).gguf_file is not None:
+        return None
+    if not location.is_folder:
+        return name
+    beside = any((Path(name) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
+    return None if beside else str(Path(name).resolve())
+
+
+def _readme(config: ExportConfig, exit_layer: int, layers: int, length: str, how: str) -> str:
+    parts = [f"# Exit {exit_layer} of {config.model} as a draft model, with {config.engine}", f"{length}."]
+    if _target(config) is None:
+        target, _ = _names(config)
+        name = config.model if config.model in EMBEDDED else str(Path(config.model).resolve())
+        parts.append("First the model itself, in a form that the engine loads:")
+        parts.append(f"```sh\nlayerskip export {quote(name)} --exit {layers} --output {quote(target)}\n```")
+    return "\n\n".join([*parts, how])
