@@ -4,8 +4,7 @@ from typing import Annotated, cast
 
 import typer
 
-from layerskip_core.config.export import ENGINES, Engine, ExportConfig
-from layerskip_core.config.machine import DType
+from layerskip_core.config.export import ENGINES, FORMATS, Engine, ExportConfig, Format
 
 from .console import narrate
 
@@ -19,20 +18,30 @@ def export(
         typer.Option("--exit", help="Layers of the draft; the last: the whole model. [default: the checkpoint's]"),
     ] = None,
     output: Annotated[str, typer.Option("--output", help="Folder for the draft model.")] = "draft-model",
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help=f"{', '.join(FORMATS)}. [default: gguf with --engine llama.cpp, else transformers]"),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option("--engine", help=f"Also print how it drafts in this engine: {', '.join(ENGINES)}."),
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights written: fp32, bf16, or auto: as stored.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Of the weights written: fp32, bf16, or auto: as stored; in GGUF f16, q8_0, q4_0, or auto: f16."
+        ),
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
 ) -> None:
     """Write the first layers of a model as a model of its own, which drafts for the whole model in another engine.
 
-    It has the exit's block if there is one, the norm and the head, and gives the logits of this exit.
+    It has the exit's block if there is one, the norm and the head, and gives the logits of this exit. --format gguf writes
+    the whole model and the draft for llama.cpp.
 
     Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
     """
-    config = ExportConfig(model, exit_layer, output, cast(Engine | None, engine), cast(DType, dtype), overwrite)
+    config = ExportConfig(model, exit_layer, output, cast(Format | None, form), cast(Engine | None, engine), dtype, overwrite)
     from layerskip_core.checkpoint.save import output_lock
     from layerskip_core.export.run import README, export
 

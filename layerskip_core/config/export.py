@@ -3,30 +3,47 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .checks import require_choice, require_given
-from .machine import DTYPES, DType
+from .checks import require, require_choice, require_given
+from .machine import DTYPES
 
-Engine = Literal["vllm", "sglang", "tensorrt-llm", "transformers"]
+Engine = Literal["vllm", "sglang", "llama.cpp", "tensorrt-llm", "transformers"]
+Format = Literal["transformers", "gguf"]
 ENGINES: tuple[str, ...] = get_args(Engine)
+FORMATS: tuple[str, ...] = get_args(Format)
+GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """The first `exit_layer` layers of a model, with its exit block if there is one; None: the recommended exit.
 
-    With an `engine` the export describes how it decodes the model with this draft.
+    With an `engine` the export describes how it decodes the model with this draft. `format` None: that of the engine, else
+    transformers. `dtype`, of the weights written, has other names in GGUF; auto is as stored, and f16 there.
     """
 
     model: str = "embedded"
     exit_layer: int | None = None
     output: str = "draft-model"
+    format: Format | None = None
     engine: Engine | None = None
-    dtype: DType = "auto"
+    dtype: str = "auto"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         require_given("the MODEL", self.model)
         require_given("output", self.output)
-        require_choice(self.dtype, "dtype", DTYPES)
+        if self.format is not None:
+            require_choice(self.format, "format", FORMATS)
         if self.engine is not None:
             require_choice(self.engine, "engine", ENGINES)
+            needed = "gguf" if self.is_gguf_engine else "transformers"
+            require(self.format in (None, needed), "format", f"{needed} for `engine` {self.engine}", self.format)
+        require_choice(self.dtype, "dtype", GGUF_DTYPES if self.as_gguf else DTYPES)
+
+    @property
+    def is_gguf_engine(self) -> bool:
+        return self.engine == "llama.cpp"
+
+    @property
+    def as_gguf(self) -> bool:
+        return self.format == "gguf" or self.is_gguf_engine

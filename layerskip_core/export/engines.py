@@ -10,7 +10,7 @@ Recipe = Callable[[str, str, int], str]  # from target, draft and number of draf
 
 
 def instructions(engine: Engine, target: str, draft: str, drafts: int) -> str:
-    """Markdown for one engine. `target` and `draft` are folders or hub ids."""
+    """Markdown for one engine. `target` and `draft` are folders or hub ids, for llama.cpp GGUF files."""
     return _RECIPES[engine](target, draft, drafts)
 
 
@@ -26,6 +26,11 @@ def _sglang(target: str, draft: str, drafts: int) -> str:
         f"--speculative-num-steps {drafts} --speculative-eagle-topk 1 --speculative-num-draft-tokens {drafts + 1}",
     )
     return _code("sh", " \\\n    ".join(("python -m sglang.launch_server", *flags)))
+
+
+def _llama_cpp(target: str, draft: str, drafts: int) -> str:
+    flags = f"--spec-type draft-simple -md {quote(draft)} --spec-draft-n-max {drafts}"
+    return _code("sh", f"llama-server -m {quote(target)} \\\n    {flags}")
 
 
 def _tensorrt(target: str, draft: str, drafts: int) -> str:
@@ -65,6 +70,7 @@ def _code(language: str, text: str) -> str:
 _RECIPES: dict[Engine, Recipe] = {
     "vllm": _vllm,
     "sglang": _sglang,
+    "llama.cpp": _llama_cpp,
     "tensorrt-llm": _tensorrt,
     "transformers": _transformers,
 }

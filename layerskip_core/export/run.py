@@ -21,6 +21,7 @@ from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from .draft import cut_to_exit
 from .draft_length import recommended_length
 from .engines import instructions
+from .gguf_pair import DRAFT, TARGET, refuse_gguf, write_pair
 
 README = "README.md"
 
@@ -36,7 +37,7 @@ class Exported:
 
 
 def export(config: ExportConfig) -> Exported:
-    """Writes an exit of a model to `output`, whose lock the caller holds, as a transformers checkpoint.
+    """Writes an exit of a model to `output`, whose lock the caller holds: a transformers checkpoint, or GGUF with the model.
 
     Its logits are those of the exit. With the last layer as the exit it is the whole model, without the files beside it.
 
@@ -47,27 +48,34 @@ def export(config: ExportConfig) -> Exported:
     """
     if Path(config.output).resolve() == Path(config.model).resolve():
         raise ConfigError(f"`output` must be another folder than the model's, got {config.output}", "output")
-    refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
+    if config.as_gguf:
+        refuse_gguf(config.output, config.overwrite, README)
+    else:
+        refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded = for_training(config.model, "cpu", "fp32")
     blocks = _blocks_of(loaded)
     decoder = decoder_of(replace(loaded, backend=GenericBackend(loaded.model, blocks)))
     recommended, layers = decoder.recommended(), loaded.backend.num_layers
     exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
     require_exit_layer(exit_layer, layers, may_be_last=config.engine is None)
-    model = cut_to_exit(loaded, exit_layer, blocks)
-    kept, readme = model.config.num_hidden_layers, None
+    draft_layers = exit_layer + any(block.exit_layer == exit_layer for block in blocks.blocks)
+    readme = None
     if config.engine is not None:
-        length = recommended_length(decoder, exit_layer, kept)
+        length = recommended_length(decoder, exit_layer, draft_layers)
         how = instructions(config.engine, *_names(config), length.tokens)
         readme = _readme(config, exit_layer, layers, f"{length.tokens} draft tokens: {length.why}", how)
-    info = CheckpointInfo(
-        loaded.info.prompt_template,
-        details={"exported_from": config.model, "exported_exit": exit_layer},
-        system=loaded.info.system,
-    )
     files = {} if readme is None else {README: readme.encode()}
-    save_checkpoint(model, loaded.tokenizer, info, config.output, written_dtype(config.model, config.dtype), files)
-    return Exported(exit_layer, kept, exit_layer == layers or exit_layer in recommended.exits, readme)
+    if config.as_gguf:
+        write_pair(loaded, exit_layer, blocks, config.output, "f16" if config.dtype == "auto" else config.dtype, files)
+    else:
+        info = CheckpointInfo(
+            loaded.info.prompt_template,
+            details={"exported_from": config.model, "exported_exit": exit_layer},
+            system=loaded.info.system,
+        )
+        model = cut_to_exit(loaded, exit_layer, blocks)
+        save_checkpoint(model, loaded.tokenizer, info, config.output, written_dtype(config.model, config.dtype), files)
+    return Exported(exit_layer, draft_layers, exit_layer == layers or exit_layer in recommended.exits, readme)
 
 
 def _blocks_of(loaded: Trainable) -> ExitBlocks:
@@ -79,7 +87,10 @@ def _blocks_of(loaded: Trainable) -> ExitBlocks:
 
 def _names(config: ExportConfig) -> tuple[str, str]:
     """Target and draft, as engines take them."""
-    return _target(config) or str(Path(f"{config.output}-target").resolve()), str(Path(config.output).resolve())
+    output = Path(config.output).resolve()
+    if config.as_gguf:
+        return str(output / TARGET), str(output / DRAFT)
+    return _target(config) or f"{output}-target", str(output)
 
 
 def _target(config: ExportConfig) -> str | None:
@@ -95,7 +106,7 @@ def _target(config: ExportConfig) -> str | None:
 
 def _readme(config: ExportConfig, exit_layer: int, layers: int, length: str, how: str) -> str:
     parts = [f"# Exit {exit_layer} of {config.model} as a draft model, with {config.engine}", f"{length}."]
-    if _target(config) is None:
+    if _target(config) is None and not config.as_gguf:
         target, _ = _names(config)
         name = config.model if config.model in EMBEDDED else str(Path(config.model).resolve())
         parts.append("First the model itself, in a form that the engine loads:")

@@ -86,7 +86,7 @@ def test_wrong_input_is_one_error(checkpoint, tmp_path):
     exits = ("export", checkpoint, "--output", output, "--exit")
     fails("--exit must be in 1..6, got 7 (model has 6 layers)", *exits, "7")
     fails("--exit must be in 1..5, got 6 (model has 6 layers)", *exits, "6", "--engine", "vllm")
-    needed = "vllm, sglang, tensorrt-llm, transformers"
+    needed = "vllm, sglang, llama.cpp, tensorrt-llm, transformers"
     fails(f"--engine must be one of {needed}, got onnx", "export", checkpoint, "--output", output, "--engine", "onnx")
     fails(f"--output must be another folder than the model's, got {checkpoint}", *exits[:2], "--output", checkpoint)
     (tmp_path / "draft").mkdir()

@@ -1,0 +1,222 @@
+"""`layerskip export --format gguf`: read back by transformers, and by llama.cpp where xllamacpp is installed."""
+
+import json
+import os
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from command_line import fails, run
+from conftest import CHANGES, tiny_model
+from evaluating import tiny_loaded
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from layerskip_core.checkpoint.load import for_training
+from layerskip_core.errors import CheckpointError
+from layerskip_core.export.gguf_file import rope_factors, write_gguf
+from layerskip_core.export.gguf_tokenizer import SPLITS, add_tokenizer
+from layerskip_core.model.spec import ModelSpec
+
+TEXTS = ["remind me to call mom at 5", "It's 12,345:\n\n  Näive 東京 🎉", "  two  spaces "]
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 32,
+}
+KINDS = {
+    "llama": {"rope_parameters": LLAMA3},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 5},
+}
+
+
+def tiny(model_type, **changes):
+    """With weights that f16 holds exactly."""
+    model = tiny_model(
+        model_type, torch.float32, vocab_size=300, **{**CHANGES.get(model_type, {}), **KINDS[model_type], **changes}
+    )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    return model, ModelSpec.of(model.config)
+
+
+def tensors(path):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text"])
+def test_transformers_reads_the_model_back(model_type, tmp_path):
+    # transformers takes 128 for the head size of every Qwen 3 in GGUF
+    model, spec = tiny(model_type, **({"head_dim": 128} if model_type == "qwen3" else {}))
+    write_gguf(model, tiny_loaded().tokenizer, spec, tmp_path / "model.gguf", "f16")
+    read = for_training(str(tmp_path / "model.gguf"), "cpu", "fp32")
+    assert ModelSpec.of(read.model.config).kinds == spec.kinds
+    for name in spec.shapes:
+        torch.testing.assert_close(read.model.get_parameter(name), model.get_parameter(name), rtol=0, atol=1e-6)
+    for text in TEXTS:
+        assert read.tokenizer(text)["input_ids"] == tiny_loaded().tokenizer(text)["input_ids"]
+
+
+def test_a_model_and_its_draft_for_llama_cpp(checkpoint, tmp_path):
+    output = tmp_path / "pair"
+    done = run("export", checkpoint, "--output", str(output), "--engine", "llama.cpp")
+    assert done.code == 0 and sorted(os.listdir(output)) == ["README.md", "draft.gguf", "target.gguf"]
+    assert f"llama-server -m {output}/target.gguf" in done.out and "--spec-draft-n-max 6" in done.out
+    whole, draft = (for_training(str(output / name), "cpu", "fp32") for name in ("target.gguf", "draft.gguf"))
+    original = for_training(checkpoint, "cpu", "fp32")
+    assert (whole.backend.num_layers, draft.backend.num_layers) == (6, 1)
+    for read in (whole, draft):
+        for name in read.backend.spec.shapes:
+            stored = original.model.get_parameter(name)
+            expected = stored.half().float() if stored.dim() > 1 else stored
+            torch.testing.assert_close(read.model.get_parameter(name), expected, rtol=0, atol=0)
+    again = ("export", checkpoint, "--output", str(output), "--format", "gguf")
+    fails(f"--output {output} already holds target.gguf; give --overwrite to replace it, or another folder", *again)
+    assert run(*again, "--exit", "6", "--overwrite", "--dtype", "q8_0").code == 0
+    assert tensors(output / "target.gguf")["blk.5.ffn_up.weight"].tensor_type.name == "Q8_0"
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("q8_0", 127), ("q4_0", 7)])
+def test_low_bit_weights_are_near_the_stored_ones(kind, steps, tmp_path):
+    """A row of 32 has one scale; the MLP's rows of 48 back to the hidden states cannot, and stay f16."""
+    model, spec = tiny("qwen3")
+    write_gguf(model, tiny_loaded().tokenizer, spec, tmp_path / "model.gguf", kind)
+    stored = tensors(tmp_path / "model.gguf")
+    types = {name: tensor.tensor_type.name.lower() for name, tensor in stored.items()}
+    assert (types["blk.0.attn_q.weight"], types["blk.0.ffn_down.weight"]) == (kind, "f16")
+    assert (types["token_embd.weight"], types["output_norm.weight"]) == ("q8_0", "f32")
+    tensor = stored["blk.0.attn_q.weight"]
+    read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    weight = model.get_parameter("model.layers.0.self_attn.q_proj.weight").detach().numpy()
+    assert 0 < np.abs(read - weight).max() <= 1.01 * np.abs(weight).max() / steps
+
+
+def test_the_rope_of_llama_3():
+    model, spec = tiny("llama")
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")
+    plain = 1e4 ** -(torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(plain / rope_factors(spec).float(), frequencies)
+    assert len(frequencies.unique()) == 4 and rope_factors(tiny("qwen3")[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "why"),
+    [
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 5}, "it has sliding windows in other"),
+        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"] * 3}, "it has sliding windows in other"),
+        ("gemma3_text", {"query_pre_attn_scalar": 24}, "it has attention scores scaled otherwise"),
+        ("llama", {"hidden_act": "gelu"}, "it has the activation gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "it has a rope of type yarn"),
+    ],
+)
+def test_what_llama_cpp_would_run_otherwise_is_refused(model_type, changes, why, tmp_path):
+    model, spec = tiny(model_type, **changes)
+    with pytest.raises(CheckpointError, match=f"this {model_type} cannot be a GGUF file: {why}"):
+        write_gguf(model, tiny_loaded().tokenizer, spec, tmp_path / "model.gguf", "f16")
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_input_is_one_error(checkpoint, tmp_path, monkeypatch):
+    output = ("export", checkpoint, "--output", str(tmp_path / "draft"))
+    fails(
+        "--format must be gguf for --engine llama.cpp, got transformers",
+        *output,
+        "--format",
+        "transformers",
+        "--engine",
+        "llama.cpp",
+    )
+    fails("--format must be transformers for --engine vllm, got gguf", *output, "--format", "gguf", "--engine", "vllm")
+    fails("--dtype must be one of auto, f16, q8_0, q4_0, got bf16", *output, "--format", "gguf", "--dtype", "bf16")
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "README.md").write_text("mine")
+    assert "in the way is README.md" in run(*output, "--format", "gguf").err
+    assert os.listdir(tmp_path / "draft") == ["README.md"]
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    missing = ("export", checkpoint, "--output", str(tmp_path / "other"), "--format", "gguf")
+    fails("--format gguf needs the library gguf: pip install 'layerskip[gguf]'", *missing)
+
+
+class Recorder:
+    """In the place of a GGUFWriter: what was added, by the name of the method."""
+
+    def __init__(self):
+        self.added = {}
+
+    def __getattr__(self, name):
+        return lambda value: self.added.__setitem__(name.removeprefix("add_"), value)
+
+
+def recorded(tokenizer, vocab=300):
+    recorder = Recorder()
+    add_tokenizer(recorder, tokenizer, vocab)
+    return recorder.added
+
+
+def byte_level(*before):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(False, use_regex=not before)])
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=40, special_tokens=["<s>", "</s>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def test_how_text_is_split_before_byte_level_bpe():
+    for (pattern, *_), name in SPLITS.items():
+        if name in ("llama-bpe", "qwen2"):
+            assert recorded(byte_level(pre_tokenizers.Split(Regex(pattern), "isolated")))["tokenizer_pre"] == name
+    assert recorded(tiny_loaded().tokenizer)["tokenizer_pre"] == "gpt-2"
+    with pytest.raises(CheckpointError, match="must split text as one of gpt-2, smollm, llama-bpe, qwen2 does"):
+        recorded(byte_level(pre_tokenizers.Whitespace()))
+
+
+def text_bpe():
+    """As those of Gemma: spaces are written as a character, and bytes are the tokens of what is not in the vocabulary."""
+    data = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    special = ["<pad>", "<s>", "</s>", "<unk>", *data]
+    tokenizer.train_from_iterator([*TEXTS[:1], TEXTS[2]] * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+    document = json.loads(tokenizer.to_str())
+    document["added_tokens"] = document["added_tokens"][:4]  # the bytes are tokens of the vocabulary alone
+    tokenizer = Tokenizer.from_str(json.dumps(document))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def test_bpe_over_text_has_scores_by_the_order_of_its_merges():
+    added = recorded(text_bpe())
+    assert (added["tokenizer_model"], added["add_space_prefix"], len(added["token_list"])) == ("llama", False, 300)
+    kinds = dict(zip(added["token_list"], added["token_types"], strict=True))
+    assert (kinds["<s>"], kinds["<0x41>"], kinds["a"]) == (gguf.TokenType.CONTROL, gguf.TokenType.BYTE, gguf.TokenType.NORMAL)
+    merged = [score for score in added["token_scores"] if score]
+    assert merged and len(set(merged)) == len(merged) and max(merged) == -1
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_llama_cpp_gives_the_same_tokens(model_type, tmp_path):
+    """Both encode the text alike, and the best token is the same at every position."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    tokenizer = text_bpe() if model_type == "gemma3_text" else tiny_loaded().tokenizer
+    model, spec = tiny(model_type)
+    write_gguf(model, tokenizer, spec, tmp_path / "model.gguf", "f16")
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.port = str(tmp_path / "model.gguf"), 128, 0
+    settings.warmup = settings.fit_params = False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = settings.n_parallel = 1
+    server = xllamacpp.Server(settings)
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        request = {"temperature": 0, "max_tokens": 12, "return_tokens": True, "verbose": True, "ignore_eos": True}
+        answers = [server.handle_completions({"prompt": prompt, **request}) for prompt in (ids, text)]
+        mine = model.generate(torch.tensor([ids]), do_sample=False, min_new_tokens=12, max_new_tokens=12)[
+            0, len(ids) :
+        ].tolist()
+        for answer in answers:
+            assert answer["__verbose"]["tokens_evaluated"] == len(ids)
+            assert answer["__verbose"]["tokens"] == mine
