@@ -233,6 +233,11 @@ OPTIONS: dict[type, dict[str, Option]] = {
     },
     RecipeSettings: {
         "p_max": Option(RECIPE, "Dropout rate of the last layer.", "--pmax", _REGIME),
+        "dropout_profile": Option(
+            RECIPE,
+            "Dropout over depth: exponential, up to --pmax at the last layer, or constant, the same mean at every layer.",
+            default="exponential",
+        ),
         "e_scale": Option(RECIPE, "Scale of the early exits' loss.", "--escale", _REGIME),
         "exit_weights": Option(RECIPE, "Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper"),
         "curriculum": Option(RECIPE, "rotational, gradual, all or none.", default=_REGIME),

@@ -16,13 +16,14 @@ from layerskip_core.training.step_rows import rows_per_step
 
 def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
     recipe, kept = plan.recipe, _retention_text(config, plan)
+    dropout = f"p_max {recipe.p_max}{' constant over depth' if recipe.dropout_profile == 'constant' else ''}"
     adapted = "" if plan.adapted_layers is None else f"adapters on layers 1 to {plan.adapted_layers}, "
     return (
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
         f"on {config.data.name}: {_rows_text(config, plan)}\n"
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
         f"{adapted}{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
-        f"recipe: p_max {recipe.p_max}, e_scale {recipe.e_scale}, {recipe.curriculum}"
+        f"recipe: {dropout}, e_scale {recipe.e_scale}, {recipe.curriculum}"
         f"{' over ' + ','.join(map(str, recipe.exits)) if recipe.exits else ''}"
         f"{f' R={recipe.rotation}' if recipe.rotation else ''}, {plan.exits_per_step:.1f} exits per step; "
         f"a step costs {plan.cost:.2f}x a step without the recipe" + "".join(f"\n{line}" for line in (*kept, *plan.notes))

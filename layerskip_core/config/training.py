@@ -11,6 +11,7 @@ from .ranges import require_ranges
 
 Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
+DropoutProfile = Literal["exponential", "constant"]
 Regime = Literal["finetune", "continual", "scratch", "code"]
 Feature = Literal["none", "final"]  # what an exit block reads besides the exit's state, see model/exit_blocks.py
 Answers = Literal["model", "data"]
@@ -19,6 +20,7 @@ AnchorWeights = Literal["bf16", "int8"]
 LoraLayers = Literal["all", "below-exit"]
 CURRICULA: tuple[str, ...] = get_args(Curriculum)
 EXIT_WEIGHTS: tuple[str, ...] = get_args(ExitWeights)
+DROPOUT_PROFILES: tuple[str, ...] = get_args(DropoutProfile)
 REGIMES: tuple[str, ...] = get_args(Regime)
 FEATURES: tuple[str, ...] = get_args(Feature)
 ANSWERS: tuple[str, ...] = get_args(Answers)
@@ -31,6 +33,7 @@ LORA_LAYERS: tuple[str, ...] = get_args(LoraLayers)
 class RecipeConfig:
     """The LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1).
 
+    `dropout_profile`: how the dropout rate depends on depth, see training/dropout.py; the mean over the layers is the same.
     `exit_weights`: the weights of the exits' losses, see training/exit_loss.py; the paper's give early exits very little.
     `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among; empty is all L, as in the paper. `rotation`
     is R of the rotational curriculum; None picks n/3 (at least 1) up to a vocabulary of 8k and n-1 above it, where every
@@ -39,6 +42,7 @@ class RecipeConfig:
     """
 
     p_max: float = 0.2
+    dropout_profile: DropoutProfile = "exponential"
     e_scale: float = 1.0
     exit_weights: ExitWeights = "paper"
     curriculum: Curriculum = "rotational"
@@ -48,6 +52,7 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         require_ranges(distill=self.distill, p_max=self.p_max, e_scale=self.e_scale, rotation=self.rotation)
+        require_choice(self.dropout_profile, "dropout_profile", DROPOUT_PROFILES)
         require_choice(self.exit_weights, "exit_weights", EXIT_WEIGHTS)
         require_choice(self.curriculum, "curriculum", CURRICULA)
 
@@ -57,6 +62,7 @@ class RecipeSettings:
     """What is asked of the recipe; the fields are those of RecipeConfig. None: the regime's preset decides."""
 
     p_max: float | None = None
+    dropout_profile: DropoutProfile | None = None
     e_scale: float | None = None
     exit_weights: ExitWeights | None = None
     curriculum: Curriculum | None = None

@@ -1,10 +1,11 @@
-"""Layer dropout: which rows skip which layer. The rate grows exponentially with depth (LayerSkip section 4.1)."""
+"""Layer dropout: which rows skip which layer. The rate grows with depth (LayerSkip section 4.1), or is constant over it."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from ..config.training import DropoutProfile
 from ..errors import ConfigError
 from ..model import GenericBackend, SpanInputs
 
@@ -27,11 +28,15 @@ def time_scale(step: int, total_steps: int, from_scratch: bool) -> float:
     return math.exp(step * math.log(2) / (total_steps - 1)) - 1
 
 
-def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0) -> list[float]:
-    """p(l, t) = S(t) D(l) p_max for each layer index; `scale` is S(t)."""
+def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0, profile: DropoutProfile = "exponential") -> list[float]:
+    """p(l, t) = S(t) D(l) p_max for each layer index; `scale` is S(t).
+
+    With the profile "constant", every layer has the mean of these rates: the comparison of LayerSkip's figure 12.
+    """
     if p_max == 0:
         return [0.0] * num_layers
-    return [scale * depth_scale(layer, num_layers) * p_max for layer in range(num_layers)]
+    rates = [scale * depth_scale(layer, num_layers) * p_max for layer in range(num_layers)]
+    return rates if profile == "exponential" else [sum(rates) / num_layers] * num_layers
 
 
 def kept_rows(rate: float, batch_size: int, seed: int, step: int, micro_batch: int, layer: int) -> list[int]:

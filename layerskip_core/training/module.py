@@ -143,4 +143,5 @@ class RecipeModule(nn.Module):
         layers = self.backend.num_layers
         if not self.training or self.recipe.p_max == 0:
             return [0.0] * layers
-        return dropout_rates(self.recipe.p_max, layers, time_scale(moment.step, moment.total_steps, self.from_scratch))
+        scale = time_scale(moment.step, moment.total_steps, self.from_scratch)
+        return dropout_rates(self.recipe.p_max, layers, scale, self.recipe.dropout_profile)

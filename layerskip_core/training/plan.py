@@ -165,7 +165,7 @@ def _cost(trainable: Trainable, recipe: Recipe, steps: int, config: FinetuneConf
     layers = float(sum(parameter.numel() for parameter in backend.layers.parameters()))
     head = float(backend.hidden_size * backend.vocab_size) * data.target_tokens / data.tokens
     scale = time_scale(steps // 2, steps, config.regime == "scratch") if recipe.p_max else 1.0
-    rates = dropout_rates(recipe.p_max, backend.num_layers, scale)
+    rates = dropout_rates(recipe.p_max, backend.num_layers, scale, recipe.dropout_profile)
     kept = 1 - sum(rates) / len(rates)
     heads = exits + (exits - 1) / 3 * (recipe.distill > 0)
     return (layers * kept + head * heads) / (layers + head) + (config.retention.anchor > 0) / 3

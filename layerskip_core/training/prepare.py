@@ -25,6 +25,8 @@ from .run import FinetuneJob
 from .run_data import encode_training, encode_validation, make_encoder, training_rows
 from .tokenizer import train_tokenizer
 
+_UNSEALED = {"dropout_profile": "exponential"}  # settings that older runs did not seal, as these runs were
+
 
 def prepare(config: FinetuneConfig) -> FinetuneJob:
     """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
@@ -115,8 +117,9 @@ def resume_point(config: FinetuneConfig) -> ResumePoint | None:
 
 def require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
     for name, value in settings.items():
-        if sealed.get(name) != value:
+        before = sealed.get(name, _UNSEALED.get(name))
+        if before != value:
             raise ConfigError(
-                f"`resume`: {name} was {sealed.get(name)} in the run to go on with, and is {value} now; a run is resumed with "
+                f"`resume`: {name} was {before} in the run to go on with, and is {value} now; a run is resumed with "
                 "the same settings on the same data"
             )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config.training import Curriculum, ExitWeights, RecipeConfig
+from ..config.training import Curriculum, DropoutProfile, ExitWeights, RecipeConfig
 
 _LARGE_VOCABULARY = 8192
 
@@ -14,6 +14,7 @@ class Recipe:
     """
 
     p_max: float
+    dropout_profile: DropoutProfile
     e_scale: float
     exit_weights: ExitWeights
     curriculum: Curriculum
@@ -34,6 +35,7 @@ def resolve_recipe(asked: RecipeConfig, num_layers: int, vocab_size: int) -> Rec
         rotation = asked.rotation or max(1, count - 1 if vocab_size > _LARGE_VOCABULARY else count // 3)
     return Recipe(
         p_max=asked.p_max,
+        dropout_profile=asked.dropout_profile,
         e_scale=asked.e_scale,
         exit_weights=asked.exit_weights,
         curriculum=asked.curriculum,

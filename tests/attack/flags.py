@@ -141,6 +141,7 @@ _OF_FLAGS = {
     "--template": ("chat", "raw", "{prompt}", "{prompt}{prompt}", "{prompt!r:>9999999999}", "{}", "no", "{prompt}" * 3000),
     "--prompt-template": ("chat", "{prompt}", "{prompt}{x}", "{", "{prompt}" * 3000),
     "--curriculum": ("rotational", "gradual", "all", "none", "x"),
+    "--dropout-profile": ("exponential", "constant", "Constant", "linear", "x"),
     "--anchor-weights": ("bf16", "int8", "int4", "BF16"),
     "--feature": ("none", "final", "Final", "final,none", "x"),
     "--answers": ("model", "data", "Model", "model,data", "x"),

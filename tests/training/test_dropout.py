@@ -18,6 +18,13 @@ def test_the_mean_rate_at_p_max_02(layers):
     assert sum(dropout_rates(0.2, layers)) / layers == pytest.approx(0.089, abs=5e-4)
 
 
+def test_constant_dropout_has_the_mean_of_the_exponential():
+    """L = 5, p_max = 0.2: (0 + 0.037841 + 0.082843 + 0.136359 + 0.2) / 5 at every layer; S(t) scales it too."""
+    assert dropout_rates(0.2, 5, profile="constant") == pytest.approx([0.0914086] * 5, abs=1e-6)
+    assert dropout_rates(0.2, 5, 0.5, "constant") == pytest.approx([0.0457043] * 5, abs=1e-6)
+    assert dropout_rates(0.0, 1, profile="constant") == [0.0]
+
+
 def test_the_schedule_from_scratch():
     assert [time_scale(step, 5, True) for step in range(5)] == pytest.approx([0, 0.189207, 0.414214, 0.681793, 1], abs=1e-6)
     assert time_scale(0, 1, False) == 1

@@ -87,6 +87,15 @@ def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
         assert rows[5] == pytest.approx(expected, abs=6)  # 3 standard deviations of 40 draws at 0.9
 
 
+def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
+    """p_max 0.9 in 6 layers has a mean of 0.41: 24 of 40 rows run each layer."""
+    ids, labels = batch(rows=40)
+    model = tiny_model()
+    rows = layer_rows(model)
+    run(model, RecipeConfig(p_max=0.9, dropout_profile="constant", curriculum="none"), Moment(0, 10), ids, labels)
+    assert rows == pytest.approx([24] * 6, abs=9)  # 3 standard deviations
+
+
 def test_dropout_is_a_function_of_seed_and_moment(llama):
     ids, labels = batch()
     recipe = RecipeConfig(p_max=0.9, curriculum="none")

@@ -319,6 +319,17 @@ def test_a_default_that_changes_does_not_alter_a_resumed_run(settings, tmp_path,
         prepare(settings(save_steps=1, resume=True))  # which asks for R = 2
 
 
+def test_a_run_of_a_version_without_dropout_profiles_goes_on_as_exponential(settings, two_checkpoints):
+    seal = checkpoint(two_checkpoints, 2) / "complete.json"
+    sealed = json.loads(seal.read_text())
+    del sealed["settings"]["dropout_profile"]
+    seal.write_text(json.dumps(sealed))
+    assert prepare(settings(save_steps=1, resume=True)).plan.resumed_step == 2
+    constant = replace(RECIPE, dropout_profile="constant")
+    with pytest.raises(ConfigError, match="dropout_profile was exponential in the run to go on with, and is constant now"):
+        prepare(settings(save_steps=1, recipe=constant, resume=True))
+
+
 def test_a_run_is_resumed_with_the_same_settings_or_not_at_all(settings, two_checkpoints):
     for changes, message in (
         ({"batch_size": 2}, "batch_size was 4 in the run to go on with, and is 2 now"),

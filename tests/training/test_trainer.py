@@ -165,7 +165,14 @@ def test_the_result_is_a_plain_checkpoint_with_its_details(settings, base, tmp_p
     assert loaded.info == info and loaded.info.prompt_template == "{prompt}\n"
     details = info.details
     assert (details["base_model"], details["steps"], details["rows"]) == (base, 4, 32)
-    recipe = {"p_max": 0.2, "e_scale": 1.0, "exit_weights": "paper", "curriculum": "rotational", "rotation": 2}
+    recipe = {
+        "p_max": 0.2,
+        "dropout_profile": "exponential",
+        "e_scale": 1.0,
+        "exit_weights": "paper",
+        "curriculum": "rotational",
+        "rotation": 2,
+    }
     recipe |= {"exits": [], "distill": 0.0}
     assert details["config"]["recipe"] == recipe
     assert sorted(details["final_losses"]) == ["1", "2", "3", "4"]
