@@ -1,6 +1,6 @@
 """What sweep-exits and bench share: loading, progress on stderr, and the result on stdout and in files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -59,14 +59,12 @@ def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result
     raise RuntimeError("a measurement ended without its record")
 
 
-def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> None:
-    """Writes the result to stdout, and nothing else there."""
-    from layerskip_core.evaluation.report.documents import to_csv, to_json
-
+def print_as(form: str, table: "TextTable", to_json: Callable[[], str], to_csv: Callable[[], str]) -> None:
+    """Writes the result to stdout in this format, and nothing else there."""
     if form == "json":
-        typer.echo(to_json(record), nl=False)
+        typer.echo(to_json(), nl=False)
     elif form == "csv":
-        typer.echo(to_csv(record), nl=False)
+        typer.echo(to_csv(), nl=False)
     elif form == "markdown":
         typer.echo(table.markdown(), nl=False)
     else:
@@ -76,6 +74,7 @@ def print_result(record: "RunRecord[Result]", table: "TextTable", form: str) -> 
 def deliver(record: "RunRecord[Result]", table: "TextTable", form: str, folder: "Path | None") -> None:
     """Writes the report's files, if there is a folder for them, and the result to stdout."""
     from layerskip_core.evaluation.output_folder import write_files
+    from layerskip_core.evaluation.report.documents import to_csv, to_json
     from layerskip_core.evaluation.report.files import report_files
 
     narrate_failures(record)
@@ -83,7 +82,7 @@ def deliver(record: "RunRecord[Result]", table: "TextTable", form: str, folder: 
         files = report_files(record, table)
         write_files(folder, files)
         narrate(f"wrote {', '.join(files)} to {folder}")
-    print_result(record, table, form)
+    print_as(form, table, lambda: to_json(record), lambda: to_csv(record))
 
 
 def narrate_failures(record: "RunRecord[Result]") -> None:

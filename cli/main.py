@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from . import failure, streams
 from .bench import bench
 from .calibrate import calibrate
+from .compare import compare
 from .data import data
 from .export import export
 from .finetune import finetune
@@ -49,6 +50,7 @@ app.command("finetune", cls=Command, short_help="Train a checkpoint with layer d
 app.command("sweep-exits", cls=Command, short_help="Measure exits and draft lengths, and recommend a setting.")(sweep_exits)
 app.command("generate", cls=Command, short_help="Generate text from prompts.")(generate)
 app.command("bench", cls=Command, short_help="Compare decoding strategies on the same prompts.")(bench)
+app.command("compare", cls=Command, short_help="Compare runs, with intervals over seeds.")(compare)
 app.command("inspect", cls=Command, short_help="Show what the model predicts after every layer.")(inspect)
 app.command("calibrate", cls=Command, short_help="Make better int4 weights for a model.")(calibrate)
 app.command("import", cls=Command, short_help="Write any model as a plain transformers checkpoint.")(import_model)

@@ -75,7 +75,7 @@ class Report:
         require_given("saved", self.saved)
 
 
-def _names(text: str, field: str) -> tuple[str, ...]:
+def parse_names(text: str, field: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     require(bool(names), field, "a name, or several with commas", repr(text))
     return names
@@ -147,7 +147,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "draft_weights": Option(
             WEIGHTS,
             "Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same.",
-            parse=_names,
+            parse=parse_names,
         ),
         "draft_head": Option(WEIGHTS, "Precision of the head of these copies: int8 or int4.", default="int8"),
         "draft_vocab": Option(WEIGHTS, "Draft among the N most frequent tokens only; 0: among all."),
@@ -177,11 +177,11 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "model": _MODEL,
         "exit_layer": Option(DECODING, "Layers of the early exit and of the drafts.", "--exit", _CHECKPOINT),
         "num_draft_tokens": Option(DECODING, "Draft tokens per round.", "--spec", _CHECKPOINT),
-        "strategies": Option(DECODING, "The strategies to run; autoregressive is required.", parse=_names),
+        "strategies": Option(DECODING, "The strategies to run; autoregressive is required.", parse=parse_names),
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,
         "repeats": Option(MEASUREMENT, "Number of times that everything is measured; medians are reported."),
-        "baselines": Option(MEASUREMENT, f"Also: {','.join(BASELINES)}, or some.", parse=_names),
+        "baselines": Option(MEASUREMENT, f"Also: {','.join(BASELINES)}, or some.", parse=parse_names),
         "draft_model": Option(MEASUREMENT, "Model that the baseline draft-model drafts with."),
     },
     SweepConfig: {
@@ -316,7 +316,7 @@ def flags_of(field: str, option: Option) -> tuple[str, ...]:
 
 
 _NAMED = {field: flags_of(field, option)[0] for options in OPTIONS.values() for field, option in options.items()}
-_OF_COMMANDS = ("lines", "jsonl", "stats", "layers", "save", "dry_run", "engine")
+_OF_COMMANDS = ("lines", "jsonl", "stats", "layers", "save", "dry_run", "engine", "only")
 FLAGS = _NAMED | {name: "--" + name.replace("_", "-") for name in _OF_COMMANDS}
 
 

@@ -175,7 +175,7 @@ _FILES = (
 
 
 def _saved_results(case: Case) -> Command:
-    """An edited results.json, rendered again."""
+    """An edited results.json, rendered again or compared."""
     random = case.random
     kind = random.choice(("bench", "sweep-exits"))
     source = (case.material.bench if kind == "bench" else case.material.sweep) / "results.json"
@@ -186,6 +186,8 @@ def _saved_results(case: Case) -> Command:
         arguments += ["--output", "rendered"]
     if kind == "sweep-exits" and random.random() < 0.2:
         arguments += ["--save"]
+    if random.random() < 0.2:
+        arguments = ["compare", "results.json", *arguments[3:5], *random.choice(([], ["--output", "compared"]))]
     return Command(tuple(arguments))
 
 

@@ -8,7 +8,7 @@ from .material import Material
 from .victim import OUTPUTS
 
 FROZEN = "finetune --frozen"  # counts as a command of its own
-COMMANDS = ("generate", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "calibrate", FROZEN)
+COMMANDS = ("generate", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "calibrate", "compare", FROZEN)
 OF_BLOCKS = ("--feature", "--answers", "--answer-tokens", "--answer-temperature", "--loss", "--exits")
 _LONG_MARK = 1000  # with more rows or steps than this, a long run is no fault
 
@@ -51,6 +51,7 @@ def base_of(command: str, material: Material) -> tuple[str, ...]:
         "data": ("data", "--samples", "3"),
         "inspect": ("inspect", *model, "--max-new-tokens", "2"),
         "import": ("import", str(material.model())),
+        "compare": ("compare", str(material.sweep), str(material.bench)),
         "calibrate": (*material.calibrate_flags(), "--output", "calibrated"),
         FROZEN: (
             *("finetune", "--frozen", *model, "--exits", "2", "--steps", "1", "--batch-size", "2", "--max-length", "48"),
@@ -134,6 +135,7 @@ _OF_FLAGS = {
     "--draft-head": ("int8", "int4", "int2", "int8,int4"),
     "--format": ("table", "json", "csv", "markdown", "html"),
     "--task": ("commands", "jsonl", "lm", "humaneval", "mbpp", "cnn_dm", "xsum", "scitldr", "x", "../x"),
+    "--only": ("exact_match", "perplexity,speedup", "x", ",", "exact_match,", "a" * 3000),
     "--metric": ("exact_match", "rouge1", "rougeL", "rouge9"),
     "--stop": ("a", "\n", "{prompt}", "x" * 3000),
     "--system": ("Be short.", "{prompt}", "{{ messages }}", "<|im_end|>", "x" * 3000),

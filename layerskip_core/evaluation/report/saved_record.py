@@ -9,7 +9,8 @@ from ...config.decoding import DraftProfile, strategies
 from ...config.evaluation import BASELINES, BenchConfig, SweepConfig
 from ...config.ranges import MAX_COUNT
 from ...errors import LayerSkipError
-from ...storage.json_reading import read_json
+from ...storage.json_reading import parse_json
+from ...storage.reading import read_bytes
 from ...storage.schema import SchemaError, build, require_fields
 from ..record import Environment, PredictionError, Recommendation, RunRecord
 from ..results import ExitResult
@@ -18,24 +19,20 @@ _LARGEST = 1e12  # of any figure but a perplexity: plots and tables cannot show 
 _REQUIRED = {"config": ("model", "task"), "environment": ("dtype", "device_name", "threads")}  # by every rendering
 
 
-def read_record(file: str, result: type[Any]) -> RunRecord[Any]:
-    """Reads a results.json of ExitResults or BenchResults that can be rendered. Raises LayerSkipError for anything else."""
+def read_record(file: str, result: type[Any], named: str = "`saved`") -> RunRecord[Any]:
+    """Reads a results.json of ExitResults or BenchResults that can be rendered. Raises LayerSkipError for anything else.
+
+    `named`: what gave the file, for errors.
+    """
     kind, config = ("sweep-exits", SweepConfig) if result is ExitResult else ("bench", BenchConfig)
-    document = read_json(Path(file), _FromError)
+    document = parse_json(read_bytes(Path(file), f"{named} {file}", LayerSkipError), f"{named} {file}", LayerSkipError)
     try:
         record = _record(document, result, config)
         for index, figures in enumerate(record.results):
             _require_valid(figures, f"results[{index}]")
     except SchemaError as error:
-        raise LayerSkipError(f"`saved` {file} must be a results.json that {kind} wrote: {error}") from None
+        raise LayerSkipError(f"{named} {file} must be a results.json that {kind} wrote: {error}") from None
     return record
-
-
-class _FromError(LayerSkipError):
-    """An error whose message begins with the flag."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(f"`saved` {message}")
 
 
 def _record(document: Any, result: type[Any], config: type[Any]) -> RunRecord[Any]:

@@ -1,0 +1,74 @@
+"""`layerskip compare`: several runs side by side, with intervals over seeds."""
+
+from typing import Annotated
+
+import typer
+
+from layerskip_core.config.checks import refused, require, require_choice, require_given
+from layerskip_core.config.ranges import parse_counts
+
+from . import evaluation, options
+from .console import narrate
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[LABEL=]PATH[,PATH...]...",
+            help="Runs by label: folders that finetune, sweep-exits or bench wrote, a results.json or a losses.jsonl. Runs of "
+            "one label differ in their seed; without a label, names that end in -seed1, -seed2, ... share one.",
+        ),
+    ],
+    only: Annotated[
+        str | None,
+        typer.Option(help="Figures to compare, with commas: exact_match,perplexity.", rich_help_panel=options.MEASUREMENT),
+    ] = None,
+    exits: Annotated[
+        str | None, typer.Option(help="Exits to compare: 3,6,8 or A:B:STEP.", rich_help_panel=options.MEASUREMENT)
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="Format of standard output: table, json, csv or markdown.", rich_help_panel=options.OUTPUT
+        ),
+    ] = "table",
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder for comparison.md, .json and .csv, and plots.", rich_help_panel=options.OUTPUT),
+    ] = None,
+) -> None:
+    """Compare runs: the mean of every figure over the runs of a label, with 95% intervals, and the difference to the first.
+
+    Example: layerskip compare without=runs/none-1,runs/none-2 with=runs/both-1,runs/both-2 --output comparison
+    """
+    require_choice(form, "format", options.FORMATS)
+    require_given("output", output)
+    chosen = () if exits is None else parse_counts(exits, "exits")
+    names = () if only is None else options.parse_names(only, "only")
+    from layerskip_core.evaluation.compare.comparison import compare as compare_runs
+    from layerskip_core.evaluation.compare.comparison import figures_of
+    from layerskip_core.evaluation.compare.files import compare_files, to_json
+    from layerskip_core.evaluation.compare.labels import labelled
+    from layerskip_core.evaluation.compare.runs import read_run
+    from layerskip_core.evaluation.compare.tables import compare_table, to_csv
+    from layerskip_core.evaluation.output_folder import output_folder, write_files
+
+    with output_folder(output, "layerskip compare") as folder:
+        groups = {label: [read_run(path) for path in paths] for label, paths in labelled(runs).items()}
+        known = figures_of(groups)
+        for name in names:
+            require(name in known, "only", f"some of {', '.join(known)}", name)
+        comparison = compare_runs(groups, names, chosen)
+        if not comparison.lines and exits:
+            raise refused("exits", "exits that all runs of a label have", exits)
+        if not comparison.lines:
+            raise refused("RUNS", "labelled so that the runs of a label measured the same", "no figure in common")
+        for note in comparison.notes:
+            narrate(note)
+        table = compare_table(comparison)
+        if folder is not None:
+            files = compare_files(comparison)
+            write_files(folder, files)
+            narrate(f"wrote {', '.join(files)} to {folder}")
+        evaluation.print_as(form, table, lambda: to_json(comparison), lambda: to_csv(comparison))

@@ -1,0 +1,241 @@
+"""`layerskip compare`: labels, intervals, what is read of runs, tables, documents and plots."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from command_line import fails, run
+
+from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.evaluation.compare.comparison import compare
+from layerskip_core.evaluation.compare.intervals import Interval, difference_of, mean_of, t_quantile
+from layerskip_core.evaluation.compare.labels import labelled
+from layerskip_core.evaluation.compare.plots import plots
+from layerskip_core.evaluation.compare.runs import Setting, read_run
+from layerskip_core.evaluation.compare.tables import compare_table
+from layerskip_core.evaluation.record import RunRecord
+from layerskip_core.evaluation.report.documents import to_json
+from layerskip_core.evaluation.results import BenchResult, ExitResult
+from layerskip_core.training.progress import LossHistory, StepLosses
+
+MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 1}
+COMMANDS = {"task": "commands", "samples": 40}
+
+
+def sweep(folder, match, perplexity, accepted=0.5, task=COMMANDS):
+    """A folder with the results.json of a sweep: full depth, exits 2 and 4 alone, and exit 2 with 6 drafts."""
+    plain = ExitResult("autoregressive", None, None, {"exact_match": match}, 1.25, None, None, 100.0, 1.0, 1.0)
+    drafted = ExitResult("self-speculative", 2, 6, {"exact_match": match}, None, accepted, 3.0, 150.0, 1.5, 1.0)
+    alone = [
+        replace(plain, strategy="early-exit", exit_layer=2, metrics={"exact_match": match / 2}, perplexity=perplexity),
+        replace(plain, strategy="early-exit", exit_layer=4, metrics={"exact_match": match / 2}, perplexity=perplexity / 2),
+    ]
+    record = RunRecord({"model": "tiny", "task": dict(task)}, MACHINE, (plain, *alone, drafted))
+    return saved(folder, "results.json", to_json(record))
+
+
+def trained(folder, last_losses, validation="test"):
+    """A folder with the losses.jsonl of three steps, validated after the first and the last, and its layerskip.json."""
+    history = LossHistory()
+    for step in (1, 2, 3):
+        history.add(StepLosses(step, 3.0, {2: 3.0, 4: 2.0}))
+        if step != 2:
+            history.validate({exit_layer: loss + 3 - step for exit_layer, loss in last_losses.items()}, {})
+    saved(folder, "layerskip.json", json.dumps({"config": {"validation": validation, "validation_samples": 8}}))
+    return saved(folder, "losses.jsonl", history.to_jsonl())
+
+
+def saved(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return str(folder)
+
+
+def groups_of(*folders, **labels):
+    return {label: [read_run(path) for path in paths] for label, paths in (labels or {"all": folders}).items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "groups"),
+    [
+        (["a=x,y", "b=z"], {"a": ["x", "y"], "b": ["z"]}),
+        (["b=z", "a=x", "b=y"], {"b": ["z", "y"], "a": ["x"]}),
+        (["runs/none-seed1", "runs/none-seed2", "runs/both-seed1"], {
+            "none": ["runs/none-seed1", "runs/none-seed2"], "both": ["runs/both-seed1"]}),
+        (["r/none/seed_1/results.json", "r/none/seed_2"], {"none": ["r/none/seed_1/results.json", "r/none/seed_2"]}),
+        (["before/sweep", "after/sweep"], {"before/sweep": ["before/sweep"], "after/sweep": ["after/sweep"]}),
+        (["x,y"], {"x": ["x"], "y": ["y"]}),
+        (["epoch-1", "epoch-2"], {"epoch-1": ["epoch-1"], "epoch-2": ["epoch-2"]}),
+    ],
+)  # fmt: skip
+def test_runs_of_one_label_are_named_so_or_differ_in_their_seed(arguments, groups):
+    assert labelled(arguments) == groups
+
+
+def test_a_path_may_have_a_comma_and_an_equals_sign(tmp_path):
+    (tmp_path / "a=1,b").mkdir()
+    assert labelled([str(tmp_path / "a=1,b")]) == {"a=1,b": [str(tmp_path / "a=1,b")]}
+
+
+@pytest.mark.parametrize("argument", ["=x", "a=", "a=x,,y", "x,", ""])
+def test_labels_and_paths_are_not_empty(argument):
+    with pytest.raises(ConfigError, match=r"RUNS must be \[LABEL=\]PATH\[,PATH\.\.\.\], got"):
+        labelled([argument])
+
+
+def test_a_run_counts_once():
+    with pytest.raises(ConfigError, match=r"every run once, found .*x twice"):
+        labelled(["a=x,y", "b=./x"])
+
+
+def test_the_interval_of_three_runs():
+    """Mean 2, standard deviation 1, t = 4.3027 for 2 degrees of freedom: 2 +- 4.3027 / sqrt(3)."""
+    interval = mean_of([1.0, 2.0, 3.0])
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((2, -0.48417, 4.48417), abs=1e-4)
+    assert mean_of([5.0]) == Interval(5.0)
+    assert mean_of([7.0, 7.0]) == Interval(7.0, 7.0, 7.0)
+
+
+def test_the_interval_of_perplexities_is_that_of_their_logarithms():
+    interval = mean_of([math.e, math.e**2, math.e**3], logarithmic=True)
+    assert (interval.mean, interval.high) == pytest.approx((math.e**2, math.exp(4.48417)), rel=1e-4)
+    assert all(math.isfinite(end) for end in vars(mean_of([1.0, 1e300], logarithmic=True)).values())
+
+
+def test_paired_differences_leave_out_what_pairs_share():
+    """Differences 1, 2, 3 of runs that lie far apart. Welch: variances 10201 / 3 and 10000 / 3, t of 3 degrees of freedom."""
+    values, others = [1.0, 102.0, 203.0], [0.0, 100.0, 200.0]
+    paired = difference_of(values, others, paired=True)
+    assert (paired.mean, paired.low) == pytest.approx((2, -0.48417), abs=1e-4)
+    welch = difference_of(values, others, paired=False)
+    assert (welch.mean, welch.high) == pytest.approx((2, 2 + 3.1824 * math.sqrt(20201 / 3)), abs=1e-2)
+    assert difference_of([4.0], [1.0, 2.0], paired=False) == Interval(2.5)
+    ratio = difference_of([2.0, 8.0], [1.0, 4.0], paired=True, logarithmic=True)
+    assert (ratio.mean, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
+
+
+def test_quantiles_beyond_the_table():
+    assert t_quantile(31) == pytest.approx(2.0395, abs=2e-4)  # of published tables
+    assert t_quantile(100) == pytest.approx(1.9840, abs=2e-4)
+
+
+def test_a_sweep_and_its_training_are_one_run(tmp_path):
+    sweep(tmp_path / "run", 0.8, 10.0)
+    figures = read_run(trained(tmp_path / "run", {2: 2.0, 4: 1.0})).figures
+    alone = Setting("exit 2 alone", 2)
+    assert figures["exact_match"] == {Setting("autoregressive"): 0.8, alone: 0.4, Setting("exit 4 alone", 4): 0.4}
+    assert figures["acceptance_rate"] == {Setting("exit 2, 6 drafts", 2, "6 drafts"): 0.5}
+    assert figures["held_out_perplexity"] == pytest.approx({alone: math.exp(2), Setting("exit 4 alone", 4): math.exp(1)})
+
+
+def test_a_benchmark_is_read(tmp_path):
+    plain = BenchResult("autoregressive", None, None, {"rouge2": 0.4}, None, None, 150.0, {}, 12.0, 5.0, 1.0, 1.0, 1.0)
+    record = RunRecord({"model": "tiny", "repeats": 3, "task": COMMANDS}, MACHINE, (plain,))
+    file = saved(tmp_path / "b", "results.json", to_json(record)) + "/results.json"
+    assert read_run(file).figures["rouge2"] == {Setting("autoregressive"): 0.4}
+
+
+def test_means_and_differences_over_seeds(tmp_path):
+    """Exact match at full depth 50, 60, 70% and 60, 70, 80%; perplexity at exit 2 falls to a half in every pair."""
+    none = [sweep(tmp_path / f"none-seed{n}", 0.4 + n / 10, 8.0 * n) for n in (1, 2, 3)]
+    both = [sweep(tmp_path / f"both-seed{n}", 0.5 + n / 10, 4.0 * n) for n in (1, 2, 3)]
+    result = run("compare", *none, *both, "--only", "exact_match,perplexity", "--exits", "2", "--format", "markdown")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.out.splitlines() if line.startswith("|")]
+    assert rows[0] == ["figure", "setting", "none", "both", "both vs none"]
+    assert rows[2] == [
+        "exact match", "exit 2 alone", "30.0% (17.6% to 42.4%)", "35.0% (22.6% to 47.4%)", "+5.0 (+5.0 to +5.0)",
+    ]  # fmt: skip
+    assert rows[3][1:3] == ["autoregressive", "60.0% (35.2% to 84.8%)"]
+    assert rows[4][:2] == ["perplexity", "exit 2 alone"] and rows[4][4] == "x0.5 (x0.5 to x0.5)"
+    assert len(rows) == 6 and "paired run by run" in result.out and result.err == ""
+
+
+def test_different_rows_are_said_and_not_paired(tmp_path):
+    one = [sweep(tmp_path / f"a{n}", 0.5, 8.0) for n in (1, 2)]
+    other = [sweep(tmp_path / f"b{n}", 0.5, 8.0, task={**COMMANDS, "samples": 9}) for n in (1, 2)]
+    result = run("compare", f"a={','.join(one)}", f"b={','.join(other)}")
+    note = "The metrics of a and b are of different rows, or of other settings of the task."
+    assert note in result.out and "not paired" in result.out and result.err.strip() == note
+
+
+def test_seeds_with_rows_of_their_own_are_paired(tmp_path):
+    """The k-th run of each label has the rows of the k-th of the other: the same seed of generated rows."""
+    groups = groups_of(
+        a=[trained(tmp_path / f"a{n}", {2: 2.0, 4: 1.0}, f"rows{n}") for n in (1, 2)],
+        b=[trained(tmp_path / f"b{n}", {2: 2.5, 4: 1.5}, f"rows{n}") for n in (1, 2)],
+    )
+    assert compare(groups).paired
+    groups["b"].reverse()
+    assert not compare(groups).paired
+
+
+def test_a_figure_that_one_run_of_a_label_lacks_is_left_out(tmp_path):
+    groups = groups_of(a=[sweep(tmp_path / "a", 0.5, 8.0)], b=[trained(tmp_path / "b", {2: 2.0, 4: 1.0})])
+    table = compare_table(compare(groups))
+    assert [row[2:] for row in table.rows if row[0] == "held out perplexity"] == [("-", "7.39", "-"), ("-", "2.72", "-")]
+    mixed = groups_of(a=[str(tmp_path / "a"), str(tmp_path / "b")])
+    assert compare(mixed).lines == ()
+
+
+def test_documents_and_plots(tmp_path):
+    for label, gain in (("a", 0.0), ("b", 1.0)):
+        for seed in (1, 2):
+            trained(tmp_path / f"{label}-seed{seed}", {2: 2.0 + seed - gain, 4: 1.0 + seed - gain})
+            sweep(tmp_path / f"{label}-seed{seed}", 0.5, 8.0)
+    folders = [str(tmp_path / f"{label}-seed{seed}") for label in "ab" for seed in (1, 2)]
+    result = run("compare", *folders, "--format", "csv", "--output", str(tmp_path / "out"))
+    assert result.code == 0, result.err
+    rows = list(csv.DictReader(io.StringIO(result.out)))
+    (row,) = [row for row in rows if (row["figure"], row["exit_layer"], row["label"]) == ("held_out_perplexity", "2", "b")]
+    assert float(row["mean"]) == pytest.approx(math.exp(2.5)) and float(row["difference_mean"]) == pytest.approx(1 / math.e)
+    document = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert document["lines"][0]["setting"] == {"name": "exit 2 alone", "exit_layer": 2, "drafts": ""}
+    assert [point["step"] for point in document["points"] if (point["label"], point["exit_layer"]) == ("a", 4)] == [1, 3]
+    written = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".lock"}
+    pictures = {"exact_match", "perplexity", "held_out_perplexity", "held_out_perplexity_over_steps"}
+    assert {f"{name}.png" for name in pictures} | {"comparison.md", "comparison.json", "comparison.csv"} <= written
+    assert "acceptance_rate.png" not in written  # of one exit only
+    assert (tmp_path / "out" / "exact_match.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_perplexity_over_the_steps_is_the_mean_of_all_runs(tmp_path):
+    comparison = compare(
+        groups_of(trained(tmp_path / "a", {2: 2.0, 4: 1.0}), trained(tmp_path / "b", {2: 4.0, 4: 1.0})), exits=[2]
+    )
+    assert {point.step: point.interval.mean for point in comparison.points} == pytest.approx({1: math.exp(5), 3: math.exp(3)})
+    assert set(plots(comparison)) == {"held_out_perplexity_over_steps"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("results.json", "{}", "must be a results.json that sweep-exits wrote: config: needed an object, found null"),
+        ("results.json", "[]", "the document: needed an object, found a list"),
+        ("losses.jsonl", '{"step": 1, "validation": {"2": 800}}', "validation.2: needed a number in 0..700, found 800"),
+        ("losses.jsonl", '{"step": 1, "validation": {"x": 1}}', "validation: needed an exit layer, found 'x'"),
+        ("losses.jsonl", '{"validation": {"2": 1}}', "step: needed a whole number, found null"),
+        ("losses.jsonl", '{"step": 1', "not valid JSON"),
+        ("losses.jsonl", '{"step": 1}', "has no held-out losses: `finetune` measures them with `validation`"),
+        ("other.txt", "", r"must be a folder with results.json \(of sweep-exits or bench --output\) or losses.jsonl"),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path, name, text, message):
+    with pytest.raises(LayerSkipError, match=message):
+        read_run(saved(tmp_path / "x", name, text))
+
+
+def test_wrong_flags_are_one_line(tmp_path):
+    folder = sweep(tmp_path / "a", 0.5, 8.0)
+    known = "exact_match, perplexity, speedup, tokens_per_second, identical_outputs, acceptance_rate, mean_accepted_tokens"
+    fails(f"--only must be some of {known}, got rouge1", "compare", folder, "--only", "rouge1")
+    fails("--format must be one of table, json, csv, markdown, got xml", "compare", folder, "--format", "xml")
+    fails("RUNS nowhere: there is no such file", "compare", "nowhere")
+    trained(tmp_path / "b", {2: 1.0, 4: 1.0})
+    fails(
+        "RUNS must be labelled so that the runs of a label measured the same, got no figure in common",
+        "compare", f"x={folder},{tmp_path / 'b'}",
+    )  # fmt: skip
+    fails("--exits must be exits that all runs of a label have, got 9", "compare", str(tmp_path / "b"), "--exits", "9")
