@@ -21,6 +21,10 @@ class CheckpointError(LayerSkipError):
     """A model cannot be found, read, run layer by layer, or written."""
 
 
+class ContextError(ConfigError):
+    """A text does not fit into the model's context."""
+
+
 class LockedError(LayerSkipError):
     """Another process writes to a folder; the message says which."""
 

@@ -24,8 +24,15 @@ class Pass(NamedTuple):
 class Depth(Protocol):
     """The layers of the target, for the steps of one decoding."""
 
+    @property
+    def prompt_alike(self) -> bool:
+        """Whether the cache has of the output's tokens what it would have if they were the prompt's."""
+
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> Pass:
-        """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens stand at the indices `last` (B,)."""
+        """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens stand at the indices `last` (B,).
+
+        The cache already has what comes before `positions`.
+        """
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> Pass:
         """Logits (B, K+1, V) after each of the draft's tokens, which stand at `positions` (B, K+1)."""
@@ -33,6 +40,8 @@ class Depth(Protocol):
 
 class FixedDepth:
     """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
+
+    prompt_alike = True
 
     def __init__(
         self, model: Backend, layers: int, true_states: TrueStates | None = None, block: PlacedBlock | None = None
@@ -83,6 +92,8 @@ class DynamicDepth:
     exit has a block, the block decides.
     """
 
+    prompt_alike = False  # a prompt runs through all layers
+
     def __init__(self, model: Backend, exits: tuple[int, ...], confidence: float) -> None:
         """`exits`: ascending counts of layers below L. Raises ConfigError for an exit that can only draft."""
         self._model, self._draft_side = model, model.draft_sides[None]
@@ -99,7 +110,7 @@ class DynamicDepth:
             hidden = self._model.run_layers(hidden, start, stop, positions, cache)
             scored = self._through_block(hidden, stop, positions, cache)
             chosen, start = chosen or self._leaving(_at(scored, last), stop), stop
-        self._begin = positions.shape[1]
+        self._begin = int(positions[0, -1]) + 1
         assert chosen is not None
         return chosen
 

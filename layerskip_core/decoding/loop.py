@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..config.checks import require
-from ..errors import ConfigError
+from ..errors import ContextError
 from ..model.backend import Backend
 from .depth import Depth, Pass
 from .drafters import Context, Draft, Drafter
+from .prefix import PrefixCache
 from .sampling import Sampler, Verdict
 from .stats import DecodeStats, step_counts
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
@@ -65,8 +66,11 @@ class DecodingLoop:
         num_draft_tokens: int = 0,
         detokenize: Detokenize | None = None,
         true_states: TrueStates | None = None,
+        prefix: PrefixCache | None = None,
     ) -> None:
         """`depth`: which layers the target is. `true_states`: those that `depth` takes for blocks that draft, if any do.
+
+        `prefix`: what the text before left, for a loop of one row.
 
         Raises ConfigError for a prompt that is empty or leaves no room.
         """
@@ -76,13 +80,20 @@ class DecodingLoop:
         self._drafter = drafter
         self._num_draft_tokens = num_draft_tokens
         self._true_states = true_states
+        self._prefix = prefix
         self._rows = []
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, model.max_positions)
             scanner = StopScanner(stopping, model.max_positions - len(prompt), detokenize)
             self._rows.append(_Row(number, prompt, scanner))
         end = max(len(row.ids) + row.scanner.room for row in self._rows)
-        self._cache = model.new_cache(len(prompts), end)
+        self.reused_tokens = 0  # of the prompt, whose keys and values the text before left
+        if prefix is None:
+            self._cache = model.new_cache(len(prompts), end)
+        else:
+            (prompt,) = prompts
+            rerun = 0 if true_states is None else true_states.rerun
+            self._cache, self.reused_tokens = prefix.begin(prompt, rerun)
         self._places = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self._all_rows = tuple(self._rows)
@@ -128,10 +139,14 @@ class DecodingLoop:
         verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, made.logits)
         verified_at = time.perf_counter()
         source = draft.source if newest is not None and self._drafter is not None else None
-        last = [len(row.ids) - 1 for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
+        start = self.reused_tokens
+        last = [len(row.ids) - 1 - start for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
         outcomes = zip(rows, draft.counts, verified, strict=True)
         steps = [self._commit(row, count, ids, source, made.layers) for row, count, ids in outcomes]
         self._go_on(following, last)
+        if self._prefix is not None:
+            row = rows[0]
+            self._prefix.keep(row.ids, len(row.ids) - 1 if self._depth.prompt_alike else row.prompt_tokens)
         self._draft_seconds += drafted_at - started
         if newest is None:
             self._prefill_seconds += verified_at - drafted_at
@@ -141,15 +156,17 @@ class DecodingLoop:
         return steps
 
     def _prefill(self) -> tuple[Draft, Pass]:
-        """An empty draft, and the target's pass over the prompts.
+        """An empty draft, and the target's pass over what the cache lacks of the prompts.
 
         Prompts are padded at their ends. No token sees what padding writes there, and the next tokens overwrite it.
         """
-        device, lengths = self._model.device, [len(row.ids) for row in self._rows]
+        device, start = self._model.device, self.reused_tokens
+        missing = [row.ids[start:] for row in self._rows]
+        lengths = [len(ids) for ids in missing]
         longest = max(lengths)
-        padded = [row.ids + [row.ids[-1]] * (longest - len(row.ids)) for row in self._rows]
+        padded = [ids + [ids[-1]] * (longest - len(ids)) for ids in missing]
         tokens, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device) - 1
-        positions = self._places[:, :longest].expand(len(lengths), -1)
+        positions = self._places[:, start : start + longest].expand(len(lengths), -1)
         return Draft(tokens[:, :1], (0,) * len(lengths)), self._depth.prefill(tokens, last, positions, self._cache)
 
     def _draft(self, newest: Tensor) -> Draft:
@@ -212,10 +229,12 @@ class DecodingLoop:
         return time.perf_counter()
 
 
-def check_prompt(prompt_ids: list[int], limit: int) -> None:
-    """Raises ConfigError for a prompt that is empty or leaves no room for a token in a context of `limit` tokens."""
-    require(bool(prompt_ids), "the prompt", "at least 1 token", "none")
+def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:
+    """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in a context of
+    `limit` tokens. `what`: its name in the error.
+    """
+    require(bool(prompt_ids), what, "at least 1 token", "none")
     if len(prompt_ids) >= limit:
-        raise ConfigError(
-            f"the prompt must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
+        raise ContextError(
+            f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
         )

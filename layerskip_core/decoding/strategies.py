@@ -10,6 +10,7 @@ from ..model.exit_blocks import target_block
 from .depth import Depth, DynamicDepth, FixedDepth
 from .drafters import DrafterSetup, drafter_for
 from .loop import DecodingLoop, Token
+from .prefix import PrefixCache
 from .sampling import sampler_for
 from .stats import DecodeStats
 from .stopping import Detokenize, Stopping, StopReason
@@ -43,6 +44,11 @@ class Decoding:
         """What drafted in the last step, as in `DecodeStats.steps_by_drafter`; None if nothing could, as in the prefill."""
         return next(iter(self._loop.last_step(0).steps_by_drafter), None)
 
+    @property
+    def reused_tokens(self) -> int:
+        """How many of the prompt's first tokens needed no pass."""
+        return self._loop.reused_tokens
+
     def __iter__(self) -> Iterator[list[Token]]:
         return self
 
@@ -59,15 +65,16 @@ def decode(
     detokenize: Detokenize | None = None,
     *,
     reuse_exit_states: bool = True,
+    prefix: PrefixCache | None = None,
 ) -> Decoding:
     """Decodes a prompt by the config's strategy.
 
     Greedy self-speculative decoding gives the tokens of autoregressive decoding; sampled, it gives their distribution.
     `detokenize` (ids to text) is needed for stop strings only. `reuse_exit_states=False` makes the target recompute the layers
-    below the exit, to measure what reuse saves. Raises ConfigError for an exit that the model does not have and a prompt that
-    does not fit.
+    below the exit, to measure what reuse saves. `prefix`: what the decoding before left; that one must not go on. Raises
+    ConfigError for an exit that the model does not have and a prompt that does not fit.
     """
-    return Decoding(_loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states))
+    return Decoding(_loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix))
 
 
 def decode_batch(
@@ -104,6 +111,7 @@ def _loop_of(
     detokenize: Detokenize | None,
     reuse_exit_states: bool = True,
     seeds: Sequence[int] | None = None,
+    prefix: PrefixCache | None = None,
 ) -> DecodingLoop:
     sampler, drafter = sampler_for(config.sampling, model.device, len(prompts), seeds), None
     true_states = _true_states(model, config)
@@ -111,7 +119,11 @@ def _loop_of(
     if config.strategy in DRAFTERS:
         drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states))
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
-    return DecodingLoop(model, prompts, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize, true_states)
+    if prefix is not None:
+        prefix.suit(model, config)
+    return DecodingLoop(
+        model, prompts, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize, true_states, prefix
+    )
 
 
 def _true_states(model: Backend, config: DecodingConfig) -> TrueStates | None:

@@ -18,6 +18,7 @@ class TrueStates:
         self._blocks = {block.block.exit_layer: block for block in blocks}
         self.taps = tuple(sorted(self._blocks))  # the exits
         self._needs_finals = any(block.join is not None for block in blocks)
+        self.rerun = int(self._needs_finals)  # tokens that a first pass in the middle of a text needs from before it
         self._features: Tensor | None = None
         self._finals = torch.empty(0)  # (B, T, D), the final norm's output for the tokens of the last pass
 
@@ -29,13 +30,17 @@ class TrueStates:
     def take(self, states: Sequence[Tensor], hidden: Tensor, positions: Tensor, cache: KVCache) -> None:
         """Writes the blocks' keys and values of the tokens at `positions` (B, T).
 
-        `states` are those after each of `taps`, `hidden` those after the last layer, (B, T, D).
+        `states` are those after each of `taps`, `hidden` those after the last layer, (B, T, D). If the first pass is in the
+        middle of a text, its first token only gives the second its feature: the cache has what the blocks wrote for it.
         """
         before = None
         if self._needs_finals:
             self._finals = self._model.normed(hidden)
-            first = torch.zeros_like(self._finals[:, :1]) if self._features is None else self._features
-            before = torch.cat((first, self._finals[:, :-1]), dim=1)
+            if self._features is None and int(positions[0, 0]) > 0:
+                states, positions, before = [reached[:, 1:] for reached in states], positions[:, 1:], self._finals[:, :-1]
+            else:
+                first = torch.zeros_like(self._finals[:, :1]) if self._features is None else self._features
+                before = torch.cat((first, self._finals[:, :-1]), dim=1)
         for exit_layer, reached in zip(self.taps, states, strict=True):
             block = self._blocks[exit_layer]
             self._model.propagate(block.enter(reached, before), block.layer, block.layer + 1, positions, cache)

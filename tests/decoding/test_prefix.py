@@ -1,0 +1,191 @@
+"""A prompt that begins like the text before starts at the first difference, and nothing else changes."""
+
+from functools import cache
+
+import pytest
+import torch
+from conftest import tiny_model
+from exit_block_models import random_blocks
+
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.decoding import PrefixCache, decode
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model.exit_blocks import ExitBlock
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 256}
+STRATEGIES = {
+    "autoregressive": {"strategy": "autoregressive"},
+    "exit": {"strategy": "self-speculative", "exit_layer": 3, "num_draft_tokens": 4},
+    "copy": {"strategy": "self-speculative", "exit_layer": 6, "num_draft_tokens": 4, "draft_weights": "int8"},
+    "adaptive": {"strategy": "adaptive", "exits": (2, 4), "num_draft_tokens": 4},
+    "skipping": {"strategy": "draft-and-verify", "skip": (3, 4), "num_draft_tokens": 4},
+    "early exit": {"strategy": "early-exit", "exit_layer": 3},
+    "depth per token": {"strategy": "early-exit", "exits": (2, 4), "exit_confidence": 0.1},
+    "sampled": {"strategy": "self-speculative", "exit_layer": 3, "sampling": SamplingConfig(temperature=0.9, seed=4)},
+}
+PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, "int8")}
+
+
+def settings_of(name, limit=12):
+    return DecodingConfig(max_new_tokens=limit, **STRATEGIES[name])
+
+
+def prompt_of(length, seed=0):
+    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length + seed)).tolist()
+
+
+def ids_of(decoding):
+    return [token.id for step in decoding for token in step]
+
+
+def native_or_skip(model, packing, **blocks):
+    if not can_run_native(model.config, next(model.parameters()).dtype, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here")
+    return NativeBackend.of(model, packing, **blocks)
+
+
+@cache
+def native(precision="fp32", model_type="llama", **changes):
+    dtype, quantize = PRECISIONS[precision]
+    packing = PackingConfig(quantize) if quantize else PackingConfig(draft_weights=("int8",))
+    return native_or_skip(tiny_model(model_type, dtype, **WIDE, **changes), packing)
+
+
+def conversation(backend, config, prefix):
+    """Three turns, each the text so far and new tokens. Returns ids, the tokens reused, and the decodings."""
+    text, outputs, reused, last = prompt_of(9), [], [], None
+    for turn in range(3):
+        last = decode(backend, text, config, prefix=prefix)
+        outputs.append(ids_of(last))
+        reused.append(last.reused_tokens)
+        text = [*text, *outputs[-1], *prompt_of(5 + 80 * (turn == 0), turn)]  # a long one, so that tiled kernels run too
+    return outputs, reused, last
+
+
+def keys_and_values(decoding):
+    """Those of the whole text, by layer and position."""
+    loop = decoding._loop
+    return loop._cache._storage[..., : len(loop._all_rows[0].ids) - 1, :]
+
+
+def assert_same_bits(backend, config, layers=None):
+    outputs, reused, last = conversation(backend, config, PrefixCache())
+    expected, none, fresh = conversation(backend, config, None)
+    assert outputs == expected and none == [0, 0, 0]
+    assert reused[0] == 0 and 0 < reused[1] < reused[2]
+    assert torch.equal(keys_and_values(last)[:layers], keys_and_values(fresh)[:layers])
+    return reused
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_turns_have_the_bits_of_whole_prefills(strategy):
+    reused = assert_same_bits(native(), settings_of(strategy), 3 if strategy == "early exit" else None)
+    # All but the last token of a text are known, or only its prompt where tokens left at different depths.
+    assert reused == ([0, 9, 106] if strategy == "depth per token" else [0, 20, 117])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_so_in_every_precision_and_with_windows(precision, kind):
+    windows = {"sliding_window": 5} if kind == "gemma3_text" else {}
+    assert_same_bits(native(precision, kind, **windows), settings_of("exit"))
+
+
+@pytest.mark.parametrize("features", [("none", "final"), ("final", "none")])
+@pytest.mark.parametrize("strategy", ["adaptive", "exit 2", "exit 4"])
+def test_exit_blocks_go_on_too(features, strategy):
+    """Their keys and values come from true states; with the feature `final` from those of the token before, too."""
+    model = tiny_model("llama", torch.float32, **WIDE)
+    blocks = random_blocks(model, *map(ExitBlock, (2, 4), features))
+    backend = native_or_skip(model, PackingConfig(), exit_blocks=blocks)
+    exit_layer = int(strategy[-1]) if strategy.startswith("exit") else None
+    config = DecodingConfig("self-speculative", exit_layer, 3, 12) if exit_layer else settings_of("adaptive")
+    reused = assert_same_bits(backend, config, None if strategy == "adaptive" else 6)
+    needs_finals = strategy == "adaptive" or features[(2, 4).index(exit_layer)] == "final"
+    assert reused == [0, 20 - needs_finals, 117 - needs_finals]
+
+
+@pytest.mark.parametrize("kind", [GenericBackend, PackedBackend.of])
+@pytest.mark.parametrize("strategy", ["autoregressive", "exit", "depth per token"])
+def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strategy):
+    """In fp64, where near-ties are far apart."""
+    backend = kind(tiny_model("llama", torch.float64, **WIDE))
+    outputs, reused, _ = conversation(backend, settings_of(strategy), PrefixCache())
+    assert outputs == conversation(backend, settings_of(strategy), None)[0]
+    assert 0 < reused[1] < reused[2]
+
+
+def test_exact_weights_reuse_nothing():
+    backend = PackedBackend.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(exact=True))
+    outputs, reused, _ = conversation(backend, settings_of("exit"), PrefixCache())
+    assert outputs == conversation(backend, settings_of("exit"), None)[0] and reused == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reused"),
+    [
+        (lambda text: text, 19),  # known but for its last token, which gives the next
+        (lambda text: text[:20], 19),
+        (lambda text: text[:7], 6),
+        (lambda text: [*text[:13], 66, *text[14:]], 13),
+        (lambda text: [66, *text[1:]], 0),
+        (lambda text: [*text, 5, 6, 7], 20),
+        (lambda text: text[:1], 0),
+    ],
+)
+def test_a_prompt_starts_at_the_first_difference(prompt, reused):
+    backend, config, prefix = native(), settings_of("exit"), PrefixCache()
+    first = prompt_of(9)
+    text = [*first, *ids_of(decode(backend, first, config, prefix=prefix))]
+    assert text[13] != 66 and len(text) == 21
+    following = prompt(text[:20] if reused == 19 else text)
+    decoding = decode(backend, following, config, prefix=prefix)
+    assert ids_of(decoding) == ids_of(decode(backend, following, config))
+    assert decoding.reused_tokens == reused
+
+
+def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
+    backend, config, prefix = native(), settings_of("exit", 30), PrefixCache()
+    decoding = decode(backend, prompt_of(9), config, prefix=prefix)
+    came = [token.id for _ in range(3) for token in next(decoding)]
+    assert 3 <= len(came) < 30
+    text = [*prompt_of(9), *came, 5, 6]
+    going_on = decode(backend, text, config, prefix=prefix)
+    assert ids_of(going_on) == ids_of(decode(backend, text, config))
+    assert going_on.reused_tokens == 9 + len(came) - 1
+
+
+def test_an_interrupted_step_does_no_harm(monkeypatch):
+    """In a prefill and in a verification, after some of the layers have written to the cache."""
+    backend, config, prefix = native(), settings_of("exit"), PrefixCache()
+    first, second = prompt_of(9), [*prompt_of(6), 40, 41, 42]
+    ids_of(decode(backend, first, config, prefix=prefix))
+    original = NativeBackend.run_layers
+
+    def interrupted(self, hidden, start, stop, positions, cache=None):
+        original(self, hidden, start, stop - 1, positions, cache)
+        raise KeyboardInterrupt
+
+    for prompt, steps in ((second, 0), (first, 1)):
+        decoding = decode(backend, prompt, config, prefix=prefix)
+        for _ in range(steps):
+            next(decoding)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(NativeBackend, "run_layers", interrupted)
+            next(decoding)
+        for again in (first, second):
+            assert ids_of(decode(backend, again, config, prefix=prefix)) == ids_of(decode(backend, again, config))
+
+
+def test_other_settings_begin_afresh():
+    """A prompt that ran through three layers only lacks keys for those above. Limits and sampling change nothing."""
+    backend, prefix, prompt = native(), PrefixCache(), prompt_of(9)
+    ids_of(decode(backend, prompt, settings_of("early exit"), prefix=prefix))
+    whole = decode(backend, prompt, settings_of("exit"), prefix=prefix)
+    assert ids_of(whole) == ids_of(decode(backend, prompt, settings_of("exit"))) and whole.reused_tokens == 0
+    for config in (settings_of("exit", 3), settings_of("exit")):
+        assert decode(backend, prompt, config, prefix=prefix).reused_tokens == 8
+    sampled = DecodingConfig("self-speculative", 3, 4, sampling=SamplingConfig(temperature=0.5))
+    assert decode(backend, prompt, sampled, prefix=prefix).reused_tokens == 8
+    assert decode(native("bf16"), prompt, sampled, prefix=prefix).reused_tokens == 0
