@@ -1,28 +1,24 @@
 """`layerskip generate`: prompts in, text out, for shell pipelines."""
 
 import sys
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from layerskip_core.config.checks import require, require_given
+from layerskip_core.config.checks import require
 from layerskip_core.config.decoding import DecodingSettings
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.policies import EXACT
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import require_ranges
 
 from . import options, standard_input
 from .answers import answer_all, answer_in_batches
-from .console import narrate, narrate_notes, use_threads
+from .console import narrate
+from .loading import load_to_decode
 from .requests import read_requests
 from .signature import command
-
-if TYPE_CHECKING:
-    from layerskip_core.checkpoint.loaded import Decoder
-    from layerskip_core.decoding import DecodeStats
+from .stats import stats_text
 
 
 @command
@@ -74,20 +70,8 @@ def generate(
     require_ranges(batch_size=batch_size)
     single = batch_size == 1 or not decoding.generation.exit_confidence
     require(single, "batch_size", "1 with `exit_confidence`", batch_size)
-    require_given("model", model)
-    use_threads(machine.threads)
-    from layerskip_core.checkpoint.load import for_decoding
-
-    adaptive = decoding.policy is None and decoding.implied_strategy in (None, "adaptive")
-    kept = replace(packing, draft_layers=decoding.exit_layer or 0, adaptive=adaptive)
-    used = decoding.policy or (EXACT if decoding.is_open and not packing.drafts_apart else None)
-    policies = None if jsonl else () if used is None else (used,)
-    loaded = for_decoding(model, machine.device, machine.dtype, kept, policies)
-    loaded = loaded.with_template(prompting.asked, prompting.system)
-    narrate_notes(loaded)
-    use_threads(machine.threads, loaded)
+    loaded = load_to_decode(model, decoding, prompting, packing, machine, all_policies=jsonl)
     policy = loaded.policy_for(decoding, packing)
-    loaded.resolve(decoding, packing)  # so that a wrong flag is one error, not one per prompt
     requests = read_requests(prompt, lines, jsonl, decoding)
     try:
         if batch_size > 1:
@@ -98,26 +82,6 @@ def generate(
         sys.stdout.write("\n")
         raise typer.Exit(130) from None
     if stats:
-        narrate(_stats_text(total, loaded, policy))
+        narrate(stats_text(total, loaded, policy))
     if failed:
         raise typer.Exit(1)
-
-
-def _stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> str:
-    steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
-    return (
-        f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; "
-        f"{_exits_text(stats, loaded.backend.num_layers)}drafted {stats.drafted}, "
-        f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
-        f"{f'steps by {steps}; ' if steps else ''}"
-        f"layers: {loaded.backend.implementation}, {str(loaded.backend.dtype).removeprefix('torch.')} on "
-        f"{loaded.backend.device}; prompt template: {loaded.template.name}{'' if policy is None else f'; policy: {policy}'}"
-    )
-
-
-def _exits_text(stats: "DecodeStats", num_layers: int) -> str:
-    """`6.1 layers per token (exit 4: 27, exit 8: 4, exit 24: 3); ` if any token left early, else nothing."""
-    if sum(stats.tokens_by_layers[: num_layers - 1]) == 0:
-        return ""
-    exits = ", ".join(f"exit {layers}: {count}" for layers, count in enumerate(stats.tokens_by_layers, start=1) if count)
-    return f"{stats.mean_layers:.1f} layers per token ({exits}); "

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from . import failure, streams
 from .bench import bench
 from .calibrate import calibrate
+from .chat import chat
 from .compare import compare
 from .data import data
 from .export import export
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.command("finetune", cls=Command, short_help="Train a checkpoint with layer dropout and early-exit loss.")(finetune)
 app.command("sweep-exits", cls=Command, short_help="Measure exits and draft lengths, and recommend a setting.")(sweep_exits)
 app.command("generate", cls=Command, short_help="Generate text from prompts.")(generate)
+app.command("chat", cls=Command, short_help="Talk with a model in the terminal.")(chat)
 app.command("bench", cls=Command, short_help="Compare decoding strategies on the same prompts.")(bench)
 app.command("compare", cls=Command, short_help="Compare runs, with intervals over seeds.")(compare)
 app.command("inspect", cls=Command, short_help="Show what the model predicts after every layer.")(inspect)

@@ -1,7 +1,7 @@
 """Every flag, declared once: the option of each field of the configs, and commands made of configs.
 
 A command takes configs, and `signature.command` makes a flag of each of their fields that has an Option here. A new field of
-GenerationSettings with its Option is thereby a flag of generate, bench and sweep-exits.
+GenerationSettings with its Option is thereby a flag of generate, chat, bench and sweep-exits.
 """
 
 import re

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 _taken: TextIO | None = None
@@ -16,6 +17,28 @@ def take() -> None:
 def is_piped() -> bool:
     """Whether standard input exists and is not a terminal."""
     return _taken is not None and not _taken.isatty()
+
+
+def is_terminal() -> bool:
+    return _taken is not None and _taken.isatty()
+
+
+def typed_line(prompt: str) -> str:
+    """A line that is typed at a terminal, without its end, and with the usual keys to edit it. Raises EOFError after Ctrl-D."""
+    if not sys.stdout.isatty():  # `input` would write the prompt to the results
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        line = prompts_stream().readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+    with suppress(ImportError):  # Windows has none; its consoles edit lines themselves
+        import readline  # noqa: F401  `input` uses it
+    kept, sys.stdin = sys.stdin, prompts_stream()
+    try:
+        return input(prompt)
+    finally:
+        sys.stdin = kept
 
 
 def prompts_stream() -> TextIO:

@@ -1,5 +1,6 @@
 """A model in memory. A Decoder generates text; a Trainable is a transformers model whose weights can be changed and saved."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,12 @@ class Decoder:
         """The same model with the template that `template` and `system` mean for it; see `resolve_template`."""
         return replace(self, template=resolve_template(asked, system, self.info.template, self.tokenizer))
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a prompt in `template`.
+    def encode_prompt(self, prompt: str, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """Token ids of a prompt in `template`, after earlier `turns` (prompts with their answers) in a chat template.
 
         Raises ConfigError for a token that the model has no embedding for.
         """
-        ids = encode_prompt(self.tokenizer, self.template, prompt)
+        ids = encode_prompt(self.tokenizer, self.template, prompt, turns)
         last, known = max(ids, default=0), self.backend.vocab_size
         if last >= known:
             token = self.tokenizer.decode([last])

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError
 from .loop import check_prompt
+from .prefix import PrefixCache
 from .stats import DecodeStats
 from .stopping import Detokenize, Stopping, StopReason
 from .strategies import decode, decode_batch
@@ -24,18 +26,30 @@ class Answer:
     stats: DecodeStats
 
 
+class Run(NamedTuple):
+    """Text that came from accepted drafts, or from the target alone."""
+
+    text: str
+    from_draft: bool
+
+
 class TextStream:
     """Iterates over the pieces of one answer as they are verified.
 
     `text`, `stats` and `finish_reason` describe what has come so far.
     """
 
-    def __init__(self, loaded: Decoder, prompt: str, config: DecodingConfig) -> None:
-        """Raises ConfigError for a prompt or exit that does not fit."""
-        ids = loaded.encode_prompt(prompt)
+    def __init__(
+        self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, prefix: PrefixCache | None = None
+    ) -> None:
+        """`prompt`: a text for the template, or token ids. `prefix`: as in `decode`.
+
+        Raises ConfigError for a prompt or exit that does not fit.
+        """
+        ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         self.text = ""
         self._eos_ids = loaded.eos_ids
-        self._decoding = decode(loaded.backend, ids, config, self._eos_ids, loaded.detokenize)
+        self._decoding = decode(loaded.backend, ids, config, self._eos_ids, loaded.detokenize, prefix=prefix)
         self._stopping = Stopping(self._eos_ids, config.stop, config.max_new_tokens)
         self._decoder = _IncrementalText(loaded.detokenize)
 
@@ -54,14 +68,42 @@ class TextStream:
     def finish_reason(self) -> StopReason | None:
         return self._decoding.finish_reason
 
+    @property
+    def reused_tokens(self) -> int:
+        """How many of the prompt's first tokens needed no pass."""
+        return self._decoding.reused_tokens
+
     def __iter__(self) -> Iterator[str]:
         for tokens in self._decoding:
             finished = self.finish_reason is not None
             decoded = self._decoder.add([token.id for token in tokens if token.id not in self._eos_ids], finished)
-            visible = self._stopping.visible(decoded, finished)
-            piece, self.text = visible[len(self.text) :], visible
-            if piece:
+            if piece := self._shown(decoded, finished):
                 yield piece
+
+    def runs(self) -> Iterator[list[Run]]:
+        """The same text, as one list per step that may be empty. A character belongs to the token that completes it."""
+        ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
+        for tokens in self._decoding:
+            decoded, finished = "", self.finish_reason is not None
+            for place, token in enumerate(tokens, start=1):
+                ids = [] if token.id in self._eos_ids else [token.id]
+                decoded = self._decoder.add(ids, finished and place == len(tokens))
+                ends.append((len(decoded), token.from_draft))
+            runs: list[Run] = []
+            start, stop = len(self.text), len(self.text) + len(self._shown(decoded, finished))
+            for end, from_draft in ends:
+                if (shown := min(end, stop)) > start:
+                    before = runs.pop().text if runs and runs[-1].from_draft == from_draft else ""
+                    runs.append(Run(before + self.text[start:shown], from_draft))
+                    start = shown
+            ends = [(end, from_draft) for end, from_draft in ends if end > stop]
+            yield runs
+
+    def _shown(self, decoded: str, finished: bool) -> str:
+        """What can be shown of the text so far and was not before."""
+        visible = self._stopping.visible(decoded, finished)
+        piece, self.text = visible[len(self.text) :], visible
+        return piece
 
 
 def answer_together(

@@ -1,6 +1,7 @@
 """A prompt in its template as token ids, for training and for decoding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TypeVar
 
 from ..errors import CheckpointError, ConfigError, LayerSkipError
@@ -12,11 +13,14 @@ from .tokenizer import Tokenizer
 Result = TypeVar("Result")
 
 
-def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, prompt: str) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, template: PromptTemplate, prompt: str, turns: Sequence[tuple[str, str]] = ()
+) -> list[int]:
     """Token ids of a prompt in its template, with the tokenizer's special tokens at the start and none at the end.
 
     Only the template's special tokens become tokens; in the prompt and the system message they stay text. In the raw
-    template those of the prompt become tokens.
+    template those of the prompt become tokens. `turns`: earlier prompts with their answers, for the chat template only; special
+    tokens in them stay text too.
 
     Raises:
         ConfigError: the prompt is not valid Unicode, or the template is `chat` and the tokenizer has none.
@@ -26,20 +30,25 @@ def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, prompt: str) -
         prompt.encode()
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, an argument can hold any bytes
         raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
+    assert not turns or template.text == CHAT
     special = special_text(tokenizer)
     if template.text == RAW:
         return _without_end(tokenizer, encoded(lambda: tokenizer(prompt)["input_ids"]))
     if special is None:
-        _refuse_special(tokenizer, prompt, template.system or "")
+        _refuse_special(tokenizer, prompt, template.system or "", *chain.from_iterable(turns))
     if template.text == CHAT:
-        return _encode_chat(tokenizer, special, template.system, prompt)
+        return _encode_chat(tokenizer, special, _messages(template.system, prompt, turns))
     return _without_end(tokenizer, _encode_text(tokenizer, special, template.text, prompt))
 
 
-def _encode_chat(tokenizer: Tokenizer, special: SpecialText | None, system: str | None, prompt: str) -> list[int]:
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+def _messages(system: str | None, prompt: str, turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    spoken = [("system", system)] if system is not None else []
+    for earlier, answer in turns:
+        spoken += [("user", earlier), ("assistant", answer)]
+    return [{"role": role, "content": content} for role, content in [*spoken, ("user", prompt)]]
+
+
+def _encode_chat(tokenizer: Tokenizer, special: SpecialText | None, messages: list[dict[str, str]]) -> list[int]:
     if special is not None and encoded(lambda: any(special.in_prompt(message["content"]) for message in messages)):
         masked = [{**message, "content": special.masked(message["content"])} for message in messages]
         sealed = special.sealed(render_chat(tokenizer, masked, add_generation_prompt=True))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the current step, so that it can be saved."""
+"""Signals such as Ctrl-C end a run after the current step, so that it can be saved."""
 
 import os
 import signal
@@ -15,13 +15,15 @@ class Interruption:
     Under torchrun further signals are ignored, because it forwards the ones that the terminal has already sent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: int) -> None:
+        """Without `signals` SIGINT and SIGTERM."""
         self.signal: int | None = None
+        self._signals = signals or _SIGNALS
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # the only one where Python allows handlers
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in self._signals}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

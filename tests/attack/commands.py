@@ -71,7 +71,7 @@ def _flags(case: Case) -> Command:
     random = case.random
     name = random.choice(COMMANDS)
     arguments = list(base_of(name, case.material))
-    if name in ("generate", "bench", "sweep-exits", "inspect", FROZEN) and random.random() < 0.4:
+    if name in ("generate", "chat", "bench", "sweep-exits", "inspect", FROZEN) and random.random() < 0.4:
         arguments += ["--model", str(case.material.model(random.choice(("measured", "blocks"))))]
     flags = flags_of(name)
     if name == FROZEN and random.random() < 0.6:

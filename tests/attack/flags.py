@@ -8,7 +8,7 @@ from .material import Material
 from .victim import OUTPUTS
 
 FROZEN = "finetune --frozen"  # counts as a command of its own
-COMMANDS = ("generate", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "calibrate", "compare", FROZEN)
+COMMANDS = ("generate", "chat", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "calibrate", "compare", FROZEN)
 OF_BLOCKS = ("--feature", "--answers", "--answer-tokens", "--answer-temperature", "--loss", "--exits")
 _LONG_MARK = 1000  # with more rows or steps than this, a long run is no fault
 
@@ -45,6 +45,7 @@ def base_of(command: str, material: Material) -> tuple[str, ...]:
     model, few = ("--model", str(material.model())), ("--samples", "2", "--max-new-tokens", "4")
     return {
         "generate": ("generate", *model, "--max-new-tokens", "4"),
+        "chat": ("chat", *model, "--max-new-tokens", "4"),
         "bench": ("bench", *model, *few, "--repeats", "1"),
         "sweep-exits": ("sweep-exits", *model, *few, "--exits", "2", "--specs", "2"),
         "finetune": ("finetune", *model, "--steps", "1", "--batch-size", "2", "--max-length", "48", "--samples", "4"),

@@ -27,7 +27,7 @@ def names_of(command):
     return {flag for parameter in COMMANDS[command].params for flag in parameter.opts}
 
 
-@pytest.mark.parametrize("command", ["generate", "bench", "sweep-exits"])
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "sweep-exits"])
 def test_every_command_that_decodes_has_the_flags_of_decoding(command):
     shared = {flags_of(field, option)[0] for config in SHARED for field, option in OPTIONS[config].items()}
     assert {"--draft-confidence", "--temperature", "--stop", "--template", "--quantize", "--threads"} <= shared

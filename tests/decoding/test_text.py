@@ -70,7 +70,7 @@ def test_word_streams_add_up(chunks):
 
 
 class Scripted:
-    """A decoding that verifies the given bytes, a chunk a step."""
+    """A decoding that verifies the given bytes, a chunk a step. All but the last of a chunk are accepted drafts."""
 
     def __init__(self, chunks, reason):
         self._chunks, self._reason = chunks, reason
@@ -79,7 +79,13 @@ class Scripted:
     def __iter__(self):
         for number, chunk in enumerate(self._chunks, start=1):
             self.finish_reason = self._reason if number == len(self._chunks) else None
-            yield [Token(token, False) for token in chunk]
+            yield [Token(token, place < len(chunk)) for place, token in enumerate(chunk, start=1)]
+
+
+def scripted(monkeypatch, chunks, reason, stop):
+    monkeypatch.setattr(text, "decode", lambda *_, **__: Scripted(chunks, reason))
+    loaded = SimpleNamespace(backend=None, eos_ids=frozenset({EOS}), detokenize=bytes_to_text)
+    return TextStream(loaded, [1], DecodingConfig("autoregressive", stop=stop))
 
 
 @pytest.mark.parametrize(
@@ -95,11 +101,28 @@ class Scripted:
     ],
 )
 def test_pieces_of_an_answer(monkeypatch, chunks, reason, stop, pieces):
-    monkeypatch.setattr(text, "decode", lambda *_: Scripted(chunks, reason))
-    loaded = SimpleNamespace(backend=None, eos_ids=frozenset({EOS}), encode_prompt=lambda prompt: [1], detokenize=bytes_to_text)
-    answer = TextStream(loaded, "prompt", DecodingConfig("autoregressive", stop=stop))
+    answer = scripted(monkeypatch, chunks, reason, stop)
     assert list(answer) == pieces
     assert (answer.text, answer.finish_reason) == ("".join(pieces), reason)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "reason", "stop", "runs"),
+    [
+        ([b"ab", b"c", [*b"de", EOS]], "eos", (), [[("a", True), ("b", False)], [("c", False)], [("de", True)]]),
+        ([b"ab", [EOS]], "eos", (), [[("a", True), ("b", False)], []]),
+        ([b"a\xc3", b"\xa9bc"], "length", (), [[("a", True)], [("\xe9b", True), ("c", False)]]),
+        ([b"xa\xc3", b"\xa9"], "length", (), [[("xa", True)], [("\xe9", False)]]),  # the target's token completes it
+        ([b"x\xc3"], "length", (), [[("x", True), ("\ufffd", False)]]),
+        ([b"one\n", b"x\n", b"\n"], "stop", ("\n\n",), [[("one", True)], [("\n", False), ("x", True)], []]),
+        ([b"on\n", b"xyz"], "length", ("\nxa",), [[("on", True)], [("\n", False), ("xy", True), ("z", False)]]),
+        ([b"a#b", b";c"], "stop", (";", "#"), [[("a", True)], []]),
+    ],
+)
+def test_runs_say_what_was_drafted(monkeypatch, chunks, reason, stop, runs):
+    answer = scripted(monkeypatch, chunks, reason, stop)
+    assert [[tuple(run) for run in step] for step in answer.runs()] == runs
+    assert answer.text == "".join(run for step in runs for run, _ in step)
 
 
 @pytest.fixture(scope="module")

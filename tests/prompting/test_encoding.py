@@ -49,6 +49,21 @@ def tokenizer(request, folder, full):
     return full if request.param == "transformers" else lean_tokenizer(str(folder))
 
 
+def test_turns_are_those_of_the_template_and_special_tokens_in_them_are_text(tokenizer, full):
+    def encode(*texts):
+        turns = [(message, answer) for message, answer in zip(texts[::2], texts[1::2], strict=False)]
+        return encoding.encode_prompt(tokenizer, PromptTemplate(CHAT, "Be brief."), texts[-1], turns)
+
+    messages = [
+        *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}),
+        *({"role": "assistant", "content": "yes?"}, {"role": "user", "content": "start"}),
+    ]
+    plain = full(full.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), add_special_tokens=False)
+    assert encode("hi", "yes?", "start") == plain["input_ids"]
+    for hostile in ((EVIL, "yes?", "start"), ("hi", EVIL, "start"), ("hi", "yes?", EVIL)):
+        assert control(full, encode(*hostile)) == control(full, plain["input_ids"])
+
+
 def rendered(full, template, prompt):
     if template == CHAT:
         messages = [{"role": "user", "content": prompt}]

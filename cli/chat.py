@@ -1,0 +1,226 @@
+"""`layerskip chat`: a conversation in the terminal, or over a pipe with one turn per line."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from layerskip_core.config.decoding import DecodingConfig, DecodingSettings
+from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.prompting import PromptingConfig
+from layerskip_core.errors import ContextError, LayerSkipError
+
+from . import options, standard_input
+from .console import ResultsConsole, narrate
+from .failure import one_line
+from .loading import load_to_decode
+from .signature import command
+from .stats import stats_text
+
+if TYPE_CHECKING:
+    from layerskip_core.checkpoint.loaded import Decoder
+    from layerskip_core.decoding.text import Run, TextStream
+
+_COMMANDS = """\
+/reset   start a new conversation
+/forget  leave out the oldest turn
+/stats   counts and speed, and how full the context is
+/help    this list
+/exit    leave, as Ctrl-D does
+Write // at the beginning of a message that begins with /. Ctrl-C stops an answer."""
+_ROOM = "/forget leaves out the oldest turn, /reset all turns"
+
+
+@command
+def chat(
+    model: Annotated[
+        str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.", rich_help_panel=options.MODEL)
+    ] = "embedded",
+    *,
+    decoding: DecodingSettings,
+    prompting: PromptingConfig,
+    packing: PackingConfig,
+    machine: MachineConfig,
+    show_drafts: Annotated[
+        bool,
+        typer.Option("--show-drafts", help="On a terminal, show accepted drafts in green.", rich_help_panel=options.OUTPUT),
+    ] = False,
+    stats: Annotated[
+        bool,
+        typer.Option("--stats", help="Print counts and speed to stderr after every answer.", rich_help_panel=options.OUTPUT),
+    ] = False,
+) -> None:
+    """Talk with a model. It sees the whole conversation, and computes only what is new of it.
+
+    Turns follow each other in a chat template. With any other, as that of the embedded model, every message is a prompt of
+    its own. /help lists the commands. From a pipe every line is a turn, and empty lines are none.
+
+    Example: layerskip chat --show-drafts
+    """
+    loaded = load_to_decode(model, decoding, prompting, packing, machine)
+    chat = _Chat(loaded, loaded.resolve(decoding, packing), loaded.policy_for(decoding, packing), show_drafts, stats)
+    if standard_input.is_terminal():
+        chat.on_terminal()
+    else:
+        chat.over_pipe()
+
+
+class _Chat:
+    """A conversation, and what is printed of it."""
+
+    def __init__(self, loaded: "Decoder", config: DecodingConfig, policy: str | None, show_drafts: bool, stats: bool) -> None:
+        from layerskip_core.decoding import DecodeStats
+        from layerskip_core.decoding.dialogue import Dialogue
+
+        self._loaded, self._policy = loaded, policy
+        self._dialogue = Dialogue(loaded, config)
+        self._console = ResultsConsole()
+        self._colours = show_drafts and self._console.is_terminal and self._console.color_system is not None
+        self._mark = "underline" if self._console.no_color else "green"
+        self._stats = stats
+        self._last: TextStream | None = None
+        self._answers, self._total = 0, DecodeStats()
+        self._refused = False  # a line, so far
+
+    def on_terminal(self) -> None:
+        """Asks for messages until /exit or Ctrl-D. Errors are told, and the conversation goes on."""
+        narrate(f"{self._loaded.name}: {self._loaded.backend.implementation}; prompt template: {self._loaded.template.name}")
+        self._tell_template()
+        if self._colours:
+            narrate(f"accepted drafts are {'underlined' if self._console.no_color else 'green'}")
+        narrate("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        for line in _typed_lines():
+            try:
+                if not self._takes(line):
+                    return
+            except KeyboardInterrupt:
+                self._dialogue.renew_cache()
+                narrate("\nstopped")
+
+    def over_pipe(self) -> None:
+        """Answers every line. Exits with 1 if one could not be answered, and with 130 after Ctrl-C."""
+        self._tell_template()
+        try:
+            for number, line in enumerate(standard_input.prompts_stream(), start=1):
+                if not self._takes(line.rstrip("\r\n"), number):
+                    break
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            raise typer.Exit(130) from None
+        if self._refused:
+            raise typer.Exit(1)
+
+    def _tell_template(self) -> None:
+        if not self._dialogue.has_turns:
+            narrate(f"{self._loaded.template.name} is no chat template: every message is a prompt of its own")
+
+    def _refuse(self, error: LayerSkipError, number: int | None) -> None:
+        self._refused = True
+        room = f"; {_ROOM}" if isinstance(error, ContextError) and self._dialogue.turns else ""
+        narrate(f"error: {'' if number is None else f'line {number}: '}{one_line(error)}{room}")
+
+    def _takes(self, line: str, number: int | None = None) -> bool:
+        """Does what a line says; False if that is to leave. `number`: of a line of a pipe."""
+        if not line.strip():
+            return True
+        if not line.startswith("/") or line.startswith("//"):
+            self._answer(line[1:] if line.startswith("//") else line, number)
+            return True
+        match line.split():
+            case ["/exit"]:
+                return False
+            case ["/reset"]:
+                self._dialogue.forget()
+                narrate("a new conversation")
+            case ["/forget"]:
+                self._dialogue.forget(1)
+                narrate(f"{_counted(len(self._dialogue.turns), 'turn')} left")
+            case ["/stats"]:
+                self._tell_stats()
+            case ["/help"]:
+                narrate(_COMMANDS)
+            case _:
+                unknown = LayerSkipError(f"needed a message or a command, found {line!r:.60}; /help lists the commands")
+                self._refuse(unknown, number)
+        return True
+
+    def _answer(self, message: str, number: int | None) -> None:
+        """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, pressed again at once."""
+        from layerskip_core.training.interruption import Interruption
+
+        with Interruption(signal.SIGINT) if number is None else nullcontext() as interruption:
+            try:
+                stream = self._last = self._dialogue.ask(message)
+            except LayerSkipError as error:
+                self._refuse(error, number)
+                return
+            for runs in stream.runs():
+                self._write(runs)
+                if interruption is not None and interruption.signal is not None:
+                    break
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        self._answers, self._total = self._answers + 1, self._total + stream.stats
+        self._tell_end(stream, number is None)
+        if self._stats:
+            narrate(self._stats_of(stream))
+
+    def _write(self, runs: "list[Run]") -> None:
+        if self._colours:
+            text = Text.assemble(*((run.text, self._mark if run.from_draft else "") for run in runs))
+            self._console.print(text, end="", soft_wrap=True)
+        else:
+            sys.stdout.write("".join(run.text for run in runs))
+            sys.stdout.flush()
+
+    def _tell_end(self, stream: "TextStream", interactive: bool) -> None:
+        """Says why an answer ended where the model did not end it."""
+        limit = self._loaded.backend.max_positions
+        if stream.finish_reason == "context":
+            room = f"; {_ROOM}" if self._dialogue.has_turns else ""
+            narrate(f"the answer ends here because the model's context of {limit} tokens is full{room}")
+        elif interactive and stream.finish_reason == "length":
+            narrate(f"the answer ends here because of `max_new_tokens` {stream.stats.new_tokens}")
+        elif interactive and stream.finish_reason is None:
+            narrate("stopped" if stream.text else "stopped before the answer: the message was left out")
+
+    def _tell_stats(self) -> None:
+        if self._last is None:
+            narrate("no answer yet")
+            return
+        narrate(f"last answer: {self._stats_of(self._last)}")
+        total = self._total
+        narrate(
+            f"{_counted(self._answers, 'answer')}: {total.new_tokens} tokens, {total.tokens_per_second:.1f} tokens/s; "
+            f"drafted {total.drafted}, accepted {total.accepted} ({total.acceptance_rate:.1%})"
+        )
+
+    def _stats_of(self, stream: "TextStream") -> str:
+        counts, limit = stream.stats, self._loaded.backend.max_positions
+        return (
+            f"{stats_text(counts, self._loaded, self._policy)}; prompt: {counts.prompt_tokens} tokens, "
+            f"{stream.reused_tokens} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"
+        )
+
+
+def _typed_lines() -> Iterator[str]:
+    """What is typed, line by line, until Ctrl-D. Ctrl-C begins a new line."""
+    while True:
+        try:
+            line = standard_input.typed_line("> ")
+        except KeyboardInterrupt:
+            narrate("\n/exit or Ctrl-D leaves")
+            continue
+        except EOFError:
+            narrate("")
+            return
+        yield line
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
