@@ -23,6 +23,7 @@ from .finetune import finetune
 from .generate import generate
 from .import_model import import_model
 from .inspect import inspect
+from .serve import serve
 from .signature import Command
 from .sweep_exits import sweep_exits
 
@@ -57,6 +58,7 @@ app.command("inspect", cls=Command, short_help="Show what the model predicts aft
 app.command("calibrate", cls=Command, short_help="Make better int4 weights for a model.")(calibrate)
 app.command("import", cls=Command, short_help="Write any model as a plain transformers checkpoint.")(import_model)
 app.command("export", cls=Command, short_help="Write an exit as a draft model for another engine.")(export)
+app.command("serve", cls=Command, short_help="Serve a model by OpenAI's API.")(serve)
 app.command("data", cls=Command, short_help="Print the rows of a data set as JSON lines.")(data)
 
 

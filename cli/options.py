@@ -17,6 +17,7 @@ from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import parse_counts, parse_shares
+from layerskip_core.config.serving import ServeConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings, RetentionSettings
 from layerskip_core.evaluation.tasks import TASKS
 
@@ -37,9 +38,10 @@ RUN = "Run"
 INPUT = "Input"
 OUTPUT = "Output"
 MACHINE = "Machine"
+SERVER = "Server"
 PANELS = (
-    INPUT, MODEL, RECIPE, RETENTION, EXIT_BLOCKS, OPTIMISATION, TASK, DATA, DECODING, SAMPLING, PROMPTING, ADAPTERS, RUN,
-    MEASUREMENT, WEIGHTS, MACHINE, OUTPUT,
+    INPUT, MODEL, SERVER, RECIPE, RETENTION, EXIT_BLOCKS, OPTIMISATION, TASK, DATA, DECODING, SAMPLING, PROMPTING, ADAPTERS,
+    RUN, MEASUREMENT, WEIGHTS, MACHINE, OUTPUT,
 )  # in the order of --help  # fmt: skip
 
 
@@ -208,6 +210,15 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,
     },
+    ServeConfig: {
+        "model": _MODEL,
+        "host": Option(SERVER, "Address to listen on; 0.0.0.0 is all of this machine's."),
+        "port": Option(SERVER, "Port to listen on; 0: a free one."),
+        "batch_size": Option(SERVER, "Answers that are decoded together."),
+        "queue_size": Option(SERVER, "Answers that may wait besides; a request beyond gets status 429.", "--queue"),
+        "token_limit": Option(SERVER, "Most tokens that a request may ask for."),
+        "body_limit": Option(SERVER, "Most bytes of a request's body."),
+    },
     CalibrationConfig: {
         "model": _MODEL,
         "output": Option(OUTPUT, "Folder for a copy of the model.", default="--model's folder, or calibrated-model"),
@@ -307,7 +318,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
 
 
 # Fields of the configs in a config that have no flag there, because the config has its own instead.
-HIDDEN: dict[type, tuple[str, ...]] = {SweepConfig: ("exit_confidence",)}
+HIDDEN: dict[type, tuple[str, ...]] = {SweepConfig: ("exit_confidence",), ServeConfig: ("seed",)}
 
 
 def flags_of(field: str, option: Option) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ LEVELS = [
     {"data", "prompting", "model", "losses"},
     {"checkpoint"},
     {"decoding"},
-    {"training", "evaluation", "calibration", "export", "language_model"},
+    {"training", "evaluation", "calibration", "export", "serving", "language_model"},
 ]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
@@ -63,5 +63,6 @@ def test_every_package_is_in_the_wheel():
     """setuptools leaves out what pyproject.toml does not list, and an editable installation does not show it."""
     with (ROOT.parent / "pyproject.toml").open("rb") as file:
         listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
-    there = {".".join(file.parent.relative_to(ROOT.parent).parts) for file in ROOT.rglob("__init__.py")}
-    assert there == {package for package in listed if package != "layerskip_cli"}
+    files = [*ROOT.rglob("__init__.py"), *(ROOT.parent / "cli").rglob("__init__.py")]
+    there = {".".join(file.parent.relative_to(ROOT.parent).parts).replace("cli", "layerskip_cli") for file in files}
+    assert there == set(listed)

@@ -47,7 +47,10 @@ class Decoder:
 
         Raises ConfigError for a token that the model has no embedding for.
         """
-        ids = encode_prompt(self.tokenizer, self.template, prompt, turns)
+        return self.known_ids(encode_prompt(self.tokenizer, self.template, prompt, turns))
+
+    def known_ids(self, ids: list[int]) -> list[int]:
+        """The ids of a prompt as they are. Raises ConfigError for one that the model has no embedding for."""
         last, known = max(ids, default=0), self.backend.vocab_size
         if last >= known:
             token = self.tokenizer.decode([last])

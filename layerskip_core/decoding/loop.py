@@ -35,6 +35,7 @@ class RowStep(NamedTuple):
     row: int  # the prompt's place in the batch
     tokens: list[Token]
     finish_reason: StopReason | None  # set with the output's last tokens
+    counts: DecodeStats  # of the step
 
 
 class _Row:
@@ -46,6 +47,11 @@ class _Row:
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
         self.steps: list[DecodeStats] = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]
+        self.is_dropped = False
+
+    @property
+    def goes_on(self) -> bool:
+        return self.scanner.reason is None and not self.is_dropped
 
 
 class DecodingLoop:
@@ -97,6 +103,7 @@ class DecodingLoop:
         self._places = torch.arange(end)[None]
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self._all_rows = tuple(self._rows)
+        self._numbered = len(self._rows)  # rows that have had a number
         self._prefill_seconds = self._draft_seconds = self._verify_seconds = self._total_seconds = 0.0
 
     def __iter__(self) -> Iterator[list[RowStep]]:
@@ -109,8 +116,35 @@ class DecodingLoop:
         with torch.inference_mode():
             return self._step()
 
+    def join(self, other: "DecodingLoop") -> list[int]:
+        """Takes over the rows that another loop still has, and returns their numbers here, which are new. That loop is over.
+
+        Both are past their prefill, have rows left, and decode with one model by the same settings. Limits, stop strings and
+        seeds are each row's own: a row goes on with the tokens that it gives alone.
+        """
+        assert self._newest is not None and other._newest is not None and other._rows
+        numbers = list(range(self._numbered, self._numbered + len(other._rows)))
+        self._numbered += len(numbers)
+        for row, number in zip(other._rows, numbers, strict=True):
+            row.number = number
+        self._rows = self._rows + other._rows
+        self._newest = torch.cat((self._newest, other._newest))
+        self._sampler.join(other._sampler)
+        self._cache.join(other._cache)
+        if self._true_states is not None and other._true_states is not None:
+            self._true_states.join(other._true_states)
+        self._places = max(self._places, other._places, key=lambda places: places.shape[1])
+        other._rows = []
+        return numbers
+
+    def drop(self, row: int) -> None:
+        """The row with this number is gone after the next step."""
+        for kept in self._rows:
+            if kept.number == row:
+                kept.is_dropped = True
+
     def counts(self, row: int) -> DecodeStats:
-        """The counts of one prompt's steps so far, without seconds."""
+        """The counts of one prompt's steps so far, without seconds. Of the prompts that the loop was made with."""
         return sum(self._all_rows[row].steps, DecodeStats())
 
     def last_step(self, row: int) -> DecodeStats:
@@ -202,14 +236,14 @@ class DecodingLoop:
         step = step_counts(drafted, len(verified) - 1, count, source, layers)
         row.steps.append(step)
         tokens = [Token(token, place < step.accepted) for place, token in enumerate(verified[:count])]
-        return RowStep(row.number, tokens, reason)
+        return RowStep(row.number, tokens, reason, step)
 
     def _go_on(self, newest: Tensor, last: list[int]) -> None:
         """With the rows that are not finished. The cache forgets rejected drafts by its lengths alone.
 
         `last`: where the token that each row's newest was predicted after stood in the pass.
         """
-        staying = [place for place, row in enumerate(self._rows) if row.scanner.reason is None]
+        staying = [place for place, row in enumerate(self._rows) if row.goes_on]
         if len(staying) < len(self._rows):
             self._rows = [self._rows[place] for place in staying]
             if not staying:

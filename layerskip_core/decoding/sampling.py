@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,9 @@ class Sampler(Protocol):
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Forgets every row but those at `rows`."""
 
+    def join(self, other: Any) -> None:
+        """Adds the rows of a sampler that chooses in the same way after its own."""
+
 
 class Greedy:
     """The most probable token, by argmax of the logits."""
@@ -71,6 +74,9 @@ class Greedy:
         return verified, torch.tensor([[ids[-1]] for ids in verified], device=logits.device)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
+        pass
+
+    def join(self, other: "Greedy") -> None:
         pass
 
 
@@ -117,6 +123,9 @@ class Stochastic:
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._generators = [self._generators[row] for row in rows]
+
+    def join(self, other: "Stochastic") -> None:
+        self._generators = self._generators + other._generators
 
 
 def sampler_for(config: SamplingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> Sampler:

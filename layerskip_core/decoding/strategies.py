@@ -53,8 +53,9 @@ class Decoding:
         return self
 
     def __next__(self) -> list[Token]:
-        _, tokens, self.finish_reason = next(self._loop)[0]
-        return tokens
+        step = next(self._loop)[0]
+        self.finish_reason = step.finish_reason
+        return step.tokens
 
 
 def decode(
@@ -74,7 +75,7 @@ def decode(
     below the exit, to measure what reuse saves. `prefix`: what the decoding before left; that one must not go on. Raises
     ConfigError for an exit that the model does not have and a prompt that does not fit.
     """
-    return Decoding(_loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix))
+    return Decoding(loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix))
 
 
 def decode_batch(
@@ -94,16 +95,16 @@ def decode_batch(
     """
     require(not model.exact, "batch_size", "1 with `exact`", len(prompts))
     require(not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
-    loop = _loop_of(model, prompts, config, eos_ids, detokenize, seeds=seeds)
+    loop = loop_of(model, prompts, config, eos_ids, detokenize, seeds=seeds)
     ids: list[list[int]] = [[] for _ in prompts]
     for steps in loop:
-        for row, tokens, reason in steps:
+        for row, tokens, reason, _ in steps:
             ids[row] += [token.id for token in tokens]
             if reason is not None:
                 yield Finished(row, ids[row], reason, loop.counts(row))
 
 
-def _loop_of(
+def loop_of(
     model: Backend,
     prompts: Sequence[list[int]],
     config: DecodingConfig,
@@ -113,6 +114,7 @@ def _loop_of(
     seeds: Sequence[int] | None = None,
     prefix: PrefixCache | None = None,
 ) -> DecodingLoop:
+    """The loop that decodes prompts by the config's strategy. Raises ConfigError as `decode` does."""
     sampler, drafter = sampler_for(config.sampling, model.device, len(prompts), seeds), None
     true_states = _true_states(model, config)
     depth = _depth_of(model, config, true_states)

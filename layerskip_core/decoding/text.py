@@ -47,11 +47,8 @@ class TextStream:
         Raises ConfigError for a prompt or exit that does not fit.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        self.text = ""
-        self._eos_ids = loaded.eos_ids
-        self._decoding = decode(loaded.backend, ids, config, self._eos_ids, loaded.detokenize, prefix=prefix)
-        self._stopping = Stopping(self._eos_ids, config.stop, config.max_new_tokens)
-        self._decoder = _IncrementalText(loaded.detokenize)
+        self._decoding = decode(loaded.backend, ids, config, loaded.eos_ids, loaded.detokenize, prefix=prefix)
+        self._shown = ShownText(loaded, config)
 
     @property
     def answer(self) -> Answer:
@@ -59,6 +56,10 @@ class TextStream:
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
         return Answer(self.text, self.finish_reason, self.stats)
+
+    @property
+    def text(self) -> str:
+        return self._shown.text
 
     @property
     def stats(self) -> DecodeStats:
@@ -75,9 +76,7 @@ class TextStream:
 
     def __iter__(self) -> Iterator[str]:
         for tokens in self._decoding:
-            finished = self.finish_reason is not None
-            decoded = self._decoder.add([token.id for token in tokens if token.id not in self._eos_ids], finished)
-            if piece := self._shown(decoded, finished):
+            if piece := self._shown.add([token.id for token in tokens], self.finish_reason is not None):
                 yield piece
 
     def runs(self) -> Iterator[list[Run]]:
@@ -86,11 +85,10 @@ class TextStream:
         for tokens in self._decoding:
             decoded, finished = "", self.finish_reason is not None
             for place, token in enumerate(tokens, start=1):
-                ids = [] if token.id in self._eos_ids else [token.id]
-                decoded = self._decoder.add(ids, finished and place == len(tokens))
+                decoded = self._shown.decode([token.id], finished and place == len(tokens))
                 ends.append((len(decoded), token.from_draft))
             runs: list[Run] = []
-            start, stop = len(self.text), len(self.text) + len(self._shown(decoded, finished))
+            start, stop = len(self.text), len(self.text) + len(self._shown.show(decoded, finished))
             for end, from_draft in ends:
                 if (shown := min(end, stop)) > start:
                     before = runs.pop().text if runs and runs[-1].from_draft == from_draft else ""
@@ -98,12 +96,6 @@ class TextStream:
                     start = shown
             ends = [(end, from_draft) for end, from_draft in ends if end > stop]
             yield runs
-
-    def _shown(self, decoded: str, finished: bool) -> str:
-        """What can be shown of the text so far and was not before."""
-        visible = self._stopping.visible(decoded, finished)
-        piece, self.text = visible[len(self.text) :], visible
-        return piece
 
 
 def answer_together(
@@ -128,6 +120,30 @@ def answer_together(
             answers[places[output.row]] = Answer(stopping.visible(text, True), output.finish_reason, output.stats)
             total += output.stats
     return [answers[place] for place in range(len(prompts))], replace(total, total_seconds=time.perf_counter() - started)
+
+
+class ShownText:
+    """The part of a growing answer that may be shown: whole characters, and nothing from a stop string on."""
+
+    def __init__(self, loaded: Decoder, config: DecodingConfig) -> None:
+        self.text = ""
+        self._eos_ids = loaded.eos_ids
+        self._stopping = Stopping(loaded.eos_ids, config.stop, config.max_new_tokens)
+        self._decoder = _IncrementalText(loaded.detokenize)
+
+    def add(self, ids: list[int], finished: bool) -> str:
+        """Takes new tokens of the output and returns the text that can be shown now and could not before."""
+        return self.show(self.decode(ids, finished), finished)
+
+    def decode(self, ids: list[int], finished: bool) -> str:
+        """Takes new tokens and returns the text of all, whether it can be shown or not."""
+        return self._decoder.add([token for token in ids if token not in self._eos_ids], finished)
+
+    def show(self, decoded: str, finished: bool) -> str:
+        """What of that text can be shown now and could not before."""
+        visible = self._stopping.visible(decoded, finished)
+        piece, self.text = visible[len(self.text) :], visible
+        return piece
 
 
 class _IncrementalText:

@@ -49,3 +49,8 @@ class TrueStates:
         """Keeps `rows` of the batch; `places`, one for each of them, is where the token before its newest stood in the pass."""
         if self._needs_finals:
             self._features = self._finals[list(rows), list(places)][:, None]
+
+    def join(self, other: "TrueStates") -> None:
+        """Adds the rows of another after its own, between two passes."""
+        if self._features is not None and other._features is not None:
+            self._features = torch.cat((self._features, other._features))

@@ -37,6 +37,19 @@ class KVCache:
         if self._storage is not None:
             self._keep(self._storage[:, :, rows].contiguous())
 
+    def join(self, other: "KVCache") -> None:
+        """Adds the rows of another cache of the same model after its own. Both have keys and values."""
+        held, added = self._storage, other._storage
+        assert held is not None and added is not None
+        rows = len(self.lengths)
+        self.lengths = self.lengths + other.lengths
+        self.max_positions = max(self.max_positions, other.max_positions)
+        shape = (*held.shape[:2], len(self.lengths), held.shape[3], max(held.shape[4], added.shape[4]), held.shape[5])
+        joined = held.new_zeros(shape)
+        joined[:, :, :rows, :, : held.shape[4]] = held
+        joined[:, :, rows:, :, : added.shape[4]] = added
+        self._keep(joined)
+
     def writer(self, positions: Tensor) -> "SpanWriter":
         """Where a span of layers writes its keys and values, for tokens at `positions` (B, T), on the host."""
         return SpanWriter(self, positions)

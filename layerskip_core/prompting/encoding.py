@@ -41,6 +41,18 @@ def encode_prompt(
     return _without_end(tokenizer, _encode_text(tokenizer, special, template.text, prompt))
 
 
+def encode_conversation(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of turns (role, text) in the tokenizer's chat template, up to where the assistant's next turn begins.
+
+    Special tokens in the turns stay text. Raises ConfigError if the tokenizer has no chat template, CheckpointError if that or
+    the tokenizer fails.
+    """
+    special = special_text(tokenizer)
+    if special is None:
+        _refuse_special(tokenizer, *(text for _, text in turns))
+    return _encode_chat(tokenizer, special, [{"role": role, "content": text} for role, text in turns])
+
+
 def _messages(system: str | None, prompt: str, turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     spoken = [("system", system)] if system is not None else []
     for earlier, answer in turns:

@@ -13,7 +13,7 @@ from test_adaptive import Scheduled
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
-from layerskip_core.decoding.strategies import _loop_of
+from layerskip_core.decoding.strategies import loop_of
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock, features_of
@@ -140,7 +140,7 @@ def test_rows_that_end_at_different_times_draft_on_their_own_states(kind, exit_l
 def scheduled(backend, prompts, schedule, limit):
     """A loop in which options of adaptive drafting take turns: 0 is none, 1 and 2 are the exits."""
     config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS)
-    loop = _loop_of(backend, prompts, config, frozenset(), None)
+    loop = loop_of(backend, prompts, config, frozenset(), None)
     loop._drafter.__class__ = Scheduled
     loop._drafter.schedule = list(schedule)
     return loop
@@ -160,7 +160,7 @@ def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind,
     loop, found = scheduled(backend, prompts, schedule, limit), [[] for _ in prompts]
     recorded(loop, backend)
     for steps in loop:
-        for row, tokens, _ in steps:
+        for row, tokens, *_ in steps:
             found[row] += [token.id for token in tokens]
     assert found == [plainly(backend, prompt, limit) for prompt in prompts]
 

@@ -81,6 +81,7 @@ class AdaptiveDrafter:
 
     def _look_up(self, context: Context, most: Sequence[int]) -> None:
         """Finds each row's continuation in its text. The target's verdict judges it whether it is used or not."""
+        self._lookup.keep_rows(context.rows)
         for row, ids, limit in zip(context.rows, context.ids, most, strict=True):
             tokens, evidence = self._lookup.find(row, ids, limit)
             if tokens:

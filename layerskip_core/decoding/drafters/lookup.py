@@ -65,6 +65,7 @@ class LookupDrafter:
         self._otherwise_drafted = False
 
     def draft(self, context: Context, most: Sequence[int]) -> Draft:
+        self.keep_rows(context.rows)
         found = [self.find(row, ids, limit)[0] for row, ids, limit in zip(context.rows, context.ids, most, strict=True)]
         self._otherwise_drafted = self._otherwise is not None and not any(found)
         if self._otherwise is not None and self._otherwise_drafted:
@@ -79,6 +80,11 @@ class LookupDrafter:
             end = next((place for place, token in enumerate(tokens, start=1) if token in self._eos_ids), len(tokens))
             tokens = tokens[:end]
         return tokens, evidence
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Forgets the texts of all rows but these: a loop that others join has ever new ones."""
+        if len(self._histories) > len(rows):
+            self._histories = {row: self._histories[row] for row in rows if row in self._histories}
 
     def observe(self, verdict: Verdict) -> None:
         if self._otherwise is not None and self._otherwise_drafted:

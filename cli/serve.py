@@ -1,0 +1,101 @@
+"""`layerskip serve`: a model behind OpenAI's API."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from layerskip_core.config.checks import refused
+from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.prompting import PromptingConfig
+from layerskip_core.config.serving import ServeConfig
+from layerskip_core.errors import LayerSkipError
+
+from .console import narrate
+from .loading import load_to_decode
+from .signature import command
+
+KEY = "LAYERSKIP_API_KEY"
+_GRACE = 8  # seconds that requests have to finish when the server is stopped; container engines wait for 10
+_BACKLOG = 2048  # connections that the system holds until they are accepted
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@command
+def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig) -> None:
+    """Serve one model by OpenAI's API: /v1/models, /v1/completions and /v1/chat/completions, with streaming.
+
+    For one machine. The flags about decoding are for what a request does not say itself. LAYERSKIP_API_KEY in the environment
+    is the key that clients must send. Needs the extra `serve`: pip install 'layerskip[serve]'.
+
+    Example: layerskip serve --port 8000
+    """
+    key = os.environ.get(KEY)
+    if key == "":
+        raise refused(KEY, "a text that is not empty", "an empty one")
+    try:
+        import uvicorn
+
+        from .server.app import Service
+    except ModuleNotFoundError as error:
+        raise LayerSkipError(
+            f"serve needs the extra `serve`, whose package {error.name} is missing: pip install 'layerskip[serve]'"
+        ) from None
+    from layerskip_core.serving import Engine
+
+    with _bound(serving.host, serving.port) as listener:
+        loaded = load_to_decode(serving.model, serving.decoding, prompting, packing, machine)
+        name = _name_of(serving.model)
+        engine = Engine(loaded, serving.batch_size, serving.queue_size)
+        try:
+            app = Service(loaded, packing, serving, engine, name, key).app()
+            config = uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE, server_header=False
+            )
+            host, port = listener.getsockname()[:2]
+            address = f"[{host}]" if ":" in host else host
+            with _until_a_signal():
+                listener.listen(_BACKLOG)  # now, so that whoever reads the next line can connect
+                with_key = "" if key is None else f", with the key of {KEY}"
+                narrate(f"{name} at http://{address}:{port}/v1{with_key}; Ctrl-C stops it")
+                if key is None and serving.host not in _LOOPBACK:
+                    narrate(f"warning: without {KEY} everyone who reaches this address can use the model")
+                uvicorn.Server(config).run([listener])
+        finally:
+            engine.stop()
+
+
+@contextmanager
+def _until_a_signal() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is inside, and are no error. uvicorn notes them, finishes, and raises them again."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket with this address, so that a port in use is an error before the model is loaded."""
+    listener = None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        if listener is not None:
+            listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LayerSkipError(f"`host` {host} with `port` {port} cannot be used: {reason}") from None
+    return listener
+
+
+def _name_of(model: str) -> str:
+    """The model's name in the API. Of a folder or a file it is the last part: clients need not know paths of this machine."""
+    return Path(model).resolve().name if Path(model).exists() else model

@@ -1,0 +1,1 @@
+"""The web side of `layerskip serve`: OpenAI's API over `layerskip_core.serving`."""

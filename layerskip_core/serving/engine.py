@@ -1,0 +1,88 @@
+"""A thread that decodes the requests of other threads."""
+
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from ..checkpoint.loaded import Decoder
+from ..errors import LayerSkipError
+from .scheduler import Request, Scheduler
+
+
+class QueueFull(LayerSkipError):
+    """As many requests as may wait are waiting."""
+
+
+class Stopped(LayerSkipError):
+    """The engine is stopped, and answers nothing any more."""
+
+
+class Engine:
+    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread."""
+
+    def __init__(self, decoder: Decoder, batch_size: int, queue_size: int) -> None:
+        """`batch_size`: requests that are decoded at once. `queue_size`: those that may wait besides."""
+        self._scheduler = Scheduler(decoder, batch_size)
+        self._most = batch_size + queue_size
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._held = 0  # requests that are neither finished nor given up
+        self._running = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="layerskip-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def held(self) -> int:
+        """How many requests wait or are being decoded."""
+        return self._held
+
+    @property
+    def running(self) -> int:
+        """How many of them are being decoded."""
+        return self._running
+
+    def submit(self, *requests: Request) -> None:
+        """Takes all of the requests or none. Raises QueueFull, and Stopped after `stop`."""
+        with self._lock:
+            if self._stopping:
+                raise Stopped("the server is shutting down")
+            if self._held + len(requests) > self._most:
+                raise QueueFull(f"{self._held} requests wait or are being answered, and this server holds {self._most}")
+            self._held += len(requests)
+            for request in requests:
+                self._commands.put(lambda request=request: self._scheduler.add(request))  # type: ignore[misc]
+
+    def cancel(self, request: Request) -> None:
+        """Gives up a request after the step that is being computed; without effect on one that is finished."""
+        self._commands.put(lambda: self._release(int(self._scheduler.cancel(request))))
+
+    def stop(self) -> None:
+        """Ends all requests with the error Stopped, and waits for the thread."""
+        with self._lock:
+            self._stopping = True
+        self._commands.put(lambda: None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        scheduler = self._scheduler
+        while not self._stopping:
+            self._obey(wait=scheduler.is_idle)
+            self._release(len(scheduler.step()))
+            self._running = scheduler.running
+        self._obey(wait=False)
+        self._release(len(scheduler.fail_all(Stopped("the server is shutting down"))))
+        self._running = 0
+
+    def _obey(self, wait: bool) -> None:
+        """Runs the commands that have come; waits for the first if there is nothing to decode."""
+        try:
+            while True:
+                self._commands.get(block=wait)()
+                wait = False
+        except Empty:
+            pass
+
+    def _release(self, requests: int) -> None:
+        with self._lock:
+            self._held -= requests

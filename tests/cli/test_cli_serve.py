@@ -1,0 +1,63 @@
+"""`layerskip serve` as a command: it starts with the embedded model, and ends cleanly."""
+
+import re
+import signal
+import socket
+import sys
+
+import pytest
+from command_line import ENVIRONMENT, fails, finish, start
+
+NEEDED = ("openai", "prometheus_client", "starlette", "uvicorn")
+
+
+@pytest.fixture
+def extras():
+    for name in NEEDED:
+        pytest.importorskip(name, reason="needs the extras dev and serve")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_it_answers_until_a_signal_and_finishes_what_it_began(extras, number):
+    import openai
+
+    process = start("serve", "--port", "0", "--threads", "1", env={**ENVIRONMENT, "LAYERSKIP_API_KEY": "secret"})
+    line = process.stderr.readline()
+    assert line.startswith("embedded at http://127.0.0.1:") and line.endswith(
+        "with the key of LAYERSKIP_API_KEY; Ctrl-C stops it\n"
+    )
+    client = openai.OpenAI(base_url=re.search(r"http://[\d.:]+/v1", line)[0], api_key="secret", max_retries=0)
+    text = client.completions.create(model="embedded", prompt="set an alarm for 7 am").choices[0].text
+    assert text.startswith("[IN:CREATE_ALARM ")
+    messages = [{"role": "user", "content": "set an alarm for 7 am"}]
+    stream = iter(client.chat.completions.create(model="embedded", messages=messages, stream=True))
+    first = next(stream).choices[0].delta.content
+    process.send_signal(number)
+    assert first + "".join(chunk.choices[0].delta.content for chunk in stream) == text
+    client.close()
+    assert (finish(process).code, finish(process).out) == (0, "")
+
+
+def test_an_address_that_cannot_be_used(extras):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        fails(f"--host 127.0.0.1 with --port {port} cannot be used: Address already in use", "serve", "--port", port)
+
+
+def test_wrong_settings(extras, monkeypatch):
+    fails("--port must be at most 65535, got 70000", "serve", "--port", "70000")
+    fails(
+        "--max-new-tokens must be at most --token-limit, 100, got 200",
+        "serve",
+        "--token-limit",
+        "100",
+        "--max-new-tokens",
+        "200",
+    )
+    monkeypatch.setenv("LAYERSKIP_API_KEY", "")
+    fails("LAYERSKIP_API_KEY must be a text that is not empty, got an empty one", "serve")
+
+
+def test_without_the_extra_it_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    fails("serve needs the extra `serve`, whose package uvicorn is missing: pip install 'layerskip[serve]'", "serve")

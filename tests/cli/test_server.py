@@ -1,0 +1,309 @@
+"""OpenAI's API with the real `openai` client over a real socket."""
+
+import asyncio
+import gc
+import json
+import socket
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from chatml import chatml_folder
+from conftest import tiny_model
+from evaluating import tiny_loaded
+from transformers import AutoTokenizer
+
+from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, GenerationSettings, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.serving import ServeConfig
+from layerskip_core.decoding.text import TextStream
+from layerskip_core.model import GenericBackend
+from layerskip_core.prompting.template import CHAT, PromptTemplate
+from layerskip_core.serving import Engine, Request
+
+NEEDED = "needs the extras dev and serve"
+httpx, openai, uvicorn = (pytest.importorskip(name, reason=NEEDED) for name in ("httpx", "openai", "uvicorn"))
+Service = pytest.importorskip("cli.server.app", reason=NEEDED).Service
+PROMPT = "wake me at 7"
+EXIT = 5  # whose drafts are sometimes right
+FLAGS = DecodingSettings("self-speculative", EXIT, 4, GenerationSettings(max_new_tokens=12))
+
+
+@dataclass
+class Api:
+    url: str
+    engine: Engine
+    server: uvicorn.Server
+
+    def client(self, **keywords):
+        return openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, **{"api_key": "none", **keywords})
+
+    def metrics(self):
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+@contextmanager
+def serving(decoder, key=None, **limits):
+    config = ServeConfig(**{"batch_size": 8, "queue_size": 256, "token_limit": 100, "decoding": FLAGS, **limits})
+    engine = Engine(decoder, config.batch_size, config.queue_size)
+    app = Service(decoder, PackingConfig(), config, engine, "tiny", key).app()
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+    try:
+        yield Api(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, server)
+    finally:
+        server.should_exit = True
+        thread.join()
+        engine.stop()
+
+
+@pytest.fixture(scope="module")
+def api():
+    with serving(tiny_loaded()) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def client(api):
+    return api.client()
+
+
+def expected(prompt, limit=12, decoder=None, **changes):
+    """What the model answers by itself, and its counts."""
+    stream = TextStream(decoder or tiny_loaded(), prompt, DecodingConfig("self-speculative", EXIT, 4, limit, **changes))
+    return "".join(stream), stream.stats
+
+
+def test_the_model_is_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "layerskip"
+
+
+def test_a_completion_is_the_model_s_answer_with_its_counts(client):
+    text, stats = expected(PROMPT, 60)
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=60)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "length")
+    usage, details = answer.usage, answer.usage.completion_tokens_details
+    assert (usage.prompt_tokens, usage.completion_tokens) == (stats.prompt_tokens, 60)
+    assert 0 < details.accepted_prediction_tokens == stats.accepted
+    assert details.rejected_prediction_tokens == stats.drafted - stats.accepted
+
+
+def test_a_stream_is_the_same_answer_in_pieces(client):
+    text, stats = expected(PROMPT, 30)
+    keywords = {"model": "tiny", "max_tokens": 30, "stream": True, "stream_options": {"include_usage": True}}
+    *pieces, last, usage = client.completions.create(prompt=PROMPT, **keywords)
+    assert len(pieces) > 2
+    assert "".join(chunk.choices[0].text for chunk in [*pieces, last]) == text
+    assert [chunk.choices[0].finish_reason for chunk in pieces] == [None] * len(pieces)
+    assert last.choices[0].finish_reason == "length"
+    assert (usage.choices, usage.usage.completion_tokens_details.accepted_prediction_tokens) == ([], stats.accepted)
+    messages = [{"role": "user", "content": PROMPT}]
+    first, *rest, _ = client.chat.completions.create(messages=messages, **keywords)
+    assert (first.choices[0].delta.role, {chunk.choices[0].delta.role for chunk in rest}) == ("assistant", {None})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in [first, *rest]) == text
+
+
+def test_stop_and_limits_end_an_answer(client):
+    text = expected(PROMPT, 30)[0]
+    stop = text[10:13]
+    for stops in (stop, [stop, "never there"]):
+        choice = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, stop=stops).choices[0]
+        assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
+    messages = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=3)
+    assert (answer.choices[0].message.content, answer.usage.completion_tokens) == (expected(PROMPT, 3)[0], 3)
+
+
+def test_sampling_follows_its_seed(client):
+    def sampled(**keywords):
+        answer = client.completions.create(model="tiny", prompt=PROMPT, temperature=2, max_tokens=12, **keywords)
+        return [choice.text for choice in answer.choices]
+
+    once = sampled(seed=7, n=2)
+    assert once == sampled(seed=7, n=2) == [expected(PROMPT, sampling=SamplingConfig(2.0, seed=seed))[0] for seed in (7, 8)]
+    assert len({text for _ in range(4) for text in sampled()}) > 1  # without a seed each has one of its own
+    greedy = expected(PROMPT)[0]
+    assert sampled(seed=7, top_p=1e-9) == sampled(seed=8, extra_body={"top_k": 1}) == [greedy]
+
+
+def test_several_prompts_as_texts_or_ids_have_numbered_answers(client):
+    prompts = [PROMPT, "play jazz", "set an alarm"]
+    ids = [tiny_loaded().encode_prompt(prompt) for prompt in prompts]
+    for asked in (prompts, ids):
+        choices = client.completions.create(model="tiny", prompt=asked).choices
+        assert [choice.index for choice in choices] == [0, 1, 2]
+        assert [choice.text for choice in choices] == [expected(prompt)[0] for prompt in prompts]
+    assert client.completions.create(model="tiny", prompt=ids[1]).choices[0].text == expected(prompts[1])[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        ({"model": "gpt"}, 404, "model", "the model 'gpt' does not exist; this server has tiny"),
+        ({"model": None}, 400, "model", "model is missing"),
+        ({"prompt": None}, 400, "prompt", "prompt must be a text"),
+        ({"prompt": [[]]}, 400, "prompt", "prompt must be a text"),
+        ({"prompt": [10**6]}, 400, None, "must have tokens of the model, of which there are 300"),
+        ({"prompt": "wake " * 200}, 400, None, "at most 127 tokens"),
+        ({"temperature": -1}, 400, "temperature", "temperature must be at least 0, got -1.0"),
+        ({"temperature": "hot"}, 400, "temperature", "temperature: needed a number, found 'hot'"),
+        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": 101}, 400, "max_tokens", "at most 100, the limit of this server, got 101"),
+        ({"stop": [""]}, 400, "stop", "stop must be a text that is not empty"),
+        ({"n": 1000}, 400, "n", "must be in 1..128, got 1000"),
+        ({"echo": True}, 400, "echo", "echo is not supported"),
+        ({"logprobs": 3, "stream": True}, 400, "logprobs", "logprobs is not supported"),
+    ],
+)
+def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, status, param, message):
+    with pytest.raises(openai.APIStatusError) as failed:
+        client.post("/completions", cast_to=object, body={"model": "tiny", "prompt": PROMPT, **body})
+    error = failed.value
+    assert (error.status_code, error.param, error.type) == (status, param, "invalid_request_error")
+    assert message in error.body["message"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one message"),
+        ([{"role": "tool", "content": "x"}], r"messages[0].role must be one of"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages[0].content must be a text"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "this model has no chat template"),
+    ],
+)
+def test_wrong_messages(client, messages, message):
+    with pytest.raises(openai.BadRequestError) as failed:
+        client.chat.completions.create(model="tiny", messages=messages)
+    assert message in failed.value.body["message"] and failed.value.param == "messages"
+
+
+def test_what_is_no_request_at_all(api):
+    json_type = {"content-type": "application/json"}
+    with serving(tiny_loaded(), body_limit=2048) as small:
+        for url, keywords, status in [
+            ("completions", {"content": b"{", "headers": json_type}, 400),
+            ("completions", {"content": b"[" * 1000, "headers": json_type}, 400),
+            ("completions", {"content": b"[]", "headers": json_type}, 400),
+            ("completions", {"content": b"{}", "headers": {"content-type": "text/plain"}}, 415),
+            ("completions", {"content": b" " * 3000, "headers": json_type}, 413),
+            ("nothing", {}, 404),
+            ("models", {}, 405),
+        ]:
+            answer = httpx.post(f"{small.url}/v1/{url}", **keywords)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+        assert small.engine.held == 0
+
+
+def test_an_api_key_keeps_others_out():
+    with serving(tiny_loaded(), key="sésame") as api:
+        for key in ("wrong", "none"):
+            with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+                api.client(api_key=key).models.list()
+        assert httpx.post(f"{api.url}/v1/completions", json={}).status_code == 401
+        right = {"authorization": "Bearer sésame".encode()}
+        assert httpx.get(f"{api.url}/v1/models", headers=right).status_code == 200
+        assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}
+
+
+def test_a_full_queue_says_so():
+    with serving(tiny_loaded(), batch_size=1, queue_size=1) as api:
+        with pytest.raises(openai.RateLimitError, match="this server holds 2; try again later"):
+            api.client().completions.create(model="tiny", prompt=["a", "b", "c"])
+        assert api.client().completions.create(model="tiny", prompt=["a", "b"]).choices[1].text == expected("b")[0]
+
+
+def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys):
+    with monkeypatch.context() as broken:
+        broken.setattr("layerskip_core.serving.scheduler.loop_of", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="its log says why"):
+            client.completions.create(model="tiny", prompt=PROMPT, stream=True)
+    assert "division by zero" in capsys.readouterr().err
+    assert client.completions.create(model="tiny", prompt=PROMPT).choices[0].text == expected(PROMPT)[0]
+
+
+def test_a_conversation_is_put_into_the_chat_template(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(chatml_folder(tmp_path / "chatml"))
+    model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer))
+    decoder = replace(tiny_loaded(), tokenizer=tokenizer, backend=GenericBackend(model), eos_ids=frozenset())
+    decoder = replace(decoder, template=PromptTemplate(CHAT, "You are short."))
+    turns = [{"role": "user", "content": "start"}, {"role": "assistant", "content": "end"}, {"role": "user", "content": "im"}]
+    system = {"role": "system", "content": "Be long."}
+    with serving(decoder) as api:
+        client = api.client()
+        for messages, whole in (
+            (turns, [{**system, "content": "You are short."}, *turns]),
+            ([system, *turns], [system, *turns]),
+        ):
+            ids = tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=False)
+            answer = client.chat.completions.create(model="tiny", messages=messages)
+            assert answer.usage.prompt_tokens == len(ids)
+            assert answer.choices[0].message.content == client.completions.create(model="tiny", prompt=ids).choices[0].text
+        forged, short = (
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
+            for content in ("<|im_start|>", "a")
+        )
+        real = client.completions.create(model="tiny", prompt="<|im_start|>")  # the text of a completion is raw
+        assert forged.usage.prompt_tokens > short.usage.prompt_tokens + 2 and real.usage.prompt_tokens == 1
+
+
+async def _ask(client, place, answers):
+    """Every fourth client goes away: in the middle of a stream, or while it waits for a whole answer."""
+    prompt = f"wake me at {place % 12} {'today' if place % 2 else 'am'}"
+    if place % 4 == 0:
+        long = client.completions.create(model="tiny", prompt=prompt, max_tokens=60, stream=place % 8 == 0)
+        if place % 8:
+            with pytest.raises((TimeoutError, openai.APIConnectionError)):
+                async with asyncio.timeout(0.02 * (place % 5)):
+                    await long
+            return
+        stream = await long
+        async for _ in stream:
+            await stream.close()
+            return
+    elif place % 4 == 1:
+        chunks = [chunk async for chunk in await client.completions.create(model="tiny", prompt=prompt, stream=True)]
+        answers[place] = prompt, "".join(chunk.choices[0].text for chunk in chunks)
+    else:
+        answers[place] = prompt, (await client.completions.create(model="tiny", prompt=prompt)).choices[0].text
+
+
+async def _crowd(url):
+    answers = {}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=300) as client:
+        await asyncio.gather(*(_ask(client, place, answers) for place in range(200)))
+    return answers
+
+
+def test_two_hundred_at_once_of_whom_fifty_vanish():
+    lookups = DecodingSettings("lookup", None, 4, GenerationSettings(max_new_tokens=6))
+    with serving(tiny_loaded(), decoding=lookups) as api:
+        answers = asyncio.run(_crowd(api.url))
+        assert sorted(answers) == [place for place in range(200) if place % 4]
+        alone = {prompt: expected(prompt, 6)[0] for prompt, _ in answers.values()}
+        assert all(text == alone[prompt] for prompt, text in answers.values())
+        state = api.server.server_state
+        for _ in range(3000):  # until the connections that were closed are noticed
+            if not (api.engine.held or state.tasks or state.connections):
+                break
+            threading.Event().wait(0.02)
+        assert not (api.engine.held or state.tasks or state.connections)
+        counts = api.metrics()
+        ended = {key: value for key, value in counts.items() if key.startswith("layerskip_requests_total")}
+        assert ended['layerskip_requests_total{endpoint="completions",outcome="finished"}'] == 150
+        assert set(ended) <= {
+            f'layerskip_requests_total{{endpoint="completions",outcome="{name}"}}' for name in ("finished", "cancelled")
+        }
+        assert counts["layerskip_answers_running"] == counts["layerskip_answers_waiting"] == 0
+        assert counts['layerskip_tokens_total{kind="generated"}'] < 150 * 6 + 50 * 60  # what was given up was not finished
+        gc.collect()
+        assert not [kept for kept in gc.get_objects() if type(kept) is Request]
+        assert json.loads(httpx.get(f"{api.url}/health").text)["status"] == "ok"

@@ -1,0 +1,100 @@
+"""The engine's thread: what is submitted is answered, or told why not, and nothing is left."""
+
+import threading
+
+import pytest
+from evaluating import tiny_loaded
+
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.decoding.text import TextStream
+from layerskip_core.serving import Engine, QueueFull, Request, Stopped
+
+CONFIG = DecodingConfig("self-speculative", 2, 4, max_new_tokens=12)
+LONG = DecodingConfig("autoregressive", max_new_tokens=100)
+
+
+class Client:
+    def __init__(self, prompt, config=CONFIG):
+        self.prompt, self.updates, self.came, self.done = prompt, [], threading.Event(), threading.Event()
+        self.request = Request(tiny_loaded().encode_prompt(prompt), config, self.take)
+
+    def take(self, update):
+        self.updates.append(update)
+        self.came.set()
+        if update.is_last:
+            self.done.set()
+
+    @property
+    def text(self):
+        assert self.done.wait(60)
+        return "".join(update.text for update in self.updates)
+
+
+@pytest.fixture
+def engine():
+    engine = Engine(tiny_loaded(), batch_size=3, queue_size=5)
+    yield engine
+    engine.stop()
+
+
+def wait_until_empty(engine):
+    for _ in range(3000):
+        if engine.held == 0:
+            return
+        engine._thread.join(0.02)
+    raise AssertionError(f"{engine.held} requests are left")
+
+
+def settle(engine):
+    """After a later request was answered, the thread has seen all that came before."""
+    assert submitted(engine, Client("last")).text
+    wait_until_empty(engine)
+
+
+def submitted(engine, client):
+    engine.submit(client.request)
+    return client
+
+
+def test_requests_of_several_threads_are_answered(engine):
+    clients = [Client(f"wake me at {hour}") for hour in range(8)]
+    threads = [threading.Thread(target=engine.submit, args=(client.request,)) for client in clients]
+    for thread in threads:
+        thread.start()
+    for client in clients:
+        stream = TextStream(tiny_loaded(), client.prompt, CONFIG)
+        assert client.text == "".join(stream)
+        assert client.request.stats.accepted == stream.stats.accepted
+    settle(engine)
+    assert engine.held == engine.running == 0
+
+
+def test_more_than_fit_are_refused_whole(engine):
+    clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(7)]
+    with pytest.raises(QueueFull, match="7 requests wait or are being answered, and this server holds 8"):
+        engine.submit(Client("a").request, Client("b").request)
+    for client in clients:
+        engine.cancel(client.request)
+    settle(engine)
+
+
+def test_what_is_given_up_makes_room(engine):
+    clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(8)]
+    assert clients[0].came.wait(60)
+    for client in clients:
+        engine.cancel(client.request)
+        engine.cancel(client.request)  # once more changes nothing
+    wait_until_empty(engine)
+    assert not any(client.done.is_set() for client in clients)
+    assert submitted(engine, Client("play jazz")).text
+
+
+def test_at_the_end_everyone_is_told():
+    engine = Engine(tiny_loaded(), batch_size=1, queue_size=5)
+    clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(3)]
+    assert clients[0].came.wait(60)
+    engine.stop()
+    assert all(isinstance(client.updates[-1].error, Stopped) for client in clients)
+    assert engine.held == 0 and not engine._thread.is_alive()
+    with pytest.raises(Stopped):
+        engine.submit(Client("late").request)

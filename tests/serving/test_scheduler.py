@@ -1,0 +1,192 @@
+"""Continuous batching: whoever joins and leaves, every request gets the answer that it gets alone."""
+
+from dataclasses import replace
+from functools import cache
+from random import Random
+
+import pytest
+import torch
+from conftest import tiny_model
+from evaluating import tiny_loaded
+from exit_block_models import random_blocks
+
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.decoding import decode
+from layerskip_core.decoding.text import TextStream
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.serving import Request, Scheduler
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 300}
+SPECULATIVE = DecodingConfig("self-speculative", 2, 4)
+ADAPTIVE = DecodingConfig("adaptive", exits=(2, 4), num_draft_tokens=6)
+SAMPLING = SamplingConfig(0.9)
+
+
+@cache
+def decoder_of(kind):
+    """The tiny model with blocks at its exits 2 and 4, of which one reads the final states."""
+    model = tiny_model("llama", torch.float32 if kind == "native" else torch.float64, **SHAPE)
+    blocks = random_blocks(model, ExitBlock(2, "final"), ExitBlock(4, "none"))
+    packing = PackingConfig(draft_weights=("int8",))
+    if kind == "generic":
+        backend = GenericBackend(model, blocks)
+    elif kind == "packed":
+        backend = PackedBackend.of(model, packing, exit_blocks=blocks)
+    elif can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+        backend = NativeBackend.of(model, packing, exit_blocks=blocks)
+    else:
+        pytest.skip("no kernels were built here")
+    return replace(tiny_loaded(), backend=backend)
+
+
+class Client:
+    """Keeps what it is told."""
+
+    def __init__(self, ids, config, **keywords):
+        self.updates = []
+        self.request = Request(ids, config, self.updates.append, **keywords)
+
+    @property
+    def answer(self):
+        return "".join(update.text for update in self.updates), self.updates[-1].finish_reason
+
+
+def prompt_of(length):
+    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def alone(decoder, ids, config):
+    stream = TextStream(replace(decoder, template=tiny_loaded().template), "", config)
+    stream._decoding = decode(decoder.backend, ids, config, decoder.eos_ids, decoder.detokenize)
+    for _ in stream:
+        pass
+    return (stream.text, stream.finish_reason), stream.stats
+
+
+def run(scheduler, arrivals):
+    """`arrivals`: by step, the clients that come then. Returns the requests that finished."""
+    finished = []
+    for clients in arrivals:
+        for client in clients:
+            scheduler.add(client.request)
+        finished += scheduler.step()
+    while not scheduler.is_idle:
+        finished += scheduler.step()
+    return finished
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("generic", SPECULATIVE),
+        ("packed", ADAPTIVE),
+        ("packed", DecodingConfig("lookup")),
+        ("packed", replace(SPECULATIVE, sampling=SAMPLING)),
+        ("native", SPECULATIVE),
+        ("native", ADAPTIVE),
+    ],
+    ids=["exit", "adaptive", "lookup", "sampled", "exit-native", "adaptive-native"],
+)
+def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
+    """With their own lengths, stop strings and seeds; more of them than are decoded at once."""
+    decoder, random = decoder_of(kind), Random(3)
+    clients = []
+    for length in (3, 12, 1, 7, 30, 5, 9):
+        limit = random.choice([1, 4, 11, 25])
+        own = replace(config, max_new_tokens=limit, sampling=replace(config.sampling, seed=length))
+        if length in (7, 30):
+            text = alone(decoder, prompt_of(length), replace(own, max_new_tokens=25))[0][0]
+            own = replace(own, max_new_tokens=25, stop=(text[8:10],))
+        clients.append(Client(prompt_of(length), own))
+    scheduler = Scheduler(decoder, batch_size=4)
+    finished = run(scheduler, [clients[:2], [], clients[2:3], clients[3:], []])
+    assert sorted(map(id, finished)) == sorted(id(client.request) for client in clients)
+    for client in clients:
+        expected, stats = alone(decoder, client.request.ids, client.request.config)
+        assert client.answer == expected
+        own = client.request.stats
+        assert (own.prompt_tokens, own.new_tokens, own.sequences) == (stats.prompt_tokens, stats.new_tokens, 1)
+        if config.strategy == "self-speculative":
+            assert (own.drafted, own.accepted) == (stats.drafted, stats.accepted)
+    assert {client.answer[1] for client in clients} == {"length", "stop"}
+
+
+def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():
+    decoder = decoder_of("packed")
+    config = replace(ADAPTIVE, max_new_tokens=30)
+    staying, leaving = ([Client(prompt_of(length), config) for length in lengths] for lengths in ((3, 9, 6), (4, 11, 8)))
+    scheduler = Scheduler(decoder, batch_size=4)
+    for client in [leaving[0], staying[0], leaving[1], staying[1], leaving[2], staying[2]]:
+        scheduler.add(client.request)
+    scheduler.step()
+    heard = [len(client.updates) for client in leaving]
+    assert heard[2] == 0  # it still waits
+    assert all(scheduler.cancel(client.request) for client in leaving)
+    run(scheduler, [])
+    assert [len(client.updates) for client in leaving] == heard
+    assert not any(scheduler.cancel(client.request) for client in [*leaving, *staying])
+    for client in staying:
+        assert client.answer == alone(decoder, client.request.ids, config)[0]
+
+
+def test_settings_that_differ_take_turns():
+    """None waits for the end of another's answer."""
+    decoder, long = decoder_of("packed"), 40
+    slow = Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=long))
+    others = [
+        Client(prompt_of(4), DecodingConfig("autoregressive", max_new_tokens=3)),
+        Client(prompt_of(4), DecodingConfig("early-exit", exit_confidence=0.5, exits=(4,), max_new_tokens=3)),
+        Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, sampling=SAMPLING), alone=True),
+    ]
+    scheduler = Scheduler(decoder, batch_size=8)
+    finished = run(scheduler, [[slow, *others]])
+    assert finished[-1] is slow.request and slow.request.stats.new_tokens == long
+    for client in [slow, *others]:
+        assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+
+
+def test_an_answer_with_a_seed_is_the_same_in_any_company():
+    """Adaptive drafts in a batch depend on the batch, and so would what is drawn."""
+    decoder = decoder_of("packed")
+    config = replace(ADAPTIVE, max_new_tokens=20, sampling=replace(SAMPLING, seed=5))
+    seeded = [Client(prompt_of(6), config, alone=True) for _ in range(2)]
+    company = [Client(prompt_of(length), replace(config, sampling=replace(SAMPLING, seed=length))) for length in (3, 8)]
+    run(Scheduler(decoder, batch_size=4), [company, [seeded[0]], [seeded[1]]])
+    assert seeded[0].answer == seeded[1].answer == alone(decoder, prompt_of(6), config)[0]
+
+
+def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
+    decoder = decoder_of("packed")
+    scheduler = Scheduler(decoder, batch_size=4)
+    doomed = [Client(prompt_of(length), replace(SPECULATIVE, max_new_tokens=30)) for length in (4, 6)]
+    spared = Client(prompt_of(5), DecodingConfig("autoregressive", max_new_tokens=10))
+    too_long = Client([5] * 200, spared.request.config)
+    for client in [*doomed, spared, too_long]:
+        scheduler.add(client.request)
+    assert scheduler.step() == [too_long.request]
+    assert "at most 127 tokens, got 200" in str(too_long.updates[-1].error)
+    group = next(group for group in scheduler._groups.values() if len(group.answers) == 2)
+    monkeypatch.setattr(group.loop, "_depth", None)
+    finished = scheduler.step()
+    assert finished == [client.request for client in doomed]
+    assert all(isinstance(client.updates[-1].error, AttributeError) for client in doomed)
+    run(scheduler, [])
+    assert spared.answer == alone(decoder, spared.request.ids, spared.request.config)[0]
+
+
+def test_a_loop_that_never_ends_keeps_nothing_of_those_that_left():
+    decoder = decoder_of("packed")
+    scheduler = Scheduler(decoder, batch_size=3)
+    clients = [Client(prompt_of(1 + place % 9), replace(ADAPTIVE, max_new_tokens=6 + place % 3)) for place in range(40)]
+    for client in clients:
+        scheduler.add(client.request)
+    loops, most = set(), 0
+    while not scheduler.is_idle:
+        scheduler.step()
+        for group in scheduler._groups.values():
+            loops.add(id(group.loop))
+            most = max(most, len(group.loop._drafter._lookup._histories), len(group.loop._cache.lengths))
+    assert len(loops) < 10  # each of many requests
+    assert most <= 6  # rows that were there in the last step, and those that came since
