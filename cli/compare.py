@@ -1,6 +1,6 @@
 """`layerskip compare`: several runs side by side, with intervals over seeds."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,16 +10,23 @@ from layerskip_core.config.ranges import parse_counts
 from . import evaluation, options
 from .console import narrate
 
+if TYPE_CHECKING:
+    from layerskip_core.evaluation.compare.runs import Run
+
+_EMBEDDED = ("embedded-base", "embedded")  # without the recipe and with it, by equally many steps
+_SAMPLES, _EXITS, _DRAFTS = 12, (6, 12, 18), 6  # of their sweeps
+
 
 def compare(
     runs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="[LABEL=]PATH[,PATH...]...",
             help="Runs by label: folders that finetune, sweep-exits or bench wrote, a results.json or a losses.jsonl. Runs of "
-            "one label differ in their seed; without a label, names that end in -seed1, -seed2, ... share one.",
+            "one label differ in their seed; without a label, names that end in -seed1, -seed2, ... share one. "
+            "Without runs, embedded-base and embedded are measured.",
         ),
-    ],
+    ] = None,
     only: Annotated[
         str | None,
         typer.Option(help="Figures to compare, with commas: exact_match,perplexity.", rich_help_panel=options.MEASUREMENT),
@@ -55,7 +62,10 @@ def compare(
     from layerskip_core.evaluation.output_folder import output_folder, write_files
 
     with output_folder(output, "layerskip compare") as folder:
-        groups = {label: [read_run(path) for path in paths] for label, paths in labelled(runs).items()}
+        if runs:
+            groups = {label: [read_run(path) for path in paths] for label, paths in labelled(runs).items()}
+        else:
+            groups = {model: [_measured(model)] for model in _EMBEDDED}
         known = figures_of(groups)
         for name in names:
             require(name in known, "only", f"some of {', '.join(known)}", name)
@@ -72,3 +82,14 @@ def compare(
             write_files(folder, files)
             narrate(f"wrote {', '.join(files)} to {folder}")
         evaluation.print_as(form, table, lambda: to_json(comparison), lambda: to_csv(comparison))
+
+
+def _measured(model: str) -> "Run":
+    """A short sweep of an embedded model."""
+    from layerskip_core.config.evaluation import SweepConfig, TaskConfig
+    from layerskip_core.evaluation.compare.runs import run_of
+    from layerskip_core.evaluation.measure.sweep import sweep
+
+    narrate(f"measuring {model} on {_SAMPLES} rows of its task")
+    config = SweepConfig(model, TaskConfig(samples=_SAMPLES), exits=_EXITS, specs=(_DRAFTS,), exit_confidences=())
+    return run_of(model, evaluation.watch(sweep(*evaluation.load(config), config)))

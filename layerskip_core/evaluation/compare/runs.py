@@ -11,6 +11,7 @@ from ...errors import LayerSkipError
 from ...storage.json_reading import parse_json
 from ...storage.reading import read_bytes
 from ...storage.schema import SchemaError, build
+from ..record import RunRecord
 from ..report.drawing import label
 from ..report.saved_record import read_record
 from ..results import BenchResult, ExitResult
@@ -60,11 +61,21 @@ def read_run(path: str) -> Run:
     return run
 
 
+def run_of(name: str, record: RunRecord[ExitResult]) -> Run:
+    """What a sweep has just measured."""
+    run = Run(name, {})
+    _add_record(run, record)
+    return run
+
+
 def _add_results(run: Run, file: Path) -> None:
     document = parse_json(read_bytes(file, f"RUNS {file}", LayerSkipError), f"RUNS {file}", LayerSkipError)
     config = document.get("config") if isinstance(document, dict) else None
     kind = BenchResult if isinstance(config, dict) and "repeats" in config else ExitResult
-    record = read_record(str(file), kind, named="RUNS")
+    _add_record(run, read_record(str(file), kind, named="RUNS"))
+
+
+def _add_record(run: Run, record: RunRecord[Any]) -> None:
     for result in record.results:
         setting = _setting_of(result)
         for name, value in _figures_of(result):
