@@ -143,6 +143,7 @@ def scheduled(backend, prompts, schedule, limit):
     loop = loop_of(backend, prompts, config, frozenset(), None)
     loop._drafter.__class__ = Scheduled
     loop._drafter.schedule = list(schedule)
+    loop._drafter._by_clock = False  # by the clock some steps are plain, to be timed
     return loop
 
 
