@@ -6,6 +6,7 @@ import re
 import select
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +234,12 @@ class Terminal:
         shown, found, self._unread = self._unread.partition(text)
         return shown + found
 
+    def wait_until_asleep(self):
+        """A signal between the prompt and readline's wait for keys would be seen with the next key only."""
+        status = Path(f"/proc/{self.process.pid}/stat")
+        while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+
     def type(self, text):
         os.write(self._fd, text.encode())
 
@@ -251,6 +258,7 @@ def test_a_person_talks_stops_an_answer_and_leaves(tmp_path_factory, monkeypatch
     told = terminal.read_until("> ")
     assert re.search(r"last answer: \d+ tokens, .* of 200000 tokens\r\n1 answer: ", told)
     assert int(re.search(r"last answer: (\d+)", told)[1]) < 100_000
+    terminal.wait_until_asleep()
     terminal.process.send_signal(2)  # at the prompt
     assert "/exit or Ctrl-D leaves" in terminal.read_until("> ")
     terminal.type("/nope\n")
