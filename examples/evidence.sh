@@ -34,17 +34,18 @@ train() { # NAME FLAGS...: one training, resumed if it was interrupted; what it 
     local resume='' before=$SECONDS status=0
     ls "$runs/$1"/checkpoints/*/complete.json >/dev/null 2>&1 && resume=--resume
     say "training $1"
-    times >"$runs/times.before"
+    times >"$runs/$1.before"
     layerskip finetune --threads 1 --save-steps 100 --output "$runs/$1" $resume "${@:2}" || status=$?
-    times >"$runs/times.after"
-    printf '%s\t%s\t%s\n' "$1" $((SECONDS - before)) "$(processor_seconds)" >>"$runs/costs.tsv"
+    times >"$runs/$1.after"
+    printf '%s\t%s\t%s\n' "$1" $((SECONDS - before)) "$(processor_seconds "$runs/$1.before" "$runs/$1.after")" >>"$runs/costs.tsv"
     return $status
 }
 
-processor_seconds() { # of the children between times.before and times.after
+processor_seconds() { # BEFORE AFTER: of the children between these outputs of `times`; both are removed
     awk 'FNR == 2 { split($1, user, /[ms]/); split($2, kernel, /[ms]/)
         now = 60 * (user[1] + kernel[1]) + user[2] + kernel[2]
-        if (NR == FNR) before = now; else print now - before }' "$runs/times.before" "$runs/times.after"
+        if (NR == FNR) before = now; else print now - before }' "$1" "$2"
+    rm "$1" "$2"
 }
 
 sweep() { # NAME FLAGS...: measures a model, as RUNS/measured/NAME

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
-from layerskip_core.config.decoding import DecodingSettings
+from layerskip_core.config.decoding import MAX_NEW_TOKENS, DecodingSettings
 from layerskip_core.errors import DataError
 from layerskip_core.storage.json_reading import parse_json
 from layerskip_core.storage.schema import SchemaError, build
@@ -128,7 +128,7 @@ def _settings(given: Mapping[str, Any], flags: DecodingSettings, token_limit: in
     if limit is not None and limit > token_limit:
         raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
     limit = limit if limit is not None else generation.max_new_tokens
-    changes: dict[str, Any] = {"max_new_tokens": min(token_limit, 256) if limit is None else limit}
+    changes: dict[str, Any] = {"max_new_tokens": min(token_limit, MAX_NEW_TOKENS) if limit is None else limit}
     if "stop" in given:
         changes["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
     sampled = replace(generation.sampling, **sampling)

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.errors import ConfigError, ContextError, LayerSkipError
 from layerskip_core.serving import QueueFull, Stopped
 
 _NAMES = {"max_new_tokens": "max_tokens"}  # settings that have another name in the API
@@ -33,8 +33,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), "server_error", code="shutting_down")
     if isinstance(error, ConfigError):
         param = None if error.field is None else _NAMES.get(error.field, error.field)
-        too_long = "context is" in str(error)
-        return invalid(_named(str(error)), param, "context_length_exceeded" if too_long else None)
+        code = "context_length_exceeded" if isinstance(error, ContextError) else None
+        return invalid(_named(str(error)), param, code)
     if isinstance(error, LayerSkipError):
         return invalid(_named(str(error)))
     return ApiError(500, "the server failed to answer this request; its log says why", "server_error")

@@ -29,7 +29,7 @@ def strategies() -> tuple[str, ...]:
     return (*DRAFTERS, "early-exit", "autoregressive")
 
 
-_MAX_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 256
 _SHORTEST, _LONGEST = 1e-4, 1e9  # milliseconds of a pass; differences of such times keep digits enough
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 _PLAIN = PackingConfig()
@@ -105,7 +105,7 @@ class DecodingConfig:
     strategy: str = "self-speculative"
     exit_layer: int | None = None  # of self-speculative decoding and early exit
     num_draft_tokens: int = 6
-    max_new_tokens: int = _MAX_NEW_TOKENS
+    max_new_tokens: int = MAX_NEW_TOKENS
     draft_confidence: float = 0.0
     stop: tuple[str, ...] = ()
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -149,7 +149,7 @@ class GenerationSettings:
         strategy: str,
         exit_layer: int | None = None,
         num_draft_tokens: int = 6,
-        max_new_tokens: int = _MAX_NEW_TOKENS,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         draft_weights: Quantization | None = None,
         exits: tuple[int, ...] = (),
         profile: DraftProfile = _UNKNOWN,

@@ -54,7 +54,8 @@ def difference_of(values: Sequence[float], others: Sequence[float], paired: bool
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t; above 30 degrees of freedom by the first terms of its expansion around the normal."""
+    """The 97.5% quantile of Student's t; above 30 degrees of freedom by its expansion around the normal
+    (Abramowitz and Stegun, 26.7.5)."""
     if freedom <= len(_QUANTILES):
         return _QUANTILES[max(freedom, 1) - 1]
     z = _LEVEL
