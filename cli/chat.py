@@ -14,6 +14,7 @@ from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.errors import ContextError, LayerSkipError
+from layerskip_core.interruption import Interruption
 
 from . import options, standard_input
 from .console import ResultsConsole, narrate
@@ -151,8 +152,6 @@ class _Chat:
 
     def _answer(self, message: str, number: int | None) -> None:
         """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, pressed again at once."""
-        from layerskip_core.training.interruption import Interruption
-
         with Interruption(signal.SIGINT) if number is None else nullcontext() as interruption:
             try:
                 stream = self._last = self._dialogue.ask(message)

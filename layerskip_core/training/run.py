@@ -12,6 +12,7 @@ from ..checkpoint.loaded import Trainable
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.save import save_checkpoint
 from ..config.training import FinetuneConfig
+from ..interruption import Interruption
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.template import PromptTemplate
 from .adapters import with_lora
@@ -19,7 +20,6 @@ from .anchor import anchor_of
 from .attention import use_fp32_attention
 from .checkpoints import ResumePoint
 from .encoded_data import Collator, EncodedData
-from .interruption import Interruption
 from .loss_plot import loss_plot
 from .module import RecipeModule
 from .order import OrderedRows, run_order

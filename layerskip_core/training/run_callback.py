@@ -10,9 +10,9 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from ..errors import TrainingError
+from ..interruption import Interruption
 from ..storage.writing import run_staging
 from .checkpoints import LOSSES, last_checkpoint, publish
-from .interruption import Interruption
 from .progress import LossHistory, RunState, StepLosses, StepReport, StepSums, agreement_in, step_log, validation_in
 
 _MAX_NORM = 1.0  # of the gradient

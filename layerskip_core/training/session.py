@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..checkpoint.save import output_lock
 from ..errors import CheckpointError, LayerSkipError, TrainingInterrupted, first_line
+from ..interruption import Interruption
 from ..storage.writing import run_staging
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, last_checkpoint
-from .interruption import Interruption
 from .progress import StageProgress
 from .trainer import RunTrainer
 

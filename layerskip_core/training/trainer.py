@@ -10,9 +10,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainingArguments
 
 from ..errors import ConfigError
+from ..interruption import Interruption
 from ..losses import IGNORED
 from .checkpoints import checkpoints_folder
-from .interruption import Interruption
 from .module import Moment
 from .progress import RunState, StepReport, validation_log
 from .run_callback import RunCallback

@@ -15,10 +15,10 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import RetentionSettings
 from layerskip_core.errors import ConfigError, TrainingInterrupted
+from layerskip_core.interruption import Interruption
 from layerskip_core.losses import IGNORED
 from layerskip_core.training import answers, replay
 from layerskip_core.training.encoded_data import Collator
-from layerskip_core.training.interruption import Interruption
 from layerskip_core.training.prepare import prepare
 from layerskip_core.training.replay import ReplayedRows, replayed_texts
 

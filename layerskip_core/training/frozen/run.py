@@ -16,11 +16,11 @@ from ...checkpoint.save import copy_checkpoint, save_beside
 from ...checkpoint.stored import EXIT_BLOCKS_FILE
 from ...checkpoint.transformers_read import stored_dtype
 from ...config.training import FinetuneConfig
+from ...interruption import Interruption
 from ...model.exit_blocks import ExitBlocks
 from ..answers import DIGITS, Text, Writing, write_answers
 from ..attention import use_fp32_attention
 from ..checkpoints import ResumePoint, checkpoints_folder, discard_after
-from ..interruption import Interruption
 from ..order import run_order
 from ..progress import LossHistory, StageProgress, StepReport
 from ..schedule import schedule_of
