@@ -1,7 +1,7 @@
 """Loads model and data, resolves what was not asked for, and plans the run. Nothing is written."""
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..checkpoint.model_files import RUN_FILES
 from ..checkpoint.placement import pick_device, pick_dtype
 from ..checkpoint.save import refuse_overwrite
 from ..checkpoint.transformers_read import stored_dtype
-from ..config.training import FinetuneConfig
+from ..config.training import FinetuneConfig, RecipeConfig, RetentionSettings
 from ..data.examples import Row
 from ..errors import ConfigError
 from .adapters import require_base_kept
@@ -24,8 +24,6 @@ from .replay import has_journal, plan_replay
 from .run import FinetuneJob
 from .run_data import encode_training, encode_validation, make_encoder, training_rows
 from .tokenizer import train_tokenizer
-
-_UNSEALED = {"dropout_profile": "exponential"}  # settings that older runs did not seal, as these runs were
 
 
 def prepare(config: FinetuneConfig) -> FinetuneJob:
@@ -116,8 +114,13 @@ def resume_point(config: FinetuneConfig) -> ResumePoint | None:
 
 
 def require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises ConfigError where `settings` differ from those of the run that is resumed.
+
+    A setting that the run's version did not know had its default.
+    """
+    defaults = asdict(FinetuneConfig()) | asdict(RecipeConfig()) | asdict(RetentionSettings())
     for name, value in settings.items():
-        before = sealed.get(name, _UNSEALED.get(name))
+        before = sealed.get(name, defaults.get(name))
         if before != value:
             raise ConfigError(
                 f"`resume`: {name} was {before} in the run to go on with, and is {value} now; a run is resumed with "

@@ -319,10 +319,11 @@ def test_a_default_that_changes_does_not_alter_a_resumed_run(settings, tmp_path,
         prepare(settings(save_steps=1, resume=True))  # which asks for R = 2
 
 
-def test_a_run_of_a_version_without_dropout_profiles_goes_on_as_exponential(settings, two_checkpoints):
+def test_a_setting_that_the_version_of_the_run_did_not_know_had_its_default(settings, two_checkpoints):
     seal = checkpoint(two_checkpoints, 2) / "complete.json"
     sealed = json.loads(seal.read_text())
-    del sealed["settings"]["dropout_profile"]
+    for unknown in ("dropout_profile", "lora_layers", "anchor"):
+        del sealed["settings"][unknown]
     seal.write_text(json.dumps(sealed))
     assert prepare(settings(save_steps=1, resume=True)).plan.resumed_step == 2
     constant = replace(RECIPE, dropout_profile="constant")
