@@ -15,7 +15,12 @@ def import_model(
         str, typer.Argument(help="A .gguf file, an adapter's folder, a hub id, a folder or an embedded name.")
     ] = "embedded",
     output: Annotated[str, typer.Option("--output", help="Folder for the checkpoint.")] = "imported-model",
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights written: fp32, bf16, or auto: as stored.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing."
+        ),
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
 ) -> None:
     """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.

@@ -2,43 +2,52 @@
 
 import mmap
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
-from ..model.config_values import check_named
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct codes by type
-_MOST_NAME = 1 << 16  # bytes of a key or of a tensor's name
-
-# The keys that set a model's sizes, without the architecture's name before them, and the keys of config.json that they become.
-_VALUES = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "context_length": "max_position_embeddings",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "rope.freq_base": "rope_theta",
-    "vocab_size": "vocab_size",
-}
+_MOST_NAME = 1 << 16  # bytes of a key, of a tensor's name or of a text that is kept
+_TEXTS = ("general.architecture", "general.name")  # that are kept
+_ALIGNMENT = "general.alignment"
 
 
-class GgufHeader(NamedTuple):
-    architecture: str
-    parameters: int  # in all tensors
+class GgufTensor(NamedTuple):
+    """Where a tensor is in the file. `shape`: as torch has it, the contiguous dimension last."""
+
+    shape: tuple[int, ...]
+    kind: int  # ggml's number of how its values are stored
+    start: int  # of its bytes in the file
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """`values`: numbers, and a few texts. `lengths`: of arrays, whose content is not kept."""
+
+    values: Mapping[str, Any]
+    lengths: Mapping[str, int]
+    tensors: Mapping[str, GgufTensor]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values.get("general.architecture"))
+
+    @property
+    def parameters(self) -> int:
+        """In all tensors."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Raises CheckpointError for a file that is shorter than its header says, or whose sizes are out of range."""
+    """Raises CheckpointError for a file that is shorter than its header says."""
     if path.stat().st_size < 24:
         raise CheckpointError(f"{path.name} is no GGUF file: it has {path.stat().st_size} bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -46,12 +55,14 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Walk:
-    """Reads from front to end. It keeps only single numbers and the architecture's name."""
+    """Reads from front to end."""
 
     def __init__(self, name: str, content: mmap.mmap) -> None:
         self._name = name
         self._content = content
         self._at = 0
+        self._values: dict[str, Any] = {}
+        self._lengths: dict[str, int] = {}
 
     def header(self) -> GgufHeader:
         if self._take(4) != _MAGIC:
@@ -60,46 +71,61 @@ class _Walk:
         if version not in _VERSIONS:
             raise CheckpointError(f"{self._name}: needed GGUF version 2 or 3, found {version}")
         tensors, entries = self._number("Q"), self._number("Q")
-        values: dict[str, Any] = {}
         for _ in range(self._fitting(entries, 12, "entries")):
-            key = self._text(_MOST_NAME)
-            value = self._value(self._number("I"), keep=key == "general.architecture")
-            if value is not None:
-                values[key] = value
-        architecture = str(values.get("general.architecture"))
-        check_named(values, {f"{architecture}.{key}": name for key, name in _VALUES.items()})
-        parameters = sum(self._tensor() for _ in range(self._fitting(tensors, 24, "tensors")))
-        return GgufHeader(architecture, parameters)
+            self._entry()
+        listed = [self._tensor() for _ in range(self._fitting(tensors, 24, "tensors"))]
+        begin = self._aligned(self._at)
+        placed = {name: tensor._replace(start=begin + tensor.start) for name, tensor in listed}
+        if len(placed) < len(listed):
+            raise self._error("two tensors have the same name")
+        return GgufHeader(self._values, self._lengths, placed)
 
-    def _tensor(self) -> int:
-        """How many numbers a tensor holds. Even with one bit each they must fit into the file."""
+    def _aligned(self, at: int) -> int:
+        """Where the tensors begin, if their list ends here."""
+        alignment = self._values.get(_ALIGNMENT, 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._error(f"{_ALIGNMENT} must be a power of two, got {alignment}")
+        return -(-at // alignment) * alignment
+
+    def _tensor(self) -> tuple[str, GgufTensor]:
+        """A tensor by its name; it starts where the tensors do. Even with one bit each its numbers must fit into the file."""
         name = self._text(_MOST_NAME)
         dimensions = self._number("I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise self._error(f"tensor {name} must have 1..{_MOST_DIMENSIONS} dimensions, found {dimensions}")
-        count: int = prod(self._number("Q") for _ in range(dimensions))
-        self._take(4)
-        if count // 8 + self._number("Q") > len(self._content):
-            raise self._error(f"tensor {name} of {count} numbers does not fit into {len(self._content)} bytes")
-        return count
+        shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+        kind, start = self._number("I"), self._number("Q")
+        if prod(shape) // 8 + start > len(self._content):
+            raise self._error(f"tensor {name} of {prod(shape)} numbers does not fit into {len(self._content)} bytes")
+        return name, GgufTensor(shape, kind, start)
 
-    def _value(self, kind: int, keep: bool) -> Any:
-        """A number, or a text if `keep`; None for a value that is skipped."""
+    def _entry(self) -> None:
+        key, kind = self._text(_MOST_NAME), self._number("I")
+        if key in self._values or key in self._lengths:
+            raise self._error(f"the key {key} is there twice")
         if kind in _SCALARS:
-            return self._number(_SCALARS[kind])
-        if kind == _STRING:
-            return self._text(_MOST_NAME) if keep else self._skip_text()
-        if kind != _ARRAY:
+            self._values[key] = self._number(_SCALARS[kind])
+        elif kind == _ARRAY:
+            self._lengths[key] = self._skip_array()
+        elif kind != _STRING:
             raise self._error(f"unknown value type {kind}")
-        inner, count = self._number("I"), self._number("Q")
-        if inner in _SCALARS:
-            self._take(self._fitting(count, struct.calcsize(_SCALARS[inner]), "numbers") * struct.calcsize(_SCALARS[inner]))
-        elif inner == _STRING:
+        elif key in _TEXTS:
+            self._values[key] = self._text(_MOST_NAME)
+        else:
+            self._skip_text()
+
+    def _skip_array(self) -> int:
+        """Its length."""
+        kind, count = self._number("I"), self._number("Q")
+        if kind in _SCALARS:
+            size = struct.calcsize(_SCALARS[kind])
+            self._at += self._fitting(count, size, "numbers") * size
+        elif kind == _STRING:
             for _ in range(self._fitting(count, 8, "texts")):
                 self._skip_text()
         else:
-            raise self._error(f"unknown array type {inner}")
-        return None
+            raise self._error(f"unknown array type {kind}")
+        return int(count)
 
     def _fitting(self, count: int, least: int, what: str) -> int:
         """`count`. Raises CheckpointError if that many items of `least` bytes or more do not fit into the rest of the file."""

@@ -31,12 +31,12 @@ from .fast_read import FileWeights, generation_config, lean_config, lean_tokeniz
 from .info import CheckpointInfo, read_info
 from .int4_file import read_int4
 from .loaded import Decoder, Trainable, decoder_of, end_ids
-from .locate import Location, locate, reading
+from .locate import locate, reading
 from .placement import pick_device, pick_dtype
 from .quiet import quiet_transformers
 from .stored import INT4_FILE, check_tokenizer
 from .swap import read_whole
-from .transformers_read import merge_adapters, read_architecture, read_model, read_tokenizer
+from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer
 
 _MEMORY_SHARE = 0.8  # of the machine's memory, that a model with a copy may take
 
@@ -83,10 +83,11 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
     location = locate(name)
     from transformers import AutoModelForCausalLM
 
-    config, spec = reading(name, lambda: read_architecture(location))
+    files = reading(name, lambda: open_model(location))
+    config = files.config
     if tokenizer is None:
-        tokenizer = reading(name, lambda: read_tokenizer(location))
-        reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
+        tokenizer = reading(name, files.tokenizer)
+        reading(name, lambda: check_tokenizer(tokenizer, files.spec.vocab))
     else:
         config.vocab_size = len(tokenizer)
         for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -148,7 +149,7 @@ def _lean_decoder(
         return None
     spec = ModelSpec.of(config)
     weights = FileWeights(path, spec, device)
-    tokenizer = lean_tokenizer(path) or read_tokenizer(Location(path))
+    tokenizer = lean_tokenizer(path) or read_tokenizer(path)
     check_tokenizer(tokenizer, spec.vocab)
     precision = pick_dtype(dtype, device, spec.parameters)
     blocks = read_exit_blocks(path, spec, weights.stored)

@@ -30,14 +30,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Location:
-    """What `from_pretrained` takes: a folder or a hub id, and the file in that folder if it is a GGUF file."""
+    """A folder or a hub id, and the file in that folder if it is a GGUF file."""
 
     path: str
     gguf_file: str | None = None
-
-    @property
-    def keywords(self) -> dict[str, str]:
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
     @property
     def is_folder(self) -> bool:

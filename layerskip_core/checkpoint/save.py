@@ -111,10 +111,10 @@ def import_checkpoint(name: str, output: str, dtype: str, files: Mapping[str, by
     """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
 
     Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name.
-    `dtype` is fp32, bf16, or auto: as stored, which is fp32 for a GGUF file. Raises CheckpointError if anything fails.
+    `dtype` is fp32, bf16, or auto: as `written_dtype` says. Raises CheckpointError if anything fails.
     """
-    precision = written_dtype(name, dtype)
     loaded = for_training(name, "cpu", "fp32")
+    precision = written_dtype(loaded, dtype)
     beside, left_out = _files_beside(name, loaded)
     details = {**loaded.info.details, "imported_from": name}
     if EXIT_BLOCKS_FILE not in beside:

@@ -1,9 +1,8 @@
 """Reads models with transformers and peft. Files are checked first, and code that comes with a checkpoint never runs."""
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,13 +10,13 @@ from torch import nn
 from ..errors import CheckpointError
 from ..model import GenericBackend, ModelSpec
 from ..model.weights import check_model
-from .adapters import adapters_of
-from .gguf_header import read_gguf_header
+from .adapters import adapters_of, is_adapter
+from .gguf_read import GgufModel
 from .info import read_info
 from .loaded import Trainable
 from .locate import Location, locate, reading
 from .placement import pick_dtype
-from .quiet import no_gguf_bar, quiet_transformers
+from .quiet import quiet_transformers
 from .stored import (
     TOKENIZER_FILE,
     check_config,
@@ -31,18 +30,76 @@ from .stored import (
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
 
 
+class ModelFiles(Protocol):
+    """A model's files, of which only what describes the model was read."""
+
+    @property
+    def config(self) -> Any: ...  # of transformers
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def tokenizer(self) -> Any: ...
+
+    def check_weights(self) -> None: ...
+
+    def model(self) -> Any: ...
+
+
+class _Pretrained:
+    """A folder, or a hub id."""
+
+    def __init__(self, path: str) -> None:
+        """Reads the configuration. Its values are checked first, before anything is built from them."""
+        from transformers import AutoConfig, PreTrainedConfig
+
+        self._path = path
+        if Path(path).is_dir():
+            read_config(path)
+        else:
+            check_config(PreTrainedConfig.get_config_dict(path, **_NO_FOREIGN_CODE)[0])
+        self.config = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
+        self.spec = ModelSpec.of(self.config)
+
+    def tokenizer(self) -> Any:
+        return read_tokenizer(self._path)
+
+    def check_weights(self) -> None:
+        """Checks what a folder has; none is read."""
+        files = open_weights(self._path)
+        if self.spec.shapes.keys() & files.keys():  # otherwise the weights have older names, which transformers knows
+            check_stored_weights(files, self.spec)
+
+    def model(self) -> Any:
+        """The model with its stored weights. Raises CheckpointError for one that lacks some."""
+        from transformers import AutoModelForCausalLM
+
+        attention = "sdpa" if self.spec.score_cap is None else "eager"
+        model, report = AutoModelForCausalLM.from_pretrained(
+            self._path, dtype="auto", attn_implementation=attention, output_loading_info=True, **_NO_FOREIGN_CODE
+        )
+        missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
+        if missing:
+            raise CheckpointError(f"it is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
+        return model
+
+
+def open_model(location: Location) -> ModelFiles:
+    """Raises CheckpointError for files that do not describe a supported model."""
+    return _Pretrained(location.path) if location.gguf_file is None else GgufModel(Path(location.path) / location.gguf_file)
+
+
 @quiet_transformers()
 def read_model(name: str, device: torch.device, dtype: str) -> Trainable:
     """A model that is not an adapter, in evaluation mode. Raises CheckpointError as `for_training` does."""
     location = locate(name)
-    _, spec = reading(name, lambda: read_architecture(location))
-    if location.is_folder:
-        reading(name, lambda: _check_folder_weights(location.path, spec))
-    tokenizer = reading(name, lambda: read_tokenizer(location))
-    reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
-    model = reading(name, lambda: _from_pretrained(location, spec))
-    reading(name, lambda: check_model(model, spec))
-    model = _converted(model.to(device), pick_dtype(dtype, device, spec.parameters)).eval()
+    files = reading(name, lambda: open_model(location))
+    reading(name, files.check_weights)
+    tokenizer = reading(name, files.tokenizer)
+    reading(name, lambda: check_tokenizer(tokenizer, files.spec.vocab))
+    model = reading(name, files.model)
+    reading(name, lambda: check_model(model, files.spec))
+    model = _converted(model.to(device), pick_dtype(dtype, device, files.spec.parameters)).eval()
     return Trainable(name, model, reading(name, lambda: GenericBackend(model)), tokenizer, read_info(location.path))
 
 
@@ -53,75 +110,45 @@ def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
     for adapter in reversed(adapters):
         model = reading(adapter, partial(_merged, model, adapter))
     model.requires_grad_(True)  # peft froze the base
-    tokenizer = reading(name, lambda: read_tokenizer(Location(name)))
+    tokenizer = reading(name, lambda: read_tokenizer(name))
     reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
     reading(name, lambda: check_model(model, spec))
     return Trainable(name, model, reading(name, lambda: GenericBackend(model)), tokenizer, read_info(name))
 
 
-def read_architecture(location: Location) -> tuple[Any, ModelSpec]:
-    """A model's configuration as transformers reads it. Its values are checked first, before anything is built from them."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    if location.gguf_file is not None:
-        header = read_gguf_header(Path(location.path) / location.gguf_file)
-    elif location.is_folder:
-        read_config(location.path)
-    else:
-        check_config(PreTrainedConfig.get_config_dict(location.path, **_NO_FOREIGN_CODE)[0])
-    config = AutoConfig.from_pretrained(location.path, **location.keywords, **_NO_FOREIGN_CODE)
-    spec = ModelSpec.of(config)
-    if location.gguf_file is not None and spec.parameters > header.parameters:
-        raise CheckpointError(f"needed {spec.parameters} weights, by its sizes; found {header.parameters}")
-    return config, spec
-
-
-def read_tokenizer(location: Location) -> Any:
-    """transformers' tokenizer. Raises CheckpointError for a damaged tokenizer_config.json."""
+def read_tokenizer(path: str) -> Any:
+    """transformers' tokenizer of a folder or hub id. Raises CheckpointError for a damaged tokenizer_config.json."""
     from transformers import AutoTokenizer
 
-    if location.is_folder:
-        read_settings(location.path, TOKENIZER_FILE)
-    return AutoTokenizer.from_pretrained(location.path, **location.keywords, **_NO_FOREIGN_CODE)
+    if Path(path).is_dir():
+        read_settings(path, TOKENIZER_FILE)
+    return AutoTokenizer.from_pretrained(path, **_NO_FOREIGN_CODE)
 
 
 def stored_dtype(name: str) -> torch.dtype:
-    """The precision that a checkpoint's config gives for its weights, fp32 if it gives none."""
+    """The precision that a checkpoint's config gives for its weights, fp32 if it gives none, as a GGUF file does."""
     location = locate(adapters_of(name)[1])
-    dtype = getattr(reading(name, lambda: read_architecture(location))[0], "dtype", None)
+    if location.gguf_file is not None:
+        return torch.float32
+    dtype = getattr(reading(name, lambda: open_model(location)).config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def written_dtype(name: str, asked: str) -> torch.dtype:
-    """The precision to write a checkpoint's weights in: fp32, bf16, or auto: as `stored_dtype` says."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(asked) or stored_dtype(name)
+def written_dtype(loaded: Trainable, asked: str) -> torch.dtype:
+    """The precision to write a model's weights in: fp32, bf16, or auto: as they are stored.
 
-
-def _from_pretrained(location: Location, spec: ModelSpec) -> Any:
-    """The model with its stored weights. Raises CheckpointError for one that lacks some."""
-    from transformers import AutoModelForCausalLM
-
-    is_gguf = location.gguf_file is not None
-    keywords: dict[str, Any] = {**location.keywords, **_NO_FOREIGN_CODE}
-    if is_gguf:
-        from transformers import GgufConfig
-
-        keywords["quantization_config"] = GgufConfig(dequantize=True)
-    attention = "sdpa" if spec.score_cap is None else "eager"
-    with no_gguf_bar() if is_gguf else nullcontext():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            location.path, dtype="auto", attn_implementation=attention, output_loading_info=True, **keywords
-        )
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
-    if missing:
-        raise CheckpointError(f"it is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
-    return _without_quantization(model) if is_gguf else model
-
-
-def _check_folder_weights(path: str, spec: ModelSpec) -> None:
-    files = open_weights(path)
-    if spec.shapes.keys() & files.keys():  # otherwise the weights have older names, which transformers knows
-        check_stored_weights(files, spec)
+    `loaded` is in fp32. Of a GGUF file auto is the narrowest precision that holds each of its weights as it is: low-bit values
+    are products with their scales, which need fp32.
+    """
+    if asked != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
+    if is_adapter(loaded.name) or locate(loaded.name).gguf_file is None:
+        return stored_dtype(loaded.name)
+    weights = [weight.detach() for weight in loaded.model.parameters()]
+    exact = (
+        dtype for dtype in (torch.bfloat16, torch.float16) if all(weight.equal(weight.to(dtype).float()) for weight in weights)
+    )
+    return next(exact, torch.float32)
 
 
 def _merged(model: nn.Module, adapter: str) -> Any:
@@ -141,17 +168,3 @@ def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-def _without_quantization(model: nn.Module) -> nn.Module:
-    """The same weights in a model that transformers agrees to save: rebuilt from its config without the GGUF part."""
-    from transformers import AutoModelForCausalLM
-
-    original: Any = model
-    config = original.config.__class__.from_dict(
-        {key: value for key, value in original.config.to_dict().items() if key != "quantization_config"}
-    )
-    rebuilt = AutoModelForCausalLM.from_config(config, dtype=next(model.parameters()).dtype, attn_implementation="sdpa")
-    rebuilt.load_state_dict(model.state_dict())
-    rebuilt.generation_config = original.generation_config
-    return rebuilt  # type: ignore[no-any-return]

@@ -73,8 +73,9 @@ def export(config: ExportConfig) -> Exported:
             details={"exported_from": config.model, "exported_exit": exit_layer},
             system=loaded.info.system,
         )
+        dtype = written_dtype(loaded, config.dtype)
         model = cut_to_exit(loaded, exit_layer, blocks)
-        save_checkpoint(model, loaded.tokenizer, info, config.output, written_dtype(config.model, config.dtype), files)
+        save_checkpoint(model, loaded.tokenizer, info, config.output, dtype, files)
     return Exported(exit_layer, draft_layers, exit_layer == layers or exit_layer in recommended.exits, readme)
 
 
