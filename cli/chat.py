@@ -100,7 +100,6 @@ class _Chat:
                 if not self._takes(line):
                     return
             except KeyboardInterrupt:
-                self._dialogue.renew_cache()
                 narrate("\nstopped")
 
     def over_pipe(self) -> None:

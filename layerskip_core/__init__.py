@@ -13,10 +13,11 @@ Nothing is imported before it is used: `load` imports torch.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .decoding.dialogue import Dialogue
     from .decoding.text import Answer, TextStream
     from .language_model import LanguageModel, load
 
-__all__ = ["Answer", "LanguageModel", "TextStream", "load"]
+__all__ = ["Answer", "Dialogue", "LanguageModel", "TextStream", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from .decoding import text
 
         return getattr(text, name)
+    if name == "Dialogue":
+        from .decoding.dialogue import Dialogue
+
+        return Dialogue
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from .checkpoint.loaded import Decoder
 from .config.decoding import DecodingConfig, DecodingSettings, GenerationSettings, SamplingConfig
 from .config.machine import DType
 from .config.packing import PackingConfig, Quantization
+from .decoding.dialogue import Dialogue
 from .decoding.text import Answer, TextStream, answer_together
 from .errors import LayerSkipError
 
@@ -43,10 +44,7 @@ class LanguageModel:
 
     def generate(self, prompt: str, **options: Unpack[DecodingOptions]) -> Answer:
         """The whole answer to a prompt. Raises ConfigError for a prompt or an option that does not suit the model."""
-        stream = self.stream(prompt, **options)
-        for _ in stream:
-            pass
-        return stream.answer
+        return self.stream(prompt, **options).finish()
 
     def stream(self, prompt: str, **options: Unpack[DecodingOptions]) -> TextStream:
         """Iterates over the pieces of an answer as they are verified. Raises as `generate` does."""
@@ -58,6 +56,25 @@ class LanguageModel:
         if errors := [answer for answer in answers if isinstance(answer, LayerSkipError)]:
             raise errors[0]
         return [answer for answer in answers if isinstance(answer, Answer)]
+
+    def dialogue(self, *, system: str | None = None, **options: Unpack[DecodingOptions]) -> Dialogue:
+        """A conversation, of which every answer sees the turns before it and computes only what is new.
+
+            talk = model.dialogue(system="Answer briefly.")
+            print(talk.ask("Who wrote Emma?").finish().text)
+            for piece in talk.ask("And when?"):
+                print(piece, end="")
+
+        `talk.turns` are the messages with their answers, `talk.forget(1)` leaves out the oldest and `talk.forget()` all.
+        `system`: instead of the message given to `load`. Without a chat template each message is a prompt of its own
+        (`talk.has_turns` is False). Several conversations can take turns, but not at once.
+
+        Raises ConfigError for a system message without a chat template, and for options as `generate` does.
+        """
+        decoder = self.decoder
+        if system is not None:
+            decoder = decoder.with_template(decoder.template.text, system)
+        return Dialogue(decoder, self._resolved(options))
 
     def _resolved(self, options: DecodingOptions) -> DecodingConfig:
         return self.decoder.resolve(decoding_settings(options), self._packing)

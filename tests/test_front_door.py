@@ -8,10 +8,16 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
+from chatml import chatml_folder, full_tokenizer
+from conftest import tiny_model
 
 import layerskip_core
-from layerskip_core import Answer, load
+from layerskip_core import Answer, TextStream, load
+from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingSettings, GenerationSettings, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.language_model import DecodingOptions, decoding_settings
 
@@ -51,6 +57,72 @@ def test_a_stream_gives_the_answer_in_pieces(model):
     pieces = list(stream)
     assert len(pieces) > 1
     assert "".join(pieces) == stream.answer.text == model.generate(PROMPT).text
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """A random model with a chat template that never ends an answer."""
+    folder = tmp_path_factory.mktemp("talking")
+    tokenizer = full_tokenizer(chatml_folder(folder / "tokenizer"))
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    made = tiny_model("llama", torch.float32, vocab_size=len(tokenizer), **ids)
+    made.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
+    save_checkpoint(made, tokenizer, CheckpointInfo(exit_layer=3, num_draft_tokens=4), str(folder / "model"), torch.float32)
+    return load(str(folder / "model"), device="cpu", dtype="fp32")
+
+
+def test_a_dialogue_sees_its_turns_and_computes_only_what_is_new(talking):
+    talk = talking.dialogue(max_new_tokens=8)
+    first = talk.ask("remind me").finish()
+    stream = talk.ask("start the system")
+    second = "".join(stream)
+    assert talk.turns == (("remind me", first.text), ("start the system", second))
+    ids = talking.decoder.encode_prompt("start the system", [("remind me", first.text)])
+    assert second == TextStream(talking.decoder, ids, talking.decoder.resolve(talk_settings(), PackingConfig())).finish().text
+    assert stream.reused_tokens >= len(talking.decoder.encode_prompt("remind me"))
+    talk.forget(1)
+    assert talk.turns == (("start the system", second),)
+    talk.forget()
+    assert (talk.turns, talk.ask("remind me").finish().text) == ((), first.text)
+
+
+def talk_settings():
+    return decoding_settings({"max_new_tokens": 8})
+
+
+def test_what_a_dialogue_says_first(talking, model):
+    talk = talking.dialogue(system="Be brief.", max_new_tokens=4)
+    stream = talk.ask("start")
+    stream.finish()
+    with_system = talking.decoder.with_template("chat", "Be brief.")
+    assert stream.stats.prompt_tokens == len(with_system.encode_prompt("start")) != len(talking.decoder.encode_prompt("start"))
+    alone = model.dialogue(max_new_tokens=4)
+    alone.ask(PROMPT).finish()
+    assert (alone.has_turns, alone.turns) == (False, ())
+    with pytest.raises(ConfigError, match="`system` must be given with the chat template only"):
+        model.dialogue(system="Be brief.")
+
+
+def test_a_pass_that_was_broken_off_leaves_nothing_to_the_next_answer(talking, monkeypatch):
+    whole = talking.dialogue(max_new_tokens=8)
+    whole.ask("remind me").finish()
+    expected = whole.ask("start the system").finish().text
+
+    talk = talking.dialogue(max_new_tokens=8)
+    talk.ask("remind me").finish()
+    backend, run_layers = talking.decoder.backend, type(talking.decoder.backend).run_layers
+
+    def broken_off(self, hidden, start, stop, positions, cache):
+        run_layers(self, hidden * 2, start, stop, positions, cache)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(backend), "run_layers", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("lost").finish()
+    monkeypatch.undo()
+    assert len(talk.turns) == 1
+    following = talk.ask("start the system")
+    assert (following.finish().text, following.reused_tokens) == (expected, 0)
 
 
 def test_stop_and_length_end_an_answer(model):

@@ -44,12 +44,16 @@ class Dialogue:
         return self._turns
 
     def ask(self, message: str) -> TextStream:
-        """The answer to a message, as it comes. It can be left at any point; then its turn has the text so far.
+        """The answer to a message, as it comes: iterate over its pieces, or `finish()` it.
+
+        It can be left at any point; then its turn has the text so far. No earlier answer can go on.
 
         Raises ContextError for a message that does not fit after the turns before it, ConfigError for an empty prompt,
         CheckpointError for a chat template that refuses them. The turns are then as before.
         """
         turns, limit = self.turns, self._loaded.backend.max_positions
+        if self._asked is not None and self._asked[1].broken_off:
+            self._prefix = PrefixCache()  # the pass may have left it in disorder
         ids = self._loaded.encode_prompt(message, turns)
         check_prompt(ids, limit, "the conversation with this message" if turns else "the prompt")
         stream = TextStream(self._loaded, ids, self._config, self._prefix)
@@ -60,8 +64,4 @@ class Dialogue:
         """Leaves out the oldest `count` turns; without a number all, and what the cache has of them."""
         self._turns, self._asked = () if count is None else self.turns[count:], None
         if count is None:
-            self.renew_cache()
-
-    def renew_cache(self) -> None:
-        """Reuses nothing of what was computed so far: a pass that was broken off may have left it in disorder."""
-        self._prefix = PrefixCache()
+            self._prefix = PrefixCache()

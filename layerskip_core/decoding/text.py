@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError
-from .loop import check_prompt
+from .loop import Token, check_prompt
 from .prefix import PrefixCache
 from .stats import DecodeStats
 from .stopping import Detokenize, Stopping, StopReason
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 class TextStream:
     """Iterates over the pieces of one answer as they are verified.
 
-    `text`, `stats` and `finish_reason` describe what has come so far.
+    `text`, `stats` and `finish_reason` describe what has come so far. `broken_off`: an exception, as of Ctrl-C, ended a step.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class TextStream:
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         self._decoding = decode(loaded.backend, ids, config, loaded.eos_ids, loaded.detokenize, prefix=prefix)
         self._shown = ShownText(loaded, config)
+        self.broken_off = False
 
     @property
     def answer(self) -> Answer:
@@ -74,15 +75,21 @@ class TextStream:
         """How many of the prompt's first tokens needed no pass."""
         return self._decoding.reused_tokens
 
+    def finish(self) -> Answer:
+        """The whole answer, decoded to its end."""
+        for _ in self:
+            pass
+        return self.answer
+
     def __iter__(self) -> Iterator[str]:
-        for tokens in self._decoding:
+        for tokens in self._steps():
             if piece := self._shown.add([token.id for token in tokens], self.finish_reason is not None):
                 yield piece
 
     def runs(self) -> Iterator[list[Run]]:
         """The same text, as one list per step that may be empty. A character belongs to the token that completes it."""
         ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
-        for tokens in self._decoding:
+        for tokens in self._steps():
             decoded, finished = "", self.finish_reason is not None
             for place, token in enumerate(tokens, start=1):
                 decoded = self._shown.decode([token.id], finished and place == len(tokens))
@@ -96,6 +103,15 @@ class TextStream:
                     start = shown
             ends = [(end, from_draft) for end, from_draft in ends if end > stop]
             yield runs
+
+    def _steps(self) -> Iterator[list[Token]]:
+        try:
+            yield from self._decoding
+        except GeneratorExit:  # the stream was left between two steps
+            raise
+        except BaseException:
+            self.broken_off = True
+            raise
 
 
 def answer_together(
