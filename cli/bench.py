@@ -37,7 +37,7 @@ def bench(
     from layerskip_core.evaluation.measure.journal import close
     from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.saved_record import read_record
-    from layerskip_core.evaluation.report.tables import bench_table
+    from layerskip_core.evaluation.report.tables import bench_table, category_tables
     from layerskip_core.evaluation.results import BenchResult
 
     with output_folder(report.output, "layerskip bench") as folder:
@@ -48,6 +48,6 @@ def bench(
             if must_search(loaded, config):
                 console.narrate(_SEARCHING)
             record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
-        evaluation.deliver(record, bench_table(record), report.format, folder)
+        evaluation.deliver(record, [bench_table(record), *category_tables(record)], report.format, folder)
         if folder is not None and report.saved is None:
             close(folder)

@@ -81,7 +81,7 @@ def compare(
             files = compare_files(comparison)
             write_files(folder, files)
             narrate(f"wrote {', '.join(files)} to {folder}")
-        evaluation.print_as(form, table, lambda: to_json(comparison), lambda: to_csv(comparison))
+        evaluation.print_as(form, [table], lambda: to_json(comparison), lambda: to_csv(comparison))
 
 
 def _measured(model: str) -> "Run":

@@ -1,6 +1,6 @@
 """What sweep-exits and bench share: loading, progress on stderr, and the result on stdout and in files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -59,30 +59,31 @@ def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result
     raise RuntimeError("a measurement ended without its record")
 
 
-def print_as(form: str, table: "TextTable", to_json: Callable[[], str], to_csv: Callable[[], str]) -> None:
+def print_as(form: str, tables: "Sequence[TextTable]", to_json: Callable[[], str], to_csv: Callable[[], str]) -> None:
     """Writes the result to stdout in this format, and nothing else there."""
     if form == "json":
         typer.echo(to_json(), nl=False)
     elif form == "csv":
         typer.echo(to_csv(), nl=False)
     elif form == "markdown":
-        typer.echo(table.markdown(), nl=False)
+        typer.echo("\n".join(table.markdown() for table in tables), nl=False)
     else:
-        _print_table(table)
+        for table in tables:
+            _print_table(table)
 
 
-def deliver(record: "RunRecord[Result]", table: "TextTable", form: str, folder: "Path | None") -> None:
-    """Writes the report's files, if there is a folder for them, and the result to stdout."""
+def deliver(record: "RunRecord[Result]", tables: "Sequence[TextTable]", form: str, folder: "Path | None") -> None:
+    """Writes the report's files, if there is a folder for them, and the result to stdout; the first table has the notes."""
     from layerskip_core.evaluation.output_folder import write_files
     from layerskip_core.evaluation.report.documents import to_csv, to_json
     from layerskip_core.evaluation.report.files import report_files
 
     narrate_failures(record)
     if folder is not None:
-        files = report_files(record, table)
+        files = report_files(record, tables[0])
         write_files(folder, files)
         narrate(f"wrote {', '.join(files)} to {folder}")
-    print_as(form, table, lambda: to_json(record), lambda: to_csv(record))
+    print_as(form, tables, lambda: to_json(record), lambda: to_csv(record))
 
 
 def narrate_failures(record: "RunRecord[Result]") -> None:

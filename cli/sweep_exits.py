@@ -58,7 +58,7 @@ def sweep_exits(
             _require_of_model(target, record)
         if save:  # first: the reader of stdout may go away
             _save(target, record)
-        evaluation.deliver(record, sweep_table(record), report.format, folder)
+        evaluation.deliver(record, [sweep_table(record)], report.format, folder)
 
 
 @contextmanager

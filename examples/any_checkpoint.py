@@ -3,8 +3,8 @@
     python examples/any_checkpoint.py --model MODEL --prompts examples/kinds.jsonl
     python examples/any_checkpoint.py --model embedded --prompts prompts.jsonl --exits 4,6,8 --specs 4,8,12,16,24
 
-Each line of a file of prompts has a `prompt`, and a `kind` by which results are grouped. All methods decode a prompt before the
-next prompt comes, in an order that rotates, in one process. Outputs must be identical. Run nothing beside it.
+Each line of a file of prompts has a `prompt`, and a `category` by which results are grouped. All methods decode a prompt
+before the next prompt comes, in an order that rotates, in one process. Outputs must be identical. Run nothing beside it.
 """
 
 import argparse
@@ -140,14 +140,14 @@ def report(
     identical: int,
     own_share: float,
 ) -> None:
-    kinds = list(dict.fromkeys(row.get("kind", "all") for row in rows))
+    kinds = list(dict.fromkeys(row.get("category", "all") for row in rows))
     print(f"{loaded.name}: {loaded.backend.implementation}, {loaded.backend.dtype}, {torch.get_num_threads()} threads")
     print(f"{identical} of {len(rows)} prompts gave the same tokens by all methods; controller: {own_share:.2%} of the time\n")
     print("| prompts | method | tokens/s | speedup | worst prompt | acceptance | tokens per round | steps by |")
     print("|---|---|---|---|---|---|---|---|")
     figures = []
     for kind in [*kinds, *(["all"] if len(kinds) > 1 else [])]:
-        places = [place for place, row in enumerate(rows) if kind in ("all", row.get("kind", "all"))]
+        places = [place for place, row in enumerate(rows) if kind in ("all", row.get("category", "all"))]
         plain = [times["autoregressive"][place] for place in places]
         for name in times:
             seconds = [times[name][place] for place in places]

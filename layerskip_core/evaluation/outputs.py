@@ -45,10 +45,34 @@ def answer_text(loaded: Decoder, prompt_ids: list[int], ids: Sequence[int]) -> s
 
 
 @dataclass(frozen=True)
+class Times:
+    """Seconds and new tokens, by prompt."""
+
+    seconds: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of all prompts together. NaN without tokens."""
+        tokens = sum(self.tokens)
+        return sum(self.seconds) / tokens if tokens else math.nan
+
+    def __add__(self, other: "Times") -> "Times":
+        """Of two measurements of the same prompts."""
+        seconds = zip(self.seconds, other.seconds, strict=True)
+        tokens = zip(self.tokens, other.tokens, strict=True)
+        return Times(tuple(map(sum, seconds)), tuple(map(sum, tokens)))
+
+
+@dataclass(frozen=True)
 class Outputs:
     """One output for each example of a task, all by the same method. Failed prompts do not count in the times."""
 
     each: tuple[Output, ...]
+
+    def of(self, samples: Sequence[int]) -> "Outputs":
+        """Those of some of the examples."""
+        return Outputs(tuple(self.each[sample] for sample in samples))
 
     @cached_property
     def stats(self) -> DecodeStats:
@@ -67,14 +91,14 @@ class Outputs:
         return max((output.peak_memory_mb for output in self.each if output.peak_memory_mb is not None), default=None)
 
     @property
-    def seconds_per_token(self) -> float:
-        """Total generation time, prefill included, per new token. NaN without tokens."""
-        return _seconds_per_token([step for output in self.each for step in output.steps])
+    def times(self) -> Times:
+        """Of the whole generation, prefill included."""
+        return _times([output.steps for output in self.each])
 
     @property
-    def decode_seconds_per_token(self) -> float:
-        """Generation time per new token without the prefill and its token. NaN without other tokens."""
-        return _seconds_per_token([step for output in self.each for step in output.steps[1:]])
+    def decode_times(self) -> Times:
+        """Without the prefill and its token."""
+        return _times([output.steps[1:] for output in self.each])
 
     @property
     def first_token_seconds(self) -> float:
@@ -135,6 +159,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _seconds_per_token(steps: Sequence[Step]) -> float:
-    tokens = sum(step.tokens for step in steps)
-    return sum(step.seconds for step in steps) / tokens if tokens else math.nan
+def _times(prompts: Sequence[Sequence[Step]]) -> Times:
+    seconds = (sum(step.seconds for step in steps) for steps in prompts)
+    tokens = (sum(step.tokens for step in steps) for steps in prompts)
+    return Times(tuple(seconds), tuple(tokens))

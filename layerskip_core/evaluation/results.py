@@ -18,6 +18,13 @@ class Step(NamedTuple):
     drafter: str | None = None
 
 
+class Bounds(NamedTuple):
+    """The ends of a figure's 95% interval over the prompts, see bootstrap.py."""
+
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Failure:
     """A sample without an output, and the reason."""
@@ -52,6 +59,8 @@ class ExitResult:
     predicted speedup is relative to the autoregressive steps timed together with them. A quick sweep leaves settings
     unmeasured: these have predictions only, and empty `metrics`. What is predicted for layers that a search found is for the
     rows of the search.
+
+    `intervals`: of the figures that are ratios, by their names.
     """
 
     strategy: str
@@ -80,6 +89,23 @@ class ExitResult:
     exits: tuple[int, ...] = ()
     mean_layers: float | None = None
     skip: tuple[int, ...] = ()
+    intervals: dict[str, Bounds] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """A strategy on the prompts of one category; the figures are those of BenchResult."""
+
+    samples: int
+    metrics: dict[str, float]
+    acceptance_rate: float | None
+    mean_accepted_tokens: float | None
+    tokens_per_second: float | None
+    speedup: float | None
+    decode_speedup: float | None
+    identical_outputs: float
+    speedup_over_transformers: float | None = None
+    intervals: dict[str, Bounds] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,10 +120,11 @@ class BenchResult:
     `identical_outputs` is the share of samples whose tokens equal the autoregressive ones; `differences` lists where the
     outputs of drafting strategies depart from them. `acceptance_by_position`: the share of drafts accepted at each position of
     a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. `draft_weights`,
-    `steps_by_drafter`, `exit_confidence`, `mean_layers` and `skip` are those of ExitResult. None means that the figure does
-    not apply (no drafts, a single token, no such baseline) or cannot be measured.
+    `steps_by_drafter`, `exit_confidence`, `mean_layers`, `skip` and `intervals` are those of ExitResult. None means that the
+    figure does not apply (no drafts, a single token, no such baseline) or cannot be measured.
 
     `longest_answer`: the steps of the longest answer, of adaptive decoding only, to show how its speed changes on the way.
+    `categories`: the same by the data's categories, if it has any.
     """
 
     strategy: str
@@ -124,6 +151,8 @@ class BenchResult:
     mean_layers: float | None = None
     skip: tuple[int, ...] = ()
     longest_answer: tuple[Step, ...] = ()
+    intervals: dict[str, Bounds] = field(default_factory=dict)
+    categories: dict[str, CategoryResult] = field(default_factory=dict)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

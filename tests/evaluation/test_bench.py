@@ -10,8 +10,9 @@ from evaluating import NEW_TOKENS, TOO_LONG, early_exit_share, outputs_of, own_a
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.decoding import DecodingConfig, GenerationSettings
-from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.config.evaluation import BenchConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError
@@ -23,6 +24,7 @@ from layerskip_core.evaluation.outputs import Output, Outputs
 from layerskip_core.evaluation.report.documents import to_json
 from layerskip_core.evaluation.report.tables import bench_table
 from layerskip_core.evaluation.results import BenchResult, Difference, Failure
+from layerskip_core.evaluation.tasks.load import load_task
 from layerskip_core.model import PackedBackend
 
 FIELDS = [
@@ -99,7 +101,8 @@ def test_a_run_on_the_models_own_answers():
     record = record_of(task, BenchConfig("tiny", **settings))
     assert [field.name for field in fields(BenchResult)] == [
         *FIELDS, "speedup_over_transformers", "acceptance_by_position", "time_split_ms", "differences", "failures",
-        "draft_weights", "steps_by_drafter", "exit_confidence", "mean_layers", "skip", "longest_answer",
+        "draft_weights", "steps_by_drafter", "exit_confidence", "mean_layers", "skip", "longest_answer", "intervals",
+        "categories",
     ]  # fmt: skip
     plain, early, drafted, looked_up = record.results
     assert [result.strategy for result in record.results] == list(STRATEGIES)
@@ -126,6 +129,32 @@ def test_a_run_on_the_models_own_answers():
     assert record.environment["dtype"] == "float64"
     assert record.environment["implementation"] == "generic"
     assert record.environment["threads"] == torch.get_num_threads()
+
+
+def test_figures_by_category_are_those_of_its_prompts_alone(tmp_path):
+    """Without references: full depth is right, and an early exit is as good as it agrees with full depth."""
+    prompts = [example.prompt for example in own_answers(4).examples]
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": prompt, "category": "ab"[place % 2]} for place, prompt in enumerate(prompts[:3])]
+    file.write_text("\n".join(map(json.dumps, [*rows, {"prompt": prompts[3]}])))
+    asked = TaskConfig(data=str(file), metric="exact_match", max_new_tokens=NEW_TOKENS, prompting=PromptingConfig("raw"))
+    task = load_task(asked)
+    settings = {"task": asked, "exit_layer": 5, "num_draft_tokens": 3, "repeats": 1, "batch_size": 2, "timed": 2}
+    record = record_of(task, BenchConfig("tiny", **settings, strategies=("autoregressive", "early-exit", "self-speculative")))
+    plain, early, drafted = record.results
+    assert plain.metrics == drafted.metrics == {"exact_match": 1.0}
+    assert early.metrics["exact_match"] == early.identical_outputs
+    assert [list(result.categories) for result in record.results] == [["a", "b"]] * 3
+    assert [figures.samples for figures in plain.categories.values()] == [2, 1]
+    assert early.categories["a"].metrics["exact_match"] == early.categories["a"].identical_outputs
+    both = drafted.categories["a"]
+    setting = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
+    loaded = task.prepared(tiny_loaded())
+    stats = sum((measure_prompt(loaded, prompts[place], setting).stats for place in (0, 2)), DecodeStats())
+    assert (both.acceptance_rate, both.mean_accepted_tokens) == (stats.acceptance_rate, stats.mean_accepted_tokens)
+    # Timed were the first prompt and the third, which are both of category a.
+    assert both.speedup == drafted.speedup
+    assert drafted.categories["b"].speedup is None
 
 
 def test_every_low_bit_copy_drafts():

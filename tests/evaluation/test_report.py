@@ -15,8 +15,8 @@ from layerskip_core.evaluation.output_folder import prepare_output, write_files
 from layerskip_core.evaluation.record import PredictionError, Recommendation, RunRecord
 from layerskip_core.evaluation.report.documents import to_csv, to_json
 from layerskip_core.evaluation.report.saved_record import read_record
-from layerskip_core.evaluation.report.tables import TextTable, bench_table, sweep_table
-from layerskip_core.evaluation.results import BenchResult, Difference, ExitResult, Failure
+from layerskip_core.evaluation.report.tables import TextTable, bench_table, category_tables, sweep_table
+from layerskip_core.evaluation.results import BenchResult, Bounds, CategoryResult, Difference, ExitResult, Failure
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
 SWEEP = RunRecord(
@@ -29,7 +29,7 @@ SWEEP = RunRecord(
             "self-speculative", 12, 12, {"exact_match": 0.875}, None, 0.71, 10.8, 182.4, 1.824, 1.0, pareto=True,
             predicted_speedup=1.902, predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7,
             acceptance_by_position=(0.75, 0.5),
-            pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5},
+            pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5}, intervals={"speedup": Bounds(1.7, 1.95)},
             differences=(Difference(0, 3, 1e-4),), failures=(Failure(1, "no, really"),),
         ),
     ),
@@ -43,7 +43,15 @@ BENCH = RunRecord(
         BenchResult("autoregressive", None, None, {"rouge2": 0.4, "exact_match": 0.0}, None, None, 150.0,
                     {"p50": 6.5, "p95": 7.25}, 12.0, 512.0, 1.0, 1.0, 1.0),
         BenchResult("self-speculative", 8, 6, {"rouge2": 0.4, "exact_match": 0.0}, 0.7, 4.2, 300.0,
-                    {"p50": None, "p95": None}, 12.5, None, 2.0, 2.25, 0.95),
+                    {"p50": None, "p95": None}, 12.5, None, 2.0, 2.25, 0.95, intervals={"speedup": Bounds(1.94, 2.1)},
+                    categories={
+                        "poem": CategoryResult(4, {"rouge2": 0.5, "exact_match": 0.0}, 0.8, 4.8, 320.0, 2.125, 2.25, 1.0),
+                        "sum": CategoryResult(
+                            6, {"rouge2": 0.25, "exact_match": 0.0}, 0.613, 3.55, 280.0, 1.875, 2.25, 0.5,
+                            intervals={"acceptance_rate": Bounds(0.575, 0.625), "mean_accepted_tokens": Bounds(3.1, 3.9),
+                                       "speedup": Bounds(1.5, 2.25)},
+                        ),
+                    }),
     ),
 )  # fmt: skip
 
@@ -78,6 +86,7 @@ def test_json_holds_everything():
         "exits": [],
         "mean_layers": None,
         "skip": [],
+        "intervals": {"speedup": [1.7, 1.95]},
     }
     assert document["recommendation"]["reason"] == "it is the only one"
     assert list(json.loads(to_json(BENCH))) == ["config", "environment", "results"]
@@ -99,10 +108,13 @@ def test_csv_round_trip():
         "predicted_acceptance_rate": "0.7",
         "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
         "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1", "draft_weights": "",
-        "exit_confidence": "", "exits": "0", "mean_layers": "", "skip": "",
+        "exit_confidence": "", "exits": "0", "mean_layers": "", "skip": "", "speedup_low": "1.7", "speedup_high": "1.95",
     }  # fmt: skip
-    (plain, _) = csv.DictReader(io.StringIO(to_csv(BENCH)))
+    plain, drafted, poem, summed = csv.DictReader(io.StringIO(to_csv(BENCH)))
     assert (plain["rouge2"], plain["time_per_token_ms_p50"], plain["time_per_token_ms_p95"]) == ("0.4", "6.5", "7.25")
+    assert (drafted["category"], drafted["samples"], drafted["speedup_high"]) == ("", "", "2.1")
+    assert (poem["strategy"], poem["exit_layer"], poem["category"], poem["samples"]) == ("self-speculative", "8", "poem", "4")
+    assert (summed["category"], summed["rouge2"], summed["acceptance_rate_low"]) == ("sum", "0.25", "0.575")
 
 
 def test_the_table_of_a_sweep():
@@ -111,10 +123,11 @@ def test_the_table_of_a_sweep():
     assert table.rows == (
         ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "100", "1.00", "-", "100%", ""),
         ("early-exit", "12", "-", "50.0%", "1.2e4", "-", "-", "1900", "19.00", "-", "44%", "*"),
-        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "182", "1.82", "1.90", "100%", "*"),
+        ("self-speculative", "12", "12", "87.5%", "-", "71.0%", "10.8", "182", "1.82±.12", "1.90", "100%", "*"),
     )
     assert table.note == (
         "* on the Pareto frontier of quality and speed; pred: predicted speedup.\n"
+        "±: half of the 95% interval over the prompts, which were drawn anew (bootstrap).\n"
         "Prediction error over 1 setting: median 4.3%, largest 4.3%, mean +4.3%.\n"
         "Recommended: it is the only one."
     )
@@ -149,6 +162,19 @@ def test_the_table_of_a_benchmark_says_what_drafted():
     assert not {"draft weights", "drafted by"} & {name for name, *_ in bench_table(BENCH).rows}
 
 
+def test_a_table_by_category():
+    (table,) = category_tables(BENCH)
+    assert table.headers == ("strategy", "category", "n", "R2", "EM", "same", "accept", "mean", "tok/s", "speed")
+    assert table.rows == (
+        ("self-speculative", "poem", "4", "50.0%", "0.0%", "100%", "80.0%", "4.8", "320", "2.12"),
+        ("self-speculative", "sum", "6", "25.0%", "0.0%", "50%", "61.3±2.5%", "3.5±.4", "280", "1.88±.38"),
+    )
+    assert len(table.column_blocks(80)) == 1
+    assert category_tables(replace(BENCH, results=BENCH.results[:1])) == []
+    speeds = dict(row[::2] for row in bench_table(BENCH).rows)
+    assert speeds["speedup"] == "2.00 (1.94-2.10)"
+
+
 def test_markdown_is_a_table_and_a_note():
     lines = bench_table(BENCH).markdown().splitlines()
     assert lines[:4] == [
@@ -158,9 +184,12 @@ def test_markdown_is_a_table_and_a_note():
         "| draft tokens | - | 6 |",
     ]
     assert "| token p95 (ms) | 7.25 | - |" in lines
-    assert "| speedup | 1.00 | 2.00 |" in lines
+    assert "| speedup | 1.00 | 2.00 (1.94-2.10) |" in lines
     assert "| rouge2 | 40.0% | 40.0% |" in lines
-    assert lines[-2:] == ["", "Medians of 3 repeats; float32 on a CPU, 2 threads."]
+    assert lines[-3:] == [
+        "", "Medians of 3 repeats; float32 on a CPU, 2 threads.",
+        "In brackets: 95% intervals over the prompts, which were drawn anew (bootstrap).",
+    ]  # fmt: skip
 
 
 def test_columns_without_room_go_into_another_table():

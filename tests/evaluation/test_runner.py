@@ -45,8 +45,8 @@ def test_an_output_is_what_transformers_generates():
 def test_times_per_token():
     # 1 + 4 + 1 + 2 tokens in 1.0 + 0.8 + 2.0 + 1.0 seconds.
     outputs = outputs_of([(1, 1.0), (4, 0.8)], [(1, 2.0), (2, 1.0)])
-    assert outputs.seconds_per_token == pytest.approx(4.8 / 8)
-    assert outputs.decode_seconds_per_token == pytest.approx(1.8 / 6)
+    assert outputs.times.seconds_per_token == pytest.approx(4.8 / 8)
+    assert outputs.decode_times.seconds_per_token == pytest.approx(1.8 / 6)
     assert outputs.first_token_seconds == 1.5
     # Shares: four tokens of 0.2 s, two of 0.5 s.
     assert outputs.token_seconds(0.5) == pytest.approx(0.2)
@@ -55,9 +55,9 @@ def test_times_per_token():
 
 def test_without_tokens_times_are_nan():
     outputs = outputs_of([(1, 1.0)])
-    assert math.isnan(outputs.decode_seconds_per_token)
+    assert math.isnan(outputs.decode_times.seconds_per_token)
     assert math.isnan(outputs.token_seconds(0.5))
-    assert math.isnan(Outputs((Output(error="x"),)).seconds_per_token)
+    assert math.isnan(Outputs((Output(error="x"),)).times.seconds_per_token)
 
 
 def test_identical_outputs_counts_samples_that_the_baseline_answered():

@@ -126,7 +126,7 @@ def test_figures_of_extreme_values_are_drawn(saved, tmp_path, figure):
                 if isinstance(value, float):
                     result[name] = 1e300 if name == "perplexity" and figure == 1e12 else figure
                 elif isinstance(value, dict) and name != "steps_by_drafter":
-                    result[name] = {part: figure for part in value}
+                    result[name] = {part: [figure] * 2 if name == "intervals" else figure for part in value}
         (tmp_path / "results.json").write_text(json.dumps(changed))
         record = read_record(str(tmp_path / "results.json"), kind)
         assert report_files(record, table(record))
@@ -141,6 +141,10 @@ def test_figures_of_extreme_values_are_drawn(saved, tmp_path, figure):
         (
             lambda document: document["results"][0].update(speedup="fast"),
             r"results\[0\].speedup: needed a number, found 'fast'",
+        ),
+        (
+            lambda document: document["results"][0].update(intervals={"speedup": [2.0, 1.0]}),
+            r"results\[0\].intervals.speedup: needed two numbers in order, found \[2.0, 1.0\]",
         ),
         (lambda document: document["results"][0].update(speedup=True), r"results\[0\].speedup: needed a number, found True"),
         (

@@ -82,6 +82,31 @@ def test_a_list_is_joined_as_a_prompt_and_a_choice_of_references(tmp_path):
     assert load_task(TaskConfig(data=file, metric="exact_match")).score(["the cat sat down"]) == {"exact_match": 1.0}
 
 
+def test_rows_without_references_are_scored_against_given_answers(tmp_path):
+    """The first of several `turns` is asked. Answers are cut at stop strings before they become references."""
+    rows = [{"turns": ["one", "then"], "category": "poem"}, {"turns": ["two"]}, {"turns": ["three"], "category": "poem"}]
+    task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows), metric="exact_match"))
+    assert task.examples == tuple(Example(prompt, "") for prompt in ("one", "two", "three"))
+    assert "no references" in task.notes[0]
+    assert list(task.losses(None, [1])) == []
+    task = replace(task, stop=("|",)).referring_to(["a|b", "b", "c"])
+    assert task.score(["a", "b|", "x"]) == {"exact_match": pytest.approx(2 / 3)}
+    assert task.categories["poem"].samples == (0, 2)
+    assert task.score_category(task.categories["poem"], ["a", "x"]) == {"exact_match": 0.5}
+    assert task.referring_to(["x", "x", "x"]) is task
+    with pytest.raises(ConfigError, match=r"`shots` must be 0 for .*, which has no references, got 1"):
+        load_task(TaskConfig(data=str(tmp_path / "rows.jsonl"), shots=1))
+
+
+def test_categories_of_rows_with_references(tmp_path):
+    rows = [{"prompt": prompt, "answer": prompt, "category": "ab"[prompt > "q"]} for prompt in ("one", "two", "three", "pi")]
+    task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows), metric="exact_match", samples=2))
+    assert [example.prompt for example in task.examples] == ["one", "three"]
+    assert {name: category.samples for name, category in task.categories.items()} == {"a": (0,), "b": (1,)}
+    assert task.score_category(task.categories["b"], ["three"]) == {"exact_match": 1.0}
+    assert task.referring_to(["x", "y"]) is task
+
+
 @pytest.mark.parametrize(
     ("template", "prompt", "completion", "model_template"),
     [
@@ -362,7 +387,12 @@ def test_lm_of_rows_and_of_the_hub(tmp_path, hub):
     [
         ("rows.jsonl", '{"prompt": "a", "reference": "b"}\n{"prompt": ', r"rows.jsonl:2: not valid JSON"),
         ("rows.jsonl", "[1]\n", r"rows.jsonl:1: needed a JSON object"),
-        ("rows.jsonl", '{"prompt": "a", "label": "b"}\n', r"rows.jsonl:1: no column 'completion' \(`completion_column`\)"),
+        (
+            "rows.jsonl",
+            '{"prompt": "a", "answer": "b"}\n{"prompt": "a"}',
+            r"rows.jsonl:2: no column 'answer' \(`completion_column`\)",
+        ),
+        ("rows.jsonl", '{"prompt": "a", "category": 3}\n', r"rows.jsonl:1: category must be a text that is not empty"),
         ("rows.jsonl", '{"prompt": "a", "target": [1]}\n', r"rows.jsonl:1: target must be a text that is not empty, or a list"),
         ("rows.jsonl", '{"prompt": " ", "reference": "b"}\n', r"rows.jsonl:1: prompt must be a text that is not empty"),
         ("rows.txt", "plain text\n", r"rows.txt:1: no column 'prompt' \(`prompt_column`\); found text"),

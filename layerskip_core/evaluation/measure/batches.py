@@ -8,7 +8,7 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig, SweepConfig
 from ...data.examples import Example
-from ...data.records import spread
+from ...data.records import Item, spread
 from ...decoding import decode_batch
 from ...decoding.loop import check_prompt
 from ...errors import LayerSkipError
@@ -25,8 +25,8 @@ def default_timed(config: BenchConfig | SweepConfig) -> int | None:
     return _DEFAULT_TIMED if config.batch_size > 1 and config.timed is None else config.timed
 
 
-def timed_examples(examples: Sequence[Example], timed: int | None) -> Sequence[Example]:
-    """The examples to time, evenly spaced; `timed` as returned by `default_timed`."""
+def timed_examples(examples: Sequence[Item], timed: int | None) -> Sequence[Item]:
+    """The examples to time, or their places, evenly spaced; `timed` as returned by `default_timed`."""
     return examples if timed is None else spread(examples, timed) if timed else ()
 
 

@@ -1,7 +1,7 @@
 """The decoding strategies and baselines side by side: the same prompts, in one process, interleaved."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -9,10 +9,11 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, SkipChoice
 from ...config.evaluation import BenchConfig
 from ...config.packing import PackingConfig
-from ..outputs import Outputs, finite
+from ..bootstrap import answer_bounds, ratio_bounds
+from ..outputs import Outputs, Times, finite
 from ..perplexity import ReferenceLosses
 from ..record import RunRecord
-from ..results import BenchResult, Difference
+from ..results import BenchResult, CategoryResult, Difference
 from ..tasks.task import Task
 from .baselines import load_baselines
 from .batches import answer_in_batches, default_timed, timed_examples
@@ -85,6 +86,7 @@ def bench(
     transformers = next(
         (timed for method, timed in zip(methods, outputs, strict=True) if method.strategy == "transformers"), None
     )
+    task = task.referring_to(expected.texts)
     results = []
     for method, answered, timed in zip(methods, answers, outputs, strict=True):
         comparable = method.strategy != "early-exit" and not sampled
@@ -94,7 +96,9 @@ def bench(
         if isinstance(method, DecodingConfig) and not method.exit_confidence:
             perplexity = losses.perplexity(_target_layers(method, loaded))
         metrics = task.score(answered.texts, perplexity)
-        results.append(bench_result(method, timed, outputs[0], metrics, differing, transformers, (answered, expected)))
+        figures = bench_result(method, timed, outputs[0], metrics, differing, transformers, (answered, expected))
+        compared = (timed, outputs[0], transformers or ())
+        results.append(replace(figures, categories=_by_category(task, config, method, compared, answered, expected)))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(results))
 
@@ -121,8 +125,13 @@ def bench_result(
     drafts = drafts_tokens(method)
     exit_layer, num_draft_tokens = exit_and_drafts(method)
     confidence = (method.exit_confidence or None) if isinstance(method, DecodingConfig) else None
-    pairs = list(zip(autoregressive, repeats, strict=True))
-    transformers_pairs = list(zip(transformers or (), repeats, strict=False))
+    times, decode_times = [outputs.times for outputs in repeats], [outputs.decode_times for outputs in repeats]
+    ratios = {  # of seconds per token
+        "speedup": ([outputs.times for outputs in autoregressive], times),
+        "decode_speedup": ([outputs.decode_times for outputs in autoregressive], decode_times),
+        "speedup_over_transformers": ([outputs.times for outputs in transformers or ()], times if transformers else []),
+    }
+    bounds = {name: ratio_bounds(*pair) for name, pair in ratios.items()} | answer_bounds(first, expected, drafts)
     return BenchResult(
         strategy=method.strategy,
         exit_layer=exit_layer,
@@ -130,17 +139,17 @@ def bench_result(
         metrics=metrics,
         acceptance_rate=first.stats.acceptance_rate if drafts else None,
         mean_accepted_tokens=first.stats.mean_accepted_tokens if drafts else None,
-        tokens_per_second=_median(1 / outputs.seconds_per_token for outputs in repeats),
+        tokens_per_second=_median(1 / of_repeat.seconds_per_token for of_repeat in times),
         time_per_token_ms={
             "p50": _median(1000 * outputs.token_seconds(0.50) for outputs in repeats),
             "p95": _median(1000 * outputs.token_seconds(0.95) for outputs in repeats),
         },
         ttft_ms=_median(1000 * outputs.first_token_seconds for outputs in repeats),
         peak_memory_mb=max((peak for outputs in repeats if (peak := outputs.peak_memory_mb) is not None), default=None),
-        speedup=_median(base.seconds_per_token / new.seconds_per_token for base, new in pairs),
-        decode_speedup=_median(base.decode_seconds_per_token / new.decode_seconds_per_token for base, new in pairs),
         identical_outputs=first.identical_outputs(expected),
-        speedup_over_transformers=_median(base.seconds_per_token / new.seconds_per_token for base, new in transformers_pairs),
+        speedup=_ratio(*ratios["speedup"]),
+        decode_speedup=_ratio(*ratios["decode_speedup"]),
+        speedup_over_transformers=_ratio(*ratios["speedup_over_transformers"]),
         acceptance_by_position=first.acceptance_by_position if drafts else None,
         time_split_ms=repeats[0].time_split_ms if repeats else {},
         differences=differing,
@@ -151,7 +160,35 @@ def bench_result(
         mean_layers=first.stats.mean_layers if confidence else None,
         skip=method.skip if isinstance(method, DecodingConfig) else (),
         longest_answer=repeats[0].longest.steps if repeats and method.strategy == "adaptive" else (),
+        intervals={name: ends for name, ends in bounds.items() if ends is not None},
     )
+
+
+def _by_category(
+    task: Task,
+    config: BenchConfig,
+    method: Method,
+    compared: tuple[Sequence[Outputs], Sequence[Outputs], Sequence[Outputs]],
+    answers: Outputs,
+    expected: Outputs,
+) -> dict[str, CategoryResult]:
+    """The figures of one method on each category with an autoregressive answer.
+
+    `compared`: the repeats of the method, of autoregressive decoding and of transformers. `expected`: as for `bench_result`.
+    """
+    timed = timed_examples(range(len(task.examples)), config.timed)
+    found = {}
+    for name, category in task.categories.items():
+        if all(expected.each[sample].error is not None for sample in category.samples):
+            continue
+        places = [place for place, sample in enumerate(timed) if sample in category.samples]
+        mine, ours, theirs = ([outputs.of(places) for outputs in repeats if places] for repeats in compared)
+        answered = answers.of(category.samples)
+        metrics = task.score_category(category, answered.texts)
+        figures = bench_result(method, mine, ours, metrics, (), theirs, (answered, expected.of(category.samples)))
+        shared = {field.name: getattr(figures, field.name) for field in fields(CategoryResult) if field.name != "samples"}
+        found[name] = CategoryResult(len(category.samples), **shared)
+    return found
 
 
 def _by_copy(decoding: DecodingConfig, packing: PackingConfig) -> list[DecodingConfig]:
@@ -166,6 +203,11 @@ def _target_layers(decoding: DecodingConfig, loaded: Decoder) -> int:
     if decoding.strategy == "early-exit" and not decoding.exit_confidence and decoding.exit_layer is not None:
         return decoding.exit_layer
     return int(loaded.backend.num_layers)
+
+
+def _ratio(slower: Sequence[Times], faster: Sequence[Times]) -> float | None:
+    """Of the seconds per token, in the median over the repeats."""
+    return _median(base.seconds_per_token / new.seconds_per_token for base, new in zip(slower, faster, strict=True))
 
 
 def _median(values: Iterable[float]) -> float | None:

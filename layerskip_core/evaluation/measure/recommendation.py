@@ -7,23 +7,31 @@ from statistics import mean, median
 from ...config.decoding import DRAFTERS
 from ...config.evaluation import SweepConfig
 from ...config.policies import EXACT, FAST
+from ..bootstrap import ratio_bounds
 from ..metrics import quality
-from ..outputs import Outputs
+from ..outputs import Outputs, Times
 from ..record import PredictionError, Recommendation
 from ..results import ExitResult, frontier
 from .policies import fast_policy, policy_of
 
 _WORTHWHILE = 1.05  # smaller speedups of a fixed setting are not recommended
 _CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting that is faster by less: it suits other prompts too
+_NAMED = 3  # settings that a sentence lists
 _NOISY = 0.1  # a baseline that drifts by more makes small differences meaningless
 
 
 def recommend(
-    results: Sequence[ExitResult], near_tie: float, drift: float, quality_metric: str, config: SweepConfig
+    results: Sequence[ExitResult],
+    near_tie: float,
+    drift: float,
+    quality_metric: str,
+    config: SweepConfig,
+    times: Sequence[Times | None] = (),
 ) -> Recommendation:
     """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
 
     Adaptive drafting is preferred to a fixed setting that is hardly faster, and to plain decoding unless that is faster.
+    `times`: of each result on the same prompts, None if it was not measured. If given, they tell which settings may be as fast.
     """
     plain = next(result for result in results if result.strategy == "autoregressive")
     settings = [result for result in results if result.strategy in DRAFTERS]
@@ -56,8 +64,17 @@ def recommend(
     reason = (
         f"{name} is {fastest} of {len(faithful)} settings: {speedup:.2f}x the speed of autoregressive decoding "
         f"({best.tokens_per_second:.0f} vs. {plain.tokens_per_second:.0f} tokens/s), {best.acceptance_rate or 0.0:.0%} of "
-        f"drafts accepted, {best.identical_outputs or 0.0:.0%} of outputs identical{_near_ties(best)}{notes}"
+        f"drafts accepted, {best.identical_outputs or 0.0:.0%} of outputs identical{_near_ties(best)}"
     )
+    alike = [
+        str(policy_of(result, plain, quality_metric, config))
+        for result, own in zip(results, times, strict=False)
+        if result in faithful and result is not best and _may_be_as_fast(own, times[results.index(best)])
+    ]
+    if alike:
+        more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
+        reason += f"; on these prompts it cannot be told from {', '.join(alike[:_NAMED])}{more}"
+    reason += notes
     return Recommendation(best.exit_layer, best.num_draft_tokens, best.speedup, drift, reason, fast_reason, policies)
 
 
@@ -81,8 +98,16 @@ def prediction_error(results: Sequence[ExitResult]) -> PredictionError | None:
 def baseline_drift(first: Outputs, second: Outputs) -> float:
     """Median over the prompts of the relative change in time between two measurements of the same method."""
     pairs = [(before, after) for before, after in zip(first.each, second.each, strict=True) if before.steps and after.steps]
-    times = [(Outputs((before,)).seconds_per_token, Outputs((after,)).seconds_per_token) for before, after in pairs]
-    return median(abs(after / before - 1) for before, after in times)
+    times = [(Outputs((before,)).times, Outputs((after,)).times) for before, after in pairs]
+    return median(abs(after.seconds_per_token / before.seconds_per_token - 1) for before, after in times)
+
+
+def _may_be_as_fast(times: Times | None, of_best: Times | None) -> bool:
+    """Whether the interval of their ratio contains 1."""
+    if times is None or of_best is None:
+        return False
+    ends = ratio_bounds([times], [of_best])
+    return ends is not None and ends.low <= 1 <= ends.high
 
 
 def _speed(result: ExitResult) -> float:

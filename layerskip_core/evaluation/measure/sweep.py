@@ -9,7 +9,8 @@ from ...config.checks import require, require_exit_layer, require_skip
 from ...config.decoding import DecodingConfig, DecodingSettings, default_exits, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.packing import Quantization
-from ..outputs import Outputs, finite
+from ..bootstrap import answer_bounds, ratio_bounds
+from ..outputs import Outputs, Times, finite
 from ..perplexity import ReferenceLosses
 from ..record import RunRecord
 from ..results import Difference, ExitResult
@@ -67,11 +68,13 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     measured = yield from measure_interleaved(loaded, examples, methods)
     first, *timed = (repeats[0] for repeats in measured)
     second = timed.pop(half)
-    seconds = Outputs(first.each + second.each).seconds_per_token
+    baseline = first.times + second.times
     full = losses.perplexity(loaded.backend.num_layers)
     expected, *answers = batched or [first, *timed]
-    plain = exit_result(autoregressive, first, seconds, expected, expected, task.score(expected.texts, full))
-    results = [replace(plain, tokens_per_second=1 / seconds, speedup=1.0)]  # over both measurements
+    task = task.referring_to(expected.texts)
+    plain = exit_result(autoregressive, first, baseline, expected, expected, task.score(expected.texts, full))
+    both = replace(plain, tokens_per_second=1 / baseline.seconds_per_token, speedup=1.0)
+    results = [replace(both, intervals={})]  # its speed is the unit
     by_setting = dict(zip(chosen, zip(timed, answers, strict=True), strict=True))
     for setting in settings:
         if setting not in by_setting:
@@ -83,7 +86,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         differing = differences(loaded, task.examples, answered, expected) if comparable else ()
         perplexity = losses.perplexity(setting.exit_layer) if setting.strategy == "early-exit" and setting.exit_layer else full
         metrics = task.score(answered.texts, perplexity)
-        results.append(exit_result(setting, outputs, seconds, answered, expected, metrics, differing))
+        results.append(exit_result(setting, outputs, baseline, answered, expected, metrics, differing))
     results[0] = replace(results[0], perplexity=full)
     results[1:] = [
         _with_predictions(result, setting, losses, predictions) for result, setting in zip(results[1:], settings, strict=True)
@@ -92,7 +95,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         results[-1] = replace(results[-1], agreement=searched.agreement)
     marked = mark_pareto(results, task.quality_metric)
     drift = baseline_drift(first, second)
-    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config)
+    times = [by_setting[setting][0].times if setting in by_setting else None for setting in settings]
+    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config, [baseline, *times])
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     profile = draft_profile(loaded, marked, config.packing, predictions.context)
     yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked), profile)
@@ -101,21 +105,22 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
 def exit_result(
     setting: DecodingConfig,
     outputs: Outputs,
-    autoregressive_seconds_per_token: float,
+    autoregressive: Times,
     answers: Outputs,
     expected: Outputs,
     metrics: dict[str, float],
     differing: tuple[Difference, ...] = (),
 ) -> ExitResult:
     """The figures of one setting: speed from its timed outputs, all else from its answers and the autoregressive ones."""
-    drafts = drafts_tokens(setting)
+    drafts, times = drafts_tokens(setting), outputs.times
+    bounds = {"speedup": ratio_bounds([autoregressive], [times]), **answer_bounds(answers, expected, drafts)}
     return replace(
         _unmeasured(setting),
         metrics=metrics,
         acceptance_rate=answers.stats.acceptance_rate if drafts else None,
         mean_accepted_tokens=answers.stats.mean_accepted_tokens if drafts else None,
-        tokens_per_second=finite(1 / outputs.seconds_per_token),
-        speedup=finite(autoregressive_seconds_per_token / outputs.seconds_per_token),
+        tokens_per_second=finite(1 / times.seconds_per_token),
+        speedup=finite(autoregressive.seconds_per_token / times.seconds_per_token),
         identical_outputs=answers.identical_outputs(expected),
         acceptance_by_position=answers.acceptance_by_position if drafts else None,
         time_split_ms=outputs.time_split_ms,
@@ -123,6 +128,7 @@ def exit_result(
         failures=answers.failures,
         steps_by_drafter=answers.stats.steps_by_drafter,
         mean_layers=answers.stats.mean_layers if setting.exit_confidence else None,
+        intervals={name: ends for name, ends in bounds.items() if ends is not None},
     )
 
 

@@ -15,8 +15,16 @@ def to_json(record: RunRecord[Any]) -> str:
 
 
 def to_csv(record: RunRecord[Any]) -> str:
-    """A row per result. Metrics and times have a column each; differences and failures are counted."""
-    rows = [_flat(result) for result in record.document()["results"]]
+    """A row per result, and below it one per category.
+
+    Metrics, times and the ends of intervals have a column each; differences and failures are counted.
+    """
+    rows = []
+    for result in record.document()["results"]:
+        categories = result.pop("categories", {})
+        setting = {name: result[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
+        rows.append(_flat(result))
+        rows += [_flat({**setting, "category": name, **figures}) for name, figures in categories.items()]
     columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)  # rows can lack columns
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
@@ -30,6 +38,8 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
     for key, value in result.items():
         if key == "metrics":
             flat |= value
+        elif key == "intervals":
+            flat |= {f"{name}_{end}": ends[end == "high"] for name, ends in value.items() for end in ("low", "high")}
         elif isinstance(value, dict):
             flat |= {f"{key}_{name}": part for name, part in value.items()}
         elif key == "skip":

@@ -15,7 +15,7 @@ from .plots import title
 
 _PERCENT = ("acceptance_rate", "identical_outputs", "agreement", "predicted_acceptance_rate")
 _TWO_DECIMALS = ("speedup", "decode_speedup", "speedup_over_transformers", "predicted_speedup", "mean_accepted_tokens")
-_HIDDEN = ("acceptance_by_position", "pareto", "time_split_ms", "longest_answer")
+_HIDDEN = ("acceptance_by_position", "pareto", "time_split_ms", "longest_answer", "intervals", "categories")
 _NAMES = {
     "exit_layer": "exit",
     "num_draft_tokens": "drafts",
@@ -45,22 +45,33 @@ class _Row(NamedTuple):
     pareto: bool
 
 
+class _Table(NamedTuple):
+    caption: str
+    columns: list[str]
+    rows: list[_Row]
+
+
 class _Figure(NamedTuple):
     caption: str
     svg: Markup
 
 
 def html_report(record: RunRecord[Any], figures: dict[str, Figure], notes: Sequence[str]) -> str:
-    """The page. `notes` are paragraphs above the table, the verdict first."""
-    columns, rows = _table(record)
+    """The page. `notes` are paragraphs above the tables, the verdict first."""
+    results = record.document()["results"]
+    by_category = [
+        {"strategy": result["strategy"], "category": name, **figures}
+        for result in results
+        for name, figures in result.get("categories", {}).items()
+    ]
+    tables = [_table("", results), *([_table("By category", by_category)] if by_category else [])]
     settings = {"config": record.config, "environment": record.environment}
     return render(
         "report",
         title=title(record),
         machine=_machine(record.environment),
         notes=notes,
-        columns=columns,
-        rows=rows,
+        tables=tables,
         figures=[_Figure(str(figure.get_label()), Markup(to_svg(figure))) for figure in figures.values()],
         settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )
@@ -72,17 +83,16 @@ def _machine(environment: dict[str, Any]) -> str:
     return ", ".join(f"{environment[part]}" for part in parts if part in environment) + f" {threads}"
 
 
-def _table(record: RunRecord[Any]) -> tuple[list[str], list[_Row]]:
-    """The headers and rows, with a column for every figure that any result has."""
-    results = record.document()["results"]
+def _table(caption: str, results: Sequence[dict[str, Any]]) -> _Table:
+    """With a column for every figure that any result has."""
     figures = [_figures(result) for result in results]
     names = dict.fromkeys(name for row in sorted(figures, key=len, reverse=True) for name in row)
     columns = [name for name in names if any(row.get(name) not in (None, "") for row in figures)]
-    rows = [
-        _Row([_cell(column, row.get(column)) for column in columns], bool(result.get("pareto")))
-        for result, row in zip(results, figures, strict=True)
-    ]
-    return [_header(column) for column in columns], rows
+    rows = []
+    for result, row in zip(results, figures, strict=True):
+        cells = [_cell(column, row.get(column), result["intervals"].get(column)) for column in columns]
+        rows.append(_Row(cells, bool(result.get("pareto"))))
+    return _Table(caption, [_header(column) for column in columns], rows)
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +112,10 @@ def _figures(result: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _cell(column: str, value: Any) -> _Cell:
-    return _Cell(_text(column, value), "" if value is None else str(value))
+def _cell(column: str, value: Any, ends: Sequence[float] | None) -> _Cell:
+    """`ends` of the value's interval stand behind it."""
+    between = "" if ends is None else f" ({_text(column, ends[0])}\N{EN DASH}{_text(column, ends[1])})"
+    return _Cell(_text(column, value) + between, "" if value is None else str(value))
 
 
 def _text(column: str, value: Any) -> str:

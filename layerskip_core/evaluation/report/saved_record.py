@@ -30,6 +30,8 @@ def read_record(file: str, result: type[Any], named: str = "`saved`") -> RunReco
         record = _record(document, result, config)
         for index, figures in enumerate(record.results):
             _require_valid(figures, f"results[{index}]")
+            for name, part in getattr(figures, "categories", {}).items():
+                _require_figures(part, f"results[{index}].categories.{name:.60}")
     except SchemaError as error:
         raise LayerSkipError(f"{named} {file} must be a results.json that {kind} wrote: {error}") from None
     return record
@@ -88,6 +90,14 @@ def _require_valid(result: Any, where: str) -> None:
     for number, step in enumerate(getattr(result, "longest_answer", ())):
         if step.tokens < 0 or not 0 < step.seconds < _LARGEST:
             raise SchemaError(f"{where}.longest_answer[{number}]: needed a count of tokens and a time, found {step[:2]}")
+    _require_figures(result, where)
+
+
+def _require_figures(result: Any, where: str) -> None:
+    """Raises SchemaError for figures and intervals out of range."""
+    for name, ends in result.intervals.items():
+        if not 0 <= ends.low <= ends.high <= _LARGEST:
+            raise SchemaError(f"{where}.intervals.{name:.60}: needed two numbers in order, found {list(ends)!s:.60}")
     for name, figure in _figures(result):
         if abs(figure) > _LARGEST and not name.endswith("perplexity"):
             raise SchemaError(f"{where}.{name}: needed a number up to {_LARGEST:g}, found {figure:g}")

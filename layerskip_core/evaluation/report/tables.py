@@ -9,9 +9,10 @@ from ...config.policies import EXACT, FAST
 from ...config.ranges import counts_text
 from ..metrics import LOWER_IS_BETTER
 from ..record import RunRecord
-from ..results import BenchResult, ExitResult
+from ..results import BenchResult, CategoryResult, ExitResult
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
+_HALF_NOTE = "±: half of the 95% interval over the prompts, which were drawn anew (bootstrap)."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
 
@@ -49,8 +50,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     """A row per setting. Fits 80 columns with one or two metrics. A dash marks what was not measured."""
     metrics = [name for name in record.results[0].metrics if name != "perplexity"]  # it has its own column
     decimals = 1 if len(metrics) == 1 else 0  # with two metrics there is no room for more
-    names = [_SHORT_NAMES.get(name, name.replace("pass@", "p@")) for name in metrics]
-    headers = ("strategy", "exit", "spec", *names, "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
+    headers = ("strategy", "exit", "spec", *map(_short, metrics), "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     rows = [
         (
             strategy_name(result) if result.exit_confidence is None else f"exits at {result.exit_confidence:.3g}",
@@ -61,7 +61,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
             _percent(result.acceptance_rate, 1),
             _number(result.mean_accepted_tokens, ".1f"),
             _number(result.tokens_per_second, ".0f"),
-            _number(result.speedup, ".2f"),
+            _with_half(result, "speedup"),
             _number(result.predicted_speedup, ".2f"),
             _percent(result.identical_outputs),
             "*" if result.pareto else "",
@@ -71,6 +71,8 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     note = PARETO_NOTE
     if any(result.exit_confidence is not None for result in record.results):
         note += "\nexits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average."
+    if any(result.intervals for result in record.results):
+        note += f"\n{_HALF_NOTE}"
     note += _settings_note(record.config) + _blocks_note(record.environment)
     note += "".join(f"\nLayers that drafts skip: --skip {skip}." for skip in _skips(record.results))
     error = record.prediction_error
@@ -104,13 +106,13 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         ("acceptance rate", [_percent(result.acceptance_rate, 1) for result in results]),
         ("mean accepted tokens", [_number(result.mean_accepted_tokens, ".2f") for result in results]),
         ("tokens/s", [_number(result.tokens_per_second, ".1f") for result in results]),
-        ("speedup", [_number(result.speedup, ".2f") for result in results]),
+        ("speedup", [_with_bounds(result, "speedup") for result in results]),
         *(
-            [("over transformers", [_number(speedup, ".2f") for speedup in over_transformers])]
+            [("over transformers", [_with_bounds(result, "speedup_over_transformers") for result in results])]
             if any(over_transformers)
             else []
         ),
-        ("decode speedup", [_number(result.decode_speedup, ".2f") for result in results]),
+        ("decode speedup", [_with_bounds(result, "decode_speedup") for result in results]),
         ("first token (ms)", [_number(result.ttft_ms, ".1f") for result in results]),
         ("token p50 (ms)", [_number(result.time_per_token_ms.get("p50"), ".2f") for result in results]),
         ("token p95 (ms)", [_number(result.time_per_token_ms.get("p95"), ".2f") for result in results]),
@@ -119,11 +121,38 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     rows = [(name, cells) for name, cells in rows if set(cells) != {"-"}]
     machine = record.environment
     where = f"{machine['dtype']} on {machine['device_name']}, {_plural(machine['threads'], 'thread')}"
-    note = f"{_method(record.config)}; {where}.{_settings_note(record.config)}{_blocks_note(machine)}"
+    note = f"{_method(record.config)}; {where}."
+    if any(result.intervals for result in results):
+        note += "\nIn brackets: 95% intervals over the prompts, which were drawn anew (bootstrap)."
+    note += _settings_note(record.config) + _blocks_note(machine)
     with_transformers = any(name not in OWN_BASELINES for name in record.config.get("baselines", ()))
     if with_transformers and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is that of the whole process, which also holds transformers' copy of the model."
     return TextTable(("", *map(strategy_name, results)), tuple((name, *cells) for name, cells in rows), note)
+
+
+def category_tables(record: RunRecord[BenchResult]) -> list[TextTable]:
+    """A row per strategy and category of the data; no table if it has none."""
+    parts = [(result, name, figures) for result in record.results for name, figures in result.categories.items()]
+    if not parts:
+        return []
+    metrics = list(parts[0][2].metrics)
+    headers = ("strategy", "category", "n", *map(_short, metrics), "same", "accept", "mean", "tok/s", "speed")
+    rows = [
+        (
+            strategy_name(result),
+            name,
+            str(figures.samples),
+            *(_metric(figures.metrics, metric) for metric in metrics),
+            _percent(figures.identical_outputs),
+            _percent_with_half(figures, "acceptance_rate"),
+            _with_half(figures, "mean_accepted_tokens", 1),
+            _number(figures.tokens_per_second, ".0f"),
+            _with_half(figures, "speedup"),
+        )
+        for result, name, figures in parts
+    ]
+    return [TextTable(headers, tuple(rows), _HALF_NOTE, labels=2)]
 
 
 def _method(config: dict[str, Any]) -> str:
@@ -190,6 +219,30 @@ def _metric(metrics: dict[str, float], name: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _with_bounds(result: BenchResult, name: str) -> str:
+    """`2.31 (2.20-2.44)`: a ratio and its 95% interval."""
+    ends = result.intervals.get(name)
+    return _number(getattr(result, name), ".2f") + (f" ({ends.low:.2f}-{ends.high:.2f})" if ends else "")
+
+
+def _with_half(result: ExitResult | CategoryResult, name: str, decimals: int = 2) -> str:
+    """`2.31±.12`: a ratio and half the width of its 95% interval."""
+    ends = result.intervals.get(name)
+    half = f"±{(ends.high - ends.low) / 2:.{decimals}f}".replace("±0.", "±.") if ends else ""
+    return _number(getattr(result, name), f".{decimals}f") + half
+
+
+def _percent_with_half(result: CategoryResult, name: str) -> str:
+    """`81.3±2.4%`."""
+    ends = result.intervals.get(name)
+    whole = _percent(getattr(result, name), 1)
+    return whole if ends is None else f"{whole[:-1]}±{50 * (ends.high - ends.low):.1f}%"
+
+
+def _short(metric: str) -> str:
+    return _SHORT_NAMES.get(metric, metric.replace("pass@", "p@"))
 
 
 def _perplexity(value: float | None) -> str:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
+from ...config.checks import require
 from ...config.data import DataConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example, is_parsing, load_examples, load_records
@@ -12,11 +14,17 @@ from ...prompting.template import RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, forms, framed
 from .rows import shots_and_rest
-from .task import Task, TaskLoader
+from .task import Category, Scoring, Task, TaskLoader
 
 _MAX_NEW_TOKENS = 128  # more than twice the mean parse
-_PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input")
+_TURNS = "turns"  # of a user; without the answers between them only the first can be asked
+_PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input", _TURNS)
+_CATEGORY = "category"
 _REFERENCE_COLUMNS = ("completion", "reference", "summary", "summary_gt", "highlights", "target", "answer", "output")
+_UNANSWERED = (
+    f"the data has no references (one of the columns {', '.join(_REFERENCE_COLUMNS)}, or the one that `completion_column` "
+    "names): answers are scored against the model's own at full depth"
+)
 
 
 def parsing(config: TaskConfig) -> Task:
@@ -41,18 +49,36 @@ def parsing(config: TaskConfig) -> Task:
 
 
 def prompts(config: TaskConfig) -> Task:
-    """Data with a prompt and one or more references in each row. Its first `shots` rows come before every prompt."""
+    """Data with a prompt and one or more references in each row. Its first `shots` rows come before every prompt.
+
+    Rows without references are scored against the model's own answers. A column `category` divides the rows.
+    """
     source = config.data or ""
-    every, config = _references(source, config)
+    every, config = _pairs(source, config)
     shots, rest = shots_and_rest(every, config.shots or 0, source)
     rows = spread(rest, config.samples)
-    asked, solved = ([Example(prompt, texts[0]) for prompt, texts in some] for some in (rows, shots))
+    unanswered = not rows[0].references
+    require(not (shots and unanswered), "shots", f"0 for {source}, which has no references", len(shots))
+    asked, solved = ([Example(row.prompt, "".join(row.references[:1])) for row in some] for some in (rows, shots))
     examples, template = _few_shot(config.prompting.asked, asked, solved)
     resolved = replace(config, shots=len(solved), max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS)
-    scorer = partial(text_scores, config.metric, [texts for _, texts in rows])
     stop = (SHOT_END,) if solved else ()
     name = config.task or source
-    return Task(name, examples, resolved, config.metric or "rouge2", scorer, stop, template)
+    against = partial(_scoring, config.metric, [row.category for row in rows])
+    scorer, categories = against([row.references for row in rows])
+    task = Task(name, examples, resolved, config.metric or "rouge2", scorer, stop, template, categories=categories)
+    if not unanswered:
+        return task
+    return replace(task, notes=(_UNANSWERED,), against=lambda answers: against([[answer] for answer in answers]))
+
+
+def _scoring(metric: str | None, categories: Sequence[str | None], references: Sequence[Sequence[str]]) -> Scoring:
+    """The scorer of rows with these categories and references, and that of each category."""
+    found = {}
+    for category in filter(None, dict.fromkeys(categories)):
+        samples = tuple(sample for sample, other in enumerate(categories) if other == category)
+        found[category] = Category(samples, partial(text_scores, metric, [references[sample] for sample in samples]))
+    return partial(text_scores, metric, references), found
 
 
 def _few_shot(
@@ -81,16 +107,28 @@ def text_scores(metric: str | None, references: Sequence[Sequence[str]], predict
     return scores
 
 
-def _references(source: str, config: TaskConfig) -> tuple[list[tuple[str, list[str]]], TaskConfig]:
-    """(prompt, references) of every row, and the config with the names of their columns."""
+class _Pair(NamedTuple):
+    prompt: str
+    references: list[str]
+    category: str | None = None
+
+
+def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
+    """Every row, and the config with the names of the columns. Without a column of references no row has any."""
     data = DataConfig(source, config.split, seed=config.seed)
     if is_parsing(data):
         config = _columns(Record(source, {}), config)
-        return [(example.prompt, [example.completion]) for example in load_examples(data)], config
+        return [_Pair(example.prompt, [example.completion]) for example in load_examples(data)], config
     rows = list(load_records(data))
+    answered = config.completion_column is not None or any(name in rows[0].fields for name in _REFERENCE_COLUMNS)
     config = _columns(rows[0], config)
-    prompt, completion = config.prompt_column or "", config.completion_column or ""
-    return [(row.text(prompt, "prompt_column"), row.texts(completion, "completion_column")) for row in rows], config
+    return [_pair(row, config.prompt_column or "", config.completion_column if answered else None) for row in rows], config
+
+
+def _pair(row: Record, prompt: str, completion: str | None) -> _Pair:
+    asked = row.texts(prompt, "prompt_column")[0] if prompt == _TURNS else row.text(prompt, "prompt_column")
+    references = row.texts(completion, "completion_column") if completion is not None else []
+    return _Pair(asked, references, row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None)
 
 
 def _columns(first: Record, config: TaskConfig) -> TaskConfig:

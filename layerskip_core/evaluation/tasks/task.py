@@ -1,7 +1,7 @@
 """A task: prompts with references, the end of answers and their scores."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...checkpoint.loaded import Decoder
@@ -25,13 +25,24 @@ class TaskLoader:
 
 
 @dataclass(frozen=True)
+class Category:
+    """Some of a task's examples, by their places, with a scorer of their own."""
+
+    samples: tuple[int, ...]
+    scorer: Scorer
+
+
+Scoring = tuple[Scorer, dict[str, Category]]
+
+
+@dataclass(frozen=True)
 class Task:
     """Prompts with references.
 
     `scorer` returns every metric of the predictions, one per example, in 0..1; reports show them under these names.
     `quality_metric` is the one that ranks settings. An answer ends at the first of the `stop` strings. `template` replaces the
     checkpoint's own prompt template. If there is a `text`, perplexity is measured on it instead of the references. `notes` are
-    shown to the user before the run.
+    shown to the user before the run. `against`: of a task without references, how answers are scored against others.
     """
 
     name: str
@@ -43,6 +54,8 @@ class Task:
     template: str | None = None
     text: str | None = None
     notes: tuple[str, ...] = ()
+    categories: dict[str, Category] = field(default_factory=dict)
+    against: Callable[[Sequence[str]], Scoring] | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -56,13 +69,28 @@ class Task:
         """
         if self.text is not None:
             return {} if perplexity is None else {"perplexity": perplexity}
-        return self.scorer([before_stop(prediction, self.stop) for prediction in predictions])
+        return self.scorer(self._cut(predictions))
+
+    def score_category(self, category: Category, predictions: Sequence[str]) -> dict[str, float]:
+        """Like `score`, of the predictions for the examples of a category."""
+        return category.scorer(self._cut(predictions))
+
+    def referring_to(self, answers: Sequence[str]) -> "Task":
+        """The task, with these answers as references if it has none, one per example."""
+        if self.against is None:
+            return self
+        scorer, categories = self.against(self._cut(answers))
+        return replace(self, scorer=scorer, categories=categories, against=None)
+
+    def _cut(self, texts: Sequence[str]) -> list[str]:
+        return [before_stop(text, self.stop) for text in texts]
 
     def losses(self, loaded: Decoder, exit_layers: Sequence[int]) -> Iterator[ReferenceLosses]:
-        """The losses of each example's reference through each exit, or of as many windows of the task's text."""
+        """The losses of each example's reference through each exit, or of as many windows of the task's text. None of a task
+        without references."""
         if self.text is not None:
             yield from text_losses(loaded, self.text, self.config.samples, exit_layers)
-        else:
+        elif self.against is None:
             yield from (reference_losses(loaded, example, exit_layers) for example in self.examples)
 
     def asked(self, generation: GenerationSettings) -> "tuple[Task, GenerationSettings]":
