@@ -16,7 +16,11 @@ def instructions(engine: Engine, target: str, draft: str, drafts: int) -> str:
 
 def _vllm(target: str, draft: str, drafts: int) -> str:
     config = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": drafts})
-    return _code("sh", f"vllm serve {quote(target)} \\\n    --speculative-config {quote(config)}")
+    plugin = (
+        "# With layerskip in the environment of vLLM (pip install --no-deps), --load-format layerskip makes the draft of the\n"
+        "# weights and the cache of the target, without copies.\n"
+    )
+    return _code("sh", f"{plugin}vllm serve {quote(target)} \\\n    --speculative-config {quote(config)}")
 
 
 def _sglang(target: str, draft: str, drafts: int) -> str:

@@ -1,0 +1,130 @@
+"""A plugin for vLLM: drafts with the target's own weights, and its own keys and values below the exit.
+
+vLLM alone imports this module, by the entry point `vllm.general_plugins`. It adds the load format `layerskip`. The target loads
+as with `auto`. A draft that `layerskip export` wrote becomes a model of the target's own modules; of its folder, only an exit
+block is read. Its attention below the exit uses the pages of the target's cache, so it has no cache of its own there.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+LOAD_FORMAT = "layerskip"
+
+_last_target: "ref[nn.Module] | None" = None  # of this process; vLLM loads a draft right after its target
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes, perhaps more than once."""
+    register_model_loader(LOAD_FORMAT)(LayerSkipLoader)
+
+
+class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
+    """Loads a target as vLLM does, and a draft as a part of it.
+
+    Raises ValueError for a draft that is not an exit of the target, by its sizes and by layerskip.json, and with several
+    pipeline stages, of which the last, where drafts are made, does not have the first layers.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(replace(load_config, load_format="auto"))
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        global _last_target
+        if model_config.runner_type != "draft":
+            model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+            _last_target = ref(model)
+            return model
+        target = _last_target and _last_target()
+        assert target is not None
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError("load format layerskip needs one pipeline stage, got several")
+        exit_layer = exported_exit(model_config, target)
+        with set_default_torch_dtype(model_config.dtype), torch.device(vllm_config.device_config.device):
+            draft = self.create_model(vllm_config, model_config, prefix)
+        own = self.share(draft, target, exit_layer)
+        if len(own):
+            names = (f"model.layers.{exit_layer}.", "model.norm.")
+            weights = self.get_all_weights(model_config, draft)
+            draft.load_weights((name, weight) for name, weight in weights if name.startswith(names))
+        attention = [module for module in draft.modules() if isinstance(module, Attention)]
+        process_weights_after_loading(nn.ModuleList([*own, *attention]), model_config, vllm_config.device_config.device)
+        evaluated: nn.Module = draft.eval()
+        return evaluated
+
+    def share(self, draft: Any, target: Any, exit_layer: int) -> nn.ModuleList:
+        """Puts the target's modules into the draft, and returns those that stay the draft's own: an exit block and its norm."""
+        for layer in range(exit_layer):
+            share_all_but_attention(draft.model.layers[layer], target.model.layers[layer])
+        draft.model.embed_tokens, draft.lm_head = target.model.embed_tokens, target.lm_head
+        if len(draft.model.layers) == exit_layer:
+            draft.model.norm = target.model.norm
+            return nn.ModuleList()
+        return nn.ModuleList([*draft.model.layers[exit_layer:], draft.model.norm])
+
+
+def exported_exit(draft: ModelConfig, target: Any) -> int:
+    """How many layers of the target a draft has, as `layerskip export` wrote down."""
+    file = Path(draft.model) / "layerskip.json"
+    exit_layer = json.loads(file.read_text()).get("exported_exit") if file.is_file() else None
+    if not isinstance(exit_layer, int) or draft.hf_config.num_hidden_layers - exit_layer not in (0, 1):
+        raise ValueError(f"load format layerskip needs a draft that `layerskip export` wrote, got {draft.model}")
+    for size in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        mine, theirs = getattr(draft.hf_config, size), getattr(target.config, size)
+        if mine != theirs:
+            raise ValueError(f"load format layerskip needs a draft of this target: {size} must be {theirs}, got {mine}")
+    return exit_layer
+
+
+def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:
+    """Attention has a name of its own in vLLM, by which it finds where in the cache to read and to write."""
+    for name, child in theirs.named_children():
+        if isinstance(child, Attention):
+            share_cache(getattr(mine, name), child)
+        elif any(isinstance(module, Attention) for module in child.modules()):
+            share_all_but_attention(getattr(mine, name), child)
+        else:
+            setattr(mine, name, child)
+
+
+def share_cache(mine: Any, theirs: Any) -> None:
+    """vLLM's layers that share a cache only read it. Drafted tokens must be written, too, for the drafts that follow."""
+    mine.kv_sharing_target_layer_name = theirs.layer_name
+    if not mine.attn_backend.forward_includes_kv_cache_update:
+        mine.impl.__class__ = writing(type(mine.impl))
+
+
+def writing(attention: type[Any]) -> type[Any]:
+    """A vLLM implementation of attention that writes keys and values to the cache before it reads it."""
+
+    class Writing(attention):  # type: ignore[misc]
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            *rest: Any,
+            **named: Any,
+        ) -> Any:
+            if attn_metadata is not None:  # there is none while vLLM warms up
+                *_, slots = get_attention_context(layer.layer_name)
+                self.do_kv_cache_update(layer, key, value, kv_cache, slots)
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, *rest, **named)
+
+    return Writing
