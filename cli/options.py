@@ -303,6 +303,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "lora_layers": Option(ADAPTERS, "Layers with adapters: all, or below-exit, those that the highest of --exits runs."),
         "lora_keep": Option(ADAPTERS, "Save the adapter alone, not merged; it loads as a model."),
         "gradient_checkpointing": Option(OPTIMISATION, "Recompute layers in the backward pass: less memory, more time."),
+        "fsdp": Option(MACHINE, "Shard weights, gradients and optimizer over the processes of torchrun (FSDP2)."),
         "save_steps": Option(RUN, "Steps between checkpoints; 0: none."),
         "resume": Option(RUN, "Continue from the last checkpoint in --output."),
         "report_to": Option(RUN, "Also log losses to tensorboard, wandb, ...; several with commas."),

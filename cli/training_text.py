@@ -11,7 +11,7 @@ from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.training.frozen.plan import FrozenPlan
 from layerskip_core.training.plan import TrainingPlan
 from layerskip_core.training.progress import StepReport
-from layerskip_core.training.step_rows import rows_per_step
+from layerskip_core.training.step_rows import rows_per_step, world_size
 
 
 def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
@@ -22,12 +22,20 @@ def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
         f"on {config.data.name}: {_rows_text(config, plan)}\n"
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
-        f"{adapted}{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB\n"
+        f"{adapted}{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB{_processes_text(config)}\n"
         f"recipe: {dropout}, e_scale {recipe.e_scale}, {recipe.curriculum}"
         f"{' over ' + ','.join(map(str, recipe.exits)) if recipe.exits else ''}"
         f"{f' R={recipe.rotation}' if recipe.rotation else ''}, {plan.exits_per_step:.1f} exits per step; "
-        f"a step costs {plan.cost:.2f}x a step without the recipe" + "".join(f"\n{line}" for line in (*kept, *plan.notes))
+        f"a step costs {plan.cost:.2f}x a step without the recipe, {plan.flops:.1e} FLOP"
+        + "".join(f"\n{line}" for line in (*kept, *plan.notes))
     )
+
+
+def _processes_text(config: FinetuneConfig) -> str:
+    processes = world_size()
+    if processes == 1:
+        return ""
+    return f" in each of {processes} processes" + (", weights and optimizer sharded (FSDP2)" if config.fsdp else "")
 
 
 def _retention_text(config: FinetuneConfig, plan: TrainingPlan) -> list[str]:

@@ -140,7 +140,8 @@ class ExitBlockSettings:
 class FinetuneConfig:
     """One training run, as asked. None: the preset of the regime (see training/presets.py), or the data decides.
 
-    `lora_layers`: which layers have adapters, all or those below the highest early exit that is trained.
+    `lora_layers`: which layers have adapters, all or those below the highest early exit that is trained. `fsdp`: weights,
+    gradients and optimizer state are sharded over the processes that torchrun started (FSDP2).
     """
 
     model: str = "embedded-base"
@@ -166,6 +167,7 @@ class FinetuneConfig:
     lora_layers: LoraLayers = "all"
     lora_keep: bool = False
     gradient_checkpointing: bool = False
+    fsdp: bool = False
     save_steps: int = 0
     resume: bool = False
     report_to: str = ""
@@ -218,6 +220,7 @@ class FinetuneConfig:
             "streaming": self.streaming,
             "pack": self.pack,
             "vocab_size": self.vocab_size,
+            "fsdp": self.fsdp,
         }
         require(self.regime == "finetune", "regime", "left out with `frozen`, which trains no weight of the model", self.regime)
         for name, value in (recipe | vars(self.retention) | others).items():

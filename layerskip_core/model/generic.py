@@ -83,7 +83,6 @@ class GenericBackend:
         self.config: Any = model.config
         self._decoder: Any = transformers_model.model
         self._head: Any = transformers_model.get_output_embeddings()
-        self._weight: Tensor = self._head.weight
         self.layers: nn.ModuleList = self._decoder.layers
         parameters = inspect.signature(type(self.layers[0]).forward).parameters
         # transformers 5.24 renamed past_key_values; layers swallow a wrong keyword in **kwargs without an error.
@@ -113,6 +112,12 @@ class GenericBackend:
     @property
     def max_positions(self) -> int:
         return self.spec.context
+
+    @property
+    def _weight(self) -> Tensor:
+        """The head's, which training may replace, as FSDP does."""
+        weight: Tensor = self._head.weight
+        return weight
 
     @property
     def device(self) -> torch.device:

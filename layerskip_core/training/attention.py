@@ -33,4 +33,5 @@ def _fp32_sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Ten
     if query.shape[-2] >= _SHORT:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     with torch.autocast(query.device.type, enabled=False):
-        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+    return output.to(query.dtype), weights  # FSDP computes in bf16 without autocast

@@ -14,6 +14,7 @@ from ..data.examples import Row, stream_rows
 from ..errors import DataError
 from ..losses import IGNORED
 from .encoder import Encoder
+from .step_rows import process_index, world_size
 
 _SHUFFLED = 10_000  # rows of a stream in the shuffle buffer
 _SAMPLED = 64  # rows of a stream that are read to plan a run
@@ -21,7 +22,7 @@ _SAMPLED = 64  # rows of a stream that are read to plan a run
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Encoded rows. `truncated` counts the rows cut at the maximum length, `tokens` the tokens after that.
+    """Encoded rows, `count` of them. `truncated` counts those cut at the maximum length, `tokens` the tokens after that.
 
     For a stream the counts are those of its first rows.
     """
@@ -31,6 +32,7 @@ class EncodedData:
     target_tokens: int
     truncated: int
     longest: int
+    count: int
 
     @property
     def streamed(self) -> bool:
@@ -48,7 +50,7 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> EncodedData:
 
 def encode_stream(config: DataConfig, encoder: Encoder, seed: int) -> EncodedData:
     """An endless stream of rows. Raises DataError like `encode_rows`, judged by the first rows."""
-    stream = StreamedRows(config, encoder, seed)
+    stream = StreamedRows(config, encoder, seed, process_index(), world_size())
     sample = list(itertools.islice(encoder.rows(stream_rows(config)), _SAMPLED))
     return _counted(stream, sample, encoder)
 
@@ -63,6 +65,7 @@ def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> Encoded
         target_tokens=sum(sum(label != IGNORED for label in row["labels"]) for row in kept),
         truncated=sum(row["truncated"] for row in seen),
         longest=max(row["length"] for row in kept),
+        count=len(kept),
     )
 
 
@@ -75,21 +78,27 @@ def _has_target(row: dict[str, Any]) -> bool:
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Encoded rows of a file or hub data set, pass after pass, endlessly. The seed decides how the buffer shuffles them."""
+    """Encoded rows of a file or hub data set, pass after pass, endlessly. The seed decides how the buffer shuffles them.
 
-    def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
+    Of several processes each reads all rows, and encodes its own share of them.
+    """
+
+    def __init__(self, config: DataConfig, encoder: Encoder, seed: int, process: int = 0, processes: int = 1) -> None:
         self._config = config
         self._encoder = encoder
         self._seed = seed
+        self._process = process
+        self._processes = processes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count():
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-            rows, empty = self._encoder.rows(_shuffled(stream_rows(self._config), generator)), True
-            for row in filter(_has_target, rows):
+            shuffled, empty = _shuffled(stream_rows(self._config), generator), True
+            own = itertools.islice(shuffled, self._process, None, self._processes)
+            for row in filter(_has_target, self._encoder.rows(own)):
                 empty = False
                 yield row
-            if empty:  # the file has changed since the run was planned
+            if empty:  # the file has changed since the run was planned, or has fewer rows than there are processes
                 raise _no_room(self._encoder)
 
 

@@ -10,10 +10,9 @@ from typing import Any
 from ..checkpoint.loaded import Trainable
 from ..config.checks import require_exit_layer
 from ..config.training import FinetuneConfig
-from ..losses import CHUNK_LOGITS
 from .adapters import adapted_layers
+from .cost import memory_mb, relative_cost, step_flops
 from .curriculum import mean_exits
-from .dropout import dropout_rates, time_scale
 from .encoded_data import EncodedData
 from .encoder import Encoder
 from .presets import learning_rate, recipe_preset
@@ -47,7 +46,8 @@ _FREE = {
 @dataclass(frozen=True)
 class TrainingPlan:
     """The settings and estimates of a run, all defaults resolved. `cost` is the computation of a step as a multiple of a step
-    without the recipe; memory is in MB. `original`: the fingerprint of the model as it came, where the run needs it.
+    without the recipe, `flops` its floating-point operations over all processes; memory is in MB, of each process.
+    `original`: the fingerprint of the model as it came, where the run needs it.
 
     Of a stream `rows` is None, and `tokens` and `truncated` are those of its first rows.
     """
@@ -63,6 +63,7 @@ class TrainingPlan:
     num_layers: int
     exits_per_step: float
     cost: float
+    flops: float
     memory_mb: float
     device: str
     autocast: bool
@@ -102,6 +103,7 @@ def make_plan(
     recipe = resolve_recipe(asked, backend.num_layers, backend.vocab_size)
     steps = steps_of(config, data)
     exits = mean_exits(recipe, steps, backend.num_layers)
+    cost = relative_cost(backend, recipe, steps, config, exits, data)
     longest = data.longest if replay is None else max(data.longest, replay.longest)
     return TrainingPlan(
         recipe=recipe,
@@ -114,8 +116,9 @@ def make_plan(
         parameters=parameters,
         num_layers=backend.num_layers,
         exits_per_step=exits,
-        cost=_cost(trainable, recipe, steps, config, exits, data),
-        memory_mb=_memory_mb(trainable, config, parameters, longest),
+        cost=cost,
+        flops=step_flops(backend, recipe, steps, config, exits, cost, data),
+        memory_mb=memory_mb(backend, config, parameters, longest, autocast),
         device=device,
         autocast=autocast,
         adapted_layers=adapted_layers(config, recipe, backend.num_layers),
@@ -153,38 +156,3 @@ def steps_of(config: FinetuneConfig, data: EncodedData) -> int:
     if config.data.name == "commands" and not config.data.limit:
         return COMMANDS_STEPS
     return max(1, math.ceil(len(data.rows) / data_rows(config) * (config.epochs or 1.0)))
-
-
-def _cost(trainable: Trainable, recipe: Recipe, steps: int, config: FinetuneConfig, exits: float, data: EncodedData) -> float:
-    """Multiply-adds of a step over those of a step without the recipe: dropout saves layers, every exit adds a head.
-
-    Distillation computes the last layer's head once more per early exit, forward only, which is a third; so does the anchor
-    with all of the original. Training from scratch is judged by the dropout in the middle of its schedule.
-    """
-    backend = trainable.backend
-    layers = float(sum(parameter.numel() for parameter in backend.layers.parameters()))
-    head = float(backend.hidden_size * backend.vocab_size) * data.target_tokens / data.tokens
-    scale = time_scale(steps // 2, steps, config.regime == "scratch") if recipe.p_max else 1.0
-    rates = dropout_rates(recipe.p_max, backend.num_layers, scale, recipe.dropout_profile)
-    kept = 1 - sum(rates) / len(rates)
-    heads = exits + (exits - 1) / 3 * (recipe.distill > 0)
-    return (layers * kept + head * heads) / (layers + head) + (config.retention.anchor > 0) / 3
-
-
-def _memory_mb(trainable: Trainable, config: FinetuneConfig, parameters: int, longest: int) -> float:
-    """An estimate: weights, gradients and two moments in fp32, and the activations of one batch of rows of `longest` tokens.
-
-    With LoRA only the weights count, because the adapters are small; with gradient checkpointing one layer's activations and
-    every layer's input. The anchor adds a copy of the original, and its logits twice; LoRA needs no copy.
-    """
-    backend = trainable.backend
-    anchored = config.retention.anchor > 0
-    state = (4 if config.lora_rank else 16) * parameters
-    if anchored and not config.lora_rank:
-        embedding = backend.vocab_size * backend.hidden_size  # is bf16 in int8 copies too, with a head of their own
-        state += parameters + 2 * embedding if config.retention.anchor_weights == "int8" else 2 * parameters
-    layer = 14 * backend.hidden_size + 4 * backend.spec.inner
-    layers = backend.num_layers * backend.hidden_size + layer if config.gradient_checkpointing else backend.num_layers * layer
-    tokens = config.batch_size * longest
-    logits = min(tokens * backend.vocab_size, CHUNK_LOGITS) * (5 if anchored else 3)
-    return float((state + 4 * (tokens * layers + logits)) / 2**20)

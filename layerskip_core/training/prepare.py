@@ -13,6 +13,7 @@ from ..checkpoint.model_files import RUN_FILES
 from ..checkpoint.placement import pick_device, pick_dtype
 from ..checkpoint.save import refuse_overwrite
 from ..checkpoint.transformers_read import stored_dtype
+from ..config.checks import require
 from ..config.training import FinetuneConfig, RecipeConfig, RetentionSettings
 from ..data.examples import Row
 from ..errors import ConfigError
@@ -23,6 +24,7 @@ from .presets import sequence_length
 from .replay import has_journal, plan_replay
 from .run import FinetuneJob
 from .run_data import encode_training, encode_validation, make_encoder, training_rows
+from .sharding import resolve_sharding
 from .tokenizer import train_tokenizer
 
 
@@ -30,9 +32,11 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
     refuse_overwrite(config.output, config.overwrite, RUN_FILES)
     require_base_kept(config)
-    resume = resume_point(config)
     device = pick_device(config.device)
     require_device(device)
+    take_own_gpu(device)
+    config = resolve_sharding(config, device)
+    resume = resume_point(config)
     rows = training_rows(config)
     trainable = _model(config, rows)
     encoder = make_encoder(config, trainable, rows, tokens_per_row(config, trainable.backend.max_positions))
@@ -80,11 +84,14 @@ def require_device(device: torch.device) -> None:
             f"`device` {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
             "environment and give `device` cuda"
         )
-    if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        raise ConfigError(
-            "FSDP (ACCELERATE_USE_FSDP) needs GPUs, got `device` cpu, where accelerate would run DDP without a word; start it "
-            "with torchrun alone"
-        )
+
+
+def take_own_gpu(device: torch.device) -> None:
+    """Makes `cuda` mean the GPU of this process, of those that torchrun started. Raises ConfigError if there is none for it."""
+    if device.type == "cuda":
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        require(number < gpus, "device", f"cuda with at least {number + 1} GPUs here, one per process of torchrun", gpus)
+        torch.cuda.set_device(number)
 
 
 def autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:

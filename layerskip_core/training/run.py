@@ -28,6 +28,7 @@ from .progress import LossHistory, StageProgress, StepReport
 from .replay import ReplayedRows, replayed_texts
 from .schedule import recipe_schedule
 from .session import run_lock, stage_reporter, train_to_end
+from .sharding import gather_whole
 from .step_rows import data_rows, rows_per_step
 from .tokenizer import token_order, token_order_json
 from .trainer import make_trainer
@@ -73,17 +74,21 @@ class FinetuneJob:
         order = token_order(self.data, module.backend.vocab_size)  # before training: reading a stream may fail
         with Interruption() as interruption:
             rows = self._rows(on_progress, interruption)
-            schedule = recipe_schedule(config, plan, self.held_out is not None)
+            layer_classes = tuple(dict.fromkeys(type(layer).__name__ for layer in module.backend.layers))
+            schedule = recipe_schedule(config, plan, self.held_out is not None, layer_classes)
             held_out = None if self.held_out is None else self.held_out.rows
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
             trainer = make_trainer(module, schedule, rows, held_out, Collator(pad or 0), on_step, interruption)
             module.anchor = anchor_of(config, model, module.backend, str(trainer.args.device))
             train_to_end(trainer, config.output, plan.steps, self.resume, interruption)
-            trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
+            first = trainer.is_world_process_zero()
+            if config.fsdp:
+                gather_whole(module, keep=first)
             history = LossHistory.of_log(trainer.state.log_history)
             details = self._details(history)
             info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)
-            if trainer.is_world_process_zero():
+            if first:
+                trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
                 files = {
                     "losses.jsonl": history.to_jsonl().encode(),
                     "losses.png": loss_plot(history),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from ..errors import TrainingError
@@ -60,7 +61,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Clips the gradient in place of Trainer (`max_grad_norm` is 0), which does not show its norm to callbacks in time."""
-        self._grad_norm = float(self._trainer.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM))
+        norm = self._trainer.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM)
+        self._grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(self._grad_norm):
             loss = float(self._run.sums.loss)
             what = "norm of the gradient" if math.isfinite(loss) else "loss"
@@ -136,4 +138,5 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         last = last_checkpoint(self._checkpoints)
         if last is None:
             return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
-        return TrainingError(f"{what}; the last good checkpoint is {last}: start from it with `model` {last} and a lower `lr`")
+        again = "" if self._trainer.is_fsdp_enabled else f": start from it with `model` {last} and a lower `lr`"
+        return TrainingError(f"{what}; the last good checkpoint is {last}{again}")

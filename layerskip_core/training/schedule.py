@@ -15,7 +15,8 @@ _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 class Schedule:
     """The optimizer steps of a run. `sealed` are the settings that its checkpoints keep.
 
-    The learning rate rises and falls once in each of `phases` parts of equal length.
+    The learning rate rises and falls once in each of `phases` parts of equal length. `sharded_layers`: the classes of the
+    layers that FSDP shards one by one; none: it is not used.
     """
 
     output: str
@@ -33,6 +34,7 @@ class Schedule:
     report_to: str
     sealed: Mapping[str, Any]
     phases: int = 1
+    sharded_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.steps % self.phases == 0
@@ -53,18 +55,21 @@ class Schedule:
 
 def schedule_of(
     config: FinetuneConfig, steps: int, lr: float, autocast: bool, device: str, validates: bool, sealed: Mapping[str, Any],
-    phases: int = 1,
+    phases: int = 1, sharded_layers: tuple[str, ...] = (),
 ) -> Schedule:  # fmt: skip
     """The schedule that a config asks for, with what a plan has resolved. `validates`: there are held-out rows."""
     return Schedule(
         config.output, steps, lr, config.batch_size, config.accumulation, config.warmup, config.weight_decay, config.seed,
         autocast, device, config.save_steps, config.eval_steps or max(1, steps // _VALIDATIONS) if validates else 0,
-        config.report_to, sealed, phases,
+        config.report_to, sealed, phases, sharded_layers,
     )  # fmt: skip
 
 
-def recipe_schedule(config: FinetuneConfig, plan: TrainingPlan, validates: bool) -> Schedule:
-    """The schedule of a run of the recipe."""
+def recipe_schedule(
+    config: FinetuneConfig, plan: TrainingPlan, validates: bool, layer_classes: tuple[str, ...] = ()
+) -> Schedule:
+    """The schedule of a run of the recipe on layers of these classes."""
+    sealed, sharded = sealed_settings(config, plan), layer_classes if config.fsdp else ()
     return schedule_of(
-        config, plan.steps, plan.lr, plan.autocast, plan.device, validates, sealed_settings(config, plan)
+        config, plan.steps, plan.lr, plan.autocast, plan.device, validates, sealed, sharded_layers=sharded
     )  # fmt: skip

@@ -11,6 +11,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_index() -> int:
+    """The number of this process among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def rows_per_step(config: FinetuneConfig) -> int:
     """Rows of an optimizer step, over all processes."""
     return config.batch_size * config.accumulation * world_size()

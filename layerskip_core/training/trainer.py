@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer around a module, of which it overrides four public methods."""
+"""The training loop: transformers' Trainer around a module, of which it overrides five public methods."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainingArguments
 
 from ..errors import ConfigError
 from ..interruption import Interruption
 from ..losses import IGNORED
 from .checkpoints import checkpoints_folder
+from .encoded_data import StreamedRows
 from .module import Moment
 from .progress import RunState, StepReport, validation_log
 from .run_callback import RunCallback
@@ -32,6 +34,7 @@ class RunTrainer(ResumingTrainer):
     lr_scheduler: Any
 
     def __init__(self, module: TrainedModule, schedule: Schedule, **keywords: Any) -> None:
+        self.sharded_layers = schedule.sharded_layers
         super().__init__(model=module, **keywords)
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.run = RunState()
@@ -42,6 +45,13 @@ class RunTrainer(ResumingTrainer):
         if self.lr_scheduler is None and self._schedule.phases > 1:
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._schedule.lr_share)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's own, which divides the rows among the processes; a stream has been divided."""
+        if not isinstance(self.train_dataset, StreamedRows):
+            return super().get_train_dataloader()
+        pinned = self.args.dataloader_pin_memory
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator, pin_memory=pinned)
 
     def compute_loss(
         self,
@@ -63,12 +73,16 @@ class RunTrainer(ResumingTrainer):
         inner.eval()
         exits: tuple[int, ...] = inner.measured_exits
         sums = torch.zeros(2 * len(exits) + 1, device=self.args.device)
-        own_rows = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        rows, processes = len(self.eval_dataset), self.args.world_size
+        own_rows = range(self.args.process_index, rows, processes)
         size = self.args.train_batch_size
         with torch.no_grad(), self.compute_loss_context_manager():
-            for at in range(0, len(own_rows), size):
-                rows = self.data_collator([self.eval_dataset[row] for row in own_rows[at : at + size]])
-                batch = {name: value.to(self.args.device) for name, value in rows.items()}
+            for at in range(0, -(-rows // processes), size):  # as many in every process, because FSDP gathers in each
+                own = own_rows[at : at + size]
+                collated = self.data_collator([self.eval_dataset[row] for row in own or (0,)])
+                batch = {name: value.to(self.args.device) for name, value in collated.items()}
+                if not own:
+                    batch["labels"].fill_(IGNORED)
                 output = inner(**batch, moment=Moment(self.state.global_step, self.state.max_steps))
                 sums[-1] += _targets(batch)
                 sums[: len(exits)] += output["per_exit"]
@@ -91,7 +105,7 @@ class RunTrainer(ResumingTrainer):
         Trainer calls it first when it writes a checkpoint.
         """
         self.run.phase = "saving"
-        if self.args.should_save and not self.is_fsdp_enabled:  # accelerate writes the shards with the optimizer's
+        if self.args.should_save and not self.is_fsdp_enabled:  # shards are written with the optimizer's
             self.accelerator.unwrap_model(self.model).save(Path(output_dir or self.args.output_dir))
 
 
@@ -150,7 +164,8 @@ def _arguments(schedule: Schedule) -> TrainingArguments:
         dataloader_pin_memory=schedule.device.startswith("cuda"),
         save_strategy="steps" if schedule.save_steps else "no",
         save_steps=schedule.save_steps or 500,
-        accelerator_config={"dispatch_batches": False},  # of a stream each process reads its share: rows differ in length
+        # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if schedule.sharded_layers else None,
         logging_strategy="no",  # RunCallback logs every step
         report_to=[name.strip() for name in schedule.report_to.split(",") if name.strip()],
         disable_tqdm=True,

@@ -46,7 +46,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     # R = L / 3; of the six layer indices every second one is on, and the last always.
     assert re.fullmatch(
         r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits per step; a step costs "
-        r"[\d.]+x a step without the recipe",
+        r"[\d.]+x a step without the recipe, [\d.]+e[+]\d+ FLOP",
         recipe,
     )
     assert list(Path().iterdir()) == []

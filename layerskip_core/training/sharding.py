@@ -1,0 +1,149 @@
+"""FSDP2: weights, gradients and optimizer state, sharded over the processes that torchrun started.
+
+accelerate wraps the module; here is what it is asked for, and what is written: a file per process in each checkpoint, and a
+whole model at the end.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from ..config.checks import require
+from ..config.training import FinetuneConfig
+from ..errors import CheckpointError, ConfigError
+from .step_rows import world_size
+
+_SHARD = "shard-{}.pt"
+_TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads them
+
+
+def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
+    """The config with `fsdp` on where a config of `accelerate launch` turns it on.
+
+    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for settings of accelerate that a run cannot
+    keep.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE
+    if not (config.fsdp or launched):
+        return config
+    if launched:
+        _require_launch(os.environ)
+    processes = world_size()
+    require(processes > 1, "fsdp", "used under torchrun with at least 2 processes (--nproc-per-node)", processes)
+    require(device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device)
+    return replace(config, fsdp=True)
+
+
+def _require_launch(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError for what a config of accelerate asks of FSDP and the run would do otherwise."""
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(f"accelerate's config must have fsdp_version 2, got {version}; or start torchrun with `fsdp`")
+    for name, instead in (("OFFLOAD_PARAMS", "more processes"), ("ACTIVATION_CHECKPOINTING", "`gradient_checkpointing`")):
+        if environment.get(f"FSDP_{name}", "").lower() in _TRUE:
+            raise ConfigError(f"accelerate's config must have fsdp_{name.lower()} false, got true; give {instead} instead")
+
+
+def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
+    """Makes an Accelerator shard what it prepares from now on.
+
+    Each of the `layers` (names of classes) is sharded alone. The embedding, the final norm and the head are one further unit,
+    which stays whole from the first layer to the last exit: exits cost no communication, and tied weights stay together.
+    Compute is in bf16 where the Accelerator's is; gradients are summed, and losses returned, in fp32.
+
+    accelerate takes a plugin only on GPUs, and runs DDP on a CPU without a word; set here, it is used on both.
+    """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    compute = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_cls_names_to_wrap=list(layers),
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_offload=False,
+        activation_checkpointing=False,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def write_shard(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, process: int) -> None:
+    """Writes what this process holds of the trained weights and of the optimizer's state.
+
+    (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
+    """
+    reshard(module)
+    state = optimizer.state_dict()
+    parts = {index: {name: _local(value) for name, value in moments.items()} for index, moments in state["state"].items()}
+    weights = {name: _local(weight) for name, weight in _trained(module)}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"weights": weights, "optimizer": {**state, "state": parts}}, folder / _SHARD.format(process))
+
+
+def read_shard(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, process: int) -> None:
+    """Loads what `write_shard` wrote, in a run of as many processes. Raises CheckpointError if it does not fit the module."""
+    stored = torch.load(folder / _SHARD.format(process), map_location="cpu", weights_only=True)
+    weights = dict(_trained(module))
+    if stored["weights"].keys() != weights.keys():
+        raise CheckpointError(f"{folder} does not fit the model: it has {len(stored['weights'])} of {len(weights)} weights")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            _local(weight).copy_(stored["weights"][name])
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    state = stored["optimizer"]
+    state["state"] = {
+        index: {name: _sharded(value, trained[index]) for name, value in moments.items()}
+        for index, moments in state["state"].items()
+    }
+    optimizer.load_state_dict(state)
+
+
+def gather_whole(module: nn.Module, keep: bool) -> None:
+    """Puts whole weights on the CPU in the place of sharded ones, weight by weight, where `keep`; elsewhere empty ones.
+
+    Every process must call it, because all send their shards. Tied weights stay tied. The module cannot be trained afterwards.
+    """
+    reshard(module)
+    gathered: dict[Tensor, nn.Parameter] = {}
+    for owner in list(module.modules()):
+        if isinstance(owner, FSDPModule):
+            owner.__class__ = type(owner).__bases__[1]  # fully_shard has derived a class from FSDPModule and the module's own
+        for name, weight in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if not isinstance(weight, DTensor):
+                continue
+            if weight not in gathered:
+                whole = weight.full_tensor().detach()
+                gathered[weight] = nn.Parameter(whole.cpu() if keep else torch.empty(0), requires_grad=False)
+            setattr(owner, name, gathered[weight])
+
+
+def reshard(module: nn.Module) -> None:
+    """Frees the whole weights that a forward without a backward has left, so that the module's parameters are shards again."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
+
+
+def _local(value: Any) -> Any:
+    return value.to_local().detach() if isinstance(value, DTensor) else value
+
+
+def _sharded(value: Any, weight: Tensor) -> Any:
+    """A moment of the optimizer as its weight is sharded; a count of steps stays as it is."""
+    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    local = value.to(weight.device)
+    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())

@@ -1,0 +1,166 @@
+"""FSDP2 through `finetune`, end to end: two processes on the CPU with gloo, and one process, which they must equal."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import Interrupted, loss_rows, saved_base, settings_on, stop_at, weights
+
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.training import RecipeSettings, RetentionSettings
+from layerskip_core.errors import ConfigError
+from layerskip_core.training import module, tokenizer
+from layerskip_core.training.dropout import kept_rows
+from layerskip_core.training.encoded_data import Collator
+from layerskip_core.training.prepare import prepare, take_own_gpu
+
+WHOLE = {
+    "batch_size": 2,
+    "recipe": RecipeSettings(p_max=0.9, e_scale=1.0, curriculum="rotational", rotation=2, distill=0.5),
+    "retention": RetentionSettings(anchor=0.5),
+    "gradient_checkpointing": True,
+    "validation": "test",
+    "validation_samples": 3,  # rows for one process, none for the other in the second batch
+    "max_length": 64,
+    "seed": 3,
+}
+ADAPTERS = WHOLE | {"lora_rank": 2, "lora_layers": "below-exit", "validation": None, "validation_samples": 0,
+                    "recipe": replace(WHOLE["recipe"], exits=(2,), rotation=None), "lr": 1e-2}  # fmt: skip
+
+
+def sharded_process(rank, base, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    settings = settings_on(base, Path(folder))
+    prepare(settings(**WHOLE, fsdp=True, output=f"{folder}/whole")).run(lambda report: None)
+    resumed = {**WHOLE, "fsdp": True, "output": f"{folder}/resumed", "save_steps": 2}
+    try:
+        prepare(settings(**resumed)).run(stop_at(3))
+    except Interrupted:
+        torch.distributed.barrier()
+    prepare(settings(**resumed, resume=True)).run(lambda report: None)
+    prepare(settings(**ADAPTERS, fsdp=True, output=f"{folder}/adapters", save_steps=4)).run(lambda report: None)
+    tokenizer._COUNTED = 8  # rows of a stream, for the order of the tokens
+    seen, collate = [], Collator.__call__
+    Collator.__call__ = lambda self, rows: seen.extend(row["input_ids"] for row in rows) or collate(self, rows)
+    streamed = {"data": DataConfig(name=f"{folder}/rows.jsonl"), "streaming": True, "steps": 2, "batch_size": 2}
+    prepare(settings(**streamed, fsdp=True, output=f"{folder}/streamed")).run(lambda report: None)
+    Path(f"{folder}/seen-{rank}.json").write_text(json.dumps(seen))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def stored_weights(folder):
+    """How many numbers the shards of a run's last checkpoint hold together, without the optimizer's."""
+    shards = [torch.load(folder / f"checkpoints/checkpoint-4/shard-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return sum(weight.numel() for shard in shards for weight in shard["weights"].values())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return saved_base(tmp_path_factory.mktemp("base"), tie_word_embeddings=True)
+
+
+@pytest.fixture
+def settings(base, tmp_path):
+    return settings_on(base, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_with_shards_equal_one(base, settings, tmp_path, monkeypatch):
+    """Tied embeddings, recomputed layers, layers without a row, exits that are off, anchor, adapters, a resumption, a stream.
+
+    One process takes the batches of both in turn. Dropout repeats over the ranks, so there it must repeat over the
+    micro-batches. Tolerance: fp32 sums in another order.
+    """
+    rows = [f'{{"prompt": "row {row}", "completion": "{row} is the row"}}\n' for row in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    processes = torch.multiprocessing.start_processes(
+        sharded_process, (base, str(tmp_path)), 2, join=False, start_method="spawn"
+    )
+    drawn = []
+
+    def repeated(rate, batch_size, seed, step, micro_batch, layer):
+        rows = kept_rows(rate, batch_size, seed, step, 0, layer)
+        drawn.append(rows)
+        return rows
+
+    monkeypatch.setattr(module, "kept_rows", repeated)
+    for name, asked in (("one", WHOLE), ("one-adapted", ADAPTERS)):
+        prepare(settings(**asked, accumulation=2, output=str(tmp_path / name))).run(lambda report: None)
+    assert [] in drawn and [0, 1] in drawn and ([0] in drawn or [1] in drawn)
+    while not processes.join():
+        pass
+
+    for sharded, one in (("whole", "one"), ("adapters", "one-adapted")):
+        for step, expected in zip(loss_rows(tmp_path / sharded), loss_rows(tmp_path / one), strict=True):
+            assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert step["exits"] == pytest.approx(expected["exits"], rel=1e-5)
+            assert step["divergence"] == pytest.approx(expected["divergence"], rel=1e-3, abs=1e-7)
+            assert step["validation"] == pytest.approx(expected["validation"], rel=1e-4)
+        reference = weights(tmp_path / one)
+        assert weights(tmp_path / sharded).keys() == reference.keys()
+        for name, weight in weights(tmp_path / sharded).items():
+            torch.testing.assert_close(weight, reference[name], rtol=1e-4, atol=2e-5)
+        assert (tmp_path / sharded / "config.json").read_bytes() == (tmp_path / one / "config.json").read_bytes()
+    assert loss_rows(tmp_path / "whole")[-1]["validation"]
+    assert (tmp_path / "resumed" / "losses.jsonl").read_bytes() == (tmp_path / "whole" / "losses.jsonl").read_bytes()
+    for name, weight in weights(tmp_path / "resumed").items():
+        assert torch.equal(weight, weights(tmp_path / "whole")[name])
+    assert stored_weights(tmp_path / "resumed") == sum(weight.numel() for weight in weights(tmp_path / "one").values())
+    assert 0 < stored_weights(tmp_path / "adapters") < 10_000  # no weights of the model
+    seen = [{tuple(ids) for ids in json.loads((tmp_path / f"seen-{rank}.json").read_text())} for rank in (0, 1)]
+    assert [len(ids) for ids in seen] == [4, 4] and not seen[0] & seen[1]  # of eight rows: each is read once
+
+
+def test_sharding_needs_processes_and_a_config_of_accelerate_that_it_keeps(settings, monkeypatch):
+    with pytest.raises(ConfigError, match=r"`fsdp` must be used under torchrun with at least 2 processes .*, got 1"):
+        prepare(settings(fsdp=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="accelerate's config must have fsdp_version 2, got 1"):
+        prepare(settings())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert prepare(settings()).config.fsdp
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    with pytest.raises(ConfigError, match="fsdp_activation_checkpointing false, got true; give `gradient_checkpointing`"):
+        prepare(settings())
+
+
+def test_sharded_and_whole_checkpoints_are_not_mixed(settings, monkeypatch):
+    with pytest.raises(Interrupted):
+        prepare(settings(save_steps=1)).run(stop_at(2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="`resume`: fsdp was False in the run to go on with, and is True now"):
+        prepare(settings(save_steps=1, fsdp=True, resume=True))
+
+
+def test_the_memory_and_the_operations_of_a_step_under_fsdp(settings, monkeypatch):
+    """By hand: four layers of 32, and outside them embedding, head and norm. Two layers and these are whole in each process."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    alone, job = prepare(settings()), prepare(settings(fsdp=True))
+    weights, layer = job.plan.parameters, sum(weight.numel() for weight in job.trainable.backend.layers[0].parameters())
+    whole = weights - 4 * layer + 2 * layer
+    activations = alone.plan.memory_mb - 16 * weights / 2**20
+    assert job.plan.memory_mb == pytest.approx((16 * weights / 4 + 4 * 2 * whole) / 2**20 + activations)
+    per_row = job.data.tokens / job.data.count
+    head = 32 * 300 * job.data.target_tokens / job.data.tokens
+    per_token = 6 * (4 * layer + head) + 4 * 6 * per_row * 32
+    plain = prepare(settings(fsdp=True, recipe=RecipeSettings(p_max=0.0, curriculum="none"))).plan
+    assert plain.flops == pytest.approx(4 * 4 * per_row * per_token)  # four rows in each of four processes
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    take_own_gpu(torch.device("cuda"))
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"`device` must be cuda with at least 3 GPUs here, one per process .*, got 2"):
+        take_own_gpu(torch.device("cuda"))
