@@ -5,6 +5,7 @@ from typing import Annotated, cast
 import typer
 
 from layerskip_core.config.export import ENGINES, FORMATS, Engine, ExportConfig, Format
+from layerskip_core.config.packing import Quantization
 
 from .console import narrate
 
@@ -29,20 +30,37 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", help="Of the weights written: fp32, bf16, or auto: as stored; in GGUF f16, q8_0, q4_0, or auto: f16."
+            "--dtype",
+            help="Of the weights written: fp32, bf16, or auto: as stored, packed as generate chooses; "
+            "in GGUF f16, q8_0, q4_0, or auto: f16.",
         ),
     ] = "auto",
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="int8 or int4 weights, with --format packed. [default: none]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that --output holds.")] = False,
 ) -> None:
     """Write the first layers of a model as a model of its own, which drafts for the whole model in another engine.
 
     It has the exit's block if there is one, the norm and the head, and gives the logits of this exit. --format gguf writes
-    the whole model and the draft for llama.cpp.
+    the whole model and the draft for llama.cpp. --format packed writes the whole model as the compiled kernels read it, so
+    that commands that decode start at once.
 
     Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
     """
-    config = ExportConfig(model, exit_layer, output, cast(Format | None, form), cast(Engine | None, engine), dtype, overwrite)
+    config = ExportConfig(
+        *(model, exit_layer, output, cast(Format | None, form), cast(Engine | None, engine), dtype, overwrite),
+        cast(Quantization | None, quantize),
+    )
     from layerskip_core.checkpoint.save import output_lock
+
+    if config.is_packed:
+        from layerskip_core.export.packed import export_packed
+
+        with output_lock(output, "layerskip export"):
+            packed = export_packed(config)
+        narrate(f"wrote {model}, packed in {packed.kinds}, to {output}: {packed.nbytes / 1e6:,.1f} MB")
+        return
     from layerskip_core.export.run import README, export
 
     with output_lock(output, "layerskip export"):

@@ -49,13 +49,17 @@ def content_beside(weights: Mapping[str, Tensor], made_for: str, form: Mapping[s
 
 def open_beside(path: Path, form: Mapping[str, str], made_for: Callable[[], str]) -> WeightFile:
     """The open file. Raises ValueError if it has another format, or was made for other weights than `made_for` says."""
-    from safetensors import safe_open
+    file = open_formed(path, form)
+    if file.metadata().get(_FINGERPRINT) != made_for():
+        raise ValueError("it was made from other weights than this model's")
+    return file
 
-    file: WeightFile = safe_open(path, "pt", device="cpu")
-    metadata = file.metadata() or {}
+
+def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
+    """The open file. Raises ValueError if its header does not have the entries of `form`."""
+    file = WeightFile(path)
+    metadata = file.metadata()
     if not form.items() <= metadata.items():
         needed, found = (" and ".join(f"{name} {values.get(name, 'missing')}" for name in form) for values in (form, metadata))
         raise ValueError(f"its header must have {needed}, found {found}")
-    if metadata.get(_FINGERPRINT) != made_for():
-        raise ValueError("it was made from other weights than this model's")
     return file

@@ -53,7 +53,7 @@ def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[s
     def take(name: str) -> Tensor | None:
         if name not in shapes:
             return None
-        weight = file.get_tensor(name)
+        weight = file.read(name)
         try:
             check_finite(name, weight)
         except CheckpointError as error:

@@ -18,6 +18,7 @@ from .stored import (
     GENERATION_FILE,
     TOKENIZER_FILE,
     check_stored_weights,
+    is_packed,
     open_weights,
     read_config,
     read_settings,
@@ -41,7 +42,7 @@ def lean_config(folder: str) -> LeanConfig | None:
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
     special = {"quantization_config", "auto_map"} & config.keys()
-    if not recent or special or not is_complete(config) or not weight_files(folder):
+    if not recent or special or not is_complete(config) or not (weight_files(folder) or is_packed(folder)):
         return None
     lean = LeanConfig(**config)
     simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in ModelSpec.of(lean).ropes)
@@ -54,7 +55,10 @@ def generation_config(folder: str) -> SimpleNamespace:
 
 
 class FileWeights:
-    """The weights in a folder's safetensors files. Each is read when it is taken: there is never a second copy of all."""
+    """The weights in a folder's safetensors files.
+
+    Each is read when it is taken, into memory of its own: there is never a second copy of all, and nothing stays mapped.
+    """
 
     def __init__(self, folder: str, spec: ModelSpec, device: torch.device) -> None:
         """Raises CheckpointError for a weight that is missing, or has another shape or type than `spec` needs."""
@@ -64,14 +68,14 @@ class FileWeights:
 
     def stored(self, name: str) -> Tensor:
         """A weight as it is stored. Only what is used of it is read."""
-        return self._files[name].get_tensor(name)
+        return self._files[name].mapped(name)
 
     def reader(self, dtype: torch.dtype) -> Take:
         """A function from a weight's name to the weight in `dtype`, or to None if the files have no such weight."""
 
         def take(name: str) -> Tensor | None:
             file = self._files.get(name)
-            return None if file is None else file.get_tensor(name).to(self._device, dtype)
+            return None if file is None else file.read(name).to(self._device, dtype)
 
         return take
 

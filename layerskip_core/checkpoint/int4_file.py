@@ -43,7 +43,7 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
     def take(name: str) -> Tensor | None:
         if name not in names:
             return None
-        rows = file.get_tensor(name)
+        rows = file.read(name)
         if not bool(int4_of(rows).scale.isfinite().all() and int4_of(rows).low.isfinite().all()):
             raise CheckpointError(f"{path} cannot be used: {name} is not finite; {_REMEDY}")
         return rows

@@ -1,17 +1,19 @@
 """Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model, `blank` untrained."""
 
 import os
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import (
+    Backend,
     GenericBackend,
     ModelSpec,
     NativeBackend,
@@ -22,19 +24,23 @@ from ..model import (
     suits_kernels,
 )
 from ..model.draft_vocabulary import token_order
-from ..model.exit_blocks import NO_BLOCKS
-from ..model.native.compiled import kernel_note, requested_variant
+from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.int4 import named_int4
+from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
+from ..model.weights import Take
 from ..prompting.template import resolve_template
+from ..prompting.tokenizer import Tokenizer
 from .adapters import adapters_of, is_adapter
 from .exit_blocks_file import read_exit_blocks
 from .fast_read import FileWeights, generation_config, lean_config, lean_tokenizer
 from .info import CheckpointInfo, read_info
 from .int4_file import read_int4
 from .loaded import Decoder, Trainable, decoder_of, end_ids
-from .locate import locate, reading
+from .locate import Location, locate, reading
+from .packed_file import PackedFile
 from .placement import pick_device, pick_dtype
 from .quiet import quiet_transformers
-from .stored import INT4_FILE, check_tokenizer
+from .stored import INT4_FILE, check_tokenizer, is_packed, refuse_packed
 from .swap import read_whole
 from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer
 
@@ -60,8 +66,40 @@ def for_decoding(
             environment variable that chooses kernels has an unknown value.
     """
     target = pick_device(device)
+    mapped_to = torch.device("cpu") if device == "auto" else target  # a packed file
     requested_variant()
-    return read_whole(name, lambda: _decoder(name, target, dtype, packing, policies))
+    return read_whole(name, lambda: _decoder(name, target, dtype, packing, policies, mapped_to))
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What a backend for repacked weights is built from. `take` gives weights in `dtype`, any number of times."""
+
+    config: Any
+    dtype: torch.dtype
+    take: Take
+    packing: PackingConfig
+    int4: Take | None
+    exit_blocks: ExitBlocks
+
+
+def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Unpacked:
+    """A folder's model as `for_decoding` would pack it on the CPU, with what all of its saved policies draft with.
+
+    Raises CheckpointError and ConfigError as `for_decoding` does.
+    """
+    cpu = torch.device("cpu")
+    packing = _with_policies(packing, read_info(folder), None, cpu)
+    config = reading(folder, lambda: lean_config(folder))
+    if config is not None:
+        spec = ModelSpec.of(config)
+        precision, weights = pick_dtype(dtype, cpu, spec.parameters), reading(folder, lambda: FileWeights(folder, spec, cpu))
+        take, stored = weights.reader(precision), weights.stored
+    else:
+        model = for_training(folder, "cpu", dtype).model
+        config, precision, stored = model.config, model.get_input_embeddings().weight.dtype, model.get_parameter
+        take = {name: weight.detach() for name, weight in model.named_parameters()}.get
+    return reading(folder, lambda: _unpacked(folder, config, precision, cpu, take, stored, packing))
 
 
 def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Trainable:
@@ -100,13 +138,20 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
 
 def _trainable(name: str, device: torch.device, dtype: str) -> Trainable:
     if not is_adapter(name):
+        if (location := locate(name)).is_folder:
+            reading(name, lambda: refuse_packed(location.path))
         return read_model(name, device, dtype)
     adapters, base = adapters_of(name)
     return merge_adapters(adapters, for_training(base, str(device), dtype))
 
 
 def _decoder(
-    name: str, device: torch.device, dtype: str, packing: PackingConfig | None, policies: Collection[str] | None
+    name: str,
+    device: torch.device,
+    dtype: str,
+    packing: PackingConfig | None,
+    policies: Collection[str] | None,
+    mapped_to: torch.device,
 ) -> Decoder:
     path, folder = name, None
     if not is_adapter(name):
@@ -115,6 +160,8 @@ def _decoder(
         if location.is_folder:
             folder = path
             info = read_info(path)
+            if is_packed(path):
+                return reading(name, lambda: _mapped_decoder(name, path, info, mapped_to, dtype, packing, policies))
             packing = _with_policies(packing, info, policies, device)
             lean = reading(name, lambda: _lean_decoder(name, path, info, device, dtype, packing))
             if lean is not None:
@@ -152,11 +199,66 @@ def _lean_decoder(
     tokenizer = lean_tokenizer(path) or read_tokenizer(path)
     check_tokenizer(tokenizer, spec.vocab)
     precision = pick_dtype(dtype, device, spec.parameters)
-    blocks = read_exit_blocks(path, spec, weights.stored)
-    packing = _with_adaptive_copy(packing, path, config, precision, device)
-    kind, notes = _best_backend(config, precision, device, packing)
-    int4 = read_int4(path, spec, weights.stored) if packing is not None and packing.has_int4 else None
-    backend = kind(config, weights.reader(precision), packing, _token_order(path, config, packing), int4, blocks)
+    source = _unpacked(path, config, precision, device, weights.reader(precision), weights.stored, packing or PackingConfig())
+    kind, notes = _best_backend(config, precision, device, source.packing)
+    order = _token_order(path, config, source.packing)
+    backend = kind(config, source.take, source.packing, order, source.int4, source.exit_blocks)
+    return _with_files(name, path, info, backend, config, tokenizer, notes)
+
+
+def _unpacked(
+    folder: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    take: Take,
+    weight_of: Callable[[str], Tensor],
+    packing: PackingConfig,
+) -> Unpacked:
+    """A model with what lies beside its weights in their folder. `weight_of` gives these in any precision."""
+    spec = ModelSpec.of(config)
+    blocks = read_exit_blocks(folder, spec, weight_of)
+    packing = _with_adaptive_copy(packing, folder, config, dtype, device)
+    int4 = read_int4(folder, spec, weight_of) if packing.has_int4 else None
+    return Unpacked(config, dtype, take, packing, int4, blocks)
+
+
+def _mapped_decoder(
+    name: str,
+    path: str,
+    info: CheckpointInfo,
+    device: torch.device,
+    dtype: str,
+    packing: PackingConfig | None,
+    policies: Collection[str] | None,
+) -> Decoder:
+    """A model that `layerskip export --format packed` wrote, on the CPU."""
+    if device.type != "cpu":
+        raise ConfigError(f"`device` must be cpu for a model that was packed for the compiled kernels, got {device}")
+    file = PackedFile(path)
+    config = lean_config(path) or open_model(Location(path)).config
+    spec = ModelSpec.of(config)
+    packing = file.content.packing(_with_policies(packing, info, policies, device), dtype)
+    if not can_run_native(config, file.dtype, device, packing):
+        raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
+    tokenizer = lean_tokenizer(path) or read_tokenizer(path)
+    check_tokenizer(tokenizer, spec.vocab)
+    order = _token_order(path, config, packing)
+    backend = NativeBackend(config, file.norm, packing, order, None, file.exit_blocks(spec), file)
+    backend.implementation = named_int4(backend.implementation, file.content.calibrated)
+    return _with_files(name, path, info, backend, config, tokenizer)
+
+
+def _with_files(
+    name: str,
+    path: str,
+    info: CheckpointInfo,
+    backend: Backend,
+    config: Any,
+    tokenizer: Tokenizer,
+    notes: tuple[str, ...] = (),
+) -> Decoder:
+    """A decoder with what the files of its folder say of prompts and their ends."""
     eos_ids = end_ids(generation_config(path), config, tokenizer)
     return Decoder(name, backend, tokenizer, info, eos_ids, resolve_template(None, None, info.template, tokenizer), notes)
 
@@ -170,10 +272,10 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
     blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, generic.backend.spec, model.get_parameter)
     if can_pack(model.config):
         weight = model.get_input_embeddings().weight
-        packing = _with_adaptive_copy(packing, folder, model.config, weight.dtype, weight.device)
+        packing = _with_adaptive_copy(packing or PackingConfig(), folder, model.config, weight.dtype, weight.device)
         kind, notes = _best_backend(model.config, weight.dtype, weight.device, packing)
         int4 = None
-        if folder is not None and packing is not None and packing.has_int4:
+        if folder is not None and packing.has_int4:
             int4 = read_int4(folder, generic.backend.spec, model.get_parameter)
         backend = kind.of(model, packing, _token_order(path, model.config, packing), int4, blocks)
         return replace(generic, backend=backend, notes=notes)
@@ -185,17 +287,13 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
 
 
 def _with_adaptive_copy(
-    packing: PackingConfig | None,
-    folder: str | None,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PackingConfig | None:
+    packing: PackingConfig, folder: str | None, config: Any, dtype: torch.dtype, device: torch.device
+) -> PackingConfig:
     """With a low-bit copy for adaptive drafting, if it is fast here and fits the memory.
 
     int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
     """
-    if packing is None or not packing.adaptive or packing.draft_weights or packing.quantize or packing.exact:
+    if not packing.adaptive or packing.draft_weights or packing.quantize or packing.exact:
         return packing
     calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
     copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))

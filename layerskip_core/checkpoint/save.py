@@ -94,9 +94,21 @@ def copy_checkpoint(name: str, info: CheckpointInfo, output: str, files: Mapping
             shutil.copyfile(source / file, staging / file)
         for file, content in files.items():
             (staging / file).write_bytes(content)
+
+    save_files(write, info, output)
+
+
+def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str) -> None:
+    """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info`.
+
+    Raises as `save_checkpoint` does.
+    """
+
+    def write_listed(staging: Path) -> None:
+        write(staging)
         _write_listed(info, staging)
 
-    _replace_model(output, write)
+    _replace_model(output, write_listed)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """Reads and checks a checkpoint's files before anything is built from them. Every way of loading uses these checks."""
 
+import json
+import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -19,6 +23,7 @@ GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 INT4_FILE = "int4.safetensors"  # beside the weights, see int4_file.py
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see exit_blocks_file.py
+PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -30,16 +35,47 @@ class StoredWeight(Protocol):
     def get_dtype(self) -> str: ...
 
 
-class WeightFile(Protocol):
+class WeightFile:
     """An open safetensors file."""
 
-    def keys(self) -> list[str]: ...
+    def __init__(self, path: str | Path) -> None:
+        """Raises what safetensors raises for a file that is damaged, of a wrong length, or not readable."""
+        from safetensors import safe_open
 
-    def metadata(self) -> dict[str, str] | None: ...
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._file: Any = safe_open(path, "pt", device="cpu")  # checks the header
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        self._header = json.loads(os.pread(self._descriptor, length, 8))
+        self._start = 8 + length
 
-    def get_slice(self, name: str) -> StoredWeight: ...
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
 
-    def get_tensor(self, name: str) -> Tensor: ...
+    def metadata(self) -> dict[str, str]:
+        return self._file.metadata() or {}
+
+    def get_slice(self, name: str) -> StoredWeight:
+        part: StoredWeight = self._file.get_slice(name)
+        return part
+
+    def mapped(self, name: str) -> Tensor:
+        """A weight that is a part of the mapped file: what is used of it is read, and stays in memory as the file does."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def read(self, name: str) -> Tensor:
+        """A weight in memory of its own, which is free again without it. Raises OSError."""
+        like = self.mapped(name)
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        rest = tensor.view(-1).view(torch.uint8).numpy().data
+        place = self._start + self._header[name]["data_offsets"][0]
+        while rest:
+            count = os.preadv(self._descriptor, [rest], place)
+            if count == 0:
+                raise OSError("the file ends too early")
+            rest, place = rest[count:], place + count
+        return tensor
 
 
 def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
@@ -75,17 +111,27 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder that hold the model's own weights."""
-    beside = {Path(folder) / INT4_FILE, Path(folder) / EXIT_BLOCKS_FILE}
-    return sorted(set(Path(folder).glob("*.safetensors")) - beside)
+    others = {Path(folder) / name for name in (INT4_FILE, EXIT_BLOCKS_FILE, PACKED_FILE)}
+    return sorted(set(Path(folder).glob("*.safetensors")) - others)
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether a folder holds weights that are packed for the compiled kernels, which only decode."""
+    return (Path(folder) / PACKED_FILE).is_file() and not weight_files(folder)
+
+
+def refuse_packed(folder: str | Path) -> None:
+    """Raises CheckpointError for such a folder."""
+    if is_packed(folder):
+        found = f"found {PACKED_FILE}, which only decoding can use"
+        raise CheckpointError(f"needed the weights of a model, {found}: give the model that it was packed from")
 
 
 def open_weights(folder: str | Path) -> dict[str, WeightFile]:
     """The open safetensors file of each of the model's own weights in a folder, by the weight's name."""
-    from safetensors import safe_open
-
     files: dict[str, WeightFile] = {}
     for path in weight_files(folder):
-        file: WeightFile = safe_open(path, "pt", device="cpu")
+        file = WeightFile(path)
         files.update(dict.fromkeys(file.keys(), file))
     return files
 

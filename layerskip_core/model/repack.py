@@ -26,8 +26,11 @@ HeadT = TypeVar("HeadT", bound=Head)
 JoinT = TypeVar("JoinT")
 
 PackLayer = Callable[[Weights, int, Quantization | None, bool], LayerT]  # weights, index, low bits, exact
-PackHead = Callable[[NormWeights, Tensor, Quantization | None, bool], HeadT]  # final norm, head (N, D), low bits, exact
-PackJoin = Callable[[Tensor, Quantization | None], JoinT]  # a block's map (D, 2D), low bits
+# The final norm; the weights that have the head, of which a vocabulary's rows are taken; low bits; exact.
+PackHead = Callable[[NormWeights, Weights, DraftVocabulary | None, Quantization | None, bool], HeadT]
+PackJoin = Callable[
+    [Weights, ExitBlock, Quantization | None], JoinT
+]  # all blocks' weights, a block with a map (D, 2D), low bits
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def repack(
     int4: Take | None = None,
     exit_blocks: ExitBlocks = NO_BLOCKS,
 ) -> Repacked[LayerT, HeadT, JoinT]:
-    """Takes every weight once, so that a second copy of one layer exists at most.
+    """Takes every weight once, so that a second copy of one layer exists at most, and without copies for
+    drafting of one matrix.
 
     `int4`: calibrated weights as rows of bytes (see int4.py), of which int4 layers and heads are made. `exit_blocks`: see
     exit_blocks.py; their layers follow the model's own.
@@ -93,10 +97,9 @@ def repack(
     heads = weights.remembered("").after({EMBEDDING: embedding}.get)
 
     def pack_draft_head(heads: Weights, kind: Quantization | None) -> HeadT:
-        head = source(heads, kind).of(spec.head_name)
-        return pack_head(norm, head if vocabulary is None else vocabulary.rows_of(head), kind, False)
+        return pack_head(norm, source(heads, kind), vocabulary, kind, False)
 
-    packed_head = pack_head(norm, source(heads, packing.quantize).of(spec.head_name), packing.quantize, packing.exact)
+    packed_head = pack_head(norm, source(heads, packing.quantize), None, packing.quantize, packing.exact)
     draft_head = packed_head if vocabulary is None else pack_draft_head(heads, packing.quantize)
     target: Chain[LayerT, HeadT, JoinT] = Chain([], packed_head, {})
     copies: dict[Quantization, Chain[LayerT, HeadT, JoinT]] = {}
@@ -107,7 +110,8 @@ def repack(
     del heads
     copied = packing.draft_layers or spec.layers
     for index in range(spec.layers):
-        originals = weights.remembered(f"model.layers.{index}.")
+        prefix = f"model.layers.{index}."
+        originals = weights.remembered(prefix) if copies else weights.below(prefix)
         target.layers.append(pack_layer(source(originals, packing.quantize), index, packing.quantize, packing.exact))
         for kind, chain in copies.items():
             kept = index < copied
@@ -122,8 +126,7 @@ def repack(
                 chain.layers.append(None)
                 continue
             chain.layers.append(pack_layer(originals.below("layer."), place, low_bits, exact))
-            map_weight = originals.get("input.weight")
-            join = None if map_weight is None else pack_join(map_weight, low_bits)
+            join = pack_join(of_blocks, block, low_bits) if block.feature == "final" else None
             chain.blocks[place] = BlockEnds(block, join, own_norm, chain.head.with_norm(own_norm))
     return Repacked(norm, target, target.with_head(draft_head), copies, copied, vocabulary)
 

@@ -100,7 +100,7 @@ def discard_after(folder: Path, step: int) -> None:
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Loads the weights, or a peft model's adapter, of a checkpoint. Raises CheckpointError when any of them is missing."""
-    stored = {name: file.get_tensor(name) for name, file in open_weights(checkpoint).items()}
+    stored = {name: file.mapped(name) for name, file in open_weights(checkpoint).items()}
     if hasattr(model, "get_base_model"):
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 

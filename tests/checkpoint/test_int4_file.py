@@ -5,27 +5,19 @@ import shutil
 
 import pytest
 import torch
+from int4_models import add_int4
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.beside import fingerprint, matrix_names
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.int4_file import int4_content
 from layerskip_core.checkpoint.load import for_decoding, for_training
-from layerskip_core.checkpoint.save import import_checkpoint, refuse_overwrite, save_beside
+from layerskip_core.checkpoint.save import import_checkpoint, refuse_overwrite
 from layerskip_core.checkpoint.stored import INT4_FILE
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model.int4 import int4_of, stored
 
 INT4 = PackingConfig("int4")
-
-
-def add_int4(folder, change=lambda weight: weight):
-    """Calibrated weights that differ visibly from rounded ones, if `change` does."""
-    model, spec = (trained := for_training(str(folder), "cpu")).model, trained.backend.spec
-    names = matrix_names(spec)
-    rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
-    save_beside(str(folder), INT4_FILE, int4_content(rows, fingerprint(names, model.get_parameter), {"texts": "3"}))
 
 
 def logits(folder, packing=INT4, dtype="fp32"):

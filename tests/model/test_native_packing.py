@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from test_native import BUILT, needs_kernels
 
-from layerskip_core.model.int4 import GROUP_SIZE, int4_of, stored
+from layerskip_core.model.int4 import GROUP_SIZE, inputs_of, int4_of, stored
+from layerskip_core.model.layer_weights import Projection
 from layerskip_core.model.native import compiled
-from layerskip_core.model.native.matrix import NativeMatrix
+from layerskip_core.model.native.matrix import MatrixForm, NativeMatrix
 from layerskip_core.model.quantized import int8_levels
 
 PANEL = 32
@@ -69,13 +70,13 @@ def packed_by(variant, weights, quantization=None):
     """What the kernels read: the weights, and their scales or None."""
     kernels = compiled.kernels(variant)
     assert kernels is not None
-    matrix = NativeMatrix(kernels, weights, None, quantization)
-    structure = matrix.structure
-    held = matrix._scale
-    scale = None if held is None else held.clone()
-    assert scale is None or structure.scale == held.data_ptr()
-    data = bytearray(ctypes.string_at(structure.weight, matrix._weight.nbytes))
-    return torch.frombuffer(data, dtype=torch.uint8), scale
+    kind = quantization or ("bf16" if weights[0].dtype == torch.bfloat16 else "fp32")
+    form = MatrixForm(kind, inputs_of(weights[0]), len(weights[0]), len(weights))
+    matrix = NativeMatrix.packed(kernels, form, [Projection(weight, None) for weight in weights])
+    held = matrix.parts.get("scale")
+    assert held is None or matrix.structure.scale == held.data_ptr()
+    data = bytearray(ctypes.string_at(matrix.structure.weight, matrix.parts["weight"].nbytes))
+    return torch.frombuffer(data, dtype=torch.uint8), None if held is None else held.flatten()
 
 
 def assert_packed(variant, weights, quantization=None):

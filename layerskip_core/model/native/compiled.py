@@ -118,6 +118,11 @@ def kernel_note() -> str | None:
     return None if requested is None else f"this CPU lacks instructions of the {requested} kernels: {_FALLBACK}"
 
 
+def why_no_kernels() -> str:
+    """Of a machine where `kernels` finds none, as a part of a sentence."""
+    return f"{SWITCH} is torch" if requested_variant() == "torch" else "none is built here that this CPU can run"
+
+
 def _cpu_flags() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,33 +1,54 @@
 """A decoder layer as the C kernels read it."""
 
-from ...config.packing import Quantization
-from ..layer_weights import NormWeights, Projection, layer_weights, stacked
+from collections.abc import Callable, Iterable
+
+from ..layer_weights import (
+    NormWeights,
+    Projection,
+    attention_inputs,
+    attention_output,
+    layer_norms,
+    mlp_inputs,
+    mlp_output,
+    stacked,
+)
 from ..spec import ModelSpec
 from ..weights import Weights
-from .compiled import CLayer, CNorm, Kernels
-from .matrix import NativeMatrix
+from .compiled import CLayer, CNorm
+from .matrix import Matrices, MatrixForm, NativeMatrix
 
 
 class NativeLayer:
     """A layer's weights and the C structure with their addresses."""
 
-    def __init__(
-        self, kernels: Kernels, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None
-    ) -> None:
-        parts = layer_weights(weights, spec)
+    def __init__(self, matrices: Matrices, weights: Weights, spec: ModelSpec, index: int, kind: str) -> None:
+        """`weights` are those of the layer; of its matrices only those that `matrices` asks for are read."""
+        architecture = spec.architecture
+        biased, gates = spec.attention_bias, 1 + architecture.gated
+        first, *_, last = architecture.attention_projections
 
-        def matrix(*projections: Projection) -> NativeMatrix:
-            biases = [projection.bias for projection in projections if projection.bias is not None]
-            return NativeMatrix(kernels, [projection.weight for projection in projections], biases or None, quantization)
+        def matrix(name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
+            return matrices.matrix(f"layers.{index}.{name}", form, read)
 
         self._matrices = [
-            matrix(stacked([parts.query, parts.key, parts.value])),
-            matrix(parts.output),
-            matrix(parts.up) if parts.gate is None else matrix(parts.gate, parts.up),
-            matrix(parts.down),
+            matrix(
+                "qkv",
+                MatrixForm(kind, spec.hidden, spec.queries + 2 * spec.keys, biased=first in biased),
+                lambda: [stacked(attention_inputs(weights, spec))],
+            ),
+            matrix(
+                "output",
+                MatrixForm(kind, spec.queries, spec.hidden, biased=last in biased),
+                lambda: [attention_output(weights, spec)],
+            ),
+            matrix("up", MatrixForm(kind, spec.hidden, spec.inner, gates, spec.mlp_bias), lambda: mlp_inputs(weights, spec)),
+            matrix(
+                "down", MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias), lambda: [mlp_output(weights, spec)]
+            ),
         ]
-        around = (parts.before_attention, parts.after_attention, parts.before_mlp, parts.after_mlp)
-        self._norms = [NativeNorm(norm) for norm in (*around, parts.query_norm, parts.key_norm)]
+        norms = layer_norms(weights, spec)
+        around = (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp)
+        self._norms = [NativeNorm(norm) for norm in (*around, norms.query, norms.key)]
         rope = spec.rope_of[index]
         self.structure = CLayer(
             *(matrix.structure for matrix in self._matrices),

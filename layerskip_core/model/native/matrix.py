@@ -1,48 +1,143 @@
-"""Weights as the kernels read them: in panels of 32 outputs, from front to back."""
+"""Weights as the kernels read them: in panels of 32 outputs, from front to back. The same for all variants of the kernels."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...config.packing import Quantization
-from ..int4 import GROUP_SIZE, inputs_of, is_stored
+from ..draft_vocabulary import DraftVocabulary
+from ..int4 import GROUP_SIZE, is_stored
+from ..layer_weights import Projection
 from .compiled import KINDS, CMatrix, Kernels
 
+LAYOUT = 1  # the version of the panels below: files of panels say which they have
 _PANEL = 32  # outputs
-_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}  # of a weight
+
+Part = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class MatrixForm:
+    """One matrix (outputs, inputs), or `count` of the same shape with alternating panels.
+
+    The group size must divide `inputs` for low-bit weights; for bf16 it must be even.
+    """
+
+    kind: str  # one of KINDS
+    inputs: int
+    outputs: int
+    count: int = 1
+    biased: bool = False
+
+    @property
+    def panels(self) -> int:
+        return -(-self.outputs // _PANEL) * self.count
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Types and shapes of its tensors (P: panels):
+
+        fp32: (P, inputs, 32)
+        bf16: (P, inputs / 2, 32, 2)
+        int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32)
+        int4: two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4), and the scale and the smallest
+            value in bf16, (P, groups, 2, 32)
+
+        A bias is (P, 32) in fp32.
+        """
+        panels, inputs, groups = self.panels, self.inputs, self.inputs // GROUP_SIZE
+        weight: dict[str, Part] = {
+            "fp32": (torch.float32, (panels, inputs, _PANEL)),
+            "bf16": (torch.bfloat16, (panels, inputs // 2, _PANEL, 2)),
+            "int8": (torch.uint8, (panels, inputs // 4, _PANEL, 4)),
+            "int4": (torch.uint8, (panels, groups, 4, _PANEL, 4)),
+        }
+        scale: dict[str, Part] = {
+            "int8": (torch.float32, (panels, _PANEL)),
+            "int4": (torch.bfloat16, (panels, groups, 2, _PANEL)),
+        }
+        parts = {"weight": weight[self.kind]}
+        if self.kind in scale:
+            parts["scale"] = scale[self.kind]
+        if self.biased:
+            parts["bias"] = (torch.float32, (panels, _PANEL))
+        return parts
 
 
 class NativeMatrix:
-    """One matrix (out, in), or several of the same shape with alternating panels, and the C structure with their addresses.
+    """A matrix by its tensors, and the C structure with their addresses."""
 
-    Panels, with scales where there are any (P: panels):
-        fp32: (P, in, 32)
-        bf16: (P, in / 2, 32, 2)
-        int8: levels plus 128, (P, in / 4, 32, 4), and fp32 scales (P, 32)
-        int4: two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4), and the scale and the smallest
-            value in bf16, (P, groups, 2, 32)
-    """
+    def __init__(self, form: MatrixForm, parts: Mapping[str, Tensor]) -> None:
+        """`parts` have the types and shapes of `form.parts`."""
+        self.form, self.parts = form, parts
+        self.outputs = form.outputs * form.count
+        pointers = [parts[name].data_ptr() if name in parts else None for name in ("weight", "scale", "bias")]
+        self.structure = CMatrix(KINDS.index(form.kind), form.inputs, self.outputs, form.panels, *pointers)
 
-    def __init__(
-        self, kernels: Kernels, weights: list[Tensor], biases: list[Tensor] | None, quantization: Quantization | None
-    ) -> None:
-        """The group size must divide `in` for low-bit weights; for bf16 it must be even."""
-        outputs, inputs = len(weights[0]), inputs_of(weights[0])
-        kind = quantization or _kind_of(weights[0])
-        panels = -(-outputs // _PANEL) * len(weights)
-        self._weight = torch.empty(panels * _PANEL * inputs * _BITS[kind] // 8, dtype=torch.uint8)
-        factors = {"int8": (torch.float32, 1), "int4": (torch.bfloat16, 2 * inputs // GROUP_SIZE)}.get(kind)  # by output
-        self._scale = None if factors is None else torch.empty(panels * _PANEL * factors[1], dtype=factors[0])
-        padded = [F.pad(bias.float(), (0, -outputs % _PANEL)).view(-1, _PANEL) for bias in biases or ()]
-        self._bias = torch.stack(padded, dim=1) if padded else None
-        self.inputs, self.outputs = inputs, outputs * len(weights)
-        pointers = [None if part is None else part.data_ptr() for part in (self._weight, self._scale, self._bias)]
-        self.structure = CMatrix(KINDS.index(kind), inputs, self.outputs, panels, *pointers)
-        for index, weight in enumerate(weights):
-            rows = weight.contiguous()
-            source = KINDS.index(_kind_of(rows))
-            kernels.pack(self.structure, rows.data_ptr(), source, outputs, index, len(weights), torch.get_num_threads())
+    @classmethod
+    def packed(cls, kernels: Kernels, form: MatrixForm, projections: Iterable[Projection]) -> "NativeMatrix":
+        """Of `count` projections (outputs, inputs), rounded where the form has low bits, or stored in int4."""
+        parts = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in form.parts.items()}
+        matrix = cls(form, parts)
+        rest = iter(projections)
+        for index in range(form.count):
+            projection = next(rest)
+            rows = projection.weight.contiguous()
+            source = "int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32"
+            threads = torch.get_num_threads()
+            kernels.pack(matrix.structure, rows.data_ptr(), KINDS.index(source), form.outputs, index, form.count, threads)
+            if projection.bias is not None:
+                padded = F.pad(projection.bias.float(), (0, -form.outputs % _PANEL))
+                parts["bias"][index :: form.count] = padded.view(-1, _PANEL)
+            del projection, rows  # before the next one is read
+        return matrix
+
+    def rows_of(self, vocabulary: DraftVocabulary) -> "NativeMatrix":
+        """The rows of some tokens, as if they alone had been packed."""
+        chosen = vocabulary.rows_of(torch.arange(self.outputs))
+        form = replace(self.form, outputs=len(chosen))
+        parts = {}
+        for name, (dtype, shape) in form.parts.items():
+            units = self.parts[name]
+            units = (units if units.shape[-1] == _PANEL else units.view(torch.int32)).reshape(len(units), -1, _PANEL)
+            rows = F.pad(units[chosen // _PANEL, :, chosen % _PANEL], (0, 0, 0, -len(chosen) % _PANEL))
+            parts[name] = rows.view(-1, _PANEL, rows.shape[1]).transpose(1, 2).contiguous().view(dtype).view(shape)
+        return NativeMatrix(form, parts)
 
 
-def _kind_of(weight: Tensor) -> str:
-    return "int4" if is_stored(weight) else "bf16" if weight.dtype == torch.bfloat16 else "fp32"
+class Matrices(Protocol):
+    """Where a backend gets its matrices from, and the embedding; see `Packer`. `read` gives the weights, if they are needed."""
+
+    def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor: ...
+
+    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
+        """The matrix of this name, which with the form's kind is unique in a model."""
+        ...
+
+    def rows(
+        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]], vocabulary: DraftVocabulary
+    ) -> NativeMatrix:
+        """The rows of some tokens, of the head of this name and form."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs weights into memory."""
+
+    kernels: Kernels
+
+    def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
+        return read()
+
+    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
+        return NativeMatrix.packed(self.kernels, form, read())
+
+    def rows(
+        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]], vocabulary: DraftVocabulary
+    ) -> NativeMatrix:
+        kept = [Projection(vocabulary.rows_of(projection.weight), None) for projection in read()]
+        return NativeMatrix.packed(self.kernels, replace(form, outputs=len(kept[0].weight)), kept)

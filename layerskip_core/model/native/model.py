@@ -11,9 +11,9 @@ from ..backend import DraftSide
 from ..cache import KVCache
 from ..draft_vocabulary import DraftVocabulary
 from ..drafting import LayeredDraftSide
-from ..exit_blocks import NO_BLOCKS, ExitBlocks, PlacedBlock, with_blocks
+from ..exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from ..int4 import GROUP_SIZE, named_int4
-from ..layer_weights import NormWeights
+from ..layer_weights import NormWeights, Projection
 from ..packed.layer import Norm
 from ..packed.model import can_pack
 from ..repack import Chain, repack, taken_from
@@ -26,7 +26,7 @@ from .compiled import ACTIVATIONS, MOST_ROPES, kernels
 from .draft import OneCallDraft
 from .head import NativeHead, NativeProduct
 from .layer import NativeLayer
-from .matrix import NativeMatrix
+from .matrix import Matrices, MatrixForm, Packer
 from .span import NativeLayers
 
 _LARGEST_HEAD = 256
@@ -67,28 +67,44 @@ class NativeBackend:
         token_order: list[int] | None = None,
         int4: Take | None = None,
         exit_blocks: ExitBlocks = NO_BLOCKS,
+        matrices: Matrices | None = None,
     ) -> None:
-        """Arguments and errors are those of `PackedBackend`, for an architecture that `can_run_native`."""
+        """Arguments and errors are those of `PackedBackend`, for an architecture that `can_run_native`.
+
+        `matrices`: where the matrices and the embedding come from; None: they are packed from the weights that `take` gives.
+        Otherwise it gives the norms, and what else `matrices` asks for.
+        """
         packing = packing or PackingConfig()
         compiled = kernels()
         assert compiled is not None
+        matrices = matrices or Packer(compiled)
         spec = self.spec = ModelSpec.of(config)
         chain_spec = self._chain_spec = with_blocks(spec, exit_blocks.blocks)
         weights = Weights(checked(take, spec.shapes), spec.shapes)
         with torch.inference_mode():
-            embedding = weights.of(EMBEDDING)
+            embedding = matrices.embedding(spec.shapes[EMBEDDING], lambda: weights.of(EMBEDDING))
             shape = shape_of(spec, embedding.dtype)
             pool = BufferPool(shape, spec.norms_blocks)
+            unrounded = "bf16" if embedding.dtype == torch.bfloat16 else "fp32"
 
             def pack_layer(weights: Weights, index: int, quantization: Quantization | None, _: bool) -> NativeLayer:
-                return NativeLayer(compiled, weights, chain_spec, index, quantization)
+                return NativeLayer(matrices, weights, chain_spec, index, quantization or unrounded)
 
-            def pack_head(norm: NormWeights, weight: Tensor, quantization: Quantization | None, _: bool) -> NativeHead:
-                matrix = NativeMatrix(compiled, [weight], None, quantization)
+            def pack_head(
+                norm: NormWeights, weights: Weights, rows: DraftVocabulary | None, quantization: Quantization | None, _: bool
+            ) -> NativeHead:
+                form = MatrixForm(quantization or unrounded, spec.hidden, spec.vocab)
+
+                def read() -> list[Projection]:
+                    return [Projection(weights.of(spec.head_name), None)]
+
+                matrix = matrices.matrix("head", form, read) if rows is None else matrices.rows("head", form, read, rows)
                 return NativeHead(NativeProduct(compiled, shape, pool, norm, matrix), spec)
 
-            def pack_join(weight: Tensor, quantization: Quantization | None) -> NativeProduct:
-                return NativeProduct(compiled, shape, pool, None, NativeMatrix(compiled, [weight], None, quantization))
+            def pack_join(weights: Weights, block: ExitBlock, quantization: Quantization | None) -> NativeProduct:
+                form = MatrixForm(quantization or unrounded, 2 * spec.hidden, spec.hidden)
+                matrix = matrices.matrix(f"{block.prefix}input", form, lambda: [Projection(weights.of(block.input_name), None)])
+                return NativeProduct(compiled, shape, pool, None, matrix)
 
             packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head, pack_join, int4, exit_blocks)
             layers_of = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))

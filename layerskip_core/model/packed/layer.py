@@ -11,7 +11,16 @@ from torch import Tensor
 
 from ...config.packing import Quantization
 from ..cache import LayerSlots
-from ..layer_weights import NormWeights, Projection, layer_weights, stacked
+from ..layer_weights import (
+    NormWeights,
+    Projection,
+    attention_inputs,
+    attention_output,
+    layer_norms,
+    mlp_inputs,
+    mlp_output,
+    stacked,
+)
 from ..spec import ModelSpec
 from ..weights import Weights
 from .linear import Linear, linear
@@ -89,21 +98,20 @@ class PackedLayer:
         self._rope, self._rotary = spec.rope_of[index], spec.rotary
         self._score_cap, self._residual_scale = spec.score_cap, spec.residual_scale
         self._activation = ACTIVATIONS[spec.activation]
-        parts = layer_weights(weights, spec)
-        folds = quantization is None and parts.up.weight.dtype.itemsize >= 4
-        self._before_attention = _norm(parts.before_attention, spec.eps, folds)
-        self._after_attention = _norm(parts.after_attention, spec.eps, False)
-        self._before_mlp = _norm(parts.before_mlp, spec.eps, folds)
-        self._after_mlp = _norm(parts.after_mlp, spec.eps, False)
-        self._query_key_norm = self._norm_of_slots(parts.query_norm, parts.key_norm, spec)
+        norms, qkv = layer_norms(weights, spec), attention_inputs(weights, spec)
+        folds = quantization is None and qkv[0].weight.dtype.itemsize >= 4
+        self._before_attention = _norm(norms.before_attention, spec.eps, folds)
+        self._after_attention = _norm(norms.after_attention, spec.eps, False)
+        self._before_mlp = _norm(norms.before_mlp, spec.eps, folds)
+        self._after_mlp = _norm(norms.after_mlp, spec.eps, False)
+        self._query_key_norm = self._norm_of_slots(norms.query, norms.key, spec)
         packed = partial(_packed, quantization=quantization, exact=exact)
-        qkv = (parts.query, parts.key, parts.value)
         biases = [part.bias for part in qkv if part.bias is not None]
         slots = Projection(self._slots(*(part.weight for part in qkv)), self._slots(*biases) if biases else None)
         self._qkv = packed(slots, self._before_attention)
-        self._output = packed(parts.output, None)
-        self._up = packed(parts.up if parts.gate is None else stacked([parts.gate, parts.up]), self._before_mlp)
-        self._down = packed(parts.down, None)
+        self._output = packed(attention_output(weights, spec), None)
+        self._up = packed(stacked([*mlp_inputs(weights, spec)]), self._before_mlp)
+        self._down = packed(mlp_output(weights, spec), None)
         self.linears = (self._qkv, self._output, self._up, self._down)
 
     def run_(self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace) -> None:

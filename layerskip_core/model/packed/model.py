@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
+from ..draft_vocabulary import DraftVocabulary
 from ..drafting import LayeredDraftSide
-from ..exit_blocks import NO_BLOCKS, ExitBlocks, PlacedBlock, with_blocks
+from ..exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from ..int4 import named_int4
 from ..layer_weights import NormWeights
 from ..repack import Chain, repack, taken_from
@@ -57,13 +58,20 @@ class PackedBackend:
         def pack_layer(weights: Weights, index: int, quantization: Quantization | None, exact: bool) -> PackedLayer:
             return PackedLayer(weights, chain_spec, index, quantization, exact)
 
-        def pack_head(norm: NormWeights, weight: Tensor, quantization: Quantization | None, exact: bool) -> PackedHead:
+        def pack_head(
+            norm: NormWeights, weights: Weights, rows: DraftVocabulary | None, quantization: Quantization | None, exact: bool
+        ) -> PackedHead:
+            head = weights.of(spec.head_name)
+            weight = head if rows is None else rows.rows_of(head)
             return packed_head(norm, weight, spec, quantization, exact, renormed=exit_blocks is not None)
+
+        def pack_join(weights: Weights, block: ExitBlock, quantization: Quantization | None) -> PackedJoin:
+            return PackedJoin(weights.of(block.input_name), quantization)
 
         with torch.inference_mode():
             embedding = weights.of(EMBEDDING)
             packed = repack(
-                *(weights, embedding, spec, packing, token_order, pack_layer, pack_head, PackedJoin, int4, exit_blocks)
+                *(weights, embedding, spec, packing, token_order, pack_layer, pack_head, pack_join, int4, exit_blocks)
             )
             layers_of = partial(PackedLayers, chain_spec, embedding, Rope(config, spec, embedding))
             self._layers, self._head = layers_of(packed.target.layers, packing.exact), packed.target.head

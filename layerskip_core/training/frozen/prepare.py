@@ -10,10 +10,10 @@ from ...checkpoint.adapters import is_adapter
 from ...checkpoint.exit_blocks_file import model_fingerprint, read_exit_blocks
 from ...checkpoint.info import CheckpointInfo
 from ...checkpoint.load import for_decoding, for_training
-from ...checkpoint.locate import downloaded, own_folder
+from ...checkpoint.locate import downloaded, own_folder, reading
 from ...checkpoint.placement import pick_device
 from ...checkpoint.save import refuse_overwrite
-from ...checkpoint.stored import weight_files
+from ...checkpoint.stored import refuse_packed, weight_files
 from ...config.checks import require
 from ...config.training import FinetuneConfig
 from ...errors import CheckpointError, ConfigError
@@ -35,6 +35,7 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     if is_adapter(config.model):
         raise CheckpointError(f"`model` {config.model} is an adapter; needed a folder with all weights: `layerskip import`")
     source = downloaded(config.model)
+    reading(config.model, lambda: refuse_packed(source))
     if not weight_files(source):
         raise CheckpointError(f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`")
     own = own_folder(config.model)

@@ -1,0 +1,209 @@
+"""packed.safetensors: a model's weights as the compiled kernels read them. Loading maps the file, and packs nothing.
+
+It has the embedding and the norms by their names in a checkpoint, and the tensors of each matrix (see model/native/matrix.py)
+as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. A matrix can be there in several kinds, for drafts by low-bit copies. The
+layout is the same for all variants of the kernels. The header says what was packed, and has a fingerprint of a few bytes of
+every tensor, which shows content that is missing, as when a copy was interrupted; the other bytes are not checked.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import torch
+from torch import Tensor
+
+from ..config.packing import PackingConfig, Quantization
+from ..config.training import Feature
+from ..errors import CheckpointError, ConfigError, first_line
+from ..model.draft_vocabulary import DraftVocabulary
+from ..model.exit_blocks import ExitBlock, ExitBlocks
+from ..model.int4 import GROUP_SIZE
+from ..model.layer_weights import Projection
+from ..model.native.compiled import Kernels
+from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix, Packer
+from ..model.spec import EMBEDDING, ModelSpec, Shapes
+from ..storage.reading import listed
+from ..storage.schema import build
+from .beside import open_formed
+from .stored import PACKED_FILE
+
+_FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
+_FURTHER = {"kernels": "all variants", "byte_order": "little", "group_size": str(GROUP_SIZE)}  # as the layout says
+_CONTENT, _FINGERPRINT, _METADATA = "content", "fingerprint", "__metadata__"
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # of types, in safetensors
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PAGE = 4096
+_ENTRY = 256  # bytes of the header that an entry takes at most
+
+
+@dataclass(frozen=True)
+class Content:
+    """What was packed. `dtype`: of the embedding, and of weights without low bits. `blocks`: what each exit's block reads."""
+
+    dtype: Literal["fp32", "bf16"]
+    quantize: Quantization | None
+    draft_weights: tuple[Quantization, ...]
+    draft_head: Quantization | None
+    calibrated: bool
+    blocks: dict[str, Feature]
+
+    def packing(self, asked: PackingConfig, dtype: str) -> PackingConfig:
+        """What is asked for, of what there is. Raises ConfigError for anything that was not packed."""
+        if dtype not in ("auto", self.dtype):
+            raise ConfigError(f"`dtype` must be auto or {self.dtype} for a model that was packed in {self.dtype}, got {dtype}")
+        if asked.quantize not in (None, self.quantize):
+            needed = f"{self.quantize} or left out" if self.quantize else "left out"
+            packed = f"a model that was packed in {self.quantize or self.dtype}"
+            raise ConfigError(f"`quantize` must be {needed} for {packed}, got {asked.quantize}", "quantize")
+        copies, head = asked.draft_weights, asked.draft_head or "int8"
+        if asked.adaptive and not copies and self.quantize is None and not asked.exact:
+            usual: Quantization = "int4" if self.calibrated else "int8"
+            copies = (usual,) if usual in self.draft_weights and head == self.draft_head else ()
+        missing = [kind for kind in copies if kind not in self.draft_weights]
+        if missing:
+            there = ", ".join(self.draft_weights) or "none"
+            raise ConfigError(
+                f"`draft_weights` must be packed with the model, which has {there}; got {missing[0]}", "draft_weights"
+            )
+        if copies and head != self.draft_head:
+            raise ConfigError(
+                f"`draft_head` must be {self.draft_head}, as it was packed with the model, got {head}", "draft_head"
+            )
+        return replace(asked, quantize=self.quantize, draft_weights=copies)
+
+
+class PackedFile:
+    """The file of a folder, whose `Matrices` are parts of the mapped file."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Reads the header and what the fingerprint needs. Raises CheckpointError for a file that is damaged or foreign."""
+        self._path = Path(folder) / PACKED_FILE
+        try:
+            self._file = open_formed(self._path, _FORM)
+            metadata = self._file.metadata()
+            self.content: Content = build(Content, json.loads(metadata.get(_CONTENT, "null")), _CONTENT)
+            self._names = set(self._file.keys())
+            if metadata.get(_FINGERPRINT) != _fingerprint({name: _sample(self._file.mapped(name)) for name in self._names}):
+                raise ValueError("its content is damaged or missing, as when it was copied in part")
+        except Exception as error:
+            raise self._unusable(first_line(error)) from error
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.content.dtype]
+
+    def norm(self, name: str) -> Tensor | None:
+        """A norm's weight, by its name in a checkpoint."""
+        return self._file.read(name) if name in self._names else None
+
+    def exit_blocks(self, spec: ModelSpec) -> ExitBlocks:
+        """The exit blocks; only the weights of their norms can be taken."""
+        exits = sorted(int(name) for name in self.content.blocks if name.isdecimal())
+        if len(exits) < len(self.content.blocks) or not all(1 <= exit_layer < spec.layers for exit_layer in exits):
+            raise self._unusable(f"blocks must be at exits in 1..{spec.layers - 1}, found {listed(self.content.blocks)}")
+        return ExitBlocks(tuple(ExitBlock(exit_layer, self.content.blocks[str(exit_layer)]) for exit_layer in exits), self.norm)
+
+    def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
+        return self._part(EMBEDDING, self.dtype, shape)
+
+    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
+        prefix = _prefix(name, form)
+        return NativeMatrix(form, {part: self._part(prefix + part, *kind) for part, kind in form.parts.items()})
+
+    def rows(
+        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]], vocabulary: DraftVocabulary
+    ) -> NativeMatrix:
+        return self.matrix(name, form, read).rows_of(vocabulary)
+
+    def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """Raises CheckpointError for a tensor that is missing, or has another type or shape than the model needs."""
+        if name not in self._names:
+            raise self._unusable(f"{name} is missing")
+        part = self._file.get_slice(name)
+        found, found_shape = part.get_dtype(), tuple(part.get_shape())
+        if (found, found_shape) != (_NAMES[dtype], shape):
+            needed = f"{_NAMES[dtype]} {list(shape)}"
+            raise self._unusable(f"{name} must be {needed}, as config.json says, found {found} {list(found_shape)}")
+        return self._file.mapped(name)
+
+    def _unusable(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} cannot be used: {reason}; export the model again with `--format packed`")
+
+
+class PackedWriter:
+    """Writes the file while a backend is built: as its `Matrices` it packs each, writes it, and keeps none in memory."""
+
+    def __init__(self, file: BinaryIO, kernels: Kernels, most: int) -> None:
+        """`file` is open and empty. `most`: of tensors, for which the header has room."""
+        self._packer, self._file = Packer(kernels), file
+        self._start = self._end = -(-(most + 16) * _ENTRY // _PAGE) * _PAGE  # of what follows the header
+        self._file.seek(self._start)
+        self._entries: dict[str, object] = {}
+        self._samples: dict[str, bytes] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._samples[name] = _sample(tensor)
+        self._file.write(_bytes(tensor).numpy().data)
+        begin, self._end = self._end - self._start, self._end + tensor.nbytes
+        offsets = [begin, self._end - self._start]
+        self._entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+    def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
+        embedding = read()
+        self.add(EMBEDDING, embedding)
+        return embedding
+
+    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
+        """A matrix without memory: the backend cannot run."""
+        prefix = _prefix(name, form)
+        if f"{prefix}weight" not in self._entries:
+            for part, tensor in self._packer.matrix(name, form, read).parts.items():
+                self.add(prefix + part, tensor)
+        return NativeMatrix(
+            form, {part: torch.empty(shape, dtype=dtype, device="meta") for part, (dtype, shape) in form.parts.items()}
+        )
+
+    def rows(
+        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]], vocabulary: DraftVocabulary
+    ) -> NativeMatrix:
+        raise AssertionError("heads are packed whole")
+
+    def finish(self, content: Content) -> None:
+        """Writes the header. Without it the file is none of safetensors."""
+        described = {**_FORM, **_FURTHER, _CONTENT: json.dumps(asdict(content)), _FINGERPRINT: _fingerprint(self._samples)}
+        header = json.dumps({_METADATA: described, **self._entries}, separators=(",", ":")).encode()
+        size = self._start - 8
+        assert len(header) <= size
+        self._file.seek(0)
+        self._file.write(size.to_bytes(8, "little") + header.ljust(size))
+
+
+def norm_names(shapes: Shapes) -> list[str]:
+    """The names of the weights of norms, among all of a model."""
+    return [name for name in shapes if len(shapes[f"{name.rpartition('.')[0]}.weight"]) == 1]
+
+
+def _prefix(name: str, form: MatrixForm) -> str:
+    return f"{form.kind}.{name}."
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """The first, middle and last bytes."""
+    content = _bytes(tensor)
+    middle = len(content) // 2
+    return b"".join(part.numpy().tobytes() for part in (content[:64], content[middle : middle + 64], content[-64:]))
+
+
+def _fingerprint(samples: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""A model packed for the compiled kernels, in a folder that every command that decodes can load at once."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.adapters import is_adapter
+from ..checkpoint.info import read_info
+from ..checkpoint.load import Unpacked, for_packing
+from ..checkpoint.locate import Location, downloaded, reading
+from ..checkpoint.packed_file import Content, PackedWriter, norm_names
+from ..checkpoint.quiet import quiet_transformers
+from ..checkpoint.save import refuse_overwrite, save_files
+from ..checkpoint.stored import GENERATION_FILE, PACKED_FILE, refuse_packed
+from ..checkpoint.transformers_read import open_model
+from ..config.export import ExportConfig
+from ..config.packing import PackingConfig
+from ..errors import CheckpointError, ConfigError
+from ..model import ModelSpec, NativeBackend, can_run_native
+from ..model.draft_vocabulary import ORDER_FILE
+from ..model.int4 import named_int4
+from ..model.native.compiled import kernels, why_no_kernels
+from ..model.weights import Weights
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """What was written, and how many bytes of weights."""
+
+    content: Content
+    nbytes: int
+
+    @property
+    def kinds(self) -> str:
+        """In words: `int4`, or `bf16 with int8 for drafts`."""
+        weights = named_int4(self.content.quantize or self.content.dtype, self.content.calibrated)
+        copies = named_int4(" and ".join(self.content.draft_weights), self.content.calibrated)
+        return f"{weights} with {copies} for drafts" if copies else weights
+
+
+def export_packed(config: ExportConfig) -> PackedModel:
+    """Writes a model to `output`, whose lock the caller holds, with its weights as the compiled kernels read them.
+
+    Each matrix is packed, written and freed before the next one is read. The folder is the model's own in all but the weights.
+
+    Raises:
+        CheckpointError: the model cannot be read, the kernels cannot run it here, or the folder cannot be written.
+        ConfigError: the folder is the model's own or holds another model, or the model is no folder of safetensors.
+    """
+    if is_adapter(config.model):
+        raise ConfigError(f"`format` packed needs a whole model, got the adapter {config.model}: first `layerskip import` it")
+    source = downloaded(config.model)
+    reading(config.model, lambda: refuse_packed(source))
+    refuse_overwrite(config.output, config.overwrite)
+    asked = PackingConfig(quantize=config.quantize, adaptive=True)
+    if kernels() is None:
+        raise ConfigError(f"`format` packed needs the compiled kernels: {why_no_kernels()}", "format")
+    unpacked = for_packing(source, config.dtype, asked)
+    if not can_run_native(unpacked.config, unpacked.dtype, _CPU, unpacked.packing):
+        raise CheckpointError(
+            f"{config.model} cannot be packed: the compiled kernels do not run its architecture or its widths"
+        )
+    info = read_info(source)
+    info = replace(info, details={**info.details, "packed_from": config.model})
+    written: list[PackedModel] = []
+
+    def write(staging: Path) -> None:
+        _write_files(Path(source), staging)
+        written.append(_write_weights(unpacked, staging / PACKED_FILE))
+
+    save_files(write, info, config.output)
+    return written[0]
+
+
+@quiet_transformers()
+def _write_files(source: Path, staging: Path) -> None:
+    """Config and tokenizer as transformers writes them, so that loading needs no transformers; other files as they are."""
+    files = open_model(Location(str(source)))
+    files.config.save_pretrained(staging)
+    files.tokenizer().save_pretrained(staging)
+    for name in (GENERATION_FILE, ORDER_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, staging / name)
+
+
+def _write_weights(source: Unpacked, path: Path) -> PackedModel:
+    """Packs what `source` needs to decode. Heads are packed whole: loading chooses the rows that `draft_vocab` leaves."""
+    packing = replace(source.packing, draft_vocab=0)
+    spec, blocks = ModelSpec.of(source.config), source.exit_blocks
+    block_shapes = blocks.shapes(spec)
+    content = Content(
+        "bf16" if source.dtype == torch.bfloat16 else "fp32",
+        packing.quantize,
+        packing.draft_weights,
+        (packing.draft_head or "int8") if packing.draft_weights else None,
+        source.int4 is not None,
+        {str(block.exit_layer): block.feature for block in blocks.blocks},
+    )
+    compiled = kernels()
+    assert compiled is not None
+    most = 3 * (1 + len(packing.draft_weights)) * (len(spec.shapes) + len(block_shapes) + 1)
+    with path.open("wb") as file, torch.inference_mode():
+        writer = PackedWriter(file, compiled, most)
+        NativeBackend(source.config, source.take, packing, None, source.int4, blocks, writer)
+        weights = Weights(source.take, spec.shapes)
+        of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
+        for held, shapes in ((weights, spec.shapes), (of_blocks, block_shapes)):
+            for name in norm_names(shapes):
+                writer.add(name, held.of(name))
+        writer.finish(content)
+    return PackedModel(content, path.stat().st_size)

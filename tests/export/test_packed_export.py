@@ -1,0 +1,294 @@
+"""`layerskip export --format packed`: what it writes decodes to the same bits as the model packed at load."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import fails, run
+from conftest import tiny_model
+from evaluating import tiny_loaded
+from exit_block_models import random_blocks
+from int4_models import add_int4
+
+from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.save import save_beside, save_checkpoint
+from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE, PACKED_FILE
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.export import ExportConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.policies import Policy
+from layerskip_core.decoding import decode
+from layerskip_core.export import packed as packed_export
+from layerskip_core.export.packed import export_packed
+from layerskip_core.model import NativeBackend
+from layerskip_core.model.draft_vocabulary import ORDER_FILE
+from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model.native import compiled
+from layerskip_core.model.native import model as native
+from layerskip_core.model.native.compiled import VARIANTS
+
+pytestmark = pytest.mark.skipif(
+    compiled.kernels() is None, reason="no kernels were built here, or the CPU lacks what they need"
+)
+IDS = torch.tensor([[5, 9, 33, 7, 120]])
+
+
+def add_blocks(folder):
+    """Blocks at exits 2 and 4, of both features."""
+    loaded = for_training(str(folder), "cpu", "fp32")
+    spec, blocks = loaded.backend.spec, random_blocks(loaded.model, ExitBlock(2), ExitBlock(4, "final"))
+    content = exit_blocks_content(
+        spec, {name: blocks.take(name) for name in blocks.shapes(spec)}, model_fingerprint(spec, loaded.model.get_parameter)
+    )
+    save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({}))
+
+
+def older(folder):
+    """Makes the folder one that only transformers reads."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0"}))
+
+
+def packed_from(folder, output, quantize=None, dtype="auto"):
+    return export_packed(ExportConfig(str(folder), output=str(output), format="packed", quantize=quantize, dtype=dtype))
+
+
+def states(backend):
+    """Of every layer, the logits of the target, of each draft side, and of each block by itself."""
+    with torch.inference_mode():
+        places, hidden = torch.arange(IDS.shape[1])[None], backend.embed(IDS)
+        found = [hidden]
+        for side in backend.draft_sides.values():
+            drafted = side.run_layers(side.embed(IDS), 0, 2, places)
+            found += [drafted, side.unembed(drafted)]
+            for block in side.exit_blocks.values():
+                entered = block.enter(drafted, drafted)
+                found.append(block.head(side.run_layers(entered, block.layer, block.layer + 1, places)))
+        for layer in range(backend.num_layers):
+            hidden = backend.run_layers(hidden, layer, layer + 1, places)
+            found.append(hidden)
+        return [*found, backend.unembed(hidden)]
+
+
+def assert_same(packed, plain):
+    """Two decoders with the same bits, and the same way to run."""
+    assert isinstance(packed.backend, NativeBackend) and packed.backend.implementation == plain.backend.implementation
+    assert packed.backend.draft_sides.keys() == plain.backend.draft_sides.keys()
+    assert packed.backend.exit_blocks.keys() == plain.backend.exit_blocks.keys()
+    ours, theirs = states(packed.backend), states(plain.backend)
+    assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+    assert (packed.eos_ids, packed.template, packed.info.strategy) == (plain.eos_ids, plain.template, plain.info.strategy)
+
+
+SETTINGS = {
+    "fp32": (None, "fp32", PackingConfig(adaptive=True)),
+    "bf16": (None, "bf16", PackingConfig(adaptive=True)),
+    "int8": ("int8", "bf16", PackingConfig("int8")),
+    "int4": ("int4", "fp32", PackingConfig("int4")),
+    "int4 of bf16": ("int4", "bf16", PackingConfig("int4")),
+}
+
+
+@pytest.mark.parametrize("prepare", [None, add_int4, add_blocks, older], ids=["plain", "calibrated", "blocks", "older"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_bits_are_those_of_the_model_packed_at_load(wide, tmp_path, setting, prepare):
+    quantize, dtype, packing = SETTINGS[setting]
+    if prepare is add_int4:
+        add_int4(wide, lambda weight: 0.9 * weight)
+    elif prepare is not None:
+        prepare(wide)
+    written = packed_from(wide, tmp_path / "packed", quantize, dtype)
+    assert written.content.calibrated == (prepare is add_int4 and setting != "int8")
+    asked = replace(packing, quantize=None)  # what was packed is known
+    assert_same(for_decoding(str(tmp_path / "packed"), packing=asked), for_decoding(str(wide), "cpu", dtype, packing))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2"])
+def test_architectures_with_biases_fused_projections_and_other_norms(tmp_path, model_type):
+    """And with a tied head."""
+    loaded = tiny_loaded(torch.float32)
+    widths = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 300}
+    ropes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}
+    model = tiny_model(model_type, torch.float32, tie_word_embeddings=True, **widths, **(ropes if model_type == "phi3" else {}))
+    save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path / "plain"), torch.float32)
+    packed_from(tmp_path / "plain", tmp_path / "packed", "int8", "bf16")
+    plain = for_decoding(str(tmp_path / "plain"), "cpu", "bf16", PackingConfig("int8"))
+    assert_same(for_decoding(str(tmp_path / "packed")), plain)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_draft_vocabularies_are_rows_of_the_packed_head(wide, tmp_path, quantize, ordered):
+    """Also where neither they nor the vocabulary fill panels of 32 rows."""
+    if ordered:
+        save_beside(str(wide), ORDER_FILE, json.dumps([7, 299, 33, 120, 5]).encode())
+    for dtype in ("fp32", "bf16"):
+        packed_from(wide, tmp_path / dtype, quantize, dtype)
+        packing = PackingConfig(quantize, draft_vocab=45)
+        assert_same(for_decoding(str(tmp_path / dtype), packing=packing), for_decoding(str(wide), "cpu", dtype, packing))
+
+
+def test_what_saved_policies_draft_with_is_packed_too(wide, tmp_path):
+    info = read_info(wide)
+    policy = Policy("self-speculative", 2, 4, draft_weights="int4", draft_head="int4", draft_vocab=64)
+    (wide / "layerskip.json").write_text(replace(info, policies={"exact": policy}).to_json())
+    assert packed_from(wide, tmp_path / "packed", dtype="bf16").kinds == "bf16 with int4 for drafts"
+    plain = for_decoding(str(wide), "cpu", "bf16", policies=["exact"])
+    assert_same(for_decoding(str(tmp_path / "packed"), policies=["exact"]), plain)
+
+
+def test_commands_decode_with_it_and_training_refuses_it(checkpoint, tmp_path):
+    output = str(tmp_path / "packed")
+    done = run("export", checkpoint, "--format", "packed", "--output", output)
+    size = (tmp_path / "packed" / PACKED_FILE).stat().st_size
+    assert (done.code, done.out) == (0, "")
+    assert done.err == f"wrote {checkpoint}, packed in fp32, to {output}: {size / 1e6:,.1f} MB\n"
+    prompt = ("set an alarm", "--max-new-tokens", "8")
+    assert run("generate", *prompt, "--model", output) == run("generate", *prompt, "--model", checkpoint)
+    info = read_info(output)
+    assert info.exit_layer == 1 and info.details["packed_from"] == checkpoint and PACKED_FILE in info.files
+    sweep = run("sweep-exits", "--model", output, "--samples", "1", "--exits", "2", "--specs", "2", "--max-new-tokens", "4")
+    assert sweep.code == 0 and "self-speculative" in sweep.out
+    refused = (
+        f"cannot load model {output}: needed the weights of a model, found {PACKED_FILE}, which only decoding can use: "
+        "give the model that it was packed from"
+    )
+    fails(refused, "finetune", "--model", output, "--output", str(tmp_path / "trained"))
+    fails(refused, "export", output, "--exit", "2", "--output", str(tmp_path / "draft"))
+    fails(refused, "export", output, "--format", "packed", "--output", str(tmp_path / "again"))
+    fails(refused, "import", output, "--output", str(tmp_path / "imported"))
+    assert run("export", checkpoint, "--exit", "2", "--output", output, "--overwrite").code == 0
+    assert not (tmp_path / "packed" / PACKED_FILE).exists()
+
+
+@pytest.fixture
+def packed(wide, tmp_path):
+    packed_from(wide, tmp_path / "packed", "int4", "bf16")
+    return tmp_path / "packed"
+
+
+def test_what_was_not_packed_is_one_error(wide, packed, tmp_path):
+    generate = ("generate", "a", "--model", str(packed))
+    fails("--dtype must be auto or bf16 for a model that was packed in bf16, got fp32", *generate, "--dtype", "fp32")
+    fails("--quantize must be int4 or left out for a model that was packed in int4, got int8", *generate, "--quantize", "int8")
+    fails("--draft-weights must be packed with the model, which has none; got int8", *generate, "--draft-weights", "int8")
+    export = ("export", str(wide), "--output", str(tmp_path / "other"))
+    fails("--quantize must be used with --format packed, got int4", *export, "--quantize", "int4")
+    export = (*export, "--format", "packed")
+    fails("--exit must be left out with --format packed, which has all layers, got 2", *export, "--exit", "2")
+    fails("--format must be transformers for --engine vllm, got packed", *export, "--engine", "vllm")
+
+
+def test_machines_without_kernels_are_told_so(wide, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "requested_variant", lambda: "torch")
+    for module in (native, packed_export):
+        monkeypatch.setattr(module, "kernels", lambda: None)
+    fails(
+        f"cannot load model {packed}: it was packed for the compiled kernels, which cannot run it here: "
+        "LAYERSKIP_KERNELS is torch",
+        *("generate", "a", "--model", str(packed)),
+    )
+    fails(
+        "--format packed needs the compiled kernels: LAYERSKIP_KERNELS is torch",
+        *("export", str(wide), "--format", "packed", "--output", str(tmp_path / "other")),
+    )
+
+
+def test_the_kernels_variants_share_the_file(packed, wide, monkeypatch):
+    for variant in VARIANTS:
+        if (chosen := compiled.kernels(variant)) is not None:
+            monkeypatch.setattr(native, "kernels", lambda chosen=chosen: chosen)
+            assert_same(for_decoding(str(packed)), for_decoding(str(wide), "cpu", "bf16", PackingConfig("int4")))
+            assert f"native ({variant}, int4)" in for_decoding(str(packed)).backend.implementation
+
+
+def rewritten(content, change):
+    """A file with another header."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return content[:8] + text.ljust(size) + content[8 + size :]
+
+
+def test_damaged_and_foreign_files_are_one_error(packed, wide):
+    path = packed / PACKED_FILE
+    whole = path.read_bytes()
+
+    def refused(content, reason):
+        path.write_bytes(content)
+        done = run("generate", "a", "--model", str(packed))
+        assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+        assert done.err.startswith(f"error: cannot load model {packed}: {path} cannot be used: ") and reason in done.err
+        assert done.err.endswith("; export the model again with `--format packed`\n")
+
+    def renamed(header):
+        header["layers"] = header.pop("int4.layers.3.up.scale")
+
+    def reshaped(header):
+        header["int4.layers.3.up.scale"]["shape"].append(1)
+
+    half = len(whole) // 2
+    for content, reason in (
+        (whole[:-1], ""),
+        (b"", ""),
+        ((wide / "model.safetensors").read_bytes(), "its header must have format layerskip packed 1"),
+        (whole.replace(b'"layout":"1"', b'"layout":"2"'), "layout 2"),
+        (whole[:half] + bytes(len(whole) - half), "its content is damaged or missing"),
+        (rewritten(whole, lambda header: header["__metadata__"].pop("content")), "content: needed an object, found null"),
+        (
+            whole.replace(b'\\"quantize\\": \\"int4\\"', b'\\"quantize\\": \\"int5\\"'),
+            "content.quantize: needed one of int8, int4, found 'int5'",
+        ),
+        (rewritten(whole, renamed), "its content is damaged or missing"),
+        (rewritten(whole, reshaped), "int4.layers.3.up.scale must be BF16 [6, 2, 2, 32], as config.json says, found BF16"),
+    ):
+        refused(content, reason)
+    path.write_bytes(whole)
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+    refused(whole, "int4.layers.6.qkv.weight is missing")
+    (packed / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    refused(whole, "int4.layers.0.up.weight must be U8 [8, 2, 4, 32, 4], as config.json says, found U8 [6, 2, 4, 32, 4]")
+
+
+def test_an_interrupted_export_leaves_nothing(wide, tmp_path):
+    """Weights that are not finite are found while they are packed."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(wide / "model.safetensors")
+    weights["model.layers.4.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(weights, wide / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "packed"
+    done = run("export", str(wide), "--format", "packed", "--output", str(output))
+    assert done.code == 1 and "the weight model.layers.4.mlp.down_proj.weight holds NaN" in done.err
+    assert done.err.count("\n") == 1 and not output.exists()
+
+
+def test_only_what_is_used_is_in_memory(packed):
+    """The matrices are parts of the mapped file."""
+    backend = for_decoding(str(packed)).backend
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [line.split()[0].split("-") for line in lines if line.endswith(str(packed / PACKED_FILE))]
+    spans = [(int(start, 16), int(stop, 16)) for start, stop in places]
+    for matrix in [*(part for layer in backend._layers._layers for part in layer._matrices), backend._head.product.matrix]:
+        for tensor in matrix.parts.values():
+            assert any(start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= stop for start, stop in spans)
+
+
+def test_a_folder_with_weights_is_not_packed(packed, wide):
+    shutil.copy(packed / PACKED_FILE, wide / PACKED_FILE)
+    assert "int4" not in for_decoding(str(wide), "cpu").backend.implementation
+
+
+def test_speculation_from_a_packed_folder_gives_the_answers_of_plain_decoding(packed):
+    backend = for_decoding(str(packed)).backend
+    plain = DecodingConfig("autoregressive", max_new_tokens=12)
+    drafted = DecodingConfig("self-speculative", exit_layer=2, num_draft_tokens=3, max_new_tokens=12)
+    answers = [[token.id for step in decode(backend, IDS[0].tolist(), each) for token in step] for each in (plain, drafted)]
+    assert answers[0] == answers[1] and len(answers[0]) == 12
