@@ -99,7 +99,7 @@ def test_figures_of_mutants(saved, tmp_path):
     kind, table, _ = COMMANDS[command]
     file, chance = tmp_path / "results.json", random.Random(f"{command} figures")
     drawn = 0
-    while drawn < 12:  # each takes a second
+    while drawn < 6:  # each takes a second
         text = mutant(document, chance)
         file.write_text(text)
         try:
