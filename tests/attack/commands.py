@@ -229,11 +229,13 @@ _TOML_FILES = (
 def _outputs(case: Case) -> Command:
     """Outputs whose path is taken by something else."""
     random = case.random
-    name = random.choice(("import", "import", "finetune", FROZEN, "bench", "sweep-exits", "inspect"))
+    name = random.choice(("import", "import", "export", "finetune", FROZEN, "bench", "sweep-exits", "inspect"))
     output = random.choice(OUTPUTS)
     arguments = [*base_of(name, case.material), "--output", output]
-    if name in ("import", "finetune", FROZEN):
+    if name in ("import", "export", "finetune", FROZEN):
         arguments += random.choice(([], ["--overwrite"], ["--overwrite"]))
+    if name == "export":
+        arguments += random.choice(([], ["--format", "gguf"], ["--engine", "vllm"], ["--engine", "llama.cpp"]))
     if name == FROZEN:
         arguments += random.choice(([], ["--model", output], ["--save-steps", "1"], ["--resume"]))
     if name == "finetune":
@@ -404,6 +406,17 @@ KNOWN: tuple[Callable[[Case], Command], ...] = (
     _known("--output", "mixed", base="finetune"),
     _known("--output", "blocked", "--overwrite", base="import"),
     _known("--output", "model", "--overwrite", base="import"),
+    *(
+        _known("--output", output, "--format", form, *more, base="export")
+        for form in ("transformers", "gguf")
+        for output, more in (
+            ("mixed", ()),
+            ("mixed", ("--overwrite",)),
+            ("model", ("--overwrite",)),
+            ("blocked", ("--overwrite",)),
+        )
+    ),
+    *(_known("--exit", layer, *more, base="export") for layer in ("0", "99") for more in ((), ("--engine", "vllm"))),
     *(_file("d.jsonl", b"[" * DEEP, "--data", "d.jsonl", base=base) for base in ("data", "bench", "finetune")),
     _file("h.jsonl.gz", gzip.compress(b"x" * 9000)[:40], "--data", "h.jsonl.gz", "--task", "humaneval", base="bench"),
     _file("h.jsonl.gz", b"not gzip", "--data", "h.jsonl.gz", "--task", "humaneval", base="bench"),

@@ -8,7 +8,10 @@ from .material import Material
 from .victim import OUTPUTS
 
 FROZEN = "finetune --frozen"  # counts as a command of its own
-COMMANDS = ("generate", "chat", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "calibrate", "compare", FROZEN)
+COMMANDS = (
+    *("generate", "chat", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "export", "calibrate", "compare"),
+    FROZEN,
+)
 OF_BLOCKS = ("--feature", "--answers", "--answer-tokens", "--answer-temperature", "--loss", "--exits")
 _LONG_MARK = 1000  # with more rows or steps than this, a long run is no fault
 
@@ -52,6 +55,7 @@ def base_of(command: str, material: Material) -> tuple[str, ...]:
         "data": ("data", "--samples", "3"),
         "inspect": ("inspect", *model, "--max-new-tokens", "2"),
         "import": ("import", str(material.model())),
+        "export": ("export", str(material.model()), "--exit", "2"),
         "compare": ("compare", str(material.sweep), str(material.bench)),
         "calibrate": (*material.calibrate_flags(), "--output", "calibrated"),
         FROZEN: (
@@ -129,12 +133,13 @@ _OF_FLAGS = {
         ",,",
     ),
     "--device": ("cpu", "cuda", "cuda:99", "mps", "meta", "cpu:1", "CPU", "cuda:-1", "xla", "cuda:" + "9" * 30),
-    "--dtype": ("fp32", "bf16", "auto", "float64", "FP32"),
+    "--dtype": ("fp32", "bf16", "auto", "float64", "FP32", "f16", "q8_0", "q4_0"),
     **dict.fromkeys(("--quantize", "--draft-weights"), ("int8", "int4", "int2", "INT8", "int8,int4", "int8,int8", "int4,")),
     "--exit-confidences": ("0.5", "0.8,0.9", "1", "0,0.5", "nan", "1e-50", ",", "0.5,", "2", "0.5" + ",0.5" * 20_000),
     "--policy": ("exact", "fast", "confident", "copies", "Exact", "exact,fast", "x"),
     "--draft-head": ("int8", "int4", "int2", "int8,int4"),
-    "--format": ("table", "json", "csv", "markdown", "html"),
+    "--format": ("table", "json", "csv", "markdown", "html", "transformers", "gguf", "GGUF"),
+    "--engine": ("vllm", "sglang", "llama.cpp", "tensorrt-llm", "transformers", "vLLM", "vllm,sglang", "x"),
     "--task": ("commands", "jsonl", "lm", "humaneval", "mbpp", "cnn_dm", "xsum", "scitldr", "x", "../x"),
     "--only": ("exact_match", "perplexity,speedup", "x", ",", "exact_match,", "a" * 3000),
     "--metric": ("exact_match", "rouge1", "rougeL", "rouge9"),

@@ -107,7 +107,7 @@ def import_everything() -> None:
     import peft  # noqa: F401
     import torch  # noqa: F401
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Trainer  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Gemma3Text", "Gemma2", "Gemma", "Olmo2", "Granite"):
@@ -144,6 +144,7 @@ def import_what_commands_import(material: Material) -> None:
             ("generate", "--model", str(material.model("measured")), "--quantize", "int4", *named[2:]),
             training,
             (*material.frozen_flags(), "--output", "learnt-blocks"),
+            ("export", str(material.model()), "--exit", "2", "--engine", "llama.cpp", "--output", "learnt-gguf"),
         )
     ):
         known, listed = set(sys.modules), logs / f"modules-{number}"
