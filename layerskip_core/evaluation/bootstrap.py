@@ -8,7 +8,8 @@ from torch import Tensor
 from .outputs import Outputs, Times
 from .results import Bounds
 
-_RESAMPLES = 1000
+_RESAMPLES = (200, 1000)  # fewer of many prompts
+_DRAWS = 4_000_000  # that take a moment and 50 MB
 _ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 
 
@@ -16,9 +17,11 @@ class Resamples:
     """As many prompts as were measured, drawn from them with replacement, many times. Equal numbers give equal draws."""
 
     def __init__(self, prompts: int) -> None:
-        drawn = torch.randint(max(prompts, 1), (_RESAMPLES, prompts), generator=torch.Generator().manual_seed(0))
+        fewest, most = _RESAMPLES
+        shape = (min(most, max(fewest, _DRAWS // max(prompts, 1))), prompts)
+        drawn = torch.randint(max(prompts, 1), shape, generator=torch.Generator().manual_seed(0))
         # How often each prompt was drawn: (resamples, prompts).
-        self._counts = torch.zeros(_RESAMPLES, prompts).scatter_add_(1, drawn, torch.ones(_RESAMPLES, prompts))
+        self._counts = torch.zeros(shape).scatter_add_(1, drawn, torch.ones(shape))
 
     def sums(self, values: Sequence[float]) -> Tensor:
         """The sum over each resample of a value per prompt, (resamples,)."""
