@@ -216,8 +216,8 @@ def test_a_sweep_of_the_tiny_model():
     advice = record.recommendation
     config = SweepConfig("tiny", task.config)
     expected = recommend(record.results, NEAR_TIE[torch.float64], advice.baseline_drift, "exact_match", config)
-    assert replace(advice, reason=expected.reason) == expected
-    assert advice.reason.startswith(expected.reason)  # settings that may be as fast follow
+    alike = r"; on these prompts it cannot be told from [^;]+"  # which depends on the times of each prompt
+    assert replace(advice, reason=re.sub(alike, "", advice.reason)) == expected
     assert re.search(r"(exit \d|lookup) with \d draft tokens|adaptive", advice.reason)
 
 
