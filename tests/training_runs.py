@@ -12,6 +12,8 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data.examples import load_examples
+from layerskip_core.training import module
+from layerskip_core.training.dropout import kept_rows
 from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.prepare import prepare
 from layerskip_core.training.recipe import resolve_recipe
@@ -32,6 +34,18 @@ def stop_at(step):
             raise Interrupted
 
     return listen
+
+
+def repeat_masks(monkeypatch):
+    """Makes dropout draw the same rows in every micro-batch, as it does in every process. Returns what was drawn."""
+    drawn = []
+
+    def repeated(rate, batch_size, seed, step, micro_batch, layer):
+        drawn.append(kept_rows(rate, batch_size, seed, step, 0, layer))
+        return drawn[-1]
+
+    monkeypatch.setattr(module, "kept_rows", repeated)
+    return drawn
 
 
 def saved_base(folder, **changes):

@@ -28,9 +28,8 @@ JoinT = TypeVar("JoinT")
 PackLayer = Callable[[Weights, int, Quantization | None, bool], LayerT]  # weights, index, low bits, exact
 # The final norm; the weights that have the head, of which a vocabulary's rows are taken; low bits; exact.
 PackHead = Callable[[NormWeights, Weights, DraftVocabulary | None, Quantization | None, bool], HeadT]
-PackJoin = Callable[
-    [Weights, ExitBlock, Quantization | None], JoinT
-]  # all blocks' weights, a block with a map (D, 2D), low bits
+# The weights of all blocks; a block that has a map (D, 2D); low bits.
+PackJoin = Callable[[Weights, ExitBlock, Quantization | None], JoinT]
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ def repack(
     int4: Take | None = None,
     exit_blocks: ExitBlocks = NO_BLOCKS,
 ) -> Repacked[LayerT, HeadT, JoinT]:
-    """Takes every weight once, so that a second copy of one layer exists at most, and without copies for
-    drafting of one matrix.
+    """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are copies for drafting.
 
     `int4`: calibrated weights as rows of bytes (see int4.py), of which int4 layers and heads are made. `exit_blocks`: see
     exit_blocks.py; their layers follow the model's own.

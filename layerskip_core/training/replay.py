@@ -4,7 +4,6 @@ The original writes the texts before the training, sampled at temperature 1. The
 random token, half with what the prompt template puts before a prompt, so that the model writes the prompt, too.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from .checkpoints import checkpoints_folder
 from .encoded_data import EncodedData
 from .encoder import Encoder
 from .order import OrderedRows
-from .step_rows import replayed_rows
+from .step_rows import process_index, replayed_rows
 
 MOST_TEXTS = 4096  # a run with more rows of replay sees them again: writing takes longer than training on them
 _JOURNAL = "replay-{}.jsonl"
@@ -87,7 +86,7 @@ def replayed_texts(config: FinetuneConfig, replay: Replay, device: str, report: 
     are there, and may raise to end it.
     """
     known = replay.known()
-    if len(known) < len(replay.starts) and os.environ.get("RANK", "0") == "0":
+    if len(known) < len(replay.starts) and process_index() == 0:
         # A text goes on after the end of an answer.
         decoder = replace(for_decoding(config.model, device, config.dtype), eos_ids=frozenset())
         write_answers(decoder, replay.starts, replay.how, replay.journal, report)

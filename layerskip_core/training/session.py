@@ -1,6 +1,5 @@
 """A training loop from its first step, or from a checkpoint, to its last."""
 
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -12,6 +11,7 @@ from ..interruption import Interruption
 from ..storage.writing import run_staging
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, last_checkpoint
 from .progress import StageProgress
+from .step_rows import process_index
 from .trainer import RunTrainer
 
 
@@ -57,7 +57,7 @@ def stage_reporter(
 
 def run_lock(output: str) -> AbstractContextManager[None]:
     """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
-    return output_lock(output, "layerskip finetune") if os.environ.get("RANK", "0") == "0" else nullcontext()
+    return output_lock(output, "layerskip finetune") if process_index() == 0 else nullcontext()
 
 
 def _explained(error: Exception, trainer: RunTrainer, folder: Path, resume: ResumePoint | None) -> Exception:

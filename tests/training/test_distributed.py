@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import finish, run, start
-from training_runs import loss_rows, weights
-
-from layerskip_core.training import module
-from layerskip_core.training.dropout import kept_rows
+from training_runs import loss_rows, repeat_masks, weights
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli")
 
@@ -29,14 +26,7 @@ def test_two_processes_equal_one_with_accumulation_2(base, tmp_path, monkeypatch
     both, single = str(tmp_path / "both"), str(tmp_path / "single")
     process = start(*shared, "--output", both, command=TORCHRUN)
 
-    drawn = []
-
-    def repeated(rate, batch_size, seed, step, micro_batch, layer):
-        rows = kept_rows(rate, batch_size, seed, step, 0, layer)
-        drawn.append(rows)
-        return rows
-
-    monkeypatch.setattr(module, "kept_rows", repeated)
+    drawn = repeat_masks(monkeypatch)
     threads = torch.get_num_threads()
     try:
         assert run(*shared, "--accumulation", "2", "--output", single).code == 0

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Interrupted, loss_rows, saved_base, settings_on, stop_at, weights
+from training_runs import Interrupted, loss_rows, repeat_masks, saved_base, settings_on, stop_at, weights
 
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
-from layerskip_core.training import module, tokenizer
-from layerskip_core.training.dropout import kept_rows
+from layerskip_core.training import tokenizer
 from layerskip_core.training.encoded_data import Collator
 from layerskip_core.training.prepare import prepare, take_own_gpu
 
@@ -82,14 +81,7 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path, monkeypat
     processes = torch.multiprocessing.start_processes(
         sharded_process, (base, str(tmp_path)), 2, join=False, start_method="spawn"
     )
-    drawn = []
-
-    def repeated(rate, batch_size, seed, step, micro_batch, layer):
-        rows = kept_rows(rate, batch_size, seed, step, 0, layer)
-        drawn.append(rows)
-        return rows
-
-    monkeypatch.setattr(module, "kept_rows", repeated)
+    drawn = repeat_masks(monkeypatch)
     for name, asked in (("one", WHOLE), ("one-adapted", ADAPTERS)):
         prepare(settings(**asked, accumulation=2, output=str(tmp_path / name))).run(lambda report: None)
     assert [] in drawn and [0, 1] in drawn and ([0] in drawn or [1] in drawn)

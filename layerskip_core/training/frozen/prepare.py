@@ -1,7 +1,6 @@
 """Loads model and rows for a run that trains exit blocks, and plans it. Nothing is written."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ...model.exit_blocks import ExitBlocks
 from ..answers import Writing, answers_digest, digest, read_answers
 from ..checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
 from ..prepare import autocasts, require_device, require_same_run, tokens_per_row
+from ..step_rows import world_size
 from .plan import FrozenPlan, make_frozen_plan
 from .run import FrozenJob, RunFiles
 from .run_data import RunRows, run_rows
@@ -30,8 +30,7 @@ from .states import require_disk, states_bytes
 
 def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
-    one_process = os.environ.get("WORLD_SIZE", "1") == "1"
-    require(one_process, "frozen", "used in one process", f"{os.environ.get('WORLD_SIZE')} by torchrun")
+    require(world_size() == 1, "frozen", "used in one process", f"{world_size()} by torchrun")
     if is_adapter(config.model):
         raise CheckpointError(f"`model` {config.model} is an adapter; needed a folder with all weights: `layerskip import`")
     source = downloaded(config.model)
