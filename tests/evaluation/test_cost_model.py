@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from itertools import islice
 
 import pytest
 from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
@@ -13,19 +12,9 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure import cost_model
-from layerskip_core.evaluation.measure.cost_model import (
-    PassTimes,
-    Prediction,
-    Predictions,
-    Rounds,
-    Side,
-    _StepTime,
-    agreement,
-    pass_times,
-    plain_steps,
-    predict,
-    simulate,
-)
+from layerskip_core.evaluation.measure import pass_times as timing
+from layerskip_core.evaluation.measure.cost_model import Prediction, Predictions, Rounds, Side, agreement, predict, simulate
+from layerskip_core.evaluation.measure.pass_times import PassTimes, Stretch, pass_times, plain_seconds, stretch_of
 from layerskip_core.evaluation.measure.runner import measure_prompt
 
 EOS = frozenset({9})
@@ -106,9 +95,9 @@ def test_the_time_of_rounds():
     assert Rounds(6, 4, 3, 2) + Rounds(1, 1, 1, 1) == Rounds(7, 5, 4, 3)
 
 
-def test_pass_times_are_those_of_full_rounds(monkeypatch):
-    # A prefill, a first round that is left out, rounds of 3 drafts, and a short round that does not count.
-    steps = [(0, 0.0, 9.0), (3, 9.0, 9.0), (3, 0.3, 0.5), (3, 0.6, 0.6), (3, 0.9, 0.4), (1, 7.0, 7.0)]
+def test_pass_times_are_means_over_the_rounds_of_an_answer(monkeypatch):
+    # A prefill, rounds of 3 drafts, a step without drafts, and a short round at the end.
+    steps = [(0, 0.0, 9.0), (3, 0.9, 0.5), (3, 0.3, 0.6), (0, 0.0, 7.0), (1, 0.2, 0.1)]
     clock = 0.0
 
     class Known:
@@ -122,33 +111,53 @@ def test_pass_times_are_those_of_full_rounds(monkeypatch):
                 self.stats += DecodeStats(drafted=drafted, draft_seconds=draft, verify_seconds=verify)
                 yield []
 
-    monkeypatch.setattr(cost_model, "decode", lambda *_: Known())
-    monkeypatch.setattr(cost_model.time, "perf_counter", lambda: clock)
-    plain = iter([_StepTime(0, 0.0, 0.0, seconds) for seconds in (1.0, 2.0, 3.0, 4.0)])
-    times = pass_times(tiny_loaded(), [1], DecodingConfig("self-speculative", 2, 3), plain)
-    assert [passes.draft for passes in times] == pytest.approx([0.1, 0.2, 0.3])
-    assert [passes.verify for passes in times] == pytest.approx([0.5, 0.6, 0.4])
-    assert [passes.other for passes in times] == pytest.approx([0.01] * 3)
-    assert [passes.plain for passes in times] == [1.0, 2.0, 3.0]
+    monkeypatch.setattr(timing, "decode", lambda *_: Known())
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    (times,) = pass_times(tiny_loaded(), Stretch([1], 9), DecodingConfig("self-speculative", 2, 3), 0.25)
+    assert times.draft == pytest.approx(1.4 / 7)
+    assert times.verify == pytest.approx(1.2 / 3)
+    assert times.other == pytest.approx(0.01)
+    assert times.plain == 0.25
+    assert plain_seconds(tiny_loaded(), Stretch([1], 9)) == pytest.approx((1.4 + 0.9 + 7.0 + 0.3) / 4 + 0.01)
 
 
 def test_pass_times_of_the_real_loop():
     loaded = tiny_loaded()
     prompt = loaded.encode_prompt("hi")
-    setting = DecodingConfig("self-speculative", 2, 4)
-    times = pass_times(loaded, prompt, setting, plain_steps(loaded, prompt))
-    assert len(times) >= 2
-    assert all(passes.draft > 0 and passes.verify > 0 and passes.plain > 0 for passes in times)
-    full = [5] * (loaded.backend.max_positions - 1)
-    assert pass_times(loaded, full, setting, plain_steps(loaded, full)) == []
+    stretch, setting = stretch_of(prompt, [5] * 9), DecodingConfig("self-speculative", 2, 4)
+    (times,) = pass_times(loaded, stretch, setting, plain_seconds(loaded, stretch))
+    assert min(times.draft, times.verify, times.other, times.plain) > 0
+    for without_room in (stretch_of([5] * (loaded.backend.max_positions - 1), [5]), stretch_of(prompt, [])):
+        assert plain_seconds(loaded, without_room) is None
+        assert pass_times(loaded, without_room, setting, 0.1) == []
 
 
-def test_plain_steps_start_again_at_the_end_of_the_context():
-    loaded = tiny_loaded()
-    nearly = [5] * (loaded.backend.max_positions - 3)
-    steps = list(islice(plain_steps(loaded, nearly), 7))  # a prefill and two steps have room
-    assert len(steps) == 7
-    assert all(step.drafted == 0 and step.total > 0 for step in steps)
+@pytest.mark.parametrize(("tokens", "start"), [(1, 0), (32, 0), (33, 0), (34, 1), (100, 34)])
+def test_of_a_long_answer_the_middle_is_timed(tokens, start):
+    stretch = stretch_of([1, 2], list(range(10, 10 + tokens)))
+    assert stretch == Stretch([1, 2, *range(10, 10 + start)], tokens - start)
+
+
+def test_passes_are_timed_along_several_answers_the_typical_one_first(monkeypatch):
+    loaded, task = tiny_loaded(), own_answers()
+    seen = []
+    times = [PassTimes(0.01, 0.2, 0.0, 0.1)]
+    monkeypatch.setattr(
+        cost_model, "pass_times", lambda _, stretch, setting, plain: seen.append((stretch.ids, setting)) or times
+    )
+    monkeypatch.setattr(cost_model, "_MOST", 5)
+    other = DecodingConfig("self-speculative", 2, 4)
+    progress, found = collect(predict(loaded, task.examples, [SETTING, other], NEW_TOKENS))
+    assert [setting for _, setting in seen[:4]] == [SETTING, other, other, SETTING]
+    prompts = sorted((loaded.encode_prompt(example.prompt) for example in task.examples), key=len)
+    assert seen[0][0] == seen[1][0] == prompts[1] == found.context[: len(prompts[1])]
+    assert {tuple(ids) for ids, _ in seen} == set(map(tuple, prompts))
+    assert len(seen) == 2 * cost_model._MOST and progress[-1].done == progress[-1].total
+    # After the fewest answers the timing ends as soon as it has taken its time.
+    monkeypatch.setattr(cost_model, "_SECONDS", 0.0)
+    seen.clear()
+    progress, _ = collect(predict(loaded, task.examples, [SETTING], NEW_TOKENS))
+    assert len(seen) == cost_model._FEWEST and progress[-1].done == progress[-1].total
 
 
 def test_speed_from_known_pass_times(monkeypatch):

@@ -23,7 +23,8 @@ from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import CheckpointError, ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import skip_search
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.cost_model import PassTimes, Rounds
+from layerskip_core.evaluation.measure.cost_model import Rounds
+from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.runner import Progress
 from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
 from layerskip_core.evaluation.measure.sweep import sweep
@@ -137,7 +138,7 @@ def collect(events):
 def known_times(monkeypatch):
     """A draft costs what its layers cost, and the rest of a round a plain step."""
 
-    def passes(loaded, prompt_ids, setting, plain):
+    def passes(loaded, stretch, setting, plain):
         layers = loaded.backend.num_layers
         return [PassTimes((layers - len(setting.skip)) / layers, 1.0, 0.0, 1.0)]
 

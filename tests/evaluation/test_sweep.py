@@ -15,7 +15,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import counts_text, parse_counts
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.comparison import NEAR_TIE
-from layerskip_core.evaluation.measure.cost_model import PassTimes
+from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.measure.runner import Progress
 from layerskip_core.evaluation.measure.sweep import exit_result, sweep
@@ -296,7 +296,7 @@ def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
     from layerskip_core.evaluation.measure import cost_model
 
     # A draft costs a second per layer, a verification one second: exit 2 has the best predictions.
-    def known_times(loaded, prompt_ids, setting, plain):
+    def known_times(loaded, stretch, setting, plain):
         return [PassTimes(draft=setting.exit_layer, verify=1.0, other=0.0, plain=6.0)]
 
     monkeypatch.setattr(cost_model, "pass_times", known_times)

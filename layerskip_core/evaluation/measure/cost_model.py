@@ -1,46 +1,27 @@
 """Predicts the speed of settings that draft from their acceptance and from the time of each kind of forward pass."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby, islice, pairwise
-from statistics import median
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig, SamplingConfig
+from ...config.decoding import DecodingConfig
 from ...config.packing import Quantization
 from ...data.examples import Example
-from ...decoding import DecodeStats, Decoding, decode
 from ...model.backend import Submodel
 from ...model.drafting import beyond_exit
 from ...model.exit_blocks import features_of
 from ..outputs import Output, Outputs, require_outputs
+from .pass_times import PassTimes, Stretch, medians, pass_times, plain_seconds, stretch_of
 from .runner import Progress, measure_prompt
 
-_ROUNDS = 4  # rounds, and as many plain steps, timed per visit to a setting
-_VISITS = 3  # visits to each setting, so that a slow moment of the machine does not hit one setting alone
-
-
-@dataclass(frozen=True)
-class PassTimes:
-    """Seconds on this machine.
-
-    draft: one draft token (layers 0..E-1 and the head). verify: the verification of a round, with the first layers of its last
-    draft, or of all tokens after low-bit drafts. other: the rest of a round. plain: an autoregressive step, timed next to it.
-    """
-
-    draft: float
-    verify: float
-    other: float
-    plain: float
-
-    @property
-    def rest(self) -> float:
-        """Of a round: all but its drafts."""
-        return self.verify + self.other
+# Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
+# about so many seconds allow, because the times of short passes vary more.
+_FEWEST, _MOST, _SECONDS = 3, 12, 10.0
 
 
 @dataclass(frozen=True)
@@ -142,64 +123,6 @@ def simulate(
     return Rounds(drafted, accepted, rounds, plain)
 
 
-def pass_times(
-    loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, plain: Iterator["_StepTime"]
-) -> list[PassTimes]:
-    """Times a few rounds of the real decoding loop by a setting, so that no part of a round is left out.
-
-    They are greedy, with whole drafts.
-
-    Each round is paired with one of the `plain` steps (see `plain_steps`). Half of those run before the rounds, half after.
-    Empty if the context has no room for a round.
-    """
-    room, drafts = loaded.backend.max_positions - len(prompt_ids), setting.num_draft_tokens
-    length = max(min(room, (_ROUNDS + 1) * (drafts + 1)), 1)
-    whole = replace(setting, max_new_tokens=length, stop=(), sampling=SamplingConfig(), draft_confidence=0.0, lookup=0)
-    decoding = decode(loaded.backend, prompt_ids, whole)  # without EOS ids, so that it goes on
-    steps = list(islice(plain, _ROUNDS // 2))
-    rounds = [step for step in islice(_step_times(decoding), _ROUNDS + 2) if step.drafted == drafts]
-    steps += islice(plain, _ROUNDS - len(steps))
-    return [
-        PassTimes(timed.draft / timed.drafted, timed.verify, timed.total - timed.draft - timed.verify, step.total)
-        for timed, step in zip(rounds[1:] or rounds, steps, strict=False)
-    ]
-
-
-def plain_steps(loaded: Decoder, prompt_ids: list[int]) -> Iterator["_StepTime"]:
-    """Endless autoregressive steps; at the end of the context they start again from the prompt. Empty if it has no room."""
-    config = DecodingConfig("autoregressive", max_new_tokens=loaded.backend.max_positions)
-    while len(prompt_ids) + 1 < loaded.backend.max_positions:
-        yield from islice(_step_times(decode(loaded.backend, prompt_ids, config)), 1, None)
-
-
-class _StepTime(NamedTuple):
-    """The number of drafts of a step, and its seconds for drafting, verifying and in total."""
-
-    drafted: int
-    draft: float
-    verify: float
-    total: float
-
-
-def _step_times(decoding: Decoding) -> Iterator[_StepTime]:
-    before, started = DecodeStats(), time.perf_counter()
-    for _ in decoding:
-        total, now = time.perf_counter() - started, decoding.stats
-        draft, verify = now.draft_seconds - before.draft_seconds, now.verify_seconds - before.verify_seconds
-        yield _StepTime(now.drafted - before.drafted, draft, verify, total)
-        before, started = now, time.perf_counter()
-
-
-def medians(times: Sequence[PassTimes]) -> PassTimes:
-    """Medians, because a few disturbed passes must not change the predicted ratio."""
-    return PassTimes(
-        median(passes.draft for passes in times),
-        median(passes.verify for passes in times),
-        median(passes.other for passes in times),
-        median(passes.plain for passes in times),
-    )
-
-
 @dataclass(frozen=True)
 class Prediction:
     """The prediction for one setting."""
@@ -247,11 +170,11 @@ def predict(
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
 ) -> Generator[Progress, None, Predictions]:
-    """Decodes every prompt once, autoregressively, and times a few rounds of each self-speculative setting. Yields progress.
+    """Decodes every prompt once, autoregressively, and times rounds of each setting along a few answers. Yields progress.
 
     Settings that draft with the same layers stand together. Raises LayerSkipError when no prompt could be answered.
     """
-    total = len(examples) + _VISITS * len(settings)
+    total = len(examples) + _MOST * len(settings)
     sides = list(dict.fromkeys(map(side_of, settings)))
     plain = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens, stop=stop)
     measure_prompt(loaded, examples[0].prompt, plain)  # warm-up
@@ -266,21 +189,25 @@ def predict(
             answered.append(_Answered(prompt_ids, output, room, _choices(loaded, prompt_ids, output.ids, sides)))
         yield Progress(number, total, "prediction")
     require_outputs(Outputs(tuple(outputs)))
-    context = _typical_context(answered)
     times: dict[DecodingConfig, list[PassTimes]] = {setting: [] for setting in settings}
-    done = len(examples)
-    for _, alike in groupby([*settings] * _VISITS, key=side_of):
-        steps = plain_steps(loaded, context)
-        for setting in alike:
-            times[setting] += pass_times(loaded, context, setting, steps)
-            done += 1
-            yield Progress(done, total, "prediction")
+    typical, done, started = _typical_first(answered), len(examples), time.perf_counter()
+    for visit in range(_MOST):
+        if visit >= _FEWEST and time.perf_counter() - started > _SECONDS:
+            yield Progress(total, total, "prediction")
+            break
+        stretch = typical[visit % len(typical)].stretch
+        for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
+            step = plain_seconds(loaded, stretch)
+            for setting in alike:
+                times[setting] += pass_times(loaded, stretch, setting, step)
+                done += 1
+                yield Progress(done, total, "prediction")
     predictions = {
         setting: _prediction(answered, setting, medians(passes), loaded.eos_ids) for setting, passes in times.items() if passes
     }
     tokens = sum(len(answer.output.ids) for answer in answered)
     agreeing = {side: sum(answer.agreeing(side) for answer in answered) for side in sides}
-    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions, context)
+    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions, typical[0].context)
 
 
 def _choices(
@@ -303,6 +230,16 @@ class _Answered:
     output: Output
     room: int
     choices: dict[Side, list[int]]
+
+    @property
+    def stretch(self) -> Stretch:
+        """What is timed of it."""
+        return stretch_of(self.prompt_ids, self.output.ids)
+
+    @property
+    def context(self) -> list[int]:
+        """The prompt with half the output: the average context length of its steps."""
+        return [*self.prompt_ids, *self.output.ids[: len(self.output.ids) // 2]]
 
     def agreeing(self, side: Side) -> int:
         """How many of the output's tokens the exit or copy would also have chosen."""
@@ -328,8 +265,8 @@ def prediction_of(rounds: Rounds, times: PassTimes, prefill: float, tokens: int,
     return Prediction(rounds, times, tokens / seconds, (prefill + (tokens - answers) * times.plain) / seconds)
 
 
-def _typical_context(answered: Sequence[_Answered]) -> list[int]:
-    """The prompt of median length with half its output: the average context length of its steps."""
+def _typical_first(answered: Sequence[_Answered]) -> list[_Answered]:
+    """The answers, from that of median length with its prompt to the longest and the shortest."""
     by_length = sorted(answered, key=lambda answer: len(answer.prompt_ids) + len(answer.output.ids))
-    middle = by_length[len(by_length) // 2]
-    return [*middle.prompt_ids, *middle.output.ids[: len(middle.output.ids) // 2]]
+    middle = len(by_length) // 2
+    return [by_length[place] for place in sorted(range(len(by_length)), key=lambda place: abs(place - middle))]

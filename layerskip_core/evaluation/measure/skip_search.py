@@ -22,7 +22,8 @@ from ...model.drafting import run_spans
 from ..outputs import Outputs, require_outputs
 from ..tasks.load import load_task
 from ..tasks.task import Task
-from .cost_model import PassTimes, Prediction, Rounds, medians, pass_times, plain_steps, prediction_of, simulate
+from .cost_model import Prediction, Rounds, prediction_of, simulate
+from .pass_times import PassTimes, Stretch, medians, pass_times, plain_seconds
 from .runner import Progress, measure_prompt
 
 _PROMPTS = 8
@@ -216,16 +217,17 @@ class _Timer:
     def __init__(self, loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None) -> None:
         self._loaded, self._weights = loaded, weights
         by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
-        self._context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
+        context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
+        self._stretch = Stretch(context, loaded.backend.max_positions)
 
     def passes(self, settings: Sequence[tuple[tuple[int, ...], int]]) -> list[list[PassTimes]]:
         """Of each set and draft length, visited in turn. Raises LayerSkipError if the context has no room for a round."""
         times: list[list[PassTimes]] = [[] for _ in settings]
         for _ in range(_VISITS):
-            steps = plain_steps(self._loaded, self._context)
+            plain = plain_seconds(self._loaded, self._stretch)
             for found, (skip, drafts) in zip(times, settings, strict=True):
                 setting = DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=self._weights)
-                found += pass_times(self._loaded, self._context, setting, steps)
+                found += pass_times(self._loaded, self._stretch, setting, plain)
         if not all(times):
             raise LayerSkipError("prompts that leave room for rounds of drafts are needed to search the layers to skip")
         return times
