@@ -3,13 +3,22 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from .options import with_flags
 
@@ -41,6 +50,12 @@ def narrate(text: str) -> None:
         stderr_console().print(with_flags(text), markup=False, highlight=False, soft_wrap=True)
 
 
+def show_picture(picture: Callable[[int], Text]) -> None:
+    """Draws it for the person who waits, as wide as the terminal."""
+    if _is_first_process():
+        stderr_console().print(picture(stderr_console().width), end="")
+
+
 def narrate_notes(loaded: "Decoder") -> None:
     """Prints how the model runs here, if there is something to know about it."""
     for note in loaded.notes:
@@ -61,9 +76,25 @@ def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
         torch.set_num_threads(threads or 1)
 
 
+class _Bar(Progress):
+    """A progress bar, below a picture if there is one."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, picture: Callable[[int], Text] | None) -> None:
+        self._picture, self._width = picture, console.width
+        super().__init__(*columns, console=console, transient=True, refresh_per_second=10 if picture is None else 2)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self._picture is not None:
+            yield self._picture(self._width)
+        yield from super().get_renderables()
+
+
 @contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """Yields `update(done, text)`: a bar on a terminal, otherwise a plain line every ten seconds and at the end."""
+def progress_bar(total: int, label: str, picture: Callable[[int], Text] | None = None) -> Iterator[Callable[[int, str], None]]:
+    """Yields `update(done, text)`: a bar on a terminal, otherwise a plain line every ten seconds and at the end.
+
+    `picture`: drawn above the bar on a terminal of this width, again and again.
+    """
     console = stderr_console()
     if not _is_first_process():
         yield lambda done, text: None
@@ -79,7 +110,7 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with _Bar(*columns, console=console, picture=picture) as bar:
         task = bar.add_task(label, total=total, text="", start=False)
         begun = False
 
@@ -94,8 +125,11 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int, str], None]]
 
 
 @contextmanager
-def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yields `show(stage, done, total, text)`: a bar for each stage of the work, after the one before."""
+def stage_bars(pictures: Mapping[str, Callable[[int], Text]] | None = None) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Yields `show(stage, done, total, text)`: a bar for each stage of the work, after the one before.
+
+    `pictures`: of stages that have one, see `progress_bar`.
+    """
     stage = ""
     update: Callable[[int, str], None] = lambda done, text: None  # noqa: E731
     with ExitStack() as bars:
@@ -104,7 +138,7 @@ def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
             nonlocal stage, update
             if what != stage:
                 bars.close()
-                stage, update = what, bars.enter_context(progress_bar(total, what))
+                stage, update = what, bars.enter_context(progress_bar(total, what, (pictures or {}).get(what)))
             update(done, text)
 
         yield show

@@ -59,8 +59,14 @@ def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result
     raise RuntimeError("a measurement ended without its record")
 
 
-def print_as(form: str, tables: "Sequence[TextTable]", to_json: Callable[[], str], to_csv: Callable[[], str]) -> None:
-    """Writes the result to stdout in this format, and nothing else there."""
+def print_as(
+    form: str,
+    tables: "Sequence[TextTable]",
+    to_json: Callable[[], str],
+    to_csv: Callable[[], str],
+    picture: Callable[[int], Text] | None = None,
+) -> None:
+    """Writes the result to stdout in this format, and nothing else there; with tables on a terminal its picture too."""
     if form == "json":
         typer.echo(to_json(), nl=False)
     elif form == "csv":
@@ -69,11 +75,20 @@ def print_as(form: str, tables: "Sequence[TextTable]", to_json: Callable[[], str
         typer.echo("\n".join(table.markdown() for table in tables), nl=False)
     else:
         for table in tables:
-            _print_table(table)
+            _print_table(table, picture)
 
 
-def deliver(record: "RunRecord[Result]", tables: "Sequence[TextTable]", form: str, folder: "Path | None") -> None:
-    """Writes the report's files, if there is a folder for them, and the result to stdout; the first table has the notes."""
+def deliver(
+    record: "RunRecord[Result]",
+    tables: "Sequence[TextTable]",
+    form: str,
+    folder: "Path | None",
+    picture: Callable[[int], Text] | None = None,
+) -> None:
+    """Writes the report's files, if there is a folder for them, and the result to stdout; the first table has the notes.
+
+    `picture`: by the width of the terminal.
+    """
     from layerskip_core.evaluation.output_folder import write_files
     from layerskip_core.evaluation.report.documents import to_csv, to_json
     from layerskip_core.evaluation.report.files import report_files
@@ -83,7 +98,7 @@ def deliver(record: "RunRecord[Result]", tables: "Sequence[TextTable]", form: st
         files = report_files(record, tables[0])
         write_files(folder, files)
         narrate(f"wrote {', '.join(files)} to {folder}")
-    print_as(form, tables, lambda: to_json(record), lambda: to_csv(record))
+    print_as(form, tables, lambda: to_json(record), lambda: to_csv(record), picture)
 
 
 def narrate_failures(record: "RunRecord[Result]") -> None:
@@ -94,7 +109,7 @@ def narrate_failures(record: "RunRecord[Result]") -> None:
         narrate(f"{len(failures)} prompts failed and count as wrong answers; sample {first['sample']}: {first['error']}")
 
 
-def _print_table(table: "TextTable") -> None:
+def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:
     """At most as wide as the terminal: columns that do not fit follow in another table."""
     console = ResultsConsole()
     for places in table.column_blocks(console.width):
@@ -105,4 +120,6 @@ def _print_table(table: "TextTable") -> None:
             grid.add_row(*(Text(row[place]) for place in places))
         console.print(grid)
         console.print()
+    if picture is not None and console.is_terminal:
+        console.print(picture(console.width))
     console.print(table.note, markup=False)

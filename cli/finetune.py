@@ -1,10 +1,10 @@
 """`layerskip finetune`: the recipe on an existing checkpoint, or from scratch."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,8 +14,12 @@ from layerskip_core.errors import TrainingInterrupted
 
 from . import options
 from .config_file import read_config
-from .console import narrate, stage_bars, use_threads
+from .console import narrate, show_picture, stage_bars, use_threads
+from .pictures import Curves
 from .signature import command
+
+if TYPE_CHECKING:
+    from layerskip_core.training.progress import StepReport
 
 
 @command
@@ -24,6 +28,14 @@ def finetune(
     settings: FinetuneConfig,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and stop.", rich_help_panel=options.RUN)
+    ] = False,
+    curves: Annotated[
+        bool,
+        typer.Option(
+            "--curves",
+            help="Draw the loss of every exit while training; without a terminal, at its end.",
+            rich_help_panel=options.RUN,
+        ),
     ] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.", rich_help_panel=options.MACHINE)] = 0,
     config: Annotated[
@@ -44,13 +56,14 @@ def finetune(
     """
     require_ranges(threads=threads)
     use_threads(threads)
+    drawn = Curves() if curves else None
     if settings.exit_blocks.frozen:
-        train_blocks(settings, dry_run)
+        train_blocks(settings, dry_run, drawn)
     else:
-        train_recipe(settings, dry_run)
+        train_recipe(settings, dry_run, drawn)
 
 
-def train_recipe(settings: FinetuneConfig, dry_run: bool) -> None:
+def train_recipe(settings: FinetuneConfig, dry_run: bool, curves: Curves | None) -> None:
     """The recipe, on all weights."""
     from layerskip_core.training.prepare import prepare
     from layerskip_core.training.session import run_lock
@@ -62,16 +75,16 @@ def train_recipe(settings: FinetuneConfig, dry_run: bool) -> None:
         narrate(plan_text(job.config, job.plan))
         if dry_run:
             return
-        with resumable(), stage_bars() as show:
+        with reported(curves, report_text) as (report_step, show):
             info = job.run(
-                lambda report: show("training", report.step, report.total_steps, report_text(report)),
+                report_step,
                 lambda progress: show(progress.stage, progress.done, progress.total, ""),
             )
     narrate(losses_text(info))
     narrate(f"saved {settings.output}; next: layerskip sweep-exits --model {shlex.quote(settings.output)}")
 
 
-def train_blocks(settings: FinetuneConfig, dry_run: bool) -> None:
+def train_blocks(settings: FinetuneConfig, dry_run: bool, curves: Curves | None) -> None:
     """Exit blocks beside a model that stays as it is."""
     from layerskip_core.training.frozen.prepare import prepare_frozen
     from layerskip_core.training.session import run_lock
@@ -83,13 +96,30 @@ def train_blocks(settings: FinetuneConfig, dry_run: bool) -> None:
         narrate(frozen_plan_text(job.config, job.plan))
         if dry_run:
             return
-        with resumable(), stage_bars() as show:
+        with reported(curves, block_report_text) as (report_step, show):
             trained = job.run(
-                lambda report: show("training", report.step, report.total_steps, block_report_text(report)),
+                report_step,
                 lambda progress: show(progress.stage, progress.done, progress.total, ""),
             )
     narrate(blocks_text(trained))
     narrate(f"saved {settings.output}; next: layerskip bench --model {shlex.quote(settings.output)}")
+
+
+@contextmanager
+def reported(
+    curves: Curves | None, text: "Callable[[StepReport], str]"
+) -> "Iterator[tuple[Callable[[StepReport], None], Callable[[str, int, int, str], None]]]":
+    """Yields what is called after each step of the training, and after each of what comes before it."""
+    with resumable(), stage_bars({} if curves is None else {"training": curves.picture}) as show:
+
+        def report_step(report: "StepReport") -> None:
+            if curves is not None:
+                curves.add(report.exit_losses)
+            show("training", report.step, report.total_steps, text(report))
+
+        yield report_step, show
+    if curves is not None:
+        show_picture(curves.picture)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from layerskip_core.config.ranges import counts_text
 from layerskip_core.errors import ConfigError
 
 from . import console, evaluation, options
+from .pictures import front
 from .signature import command
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def sweep_exits(
     console.use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.sweep import sweep
     from layerskip_core.evaluation.output_folder import output_folder
+    from layerskip_core.evaluation.report.points import points_of
     from layerskip_core.evaluation.report.saved_record import read_record
     from layerskip_core.evaluation.report.tables import sweep_table
     from layerskip_core.evaluation.results import ExitResult
@@ -58,7 +61,9 @@ def sweep_exits(
             _require_of_model(target, record)
         if save:  # first: the reader of stdout may go away
             _save(target, record)
-        evaluation.deliver(record, [sweep_table(record)], report.format, folder)
+        points = points_of(record)
+        picture = None if points is None else partial(front, points)
+        evaluation.deliver(record, [sweep_table(record)], report.format, folder, picture)
 
 
 @contextmanager

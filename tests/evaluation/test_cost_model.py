@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import count
 
 import pytest
 from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
@@ -165,9 +166,11 @@ def test_speed_from_known_pass_times(monkeypatch):
     honest = measure_prompt(loaded, task.examples[0].prompt, DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS))
     (known,) = outputs_of([(1, 0.5), *[(1, 7.0)] * (len(honest.ids) - 1)], ids=(honest.ids,)).each
     monkeypatch.setattr(cost_model, "measure_prompt", lambda *_: known)
-    # Neither a disturbed pass nor the speed of the answers before counts.
+    # Neither passes that were disturbed for very long nor the speed of the answers before count.
     usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
-    monkeypatch.setattr(cost_model, "pass_times", lambda *_: [usual, disturbed, usual])
+    monkeypatch.setattr(cost_model, "pass_times", lambda *_: [disturbed if next(visit) == 7 else usual])
+    monkeypatch.setattr(cost_model, "_MOST", 10)
+    visit = count()
     _, found = collect(predict(loaded, task.examples, [SETTING], NEW_TOKENS))
     prediction = found.settings[SETTING]
     rounds = prediction.rounds

@@ -12,7 +12,7 @@ from ...storage.json_reading import parse_json
 from ...storage.reading import read_bytes
 from ...storage.schema import SchemaError, build
 from ..record import RunRecord
-from ..report.drawing import label
+from ..report.points import label
 from ..report.saved_record import read_record
 from ..results import BenchResult, ExitResult
 

@@ -16,7 +16,7 @@ from ...model.backend import Submodel
 from ...model.drafting import beyond_exit
 from ...model.exit_blocks import features_of
 from ..outputs import Output, Outputs, require_outputs
-from .pass_times import PassTimes, Stretch, medians, pass_times, plain_seconds, stretch_of
+from .pass_times import PassTimes, Stretch, averages, pass_times, plain_seconds, stretch_of
 from .runner import Progress, measure_prompt
 
 # Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
@@ -203,7 +203,7 @@ def predict(
                 done += 1
                 yield Progress(done, total, "prediction")
     predictions = {
-        setting: _prediction(answered, setting, medians(passes), loaded.eos_ids) for setting, passes in times.items() if passes
+        setting: _prediction(answered, setting, averages(passes), loaded.eos_ids) for setting, passes in times.items() if passes
     }
     tokens = sum(len(answer.output.ids) for answer in answered)
     agreeing = {side: sum(answer.agreeing(side) for answer in answered) for side in sides}

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from statistics import fmean, median
+from statistics import fmean
 from typing import NamedTuple
 
 from ...checkpoint.loaded import Decoder
@@ -74,14 +74,23 @@ def pass_times(loaded: Decoder, stretch: Stretch, setting: DecodingConfig, plain
     return [PassTimes(draft, fmean(step.verify for step in rounds), other, plain)]
 
 
-def medians(times: Sequence[PassTimes]) -> PassTimes:
-    """Medians, because a few disturbed passes must not change the predicted ratio."""
+def averages(times: Sequence[PassTimes]) -> PassTimes:
+    """Means without the lowest and the highest tenth.
+
+    On a busy machine most rounds run undisturbed, and a few wait for long. What is measured afterwards has both, so medians
+    would predict too high a speed.
+    """
     return PassTimes(
-        median(passes.draft for passes in times),
-        median(passes.verify for passes in times),
-        median(passes.other for passes in times),
-        median(passes.plain for passes in times),
+        _trimmed_mean([passes.draft for passes in times]),
+        _trimmed_mean([passes.verify for passes in times]),
+        _trimmed_mean([passes.other for passes in times]),
+        _trimmed_mean([passes.plain for passes in times]),
     )
+
+
+def _trimmed_mean(seconds: list[float]) -> float:
+    left_out = len(seconds) // 10
+    return fmean(sorted(seconds)[left_out : len(seconds) - left_out])
 
 
 def _limit(loaded: Decoder, stretch: Stretch) -> int:

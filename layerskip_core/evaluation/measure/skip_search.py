@@ -23,7 +23,7 @@ from ..outputs import Outputs, require_outputs
 from ..tasks.load import load_task
 from ..tasks.task import Task
 from .cost_model import Prediction, Rounds, prediction_of, simulate
-from .pass_times import PassTimes, Stretch, medians, pass_times, plain_seconds
+from .pass_times import PassTimes, Stretch, averages, pass_times, plain_seconds
 from .runner import Progress, measure_prompt
 
 _PROMPTS = 8
@@ -165,7 +165,7 @@ def search_skips(
     finalists = [(found, factor * drafts) for _, drafts, found in promising for factor in (1, 2)]
     measured = timer.passes([(found.skip, drafts) for found, drafts in finalists])
     predictions = [
-        predicted(found, drafts, medians(passes), prefill) for (found, drafts), passes in zip(finalists, measured, strict=True)
+        predicted(found, drafts, averages(passes), prefill) for (found, drafts), passes in zip(finalists, measured, strict=True)
     ]
     best = max(range(len(finalists)), key=lambda place: predictions[place].speedup)
     found, drafts = finalists[best]

@@ -11,8 +11,6 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..results import BenchResult, ExitResult
-
 SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
 GREY = "#888888"
 _PNG_DPI = 200
@@ -58,22 +56,6 @@ def legend_above(axes: Any, entries: int) -> None:
     """A legend above the axes, where it covers no data: in one line, or in lines of three if there are more than four."""
     columns = entries if entries <= 4 else 3
     axes.legend(fontsize=7.5, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.3, columnspacing=1.2)
-
-
-def label(result: ExitResult | BenchResult) -> str:
-    """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
-    if result.strategy in ("autoregressive", "transformers"):
-        return result.strategy
-    if result.exit_confidence is not None:
-        return f"exits at {result.exit_confidence:.3g}"
-    if result.strategy == "early-exit":
-        return f"exit {result.exit_layer} alone"
-    own = result.strategy == "self-speculative"
-    parts = [] if own else [result.strategy]
-    if result.exit_layer is not None:
-        parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
-    parts += [f"{result.num_draft_tokens} drafts"] if result.num_draft_tokens else []
-    return ", ".join(parts)
 
 
 def to_png(figure: Figure) -> bytes:

@@ -7,14 +7,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from ..metrics import LOWER_IS_BETTER, quality
 from ..record import RunRecord
-from ..results import BenchResult, ExitResult, frontier
-from .drawing import GREY, SIZE, color, label, legend_above, new_figure
+from ..results import BenchResult, ExitResult
+from .drawing import GREY, SIZE, color, legend_above, new_figure
+from .points import Points, is_wide, label, points_of
 from .tables import strategy_name
 
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
-_WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 _FONT = 8  # points
 _AXES = (0.86 * 72 * SIZE[0], 0.8 * 72 * SIZE[1])  # points, about
 # Offsets from a point in points, in order of preference, with the alignment of the text.
@@ -34,40 +33,35 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 def pareto_figure(record: RunRecord[Any]) -> Figure | None:
     """A point per setting, the Pareto frontier, and labels at the points that matter. None without quality or speed."""
-    metric = str(record.config.get("quality_metric"))
-    shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
-    if not shown:
+    found = points_of(record)
+    if found is None:
         return None
     figure, axes = new_figure("Quality against speed")
-    lower = metric in LOWER_IS_BETTER
-    points = [(result.tokens_per_second, result.metrics[metric] * (1 if lower else 100)) for result in shown]
-    strategies = list(dict.fromkeys(map(strategy_name, shown)))
+    shown, lower, strategies = found.results, found.lower_is_better, found.strategies
+    points = list(zip(found.speeds, found.values, strict=True))
     for number, strategy in enumerate(strategies):
         own = [point for result, point in zip(shown, points, strict=True) if strategy_name(result) == strategy]
         marker = _MARKERS.get(strategy, "D")
         axes.scatter(*zip(*own, strict=True), marker=marker, color=color(number), alpha=0.8, label=strategy)
-    optimal = frontier([(result.tokens_per_second or 0.0, quality(result.metrics, metric)) for result in shown])
-    line = sorted((points[index] for index in optimal), key=lambda point: (point[0], -point[1] if not lower else point[1]))
+    line = sorted((points[index] for index in found.optimal), key=lambda point: (point[0], point[1] if lower else -point[1]))
     axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, drawstyle="steps-pre", zorder=0, label="Pareto frontier")
-    name = metric.replace("_", " ")
     axes.set_xlabel("Speed (tokens per second)")
-    axes.set_ylabel(f"Quality: {name}" + (", lower is better" if lower else " (%)"), parse_math=False)
+    axes.set_ylabel(found.quality_label, parse_math=False)
     axes.margins(x=0.12, y=0.16)
-    _scale(axes, [speed for speed, _ in points], [value for _, value in points], lower)
+    _scale(axes, found)
     legend_above(axes, len(strategies) + 1)
-    _label_points(axes, shown, points, strategies, optimal)
+    _label_points(axes, shown, points, strategies, found.optimal)
     return figure
 
 
-def _scale(axes: Any, speeds: Sequence[float], values: Sequence[float], lower: bool) -> None:
-    """Logarithmic axes for wide ranges: one very fast exit would squeeze all other points together."""
-    if max(speeds) > _WIDE * min(speeds) > 0:
+def _scale(axes: Any, points: Points) -> None:
+    if is_wide(points.speeds):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-    if lower:
-        if max(values) > _WIDE * min(values) > 0:
+    if points.lower_is_better:
+        if is_wide(points.values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")

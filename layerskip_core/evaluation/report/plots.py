@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult
-from .drawing import GREY, SIZE, color, label, legend_above, new_figure, style
+from .drawing import GREY, SIZE, color, legend_above, new_figure, style
 from .pareto import pareto_figure
+from .points import label
 
 _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts

@@ -1,0 +1,71 @@
+"""The settings of a record as points of quality and speed, for the Pareto figure and the one in the terminal."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..metrics import LOWER_IS_BETTER, quality
+from ..record import RunRecord
+from ..results import BenchResult, ExitResult, frontier
+from .tables import strategy_name
+
+_WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
+
+
+@dataclass(frozen=True)
+class Points:
+    """What was measured: tokens per second and the quality metric, in percent unless a lower value is better.
+
+    `optimal`: the indices of the points on the Pareto frontier.
+    """
+
+    results: list[ExitResult | BenchResult]
+    speeds: list[float]
+    values: list[float]
+    optimal: list[int]
+    metric: str
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric in LOWER_IS_BETTER
+
+    @property
+    def strategies(self) -> list[str]:
+        """Their names, in the order of the results."""
+        return list(dict.fromkeys(map(strategy_name, self.results)))
+
+    @property
+    def quality_label(self) -> str:
+        return f"Quality: {self.metric.replace('_', ' ')}" + (", lower is better" if self.lower_is_better else " (%)")
+
+
+def points_of(record: RunRecord[Any]) -> Points | None:
+    """None without quality or speed."""
+    metric = str(record.config.get("quality_metric"))
+    shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
+    if not shown:
+        return None
+    speeds = [float(result.tokens_per_second) for result in shown]
+    values = [result.metrics[metric] * (1 if metric in LOWER_IS_BETTER else 100) for result in shown]
+    optimal = frontier([(speed, quality(result.metrics, metric)) for speed, result in zip(speeds, shown, strict=True)])
+    return Points(shown, speeds, values, optimal, metric)
+
+
+def is_wide(values: list[float]) -> bool:
+    """Whether an axis is better logarithmic: one very fast exit would squeeze all other points together."""
+    return max(values) > _WIDE * min(values) > 0
+
+
+def label(result: ExitResult | BenchResult) -> str:
+    """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
+    if result.strategy in ("autoregressive", "transformers"):
+        return result.strategy
+    if result.exit_confidence is not None:
+        return f"exits at {result.exit_confidence:.3g}"
+    if result.strategy == "early-exit":
+        return f"exit {result.exit_layer} alone"
+    own = result.strategy == "self-speculative"
+    parts = [] if own else [result.strategy]
+    if result.exit_layer is not None:
+        parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
+    parts += [f"{result.num_draft_tokens} drafts"] if result.num_draft_tokens else []
+    return ", ".join(parts)
