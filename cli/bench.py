@@ -36,13 +36,14 @@ def bench(
     from layerskip_core.evaluation.measure.bench import must_search
     from layerskip_core.evaluation.measure.journal import close
     from layerskip_core.evaluation.output_folder import output_folder
+    from layerskip_core.evaluation.report.answers_page import with_answers
     from layerskip_core.evaluation.report.saved_record import read_record
     from layerskip_core.evaluation.report.tables import bench_table, category_tables
     from layerskip_core.evaluation.results import BenchResult
 
     with output_folder(report.output, "layerskip bench") as folder:
         if report.saved is not None:
-            record = read_record(report.saved, BenchResult)
+            record = with_answers(read_record(report.saved, BenchResult), report.saved)
         else:
             loaded, rows = evaluation.load(config)
             if must_search(loaded, config):

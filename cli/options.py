@@ -231,7 +231,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
     },
     Report: {
         "format": Option(OUTPUT, "Format of standard output: table, json, csv or markdown."),
-        "output": Option(OUTPUT, "Folder for report.html, results.json, results.csv and plots."),
+        "output": Option(OUTPUT, "Folder for report.html, answers.html, results.json, results.csv and plots."),
         "saved": Option(OUTPUT, "Measure nothing: render this results.json again.", "--from"),
     },
     DataConfig: {

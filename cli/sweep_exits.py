@@ -46,12 +46,13 @@ def sweep_exits(
     console.use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.sweep import sweep
     from layerskip_core.evaluation.output_folder import output_folder
+    from layerskip_core.evaluation.report.answers_page import with_answers
     from layerskip_core.evaluation.report.points import points_of
     from layerskip_core.evaluation.report.saved_record import read_record
     from layerskip_core.evaluation.report.tables import sweep_table
     from layerskip_core.evaluation.results import ExitResult
 
-    record = read_record(report.saved, ExitResult) if report.saved is not None else None
+    record = with_answers(read_record(report.saved, ExitResult), report.saved) if report.saved is not None else None
     target = config.model if record is None else str(record.config["model"])
     with _model_folder(target) if save else nullcontext(), output_folder(report.output, "layerskip sweep-exits") as folder:
         if record is None:

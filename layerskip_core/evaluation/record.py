@@ -1,6 +1,6 @@
 """The record of a measurement: its settings, the machine and its results, as one JSON document."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypedDict, TypeVar
 
 from ..config.decoding import DraftProfile
@@ -62,8 +62,17 @@ class Environment(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Answered:
+    """A prompt, its reference if it has one, and the answer of each result; None where that was not measured or failed."""
+
+    prompt: str
+    reference: str
+    answers: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
 class RunRecord(Generic[Result]):
-    """One run. `config` is complete: it holds the value that each default took."""
+    """One run. `config` is complete: it holds the value that each default took. `answered` is not part of its document."""
 
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -71,9 +80,11 @@ class RunRecord(Generic[Result]):
     recommendation: Recommendation | None = None  # of a sweep
     prediction_error: PredictionError | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
+    answered: tuple[Answered, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float in it is finite."""
-        fields = asdict(self)
+        fields = asdict(replace(self, answered=()))
+        del fields["answered"]
         optional = ("recommendation", "prediction_error", "profile")
         return {key: value for key, value in fields.items() if value is not None or key not in optional}

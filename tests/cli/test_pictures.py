@@ -9,7 +9,7 @@ from layerskip_core.evaluation.results import ExitResult
 
 
 def result(strategy, speed, metrics, exit_layer=None, drafts=None):
-    return ExitResult(strategy, exit_layer, drafts, metrics, None, None, speed, speed / 100, 1.0, None)
+    return ExitResult(strategy, exit_layer, drafts, metrics, None, None, None, speed, speed / 100, 1.0)
 
 
 def record_of(*results, metric="exact_match"):

@@ -100,7 +100,7 @@ def bench(
         compared = (timed, outputs[0], transformers or ())
         results.append(replace(figures, categories=_by_category(task, config, method, compared, answered, expected)))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
-    yield RunRecord(resolved, machine, tuple(results))
+    yield RunRecord(resolved, machine, tuple(results), answered=task.answered(answers))
 
 
 def must_search(loaded: Decoder, config: BenchConfig) -> bool:

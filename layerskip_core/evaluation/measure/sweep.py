@@ -80,13 +80,13 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         if setting not in by_setting:
             results.append(_unmeasured(setting))
             continue
-        outputs, answered = by_setting[setting]
+        outputs, answers_of = by_setting[setting]
         drafts = drafts_tokens(setting)
         comparable = drafts and not setting.sampling.temperature
-        differing = differences(loaded, task.examples, answered, expected) if comparable else ()
+        differing = differences(loaded, task.examples, answers_of, expected) if comparable else ()
         perplexity = losses.perplexity(setting.exit_layer) if setting.strategy == "early-exit" and setting.exit_layer else full
-        metrics = task.score(answered.texts, perplexity)
-        results.append(exit_result(setting, outputs, baseline, answered, expected, metrics, differing))
+        metrics = task.score(answers_of.texts, perplexity)
+        results.append(exit_result(setting, outputs, baseline, answers_of, expected, metrics, differing))
     results[0] = replace(results[0], perplexity=full)
     results[1:] = [
         _with_predictions(result, setting, losses, predictions) for result, setting in zip(results[1:], settings, strict=True)
@@ -99,7 +99,8 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config, [baseline, *times])
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     profile = draft_profile(loaded, marked, config.packing, predictions.context)
-    yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked), profile)
+    answered = task.answered([expected, *(by_setting[setting][1] if setting in by_setting else None for setting in settings)])
+    yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked), profile, answered)
 
 
 def exit_result(

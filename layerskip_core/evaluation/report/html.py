@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..metrics import LOWER_IS_BETTER
 from ..record import RunRecord
+from .answers_page import ANSWERS_PAGE
 from .drawing import to_svg
 from .pages import render
 from .plots import title
@@ -43,6 +45,7 @@ class _Cell(NamedTuple):
 class _Row(NamedTuple):
     cells: list[_Cell]
     pareto: bool
+    answers: str | None = None  # where its answers are
 
 
 class _Table(NamedTuple):
@@ -64,7 +67,8 @@ def html_report(record: RunRecord[Any], figures: dict[str, Figure], notes: Seque
         for result in results
         for name, figures in result.get("categories", {}).items()
     ]
-    tables = [_table("", results), *([_table("By category", by_category)] if by_category else [])]
+    links = [f"{ANSWERS_PAGE}#setting-{number}" for number in range(len(results))] if record.answered else None
+    tables = [_table("", results, links), *([_table("By category", by_category)] if by_category else [])]
     settings = {"config": record.config, "environment": record.environment}
     return render(
         "report",
@@ -83,15 +87,15 @@ def _machine(environment: dict[str, Any]) -> str:
     return ", ".join(f"{environment[part]}" for part in parts if part in environment) + f" {threads}"
 
 
-def _table(caption: str, results: Sequence[dict[str, Any]]) -> _Table:
-    """With a column for every figure that any result has."""
+def _table(caption: str, results: Sequence[dict[str, Any]], links: Sequence[str] | None = None) -> _Table:
+    """With a column for every figure that any result has. `links`: to the answers of each result."""
     figures = [_figures(result) for result in results]
     names = dict.fromkeys(name for row in sorted(figures, key=len, reverse=True) for name in row)
     columns = [name for name in names if any(row.get(name) not in (None, "") for row in figures)]
     rows = []
-    for result, row in zip(results, figures, strict=True):
+    for result, row, link in zip(results, figures, links or repeat(None, len(results)), strict=True):
         cells = [_cell(column, row.get(column), result["intervals"].get(column)) for column in columns]
-        rows.append(_Row(cells, bool(result.get("pareto"))))
+        rows.append(_Row(cells, bool(result.get("pareto")), link))
     return _Table(caption, [_header(column) for column in columns], rows)
 
 

@@ -9,7 +9,9 @@ from ...config.decoding import GenerationSettings
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example
 from ...decoding.stopping import before_stop
+from ..outputs import Outputs
 from ..perplexity import ReferenceLosses, reference_losses, text_losses
+from ..record import Answered
 
 Scorer = Callable[[Sequence[str]], dict[str, float]]
 Option = Literal["metric", "shots", "template"]
@@ -70,6 +72,21 @@ class Task:
         if self.text is not None:
             return {} if perplexity is None else {"perplexity": perplexity}
         return self.scorer(self._cut(predictions))
+
+    def answered(self, answers: Sequence[Outputs | None]) -> tuple[Answered, ...]:
+        """Each prompt with its answers, cut at the stop strings; `answers`: those of each result, None if not measured."""
+        texts = [None if outputs is None else self._cut(outputs.texts) for outputs in answers]
+        return tuple(
+            Answered(
+                example.prompt,
+                example.completion,
+                tuple(
+                    None if found is None or cut is None or found.each[sample].error is not None else cut[sample]
+                    for found, cut in zip(answers, texts, strict=True)
+                ),
+            )
+            for sample, example in enumerate(self.examples)
+        )
 
     def score_category(self, category: Category, predictions: Sequence[str]) -> dict[str, float]:
         """Like `score`, of the predictions for the examples of a category."""
