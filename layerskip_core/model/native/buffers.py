@@ -14,26 +14,16 @@ class Buffers:
 
     def __init__(self, rows: int, threads: int, shape: CShape, norms_blocks: bool) -> None:
         self._shared = [torch.empty(rows, width) for width in _widths(shape, norms_blocks)]
-        self._formed = rows * _formed_bytes(shape)
-        self._row = 0  # floats that a thread has besides its formed rows: a hidden state, or the scores of a query
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        own = -(-(4 * (shape.hidden + 16) + rows * _formed_bytes(shape)) // 64) * 64  # a hidden state and all formed rows
+        self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows, rows_per_sequence=rows)
         self.call.qkv, self.call.mixed, self.call.inside, self.call.block = (part.data_ptr() for part in self._shared)
-        self.fit(shape.hidden)
+        self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (*self._shared, self._scratch))
-
-    def fit(self, places: int) -> None:
-        """Makes room for the scores of a query over this many places of the cache."""
-        if places <= self._row:
-            return
-        self._row = places
-        own = -(-(4 * (places + 16) + self._formed) // 64) * 64
-        self._scratch = torch.empty(self.threads * own, dtype=torch.uint8)
-        self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
 
 
 class BufferPool:

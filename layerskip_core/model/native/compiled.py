@@ -16,7 +16,7 @@ KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers th
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 VARIANTS = ("amx", "avx512", "avx2")  # the best first
-INTERFACE = 10  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 11  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
 

@@ -16,7 +16,6 @@
 
 #define PANEL 32
 #define GROUP 32 /* inputs that share a scale */
-#define MOST_CHUNKS 16
 
 enum { FP32, BF16, INT8, INT4 };
 
@@ -115,15 +114,7 @@ static void form(const Matrix *m, const float *x, char *out) {
     if (m->kind == FP32) {
         memcpy(out, x, 4 * (size_t)n);
     } else if (m->kind == BF16) {
-        uint16_t *b = (uint16_t *)out;
-        for (; i + 16 <= n; i += 16) f_store_bf16(b + i, f_load(x + i));
-        if (i < n) {
-            float rest[16] = {0};
-            uint16_t rounded[16];
-            memcpy(rest, x + i, 4 * (size_t)(n - i));
-            f_store_bf16(rounded, f_load(rest));
-            memcpy(b + i, rounded, 2 * (size_t)(n - i));
-        }
+        for (; i < n; i += 16) round_some((uint16_t *)out + i, x + i, n - i);
     } else {
         int8_t *q = (int8_t *)out;
         float *scales = (float *)(out + n);
@@ -178,99 +169,136 @@ INLINE void fetch(const void *w) {
 
 #include "tiles.h"
 
-/* ---- a panel of a matrix by R rows, R being constant where it is inlined ---- */
+/* ---- P neighbouring panels of a matrix by R rows, both being constant where they are inlined: see panels_at_once ---- */
 
-INLINE void panel_fp32(const float *w, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
-    vf acc[TILE][2];
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
-    for (int k = 0; k < n; k++, w += PANEL) {
-        vf w0 = f_load(w), w1 = f_load(w + 16);
-        for (int r = 0; r < R; r++) {
-            vf value = f_set(((const float *)(x + r * stride))[k]);
-            acc[r][0] = f_fma(w0, value, acc[r][0]), acc[r][1] = f_fma(w1, value, acc[r][1]);
+#define MOST_PANELS 4
+#define FETCH_FROM 5 /* rows; with fewer the CPU itself fetches ahead of the sums */
+
+typedef float Product[MOST_ROWS][PANEL]; /* of a panel, (row, output) */
+
+INLINE void panels_fp32(const float *w, int n, const char *x, size_t stride, const int R, const int P, Product *out) {
+    vf acc[TILE][MOST_PANELS][2];
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = f_set(0);
+    for (int k = 0; k < n; k++, w += PANEL)
+        for (int p = 0; p < P; p++) {
+            const float *from = w + (size_t)(p * n) * PANEL;
+            vf w0 = f_load(from), w1 = f_load(from + 16);
+            if (R >= FETCH_FROM) fetch(from);
+            for (int r = 0; r < R; r++) {
+                vf value = f_set(((const float *)(x + r * stride))[k]);
+                acc[r][p][0] = f_fma(w0, value, acc[r][p][0]), acc[r][p][1] = f_fma(w1, value, acc[r][p][1]);
+            }
         }
-    }
-    for (int r = 0; r < R; r++) f_store(out[r], acc[r][0]), f_store(out[r] + 16, acc[r][1]);
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) f_store(out[p][r], acc[r][p][0]), f_store(out[p][r] + 16, acc[r][p][1]);
 }
 
-INLINE void panel_bf16(const uint16_t *w, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
-    vf acc[TILE][2];
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
-    for (int pair = 0; pair < n / 2; pair++, w += 2 * PANEL) {
-        vi w0 = i_load(w), w1 = i_load(w + 32);
-        fetch(w);
-        for (int r = 0; r < R; r++) {
-            uint32_t value = ((const uint32_t *)(x + r * stride))[pair];
-            acc[r][0] = dot_bf16(acc[r][0], w0, value), acc[r][1] = dot_bf16(acc[r][1], w1, value);
+INLINE void panels_bf16(const uint16_t *w, int n, const char *x, size_t stride, const int R, const int P, Product *out) {
+    vf acc[TILE][MOST_PANELS][2];
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = f_set(0);
+    for (int pair = 0; pair < n / 2; pair++, w += 2 * PANEL)
+        for (int p = 0; p < P; p++) {
+            const uint16_t *from = w + (size_t)(p * n) * PANEL;
+            vi w0 = i_load(from), w1 = i_load(from + 32);
+            if (R >= FETCH_FROM) fetch(from);
+            for (int r = 0; r < R; r++) {
+                uint32_t value = ((const uint32_t *)(x + r * stride))[pair];
+                acc[r][p][0] = dot_bf16(acc[r][p][0], w0, value), acc[r][p][1] = dot_bf16(acc[r][p][1], w1, value);
+            }
         }
-    }
-    for (int r = 0; r < R; r++) f_store(out[r], acc[r][0]), f_store(out[r] + 16, acc[r][1]);
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) f_store(out[p][r], acc[r][p][0]), f_store(out[p][r] + 16, acc[r][p][1]);
 }
 
 /* Levels plus 128, because the instruction multiplies unsigned by signed; sums start with the correction for that. */
-INLINE void panel_int8(const uint8_t *w, const float *scale, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
-    vf acc[TILE][2];
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
+INLINE void panels_int8(
+    const uint8_t *w, const float *scale, int n, const char *x, size_t stride, const int R, const int P, Product *out
+) {
+    vf acc[TILE][MOST_PANELS][2];
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = f_set(0);
     for (int g = 0; g < n / GROUP; g++) {
-        vi sum[TILE][2];
-        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = i_set(((const int32_t *)(x + r * stride + n))[n / GROUP + g]);
-        for (int quad = 0; quad < GROUP / 4; quad++, w += 4 * PANEL) {
-            vi w0 = i_load(w), w1 = i_load(w + 64);
-            fetch(w);
-            for (int r = 0; r < R; r++) {
-                int32_t value = ((const int32_t *)(x + r * stride))[g * (GROUP / 4) + quad];
-                sum[r][0] = dot_int8(sum[r][0], w0, value), sum[r][1] = dot_int8(sum[r][1], w1, value);
+        vi sum[TILE][MOST_PANELS][2];
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++)
+                sum[r][p][0] = sum[r][p][1] = i_set(((const int32_t *)(x + r * stride + n))[n / GROUP + g]);
+        for (int quad = 0; quad < GROUP / 4; quad++, w += 4 * PANEL)
+            for (int p = 0; p < P; p++) {
+                const uint8_t *from = w + (size_t)(p * n) * PANEL;
+                vi w0 = i_load(from), w1 = i_load(from + 64);
+                fetch(from);
+                for (int r = 0; r < R; r++) {
+                    int32_t value = ((const int32_t *)(x + r * stride))[g * (GROUP / 4) + quad];
+                    sum[r][p][0] = dot_int8(sum[r][p][0], w0, value), sum[r][p][1] = dot_int8(sum[r][p][1], w1, value);
+                }
             }
-        }
         for (int r = 0; r < R; r++) {
             vf factor = f_set(((const float *)(x + r * stride + n))[g]);
-            acc[r][0] = f_fma(f_of_int(sum[r][0]), factor, acc[r][0]), acc[r][1] = f_fma(f_of_int(sum[r][1]), factor, acc[r][1]);
+            for (int p = 0; p < P; p++)
+                for (int half = 0; half < 2; half++) acc[r][p][half] = f_fma(f_of_int(sum[r][p][half]), factor, acc[r][p][half]);
         }
     }
     for (int r = 0; r < R; r++)
-        f_store(out[r], f_mul(acc[r][0], f_load(scale))), f_store(out[r] + 16, f_mul(acc[r][1], f_load(scale + 16)));
+        for (int p = 0; p < P; p++)
+            for (int half = 0; half < 2; half++)
+                f_store(out[p][r] + 16 * half, f_mul(acc[r][p][half], f_load(scale + p * PANEL + 16 * half)));
 }
 
 /* A byte holds the level of input i in its low half and of input i + 16 of the group in its high half. */
-INLINE void panel_int4(const uint8_t *w, const uint16_t *scale, int n, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
-    vf acc[TILE][2];
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = f_set(0);
+INLINE void panels_int4(
+    const uint8_t *w, const uint16_t *scale, int n, const char *x, size_t stride, const int R, const int P, Product *out
+) {
+    vf acc[TILE][MOST_PANELS][2];
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = f_set(0);
     for (int g = 0; g < n / GROUP; g++, scale += 2 * PANEL) {
-        vi sum[TILE][2];
-        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = i_set(0);
-        for (int quad = 0; quad < GROUP / 8; quad++, w += 4 * PANEL) {
-            vi w0 = i_load(w), w1 = i_load(w + 64);
-            fetch(w);
-            for (int r = 0; r < R; r++) {
-                const int32_t *values = (const int32_t *)(x + r * stride) + g * (GROUP / 4) + quad;
-                sum[r][0] = dot_int4(sum[r][0], i_low(w0), values[0]), sum[r][1] = dot_int4(sum[r][1], i_low(w1), values[0]);
-                sum[r][0] = dot_int4(sum[r][0], i_high(w0), values[GROUP / 8]);
-                sum[r][1] = dot_int4(sum[r][1], i_high(w1), values[GROUP / 8]);
+        vi sum[TILE][MOST_PANELS][2];
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++) sum[r][p][0] = sum[r][p][1] = i_set(0);
+        for (int quad = 0; quad < GROUP / 8; quad++, w += 4 * PANEL)
+            for (int p = 0; p < P; p++) {
+                const uint8_t *from = w + (size_t)(p * n / 2) * PANEL;
+                fetch(from);
+                for (int half = 0; half < 2; half++) {
+                    vi both = i_load(from + 64 * half), low = i_low(both), high = i_high(both);
+                    for (int r = 0; r < R; r++) {
+                        const int32_t *values = (const int32_t *)(x + r * stride) + g * (GROUP / 4) + quad;
+                        sum[r][p][half] = dot_int4(sum[r][p][half], low, values[0]);
+                        sum[r][p][half] = dot_int4(sum[r][p][half], high, values[GROUP / 8]);
+                    }
+                }
             }
-        }
         for (int r = 0; r < R; r++) {
             const float *factors = (const float *)(x + r * stride + n);
             vf factor = f_set(factors[g]), whole = f_set(factors[n / GROUP + g]);
-            for (int half = 0; half < 2; half++) {
-                acc[r][half] = f_fma(f_of_int(sum[r][half]), f_mul(f_load_bf16(scale + 16 * half), factor), acc[r][half]);
-                acc[r][half] = f_fma(f_load_bf16(scale + PANEL + 16 * half), whole, acc[r][half]);
-            }
+            for (int p = 0; p < P; p++)
+                for (int half = 0; half < 2; half++) {
+                    const uint16_t *own = scale + (size_t)(p * (n / GROUP)) * 2 * PANEL + 16 * half;
+                    acc[r][p][half] = f_fma(f_of_int(sum[r][p][half]), f_mul(f_load_bf16(own), factor), acc[r][p][half]);
+                    acc[r][p][half] = f_fma(f_load_bf16(own + PANEL), whole, acc[r][p][half]);
+                }
         }
     }
-    for (int r = 0; r < R; r++) f_store(out[r], acc[r][0]), f_store(out[r] + 16, acc[r][1]);
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) f_store(out[p][r], acc[r][p][0]), f_store(out[p][r] + 16, acc[r][p][1]);
 }
 
-INLINE void panel_of(const Matrix *m, int panel, const char *x, size_t stride, const int R, float (*out)[PANEL]) {
+INLINE void panels_of(const Matrix *m, int panel, const char *x, size_t stride, const int R, const int P, Product *out) {
     int n = m->inputs;
     size_t size = (size_t)panel * PANEL * (size_t)n;
     switch (R > LOW_BIT_TILE && m->kind > BF16 ? -1 : m->kind) {
-    case FP32: panel_fp32((const float *)m->weight + size, n, x, stride, R, out); break;
-    case BF16: panel_bf16((const uint16_t *)m->weight + size, n, x, stride, R, out); break;
-    case INT8: panel_int8((const uint8_t *)m->weight + size, (const float *)m->scale + (size_t)panel * PANEL, n, x, stride, R, out); break;
+    case FP32: panels_fp32((const float *)m->weight + size, n, x, stride, R, P, out); break;
+    case BF16: panels_bf16((const uint16_t *)m->weight + size, n, x, stride, R, P, out); break;
+    case INT8: panels_int8((const uint8_t *)m->weight + size, (const float *)m->scale + (size_t)panel * PANEL, n, x, stride, R, P, out); break;
     case INT4:
-        panel_int4((const uint8_t *)m->weight + size / 2, (const uint16_t *)m->scale + size / GROUP * 2, n, x, stride, R, out);
+        panels_int4((const uint8_t *)m->weight + size / 2, (const uint16_t *)m->scale + size / GROUP * 2, n, x, stride, R, P, out);
     }
 }
+
+/* Panels that are multiplied together: so few sums of one panel would wait for each other. */
+INLINE int panels_at_once(int rows) { return rows == 1 ? (TILE > 2 ? 4 : 2) : rows == 2 && TILE > 2 ? 2 : 1; }
 
 /* Rows of which one panel_rows multiplies a panel: parts of about the same size, or whole tiles. */
 static int rows_at_once(const Matrix *m, int rows) {
@@ -279,27 +307,30 @@ static int rows_at_once(const Matrix *m, int rows) {
     return rows <= most ? most : (rows + parts - 1) / parts;
 }
 
-static void panel_rows(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
-    switch (in_tiles(m) ? 0 : rows) {
-    case 0: panel_in_tiles(m, panel, x, stride, rows, out); break;
-    case 1: panel_of(m, panel, x, stride, 1, out); break;
+/* `count` <= MOST_PANELS neighbouring panels. */
+static void panel_rows(const Matrix *m, int panel, int count, const char *x, size_t stride, int rows, Product *out) {
+    for (int done = 0, few; done < count; done += few) {
+        int most = in_tiles(m) ? 1 : panels_at_once(rows), first = panel + done;
+        few = count - done >= most ? most : most == 4 && count - done >= 2 ? 2 : 1;
+        switch (in_tiles(m) ? 0 : few > 1 ? -few * rows : rows) {
+        case 0: panel_in_tiles(m, first, x, stride, rows, out[done]); break;
 #if TILE > 2
-    case 2: panel_of(m, panel, x, stride, 2, out); break;
-    case 3: panel_of(m, panel, x, stride, 3, out); break;
-    case 4: panel_of(m, panel, x, stride, 4, out); break;
-    case 5: panel_of(m, panel, x, stride, 5, out); break;
-    case 6: panel_of(m, panel, x, stride, 6, out); break;
-    case 7: panel_of(m, panel, x, stride, 7, out); break;
-    case 8: panel_of(m, panel, x, stride, 8, out); break;
-    case 9: panel_of(m, panel, x, stride, 9, out); break;
-    case 10: panel_of(m, panel, x, stride, 10, out); break;
-    case 11: panel_of(m, panel, x, stride, 11, out); break;
+        case -4:
+            if (rows == 1) panels_of(m, first, x, stride, 1, 4, out + done);
+            else panels_of(m, first, x, stride, 2, 2, out + done);
+            break;
 #endif
-    default: panel_of(m, panel, x, stride, TILE, out);
+        case -2: panels_of(m, first, x, stride, 1, 2, out + done); break;
+#define ROWS(R) case R: panels_of(m, first, x, stride, R, 1, out + done); break;
+        EACH_ROWS
+#undef ROWS
+        }
     }
-    if (m->bias)
+    if (!m->bias) return;
+    for (int p = 0; p < count; p++)
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < PANEL; i += 16) f_store(out[r] + i, f_add(f_load(out[r] + i), f_load(m->bias + (size_t)panel * PANEL + i)));
+            for (int i = 0; i < PANEL; i += 16)
+                f_store(out[p][r] + i, f_add(f_load(out[p][r] + i), f_load(m->bias + (size_t)(panel + p) * PANEL + i)));
 }
 
 enum { PUT, ADD, ACTIVATE }; /* what happens to a product */
@@ -326,97 +357,38 @@ static void multiply(
     size_t stride = form_bytes(m);
     int step = what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step - first;
     int most = rows_at_once(m, rows), activation = s->activation, shaped = 0;
-    float part[2][MOST_ROWS][PANEL], scale = s->residual_scale;
-    for (int p = first + share(count, thread, threads); p < first + share(count, thread + 1, threads); p++)
+    int from = first + share(count, thread, threads), to = first + share(count, thread + 1, threads);
+    int together = rows < most ? panels_at_once(rows) / step : 1;
+    if (together < 1) together = 1;
+    Product product[MOST_PANELS];
+    float scale = s->residual_scale;
+    for (int p = from; p < to; p += together) {
+        int units = to - p < together ? to - p : together; /* of one panel, or of gate and up */
         for (int row = 0; row < rows; row += most) {
             int tile = rows - row < most ? rows - row : most;
-            int live = width - p * PANEL < PANEL ? width - p * PANEL : PANEL;
             if (in_tiles(m) && tile != shaped) shape_tiles_for(shaped = tile);
-            for (int i = 0; i < step; i++) panel_rows(m, p * step + i, x + (size_t)row * stride, stride, tile, part[i]);
-            for (int r = 0; r < tile; r++) {
-                float *product = part[0][r], *to = out + (size_t)(row + r) * (size_t)width + (size_t)p * PANEL;
-                if (what == ACTIVATE)
-                    for (int i = 0; i < PANEL; i += 16) {
-                        vf active = activated(f_load(product + i), activation);
-                        f_store(product + i, step == 2 ? f_mul(active, f_load(part[1][r] + i)) : active);
-                    }
-                if (what == ADD) for (int i = 0; i < live; i++) to[i] += scale * product[i];
-                else memcpy(to, product, 4 * (size_t)live);
+            panel_rows(m, p * step, units * step, x + (size_t)row * stride, stride, tile, product);
+            for (int u = 0; u < units; u++) {
+                int place = (p + u) * PANEL, live = width - place < PANEL ? width - place : PANEL;
+                for (int r = 0; r < tile; r++) {
+                    float *put = product[u * step][r], *to = out + (size_t)(row + r) * (size_t)width + place;
+                    if (what == ACTIVATE)
+                        for (int i = 0; i < PANEL; i += 16) {
+                            vf active = activated(f_load(put + i), activation);
+                            f_store(put + i, step == 2 ? f_mul(active, f_load(product[u * step + 1][r] + i)) : active);
+                        }
+                    if (what == ADD) for (int i = 0; i < live; i++) to[i] += scale * put[i];
+                    else memcpy(to, put, 4 * (size_t)live);
+                }
             }
         }
+    }
     if (shaped) release_tiles();
 }
 
 /* ---- attention ---- */
 
-/* Sixteen of `n` numbers of the cache, with zeros after them. */
-INLINE vf cached(const char *at, int bf16, int n) {
-    if (n >= 16) return bf16 ? f_load_bf16((const uint16_t *)at) : f_load((const float *)at);
-    union { float f[16]; uint16_t b[16]; } rest;
-    memset(&rest, 0, sizeof rest);
-    memcpy(&rest, at, (size_t)n * (bf16 ? 2 : 4));
-    return bf16 ? f_load_bf16(rest.b) : f_load(rest.f);
-}
-
-/* One query over `count` keys and values, `size` dimensions in C chunks of sixteen. Places after the last key are never read. */
-INLINE void attend(
-    const float *query, const char *keys, const char *values, int count, int size, const int C, int bf16, float cap, float *scores, float *out
-) {
-    size_t width = bf16 ? 2 : 4, row = (size_t)size * width;
-    int by_pairs = bf16 && size == 16 * C && C % 2 == 0; /* the query in bf16 too, as the rest of such a model is */
-    vf part[MOST_CHUNKS], mixed[MOST_CHUNKS], most = f_set(-INFINITY);
-    vi pairs[MOST_CHUNKS / 2];
-    uint16_t rounded[16 * MOST_CHUNKS];
-    for (int c = 0; c < C; c++) part[c] = cached((const char *)(query + 16 * c), 0, size - 16 * c), mixed[c] = f_set(0);
-    if (by_pairs) {
-        for (int c = 0; c < C; c++) f_store_bf16(rounded + 16 * c, part[c]);
-        for (int c = 0; c < C / 2; c++) pairs[c] = i_load(rounded + 32 * c);
-    }
-    for (int t = 0; t < count; t += 16) {
-        int live = count - t < 16 ? count - t : 16;
-        vf sums[16];
-        for (int k = 0; k < 16; k++) { /* after the last key that key again: its score is not used */
-            const char *key = keys + row * (size_t)(t + (k < live ? k : live - 1));
-            vf sum = f_set(0);
-            if (row % 64 == 0) fetch(key);
-            if (by_pairs)
-                for (int c = 0; c < C / 2; c++) sum = dot_pairs(sum, i_load(key + 64 * c), pairs[c]);
-            else
-                for (int c = 0; c < C; c++) sum = f_fma(part[c], cached(key + 16 * c * width, bf16, size - 16 * c), sum);
-            sums[k] = sum;
-        }
-        vf score = f_sums(sums);
-        if (cap > 0) score = f_mul(f_set(cap), f_tanh(f_mul(score, f_set(1 / cap))));
-        f_store(scores + t, score);
-        for (int k = live; k < 16; k++) scores[t + k] = -INFINITY;
-        most = f_max(most, f_load(scores + t));
-    }
-    vf largest = f_set(f_largest(most)), total = f_set(0);
-    for (int t = 0; t < count; t += 16) {
-        vf weight = f_exp(f_sub(f_load(scores + t), largest));
-        f_store(scores + t, weight);
-        for (int k = count - t; k < 16; k++) scores[t + k] = 0;
-        total = f_add(total, f_load(scores + t));
-    }
-    for (int t = 0; t < count; t++, values += row) {
-        vf weight = f_set(scores[t]);
-        fetch(values);
-        for (int c = 0; c < C; c++) mixed[c] = f_fma(weight, cached(values + 16 * c * width, bf16, size - 16 * c), mixed[c]);
-    }
-    vf inverse = f_set(1 / f_sum(total));
-    for (int c = 0; c < C; c++) {
-        float chunk[16];
-        f_store(chunk, f_mul(mixed[c], inverse));
-        memcpy(out + 16 * c, chunk, 4 * (size_t)(size - 16 * c < 16 ? size - 16 * c : 16));
-    }
-}
-
-static char *place_of(const Shape *s, const Call *call, int layer, int value, int row, int head, int64_t place) {
-    int64_t at = ((int64_t)layer * 2 + value) * call->sequences + row / call->rows_per_sequence;
-    return call->cache + ((at * s->kv_heads + head) * call->places + place) * s->head_dim * (s->bf16_cache ? 2 : 4);
-}
-
-#include "tiled_attention.h"
+#include "attention.h"
 
 /* This thread's part of the norms over all queries of a row, and over all its keys. */
 static void norm_projections(const Shape *s, const Layer *l, const Call *call, int keys_only, int thread, int threads) {
@@ -425,70 +397,6 @@ static void norm_projections(const Shape *s, const Layer *l, const Call *call, i
         float *row = call->qkv + (size_t)(task / 2) * (size_t)(queries + 2 * keys);
         if (task % 2 == 0 && !keys_only) normed(row, &l->query, queries, s->eps, row);
         if (task % 2) normed(row + queries, &l->key, keys, s->eps, row + queries);
-    }
-}
-
-/* Norm, rotation and scale of this thread's queries, unless `keys_only`, and keys; keys and values to the cache. */
-static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int keys_only, int thread, int threads) {
-    int size = s->head_dim, half = s->rotary / 2, all = s->heads + 2 * s->kv_heads, rotates = l->rope >= 0;
-    int first = keys_only ? s->heads : 0, slots = all - first;
-    int64_t tasks = (int64_t)call->rows * slots;
-    for (int64_t task = share_of_many(tasks, thread, threads); task < share_of_many(tasks, thread + 1, threads); task++) {
-        int row = (int)(task / slots), slot = first + (int)(task % slots), head = slot - s->heads;
-        int64_t place = call->positions[row];
-        float *x = call->qkv + ((size_t)row * (size_t)all + (size_t)slot) * (size_t)size;
-        if (head < s->kv_heads) {
-            const Norm *norm = head < 0 ? &l->query : &l->key;
-            float scale = head < 0 ? s->attention_scale : 1;
-            if (norm->weight && !s->norms_projections) normed(x, norm, size, s->eps, x);
-            const float *cos = call->cos[l->rope > 0] + place * half, *sin = call->sin[l->rope > 0] + place * half;
-            for (int i = 0; i < half; i++) {
-                float a = x[i] * scale, b = x[i + half] * scale;
-                x[i] = rotates ? a * cos[i] - b * sin[i] : a;
-                x[i + half] = rotates ? b * cos[i] + a * sin[i] : b;
-            }
-            for (int i = 2 * half; i < size; i++) x[i] *= scale;
-        }
-        if (head < 0) continue;
-        int is_value = head >= s->kv_heads;
-        if (tiled_cache(s)) {
-            keep_in_tiles(x, size, is_value, place, (uint16_t *)place_of(s, call, layer, is_value, row, head % s->kv_heads, 0));
-            continue;
-        }
-        char *to = place_of(s, call, layer, is_value, row, head % s->kv_heads, place);
-        if (!s->bf16_cache) {
-            memcpy(to, x, 4 * (size_t)size);
-            continue;
-        }
-        for (int i = 0; i < size; i += 16) {
-            int live = size - i < 16 ? size - i : 16;
-            uint16_t rounded[16];
-            f_store_bf16(rounded, cached((const char *)(x + i), 0, live));
-            memcpy(to + 2 * i, rounded, 2 * (size_t)live);
-        }
-    }
-}
-
-static void mix_values(const Shape *s, const Layer *l, const Call *call, int layer, float *scores, int thread, int threads) {
-    if (tiled_cache(s)) {
-        mix_values_in_tiles(s, l, call, layer, thread, threads);
-        return;
-    }
-    int size = s->head_dim, group = s->heads / s->kv_heads;
-    float cap = s->score_cap;
-    int64_t tasks = (int64_t)call->rows * s->heads;
-    for (int64_t task = share_of_many(tasks, thread, threads); task < share_of_many(tasks, thread + 1, threads); task++) {
-        int row = (int)(task / s->heads), head = (int)(task % s->heads);
-        int64_t stop = call->positions[row] + 1, start = l->window && stop > l->window ? stop - l->window : 0;
-        const char *keys = place_of(s, call, layer, 0, row, head / group, start);
-        const char *values = place_of(s, call, layer, 1, row, head / group, start);
-        const float *query = call->qkv + ((size_t)row * (size_t)(s->heads + 2 * s->kv_heads) + (size_t)head) * (size_t)size;
-        float *out = call->mixed + (size_t)task * (size_t)size;
-        int count = (int)(stop - start), bf16 = s->bf16_cache;
-        if (size == 64 && bf16) attend(query, keys, values, count, 64, 4, 1, cap, scores, out);
-        else if (size == 128 && bf16) attend(query, keys, values, count, 128, 8, 1, cap, scores, out);
-        else if (size == 32 && !bf16) attend(query, keys, values, count, 32, 2, 0, cap, scores, out);
-        else attend(query, keys, values, count, size, (size + 15) / 16, bf16, cap, scores, out);
     }
 }
 
@@ -536,13 +444,15 @@ static void add_block(Work *work, const Matrix *m, const float *x, int width, co
     meet(&work->barrier, threads);
 }
 
+#define FEW_ROWS 16
+
 /* The layers from the first-th to the one before the last-th of those to run. */
 static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
     int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
-    float *row = (float *)(call->scratch + thread * call->scratch_bytes); /* a row, or the scores of a query */
-    char *formed = (char *)(row + (call->places > s->hidden ? call->places : s->hidden) + 16);
+    float *row = (float *)(call->scratch + thread * call->scratch_bytes);
+    char *formed = (char *)(row + s->hidden + 16);
     for (int i = first; i < last; i++) {
         int index = work->order ? work->order[i] : i;
         const Layer *l = work->layers + index;
@@ -553,10 +463,14 @@ static void span(Work *work, int first, int last, int thread, int threads) {
             norm_projections(s, l, call, work->keys_only, thread, threads);
             meet(&work->barrier, threads);
         }
-        place_keys(s, l, call, index, work->keys_only, thread, threads);
-        meet(&work->barrier, threads);
+        if (rows <= FEW_ROWS && !work->keys_only) {
+            place_keys(s, l, call, index, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
+        } else {
+            place_keys(s, l, call, index, thread, threads);
+            meet(&work->barrier, threads);
+        }
         if (work->keys_only) continue;
-        mix_values(s, l, call, index, row, thread, threads);
+        mix_values(s, l, call, index, thread, threads);
         meet(&work->barrier, threads);
         add_block(work, &l->output, call->mixed, mixed, &l->after_attention, row, formed, thread, threads);
         form_rows(s, &l->up, call->hidden, s->hidden, &l->before_mlp, rows, row, formed);
@@ -741,7 +655,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 10; }
+int layerskip_interface(void) { return 11; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {

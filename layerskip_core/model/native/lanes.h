@@ -11,6 +11,7 @@ typedef __m512 vf;  /* 16 floats */
 typedef __m512i vi; /* 16 int32, or 64 bytes */
 #define TILE 12 /* most rows that share a weight once it is loaded: 24 sums of 32 registers */
 #define LOW_BIT_TILE 8
+#define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
 
 INLINE vf f_set(float x) { return _mm512_set1_ps(x); }
 INLINE vf f_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -27,6 +28,7 @@ INLINE float f_sum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float f_largest(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE vf f_of_int(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vi i_rounded(vf a) { return _mm512_cvtps_epi32(a); }
+INLINE vi i_bits(vf a) { return _mm512_castps_si512(a); }
 INLINE vf f_power_of_two(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
 INLINE vf f_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
@@ -39,21 +41,6 @@ INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 /* acc + the product of each lane's pair of bf16 with the pair x. */
 INLINE vf dot_bf16(vf acc, vi w, uint32_t x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x)); }
-/* acc + the product of each lane's two pairs. */
-INLINE vf dot_pairs(vf acc, vi x, vi y) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)y); }
-/* The sum of each of sixteen vectors. */
-INLINE vf f_sums(const vf v[16]) {
-    __m512 a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++) /* pairs of vectors: lanes of one and the other alternate */
-        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 4; i++) { /* four vectors: one lane of each in every 128 bits */
-        __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
-        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-    }
-    for (int i = 0; i < 2; i++)
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
-}
 /* acc + the product of each lane's four uint8 with the four int8 of x. */
 INLINE vi dot_int8(vi acc, vi w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
 INLINE vi dot_int4(vi acc, vi w, int32_t x) { return dot_int8(acc, w, x); }
@@ -64,6 +51,7 @@ typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vi;
 #define TILE 2
 #define LOW_BIT_TILE 2
+#define EACH_ROWS ROWS(1) ROWS(2)
 #define BOTH(type, one, other) ((type){(one), (other)})
 
 INLINE vf f_set(float x) { return BOTH(vf, _mm256_set1_ps(x), _mm256_set1_ps(x)); }
@@ -92,20 +80,20 @@ INLINE float f_largest(vf x) {
 }
 INLINE vf f_of_int(vi x) { return BOTH(vf, _mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)); }
 INLINE vi i_rounded(vf x) { return BOTH(vi, _mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)); }
+INLINE vi i_bits(vf x) { return BOTH(vi, _mm256_castps_si256(x.a), _mm256_castps_si256(x.b)); }
 INLINE __m256 half_power(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
 INLINE vf f_power_of_two(vi n) { return BOTH(vf, half_power(n.a), half_power(n.b)); }
 INLINE __m256 half_of_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 INLINE vf f_load_bf16(const uint16_t *p) { return BOTH(vf, half_of_bf16(p), half_of_bf16(p + 8)); }
+INLINE __m256i half_bf16(__m256 x) { /* in 32 bits each, to the nearest, ties to even */
+    __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+}
 INLINE void f_store_bf16(uint16_t *p, vf x) {
-    float f[16];
-    f_store(f, x);
-    for (int i = 0; i < 16; i++) { /* to the nearest, ties to even */
-        uint32_t bits;
-        memcpy(&bits, f + i, 4);
-        p[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
+    __m256i mixed = _mm256_packus_epi32(half_bf16(x.a), half_bf16(x.b)); /* halves of 128 bits alternate */
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 INLINE void f_store_int8(int8_t *p, vf x) {
     int32_t n[16];
@@ -129,20 +117,6 @@ INLINE vf dot_bf16(vf acc, vi w, uint32_t x) {
     __m256 second = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x & 0xffff0000)));
     return BOTH(vf, half_dot_bf16(acc.a, w.a, first, second), half_dot_bf16(acc.b, w.b, first, second));
 }
-INLINE __m256 half_dot_pairs(__m256 acc, __m256i x, __m256i y) {
-    __m256i top = _mm256_set1_epi32((int)0xffff0000);
-    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)), acc);
-    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, top)), _mm256_castsi256_ps(_mm256_and_si256(y, top)), acc);
-}
-INLINE vf dot_pairs(vf acc, vi x, vi y) { return BOTH(vf, half_dot_pairs(acc.a, x.a, y.a), half_dot_pairs(acc.b, x.b, y.b)); }
-INLINE __m256 half_sums(const vf v[8]) {
-    __m256 a[8], b[4];
-    for (int i = 0; i < 8; i++) a[i] = _mm256_add_ps(v[i].a, v[i].b);
-    for (int i = 0; i < 4; i++) b[i] = _mm256_hadd_ps(a[2 * i], a[2 * i + 1]);
-    __m256 c = _mm256_hadd_ps(b[0], b[1]), d = _mm256_hadd_ps(b[2], b[3]);
-    return _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
-}
-INLINE vf f_sums(const vf v[16]) { return BOTH(vf, half_sums(v), half_sums(v + 8)); }
 /* Of levels up to 15, whose pairs of products fit into 16 bits. */
 INLINE __m256i half_dot_int4(__m256i acc, __m256i w, __m256i x, int times) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16((short)times)));
@@ -159,6 +133,30 @@ INLINE vi dot_int8(vi acc, vi w, int32_t x) {
 }
 
 #endif
+
+INLINE vf f_set_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return f_set(x);
+}
+
+/* The first n of sixteen numbers, n being at most 15, with zeros after them. */
+INLINE vf f_load_some(const float *p, int n) {
+    float some[16] = {0};
+    memcpy(some, p, 4 * (size_t)n);
+    return f_load(some);
+}
+
+/* Sixteen numbers to bf16, or the n that there are if these are fewer. */
+INLINE void round_some(uint16_t *to, const float *x, int n) {
+    if (n >= 16) {
+        f_store_bf16(to, f_load(x));
+        return;
+    }
+    uint16_t rounded[16];
+    f_store_bf16(rounded, f_load_some(x, n));
+    memcpy(to, rounded, 2 * (size_t)n);
+}
 
 /* exp: 2^n times a polynomial of degree 5 on half a logarithm of two each side (Cephes' expf), within two units in the last place. */
 INLINE vf f_exp(vf x) {

@@ -46,7 +46,9 @@ def suits_kernels(config: object, dtype: torch.dtype, device: torch.device, pack
         return False
     low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
     divisor = GROUP_SIZE if low_bit else 2
-    return spec.head_dim <= _LARGEST_HEAD and not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
+    if spec.head_dim > _LARGEST_HEAD or spec.head_dim % 2:  # a bf16 cache keeps pairs of dimensions
+        return False
+    return not any(width % divisor for width in (spec.hidden, spec.inner, spec.queries))
 
 
 class NativeBackend:

@@ -85,7 +85,6 @@ class NativeLayers:
         if layers < stop or (kv_heads, head_dim, storage.dtype) != (shape.kv_heads, shape.head_dim, self.embedding.dtype):
             raise ValueError("the cache is that of another model")
         self._rope.grow(end)
-        buffers.fit(places)
         call = buffers.call
         call.positions = positions.data_ptr()
         for index, (cos, sin) in enumerate(zip(self._rope.cos, self._rope.sin, strict=True)):

@@ -1,0 +1,257 @@
+/* Attention of up to MOST_QUERIES queries that share keys and values.
+ *
+ * A head's keys stand in blocks of sixteen places, so that a vector holds one number of each: (block, dimension, place) in fp32
+ * and (block, pair of dimensions, place, 2) in bf16. Its values are (place, dimension), in bf16 (pair of places, dimension, 2).
+ * Scores and sums are fp32; with a bf16 cache the weights of values are bf16.
+ *
+ * Places come in spans, with sums on the scale of the largest score so far (Milakov and Gimelshein, 2018), and spans start at
+ * the same places for every query. What a query does not see has weight 0 and changes no bit of its sums.
+ */
+#define MOST_QUERIES 16
+#define SPAN_PLACES 256
+#define LARGEST_HEAD 256
+#define LEAST_SCORE -1e30f /* before the first */
+
+typedef struct {
+    float *out;
+    int64_t start, stop; /* of the places seen, of which the last is the query's own */
+} Query;
+
+typedef struct {
+    float queries[MOST_QUERIES * LARGEST_HEAD]; /* (query, dimension), bf16 with a bf16 cache */
+    float mixed[MOST_QUERIES][LARGEST_HEAD];    /* sums of values, by sixteens of dimensions: see dimension_of */
+    float scores[MOST_QUERIES][SPAN_PLACES];    /* and then the weights */
+    uint16_t rounded[MOST_QUERIES][SPAN_PLACES]; /* the weights in bf16 */
+    float total[MOST_QUERIES][16], most[MOST_QUERIES];
+} Attention;
+
+#include "tiled_attention.h"
+
+/* The first dimension of a chunk of sixteen. The last chunk ends where the head does, so it may repeat some of the one before. */
+INLINE int dimension_of(int chunk, int size) { return size < 16 || 16 * chunk + 16 <= size ? 16 * chunk : size - 16; }
+
+INLINE int chunks_of(int size) { return (size + 15) / 16; }
+
+/* Vectors that are read at once where each is multiplied with R queries: sums that do not wait for each other, in registers. */
+#define AT_ONCE(R) ((R) <= 2 && 4 * (R) <= 2 * TILE ? 4 : 2)
+
+/* Scores of R queries and n places, n being a multiple of 16 * AT_ONCE(R). */
+INLINE void score_places(Attention *a, int first, const int R, const char *keys, int n, int size, const int bf16) {
+    const int B = AT_ONCE(R);
+    int units = bf16 ? size / 2 : size; /* 32 bits of a query, 64 bytes of a block */
+    const uint32_t *queries = (const uint32_t *)a->queries + (size_t)first * (size_t)units;
+    for (int t = 0; t < n; t += 16 * B, keys += 64 * (size_t)(B * units)) {
+        vf acc[TILE][4];
+        for (int r = 0; r < R; r++)
+            for (int b = 0; b < B; b++) acc[r][b] = f_set(0);
+        for (int u = 0; u < units; u++)
+            for (int b = 0; b < B; b++) {
+                vf key = f_load((const float *)(keys + 64 * (size_t)(b * units + u)));
+                for (int r = 0; r < R; r++) {
+                    uint32_t unit = queries[r * units + u];
+                    acc[r][b] = bf16 ? dot_bf16(acc[r][b], i_bits(key), unit) : f_fma(key, f_set_bits(unit), acc[r][b]);
+                }
+            }
+        for (int r = 0; r < R; r++)
+            for (int b = 0; b < B; b++) f_store(a->scores[first + r] + t + 16 * b, acc[r][b]);
+    }
+}
+
+/* Adds the values of n places by the weights of R queries to C chunks from the `chunk`-th on. `whole`: heads of at least 16. */
+INLINE void add_chunks(
+    Attention *a, int first, const int R, const char *values, int n, int size, int chunk, const int C, const int whole, const int bf16
+) {
+    vf acc[TILE][4];
+    const float *at[4];
+    for (int c = 0; c < C; c++) at[c] = (const float *)values + dimension_of(chunk + c, size);
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) acc[r][c] = f_load(a->mixed[first + r] + 16 * (chunk + c));
+    for (int t = 0; t < n; t += bf16 ? 2 : 1)
+        for (int c = 0; c < C; c++, at[c - 1] += size) {
+            vf value = whole ? f_load(at[c]) : f_load_some(at[c], size);
+            for (int r = 0; r < R; r++) {
+                uint32_t weight;
+                memcpy(&weight, bf16 ? (const void *)(a->rounded[first + r] + t) : a->scores[first + r] + t, 4);
+                acc[r][c] = bf16 ? dot_bf16(acc[r][c], i_bits(value), weight) : f_fma(value, f_set_bits(weight), acc[r][c]);
+            }
+        }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) f_store(a->mixed[first + r] + 16 * (chunk + c), acc[r][c]);
+}
+
+INLINE void add_values(Attention *a, int first, const int R, const char *values, int n, int size, const int bf16) {
+    int chunk = 0, chunks = chunks_of(size);
+    if (size < 16) {
+        add_chunks(a, first, R, values, n, size, 0, 1, 0, bf16);
+        return;
+    }
+    if (AT_ONCE(R) == 4)
+        for (; chunk + 4 <= chunks; chunk += 4) add_chunks(a, first, R, values, n, size, chunk, 4, 1, bf16);
+    for (; chunk + 2 <= chunks; chunk += 2) add_chunks(a, first, R, values, n, size, chunk, 2, 1, bf16);
+    if (chunk < chunks) add_chunks(a, first, R, values, n, size, chunk, 1, 1, bf16);
+}
+
+enum { SCORE, ADD_VALUES }; /* what happens to the places of a span */
+
+/* A step of `rows` <= TILE queries. */
+INLINE void span_step(Attention *a, int step, int first, const int R, const char *at, int n, int size, const int bf16) {
+    if (step == SCORE) score_places(a, first, R, at, n, size, bf16);
+    else add_values(a, first, R, at, n, size, bf16);
+}
+
+static void span_step_bf16(Attention *a, int step, int first, int rows, const char *at, int n, int size) {
+#define ROWS(R) case R: span_step(a, step, first, R, at, n, size, 1); break;
+    switch (rows) { EACH_ROWS }
+#undef ROWS
+}
+
+static void span_step_fp32(Attention *a, int step, int first, int rows, const char *at, int n, int size) {
+#define ROWS(R) case R: span_step(a, step, first, R, at, n, size, 0); break;
+    switch (rows) { EACH_ROWS }
+#undef ROWS
+}
+
+static void span_steps(Attention *a, int step, int count, const char *at, int n, int size, int bf16) {
+    int parts = (count + TILE - 1) / TILE;
+    for (int part = 0; part < parts; part++) {
+        int first = share(count, part, parts), rows = share(count, part + 1, parts) - first;
+        if (bf16) span_step_bf16(a, step, first, rows, at, n, size);
+        else span_step_fp32(a, step, first, rows, at, n, size);
+    }
+}
+
+/* A query's weights of n places, of which it sees first..last-1, and its sums so far on the scale of the new maximum. */
+static void weigh_places(Attention *a, int q, int n, int64_t first, int64_t last, int size, int bf16, float cap) {
+    float *scores = a->scores[q];
+    int start = first < 0 ? 0 : first > n ? n : (int)first, stop = last < start ? start : last > n ? n : (int)last;
+    int from = start / 16 * 16, to = (stop + 15) / 16 * 16, end = (n + 31) / 32 * 32;
+    vf largest = f_set(a->most[q]), sum = f_set(0);
+    if (cap > 0)
+        for (int t = from; t < to; t += 16) f_store(scores + t, f_mul(f_set(cap), f_tanh(f_mul(f_load(scores + t), f_set(1 / cap)))));
+    for (int t = from; t < start; t++) scores[t] = -INFINITY;
+    for (int t = stop; t < to; t++) scores[t] = -INFINITY;
+    for (int t = from; t < to; t += 16) largest = f_max(largest, f_load(scores + t));
+    float most = f_largest(largest);
+    for (int t = from; t < to; t += 16) f_store(scores + t, f_exp(f_sub(f_load(scores + t), f_set(most))));
+    for (int t = 0; t < start; t++) scores[t] = 0;
+    for (int t = stop; t < end; t++) scores[t] = 0;
+    for (int t = 0; t < end; t += 16) {
+        if (bf16) f_store_bf16(a->rounded[q] + t, f_load(scores + t));
+        sum = f_add(sum, bf16 ? f_load_bf16(a->rounded[q] + t) : f_load(scores + t));
+    }
+    if (most > a->most[q] && a->most[q] > LEAST_SCORE) {
+        vf factor = f_exp(f_set(a->most[q] - most));
+        f_store(a->total[q], f_mul(f_load(a->total[q]), factor));
+        for (int c = 0; c < chunks_of(size); c++) f_store(a->mixed[q] + 16 * c, f_mul(f_load(a->mixed[q] + 16 * c), factor));
+    }
+    a->most[q] = most;
+    f_store(a->total[q], f_add(f_load(a->total[q]), sum));
+}
+
+/* `count` <= MOST_QUERIES queries, which stand in `a`, over a head's keys and values. */
+static void attend(Attention *a, const Query *queries, int count, const char *keys, const char *values, int size, int bf16, float cap) {
+    int tiled = bf16 && in_attention_tiles(size);
+    int64_t start = INT64_MAX, stop = 0;
+    for (int q = 0; q < count; q++) {
+        for (int c = 0; c < chunks_of(size); c++) f_store(a->mixed[q] + 16 * c, f_set(0));
+        f_store(a->total[q], f_set(0)), a->most[q] = LEAST_SCORE;
+        start = queries[q].start < start ? queries[q].start : start, stop = queries[q].stop > stop ? queries[q].stop : stop;
+    }
+    for (int64_t place = start / SPAN_PLACES * SPAN_PLACES; place < stop; place += SPAN_PLACES) {
+        int n = stop - place < SPAN_PLACES ? (int)(stop - place) : SPAN_PLACES;
+        size_t before = (size_t)place * (size_t)size * (bf16 ? 2 : 4);
+        if (tiled) score_in_tiles(a, (const uint16_t *)(keys + before), n, size);
+        else span_steps(a, SCORE, count, keys + before, n, size, bf16);
+        for (int q = 0; q < count; q++) weigh_places(a, q, n, queries[q].start - place, queries[q].stop - place, size, bf16, cap);
+        if (tiled) add_in_tiles(a, (const uint16_t *)(values + before), n, size);
+        else span_steps(a, ADD_VALUES, count, values + before, n, size, bf16);
+    }
+    for (int q = 0; q < count; q++) {
+        vf inverse = f_set(1 / f_sum(f_load(a->total[q])));
+        for (int c = 0; c < chunks_of(size); c++) {
+            float chunk[16];
+            int d = dimension_of(c, size);
+            f_store(chunk, f_mul(f_load(a->mixed[q] + 16 * c), inverse));
+            memcpy(queries[q].out + d, chunk, 4 * (size_t)(size - d < 16 ? size - d : 16));
+        }
+    }
+}
+
+/* Where a layer's keys or values of a row's head begin in the cache. */
+static char *head_of(const Shape *s, const Call *call, int layer, int is_value, int row, int head) {
+    int64_t at = ((int64_t)layer * 2 + is_value) * call->sequences + row / call->rows_per_sequence;
+    return call->cache + (at * s->kv_heads + head) * call->places * s->head_dim * (s->bf16_cache ? 2 : 4);
+}
+
+/* A query or key x as attention takes it: after its norm, if there is one, and rotation, times `scale`. */
+static void rotated(const Shape *s, const Layer *l, const Call *call, const float *x, const Norm *norm, float scale, int64_t place, float *out) {
+    int size = s->head_dim, half = l->rope < 0 ? 0 : s->rotary / 2;
+    float own[LARGEST_HEAD];
+    if (norm->weight && !s->norms_projections) normed(x, norm, size, s->eps, own), x = own;
+    const float *cos = call->cos[l->rope > 0] + place * half, *sin = call->sin[l->rope > 0] + place * half;
+    for (int i = 0; i < half; i++) {
+        float a = x[i] * scale, b = x[i + half] * scale;
+        out[i] = a * cos[i] - b * sin[i], out[i + half] = b * cos[i] + a * sin[i];
+    }
+    for (int i = 2 * half; i < size; i++) out[i] = x[i] * scale;
+}
+
+/* A head's key or value to its place in the cache. */
+static void keep(const float *x, int size, int bf16, int is_value, int64_t place, char *head) {
+    int within = (int)(place % (!is_value ? 16 : bf16 ? 2 : 1));
+    if (bf16) {
+        uint16_t rounded[LARGEST_HEAD], *to = (uint16_t *)head + (place - within) * size;
+        for (int i = 0; i < size; i += 16) round_some(rounded + i, x + i, size - i);
+        if (is_value)
+            for (int i = 0; i < size; i++) to[2 * i + within] = rounded[i];
+        else
+            for (int i = 0; i < size; i += 2) memcpy(to + 16 * i + 2 * within, rounded + i, 4);
+    } else {
+        float *to = (float *)head + (place - within) * size;
+        for (int i = 0; i < size; i++) to[is_value ? i : 16 * i + within] = x[i];
+    }
+}
+
+/* Keys and values of this thread's part of the rows to the cache. */
+static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
+    int size = s->head_dim, kinds = 2 * s->kv_heads;
+    int64_t tasks = (int64_t)call->rows * kinds, end = share_of_many(tasks, thread + 1, threads);
+    for (int64_t task = share_of_many(tasks, thread, threads); task < end; task++) {
+        int row = (int)(task / kinds), slot = (int)(task % kinds), is_value = slot >= s->kv_heads;
+        int64_t place = call->positions[row];
+        const float *x = call->qkv + ((size_t)row * (size_t)(s->heads + kinds) + (size_t)(s->heads + slot)) * (size_t)size;
+        float key[LARGEST_HEAD];
+        if (!is_value) rotated(s, l, call, x, &l->key, 1, place, key);
+        keep(is_value ? x : key, size, s->bf16_cache, is_value, place, head_of(s, call, layer, is_value, row, slot % s->kv_heads));
+    }
+}
+
+/* This thread's part of the queries; those of a sequence that share keys stand next to each other, up to MOST_QUERIES at once. */
+static void mix_values(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
+    int size = s->head_dim, group = s->heads / s->kv_heads, per_head = call->rows_per_sequence * group, bf16 = s->bf16_cache;
+    int64_t queries = (int64_t)call->rows * s->heads, end = share_of_many(queries, thread + 1, threads);
+    Attention a __attribute__((aligned(64)));
+    int shaped = 0;
+    for (int64_t at = share_of_many(queries, thread, threads); at < end;) {
+        int64_t head = at / per_head, sequence = head / s->kv_heads; /* head: of keys, of all sequences */
+        int within = (int)(at % per_head), count = per_head - within, own = (int)(head % s->kv_heads);
+        Query run[MOST_QUERIES];
+        if (count > MOST_QUERIES) count = MOST_QUERIES;
+        if (count > end - at) count = (int)(end - at);
+        int first = (int)(sequence * call->rows_per_sequence);
+        for (int q = 0; q < count; q++) {
+            int64_t row = first + (within + q) / group, query = own * group + (within + q) % group, place = call->positions[row];
+            const float *x = call->qkv + (row * (s->heads + 2 * s->kv_heads) + query) * size;
+            float rounding[LARGEST_HEAD];
+            rotated(s, l, call, x, &l->query, s->attention_scale, place, bf16 ? rounding : a.queries + q * size);
+            for (int i = 0; i < size && bf16; i += 16) round_some((uint16_t *)a.queries + q * size + i, rounding + i, size - i);
+            run[q].out = call->mixed + (row * s->heads + query) * size;
+            run[q].start = l->window && place >= l->window ? place + 1 - l->window : 0, run[q].stop = place + 1;
+        }
+        if (bf16 && in_attention_tiles(size) && count != shaped) shape_tiles(shaped = count, count);
+        const char *keys = head_of(s, call, layer, 0, first, own), *values = head_of(s, call, layer, 1, first, own);
+        attend(&a, run, count, keys, values, size, bf16, s->score_cap);
+        at += count;
+    }
+    if (shaped) release_tiles();
+}
