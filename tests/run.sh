@@ -20,13 +20,14 @@ ruff format --check .
 mypy
 
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-python -m build --wheel --outdir "$scratch" . >/dev/null
-wheel=$(ls "$scratch"/*.whl)
-[ "$(du -k "$wheel" | cut -f1)" -le 40960 ] || { echo "error: $wheel is over 40 MB" >&2; exit 1; }
-"$PYTHON" -m venv "$scratch/empty"
-"$scratch/empty/bin/python" -m pip install --quiet --disable-pip-version-check "$wheel"
-(
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$scratch"' EXIT
+
+check_wheel() { # built and installed into an empty environment, it does the main job
+    python -m build --wheel --outdir "$scratch" . >/dev/null
+    wheel=$(ls "$scratch"/*.whl)
+    [ "$(du -k "$wheel" | cut -f1)" -le 40960 ] || { echo "error: $wheel is over 40 MB" >&2; exit 1; }
+    "$PYTHON" -m venv "$scratch/empty"
+    "$scratch/empty/bin/python" -m pip install --quiet --disable-pip-version-check "$wheel"
     cd "$scratch" # so that nothing of the checkout is imported
     layerskip="$scratch/empty/bin/layerskip"
     "$layerskip" --version
@@ -40,9 +41,15 @@ wheel=$(ls "$scratch"/*.whl)
     "$layerskip" calibrate --model tiny --samples 2 --length 32 --steps 0
     "$layerskip" sweep-exits --model tiny --samples 2 --exits 6,12 --specs 4 --max-new-tokens 16 --output sweep >/dev/null
     "$layerskip" inspect 'wake me up' --max-new-tokens 2 --output sweep/inspect.html >/dev/null
-    grep -q '<tbody>' sweep/report.html && grep -q '<tbody>' sweep/inspect.html # the templates are in the wheel
+    grep -q '<tbody>' sweep/report.html && grep -q '<tbody>' sweep/inspect.html && grep -q '<section' sweep/answers.html # templates
     "$layerskip" bench --model tiny --samples 2 --repeats 1 --max-new-tokens 16 --format json | python -m json.tool >/dev/null
-)
+}
+
+# Beside the tests, because most of its time it waits for downloads or has one thread.
+OMP_NUM_THREADS=1 check_wheel >"$scratch/wheel.log" 2>&1 &
+wheel_check=$!
 
 # Each of the processes decodes by one thread: threads that wait for one another are slow where processes share the cores.
 OMP_NUM_THREADS=1 pytest --numprocesses auto --dist worksteal
+
+wait "$wheel_check" || { tail -n 50 "$scratch/wheel.log" >&2; echo 'error: the wheel failed in an empty environment' >&2; exit 1; }

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -195,13 +196,16 @@ def predict(
         if visit >= _FEWEST and time.perf_counter() - started > _SECONDS:
             yield Progress(total, total, "prediction")
             break
-        stretch = typical[visit % len(typical)].stretch
+        stretch, timed = typical[visit % len(typical)].stretch, list[tuple[DecodingConfig, PassTimes]]()
         for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
             step = plain_seconds(loaded, stretch)
             for setting in alike:
-                times[setting] += pass_times(loaded, stretch, setting, step)
+                timed += [(setting, passes) for passes in pass_times(loaded, stretch, setting, step)]
                 done += 1
                 yield Progress(done, total, "prediction")
+        for setting, passes in timed:
+            # Beside plain steps of its own group, a setting would be ranked by the noise of these few.
+            times[setting].append(replace(passes, plain=fmean(each.plain for _, each in timed)))
     predictions = {
         setting: _prediction(answered, setting, averages(passes), loaded.eos_ids) for setting, passes in times.items() if passes
     }
