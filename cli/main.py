@@ -26,6 +26,7 @@ from .inspect import inspect
 from .serve import serve
 from .signature import Command
 from .sweep_exits import sweep_exits
+from .verify import verify
 
 
 class _Commands(TyperGroup):
@@ -53,6 +54,7 @@ app.command("sweep-exits", cls=Command, short_help="Measure exits and draft leng
 app.command("generate", cls=Command, short_help="Generate text from prompts.")(generate)
 app.command("chat", cls=Command, short_help="Talk with a model in the terminal.")(chat)
 app.command("bench", cls=Command, short_help="Compare decoding strategies on the same prompts.")(bench)
+app.command("verify", cls=Command, short_help="Check on this machine that outputs are what is promised.")(verify)
 app.command("compare", cls=Command, short_help="Compare runs, with intervals over seeds.")(compare)
 app.command("inspect", cls=Command, short_help="Show what the model predicts after every layer.")(inspect)
 app.command("calibrate", cls=Command, short_help="Make better int4 weights for a model.")(calibrate)

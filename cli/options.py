@@ -19,6 +19,7 @@ from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import parse_counts, parse_shares
 from layerskip_core.config.serving import ServeConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings, RetentionSettings
+from layerskip_core.config.verification import VerifyConfig
 from layerskip_core.evaluation.tasks import TASKS
 
 MODEL = "Model"
@@ -210,6 +211,25 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,
     },
+    VerifyConfig: {
+        "data": Option(DATA, "Real prompts: commands, a file, a TOPv2 folder or a hub id."),
+        "samples": Option(DATA, "Number of prompts; half of them are random token ids."),
+        "max_new_tokens": Option(DECODING, "Maximum number of tokens in an output."),
+        "seed": Option(DATA, "Seed of random prompts and of sampling."),
+        "precisions": Option(WEIGHTS, "Precisions of the weights.", parse=parse_names),
+        "kernels": Option(
+            MACHINE,
+            "amx, avx512, avx2 (our own), torch (PyTorch's, on repacked weights), exact (the same with --exact), generic "
+            "(transformers' layers), or some.",
+            default="all that this machine and this model can run",
+            parse=parse_names,
+        ),
+        "exits": Option(
+            DECODING, "Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it", parse=parse_counts
+        ),
+        "specs": Option(DECODING, "Draft lengths, in the same form.", parse=parse_counts),
+        "draws": Option(MEASUREMENT, "Sampled outputs whose first tokens are compared with the model's distribution; 0: none."),
+    },
     ServeConfig: {
         "model": _MODEL,
         "host": Option(SERVER, "Address to listen on; 0.0.0.0 is all of this machine's."),
@@ -319,7 +339,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
 
 
 # Fields of the configs in a config that have no flag there, because the config has its own instead.
-HIDDEN: dict[type, tuple[str, ...]] = {SweepConfig: ("exit_confidence",), ServeConfig: ("seed",)}
+HIDDEN: dict[type, tuple[str, ...]] = {SweepConfig: ("exit_confidence",), ServeConfig: ("seed",), VerifyConfig: ("dtype",)}
 
 
 def flags_of(field: str, option: Option) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ RANGES = {
     "distill": _share(),
     "draft_confidence": _share(high_open=True),
     "draft_vocab": Range(0, 10_000_000),
+    "draws": Range(0, 1_000_000),
     "e_scale": Range(0.0, 1_000_000.0),
     "exit_confidence": _share(),
     "epochs": Range(0.0, 1_000_000.0, low_open=True),

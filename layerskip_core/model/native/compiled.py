@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -145,15 +147,32 @@ _ONE_THREAD = "this build of torch has no OpenMP runtime: the compiled kernels r
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
-@cache
 def kernels(variant: str | None = None) -> Kernels | None:
     """A variant that was built and that this CPU can run: the given one, else the requested one, else the best; else None.
 
     Raises LayerSkipError for kernels of another version, as after a pull in a checkout.
     """
+    return _kernels(variant or requested_variant())
+
+
+@contextmanager
+def requesting(variant: str) -> Iterator[None]:
+    """Models that are loaded meanwhile run on these kernels, `torch` or a variant, as if the environment asked for them."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = variant
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
+
+
+@cache
+def _kernels(requested: str | None) -> Kernels | None:
     import torch  # noqa: F401  loads the OpenMP runtime
 
-    requested = variant or requested_variant()
     for name in VARIANTS if requested is None else (requested,):
         for suffix in EXTENSION_SUFFIXES:
             path = Path(__file__).with_name(f"_{name}{suffix}")

@@ -1,0 +1,64 @@
+"""`layerskip verify`: whether outputs are what they are promised to be, on this machine."""
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from layerskip_core.config.checks import require_choice, require_given
+from layerskip_core.config.verification import VerifyConfig
+
+from . import evaluation, options
+from .console import narrate, narrate_notes, use_threads
+from .signature import command
+
+
+@command
+def verify(
+    model: Annotated[
+        str, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
+    ] = "embedded",
+    *,
+    config: VerifyConfig,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="Format of standard output: table, json, csv or markdown.", rich_help_panel=options.OUTPUT
+        ),
+    ] = "table",
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder for verification.md, .json and .csv.", rich_help_panel=options.OUTPUT),
+    ] = None,
+) -> None:
+    """Check on this machine that a row gives what it gives alone, drafts change nothing, and what is resumed is as if fresh.
+
+    Every check runs in each precision on each kernel of this machine, over real prompts and random ones. With our own kernels
+    logits must have the same bits; with PyTorch's, tokens may differ where two are almost equally likely. The exit status is 1
+    if a promise was broken. The same questions are put to transformers, for comparison.
+
+    Example: layerskip verify embedded --precisions fp32,int8 --output verification
+    """
+    require_choice(form, "format", options.FORMATS)
+    require_given("model", model)
+    require_given("output", output)
+    use_threads(config.machine.threads)
+    from layerskip_core.checkpoint.load import for_decoding
+    from layerskip_core.evaluation.output_folder import output_folder, write_files
+    from layerskip_core.evaluation.report.documents import to_json
+    from layerskip_core.evaluation.verification.report import files, tables, to_csv
+    from layerskip_core.evaluation.verification.run import verify as run_verify
+
+    with output_folder(output, "layerskip verify") as folder:
+        loaded = for_decoding(model, config.machine.device)
+        narrate_notes(loaded)
+        use_threads(config.machine.threads, loaded)
+        del loaded
+        record = evaluation.watch(run_verify(replace(config, model=model)))
+        if folder is not None:
+            written = files(record)
+            write_files(folder, written)
+            narrate(f"wrote {', '.join(written)} to {folder}")
+        evaluation.print_as(form, tables(record), lambda: to_json(record), lambda: to_csv(record))
+    if not all(result.passed for result in record.results):
+        raise typer.Exit(1)

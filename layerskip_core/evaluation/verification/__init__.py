@@ -1,0 +1,1 @@
+"""Whether outputs are what they are promised to be, on this machine's kernels."""

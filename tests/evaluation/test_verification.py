@@ -1,0 +1,234 @@
+"""`verify`: what holds passes, and what is broken on purpose is found, with its place and the gap of its tokens."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from command_line import run
+from evaluating import tiny_loaded
+
+from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.config.verification import VerifyConfig
+from layerskip_core.decoding.drafters.exit import ExitDrafter
+from layerskip_core.decoding.prefix import PrefixCache
+from layerskip_core.decoding.sampling import Greedy, Stochastic
+from layerskip_core.evaluation.verification import run as verification
+from layerskip_core.evaluation.verification.continuing import RUN, STREAM, TURN
+from layerskip_core.evaluation.verification.drafting import BATCH, JOINED, SPECULATIVE
+from layerskip_core.evaluation.verification.passes import PIECES, ROWS, THREADS
+from layerskip_core.evaluation.verification.peer import TRANSFORMERS
+from layerskip_core.evaluation.verification.report import tables, to_csv
+from layerskip_core.evaluation.verification.results import Mismatch, is_kept
+from layerskip_core.evaluation.verification.sampled import DISTRIBUTION, ROW, SEED, chi_square
+from layerskip_core.model.native import compiled
+from layerskip_core.model.native.model import NativeBackend
+from layerskip_core.model.packed.model import PackedBackend
+
+VARIANT = next((name for name in compiled.VARIANTS if compiled.kernels(name) is not None), None)
+OWN = VARIANT or "torch"
+SMALL = tuple(f"--samples 2 --max-new-tokens 6 --draws 0 --kernels {OWN} --precisions fp32 --specs 2".split())
+needs_kernels = pytest.mark.skipif(VARIANT is None, reason="no kernels were built here, or the CPU lacks what they need")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Six layers of widths that every kernel runs."""
+    loaded = tiny_loaded(torch.float32, hidden_size=64, intermediate_size=96)
+    folder = str(tmp_path_factory.mktemp("verified") / "model")
+    info = replace(loaded.info, exit_layer=2, num_draft_tokens=4)
+    save_checkpoint(loaded.backend.model, loaded.tokenizer, info, folder, torch.float32)
+    return folder
+
+
+def settings(model, **changes):
+    usual = {"samples": 4, "max_new_tokens": 8, "precisions": ("fp32",), "kernels": (OWN,), "specs": (3,), "draws": 60}
+    return VerifyConfig(model, **{**usual, **changes})
+
+
+def verified(config):
+    *_, record = verification.verify(config)
+    return record
+
+
+def missed(record):
+    return {result.check for result in record.results if not result.passed}
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    """Every check on every kind of kernels."""
+    kernels = tuple(filter(None, (VARIANT, "torch", "exact", "generic")))
+    return verified(settings(model, kernels=kernels, precisions=("fp32", "int8")))
+
+
+def test_every_promise_is_kept(whole):
+    assert missed(whole) == set()
+    found = {(result.kernels, result.precision) for result in whole.results}
+    assert {(OWN, "fp32"), ("torch", "int8"), ("exact", "fp32"), ("generic", "fp32"), (TRANSFORMERS, "fp32")} <= found
+    assert whole.environment["skipped"] == ["not verified: generic int8: transformers' layers have no low-bit weights"]
+
+
+def test_every_check_ran_on_our_own_kernels(whole):
+    own = [result for result in whole.results if (result.kernels, result.precision) == (OWN, "fp32")]
+    checks = {ROWS, PIECES, SPECULATIVE, BATCH, JOINED, STREAM, RUN, TURN, SEED, DISTRIBUTION}
+    checks |= ({THREADS} if torch.get_num_threads() != 1 else set()) | ({ROW} if VARIANT else set())
+    assert checks <= {result.check for result in own}
+    promised = {result.promise for result in own if result.check in (ROWS, SPECULATIVE)}
+    assert promised == ({"bits", "tokens"} if VARIANT else {"near-ties"})
+    drafted = [result.setting for result in own if result.check == SPECULATIVE]
+    assert {"exit 2, 3 drafts", "lookup", "int8 copy, 6 layers", "int4 copy, 6 layers", "adaptive"} <= set(drafted)
+    assert any("a quarter" in setting for setting in drafted)
+    assert all(result.tokens > 0 and result.prompts > 0 for result in own)
+
+
+def test_the_table_has_a_column_for_each_kernel_and_precision(whole):
+    summary, transformers = tables(whole)
+    assert summary.headers[:2] == ("check", f"{OWN} fp32")
+    rows = {row[0]: row[1:] for row in summary.rows}
+    assert rows[ROWS][0] == ("bits" if VARIANT else "same")
+    assert rows[BATCH][summary.headers.index("exact fp32") - 1] == "-"
+    assert "Every promise was kept." in summary.note
+    assert transformers.rows[0][0] == "padded batch = single"
+    assert to_csv(whole).count("\n") == len(whole.results) + 1
+
+
+def _wrong_tokens(monkeypatch):
+    """A verification that accepts its first draft, whatever the target says."""
+    honest = Greedy.verify
+
+    def careless(self, draft_ids, counts, draft_probs, logits):
+        ids, last = honest(self, draft_ids, counts, draft_probs, logits)
+        return ([[int(draft_ids[0, 0]), *ids[0][1:]]] if counts == (1,) else ids), last
+
+    monkeypatch.setattr(Greedy, "verify", careless)
+    return {SPECULATIVE}
+
+
+def _bits_of_a_batch(monkeypatch):
+    """Kernels that round in a batch otherwise than for a row alone."""
+    kind = NativeBackend if VARIANT else PackedBackend
+    honest = kind.unembed
+    off = 1 + 1e-7 if VARIANT else -1.0
+    monkeypatch.setattr(kind, "unembed", lambda self, hidden: honest(self, hidden) * (off if len(hidden) > 1 else 1))
+    return {ROWS}
+
+
+def _stale_turns(monkeypatch):
+    """Keys and values of the turn before that are taken for those of other tokens."""
+    honest = PrefixCache.begin
+
+    def stale(self, prompt, rerun=0):
+        cache, same = honest(self, prompt, rerun)
+        return cache, max(same, min(len(prompt) - 1, cache.lengths[0]))
+
+    monkeypatch.setattr(PrefixCache, "begin", stale)
+    return {TURN}
+
+
+def _biased_sampling(monkeypatch):
+    """Sampled drafts that are always accepted."""
+    honest = Stochastic.verify
+
+    def careless(self, draft_ids, counts, draft_probs, logits):
+        if draft_ids.shape[1] == 0:
+            return honest(self, draft_ids, counts, draft_probs, logits)
+        ids = [[*row[:count], 5] for row, count in zip(draft_ids.tolist(), counts, strict=True)]
+        return ids, torch.full((len(ids), 1), 5)
+
+    monkeypatch.setattr(Stochastic, "verify", careless)
+    return {DISTRIBUTION}
+
+
+@pytest.mark.parametrize("break_it", [_wrong_tokens, _bits_of_a_batch, _stale_turns, _biased_sampling])
+def test_what_is_broken_is_found(model, monkeypatch, break_it):
+    expected = break_it(monkeypatch)
+    record = verified(settings(model))
+    assert expected <= missed(record)
+
+
+def test_a_miss_has_its_place_its_tokens_and_their_gap(model, monkeypatch):
+    _wrong_tokens(monkeypatch)
+    record = verified(settings(model, draws=0))
+    result = next(result for result in record.results if result.check == SPECULATIVE and not result.passed)
+    miss = result.misses[0]
+    assert miss.expected != miss.found
+    assert miss.gap is not None and miss.gap > 1e-3 and not miss.near_tie
+    broken = tables(record)[1]
+    number, *row = broken.rows[0]
+    assert number == "1" and tuple(row[:3]) == (SPECULATIVE, result.setting, f"{OWN} fp32")
+    assert row[3:5] == [str(miss.prompt), str(miss.position)]
+    assert row[7:] == [f"{miss.gap:.3g}", "no"]
+
+
+def test_the_command(model, tmp_path):
+    result = run("verify", model, *SMALL, "--output", str(tmp_path / "out"), "--format", "json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert all(one["passed"] for one in document["results"])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "verification.csv", "verification.json", "verification.md",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out" / "verification.json").read_text()) == document
+
+
+def test_the_command_ends_with_status_1_where_a_promise_is_broken(model, monkeypatch):
+    honest = ExitDrafter.draft
+    monkeypatch.setattr(ExitDrafter, "draft", lambda self, *more: _spoiled(honest(self, *more)))
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run("verify", model, *SMALL)
+    assert result.code == 1
+    assert "near tie" in result.out and "broke their promise" in result.out
+    assert "error:" not in result.err
+
+
+def _spoiled(draft):
+    """The target goes on from states that are not its own."""
+    return replace(draft, exit_states={exit_layer: states * -3 for exit_layer, states in draft.exit_states.items()})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--kernels", "cuda"), "--kernels must be one of amx, avx512, avx2, torch, exact, generic, got cuda"),
+        (("--precisions", "fp8"), "--precisions must be one of fp32, bf16, int8, int4, got fp8"),
+        (("--samples", "1"), "--samples must be at least 2, because prompts share batches, got 1"),
+        (("--max-new-tokens", "2"), "--max-new-tokens must be at least 3, to cut an output in two, got 2"),
+        (("--exits", "6"), "--exits must be in 1..5, got 6 (model has 6 layers)"),
+        (("--max-new-tokens", "128"), "every prompt of --data must be at most"),
+    ],
+)
+def test_wrong_flags(model, flags, message):
+    result = run("verify", model, "--kernels", OWN, *flags)
+    assert result.code == 1 and result.err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_chi_square_tells_what_is_drawn_from_another_distribution():
+    shares = {(0,): 0.5, (1,): 0.3, (2,): 0.199, (3,): 0.001}
+    assert chi_square(Counter({(0,): 100, (1,): 60, (2,): 40}), shares, 200) == (pytest.approx(1, abs=0.01), 3)
+    p_value, cells = chi_square(Counter({(0,): 60, (1,): 100, (2,): 40}), shares, 200)
+    # 40^2/100 + 40^2/60 = 42.67 of two degrees of freedom: exp(-42.67/2), the rare token counts to the last cell
+    assert (p_value, cells) == (pytest.approx(5.4e-10, rel=0.02), 3)
+    assert chi_square(Counter({(4,): 1}), shares, 1)[0] == 0.0
+
+
+def test_what_keeps_a_promise():
+    def place(near_tie):
+        return Mismatch(0, 0, 1, 2, 0.1, near_tie, ("a", "b"))
+
+    assert is_kept("near-ties", [place(True)], None, None)
+    assert not is_kept("near-ties", [place(True), place(False)], None, None)
+    assert not is_kept("tokens", [place(True)], None, None)
+    assert is_kept("bits", [], 0.0, None) and not is_kept("bits", [], 1e-9, None)
+    assert is_kept("distribution", [], None, 0.01) and not is_kept("distribution", [], None, 1e-9)
+    assert is_kept("none", [place(False)], None, None)
+
+
+@needs_kernels
+def test_kernels_are_those_that_were_asked_for(monkeypatch):
+    monkeypatch.setenv(compiled.SWITCH, "torch")
+    assert compiled.kernels() is None
+    with compiled.requesting(VARIANT):
+        assert compiled.kernels().variant == VARIANT
+    assert compiled.kernels() is None
