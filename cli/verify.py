@@ -7,6 +7,7 @@ import typer
 
 from layerskip_core.config.checks import require_choice, require_given
 from layerskip_core.config.verification import VerifyConfig
+from layerskip_core.errors import LayerSkipError
 
 from . import evaluation, options
 from .console import narrate, narrate_notes, use_threads
@@ -46,10 +47,14 @@ def verify(
     from layerskip_core.checkpoint.load import for_decoding
     from layerskip_core.evaluation.output_folder import output_folder, write_files
     from layerskip_core.evaluation.report.documents import to_json
-    from layerskip_core.evaluation.verification.report import files, tables, to_csv
+    from layerskip_core.evaluation.verification.report import REPORT_FILES, files, tables, to_csv
     from layerskip_core.evaluation.verification.run import verify as run_verify
+    from layerskip_core.storage.writing import require_writable
 
     with output_folder(output, "layerskip verify") as folder:
+        if folder is not None:
+            for name in REPORT_FILES:
+                require_writable(folder / name, LayerSkipError)
         loaded = for_decoding(model, config.machine.device)
         narrate_notes(loaded)
         use_threads(config.machine.threads, loaded)

@@ -13,19 +13,22 @@ from .results import CheckResult, Mismatch
 _SHOWN = 20  # misses in the table; JSON has all
 REPORT_FILES = ("verification.md", "verification.json", "verification.csv")
 _LEGEND = """\
-bits: logits with the same bits. same: the same tokens. N ties: the same tokens but for N outputs, which differ first where
-two tokens are almost equally likely; kernels other than our own promise no more. p: the probability of draws this far from
-the model's distribution. -: not promised there, or impossible. NOT n/m: n of m comparisons broke their promise."""
+bits: logits with the same bits. same: the same tokens. p: the probability of
+draws this far from the model's distribution. -: not promised, or impossible.
+N ties: N outputs differ, first where two tokens are almost equally likely;
+kernels other than our own promise no more. NOT n/m: n of m comparisons broke
+their promise."""
 _PEER_LEGEND = """\
-transformers' generate against itself with each prompt alone: how many outputs are the same, how many of the others differ
-first at a near-tie, and the largest gap between the two tokens, in logits. Information, no failure of this toolkit."""
+transformers' generate against itself with each prompt alone: how many outputs
+are the same, how many of the others differ first at a near-tie, and the largest
+gap between the two tokens, in logits. Information, no failure of this toolkit."""
 
 
 def tables(record: RunRecord[CheckResult]) -> list[TextTable]:
     """Our own promises, the places that broke them, and transformers."""
     own = [result for result in record.results if result.promise != "none"]
     peers = [result for result in record.results if result.promise == "none"]
-    found = [_summary(record, own)]
+    found = _summaries(record, own)
     if broken := [result for result in own if not result.passed]:
         found.append(_broken(broken))
     if peers:
@@ -49,30 +52,37 @@ def files(record: RunRecord[CheckResult]) -> dict[str, bytes]:
     return {name: content.encode() for name, content in zip(REPORT_FILES, contents, strict=True)}
 
 
-def _summary(record: RunRecord[CheckResult], results: list[CheckResult]) -> TextTable:
-    """A row per check, a column per kernels and precision."""
-    setups = list(dict.fromkeys((result.kernels, result.precision) for result in results))
-    checks = list(dict.fromkeys(result.check for result in results))
-    rows = [
-        (
-            check,
-            *(
-                _cell([one for one in results if (one.check, one.kernels, one.precision) == (check, *setup)])
-                for setup in setups
-            ),
-        )
-        for check in checks
+def _summaries(record: RunRecord[CheckResult], results: list[CheckResult]) -> list[TextTable]:
+    """A table for each precision: a row per check, a column per kernels. The last has the note."""
+    precisions = list(dict.fromkeys(result.precision for result in results))
+    notes = [*[""] * (len(precisions) - 1), _note(record, results)]
+    return [
+        _summary(precision, [result for result in results if result.precision == precision], note)
+        for precision, note in zip(precisions, notes, strict=True)
     ]
-    machine = record.environment
+
+
+def _summary(precision: str, results: list[CheckResult], note: str) -> TextTable:
+    by_cell: dict[tuple[str, str], list[CheckResult]] = {}
+    for result in results:
+        by_cell.setdefault((result.check, result.kernels), []).append(result)
+    kernels = list(dict.fromkeys(result.kernels for result in results))
+    checks = list(dict.fromkeys(result.check for result in results))
+    rows = [(check, *(_cell(by_cell.get((check, name), [])) for name in kernels)) for check in checks]
+    return TextTable((precision, *kernels), tuple(rows), note)
+
+
+def _note(record: RunRecord[CheckResult], results: list[CheckResult]) -> str:
+    machine, misses = record.environment, sum(not result.passed for result in results)
     prompts, tokens = max(result.prompts for result in results), sum(result.tokens for result in results)
-    note = (
-        f"{len(results)} comparisons of up to {prompts} prompts, {tokens} tokens in all; {machine['device_name']}, "
-        f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}.\n{_LEGEND}"
-    )
-    note += "".join(f"\n{line[0].upper()}{line[1:]}." for line in machine["skipped"])
-    misses = sum(not result.passed for result in results)
-    note += f"\n{'Every promise was kept' if not misses else f'{misses} of {len(results)} comparisons broke their promise'}."
-    return TextTable(("check", *(f"{kernels} {precision}" for kernels, precision in setups)), tuple(rows), note)
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    lines = [
+        f"{len(results)} comparisons of up to {prompts} prompts, {tokens} tokens in all; {machine['device_name']}, {threads}.",
+        _LEGEND,
+        *(f"{line[0].upper()}{line[1:]}." for line in machine["skipped"]),
+        f"{misses} of {len(results)} comparisons broke their promise." if misses else "Every promise was kept.",
+    ]
+    return "\n".join(lines)
 
 
 def _cell(results: list[CheckResult]) -> str:
