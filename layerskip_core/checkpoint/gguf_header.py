@@ -16,7 +16,7 @@ _MOST_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct codes by type
 _MOST_NAME = 1 << 16  # bytes of a key, of a tensor's name or of a text that is kept
-_TEXTS = ("general.architecture", "general.name")  # that are kept
+_TEXTS = ("general.architecture", "general.name", ".rope.scaling.type")  # that are kept, by the ends of their keys
 _ALIGNMENT = "general.alignment"
 
 
@@ -109,7 +109,7 @@ class _Walk:
             self._lengths[key] = self._skip_array()
         elif kind != _STRING:
             raise self._error(f"unknown value type {kind}")
-        elif key in _TEXTS:
+        elif key.endswith(_TEXTS):
             self._values[key] = self._text(_MOST_NAME)
         else:
             self._skip_text()

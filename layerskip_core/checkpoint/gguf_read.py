@@ -12,6 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..model import ModelSpec
 from ..model.config_values import check_named
 from .gguf_header import GgufTensor, read_gguf_header
+from .gguf_rope import scaled_rope
 
 # The keys of every architecture, without its name before them, and those of config.json that they become.
 _VALUES = {
@@ -88,7 +89,11 @@ class GgufModel:
         # llama.cpp has no architecture of its own for Mistral
         is_mistral = form.model_type == "llama" and header.values.get("general.name") == "mistral"
         model_type = "mistral" if is_mistral else form.model_type
-        return AutoConfig.for_model(model_type, tie_word_embeddings=tied, **values)
+        config = AutoConfig.for_model(model_type, tie_word_embeddings=tied, **values)
+        rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rope |= scaled_rope(self._path, header, rope, head_dim, config.max_position_embeddings)
+        return config
 
     def _check_tokens(self, pieces: int) -> None:
         """Raises CheckpointError for a special token that is not in the vocabulary."""

@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..model.rope import llama3_factors
 from ..model.spec import ModelSpec, RopeSpec
 from .gguf_tokenizer import add_tokenizer
 
@@ -123,15 +123,6 @@ def _add(writer: Any, name: str, weight: Tensor, kind: str, gguf: Any) -> None:
 
 
 def rope_factors(spec: ModelSpec) -> Tensor | None:
-    """What llama.cpp divides the frequencies of a Llama 3 by (head_dim / 2,): those of long waves by `factor`; else None."""
+    """What llama.cpp divides the frequencies of a Llama 3 by, (head_dim / 2,); None for other ropes."""
     rope = _full_rope(spec)
-    if rope.type != "llama3":
-        return None
-    values = rope.parameters
-    factor, original = float(values["factor"]), float(values["original_max_position_embeddings"])
-    low, high = float(values["low_freq_factor"]), float(values["high_freq_factor"])
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
-    turns = original / (2 * math.pi * float(values["rope_theta"]) ** exponents)  # of each frequency over the original context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
-    return factors
+    return llama3_factors(rope.parameters, spec.head_dim) if rope.type == "llama3" else None

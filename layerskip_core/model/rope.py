@@ -1,5 +1,9 @@
 """Rotary position embeddings, in the forms that the packed and the native layers take."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,3 +83,17 @@ def rope_frequencies(config: object, spec: ModelSpec, rope: RopeSpec) -> tuple[T
     kind = {} if rope.kind is None else {"layer_type": rope.kind}
     frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.type](config, torch.device("cpu"), **kind)
     return frequencies, scaling
+
+
+def llama3_factors(values: Mapping[str, Any], head_dim: int) -> Tensor:
+    """What the rope `llama3` divides the frequencies by, (head_dim / 2,) in fp64: those of long waves by `factor`.
+
+    `values`: its rope parameters in transformers' names.
+    """
+    factor, original = float(values["factor"]), float(values["original_max_position_embeddings"])
+    low, high = float(values["low_freq_factor"]), float(values["high_freq_factor"])
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    turns = original / (2 * math.pi * float(values["rope_theta"]) ** exponents)  # of each frequency over the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return factors
