@@ -184,6 +184,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "batch_size": _BATCH_SIZE,
         "timed": _TIMED,
         "repeats": Option(MEASUREMENT, "Number of times that everything is measured; medians are reported."),
+        "gguf": Option(MEASUREMENT, "The model as a GGUF file, for the baseline llama.cpp."),
         "baselines": Option(MEASUREMENT, f"Also: {','.join(BASELINES)}, or some.", parse=parse_names),
         "draft_model": Option(MEASUREMENT, "Model that the baseline draft-model drafts with."),
     },

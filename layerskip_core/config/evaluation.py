@@ -10,8 +10,8 @@ from .prompting import PromptingConfig
 from .ranges import require_ranges
 
 METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
-BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model", "no-reuse", "draft-and-verify")
-OWN_BASELINES = ("no-reuse", "draft-and-verify")  # the others are transformers'
+TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model")
+BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class BenchConfig:
     repeats: int = 3
     baselines: tuple[str, ...] = ()
     draft_model: str | None = None
+    gguf: str | None = None
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
@@ -84,6 +85,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         require_given("model", self.model)
         require_given("draft_model", self.draft_model)
+        require_given("gguf", self.gguf)
         require_ranges(num_draft_tokens=self.num_draft_tokens, repeats=self.repeats)
         for name in self.strategies:
             require_choice(name, "strategies", strategies())
@@ -101,6 +103,8 @@ class BenchConfig:
         require(
             drafting == (self.draft_model is not None), "draft_model", "given with the baseline draft-model", self.draft_model
         )
+        needed = ("llama.cpp" in self.baselines) == (self.gguf is not None)
+        require(needed, "gguf", "given with the baseline llama.cpp, and only then", self.gguf or "none")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class Environment(TypedDict, total=False):
     threads: int
     dtype: str
     implementation: str
+    llama_cpp: str
     load_average: list[float] | None
 
 

@@ -1,4 +1,4 @@
-"""The baselines: transformers' decoders at the same settings, and our self-speculation without exit-state reuse."""
+"""The baselines: transformers' decoders at the same settings, our self-speculation without exit-state reuse, llama.cpp."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +12,7 @@ from ...checkpoint.load import for_training
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.quiet import quiet_transformers
 from ...config.decoding import DecodingConfig
-from ...config.evaluation import OWN_BASELINES, BenchConfig
+from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, decode
 from ...decoding.stats import step_counts
 from ...decoding.stopping import Stopping, StopScanner
@@ -20,6 +20,7 @@ from ...errors import ConfigError, LayerSkipError
 from ...model import GenericBackend
 from ..outputs import Generation
 from .generate_steps import StepTimer, StopRows, StopString
+from .llama_cpp import NAME, llama_cpp
 from .runner import Baseline, decode_timed
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -141,7 +142,8 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     repacked weights, the model is read again for them.
 
     Raises:
-        ConfigError: the draft model has another tokenizer, or transformers ignores an early exit of this architecture.
+        ConfigError: the draft model has another tokenizer, transformers ignores an early exit of this architecture, or
+            llama.cpp is missing or cannot run the file.
         CheckpointError: a model cannot be read.
     """
     exit_layer, drafts = speculative.exit_layer, speculative.num_draft_tokens
@@ -154,6 +156,8 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     def make(name: str) -> Baseline:
         if name == "no-reuse":
             return WithoutReuse(speculative)
+        if name == NAME:
+            return llama_cpp(loaded, config.gguf or "", limit, stop)
         if name == "assistant-early-exit":
             require_early_exit(model)
             return TransformersGenerate(name, model, limit, exit_layer, drafts, stop, {"assistant_early_exit": exit_layer})
@@ -174,7 +178,7 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     model, vocabulary = None, {}
     if isinstance(loaded.backend, GenericBackend):
         model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
-    elif any(name not in OWN_BASELINES for name in config.baselines):
+    elif any(name in TRANSFORMERS_BASELINES for name in config.baselines):
         target = transformers_model(loaded.name)
         model, vocabulary = target.model, target.tokenizer.get_vocab()
     return [make(name) for name in config.baselines if name != "draft-and-verify"]

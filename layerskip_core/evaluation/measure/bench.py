@@ -20,6 +20,8 @@ from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import differences
 from .environment import environment
 from .journal import FOUND_SKIP, Journal, found_skip
+from .llama_cpp import NAME as LLAMA_CPP
+from .llama_cpp import describe_build
 from .runner import Method, Progress, drafts_tokens, exit_and_drafts, measure_interleaved
 from .skip_search import search_skips
 
@@ -69,7 +71,7 @@ def bench(
     )
     sampled = generation.sampling.temperature > 0
     methods: list[Method] = [*strategies, *load_baselines(loaded, config, speculative)]
-    machine = environment(loaded)
+    machine = environment(loaded) | ({"llama_cpp": describe_build()} if LLAMA_CPP in config.baselines else {})
     settings = asdict(config) | ({FOUND_SKIP: asdict(searched)} if searched else {})
     journal = Journal(folder, settings, resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
     losses = ReferenceLosses(0, {})

@@ -138,7 +138,7 @@ def exit_and_drafts(method: Method) -> tuple[int | None, int | None]:
 
 def drafts_tokens(method: Method) -> bool:
     """Whether the method drafts tokens and verifies them."""
-    return method.strategy not in ("autoregressive", "early-exit", "transformers")
+    return method.strategy not in ("autoregressive", "early-exit", "transformers", "llama.cpp")
 
 
 def _seeded(method: Method, sample: int) -> Method:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...config.evaluation import OWN_BASELINES
+from ...config.evaluation import TRANSFORMERS_BASELINES
 from ...config.policies import EXACT, FAST
 from ...config.ranges import counts_text
 from ..metrics import LOWER_IS_BETTER
@@ -125,7 +125,9 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     if any(result.intervals for result in results):
         note += "\nIn brackets: 95% intervals over the prompts, which were drawn anew (bootstrap)."
     note += _settings_note(record.config) + _blocks_note(machine)
-    with_transformers = any(name not in OWN_BASELINES for name in record.config.get("baselines", ()))
+    if "llama_cpp" in machine:
+        note += f"\nllama.cpp: {machine['llama_cpp']}, on {record.config['gguf']}."
+    with_transformers = any(name in TRANSFORMERS_BASELINES for name in record.config.get("baselines", ()))
     if with_transformers and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is that of the whole process, which also holds transformers' copy of the model."
     return TextTable(("", *map(strategy_name, results)), tuple((name, *cells) for name, cells in rows), note)
