@@ -152,6 +152,24 @@ def test_rows_have_the_same_bits_in_any_number(variant, precision, width, number
             assert torch.equal(run(slice(0, rows)), alone[:rows])
 
 
+@needs_kernels
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_threads_that_take_each_others_panels_change_no_bit(variant, precision, threads):
+    """Of products that are long enough, whose panels are no multiple of what is taken at once; on more threads than cores."""
+    wide = {"hidden_size": 512, "intermediate_size": 1120, "num_hidden_layers": 2}
+    model, ids = model_of(precision, **wide), ids_of(1, 20)
+
+    def run(number, rows):
+        threads(number)
+        hidden = model.run_layers(model.embed(ids[:, :rows]), 0, 2, torch.arange(rows)[None], model.new_cache())
+        return model.unembed(hidden)
+
+    with torch.inference_mode():
+        for rows in (1, 2, 20):
+            alone = run(1, rows)
+            assert all(torch.equal(run(number, rows), alone) for number in (2, 3) for _ in range(2))
+
+
 LONG = {  # of heads: sizes, many that share a key, and what bounds scores or the places seen
     "32": ("llama", {}),
     "64": ("qwen3", {"head_dim": 64}),

@@ -6,11 +6,10 @@
  *
  * Weights (outputs, inputs) are stored in panels of 32 outputs that are read from front to end; pack.c packs them. Threads
  * come from the OpenMP runtime that torch uses, because two pools would compete for the cores. They divide the panels of a
- * matrix and the heads of attention and meet at barriers.
+ * matrix and the heads of attention and meet at barriers: see threads.h.
  */
 #include "lanes.h"
 #include <math.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
@@ -83,23 +82,7 @@ typedef struct {
     int32_t drafted;           /* number of drafts made */
 } Draft;
 
-typedef struct {
-    atomic_int arrived, phase;
-} Barrier;
-
-INLINE void meet(Barrier *barrier, int threads) {
-    if (threads == 1) return;
-    int phase = atomic_load_explicit(&barrier->phase, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == threads - 1) {
-        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&barrier->phase, phase + 1, memory_order_release);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&barrier->phase, memory_order_acquire) == phase; spins++) {
-        if (spins < 4000) _mm_pause();
-        else sched_yield(); /* another process has the core that the others need */
-    }
-}
+#include "threads.h"
 
 /* ---- rows in the form that a matrix's kernel reads: fp32, bf16 pairs, or int8 groups followed by their scales and by one
  * correction for each group: for int8 weights -128 times its sum, because levels are stored plus 128; for int4 its sum ---- */
@@ -335,10 +318,6 @@ static void panel_rows(const Matrix *m, int panel, int count, const char *x, siz
 
 enum { PUT, ADD, ACTIVATE }; /* what happens to a product */
 
-/* Where the share of thread `index` of `of` begins, out of `count` things; it ends where that of the next one begins. */
-INLINE int share(int count, int index, int of) { return (int)((int64_t)count * index / of); }
-INLINE int64_t share_of_many(int64_t count, int index, int of) { return count / of * index + count % of * index / of; }
-
 /* x times the logistic function of x, or of 2 sqrt(2/pi) (x + 0.044715 x^3), which is GELU by tanh. */
 INLINE vf activated(vf x, int activation) {
     vf inner = x;
@@ -349,41 +328,66 @@ INLINE vf activated(vf x, int activation) {
     return f_div(x, f_add(f_set(1), f_exp(f_sub(f_set(0), inner))));
 }
 
-/* This thread's part of out (row, width) = rows @ matrix (PUT), out += residual_scale * rows @ matrix (ADD), or, of `up`
- * (ACTIVATE), out = activated(gate) * up, or activated(up) where there is no gate. From panel `first` on. */
-static void multiply(
-    const Shape *s, const Matrix *m, int first, const char *x, int rows, float *out, int width, int what, int thread, int threads
-) {
+/* A product of rows (row, inputs), as they are formed for the matrix, to out (row, width): out = rows @ matrix (PUT), out +=
+ * residual_scale * rows @ matrix (ADD), or, of `up` (ACTIVATE), out = activated(gate) * up, or activated(up) without a gate. */
+typedef struct {
+    const Matrix *matrix;
+    const char *rows;
+    int count; /* of rows */
+    float *out;
+    int width, what;
+} Multiplication;
+
+/* The panels from..to-1, or pairs of gate and up, of which there are `step` each. */
+static void multiply_panels(const Shape *s, const Multiplication *of, int step, int from, int to) {
+    const Matrix *m = of->matrix;
     size_t stride = form_bytes(m);
-    int step = what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step - first;
-    int most = rows_at_once(m, rows), activation = s->activation, shaped = 0;
-    int from = first + share(count, thread, threads), to = first + share(count, thread + 1, threads);
+    int rows = of->count, most = rows_at_once(m, rows), shaped = 0;
     int together = rows < most ? panels_at_once(rows) / step : 1;
     if (together < 1) together = 1;
     Product product[MOST_PANELS];
-    float scale = s->residual_scale;
     for (int p = from; p < to; p += together) {
-        int units = to - p < together ? to - p : together; /* of one panel, or of gate and up */
+        int units = to - p < together ? to - p : together;
         for (int row = 0; row < rows; row += most) {
             int tile = rows - row < most ? rows - row : most;
             if (in_tiles(m) && tile != shaped) shape_tiles_for(shaped = tile);
-            panel_rows(m, p * step, units * step, x + (size_t)row * stride, stride, tile, product);
+            panel_rows(m, p * step, units * step, of->rows + (size_t)row * stride, stride, tile, product);
             for (int u = 0; u < units; u++) {
-                int place = (p + u) * PANEL, live = width - place < PANEL ? width - place : PANEL;
+                int place = (p + u) * PANEL, live = of->width - place < PANEL ? of->width - place : PANEL;
                 for (int r = 0; r < tile; r++) {
-                    float *put = product[u * step][r], *to = out + (size_t)(row + r) * (size_t)width + place;
-                    if (what == ACTIVATE)
+                    float *put = product[u * step][r], *out = of->out + (size_t)(row + r) * (size_t)of->width + place;
+                    if (of->what == ACTIVATE)
                         for (int i = 0; i < PANEL; i += 16) {
-                            vf active = activated(f_load(put + i), activation);
+                            vf active = activated(f_load(put + i), s->activation);
                             f_store(put + i, step == 2 ? f_mul(active, f_load(product[u * step + 1][r] + i)) : active);
                         }
-                    if (what == ADD) for (int i = 0; i < live; i++) to[i] += scale * put[i];
-                    else memcpy(to, put, 4 * (size_t)live);
+                    if (of->what == ADD) for (int i = 0; i < live; i++) out[i] += s->residual_scale * put[i];
+                    else memcpy(out, put, 4 * (size_t)live);
                 }
             }
         }
     }
     if (shaped) release_tiles();
+}
+
+#define LONG_PRODUCT (1 << 20) /* multiplications; what is shorter is over before a thread could help another */
+
+/* This thread's part of a product, from panel `first` on, and of a long one what other threads have not begun. */
+static void multiply(const Shape *s, Team *team, Multiplication of, int first, int thread, int threads) {
+    int step = of.what == ACTIVATE && s->gated ? 2 : 1, count = of.matrix->panels / step - first;
+    int64_t size = (int64_t)of.matrix->inputs * of.matrix->outputs * of.count;
+    if (threads == 1 || threads > MOST_TAKERS || size < LONG_PRODUCT) {
+        multiply_panels(s, &of, step, first + share(count, thread, threads), first + share(count, thread + 1, threads));
+        return;
+    }
+    unsigned phase = atomic_load_explicit(&team->phase, memory_order_relaxed);
+    int few = of.count > TILE ? 1 : MOST_PANELS / step;
+    for (int i = 0; i < threads; i++) {
+        int whose = (thread + i) % threads, from = first + share(count, whose, threads);
+        int all = first + share(count, whose + 1, threads) - from;
+        for (int at; (at = take(team->taken + whose, phase, few, all)) >= 0;)
+            multiply_panels(s, &of, step, from + at, from + (all - at < few ? all : at + few));
+    }
 }
 
 /* ---- attention ---- */
@@ -413,7 +417,7 @@ typedef struct {
     float *logits;
     Draft *draft;
     int ended, finished; /* a draft: no more tokens; and no more layers either */
-    Barrier barrier;
+    Team team;
 } Work;
 
 /* All rows of x (row, width) in the form that a matrix's kernel reads, after a norm if there is one. Each thread forms them
@@ -432,16 +436,17 @@ static void add_block(Work *work, const Matrix *m, const float *x, int width, co
     const Call *call = work->call;
     int rows = call->rows, n = s->hidden;
     form_rows(s, m, x, width, NULL, rows, row, formed);
-    multiply(s, m, 0, formed, rows, after->weight ? call->block : call->hidden, n, after->weight ? PUT : ADD, thread, threads);
-    meet(&work->barrier, threads);
-    if (!after->weight) return;
+    int adds = !after->weight;
+    multiply(s, &work->team, (Multiplication){m, formed, rows, adds ? call->hidden : call->block, n, adds ? ADD : PUT}, 0, thread, threads);
+    meet(&work->team, threads);
+    if (adds) return;
     float scale = s->residual_scale;
     for (int r = share(rows, thread, threads); r < share(rows, thread + 1, threads); r++) {
         float *hidden = call->hidden + (size_t)r * (size_t)n;
         normed(call->block + (size_t)r * (size_t)n, after, n, s->eps, row);
         for (int i = 0; i < n; i++) hidden[i] += scale * row[i];
     }
-    meet(&work->barrier, threads);
+    meet(&work->team, threads);
 }
 
 #define FEW_ROWS 16
@@ -457,25 +462,26 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         int index = work->order ? work->order[i] : i;
         const Layer *l = work->layers + index;
         form_rows(s, &l->qkv, call->hidden, s->hidden, &l->before_attention, rows, row, formed);
-        multiply(s, &l->qkv, work->keys_only ? mixed / PANEL : 0, formed, rows, call->qkv, slots, PUT, thread, threads);
-        meet(&work->barrier, threads);
+        Multiplication qkv = {&l->qkv, formed, rows, call->qkv, slots, PUT}, up = {&l->up, formed, rows, call->inside, s->inner, ACTIVATE};
+        multiply(s, &work->team, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
+        meet(&work->team, threads);
         if (s->norms_projections) {
             norm_projections(s, l, call, work->keys_only, thread, threads);
-            meet(&work->barrier, threads);
+            meet(&work->team, threads);
         }
         if (rows <= FEW_ROWS && !work->keys_only) {
             place_keys(s, l, call, index, 0, 1); /* by each thread: all write the same, which is cheaper than to meet */
         } else {
             place_keys(s, l, call, index, thread, threads);
-            meet(&work->barrier, threads);
+            meet(&work->team, threads);
         }
         if (work->keys_only) continue;
         mix_values(s, l, call, index, thread, threads);
-        meet(&work->barrier, threads);
+        meet(&work->team, threads);
         add_block(work, &l->output, call->mixed, mixed, &l->after_attention, row, formed, thread, threads);
         form_rows(s, &l->up, call->hidden, s->hidden, &l->before_mlp, rows, row, formed);
-        multiply(s, &l->up, 0, formed, rows, call->inside, s->inner, ACTIVATE, thread, threads);
-        meet(&work->barrier, threads);
+        multiply(s, &work->team, up, 0, thread, threads);
+        meet(&work->team, threads);
         add_block(work, &l->down, call->inside, s->inner, &l->after_mlp, row, formed, thread, threads);
     }
 }
@@ -486,7 +492,8 @@ static void score(Work *work, int thread, int threads) {
     float *row = (float *)(call->scratch + thread * call->scratch_bytes);
     char *formed = (char *)(row + s->hidden + 16);
     form_rows(s, work->head, call->hidden, work->head->inputs, work->head_norm, call->rows, row, formed);
-    multiply(s, work->head, 0, formed, call->rows, work->logits, work->head->outputs, PUT, thread, threads);
+    Multiplication logits = {work->head, formed, call->rows, work->logits, work->head->outputs, PUT};
+    multiply(s, &work->team, logits, 0, thread, threads);
 }
 
 /* The first of the largest of n numbers. */
@@ -591,14 +598,14 @@ static void leave_exit(Work *work, int thread, int threads) {
     size_t n = (size_t)s->hidden;
     if (thread == 0) memcpy(draft->join ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
     if (draft->join) {
-        meet(&work->barrier, threads);
+        meet(&work->team, threads);
         float *row = (float *)(work->call->scratch + thread * work->call->scratch_bytes);
         char *formed = (char *)(row + n + 16);
         form_rows(s, draft->join, draft->joined, draft->join->inputs, NULL, 1, row, formed);
-        multiply(s, draft->join, 0, formed, 1, draft->beyond, s->hidden, PUT, thread, threads);
+        multiply(s, &work->team, (Multiplication){draft->join, formed, 1, draft->beyond, s->hidden, PUT}, 0, thread, threads);
     }
     if (thread == 0) work->call->hidden = draft->beyond;
-    meet(&work->barrier, threads);
+    meet(&work->team, threads);
 }
 
 /* Token by token: its layers and the most probable next token; of the last one only the layers before the exit, if at all. */
@@ -611,7 +618,7 @@ static void draft(Work *work, int thread, int threads) {
             work->call->hidden = kept(work, draft->stop_count - 1);
             embed(work, draft->tokens[draft->drafted], work->call->hidden);
         }
-        meet(&work->barrier, threads);
+        meet(&work->team, threads);
         reach_exit(work, thread, threads);
         if (work->ended) return; /* the same for all threads: thread 0 set it before the last barrier */
         if (exit_layer < work->count) {
@@ -619,7 +626,7 @@ static void draft(Work *work, int thread, int threads) {
             span(work, exit_layer, work->count, thread, threads);
         }
         score(work, thread, threads);
-        meet(&work->barrier, threads);
+        meet(&work->team, threads);
         if (thread == 0) {
             const Shape *s = work->shape;
             if (draft->join) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->joined + s->hidden);
@@ -627,7 +634,7 @@ static void draft(Work *work, int thread, int threads) {
             work->ended = choose(work, &survival);
             work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
         }
-        meet(&work->barrier, threads);
+        meet(&work->team, threads);
         if (work->finished) return;
     }
 }
@@ -644,8 +651,13 @@ static void part(Work *work, int thread, int threads) {
 static void in_thread(void *work) { part(work, thread_number(), thread_count()); }
 
 static void run(Work *work, int threads) {
-    if (threads > 1 && parallel) parallel(in_thread, work, (unsigned)threads, 0);
-    else part(work, 0, 1);
+    int now = parallel ? threads_now(threads) : 1;
+    if (now == 1) {
+        part(work, 0, 1);
+        return;
+    }
+    parallel(in_thread, work, (unsigned)now, 0);
+    if (atomic_load(&work->team.held_up)) leave_one_out(threads);
 }
 
 /* Entry points of an OpenMP runtime, whose threads then share calls; without them calls run in the calling thread. */

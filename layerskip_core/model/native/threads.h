@@ -1,0 +1,103 @@
+/* How threads share a call: barriers, shares of panels, and how many threads take part.
+ *
+ * Another process that is busy on a core holds up the thread that wants it, and every thread that waits for that one. So waits
+ * sleep, which frees a core for who is late; of long products threads take each other's panels; and after a long wait calls do
+ * with a thread fewer for a while. No sum depends on who computes it.
+ */
+#include <sched.h>
+#include <time.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define MOST_TAKERS 64 /* threads that take each other's panels, if there are no more */
+#define SPINS 4000     /* about 50 microseconds; without another process waits take one or two */
+#define HELD_UP 0.001  /* seconds of a wait */
+#define SHORTEST_PAUSE 0.02
+#define LONGEST_PAUSE 1.0
+
+/* Where the share of thread `index` of `of` begins, out of `count` things; it ends where that of the next one begins. */
+INLINE int share(int count, int index, int of) { return (int)((int64_t)count * index / of); }
+INLINE int64_t share_of_many(int64_t count, int index, int of) { return count / of * index + count % of * index / of; }
+
+typedef struct {
+    _Alignas(64) atomic_ullong state; /* the phase in the high half, what is taken of the share in the low half */
+} Taken;
+
+typedef struct {
+    atomic_uint arrived, phase, sleepers;
+    atomic_int held_up; /* whether a thread waited long */
+    Taken taken[MOST_TAKERS];
+} Team;
+
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static void sleep_in(Team *team, unsigned phase) {
+    double started = seconds_now();
+    while (atomic_load(&team->phase) == phase) {
+#if defined(__linux__)
+        atomic_fetch_add(&team->sleepers, 1);
+        syscall(SYS_futex, &team->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0); /* at once if the phase is over */
+        atomic_fetch_sub(&team->sleepers, 1);
+#else
+        sched_yield();
+#endif
+    }
+    if (seconds_now() - started > HELD_UP) atomic_store(&team->held_up, 1);
+}
+
+/* Waits until all threads are here, which begins the next phase. */
+INLINE void meet(Team *team, int threads) {
+    if (threads == 1) return;
+    unsigned phase = atomic_load_explicit(&team->phase, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) == (unsigned)threads - 1) {
+        atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
+        atomic_store(&team->phase, phase + 1);
+#if defined(__linux__)
+        if (atomic_load(&team->sleepers)) syscall(SYS_futex, &team->phase, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+#endif
+        return;
+    }
+    for (int spins = 0; spins < SPINS; spins++) {
+        if (atomic_load_explicit(&team->phase, memory_order_acquire) != phase) return;
+        _mm_pause();
+    }
+    sleep_in(team, phase);
+}
+
+/* The first of up to `few` things that are now the caller's, of a thread's share of `count` things; -1 if none is left. */
+INLINE int take(Taken *taken, unsigned phase, int few, int count) {
+    unsigned long long state = atomic_load_explicit(&taken->state, memory_order_relaxed);
+    for (;;) {
+        int next = state >> 32 == phase ? (int)(uint32_t)state : 0;
+        if (next >= count) return -1;
+        unsigned long long after = (unsigned long long)phase << 32 | (unsigned)(next + few);
+        if (atomic_compare_exchange_weak_explicit(&taken->state, &state, after, memory_order_relaxed, memory_order_relaxed)) return next;
+    }
+}
+
+static _Thread_local struct {
+    int left_out;        /* threads that calls do without */
+    double until, pause; /* when one of them is tried again, and how long after the last wait that is */
+} crowd;
+
+/* How many of `threads` a call shall have. */
+static int threads_now(int threads) {
+    if (threads == 1) return 1;
+    if (crowd.left_out && seconds_now() >= crowd.until) crowd.left_out--;
+    return crowd.left_out < threads ? threads - crowd.left_out : 1;
+}
+
+/* After a call in which a thread was held up. A pause is twice as long as the last one, if that was just before. */
+static void leave_one_out(int threads) {
+    double now = seconds_now(), twice = 2 * crowd.pause;
+    crowd.pause = now > crowd.until + LONGEST_PAUSE ? SHORTEST_PAUSE : twice < LONGEST_PAUSE ? twice : LONGEST_PAUSE;
+    crowd.until = now + crowd.pause;
+    if (crowd.left_out < threads - 1) crowd.left_out++;
+}
