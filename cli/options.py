@@ -221,7 +221,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "kernels": Option(
             MACHINE,
             "amx, avx512, avx2 (our own), torch (PyTorch's, on repacked weights), exact (the same with --exact), generic "
-            "(transformers' layers), or some.",
+            "(transformers' layers), transformers (its generate, for comparison), or some.",
             default="all that this machine and this model can run",
             parse=parse_names,
         ),

@@ -15,7 +15,7 @@ from attack.outcome import Outcome, misses_of
 from attack.snapshot import changes, snapshot
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("commands", "checkpoints", "models", "kills", "writers", "programs", "decoding")
+PARTS = ("commands", "checkpoints", "models", "kills", "writers", "programs", "decoding", "serve")
 
 
 @pytest.fixture(scope="session")

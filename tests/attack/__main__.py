@@ -14,7 +14,7 @@ from .campaign import PartReport, run_part
 from .material import import_everything, import_what_commands_import, make
 from .outcome import KINDS
 
-PARTS = ("commands", "checkpoints", "models", "kills", "writers", "programs", "decoding")
+PARTS = ("commands", "checkpoints", "models", "kills", "writers", "programs", "decoding", "serve")
 _SHOWN = 12  # misses that are printed per part; the report file has all
 
 

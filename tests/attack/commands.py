@@ -17,7 +17,7 @@ from .outcome import Miss, misses_of
 from .victim import OUTPUTS, Victim
 
 CASES = 2500
-SHORT = (*range(0, 350, 9), *range(1000, 1025))  # every ninth known case, and some random ones
+SHORT = (*range(0, 393, 18), *range(1000, 1012))  # some of the known cases, and some random ones
 
 
 def attack(case: Case) -> Iterator[Miss]:
@@ -317,6 +317,16 @@ _NAMED = ("gemma3_text", "chat", "adapter", "tiny.gguf", "qwen2", "smollm3", "sh
 _COPIED = ("gemma3_text", "chat", "qwen2", "smollm3", "sharded", "measured", "blocks")  # by finetune --frozen
 
 
+def _verified(model: str) -> Callable[[Case], Command]:
+    """`verify` of a model of the material on all kernels that run it."""
+
+    def make(case: Case) -> Command:
+        few = ("--samples", "2", "--max-new-tokens", "3", "--draws", "0", "--specs", "2", "--precisions", "fp32,int8")
+        return Command(("verify", str(case.material.model(model)), *few))
+
+    return make
+
+
 def _file(name: str, content: bytes, *arguments: str, base: str) -> Callable[[Case], Command]:
     def make(case: Case) -> Command:
         (case.folder / name).write_bytes(content)
@@ -437,6 +447,11 @@ KNOWN: tuple[Callable[[Case], Command], ...] = (
     _file("r.json", b"[" * DEEP, "--from", "r.json", base="bench"),
     _file("r.json", base64.b64decode("e30="), "--from", "r.json", base="sweep-exits"),
     *(_known("--output", output, base="calibrate") for output in ("mixed", "blocked", "file.txt", "dangling", "null", "")),
+    *(_known(*more, base="verify") for more in (("--exits", "4"), ("--exits", "0"), ("--samples", "1"), ("--draws", "-1"))),
+    *(_known("--kernels", name, base="verify") for name in ("cuda", "", ",", "amx,x")),
+    *(_known("--output", output, base="verify") for output in ("file.txt", "dangling", "null", "", "/dev/null/x")),
+    _known("--max-new-tokens", "127", base="verify"),
+    _known("--kernels", "exact", "--specs", "100", base="verify"),
     *(_known("--length", length, base="calibrate") for length in ("1", "129", "10000000")),
     *(_known("--samples", count, base="calibrate") for count in ("0", "-1")),
     _known("--model", "{gemma3_text}", base="calibrate"),
@@ -551,6 +566,9 @@ WORKING: tuple[Callable[[Case], Command], ...] = (  # these must succeed
     _known("--model", "{blocks}", "--batch-size", "2", base="bench"),
     _known("--model", "{blocks}", "--exits", "1,2,3", "--draft-weights", "int8", base="sweep-exits"),
     _known("--model", "{blocks}", "--exit-confidences", "0.5", base="sweep-exits"),
+    *(_known("--output", output, base="verify") for output in ("new/deeper", "bench")),
+    _known("--kernels", "exact,generic", "--draws", "20", "--exits", "1,3", base="verify"),
+    *(_verified(name) for name in ("blocks", "gemma3_text", "tiny.gguf", "adapter")),
 )
 
 __all__ = ["CASES", "KNOWN", "SHORT", "WORKING", "attack"]

@@ -1,6 +1,7 @@
-"""Random decoding settings on tiny models: speculation must equal plain decoding, and a batch its rows decoded alone.
+"""Random decoding settings on tiny models: speculation must equal plain decoding, whatever drafts, and a batch its rows alone.
 
-A depth for each token must equal plain decoding where no exit is confident, and early exit where the first one always is.
+So must rows that join a batch, and texts that begin with what is known from the one before. A depth for each token must equal
+plain decoding where no exit is confident, and early exit where the first one always is.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from .campaign import Case
 from .outcome import Miss
 from .probe import COUNTED, probe
 
-CASES, SHORT = 128, range(0, 32, 5)  # each with several settings
+CASES, SHORT = 128, (5, 15, 25, 28)  # each with several settings
 _SETTINGS = 25
+_STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "adaptive", "lookup", "draft-and-verify")
 _KINDS = (
     *("generic", "packed", "windows", "native", "native bf16", "native int8", "native int4", "int8 drafts", "few drafts"),
     *("smollm3", "gemma3_text", "qwen2", "native gemma2", "native gemma3_text", "native granite", "native olmo3"),
@@ -98,10 +100,9 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
         random.choice((1.0, 0.9, 0.1)),
         random.randrange(1000),
     )
-    strategies = ["autoregressive", "early-exit", "self-speculative", "self-speculative", "self-speculative"]
-    strategy = random.choice([*strategies, "adaptive", "adaptive"] if model.exit_blocks else strategies)
-    speculative = strategy in ("self-speculative", "adaptive")
-    weights = random.choice(list(model.draft_sides)) if strategy == "self-speculative" else None
+    strategy = random.choices(_STRATEGIES, (1, 1, 3, 2, 1, 1))[0]
+    speculative = strategy not in ("autoregressive", "early-exit")
+    weights = random.choice(list(model.draft_sides)) if strategy in ("self-speculative", "draft-and-verify") else None
     free = _alone(model, prompts[0], DecodingConfig("autoregressive", max_new_tokens=20), frozenset())[0]
     config = DecodingConfig(
         strategy,
@@ -114,7 +115,11 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
         tuple(_letters(free[place : place + 2]) for place in random.sample(range(18), random.choice((0, 0, 1, 2)))),
         sampling,
         weights,
-        exits=tuple(model.exit_blocks) if strategy == "adaptive" else (),
+        lookup=random.choice((0, 0, 1, 2, 5)) if speculative else 0,
+        exits=_known_exits(model, random) if strategy == "adaptive" else (),
+        skip=tuple(random.sample(range(1, model.num_layers + 1), random.randint(1, model.num_layers - 1)))
+        if strategy == "draft-and-verify"
+        else (),
     )
     ends = frozenset(random.sample(free, random.choice((0, 0, 1, 2))))
     where = f"{config}, ends {sorted(ends)}, prompts {prompts}"
@@ -128,7 +133,16 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
                 yield f"speculation gave {alone[place][:2]}, plain decoding {expected}; {where}"
     if random.random() < 0.3:
         yield from (f"{fault}; {where}" for fault in _depth_faults(model, prompts[0], config, ends, random))
+    if random.random() < 0.25:
+        yield from (f"{fault}; {where}" for fault in _prefix_faults(model, prompts, config, ends))
+    if not (sampled and speculative) and random.random() < 0.25:
+        for row, ids in enumerate(_joining(model, prompts, config, ends, random)):
+            if ids != alone[row][0]:
+                yield f"row {row}, which joined a batch, gave {ids}, alone {alone[row][0]}; {where}"
     crowded = any(reason == "context" for _, reason, _ in alone)  # near the context's end the longest row limits the drafts
+    mixed = (
+        config.lookup and strategy != "lookup"
+    )  # where some rows found a text to copy, the others draft nothing in this round
     for output in decode_batch(model, prompts, config, ends, _letters):
         ids, reason, stats = alone[output.row]
         if sampled and speculative:  # draws depend on the number of drafts, which other rows may limit
@@ -136,12 +150,60 @@ def _faults(model: Any, prompts: list[list[int]], random: Random) -> Iterator[st
         if (output.ids, output.finish_reason) != (ids, reason):
             yield f"row {output.row} of the batch gave {output.ids}, {output.finish_reason}, alone {ids}, {reason}; {where}"
         elif (
-            not crowded
+            not (crowded or mixed)
             and strategy != "adaptive"
             and (different := [name for name in _COUNTS if getattr(output.stats, name) != getattr(stats, name)])
         ):
             found = ", ".join(f"{name} {getattr(output.stats, name)} and {getattr(stats, name)}" for name in different)
             yield f"row {output.row} of the batch counts otherwise than alone: {found}; {where}"
+
+
+def _known_exits(model: Any, random: Random) -> tuple[int, ...]:
+    """The exits that adaptive drafting chooses among: those with blocks, else any, or none."""
+    others = random.sample(range(1, model.num_layers), random.choice((0, 1, 3)))
+    return tuple(model.exit_blocks) or tuple(sorted(others))
+
+
+def _prefix_faults(model: Any, prompts: list[list[int]], config: Any, ends: frozenset[int]) -> Iterator[str]:
+    """Texts one after another, each beginning with a part of the one before, as the turns of a conversation do."""
+    from layerskip_core.decoding import PrefixCache, decode
+
+    known, text = PrefixCache(), prompts[0]
+    for more in (*prompts[1:], prompts[0]):
+        expected = _alone(model, text, config, ends)[0]
+        decoding = decode(model, text, config, ends, _letters, prefix=known)
+        ids = [token.id for tokens in decoding for token in tokens]
+        if ids != expected:
+            yield f"after another text {text} gave {ids}, by itself {expected}"
+        text = [*text, *ids, *more] if len(text) + len(ids) + len(more) < model.max_positions // 2 else text[: len(more)]
+
+
+def _joining(model: Any, prompts: list[list[int]], config: Any, ends: frozenset[int], random: Random) -> list[list[int]]:
+    """The outputs of prompts of which each joins the others after some of their steps."""
+    from layerskip_core.decoding.strategies import loop_of
+
+    outputs: list[list[int]] = [[] for _ in prompts]
+    owners: dict[int, int] = {}
+    running = None
+    for place, prompt in enumerate(prompts):
+        loop = loop_of(model, [prompt], config, ends, _letters)
+        (step,) = next(loop)
+        outputs[place] += [token.id for token in step.tokens]
+        if step.finish_reason is None:
+            if running is None or not owners:
+                running, row = loop, step.row
+            else:
+                (row,) = running.join(loop)
+            owners[row] = place
+        last = place == len(prompts) - 1
+        steps = 1000 if last else random.randint(0, 3)
+        while owners and running is not None and steps > 0:
+            steps -= 1
+            for step in next(running):
+                outputs[owners[step.row]] += [token.id for token in step.tokens]
+                if step.finish_reason is not None:
+                    del owners[step.row]
+    return outputs
 
 
 def _exits(model: Any, strategy: str) -> list[int]:

@@ -9,7 +9,20 @@ from .victim import OUTPUTS
 
 FROZEN = "finetune --frozen"  # counts as a command of its own
 COMMANDS = (
-    *("generate", "chat", "bench", "sweep-exits", "finetune", "data", "inspect", "import", "export", "calibrate", "compare"),
+    *(
+        "generate",
+        "chat",
+        "bench",
+        "sweep-exits",
+        "finetune",
+        "data",
+        "inspect",
+        "import",
+        "export",
+        "calibrate",
+        "compare",
+        "verify",
+    ),
     FROZEN,
 )
 OF_BLOCKS = ("--feature", "--answers", "--answer-tokens", "--answer-temperature", "--loss", "--exits")
@@ -57,6 +70,10 @@ def base_of(command: str, material: Material) -> tuple[str, ...]:
         "import": ("import", str(material.model())),
         "export": ("export", str(material.model()), "--exit", "2"),
         "compare": ("compare", str(material.sweep), str(material.bench)),
+        "verify": (
+            *("verify", str(material.model()), "--samples", "2", "--max-new-tokens", "3", "--draws", "0", "--specs", "2"),
+            *("--precisions", "fp32", "--kernels", "torch"),
+        ),
         "calibrate": (*material.calibrate_flags(), "--output", "calibrated"),
         FROZEN: (
             *("finetune", "--frozen", *model, "--exits", "2", "--steps", "1", "--batch-size", "2", "--max-length", "48"),
@@ -141,6 +158,22 @@ _OF_FLAGS = {
     "--format": ("table", "json", "csv", "markdown", "html", "transformers", "gguf", "GGUF"),
     "--engine": ("vllm", "sglang", "llama.cpp", "tensorrt-llm", "transformers", "vLLM", "vllm,sglang", "x"),
     "--task": ("commands", "jsonl", "lm", "humaneval", "mbpp", "cnn_dm", "xsum", "scitldr", "x", "../x"),
+    "--kernels": (
+        "amx",
+        "avx512",
+        "avx2",
+        "torch",
+        "exact",
+        "generic",
+        "transformers",
+        "generic,generic",
+        "AVX2",
+        "cuda",
+        ",",
+        "torch," * 2000,
+    ),
+    "--precisions": ("fp32", "bf16", "int8", "int4", "int8,int4", "fp8", "FP32", ",", "fp32," * 2000),
+    "--draws": ("0", "1", "60", "-1", "1000001"),
     "--only": ("exact_match", "perplexity,speedup", "x", ",", "exact_match,", "a" * 3000),
     "--metric": ("exact_match", "rouge1", "rougeL", "rouge9"),
     "--stop": ("a", "\n", "{prompt}", "x" * 3000),

@@ -18,7 +18,7 @@ from .material import Material
 from .outcome import Miss, Outcome, misses_of
 from .snapshot import Snapshot, snapshot
 
-CASES, SHORT = 300, range(10)
+CASES, SHORT = 300, (1, 3, 6, 7)
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 _PROMPT = b"remind me to call mom"
 

@@ -29,6 +29,7 @@ COMMANDS = (
     "calibrate --model MODEL --samples 2 --length 8 --steps 1 --output calibrated",
     *(f"{_GENERATE} {flags}" for flags in ("--exit 1 --spec 3", "--strategy early-exit --exit 1")),
     _FROZEN,
+    "verify MODEL --samples 2 --max-new-tokens 3 --draws 0 --specs 2 --precisions fp32,int8 --kernels avx512,torch",
 )
 
 
@@ -308,6 +309,17 @@ _BLOCKS: tuple[Known, ...] = (
 )
 
 
+def _packed(name: str, change: Callable[[bytes], bytes], must_fail: bool = True) -> Known:
+    """Of packed.safetensors; without compiled kernels, where the model has none, it gets one that is damaged."""
+
+    def spoil(path: Path) -> None:
+        file = path / "packed.safetensors"
+        file.write_bytes(change(file.read_bytes()) if file.is_file() else b"damaged")
+
+    commands = (_GENERATE, f"{_GENERATE} --exit 2", f"{_GENERATE} --lines --batch-size 2")
+    return Known(f"packed.safetensors {name}", spoil, "packed", must_fail, commands)
+
+
 def _in_a_circle(path: Path) -> None:
     edit_json(path / "adapter_config.json", base_model_name_or_path=str(path))
 
@@ -374,6 +386,14 @@ _FILES: tuple[Known, ...] = (
     Known("int4.safetensors of other weights", _retrained, "measured", commands=(f"{_GENERATE} --quantize int4",)),
     Known("exit_blocks.safetensors of other weights", _retrained, "blocks", commands=_WITH_BLOCKS),
     *_BLOCKS,
+    _packed("cut", lambda data: data[:-9]),
+    _packed("empty", lambda data: b""),
+    _packed("its header alone", lambda data: data[:4096]),
+    _packed("longer", lambda data: data + bytes(64)),
+    _packed("not finite at its end", lambda data: data[:-4000] + b"\xff" * 4000),
+    _packed("of another version", lambda data: data.replace(b'"format":"', b'"format":"9', 1)),
+    _packed("with another content", lambda data: data.replace(b"int4", b"int8")),
+    *(_info("packed", False, (_GENERATE,), prompt_template=template) for template in ("{prompt}", "chat")),
     *(_info(prompt_template=template) for template in ("", "chat", "{prompt", "{prompt}" * 90, 5, [])),
     Known("GGUF: 10 million blocks", lambda file: edit_gguf(file, b"llama.block_count", 10**7), "tiny.gguf"),
     Known("GGUF: no heads", lambda file: edit_gguf(file, b"llama.attention.head_count", 0), "tiny.gguf"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from .command import Command, run, start
 from .forked import Child, Limits
 
-MODELS = ("llama", "qwen2", "smollm3", "gemma3_text", "sharded", "adapter", "tiny.gguf", "chat", "measured", "blocks")
+MODELS = ("llama", "qwen2", "smollm3", "gemma3_text", "sharded", "adapter", "tiny.gguf", "chat", "measured", "blocks", "packed")
 _SHAPES: dict[str, dict[str, object]] = {
     "llama": {},
     "qwen2": {},
@@ -103,8 +103,9 @@ def import_everything() -> None:
     os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads leave the cores to the other attacks
     os.environ.setdefault("HF_HOME", "/nonexistent")
     import datasets  # noqa: F401
-    import matplotlib.figure  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
     import peft  # noqa: F401
+    import pydantic.main  # noqa: F401
     import torch  # noqa: F401
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
@@ -112,13 +113,25 @@ def import_everything() -> None:
 
     for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Gemma3Text", "Gemma2", "Gemma", "Olmo2", "Granite"):
         MODEL_FOR_CAUSAL_LM_MAPPING[getattr(transformers, f"{name}Config")]
+    import cli.main
     import layerskip_core.calibration.run
     import layerskip_core.evaluation.measure.bench
     import layerskip_core.evaluation.measure.sweep
     import layerskip_core.evaluation.report.html
     import layerskip_core.evaluation.report.inspect_page
+    import layerskip_core.evaluation.report.plots
+    import layerskip_core.evaluation.verification.run
+    import layerskip_core.serving
     import layerskip_core.training.frozen.run
     import layerskip_core.training.run  # noqa: F401
+
+    with suppress(ModuleNotFoundError):  # without the extra `serve`, which the tests have
+        import uvicorn.lifespan.off
+        import uvicorn.loops.auto
+        import uvicorn.protocols.http.auto
+        import uvicorn.protocols.websockets.auto  # noqa: F401
+
+        import cli.server.app  # noqa: F401
 
     _require_no_threads()
 
@@ -177,6 +190,7 @@ def make(root: Path) -> Material:
     for work in (_make_models, _make_data):
         outcome = Child(lambda work=work: work(material) or 0, logs, Limits(), None, (-1, -1)).wait()
         assert outcome is not None and outcome.status == 0, outcome
+    _make_packed(material, root, logs)
     bench = material.bench_flags()
     sweep = ("sweep-exits", *bench[1:5], "--exits", "2,3", "--specs", "2", *bench[7:])
     outcome = run(Command(material.calibrate_flags()), root, logs)
@@ -280,6 +294,16 @@ def _make_blocks(material: Material, tokenizer: object, special: dict[str, objec
     info = CheckpointInfo("{prompt}\n", details={EXIT_BLOCKS: {"1": {"agreement": 0.5}, "2": {"agreement": 0.75}}})
     output = str(material.model("blocks"))
     save_checkpoint(model, tokenizer, info, output, torch.float32, {EXIT_BLOCKS_FILE: content})
+
+
+def _make_packed(material: Material, root: Path, logs: Path) -> None:
+    """The model with blocks as `export --format packed` writes it; as it is where no compiled kernels are."""
+    from layerskip_core.model.native.compiled import kernels
+
+    target = str(material.model("packed"))
+    flags = ("--format", "packed", "--quantize", "int4") if kernels() else ("--exit", "4")
+    outcome = run(Command(("export", str(material.model("blocks")), *flags, "--output", target)), root, logs)
+    assert outcome.status == 0, outcome
 
 
 def _make_adapter(material: Material, tokenizer: object) -> None:

@@ -18,10 +18,10 @@ from layerskip_core.evaluation.verification import run as verification
 from layerskip_core.evaluation.verification.continuing import RUN, STREAM, TURN
 from layerskip_core.evaluation.verification.drafting import BATCH, JOINED, SPECULATIVE
 from layerskip_core.evaluation.verification.passes import PIECES, ROWS, THREADS
-from layerskip_core.evaluation.verification.peer import TRANSFORMERS
 from layerskip_core.evaluation.verification.report import tables, to_csv
 from layerskip_core.evaluation.verification.results import Mismatch, is_kept
 from layerskip_core.evaluation.verification.sampled import DISTRIBUTION, ROW, SEED, chi_square
+from layerskip_core.evaluation.verification.setups import TRANSFORMERS
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.model import NativeBackend
 from layerskip_core.model.packed.model import PackedBackend
@@ -59,7 +59,7 @@ def missed(record):
 @pytest.fixture(scope="module")
 def whole(model):
     """Every check on every kind of kernels."""
-    kernels = tuple(filter(None, (VARIANT, "torch", "exact", "generic")))
+    kernels = tuple(filter(None, (VARIANT, "torch", "exact", "generic", "transformers")))
     return verified(settings(model, kernels=kernels, precisions=("fp32", "int8")))
 
 
@@ -67,7 +67,9 @@ def test_every_promise_is_kept(whole):
     assert missed(whole) == set()
     found = {(result.kernels, result.precision) for result in whole.results}
     assert {(OWN, "fp32"), ("torch", "int8"), ("exact", "fp32"), ("generic", "fp32"), (TRANSFORMERS, "fp32")} <= found
-    assert whole.environment["skipped"] == ["not verified: generic int8: transformers' layers have no low-bit weights"]
+    assert whole.environment["skipped"] == [
+        "not verified: generic int8, transformers int8: transformers' layers have no low-bit weights"
+    ]
 
 
 def test_every_check_ran_on_our_own_kernels(whole):
@@ -190,7 +192,7 @@ def _spoiled(draft):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--kernels", "cuda"), "--kernels must be one of amx, avx512, avx2, torch, exact, generic, got cuda"),
+        (("--kernels", "cuda"), "--kernels must be one of amx, avx512, avx2, torch, exact, generic, transformers, got cuda"),
         (("--precisions", "fp8"), "--precisions must be one of fp32, bf16, int8, int4, got fp8"),
         (("--samples", "1"), "--samples must be at least 2, because prompts share batches, got 1"),
         (("--max-new-tokens", "2"), "--max-new-tokens must be at least 3, to cut an output in two, got 2"),

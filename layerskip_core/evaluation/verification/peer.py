@@ -8,9 +8,9 @@ from ...model import GenericBackend
 from ..measure.baselines import TransformersGenerate, require_early_exit
 from .drafting import exits_of
 from .results import CheckResult
+from .setups import TRANSFORMERS
 from .subject import Ids, Subject
 
-TRANSFORMERS = "transformers"
 EARLY_EXIT, BATCH = "assistant_early_exit = plain", "padded batch = single"
 
 

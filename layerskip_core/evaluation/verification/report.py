@@ -28,7 +28,7 @@ def tables(record: RunRecord[CheckResult]) -> list[TextTable]:
     """Our own promises, the places that broke them, and transformers."""
     own = [result for result in record.results if result.promise != "none"]
     peers = [result for result in record.results if result.promise == "none"]
-    found = _summaries(record, own)
+    found = _summaries(record, own) if own else []
     if broken := [result for result in own if not result.passed]:
         found.append(_broken(broken))
     if peers:

@@ -17,10 +17,10 @@ from ..record import RunRecord
 from .continuing import check_continuing
 from .drafting import check_batches, check_drafting, exits_of
 from .passes import check_passes
-from .peer import TRANSFORMERS, check_transformers
+from .peer import check_transformers
 from .results import CheckResult
 from .sampled import check_sampled
-from .setups import GENERIC, Opened, Setup, near_tie_precision, opened, reasons, setups_of
+from .setups import TRANSFORMERS, Opened, Setup, near_tie_precision, opened, reasons, setups_of
 from .subject import Prompts, Subject
 
 _MOST_RANDOM = 48  # tokens of a random prompt
@@ -77,19 +77,16 @@ def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> Promp
 
 def _checked(config: VerifyConfig, found: Opened, prompts: Prompts) -> Iterator[CheckResult]:
     """All checks of one setup."""
-    if found.setup.kernels not in VARIANTS:  # these are slow, and promise less
-        prompts, config = prompts.half(), replace(config, specs=config.specs[-1:], draws=config.draws // 2)
     setup, rounding = found.setup, near_tie_precision(found.setup, found.loaded)
-
-    def subject_of(kernels: str) -> Subject:
-        names = (kernels, setup.precision)
-        return Subject(names, found.loaded, prompts, config.max_new_tokens, config.seed, rounding)
-
-    subject = subject_of(setup.kernels)
+    if setup.kernels not in (*VARIANTS, TRANSFORMERS):  # these are slow, and promise less
+        prompts, config = prompts.half(), replace(config, specs=config.specs[-1:], draws=config.draws // 2)
+    names = (setup.kernels, setup.precision)
+    subject = Subject(names, found.loaded, prompts, config.max_new_tokens, config.seed, rounding)
+    if setup.kernels == TRANSFORMERS:
+        yield from check_transformers(config, subject)
+        return
     yield from check_passes(subject)
     yield from check_drafting(config, subject, found.trimmed)
     yield from check_batches(config, subject)
     yield from check_continuing(config, subject)
     yield from check_sampled(config, subject)
-    if setup.kernels == GENERIC:
-        yield from check_transformers(config, subject_of(TRANSFORMERS))

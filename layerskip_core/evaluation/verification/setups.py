@@ -16,8 +16,8 @@ from ...errors import ConfigError, LayerSkipError
 from ...model import GenericBackend
 from ...model.native.compiled import VARIANTS, requesting
 
-TORCH, EXACT, GENERIC = "torch", "exact", "generic"
-KERNELS = (*VARIANTS, TORCH, EXACT, GENERIC)
+TORCH, EXACT, GENERIC, TRANSFORMERS = "torch", "exact", "generic", "transformers"
+KERNELS = (*VARIANTS, TORCH, EXACT, GENERIC, TRANSFORMERS)
 _LOW_BIT: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
 _COPIES: tuple[Quantization, ...] = ("int8", "int4")
 
@@ -28,8 +28,8 @@ class Unavailable(LayerSkipError):
 
 @dataclass(frozen=True)
 class Setup:
-    """Kernels for a precision: a variant of our own, `torch` (repacked weights), `exact` (the same with split calls) or
-    `generic` (transformers' layers).
+    """Kernels for a precision: a variant of our own, `torch` (repacked weights), `exact` (the same with split calls),
+    `generic` (transformers' layers) or `transformers` (the same, by its own `generate`).
     """
 
     kernels: str
@@ -40,7 +40,7 @@ class Setup:
 
         `draft_vocab`: as in PackingConfig. Raises Unavailable if the model runs on other kernels, and as `for_decoding` does.
         """
-        if self.kernels == GENERIC:
+        if self.kernels in (GENERIC, TRANSFORMERS):
             return self._generic(model, device)
         quantize = _LOW_BIT.get(self.precision)
         dtype = "auto" if quantize else self.precision
@@ -91,7 +91,7 @@ def opened(setup: Setup, config: VerifyConfig) -> Opened:
     """Raises Unavailable, or the error of a model that cannot be read."""
     loaded = setup.open(config.model, config.machine.device)
     trimmed = None
-    if setup.kernels not in (GENERIC, EXACT):
+    if setup.kernels in (*VARIANTS, TORCH):
         trimmed = setup.open(config.model, config.machine.device, draft_vocab=max(1, loaded.backend.vocab_size // 4))
     return Opened(setup, loaded, trimmed)
 
