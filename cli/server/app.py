@@ -67,7 +67,9 @@ class Service:
             Route("/metrics", self._metrics),
             Route("/health", self._health),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _of_starlette, ApiError: _of_api, 500: _unexpected})
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _of_starlette, ApiError: _of_api, 500: _unexpected})
+        app.router.redirect_slashes = False  # to an address that the client's Host header names
+        return app
 
     def authorize(self, request: Request) -> None:
         """Raises ApiError without the API key."""

@@ -12,12 +12,12 @@ from random import Random
 from .campaign import Case
 from .command import STREAMS, Command, interrupt_late, run
 from .damage import DEEP, ODD_VALUES, spoil_bytes, spoil_file, spoil_json
-from .flags import COMMANDS, FROZEN, OF_BLOCKS, base_of, flags_of, hostile_value, takes_long
+from .flags import COMMANDS, FROZEN, FROZEN_ON_DATA, OF_BLOCKS, base_of, flags_of, hostile_value, takes_long
 from .outcome import Miss, misses_of
 from .victim import OUTPUTS, Victim
 
 CASES = 2500
-SHORT = (*range(0, 393, 18), *range(1000, 1012))  # some of the known cases, and some random ones
+SHORT = (*range(0, 393, 24), *range(1000, 1010))  # some of the known cases, and some random ones
 
 
 def attack(case: Case) -> Iterator[Miss]:
@@ -140,15 +140,15 @@ def _data(case: Case) -> Command:
         name += ".gz"
         (case.folder / name).write_bytes(spoil_bytes(packed, random) if random.random() < 0.7 else packed)
     task = {"code.jsonl": "humaneval", "mbpp.jsonl": "mbpp", "text.txt": "lm"}.get(name.removesuffix(".gz"), "jsonl")
-    reader = random.choice(("data", "bench", "sweep-exits", "finetune", FROZEN))
+    reader = random.choice(("data", "bench", "sweep-exits", "finetune", FROZEN, FROZEN_ON_DATA))
     arguments = [*base_of(reader, case.material), "--data", name]
     if reader in ("bench", "sweep-exits"):
         arguments += ["--task", random.choice((task, task, task, "jsonl", "cnn_dm", "xsum", "lm", "humaneval", "mbpp"))]
         arguments += random.choice(([], [], ["--shots", "2"], ["--template", "chat"], ["--template", "Q {prompt} A"]))
     if reader == "finetune":
         arguments += random.choice(([], ["--streaming", "--samples", "0"], ["--validation", name], ["--pack"]))
-    if reader == FROZEN:
-        arguments += random.choice(([], [], ["--answers", "data"], ["--validation", name], ["--prompt-column", "text"]))
+    if reader in (FROZEN, FROZEN_ON_DATA):
+        arguments += random.choice(([], [], ["--validation", name], ["--prompt-column", "text"]))
     return Command(tuple(arguments))
 
 
@@ -471,10 +471,10 @@ KNOWN: tuple[Callable[[Case], Command], ...] = (
     *(_known("--model", f"{{{name}}}", base=FROZEN) for name in ("adapter", "tiny.gguf")),
     *(_known("--output", output, base=FROZEN) for output in ("mixed", "model", "blocked", "file.txt", "dangling", "null", "")),
     *(_known("--model", "model", "--output", "model", *more, base=FROZEN) for more in ((), ("--overwrite",))),
-    *(_known("--answers", "data", *more, base=FROZEN) for more in (("--answer-tokens", "3"), ("--answer-temperature", "0"))),
+    *(_known(*more, base=FROZEN_ON_DATA) for more in (("--answer-tokens", "3"), ("--answer-temperature", "0"))),
     *(_known(*more, base=FROZEN) for more in (("--lora-rank", "2"), ("--streaming",), ("--pack",), ("--distill", "0.5"))),
     *(_known("--exits", "2", *more, base="finetune") for more in (("--feature", "final"), ("--loss", "tv"))),
-    _file("p.jsonl", b'{"prompt": "a"}\n', "--data", "p.jsonl", "--answers", "data", base=FROZEN),
+    _file("p.jsonl", b'{"prompt": "a"}\n', "--data", "p.jsonl", base=FROZEN_ON_DATA),
     _file("p.jsonl", b'{"prompt": "\\ud800"}\n', "--data", "p.jsonl", base=FROZEN),
     _file("p.txt", b"\n" * 9, "--data", "p.txt", base=FROZEN),
     _file("p.jsonl", b'{"prompt": "%s"}\n' % (b"x" * 9000), "--data", "p.jsonl", base=FROZEN),
@@ -526,7 +526,7 @@ WORKING: tuple[Callable[[Case], Command], ...] = (  # these must succeed
     _known("--model", "{measured}", "--baselines", "draft-and-verify", base="bench"),
     _known("--model", "{measured}", "--search-skips", "--exit-confidences", "0.5", base="sweep-exits"),
     *(_known("--model", f"{{{name}}}", base=FROZEN) for name in _COPIED),
-    *(_known("--answers", answers, "--feature", "final", "--exits", "1,3", base=FROZEN) for answers in ("model", "data")),
+    *(_known("--feature", "final", "--exits", "1,3", base=base) for base in (FROZEN, FROZEN_ON_DATA)),
     *(_known("--loss", "tv", "--answer-temperature", heat, base=FROZEN) for heat in ("1", "1e-320")),
     _known("--model", "plain", "--output", "plain", base=FROZEN),
     _known("--output", "plain", "--overwrite", base=FROZEN),

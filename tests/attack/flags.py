@@ -7,7 +7,7 @@ from random import Random
 from .material import Material
 from .victim import OUTPUTS
 
-FROZEN = "finetune --frozen"  # counts as a command of its own
+FROZEN, FROZEN_ON_DATA = "finetune --frozen", "finetune --frozen --answers data"  # count as commands of their own
 COMMANDS = (
     *(
         "generate",
@@ -78,6 +78,10 @@ def base_of(command: str, material: Material) -> tuple[str, ...]:
         FROZEN: (
             *("finetune", "--frozen", *model, "--exits", "2", "--steps", "1", "--batch-size", "2", "--max-length", "48"),
             *("--samples", "4", "--answer-tokens", "4"),
+        ),
+        FROZEN_ON_DATA: (
+            *("finetune", "--frozen", "--answers", "data", *model, "--exits", "2", "--steps", "1", "--batch-size", "2"),
+            *("--max-length", "48", "--samples", "4"),
         ),
     }[command]
 

@@ -9,7 +9,7 @@ from .campaign import Case
 from .outcome import Miss
 from .probe import COUNTED, probe
 
-CASES, SHORT = 700, range(0, 40, 2)
+CASES, SHORT = 700, range(0, 40, 3)
 _TYPES = (
     *("llama", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite"),
     *("phi3", "starcoder2"),

@@ -196,6 +196,7 @@ def test_what_is_no_request_at_all(api):
             ("completions", {"content": b"{}", "headers": {"content-type": "text/plain"}}, 415),
             ("completions", {"content": b" " * 3000, "headers": json_type}, 413),
             ("nothing", {}, 404),
+            ("completions/", {}, 404),
             ("models", {}, 405),
         ]:
             answer = httpx.post(f"{small.url}/v1/{url}", **keywords)
