@@ -31,6 +31,8 @@ def bench(
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
     require(report.output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
+    scored = bool(config.task.harness_tasks)
+    require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     console.use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search
@@ -38,17 +40,23 @@ def bench(
     from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.answers_page import with_answers
     from layerskip_core.evaluation.report.saved_record import read_record
+    from layerskip_core.evaluation.report.scores import has_scores, score_table
     from layerskip_core.evaluation.report.tables import bench_table, category_tables
     from layerskip_core.evaluation.results import BenchResult
 
     with output_folder(report.output, "layerskip bench") as folder:
         if report.saved is not None:
             record = with_answers(read_record(report.saved, BenchResult), report.saved)
+        elif scored:
+            from layerskip_core.harness.measure import bench_scores
+
+            record = evaluation.watch(bench_scores(*evaluation.load_scored(config), config))
         else:
             loaded, rows = evaluation.load(config)
             if must_search(loaded, config):
                 console.narrate(_SEARCHING)
             record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
-        evaluation.deliver(record, [bench_table(record), *category_tables(record)], report.format, folder)
-        if folder is not None and report.saved is None:
+        tables = [score_table(record)] if has_scores(record) else [bench_table(record), *category_tables(record)]
+        evaluation.deliver(record, tables, report.format, folder)
+        if folder is not None and report.saved is None and not scored:
             close(folder)

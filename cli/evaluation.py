@@ -21,25 +21,43 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.record import RunRecord
     from layerskip_core.evaluation.report.tables import TextTable
     from layerskip_core.evaluation.tasks.task import Task
+    from layerskip_core.harness.tasks import HarnessTasks
 
 Result = TypeVar("Result")
 
 
 def load(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, Task]":
     """The rows and the model; prints their notes."""
-    from layerskip_core.checkpoint.load import for_decoding
     from layerskip_core.evaluation.tasks.load import load_task
 
     rows = load_task(config.task)
     for note in rows.notes:
         narrate(note)
+    loaded = load_model(config)
+    rows.prepared(loaded).encode_prompt("hello")  # so that a bad template is one error, not one per prompt
+    return loaded, rows
+
+
+def load_scored(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, HarnessTasks]":
+    """The model and tasks of lm-evaluation-harness; prints their notes."""
+    from layerskip_core.harness.tasks import load_tasks
+
+    tasks = load_tasks(config.task)
+    for note in tasks.notes:
+        narrate(note)
+    return load_model(config), tasks
+
+
+def load_model(config: "BenchConfig | SweepConfig") -> "Decoder":
+    """The model, packed for what is measured; prints its notes."""
+    from layerskip_core.checkpoint.load import for_decoding
+
     # Adaptive drafting gets the copy that `generate` makes for it; a sweep always measures it.
     packing = replace(config.packing, adaptive="adaptive" in getattr(config, "strategies", ("adaptive",)))
     loaded = for_decoding(config.model, config.machine.device, config.machine.dtype, packing)
     narrate_notes(loaded)
     use_threads(config.machine.threads, loaded)
-    rows.prepared(loaded).encode_prompt("hello")  # so that a bad template is one error, not one per prompt
-    return loaded, rows
+    return loaded
 
 
 def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result]":

@@ -12,7 +12,7 @@ from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.checks import require, require_choice, require_given
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingSettings, GenerationSettings, SamplingConfig, strategies
-from layerskip_core.config.evaluation import BASELINES, BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.evaluation import BASELINES, HARNESS, BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
@@ -162,7 +162,12 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "threads": Option(MACHINE, "CPU threads; 0: torch's choice, or 1 to decode with a small model."),
     },
     TaskConfig: {
-        "task": Option(TASK, f"{', '.join(TASKS)}, or data with prompts and references.", default="by --data, else commands"),
+        "task": Option(
+            TASK,
+            f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
+            default="by --data, else commands",
+        ),
+        "include_path": Option(TASK, f"Folder with task files of your own, for {HARNESS}."),
         "data": Option(TASK, "A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub"),
         "split": Option(TASK, "train, validation or test; compositional too for `commands`."),
         "samples": Option(TASK, "Number of rows; 0: all, 20000 for `commands`."),

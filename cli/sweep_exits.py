@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerskip_core.config.checks import require
 from layerskip_core.config.decoding import SkipChoice
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.policies import EXACT, FAST, Policy
@@ -49,13 +50,20 @@ def sweep_exits(
     from layerskip_core.evaluation.report.answers_page import with_answers
     from layerskip_core.evaluation.report.points import points_of
     from layerskip_core.evaluation.report.saved_record import read_record
+    from layerskip_core.evaluation.report.scores import has_scores, score_table
     from layerskip_core.evaluation.report.tables import sweep_table
     from layerskip_core.evaluation.results import ExitResult
 
     record = with_answers(read_record(report.saved, ExitResult), report.saved) if report.saved is not None else None
+    scored = has_scores(record) if record is not None else bool(config.task.harness_tasks)
+    require(not (save and scored), "save", "left out for tasks of lm-eval, whose sweep recommends nothing", config.task.task)
     target = config.model if record is None else str(record.config["model"])
     with _model_folder(target) if save else nullcontext(), output_folder(report.output, "layerskip sweep-exits") as folder:
-        if record is None:
+        if record is None and scored:
+            from layerskip_core.harness.measure import sweep_scores
+
+            record = evaluation.watch(sweep_scores(*evaluation.load_scored(config), config))
+        elif record is None:
             loaded, rows = evaluation.load(config)
             record = evaluation.watch(sweep(loaded, rows, config))
         elif save:
@@ -64,7 +72,8 @@ def sweep_exits(
             _save(target, record)
         points = points_of(record)
         picture = None if points is None else partial(front, points)
-        evaluation.deliver(record, [sweep_table(record)], report.format, folder, picture)
+        table = score_table(record) if scored else sweep_table(record)
+        evaluation.deliver(record, [table], report.format, folder, picture)
 
 
 @contextmanager

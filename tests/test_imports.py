@@ -14,6 +14,7 @@ LEVELS = [
     {"checkpoint"},
     {"decoding"},
     {"training", "evaluation", "calibration", "export", "serving", "language_model"},
+    {"harness"},
 ]
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 

@@ -12,13 +12,15 @@ from .ranges import require_ranges
 METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
 TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model")
 BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")
+HARNESS = "lm-eval:"  # before the names of tasks of lm-evaluation-harness
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     """What is evaluated on which rows: `samples` of them (0: all) from `data`, by default the task's own.
 
-    `task` is one of evaluation/tasks, or names data with prompts and references. None for `max_new_tokens`, `shots` and the
+    `task` is one of evaluation/tasks, names data with prompts and references, or is `lm-eval:` with tasks of
+    lm-evaluation-harness, whose own files can be in the folder `include_path`. None for `max_new_tokens`, `shots` and the
     columns: the task decides. `seed` is that of generated rows. A template with {prompt} in it is also the form of each row's
     prompt. Code problems get `problem_samples` answers each, from which pass@k is estimated for each k of `pass_k`.
     """
@@ -36,6 +38,7 @@ class TaskConfig:
     pass_k: tuple[int, ...] = (1,)
     problem_samples: int = 1
     allow_code_execution: bool = False
+    include_path: str | None = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
 
     def __post_init__(self) -> None:
@@ -50,6 +53,17 @@ class TaskConfig:
         require(bool(self.pass_k) and min(self.pass_k) >= 1, "pass_k", "counts of at least 1", _listed(self.pass_k))
         most = max(self.pass_k)
         require(self.problem_samples >= most, "problem_samples", f"at least {most}, for `pass_k`", self.problem_samples)
+        named = self.task is not None and self.task.startswith(HARNESS)
+        require(not named or bool(self.harness_tasks), "task", f"{HARNESS} with the name of a task", self.task)
+        local = self.include_path is None or named
+        require(local, "include_path", f"used with `task` {HARNESS}...", self.include_path)
+
+    @property
+    def harness_tasks(self) -> tuple[str, ...]:
+        """The tasks of lm-evaluation-harness that `task` names; empty if it is none of those."""
+        if self.task is None or not self.task.startswith(HARNESS):
+            return ()
+        return tuple(filter(None, map(str.strip, self.task.removeprefix(HARNESS).split(","))))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,12 @@ from typing import Any
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 LOWER_IS_BETTER = ("perplexity",)
+_HARNESS_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score")
+
+
+def lower_is_better(name: str) -> bool:
+    """Of a metric, or of `TASK METRIC` of lm-evaluation-harness."""
+    return name in LOWER_IS_BETTER or any(f" {metric}" in name for metric in _HARNESS_LOWER)
 
 
 def quality(metrics: Mapping[str, float], name: str) -> float:
@@ -14,12 +20,12 @@ def quality(metrics: Mapping[str, float], name: str) -> float:
     value = metrics.get(name)
     if value is None:
         return -math.inf
-    return -value if name in LOWER_IS_BETTER else value
+    return -value if lower_is_better(name) else value
 
 
 def keeps(value: float, full_depth: float, share: float, name: str) -> bool:
     """Whether a metric keeps this share of its value at full depth: where lower is better, it may grow by 1 / share."""
-    return value <= full_depth / share if name in LOWER_IS_BETTER else value >= share * full_depth
+    return value <= full_depth / share if lower_is_better(name) else value >= share * full_depth
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], fold_whitespace: bool = False) -> float:

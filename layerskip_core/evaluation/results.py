@@ -60,7 +60,8 @@ class ExitResult:
     unmeasured: these have predictions only, and empty `metrics`. What is predicted for layers that a search found is for the
     rows of the search.
 
-    `intervals`: of the figures that are ratios, by their names.
+    `intervals`: of the figures that are ratios, by their names. `stderr`: standard errors of metrics, by their names, and
+    `samples`: numbers of rows by task; both only of lm-evaluation-harness.
     """
 
     strategy: str
@@ -90,6 +91,8 @@ class ExitResult:
     mean_layers: float | None = None
     skip: tuple[int, ...] = ()
     intervals: dict[str, Bounds] = field(default_factory=dict)
+    stderr: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ class BenchResult:
     `identical_outputs` is the share of samples whose tokens equal the autoregressive ones; `differences` lists where the
     outputs of drafting strategies depart from them. `acceptance_by_position`: the share of drafts accepted at each position of
     a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. `draft_weights`,
-    `steps_by_drafter`, `exit_confidence`, `mean_layers`, `skip` and `intervals` are those of ExitResult. None means that the
-    figure does not apply (no drafts, a single token, no such baseline) or cannot be measured.
+    `steps_by_drafter`, `exit_confidence`, `mean_layers`, `skip`, `intervals`, `stderr` and `samples` are those of ExitResult.
+    None means that the figure does not apply (no drafts, a single token, no such baseline) or cannot be measured.
 
     `longest_answer`: the steps of the longest answer, of adaptive decoding only, to show how its speed changes on the way.
     `categories`: the same by the data's categories, if it has any.
@@ -139,7 +142,7 @@ class BenchResult:
     peak_memory_mb: float | None
     speedup: float | None
     decode_speedup: float | None
-    identical_outputs: float
+    identical_outputs: float | None
     speedup_over_transformers: float | None = None
     acceptance_by_position: tuple[float, ...] | None = None
     time_split_ms: dict[str, float] = field(default_factory=dict)
@@ -153,6 +156,8 @@ class BenchResult:
     longest_answer: tuple[Step, ...] = ()
     intervals: dict[str, Bounds] = field(default_factory=dict)
     categories: dict[str, CategoryResult] = field(default_factory=dict)
+    stderr: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

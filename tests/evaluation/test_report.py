@@ -87,6 +87,8 @@ def test_json_holds_everything():
         "mean_layers": None,
         "skip": [],
         "intervals": {"speedup": [1.7, 1.95]},
+        "stderr": {},
+        "samples": {},
     }
     assert document["recommendation"]["reason"] == "it is the only one"
     assert list(json.loads(to_json(BENCH))) == ["config", "environment", "results"]

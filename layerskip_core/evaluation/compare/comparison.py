@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import exp
 from typing import Any
 
-from ..metrics import LOWER_IS_BETTER
+from ..metrics import lower_is_better
 from .intervals import Interval, difference_of, mean_of
 from .runs import HELD_OUT, LOSSES, RESULTS, Run, Setting
 
@@ -96,7 +96,7 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 def is_logarithmic(figure: str) -> bool:
     """Perplexities are compared on the scale of their logarithms, the losses: a shallow exit's would hide all others."""
-    return figure in (*LOWER_IS_BETTER, HELD_OUT)
+    return figure == HELD_OUT or lower_is_better(figure)
 
 
 def _figures_shown(groups: Mapping[str, Sequence[Run]]) -> list[str]:

@@ -166,6 +166,13 @@ def bench_result(
     )
 
 
+def unmeasured_bench(method: DecodingConfig) -> BenchResult:
+    """A method without any figure."""
+    exit_layer, drafts = exit_and_drafts(method)
+    nothing = BenchResult(method.strategy, exit_layer, drafts, {}, None, None, None, {}, None, None, None, None, None)
+    return replace(nothing, exit_confidence=method.exit_confidence or None, skip=method.skip)
+
+
 def _by_category(
     task: Task,
     config: BenchConfig,

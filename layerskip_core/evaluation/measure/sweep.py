@@ -78,7 +78,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     by_setting = dict(zip(chosen, zip(timed, answers, strict=True), strict=True))
     for setting in settings:
         if setting not in by_setting:
-            results.append(_unmeasured(setting))
+            results.append(unmeasured(setting))
             continue
         outputs, answers_of = by_setting[setting]
         drafts = drafts_tokens(setting)
@@ -116,7 +116,7 @@ def exit_result(
     drafts, times = drafts_tokens(setting), outputs.times
     bounds = {"speedup": ratio_bounds([autoregressive], [times]), **answer_bounds(answers, expected, drafts)}
     return replace(
-        _unmeasured(setting),
+        unmeasured(setting),
         metrics=metrics,
         acceptance_rate=answers.stats.acceptance_rate if drafts else None,
         mean_accepted_tokens=answers.stats.mean_accepted_tokens if drafts else None,
@@ -204,7 +204,8 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> 
     ]
 
 
-def _unmeasured(setting: DecodingConfig) -> ExitResult:
+def unmeasured(setting: DecodingConfig) -> ExitResult:
+    """A setting without any figure."""
     exit_layer, drafts = exit_and_drafts(setting)
     nothing = ExitResult(setting.strategy, exit_layer, drafts, {}, None, None, None, None, None, None)
     confidence = setting.exit_confidence or None

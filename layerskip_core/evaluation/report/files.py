@@ -9,7 +9,7 @@ from .tables import PARETO_NOTE, TextTable
 
 FIGURE_NAMES = (
     "pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "speed_within_an_answer",
-    "time_split",
+    "time_split", "scores_by_exit", "lower_scores_by_exit",
 )  # fmt: skip
 REPORT_FILES = (
     "report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, *(f"{name}.png" for name in FIGURE_NAMES)

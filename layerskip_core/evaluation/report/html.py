@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ..metrics import LOWER_IS_BETTER
+from ..metrics import lower_is_better
 from ..record import RunRecord
 from .answers_page import ANSWERS_PAGE
 from .drawing import to_svg
@@ -17,7 +17,16 @@ from .plots import title
 
 _PERCENT = ("acceptance_rate", "identical_outputs", "agreement", "predicted_acceptance_rate")
 _TWO_DECIMALS = ("speedup", "decode_speedup", "speedup_over_transformers", "predicted_speedup", "mean_accepted_tokens")
-_HIDDEN = ("acceptance_by_position", "pareto", "time_split_ms", "longest_answer", "intervals", "categories")
+_HIDDEN = (
+    "acceptance_by_position",
+    "pareto",
+    "time_split_ms",
+    "longest_answer",
+    "intervals",
+    "categories",
+    "stderr",
+    "samples",
+)
 _NAMES = {
     "exit_layer": "exit",
     "num_draft_tokens": "drafts",
@@ -94,7 +103,11 @@ def _table(caption: str, results: Sequence[dict[str, Any]], links: Sequence[str]
     columns = [name for name in names if any(row.get(name) not in (None, "") for row in figures)]
     rows = []
     for result, row, link in zip(results, figures, links or repeat(None, len(results)), strict=True):
-        cells = [_cell(column, row.get(column), result["intervals"].get(column)) for column in columns]
+        errors = result.get("stderr", {})
+        cells = [
+            _cell(column, row.get(column), result["intervals"].get(column), errors.get(column.removeprefix("metrics.")))
+            for column in columns
+        ]
         rows.append(_Row(cells, bool(result.get("pareto")), link))
     return _Table(caption, [_header(column) for column in columns], rows)
 
@@ -116,16 +129,19 @@ def _figures(result: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _cell(column: str, value: Any, ends: Sequence[float] | None) -> _Cell:
-    """`ends` of the value's interval stand behind it."""
-    between = "" if ends is None else f" ({_text(column, ends[0])}\N{EN DASH}{_text(column, ends[1])})"
-    return _Cell(_text(column, value) + between, "" if value is None else str(value))
+def _cell(column: str, value: Any, ends: Sequence[float] | None, error: float | None = None) -> _Cell:
+    """`ends` of the value's interval, or its standard error, stand behind it."""
+    spread = "" if ends is None else f" ({_text(column, ends[0])}\N{EN DASH}{_text(column, ends[1])})"
+    spread += "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2g}"
+    return _Cell(_text(column, value) + spread, "" if value is None else str(value))
 
 
 def _text(column: str, value: Any) -> str:
     if value is None:
         return "\N{EN DASH}"
-    if column in _PERCENT or (column.startswith("metrics.") and column.removeprefix("metrics.") not in LOWER_IS_BETTER):
+    if column.startswith("metrics.") and " " in column:  # of lm-eval, in its own scale
+        return f"{value:.4g}"
+    if column in _PERCENT or (column.startswith("metrics.") and not lower_is_better(column.removeprefix("metrics."))):
         return f"{value:.1%}"
     if column in _TWO_DECIMALS:
         return f"{value:.2f}"

@@ -12,6 +12,7 @@ from ..results import BenchResult, ExitResult
 from .drawing import GREY, SIZE, color, legend_above, new_figure, style
 from .pareto import pareto_figure
 from .points import label
+from .scores import lower_scores_by_exit, scores_by_exit
 
 _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
@@ -167,6 +168,8 @@ def _exits(record: Record) -> list[ExitResult]:
 
 
 FIGURES: dict[str, Callable[[Record], Figure | None]] = {
+    "scores_by_exit": scores_by_exit,
+    "lower_scores_by_exit": lower_scores_by_exit,
     "pareto": pareto_figure,
     "acceptance_by_exit": _acceptance_by_exit,
     "acceptance_by_position": _acceptance_by_position,

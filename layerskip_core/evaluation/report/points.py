@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..metrics import LOWER_IS_BETTER, quality
+from ..metrics import lower_is_better, quality
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult, frontier
 from .tables import strategy_name
@@ -26,7 +26,7 @@ class Points:
 
     @property
     def lower_is_better(self) -> bool:
-        return self.metric in LOWER_IS_BETTER
+        return lower_is_better(self.metric)
 
     @property
     def strategies(self) -> list[str]:
@@ -45,7 +45,7 @@ def points_of(record: RunRecord[Any]) -> Points | None:
     if not shown:
         return None
     speeds = [float(result.tokens_per_second) for result in shown]
-    values = [result.metrics[metric] * (1 if metric in LOWER_IS_BETTER else 100) for result in shown]
+    values = [result.metrics[metric] * (1 if lower_is_better(metric) else 100) for result in shown]
     optimal = frontier([(speed, quality(result.metrics, metric)) for speed, result in zip(speeds, shown, strict=True)])
     return Points(shown, speeds, values, optimal, metric)
 

@@ -7,7 +7,7 @@ from typing import Any
 from ...config.evaluation import TRANSFORMERS_BASELINES
 from ...config.policies import EXACT, FAST
 from ...config.ranges import counts_text
-from ..metrics import LOWER_IS_BETTER
+from ..metrics import lower_is_better
 from ..record import RunRecord
 from ..results import BenchResult, CategoryResult, ExitResult
 
@@ -216,7 +216,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _metric(metrics: dict[str, float], name: str) -> str:
-    return _number(metrics.get(name), ".4g") if name in LOWER_IS_BETTER else _percent(metrics.get(name), 1)
+    return _number(metrics.get(name), ".4g") if lower_is_better(name) else _percent(metrics.get(name), 1)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ...config.checks import require
-from ...config.evaluation import TaskConfig
+from ...config.evaluation import HARNESS, TaskConfig
 from ...errors import ConfigError, DataError
 from . import TASKS
 from .task import Task, TaskLoader
@@ -21,7 +21,9 @@ def load_task(config: TaskConfig) -> Task:
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():
-            raise ConfigError(f"`task` must be one of {', '.join(TASKS)}, or data with prompts and references; got {name}")
+            raise ConfigError(
+                f"`task` must be one of {', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references; got {name}"
+            )
         config = replace(config, data=config.data or name)
         name = _task_of(name)
     loader = _loader(name)

@@ -1,0 +1,59 @@
+"""What a request of lm-evaluation-harness says about the answer to generate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, SamplingConfig
+from ..decoding.stopping import before_stop
+from ..errors import ConfigError
+from .text import HarnessText
+
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first of them counts
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """Where an answer ends and how its tokens are chosen. `end_ids`: tokens that end it, besides those of the model."""
+
+    stop: tuple[str, ...]
+    end_ids: frozenset[int]
+    max_new_tokens: int
+    sampling: SamplingConfig
+
+    def of(self, config: DecodingConfig) -> DecodingConfig:
+        """A decoding with these settings, and its own stop strings too."""
+        stop = (*self.stop, *(text for text in config.stop if text not in self.stop))
+        return replace(config, stop=stop, max_new_tokens=self.max_new_tokens, sampling=self.sampling)
+
+    def cut(self, text: str) -> str:
+        return before_stop(text, self.stop)
+
+
+def answer_settings(
+    request: Mapping[str, Any], text: HarnessText, default_tokens: int = MAX_NEW_TOKENS, seed: int = 0
+) -> AnswerSettings:
+    """The settings of a request's `generation_kwargs`. Stop strings that are special tokens end an answer as tokens.
+
+    Raises ConfigError for a setting that this decoder does not have.
+    """
+    asked = dict(request)
+    until = asked.pop("until", None) or []
+    stop = [until] if isinstance(until, str) else list(until)
+    limits = [asked.pop(name, None) for name in _LIMITS]
+    limit = next((int(value) for value in limits if value is not None), default_tokens)
+    temperature, drawn = asked.pop("temperature", None), asked.pop("do_sample", None)
+    drawn = bool(temperature) if drawn is None else bool(drawn)
+    temperature = float(1.0 if temperature is None else temperature) if drawn else 0.0
+    top_k, top_p = int(asked.pop("top_k", 0) or 0), float(asked.pop("top_p", 1.0) or 1.0)
+    unknown = {name: value for name, value in asked.items() if _NEUTRAL.get(name) != value}
+    if unknown:
+        name, value = next(iter(unknown.items()))
+        raise ConfigError(
+            f"generation_kwargs must be until, {_LIMITS[0]}, do_sample, temperature, top_k or top_p, got {name}={value!r:.60}"
+        )
+    ends = frozenset(text.special_ids[string] for string in stop if string in text.special_ids)
+    texts = tuple(string for string in stop if string and string not in text.special_ids)
+    sampling = SamplingConfig(temperature, top_k, top_p, seed) if drawn else SamplingConfig()
+    return AnswerSettings(texts, ends, limit, sampling)

@@ -1,0 +1,94 @@
+"""Log-likelihoods through several exits, against one pass per continuation. Needs no lm-eval."""
+
+import random
+
+import pytest
+import torch
+from conftest import tiny_model
+from evaluating import tiny_loaded
+from exit_block_models import random_blocks
+
+from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.errors import ConfigError, ContextError
+from layerskip_core.harness.likelihood import Likelihood, likelihoods
+from layerskip_core.model import GenericBackend
+from layerskip_core.model.exit_blocks import ExitBlock
+
+
+@torch.inference_mode()
+def alone(model, context, continuation, exit_layer):
+    """The likelihood by definition: one pass over one text, cut at its beginning if the context limit needs it."""
+    ids = [*context, *continuation][-(model.max_positions + 1) :]
+    tokens, places, cache = torch.tensor([ids[:-1]]), torch.arange(len(ids) - 1)[None], model.new_cache(1)
+    hidden, block = model.run_layers(model.embed(tokens), 0, exit_layer, places, cache), model.exit_blocks.get(exit_layer)
+    if block is not None:
+        hidden = model.run_layers(hidden, block.layer, block.layer + 1, places, cache)
+    logits = (model.unembed if block is None else block.head)(hidden)[0, -len(continuation) :].double()
+    wanted = torch.tensor(continuation)
+    chosen = logits.log_softmax(-1).gather(1, wanted[:, None])
+    return float(chosen.sum()), bool((logits.argmax(-1) == wanted).all())
+
+
+def greedy(model, context, count):
+    """What the whole model says after a context."""
+    ids = list(context)
+    with torch.inference_mode():
+        for _ in range(count):
+            hidden = model.run_layers(model.embed(torch.tensor([ids])), 0, model.num_layers, torch.arange(len(ids))[None])
+            ids.append(int(model.unembed(hidden)[0, -1].argmax()))
+    return ids[len(context) :]
+
+
+def pairs_for(model):
+    """Choices that share contexts, contexts that begin alike, single ones, one that is cut, and one as long as it can be."""
+    draw = random.Random(3)
+
+    def some(count):
+        return [draw.randrange(model.vocab_size) for _ in range(count)]
+
+    start, limit = some(70), 128
+    shared = [start + some(draw.randrange(1, 30)) for _ in range(4)]
+    pairs = [(context, some(draw.randrange(1, 6))) for context in shared for _ in range(3)]
+    pairs += [(some(draw.randrange(1, 40)), some(draw.randrange(1, 9))) for _ in range(4)]
+    pairs += [(some(5), [7])] * 2 + [(some(limit + 9), some(4)), (some(3), some(limit)), (some(limit - 3), some(3))]
+    return [*pairs, (shared[0], greedy(model, shared[0], 3))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("kind", ["generic", "kernels"])
+def test_every_exit_of_one_pass_equals_a_pass_of_its_own(kind, batch_size, wide):
+    model = tiny_loaded().backend if kind == "generic" else for_decoding(str(wide), dtype="fp32").backend
+    assert model.max_positions == 128
+    pairs, exits = pairs_for(model), [1, 4, 6]
+    found = dict(likelihoods(model, pairs, exits, batch_size))
+    assert sorted(found) == list(range(len(pairs)))
+    for place, (context, continuation) in enumerate(pairs):
+        for exit_layer in exits:
+            total, best = alone(model, context, continuation, exit_layer)
+            assert found[place][exit_layer].total == pytest.approx(total, rel=1e-5, abs=1e-5)
+            assert found[place][exit_layer].greedy == best
+    assert found[len(pairs) - 1][6].greedy and not found[0][6].greedy
+    totals = {round(found[0][exit_layer].total, 3) for exit_layer in exits}
+    assert len(totals) == 3  # the exit counts
+
+
+def test_an_exit_block_is_scored_through_its_own_layer_and_norm():
+    model = tiny_model()
+    blocks = random_blocks(model, ExitBlock(2), ExitBlock(4, "final"))
+    backend, plain = GenericBackend(model, blocks), GenericBackend(model)
+    pair = ([3, 4, 5, 6], [7, 8])
+    found = dict(likelihoods(backend, [pair], [2, 6], 4))[0]
+    for exit_layer in (2, 6):
+        assert found[exit_layer].total == pytest.approx(alone(backend, *pair, exit_layer)[0])
+    assert found[2].total != pytest.approx(dict(likelihoods(plain, [pair], [2], 4))[0][2].total)
+    with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
+        list(likelihoods(backend, [pair], [4], 4))
+
+
+def test_what_does_not_fit_and_what_is_empty():
+    model = tiny_loaded().backend
+    assert list(likelihoods(model, [([1], [])], [6], 1)) == [(0, {6: Likelihood(0.0, True)})]
+    with pytest.raises(ContextError, match="at most 128 tokens, got 129"):
+        list(likelihoods(model, [([1], [2] * 129)], [6], 1))
+    with pytest.raises(ConfigError, match=r"in 1\.\.6, got 7"):
+        list(likelihoods(model, [([1], [2])], [7], 1))

@@ -1,0 +1,255 @@
+"""lm-evaluation-harness on this decoder, against its own model type `hf` on the same checkpoint."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from chatml import chatml_folder
+from command_line import fails, run
+
+pytest.importorskip("lm_eval", reason="needs the extra lm-eval: pip install 'layerskip[lm-eval]'")
+
+from exit_block_models import random_blocks
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval_tasks import write_tasks
+from transformers import AutoTokenizer
+
+from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.save import save_beside
+from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
+from layerskip_core.config.export import ExportConfig
+from layerskip_core.errors import ConfigError
+from layerskip_core.export.run import export
+from layerskip_core.harness import register
+from layerskip_core.harness.generation import answer_settings
+from layerskip_core.harness.model import LayerSkipLM
+from layerskip_core.harness.text import HarnessText
+from layerskip_core.model.exit_blocks import ExitBlock
+
+
+def asked(*arguments):
+    """A request as lm-eval makes it."""
+    return SimpleNamespace(args=arguments, task_name="")
+
+
+def hf(folder):
+    return HFLM(folder, device="cpu", dtype="float32", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory, checkpoint):
+    """Local task files; two of the answers are what the model says."""
+    folder = write_tasks(tmp_path_factory.mktemp("tasks"))
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    settings = {"until": ["]", "<|endoftext|>"], "max_gen_toks": 10}
+    said = LayerSkipLM(checkpoint, dtype="fp32").generate_until([asked(row["question"], settings) for row in rows[:2]], True)
+    return write_tasks(folder, [text.strip() for text in said])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, checkpoint):
+    """Exit 3 as a model of its own."""
+    folder = str(tmp_path_factory.mktemp("exported") / "exit3")
+    export(ExportConfig(checkpoint, 3, folder))
+    return folder
+
+
+def evaluated(lm, tasks, names=("choice", "shots", "answer", "text")):
+    """lm-eval's scores, and every response."""
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, bootstrap_iters=0)
+    responses = {task: [sample["resps"] for sample in samples] for task, samples in found["samples"].items()}
+    scores = {
+        f"{task} {key.removesuffix(',none')}": value
+        for task, values in found["results"].items()
+        for key, value in values.items()
+        if "," in key and "stderr" not in key
+    }
+    return scores, responses
+
+
+def flat(responses):
+    """Every number and text of nested responses."""
+    if isinstance(responses, list | tuple):
+        for part in responses:
+            yield from flat(part)
+    else:
+        yield responses
+
+
+def agree(ours, theirs):
+    scores, responses = ours
+    expected, expected_responses = theirs
+    assert scores == pytest.approx(expected, rel=1e-4)
+    for task, each in expected_responses.items():
+        found, wanted = list(flat(responses[task])), list(flat(each))
+        assert [value for value in found if not isinstance(value, float)] == [
+            value for value in wanted if not isinstance(value, float)
+        ]
+        numbers = [value for value in found if isinstance(value, float)]
+        assert numbers == pytest.approx([value for value in wanted if isinstance(value, float)], rel=1e-4, abs=1e-4)
+
+
+def test_full_depth_equals_hf_and_an_exit_equals_hf_on_its_exported_folder(checkpoint, exported, tasks):
+    whole, early = evaluated(hf(checkpoint), tasks), evaluated(hf(exported), tasks)
+    agree(evaluated(LayerSkipLM(checkpoint, dtype="float32", batch_size=4), tasks), whole)
+    agree(evaluated(LayerSkipLM(checkpoint, exit=3, dtype="fp32", batch_size=16), tasks), early)
+    speculative = LayerSkipLM(checkpoint, exit=3, spec=4, dtype="fp32")
+    agree(evaluated(speculative, tasks), whole)
+    assert speculative.decoding.strategy == "self-speculative"
+    assert whole[0]["answer exact_match"] == 2 / 10  # neither none nor all
+    assert whole[0]["text word_perplexity"] != pytest.approx(early[0]["text word_perplexity"], rel=0.01)
+
+
+def test_a_sweep_gives_the_scores_of_all_exits_in_one_run(checkpoint, tasks, tmp_path):
+    arguments = ("--model", checkpoint, "--include-path", str(tasks), "--samples", "0", "--dtype", "fp32", "--batch-size", "8")
+    output = tmp_path / "out"
+    done = run(
+        "sweep-exits", *arguments, "--task", "lm-eval:choice,shots,answer,text", "--exits", "2,5", "--timed", "2",
+        "--format", "json", "--output", str(output),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    for result, exit_layer in zip(document["results"], (None, 2, 5), strict=True):
+        assert result["exit_layer"] == exit_layer
+        expected, _ = evaluated(LayerSkipLM(checkpoint, exit=exit_layer, dtype="fp32", batch_size=8), tasks)
+        assert result["metrics"] == pytest.approx(expected, rel=1e-5)
+        assert set(result["stderr"]) == {"choice acc", "choice acc_norm", "shots acc", "shots acc_norm", "answer exact_match"}
+        assert result["samples"] == dict.fromkeys(("choice", "shots", "answer", "text"), 10)
+        assert result["tokens_per_second"] > 0
+    accuracy = document["results"][0]["metrics"]["answer exact_match"]
+    assert document["results"][0]["stderr"]["answer exact_match"] == pytest.approx((accuracy * (1 - accuracy) / 9) ** 0.5)
+    names = {file.name for file in output.iterdir()}
+    assert {"scores_by_exit.png", "lower_scores_by_exit.png", "results.csv", "report.html"} <= names
+    assert "choice acc" in (output / "results.csv").read_text().splitlines()[0]
+    again = run("sweep-exits", "--from", str(output / "results.json"), "--format", "markdown")
+    assert f"| answer | exact_match | 10 | {accuracy:.3f}±.133 |" in again.out
+    assert "exit 2 | exit 5 |" in again.out.splitlines()[0]
+
+
+def test_bench_has_a_column_per_strategy_and_drafts_only_where_text_is_generated(checkpoint, tasks):
+    arguments = (
+        "bench",
+        "--model",
+        checkpoint,
+        "--include-path",
+        str(tasks),
+        "--dtype",
+        "fp32",
+        "--exit",
+        "2",
+        "--format",
+        "json",
+    )
+    arguments += ("--strategies", "autoregressive,early-exit,self-speculative", "--repeats", "1", "--samples", "4")
+    done = run(*arguments, "--task", "lm-eval:answer,choice", "--max-new-tokens", "6")
+    assert done.code == 0, done.err
+    plain, early, drafted = json.loads(done.out)["results"]
+    assert [plain["strategy"], early["strategy"], drafted["strategy"]] == arguments[-5].split(",")
+    assert drafted["metrics"] == plain["metrics"] and drafted["identical_outputs"] == 1.0 and drafted["acceptance_rate"] >= 0
+    assert early["identical_outputs"] < 1 and plain["speedup"] == 1.0
+    assert plain["samples"] == {"answer": 4, "choice": 4}
+    likely = json.loads(run(*arguments, "--task", "lm-eval:choice").out)["results"]
+    assert [result["strategy"] for result in likely] == ["autoregressive", "early-exit"]
+    assert likely[0]["metrics"]["choice acc"] == plain["metrics"]["choice acc"] and likely[0]["speedup"] is None
+
+
+def test_the_exit_block_of_a_frozen_model_counts(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "frozen")
+    loaded = for_training(str(folder), "cpu", "fp32")
+    spec, blocks = loaded.backend.spec, random_blocks(loaded.model, ExitBlock(2))
+    fingerprint = model_fingerprint(spec, loaded.model.get_parameter)
+    content = exit_blocks_content(spec, {name: blocks.take(name) for name in blocks.shapes(spec)}, fingerprint)
+    save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({"2": {"agreement": 0.75}}))
+    export(ExportConfig(str(folder), 2, str(tmp_path / "alone")))
+    requests = [asked("remind me to call", " mom at 5"), asked("play", " some jazz")]
+    ours = LayerSkipLM(str(folder), exit=2, dtype="fp32")
+    expected = hf(str(tmp_path / "alone"))
+    assert list(flat(ours.loglikelihood(requests, True))) == pytest.approx(
+        list(flat(expected.loglikelihood(requests, True))), abs=1e-4
+    )
+    until = [asked("wake me up", {"until": ["]"], "max_gen_toks": 8})]
+    assert ours.generate_until(until, True) == expected.generate_until(until, True)
+
+
+def test_contexts_empty_with_spaces_and_too_long(checkpoint):
+    texts = ["", "remind me ", "word " * 200]
+    requests = [asked(context, continuation) for context in texts for continuation in ("call mom", " at 5 pm")]
+    ours, theirs = LayerSkipLM(checkpoint, dtype="fp32", batch_size=8), hf(checkpoint)
+    for (found, best), (wanted, expected) in zip(
+        ours.loglikelihood(requests, True), theirs.loglikelihood(requests, True), strict=True
+    ):
+        assert (found, best) == (pytest.approx(wanted, rel=1e-4), expected)
+    long = [asked("word " * 200, {"until": ["]"], "max_gen_toks": 9}), asked("play", {"until": [], "max_gen_toks": 3})]
+    assert ours.generate_until(long, True) == theirs.generate_until(long, True)
+
+
+def test_what_a_request_says_about_its_answer(checkpoint):
+    loaded = for_decoding(checkpoint)
+    text = HarnessText(loaded)
+    pad = loaded.tokenizer.special_tokens_map["pad_token"]
+    settings = answer_settings({"until": ["\n", pad, ""], "do_sample": False, "temperature": 0.7}, text)
+    ends = frozenset([loaded.tokenizer.pad_token_id])
+    assert (settings.stop, settings.end_ids, settings.max_new_tokens) == (("\n",), ends, 256)
+    assert settings.sampling.temperature == 0
+    drawn = answer_settings({"until": "x", "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}, text, seed=3)
+    assert (drawn.sampling.temperature, drawn.sampling.top_p, drawn.sampling.seed, drawn.max_new_tokens) == (0.5, 0.9, 3, 7)
+    with pytest.raises(ConfigError, match="got num_beams=4"):
+        answer_settings({"num_beams": 4}, text)
+
+
+def test_sampled_answers_differ_between_repeats_and_not_between_runs(checkpoint):
+    request = asked("play", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5})
+    first, second = (LayerSkipLM(checkpoint, dtype="fp32", batch_size=4).generate_until([request] * 4, True) for _ in range(2))
+    assert first == second and len(set(first)) > 1
+
+
+def test_the_chat_template_is_that_of_the_tokenizer(checkpoint, tmp_path):
+    folder = chatml_folder(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = HarnessText(SimpleNamespace(tokenizer=tokenizer))
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    assert text.conversation(messages[:1], True) == tokenizer.apply_chat_template(
+        messages[:1], tokenize=False, add_generation_prompt=True
+    )
+    assert text.conversation(messages, False).endswith("assistant\ngood day")
+    with pytest.raises(ConfigError, match="the model's tokenizer has none"):
+        LayerSkipLM(checkpoint).apply_chat_template(messages[:1])
+
+
+def test_the_model_type_is_registered_and_its_arguments_are_checked(checkpoint):
+    from lm_eval.api.registry import get_model
+
+    register()
+    register()
+    made = get_model("layerskip").create_from_arg_string(f"pretrained={checkpoint},exit=2,dtype=fp32", {"batch_size": "auto:4"})
+    assert (made.depth, made.batch_size, made.decoding.strategy) == (2, 16, "early-exit")
+    for wrong, message in (
+        ({"exit": 7}, r"`exit` must be in 1\.\.6, got 7 \(model has 6 layers\)"),
+        ({"dtype": "int3"}, "`dtype` must be one of auto, fp32, bf16, got int3"),
+        ({"batch_size": "many"}, "`batch_size` must be at least 1, or auto, got many"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LayerSkipLM(checkpoint, **wrong)
+
+
+def test_errors_of_the_command_line(checkpoint, tasks, tmp_path):
+    ours = ("sweep-exits", "--model", checkpoint, "--include-path", str(tasks))
+    fails("--exits must be in 1..6, got 9 (model has 6 layers)", *ours, "--task", "lm-eval:choice", "--exits", "9")
+    fails("--specs must be left out for --task lm-eval:..., which measures exits alone, got (3,)",
+          *ours, "--task", "lm-eval:choice", "--specs", "3")  # fmt: skip
+    fails(
+        "--metric must be left out for --task lm-eval:..., got rouge1", *ours, "--task", "lm-eval:choice", "--metric", "rouge1"
+    )
+    gone = tmp_path / "gone.yaml"
+    gone.write_text((tasks / "choice.yaml").read_text().replace("rows.jsonl", "no-rows.jsonl"))
+    failed = run("sweep-exits", "--task", f"lm-eval:{gone}")
+    assert failed.code == 1 and failed.out == ""
+    assert (
+        "cannot be loaded: " in failed.err
+        and "--include-path names a folder with task files whose rows are local" in failed.err
+    )
