@@ -40,6 +40,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
 from layerskip_core.evaluation.measure.environment import environment
+from layerskip_core.model import DraftEnds, Submodel
 from layerskip_core.model.drafting import most_probable
 
 REPEATS = 5
@@ -219,6 +220,14 @@ def one_step(backend: Any, context: int = 128) -> float:
     return pass_seconds(backend, {"step": (backend, backend.num_layers, 1, context)})["step"]
 
 
+@torch.inference_mode()
+def one_call_draft(backend: Any, exit_layer: int, count: int, context: int) -> float:
+    """Seconds of a token of a greedy draft by the model's own layers."""
+    cache, positions = filled_cache(backend, context), torch.arange(context, context + count)[None]
+    token, side = torch.randint(5, IDS, (1, 1)), backend.draft_sides[None]
+    return seconds(lambda: side.draft_greedily(token, Submodel(exit_layer), positions, cache, DraftEnds()), 60) / count
+
+
 def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
     """The cost of a verification and of a draft step, in autoregressive steps."""
     exit_layer = arguments.exit
@@ -229,12 +238,14 @@ def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
         "draft, int4": (backend.draft_sides["int4"], exit_layer, 1, 128),
     }
     times = pass_seconds(backend, settings, 60)
+    times["draft of 8 in one call, by token"] = one_call_draft(backend, exit_layer, 8, 128)
     one, rest = times["1 rows"], backend.num_layers - exit_layer
     ratio = {name: seconds / one for name, seconds in times.items()}
     table = [
         ("one pass of 7 rows over one row", -1.15, ratio["7 rows"], f"{1000 * times['7 rows']:.2f} ms"),
         (f"int4 draft step, E = {exit_layer}", -0.15, ratio["draft, int4"], f"{1000 * times['draft, int4']:.2f} ms"),
         (f"own draft step, E = {exit_layer}", None, ratio["draft, own weights"], f"{rest} layers left"),
+        (f"own draft, E = {exit_layer}, by token", None, ratio["draft of 8 in one call, by token"], "as decoding drafts"),
     ]
     return {"step_ms": 1000 * one, "over_step": ratio, "table": table}
 
