@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Verifies and measures the toolkit on a GPU, and writes one report: OUTPUT/report.md, with the commands that made it.
+# Usage: bash examples/gpu.sh OUTPUT [MODEL]
+# MODEL (default: embedded) is decoded as it is; a short run of the recipe and one of --frozen train from BASE (default:
+# embedded-base, or MODEL if it is given). Takes under 20 minutes on any GPU with small models. A stage that fails is reported,
+# the others go on, and the exit status is 1. DEVICE=cpu tries the script on a machine without a GPU; STEPS, SAMPLES and REPEATS
+# change the size of trainings and measurements.
+set -euo pipefail
+out=${1:?OUTPUT, a folder for the report} model=${2:-embedded} base=${BASE:-${2:-embedded-base}}
+device=${DEVICE:-cuda} steps=${STEPS:-60} samples=${SAMPLES:-20} repeats=${REPEATS:-3}
+mkdir -p "$out"
+report=$out/report.md failed=0
+
+stage() { # TITLE COMMAND...: its standard output goes into the report, what it says while it works to the terminal
+    local title=$1 before=$SECONDS status=0
+    shift
+    echo "$title: $*" >&2
+    "$@" >"$out/stage.txt" || status=$?
+    {
+        printf '## %s\n\n`%s`\n\n' "$title" "$*"
+        cat "$out/stage.txt"
+        printf '\n%d s, exit status %d\n\n' $((SECONDS - before)) "$status"
+    } >>"$report"
+    [ "$status" = 0 ] || failed=1
+    rm -f "$out/stage.txt"
+}
+
+{
+    printf '# layerskip on %s, %s\n\n' "$device" "$(date -u +%Y-%m-%d)"
+    layerskip --version
+    python -c 'import torch, transformers
+print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+for number in range(torch.cuda.device_count()):
+    found = torch.cuda.get_device_properties(number)
+    print(f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}")'
+    echo
+} >"$report"
+
+on=(--device "$device")
+few=$((samples < 8 ? samples : 8))
+stage 'Outputs are what is promised' layerskip verify "$model" "${on[@]}" --precisions fp32,bf16 --samples "$few" \
+    --format markdown
+for dtype in fp32 bf16; do
+    stage "Decoding in $dtype, with transformers beside it" layerskip bench --model "$model" "${on[@]}" --dtype "$dtype" \
+        --samples "$samples" --repeats "$repeats" --baselines transformers,assistant-early-exit,no-reuse --format markdown
+done
+stage 'Every exit and draft length' layerskip sweep-exits --model "$model" "${on[@]}" --samples "$samples" --format markdown
+stage 'Batches of 1, 4 and 16' bash -c 'for size in 1 4 16; do
+    layerskip data --samples "$1" | layerskip generate --jsonl --batch-size "$size" --model "$2" --device "$3" --stats 2>&1 >/dev/null |
+        sed "s/^/    batch size $size: /"
+done' - $((3 * samples)) "$model" "$device"
+stage 'Training by the recipe' bash -c 'layerskip finetune --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
+    grep -E "tokens/s|loss by exit|MB|recipe:" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/recipe"
+stage 'What it trained' layerskip bench --model "$out/recipe" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
+stage 'Training of an exit block' bash -c 'layerskip finetune --frozen --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
+    grep -E "tokens/s|agree|parameters" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/frozen"
+stage 'What it trained' layerskip bench --model "$out/frozen" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
+stage 'The trained model keeps its promises' layerskip verify "$out/frozen" "${on[@]}" --precisions bf16 \
+    --samples "$few" --format markdown
+
+echo "$report" >&2
+exit "$failed"
