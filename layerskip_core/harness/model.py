@@ -59,8 +59,10 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         require(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype)
         if threads:
             torch.set_num_threads(int(threads))
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # lm-eval's default is cuda:0
+            device = "auto"
         packing = PackingConfig(quantize)
-        self.decoder = for_decoding(pretrained, device or "auto", dtype, packing) if isinstance(pretrained, str) else pretrained
+        self.decoder = for_decoding(pretrained, device, dtype, packing) if isinstance(pretrained, str) else pretrained
         size = str(batch_size).partition(":")[0]
         require(size == "auto" or (size.isdecimal() and int(size) > 0), "batch_size", "at least 1, or auto", batch_size)
         self.batch_size = min(_AUTO_BATCH, max_batch_size or _AUTO_BATCH) if size == "auto" else int(size)

@@ -102,7 +102,7 @@ def test_a_run_on_the_models_own_answers():
     assert [field.name for field in fields(BenchResult)] == [
         *FIELDS, "speedup_over_transformers", "acceptance_by_position", "time_split_ms", "differences", "failures",
         "draft_weights", "steps_by_drafter", "exit_confidence", "mean_layers", "skip", "longest_answer", "intervals",
-        "categories",
+        "categories", "stderr", "samples",
     ]  # fmt: skip
     plain, early, drafted, looked_up = record.results
     assert [result.strategy for result in record.results] == list(STRATEGIES)

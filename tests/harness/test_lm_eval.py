@@ -226,7 +226,9 @@ def test_the_model_type_is_registered_and_its_arguments_are_checked(checkpoint):
 
     register()
     register()
-    made = get_model("layerskip").create_from_arg_string(f"pretrained={checkpoint},exit=2,dtype=fp32", {"batch_size": "auto:4"})
+    made = get_model("layerskip").create_from_arg_string(
+        f"pretrained={checkpoint},exit=2,dtype=fp32", {"batch_size": "auto:4", "device": "cuda:0"}
+    )
     assert (made.depth, made.batch_size, made.decoding.strategy) == (2, 16, "early-exit")
     for wrong, message in (
         ({"exit": 7}, r"`exit` must be in 1\.\.6, got 7 \(model has 6 layers\)"),
