@@ -83,6 +83,8 @@ def test_every_check_ran_on_our_own_kernels(whole):
     assert {"exit 2, 3 drafts", "lookup", "int8 copy, 6 layers", "int4 copy, 6 layers", "adaptive"} <= set(drafted)
     assert any("a quarter" in setting for setting in drafted)
     assert all(result.tokens > 0 and result.prompts > 0 for result in own)
+    cells = [int(result.note.split()[2]) for result in own if result.check == DISTRIBUTION]
+    assert cells and min(cells) > 1  # with one cell the test of the distribution could not fail
 
 
 def test_there_is_a_table_for_each_precision(whole):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ...config.decoding import DecodingConfig, SamplingConfig
 from ...config.verification import VerifyConfig
@@ -18,8 +19,7 @@ from .results import CheckResult
 from .subject import Ids, Subject
 
 SEED, ROW, DISTRIBUTION = "sampled: a seed repeats", "sampled: batch = single", "sampled: the model's distribution"
-_TEMPERATURE, _TOP_K = 1.0, 4  # few tokens, so that each pair of them is often drawn
-_PROMPT = 12  # tokens, about, of the prompt whose continuations are counted
+_SAMPLING = SamplingConfig(2.0, 4)  # of counted tokens: few, so that each pair of them is often drawn, and none nearly always
 _AT_ONCE = 50
 _LEAST = 5.0  # expected draws of a cell of the chi-square test; rarer pairs share one
 
@@ -38,6 +38,7 @@ def check_sampled(config: VerifyConfig, subject: Subject) -> Iterator[CheckResul
     settings["lookup"] = DecodingConfig("lookup", None, 4, limit, lookup=1, sampling=sampling)
     prompts = [list(ids) for ids in subject.prompts.ids]
     plain: list[Ids] | None = None
+    counted = min(prompts, key=lambda ids: float(_next(subject, ids).max())) if config.draws and not backend.exact else []
     for name, setting in settings.items():
         first = [subject.alone(prompt, setting) for prompt in prompts]
         again = [subject.alone(prompt, setting) for prompt in prompts]
@@ -52,30 +53,32 @@ def check_sampled(config: VerifyConfig, subject: Subject) -> Iterator[CheckResul
         if backend.batch_invariant and not backend.exact:
             seeds = [sampling.seed] * len(prompts)
             yield subject.compared(ROW, name, subject.together(prompts, setting, seeds), first)
-        if config.draws and not backend.exact:
-            yield _distribution(subject, name, setting, config.draws)
+        if counted:
+            yield _distribution(subject, name, setting, counted, config.draws)
 
 
-def _distribution(subject: Subject, name: str, setting: DecodingConfig, draws: int) -> CheckResult:
+def _distribution(subject: Subject, name: str, setting: DecodingConfig, prompt: Ids, draws: int) -> CheckResult:
     """A chi-square test of the first two tokens of many outputs to one prompt."""
-    sampling = SamplingConfig(_TEMPERATURE, _TOP_K)
-    setting = replace(setting, max_new_tokens=3, sampling=sampling)
-    chosen = min(subject.prompts.ids, key=lambda ids: abs(len(ids) - _PROMPT))
-    prompt = list(chosen)
+    setting = replace(setting, max_new_tokens=3, sampling=_SAMPLING)
     found: Counter[tuple[int, ...]] = Counter()
     for start in range(0, draws, _AT_ONCE):
         seeds = range(start, min(draws, start + _AT_ONCE))
         outputs = subject.together([prompt] * len(seeds), setting, [subject.seed + 1 + seed for seed in seeds])
         found.update(tuple(ids[:2]) for ids in outputs)
-    p_value, cells = chi_square(found, _pairs(subject, prompt, sampling), draws)
+    p_value, cells = chi_square(found, _pairs(subject, prompt), draws)
     return subject.result(DISTRIBUTION, name, "distribution", 1, draws, p_value=p_value, note=f"{draws} outputs, {cells} cells")
 
 
-def _pairs(subject: Subject, prompt: Ids, sampling: SamplingConfig) -> dict[tuple[int, ...], float]:
+def _next(subject: Subject, ids: Ids) -> Tensor:
+    """The probabilities (V,) of the token after these."""
+    return probabilities(subject.logits(torch.tensor([ids]))[0, -1], _SAMPLING)
+
+
+def _pairs(subject: Subject, prompt: Ids) -> dict[tuple[int, ...], float]:
     """The probability of each beginning of two tokens; of one, where it ends the output."""
 
     def following(ids: Ids) -> list[tuple[int, float]]:
-        probs = probabilities(subject.logits(torch.tensor([ids]))[0, -1], sampling)
+        probs = _next(subject, ids)
         return [(int(token), float(probs[token])) for token in probs.nonzero()[:, 0]]
 
     pairs: dict[tuple[int, ...], float] = {}
