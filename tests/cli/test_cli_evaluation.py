@@ -64,11 +64,11 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     assert document["config"]["task"]["task"] == "commands"
     assert document["environment"]["dtype"] == "float32"
     plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity", "prediction", "time_split"]
-    files = ["report.html", "results.csv", "results.json"]
+    files = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
     out = tmp_path / "out"
     assert sorted(file.name for file in out.iterdir()) == sorted([f"{name}.png" for name in plots] + files)
     assert json.loads((out / "results.json").read_text()) == document
-    assert "wrote report.html, results.json, results.csv, pareto.png" in result.stderr
+    assert "wrote report.html, results.json, results.csv, answers.html, answers.jsonl, pareto.png" in result.stderr
     again = run("sweep-exits", "--from", str(out / "results.json"), "--format", "json", "--output", str(tmp_path / "again"))
     assert again.stdout == result.stdout
     for name in files:
@@ -208,7 +208,8 @@ def test_bench_formats(tmp_path, model, data):
     assert figures["exact match"][::2] == ["100.0%", "100.0%"]
     assert figures["identical outputs"][::2] == ["100.0%", "100.0%"]
     assert max(map(len, table)) <= 80
-    files = ["acceptance_by_position.png", "pareto.png", "report.html", "results.csv", "results.json", "time_split.png"]
+    pages = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
+    files = [*pages, "acceptance_by_position.png", "pareto.png", "time_split.png"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted([*files, "outputs.jsonl"])
     saved = str(tmp_path / "out" / "results.json")
     assert run("bench", "--from", saved).stdout.splitlines() == table
