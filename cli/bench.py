@@ -48,9 +48,10 @@ def bench(
         if report.saved is not None:
             record = with_answers(read_record(report.saved, BenchResult), report.saved)
         elif scored:
-            from layerskip_core.harness.measure import bench_scores
+            loaded, tasks = evaluation.load_scored(config)
+            from layerskip_core.harness.measure import bench_scores  # needs lm-eval
 
-            record = evaluation.watch(bench_scores(*evaluation.load_scored(config), config))
+            record = evaluation.watch(bench_scores(loaded, tasks, config))
         else:
             loaded, rows = evaluation.load(config)
             if must_search(loaded, config):

@@ -60,9 +60,10 @@ def sweep_exits(
     target = config.model if record is None else str(record.config["model"])
     with _model_folder(target) if save else nullcontext(), output_folder(report.output, "layerskip sweep-exits") as folder:
         if record is None and scored:
-            from layerskip_core.harness.measure import sweep_scores
+            loaded, tasks = evaluation.load_scored(config)
+            from layerskip_core.harness.measure import sweep_scores  # needs lm-eval
 
-            record = evaluation.watch(sweep_scores(*evaluation.load_scored(config), config))
+            record = evaluation.watch(sweep_scores(loaded, tasks, config))
         elif record is None:
             loaded, rows = evaluation.load(config)
             record = evaluation.watch(sweep(loaded, rows, config))

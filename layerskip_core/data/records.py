@@ -1,6 +1,7 @@
 """The one reader of data from outside: the rows of files and hub data sets, unchanged, each with its place for errors."""
 
 import csv
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -79,14 +80,21 @@ def file_ending(path: Path) -> str:
     return inner if inner in FILE_ENDINGS and inner != ".parquet" else ".jsonl"
 
 
-def hub_records(hub_id: str, split: str, streaming: bool = False, most: int | None = None, **keywords: Any) -> Iterator[Record]:
-    """The rows of a data set on the hub; `most` fetches only the first ones. Raises DataError."""
+def quiet_datasets() -> None:
+    """From now on neither datasets nor the hub client prints anything: an error is reported once, by who gets it."""
     import datasets
     import huggingface_hub
 
     datasets.disable_progress_bars()
     for library in (datasets, huggingface_hub):
-        library.logging.set_verbosity_error()  # the error is reported once, below
+        library.logging.set_verbosity(logging.CRITICAL)
+
+
+def hub_records(hub_id: str, split: str, streaming: bool = False, most: int | None = None, **keywords: Any) -> Iterator[Record]:
+    """The rows of a data set on the hub; `most` fetches only the first ones. Raises DataError."""
+    import datasets
+
+    quiet_datasets()
     try:
         rows = datasets.load_dataset(hub_id, split=split, streaming=streaming or most is not None, **keywords)
         yield from (Record(f"{hub_id}:{number}", dict(row)) for number, row in enumerate(islice(rows, most), start=1))

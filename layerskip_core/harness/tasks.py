@@ -2,12 +2,13 @@
 
 import difflib
 import io
+import logging
 import math
 import os
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import numpy
 
 from ..config.checks import refused, require
 from ..config.evaluation import HARNESS, TaskConfig
-from ..errors import ConfigError, DataError, first_line
+from ..data.records import quiet_datasets
+from ..errors import ConfigError, DataError, LayerSkipError, first_line
 from ..prompting.template import CHAT, RAW
 from . import require_harness
 
@@ -63,8 +65,9 @@ class HarnessTasks:
         random.seed(_SEEDS["random"])  # as lm-eval does: some tasks draw from these
         numpy.random.seed(_SEEDS["numpy"])
         chat = self._config.prompting.asked == CHAT
-        for task in self._tasks.values():
-            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):  # a progress bar for each task
+        for name, task in self._tasks.items():
+            quiet = redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())  # a progress bar for each task
+            with _blaming(f"the rows of {HARNESS}{name} cannot be asked"), quiet[0], quiet[1]:
                 task.build_all_requests(
                     limit=self._config.samples or None,
                     system_instruction=self._config.prompting.system,
@@ -91,10 +94,24 @@ class HarnessTasks:
             task.build_all_requests = lambda instances=tuple(task.instances), **_: _ask_again(instances)
         chosen = self._loaded if len(answered) == len(self._tasks) else {"tasks": answered}
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # so few resamples are not worth processes
-        with redirect_stdout(sys.stderr):  # where it says that it resamples
+        with (
+            _blaming(f"answers to {HARNESS}{','.join(answered)} cannot be scored"),
+            redirect_stdout(sys.stderr),
+        ):  # it resamples
             limit = self._config.samples or None
             found = evaluate(_recorded(responses), chosen, limit=limit, bootstrap_iters=_RESAMPLES, log_samples=False)
         return _scores_of(found["results"])
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """A task's files and code raise errors of any kind; they become DataErrors, with `what` before the first line."""
+    try:
+        yield
+    except LayerSkipError:
+        raise
+    except Exception as error:
+        raise DataError(f"`task`: {what}: {first_line(error)}") from error
 
 
 def load_tasks(config: TaskConfig) -> HarnessTasks:
@@ -108,9 +125,12 @@ def load_tasks(config: TaskConfig) -> HarnessTasks:
     _refuse_unused(config)
     from lm_eval.tasks import TaskManager
 
+    quiet_datasets()
+    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     names, folder = config.harness_tasks, config.include_path
     for built_in in (False, True):  # the built-in ones take seconds to list
-        manager = TaskManager(include_path=folder, include_defaults=built_in)
+        with _blaming("task files cannot be read"):
+            manager = TaskManager(include_path=folder, include_defaults=built_in)
         matched = {name: _matches(manager, name) for name in names}
         missing = [name for name, tasks in matched.items() if not tasks]
         if missing and not built_in:

@@ -27,8 +27,11 @@ def attack(case: Case) -> Iterator[Miss]:
     elif case.number < len(KNOWN) + len(WORKING):
         yield from _watched(case, WORKING[case.number - len(KNOWN)](case), must_work=True)
     else:
-        kinds = (_flags, _prompts, _data, _saved_results, _settings_file, _outputs, _journal, _interrupted, _streams)
-        yield from _watched(case, case.random.choices(kinds, (40, 15, 15, 10, 8, 8, 4, 4, 6))[0](case))
+        kinds = {
+            _flags: 40, _prompts: 15, _data: 15, _harness: 6, _saved_results: 10, _settings_file: 8, _outputs: 8, _journal: 4,
+            _interrupted: 4, _streams: 6,
+        }  # fmt: skip
+        yield from _watched(case, case.random.choices(list(kinds), list(kinds.values()))[0](case))
 
 
 def _watched(case: Case, command: Command, must_work: bool = False) -> Iterator[Miss]:
@@ -150,6 +153,40 @@ def _data(case: Case) -> Command:
     if reader in (FROZEN, FROZEN_ON_DATA):
         arguments += random.choice(([], [], ["--validation", name], ["--prompt-column", "text"]))
     return Command(tuple(arguments))
+
+
+def _harness(case: Case) -> Command:
+    """Tasks of lm-evaluation-harness with a fault in their files."""
+    random = case.random
+    folder = Path(shutil.copytree(case.material.data / "harness", case.folder / "harness"))
+    file = random.choice(sorted(folder.iterdir()))
+    case.say(spoil_file(file, random) if random.random() < 0.6 else _replace(file, random.choice((*_FILES, *_TASK_FILES))))
+    tasks = [file] if file.suffix == ".yaml" else sorted(folder.glob("*.yaml"))
+    reader = random.choice(("bench", "sweep-exits"))
+    arguments = [reader, "--model", str(case.material.model()), "--task", f"lm-eval:{random.choice(tasks).stem}"]
+    arguments += [
+        "--include-path",
+        "harness",
+        "--samples",
+        "2",
+        *(("--repeats", "1") if reader == "bench" else ("--exits", "2")),
+    ]
+    arguments += random.choice(
+        ([], [], ["--shots", "1"], ["--template", "chat"], ["--batch-size", "2"], ["--output", "scores"])
+    )
+    return Command(tuple(arguments))
+
+
+_TASK_FILES = (
+    *(
+        b"task: [",
+        b"task: x\n",
+        b"group: multiple_choice\ntask: [multiple_choice, x]\n",
+        b"task: !function nothing.here\n",
+        b"- 1",
+    ),
+    *(b"include: absent.yaml\n", b"include: multiple_choice.yaml\n", b"a: &a [*a]\n", b"task: 1\noutput_type: 2\n"),
+)
 
 
 def _replace(file: Path, content: bytes) -> str:

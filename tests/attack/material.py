@@ -22,6 +22,21 @@ _SHAPES: dict[str, dict[str, object]] = {
     "smollm3": {},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16},
 }
+_TASK = """task: {kind}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: harness/rows.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{target}"
+{more}
+metadata: {{version: 1}}
+"""
+_TASKS = {  # files of lm-evaluation-harness, by what they ask a model for
+    "multiple_choice": ("{{label}}", 'doc_to_choice: "{{choices}}"'),
+    "generate_until": ("{{completion}}", 'generation_kwargs: {until: ["]"], max_gen_toks: 4}'),
+    "loglikelihood_rolling": ("{{prompt}}", "metric_list: [{metric: word_perplexity}]"),
+}
 _CHAT = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}<assistant>"
 
 
@@ -37,7 +52,7 @@ class Material:
 
     @property
     def data(self) -> Path:
-        """Valid files of every kind: rows.*, prompts.jsonl, text.txt, chat.jsonl, code.jsonl, mbpp.jsonl, topv2/."""
+        """Valid files of every kind: rows.*, prompts.jsonl, text.txt, chat.jsonl, code.jsonl, mbpp.jsonl, topv2/, harness/."""
         return self.root / "data"
 
     @property
@@ -123,8 +138,13 @@ def import_everything() -> None:
     import layerskip_core.evaluation.verification.run
     import layerskip_core.serving
     import layerskip_core.training.frozen.run
-    import layerskip_core.training.run  # noqa: F401
+    import layerskip_core.training.run
 
+    with suppress(ModuleNotFoundError):  # without the extra `lm-eval`
+        import lm_eval.evaluator
+        import lm_eval.tasks  # noqa: F401
+
+        import layerskip_core.harness.measure  # noqa: F401
     with suppress(ModuleNotFoundError):  # without the extra `serve`, which the tests have
         import uvicorn.lifespan.off
         import uvicorn.loops.auto
@@ -322,9 +342,14 @@ def _make_data(material: Material) -> None:
 
     folder = material.data
     (folder / "topv2").mkdir(parents=True)
+    (folder / "harness").mkdir()
     rows = [{"prompt": f"remind me to call person {number}", "completion": f"[IN:CALL {number} ]"} for number in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    choices = [{**row, "choices": [row["completion"], "[IN:CALL ]"], "label": 0} for row in rows]
+    (folder / "harness" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    for kind, (target, more) in _TASKS.items():
+        (folder / "harness" / f"{kind}.yaml").write_text(_TASK.format(kind=kind, target=target, more=more))
     (folder / "rows.csv").write_text("prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
     (folder / "text.txt").write_text("".join(row["prompt"] + ". " + row["completion"] + "\n" for row in rows) * 4)

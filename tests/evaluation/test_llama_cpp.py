@@ -108,7 +108,9 @@ def test_files_of_other_models_are_refused(package, file, tmp_path):
 def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):
     command = ("bench", "--model", checkpoint, "--samples", "1", "--baselines")
     fails("--gguf must be given with the baseline llama.cpp, and only then, got none", *command, "llama.cpp")
-    fails(f"--gguf must be given with the baseline llama.cpp, and only then, got {file}", *command, "no-reuse", "--gguf", file)
+    fails(
+        "--gguf must be given with the baseline llama.cpp, and only then, got x.gguf", *command, "no-reuse", "--gguf", "x.gguf"
+    )
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     message = "--baselines llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
     fails(message, *command, "llama.cpp", "--gguf", file)

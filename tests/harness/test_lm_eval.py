@@ -255,3 +255,8 @@ def test_errors_of_the_command_line(checkpoint, tasks, tmp_path):
         "cannot be loaded: " in failed.err
         and "--include-path names a folder with task files whose rows are local" in failed.err
     )
+    odd = tmp_path / "odd"
+    shutil.copytree(tasks, odd)
+    (odd / "odd.yaml").write_text("task: 1\noutput_type: 2\n")
+    failed = run("sweep-exits", "--include-path", str(odd), "--task", "lm-eval:choice")
+    assert failed.code == 1 and failed.err.startswith("error: --task: task files cannot be read: ")

@@ -6,6 +6,8 @@ from command_line import fails
 
 
 def test_the_missing_package_and_how_to_install_it(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("lm_eval", "layerskip_core.harness"))]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     needed = "lm-evaluation-harness is needed, whose package lm_eval is missing: pip install 'layerskip[lm-eval]'"
     fails(needed, "sweep-exits", "--task", "lm-eval:piqa")

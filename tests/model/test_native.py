@@ -331,7 +331,7 @@ def test_without_kernels_nothing_runs_native(monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda: None)
     assert not can_run_native(tiny_model("llama", torch.float32).config, torch.float32, torch.device("cpu"), None)
     monkeypatch.setenv(compiled.SWITCH, "torch")
-    assert compiled.kernels.__wrapped__() is None
+    assert compiled.kernels() is None
 
 
 OTHER_VERSION = r"another version: install layerskip again .* LAYERSKIP_KERNELS=torch"
@@ -342,7 +342,7 @@ def test_kernels_of_another_version_are_refused(monkeypatch):
     """As after a pull in a checkout."""
     monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
     with pytest.raises(LayerSkipError, match=OTHER_VERSION):
-        compiled.kernels.__wrapped__(BUILT[0])
+        compiled._kernels.__wrapped__(BUILT[0])
 
 
 @needs_kernels
@@ -353,7 +353,7 @@ def test_kernels_whose_structures_have_other_sizes_are_refused(monkeypatch, stru
     changed = tuple(longer if each is structure else each for each in compiled.STRUCTURES)
     monkeypatch.setattr(compiled, "STRUCTURES", changed)
     with pytest.raises(LayerSkipError, match=OTHER_VERSION):
-        compiled.kernels.__wrapped__(BUILT[0])
+        compiled._kernels.__wrapped__(BUILT[0])
 
 
 SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -489,9 +489,7 @@ def absent(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(compiled, "_cpu_flags", lambda: {"avx2", "fma", "sse2"})
     monkeypatch.setattr(compiled, "EXTENSION_SUFFIXES", [".nowhere"])
-    uncached = compiled.kernels.__wrapped__
-    for module in (compiled, native):
-        monkeypatch.setattr(module, "kernels", uncached)
+    monkeypatch.setattr(compiled, "_kernels", compiled._kernels.__wrapped__)
     return monkeypatch
 
 
