@@ -34,12 +34,7 @@ def compare(
     exits: Annotated[
         str | None, typer.Option(help="Exits to compare: 3,6,8 or A:B:STEP.", rich_help_panel=options.MEASUREMENT)
     ] = None,
-    form: Annotated[
-        str,
-        typer.Option(
-            "--format", help="Format of standard output: table, json, csv or markdown.", rich_help_panel=options.OUTPUT
-        ),
-    ] = "table",
+    form: options.Format = "table",
     output: Annotated[
         str | None,
         typer.Option(help="Folder for comparison.md, .json and .csv, and plots.", rich_help_panel=options.OUTPUT),

@@ -7,6 +7,9 @@ GenerationSettings with its Option is thereby a flag of generate, chat, bench an
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
+
+import typer
 
 from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.checks import require, require_choice, require_given
@@ -62,6 +65,8 @@ class Option:
 
 
 FORMATS = ("table", "json", "csv", "markdown")
+_FORMAT_HELP = "Format of standard output: table, json, csv or markdown."
+Format = Annotated[str, typer.Option("--format", help=_FORMAT_HELP, rich_help_panel=OUTPUT)]
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "overwrite": Option(RUN, "Replace a model in --output."),
     },
     Report: {
-        "format": Option(OUTPUT, "Format of standard output: table, json, csv or markdown."),
+        "format": Option(OUTPUT, _FORMAT_HELP),
         "output": Option(OUTPUT, "Folder for report.html, answers.html, results.json, results.csv and plots."),
         "saved": Option(OUTPUT, "Measure nothing: render this results.json again.", "--from"),
     },

@@ -21,12 +21,7 @@ def verify(
     ] = "embedded",
     *,
     config: VerifyConfig,
-    form: Annotated[
-        str,
-        typer.Option(
-            "--format", help="Format of standard output: table, json, csv or markdown.", rich_help_panel=options.OUTPUT
-        ),
-    ] = "table",
+    form: options.Format = "table",
     output: Annotated[
         str | None,
         typer.Option(help="Folder for verification.md, .json and .csv.", rich_help_panel=options.OUTPUT),
