@@ -146,9 +146,7 @@ static void normed(const float *x, const Norm *norm, int n, float eps, float *ou
 
 #define AHEAD 2048 /* bytes: a panel goes on where it ends, so the next one's weights are on their way too */
 
-INLINE void fetch(const void *w) {
-    _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
-}
+INLINE void fetch(const void *w) { fetch_line((const char *)w + AHEAD), fetch_line((const char *)w + AHEAD + 64); }
 
 #include "tiles.h"
 
@@ -675,16 +673,7 @@ int layerskip_size_of(int structure) {
     return (int)sizes[structure];
 }
 
-int layerskip_supported(void) {
-    __builtin_cpu_init();
-#if defined(__AVX512F__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-           tiles_supported();
-#else
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-}
+int layerskip_supported(void) { return lanes_supported() && tiles_supported(); }
 
 /* Layers 0..count-1 of `layers` over the call's rows, in place. */
 void layerskip_span(const Shape *shape, const Layer *layers, int count, Call *call, int threads) {

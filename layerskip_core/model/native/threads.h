@@ -66,7 +66,7 @@ INLINE void meet(Team *team, int threads) {
     }
     for (int spins = 0; spins < SPINS; spins++) {
         if (atomic_load_explicit(&team->phase, memory_order_acquire) != phase) return;
-        _mm_pause();
+        relax();
     }
     sleep_in(team, phase);
 }

@@ -1,0 +1,48 @@
+/* Sixteen lanes in one register of AVX-512, with its VNNI and BF16 instructions: see lanes.h. */
+#include <immintrin.h>
+
+typedef __m512 vf;  /* 16 floats */
+typedef __m512i vi; /* 16 int32, or 64 bytes */
+#define TILE 12 /* most rows that share a weight once it is loaded: 24 sums of 32 registers */
+#define LOW_BIT_TILE 8
+#define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+
+INLINE vf f_set(float x) { return _mm512_set1_ps(x); }
+INLINE vf f_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void f_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+INLINE vf f_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf f_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf f_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf f_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+INLINE vf f_abs(vf a) { return _mm512_abs_ps(a); }
+INLINE vf f_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float f_sum(vf a) { return _mm512_reduce_add_ps(a); }
+INLINE float f_largest(vf a) { return _mm512_reduce_max_ps(a); }
+INLINE vf f_of_int(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE vi i_rounded(vf a) { return _mm512_cvtps_epi32(a); }
+INLINE vi i_bits(vf a) { return _mm512_castps_si512(a); }
+INLINE vf f_power_of_two(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+INLINE vf f_load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+INLINE void f_store_bf16(uint16_t *p, vf a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a)); }
+INLINE void f_store_int8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a))); }
+INLINE vi i_set(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+/* acc + the product of each lane's pair of bf16 with the pair x. */
+INLINE vf dot_bf16(vf acc, vi w, uint32_t x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x)); }
+/* acc + the product of each lane's four uint8 with the four int8 of x. */
+INLINE vi dot_int8(vi acc, vi w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
+INLINE vi dot_int4(vi acc, vi w, int32_t x) { return dot_int8(acc, w, x); }
+INLINE void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+INLINE void relax(void) { _mm_pause(); }
+
+INLINE int lanes_supported(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
