@@ -6,7 +6,12 @@ cd "$(dirname "$0")/.."
 
 # The kernels are optional, so a failed build does not fail an installation; here it fails the script.
 require_kernels() {
-    [ "$(uname -sm)" = "Linux x86_64" ] && command -v "${CC:-cc}" >/dev/null && grep -q '^flags.* avx2 ' /proc/cpuinfo || return 0
+    case $(uname -sm) in
+        'Linux x86_64') grep -q '^flags.* avx2 ' /proc/cpuinfo || return 0 ;;
+        'Linux aarch64' | 'Darwin arm64') ;;
+        *) return 0 ;;
+    esac
+    command -v "${CC:-cc}" >/dev/null || return 0
     stats=$(LAYERSKIP_KERNELS='' "$1" generate --stats --max-new-tokens 2 'wake me up' 2>&1 >/dev/null)
     case $stats in
         *'layers: native ('*) ;;

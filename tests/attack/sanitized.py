@@ -2,12 +2,11 @@
 
 import atexit
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
@@ -28,12 +27,11 @@ def restart_sanitized() -> None:
     if os.environ.get(_FOLDER):
         return
     folder = Path(tempfile.mkdtemp(prefix="layerskip-sanitized-"))
-    modules = tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
-    for module in modules:
-        flags = [flag for flag in module["extra-compile-args"] if not flag.startswith("-O")]
-        target = folder / (module["name"].rpartition(".")[2] + EXTENSION_SUFFIXES[0])
-        sources = [str(_ROOT / source) for source in module["sources"]]
-        subprocess.run(["gcc", *flags, *_FLAGS, *sources, "-o", str(target), "-lm"], check=True)
+    build = runpy.run_path(str(_ROOT / "setup.py"))
+    for name, own_flags in build["VARIANTS"][build["target"]()].items():
+        flags = [flag for flag in (*build["FLAGS"], *own_flags) if not flag.startswith("-O")]
+        source, target = _ROOT / build["FOLDER"] / f"{name}.c", folder / f"_{name}.so"
+        subprocess.run(["gcc", *flags, *_FLAGS, str(source), "-o", str(target), "-lm"], check=True)
     runtime = [_library("libasan.so"), _library("libstdc++.so.6")]  # the first needs the second as soon as it starts
     environment = {
         **os.environ,

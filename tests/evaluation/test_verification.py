@@ -21,7 +21,7 @@ from layerskip_core.evaluation.verification.passes import PIECES, ROWS, THREADS
 from layerskip_core.evaluation.verification.report import tables, to_csv
 from layerskip_core.evaluation.verification.results import Mismatch, is_kept
 from layerskip_core.evaluation.verification.sampled import DISTRIBUTION, ROW, SEED, chi_square
-from layerskip_core.evaluation.verification.setups import TRANSFORMERS
+from layerskip_core.evaluation.verification.setups import KERNELS, TRANSFORMERS
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.model import NativeBackend
 from layerskip_core.model.packed.model import PackedBackend
@@ -194,7 +194,10 @@ def _spoiled(draft):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--kernels", "cuda"), "--kernels must be one of amx, avx512, avx2, torch, exact, generic, transformers, got cuda"),
+        (
+            ("--kernels", "cuda"),
+            f"--kernels must be one of {', '.join(KERNELS)}, got cuda",
+        ),
         (("--precisions", "fp8"), "--precisions must be one of fp32, bf16, int8, int4, got fp8"),
         (("--samples", "1"), "--samples must be at least 2, because prompts share batches, got 1"),
         (("--max-new-tokens", "2"), "--max-new-tokens must be at least 3, to cut an output in two, got 2"),

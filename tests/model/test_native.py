@@ -485,12 +485,17 @@ MISSING = f"the compiled kernels are missing: {FALLBACK}"
 def absent(monkeypatch, tmp_path):
     """A checkout whose built files were cleaned, on a machine that could run them."""
     monkeypatch.delenv(compiled.SWITCH, raising=False)
-    monkeypatch.setattr(compiled.sys, "platform", "linux")
-    monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(compiled, "_cpu_flags", lambda: {"avx2", "fma", "sse2"})
-    monkeypatch.setattr(compiled, "EXTENSION_SUFFIXES", [".nowhere"])
+    on_processor(monkeypatch, "x86_64", {"avx2", "fma", "sse2"})
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
     monkeypatch.setattr(compiled, "_kernels", compiled._kernels.__wrapped__)
     return monkeypatch
+
+
+def on_processor(monkeypatch, processor, flags):
+    needs = compiled._CPU_FLAGS.get(processor, {})
+    monkeypatch.setattr(compiled, "_NEEDS", needs)
+    monkeypatch.setattr(compiled, "VARIANTS", tuple(needs))
+    monkeypatch.setattr(compiled, "_cpu_flags", lambda: flags)
 
 
 def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(absent):
@@ -500,9 +505,14 @@ def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(abse
     absent.setenv(compiled.SWITCH, "avx512")
     assert compiled.kernel_note() == f"this CPU lacks instructions of the avx512 kernels: {FALLBACK}"
     absent.delenv(compiled.SWITCH)
-    absent.setattr(compiled, "_cpu_flags", lambda: {"sse2"})
+    on_processor(absent, "x86_64", {"sse2"})
     assert compiled.kernel_note() is None
-    absent.setattr(compiled.platform, "machine", lambda: "aarch64")
+    on_processor(absent, "aarch64", {"asimddp", "bf16"})
+    assert compiled.kernel_note() == MISSING
+    absent.setenv(compiled.SWITCH, "neon_bf16")
+    assert compiled.kernel_note() == f"this CPU lacks instructions of the neon_bf16 kernels: {FALLBACK}"
+    absent.delenv(compiled.SWITCH)
+    on_processor(absent, "riscv64", set())
     assert compiled.kernel_note() is None
 
 
@@ -519,7 +529,7 @@ def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkey
     monkeypatch.delenv(compiled.SWITCH, raising=False)
     ids, threaded = ids_of(1, 12), model_of("fp32")
     monkeypatch.setattr(compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads"))
-    (built,) = Path(compiled.__file__).parent.glob(f"_{variant}.*.so")
+    built = Path(compiled.__file__).with_name(f"_{variant}.so")
     single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(built, tmp_path)))
     assert not single.has_threads and compiled.kernels(variant).has_threads
     for module in (compiled, native):
@@ -558,7 +568,7 @@ def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint, tmp_path, model_type):
     monkeypatch.setenv(compiled.SWITCH, "avx1024")
-    message = "LAYERSKIP_KERNELS must be one of amx, avx512, avx2, torch, got avx1024"
+    message = f"LAYERSKIP_KERNELS must be one of {', '.join(compiled.VARIANTS)}, torch, got avx1024"
     tiny_model(model_type, torch.float64).save_pretrained(tmp_path)
     for load in (for_decoding, for_training):
         with pytest.raises(ConfigError, match=message):

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from ...config.checks import require_choice
@@ -17,7 +16,14 @@ from ...errors import LayerSkipError
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
-VARIANTS = ("amx", "avx512", "avx2")  # the best first
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
+_CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them, by processor; the best variant first
+    "x86_64": {"amx": _AVX512 | {"amx_tile", "amx_bf16"}, "avx512": _AVX512, "avx2": {"avx2", "fma"}},
+    "aarch64": {"neon_bf16": {"asimddp", "bf16", "i8mm"}, "neon_dot": {"asimddp"}, "neon": set[str]()},
+}
+_PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
+_NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
+VARIANTS = tuple(_NEEDS)  # that can be built for this machine
 INTERFACE = 11  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
@@ -91,7 +97,7 @@ class Kernels:
         self.pack.argtypes = [POINTER(CMatrix), c_void_p, *[c_int] * 5]
         for function in (self.span, self.write, self.score, self.draft, self.pack):
             function.restype = None
-        runtime = ctypes.CDLL(None)  # includes the OpenMP runtime that torch has loaded
+        runtime = _torch_library()
         try:
             library.layerskip_use_openmp(*(ctypes.cast(runtime[name], c_void_p) for name in _OPENMP))
             self.has_threads = True
@@ -110,12 +116,12 @@ def requested_variant() -> str | None:
 def kernel_note() -> str | None:
     """A sentence for the user if decoding is slower on this machine than it could be; None if the kernels run as intended."""
     requested = requested_variant()
-    if requested == "torch" or not (sys.platform == "linux" and platform.machine() == "x86_64"):
+    if requested == "torch" or not _NEEDS:
         return None
     compiled = kernels()
     if compiled is not None:
         return None if compiled.has_threads else _ONE_THREAD
-    if any(_CPU_FLAGS[name] <= _cpu_flags() for name in VARIANTS if requested in (None, name)):
+    if any(flags <= _cpu_flags() for name, flags in _NEEDS.items() if requested in (None, name)):
         return f"the compiled kernels are missing: {_FALLBACK}"
     return None if requested is None else f"this CPU lacks instructions of the {requested} kernels: {_FALLBACK}"
 
@@ -126,19 +132,14 @@ def why_no_kernels() -> str:
 
 
 def _cpu_flags() -> set[str]:
+    """Those that variants need; of a Mac the flags that all of Apple's ARM processors have."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+        return {"asimddp"} if sys.platform == "darwin" else set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
 
 
-_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
-_CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them
-    "amx": _AVX512 | {"amx_tile", "amx_bf16"},
-    "avx512": _AVX512,
-    "avx2": {"avx2", "fma"},
-}
 _FALLBACK = (
     "decoding uses torch's, which are slower. `pip install -e .` in a checkout, or `pip install .`, builds them if there is a "
     f"C compiler; {SWITCH}=torch hides this message"
@@ -171,24 +172,30 @@ def requesting(variant: str) -> Iterator[None]:
 
 @cache
 def _kernels(requested: str | None) -> Kernels | None:
-    import torch  # noqa: F401  loads the OpenMP runtime
-
     for name in VARIANTS if requested is None else (requested,):
-        for suffix in EXTENSION_SUFFIXES:
-            path = Path(__file__).with_name(f"_{name}{suffix}")
-            if path.is_file():
-                try:
-                    library = ctypes.CDLL(str(path))
-                except OSError:
-                    continue
-                if not _matches(library):
-                    raise LayerSkipError(
-                        f"the compiled kernels in {path} are those of another version: install layerskip again "
-                        f"(`pip install .`, or `pip install -e .`), or set {SWITCH}=torch to do without them"
-                    )
-                if library.layerskip_supported():
-                    return Kernels(name, library)
+        path = Path(__file__).with_name(f"_{name}.so")
+        if path.is_file():
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:
+                continue
+            if not _matches(library):
+                raise LayerSkipError(
+                    f"the compiled kernels in {path} are those of another version: install layerskip again "
+                    f"(`pip install .`, or `pip install -e .`), or set {SWITCH}=torch to do without them"
+                )
+            if library.layerskip_supported():
+                return Kernels(name, library)
     return None
+
+
+def _torch_library() -> ctypes.CDLL:
+    """Where to look up the OpenMP runtime that torch uses: GNU's or, on a Mac, LLVM's, which has GNU's functions too."""
+    import torch
+
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    path = Path(torch.__file__).with_name("lib") / name
+    return ctypes.CDLL(str(path) if path.is_file() else None)
 
 
 def _matches(library: ctypes.CDLL) -> bool:

@@ -85,7 +85,7 @@ typedef struct {
 #include "threads.h"
 
 /* ---- rows in the form that a matrix's kernel reads: fp32, bf16 pairs, or int8 groups followed by their scales and by one
- * correction for each group: for int8 weights -128 times its sum, because levels are stored plus 128; for int4 its sum ---- */
+ * correction for each group: for int8 weights -LEVEL_OFFSET times its sum, for int4 its sum ---- */
 
 static size_t form_bytes(const Matrix *m) {
     size_t bytes = m->kind == FP32 ? 4 * (size_t)m->inputs : 2 * (size_t)m->inputs + 16;
@@ -110,7 +110,7 @@ static void form(const Matrix *m, const float *x, char *out) {
             f_store_int8(q, a), f_store_int8(q + 16, b);
             scales[g] = most / 127;
             float sum = f_sum(f_add(f_of_int(i_rounded(a)), f_of_int(i_rounded(b))));
-            int32_t offset = (int32_t)(-128 * sum);
+            int32_t offset = (int32_t)(-LEVEL_OFFSET * sum);
             if (m->kind == INT8) memcpy(sums + g, &offset, 4);
             else sums[g] = scales[g] * sum;
         }
@@ -193,7 +193,7 @@ INLINE void panels_bf16(const uint16_t *w, int n, const char *x, size_t stride, 
         for (int p = 0; p < P; p++) f_store(out[p][r], acc[r][p][0]), f_store(out[p][r] + 16, acc[r][p][1]);
 }
 
-/* Levels plus 128, because the instruction multiplies unsigned by signed; sums start with the correction for that. */
+/* Levels plus 128, because x86 multiplies unsigned by signed; sums start with the correction for what is left of that. */
 INLINE void panels_int8(
     const uint8_t *w, const float *scale, int n, const char *x, size_t stride, const int R, const int P, Product *out
 ) {

@@ -1,5 +1,10 @@
 /* Sixteen lanes of fp32. lanes_*.h define them, each for one instruction set, and hold all that the kernels need of it; what
- * follows is the same for all. */
+ * follows is the same for all.
+ *
+ * dot_bf16 adds to each lane the product of its pair of bf16 with the pair x. dot_int8 and dot_int4 add that of its four levels
+ * with the four int8 of x, of which none is -128. Levels of int4 are 0 to 15; those of int8 are stored plus 128, of which dot_int8
+ * leaves LEVEL_OFFSET in them. TILE is the most rows that share a weight once it is loaded, as many as there are registers for.
+ */
 #include <stdint.h>
 #include <string.h>
 
@@ -7,8 +12,10 @@
 
 #if defined(__AVX512F__)
 #include "lanes_avx512.h"
-#else
+#elif defined(__AVX2__)
 #include "lanes_avx2.h"
+#else
+#include "lanes_neon.h"
 #endif
 
 INLINE vf f_set_bits(uint32_t bits) {

@@ -5,6 +5,7 @@ typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vi;
 #define TILE 2
 #define LOW_BIT_TILE 2
+#define LEVEL_OFFSET 128
 #define EACH_ROWS ROWS(1) ROWS(2)
 #define BOTH(type, one, other) ((type){(one), (other)})
 

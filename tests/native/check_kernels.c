@@ -1,0 +1,228 @@
+/* Checks the kernels of one instruction set against plain.h, without Python: on the machine itself, or under an emulator.
+ *
+ *     cc FLAGS -I layerskip_core/model/native tests/native/check_kernels.c -lm -lpthread -o check && ./check [ROUNDS [SEED]]
+ *
+ * FLAGS are those of a variant in setup.py. Each round draws other shapes and numbers. Exit status: 0 if all is as it shall be,
+ * 1 if not, 77 if this CPU lacks the instructions. With -DWITH_OPENMP and -lgomp or -lomp the threads are those of OpenMP.
+ */
+#define _GNU_SOURCE
+#include "kernels.c"
+#include "pack.c"
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include "plain.h"
+#include "material.h"
+
+/* ---- single instructions ---- */
+
+static void check_lanes(void) {
+    float x[16], y[16];
+    uint16_t rounded[16];
+    int8_t narrow[16];
+    for (int t = 0; t < 4096; t += 3) {
+        double largest = -INFINITY, sum = 0, size = 0;
+        for (int i = 0; i < 16; i++) {
+            x[i] = (float)((uniform() - 0.5) * (t % 2 ? 180 : 2)), sum += x[i], size += fabsf(x[i]);
+            largest = fmax(largest, x[i]);
+        }
+        expect(f_largest(f_load(x)) == (float)largest, "f_largest");
+        expect(fabs(f_sum(f_load(x)) - sum) <= 1e-6 * size, "f_sum %g %g", f_sum(f_load(x)), sum);
+        f_store(y, f_exp(f_load(x)));
+        for (int i = 0; i < 16; i++) {
+            double power = exp(fmin(fmax(x[i], -87), 88));
+            expect(fabs(y[i] - power) <= 3e-7 * power, "f_exp(%g) = %g", x[i], y[i]);
+        }
+        f_store(y, f_tanh(f_load(x)));
+        for (int i = 0; i < 16; i++) expect(fabs(y[i] - tanh(x[i])) <= 4e-7, "f_tanh(%g) = %g", x[i], y[i]);
+        for (int i = 0; i < 16; i++) {
+            uint32_t bits = (uint32_t)(t * 16 + i) << 16 | (uint32_t)(i % 2 ? 0x8000 : below(1 << 16));
+            if ((bits >> 23 & 255) % 255 == 0) bits = 0x3f800000; /* no subnormal, infinite or other number */
+            memcpy(x + i, &bits, 4);
+        }
+        f_store_bf16(rounded, f_load(x)), f_store(y, f_load_bf16(rounded));
+        for (int i = 0; i < 16; i++)
+            expect(rounded[i] == bf16_of(x[i]) && y[i] == in_bf16(x[i]), "bf16 of %g is %x", x[i], rounded[i]);
+        for (int i = 0; i < 16; i++) x[i] = (float)(below(509) - 254) / 2;
+        f_store_int8(narrow, f_load(x));
+        for (int i = 0; i < 16; i++) expect(narrow[i] == (int8_t)rintf(x[i]), "int8 of %g is %d", x[i], narrow[i]);
+    }
+    for (int t = 0; t < 4096; t++) { /* the extremes too: levels of 0 and 255, inputs of -127 and 127 */
+        uint8_t levels[64], low[64];
+        int8_t in[4];
+        int32_t sums[16], four, start = below(1 << 20) - (1 << 19);
+        for (int i = 0; i < 64; i++) {
+            levels[i] = (uint8_t)(t >= 64 ? below(256) : t >> i % 4 & 1 ? 255 : 0);
+            low[i] = levels[i] & 15;
+        }
+        for (int i = 0; i < 4; i++) in[i] = (int8_t)(t < 64 ? (t >> i % 2 * 2 & 4 ? 127 : -127) : below(255) - 127);
+        memcpy(&four, in, 4);
+        for (int is_int4 = 0; is_int4 < 2; is_int4++) {
+            vi dot = is_int4 ? dot_int4(i_set(start), i_load(low), four) : dot_int8(i_set(start), i_load(levels), four);
+            memcpy(sums, &dot, sizeof sums);
+            for (int i = 0; i < 16; i++) {
+                int32_t sum = start;
+                for (int k = 0; k < 4; k++) sum += in[k] * (is_int4 ? low[4 * i + k] : levels[4 * i + k] + LEVEL_OFFSET - 128);
+                expect(sums[i] == sum, "dot_int%d: %d instead of %d", is_int4 ? 4 : 8, sums[i], sum);
+            }
+        }
+    }
+}
+
+/* ---- matrices ---- */
+
+static void check_products(int precision, int inputs, int outputs, int rows) {
+    Plain plain;
+    Matrix m = matrix_of(precision, inputs, outputs, 1, below(2), (Plain *[]){&plain});
+    Shape shape = {.hidden = inputs};
+    Norm none = {NULL, NULL};
+    size_t bytes = 4 * (size_t)(rows * outputs);
+    float *x = numbers_of((size_t)(rows * inputs), 1, 0), *together = room(bytes), *other = room(bytes);
+    const char *name = PRECISIONS[precision].name;
+    memset(x, 0, rows > 3 ? 4 * (size_t)inputs : 0);
+    Call call = call_of(&shape, rows, 1, x, inputs);
+    layerskip_score(&shape, &none, &m, &call, together, 1);
+    for (int r = 0; r < rows; r++) {
+        double wide[inputs], right[outputs], sizes[outputs];
+        for (int i = 0; i < inputs; i++) wide[i] = x[r * inputs + i];
+        plain_product(&plain, wide, right, sizes);
+        for (int o = 0; o < outputs; o++) {
+            float sum = together[r * outputs + o];
+            int near = fabs(sum - right[o]) <= 3e-6 * sizes[o] + 1e-30;
+            expect(near, "%s, %d rows, %dx%d: %g instead of %g", name, rows, outputs, inputs, sum, right[o]);
+        }
+        Call alone = call_of(&shape, 1, 1, x + r * inputs, inputs);
+        layerskip_score(&shape, &none, &m, &alone, other + r * outputs, 1);
+    }
+    expect(!memcmp(together, other, bytes), "%s: a row alone differs from the same among %d", name, rows);
+    layerskip_score(&shape, &none, &m, &call, other, THREADS);
+    expect(!memcmp(together, other, bytes), "%s: threads differ", name);
+}
+
+/* ---- layers ---- */
+
+/* Layers first..last-1 over `count` tokens of each sequence, in place. */
+static void run_span(
+    const Model *m, int first, int last, int position, int count, int sequences, float *hidden, char *cache, int threads
+) {
+    size_t before = used;
+    Call call = rows_of(m, position, count, sequences, hidden, cache + cache_bytes(m, first, sequences));
+    layerskip_span(&m->shape, m->layers + first, last - first, &call, threads);
+    used = before;
+}
+
+/* The first `layers` layers over `rows` tokens, of which plain C computes those from `first` on. */
+static void check_layers(const Model *m, int style, int layers, int first, int rows) {
+    const Shape *s = &m->shape;
+    const char *name = PRECISIONS[m->precision].name;
+    size_t numbers = (size_t)(rows * s->hidden), bytes = 4 * numbers, cached = cache_bytes(m, layers, 1);
+    float *start = numbers_of(numbers, 1, 0), *whole = memcpy(room(bytes), start, bytes), *other = room(bytes);
+    double *right = room(2 * bytes), error = 0, size = 0;
+    char *cache = room(cached), *pieces = room(cached);
+    for (size_t i = 0; i < numbers; i++) right[i] = start[i];
+    for (int i = 0; i < layers; i++) plain_layer(s, m->layers + i, m->plain + i, first, rows, m->cos, m->sin, right);
+    run_span(m, 0, layers, 0, rows, 1, whole, cache, 1);
+    for (size_t i = (size_t)(first * s->hidden); i < numbers; i++)
+        error += pow(whole[i] - right[i], 2), size += pow(right[i] - start[i], 2);
+    error = sqrt(error / size); /* what is rounded otherwise because a sum differs in its last bit counts with its share */
+    double most = m->precision == FP32 ? 2e-6 : m->precision == BF16 ? 4e-3 : 1e-2;
+    expect(error < most, "%s layers of style %d, %d rows: error %g", name, style, rows, error);
+
+    memcpy(other, start, bytes);
+    for (int at = 0, count; at < rows; at += count) {
+        count = 1 + below(at ? 16 : 3), count = count > rows - at ? rows - at : count;
+        run_span(m, 0, layers, at, count, 1, other + at * s->hidden, pieces, 1 + below(THREADS));
+    }
+    expect(!memcmp(whole, other, bytes), "%s layers of style %d: %d rows in pieces differ", name, style, rows);
+    expect(!memcmp(cache, pieces, cached), "%s layers of style %d: caches differ", name, style);
+
+    memcpy(other, start, bytes), memset(pieces, 0, cached);
+    Call call = rows_of(m, 0, rows, 1, other, pieces);
+    layerskip_write(s, m->layers, 1, &call, THREADS);
+    int same = !memcmp(cache, pieces, cached / (size_t)layers) && !memcmp(start, other, bytes);
+    expect(same, "%s layers of style %d: written keys differ", name, style);
+
+    if (rows % 2) return; /* two texts at once */
+    float *two = memcpy(room(bytes), start, bytes), *one = room(bytes / 2);
+    char *both = room(cache_bytes(m, layers, 2));
+    run_span(m, 0, layers, 0, rows / 2, 2, two, both, THREADS);
+    memcpy(one, start + numbers / 2, bytes / 2), memset(pieces, 0, cached);
+    run_span(m, 0, layers, 0, rows / 2, 1, one, pieces, 1);
+    same = !memcmp(two, whole, bytes / 2) && !memcmp(two + numbers / 2, one, bytes / 2);
+    expect(same, "%s layers of style %d: two texts differ", name, style);
+}
+
+/* Drafts by the first two layers, one of them before the exit, against the same calls one by one. */
+static void check_draft(const Model *m) {
+    const Shape *s = &m->shape;
+    const char *name = PRECISIONS[m->precision].name;
+    int prompt = 1 + below(20), n = s->hidden;
+    size_t cached = cache_bytes(m, 2, 1);
+    char *cache = room(cached), *copy;
+    run_span(m, 0, 2, 0, prompt, 1, numbers_of((size_t)(prompt * n), 1, 0), cache, 1);
+    copy = memcpy(room(cached), cache, cached);
+    int32_t order[] = {0, 1}, stops[] = {1};
+    int64_t tokens[1 + MOST_DRAFTS] = {below(VOCAB)}, token = tokens[0];
+    float probs[MOST_DRAFTS], *states = room(4 * (size_t)((1 + MOST_DRAFTS) * n));
+    float *logits = room(4 * VOCAB), *state = room(4 * (size_t)n);
+    Draft draft = {.embedding = m->embedding, .order = order, .stops = stops, .layer_count = 2, .stop_count = 1};
+    draft.probs = probs, draft.most = MOST_DRAFTS, draft.runs_last = 1, draft.logits_scale = 1;
+    draft.tokens = tokens, draft.states = states;
+    draft.beyond = room(4 * (size_t)n), draft.logits = room(4 * VOCAB);
+    Call call = rows_of(m, prompt, 1, 1, NULL, cache);
+    layerskip_draft(s, m->layers, &m->final, &m->head, &call, &draft, 1 + below(THREADS));
+    expect(draft.drafted == MOST_DRAFTS, "%s: %d drafts", name, draft.drafted);
+    for (int i = 0; i <= MOST_DRAFTS; i++) {
+        for (int d = 0; d < n; d++) {
+            size_t at = (size_t)(token * n + d);
+            float stored = s->bf16_cache ? of_bf16(((uint16_t *)m->embedding)[at]) : ((float *)m->embedding)[at];
+            state[d] = stored * s->embedding_scale;
+        }
+        run_span(m, 0, 1, prompt + i, 1, 1, state, copy, 1);
+        expect(!memcmp(state, states + i * n, 4 * (size_t)n), "%s: state %d of a draft differs", name, i);
+        if (i == MOST_DRAFTS) break;
+        run_span(m, 1, 2, prompt + i, 1, 1, state, copy, 1);
+        Call last = rows_of(m, 0, 1, 1, state, NULL);
+        layerskip_score(s, &m->final, &m->head, &last, logits, 1);
+        double total = 0;
+        int best = 0;
+        for (int v = 0; v < VOCAB; v++) best = logits[v] > logits[best] ? v : best;
+        for (int v = 0; v < VOCAB; v++) total += exp(logits[v] - logits[best]);
+        token = best;
+        int same = tokens[i + 1] == best && fabs(probs[i] * total - 1) < 1e-5;
+        expect(same, "%s: draft %d is %d at %g", name, i, (int)tokens[i + 1], probs[i]);
+    }
+    expect(!memcmp(cache, copy, cached), "%s: caches of a draft differ", name);
+}
+
+int main(int count, char **arguments) {
+    int rounds = count > 1 ? atoi(arguments[1]) : 1;
+    uint64_t first = count > 2 ? (uint64_t)atoi(arguments[2]) : 1;
+    if (!layerskip_supported()) return puts("this CPU lacks the instructions"), 77;
+    memory = aligned_alloc(64, MEMORY);
+    layerskip_use_openmp((void *)GOMP_parallel, (void *)omp_get_thread_num, (void *)omp_get_num_threads);
+    check_lanes();
+    for (int round = 0; round < rounds; round++) {
+        seed = (first + (uint64_t)round) * 0x9e3779b97f4a7c15u | 1;
+        for (int precision = 0; precision < 4; precision++) {
+            int low_bit = PRECISIONS[precision].kind >= INT8;
+            for (int rows = 1; rows <= 16; rows++)
+                used = 0, check_products(precision, low_bit ? 32 * (1 + below(4)) : 2 * (1 + below(70)), 1 + below(170), rows);
+            used = 0, check_products(precision, 512, 300, 8); /* long enough that threads help each other */
+            for (int style = 0; style < 4; style++) {
+                used = 0;
+                Model model = model_of(precision, style);
+                check_layers(&model, style, LAYERS, 0, 1 + below(24));
+                check_draft(&model);
+            }
+            if (low_bit) continue;
+            used = 0;
+            Model model = model_of(precision, round % 4);
+            int rows = SPAN_PLACES + 3 + 2 * below(6); /* more than attention takes at once */
+            check_layers(&model, round % 4, 1, rows - 6, rows);
+        }
+    }
+    if (failures) return fprintf(stderr, "%d differences\n", failures), 1;
+    return printf("%d rounds: as they shall be\n", rounds), 0;
+}

@@ -1,0 +1,201 @@
+/* Matrices and models of random numbers, with what they shall compute; threads that run them; and what was wrong. */
+
+enum { LAYERS = 2, PLACES = 320, VOCAB = 67, MOST_DRAFTS = 5, THREADS = 3 };
+
+static int failures;
+
+static void expect(int right, const char *format, ...) {
+    if (right || ++failures > 20) return;
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("wrong: ", stderr), vfprintf(stderr, format, arguments), fputc('\n', stderr);
+    va_end(arguments);
+}
+
+/* ---- memory, which the next round takes again, and random numbers ---- */
+
+static char *memory;
+static size_t used;
+enum { MEMORY = 64 << 20 };
+
+static void *room(size_t bytes) {
+    void *at = memory + used;
+    used += (bytes + 63) & ~(size_t)63;
+    if (used > MEMORY) fputs("out of memory\n", stderr), exit(2);
+    return memset(at, 0, bytes);
+}
+
+static uint64_t seed = 1;
+
+static double uniform(void) {
+    seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+    return (double)(seed >> 11) / 9007199254740992.0;
+}
+
+static int below(int n) { return (int)(uniform() * n); }
+
+/* Evenly distributed. */
+static float *numbers_of(size_t count, double deviation, double center) {
+    float *x = room(4 * count);
+    for (size_t i = 0; i < count; i++) x[i] = (float)(center + 3.4641016 * deviation * (uniform() - 0.5));
+    return x;
+}
+
+/* ---- threads ---- */
+
+#if defined(WITH_OPENMP)
+void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+int omp_get_thread_num(void), omp_get_num_threads(void);
+#else
+static _Thread_local int own_number;
+static int team_size = 1;
+
+typedef struct {
+    void (*function)(void *);
+    void *data;
+    int number;
+} Start;
+
+static void *started(void *start) {
+    own_number = ((Start *)start)->number;
+    ((Start *)start)->function(((Start *)start)->data);
+    return NULL;
+}
+
+static void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags) {
+    pthread_t ids[64];
+    Start starts[64];
+    (void)flags, team_size = (int)threads;
+    for (unsigned i = 1; i < threads; i++) {
+        starts[i] = (Start){function, data, (int)i};
+        pthread_create(ids + i, NULL, started, starts + i);
+    }
+    function(data);
+    for (unsigned i = 1; i < threads; i++) pthread_join(ids[i], NULL);
+}
+
+static int omp_get_thread_num(void) { return own_number; }
+static int omp_get_num_threads(void) { return team_size; }
+#endif
+
+/* ---- matrices ---- */
+
+static const struct {
+    const char *name;
+    int kind, bf16; /* bf16: the cache, and the weights before they are packed */
+} PRECISIONS[] = {{"fp32", FP32, 0}, {"bf16", BF16, 1}, {"int8", INT8, 1}, {"int4", INT4, 0}};
+
+/* One matrix of `count` projections, whose panels alternate, and what it shall compute. */
+static Matrix matrix_of(int precision, int inputs, int outputs, int count, int biased, Plain *const *plain) {
+    int kind = PRECISIONS[precision].kind, source = PRECISIONS[precision].bf16 ? BF16 : FP32;
+    int panels = (outputs + PANEL - 1) / PANEL * count;
+    size_t numbers = (size_t)panels * PANEL * (size_t)inputs, bytes = numbers * (kind == FP32 ? 4 : kind == BF16 ? 2 : 1);
+    size_t factors = kind == INT4 ? numbers / GROUP * 4 : (size_t)panels * PANEL * 4;
+    uint8_t *packed = room(bytes), *expected = room(bytes), *scale = room(factors), *expected_scale = room(factors);
+    float *bias = biased ? room(4 * (size_t)panels * PANEL) : NULL;
+    Matrix m = {kind, inputs, outputs * count, panels, packed, scale, bias};
+    for (int c = 0; c < count; c++) {
+        float *weight = numbers_of((size_t)outputs * (size_t)inputs, 1 / sqrt(inputs), 0);
+        uint16_t *narrow = room(2 * (size_t)outputs * (size_t)inputs);
+        for (int i = 0; i < outputs * inputs && source == BF16; i++)
+            narrow[i] = bf16_of(weight[i]), weight[i] = of_bf16(narrow[i]);
+        layerskip_pack(&m, source == BF16 ? (void *)narrow : weight, source, outputs, c, count, 1 + below(THREADS));
+        *plain[c] = (Plain){kind, inputs, outputs, weight, biased ? numbers_of((size_t)outputs, 0.1, 0) : NULL};
+        plain_pack(plain[c], expected, expected_scale, c, count);
+        for (int o = 0; o < outputs && biased; o++) bias[(c + o / PANEL * count) * PANEL + o % PANEL] = plain[c]->bias[o];
+    }
+    if (outputs % PANEL == 0) /* what rows after the last hold is of no interest */
+        expect(
+            !memcmp(packed, expected, bytes) && (kind < INT8 || !memcmp(scale, expected_scale, factors)),
+            "panels of %s", PRECISIONS[precision].name
+        );
+    return m;
+}
+
+static Call call_of(const Shape *s, int rows, int sequences, float *hidden, int widest) {
+    int slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
+    Call call = {.rows = rows, .rows_per_sequence = rows / sequences, .places = PLACES, .sequences = sequences};
+    call.hidden = hidden;
+    size_t each = 4 * (size_t)rows;
+    call.qkv = room(each * (size_t)slots), call.mixed = room(each * (size_t)(s->heads * s->head_dim));
+    call.inside = room(each * (size_t)s->inner), call.block = room(each * (size_t)s->hidden);
+    size_t own = (4 * (size_t)(s->hidden + 16) + (size_t)rows * (4 * (size_t)widest + 128) + 63) & ~(size_t)63;
+    call.scratch_bytes = (int64_t)own, call.scratch = room(own * THREADS);
+    return call;
+}
+
+/* ---- layers ---- */
+
+typedef struct {
+    int precision;
+    Shape shape;
+    Layer layers[LAYERS];
+    PlainLayer plain[LAYERS];
+    Matrix head;
+    Plain plain_head;
+    Norm final;
+    void *embedding;
+    float *cos, *sin;
+} Model;
+
+static Norm norm_of(int size, int exists, int centered) {
+    float *weight = exists ? numbers_of((size_t)size, 0.2, 1) : NULL;
+    return (Norm){weight, exists && centered ? numbers_of((size_t)size, 0.1, 0) : NULL};
+}
+
+static Model model_of(int precision, int style) {
+    static const int SIZES[] = {8, 16, 32, 64, 24, 48};
+    Model m = {.precision = precision};
+    int gated = style != 2, size = SIZES[below(style ? 6 : 4)], kv_heads = 1 + below(2), centered = style == 2;
+    int heads = kv_heads * (1 + below(3));
+    while (heads * size % 32) heads += kv_heads;
+    Shape *s = &m.shape;
+    *s = (Shape){.hidden = 32 * (1 + below(3)), .heads = heads, .kv_heads = kv_heads, .head_dim = size};
+    s->inner = 32 * (1 + below(3));
+    s->rotary = style == 1 ? size / 2 : size, s->bf16_cache = PRECISIONS[precision].bf16, s->gated = gated;
+    s->activation = style ? GELU_TANH : SILU, s->norms_projections = style == 3, s->eps = 1e-5f;
+    s->attention_scale = (float)(1 / sqrt(size)), s->score_cap = style == 1 ? 5 : 0;
+    s->embedding_scale = style == 1 ? 8 : 1, s->residual_scale = style == 2 ? 0.5f : 1;
+    int queries = heads * size, keys = kv_heads * size, after = style == 1 || style == 3, before = style != 3;
+    for (int i = 0; i < LAYERS; i++) {
+        Layer *l = m.layers + i;
+        PlainLayer *p = m.plain + i;
+        Plain *gate_and_up[] = {&p->gate, &p->up}, *up[] = {&p->up};
+        l->qkv = matrix_of(precision, s->hidden, queries + 2 * keys, 1, style == 2, (Plain *[]){&p->qkv});
+        l->output = matrix_of(precision, queries, s->hidden, 1, style == 2, (Plain *[]){&p->output});
+        l->up = matrix_of(precision, s->hidden, s->inner, 1 + gated, style == 2, gated ? gate_and_up : up);
+        l->down = matrix_of(precision, s->inner, s->hidden, 1, style == 2, (Plain *[]){&p->down});
+        l->before_attention = norm_of(s->hidden, before, centered), l->before_mlp = norm_of(s->hidden, before, centered);
+        l->after_attention = norm_of(s->hidden, after, 0), l->after_mlp = norm_of(s->hidden, after, 0);
+        l->query = norm_of(style == 3 ? queries : size, style % 2, 0), l->key = norm_of(style == 3 ? keys : size, style % 2, 0);
+        l->rope = style == 2 && i == 1 ? -1 : 0, l->window = style == 1 && i != 1 ? 5 + below(20) : 0;
+    }
+    m.head = matrix_of(precision, s->hidden, VOCAB, 1, 0, (Plain *[]){&m.plain_head});
+    m.final = norm_of(s->hidden, 1, centered);
+    float *embedding = numbers_of((size_t)(VOCAB * s->hidden), 1, 0);
+    uint16_t *narrow = room(2 * (size_t)(VOCAB * s->hidden));
+    for (int i = 0; i < VOCAB * s->hidden; i++) narrow[i] = bf16_of(embedding[i]);
+    m.embedding = s->bf16_cache ? (void *)narrow : embedding;
+    int half = s->rotary / 2;
+    m.cos = room(4 * (size_t)(PLACES * half)), m.sin = room(4 * (size_t)(PLACES * half));
+    for (int i = 0; i < PLACES * half; i++) {
+        double angle = i / half * pow(1e4, -(double)(i % half) / half);
+        m.cos[i] = (float)cos(angle), m.sin[i] = (float)sin(angle);
+    }
+    return m;
+}
+
+static size_t cache_bytes(const Model *m, int layers, int sequences) {
+    return (size_t)(layers * 2 * sequences * m->shape.kv_heads * PLACES * m->shape.head_dim) * (m->shape.bf16_cache ? 2 : 4);
+}
+
+static Call rows_of(const Model *m, int first, int count, int sequences, float *hidden, char *cache) {
+    const Shape *s = &m->shape;
+    int widest = s->hidden > s->inner ? s->hidden : s->inner;
+    if (widest < s->heads * s->head_dim) widest = s->heads * s->head_dim;
+    Call call = call_of(s, sequences * count, sequences, hidden, widest);
+    int64_t *positions = room(sizeof *positions * (size_t)(sequences * count + MOST_DRAFTS + 1));
+    for (int i = 0; i < sequences * count + MOST_DRAFTS + 1; i++) positions[i] = first + (sequences > 1 ? i % count : i);
+    call.positions = positions, call.cache = cache, call.cos[0] = call.cos[1] = m->cos, call.sin[0] = call.sin[1] = m->sin;
+    return call;
+}

@@ -1,0 +1,175 @@
+/* What the kernels shall compute, in plain C and double precision. Numbers are rounded to fewer bits where the kernels do it,
+ * because that is part of what a precision means.
+ */
+
+typedef struct {
+    int kind, inputs, outputs;
+    float *weight; /* (outputs, inputs): what the stored levels stand for */
+    float *bias;   /* (outputs), or NULL */
+} Plain;
+
+static float in_bf16(float x) { return of_bf16(bf16_of(x)); }
+
+/* n inputs as a matrix of this kind reads them. */
+static void plain_form(int kind, const double *x, int n, double *out) {
+    for (int i = 0; i < n; i++) out[i] = kind == BF16 ? in_bf16((float)x[i]) : (float)x[i];
+    if (kind != INT8 && kind != INT4) return;
+    for (double *group = out; group < out + n; group += GROUP) {
+        float most = 0;
+        for (int i = 0; i < GROUP; i++) most = fmaxf(most, fabsf((float)group[i]));
+        float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
+        for (int i = 0; i < GROUP; i++) group[i] = (double)rintf((float)group[i] * inverse) * scale;
+    }
+}
+
+/* Rounds p->weight to what its kind can hold, and puts it into panels first, first + step, ... of a matrix's weight and scale,
+ * as MatrixForm in matrix.py describes them. */
+static void plain_pack(const Plain *p, uint8_t *packed, void *scale, int first, int step) {
+    int n = p->inputs;
+    for (int o = 0; o < p->outputs; o++) {
+        float *row = p->weight + (size_t)o * (size_t)n, most = 1e-12f;
+        size_t panel = (size_t)(first + o / PANEL * step), lane = (size_t)(o % PANEL), base = panel * PANEL * (size_t)n;
+        for (int i = 0; i < n; i++) most = fmaxf(most, fabsf(row[i]));
+        if (p->kind == INT8) ((float *)scale)[panel * PANEL + lane] = most / 127;
+        for (int i = 0; i < n; i++) {
+            size_t at = (size_t)i;
+            if (p->kind == FP32) memcpy(packed + 4 * (base + at * PANEL + lane), row + i, 4);
+            if (p->kind == BF16) {
+                uint16_t bits = bf16_of(row[i]);
+                row[i] = of_bf16(bits);
+                memcpy(packed + 2 * (base + at / 2 * 2 * PANEL + 2 * lane + at % 2), &bits, 2);
+            }
+            if (p->kind == INT8) {
+                float level = rintf(row[i] / (most / 127));
+                row[i] = level * (most / 127);
+                packed[base + at / 4 * 4 * PANEL + 4 * lane + at % 4] = (uint8_t)(level + 128);
+            }
+        }
+        for (int g = 0; g < n / GROUP && p->kind == INT4; g++) {
+            float *group = row + g * GROUP, low = group[0], high = group[0];
+            for (int i = 0; i < GROUP; i++) low = fminf(low, group[i]), high = fmaxf(high, group[i]);
+            uint16_t size = bf16_of(fmaxf((high - low) / 15, 1e-12f)), least = bf16_of(low);
+            uint16_t *factors = (uint16_t *)scale + (base / GROUP + (size_t)g * PANEL) * 2;
+            uint8_t *levels = packed + base / 2 + (size_t)g * GROUP / 2 * PANEL;
+            factors[lane] = size, factors[PANEL + lane] = least;
+            for (int i = 0; i < GROUP; i++) {
+                int level = (int)rintf(fminf(fmaxf((group[i] - of_bf16(least)) / of_bf16(size), 0), 15)), at = i % 16;
+                group[i] = (float)level * of_bf16(size) + of_bf16(least);
+                levels[(size_t)(at / 4) * 4 * PANEL + 4 * lane + (size_t)(at % 4)] |= (uint8_t)(level << (i < 16 ? 0 : 4));
+            }
+        }
+    }
+}
+
+/* The outputs of n inputs; `sizes`, if there are any: the sums of the magnitudes of what is summed. */
+static void plain_product(const Plain *p, const double *x, double *out, double *sizes) {
+    double formed[p->inputs];
+    plain_form(p->kind, x, p->inputs, formed);
+    for (int o = 0; o < p->outputs; o++) {
+        double sum = p->bias ? p->bias[o] : 0, size = fabs(sum);
+        for (int i = 0; i < p->inputs; i++) {
+            double product = p->weight[(size_t)o * (size_t)p->inputs + (size_t)i] * formed[i];
+            sum += product, size += fabs(product);
+        }
+        out[o] = sum;
+        if (sizes) sizes[o] = size;
+    }
+}
+
+static void plain_norm(const Norm *norm, const double *x, int n, double eps, double *out) {
+    double center = 0, square = 0;
+    for (int i = 0; i < n && norm->bias; i++) center += x[i] / n;
+    for (int i = 0; i < n; i++) square += (x[i] - center) * (x[i] - center) / n;
+    for (int i = 0; i < n; i++) {
+        double normal = norm->weight ? (x[i] - center) / sqrt(square + eps) * norm->weight[i] : x[i];
+        out[i] = normal + (norm->bias ? norm->bias[i] : 0);
+    }
+}
+
+static void plain_rotate(double *x, int rotary, const float *cos, const float *sin) {
+    for (int i = 0, half = rotary / 2; i < half; i++) {
+        double a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i], x[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+typedef struct {
+    Plain qkv, output, gate, up, down; /* no gate: gate.weight is NULL */
+} PlainLayer;
+
+/* Values of a row's head, mixed. q, k, v: (row, heads of queries, keys and values, dimension). */
+static void plain_attention(const Shape *s, const Layer *l, const double *qkv, int row, int head, double *out) {
+    int size = s->head_dim, slots = s->heads + 2 * s->kv_heads, own = s->heads + head / (s->heads / s->kv_heads);
+    int first = l->window && row >= l->window ? row + 1 - l->window : 0;
+    double weight[row + 1], total = 0, most = -INFINITY;
+    for (int t = first; t <= row; t++) {
+        weight[t] = 0;
+        for (int d = 0; d < size; d++) weight[t] += qkv[(row * slots + head) * size + d] * qkv[(t * slots + own) * size + d];
+        if (s->score_cap > 0) weight[t] = s->score_cap * tanh(weight[t] / s->score_cap);
+        most = fmax(most, weight[t]);
+    }
+    for (int d = 0; d < size; d++) out[d] = 0;
+    for (int t = first; t <= row; t++) {
+        weight[t] = exp(weight[t] - most);
+        if (s->bf16_cache) weight[t] = in_bf16((float)weight[t]);
+        total += weight[t];
+        for (int d = 0; d < size; d++) out[d] += weight[t] * qkv[(t * slots + own + s->kv_heads) * size + d];
+    }
+    for (int d = 0; d < size; d++) out[d] /= total;
+}
+
+/* hidden += what a block gives, after a norm if there is one. */
+static void plain_add(const Shape *s, const Norm *after, const double *block, double *hidden) {
+    double normal[s->hidden];
+    plain_norm(after, block, s->hidden, s->eps, normal);
+    for (int i = 0; i < s->hidden; i++) hidden[i] += s->residual_scale * normal[i];
+}
+
+/* A layer over a text of `rows` positions, in place, from the `first` on. cos, sin: (position, rotary / 2). */
+static void plain_layer(
+    const Shape *s, const Layer *l, const PlainLayer *p, int first, int rows, const float *cos, const float *sin, double *hidden
+) {
+    int size = s->head_dim, slots = s->heads + 2 * s->kv_heads, n = s->hidden;
+    double normal[n > s->inner ? n : s->inner], block[n], mixed[s->heads * size], up[s->inner];
+    double *qkv = malloc(sizeof *qkv * (size_t)(rows * slots * size));
+    for (int r = 0; r < rows; r++) {
+        double *own = qkv + r * slots * size;
+        plain_norm(&l->before_attention, hidden + r * n, n, s->eps, normal);
+        plain_product(&p->qkv, normal, own, NULL);
+        if (s->norms_projections) {
+            plain_norm(&l->query, own, s->heads * size, s->eps, own);
+            plain_norm(&l->key, own + s->heads * size, s->kv_heads * size, s->eps, own + s->heads * size);
+        }
+        for (int h = 0; h < slots; h++) {
+            double *x = own + h * size;
+            int is_query = h < s->heads, is_value = h >= s->heads + s->kv_heads;
+            if (!is_value && !s->norms_projections) plain_norm(is_query ? &l->query : &l->key, x, size, s->eps, x);
+            for (int d = 0; d < size && is_query; d++) x[d] *= s->attention_scale;
+            if (!is_value && l->rope >= 0) plain_rotate(x, s->rotary, cos + r * s->rotary / 2, sin + r * s->rotary / 2);
+            for (int d = 0; d < size && s->bf16_cache; d++) x[d] = in_bf16((float)x[d]);
+        }
+    }
+    for (int r = first; r < rows; r++) {
+        double *own = hidden + r * n;
+        for (int h = 0; h < s->heads; h++) plain_attention(s, l, qkv, r, h, mixed + h * size);
+        plain_product(&p->output, mixed, block, NULL);
+        plain_add(s, &l->after_attention, block, own);
+        plain_norm(&l->before_mlp, own, n, s->eps, normal);
+        plain_product(&p->up, normal, up, NULL);
+        double *active = p->gate.weight ? normal : up, inside[s->inner];
+        memcpy(inside, up, sizeof inside);
+        if (p->gate.weight) {
+            double gate[s->inner];
+            plain_product(&p->gate, normal, gate, NULL);
+            memcpy(active, gate, sizeof gate);
+        }
+        for (int i = 0; i < s->inner; i++) {
+            double x = active[i], cubic = x + 0.044715 * x * x * x;
+            double act = x / (1 + exp(-(s->activation == GELU_TANH ? 1.5957691216057308 * cubic : x)));
+            inside[i] = p->gate.weight ? act * up[i] : act;
+        }
+        plain_product(&p->down, inside, block, NULL);
+        plain_add(s, &l->after_mlp, block, own);
+    }
+    free(qkv);
+}
