@@ -544,6 +544,16 @@ def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkey
     assert torch.equal(actual, expected)
 
 
+@needs_kernels
+def test_the_openmp_runtime_is_found_where_only_torchs_library_sees_it(monkeypatch):
+    """As in torch's packages for ARM. The kernels' own library stands for a process that does not see it."""
+    everywhere = [function.value for function in compiled._openmp()]
+    blind, load = str(Path(compiled.__file__).with_name(f"_{BUILT[0]}.so")), ctypes.CDLL
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda path: load(path or blind))
+    assert len(everywhere) == 3
+    assert [function.value for function in compiled._openmp()] == everywhere
+
+
 def test_commands_say_once_that_kernels_are_missing(absent, checkpoint):
     small = ("--max-new-tokens", "2", "--samples", "1")
     commands = (

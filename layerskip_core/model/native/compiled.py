@@ -97,12 +97,10 @@ class Kernels:
         self.pack.argtypes = [POINTER(CMatrix), c_void_p, *[c_int] * 5]
         for function in (self.span, self.write, self.score, self.draft, self.pack):
             function.restype = None
-        runtime = _torch_library()
-        try:
-            library.layerskip_use_openmp(*(ctypes.cast(runtime[name], c_void_p) for name in _OPENMP))
-            self.has_threads = True
-        except AttributeError:  # then calls run on one thread
-            self.has_threads = False
+        openmp = _openmp()
+        self.has_threads = bool(openmp)  # else calls run on one thread
+        if openmp:
+            library.layerskip_use_openmp(*openmp)
 
 
 def requested_variant() -> str | None:
@@ -189,13 +187,21 @@ def _kernels(requested: str | None) -> Kernels | None:
     return None
 
 
-def _torch_library() -> ctypes.CDLL:
-    """Where to look up the OpenMP runtime that torch uses: GNU's or, on a Mac, LLVM's, which has GNU's functions too."""
+def _openmp() -> list[c_void_p]:
+    """The functions of the OpenMP runtime that torch uses: GNU's or, on a Mac, LLVM's, which has GNU's functions too.
+
+    They are looked up as torch's own calls are: in the whole process, then in what torch's library loads. Empty if absent.
+    """
     import torch
 
-    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-    path = Path(torch.__file__).with_name("lib") / name
-    return ctypes.CDLL(str(path) if path.is_file() else None)
+    own = Path(torch.__file__).with_name("lib") / f"libtorch_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
+    for path in (None, str(own)):
+        try:
+            runtime = ctypes.CDLL(path)
+            return [ctypes.cast(runtime[name], c_void_p) for name in _OPENMP]
+        except (AttributeError, OSError):
+            continue
+    return []
 
 
 def _matches(library: ctypes.CDLL) -> bool:
