@@ -19,7 +19,13 @@ FLAGS = ["-O3", "-std=c11", "-fno-strict-aliasing", "-fno-math-errno", "-ffp-con
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"]
 VARIANTS = {  # by processor: the flags of each variant
-    "x86_64": {"amx": [*_AVX512, "-mamx-tile", "-mamx-bf16"], "avx512": _AVX512, "avx2": _AVX2},
+    "x86_64": {
+        "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16"],
+        "avx512": _AVX512,
+        "avx512_vnni": [*_AVX2, "-DEVEX_VNNI"],
+        "avx_vnni": [*_AVX2, "-mavxvnni"],
+        "avx2": _AVX2,
+    },
     "aarch64": {
         "neon_bf16": ["-march=armv8.2-a+dotprod+bf16+i8mm"],
         "neon_dot": ["-march=armv8.2-a+dotprod"],

@@ -230,8 +230,8 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "precisions": Option(WEIGHTS, "Precisions of the weights.", parse=parse_names),
         "kernels": Option(
             MACHINE,
-            "amx, avx512, avx2 or those for ARM (our own), torch (PyTorch's, on repacked weights), exact (the same with "
-            "--exact), generic (transformers' layers), transformers (its generate, for comparison), or some.",
+            "amx, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked weights), exact "
+            "(the same with --exact), generic (transformers' layers), transformers (its generate, for comparison), or some.",
             default="all that this machine and this model can run",
             parse=parse_names,
         ),

@@ -35,6 +35,7 @@ from layerskip_core.model.native.buffers import BufferPool, Buffers
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
 BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]
+LIKE_AVX2 = [name for name in BUILT if name in ("avx512_vnni", "avx_vnni")]  # but for one instruction
 PRECISIONS = {
     "fp32": (torch.float32, {}),
     "bf16": (torch.bfloat16, {}),
@@ -57,7 +58,7 @@ KINDS = {  # of layers, between them with every part that the kernels have
 needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
 
 
-@pytest.fixture(params=BUILT)
+@pytest.fixture(params=[name for name in BUILT if name not in LIKE_AVX2])
 def variant(request, monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda: compiled.kernels(request.param))
     return request.param
@@ -129,6 +130,20 @@ def test_the_kernels_are_batch_invariant(variant, precision, model_type, threads
                 outputs.append(torch.cat(pieces, dim=1))
             results.append(torch.cat(outputs))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", LIKE_AVX2)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vnni_changes_no_bit(monkeypatch, precision, name):
+    """Sums of levels are exact, so the instruction gives those of AVX2; of one row, of several and of whole tiles."""
+    ids, results = ids_of(1, 60), []
+    for chosen in ("avx2", name):
+        monkeypatch.setattr(native, "kernels", lambda chosen=chosen: compiled.kernels(chosen))
+        model = model_of(precision)
+        assert model.implementation.startswith(f"native ({chosen}")
+        results.append(spans(model, ids, [0, 1, 3, 6, 10, 15, 21, 28, 37, 60]))
+    assert all(map(torch.equal, *results))
 
 
 @needs_kernels
@@ -362,12 +377,12 @@ SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attent
 @needs_kernels
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_row_counts_whose_products_exceed_32_bits(variant, kind, threads, monkeypatch):
-    """A call's rows times its tiles overflowed at 65,536 rows by AVX2, at 131,072 by AVX-512 in int8, else at 160,500."""
+    """A call's rows times its tiles, which are of up to 12 rows, or of 8 by AVX-512 in int8, exceed 2**31."""
     threads(2)
     monkeypatch.setattr(splitting, "MOST_BYTES", 1 << 50)
     wide = kind == "int8"  # whole groups of 32
     shape = {**SMALLEST, **({"hidden_size": 32, "intermediate_size": 32, "head_dim": 32} if wide else {})}
-    rows = 66_000 if variant == "avx2" else 132_000 if wide else 161_000
+    rows = 132_000 if wide and variant in ("amx", "avx512") else 161_000
     tiny = tiny_model("llama", torch.float32, vocab_size=3, num_hidden_layers=1, pad_token_id=0, eos_token_id=2, **shape)
     model = NativeBackend.of(tiny, PackingConfig("int8" if wide else None))
     hidden = torch.randn(rows, 1, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0))

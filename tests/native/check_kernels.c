@@ -51,20 +51,28 @@ static void check_lanes(void) {
     for (int t = 0; t < 4096; t++) { /* the extremes too: levels of 0 and 255, inputs of -127 and 127 */
         uint8_t levels[64], low[64];
         int8_t in[4];
-        int32_t sums[16], four, start = below(1 << 20) - (1 << 19);
+        int32_t sums[16], start = below(1 << 20) - (1 << 19);
+        RowInt8 row[16];
         for (int i = 0; i < 64; i++) {
             levels[i] = (uint8_t)(t >= 64 ? below(256) : t >> i % 4 & 1 ? 255 : 0);
             low[i] = levels[i] & 15;
         }
         for (int i = 0; i < 4; i++) in[i] = (int8_t)(t < 64 ? (t >> i % 2 * 2 & 4 ? 127 : -127) : below(255) - 127);
-        memcpy(&four, in, 4);
+        for (int i = 0; i < 16; i++) x[i] = in[i % 4];
+        f_store_levels(row, f_load(x));
         for (int is_int4 = 0; is_int4 < 2; is_int4++) {
-            vi dot = is_int4 ? dot_int4(i_set(start), i_load(low), four) : dot_int8(i_set(start), i_load(levels), four);
-            memcpy(sums, &dot, sizeof sums);
+            int dots = is_int4 ? GROUP / 4 : 1, first = is_int4 ? 0 : start; /* of a group */
+            vi sum = i_set(first);
+            for (int i = 0; is_int4 && i < dots; i++) sum = dot_int4(sum, i_load(low), int4_value(in));
+            for (int part = 0; !is_int4 && part < INT8_PARTS; part++)
+                sum = dot_int8(sum, int8_part(i_load(levels), part), int8_value(row, part));
+            if (is_int4) sum = int4_sum(sum);
+            memcpy(sums, &sum, sizeof sums);
             for (int i = 0; i < 16; i++) {
-                int32_t sum = start;
-                for (int k = 0; k < 4; k++) sum += in[k] * (is_int4 ? low[4 * i + k] : levels[4 * i + k] + LEVEL_OFFSET - 128);
-                expect(sums[i] == sum, "dot_int%d: %d instead of %d", is_int4 ? 4 : 8, sums[i], sum);
+                int32_t right = first;
+                for (int k = 0; k < 4; k++)
+                    right += dots * in[k] * (is_int4 ? low[4 * i + k] : levels[4 * i + k] + LEVEL_OFFSET - 128);
+                expect(sums[i] == right, "dot_int%d: %d instead of %d", is_int4 ? 4 : 8, sums[i], right);
             }
         }
     }

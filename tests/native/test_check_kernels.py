@@ -13,6 +13,7 @@ BUILD = runpy.run_path(str(ROOT / "setup.py"))
 LACKS_INSTRUCTIONS = 77
 CASES = [  # processor, variant, and a CPU of the emulator that has just its instructions
     ("x86_64", "avx2", "Haswell"),
+    ("x86_64", "avx512_vnni", "max"),
     ("aarch64", "neon", "cortex-a53"),
     ("aarch64", "neon_dot", "cortex-a76"),
     ("aarch64", "neon_bf16", "max"),

@@ -18,10 +18,10 @@ typedef struct {
 } Query;
 
 typedef struct {
-    float queries[MOST_QUERIES * LARGEST_HEAD]; /* (query, dimension), bf16 with a bf16 cache */
+    float queries[MOST_QUERIES * LARGEST_HEAD]; /* (query, dimension), RowBf16 with a bf16 cache */
     float mixed[MOST_QUERIES][LARGEST_HEAD];    /* sums of values, by sixteens of dimensions: see dimension_of */
     float scores[MOST_QUERIES][SPAN_PLACES];    /* and then the weights */
-    uint16_t rounded[MOST_QUERIES][SPAN_PLACES]; /* the weights in bf16 */
+    RowBf16 rounded[MOST_QUERIES][SPAN_PLACES]; /* the weights in bf16 */
     float total[MOST_QUERIES][16], most[MOST_QUERIES];
 } Attention;
 
@@ -33,25 +33,28 @@ INLINE int dimension_of(int chunk, int size) { return size < 16 || 16 * chunk + 
 INLINE int chunks_of(int size) { return (size + 15) / 16; }
 
 /* Vectors that are read at once where each is multiplied with R queries: sums that do not wait for each other, in registers. */
-#define AT_ONCE(R) ((R) <= 2 && 4 * (R) <= 2 * TILE ? 4 : 2)
+#define AT_ONCE(R) ((R) <= 2 && 4 * (R) <= SUMS ? 4 : 2 * (R) <= SUMS ? 2 : 1)
 
 /* Scores of R queries and n places, n being a multiple of 16 * AT_ONCE(R). */
 INLINE void score_places(Attention *a, int first, const int R, const char *keys, int n, int size, const int bf16) {
     const int B = AT_ONCE(R);
-    int units = bf16 ? size / 2 : size; /* 32 bits of a query, 64 bytes of a block */
-    const uint32_t *queries = (const uint32_t *)a->queries + (size_t)first * (size_t)units;
+    int units = bf16 ? size / 2 : size; /* 64 bytes of a block */
+    const float *queries = a->queries + first * size;
+    const RowBf16 *rounded = (const RowBf16 *)a->queries + first * size;
     for (int t = 0; t < n; t += 16 * B, keys += 64 * (size_t)(B * units)) {
         vf acc[TILE][4];
         for (int r = 0; r < R; r++)
             for (int b = 0; b < B; b++) acc[r][b] = f_set(0);
         for (int u = 0; u < units; u++)
-            for (int b = 0; b < B; b++) {
-                vf key = f_load((const float *)(keys + 64 * (size_t)(b * units + u)));
-                for (int r = 0; r < R; r++) {
-                    uint32_t unit = queries[r * units + u];
-                    acc[r][b] = bf16 ? dot_bf16(acc[r][b], i_bits(key), unit) : f_fma(key, f_set_bits(unit), acc[r][b]);
+            for (int part = 0; part < (bf16 ? BF16_PARTS : 1); part++)
+                for (int b = 0; b < B; b++) {
+                    vf key = f_load((const float *)(keys + 64 * (size_t)(b * units + u)));
+                    Bf16 pairs = bf16_part(i_bits(key), part);
+                    for (int r = 0; r < R; r++) {
+                        if (bf16) acc[r][b] = dot_bf16(acc[r][b], pairs, bf16_value(rounded + r * size + 2 * u, part));
+                        else acc[r][b] = f_fma(key, f_set(queries[r * size + u]), acc[r][b]);
+                    }
                 }
-            }
         for (int r = 0; r < R; r++)
             for (int b = 0; b < B; b++) f_store(a->scores[first + r] + t + 16 * b, acc[r][b]);
     }
@@ -66,15 +69,16 @@ INLINE void add_chunks(
     for (int c = 0; c < C; c++) at[c] = (const float *)values + dimension_of(chunk + c, size);
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) acc[r][c] = f_load(a->mixed[first + r] + 16 * (chunk + c));
-    for (int t = 0; t < n; t += bf16 ? 2 : 1)
-        for (int c = 0; c < C; c++, at[c - 1] += size) {
-            vf value = whole ? f_load(at[c]) : f_load_some(at[c], size);
-            for (int r = 0; r < R; r++) {
-                uint32_t weight;
-                memcpy(&weight, bf16 ? (const void *)(a->rounded[first + r] + t) : a->scores[first + r] + t, 4);
-                acc[r][c] = bf16 ? dot_bf16(acc[r][c], i_bits(value), weight) : f_fma(value, f_set_bits(weight), acc[r][c]);
+    for (int t = 0, row = 0; t < n; t += bf16 ? 2 : 1, row += size)
+        for (int part = 0; part < (bf16 ? BF16_PARTS : 1); part++)
+            for (int c = 0; c < C; c++) {
+                vf value = whole ? f_load(at[c] + row) : f_load_some(at[c] + row, size);
+                Bf16 pairs = bf16_part(i_bits(value), part);
+                for (int r = 0; r < R; r++) {
+                    if (bf16) acc[r][c] = dot_bf16(acc[r][c], pairs, bf16_value(a->rounded[first + r] + t, part));
+                    else acc[r][c] = f_fma(value, f_set(a->scores[first + r][t]), acc[r][c]);
+                }
             }
-        }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) f_store(a->mixed[first + r] + 16 * (chunk + c), acc[r][c]);
 }
@@ -87,8 +91,9 @@ INLINE void add_values(Attention *a, int first, const int R, const char *values,
     }
     if (AT_ONCE(R) == 4)
         for (; chunk + 4 <= chunks; chunk += 4) add_chunks(a, first, R, values, n, size, chunk, 4, 1, bf16);
-    for (; chunk + 2 <= chunks; chunk += 2) add_chunks(a, first, R, values, n, size, chunk, 2, 1, bf16);
-    if (chunk < chunks) add_chunks(a, first, R, values, n, size, chunk, 1, 1, bf16);
+    if (AT_ONCE(R) >= 2)
+        for (; chunk + 2 <= chunks; chunk += 2) add_chunks(a, first, R, values, n, size, chunk, 2, 1, bf16);
+    for (; chunk < chunks; chunk++) add_chunks(a, first, R, values, n, size, chunk, 1, 1, bf16);
 }
 
 enum { SCORE, ADD_VALUES }; /* what happens to the places of a span */
@@ -136,8 +141,8 @@ static void weigh_places(Attention *a, int q, int n, int64_t first, int64_t last
     for (int t = 0; t < start; t++) scores[t] = 0;
     for (int t = stop; t < end; t++) scores[t] = 0;
     for (int t = 0; t < end; t += 16) {
-        if (bf16) f_store_bf16(a->rounded[q] + t, f_load(scores + t));
-        sum = f_add(sum, bf16 ? f_load_bf16(a->rounded[q] + t) : f_load(scores + t));
+        if (bf16) f_store_row(a->rounded[q] + t, f_load(scores + t));
+        sum = f_add(sum, bf16 ? f_load_row(a->rounded[q] + t) : f_load(scores + t));
     }
     if (most > a->most[q] && a->most[q] > LEAST_SCORE) {
         vf factor = f_exp(f_set(a->most[q] - most));
@@ -244,7 +249,7 @@ static void mix_values(const Shape *s, const Layer *l, const Call *call, int lay
             const float *x = call->qkv + (row * (s->heads + 2 * s->kv_heads) + query) * size;
             float rounding[LARGEST_HEAD];
             rotated(s, l, call, x, &l->query, s->attention_scale, place, bf16 ? rounding : a.queries + q * size);
-            for (int i = 0; i < size && bf16; i += 16) round_some((uint16_t *)a.queries + q * size + i, rounding + i, size - i);
+            if (bf16) form_bf16((RowBf16 *)a.queries + q * size, rounding, size);
             run[q].out = call->mixed + (row * s->heads + query) * size;
             run[q].start = l->window && place >= l->window ? place + 1 - l->window : 0, run[q].stop = place + 1;
         }

@@ -16,9 +16,16 @@ from ...errors import LayerSkipError
 KINDS = ("fp32", "bf16", "int8", "int4")  # of weights, as the C code numbers them
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as the C code numbers them
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
+_AVX2 = {"avx2", "fma"}
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
 _CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them, by processor; the best variant first
-    "x86_64": {"amx": _AVX512 | {"amx_tile", "amx_bf16"}, "avx512": _AVX512, "avx2": {"avx2", "fma"}},
+    "x86_64": {
+        "amx": _AVX512 | {"amx_tile", "amx_bf16"},
+        "avx512": _AVX512,
+        "avx512_vnni": _AVX2 | {"avx512vl", "avx512_vnni"},
+        "avx_vnni": _AVX2 | {"avx_vnni"},
+        "avx2": _AVX2,
+    },
     "aarch64": {"neon_bf16": {"asimddp", "bf16", "i8mm"}, "neon_dot": {"asimddp"}, "neon": set[str]()},
 }
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}

@@ -87,27 +87,33 @@ typedef struct {
 /* ---- rows in the form that a matrix's kernel reads: fp32, bf16 pairs, or int8 groups followed by their scales and by one
  * correction for each group: for int8 weights -LEVEL_OFFSET times its sum, for int4 its sum ---- */
 
+/* Of the levels of a low-bit matrix's row. */
+INLINE size_t level_bytes(const Matrix *m) { return (m->kind == INT8 ? sizeof(RowInt8) : 1) * (size_t)m->inputs; }
+
 static size_t form_bytes(const Matrix *m) {
-    size_t bytes = m->kind == FP32 ? 4 * (size_t)m->inputs : 2 * (size_t)m->inputs + 16;
+    size_t n = (size_t)m->inputs, bytes = level_bytes(m) + n / GROUP * 8;
+    if (m->kind == FP32) bytes = 4 * n;
+    if (m->kind == BF16) bytes = sizeof(RowBf16) * n;
     return (bytes + 63) & ~(size_t)63;
 }
 
 static void form(const Matrix *m, const float *x, char *out) {
-    int n = m->inputs, i = 0;
+    int n = m->inputs;
     if (m->kind == FP32) {
         memcpy(out, x, 4 * (size_t)n);
     } else if (m->kind == BF16) {
-        for (; i < n; i += 16) round_some((uint16_t *)out + i, x + i, n - i);
+        form_bf16((RowBf16 *)out, x, n);
     } else {
-        int8_t *q = (int8_t *)out;
-        float *scales = (float *)(out + n);
+        float *scales = (float *)(out + level_bytes(m));
         float *sums = scales + n / GROUP;
-        for (int g = 0; g < n / GROUP; g++, x += GROUP, q += GROUP) {
+        size_t group_bytes = level_bytes(m) / (size_t)n * GROUP;
+        for (int g = 0; g < n / GROUP; g++, x += GROUP, out += group_bytes) {
             vf a = f_load(x), b = f_load(x + 16);
             float most = f_largest(f_max(f_abs(a), f_abs(b)));
             vf inverse = f_set(most > 0 ? 127 / most : 0);
             a = f_mul(a, inverse), b = f_mul(b, inverse);
-            f_store_int8(q, a), f_store_int8(q + 16, b);
+            if (m->kind == INT8) f_store_levels((RowInt8 *)out, a), f_store_levels((RowInt8 *)out + 16, b);
+            else f_store_int8((int8_t *)out, a), f_store_int8((int8_t *)out + 16, b);
             scales[g] = most / 127;
             float sum = f_sum(f_add(f_of_int(i_rounded(a)), f_of_int(i_rounded(b))));
             int32_t offset = (int32_t)(-LEVEL_OFFSET * sum);
@@ -144,175 +150,7 @@ static void normed(const float *x, const Norm *norm, int n, float eps, float *ou
     for (; i < n; i++) out[i] = x[i] * factor * weight[i];
 }
 
-#define AHEAD 2048 /* bytes: a panel goes on where it ends, so the next one's weights are on their way too */
-
-INLINE void fetch(const void *w) { fetch_line((const char *)w + AHEAD), fetch_line((const char *)w + AHEAD + 64); }
-
-#include "tiles.h"
-
-/* ---- P neighbouring panels of a matrix by R rows, both being constant where they are inlined: see panels_at_once ---- */
-
-#define MOST_PANELS 4
-#define FETCH_FROM 5 /* rows; with fewer the CPU itself fetches ahead of the sums */
-
-typedef float Product[MOST_ROWS][PANEL]; /* of a panel, (row, output) */
-
-INLINE void panels_fp32(const float *w, int n, const char *x, size_t stride, const int R, const int P, Product *out) {
-    vf acc[TILE][MOST_PANELS][2];
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = f_set(0);
-    for (int k = 0; k < n; k++, w += PANEL)
-        for (int p = 0; p < P; p++) {
-            const float *from = w + (size_t)(p * n) * PANEL;
-            vf w0 = f_load(from), w1 = f_load(from + 16);
-            if (R >= FETCH_FROM) fetch(from);
-            for (int r = 0; r < R; r++) {
-                vf value = f_set(((const float *)(x + r * stride))[k]);
-                acc[r][p][0] = f_fma(w0, value, acc[r][p][0]), acc[r][p][1] = f_fma(w1, value, acc[r][p][1]);
-            }
-        }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) f_store(out[p][r], acc[r][p][0]), f_store(out[p][r] + 16, acc[r][p][1]);
-}
-
-INLINE void panels_bf16(const uint16_t *w, int n, const char *x, size_t stride, const int R, const int P, Product *out) {
-    vf acc[TILE][MOST_PANELS][2];
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = f_set(0);
-    for (int pair = 0; pair < n / 2; pair++, w += 2 * PANEL)
-        for (int p = 0; p < P; p++) {
-            const uint16_t *from = w + (size_t)(p * n) * PANEL;
-            vi w0 = i_load(from), w1 = i_load(from + 32);
-            if (R >= FETCH_FROM) fetch(from);
-            for (int r = 0; r < R; r++) {
-                uint32_t value = ((const uint32_t *)(x + r * stride))[pair];
-                acc[r][p][0] = dot_bf16(acc[r][p][0], w0, value), acc[r][p][1] = dot_bf16(acc[r][p][1], w1, value);
-            }
-        }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) f_store(out[p][r], acc[r][p][0]), f_store(out[p][r] + 16, acc[r][p][1]);
-}
-
-/* Levels plus 128, because x86 multiplies unsigned by signed; sums start with the correction for what is left of that. */
-INLINE void panels_int8(
-    const uint8_t *w, const float *scale, int n, const char *x, size_t stride, const int R, const int P, Product *out
-) {
-    vf acc[TILE][MOST_PANELS][2];
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = f_set(0);
-    for (int g = 0; g < n / GROUP; g++) {
-        vi sum[TILE][MOST_PANELS][2];
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                sum[r][p][0] = sum[r][p][1] = i_set(((const int32_t *)(x + r * stride + n))[n / GROUP + g]);
-        for (int quad = 0; quad < GROUP / 4; quad++, w += 4 * PANEL)
-            for (int p = 0; p < P; p++) {
-                const uint8_t *from = w + (size_t)(p * n) * PANEL;
-                vi w0 = i_load(from), w1 = i_load(from + 64);
-                fetch(from);
-                for (int r = 0; r < R; r++) {
-                    int32_t value = ((const int32_t *)(x + r * stride))[g * (GROUP / 4) + quad];
-                    sum[r][p][0] = dot_int8(sum[r][p][0], w0, value), sum[r][p][1] = dot_int8(sum[r][p][1], w1, value);
-                }
-            }
-        for (int r = 0; r < R; r++) {
-            vf factor = f_set(((const float *)(x + r * stride + n))[g]);
-            for (int p = 0; p < P; p++)
-                for (int half = 0; half < 2; half++) acc[r][p][half] = f_fma(f_of_int(sum[r][p][half]), factor, acc[r][p][half]);
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++)
-            for (int half = 0; half < 2; half++)
-                f_store(out[p][r] + 16 * half, f_mul(acc[r][p][half], f_load(scale + p * PANEL + 16 * half)));
-}
-
-/* A byte holds the level of input i in its low half and of input i + 16 of the group in its high half. */
-INLINE void panels_int4(
-    const uint8_t *w, const uint16_t *scale, int n, const char *x, size_t stride, const int R, const int P, Product *out
-) {
-    vf acc[TILE][MOST_PANELS][2];
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = f_set(0);
-    for (int g = 0; g < n / GROUP; g++, scale += 2 * PANEL) {
-        vi sum[TILE][MOST_PANELS][2];
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) sum[r][p][0] = sum[r][p][1] = i_set(0);
-        for (int quad = 0; quad < GROUP / 8; quad++, w += 4 * PANEL)
-            for (int p = 0; p < P; p++) {
-                const uint8_t *from = w + (size_t)(p * n / 2) * PANEL;
-                fetch(from);
-                for (int half = 0; half < 2; half++) {
-                    vi both = i_load(from + 64 * half), low = i_low(both), high = i_high(both);
-                    for (int r = 0; r < R; r++) {
-                        const int32_t *values = (const int32_t *)(x + r * stride) + g * (GROUP / 4) + quad;
-                        sum[r][p][half] = dot_int4(sum[r][p][half], low, values[0]);
-                        sum[r][p][half] = dot_int4(sum[r][p][half], high, values[GROUP / 8]);
-                    }
-                }
-            }
-        for (int r = 0; r < R; r++) {
-            const float *factors = (const float *)(x + r * stride + n);
-            vf factor = f_set(factors[g]), whole = f_set(factors[n / GROUP + g]);
-            for (int p = 0; p < P; p++)
-                for (int half = 0; half < 2; half++) {
-                    const uint16_t *own = scale + (size_t)(p * (n / GROUP)) * 2 * PANEL + 16 * half;
-                    acc[r][p][half] = f_fma(f_of_int(sum[r][p][half]), f_mul(f_load_bf16(own), factor), acc[r][p][half]);
-                    acc[r][p][half] = f_fma(f_load_bf16(own + PANEL), whole, acc[r][p][half]);
-                }
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) f_store(out[p][r], acc[r][p][0]), f_store(out[p][r] + 16, acc[r][p][1]);
-}
-
-INLINE void panels_of(const Matrix *m, int panel, const char *x, size_t stride, const int R, const int P, Product *out) {
-    int n = m->inputs;
-    size_t size = (size_t)panel * PANEL * (size_t)n;
-    switch (R > LOW_BIT_TILE && m->kind > BF16 ? -1 : m->kind) {
-    case FP32: panels_fp32((const float *)m->weight + size, n, x, stride, R, P, out); break;
-    case BF16: panels_bf16((const uint16_t *)m->weight + size, n, x, stride, R, P, out); break;
-    case INT8: panels_int8((const uint8_t *)m->weight + size, (const float *)m->scale + (size_t)panel * PANEL, n, x, stride, R, P, out); break;
-    case INT4:
-        panels_int4((const uint8_t *)m->weight + size / 2, (const uint16_t *)m->scale + size / GROUP * 2, n, x, stride, R, P, out);
-    }
-}
-
-/* Panels that are multiplied together: so few sums of one panel would wait for each other. */
-INLINE int panels_at_once(int rows) { return rows == 1 ? (TILE > 2 ? 4 : 2) : rows == 2 && TILE > 2 ? 2 : 1; }
-
-/* Rows of which one panel_rows multiplies a panel: parts of about the same size, or whole tiles. */
-static int rows_at_once(const Matrix *m, int rows) {
-    if (in_tiles(m)) return TILED_ROWS;
-    int most = m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE, parts = (rows + most - 1) / most;
-    return rows <= most ? most : (rows + parts - 1) / parts;
-}
-
-/* `count` <= MOST_PANELS neighbouring panels. */
-static void panel_rows(const Matrix *m, int panel, int count, const char *x, size_t stride, int rows, Product *out) {
-    for (int done = 0, few; done < count; done += few) {
-        int most = in_tiles(m) ? 1 : panels_at_once(rows), first = panel + done;
-        few = count - done >= most ? most : most == 4 && count - done >= 2 ? 2 : 1;
-        switch (in_tiles(m) ? 0 : few > 1 ? -few * rows : rows) {
-        case 0: panel_in_tiles(m, first, x, stride, rows, out[done]); break;
-#if TILE > 2
-        case -4:
-            if (rows == 1) panels_of(m, first, x, stride, 1, 4, out + done);
-            else panels_of(m, first, x, stride, 2, 2, out + done);
-            break;
-#endif
-        case -2: panels_of(m, first, x, stride, 1, 2, out + done); break;
-#define ROWS(R) case R: panels_of(m, first, x, stride, R, 1, out + done); break;
-        EACH_ROWS
-#undef ROWS
-        }
-    }
-    if (!m->bias) return;
-    for (int p = 0; p < count; p++)
-        for (int r = 0; r < rows; r++)
-            for (int i = 0; i < PANEL; i += 16)
-                f_store(out[p][r] + i, f_add(f_load(out[p][r] + i), f_load(m->bias + (size_t)(panel + p) * PANEL + i)));
-}
+#include "products.h"
 
 enum { PUT, ADD, ACTIVATE }; /* what happens to a product */
 
@@ -341,7 +179,7 @@ static void multiply_panels(const Shape *s, const Multiplication *of, int step, 
     const Matrix *m = of->matrix;
     size_t stride = form_bytes(m);
     int rows = of->count, most = rows_at_once(m, rows), shaped = 0;
-    int together = rows < most ? panels_at_once(rows) / step : 1;
+    int together = rows < most ? PANELS(rows) / step : 1;
     if (together < 1) together = 1;
     Product product[MOST_PANELS];
     for (int p = from; p < to; p += together) {

@@ -1,14 +1,24 @@
 /* Sixteen lanes of fp32. lanes_*.h define them, each for one instruction set, and hold all that the kernels need of it; what
  * follows is the same for all.
  *
- * dot_bf16 adds to each lane the product of its pair of bf16 with the pair x. dot_int8 and dot_int4 add that of its four levels
- * with the four int8 of x, of which none is -128. Levels of int4 are 0 to 15; those of int8 are stored plus 128, of which dot_int8
- * leaves LEVEL_OFFSET in them. TILE is the most rows that share a weight once it is loaded, as many as there are registers for.
+ * SUMS: vectors of sums that registers hold beside what is multiplied. TILE: most rows that share a weight once it is loaded, of a
+ * half of a panel or, up to WHOLE_TILE, of a whole one; see products.h.
+ *
+ * Weights of 64 bytes are multiplied in parts, because what has no instruction for pairs of bf16 or quads of int8 widens them, and
+ * the rows too, when these are formed. dot_bf16 adds to each lane the product of its part with that of the row. dot_int8 and
+ * dot_int4 add products of levels with those of the row, of which none is -128. Levels of int4 are 0 to 15, and int4_sum makes
+ * sums of a group's dots; those of int8 are stored plus 128, of which int8_part leaves LEVEL_OFFSET in them.
  */
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+
+INLINE int32_t four_bytes(const void *p) {
+    int32_t bytes;
+    memcpy(&bytes, p, 4);
+    return bytes;
+}
 
 #if defined(__AVX512F__)
 #include "lanes_avx512.h"
@@ -18,11 +28,36 @@
 #include "lanes_neon.h"
 #endif
 
-INLINE vf f_set_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return f_set(x);
+/* ---- rows: numbers that bf16 weights or levels are multiplied with ---- */
+
+#if BF16_PARTS == 1
+typedef uint16_t RowBf16;
+typedef vi Bf16;
+INLINE void f_store_row(RowBf16 *p, vf x) { f_store_bf16(p, x); }
+INLINE vf f_load_row(const RowBf16 *p) { return f_load_bf16(p); }
+INLINE Bf16 bf16_part(vi w, int part) { return (void)part, w; }
+INLINE Bf16 bf16_value(const RowBf16 *pair, int part) { return (void)part, i_set(four_bytes(pair)); }
+#else
+typedef float RowBf16;
+typedef vf Bf16;
+INLINE void f_store_row(RowBf16 *p, vf x) {
+    uint16_t rounded[16];
+    f_store_bf16(rounded, x), f_store(p, f_load_bf16(rounded));
 }
+INLINE vf f_load_row(const RowBf16 *p) { return f_load(p); }
+INLINE Bf16 bf16_part(vi w, int part) { return part ? f_second(w) : f_first(w); }
+INLINE Bf16 bf16_value(const RowBf16 *pair, int part) { return f_set(pair[part]); }
+INLINE vf dot_bf16(vf acc, Bf16 w, Bf16 x) { return f_fma(w, x, acc); }
+#endif
+
+#if INT8_PARTS == 1
+typedef int8_t RowInt8;
+INLINE void f_store_levels(RowInt8 *p, vf x) { f_store_int8(p, x); }
+#else
+typedef int16_t RowInt8;
+#endif
+INLINE vi int8_value(const RowInt8 *quad, int part) { return i_set(four_bytes(quad + 2 * part)); }
+INLINE vi int4_value(const int8_t *quad) { return i_set(four_bytes(quad)); }
 
 /* The first n of sixteen numbers, n being at most 15, with zeros after them. */
 INLINE vf f_load_some(const float *p, int n) {
@@ -40,6 +75,16 @@ INLINE void round_some(uint16_t *to, const float *x, int n) {
     uint16_t rounded[16];
     f_store_bf16(rounded, f_load_some(x, n));
     memcpy(to, rounded, 2 * (size_t)n);
+}
+
+/* A row of n numbers as bf16. */
+INLINE void form_bf16(RowBf16 *to, const float *x, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) f_store_row(to + i, f_load(x + i));
+    if (i == n) return;
+    RowBf16 rest[16];
+    f_store_row(rest, f_load_some(x + i, n - i));
+    memcpy(to + i, rest, sizeof(RowBf16) * (size_t)(n - i));
 }
 
 /* exp: 2^n times a polynomial of degree 5 on half a logarithm of two each side (Cephes' expf), within two units in the last place. */

@@ -1,12 +1,14 @@
-/* Sixteen lanes as two halves by AVX2 and FMA: see lanes.h. */
+/* Sixteen lanes as two halves by AVX2 and FMA, with the VNNI instructions if there are any: see lanes.h. */
+#include <cpuid.h>
 #include <immintrin.h>
 
 typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vi;
-#define TILE 2
-#define LOW_BIT_TILE 2
-#define LEVEL_OFFSET 128
-#define EACH_ROWS ROWS(1) ROWS(2)
+#define SUMS 6        /* vectors of sums that registers hold */
+#define TILE 6        /* most rows that share a weight once it is loaded, of half a panel */
+#define WHOLE_TILE 3  /* and of a whole panel */
+#define MOST_PANELS 2 /* that are multiplied together */
+#define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 #define BOTH(type, one, other) ((type){(one), (other)})
 
 INLINE vf f_set(float x) { return BOTH(vf, _mm256_set1_ps(x), _mm256_set1_ps(x)); }
@@ -50,11 +52,10 @@ INLINE void f_store_bf16(uint16_t *p, vf x) {
     __m256i mixed = _mm256_packus_epi32(half_bf16(x.a), half_bf16(x.b)); /* halves of 128 bits alternate */
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(mixed, 0xd8));
 }
+INLINE __m256i packed_int16(vi x) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8); }
 INLINE void f_store_int8(int8_t *p, vf x) {
-    int32_t n[16];
-    vi r = i_rounded(x);
-    _mm256_storeu_si256((__m256i *)n, r.a), _mm256_storeu_si256((__m256i *)(n + 8), r.b);
-    for (int i = 0; i < 16; i++) p[i] = (int8_t)n[i];
+    __m256i wide = packed_int16(i_rounded(x));
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 }
 INLINE vi i_set(int32_t x) { return BOTH(vi, _mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 INLINE vi i_load(const void *p) {
@@ -63,33 +64,77 @@ INLINE vi i_load(const void *p) {
 INLINE __m256i half_low(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 INLINE vi i_low(vi x) { return BOTH(vi, half_low(x.a), half_low(x.b)); }
 INLINE vi i_high(vi x) { return BOTH(vi, half_low(_mm256_srli_epi16(x.a, 4)), half_low(_mm256_srli_epi16(x.b, 4))); }
-INLINE __m256 half_dot_bf16(__m256 acc, __m256i w, __m256 first, __m256 second) {
-    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), first, acc);
-    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000))), second, acc);
+
+/* bf16 pairs are widened. */
+#define BF16_PARTS 2
+INLINE __m256 half_first(__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); }
+INLINE __m256 half_second(__m256i w) { return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000))); }
+INLINE vf f_first(vi w) { return BOTH(vf, half_first(w.a), half_first(w.b)); }
+INLINE vf f_second(vi w) { return BOTH(vf, half_second(w.a), half_second(w.b)); }
+
+#define LEVEL_OFFSET 128
+#if defined(__AVXVNNI__) || defined(EVEX_VNNI)
+
+#define LOW_BIT_TILE 6
+#define INT8_PARTS 1
+#if defined(__AVXVNNI__)
+#define ENCODING "%{vex%}"
+#else /* that of AVX-512 VNNI; its intrinsic would let the compiler use other instructions of AVX-512, too */
+#define ENCODING "%{evex%}"
+#endif
+INLINE __m256i half_dot(__m256i sum, __m256i w, __m256i x) {
+    __asm__(ENCODING " vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "xm"(x));
+    return sum;
 }
-INLINE vf dot_bf16(vf acc, vi w, uint32_t x) {
-    __m256 first = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x << 16)));
-    __m256 second = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x & 0xffff0000)));
-    return BOTH(vf, half_dot_bf16(acc.a, w.a, first, second), half_dot_bf16(acc.b, w.b, first, second));
+INLINE vi int8_part(vi w, int part) { return (void)part, w; }
+INLINE vi dot_int8(vi sum, vi w, vi x) { return BOTH(vi, half_dot(sum.a, w.a, x.a), half_dot(sum.b, w.b, x.b)); }
+INLINE vi dot_int4(vi sum, vi w, vi x) { return dot_int8(sum, w, x); }
+INLINE vi int4_sum(vi sum) { return sum; }
+
+#else
+
+/* Of a sum of products the compiler adds the products first, if it may, and keeps more of them than there are registers. */
+INLINE __m256i in_order(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
 }
-/* Of levels up to 15, whose pairs of products fit into 16 bits. */
-INLINE __m256i half_dot_int4(__m256i acc, __m256i w, __m256i x, int times) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16((short)times)));
+
+#define LOW_BIT_TILE 5
+
+/* Levels are widened to 16 bits: the first and third of a quad, then the second and fourth. */
+#define INT8_PARTS 2
+INLINE void f_store_levels(int16_t *p, vf x) {
+    vi r = i_rounded(x);
+    _mm256_storeu_si256((__m256i *)p, packed_int16(BOTH(vi, _mm256_shuffle_epi32(r.a, 0xd8), _mm256_shuffle_epi32(r.b, 0xd8))));
 }
-INLINE vi dot_int4(vi acc, vi w, int32_t x) {
-    __m256i xs = _mm256_set1_epi32(x);
-    return BOTH(vi, half_dot_int4(acc.a, w.a, xs, 1), half_dot_int4(acc.b, w.b, xs, 1));
+INLINE __m256i half_int8_part(__m256i w, int part) {
+    return part ? _mm256_srli_epi16(w, 8) : _mm256_and_si256(w, _mm256_set1_epi16(255));
 }
-INLINE vi dot_int8(vi acc, vi w, int32_t x) {
-    __m256i xs = _mm256_set1_epi32(x);
-    vi low = i_low(w), high = i_high(w);
-    acc = BOTH(vi, half_dot_int4(acc.a, low.a, xs, 1), half_dot_int4(acc.b, low.b, xs, 1));
-    return BOTH(vi, half_dot_int4(acc.a, high.a, xs, 16), half_dot_int4(acc.b, high.b, xs, 16));
+INLINE vi int8_part(vi w, int part) { return BOTH(vi, half_int8_part(w.a, part), half_int8_part(w.b, part)); }
+INLINE __m256i half_dot_int8(__m256i sum, __m256i w, __m256i x) { return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(w, x))); }
+INLINE vi dot_int8(vi sum, vi w, vi x) { return BOTH(vi, half_dot_int8(sum.a, w.a, x.a), half_dot_int8(sum.b, w.b, x.b)); }
+
+/* A group's sums stay in 16 bits: they are of eight pairs of at most 2 * 15 * 127. */
+INLINE __m256i half_dot_int4(__m256i sum, __m256i w, __m256i x) {
+    return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)));
 }
+INLINE vi dot_int4(vi sum, vi w, vi x) { return BOTH(vi, half_dot_int4(sum.a, w.a, x.a), half_dot_int4(sum.b, w.b, x.b)); }
+INLINE __m256i half_int4_sum(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+INLINE vi int4_sum(vi sum) { return BOTH(vi, half_int4_sum(sum.a), half_int4_sum(sum.b)); }
+
+#endif
+
 INLINE void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 INLINE void relax(void) { _mm_pause(); }
 
 INLINE int lanes_supported(void) {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(__AVXVNNI__)
+    unsigned a, b, c, d;
+    supported = supported && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+#elif defined(EVEX_VNNI)
+    supported = supported && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#endif
+    return supported;
 }

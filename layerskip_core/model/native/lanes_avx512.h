@@ -3,9 +3,11 @@
 
 typedef __m512 vf;  /* 16 floats */
 typedef __m512i vi; /* 16 int32, or 64 bytes */
-#define TILE 12 /* 24 sums of 32 registers */
+#define SUMS 24       /* vectors of sums that registers hold */
+#define TILE 12       /* most rows that share a weight once it is loaded */
+#define WHOLE_TILE 12 /* and of a whole panel */
 #define LOW_BIT_TILE 8
-#define LEVEL_OFFSET 128
+#define MOST_PANELS 4 /* that are multiplied together */
 #define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
 
 INLINE vf f_set(float x) { return _mm512_set1_ps(x); }
@@ -34,9 +36,17 @@ INLINE vi i_set(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
-INLINE vf dot_bf16(vf acc, vi w, uint32_t x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x)); }
-INLINE vi dot_int8(vi acc, vi w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
-INLINE vi dot_int4(vi acc, vi w, int32_t x) { return dot_int8(acc, w, x); }
+
+#define BF16_PARTS 1
+INLINE vf dot_bf16(vf acc, vi w, vi x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+
+#define LEVEL_OFFSET 128
+#define INT8_PARTS 1
+INLINE vi int8_part(vi w, int part) { return (void)part, w; }
+INLINE vi dot_int8(vi sum, vi w, vi x) { return _mm512_dpbusd_epi32(sum, w, x); }
+INLINE vi dot_int4(vi sum, vi w, vi x) { return dot_int8(sum, w, x); }
+INLINE vi int4_sum(vi sum) { return sum; }
+
 INLINE void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 INLINE void relax(void) { _mm_pause(); }
 

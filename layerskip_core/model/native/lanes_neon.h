@@ -8,9 +8,12 @@
 
 typedef struct { float32x4_t q[4]; } vf;
 typedef struct { uint8x16_t q[4]; } vi;
-#define TILE 2 /* 16 sums of 32 registers */
-#define LOW_BIT_TILE 2
-#define EACH_ROWS ROWS(1) ROWS(2)
+#define SUMS 6 /* vectors, of four registers each */
+#define TILE 6
+#define WHOLE_TILE 2
+#define LOW_BIT_TILE 6
+#define MOST_PANELS 2
+#define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 /* A vector of what `expression` gives for each quarter i. */
 #define QUARTERS(type, expression) \
     type out; \
@@ -60,9 +63,9 @@ INLINE void f_store_bf16(uint16_t *p, vf x) {
         vst1q_u16(p + 4 * i, vreinterpretq_u16_bf16(rounded));
     }
 }
-INLINE vf dot_bf16(vf acc, vi w, uint32_t x) {
-    bfloat16x8_t pair = vreinterpretq_bf16_u32(vdupq_n_u32(x));
-    QUARTERS(vf, vbfdotq_f32(acc.q[i], vreinterpretq_bf16_u8(w.q[i]), pair));
+#define BF16_PARTS 1
+INLINE vf dot_bf16(vf acc, vi w, vi x) {
+    QUARTERS(vf, vbfdotq_f32(acc.q[i], vreinterpretq_bf16_u8(w.q[i]), vreinterpretq_bf16_u8(x.q[i])));
 }
 
 #else
@@ -73,13 +76,10 @@ INLINE void f_store_bf16(uint16_t *p, vf x) { /* to the nearest, ties to even */
         vst1_u16(p + 4 * i, vshrn_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16));
     }
 }
-INLINE float32x4_t quarter_dot_bf16(float32x4_t acc, uint32x4_t w, uint32x4_t x) {
-    uint32x4_t odd = vdupq_n_u32(0xffff0000);
-    acc = vfmaq_f32(acc, vreinterpretq_f32_u32(vshlq_n_u32(w, 16)), vreinterpretq_f32_u32(vshlq_n_u32(x, 16)));
-    return vfmaq_f32(acc, vreinterpretq_f32_u32(vandq_u32(w, odd)), vreinterpretq_f32_u32(vandq_u32(x, odd)));
-}
-INLINE vf dot_bf16(vf acc, vi w, uint32_t x) {
-    QUARTERS(vf, quarter_dot_bf16(acc.q[i], vreinterpretq_u32_u8(w.q[i]), vdupq_n_u32(x)));
+#define BF16_PARTS 2
+INLINE vf f_first(vi w) { QUARTERS(vf, vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(w.q[i]), 16))); }
+INLINE vf f_second(vi w) {
+    QUARTERS(vf, vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(w.q[i]), vdupq_n_u32(0xffff0000))));
 }
 
 #endif
@@ -92,23 +92,26 @@ INLINE int32x4_t quarter_dot(int32x4_t acc, int8x16_t w, int8x16_t x) {
     return vpadalq_s16(acc, vpaddq_s16(low, high));
 #endif
 }
-INLINE vi dot_int4(vi acc, vi w, int32_t x) {
-    int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    QUARTERS(vi, of_s32(quarter_dot(as_s32(acc.q[i]), vreinterpretq_s8_u8(w.q[i]), xs)));
+INLINE vi dot_signed(vi sum, vi w, vi x) {
+    QUARTERS(vi, of_s32(quarter_dot(as_s32(sum.q[i]), vreinterpretq_s8_u8(w.q[i]), vreinterpretq_s8_u8(x.q[i]))));
 }
+#define INT8_PARTS 1
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 #define LEVEL_OFFSET 128
-INLINE vi dot_int8(vi acc, vi w, int32_t x) {
-    QUARTERS(vi, of_s32(vusdotq_s32(as_s32(acc.q[i]), w.q[i], vreinterpretq_s8_s32(vdupq_n_s32(x)))));
+INLINE vi int8_part(vi w, int part) { return (void)part, w; }
+INLINE vi dot_int8(vi sum, vi w, vi x) {
+    QUARTERS(vi, of_s32(vusdotq_s32(as_s32(sum.q[i]), w.q[i], vreinterpretq_s8_u8(x.q[i]))));
 }
 #else
 #define LEVEL_OFFSET 0
-INLINE vi dot_int8(vi acc, vi w, int32_t x) {
-    vi levels;
-    for (int i = 0; i < 4; i++) levels.q[i] = veorq_u8(w.q[i], vdupq_n_u8(128));
-    return dot_int4(acc, levels, x);
+INLINE vi int8_part(vi w, int part) {
+    (void)part;
+    QUARTERS(vi, veorq_u8(w.q[i], vdupq_n_u8(128)));
 }
+INLINE vi dot_int8(vi sum, vi w, vi x) { return dot_signed(sum, w, x); }
 #endif
+INLINE vi dot_int4(vi sum, vi w, vi x) { return dot_signed(sum, w, x); }
+INLINE vi int4_sum(vi sum) { return sum; }
 
 INLINE void fetch_line(const void *p) { __builtin_prefetch(p, 0, 3); }
 INLINE void relax(void) { __asm__ volatile("isb"); } /* `yield` does nothing on most cores */

@@ -51,7 +51,7 @@ INLINE void panel_by_tiles(const uint16_t *w, int n, const char *x, size_t strid
         _tile_zero(3);
     }
     for (int i = 0; i < n; i += 32, w += step, x += 64) {
-        for (size_t k = 0; k < step; k += 64) fetch(w + k);
+        for (size_t k = 0; k < step; k += 32) fetch_line((const char *)(w + k) + AHEAD);
         _tile_loadd(4, x, stride);
         _tile_loadd(6, w, row_bytes);
         _tile_loadd(7, w + 32, row_bytes);
@@ -86,7 +86,7 @@ static void panel_in_tiles(const Matrix *m, int panel, const char *x, size_t str
 #else
 
 #define TILED_ROWS 0
-#define MOST_ROWS TILE
+#define MOST_ROWS (WHOLE_TILE < TILE ? 2 * TILE : TILE) /* see panel_in_halves */
 
 INLINE int tiles_supported(void) { return 1; } /* none are needed */
 INLINE int in_tiles(const Matrix *m) { return (void)m, 0; }

@@ -1,0 +1,251 @@
+/* Products of panels by a few rows, whose sums stand in registers.
+ *
+ * With many registers whole panels are multiplied, of few rows several at once. With fewer, halves of a panel are: so each weight
+ * that is loaded serves more rows. They take turns in steps of some weights, which stay in the cache from one half to the other.
+ */
+#define UNIT 128     /* bytes of a panel that are read at once, a vector for each half */
+#define AHEAD 2048   /* bytes: a panel goes on where it ends, so the next one's weights are on their way too */
+#define FETCH_FROM 5 /* rows; with fewer the CPU itself fetches ahead of the sums */
+#define STEP 64      /* most units of a step by halves */
+
+#include "tiles.h"
+
+#define PANELS(R) ((R) == 1 ? MOST_PANELS : (R) == 2 && SUMS >= 8 ? 2 : 1)
+
+typedef float Product[MOST_ROWS][PANEL]; /* of a panel, (row, output) */
+
+/* What is multiplied: units from..to-1 of P neighbouring panels, or, where H is 1, of one of the two halves of a panel, by R rows.
+ * All three are constant where they are inlined. */
+typedef struct {
+    const char *weight;
+    const uint16_t *scale; /* of int4 */
+    const char *x;
+    size_t stride; /* bytes from row to row */
+    float *out;    /* in the panel's Product; sums go on from there where `from` is not 0 */
+    int inputs, units, from, to;
+    const char *next; /* a half's part of the weights that follow, and how many bytes of them it asks for with each unit */
+    size_t share;
+} Operands;
+
+typedef vf Sums[TILE][MOST_PANELS][2];
+
+#define EACH(i, n) _Pragma("GCC unroll 12") for (int i = 0; i < n; i++) /* n is constant, and sums stand in registers */
+#define EACH_SUM EACH(r, R) EACH(p, P) EACH(h, H)
+
+INLINE float *place_of(const Operands *o, int r, int p, int h) { return o->out + (p * MOST_ROWS + r) * PANEL + 16 * h; }
+
+INLINE void take_sums(Sums sums, const Operands *o, const int R, const int P, const int H) {
+    EACH_SUM sums[r][p][h] = f_set(0);
+    if (o->from) EACH_SUM sums[r][p][h] = f_load(place_of(o, r, p, h));
+}
+
+INLINE void put_sums(Sums sums, const Operands *o, const int R, const int P, const int H) {
+    EACH_SUM f_store(place_of(o, r, p, h), sums[r][p][h]);
+}
+
+INLINE const char *weights_of(const Operands *o, int p, int unit) { return o->weight + (size_t)(p * o->units + unit) * UNIT; }
+
+/* Asks for weights before they are needed. */
+INLINE void fetch(const Operands *o, const char *w, int unit, const int H) {
+    if (H == 1) fetch_line(o->next + (size_t)(unit - o->from) * o->share);
+    else fetch_line(w + AHEAD), fetch_line(w + AHEAD + 64);
+}
+
+INLINE void panels_fp32(const Operands *o, const int R, const int P, const int H) {
+    Sums acc;
+    take_sums(acc, o, R, P, H);
+    for (int k = o->from; k < o->to; k++)
+        EACH(p, P) {
+            const char *w = weights_of(o, p, k);
+            if (R >= FETCH_FROM || H == 1) fetch(o, w, k, H);
+            vf weight[2];
+            EACH(h, H) weight[h] = f_load((const float *)(w + 64 * h));
+            EACH(r, R) {
+                vf value = f_set(((const float *)(o->x + r * o->stride))[k]);
+                EACH(h, H) acc[r][p][h] = f_fma(weight[h], value, acc[r][p][h]);
+            }
+        }
+    put_sums(acc, o, R, P, H);
+}
+
+INLINE void panels_bf16(const Operands *o, const int R, const int P, const int H) {
+    Sums acc;
+    take_sums(acc, o, R, P, H);
+    for (int pair = o->from; pair < o->to; pair++)
+        EACH(p, P) {
+            const char *w = weights_of(o, p, pair);
+            if (R >= FETCH_FROM || H == 1) fetch(o, w, pair, H);
+            EACH(part, BF16_PARTS) {
+                Bf16 weight[2];
+                EACH(h, H) weight[h] = bf16_part(i_load(w + 64 * h), part);
+                EACH(r, R) {
+                    Bf16 value = bf16_value((const RowBf16 *)(o->x + r * o->stride) + 2 * pair, part);
+                    EACH(h, H) acc[r][p][h] = dot_bf16(acc[r][p][h], weight[h], value);
+                }
+            }
+        }
+    put_sums(acc, o, R, P, H);
+}
+
+/* Levels plus 128, because x86 multiplies unsigned by signed; a group's sum starts with the correction for what is left of that.
+ * The sums are still to be multiplied by the scales. */
+INLINE void panels_int8(const Operands *o, const int R, const int P, const int H) {
+    enum { UNITS = GROUP / 4 };
+    const char *factors = o->x + sizeof(RowInt8) * (size_t)o->inputs;
+    int groups = o->inputs / GROUP;
+    Sums acc;
+    take_sums(acc, o, R, P, H);
+    for (int g = o->from / UNITS; g < o->to / UNITS; g++) {
+        vi sum[TILE][MOST_PANELS][2];
+        EACH_SUM sum[r][p][h] = i_set(four_bytes(factors + r * o->stride + 4 * (groups + g)));
+        for (int quad = g * UNITS; quad < (g + 1) * UNITS; quad++)
+            EACH(p, P) {
+                const char *w = weights_of(o, p, quad);
+                fetch(o, w, quad, H);
+                EACH(part, INT8_PARTS) {
+                    vi weight[2];
+                    EACH(h, H) weight[h] = int8_part(i_load(w + 64 * h), part);
+                    EACH(r, R) {
+                        vi value = int8_value((const RowInt8 *)(o->x + r * o->stride) + 4 * quad, part);
+                        EACH(h, H) sum[r][p][h] = dot_int8(sum[r][p][h], weight[h], value);
+                    }
+                }
+            }
+        EACH(r, R) {
+            vf factor = f_set(((const float *)(factors + r * o->stride))[g]);
+            EACH(p, P)
+                EACH(h, H) acc[r][p][h] = f_fma(f_of_int(sum[r][p][h]), factor, acc[r][p][h]);
+        }
+    }
+    put_sums(acc, o, R, P, H);
+}
+
+/* A byte holds the level of input i in its low half and of input i + 16 of the group in its high half. */
+INLINE void panels_int4(const Operands *o, const int R, const int P, const int H) {
+    enum { UNITS = GROUP / 8 };
+    int groups = o->inputs / GROUP;
+    Sums acc;
+    take_sums(acc, o, R, P, H);
+    for (int g = o->from / UNITS; g < o->to / UNITS; g++) {
+        vi sum[TILE][MOST_PANELS][2];
+        EACH_SUM sum[r][p][h] = i_set(0);
+        for (int unit = g * UNITS; unit < (g + 1) * UNITS; unit++)
+            EACH(p, P) {
+                const char *w = weights_of(o, p, unit);
+                fetch(o, w, unit, H);
+                EACH(high, 2) {
+                    vi levels[2];
+                    EACH(h, H) levels[h] = high ? i_high(i_load(w + 64 * h)) : i_low(i_load(w + 64 * h));
+                    EACH(r, R) {
+                        const char *quad = o->x + r * o->stride + g * GROUP + 4 * (unit - g * UNITS) + GROUP / 2 * high;
+                        vi value = int4_value((const int8_t *)quad);
+                        EACH(h, H) sum[r][p][h] = dot_int4(sum[r][p][h], levels[h], value);
+                    }
+                }
+            }
+        EACH(r, R) {
+            const float *factors = (const float *)(o->x + r * o->stride + o->inputs);
+            vf factor = f_set(factors[g]), whole = f_set(factors[groups + g]);
+            EACH(p, P)
+                EACH(h, H) {
+                    const uint16_t *own = o->scale + (size_t)(p * groups + g) * 2 * PANEL + 16 * h;
+                    vf product = f_of_int(int4_sum(sum[r][p][h]));
+                    acc[r][p][h] = f_fma(product, f_mul(f_load_bf16(own), factor), acc[r][p][h]);
+                    acc[r][p][h] = f_fma(f_load_bf16(own + PANEL), whole, acc[r][p][h]);
+                }
+        }
+    }
+    put_sums(acc, o, R, P, H);
+}
+
+INLINE void panels_by_rows(const Matrix *m, const Operands *o, const int R, const int P, const int H) {
+    switch (R > LOW_BIT_TILE && m->kind > BF16 ? -1 : m->kind) {
+    case FP32: panels_fp32(o, R, P, H); break;
+    case BF16: panels_bf16(o, R, P, H); break;
+    case INT8: panels_int8(o, R, P, H); break;
+    case INT4: panels_int4(o, R, P, H);
+    }
+}
+
+/* A whole panel by the rows x. */
+INLINE Operands operands_of(const Matrix *m, int panel, const char *x, size_t stride, Product *out) {
+    int n = m->inputs, units = n / (m->kind == FP32 ? 1 : m->kind == BF16 ? 2 : m->kind == INT8 ? 4 : 8);
+    return (Operands){
+        .weight = (const char *)m->weight + (size_t)panel * (size_t)units * UNIT,
+        .scale = (const uint16_t *)m->scale + (size_t)panel * (size_t)(n / GROUP) * 2 * PANEL,
+        .x = x, .stride = stride, .out = out[0][0], .inputs = n, .units = units, .to = units,
+    };
+}
+
+/* `count` panels by R rows, whose sums stand in registers. */
+INLINE void whole_panels(const Matrix *m, int panel, int count, const char *x, size_t stride, const int R, Product *out) {
+    for (int p = 0, few; p < count; p += few) {
+        Operands o = operands_of(m, panel + p, x, stride, out + p);
+        few = 1;
+        if (PANELS(R) == 4 && count - p >= 4) few = 4, panels_by_rows(m, &o, R, 4, 2);
+        else if (PANELS(R) >= 2 && count - p >= 2) few = 2, panels_by_rows(m, &o, R, 2, 2);
+        else panels_by_rows(m, &o, R, 1, 2);
+    }
+}
+
+static void half_panel(const Matrix *m, const Operands *o, int rows) {
+    switch (rows) {
+#define ROWS(R) case R: if (WHOLE_TILE < TILE && R >= WHOLE_TILE) panels_by_rows(m, o, R, 1, 1); break;
+    EACH_ROWS
+#undef ROWS
+    }
+}
+
+INLINE int tile_of(const Matrix *m) { return m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE; }
+
+/* A panel by up to two tiles of rows. The halves and tiles of a step each ask for a part of the next step's weights. */
+static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t stride, int rows, Product *out) {
+    Operands all = operands_of(m, panel, x, stride, out);
+    int tiles = rows > tile_of(m) ? 2 : 1, turns = 2 * tiles;
+    int steps = (all.units + STEP - 1) / STEP, few = ((all.units + steps - 1) / steps + 7) / 8 * 8; /* whole groups */
+    all.share = UNIT / (size_t)turns;
+    for (all.from = 0; all.from < all.units; all.from = all.to) {
+        all.to = all.units - all.from < few ? all.units : all.from + few;
+        all.next = all.weight + (size_t)all.to * UNIT;
+        for (int turn = 0; turn < turns; turn++) {
+            Operands o = all;
+            int half = turn % 2, first = share(rows, turn / 2, tiles), last = share(rows, turn / 2 + 1, tiles);
+            o.weight += 64 * half, o.scale += 16 * half, o.next += (size_t)(turn * (o.to - o.from)) * o.share;
+            o.x += (size_t)first * stride, o.out = out[0][first] + 16 * half;
+            half_panel(m, &o, last - first);
+        }
+    }
+}
+
+/* Rows of which one panel_rows multiplies a panel: parts of about the same size, or whole tiles of AMX. */
+static int rows_at_once(const Matrix *m, int rows) {
+    if (in_tiles(m)) return TILED_ROWS;
+    int most = tile_of(m) * (WHOLE_TILE < TILE ? 2 : 1), parts = (rows + most - 1) / most;
+    return rows <= most ? most : (rows + parts - 1) / parts;
+}
+
+/* `count` <= MOST_PANELS neighbouring panels. */
+static void panel_rows(const Matrix *m, int panel, int count, const char *x, size_t stride, int rows, Product *out) {
+    if (in_tiles(m) || rows > WHOLE_TILE) {
+        for (int p = 0; p < count; p++)
+            if (in_tiles(m)) panel_in_tiles(m, panel + p, x, stride, rows, out[p]);
+            else panel_in_halves(m, panel + p, x, stride, rows, out + p);
+    } else {
+        switch (rows) {
+#define ROWS(R) case R: if (R <= WHOLE_TILE) whole_panels(m, panel, count, x, stride, R, out); break;
+        EACH_ROWS
+#undef ROWS
+        }
+    }
+    const float *scale = m->kind == INT8 ? (const float *)m->scale + panel * PANEL : NULL;
+    const float *bias = m->bias ? m->bias + panel * PANEL : NULL;
+    if (!scale && !bias) return;
+    for (int p = 0; p < count; p++)
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < PANEL; i += 16) {
+                vf sum = f_load(out[p][r] + i);
+                if (scale) sum = f_mul(sum, f_load(scale + p * PANEL + i));
+                if (bias) sum = f_add(sum, f_load(bias + p * PANEL + i));
+                f_store(out[p][r] + i, sum);
+            }
+}
