@@ -231,7 +231,8 @@ def one_call_draft(backend: Any, exit_layer: int, count: int, context: int) -> f
 def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
     """The cost of a verification and of a draft step, in autoregressive steps."""
     exit_layer = arguments.exit
-    backend = load(arguments, draft_weights=("int4",), draft_layers=exit_layer, draft_vocab=arguments.draft_vocab).backend
+    drafting = {"draft_weights": ("int4",), "draft_layers": exit_layer, "draft_vocab": arguments.draft_vocab}
+    backend = load(arguments, quantize=arguments.quantize, **drafting).backend
     settings = {f"{count} rows": (backend, backend.num_layers, count, 128) for count in (1, 2, 4, 7, 8, 9)}
     settings |= {
         "draft, own weights": (backend, exit_layer, 1, 128),
@@ -242,7 +243,9 @@ def part_rounds(arguments: argparse.Namespace) -> dict[str, Any]:
     one, rest = times["1 rows"], backend.num_layers - exit_layer
     ratio = {name: seconds / one for name, seconds in times.items()}
     table = [
+        ("one pass of 4 rows over one row", None, ratio["4 rows"], f"{1000 * times['4 rows']:.2f} ms"),
         ("one pass of 7 rows over one row", -1.15, ratio["7 rows"], f"{1000 * times['7 rows']:.2f} ms"),
+        ("one pass of 9 rows over one row", None, ratio["9 rows"], f"{1000 * times['9 rows']:.2f} ms"),
         (f"int4 draft step, E = {exit_layer}", -0.15, ratio["draft, int4"], f"{1000 * times['draft, int4']:.2f} ms"),
         (f"own draft step, E = {exit_layer}", None, ratio["draft, own weights"], f"{rest} layers left"),
         (f"own draft, E = {exit_layer}, by token", None, ratio["draft of 8 in one call, by token"], "as decoding drafts"),
@@ -428,6 +431,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--assistant", action="store_true", help="speculation: measure transformers, too")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="rounds: the target's weights")
     for flag, default in (("threads", 0), ("exit", 8), ("draft-vocab", 0), ("samples", 16), ("repeats", REPEATS)):
         parser.add_argument(f"--{flag}", type=int, default=default)
     for flag, default in (("new-tokens", 128), ("prompt-tokens", 512), ("tokens", 4096)):
