@@ -1,6 +1,6 @@
 """How many layers the target runs for a token: always the same number, or as many as the token needs."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,8 +47,14 @@ class FixedDepth:
         self, model: Backend, layers: int, true_states: TrueStates | None = None, block: PlacedBlock | None = None
     ) -> None:
         """`true_states`: of the blocks that draft. `block`: that of exit E."""
-        self._model, self._layers = model, layers
+        self._model, self.layers = model, layers
         self._true_states, self._block = true_states, block
+        self._taps = () if true_states is None else true_states.taps
+
+    @property
+    def name(self) -> Hashable:
+        """Equal for two of one model whose passes differ in nothing but their inputs."""
+        return self.layers, self._block is not None, self._taps
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> Pass:
         return self._pass(_at(self._run({0: self._model.embed(tokens)}, positions, cache), last))
@@ -65,19 +71,19 @@ class FixedDepth:
 
     def _run(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
         """The layers after the highest of the `states`, and the exit's block."""
-        start, taps = max(states), () if self._true_states is None else self._true_states.taps
-        stops = (*(tap for tap in taps if tap > start), self._layers)
+        start = max(states)
+        stops = (*(tap for tap in self._taps if tap > start), self.layers)
         states = {**states, **states_at(self._model, states[start], stops, positions, cache, start)}
-        hidden = states[self._layers]
+        hidden = states[self.layers]
         if self._true_states is not None:
-            self._true_states.take([states[tap] for tap in taps], hidden, positions, cache)
+            self._true_states.take([states[tap] for tap in self._taps], hidden, positions, cache)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
         return hidden
 
     def _pass(self, hidden: Tensor) -> Pass:
         logits = self._model.unembed(hidden) if self._block is None else self._block.head(hidden)
-        return Pass(logits, self._layers)
+        return Pass(logits, self.layers)
 
 
 class DynamicDepth:

@@ -4,7 +4,7 @@ B prompts go through the loop together, and each gives the tokens that it gives 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor
 from ..config.checks import require
 from ..errors import ContextError
 from ..model.backend import Backend
+from ..model.cache import KVCache
 from .depth import Depth, Pass
 from .drafters import Context, Draft, Drafter
 from .prefix import PrefixCache
 from .sampling import Sampler, Verdict
 from .stats import DecodeStats, step_counts
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
+from .stopwatch import Stopwatch
 from .true_states import TrueStates
 
 
@@ -73,10 +75,13 @@ class DecodingLoop:
         detokenize: Detokenize | None = None,
         true_states: TrueStates | None = None,
         prefix: PrefixCache | None = None,
+        cache: KVCache | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
         """`depth`: which layers the target is. `true_states`: those that `depth` takes for blocks that draft, if any do.
 
-        `prefix`: what the text before left, for a loop of one row.
+        `prefix`: what the text before left, for a loop of one row. `cache`: to be used instead of a new one. `at_end` is called
+        when all rows are finished.
 
         Raises ConfigError for a prompt that is empty or leaves no room.
         """
@@ -95,12 +100,14 @@ class DecodingLoop:
         end = max(len(row.ids) + row.scanner.room for row in self._rows)
         self.reused_tokens = 0  # of the prompt, whose keys and values the text before left
         if prefix is None:
-            self._cache = model.new_cache(len(prompts), end)
+            self._cache = model.new_cache(len(prompts), end) if cache is None else cache
         else:
             (prompt,) = prompts
             rerun = 0 if true_states is None else true_states.rerun
             self._cache, self.reused_tokens = prefix.begin(prompt, rerun)
         self._places = torch.arange(end)[None]
+        self._at_end = at_end
+        self._drafting = Stopwatch(model.device)
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
         self._all_rows = tuple(self._rows)
         self._numbered = len(self._rows)  # rows that have had a number
@@ -162,13 +169,16 @@ class DecodingLoop:
         )
 
     def _step(self) -> list[RowStep]:
-        started = drafted_at = time.perf_counter()
+        started, has_drafts = time.perf_counter(), False
         rows, newest = self._rows, self._newest
         if newest is None:
             draft, made = self._prefill()
         else:
+            self._drafting.start()
             draft = self._draft(newest)
-            drafted_at = self._clock() if draft.tokens.shape[1] > 1 else started
+            has_drafts = draft.tokens.shape[1] > 1
+            if has_drafts:
+                self._drafting.stop()
             made = self._depth.verify(draft, self._positions(draft.tokens.shape[1]), self._cache)
         verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, made.logits)
         verified_at = time.perf_counter()
@@ -181,11 +191,12 @@ class DecodingLoop:
         if self._prefix is not None:
             row = rows[0]
             self._prefix.keep(row.ids, len(row.ids) - 1 if self._depth.prompt_alike else row.prompt_tokens)
-        self._draft_seconds += drafted_at - started
+        draft_seconds = self._drafting.seconds if has_drafts else 0.0
+        self._draft_seconds += draft_seconds
         if newest is None:
-            self._prefill_seconds += verified_at - drafted_at
+            self._prefill_seconds += verified_at - started
         else:
-            self._verify_seconds += verified_at - drafted_at
+            self._verify_seconds += verified_at - started - draft_seconds
         self._total_seconds += time.perf_counter() - started
         return steps
 
@@ -247,6 +258,8 @@ class DecodingLoop:
         if len(staying) < len(self._rows):
             self._rows = [self._rows[place] for place in staying]
             if not staying:
+                if self._at_end is not None:
+                    self._at_end()
                 return
             newest = newest[staying]
             self._sampler.keep_rows(staying)
@@ -255,12 +268,6 @@ class DecodingLoop:
             self._true_states.go_on([last[place] for place in staying], staying)
         self._newest = newest
         self._cache.lengths = [len(row.ids) - 1 for row in self._rows]
-
-    def _clock(self) -> float:
-        """Now, with the device's work done. Needed between draft and target only: verification waits for the device itself."""
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
-        return time.perf_counter()
 
 
 def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:

@@ -71,7 +71,7 @@ class Greedy:
             verified.append(chosen[: accepted + 1])
         if len(verified) == 1:
             return verified, choices[:, len(verified[0]) - 1 : len(verified[0])]
-        return verified, torch.tensor([[ids[-1]] for ids in verified], device=logits.device)
+        return verified, torch.tensor([[ids[-1]] for ids in verified]).to(logits.device, non_blocking=True)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         pass

@@ -1,6 +1,7 @@
 """The strategies: each is a number of layers as the target, and perhaps a drafter, for the one loop."""
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from ..config.checks import require, require_exit_layer
@@ -11,6 +12,7 @@ from .depth import Depth, DynamicDepth, FixedDepth
 from .drafters import DrafterSetup, drafter_for
 from .loop import DecodingLoop, Token
 from .prefix import PrefixCache
+from .recorded import RecordedDepth, Recorder, recorded_sides
 from .sampling import sampler_for
 from .stats import DecodeStats
 from .stopping import Detokenize, Stopping, StopReason
@@ -75,7 +77,7 @@ def decode(
     below the exit, to measure what reuse saves. `prefix`: what the decoding before left; that one must not go on. Raises
     ConfigError for an exit that the model does not have and a prompt that does not fit.
     """
-    return Decoding(loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix))
+    return Decoding(loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix, alone=True))
 
 
 def decode_batch(
@@ -113,18 +115,29 @@ def loop_of(
     reuse_exit_states: bool = True,
     seeds: Sequence[int] | None = None,
     prefix: PrefixCache | None = None,
+    alone: bool = False,
 ) -> DecodingLoop:
-    """The loop that decodes prompts by the config's strategy. Raises ConfigError as `decode` does."""
+    """The loop that decodes prompts by the config's strategy. Raises ConfigError as `decode` does.
+
+    `alone`: it has one row, and no others will join. Its passes are recorded where the model allows it.
+    """
     sampler, drafter = sampler_for(config.sampling, model.device, len(prompts), seeds), None
     true_states = _true_states(model, config)
     depth = _depth_of(model, config, true_states)
+    recorder = sides = None
+    carries = true_states is not None and true_states.needs_finals
+    if alone and model.recordable and prefix is None and not carries and isinstance(depth, FixedDepth):
+        recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.max_positions))
+        depth, sides = RecordedDepth(depth, recorder), recorded_sides(model, recorder)
     if config.strategy in DRAFTERS:
-        drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states))
+        drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states, sides))
     stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
     if prefix is not None:
         prefix.suit(model, config)
     return DecodingLoop(
-        model, prompts, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize, true_states, prefix
+        *(model, prompts, stopping, sampler, depth, drafter, config.num_draft_tokens, detokenize, true_states, prefix),
+        cache=None if recorder is None else recorder.cache,
+        at_end=None if recorder is None else partial(recorder.give_back, model),
     )
 
 

@@ -17,8 +17,8 @@ class TrueStates:
         self._model = model
         self._blocks = {block.block.exit_layer: block for block in blocks}
         self.taps = tuple(sorted(self._blocks))  # the exits
-        self._needs_finals = any(block.join is not None for block in blocks)
-        self.rerun = int(self._needs_finals)  # tokens that a first pass in the middle of a text needs from before it
+        self.needs_finals = any(block.join is not None for block in blocks)  # which one pass leaves to the next
+        self.rerun = int(self.needs_finals)  # tokens that a first pass in the middle of a text needs from before it
         self._features: Tensor | None = None
         self._finals = torch.empty(0)  # (B, T, D), the final norm's output for the tokens of the last pass
 
@@ -34,7 +34,7 @@ class TrueStates:
         middle of a text, its first token only gives the second its feature: the cache has what the blocks wrote for it.
         """
         before = None
-        if self._needs_finals:
+        if self.needs_finals:
             self._finals = self._model.normed(hidden)
             if self._features is None and int(positions[0, 0]) > 0:
                 states, positions, before = [reached[:, 1:] for reached in states], positions[:, 1:], self._finals[:, :-1]
@@ -47,8 +47,9 @@ class TrueStates:
 
     def go_on(self, places: Sequence[int], rows: Sequence[int]) -> None:
         """Keeps `rows` of the batch; `places`, one for each of them, is where the token before its newest stood in the pass."""
-        if self._needs_finals:
-            self._features = self._finals[list(rows), list(places)][:, None]
+        if self.needs_finals:
+            chosen, where = torch.tensor([list(rows), list(places)]).to(self._finals.device, non_blocking=True)
+            self._features = self._finals[chosen, where][:, None]
 
     def join(self, other: "TrueStates") -> None:
         """Adds the rows of another after its own, between two passes."""

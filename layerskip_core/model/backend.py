@@ -1,6 +1,6 @@
 """What decoding needs of a model. The protocols are complete: nothing about a backend is looked up at run time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -87,6 +87,17 @@ class DraftEnds(NamedTuple):
     def needs_probs(self) -> bool:
         return self.wants_probs or self.confidence > 0 or self.survival > 0
 
+    def length(self, probs: Sequence[float]) -> int | None:
+        """How many drafts with these probabilities a draft has that ends at one of them; None if it goes on."""
+        survival = 1.0
+        for place, prob in enumerate(probs):
+            if prob < self.confidence:
+                return place
+            survival *= 1 - self.doubt * (1 - prob) ** self.power
+            if survival < self.survival:
+                return place + 1
+        return None
+
 
 class DraftSide(Layers, Protocol):
     """What drafts for a backend: layers and a head, each either shared with the backend or a cheaper copy."""
@@ -152,6 +163,10 @@ class Backend(Layers, Protocol):
     @property
     def batch_invariant(self) -> bool:
         """Whether a token has the same bits alone as among others, so that greedy outputs do not depend on what drafts."""
+
+    @property
+    def recordable(self) -> bool:
+        """Whether passes over a WholeCache can be recorded and replayed on its device: its weights stay in their places."""
 
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]:

@@ -18,11 +18,14 @@ class KVCache:
     need not be cleared. `lengths` counts the committed positions of each row; the decoding loop sets it.
     """
 
+    is_recorded = False  # whether a pass over it is recorded, so that nothing that it reads may move; see WholeCache
+
     def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
         """`max_positions` is the context limit: a token beyond it is refused."""
         self.max_positions = max_positions
         self.lengths = [0] * batch_size
         self._num_layers = num_layers
+        self._reserved = 0
         self._storage: Tensor | None = None  # (L, 2 for key and value, B, kv heads, capacity, head dim)
         self._matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # views of it, see LayerSlots
 
@@ -30,6 +33,15 @@ class KVCache:
     def of(cls, spec: ModelSpec, batch_size: int = 1, max_positions: int | None = None) -> "KVCache":
         """An empty cache for all layers of a model, up to its context limit unless `max_positions` is less."""
         return cls(spec.layers, batch_size, min(max_positions or spec.context, spec.context))
+
+    def reserve(self, places: int) -> None:
+        """Makes room for so many positions at once, so that the storage does not move before there are more."""
+        self._reserved = places
+
+    @property
+    def capacity(self) -> int:
+        """How many positions have room now."""
+        return 0 if self._storage is None else self._storage.shape[4]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Keeps only the rows at the indices `rows`, in that order."""
@@ -63,7 +75,7 @@ class KVCache:
         """
         held = self._storage
         if held is None or held.shape[4] < stop:
-            capacity = -(-stop // _BLOCK) * _BLOCK
+            capacity = -(-max(stop, self._reserved) // _BLOCK) * _BLOCK
             grown = like.new_zeros(self._num_layers, 2, len(self.lengths), kv_heads, capacity, head_dim)
             if held is not None:
                 grown[..., : held.shape[4], :] = held
@@ -124,6 +136,27 @@ class SpanWriter:
         """Row and column indices of all tokens, (B, 1) and (B, T)."""
         rows = torch.arange(self._positions.shape[0], device=device)[:, None]
         return rows, self._positions.to(device, non_blocking=True)
+
+
+class WholeCache(KVCache):
+    """Another cache, for passes with fixed shapes and addresses: they see all of its places, and masks hide those that no query
+    may see. Positions are on the device, where nobody looks at them. The other cache must have room for them.
+    """
+
+    is_recorded = True
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(cache._num_layers, len(cache.lengths), cache.max_positions)
+        self._cache = cache
+
+    def writer(self, positions: Tensor) -> "SpanWriter":
+        return _WholeWriter(self._cache, positions)
+
+
+class _WholeWriter(SpanWriter):
+    def __init__(self, cache: KVCache, positions: Tensor) -> None:
+        self._cache, self._positions = cache, positions
+        self.start, self.stop, self.contiguous = 0, cache.capacity, False
 
 
 class LayerSlots(NamedTuple):

@@ -31,7 +31,7 @@ class DraftVocabulary:
         """Token ids (...) of indices (...) into the N tokens."""
         if self.ids is None:
             return indices
-        self.ids = self.ids.to(indices.device)
+        self.ids = self.ids.to(indices.device, non_blocking=True)
         return self.ids[indices]
 
     def spread(self, values: Tensor, rest: float) -> Tensor:
@@ -39,7 +39,7 @@ class DraftVocabulary:
         padded = F.pad(values, (0, self._left_out), value=rest)
         if self.ids is None:
             return padded
-        self.ids = self.ids.to(values.device)
+        self.ids = self.ids.to(values.device, non_blocking=True)
         return torch.full_like(padded, rest).index_copy(-1, self.ids, values)
 
 

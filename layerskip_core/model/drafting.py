@@ -59,21 +59,30 @@ class LayeredDraftSide:
         """As `DraftSide` says. Step by step the hidden states are those of all tokens that were run."""
         if self.kernel is not None:
             return self.kernel(token, submodel, positions, cache, ends, feature)
-        tokens, kept, probs, survival = [token], [], [], 1.0
+        looks = token.device.type == "cpu"  # elsewhere a look at a token waits for the device: all are looked at in the end
+        tokens, kept = [token], []
+        probs: list[float] = []
+        unread: list[Tensor] = []
         for step in range(positions.shape[1]):
             place = positions[:, step : step + 1]
             kept.append(states_at(self.layers, self.layers.embed(tokens[-1]), submodel.stops, place, cache))
             logits, feature = beyond_exit(self, submodel, kept[-1][submodel.exit_layer], place, cache, feature)
-            if ends.needs_probs:
-                prob = float(logits.float().softmax(-1).amax())
-                if prob < ends.confidence:
-                    break
-                probs.append(prob)
-                survival *= 1 - ends.doubt * (1 - prob) ** ends.power
             chosen = most_probable(logits)
             tokens.append(chosen if self.vocabulary is None else self.vocabulary.tokens(chosen))
-            if survival < ends.survival or (ends.ids and int(tokens[-1]) in ends.ids):
+            if ends.needs_probs:
+                prob = logits.float().softmax(-1).amax()
+                if not looks:
+                    unread.append(prob)
+                else:
+                    probs.append(float(prob))
+                    if ends.length(probs) is not None:
+                        break
+            if ends.ids and int(tokens[-1]) in ends.ids:
                 break
+        if unread:
+            probs = torch.stack(unread).tolist()
+        if (length := ends.length(probs)) is not None:
+            tokens, kept, probs = tokens[: length + 1], kept[: length + 1], probs[:length]
         return GreedyDraft(torch.cat(tokens, dim=1), joined(kept), probs)
 
 

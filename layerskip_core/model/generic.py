@@ -70,7 +70,7 @@ class GenericBackend:
     """
 
     implementation = "generic"
-    exact = batch_invariant = False
+    exact = batch_invariant = recordable = False
 
     def __init__(self, model: nn.Module, exit_blocks: ExitBlocks = NO_BLOCKS) -> None:
         """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible.

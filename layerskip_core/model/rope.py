@@ -27,10 +27,12 @@ class Rope:
         ones = torch.ones(1, spec.head_dim // 2, dtype=self._lengths.dtype.to_complex(), device=like.device)
         self.still = self._slots(ones)  # (T = 1, 1, G+2, half a head), of layers without rope
         self._tables = self._grown(0)
+        self._outgrown: list[list[Tensor]] = []  # recorded passes go on reading them
 
     def at(self, writer: SpanWriter, positions: Tensor) -> list[Tensor]:
         """By rotary embedding, (B, T, 1, G+2, half a head), without B for rows at the same positions."""
         if len(self._tables[0]) < writer.stop:
+            self._outgrown.append(self._tables)
             self._tables = self._grown(2 * writer.stop)
         if writer.contiguous:
             return [table[writer.start : writer.stop] for table in self._tables]
@@ -70,7 +72,8 @@ class RopeTables:
 def cos_and_sin(frequencies: Tensor, scaling: float, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Of the angles of the first positions, each (positions, rotary / 2), times `scaling`."""
     angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies)
-    return (angles.cos() * scaling).to(like), (angles.sin() * scaling).to(like)
+    cos, sin = ((values * scaling).to(like, non_blocking=True) for values in (angles.cos(), angles.sin()))
+    return cos, sin
 
 
 def rope_frequencies(config: object, spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:

@@ -125,7 +125,8 @@ class AdaptiveDrafter:
 
     def _drafted_by(self, option: Option, context: Context, most: Sequence[int], length: int, rate: float) -> Draft:
         ends = DraftEnds()
-        if self._is_greedy and len(most) == 1:  # such a draft ends where the draft side is uncertain
+        # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
+        if self._is_greedy and len(most) == 1 and context.newest.device.type == "cpu":
             ends = option.ends(rate)
             length = min(_LONGER * length, most[0])
         context = replace(context, positions=context.positions[:, : length + 1])
@@ -139,7 +140,7 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
     drafters: dict[str, ExitDrafter] = {}
     options: dict[str, Drafting] = {}
     with_blocks = sorted(exit_layer for exit_layer in model.exit_blocks if exit_layer in config.exits)
-    for weights, side in model.draft_sides.items():
+    for weights, side in setup.draft_sides.items():
         exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
         if weights is not None and (side.num_layers == model.num_layers or not exits):
             exits.append(side.num_layers)

@@ -7,7 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 from ...config.decoding import DecodingConfig
-from ...model.backend import Backend
+from ...config.packing import Quantization
+from ...model.backend import Backend, DraftSide
 from ...model.cache import KVCache
 from ..sampling import Sampler, Verdict
 
@@ -47,13 +48,22 @@ class Draft:
 
 @dataclass(frozen=True)
 class DrafterSetup:
-    """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states."""
+    """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states.
+
+    `recorded_sides`: the model's draft sides, where drafts of some are recorded.
+    """
 
     model: Backend
     sampler: Sampler
     config: DecodingConfig
     eos_ids: frozenset[int]
     reuse_exit_states: bool = True
+    recorded_sides: Mapping[Quantization | None, DraftSide] | None = None
+
+    @property
+    def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
+        """What can draft, see `Backend.draft_sides`."""
+        return self.model.draft_sides if self.recorded_sides is None else self.recorded_sides
 
 
 class Drafter(Protocol):

@@ -37,8 +37,9 @@ class ExitDrafter:
         self._sampler = sampler
         self._submodel = submodel
         self._confidence = confidence
-        # On other devices waiting for every id costs more than a few drafts after an EOS, once per output.
-        self._eos_ids = eos_ids if draft_side.device.type == "cpu" else frozenset()
+        # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
+        self._looks = draft_side.device.type == "cpu"
+        self._eos_ids = eos_ids if self._looks else frozenset()
         self._reuses = reuse_exit_states and draft_side.shares_states
         self._is_greedy = isinstance(sampler, Greedy)
 
@@ -53,6 +54,7 @@ class ExitDrafter:
         limits, counts, token = list(most), [0] * len(most), context.newest
         side, submodel = self._draft_side, self._submodel
         tokens, probs, kept, features = [token], [], [], context.features
+        unread: list[Tensor] = []  # (B, 1) each, the largest probability of each draft
         for step in range(max(most)):
             going = [row for row, limit in enumerate(limits) if counts[row] == step < limit]
             if not going:
@@ -62,8 +64,10 @@ class ExitDrafter:
             logits, features = beyond_exit(side, submodel, kept[-1][submodel.exit_layer], positions, context.cache, features)
             draft_probs = self._sampler.probs(logits)
             # Decided before a token is drawn: dropping a drawn token because of its probability would bias the samples.
-            if self._confidence and not (going := self._confident(going, logits, draft_probs)):
-                break
+            if self._confidence:
+                unread.append((logits.float().softmax(-1) if draft_probs is None else draft_probs).amax(-1))
+                if self._looks and not (going := self._confident(going, unread.pop())):
+                    break
             token = self._sampler.choose(logits, draft_probs, going)
             if vocabulary is not None:
                 token = vocabulary.tokens(token)
@@ -77,6 +81,12 @@ class ExitDrafter:
                 ended = [row for row, drafted in enumerate(token[:, 0].tolist()) if drafted in self._eos_ids]
                 for row in ended:
                     limits[row] = min(limits[row], step + 1)
+        if unread:  # each row ends before its first draft that is not probable enough
+            for row, largest in enumerate(torch.cat(unread, dim=1).tolist()):
+                doubtful = (place for place, prob in enumerate(largest) if prob < self._confidence)
+                counts[row] = min(counts[row], next(doubtful, counts[row]))
+            longest = max(counts)
+            tokens, probs, kept = tokens[: longest + 1], probs[:longest], kept[: longest + 1]
         return Draft(
             torch.cat(tokens, dim=1),
             tuple(counts),
@@ -94,11 +104,10 @@ class ExitDrafter:
         )
         return Draft(tokens, (tokens.shape[1] - 1,), None, states if self._reuses else {}, self.source, probs)
 
-    def _confident(self, rows: list[int], logits: Tensor, draft_probs: Tensor | None) -> list[int]:
-        """Those of the rows whose most probable token is probable enough."""
-        distribution = logits.float().softmax(-1) if draft_probs is None else draft_probs
-        largest: list[float] = distribution.amax(-1)[:, 0].tolist()
-        return [row for row in rows if largest[row] >= self._confidence]
+    def _confident(self, rows: list[int], largest: Tensor) -> list[int]:
+        """Those of the rows whose most probable token, of the probabilities (B, 1), is probable enough."""
+        probs: list[float] = largest[:, 0].tolist()
+        return [row for row in rows if probs[row] >= self._confidence]
 
 
 def drafter(setup: DrafterSetup) -> ExitDrafter:
@@ -114,7 +123,7 @@ def drafter(setup: DrafterSetup) -> ExitDrafter:
 
 def draft_side(setup: DrafterSetup, weights: Quantization | None, exit_layer: int) -> DraftSide:
     """The layers that draft in this precision. Raises ConfigError if no such copy was made, or not of enough layers."""
-    sides = setup.model.draft_sides
+    sides = setup.draft_sides
     require(weights in sides, "draft_weights", f"a copy that was made: {', '.join(filter(None, sides)) or 'none'}", weights)
     side = sides[weights]
     require(exit_layer <= side.num_layers, "exit_layer", f"at most the {side.num_layers} layers kept for drafting", exit_layer)

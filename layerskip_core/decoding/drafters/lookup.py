@@ -98,7 +98,7 @@ def copied(context: Context, drafts: Sequence[list[int]], source: str = LookupDr
         return Draft(context.newest, (0,) * len(drafts), source=source)
     padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in drafts]
     rows = [[ids[-1], *tokens] for ids, tokens in zip(context.ids, padded, strict=True)]
-    return Draft(tensor(rows, device=context.newest.device), tuple(map(len, drafts)), source=source)
+    return Draft(tensor(rows).to(context.newest.device, non_blocking=True), tuple(map(len, drafts)), source=source)
 
 
 def drafter(setup: DrafterSetup) -> LookupDrafter:

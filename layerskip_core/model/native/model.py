@@ -60,6 +60,7 @@ class NativeBackend:
 
     exact = False  # calls need no splitting
     batch_invariant = True
+    recordable = False
 
     def __init__(
         self,

@@ -1,11 +1,13 @@
 """`Backend` on repacked weights, by torch's kernels: faster than transformers' layers, on every device."""
 
+import os
 from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ...config.checks import require_choice
 from ...config.packing import PackingConfig, Quantization
 from ..backend import DraftSide
 from ..cache import KVCache
@@ -23,6 +25,15 @@ from .head import PackedHead, PackedJoin, packed_head
 from .layer import Norm, PackedLayer, missing_feature
 from .linear import KernelLinear
 from .span import PackedLayers
+
+GRAPHS = "LAYERSKIP_CUDA_GRAPHS"  # environment variable: whether decoding on a GPU records its passes
+
+
+def graphs_are_on() -> bool:
+    """What the environment says. Raises ConfigError if that is neither on nor off."""
+    asked = os.environ.get(GRAPHS) or "on"
+    require_choice(asked, GRAPHS, ("on", "off"))
+    return asked == "on"
 
 
 def can_pack(config: object) -> bool:
@@ -91,6 +102,9 @@ class PackedBackend:
         self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab
         self.max_positions, self.exact, self.batch_invariant = spec.context, packing.exact, packing.exact
         self.device, self.dtype = embedding.device, embedding.dtype
+        self.recordable = self.device.type == "cuda" and not packing.exact and graphs_are_on()
+        if self.recordable:
+            self.implementation += ", CUDA graphs"
 
     @classmethod
     def of(

@@ -58,7 +58,7 @@ class PackedLayers:
         """As `run_layers`, on checked arguments and in one part."""
         batch, count, size = hidden.shape
         writer = cache.writer(positions)
-        space = self._workspace(batch, count)
+        space = self._workspace(batch, count, cache)
         slots = writer.layers(start, stop, self._spec.kv_heads, self._spec.head_dim, hidden)
         step = self._step(writer, positions, slots[0].values.shape[1])
         rows = hidden.reshape(batch * count, size).clone()
@@ -70,7 +70,7 @@ class PackedLayers:
         """As `Backend.propagate`, on checked arguments and in one part."""
         batch, count, size = hidden.shape
         writer = cache.writer(positions)
-        space = self._workspace(batch, count)
+        space = self._workspace(batch, count, cache)
         slots = writer.layers(start, stop, self._spec.kv_heads, self._spec.head_dim, hidden)
         step = self._step(writer, positions, slots[0].values.shape[1])
         for layer, held in zip(self._span(start, stop), slots, strict=True):
@@ -94,12 +94,12 @@ class PackedLayers:
         masks = self._masks.by_kind(writer, on_device, keys, by_products)
         return Step(ropes, still, masks, None, None if by_products else writer.stop)
 
-    def _workspace(self, batch: int, count: int) -> Workspace:
-        """Kept for the shapes that decoding repeats, not for prompts."""
-        space = self._spaces.get((batch, count))
+    def _workspace(self, batch: int, count: int, cache: KVCache) -> Workspace:
+        """Kept for the shapes that decoding repeats, not for prompts. A pass that is recorded has its own."""
+        space = None if cache.is_recorded else self._spaces.get((batch, count))
         if space is None:
             space = Workspace(batch, count, self._span(0, 1)[0], self._embedding)
-            if batch * count <= _KEPT_ROWS:
+            if batch * count <= _KEPT_ROWS and not cache.is_recorded:
                 if len(self._spaces) >= _KEPT:
                     self._spaces.pop(next(iter(self._spaces)))
                 self._spaces[batch, count] = space

@@ -1,0 +1,140 @@
+"""Passes of decoding that are recorded once and replayed: CUDA graphs, for one prompt on repacked weights.
+
+On a GPU the host needs longer to start the many kernels of a small pass than the GPU needs to run them. A recorded pass is one
+call, which runs the same kernels in the same order. Its shapes and addresses are fixed: it attends to all places of a cache
+that does not move, and reads its positions from the device (`model.cache.WholeCache`).
+
+Recorded are the target's pass over K drafts (K = 0 in plain decoding) and a whole greedy draft. Everything else runs as usual
+on the same cache: prompts, sampled drafts, and drafts that end where they are uncertain.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..config.packing import Quantization
+from ..errors import first_line
+from ..model.backend import Backend, DraftEnds, DraftSide, GreedyDraft, Submodel
+from ..model.cache import KVCache, WholeCache
+from ..model.drafting import LayeredDraftSide
+from .depth import FixedDepth, Pass
+from .drafters import Draft
+
+_AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
+_LEAST_PLACES = 256
+
+_IDLE: WeakKeyDictionary[Backend, list["Recorder"]] = WeakKeyDictionary()
+
+
+class _Recording(NamedTuple):
+    inputs: tuple[Tensor, ...]  # what the pass reads
+    replay: Callable[[], None]
+    outputs: tuple[Tensor, ...]  # what it writes
+
+
+class Recorder:
+    """The recorded passes of one decoding after another, each of one row. They share a cache."""
+
+    def __init__(self, model: Backend, end: int) -> None:
+        """`end`: positions of the first text; there is often room for the next, too."""
+        self._device = model.device
+        self.places = min(max(_LEAST_PLACES, 1 << (end - 1).bit_length()), model.max_positions)
+        self.cache = model.new_cache(1, self.places)
+        self.cache.reserve(self.places)
+        self.whole = WholeCache(self.cache)
+        self._runs: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._pool: Any = None  # memory of all recordings
+        self._records = True
+
+    @classmethod
+    def of(cls, model: Backend, end: int) -> "Recorder":
+        """That of the model's last decoding, if it is over and there is room for `end` positions; else a new one."""
+        idle = _IDLE.setdefault(model, [])
+        last = idle.pop() if idle else None
+        return last if last is not None and last.places >= end else cls(model, end)
+
+    def give_back(self, model: Backend) -> None:
+        """The decoding is over."""
+        _IDLE.setdefault(model, [])[:] = [self]
+
+    def run(self, name: Hashable, work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What `work` makes of the inputs on the device; it is replayed if it was recorded for inputs of these shapes.
+
+        `name` is equal for work that differs in nothing but its inputs. It runs over `whole` and never waits for the device.
+        """
+        key = name, tuple(tensor.shape for tensor in inputs)
+        self._runs[key] += 1
+        if self._records and key not in self._recordings and self._runs[key] > _AS_USUAL:
+            try:
+                self._recordings[key] = self._recorded(work, inputs)
+            except RuntimeError as error:
+                self._records = False
+                warnings.warn(f"decoding goes on without CUDA graphs: {first_line(error)}", RuntimeWarning, stacklevel=2)
+        recording = self._recordings.get(key)
+        if recording is None:
+            return work(*(tensor.to(self._device, non_blocking=True) for tensor in inputs))
+        for held, given in zip(recording.inputs, inputs, strict=True):
+            held.copy_(given, non_blocking=True)
+        recording.replay()
+        return tuple(output.clone() for output in recording.outputs)  # the next replay may write there
+
+    def _recorded(self, work: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> _Recording:
+        held = tuple(tensor.to(self._device, non_blocking=True, copy=True) for tensor in inputs)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            outputs = work(*held)
+        return _Recording(held, graph.replay, outputs)
+
+
+class RecordedDepth:
+    """A fixed number of layers, whose passes over drafts are recorded."""
+
+    prompt_alike = True
+
+    def __init__(self, depth: FixedDepth, recorder: Recorder) -> None:
+        self._depth, self._recorder = depth, recorder
+
+    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> Pass:
+        return self._depth.prefill(tokens, last, positions, cache)
+
+    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> Pass:
+        stops = tuple(draft.exit_states)
+
+        def work(tokens: Tensor, places: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            known = replace(draft, tokens=tokens, exit_states=dict(zip(stops, states, strict=True)))
+            return (self._depth.verify(known, places, self._recorder.whole).logits,)
+
+        name = "pass", self._depth.name, stops
+        (logits,) = self._recorder.run(name, work, draft.tokens, positions, *draft.exit_states.values())
+        return Pass(logits, self._depth.layers)
+
+
+def recorded_sides(model: Backend, recorder: Recorder) -> Mapping[Quantization | None, DraftSide]:
+    """The model's draft sides, with recorded drafts by its own layers."""
+    own = model.draft_sides[None]
+    assert isinstance(own, LayeredDraftSide)
+
+    def draft(
+        token: Tensor, submodel: Submodel, positions: Tensor, cache: KVCache, ends: DraftEnds, feature: Tensor | None
+    ) -> GreedyDraft:
+        if ends.needs_probs or ends.ids or feature is not None:
+            return own.draft_greedily(token, submodel, positions, cache, ends, feature)
+
+        def work(token: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+            made = own.draft_greedily(token, submodel, places, recorder.whole, ends)
+            return (made.tokens, *made.states.values())
+
+        name = "draft", submodel.exit_layer, submodel.beyond, submodel.block is not None, submodel.taps
+        tokens, *states = recorder.run(name, work, token, positions)
+        return GreedyDraft(tokens, dict(zip(submodel.stops, states, strict=True)), [])
+
+    return {**model.draft_sides, None: replace(own, kernel=draft)}

@@ -1,0 +1,237 @@
+"""All that runs on a GPU, on a simulated one: no tensor is left on the CPU, results are the CPU's, and waits are few."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from conftest import tiny_model
+from evaluating import own_answers
+from exit_block_models import random_blocks
+from simulated_cuda import simulated_cuda
+from training_runs import RECIPE, settings_on, train
+
+from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.config.data import DataConfig
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig
+from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
+from layerskip_core.config.verification import VerifyConfig
+from layerskip_core.decoding import PrefixCache, decode
+from layerskip_core.decoding.strategies import loop_of
+from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.inspect import inspect
+from layerskip_core.evaluation.measure.sweep import sweep
+from layerskip_core.evaluation.verification.run import verify
+from layerskip_core.harness.likelihood import likelihoods
+from layerskip_core.model import GenericBackend, PackedBackend
+from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.training import run as running
+from layerskip_core.training.frozen.prepare import prepare_frozen
+
+PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
+SAMPLED = SamplingConfig(temperature=0.8, top_k=20, seed=3)
+DRAFTED = {"exit_layer": 3, "num_draft_tokens": 4}
+SETTINGS = {
+    "autoregressive": {"strategy": "autoregressive"},
+    "self-speculative": DRAFTED,
+    "adaptive": {"strategy": "adaptive", "exits": (2, 4), "num_draft_tokens": 4},
+    "early exit": {"strategy": "early-exit", "exit_layer": 4},
+    "exits by confidence": {"strategy": "early-exit", "exits": (2, 4), "exit_confidence": 0.1},
+    "lookup": {"strategy": "lookup"},
+    "layers left out": {"strategy": "draft-and-verify", "skip": (2, 5), "num_draft_tokens": 4},
+    "confident drafts": {**DRAFTED, "draft_confidence": 0.05},
+    "sampled": {**DRAFTED, "sampling": SAMPLED},
+    "sampled by top-p": {**DRAFTED, "sampling": SamplingConfig(temperature=0.8, top_p=0.9, seed=3), "draft_confidence": 0.05},
+    "sampled plainly": {"strategy": "autoregressive", "sampling": SAMPLED},
+    "to an end": DRAFTED,
+}
+ENDS = {"to an end": frozenset(range(3, 67, 3))}
+# Waits of the host in a step, if not one, in which it reads the verified tokens: it reads what is probable enough before.
+WAITS = {"confident drafts": 2, "sampled by top-p": 2}
+ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
+BLOCKS = {"blocks": ("none", "none"), "blocks on final states": ("none", "final")}
+KINDS = {  # and what is decoded on them; blocks draft
+    "generic": ("self-speculative", "sampled"),
+    "packed": tuple(SETTINGS),
+    "packed without graphs": ("self-speculative", "sampled", "layers left out"),
+    "windows": ("autoregressive", "self-speculative"),
+    "few tokens": ("self-speculative", "sampled", "exits by confidence"),
+    "blocks": ("self-speculative", "adaptive", "early exit"),
+    "blocks on final states": ("self-speculative", "confident drafts", "sampled"),
+}
+
+
+def backend_on(device, kind):
+    """`kind`: the layers and what drafts. In fp64, so that the kernels of both devices give the same tokens."""
+    model = tiny_model("gemma3_text", sliding_window=5) if kind == "windows" else tiny_model()
+    blocks = random_blocks(model, *map(ExitBlock, (2, 4), BLOCKS[kind])) if kind in BLOCKS else None
+    model, keywords = model.to(device), {} if blocks is None else {"exit_blocks": blocks}
+    if kind == "generic":
+        return GenericBackend(model, **keywords)
+    packing = PackingConfig(draft_vocab=40) if kind == "few tokens" else None
+    return PackedBackend.of(model, packing, ORDER, **keywords)
+
+
+@contextmanager
+def gpu_backend(kind, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "off" if kind == "packed without graphs" else "on")
+    with simulated_cuda() as gpu:
+        yield gpu, backend_on("cuda", kind)
+
+
+def answers(model, name, gpu=None):
+    """The tokens of a prompt alone, then those of several in a batch, by their number and the row."""
+    config = DecodingConfig(**{"max_new_tokens": 10, **SETTINGS[name]})
+    found = {}
+    for prompts in (PROMPTS[:1], PROMPTS)[: 1 if config.exit_confidence else 2]:
+        loop = loop_of(model, prompts, config, ENDS.get(name, frozenset()), None, alone=len(prompts) == 1)
+        for number, steps in enumerate(loop):
+            for step in steps:
+                found.setdefault((len(prompts), step.row), []).extend(token.id for token in step.tokens)
+            if gpu is not None:
+                copied = any(step.finish_reason for step in steps)  # the rows of the others
+                if number > 0 and not copied and not config.exit_confidence:  # with which each exit is asked
+                    assert 1 <= len(gpu.waits) <= WAITS.get(name, 1), (name, prompts, gpu.waits)
+                gpu.waits.clear()
+    return found
+
+
+@cache
+def on_cpu(kind, name):
+    return answers(cpu_backend(kind), name)
+
+
+@cache
+def cpu_backend(kind):
+    return backend_on("cpu", kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_gives_the_tokens_of_the_cpu_and_waits_once_a_step(kind, monkeypatch):
+    with gpu_backend(kind, monkeypatch) as (gpu, model):
+        assert model.device.type == "cuda"
+        found = {name: answers(model, name, gpu) for name in KINDS[kind]}
+    assert (gpu.replays > 0) == (kind not in ("generic", "packed without graphs"))
+    for name, tokens in found.items():
+        assert tokens == on_cpu(kind, name), name
+    assert kind != "packed" or found["to an end"] != found["self-speculative"]
+
+
+def test_low_bit_weights_are_refused():
+    with simulated_cuda():
+        for packing in (PackingConfig(quantize="int8"), PackingConfig(draft_weights=("int4",))):
+            with pytest.raises(ConfigError, match=r"int[48] weights need `device` cpu, got cuda"):
+                PackedBackend.of(tiny_model().to("cuda"), packing)
+
+
+def test_texts_that_begin_alike_share_keys_and_values():
+    config = DecodingConfig(max_new_tokens=12, **DRAFTED)
+    first, second = [5, 11, 23, 42, 8], [5, 11, 23, 42, 8, 9, 30]
+
+    def texts(model):
+        prefix = PrefixCache()
+        return [[token.id for step in decode(model, ids, config, prefix=prefix) for token in step] for ids in (first, second)]
+
+    with simulated_cuda():
+        found = texts(backend_on("cuda", "packed"))
+    assert found == texts(cpu_backend("packed"))
+
+
+@pytest.fixture
+def on_gpu(checkpoint):
+    """The model of `checkpoint` as every command loads it."""
+    with simulated_cuda():
+        yield for_decoding(checkpoint, "cuda", "fp32")
+
+
+def test_benchmarks(on_gpu, checkpoint):
+    strategies, baselines = ("autoregressive", "self-speculative"), ("transformers", "no-reuse")
+    config = BenchConfig(checkpoint, own_answers(1).config, 2, 3, strategies, repeats=1, baselines=baselines)
+    *_, record = bench(on_gpu, own_answers(1), config)
+    assert {result.strategy for result in record.results} >= {*strategies, "transformers"}
+    assert record.environment["device_name"] == "simulated" and record.environment["implementation"] == "packed, CUDA graphs"
+
+
+def test_sweeps(on_gpu, checkpoint):
+    *_, record = sweep(
+        on_gpu, own_answers(1), SweepConfig(checkpoint, own_answers(1).config, exits=(2,), specs=(2,), quick=True)
+    )
+    assert record.recommendation is not None
+
+
+def test_what_every_layer_predicts(on_gpu, checkpoint):
+    found, expected = (inspect(loaded, "wake me up", 4) for loaded in (on_gpu, for_decoding(checkpoint, "cpu", "fp32")))
+    assert [trace.token for trace in found.tokens] == [trace.token for trace in expected.tokens]
+    for trace, other in zip(found.tokens, expected.tokens, strict=True):
+        for one, same in zip(trace.predictions, other.predictions, strict=True):
+            assert one.token == same.token and one.probability == pytest.approx(same.probability, rel=1e-3)
+
+
+def test_log_likelihoods(on_gpu):
+    found = dict(likelihoods(on_gpu.backend, [([5, 6, 7], [8, 9]), ([4], [5, 6, 7])], [2, 6], 2))
+    assert found[0][6].total < 0
+
+
+def test_verification(checkpoint):
+    """Which decodes in every way there is: batches, rows that join, turns of a conversation, samples."""
+    kernels = ("torch",)
+    sizes = {"samples": 2, "max_new_tokens": 3, "draws": 4, "exits": (2,), "specs": (2,)}
+    config = VerifyConfig(checkpoint, precisions=("fp32",), kernels=kernels, machine=MachineConfig("cuda"), **sizes)
+    with simulated_cuda() as gpu:
+        *_, record = verify(config)
+    assert {result.kernels for result in record.results} == {*kernels} and gpu.replays
+    assert all(result.passed for result in record.results)
+
+
+@pytest.fixture
+def run_on(base, tmp_path, monkeypatch):
+    """Trains on a device, and returns the reports. Nothing is saved: transformers asks weights for their memory, which those of
+    a simulated GPU do not have.
+    """
+    monkeypatch.setattr(running, "save_checkpoint", lambda *_: None)
+
+    def run(device, **changes):
+        if changes.get("pack"):
+            text = tmp_path / "text.txt"
+            text.write_text("".join(f"document {row} says {'abc' * (row % 5)}\n" for row in range(50)))
+            changes["data"] = DataConfig(name=str(text))
+        config = settings_on(base, tmp_path)(device=device, output=str(tmp_path / device), overwrite=True, **changes)
+        if not config.exit_blocks.frozen:
+            return train(config)
+        reports = []
+        prepare_frozen(config).run(reports.append, lambda stage: None)
+        return reports
+
+    return run
+
+
+RUNS = {
+    "the recipe": {
+        "recipe": RECIPE, "retention": RetentionSettings(anchor=0.1, replay=0.5, replay_tokens=8),
+        "validation": "test", "validation_samples": 4, "eval_steps": 2, "batch_size": 2, "accumulation": 2,
+    },
+    "packed rows, recomputed": {
+        "pack": True, "regime": "continual", "max_length": 32, "gradient_checkpointing": True,
+        "recipe": replace(RECIPE, distill=0.5), "retention": RetentionSettings(anchor=0.1),
+    },
+    "an exit block": {
+        "recipe": RecipeSettings(exits=(2,)), "warmup": 0.0, "validation_samples": 4,
+        "exit_blocks": ExitBlockSettings(frozen=True, feature="final", answer_tokens=8),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_takes_the_steps_of_the_cpu(run_on, name):
+    expected = run_on("cpu", steps=2, **RUNS[name])
+    with simulated_cuda():
+        found = run_on("cuda", steps=2, **RUNS[name])
+    assert [report.step for report in found] == [1, 2]
+    for one, other in zip(found, expected, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=0.02)  # the original's own text may differ at near-ties
+        assert one.validation_losses == pytest.approx(other.validation_losses, rel=0.02)
