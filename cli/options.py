@@ -296,7 +296,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "anchor": Option(
             RETENTION, "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none."
         ),
-        "anchor_weights": Option(RETENTION, "Weights of the copy of the original: bf16 or int8.", default="bf16"),
+        "anchor_weights": Option(RETENTION, "Weights of the copy of the original: bf16, or int8 on a CPU.", default="bf16"),
         "replay": Option(RETENTION, "Share of the rows that are the original's own text, sampled before the training."),
         "replay_tokens": Option(RETENTION, "Tokens of such a text, after its beginning.", default="the mean row's"),
     },

@@ -4,10 +4,11 @@
 # MODEL (default: embedded) is decoded as it is; a short run of the recipe and one of --frozen train from BASE (default:
 # embedded-base, or MODEL if it is given). Takes under 20 minutes on any GPU with small models. A stage that fails is reported,
 # the others go on, and the exit status is 1. DEVICE=cpu tries the script on a machine without a GPU; STEPS, SAMPLES and REPEATS
-# change the size of trainings and measurements.
+# change the size of trainings and measurements. It needs `layerskip` and, for the tests, pytest on the PATH: see environment.sh.
 set -euo pipefail
 out=${1:?OUTPUT, a folder for the report} model=${2:-embedded} base=${BASE:-${2:-embedded-base}}
 device=${DEVICE:-cuda} steps=${STEPS:-60} samples=${SAMPLES:-20} repeats=${REPEATS:-3}
+here=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out"
 report=$out/report.md failed=0
 
@@ -37,6 +38,9 @@ for number in range(torch.cuda.device_count()):
 } >"$report"
 
 on=(--device "$device")
+if [ "$device" != cpu ]; then
+    stage 'Tests that need a GPU' bash -c 'cd "$1" && pytest -m cuda -rs --no-header tests' - "$here"
+fi
 few=$((samples < 8 ? samples : 8))
 stage 'Outputs are what is promised' layerskip verify "$model" "${on[@]}" --precisions fp32,bf16 --samples "$few" \
     --format markdown
@@ -44,6 +48,10 @@ for dtype in fp32 bf16; do
     stage "Decoding in $dtype, with transformers beside it" layerskip bench --model "$model" "${on[@]}" --dtype "$dtype" \
         --samples "$samples" --repeats "$repeats" --baselines transformers,assistant-early-exit,no-reuse --format markdown
 done
+if [ "$device" != cpu ]; then
+    stage 'The same without CUDA graphs' env LAYERSKIP_CUDA_GRAPHS=off layerskip bench --model "$model" "${on[@]}" --dtype bf16 \
+        --samples "$samples" --repeats "$repeats" --format markdown
+fi
 stage 'Every exit and draft length' layerskip sweep-exits --model "$model" "${on[@]}" --samples "$samples" --format markdown
 stage 'Batches of 1, 4 and 16' bash -c 'for size in 1 4 16; do
     layerskip data --samples "$1" | layerskip generate --jsonl --batch-size "$size" --model "$2" --device "$3" --stats 2>&1 >/dev/null |
@@ -51,6 +59,10 @@ stage 'Batches of 1, 4 and 16' bash -c 'for size in 1 4 16; do
 done' - $((3 * samples)) "$model" "$device"
 stage 'Training by the recipe' bash -c 'layerskip finetune --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
     grep -E "tokens/s|loss by exit|MB|recipe:" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/recipe"
+for dtype in fp32 bf16; do
+    stage "A step of it in $dtype: time and memory" python "$here/examples/recipe_cost.py" "$base" "${on[@]}" --dtype "$dtype" \
+        --batch 16 --length 128 --rotation 8
+done
 stage 'What it trained' layerskip bench --model "$out/recipe" "${on[@]}" --samples "$samples" --repeats "$repeats" --format markdown
 stage 'Training of an exit block' bash -c 'layerskip finetune --frozen --model "$1" --device "$2" --steps "$3" --output "$4" --overwrite 2>&1 |
     grep -E "tokens/s|agree|parameters" | sed "s/^/    /"' - "$base" "$device" "$steps" "$out/frozen"

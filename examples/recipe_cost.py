@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--pmax", type=float, default=0.2)
     parser.add_argument("--curriculum", default="rotational")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--device", default="cpu", help="as for layerskip finetune --device; memory is the GPU's on cuda")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: one per core that this process may use")
     parser.add_argument("--one", action="store_true", help="measure only this setting, in this process")
@@ -39,7 +40,7 @@ def main() -> None:
     for name, result in (("plain", plain), ("recipe", recipe)):
         seconds, exits = result["seconds"], result["exits"]
         print(
-            f"{name:7} {median(seconds):.2f} s per step (fastest {min(seconds):.2f}), peak {result['peak_mb']:.0f} MB, "
+            f"{name:7} {median(seconds):.3f} s per step (fastest {min(seconds):.3f}), peak {result['peak_mb']:.0f} MB, "
             f"{sum(exits) / len(exits):.1f} exits per step"
         )
     print(f"memory {recipe['peak_mb'] / plain['peak_mb']:.3f}x plain")
@@ -60,7 +61,7 @@ def in_a_process(arguments: list[str]) -> dict:
 
 
 def measured(arguments: argparse.Namespace) -> dict:
-    """Seconds, multiply-adds and exits of each step, and the peak memory of the process in MB."""
+    """Seconds, multiply-adds and exits of each step, and the peak memory of the process or its GPU in MB."""
     import torch
 
     from layerskip_core.checkpoint.load import for_training
@@ -69,19 +70,22 @@ def measured(arguments: argparse.Namespace) -> dict:
     from layerskip_core.training.recipe import resolve_recipe
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    loaded = for_training(arguments.model, "cpu", "fp32")
+    loaded = for_training(arguments.model, arguments.device, "fp32")
+    device = loaded.backend.device
     asked = RecipeConfig(arguments.pmax, 0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
     recipe = resolve_recipe(asked, loaded.backend.num_layers, loaded.backend.vocab_size)
     training = RecipeModule(loaded.model, recipe).train()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)
-    ids = torch.randint(3, loaded.backend.vocab_size, (arguments.batch, arguments.length))
+    ids = torch.randint(3, loaded.backend.vocab_size, (arguments.batch, arguments.length), device=device)
 
     def step(number: int, rows: torch.Tensor) -> tuple[int, ...]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.dtype == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bf16"):
             output = training(rows, rows, Moment(number, 1000))
         (output["loss"] / rows.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return output["exit_layers"]
 
     step(0, ids[:1, :16])  # the optimizer's state
@@ -92,8 +96,10 @@ def measured(arguments: argparse.Namespace) -> dict:
         times.append(time.perf_counter() - started)
         counts.append(multiply_adds(training, number, on, arguments.batch, arguments.length))
         exits.append(len(on))
-        print(f"step {number + 1}: {times[-1]:.2f} s, {len(on)} exits, {counts[-1] / 1e9:.0f} G counted", file=sys.stderr)
+        print(f"step {number + 1}: {times[-1]:.3f} s, {len(on)} exits, {counts[-1] / 1e9:.0f} G counted", file=sys.stderr)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device.type == "cuda":
+        peak_mb = torch.cuda.max_memory_allocated(device) / 2**20
     return {"seconds": times, "counts": counts, "exits": exits, "peak_mb": peak_mb}
 
 

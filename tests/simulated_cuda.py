@@ -218,7 +218,7 @@ class _Calls(TorchFunctionMode):
                 kwargs["device"] = device
         if function is Tensor.backward:  # in which Python code may run again
             with self:
-                return torch.autograd.backward(*args, **kwargs)
+                return torch.autograd.backward(*args, kwargs.pop("gradient", None), **kwargs)
         if function is Tensor.tolist and isinstance(args[0], GpuTensor):
             return args[0].cpu().tolist()
         if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], GpuTensor):

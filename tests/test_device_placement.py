@@ -1,7 +1,6 @@
 """All that runs on a GPU, on a simulated one: no tensor is left on the CPU, results are the CPU's, and waits are few."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,7 +12,6 @@ from simulated_cuda import simulated_cuda
 from training_runs import RECIPE, settings_on, train
 
 from layerskip_core.checkpoint.load import for_decoding
-from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.machine import MachineConfig
@@ -196,10 +194,6 @@ def run_on(base, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "save_checkpoint", lambda *_: None)
 
     def run(device, **changes):
-        if changes.get("pack"):
-            text = tmp_path / "text.txt"
-            text.write_text("".join(f"document {row} says {'abc' * (row % 5)}\n" for row in range(50)))
-            changes["data"] = DataConfig(name=str(text))
         config = settings_on(base, tmp_path)(device=device, output=str(tmp_path / device), overwrite=True, **changes)
         if not config.exit_blocks.frozen:
             return train(config)
@@ -214,10 +208,6 @@ RUNS = {
     "the recipe": {
         "recipe": RECIPE, "retention": RetentionSettings(anchor=0.1, replay=0.5, replay_tokens=8),
         "validation": "test", "validation_samples": 4, "eval_steps": 2, "batch_size": 2, "accumulation": 2,
-    },
-    "packed rows, recomputed": {
-        "pack": True, "regime": "continual", "max_length": 32, "gradient_checkpointing": True,
-        "recipe": replace(RECIPE, distill=0.5), "retention": RetentionSettings(anchor=0.1),
     },
     "an exit block": {
         "recipe": RecipeSettings(exits=(2,)), "warmup": 0.0, "validation_samples": 4,

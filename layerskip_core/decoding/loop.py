@@ -174,7 +174,7 @@ class DecodingLoop:
         if newest is None:
             draft, made = self._prefill()
         else:
-            self._drafting.start()
+            self._drafting.start(started)
             draft = self._draft(newest)
             has_drafts = draft.tokens.shape[1] > 1
             if has_drafts:

@@ -14,10 +14,11 @@ class Stopwatch:
         self._events: list[Any] = []
         self._seconds = 0.0
 
-    def start(self) -> None:
+    def start(self, now: float) -> None:
+        """`now`: by the host's clock."""
         if self._is_gpu:
             self._events = [self._event()]
-        self._seconds = -time.perf_counter()
+        self._seconds = -now
 
     def stop(self) -> None:
         if self._is_gpu:

@@ -34,6 +34,8 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     require_base_kept(config)
     device = pick_device(config.device)
     require_device(device)
+    anchored = config.retention.anchor_weights
+    require(anchored != "int8" or device.type == "cpu", "anchor_weights", "bf16 if `device` is not cpu", anchored)
     take_own_gpu(device)
     config = resolve_sharding(config, device)
     resume = resume_point(config)
