@@ -8,6 +8,7 @@ Parts:
     rounds       the cost of a draft step and of a verification
     speculation  self-speculative decoding against autoregressive decoding and, with --assistant, both of transformers'
     exact        the price of --exact
+    prefill      the first token of prompts of 128, 512 and 2,048 tokens, against transformers
     context      a step at 2,048 tokens of context against one at 128
     memory       peak memory of a process per strategy
     perplexity   perplexity by kind of weights, on the text file --text
@@ -344,6 +345,27 @@ def part_exact(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"tokens_per_second": rates, "identical": same, "prompts": len(prompts), "table": table}
 
 
+def part_prefill(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The time to the first token by the length of the prompt, which is random, against transformers' generate."""
+    loaded = load(arguments)
+    model = for_training(arguments.model, "cpu", arguments.dtype).model
+    one, rates, ratios, table = DecodingConfig("autoregressive", max_new_tokens=1), {}, {}, []
+    for length, goal in ((128, 1.8), (512, 2.0), (2048, 2.0)):
+        if length >= loaded.backend.max_positions:
+            continue
+        prompt = torch.randint(5, IDS, (length,)).tolist()
+        runs: dict[str, Callable[[], Any]] = {
+            "layerskip": lambda prompt=prompt: decode_all(loaded, [prompt], one),
+            "transformers": lambda prompt=prompt: transformers_tokens(model, [prompt], 1),
+        }
+        times, _ = interleave(runs, arguments.repeats)
+        rates[length] = {name: length / seconds for name, seconds in times.items()}
+        ratios[length] = times["transformers"] / times["layerskip"]
+        note = f"{1000 * times['layerskip']:.1f} over {1000 * times['transformers']:.1f} ms"
+        table.append((f"prompt of {length:,} tokens, over transformers", goal, ratios[length], note))
+    return {"tokens_per_second": rates, "ratio": ratios, "table": table}
+
+
 def part_context(arguments: argparse.Namespace) -> dict[str, Any]:
     """A step with a long context against one with a short context."""
     backend = load(arguments).backend
@@ -413,7 +435,7 @@ def part_llamacpp(arguments: argparse.Namespace) -> dict[str, Any]:
 
 PARTS = {
     "throughput": part_throughput, "step": part_step, "rounds": part_rounds, "speculation": part_speculation,
-    "exact": part_exact, "context": part_context, "memory": part_memory, "perplexity": part_perplexity,
+    "prefill": part_prefill, "exact": part_exact, "context": part_context, "memory": part_memory, "perplexity": part_perplexity,
     "llamacpp": part_llamacpp,
 }  # fmt: skip
 

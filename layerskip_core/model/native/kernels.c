@@ -152,6 +152,20 @@ static void normed(const float *x, const Norm *norm, int n, float eps, float *ou
 
 #include "products.h"
 
+typedef struct {
+    const Shape *shape;
+    const Layer *layers;
+    int count, keys_only; /* keys_only: layers write keys and values of the given hidden states, and leave these as they are */
+    const int32_t *order; /* the indices of the layers to run; NULL: 0..count-1 */
+    Call *call;
+    const Matrix *head; /* of `score` and `draft`, with its norm; else NULL */
+    const Norm *head_norm;
+    float *logits;
+    Draft *draft;
+    int ended, finished; /* a draft: no more tokens; and no more layers either */
+    Team team;
+} Work;
+
 enum { PUT, ADD, ACTIVATE }; /* what happens to a product */
 
 /* x times the logistic function of x, or of 2 sqrt(2/pi) (x + 0.044715 x^3), which is GELU by tanh. */
@@ -164,22 +178,45 @@ INLINE vf activated(vf x, int activation) {
     return f_div(x, f_add(f_set(1), f_exp(f_sub(f_set(0), inner))));
 }
 
-/* A product of rows (row, inputs), as they are formed for the matrix, to out (row, width): out = rows @ matrix (PUT), out +=
+/* A product of rows (row, inputs), after a norm if there is one, to out (row, width): out = rows @ matrix (PUT), out +=
  * residual_scale * rows @ matrix (ADD), or, of `up` (ACTIVATE), out = activated(gate) * up, or activated(up) without a gate. */
 typedef struct {
     const Matrix *matrix;
-    const char *rows;
-    int count; /* of rows */
+    const float *rows;
+    const Norm *norm; /* NULL: none */
+    int count;        /* of rows */
     float *out;
     int width, what;
 } Multiplication;
 
-/* The panels from..to-1, or pairs of gate and up, of which there are `step` each. */
-static void multiply_panels(const Shape *s, const Multiplication *of, int step, int from, int to) {
+/* A thread's own room, of Call.scratch. */
+typedef struct {
+    float *row;   /* one, after its norm */
+    char *formed; /* rows as a matrix reads them */
+} Own;
+
+INLINE Own own_room(const Work *work, int thread) {
+    float *row = (float *)(work->call->scratch + thread * work->call->scratch_bytes);
+    return (Own){row, (char *)(row + work->shape->hidden + 16)};
+}
+
+/* `count` rows from the first-th on, in the form that the matrix reads. Each thread forms them for itself, which is cheaper than
+ * meeting at a barrier. */
+static void form_rows(const Shape *s, const Multiplication *of, int first, int count, Own own) {
+    const Matrix *m = of->matrix;
+    for (int r = 0; r < count; r++) {
+        const float *row = of->rows + (size_t)(first + r) * (size_t)m->inputs;
+        if (of->norm && of->norm->weight) normed(row, of->norm, m->inputs, s->eps, own.row), row = own.row;
+        form(m, row, own.formed + (size_t)r * form_bytes(m));
+    }
+}
+
+/* The panels from..to-1, or pairs of gate and up, of which there are `step` each, by `rows` rows from the first-th on, as formed. */
+static void multiply_panels(const Shape *s, const Multiplication *of, int first, int rows, const char *formed, int step, int from, int to) {
     const Matrix *m = of->matrix;
     size_t stride = form_bytes(m);
-    int rows = of->count, most = rows_at_once(m, rows), shaped = 0;
-    int together = rows < most ? PANELS(rows) / step : 1;
+    int most = rows_at_once(m, rows), shaped = 0;
+    int together = in_tiles(m) ? 1 : panels_at_once(m->kind, rows < most ? rows : most) / step;
     if (together < 1) together = 1;
     Product product[MOST_PANELS];
     for (int p = from; p < to; p += together) {
@@ -187,11 +224,11 @@ static void multiply_panels(const Shape *s, const Multiplication *of, int step, 
         for (int row = 0; row < rows; row += most) {
             int tile = rows - row < most ? rows - row : most;
             if (in_tiles(m) && tile != shaped) shape_tiles_for(shaped = tile);
-            panel_rows(m, p * step, units * step, of->rows + (size_t)row * stride, stride, tile, product);
+            panel_rows(m, p * step, units * step, formed + (size_t)row * stride, stride, tile, product);
             for (int u = 0; u < units; u++) {
                 int place = (p + u) * PANEL, live = of->width - place < PANEL ? of->width - place : PANEL;
                 for (int r = 0; r < tile; r++) {
-                    float *put = product[u * step][r], *out = of->out + (size_t)(row + r) * (size_t)of->width + place;
+                    float *put = product[u * step][r], *out = of->out + (size_t)(first + row + r) * (size_t)of->width + place;
                     if (of->what == ACTIVATE)
                         for (int i = 0; i < PANEL; i += 16) {
                             vf active = activated(f_load(put + i), s->activation);
@@ -206,23 +243,39 @@ static void multiply_panels(const Shape *s, const Multiplication *of, int step, 
     if (shaped) release_tiles();
 }
 
-#define LONG_PRODUCT (1 << 20) /* multiplications; what is shorter is over before a thread could help another */
+#define LONG_PRODUCT (1 << 20)  /* multiplications; what is shorter is over before a thread could help another */
+#define BLOCK_BYTES (192 << 10) /* of formed rows, which stay in a core's cache while panels pass */
+#define LEAST_BLOCK 32          /* rows, which make the memory's speed matter less than the core's */
+
+/* Rows of a product that are formed together: blocks of about the same size. */
+static int rows_of_block(const Matrix *m, int rows) {
+    int most = (int)(BLOCK_BYTES / form_bytes(m));
+    if (most < LEAST_BLOCK) most = LEAST_BLOCK;
+    int blocks = (rows + most - 1) / most;
+    return (rows + blocks - 1) / blocks;
+}
 
 /* This thread's part of a product, from panel `first` on, and of a long one what other threads have not begun. */
-static void multiply(const Shape *s, Team *team, Multiplication of, int first, int thread, int threads) {
-    int step = of.what == ACTIVATE && s->gated ? 2 : 1, count = of.matrix->panels / step - first;
-    int64_t size = (int64_t)of.matrix->inputs * of.matrix->outputs * of.count;
-    if (threads == 1 || threads > MOST_TAKERS || size < LONG_PRODUCT) {
-        multiply_panels(s, &of, step, first + share(count, thread, threads), first + share(count, thread + 1, threads));
-        return;
-    }
-    unsigned phase = atomic_load_explicit(&team->phase, memory_order_relaxed);
-    int few = of.count > TILE ? 1 : MOST_PANELS / step;
-    for (int i = 0; i < threads; i++) {
+static void multiply(Work *work, Multiplication of, int first, int thread, int threads) {
+    const Shape *s = work->shape;
+    const Matrix *m = of.matrix;
+    Own own = own_room(work, thread);
+    int step = of.what == ACTIVATE && s->gated ? 2 : 1, count = m->panels / step - first;
+    int block_rows = rows_of_block(m, of.count), blocks = (of.count + block_rows - 1) / block_rows, formed = -1;
+    int helps = threads > 1 && threads <= MOST_TAKERS && (int64_t)m->inputs * m->outputs * of.count >= LONG_PRODUCT;
+    unsigned phase = atomic_load_explicit(&work->team.phase, memory_order_relaxed);
+    for (int i = 0; i < (helps ? threads : 1); i++) {
         int whose = (thread + i) % threads, from = first + share(count, whose, threads);
-        int all = first + share(count, whose + 1, threads) - from;
-        for (int at; (at = take(team->taken + whose, phase, few, all)) >= 0;)
-            multiply_panels(s, &of, step, from + at, from + (all - at < few ? all : at + few));
+        int panels = first + share(count, whose + 1, threads) - from, all = panels * blocks; /* of one block after the other */
+        int few = helps ? (of.count > TILE ? 2 : MOST_PANELS) / step : all;
+        for (int at = 0; (at = helps ? take(work->team.taken + whose, phase, few, all) : at) >= 0 && at < all;)
+            for (int end = all - at < few ? all : at + few, units; at < end; at += units) {
+                int block = at / panels, panel = at % panels, row = block * block_rows;
+                int rows = of.count - row < block_rows ? of.count - row : block_rows;
+                units = end - at < panels - panel ? end - at : panels - panel;
+                if (block != formed) form_rows(s, &of, row, rows, own), formed = block;
+                multiply_panels(s, &of, row, rows, own.formed, step, from + panel, from + panel + units);
+            }
     }
 }
 
@@ -242,41 +295,16 @@ static void norm_projections(const Shape *s, const Layer *l, const Call *call, i
 
 /* ---- a span of layers, and the head ---- */
 
-typedef struct {
-    const Shape *shape;
-    const Layer *layers;
-    int count, keys_only; /* keys_only: layers write keys and values of the given hidden states, and leave these as they are */
-    const int32_t *order; /* the indices of the layers to run; NULL: 0..count-1 */
-    Call *call;
-    const Matrix *head; /* of `score` and `draft`, with its norm; else NULL */
-    const Norm *head_norm;
-    float *logits;
-    Draft *draft;
-    int ended, finished; /* a draft: no more tokens; and no more layers either */
-    Team team;
-} Work;
-
-/* All rows of x (row, width) in the form that a matrix's kernel reads, after a norm if there is one. Each thread forms them
- * for itself, which is cheaper than meeting at a barrier. */
-static void form_rows(const Shape *s, const Matrix *m, const float *x, int width, const Norm *norm, int rows, float *row, char *out) {
-    for (int r = 0; r < rows; r++) {
-        const float *from = x + (size_t)r * (size_t)width;
-        if (norm && norm->weight) normed(from, norm, width, s->eps, row), from = row;
-        form(m, from, out + (size_t)r * form_bytes(m));
-    }
-}
-
-/* hidden += rows of x (row, width) @ matrix, the product after a norm if there is one. */
-static void add_block(Work *work, const Matrix *m, const float *x, int width, const Norm *after, float *row, char *formed, int thread, int threads) {
+/* hidden += rows of x (row, inputs) @ matrix, the product after a norm if there is one. */
+static void add_block(Work *work, const Matrix *m, const float *x, const Norm *after, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
-    int rows = call->rows, n = s->hidden;
-    form_rows(s, m, x, width, NULL, rows, row, formed);
-    int adds = !after->weight;
-    multiply(s, &work->team, (Multiplication){m, formed, rows, adds ? call->hidden : call->block, n, adds ? ADD : PUT}, 0, thread, threads);
+    int rows = call->rows, n = s->hidden, adds = !after->weight;
+    Multiplication block = {m, x, NULL, rows, adds ? call->hidden : call->block, n, adds ? ADD : PUT};
+    multiply(work, block, 0, thread, threads);
     meet(&work->team, threads);
     if (adds) return;
-    float scale = s->residual_scale;
+    float scale = s->residual_scale, *row = own_room(work, thread).row;
     for (int r = share(rows, thread, threads); r < share(rows, thread + 1, threads); r++) {
         float *hidden = call->hidden + (size_t)r * (size_t)n;
         normed(call->block + (size_t)r * (size_t)n, after, n, s->eps, row);
@@ -292,14 +320,12 @@ static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
     int rows = call->rows, mixed = s->heads * s->head_dim, slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
-    float *row = (float *)(call->scratch + thread * call->scratch_bytes);
-    char *formed = (char *)(row + s->hidden + 16);
     for (int i = first; i < last; i++) {
         int index = work->order ? work->order[i] : i;
         const Layer *l = work->layers + index;
-        form_rows(s, &l->qkv, call->hidden, s->hidden, &l->before_attention, rows, row, formed);
-        Multiplication qkv = {&l->qkv, formed, rows, call->qkv, slots, PUT}, up = {&l->up, formed, rows, call->inside, s->inner, ACTIVATE};
-        multiply(s, &work->team, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
+        Multiplication qkv = {&l->qkv, call->hidden, &l->before_attention, rows, call->qkv, slots, PUT};
+        Multiplication up = {&l->up, call->hidden, &l->before_mlp, rows, call->inside, s->inner, ACTIVATE};
+        multiply(work, qkv, work->keys_only ? mixed / PANEL : 0, thread, threads);
         meet(&work->team, threads);
         if (s->norms_projections) {
             norm_projections(s, l, call, work->keys_only, thread, threads);
@@ -314,22 +340,17 @@ static void span(Work *work, int first, int last, int thread, int threads) {
         if (work->keys_only) continue;
         mix_values(s, l, call, index, thread, threads);
         meet(&work->team, threads);
-        add_block(work, &l->output, call->mixed, mixed, &l->after_attention, row, formed, thread, threads);
-        form_rows(s, &l->up, call->hidden, s->hidden, &l->before_mlp, rows, row, formed);
-        multiply(s, &work->team, up, 0, thread, threads);
+        add_block(work, &l->output, call->mixed, &l->after_attention, thread, threads);
+        multiply(work, up, 0, thread, threads);
         meet(&work->team, threads);
-        add_block(work, &l->down, call->inside, s->inner, &l->after_mlp, row, formed, thread, threads);
+        add_block(work, &l->down, call->inside, &l->after_mlp, thread, threads);
     }
 }
 
 static void score(Work *work, int thread, int threads) {
-    const Shape *s = work->shape;
     const Call *call = work->call;
-    float *row = (float *)(call->scratch + thread * call->scratch_bytes);
-    char *formed = (char *)(row + s->hidden + 16);
-    form_rows(s, work->head, call->hidden, work->head->inputs, work->head_norm, call->rows, row, formed);
-    Multiplication logits = {work->head, formed, call->rows, work->logits, work->head->outputs, PUT};
-    multiply(s, &work->team, logits, 0, thread, threads);
+    Multiplication logits = {work->head, call->hidden, work->head_norm, call->rows, work->logits, work->head->outputs, PUT};
+    multiply(work, logits, 0, thread, threads);
 }
 
 /* The first of the largest of n numbers. */
@@ -435,10 +456,7 @@ static void leave_exit(Work *work, int thread, int threads) {
     if (thread == 0) memcpy(draft->join ? draft->joined : draft->beyond, work->call->hidden, sizeof(float) * n);
     if (draft->join) {
         meet(&work->team, threads);
-        float *row = (float *)(work->call->scratch + thread * work->call->scratch_bytes);
-        char *formed = (char *)(row + n + 16);
-        form_rows(s, draft->join, draft->joined, draft->join->inputs, NULL, 1, row, formed);
-        multiply(s, &work->team, (Multiplication){draft->join, formed, 1, draft->beyond, s->hidden, PUT}, 0, thread, threads);
+        multiply(work, (Multiplication){draft->join, draft->joined, NULL, 1, draft->beyond, s->hidden, PUT}, 0, thread, threads);
     }
     if (thread == 0) work->call->hidden = draft->beyond;
     meet(&work->team, threads);
@@ -487,6 +505,7 @@ static void part(Work *work, int thread, int threads) {
 static void in_thread(void *work) { part(work, thread_number(), thread_count()); }
 
 static void run(Work *work, int threads) {
+    if (work->call->rows == 0) return;
     int now = parallel ? threads_now(threads) : 1;
     if (now == 1) {
         part(work, 0, 1);

@@ -4,11 +4,11 @@
 typedef __m512 vf;  /* 16 floats */
 typedef __m512i vi; /* 16 int32, or 64 bytes */
 #define SUMS 24       /* vectors of sums that registers hold */
-#define TILE 12       /* most rows that share a weight once it is loaded */
-#define WHOLE_TILE 12 /* and of a whole panel */
+#define TILE 10       /* most rows that share a weight once it is loaded; more leave no register for each one's address */
+#define WHOLE_TILE 10 /* and of a whole panel */
 #define LOW_BIT_TILE 8
 #define MOST_PANELS 4 /* that are multiplied together */
-#define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+#define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10)
 
 INLINE vf f_set(float x) { return _mm512_set1_ps(x); }
 INLINE vf f_load(const float *p) { return _mm512_loadu_ps(p); }

@@ -10,8 +10,6 @@
 
 #include "tiles.h"
 
-#define PANELS(R) ((R) == 1 ? MOST_PANELS : (R) == 2 && SUMS >= 8 ? 2 : 1)
-
 typedef float Product[MOST_ROWS][PANEL]; /* of a panel, (row, output) */
 
 /* What is multiplied: units from..to-1 of P neighbouring panels, or, where H is 1, of one of the two halves of a panel, by R rows.
@@ -158,8 +156,17 @@ INLINE void panels_int4(const Operands *o, const int R, const int P, const int H
     put_sums(acc, o, R, P, H);
 }
 
+INLINE int is_low_bit(int kind) { return kind == INT8 || kind == INT4; }
+
+/* Whole panels that are multiplied together: so few sums of one panel would wait for each other, and a row's value that is read
+ * once serves them all. Low-bit weights have sums of groups beside the others. */
+INLINE int panels_at_once(int kind, int rows) {
+    int sums = is_low_bit(kind) ? SUMS / 2 : SUMS;
+    return rows == 1 ? MOST_PANELS : 4 * rows <= sums ? 2 : 1;
+}
+
 INLINE void panels_by_rows(const Matrix *m, const Operands *o, const int R, const int P, const int H) {
-    switch (R > LOW_BIT_TILE && m->kind > BF16 ? -1 : m->kind) {
+    switch (is_low_bit(m->kind) && (R > LOW_BIT_TILE || P > panels_at_once(INT8, R)) ? -1 : m->kind) {
     case FP32: panels_fp32(o, R, P, H); break;
     case BF16: panels_bf16(o, R, P, H); break;
     case INT8: panels_int8(o, R, P, H); break;
@@ -182,8 +189,9 @@ INLINE void whole_panels(const Matrix *m, int panel, int count, const char *x, s
     for (int p = 0, few; p < count; p += few) {
         Operands o = operands_of(m, panel + p, x, stride, out + p);
         few = 1;
-        if (PANELS(R) == 4 && count - p >= 4) few = 4, panels_by_rows(m, &o, R, 4, 2);
-        else if (PANELS(R) >= 2 && count - p >= 2) few = 2, panels_by_rows(m, &o, R, 2, 2);
+        int most = panels_at_once(m->kind, R);
+        if (R == 1 && MOST_PANELS == 4 && count - p >= 4) few = 4, panels_by_rows(m, &o, R, 4, 2);
+        else if (4 * R <= SUMS && most >= 2 && count - p >= 2) few = 2, panels_by_rows(m, &o, R, 2, 2);
         else panels_by_rows(m, &o, R, 1, 2);
     }
 }
@@ -196,7 +204,7 @@ static void half_panel(const Matrix *m, const Operands *o, int rows) {
     }
 }
 
-INLINE int tile_of(const Matrix *m) { return m->kind == INT8 || m->kind == INT4 ? LOW_BIT_TILE : TILE; }
+INLINE int tile_of(const Matrix *m) { return is_low_bit(m->kind) ? LOW_BIT_TILE : TILE; }
 
 /* A panel by up to two tiles of rows. The halves and tiles of a step each ask for a part of the next step's weights. */
 static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t stride, int rows, Product *out) {
@@ -217,11 +225,15 @@ static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t st
     }
 }
 
-/* Rows of which one panel_rows multiplies a panel: parts of about the same size, or whole tiles of AMX. */
+/* Rows of which one panel_rows multiplies a panel: parts of about the same size, of many rows as many as whole panels are
+ * multiplied by in pairs; or whole tiles of AMX. */
 static int rows_at_once(const Matrix *m, int rows) {
     if (in_tiles(m)) return TILED_ROWS;
-    int most = tile_of(m) * (WHOLE_TILE < TILE ? 2 : 1), parts = (rows + most - 1) / most;
-    return rows <= most ? most : (rows + parts - 1) / parts;
+    int most = tile_of(m) * (WHOLE_TILE < TILE ? 2 : 1);
+    if (rows <= most) return most;
+    if (WHOLE_TILE == TILE && !is_low_bit(m->kind)) most = SUMS / 4;
+    int parts = (rows + most - 1) / most;
+    return (rows + parts - 1) / parts;
 }
 
 /* `count` <= MOST_PANELS neighbouring panels. */
