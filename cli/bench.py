@@ -9,6 +9,7 @@ from layerskip_core.config.evaluation import BenchConfig
 
 from . import console, evaluation, options
 from .signature import command
+from .threads import use_threads
 
 _SEARCHING = (
     "searching the layers that drafts skip, because none are known: give --skip, or store them with "
@@ -33,7 +34,7 @@ def bench(
     require(report.output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     scored = bool(config.task.harness_tasks)
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
-    console.use_threads(config.machine.threads)
+    use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search
     from layerskip_core.evaluation.measure.journal import close

@@ -10,8 +10,9 @@ from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.ranges import require_ranges
 
 from . import options
-from .console import narrate, stage_bars, use_threads
+from .console import narrate, stage_bars
 from .signature import command
+from .threads import use_threads
 
 
 @command

@@ -25,7 +25,6 @@ from .options import with_flags
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
 
-_SMALL_WIDTH = 256  # of the hidden states
 _PLAIN_SECONDS = 10.0  # between two progress lines
 
 
@@ -60,20 +59,6 @@ def narrate_notes(loaded: "Decoder") -> None:
     """Prints how the model runs here, if there is something to know about it."""
     for note in loaded.notes:
         narrate(note)
-
-
-def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
-    """Sets torch's CPU threads. With 0 they stay torch's choice, except for decoding with a small model (`loaded`): then 1.
-
-    A small model's products take no longer than the threads' barriers, and if another process holds a core, every barrier
-    waits for it. Measured on two cores with layers of width 160 and torch's kernels: the same speed on a quiet machine, far
-    below half on a busy one. Our own kernels gain 1.6 times from a second thread on a quiet machine.
-    """
-    small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.hidden_size < _SMALL_WIDTH
-    if threads or small:
-        import torch
-
-        torch.set_num_threads(threads or 1)
 
 
 class _Bar(Progress):

@@ -10,7 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from .console import ResultsConsole, narrate, narrate_notes, progress_bar, use_threads
+from .console import ResultsConsole, narrate, narrate_notes, progress_bar
+from .threads import use_threads
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,9 +14,10 @@ from layerskip_core.errors import TrainingInterrupted
 
 from . import options
 from .config_file import read_config
-from .console import narrate, show_picture, stage_bars, use_threads
+from .console import narrate, show_picture, stage_bars
 from .pictures import Curves
 from .signature import command
+from .threads import use_free_threads
 
 if TYPE_CHECKING:
     from layerskip_core.training.progress import StepReport
@@ -37,7 +38,9 @@ def finetune(
             rich_help_panel=options.RUN,
         ),
     ] = False,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.", rich_help_panel=options.MACHINE)] = 0,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; 0: torch's choice, but none for a busy core.", rich_help_panel=options.MACHINE)
+    ] = 0,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -55,7 +58,7 @@ def finetune(
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """
     require_ranges(threads=threads)
-    use_threads(threads)
+    use_free_threads(threads)
     drawn = Curves() if curves else None
     if settings.exit_blocks.frozen:
         train_blocks(settings, dry_run, drawn)

@@ -10,7 +10,8 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.policies import EXACT
 from layerskip_core.config.prompting import PromptingConfig
 
-from .console import narrate_notes, use_threads
+from .console import narrate_notes
+from .threads import use_threads
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder

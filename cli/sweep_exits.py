@@ -19,6 +19,7 @@ from layerskip_core.errors import ConfigError
 from . import console, evaluation, options
 from .pictures import front
 from .signature import command
+from .threads import use_threads
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo
@@ -44,7 +45,7 @@ def sweep_exits(
 
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
-    console.use_threads(config.machine.threads)
+    use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.sweep import sweep
     from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.answers_page import with_answers

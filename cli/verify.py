@@ -10,8 +10,9 @@ from layerskip_core.config.verification import VerifyConfig
 from layerskip_core.errors import LayerSkipError
 
 from . import evaluation, options
-from .console import narrate, narrate_notes, use_threads
+from .console import narrate, narrate_notes
 from .signature import command
+from .threads import use_threads
 
 
 @command

@@ -1,8 +1,4 @@
-"""Progress for people, where what is left of a resumed run is judged by its own speed; CPU threads."""
-
-from types import SimpleNamespace
-
-import torch
+"""Progress for people, where what is left of a resumed run is judged by its own speed."""
 
 from cli import console
 
@@ -24,24 +20,3 @@ def test_the_first_report_may_come_before_anything_is_done(monkeypatch, capsys):
         update(0, "")
         update(32, "")
     assert capsys.readouterr().err.splitlines() == ["answers 32/64 11 s left"]
-
-
-def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
-    def loaded(width, device="cpu"):
-        return SimpleNamespace(backend=SimpleNamespace(hidden_size=width, device=torch.device(device)))
-
-    before = torch.get_num_threads()
-    try:
-        for threads, model, expected in [
-            (0, None, 3),
-            (0, loaded(576), 3),
-            (0, loaded(160, "meta"), 3),
-            (0, loaded(160), 1),
-            (2, loaded(160), 2),
-            (2, None, 2),
-        ]:
-            torch.set_num_threads(3)
-            console.use_threads(threads, model)
-            assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(before)
