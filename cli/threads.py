@@ -1,8 +1,6 @@
 """CPU threads: how many a command uses."""
 
 import os
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import narrate
@@ -11,8 +9,7 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
 
 _SMALL_WIDTH = 256  # of the hidden states
-_STAT = Path("/proc/stat")
-_INTERVAL = 0.25  # seconds
+_INTERVAL = 0.25  # seconds in which other processes are watched
 
 
 def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
@@ -47,24 +44,12 @@ def use_free_threads(threads: int) -> None:
 
 
 def busy_cores() -> float:
-    """How many of the cores that this process may use are busy now, while it waits. 0.0 where the system does not tell.
+    """How many of the cores that this process may use are busy now, while it waits.
 
     Processes with a positive nice value are not counted: they make way.
     """
-    if not _STAT.exists():
-        return 0.0
-    before, started = _busy_seconds(), time.monotonic()
-    time.sleep(_INTERVAL)
-    return (_busy_seconds() - before) / (time.monotonic() - started)
+    import psutil
 
-
-def _busy_seconds() -> float:
-    """Of the cores together, since the machine started. Linux lists each as cpuN and user, nice, system, idle, iowait, irq and
-    softirq time in ticks (proc_stat(5))."""
-    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    ticks = 0
-    for name, *columns in map(str.split, _STAT.read_text(encoding="ascii").splitlines()):
-        if name in cores:
-            user, _, system, _, _, irq, softirq = map(int, columns[:7])
-            ticks += user + system + irq + softirq
-    return ticks / os.sysconf("SC_CLK_TCK")
+    shares = psutil.cpu_times_percent(_INTERVAL, percpu=True)
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+    return float(sum(shares[core].user + shares[core].system for core in usable if core < len(shares)) / 100)

@@ -2,7 +2,9 @@
 
 import os
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 
@@ -44,19 +46,14 @@ def test_training_leaves_busy_cores_to_others_and_says_so(monkeypatch, capsys, g
     assert (f"{expected} of 3 CPU threads" in said) == (expected < 3)
 
 
-def test_busy_cores_are_those_of_this_process(monkeypatch, tmp_path):
-    """Each reading of the time adds 50 ticks of user time to core 0, 30 of a niced process, and 90 to core 1."""
-    core, other = min(os.sched_getaffinity(0)), 10_000
-    clock = iter(range(100))
+def test_busy_cores_are_those_that_this_process_may_use(monkeypatch):
+    class Share(NamedTuple):
+        user: float
+        nice: float
+        system: float
+        idle: float
 
-    def read(*_, **__):
-        n = next(clock)
-        return f"cpu 0 0 0 0 0 0 0\ncpu{core} {50 * n} {30 * n} 0 7 9 0 0 0\ncpu{other} {90 * n} 0 0 0 0 0 0 0\nintr 5\n"
-
-    monkeypatch.setattr(threads, "_STAT", SimpleNamespace(exists=lambda: True, read_text=read))
-    monkeypatch.setattr(threads, "_INTERVAL", 0.0)
-    moments = iter([10.0, 11.0])
-    monkeypatch.setattr(threads.time, "monotonic", lambda: next(moments))
-    assert threads.busy_cores() == pytest.approx(50 / os.sysconf("SC_CLK_TCK"))
-    monkeypatch.setattr(threads, "_STAT", tmp_path / "none")
-    assert threads.busy_cores() == 0
+    shares = [Share(70, 5, 20, 5), Share(100, 0, 0, 0), Share(10, 80, 0, 10)]
+    monkeypatch.setattr(psutil, "cpu_times_percent", lambda interval, percpu: shares)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
+    assert threads.busy_cores() == pytest.approx(1.0)
