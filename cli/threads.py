@@ -1,6 +1,7 @@
 """CPU threads: how many a command uses."""
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 from .console import narrate
@@ -50,6 +51,11 @@ def busy_cores() -> float:
     """
     import psutil
 
-    shares = psutil.cpu_times_percent(_INTERVAL, percpu=True)
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
-    return float(sum(shares[core].user + shares[core].system for core in usable if core < len(shares)) / 100)
+    def seconds() -> float:
+        times = psutil.cpu_times(percpu=True)
+        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
+        return float(sum(times[core].user + times[core].system for core in usable if core < len(times)))
+
+    before, started = seconds(), time.monotonic()
+    time.sleep(_INTERVAL)
+    return (seconds() - before) / (time.monotonic() - started)

@@ -47,13 +47,17 @@ def test_training_leaves_busy_cores_to_others_and_says_so(monkeypatch, capsys, g
 
 
 def test_busy_cores_are_those_that_this_process_may_use(monkeypatch):
-    class Share(NamedTuple):
+    class Times(NamedTuple):
         user: float
         nice: float
         system: float
-        idle: float
 
-    shares = [Share(70, 5, 20, 5), Share(100, 0, 0, 0), Share(10, 80, 0, 10)]
-    monkeypatch.setattr(psutil, "cpu_times_percent", lambda interval, percpu: shares)
+    readings = iter(
+        [[Times(9, 9, 9), Times(9, 9, 9), Times(9, 9, 9)], [Times(10.2, 9, 9.2), Times(11, 9, 9), Times(9.1, 11, 9.5)]]
+    )
+    moments = iter([5.0, 7.0])
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: next(readings))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
+    monkeypatch.setattr(threads.time, "sleep", lambda _: None)
+    monkeypatch.setattr(threads.time, "monotonic", lambda: next(moments))
     assert threads.busy_cores() == pytest.approx(1.0)
