@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -16,8 +17,9 @@ from .requests import Request, of_row
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
-    from layerskip_core.decoding import DecodeStats
-    from layerskip_core.decoding.text import Answer, TextStream
+    from layerskip_core.decoding import DecodeStats, StopReason
+    from layerskip_core.decoding.text import TextStream
+    from layerskip_core.serving import Scheduler, Update
 
 
 def answer_all(
@@ -48,69 +50,101 @@ def answer_all(
 
 
 def answer_in_batches(
-    loaded: "Decoder", packing: PackingConfig, requests: Iterator[Request], batch_size: int, jsonl: bool
+    loaded: "Decoder",
+    packing: PackingConfig,
+    requests: Iterator[Request],
+    is_ready: Callable[[], bool],
+    batch_size: int,
+    jsonl: bool,
 ) -> tuple[bool, "DecodeStats"]:
-    """The same, `batch_size` requests at a time; those of them with equal settings are decoded together."""
+    """The same, with up to `batch_size` requests decoded at once: where one is finished, the next takes its place.
+
+    Those with equal settings share passes. `is_ready`: whether the next request can be read without a wait, which would hold up
+    those that are being decoded, and never end if whoever writes requests waits for answers.
+    """
     from layerskip_core.decoding import DecodeStats
 
     failed, total = False, DecodeStats()
-    while batch := list(islice(requests, batch_size)):
-        answers, stats = _answered_together(loaded, packing, batch)
-        total = total + stats
-        for request, answer in zip(batch, answers, strict=True):
-            if isinstance(answer, LayerSkipError):
+    for finished, seconds in _decoded(loaded, packing, requests, is_ready, batch_size):
+        total += DecodeStats(total_seconds=seconds)
+        for pending in finished:
+            if pending.error is not None:
                 failed = True
-                _report(answer, request.number, jsonl)
-            elif jsonl:
-                _write_object(answer, loaded.policy_for(request.settings, packing))
+                _report(pending.error, pending.request.number, jsonl)
             else:
-                _write(answer.text)
+                total += pending.stats
+                if jsonl:
+                    _write_object(pending, loaded.policy_for(pending.request.settings, packing))
+                else:
+                    _write(pending.text)
             _write("\n")
     return failed, total
 
 
-def _answered_together(
-    loaded: "Decoder", packing: PackingConfig, batch: Sequence[Request]
-) -> "tuple[list[Answer | LayerSkipError], DecodeStats]":
-    """An answer or an error for each request of a batch, and the stats of all."""
-    from layerskip_core.decoding import DecodeStats
-    from layerskip_core.decoding.text import Answer, answer_together
+def _decoded(
+    loaded: "Decoder", packing: PackingConfig, requests: Iterator[Request], is_ready: Callable[[], bool], batch_size: int
+) -> Iterator[tuple[list["_Pending"], float]]:
+    """By step of the decoding: the requests that are finished and follow those before, and the step's seconds."""
+    from layerskip_core.serving import Scheduler
 
-    answers: dict[int, Answer | LayerSkipError] = {}
-    groups: dict[DecodingConfig, list[int]] = {}
-    for place, request in enumerate(batch):
+    scheduler, has_more = Scheduler(loaded, batch_size), True
+    unanswered: deque[_Pending] = deque()
+    while has_more or unanswered:
+        while has_more and scheduler.held < batch_size and (not unanswered or is_ready()):
+            if (request := next(requests, None)) is None:
+                has_more = False
+            else:
+                unanswered.append(_Pending(loaded, packing, request, scheduler))
+        started, finished = time.perf_counter(), []
+        scheduler.step()
+        for pending in unanswered:
+            pending.raise_if_broken()
+        while unanswered and unanswered[0].is_finished:
+            finished.append(unanswered.popleft())
+        yield finished, time.perf_counter() - started
+
+
+class _Pending:
+    """A request of a batch, and what has become of it."""
+
+    def __init__(self, loaded: "Decoder", packing: PackingConfig, request: Request, scheduler: "Scheduler") -> None:
+        """Hands it to the scheduler, unless it cannot be decoded."""
+        from layerskip_core.serving import Request as Job
+
+        self.request = request
+        self.text = ""
+        self.finish_reason: StopReason | None = None
+        self.error: LayerSkipError | None = None
+        self._broken: BaseException | None = None
+        self._job: Job | None = None
         try:
-            groups.setdefault(_resolved(loaded, packing, request), []).append(place)
+            config = _resolved(loaded, packing, request)
+            self._job = Job(loaded.encode_prompt(request.prompt), config, self._take, streams=False)
         except LayerSkipError as error:
-            answers[place] = error
-    total = DecodeStats()
-    for config, places in groups.items():
-        answer = _answered_singly if config.exit_confidence else answer_together
-        group, stats = answer(loaded, [batch[place].prompt for place in places], config)
-        answers |= zip(places, group, strict=True)
-        total = total + stats
-    return [answers[place] for place in range(len(batch))], total
+            self.error = error
+        else:
+            scheduler.add(self._job)
 
+    @property
+    def is_finished(self) -> bool:
+        return self.error is not None or self.finish_reason is not None
 
-def _answered_singly(
-    loaded: "Decoder", prompts: Sequence[str], config: DecodingConfig
-) -> "tuple[list[Answer | LayerSkipError], DecodeStats]":
-    """As `answer_together`, for tokens that leave at different exits: such prompts cannot share passes."""
-    from layerskip_core.decoding import DecodeStats
-    from layerskip_core.decoding.text import Answer, TextStream
+    @property
+    def stats(self) -> "DecodeStats":
+        assert self._job is not None
+        return self._job.stats
 
-    answers: list[Answer | LayerSkipError] = []
-    total = DecodeStats()
-    for prompt in prompts:
-        try:
-            stream = TextStream(loaded, prompt, config)
-            for _ in stream:
-                pass
-            answers.append(stream.answer)
-            total = total + stream.stats
-        except LayerSkipError as error:
-            answers.append(error)
-    return answers, total
+    def raise_if_broken(self) -> None:
+        """Raises what ended the request and is not its own fault, such as Ctrl-C."""
+        if self._broken is not None:
+            raise self._broken
+
+    def _take(self, update: "Update") -> None:
+        self.text, self.finish_reason = self.text + update.text, update.finish_reason
+        if isinstance(update.error, LayerSkipError):
+            self.error = update.error
+        else:
+            self._broken = update.error
 
 
 def _resolved(loaded: "Decoder", packing: PackingConfig, request: Request) -> DecodingConfig:
@@ -132,7 +166,7 @@ def _report(error: LayerSkipError, number: int, jsonl: bool) -> None:
         narrate(f"error: {message}")
 
 
-def _write_object(answer: "TextStream | Answer", policy: str | None) -> None:
+def _write_object(answer: "TextStream | _Pending", policy: str | None) -> None:
     stats = answer.stats
     document = {
         "text": answer.text,

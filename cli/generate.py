@@ -16,7 +16,7 @@ from . import options, standard_input
 from .answers import answer_all, answer_in_batches
 from .console import narrate
 from .loading import load_to_decode
-from .requests import read_requests
+from .requests import read_requests, requests_of
 from .signature import command
 from .stats import stats_text
 
@@ -72,10 +72,11 @@ def generate(
     require(single, "batch_size", "1 with `exit_confidence`", batch_size)
     loaded = load_to_decode(model, decoding, prompting, packing, machine, all_policies=jsonl)
     policy = loaded.policy_for(decoding, packing)
-    requests = read_requests(prompt, lines, jsonl, decoding)
+    given = standard_input.PromptLines()
+    requests = requests_of(given, jsonl, decoding) if lines or jsonl else read_requests(prompt, decoding)
     try:
         if batch_size > 1:
-            failed, total = answer_in_batches(loaded, packing, requests, batch_size, jsonl)
+            failed, total = answer_in_batches(loaded, packing, requests, given.is_ready, batch_size, jsonl)
         else:
             failed, total = answer_all(loaded, packing, requests, lines, jsonl)
     except KeyboardInterrupt:

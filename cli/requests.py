@@ -1,7 +1,7 @@
 """What standard input asks: prompts, each with its own settings if its row has some."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
@@ -40,17 +40,14 @@ class Request:
     problem: str | None = None
 
 
-def read_requests(prompt: str | None, lines: bool, jsonl: bool, flags: DecodingSettings) -> Iterator[Request]:
-    """The argument, all of standard input as one prompt, or each line of it. A row of `jsonl` may change `flags`."""
-    if prompt is not None:
-        yield Request(1, prompt, flags)
-        return
-    stream = standard_input.prompts_stream()
-    if not (lines or jsonl):
-        yield Request(1, stream.read().removesuffix("\n"), flags)
-        return
-    for number, line in enumerate(stream, start=1):
-        line = line.rstrip("\r\n")
+def read_requests(prompt: str | None, flags: DecodingSettings) -> Iterator[Request]:
+    """The argument, or all of standard input as one prompt."""
+    yield Request(1, standard_input.prompts_stream().read().removesuffix("\n") if prompt is None else prompt, flags)
+
+
+def requests_of(lines: Iterable[str], jsonl: bool, flags: DecodingSettings) -> Iterator[Request]:
+    """Each of the lines. A row of `jsonl` may change `flags`."""
+    for number, line in enumerate(lines, start=1):
         if not jsonl:
             yield Request(number, line, flags)
         elif line.strip():

@@ -1,7 +1,12 @@
 """Standard input, which carries prompts only: no library can read it as the answer to a question of its own."""
 
 import io
+import os
+import select
+import stat
 import sys
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TextIO
 
@@ -50,3 +55,54 @@ def prompts_stream() -> TextIO:
         return io.StringIO()
     _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[attr-defined]
     return _taken
+
+
+class PromptLines(Iterator[str]):
+    """The lines of `prompts_stream`, without their ends. Unlike a stream they can be asked whether the next one is there."""
+
+    def __init__(self) -> None:
+        self._stream = _taken
+        self._encoding = "utf-8-sig"  # of the first line: it may begin with a byte order mark
+        self._lines: deque[bytes] = deque()
+        self._rest = b""  # the beginning of the next line
+        self._is_over = _taken is None
+
+    def __next__(self) -> str:
+        while not self._lines and not self._is_over:
+            self._read()
+        if not self._lines:
+            raise StopIteration
+        line = self._lines.popleft().decode(self._encoding, "surrogateescape")
+        self._encoding = "utf-8"
+        return line.rstrip("\r")
+
+    def is_ready(self) -> bool:
+        """Whether the next line, or the end, can be had without waiting for the process that writes it, as far as is known."""
+        return bool(self._lines) or self._is_over or _has_data(self._descriptor())
+
+    def _read(self) -> None:
+        assert self._stream is not None
+        descriptor = self._descriptor()
+        new = self._stream.buffer.read() if descriptor is None else os.read(descriptor, 1 << 16)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        self._lines += lines
+        if not new or descriptor is None:
+            self._is_over = True
+            if self._rest:
+                self._lines.append(self._rest)
+
+    def _descriptor(self) -> int | None:
+        """None for a stream in memory."""
+        try:
+            return None if self._stream is None else self._stream.fileno()
+        except OSError:  # io.UnsupportedOperation is one
+            return None
+
+
+def _has_data(descriptor: int | None) -> bool:
+    if descriptor is None or stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], 0)[0])
+    except OSError:  # Windows knows it of sockets only
+        return False

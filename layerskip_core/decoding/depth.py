@@ -17,8 +17,9 @@ from .true_states import TrueStates
 class Pass(NamedTuple):
     """What the target makes of some tokens."""
 
-    logits: Tensor  # (B, T, V)
+    logits: Tensor | None  # (B, T, V)
     layers: int  # that gave them
+    choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if these are asked for nothing else
 
 
 class Depth(Protocol):
@@ -35,7 +36,7 @@ class Depth(Protocol):
         """
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> Pass:
-        """Logits (B, K+1, V) after each of the draft's tokens, which stand at `positions` (B, K+1)."""
+        """Logits (B, K+1, V), or choices, after each of the draft's tokens, which stand at `positions` (B, K+1)."""
 
 
 class FixedDepth:
@@ -44,10 +45,16 @@ class FixedDepth:
     prompt_alike = True
 
     def __init__(
-        self, model: Backend, layers: int, true_states: TrueStates | None = None, block: PlacedBlock | None = None
+        self,
+        model: Backend,
+        layers: int,
+        true_states: TrueStates | None = None,
+        block: PlacedBlock | None = None,
+        greedy: bool = False,
     ) -> None:
-        """`true_states`: of the blocks that draft. `block`: that of exit E."""
+        """`true_states`: of the blocks that draft. `block`: that of exit E. `greedy`: logits are needed for choices only."""
         self._model, self.layers = model, layers
+        self._only_chooses = greedy and true_states is None and block is None
         self._true_states, self._block = true_states, block
         self._taps = () if true_states is None else true_states.taps
 
@@ -62,12 +69,15 @@ class FixedDepth:
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> Pass:
         """One pass through the layers that the draft's exit states leave."""
         tokens, states = draft.tokens, draft.exit_states
-        if not states:
-            states = {0: self._model.embed(tokens)}
-        elif (known := states[max(states)].shape[1]) < tokens.shape[1]:
+        if states and (known := states[max(states)].shape[1]) < tokens.shape[1]:
             last = states_at(self._model, self._model.embed(tokens[:, known:]), sorted(states), positions[:, known:], cache)
             states = joined((states, last))
-        return self._pass(self._run(states, positions, cache))
+        if self._only_chooses and self._model.chooser is not None:
+            start = max(states, default=0)
+            choices = self._model.chooser(tokens, states.get(start), start, self.layers, positions, cache)
+            if choices is not None:
+                return Pass(None, self.layers, choices)
+        return self._pass(self._run(states or {0: self._model.embed(tokens)}, positions, cache))
 
     def _run(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
         """The layers after the highest of the `states`, and the exit's block."""

@@ -17,7 +17,7 @@ from ..model.cache import KVCache
 from .depth import Depth, Pass
 from .drafters import Context, Draft, Drafter
 from .prefix import PrefixCache
-from .sampling import Sampler, Verdict
+from .sampling import Sampler, Verdict, accepted_choices
 from .stats import DecodeStats, step_counts
 from .stopping import Detokenize, Stopping, StopReason, StopScanner
 from .stopwatch import Stopwatch
@@ -137,7 +137,8 @@ class DecodingLoop:
         self._rows = self._rows + other._rows
         self._newest = torch.cat((self._newest, other._newest))
         self._sampler.join(other._sampler)
-        self._cache.join(other._cache)
+        with torch.inference_mode():  # which the cache was written in
+            self._cache.join(other._cache)
         if self._true_states is not None and other._true_states is not None:
             self._true_states.join(other._true_states)
         self._places = max(self._places, other._places, key=lambda places: places.shape[1])
@@ -180,7 +181,12 @@ class DecodingLoop:
             if has_drafts:
                 self._drafting.stop()
             made = self._depth.verify(draft, self._positions(draft.tokens.shape[1]), self._cache)
-        verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, made.logits)
+        drafts = draft.tokens[:, 1:]
+        if made.choices is not None:
+            verified, following = accepted_choices(drafts, draft.counts, made.choices)
+        else:
+            assert made.logits is not None
+            verified, following = self._sampler.verify(drafts, draft.counts, draft.probs, made.logits)
         verified_at = time.perf_counter()
         source = draft.source if newest is not None and self._drafter is not None else None
         start = self.reused_tokens

@@ -111,7 +111,9 @@ class RecordedDepth:
 
         def work(tokens: Tensor, places: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             known = replace(draft, tokens=tokens, exit_states=dict(zip(stops, states, strict=True)))
-            return (self._depth.verify(known, places, self._recorder.whole).logits,)
+            logits = self._depth.verify(known, places, self._recorder.whole).logits
+            assert logits is not None  # backends whose passes are recorded have no chooser
+            return (logits,)
 
         name = "pass", self._depth.name, stops
         (logits,) = self._recorder.run(name, work, draft.tokens, positions, *draft.exit_states.values())

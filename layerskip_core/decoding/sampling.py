@@ -62,22 +62,26 @@ class Greedy:
     def verify(
         self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
     ) -> tuple[list[list[int]], Tensor]:
-        """Accepts the longest prefix of the drafts that the target would have chosen itself."""
-        choices, most = most_probable(logits), draft_ids.shape[1]
-        verified: list[list[int]] = []
-        for ids, count in zip((torch.cat((draft_ids, choices), 1) if most else choices).tolist(), counts, strict=True):
-            chosen = ids[most:]
-            accepted = next((place for place in range(count) if ids[place] != chosen[place]), count)
-            verified.append(chosen[: accepted + 1])
-        if len(verified) == 1:
-            return verified, choices[:, len(verified[0]) - 1 : len(verified[0])]
-        return verified, torch.tensor([[ids[-1]] for ids in verified]).to(logits.device, non_blocking=True)
+        return accepted_choices(draft_ids, counts, most_probable(logits))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         pass
 
     def join(self, other: "Greedy") -> None:
         pass
+
+
+def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> tuple[list[list[int]], Tensor]:
+    """Accepts the longest prefix of each row's drafts (B, K) that are the target's choices (B, K+1); returns as `verify`."""
+    most = draft_ids.shape[1]
+    verified: list[list[int]] = []
+    for ids, count in zip((torch.cat((draft_ids, choices), 1) if most else choices).tolist(), counts, strict=True):
+        chosen = ids[most:]
+        accepted = next((place for place in range(count) if ids[place] != chosen[place]), count)
+        verified.append(chosen[: accepted + 1])
+    if len(verified) == 1:
+        return verified, choices[:, len(verified[0]) - 1 : len(verified[0])]
+    return verified, torch.tensor([[ids[-1]] for ids in verified]).to(choices.device, non_blocking=True)
 
 
 class Stochastic:

@@ -151,7 +151,7 @@ def _true_states(model: Backend, config: DecodingConfig) -> TrueStates | None:
 
 def _depth_of(model: Backend, config: DecodingConfig, true_states: TrueStates | None) -> Depth:
     """Raises ConfigError for an exit that the model does not have, or that can only draft."""
-    early, layers = config.strategy == "early-exit", model.num_layers
+    early, layers, greedy = config.strategy == "early-exit", model.num_layers, config.sampling.temperature == 0
     if early and config.exit_confidence:
         require(bool(config.exits), "exits", "given with `exit_confidence`", "none")
         for exit_layer in config.exits:
@@ -160,5 +160,5 @@ def _depth_of(model: Backend, config: DecodingConfig, true_states: TrueStates | 
     if config.exit_layer is not None and config.strategy in ("early-exit", "self-speculative"):
         require_exit_layer(config.exit_layer, layers, early or config.draft_weights is not None)
     if early and config.exit_layer is not None:
-        return FixedDepth(model, config.exit_layer, block=target_block(model.exit_blocks, config.exit_layer))
-    return FixedDepth(model, layers, true_states)
+        return FixedDepth(model, config.exit_layer, block=target_block(model.exit_blocks, config.exit_layer), greedy=greedy)
+    return FixedDepth(model, layers, true_states, greedy=greedy)

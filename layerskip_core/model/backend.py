@@ -1,6 +1,6 @@
 """What decoding needs of a model. The protocols are complete: nothing about a backend is looked up at run time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -133,6 +133,13 @@ class DraftSide(Layers, Protocol):
         """
 
 
+Chooser = Callable[[Tensor, Tensor | None, int, int, Tensor, KVCache], Tensor | None]
+"""Takes tokens (B, T), their states (B, T, D) after `start` layers or None for 0, and what follows `hidden` in `run_layers`.
+
+Returns the tokens (B, T) with the largest of the logits after `stop` layers; None if they are too many for one call.
+"""
+
+
 class Backend(Layers, Protocol):
     """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, positions))` gives its logits."""
 
@@ -167,6 +174,10 @@ class Backend(Layers, Protocol):
     @property
     def recordable(self) -> bool:
         """Whether passes over a WholeCache can be recorded and replayed on its device: its weights stay in their places."""
+
+    @property
+    def chooser(self) -> Chooser | None:
+        """A kernel for layers, head and choice in one call; None if there is none."""
 
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]:

@@ -16,6 +16,9 @@ class KVCache:
 
     So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has no weight and
     need not be cleared. `lengths` counts the committed positions of each row; the decoding loop sets it.
+
+    A row that leaves is only forgotten, and one that joins takes its slot if it can: `slots` are the places of the rows in the
+    storage of `scattered`. Other readers ask for `room`, where the rows stand next to each other.
     """
 
     is_recorded = False  # whether a pass over it is recorded, so that nothing that it reads may move; see WholeCache
@@ -24,9 +27,11 @@ class KVCache:
         """`max_positions` is the context limit: a token beyond it is refused."""
         self.max_positions = max_positions
         self.lengths = [0] * batch_size
+        self.slots = torch.arange(batch_size)
         self._num_layers = num_layers
         self._reserved = 0
-        self._storage: Tensor | None = None  # (L, 2 for key and value, B, kv heads, capacity, head dim)
+        self._spares = False  # whether its readers find rows by their slots, so that there may be slots without a row
+        self._storage: Tensor | None = None  # (L, 2 for key and value, slots, kv heads, capacity, head dim)
         self._matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # views of it, see LayerSlots
 
     @classmethod
@@ -44,23 +49,27 @@ class KVCache:
         return 0 if self._storage is None else self._storage.shape[4]
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Keeps only the rows at the indices `rows`, in that order."""
+        """Keeps only the rows at the indices `rows`, in that order. One that is there several times is copied."""
         self.lengths = [self.lengths[row] for row in rows]
-        if self._storage is not None:
-            self._keep(self._storage[:, :, rows].contiguous())
+        self.slots = self.slots[rows]
+        if len(set(rows)) < len(rows):
+            self._settle()
 
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own. Both have keys and values."""
         held, added = self._storage, other._storage
         assert held is not None and added is not None
-        rows = len(self.lengths)
+        rows = len(self.lengths) + len(other.lengths)
+        capacity = max(held.shape[4], added.shape[4])
+        if held.shape[2] < rows or held.shape[4] < capacity:
+            held = self._grow(held, max(rows, 2 * held.shape[2]) if self._spares else rows, capacity)
+        used = set(self.slots.tolist())
+        free = [slot for slot in range(held.shape[2]) if slot not in used][: len(other.lengths)]
+        for slot, source in zip(free, other.slots.tolist(), strict=True):
+            held[:, :, slot, :, : added.shape[4]] = added[:, :, source]
         self.lengths = self.lengths + other.lengths
         self.max_positions = max(self.max_positions, other.max_positions)
-        shape = (*held.shape[:2], len(self.lengths), held.shape[3], max(held.shape[4], added.shape[4]), held.shape[5])
-        joined = held.new_zeros(shape)
-        joined[:, :, :rows, :, : held.shape[4]] = held
-        joined[:, :, rows:, :, : added.shape[4]] = added
-        self._keep(joined)
+        self.slots = torch.cat((self.slots, torch.tensor(free)))
 
     def writer(self, positions: Tensor) -> "SpanWriter":
         """Where a span of layers writes its keys and values, for tokens at `positions` (B, T), on the host."""
@@ -73,18 +82,42 @@ class KVCache:
         blocks, the last of them partly filled, so that kernels can read all and mask the rest. Within a block, a head's numbers
         may stand in an order of the backend's own.
         """
-        held = self._storage
-        if held is None or held.shape[4] < stop:
-            capacity = -(-max(stop, self._reserved) // _BLOCK) * _BLOCK
-            grown = like.new_zeros(self._num_layers, 2, len(self.lengths), kv_heads, capacity, head_dim)
-            if held is not None:
-                grown[..., : held.shape[4], :] = held
-            held = self._keep(grown)
-        return held
+        self._settle()
+        return self._reaching(stop, kv_heads, head_dim, like)
+
+    def scattered(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
+        """The same, for a reader that finds each row at its slot: (L, 2, slots, kv heads, capacity >= stop, head dim)."""
+        self._spares = True
+        return self._reaching(stop, kv_heads, head_dim, like)
 
     def matrices(self, start: int, stop: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The `all`, `keys` and `values` of layers start..stop-1, see LayerSlots."""
         return self._matrices[start:stop]
+
+    def _reaching(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
+        held = self._storage
+        if held is not None and held.shape[4] >= stop:
+            return held
+        capacity = -(-max(stop, self._reserved) // _BLOCK) * _BLOCK
+        if held is not None:
+            return self._grow(held, held.shape[2], capacity)
+        self.slots = torch.arange(len(self.lengths))
+        return self._keep(like.new_zeros(self._num_layers, 2, len(self.lengths), kv_heads, capacity, head_dim))
+
+    def _grow(self, held: Tensor, slots: int, capacity: int) -> Tensor:
+        """Moves the rows to the first slots of a larger storage."""
+        grown = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
+        for row, slot in enumerate(self.slots.tolist()):
+            grown[:, :, row, :, : held.shape[4]] = held[:, :, slot]
+        self.slots = torch.arange(len(self.lengths))
+        return self._keep(grown)
+
+    def _settle(self) -> None:
+        """Moves the rows to slots that are their numbers, with no others."""
+        held, rows = self._storage, len(self.lengths)
+        if held is not None and (held.shape[2] != rows or not torch.equal(self.slots, torch.arange(rows))):
+            self._keep(held[:, :, self.slots.to(held.device, non_blocking=True)].contiguous())
+        self.slots = torch.arange(rows)
 
     def _keep(self, storage: Tensor) -> Tensor:
         self._storage = storage

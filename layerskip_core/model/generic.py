@@ -71,6 +71,7 @@ class GenericBackend:
 
     implementation = "generic"
     exact = batch_invariant = recordable = False
+    chooser = None
 
     def __init__(self, model: nn.Module, exit_blocks: ExitBlocks = NO_BLOCKS) -> None:
         """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible.

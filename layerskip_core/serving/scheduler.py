@@ -1,7 +1,8 @@
 """Continuous batching: requests join the batch that is being decoded, and leave it when they are finished or given up.
 
-As in Orca (Yu et al., OSDI 2022) the batch changes between steps, not between answers. A request is prefilled alone and then
-joins the loop that decodes by the same settings; loops with different settings take their steps in turn.
+As in Orca (Yu et al., OSDI 2022) the batch changes between steps, not between answers. A request is prefilled, alone or with
+others of short prompts, and then joins the loop that decodes by the same settings; loops with different settings take their
+steps in turn.
 """
 
 from collections import deque
@@ -11,11 +12,14 @@ from typing import NamedTuple
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
-from ..decoding.loop import DecodingLoop, RowStep
+from ..decoding.loop import DecodingLoop, RowStep, check_prompt
 from ..decoding.stats import DecodeStats
 from ..decoding.stopping import StopReason
 from ..decoding.strategies import loop_of
 from ..decoding.text import ShownText
+from ..errors import LayerSkipError
+
+_PREFILLED_TOGETHER = 256  # tokens, padding included: more fill the kernels alone
 
 
 class Update(NamedTuple):
@@ -34,13 +38,15 @@ class Update(NamedTuple):
 class Request:
     """A prompt, how to decode it, and who is told of its answer, in the thread that decodes; `deliver` must not raise.
 
-    `alone`: it joins no other request, so that a sampled answer depends on its seed alone. `stats`: counts so far.
+    `alone`: it joins no other request, so that a sampled answer depends on its seed alone. `streams`: the text comes as it is
+    verified, else all of it with the last update. `stats`: counts so far.
     """
 
     ids: list[int]
     config: DecodingConfig
     deliver: Callable[[Update], None]
     alone: bool = False
+    streams: bool = True
     stats: DecodeStats = field(default_factory=DecodeStats)
 
 
@@ -59,11 +65,16 @@ class _Answer:
         self.request = request
         request.stats = DecodeStats(sequences=1, prompt_tokens=len(request.ids))
         self._shown = ShownText(decoder, request.config)
+        self._ids: list[int] = []  # that no text was made of yet
 
     def add(self, step: RowStep) -> Update:
         request, finished = self.request, step.finish_reason is not None
         request.stats += step.counts
-        return Update(self._shown.add([token.id for token in step.tokens], finished), step.finish_reason)
+        self._ids += [token.id for token in step.tokens]
+        if not (request.streams or finished):
+            return Update("")
+        ids, self._ids = self._ids, []
+        return Update(self._shown.add(ids, finished), step.finish_reason)
 
 
 class Scheduler:
@@ -79,6 +90,11 @@ class Scheduler:
     def running(self) -> int:
         """How many requests are being decoded."""
         return sum(len(group.answers) for group in self._groups.values())
+
+    @property
+    def held(self) -> int:
+        """How many requests wait or are being decoded."""
+        return len(self._waiting) + self.running
 
     @property
     def is_idle(self) -> bool:
@@ -107,7 +123,7 @@ class Scheduler:
         """
         done: list[Request] = []
         while self._waiting and self.running < self._batch_size:
-            done += self._begin(self._waiting.popleft())
+            done += self._begin(self._next())
         for key, group in list(self._groups.items()):
             done += self._advance(key, group)
         return done
@@ -119,26 +135,53 @@ class Scheduler:
         self._groups.clear()
         return [_failed(request, error) for request in left]
 
-    def _begin(self, request: Request) -> list[Request]:
-        """Prefills a request, then lets it join the loop with its settings."""
-        decoder, answer = self._decoder, _Answer(self._decoder, request)
+    def _next(self) -> list[Request]:
+        """Takes the first request that waits, and those behind it that are prefilled with it."""
+        first = self._waiting.popleft()
+        requests, longest = [first], len(first.ids)
+        while self._waiting and self.running + len(requests) < self._batch_size:
+            following = self._waiting[0]
+            longest = max(longest, len(following.ids))
+            if self._is_single(first) or self._is_single(following) or _settings(first) != _settings(following):
+                break
+            if longest * (len(requests) + 1) > _PREFILLED_TOGETHER:
+                break
+            requests.append(self._waiting.popleft())
+        return requests
+
+    def _begin(self, requests: list[Request]) -> list[Request]:
+        """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings."""
+        decoder, done = self._decoder, []
+        answers = []
+        for request in requests:
+            try:
+                check_prompt(request.ids, decoder.backend.max_positions)
+                answers.append(_Answer(decoder, request))
+            except LayerSkipError as error:
+                done.append(_failed(request, error))
+        if not answers:
+            return done
+        fitting, first = [answer.request for answer in answers], answers[0].request
         try:
-            loop = loop_of(decoder.backend, [request.ids], request.config, decoder.eos_ids, decoder.detokenize)
-            (step,) = next(loop)
-            update = answer.add(step)
+            prompts, seeds = [request.ids for request in fitting], [request.config.sampling.seed for request in fitting]
+            loop = loop_of(decoder.backend, prompts, first.config, decoder.eos_ids, decoder.detokenize, seeds=seeds)
+            updates = [answer.add(step) for answer, step in zip(answers, next(loop), strict=True)]
         except BaseException as error:  # a panic of the tokenizers library is not an Exception
-            return [_failed(request, error)]
-        if not update.is_last:
-            key = self._key(request)
-            group = self._groups.get(key)
-            if group is None:
+            return done + [_failed(request, error) for request in fitting]
+        staying = [row for row, update in enumerate(updates) if not update.is_last]
+        if staying:
+            key = self._key(first)
+            if (group := self._groups.get(key)) is None:
                 self._groups[key] = group = _Group(loop)
-                row = step.row
+                rows = staying
             else:
-                (row,) = group.loop.join(loop)
-            group.answers[row] = answer
-        request.deliver(update)
-        return [request] if update.is_last else []
+                rows = group.loop.join(loop)
+            group.answers |= zip(rows, (answers[row] for row in staying), strict=True)
+        for request, update in zip(fitting, updates, strict=True):
+            request.deliver(update)
+            if update.is_last:
+                done.append(request)
+        return done
 
     def _advance(self, key: Hashable, group: _Group) -> list[Request]:
         try:
@@ -160,13 +203,18 @@ class Scheduler:
         if not group.answers:
             del self._groups[key]
 
+    def _is_single(self, request: Request) -> bool:
+        """Whether no other can share its loop."""
+        return request.alone or bool(request.config.exit_confidence) or self._decoder.backend.exact
+
     def _key(self, request: Request) -> Hashable:
         """Equal for requests that can share a loop. Limits, stop strings and seeds are a row's own."""
-        config = request.config
-        if request.alone or config.exit_confidence or self._decoder.backend.exact:
-            return request
-        sampling = replace(config.sampling, seed=0)
-        return replace(config, max_new_tokens=1, stop=(), sampling=sampling)
+        return request if self._is_single(request) else replace(_settings(request), max_new_tokens=1, stop=())
+
+
+def _settings(request: Request) -> DecodingConfig:
+    """All but the seed."""
+    return replace(request.config, sampling=replace(request.config.sampling, seed=0))
 
 
 def _failed(request: Request, error: BaseException) -> Request:

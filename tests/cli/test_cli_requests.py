@@ -1,12 +1,15 @@
 """Policies of `layerskip generate`, and rows of JSON lines that say how they are decoded."""
 
 import json
+import os
 import shutil
+import threading
 
 import pytest
 import torch
-from command_line import fails, run
+from command_line import fails, run, start
 
+from cli import standard_input
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.load import for_decoding
@@ -14,7 +17,7 @@ from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DecodingSettings
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.policies import Policy
-from layerskip_core.decoding import text as decoding_text
+from layerskip_core.decoding.loop import DecodingLoop
 
 PROMPT = "wake me up"
 POLICIES = {
@@ -226,23 +229,75 @@ def test_bad_settings_are_errors_of_their_rows(ask, batch):
 
 
 def test_rows_with_equal_settings_are_decoded_together_and_answered_in_order(ask, monkeypatch):
-    prompts = [PROMPT, "play jazz", "set an alarm", "call mom", "what is the weather like"]
+    """A row that waits joins where another is finished, and the longest answer comes first."""
+    prompts = [PROMPT, "play jazz", "set an alarm", "call mom", "what is the weather like", PROMPT, *["now"] * 4]
     changes = [{}, {"policy": "fast"}, {"policy": "exact"}, {"policy": "fast", "seed": 0}, {"max_new_tokens": 5}]
-    prompts, changes = [*prompts, PROMPT], [*changes, {"policy": "confident"}]  # decoded alone
+    changes = [*changes, {"policy": "confident"}, *[{"max_new_tokens": 1 + count} for count in range(4)]]  # confident: alone
     rows = [{"prompt": prompt, **change} for prompt, change in zip(prompts, changes, strict=True)]
-    singly, groups, honest = ask(*rows), [], decoding_text.answer_together
+    singly, sizes, honest = ask(*rows), [], DecodingLoop._step
 
-    def recorded(loaded, prompts, config):
-        groups.append(list(prompts))
-        return honest(loaded, prompts, config)
+    def recorded(loop):
+        steps = honest(loop)
+        sizes.append(len(steps))
+        return steps
 
-    monkeypatch.setattr(decoding_text, "answer_together", recorded)
-    together = ask(*rows, flags=("--batch-size", "8"))
-    assert groups == [[prompts[0], prompts[2]], [prompts[1], prompts[3]], [prompts[4]]]
+    monkeypatch.setattr(DecodingLoop, "_step", recorded)
+    together = ask(*rows, flags=("--batch-size", "6"))
+    assert max(sizes) == 3  # rows of one policy: exact is the default too
+    assert len(sizes) < sum(answer["rounds"] + answer["new_tokens"] for answer in singly)
     for one, other in zip(singly, together, strict=True):
         assert [one[name] for name in ("text", "policy", "new_tokens")] == [
             other[name] for name in ("text", "policy", "new_tokens")
         ]
+
+
+def test_whoever_waits_for_answers_gets_them(model):
+    """As a process that asks the next question when it has read the answers to the last ones; also to one that is wrong."""
+    with start("generate", "--model", model, "--dtype", "fp32", "--jsonl", "--batch-size", "3", stderr=None) as process:
+        for count in (1, 2, 5):
+            rows = [{"prompt": PROMPT, "max_new_tokens": 3}] * (count - 1) + [{"prompt": 3}]
+            process.stdin.write("".join(json.dumps(row) + "\n" for row in rows))
+            process.stdin.flush()
+            answers = [json.loads(process.stdout.readline()) for _ in rows]
+            assert ["error" in answer for answer in answers] == [False] * (count - 1) + [True]
+        process.stdin.close()
+        assert process.wait(60) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", []),
+        (b"a\nb", ["a", "b"]),
+        (b"\xef\xbb\xbfa\r\n\n\xef\xbb\xbfb\r\n", ["a", "", "\ufeffb"]),
+        ("å\n".encode() + b"\xff\n", ["å", "\udcff"]),
+        (b"x" * 200_000 + b"\nb\n", ["x" * 200_000, "b"]),
+    ],
+)
+def test_lines_of_a_pipe(data, expected, monkeypatch):
+    """As they come: all that has been written is ready, and what has not is not."""
+    source, sink = os.pipe()
+    with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(standard_input, "_taken", stream)
+        lines = standard_input.PromptLines()
+        assert not lines.is_ready()
+        writer = threading.Thread(target=lambda: (pipe.write(data), pipe.close()))
+        writer.start()
+        assert list(lines) == expected and lines.is_ready()
+        writer.join()
+
+
+def test_lines_that_are_ready(monkeypatch):
+    source, sink = os.pipe()
+    with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(standard_input, "_taken", stream)
+        lines = standard_input.PromptLines()
+        pipe.write(b"one\ntwo\nthr")
+        assert lines.is_ready() and next(lines) == "one"
+        assert lines.is_ready() and next(lines) == "two"
+        assert not lines.is_ready()
+        pipe.write(b"ee\n")
+        assert lines.is_ready() and next(lines) == "three"
 
 
 def test_policies_from_python(model, ask):

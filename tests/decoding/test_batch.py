@@ -13,13 +13,18 @@ from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, PackedBackend
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend
+from layerskip_core.model.native.compiled import kernels
+
+KINDS = ["generic", "packed", "windows", "low-bit drafts", *(["native"] if kernels() else [])]
 
 
 @cache
 def model_of(kind):
     if kind == "generic":
         return GenericBackend(tiny_model())
+    if kind == "native":
+        return NativeBackend.of(tiny_model("llama", torch.float32))
     if kind == "windows":
         return PackedBackend.of(tiny_model("mistral", sliding_window=5))
     packing = PackingConfig(draft_weights=("int8",), draft_vocab=50) if kind == "low-bit drafts" else None
@@ -68,7 +73,7 @@ STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
 
 @settings(max_examples=25, deadline=None)
 @given(
-    kind=st.sampled_from(["generic", "packed", "windows", "low-bit drafts"]),
+    kind=st.sampled_from(KINDS),
     strategy=st.sampled_from(STRATEGIES),
     exit_layer=st.integers(1, 5),
     num_draft_tokens=st.integers(1, 6),
@@ -103,7 +108,7 @@ def test_counts_are_those_of_each_row_alone(eos_place):
 
 
 @pytest.mark.parametrize("confidence", [0.06, 0.07, 0.08, 0.1, 0.12, 0.15, 0.9])
-@pytest.mark.parametrize("kind", ["generic", "packed", "windows", "low-bit drafts"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_row_stops_drafting_by_its_own_confidence(kind, confidence):
     model, prompts = model_of(kind), [prompt_of(length) for length in (3, 9, 5, 12)]
     config = DecodingConfig(exit_layer=3, num_draft_tokens=5, max_new_tokens=20, draft_confidence=confidence, **drafting(kind))

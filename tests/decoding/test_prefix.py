@@ -161,10 +161,14 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
     backend, config, prefix = native(), settings_of("exit"), PrefixCache()
     first, second = prompt_of(9), [*prompt_of(6), 40, 41, 42]
     ids_of(decode(backend, first, config, prefix=prefix))
-    original = NativeBackend.run_layers
+    original, chooser = NativeBackend.run_layers, backend.chooser
 
     def interrupted(self, hidden, start, stop, positions, cache=None):
         original(self, hidden, start, stop - 1, positions, cache)
+        raise KeyboardInterrupt
+
+    def interrupted_choice(tokens, hidden, start, stop, positions, cache):
+        chooser(tokens, hidden, start, stop - 1, positions, cache)
         raise KeyboardInterrupt
 
     for prompt, steps in ((second, 0), (first, 1)):
@@ -173,6 +177,7 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
             next(decoding)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(NativeBackend, "run_layers", interrupted)
+            patch.setattr(backend, "chooser", interrupted_choice)
             next(decoding)
         for again in (first, second):
             assert ids_of(decode(backend, again, config, prefix=prefix)) == ids_of(decode(backend, again, config))

@@ -11,9 +11,10 @@ from evaluating import tiny_loaded
 
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.verification import VerifyConfig
+from layerskip_core.decoding import loop, sampling
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.prefix import PrefixCache
-from layerskip_core.decoding.sampling import Greedy, Stochastic
+from layerskip_core.decoding.sampling import Stochastic, accepted_choices
 from layerskip_core.evaluation.verification import run as verification
 from layerskip_core.evaluation.verification.continuing import RUN, STREAM, TURN
 from layerskip_core.evaluation.verification.drafting import BATCH, JOINED, SPECULATIVE
@@ -99,13 +100,14 @@ def test_there_is_a_table_for_each_precision(whole):
 
 def _wrong_tokens(monkeypatch):
     """A verification that accepts its first draft, whatever the target says."""
-    honest = Greedy.verify
+    honest = accepted_choices
 
-    def careless(self, draft_ids, counts, draft_probs, logits):
-        ids, last = honest(self, draft_ids, counts, draft_probs, logits)
+    def careless(draft_ids, counts, choices):
+        ids, last = honest(draft_ids, counts, choices)
         return ([[int(draft_ids[0, 0]), *ids[0][1:]]] if counts == (1,) else ids), last
 
-    monkeypatch.setattr(Greedy, "verify", careless)
+    for module in (loop, sampling):
+        monkeypatch.setattr(module, "accepted_choices", careless)
     return {SPECULATIVE}
 
 

@@ -13,7 +13,7 @@ from test_generic import CHANGES
 from test_packed import BF16_ERROR, CASES, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
 
 from layerskip_core.checkpoint.load import for_decoding, for_training
-from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.depth import FixedDepth
@@ -29,6 +29,7 @@ from layerskip_core.model import (
     can_run_native,
     splitting,
 )
+from layerskip_core.model.drafting import most_probable
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native import model as native
 from layerskip_core.model.native.buffers import BufferPool, Buffers
@@ -305,6 +306,59 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
         for stop, states in expected.exit_states.items():
             assert torch.equal(draft.exit_states[stop][:, : states.shape[1]], states)
         assert torch.equal(ours, logits)
+
+
+@needs_kernels
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+@pytest.mark.parametrize("model_type", [name for name in KINDS if name not in ("gemma2", "granite")])
+def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precision, number, threads):
+    """Of rows at different positions, some of whose neighbours have left the cache, from their tokens and from an exit on."""
+    threads(number)
+    model = model_of(precision, model_type, **KINDS[model_type])
+    tokens, positions = ids_of(3, 4), torch.tensor([[9], [12], [5]]) + torch.arange(4)
+    with torch.inference_mode():
+        found, caches = [], []
+        for exit_layer in (None, 0, 3):
+            cache = model.new_cache(4)
+            model.run_layers(model.embed(ids_of(4, 12)), 0, 6, torch.arange(12).expand(4, -1), cache)
+            cache.keep_rows([0, 2, 3])
+            states = model.run_layers(model.embed(tokens), 0, exit_layer or 0, positions, cache)
+            if exit_layer is None:
+                found.append(most_probable(model.unembed(model.run_layers(states, 0, 6, positions, cache))))
+            else:
+                start = states.clone()
+                found.append(model.chooser(tokens, states if exit_layer else None, exit_layer, 6, positions, cache))
+                assert torch.equal(start, states)
+            caches.append(cache.room(1, 1, 1, states))
+    for chosen, cache in zip(found, caches, strict=True):
+        assert torch.equal(chosen, found[0]) and torch.equal(cache, caches[0])
+    assert len(found[0].unique()) > 3
+
+
+@needs_kernels
+def test_where_no_choice_is_one_call():
+    """Too many rows, and logits that a scale or a cap may round to equal ones. A token that does not exist is refused."""
+    assert model_of("fp32", "granite", **KINDS["granite"]).chooser is None
+    assert model_of("fp32", "gemma2", **KINDS["gemma2"]).chooser is None
+    model = model_of("fp32")
+    many, places = ids_of(5, 13), torch.arange(13).expand(5, -1)
+    assert model.chooser(many, None, 0, 6, places, model.new_cache(5)) is None
+    for token in (-1, 67):
+        with pytest.raises(ValueError, match="a token that the model does not have"):
+            model.chooser(torch.tensor([[token]]), None, 0, 6, torch.zeros(1, 1, dtype=torch.long), model.new_cache())
+
+
+@needs_kernels
+@pytest.mark.parametrize("greedy", [True, False])
+def test_greedy_verification_is_one_call(variant, greedy, monkeypatch):
+    model, calls = model_of("fp32"), []
+    honest = model.chooser
+    monkeypatch.setattr(model, "chooser", lambda *arguments: calls.append(1) or honest(*arguments))
+    config = DecodingConfig("self-speculative", 3, 4, max_new_tokens=20, sampling=SamplingConfig(0.0 if greedy else 1.0))
+    decoding = decode(model, ids_of(1, 9)[0].tolist(), config)
+    steps = len(list(decoding))
+    assert len(calls) == (steps - 1 if greedy else 0)
 
 
 @needs_kernels

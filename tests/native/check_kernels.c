@@ -204,6 +204,41 @@ static void check_draft(const Model *m) {
     expect(!memcmp(cache, copy, cached), "%s: caches of a draft differ", name);
 }
 
+/* Tokens of two texts, and what follows the first layer of one, through layers, head and choice at once and one by one. */
+static void check_choice(const Model *m) {
+    const Shape *s = &m->shape;
+    int rows = 1 + below(12), n = s->hidden;
+    size_t cached = cache_bytes(m, LAYERS, 2), numbers = (size_t)(2 * rows * n);
+    char *cache = room(cached), *copy = room(cached);
+    float *given = room(4 * numbers), *hidden = numbers_of(numbers, 1, 0), *logits = room(8 * (size_t)rows * VOCAB);
+    int64_t tokens[2 * 12], chosen[2 * 12], again[2 * 12];
+    for (int r = 0; r < 2 * rows; r++) {
+        tokens[r] = below(VOCAB);
+        for (int d = 0; d < n; d++) {
+            size_t at = (size_t)(tokens[r] * n + d);
+            float stored = s->bf16_cache ? of_bf16(((uint16_t *)m->embedding)[at]) : ((float *)m->embedding)[at];
+            given[r * n + d] = stored * s->embedding_scale;
+        }
+    }
+    Choice choice = {.embedding = m->embedding, .tokens = tokens, .logits = logits, .chosen = chosen};
+    Call call = rows_of(m, 0, rows, 2, hidden, cache);
+    layerskip_choose(s, m->layers, LAYERS, &m->final, &m->head, &call, &choice, 1 + below(THREADS));
+    Call first = rows_of(m, 0, rows, 2, given, copy);
+    layerskip_span(s, m->layers, 1, &first, 1);
+    Call rest = rows_of(m, 0, rows, 2, memcpy(hidden, given, 4 * numbers), copy + cache_bytes(m, 1, 2));
+    Choice other = {.logits = logits, .chosen = again};
+    layerskip_choose(s, m->layers + 1, LAYERS - 1, &m->final, &m->head, &rest, &other, 1 + below(THREADS));
+    run_span(m, 1, LAYERS, 0, rows, 2, given, copy, 1);
+    Call last = rows_of(m, 0, 2 * rows, 1, given, NULL);
+    layerskip_score(s, &m->final, &m->head, &last, logits, 1);
+    for (int r = 0; r < 2 * rows; r++) {
+        int best = 0;
+        for (int v = 0; v < VOCAB; v++) best = logits[r * VOCAB + v] > logits[r * VOCAB + best] ? v : best;
+        expect(chosen[r] == best && again[r] == best, "%s: choice %d is %d", PRECISIONS[m->precision].name, r, (int)chosen[r]);
+    }
+    expect(!memcmp(cache, copy, cached), "%s: caches of a choice differ", PRECISIONS[m->precision].name);
+}
+
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 1;
     uint64_t first = count > 2 ? (uint64_t)atoi(arguments[2]) : 1;
@@ -218,11 +253,13 @@ int main(int count, char **arguments) {
             for (int rows = 1; rows <= 16; rows++)
                 used = 0, check_products(precision, low_bit ? 32 * (1 + below(4)) : 2 * (1 + below(70)), 1 + below(170), rows);
             used = 0, check_products(precision, 512, 300, 8); /* long enough that threads help each other */
+            used = 0, check_products(precision, 64, 170, 17 + below(16)); /* more than two turns of rows */
             for (int style = 0; style < 4; style++) {
                 used = 0;
                 Model model = model_of(precision, style);
                 check_layers(&model, style, LAYERS, 0, 1 + below(24));
                 check_draft(&model);
+                check_choice(&model);
             }
             if (low_bit) continue;
             used = 0;

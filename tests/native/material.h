@@ -113,11 +113,13 @@ static Matrix matrix_of(int precision, int inputs, int outputs, int count, int b
 }
 
 static Call call_of(const Shape *s, int rows, int sequences, float *hidden, int widest) {
-    int slots = (s->heads + 2 * s->kv_heads) * s->head_dim;
-    Call call = {.rows = rows, .rows_per_sequence = rows / sequences, .places = PLACES, .sequences = sequences};
-    call.hidden = hidden;
+    int projected = (s->heads + 2 * s->kv_heads) * s->head_dim;
+    Call call = {.rows = rows, .rows_per_sequence = rows / sequences, .places = PLACES, .slots = sequences};
+    int64_t *row_slots = room(sizeof *row_slots * (size_t)sequences);
+    for (int i = 0; i < sequences; i++) row_slots[i] = sequences - 1 - i;
+    call.hidden = hidden, call.row_slots = row_slots;
     size_t each = 4 * (size_t)rows;
-    call.qkv = room(each * (size_t)slots), call.mixed = room(each * (size_t)(s->heads * s->head_dim));
+    call.qkv = room(each * (size_t)projected), call.mixed = room(each * (size_t)(s->heads * s->head_dim));
     call.inside = room(each * (size_t)s->inner), call.block = room(each * (size_t)s->hidden);
     size_t own = (4 * (size_t)(s->hidden + 16) + (size_t)rows * (4 * (size_t)widest + 128) + 63) & ~(size_t)63;
     call.scratch_bytes = (int64_t)own, call.scratch = room(own * THREADS);

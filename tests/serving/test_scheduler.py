@@ -14,9 +14,11 @@ from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.text import TextStream
+from layerskip_core.errors import ContextError
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.serving import Request, Scheduler
+from layerskip_core.serving import scheduler as scheduler_module
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 300}
 SPECULATIVE = DecodingConfig("self-speculative", 2, 4)
@@ -111,6 +113,30 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
         if config.strategy == "self-speculative":
             assert (own.drafted, own.accepted) == (stats.drafted, stats.accepted)
     assert {client.answer[1] for client in clients} == {"length", "stop"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_short_prompts_with_equal_settings_are_prefilled_together(monkeypatch, temperature):
+    """But for one that shall be alone, those of which a batch is full, and long ones; one that does not fit is refused."""
+    decoder, groups, honest = decoder_of("generic"), [], scheduler_module.loop_of
+
+    def recorded(model, prompts, *arguments, **keywords):
+        groups.append(list(map(len, prompts)))
+        return honest(model, prompts, *arguments, **keywords)
+
+    monkeypatch.setattr(scheduler_module, "loop_of", recorded)
+    clients = []
+    for length in (3, 9, 999, 5, 4, 100, 90, 2, 7, 8):
+        sampling, limit = SamplingConfig(temperature, seed=length), 12 if length == 2 else 6
+        config = DecodingConfig("autoregressive", max_new_tokens=limit, sampling=sampling)
+        clients.append(Client(prompt_of(length), config, alone=length == 4, streams=length != 9))
+    scheduler = Scheduler(decoder, batch_size=9)
+    assert len(run(scheduler, [clients])) == len(clients) and scheduler.held == 0
+    assert groups == [[3, 9], [5], [4], [100, 90], [2], [7, 8]]
+    assert isinstance(clients[2].updates[-1].error, ContextError)
+    assert len([update for update in clients[1].updates if update.text]) == 1
+    for client in [*clients[:2], *clients[3:]]:
+        assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
 
 
 def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():

@@ -184,7 +184,7 @@ static void attend(Attention *a, const Query *queries, int count, const char *ke
 
 /* Where a layer's keys or values of a row's head begin in the cache. */
 static char *head_of(const Shape *s, const Call *call, int layer, int is_value, int row, int head) {
-    int64_t at = ((int64_t)layer * 2 + is_value) * call->sequences + row / call->rows_per_sequence;
+    int64_t at = ((int64_t)layer * 2 + is_value) * call->slots + call->row_slots[row / call->rows_per_sequence];
     return call->cache + (at * s->kv_heads + head) * call->places * s->head_dim * (s->bf16_cache ? 2 : 4);
 }
 

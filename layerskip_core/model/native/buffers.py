@@ -1,6 +1,7 @@
 """What the threads of a kernel call write to, kept for the calls that decoding repeats."""
 
 import torch
+from torch import Tensor
 
 from ..spec import ModelSpec
 from .compiled import ACTIVATIONS, CCall, CShape
@@ -20,6 +21,13 @@ class Buffers:
         self.call = CCall(rows=rows, rows_per_sequence=rows)
         self.call.qkv, self.call.mixed, self.call.inside, self.call.block = (part.data_ptr() for part in self._shared)
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
+        self._logits = torch.empty(0)
+
+    def logits(self, outputs: int) -> Tensor:
+        """(rows, outputs), for a call whose caller does not see them."""
+        if self._logits.shape[-1] != outputs:
+            self._logits = torch.empty(self.call.rows, outputs)
+        return self._logits
 
     @property
     def nbytes(self) -> int:

@@ -31,7 +31,7 @@ _CPU_FLAGS = {  # that each variant needs, as /proc/cpuinfo names them, by proce
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 11  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 13  # of kernels.c: the version of its functions and structures that this file uses
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 
 
@@ -67,8 +67,8 @@ class CCall(Structure):
         ("positions", c_void_p),
         *((name, c_int32) for name in ("rows", "rows_per_sequence")),
         *((name, c_void_p * MOST_ROPES) for name in ("cos", "sin")),
-        ("cache", c_void_p),
-        *((name, c_int64) for name in ("places", "sequences")),
+        *((name, c_void_p) for name in ("cache", "row_slots")),
+        *((name, c_int64) for name in ("places", "slots")),
         *((name, c_void_p) for name in ("hidden", "qkv", "mixed", "inside", "block", "scratch")),
         ("scratch_bytes", c_int64),
     ]
@@ -84,7 +84,11 @@ class CDraft(Structure):
     ]
 
 
-STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft)  # as layerskip_size_of in kernels.c numbers them
+class CChoice(Structure):
+    _fields_ = [(name, c_void_p) for name in ("embedding", "tokens", "logits", "chosen")]
+
+
+STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice)  # as layerskip_size_of in kernels.c numbers them
 
 
 class Kernels:
@@ -93,7 +97,7 @@ class Kernels:
     def __init__(self, variant: str, library: ctypes.CDLL) -> None:
         self.variant = variant
         self.span, self.write = library.layerskip_span, library.layerskip_write
-        self.score, self.draft = library.layerskip_score, library.layerskip_draft
+        self.score, self.draft, self.choose = library.layerskip_score, library.layerskip_draft, library.layerskip_choose
         self.pack = library.layerskip_pack
         self.span.argtypes = self.write.argtypes = [POINTER(CShape), c_void_p, c_int, POINTER(CCall), c_int]
         self.score.argtypes = [POINTER(CShape), POINTER(CNorm), POINTER(CMatrix), POINTER(CCall), c_void_p, c_int]
@@ -101,8 +105,12 @@ class Kernels:
             *(POINTER(CShape), c_void_p, POINTER(CNorm), POINTER(CMatrix)),
             *(POINTER(CCall), POINTER(CDraft), c_int),
         ]
+        self.choose.argtypes = [
+            *(POINTER(CShape), c_void_p, c_int, POINTER(CNorm), POINTER(CMatrix)),
+            *(POINTER(CCall), POINTER(CChoice), c_int),
+        ]
         self.pack.argtypes = [POINTER(CMatrix), c_void_p, *[c_int] * 5]
-        for function in (self.span, self.write, self.score, self.draft, self.pack):
+        for function in (self.span, self.write, self.score, self.draft, self.choose, self.pack):
             function.restype = None
         openmp = _openmp()
         self.has_threads = bool(openmp)  # else calls run on one thread

@@ -55,6 +55,11 @@ class NativeHead:
         self.product, self._spec = product, spec
         self.logits_scale, self.logits_cap = 1 / spec.logits_divisor, spec.logits_cap or 0.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are the product itself: rounding in a scale or a cap could make two of them equal."""
+        return self.logits_scale == 1 and not self.logits_cap
+
     def with_norm(self, norm: NormWeights) -> "NativeHead":
         """The same matrix after another norm."""
         return NativeHead(self.product.with_norm(norm), self._spec)

@@ -50,8 +50,9 @@ typedef struct {
     const int64_t *positions; /* by row */
     int32_t rows, rows_per_sequence;
     const float *cos[2], *sin[2];         /* by kind of layer: (position, rotary / 2) */
-    char *cache;                          /* of the span's first layer: (layer, key or value, sequence, kv head, place, dimension) */
-    int64_t places, sequences;            /* that the cache holds */
+    char *cache;                          /* of the span's first layer: (layer, key or value, slot, kv head, place, dimension) */
+    const int64_t *row_slots;             /* by sequence of rows */
+    int64_t places, slots;                /* that the cache holds */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
     float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
     char *scratch;                        /* one part of scratch_bytes for each thread */
@@ -81,6 +82,13 @@ typedef struct {
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
     int32_t drafted;           /* number of drafts made */
 } Draft;
+
+typedef struct {
+    const void *embedding; /* as a Draft's */
+    const int64_t *tokens; /* by row, whose embeddings are the hidden states; NULL: these are given */
+    float *logits;         /* (row, outputs) */
+    int64_t *chosen;       /* by row: the output with the largest logit */
+} Choice;
 
 #include "threads.h"
 
@@ -162,6 +170,7 @@ typedef struct {
     const Norm *head_norm;
     float *logits;
     Draft *draft;
+    Choice *choice;
     int ended, finished; /* a draft: no more tokens; and no more layers either */
     Team team;
 } Work;
@@ -219,12 +228,13 @@ static void multiply_panels(const Shape *s, const Multiplication *of, int first,
     int together = in_tiles(m) ? 1 : panels_at_once(m->kind, rows < most ? rows : most) / step;
     if (together < 1) together = 1;
     Product product[MOST_PANELS];
+    int turns = (rows + most - 1) / most;
     for (int p = from; p < to; p += together) {
         int units = to - p < together ? to - p : together;
-        for (int row = 0; row < rows; row += most) {
-            int tile = rows - row < most ? rows - row : most;
+        for (int turn = 0; turn < turns; turn++) {
+            int row = turn * most, tile = rows - row < most ? rows - row : most;
             if (in_tiles(m) && tile != shaped) shape_tiles_for(shaped = tile);
-            panel_rows(m, p * step, units * step, formed + (size_t)row * stride, stride, tile, product);
+            panel_rows(m, p * step, units * step, formed + (size_t)row * stride, stride, tile, turn, turns, product);
             for (int u = 0; u < units; u++) {
                 int place = (p + u) * PANEL, live = of->width - place < PANEL ? of->width - place : PANEL;
                 for (int r = 0; r < tile; r++) {
@@ -370,11 +380,10 @@ static int largest_of(const float *x, int n) {
     return block + index;
 }
 
-static void embed(const Work *work, int64_t token, float *out) {
-    const Shape *s = work->shape;
+static void embed(const Shape *s, const void *embedding, int64_t token, float *out) {
     int n = s->hidden;
     float scale = s->embedding_scale;
-    const char *row = (const char *)work->draft->embedding + (size_t)token * (size_t)n * (s->bf16_cache ? 2 : 4);
+    const char *row = (const char *)embedding + (size_t)token * (size_t)n * (s->bf16_cache ? 2 : 4);
     for (int i = 0; i < n; i++) {
         if (s->bf16_cache) {
             uint32_t bits = (uint32_t)((const uint16_t *)row)[i] << 16;
@@ -470,7 +479,7 @@ static void draft(Work *work, int thread, int threads) {
     for (;;) {
         if (thread == 0) {
             work->call->hidden = kept(work, draft->stop_count - 1);
-            embed(work, draft->tokens[draft->drafted], work->call->hidden);
+            embed(work->shape, draft->embedding, draft->tokens[draft->drafted], work->call->hidden);
         }
         meet(&work->team, threads);
         reach_exit(work, thread, threads);
@@ -493,11 +502,28 @@ static void draft(Work *work, int thread, int threads) {
     }
 }
 
+/* All layers, the head, and each row's largest logit. */
+static void choose_all(Work *work, int thread, int threads) {
+    const Choice *choice = work->choice;
+    const Call *call = work->call;
+    int outputs = work->head->outputs, first = share(call->rows, thread, threads), last = share(call->rows, thread + 1, threads);
+    if (choice->tokens) {
+        for (int r = first; r < last; r++)
+            embed(work->shape, choice->embedding, choice->tokens[r], call->hidden + (size_t)r * (size_t)work->shape->hidden);
+        meet(&work->team, threads);
+    }
+    span(work, 0, work->count, thread, threads);
+    score(work, thread, threads);
+    meet(&work->team, threads);
+    for (int r = first; r < last; r++) choice->chosen[r] = largest_of(choice->logits + (size_t)r * (size_t)outputs, outputs);
+}
+
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
 static int (*thread_number)(void), (*thread_count)(void);
 
 static void part(Work *work, int thread, int threads) {
     if (work->draft) draft(work, thread, threads);
+    else if (work->choice) choose_all(work, thread, threads);
     else if (work->head) score(work, thread, threads);
     else span(work, 0, work->count, thread, threads);
 }
@@ -511,8 +537,9 @@ static void run(Work *work, int threads) {
         part(work, 0, 1);
         return;
     }
+    Moment started = moment();
     parallel(in_thread, work, (unsigned)now, 0);
-    if (atomic_load(&work->team.held_up)) leave_one_out(threads);
+    learn(now, started);
 }
 
 /* Entry points of an OpenMP runtime, whose threads then share calls; without them calls run in the calling thread. */
@@ -522,11 +549,11 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 11; }
+int layerskip_interface(void) { return 13; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES. */
 int layerskip_size_of(int structure) {
-    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft)};
+    const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice)};
     return (int)sizes[structure];
 }
 
@@ -547,6 +574,15 @@ void layerskip_write(const Shape *shape, const Layer *layers, int count, Call *c
 /* Final norm and head: the call's rows to logits (row, outputs). */
 void layerskip_score(const Shape *shape, const Norm *norm, const Matrix *head, Call *call, float *logits, int threads) {
     Work work = {.shape = shape, .call = call, .head = head, .head_norm = norm, .logits = logits};
+    run(&work, threads);
+}
+
+/* Layers 0..count-1 of `layers`, final norm and head over the call's rows, whose hidden states are changed. */
+void layerskip_choose(
+    const Shape *shape, const Layer *layers, int count, const Norm *norm, const Matrix *head, Call *call, Choice *choice, int threads
+) {
+    Work work = {.shape = shape, .layers = layers, .count = count, .call = call, .head = head, .head_norm = norm, .choice = choice};
+    work.logits = choice->logits;
     run(&work, threads);
 }
 

@@ -125,6 +125,7 @@ INLINE vi int4_sum(vi sum) { return BOTH(vi, half_int4_sum(sum.a), half_int4_sum
 #endif
 
 INLINE void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+INLINE void fetch_line_later(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); } /* into the second cache */
 INLINE void relax(void) { _mm_pause(); }
 
 INLINE int lanes_supported(void) {

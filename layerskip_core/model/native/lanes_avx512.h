@@ -48,6 +48,7 @@ INLINE vi dot_int4(vi sum, vi w, vi x) { return dot_int8(sum, w, x); }
 INLINE vi int4_sum(vi sum) { return sum; }
 
 INLINE void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+INLINE void fetch_line_later(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); } /* into the second cache */
 INLINE void relax(void) { _mm_pause(); }
 
 INLINE int lanes_supported(void) {

@@ -114,6 +114,7 @@ INLINE vi dot_int4(vi sum, vi w, vi x) { return dot_signed(sum, w, x); }
 INLINE vi int4_sum(vi sum) { return sum; }
 
 INLINE void fetch_line(const void *p) { __builtin_prefetch(p, 0, 3); }
+INLINE void fetch_line_later(const void *p) { __builtin_prefetch(p, 0, 2); } /* into the second cache */
 INLINE void relax(void) { __asm__ volatile("isb"); } /* `yield` does nothing on most cores */
 
 #if defined(__APPLE__)

@@ -22,6 +22,7 @@ from ..spec import EMBEDDING, ModelSpec
 from ..splitting import propagate_in_parts, run_in_parts
 from ..weights import Take, Weights, checked
 from .buffers import BufferPool, shape_of
+from .choice import OneCallChoice
 from .compiled import ACTIVATIONS, MOST_ROPES, kernels
 from .draft import OneCallDraft
 from .head import NativeHead, NativeProduct
@@ -112,6 +113,7 @@ class NativeBackend:
             packed = repack(weights, embedding, spec, packing, token_order, pack_layer, pack_head, pack_join, int4, exit_blocks)
             layers_of = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(config, spec))
             self._layers, self._head = layers_of(packed.target.layers), packed.target.head
+            self.chooser = OneCallChoice(self._layers, self._head) if self._head.is_plain else None
             self.exit_blocks = _placed(packed.target, spec)
             self.normed = _norm(packed.norm, spec)
             self.draft_sides: Mapping[Quantization | None, DraftSide] = {

@@ -5,8 +5,9 @@
  */
 #define UNIT 128     /* bytes of a panel that are read at once, a vector for each half */
 #define AHEAD 2048   /* bytes: a panel goes on where it ends, so the next one's weights are on their way too */
-#define FETCH_FROM 5 /* rows; with fewer the CPU itself fetches ahead of the sums */
 #define STEP 64      /* most units of a step by halves */
+#define LEAST_TURN 5 /* rows of each of several turns that whole panels take; the last one may have fewer */
+#define MOST_TURN 8
 
 #include "tiles.h"
 
@@ -21,8 +22,8 @@ typedef struct {
     size_t stride; /* bytes from row to row */
     float *out;    /* in the panel's Product; sums go on from there where `from` is not 0 */
     int inputs, units, from, to;
-    const char *next; /* a half's part of the weights that follow, and how many bytes of them it asks for with each unit */
-    size_t share;
+    const char *next; /* weights that will be needed, or NULL */
+    size_t share;     /* bytes of them that are asked for with each unit */
 } Operands;
 
 typedef vf Sums[TILE][MOST_PANELS][2];
@@ -43,10 +44,18 @@ INLINE void put_sums(Sums sums, const Operands *o, const int R, const int P, con
 
 INLINE const char *weights_of(const Operands *o, int p, int unit) { return o->weight + (size_t)(p * o->units + unit) * UNIT; }
 
-/* Asks for weights before they are needed. */
-INLINE void fetch(const Operands *o, const char *w, int unit, const int H) {
-    if (H == 1) fetch_line(o->next + (size_t)(unit - o->from) * o->share);
-    else fetch_line(w + AHEAD), fetch_line(w + AHEAD + 64);
+/* Asks for weights of `next` before they are needed or, where that is NULL, for the panel's `own`, if they are of few bits. Wider
+ * ones the CPU fetches ahead of the sums by itself. */
+INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H, const int own) {
+    size_t at = (size_t)(p * o->units + unit) * o->share;
+    if (H == 1) {
+        fetch_line(o->next + at);
+    } else if (R >= LEAST_TURN && R <= MOST_TURN && o->next) {
+        fetch_line_later(o->next + at);
+        if (o->share > 64) fetch_line_later(o->next + at + 64);
+    } else if (own) {
+        fetch_line(weights_of(o, p, unit) + AHEAD), fetch_line(weights_of(o, p, unit) + AHEAD + 64);
+    }
 }
 
 INLINE void panels_fp32(const Operands *o, const int R, const int P, const int H) {
@@ -55,7 +64,7 @@ INLINE void panels_fp32(const Operands *o, const int R, const int P, const int H
     for (int k = o->from; k < o->to; k++)
         EACH(p, P) {
             const char *w = weights_of(o, p, k);
-            if (R >= FETCH_FROM || H == 1) fetch(o, w, k, H);
+            fetch(o, p, k, R, H, 0);
             vf weight[2];
             EACH(h, H) weight[h] = f_load((const float *)(w + 64 * h));
             EACH(r, R) {
@@ -72,7 +81,7 @@ INLINE void panels_bf16(const Operands *o, const int R, const int P, const int H
     for (int pair = o->from; pair < o->to; pair++)
         EACH(p, P) {
             const char *w = weights_of(o, p, pair);
-            if (R >= FETCH_FROM || H == 1) fetch(o, w, pair, H);
+            fetch(o, p, pair, R, H, 0);
             EACH(part, BF16_PARTS) {
                 Bf16 weight[2];
                 EACH(h, H) weight[h] = bf16_part(i_load(w + 64 * h), part);
@@ -99,7 +108,7 @@ INLINE void panels_int8(const Operands *o, const int R, const int P, const int H
         for (int quad = g * UNITS; quad < (g + 1) * UNITS; quad++)
             EACH(p, P) {
                 const char *w = weights_of(o, p, quad);
-                fetch(o, w, quad, H);
+                fetch(o, p, quad, R, H, 1);
                 EACH(part, INT8_PARTS) {
                     vi weight[2];
                     EACH(h, H) weight[h] = int8_part(i_load(w + 64 * h), part);
@@ -130,7 +139,7 @@ INLINE void panels_int4(const Operands *o, const int R, const int P, const int H
         for (int unit = g * UNITS; unit < (g + 1) * UNITS; unit++)
             EACH(p, P) {
                 const char *w = weights_of(o, p, unit);
-                fetch(o, w, unit, H);
+                fetch(o, p, unit, R, H, 1);
                 EACH(high, 2) {
                     vi levels[2];
                     EACH(h, H) levels[h] = high ? i_high(i_load(w + 64 * h)) : i_low(i_load(w + 64 * h));
@@ -184,10 +193,18 @@ INLINE Operands operands_of(const Matrix *m, int panel, const char *x, size_t st
     };
 }
 
-/* `count` panels by R rows, whose sums stand in registers. */
-INLINE void whole_panels(const Matrix *m, int panel, int count, const char *x, size_t stride, const int R, Product *out) {
+/* `count` panels by R rows, whose sums stand in registers. In the first of `turns`, of which each has other rows, the weights
+ * come from memory. In every other one they are in the cache, and a part of the next panels' is asked for. */
+INLINE void whole_panels(
+    const Matrix *m, int panel, int count, const char *x, size_t stride, const int R, int turn, int turns, Product *out
+) {
     for (int p = 0, few; p < count; p += few) {
         Operands o = operands_of(m, panel + p, x, stride, out + p);
+        if (turn > 0) {
+            size_t bytes = (size_t)o.units * UNIT, part = bytes / (size_t)(turns - 1);
+            o.next = o.weight + (size_t)(count - p) * bytes + (size_t)((turn - 1) * count + p) * part;
+            o.share = UNIT / (size_t)(turns - 1);
+        }
         few = 1;
         int most = panels_at_once(m->kind, R);
         if (R == 1 && MOST_PANELS == 4 && count - p >= 4) few = 4, panels_by_rows(m, &o, R, 4, 2);
@@ -214,11 +231,12 @@ static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t st
     all.share = UNIT / (size_t)turns;
     for (all.from = 0; all.from < all.units; all.from = all.to) {
         all.to = all.units - all.from < few ? all.units : all.from + few;
-        all.next = all.weight + (size_t)all.to * UNIT;
+        all.next = all.weight + (size_t)all.to * UNIT - (size_t)all.from * all.share; /* where unit 0 would ask */
         for (int turn = 0; turn < turns; turn++) {
             Operands o = all;
             int half = turn % 2, first = share(rows, turn / 2, tiles), last = share(rows, turn / 2 + 1, tiles);
-            o.weight += 64 * half, o.scale += 16 * half, o.next += (size_t)(turn * (o.to - o.from)) * o.share;
+            o.weight += 64 * half, o.scale += 16 * half;
+            o.next += (size_t)(turn * (o.to - o.from)) * o.share;
             o.x += (size_t)first * stride, o.out = out[0][first] + 16 * half;
             half_panel(m, &o, last - first);
         }
@@ -231,20 +249,22 @@ static int rows_at_once(const Matrix *m, int rows) {
     if (in_tiles(m)) return TILED_ROWS;
     int most = tile_of(m) * (WHOLE_TILE < TILE ? 2 : 1);
     if (rows <= most) return most;
-    if (WHOLE_TILE == TILE && !is_low_bit(m->kind)) most = SUMS / 4;
+    if (WHOLE_TILE == TILE) most = rows > 2 * MOST_TURN && !is_low_bit(m->kind) ? SUMS / 4 : MOST_TURN;
     int parts = (rows + most - 1) / most;
     return (rows + parts - 1) / parts;
 }
 
 /* `count` <= MOST_PANELS neighbouring panels. */
-static void panel_rows(const Matrix *m, int panel, int count, const char *x, size_t stride, int rows, Product *out) {
+static void panel_rows(
+    const Matrix *m, int panel, int count, const char *x, size_t stride, int rows, int turn, int turns, Product *out
+) {
     if (in_tiles(m) || rows > WHOLE_TILE) {
         for (int p = 0; p < count; p++)
             if (in_tiles(m)) panel_in_tiles(m, panel + p, x, stride, rows, out[p]);
             else panel_in_halves(m, panel + p, x, stride, rows, out + p);
     } else {
         switch (rows) {
-#define ROWS(R) case R: if (R <= WHOLE_TILE) whole_panels(m, panel, count, x, stride, R, out); break;
+#define ROWS(R) case R: if (R <= WHOLE_TILE) whole_panels(m, panel, count, x, stride, R, turn, turns, out); break;
         EACH_ROWS
 #undef ROWS
         }

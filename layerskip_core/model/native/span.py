@@ -80,8 +80,8 @@ class NativeLayers:
     def place(self, buffers: Buffers, cache: KVCache, end: int, positions: Tensor, start: int, stop: int) -> None:
         """Sets where the call's rows stand, all before position `end`, and where layers start..stop-1 keep keys and values."""
         shape = self.shape
-        storage = cache.room(end, shape.kv_heads, shape.head_dim, self.embedding)
-        layers, _, sequences, kv_heads, places, head_dim = storage.shape
+        storage = cache.scattered(end, shape.kv_heads, shape.head_dim, self.embedding)
+        layers, _, slots, kv_heads, places, head_dim = storage.shape
         if layers < stop or (kv_heads, head_dim, storage.dtype) != (shape.kv_heads, shape.head_dim, self.embedding.dtype):
             raise ValueError("the cache is that of another model")
         self._rope.grow(end)
@@ -90,4 +90,4 @@ class NativeLayers:
         for index, (cos, sin) in enumerate(zip(self._rope.cos, self._rope.sin, strict=True)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         call.cache = storage.data_ptr() + start * storage.stride(0) * storage.element_size()
-        call.sequences, call.places = sequences, places
+        call.row_slots, call.slots, call.places = cache.slots.data_ptr(), slots, places

@@ -1,8 +1,8 @@
 /* How threads share a call: barriers, shares of panels, and how many threads take part.
  *
  * Another process that is busy on a core holds up the thread that wants it, and every thread that waits for that one. So waits
- * sleep, which frees a core for who is late; of long products threads take each other's panels; and after a long wait calls do
- * with a thread fewer for a while. No sum depends on who computes it.
+ * sleep, which frees a core for who is late; of long products threads take each other's panels; and where threads do not get
+ * their cores, calls do with a thread fewer for a while. No sum depends on who computes it.
  */
 #include <sched.h>
 #include <time.h>
@@ -13,8 +13,10 @@
 #endif
 
 #define MOST_TAKERS 64 /* threads that take each other's panels, if there are no more */
-#define SPINS 4000     /* about 50 microseconds; without another process waits take one or two */
-#define HELD_UP 0.001  /* seconds of a wait */
+#define SPINS 4000      /* about 50 microseconds; without another process waits take one or two */
+#define WINDOW 0.1      /* seconds of calls that count, the last ones most */
+#define EVIDENCE 0.02   /* of them, at least */
+#define LEAST_SHARE 0.7 /* of their time that threads are on cores: 0.97 or more, but 0.5 to 0.6 beside a process on two cores */
 #define SHORTEST_PAUSE 0.02
 #define LONGEST_PAUSE 1.0
 
@@ -28,18 +30,16 @@ typedef struct {
 
 typedef struct {
     atomic_uint arrived, phase, sleepers;
-    atomic_int held_up; /* whether a thread waited long */
     Taken taken[MOST_TAKERS];
 } Team;
 
-static double seconds_now(void) {
+static double seconds_of(clockid_t clock) {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(clock, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 static void sleep_in(Team *team, unsigned phase) {
-    double started = seconds_now();
     while (atomic_load(&team->phase) == phase) {
 #if defined(__linux__)
         atomic_fetch_add(&team->sleepers, 1);
@@ -49,7 +49,6 @@ static void sleep_in(Team *team, unsigned phase) {
         sched_yield();
 #endif
     }
-    if (seconds_now() - started > HELD_UP) atomic_store(&team->held_up, 1);
 }
 
 /* Waits until all threads are here, which begins the next phase. */
@@ -82,22 +81,34 @@ INLINE int take(Taken *taken, unsigned phase, int few, int count) {
     }
 }
 
+typedef struct {
+    double wall, cores; /* seconds of the clock, and of all threads on their cores */
+} Moment;
+
+static Moment moment(void) { return (Moment){seconds_of(CLOCK_MONOTONIC), seconds_of(CLOCK_PROCESS_CPUTIME_ID)}; }
+
 static _Thread_local struct {
+    Moment spent;        /* in the last calls */
     int left_out;        /* threads that calls do without */
-    double until, pause; /* when one of them is tried again, and how long after the last wait that is */
+    double until, pause; /* when one of them is tried again, and how long that is after it was left out */
 } crowd;
 
 /* How many of `threads` a call shall have. */
 static int threads_now(int threads) {
     if (threads == 1) return 1;
-    if (crowd.left_out && seconds_now() >= crowd.until) crowd.left_out--;
+    if (crowd.left_out && seconds_of(CLOCK_MONOTONIC) >= crowd.until) crowd.left_out--, crowd.spent = (Moment){0, 0};
     return crowd.left_out < threads ? threads - crowd.left_out : 1;
 }
 
-/* After a call in which a thread was held up. A pause is twice as long as the last one, if that was just before. */
-static void leave_one_out(int threads) {
-    double now = seconds_now(), twice = 2 * crowd.pause;
-    crowd.pause = now > crowd.until + LONGEST_PAUSE ? SHORTEST_PAUSE : twice < LONGEST_PAUSE ? twice : LONGEST_PAUSE;
-    crowd.until = now + crowd.pause;
-    if (crowd.left_out < threads - 1) crowd.left_out++;
+/* After a call of some threads: leaves one out if they were kept from their cores. A pause is twice as long as the last one, if
+ * that was just before. */
+static void learn(int threads, Moment started) {
+    Moment now = moment();
+    double took = now.wall - started.wall, kept = took < WINDOW ? 1 - took / WINDOW : 0, twice = 2 * crowd.pause;
+    crowd.spent.wall = kept * crowd.spent.wall + took;
+    crowd.spent.cores = kept * crowd.spent.cores + now.cores - started.cores;
+    if (crowd.spent.wall < EVIDENCE || crowd.spent.cores >= LEAST_SHARE * threads * crowd.spent.wall) return;
+    crowd.pause = now.wall > crowd.until + LONGEST_PAUSE ? SHORTEST_PAUSE : twice < LONGEST_PAUSE ? twice : LONGEST_PAUSE;
+    crowd.until = now.wall + crowd.pause, crowd.spent = (Moment){0, 0};
+    crowd.left_out++;
 }

@@ -44,6 +44,8 @@ def can_pack(config: object) -> bool:
 class PackedBackend:
     """The operations and results of `GenericBackend`, for inference only. Not for two threads at once."""
 
+    chooser = None
+
     def __init__(
         self,
         config: object,

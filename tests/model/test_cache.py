@@ -1,0 +1,78 @@
+"""The cache keeps each row's keys and values, whoever leaves, joins or grows."""
+
+from random import Random
+
+import pytest
+import torch
+
+from layerskip_core.model.cache import KVCache
+
+LAYERS, HEADS, SIZE, CONTEXT = 2, 2, 4, 512
+LIKE = torch.empty(0)
+
+
+def reader_of(cache, scatters, stop):
+    """A function from a row to its part of the storage, (L, 2, kv heads, capacity, head dim)."""
+    if scatters:
+        storage = cache.scattered(stop, HEADS, SIZE, LIKE)
+        return lambda row: storage[:, :, cache.slots[row]]
+    storage = cache.room(stop, HEADS, SIZE, LIKE)
+    assert storage.shape[2] == len(cache.lengths)
+    return lambda row: storage[:, :, row]
+
+
+def filled(random, lengths, scatters):
+    """A cache with random contents, and what each row has."""
+    cache = KVCache(LAYERS, len(lengths), CONTEXT)
+    part, expected = reader_of(cache, scatters, max(lengths)), []
+    for row, length in enumerate(lengths):
+        numbers = torch.rand(LAYERS, 2, HEADS, length, SIZE, generator=torch.Generator().manual_seed(random.getrandbits(32)))
+        part(row)[..., :length, :] = numbers
+        expected.append(numbers)
+    cache.lengths = list(lengths)
+    return cache, expected
+
+
+@pytest.mark.parametrize("readers", ["scattered", "room", "both"])
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_keep_their_numbers(readers, seed):
+    random = Random(seed)
+
+    def scatters():
+        return readers == "scattered" or (readers == "both" and random.random() < 0.5)
+
+    cache, expected = filled(random, [random.randint(1, 150) for _ in range(random.randint(1, 5))], scatters())
+    for _ in range(30):
+        action = random.choice(["leave", "leave", "join", "grow", "reorder"])
+        rows = list(range(len(expected)))
+        if action == "leave" and len(rows) > 1:
+            rows = sorted(random.sample(rows, random.randint(1, len(rows))))
+        elif action == "reorder":
+            rows = [random.choice(rows) for _ in range(random.randint(1, 4))]
+        elif action == "join" and len(rows) < 12:
+            other, added = filled(random, [random.randint(1, 150) for _ in range(random.randint(1, 3))], scatters())
+            kept = sorted(random.sample(range(len(added)), random.randint(1, len(added))))
+            other.keep_rows(kept)
+            cache.join(other)
+            expected += [added[row] for row in kept]
+            rows = list(range(len(expected)))
+        if rows != list(range(len(cache.lengths))):
+            cache.keep_rows(rows)
+        expected = [expected[row] for row in rows]
+        stop = random.randint(1, 400) if action == "grow" else 1
+        part = reader_of(cache, scatters(), max(stop, *(numbers.shape[3] for numbers in expected)))
+        assert cache.capacity >= stop
+        assert cache.lengths == [numbers.shape[3] for numbers in expected]
+        for row, numbers in enumerate(expected):
+            assert torch.equal(part(row)[..., : numbers.shape[3], :], numbers)
+
+
+def test_what_copies_nothing():
+    """A row that leaves, and one that joins where a slot is free."""
+    random = Random(1)
+    cache, _ = filled(random, [20, 30, 40], scatters=True)
+    storage = cache.scattered(1, HEADS, SIZE, LIKE)
+    cache.keep_rows([0, 2])
+    cache.join(filled(random, [33], scatters=True)[0])
+    assert cache.scattered(1, HEADS, SIZE, LIKE) is storage
+    assert cache.slots.tolist() == [0, 2, 1]
