@@ -64,7 +64,7 @@ class PromptLines(Iterator[str]):
         self._stream = _taken
         self._encoding = "utf-8-sig"  # of the first line: it may begin with a byte order mark
         self._lines: deque[bytes] = deque()
-        self._rest = b""  # the beginning of the next line
+        self._begun: list[bytes] = []  # parts of the next line
         self._is_over = _taken is None
 
     def __next__(self) -> str:
@@ -84,12 +84,15 @@ class PromptLines(Iterator[str]):
         assert self._stream is not None
         descriptor = self._descriptor()
         new = self._stream.buffer.read() if descriptor is None else os.read(descriptor, 1 << 16)
-        *lines, self._rest = (self._rest + new).split(b"\n")
-        self._lines += lines
-        if not new or descriptor is None:
-            self._is_over = True
-            if self._rest:
-                self._lines.append(self._rest)
+        self._is_over = not new or descriptor is None
+        *ended, rest = new.split(b"\n")
+        for part in ended:
+            self._lines.append(b"".join((*self._begun, part)))
+            self._begun = []
+        if rest:
+            self._begun.append(rest)
+        if self._is_over and self._begun:
+            self._lines.append(b"".join(self._begun))
 
     def _descriptor(self) -> int | None:
         """None for a stream in memory."""
