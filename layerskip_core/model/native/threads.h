@@ -12,11 +12,11 @@
 #include <unistd.h>
 #endif
 
-#define MOST_TAKERS 64 /* threads that take each other's panels, if there are no more */
+#define MOST_TAKERS 64  /* threads that take each other's panels, if there are no more */
 #define SPINS 4000      /* about 50 microseconds; without another process waits take one or two */
 #define WINDOW 0.1      /* seconds of calls that count, the last ones most */
 #define EVIDENCE 0.02   /* of them, at least */
-#define LEAST_SHARE 0.7 /* of their time that threads are on cores: 0.97 or more, but 0.5 to 0.6 beside a process on two cores */
+#define LEAST_SHARE 0.7 /* of a call's time, for which a thread is on a core: 0.9 or more, but 0.5 to 0.6 beside a process on two */
 #define SHORTEST_PAUSE 0.02
 #define LONGEST_PAUSE 1.0
 
