@@ -6,7 +6,7 @@ typedef __m512i vi; /* 16 int32, or 64 bytes */
 #define SUMS 24       /* vectors of sums that registers hold */
 #define TILE 10       /* most rows that share a weight once it is loaded; more leave no register for each one's address */
 #define WHOLE_TILE 10 /* and of a whole panel */
-#define LOW_BIT_TILE 8
+#define LOW_BIT_TILE 7
 #define MOST_PANELS 4 /* that are multiplied together */
 #define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10)
 

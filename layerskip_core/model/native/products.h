@@ -4,10 +4,10 @@
  * that is loaded serves more rows. They take turns in steps of some weights, which stay in the cache from one half to the other.
  */
 #define UNIT 128     /* bytes of a panel that are read at once, a vector for each half */
-#define AHEAD 2048   /* bytes: a panel goes on where it ends, so the next one's weights are on their way too */
 #define STEP 64      /* most units of a step by halves */
-#define LEAST_TURN 5 /* rows of each of several turns that whole panels take; the last one may have fewer */
+#define LEAST_TURN 4 /* rows of each of several turns that whole panels take; the last one may have fewer */
 #define MOST_TURN 8
+#define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights: with more, sums no longer stand in registers */
 
 #include "tiles.h"
 
@@ -44,17 +44,18 @@ INLINE void put_sums(Sums sums, const Operands *o, const int R, const int P, con
 
 INLINE const char *weights_of(const Operands *o, int p, int unit) { return o->weight + (size_t)(p * o->units + unit) * UNIT; }
 
-/* Asks for weights of `next` before they are needed or, where that is NULL, for the panel's `own`, if they are of few bits. Wider
- * ones the CPU fetches ahead of the sums by itself. */
-INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H, const int own) {
+/* Asks for weights of `next` before they are needed. Where that is NULL, low-bit weights are those of the panel after: many sums
+ * of few bytes keep the CPU from looking far ahead. Wider ones it fetches in time by itself. */
+INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H, const int low_bit) {
     size_t at = (size_t)(p * o->units + unit) * o->share;
     if (H == 1) {
         fetch_line(o->next + at);
     } else if (R >= LEAST_TURN && R <= MOST_TURN && o->next) {
         fetch_line_later(o->next + at);
         if (o->share > 64) fetch_line_later(o->next + at + 64);
-    } else if (own) {
-        fetch_line(weights_of(o, p, unit) + AHEAD), fetch_line(weights_of(o, p, unit) + AHEAD + 64);
+    } else if (low_bit) {
+        const char *after = weights_of(o, p + 1, unit);
+        fetch_line_later(after), fetch_line_later(after + 64);
     }
 }
 
@@ -249,7 +250,7 @@ static int rows_at_once(const Matrix *m, int rows) {
     if (in_tiles(m)) return TILED_ROWS;
     int most = tile_of(m) * (WHOLE_TILE < TILE ? 2 : 1);
     if (rows <= most) return most;
-    if (WHOLE_TILE == TILE) most = rows > 2 * MOST_TURN && !is_low_bit(m->kind) ? SUMS / 4 : MOST_TURN;
+    if (WHOLE_TILE == TILE) most = is_low_bit(m->kind) ? LOW_BIT_TURN : rows > 2 * MOST_TURN ? SUMS / 4 : MOST_TURN;
     int parts = (rows + most - 1) / most;
     return (rows + parts - 1) / parts;
 }

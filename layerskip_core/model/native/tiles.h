@@ -12,6 +12,7 @@
 #define TILE_ROWS 16
 #define TILED_ROWS 32 /* of a product: a tile of weights, once loaded, serves two tiles of rows */
 #define MOST_ROWS TILED_ROWS
+#define AHEAD 2048 /* bytes: a panel goes on where it ends, so the next one's weights are on their way too */
 
 enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* Linux: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
 
