@@ -7,7 +7,7 @@
 #define STEP 64      /* most units of a step by halves */
 #define LEAST_TURN 4 /* rows of each of several turns that whole panels take; the last one may have fewer */
 #define MOST_TURN 8
-#define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights: with more, sums no longer stand in registers */
+#define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights, whose sums of groups need registers too */
 
 #include "tiles.h"
 
