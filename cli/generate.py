@@ -23,7 +23,9 @@ from .stats import stats_text
 
 @command
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt. [default: standard input]")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")
+    ] = None,
     lines: Annotated[
         bool, typer.Option("--lines", help="Standard input holds one prompt per line.", rich_help_panel=options.INPUT)
     ] = False,
@@ -65,13 +67,15 @@ def generate(
         raise typer.BadParameter("give --lines or --jsonl, not both")
     if batch_size > 1 and not (lines or jsonl):
         raise typer.BadParameter("--batch-size is for the prompts of --lines or --jsonl")
-    if prompt is None and not standard_input.is_piped():
-        raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
+    if (lines or jsonl) and not standard_input.is_piped():
+        raise typer.BadParameter("pipe the prompts of --lines or --jsonl into standard input")
     require_ranges(batch_size=batch_size)
     single = batch_size == 1 or not decoding.generation.exit_confidence
     require(single, "batch_size", "1 with `exit_confidence`", batch_size)
     loaded = load_to_decode(model, decoding, prompting, packing, machine, all_policies=jsonl)
     policy = loaded.policy_for(decoding, packing)
+    if prompt is None and not standard_input.is_piped():
+        prompt = standard_input.example_prompt()
     given = standard_input.PromptLines()
     requests = requests_of(given, jsonl, decoding) if lines or jsonl else read_requests(prompt, decoding)
     try:

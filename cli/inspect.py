@@ -14,6 +14,7 @@ from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import parse_counts, require_ranges
 from layerskip_core.errors import LayerSkipError
+from layerskip_core.evaluation.inspection import visible
 
 from . import options, standard_input
 from .console import ResultsConsole, narrate, narrate_notes
@@ -23,7 +24,6 @@ from .threads import use_threads
 if TYPE_CHECKING:
     from layerskip_core.evaluation.inspection import Inspection, TokenTrace
 
-_EXAMPLE = "remind me to call mom at 5"
 _CELL = 9  # characters shown of a token
 _FORMATS = ("table", "json")
 
@@ -101,9 +101,7 @@ def _page_file(output: str) -> Path:
 def _prompt(given: str | None) -> str:
     if given is None and standard_input.is_piped():
         given = standard_input.prompts_stream().read().removesuffix("\n") or None
-    if given is None:
-        narrate(f"no PROMPT given; an example: {_EXAMPLE}")
-    return given or _EXAMPLE
+    return standard_input.example_prompt() if given is None else given
 
 
 def _room(console: Console) -> int:
@@ -129,7 +127,7 @@ def _print(inspection: "Inspection", layers: tuple[int, ...], console: Console) 
             table.add_column(f"{kind} {layer}", no_wrap=True, width=_CELL)
         for trace in inspection.tokens:
             cells = (_cell(trace, layer) if kind == "layer" else _block_cell(trace, layer) for kind, layer in part)
-            table.add_row(Text(_visible(trace.token)), str(trace.settled), *cells)
+            table.add_row(Text(visible(trace.token)), str(trace.settled), *cells)
         console.print(table)
         console.print()
     console.print(
@@ -142,7 +140,7 @@ def _print(inspection: "Inspection", layers: tuple[int, ...], console: Console) 
 
 def _cell(trace: "TokenTrace", layer: int) -> Text:
     predicted = trace.predictions[layer - 1].token
-    return Text("=" + _visible(predicted), "bold green") if layer >= trace.settled else _compared(trace, predicted)
+    return Text("=" + visible(predicted), "bold green") if layer >= trace.settled else _compared(trace, predicted)
 
 
 def _block_cell(trace: "TokenTrace", exit_layer: int) -> Text:
@@ -150,10 +148,4 @@ def _block_cell(trace: "TokenTrace", exit_layer: int) -> Text:
 
 
 def _compared(trace: "TokenTrace", predicted: str) -> Text:
-    return Text("~" + _visible(predicted), "yellow") if predicted == trace.token else Text(" " + _visible(predicted), "dim")
-
-
-def _visible(token: str) -> str:
-    """A token on one line, with visible whitespace."""
-    line_end, blank = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
-    return token.replace("\n", line_end).replace("\t", blank).replace(" ", blank)
+    return Text("~" + visible(predicted), "yellow") if predicted == trace.token else Text(" " + visible(predicted), "dim")

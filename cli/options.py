@@ -254,7 +254,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "model": _MODEL,
         "output": Option(OUTPUT, "Folder for a copy of the model.", default="--model's folder, or calibrated-model"),
         "data": Option(DATA, "Rows to calibrate on: commands, topv2, a file or a hub id.", default="what the model writes"),
-        "samples": Option(DATA, "Number of texts."),
+        "samples": Option(DATA, "Number of texts; fewer if --data has fewer tokens."),
         "length": Option(DATA, "Tokens of a text."),
         "tuning_steps": Option(OPTIMISATION, "Steps of tuning the scales; 0: none.", "--steps"),
         "seed": Option(RUN, "Seed of the texts and of their order."),

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TextIO
 
+from .console import narrate
+
+_EXAMPLE = "remind me to call mom at 5"
 _taken: TextIO | None = None
 
 
@@ -17,6 +20,12 @@ def take() -> None:
     """Keeps standard input for `prompts_stream` and replaces it by an empty stream. `main` calls this first."""
     global _taken
     _taken, sys.stdin = sys.stdin, io.StringIO()
+
+
+def example_prompt() -> str:
+    """For a command that was given no prompt, which it says."""
+    narrate(f"no PROMPT given; an example: {_EXAMPLE}")
+    return _EXAMPLE
 
 
 def is_piped() -> bool:

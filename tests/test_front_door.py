@@ -144,6 +144,11 @@ def test_bad_options_name_themselves(model):
         model.generate_batch([PROMPT, "\ud800"])
 
 
+def test_a_template_needs_a_place_for_the_prompt():
+    with pytest.raises(ConfigError, match=r"`template` must be raw, chat or a text with {prompt} in it, got Answer: "):
+        load("embedded", device="cpu", template="Answer: ")
+
+
 def test_every_field_of_the_settings_is_an_option():
     configs = (DecodingSettings, GenerationSettings, SamplingConfig)
     names = {field.name for config in configs for field in fields(config)} - {"generation", "sampling"}

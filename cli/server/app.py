@@ -157,7 +157,8 @@ class Service:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def _health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        stopped = self._engine.is_stopped
+        return JSONResponse({"status": "stopped" if stopped else "ok"}, status_code=503 if stopped else 200)
 
 
 class _Endpoint:

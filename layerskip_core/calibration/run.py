@@ -99,9 +99,9 @@ def _texts(config: CalibrationConfig, report: Report) -> Tensor:
         return written_texts(
             decoder, config.samples, config.length, config.seed, lambda done: report(Progress("texts", done, config.samples))
         )
-    texts = data_texts(decoder, DataConfig(config.data, limit=config.samples, seed=config.seed), config.length)
-    report(Progress("texts", config.samples, config.samples))
-    return texts[: config.samples]
+    texts = data_texts(decoder, DataConfig(config.data, seed=config.seed), config.samples, config.length)
+    report(Progress("texts", len(texts), len(texts)))
+    return texts
 
 
 def _require_kernels(spec: ModelSpec) -> None:

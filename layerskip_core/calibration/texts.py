@@ -6,6 +6,7 @@ begin with a random token, half with what the prompt template puts before a prom
 """
 
 from collections.abc import Callable
+from random import Random
 
 import torch
 from torch import Tensor
@@ -38,10 +39,17 @@ def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: 
     return torch.cat(texts)
 
 
-def data_texts(decoder: Decoder, data: DataConfig, length: int) -> Tensor:
-    """(N, length) tokens of the rows of a data set, one after the other. Raises DataError where there is not even one text."""
+def data_texts(decoder: Decoder, data: DataConfig, count: int, length: int) -> Tensor:
+    """At most (count, length) tokens of the rows of a data set, joined in random order.
+
+    Raises DataError where there is not even one text.
+    """
     ids: list[int] = []
-    for row in load_rows(data):
+    rows = load_rows(data)
+    Random(data.seed).shuffle(rows)
+    for row in rows:
+        if len(ids) >= count * length:
+            break
         if isinstance(row, Conversation):
             raise DataError(f"`data` {data.name} must have rows of text or of prompt and completion, found conversations")
         ids += decoder.encode_prompt(row.prompt) if row.prompt else []
@@ -49,7 +57,8 @@ def data_texts(decoder: Decoder, data: DataConfig, length: int) -> Tensor:
         ids += [] if decoder.tokenizer.eos_token_id is None else [decoder.tokenizer.eos_token_id]
     if len(ids) < length:
         raise DataError(f"`data` {data.name} must have at least {length} tokens, found {len(ids)}")
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    texts = min(count, len(ids) // length)
+    return torch.tensor(ids[: texts * length]).view(texts, length)
 
 
 def _continued(model: Backend, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:

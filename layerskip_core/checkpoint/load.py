@@ -1,6 +1,5 @@
 """Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model, `blank` untrained."""
 
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -38,7 +37,7 @@ from .int4_file import read_int4
 from .loaded import Decoder, Trainable, decoder_of, end_ids
 from .locate import Location, locate, reading
 from .packed_file import PackedFile
-from .placement import pick_device, pick_dtype
+from .placement import memory_size, pick_device, pick_dtype
 from .quiet import quiet_transformers
 from .stored import INT4_FILE, check_tokenizer, is_packed, refuse_packed
 from .swap import read_whole
@@ -298,7 +297,7 @@ def _with_adaptive_copy(
     calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
     copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
     needed = ModelSpec.of(config).parameters * (dtype.itemsize + 1)
-    fits = needed <= _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = needed <= _MEMORY_SHARE * memory_size()
     return copied if fits and can_run_native(config, dtype, device, copied) else packing
 
 
@@ -317,6 +316,6 @@ def _token_order(path: str, config: Any, packing: PackingConfig | None) -> list[
 
 def _require_memory(spec: ModelSpec) -> None:
     """Raises CheckpointError for a model whose weights in fp32 do not fit into this machine's memory."""
-    needed, there = 4 * spec.parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, there = 4 * spec.parameters, memory_size()
     if needed > there:
         raise CheckpointError(f"its {spec.parameters} weights need {needed >> 20} MB in fp32, this machine has {there >> 20}")

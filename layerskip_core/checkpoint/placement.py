@@ -1,10 +1,16 @@
 """Which device and precision a model is loaded to."""
 
+import psutil
 import torch
 
 from ..errors import ConfigError
 
 _LARGE_MODEL = 50_000_000  # parameters; from this size on bf16 is faster on a CPU that has it
+
+
+def memory_size() -> int:
+    """Bytes of this machine's memory."""
+    return int(psutil.virtual_memory().total)
 
 
 def pick_device(device: str) -> torch.device:

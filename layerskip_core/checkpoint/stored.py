@@ -1,7 +1,6 @@
 """Reads and checks a checkpoint's files before anything is built from them. Every way of loading uses these checks."""
 
 import json
-import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,11 +41,11 @@ class WeightFile:
         """Raises what safetensors raises for a file that is damaged, of a wrong length, or not readable."""
         from safetensors import safe_open
 
-        self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
+        self._bytes = open(path, "rb", buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._bytes.close)
         self._file: Any = safe_open(path, "pt", device="cpu")  # checks the header
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        self._header = json.loads(os.pread(self._descriptor, length, 8))
+        length = int.from_bytes(self._bytes.read(8), "little")
+        self._header = json.loads(self._bytes.read(length))
         self._start = 8 + length
 
     def keys(self) -> list[str]:
@@ -69,12 +68,12 @@ class WeightFile:
         like = self.mapped(name)
         tensor = torch.empty(like.shape, dtype=like.dtype)
         rest = tensor.view(-1).view(torch.uint8).numpy().data
-        place = self._start + self._header[name]["data_offsets"][0]
+        self._bytes.seek(self._start + self._header[name]["data_offsets"][0])
         while rest:
-            count = os.preadv(self._descriptor, [rest], place)
-            if count == 0:
+            count = self._bytes.readinto(rest)
+            if not count:
                 raise OSError("the file ends too early")
-            rest, place = rest[count:], place + count
+            rest = rest[count:]
         return tensor
 
 

@@ -59,6 +59,8 @@ class Environment(TypedDict, total=False):
     dtype: str
     implementation: str
     llama_cpp: str
+    notes: list[str]
+    exit_blocks: dict[str, str]  # their features, by exit
     load_average: list[float] | None
 
 

@@ -34,7 +34,8 @@ def write_pair(
     """Writes both models and `files` to `output`, whose lock the caller holds; the target alone if the exit is the last layer.
 
     `loaded`, in fp32, loses the layers that the draft does not have. Raises as `write_gguf` and `cut_to_exit` do, and
-    CheckpointError if the files cannot be written. The folder is unchanged then.
+    CheckpointError if the files cannot be written. The folder is unchanged then, unless the last renames fail. The draft goes
+    first and comes last: whenever this is killed, no draft lies beside a target that is not its own.
     """
     folder = Path(output)
     try:
@@ -46,8 +47,11 @@ def write_pair(
                 write_gguf(draft, loaded.tokenizer, ModelSpec.of(draft.config), staging / DRAFT, kind)
             for name, content in files.items():
                 (staging / name).write_bytes(content)
-            for path in sorted(staging.iterdir()):
+            written = sorted(staging.iterdir(), key=lambda path: path.name == DRAFT)
+            for path in written:
                 synchronise(path)
+            (folder / DRAFT).unlink(missing_ok=True)
+            for path in written:
                 os.replace(path, folder / path.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..checkpoint.loaded import Decoder
 from ..config.checks import require, require_exit_layer
-from ..config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, default_exits
+from ..config.decoding import DecodingConfig, DecodingSettings, default_exits
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
 from ..evaluation.measure.batches import default_timed
-from ..evaluation.measure.bench import bench_result, unmeasured_bench
+from ..evaluation.measure.bench import bench_result, must_search, strategies_of, unmeasured_bench
 from ..evaluation.measure.environment import environment
 from ..evaluation.measure.runner import Progress, drafts_tokens
 from ..evaluation.measure.sweep import exit_result, unmeasured
@@ -66,15 +66,8 @@ def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> I
     """
     require(not config.baselines, "baselines", f"{_HERE}; lm-eval has the model type hf", ",".join(config.baselines))
     asked = DecodingSettings(None, config.exit_layer, config.num_draft_tokens, config.generation)
-    recommended = loaded.recommended(config.packing)
-    block = loaded.backend.exit_blocks.get(config.exit_layer or recommended.exit_layer)
-    may_exit = block is None or block.stands_alone
-    in_order = [name for name in ("autoregressive", "early-exit", *DRAFTERS) if name in config.strategies]
-    methods = [
-        asked.resolve_as(name, recommended, loaded.backend.num_layers, config.packing)
-        for name in in_order
-        if may_exit or name != "early-exit"
-    ]
+    require(not must_search(loaded, config), "skip", f"the layers that draft-and-verify skips, for `task` {HARNESS}...", None)
+    methods = strategies_of(loaded, config, asked, loaded.recommended(config.packing))
     config = replace(config, timed=default_timed(config))
     run = yield from _run(loaded, tasks, methods, config, config.repeats)
     results = []

@@ -73,19 +73,29 @@ class _Worker:
             if self._process is None or self._process.poll() is not None:
                 self._process = _started()
             started = time.monotonic()
-            assert self._process.stdin is not None and self._process.stdout is not None
             try:
-                self._process.stdin.write(json.dumps(request) + "\n")
-                self._process.stdin.flush()
-                line = self._process.stdout.readline()
-            except OSError:  # a broken pipe
-                line = ""
+                line = self._exchange(self._process, json.dumps(request))
+            except BaseException:  # an interrupt: a late answer must not be taken for the next one's
+                self._process.kill()
+                self._process = None
+                raise
             if not line:
                 self._process.wait()
                 late = time.monotonic() - started >= TIME_LIMIT
                 return {"error": f"it took longer than {TIME_LIMIT:g} seconds" if late else "it ended the process it ran in"}
             answer: dict[str, str] = json.loads(line)
             return answer
+
+    @staticmethod
+    def _exchange(process: subprocess.Popen[str], request: str) -> str:
+        """The line that answers a request; empty if the process has ended."""
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            return process.stdout.readline()
+        except OSError:  # a broken pipe
+            return ""
 
 
 @cache

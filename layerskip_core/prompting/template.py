@@ -39,8 +39,10 @@ def resolve_template(
     Without `asked` it is the template that the checkpoint names (`stored`), else the tokenizer's chat template if it has one,
     else `raw`. A `system` message replaces the stored one. Use `Decoder.with_template` where there is a Decoder.
 
-    Raises ConfigError for `chat` without a chat template, and for a system message in any other template.
+    Raises ConfigError for a text without {prompt}, for `chat` without a chat template, and for a system message in any other
+    template.
     """
+    require(asked is None or is_template(asked), "template", "raw, chat or a text with {prompt} in it", asked)
     if asked is None and stored is not None:
         template = stored
     else:

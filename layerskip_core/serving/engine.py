@@ -42,11 +42,16 @@ class Engine:
         """How many of them are being decoded."""
         return self._running
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was stopped, or failed: it takes no requests any more."""
+        return self._stopping
+
     def submit(self, *requests: Request) -> None:
         """Takes all of the requests or none. Raises QueueFull, and Stopped after `stop`."""
         with self._lock:
             if self._stopping:
-                raise Stopped("the server is shutting down")
+                raise Stopped("the server answers nothing any more")
             if self._held + len(requests) > self._most:
                 raise QueueFull(f"{self._held} requests wait or are being answered, and this server holds {self._most}")
             self._held += len(requests)
@@ -65,14 +70,21 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        scheduler = self._scheduler
-        while not self._stopping:
-            self._obey(wait=scheduler.is_idle)
-            self._release(len(scheduler.step()))
-            self._running = scheduler.running
-        self._obey(wait=False)
-        self._release(len(scheduler.fail_all(Stopped("the server is shutting down"))))
-        self._running = 0
+        scheduler, reason = self._scheduler, Stopped("the server is shutting down")
+        try:
+            while not self._stopping:
+                self._obey(wait=scheduler.is_idle)
+                self._release(len(scheduler.step()))
+                self._running = scheduler.running
+        except BaseException:  # a fault of the scheduler: nobody waits for an answer that will not come
+            reason = Stopped("the server has failed and must be started again")
+            with self._lock:
+                self._stopping = True
+            raise  # the traceback goes to stderr
+        finally:
+            self._obey(wait=False)
+            self._release(len(scheduler.fail_all(reason)))
+            self._running = 0
 
     def _obey(self, wait: bool) -> None:
         """Runs the commands that have come; waits for the first if there is nothing to decode."""

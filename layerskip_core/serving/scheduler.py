@@ -168,27 +168,32 @@ class Scheduler:
             updates = [answer.add(step) for answer, step in zip(answers, next(loop), strict=True)]
         except BaseException as error:  # a panic of the tokenizers library is not an Exception
             return done + [_failed(request, error) for request in fitting]
-        staying = [row for row, update in enumerate(updates) if not update.is_last]
-        if staying:
-            key = self._key(first)
-            if (group := self._groups.get(key)) is None:
-                self._groups[key] = group = _Group(loop)
-                rows = staying
-            else:
-                rows = group.loop.join(loop)
-            group.answers |= zip(rows, (answers[row] for row in staying), strict=True)
         for request, update in zip(fitting, updates, strict=True):
             request.deliver(update)
             if update.is_last:
                 done.append(request)
-        return done
+        staying = {row: answers[row] for row, update in enumerate(updates) if not update.is_last}
+        return done + self._join(self._key(first), loop, staying) if staying else done
+
+    def _join(self, key: Hashable, loop: DecodingLoop, answers: dict[int, _Answer]) -> list[Request]:
+        """Decodes these rows of a loop with those of the same settings. Returns the requests that a failure has ended."""
+        group = self._groups.get(key)
+        if group is None:
+            self._groups[key] = group = _Group(loop)
+            group.answers = answers
+            return []
+        try:
+            rows = group.loop.join(loop)
+        except BaseException as error:  # the group's own loop may have been changed in part
+            return self._end(key, error) + [_failed(answer.request, error) for answer in answers.values()]
+        group.answers |= zip(rows, answers.values(), strict=True)
+        return []
 
     def _advance(self, key: Hashable, group: _Group) -> list[Request]:
         try:
             updates = [(step.row, group.answers[step.row].add(step)) for step in next(group.loop) if step.row in group.answers]
         except BaseException as error:
-            del self._groups[key]
-            return [_failed(answer.request, error) for answer in group.answers.values()]
+            return self._end(key, error)
         done = []
         for row, update in updates:
             request = group.answers[row].request
@@ -197,6 +202,10 @@ class Scheduler:
                 done.append(request)
             request.deliver(update)
         return done
+
+    def _end(self, key: Hashable, error: BaseException) -> list[Request]:
+        """Ends the requests of a loop that failed."""
+        return [_failed(answer.request, error) for answer in self._groups.pop(key).answers.values()]
 
     def _remove(self, key: Hashable, group: _Group, row: int) -> None:
         del group.answers[row]

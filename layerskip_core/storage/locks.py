@@ -52,11 +52,7 @@ def hold(folder: str | Path, doing: str) -> Iterator[None]:
             yield
         finally:
             _held.discard(key)
-            try:
-                with suppress(OSError):
-                    os.unlink(Path(folder) / _FILE)  # while the lock is held: see _acquire
-            finally:
-                os.close(descriptor)
+            _release(descriptor, Path(folder) / _FILE)
     finally:
         for path in created:
             with suppress(OSError):  # unless something was written there
@@ -83,6 +79,19 @@ def _acquire(folder: Path, doing: str, created: list[Path]) -> int:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, holder.encode())
     return descriptor
+
+
+def _release(descriptor: int, file: Path) -> None:
+    """Removes the file while the lock is held: see _acquire. Windows removes no open file, but there the file is the lock."""
+    try:
+        if fcntl is not None:
+            with suppress(OSError):
+                os.unlink(file)
+    finally:
+        os.close(descriptor)
+    if fcntl is None:
+        with suppress(OSError):
+            os.unlink(file)
 
 
 def _open_held(file: Path, folder: Path) -> int:
@@ -119,6 +128,7 @@ def _lock(descriptor: int) -> bool | None:
 
 def _holder(descriptor: int) -> str:
     with suppress(OSError):
-        first = os.pread(descriptor, 300, 0).decode("utf-8", "replace").partition("\n")[0]
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        first = os.read(descriptor, 300).decode("utf-8", "replace").partition("\n")[0]
         return "".join(letter for letter in first if letter.isprintable()) or "another process"
     return "another process"

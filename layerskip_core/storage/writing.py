@@ -103,6 +103,8 @@ def discard_folder(folder: Path) -> None:
 
 def synchronise(path: Path) -> None:
     """Flushes a file, or a folder's entries, to disk; in a power cut a rename could otherwise survive without the content."""
+    if sys.platform == "win32":  # flushes neither folders nor what is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,14 +119,10 @@ def _is_abandoned(temporary: Path) -> bool:
     """Whether the process that wrote a temporary file is gone: on this machine it no longer runs; elsewhere the file is old."""
     machine, _, rest = temporary.name.removeprefix(_TEMPORARY).partition("-")
     if machine == _machine():
+        import psutil
+
         with suppress(ValueError, OverflowError):
-            try:
-                os.kill(int(rest.partition("-")[0]), 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:  # another user's
-                return False
-            return False
+            return not psutil.pid_exists(int(rest.partition("-")[0]))
     return time.time() - temporary.lstat().st_mtime > _ABANDONED
 
 
@@ -134,11 +132,10 @@ def _machine() -> str:
 
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.parent / f"{_TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             with suppress(FileNotFoundError):
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -162,6 +159,8 @@ def _open_stream(path: Path) -> int | None:
         return os.dup(own)
     if not _is_stream(status.st_mode):
         return None
+    if sys.platform == "win32":
+        return os.open(path, os.O_WRONLY | os.O_BINARY)
     descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)  # without a reader a FIFO fails instead of waiting
     os.set_blocking(descriptor, True)
     return descriptor

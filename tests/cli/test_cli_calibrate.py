@@ -78,6 +78,8 @@ def test_own_rows_are_calibrated_on(wide, tmp_path):
     rows.write_text('{"prompt": "wake me up", "completion": "at seven in the morning"}\n' * 8)
     done = run("calibrate", "--model", str(wide), "--data", str(rows), *QUICK)
     assert done.code == 0, done.err
+    with safe_open(wide / INT4_FILE, "pt") as file:
+        assert file.metadata()["texts"] == QUICK[QUICK.index("--samples") + 1]  # more than the rows hold as texts of their own
     rows.write_text('{"prompt": "", "completion": "a"}\n')
     short = run("calibrate", "--model", str(wide), "--data", str(rows), *QUICK)
     assert short.code == 1 and "--data" in short.err and "must have at least 24 tokens, found" in short.err

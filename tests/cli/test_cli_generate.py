@@ -384,21 +384,21 @@ def test_an_interrupt_keeps_the_output_so_far(generate, monkeypatch):
     assert generate(PROMPT) == Result(130, "half an ans\n", "")
 
 
-def test_a_terminal_as_standard_input_is_wrong_usage():
+def test_a_terminal_as_standard_input_gets_an_example():
     keyboard, terminal = pty.openpty()
     try:
-        result = finish(start("generate", stdin=terminal))
+        result, lines = finish(start("generate", stdin=terminal)), finish(start("generate", "--lines", stdin=terminal))
     finally:
         os.close(keyboard)
         os.close(terminal)
-    assert (result.code, result.out) == (2, "")
-    assert "give a PROMPT, or pipe one into standard input" in result.err
+    assert result.code == 0 and result.out.startswith("[IN:CREATE_REMINDER ")
+    assert result.err == "no PROMPT given; an example: remind me to call mom at 5\n"
+    assert (lines.code, lines.out) == (2, "") and "pipe the prompts of --lines or --jsonl into standard input" in lines.err
 
 
-def test_no_standard_input_at_all_is_wrong_usage():
+def test_no_standard_input_at_all_gets_an_example():
     result = finish(start("-c", f'exec "{sys.executable}" -m cli generate <&-', command=("/bin/sh",)))
-    assert (result.code, result.out) == (2, "")
-    assert "give a PROMPT" in result.err and "Traceback" not in result.err
+    assert result.code == 0 and "no PROMPT given; an example" in result.err and "Traceback" not in result.err
 
 
 @pytest.mark.slow

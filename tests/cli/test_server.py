@@ -215,6 +215,14 @@ def test_an_api_key_keeps_others_out():
         assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}
 
 
+def test_a_stopped_engine_is_not_healthy():
+    with serving(tiny_loaded()) as api:
+        api.engine.stop()
+        health = httpx.get(f"{api.url}/health")
+        assert (health.status_code, health.json()) == (503, {"status": "stopped"})
+        assert httpx.post(f"{api.url}/v1/completions", json={"model": "tiny", "prompt": "a"}).status_code == 503
+
+
 def test_a_full_queue_says_so():
     with serving(tiny_loaded(), batch_size=1, queue_size=1) as api:
         with pytest.raises(openai.RateLimitError, match="this server holds 2; try again later"):

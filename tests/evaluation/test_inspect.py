@@ -81,8 +81,23 @@ def test_the_page_of_a_known_inspection():
         2: [("right", "␣x"), ("wrong", "↵")],
         1: [("wrong", "y"), ("early", "&lt;")],
     }
-    assert "a &lt;b&gt;" in page
+    assert "a &lt;b&gt;" in page and "exit block" not in page
     assert not re.search(r"https?://|url\(|<script", page)
+
+
+def test_the_page_shows_blocks_and_tabs():
+    trace = TokenTrace("\t", 2, (LayerPrediction("y", 0.25), LayerPrediction("\t", 1.0)), {1: LayerPrediction("\t", 0.5)})
+    page = inspection_page(Inspection("tiny", "a", 2, (trace,)))
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>\n<td class="(\w+)".*?title="(.*?)">(.*?)</td>', page)
+    assert [(name, kind, token) for name, kind, _, token in rows] == [
+        ("2", "right", "␣"), ("block 1", "early", "␣"), ("1", "wrong", "y"),
+    ]  # fmt: skip
+    assert html.unescape(rows[1][2]) == "block 1: '\\t' 50%" and "the exit block after layer E" in page
+
+
+def test_an_empty_prompt_is_a_prompt(checkpoint):
+    done = run("inspect", "", "--model", checkpoint, "--max-new-tokens", "2", "--format", "json")
+    assert done.code == 0 and json.loads(done.out)["prompt"] == "" and "no PROMPT" not in done.err
 
 
 def test_the_command_at_80_columns(checkpoint, tmp_path, monkeypatch):

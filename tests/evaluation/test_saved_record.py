@@ -161,6 +161,8 @@ def test_figures_of_extreme_values_are_drawn(saved, tmp_path, figure, every):
             lambda document: document["environment"].update(threads=[]),
             "environment.threads: needed a whole number, found a list",
         ),
+        (lambda document: document["environment"].update(exit_blocks=3), "environment.exit_blocks: needed an object, found 3"),
+        (lambda document: document["environment"].update(notes="slow"), "environment.notes: needed a list, found 'slow'"),
     ],
 )
 def test_the_error_names_the_wrong_part(saved, tmp_path, change, message):

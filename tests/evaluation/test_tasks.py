@@ -372,6 +372,9 @@ def test_lm_takes_passages_of_a_text(tmp_path):
     assert [len(example.prompt.split()) for example in task.examples] == [100] * 4
     assert task.examples[0].completion.split()[0] == "w100"
     assert (task.quality_metric, task.score(["a", "b", "c", "d"], 7.5)) == ("perplexity", {"perplexity": 7.5})
+    packed = tmp_path / "text.txt.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert load_task(TaskConfig("lm", str(packed))).text == task.text
 
 
 def test_lm_of_rows_and_of_the_hub(tmp_path, hub):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from evaluating import tiny_loaded
+from exit_block_models import random_blocks
 from test_generic import CHANGES, ids_of
 
 from layerskip_core.checkpoint.load import for_decoding, for_training
@@ -13,6 +14,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, ModelSpec, PackedBackend, can_pack, missing_feature
 from layerskip_core.model.architectures import SUPPORTED
+from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.packed import linear
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -177,6 +179,12 @@ def test_the_original_weights_are_released():
     model = tiny_model()
     PackedBackend.of(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_the_head_is_kept_without_the_norm_only_for_blocks():
+    model = tiny_model("llama", torch.float32)
+    assert PackedBackend.of(tiny_model("llama", torch.float32))._head._unfolded is None
+    assert PackedBackend.of(model, exit_blocks=random_blocks(model, ExitBlock(2)))._head._unfolded is not None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Chat templates render as in transformers, and a hostile one can neither hang nor use up memory."""
 
 import itertools
+import os
 import threading
 
 import pytest
@@ -95,6 +96,28 @@ def test_no_template(full):
     full.chat_template = None
     with pytest.raises(ConfigError, match="a chat template was asked for, but the model's tokenizer has none"):
         render_chat(full, TURNS, True)
+
+
+def test_an_answer_that_nobody_waited_for_is_not_the_next_one(full, monkeypatch):
+    """As after Ctrl-C: the first question was asked, and its answer not read."""
+
+    class Interrupted:
+        def __init__(self, stream):
+            self._stream = stream
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    def asked(content):
+        return render_chat(full, [{"role": "user", "content": content}], False)
+
+    full.chat_template = "{{ messages[0].content }}"
+    assert asked("before") == "before"
+    worker = chat._worker(os.getpid())
+    monkeypatch.setattr(worker._process, "stdout", Interrupted(worker._process.stdout))
+    with pytest.raises(KeyboardInterrupt):
+        asked("interrupted")
+    assert [asked("first"), asked("second")] == ["first", "second"]
 
 
 def test_from_several_threads(full):

@@ -98,3 +98,16 @@ def test_at_the_end_everyone_is_told():
     assert engine.held == 0 and not engine._thread.is_alive()
     with pytest.raises(Stopped):
         engine.submit(Client("late").request)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_scheduler_leaves_nobody_waiting(monkeypatch):
+    engine = Engine(tiny_loaded(), batch_size=1, queue_size=5)
+    clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(2)]
+    assert clients[0].came.wait(60) and not engine.is_stopped
+    monkeypatch.setattr(engine._scheduler, "step", lambda: 1 / 0)
+    engine._thread.join(60)
+    assert engine.is_stopped and engine.held == 0
+    assert all(str(client.updates[-1].error) == "the server has failed and must be started again" for client in clients)
+    with pytest.raises(Stopped):
+        engine.submit(Client("late").request)

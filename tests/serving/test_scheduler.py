@@ -13,6 +13,7 @@ from exit_block_models import random_blocks
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
+from layerskip_core.decoding.loop import DecodingLoop
 from layerskip_core.decoding.text import TextStream
 from layerskip_core.errors import ContextError
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
@@ -200,6 +201,26 @@ def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
     assert all(isinstance(client.updates[-1].error, AttributeError) for client in doomed)
     run(scheduler, [])
     assert spared.answer == alone(decoder, spared.request.ids, spared.request.config)[0]
+
+
+def test_a_join_that_fails_ends_the_requests_of_both_loops(monkeypatch):
+    decoder = decoder_of("packed")
+    scheduler = Scheduler(decoder, batch_size=4)
+    long, plain = replace(SPECULATIVE, max_new_tokens=30), DecodingConfig("autoregressive", max_new_tokens=10)
+    first, second, spared = Client(prompt_of(4), long), Client(prompt_of(6), long), Client(prompt_of(5), plain)
+    for client in (first, spared):
+        scheduler.add(client.request)
+        scheduler.step()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(DecodingLoop, "join", fail)
+    scheduler.add(second.request)
+    assert scheduler.step() == [first.request, second.request]
+    assert all(str(client.updates[-1].error) == "out of memory" for client in (first, second))
+    run(scheduler, [])
+    assert spared.answer == alone(decoder, spared.request.ids, plain)[0]
 
 
 def test_a_loop_that_never_ends_keeps_nothing_of_those_that_left():

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, SkipChoice
+from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, ExitChoice, SkipChoice
 from ...config.evaluation import BenchConfig
 from ...config.packing import PackingConfig
 from ..bootstrap import answer_bounds, ratio_bounds
@@ -52,15 +52,8 @@ def bench(
             weights = config.packing.draft_weights
             searched = (yield from search_skips(loaded, task, generation, weights[0] if weights else None)).choice
         recommended = replace(recommended, skip=searched)
-    known = (recommended, loaded.backend.num_layers, config.packing)
-    chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
-    block = loaded.backend.exit_blocks.get(config.exit_layer or recommended.exit_layer)
-    if block is not None and not block.stands_alone:
-        chosen.discard("early-exit")  # that exit can only draft
-    in_order = [strategy for strategy in ("autoregressive", "early-exit", *DRAFTERS) if strategy in chosen]
-    strategies = [asked.resolve_as(strategy, *known) for strategy in in_order]
-    strategies = [setting for strategy in strategies for setting in _by_copy(strategy, config.packing)]
-    speculative = asked.resolve_as("self-speculative", *known)
+    strategies = strategies_of(loaded, config, asked, recommended)
+    speculative = asked.resolve_as("self-speculative", recommended, loaded.backend.num_layers, config.packing)
     config = replace(
         config,
         task=task.config,
@@ -103,6 +96,22 @@ def bench(
         results.append(replace(figures, categories=_by_category(task, config, method, compared, answered, expected)))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(results), answered=task.answered(answers))
+
+
+def strategies_of(
+    loaded: Decoder, config: BenchConfig, asked: DecodingSettings, recommended: ExitChoice
+) -> list[DecodingConfig]:
+    """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies.
+
+    Raises ConfigError for an exit outside the model.
+    """
+    chosen = {*config.strategies, *(["draft-and-verify"] if config.skips else [])}
+    block = loaded.backend.exit_blocks.get(config.exit_layer or recommended.exit_layer)
+    if block is not None and not block.stands_alone:
+        chosen.discard("early-exit")  # that exit can only draft
+    in_order = [name for name in ("autoregressive", "early-exit", *DRAFTERS) if name in chosen]
+    known = (recommended, loaded.backend.num_layers, config.packing)
+    return [setting for name in in_order for setting in _by_copy(asked.resolve_as(name, *known), config.packing)]
 
 
 def must_search(loaded: Decoder, config: BenchConfig) -> bool:

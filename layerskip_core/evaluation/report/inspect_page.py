@@ -1,8 +1,9 @@
 """An inspection as an HTML page: a row per layer, a column per token, green from the layer on where it stays correct."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..inspection import Inspection, TokenTrace
+from ..inspection import Inspection, LayerPrediction, TokenTrace, visible
 from .pages import render
 
 
@@ -16,7 +17,7 @@ class _Cell(NamedTuple):
 
 
 class _Row(NamedTuple):
-    layer: int
+    name: str
     cells: list[_Cell]
 
 
@@ -29,21 +30,27 @@ def inspection_page(inspection: Inspection) -> str:
         answer="".join(trace.token for trace in inspection.tokens),
         mean_layers=f"{inspection.mean_layers:.1f}",
         num_layers=inspection.num_layers,
-        tokens=[_visible(trace.token) for trace in inspection.tokens],
-        rows=[
-            _Row(layer, [_cell(trace, layer) for trace in inspection.tokens]) for layer in range(inspection.num_layers, 0, -1)
-        ],
+        tokens=[visible(trace.token) for trace in inspection.tokens],
+        rows=list(_rows(inspection)),
+        has_blocks=any(trace.blocks for trace in inspection.tokens),
         needed=[trace.settled for trace in inspection.tokens],
     )
 
 
-def _cell(trace: TokenTrace, layer: int) -> _Cell:
-    prediction = trace.predictions[layer - 1]
-    kind = "right" if layer >= trace.settled else "early" if prediction.token == trace.token else "wrong"
-    title = f"layer {layer}: {prediction.token!r} {prediction.probability:.0%}"
-    return _Cell(_visible(prediction.token), kind, f"{prediction.probability:.2f}", title)
+def _rows(inspection: Inspection) -> Iterator[_Row]:
+    """Of every layer, the last one first; that of an exit block is above the layer it follows."""
+    tokens = inspection.tokens
+    for layer in range(inspection.num_layers, 0, -1):
+        name = f"block {layer}"
+        if any(layer in trace.blocks for trace in tokens):
+            yield _Row(name, [_cell(name, trace, trace.blocks[layer], False) for trace in tokens])
+        yield _Row(
+            str(layer),
+            [_cell(f"layer {layer}", trace, trace.predictions[layer - 1], layer >= trace.settled) for trace in tokens],
+        )
 
 
-def _visible(token: str) -> str:
-    """The token with visible spaces and line ends."""
-    return token.replace(" ", "\N{OPEN BOX}").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+def _cell(where: str, trace: TokenTrace, prediction: LayerPrediction, stays: bool) -> _Cell:
+    kind = "right" if stays else "early" if prediction.token == trace.token else "wrong"
+    title = f"{where}: {prediction.token!r} {prediction.probability:.0%}"
+    return _Cell(visible(prediction.token), kind, f"{prediction.probability:.2f}", title)

@@ -126,7 +126,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         note += "\nIn brackets: 95% intervals over the prompts, which were drawn anew (bootstrap)."
     note += _settings_note(record.config) + _blocks_note(machine)
     if "llama_cpp" in machine:
-        note += f"\nllama.cpp: {machine['llama_cpp']}, on {record.config['gguf']}."
+        note += f"\nllama.cpp: {machine['llama_cpp']}, on {record.config.get('gguf')}."
     with_transformers = any(name in TRANSFORMERS_BASELINES for name in record.config.get("baselines", ()))
     if with_transformers and record.config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
         note += " Memory is that of the whole process, which also holds transformers' copy of the model."

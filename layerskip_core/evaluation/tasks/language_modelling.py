@@ -8,7 +8,7 @@ from ...config.evaluation import TaskConfig
 from ...data.examples import Example
 from ...data.records import FILE_ENDINGS, file_ending
 from ...errors import DataError
-from ...storage.reading import read_text
+from ...storage.reading import text_lines
 from .prompts import BARE
 from .rows import file_rows, hub_rows
 from .task import Task, TaskLoader
@@ -37,11 +37,11 @@ def _text(config: TaskConfig) -> str:
     if config.data is None:
         return "".join(str(row.value("text")) for row in hub_rows(_HUB, config.split, name=_HUB_NAME))
     path = Path(config.data)
-    if file_ending(path) in FILE_ENDINGS and path.suffix not in _PLAIN:
+    if file_ending(path) in FILE_ENDINGS and file_ending(path) not in _PLAIN:
         rows = file_rows(config.data)
         column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
         return "\n\n".join(row.text(column, "completion_column") for row in rows)
-    text = read_text(path, f"`data` {path}", DataError)
+    text = "".join(text_lines(path, "data"))
     if not text.strip():
         raise DataError(f"`data` {path} holds no text")
     return text

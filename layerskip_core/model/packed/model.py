@@ -76,7 +76,7 @@ class PackedBackend:
         ) -> PackedHead:
             head = weights.of(spec.head_name)
             weight = head if rows is None else rows.rows_of(head)
-            return packed_head(norm, weight, spec, quantization, exact, renormed=exit_blocks is not None)
+            return packed_head(norm, weight, spec, quantization, exact, renormed=bool(exit_blocks.blocks))
 
         def pack_join(weights: Weights, block: ExitBlock, quantization: Quantization | None) -> PackedJoin:
             return PackedJoin(weights.of(block.input_name), quantization)
