@@ -60,7 +60,7 @@ app.command("inspect", cls=Command, short_help="Show what the model predicts aft
 app.command("calibrate", cls=Command, short_help="Make better int4 weights for a model.")(calibrate)
 app.command("import", cls=Command, short_help="Write any model as a plain transformers checkpoint.")(import_model)
 app.command("export", cls=Command, short_help="Write an exit as a draft model for another engine.")(export)
-app.command("serve", cls=Command, short_help="Serve a model by OpenAI's API.")(serve)
+app.command("serve", cls=Command, short_help="Serve a model over an OpenAI-compatible API.")(serve)
 app.command("data", cls=Command, short_help="Print the rows of a data set as JSON lines.")(data)
 
 

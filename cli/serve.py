@@ -1,4 +1,4 @@
-"""`layerskip serve`: a model behind OpenAI's API."""
+"""`layerskip serve`: a model behind an OpenAI-compatible API."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @command
 def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig) -> None:
-    """Serve one model by OpenAI's API: /v1/models, /v1/completions and /v1/chat/completions, with streaming.
+    """Serve one model over an OpenAI-compatible API: /v1/models, /v1/completions and /v1/chat/completions, with streaming.
 
     For one machine. The flags about decoding are for what a request does not say itself. LAYERSKIP_API_KEY in the environment
     is the key that clients must send. Needs the extra `serve`: pip install 'layerskip[serve]'.

@@ -1,1 +1,1 @@
-"""The web side of `layerskip serve`: OpenAI's API over `layerskip_core.serving`."""
+"""The web side of `layerskip serve`: an OpenAI-compatible API over `layerskip_core.serving`."""
