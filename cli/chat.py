@@ -15,6 +15,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.errors import ContextError, LayerSkipError
 from layerskip_core.interruption import Interruption
+from layerskip_core.wording import plural
 
 from . import options, standard_input
 from .console import ResultsConsole, narrate
@@ -139,7 +140,7 @@ class _Chat:
                 narrate("a new conversation")
             case ["/forget"]:
                 self._dialogue.forget(1)
-                narrate(f"{_counted(len(self._dialogue.turns), 'turn')} left")
+                narrate(f"{plural(len(self._dialogue.turns), 'turn')} left")
             case ["/stats"]:
                 self._tell_stats()
             case ["/help"]:
@@ -194,7 +195,7 @@ class _Chat:
         narrate(f"last answer: {self._stats_of(self._last)}")
         total = self._total
         narrate(
-            f"{_counted(self._answers, 'answer')}: {total.new_tokens} tokens, {total.tokens_per_second:.1f} tokens/s; "
+            f"{plural(self._answers, 'answer')}: {total.new_tokens} tokens, {total.tokens_per_second:.1f} tokens/s; "
             f"drafted {total.drafted}, accepted {total.accepted} ({total.acceptance_rate:.1%})"
         )
 
@@ -218,7 +219,3 @@ def _typed_lines() -> Iterator[str]:
             narrate("")
             return
         yield line
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

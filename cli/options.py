@@ -359,7 +359,7 @@ def flags_of(field: str, option: Option) -> tuple[str, ...]:
 
 
 _NAMED = {field: flags_of(field, option)[0] for options in OPTIONS.values() for field, option in options.items()}
-_OF_COMMANDS = ("lines", "jsonl", "stats", "layers", "save", "dry_run", "engine", "only")
+_OF_COMMANDS = ("layers", "save", "engine", "only")
 FLAGS = _NAMED | {name: "--" + name.replace("_", "-") for name in _OF_COMMANDS}
 
 

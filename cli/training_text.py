@@ -20,7 +20,7 @@ def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
     adapted = "" if plan.adapted_layers is None else f"adapters on layers 1 to {plan.adapted_layers}, "
     return (
         f"{config.regime} of {config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
-        f"on {config.data.name}: {_rows_text(config, plan)}\n"
+        f"on {config.data.name}: {_rows_text(plan)}\n"
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {plan.lr:g}, "
         f"{adapted}{plan.dtype} on {plan.device}, about {plan.memory_mb:.0f} MB{_processes_text(config)}\n"
         f"recipe: {dropout}, e_scale {recipe.e_scale}, {recipe.curriculum}"
@@ -53,7 +53,7 @@ def _retention_text(config: FinetuneConfig, plan: TrainingPlan) -> list[str]:
     return lines
 
 
-def _rows_text(config: FinetuneConfig, plan: TrainingPlan) -> str:
+def _rows_text(plan: TrainingPlan) -> str:
     if plan.rows is None:
         return f"a stream, cut at {plan.max_length} tokens"
     return f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {plan.max_length}"
@@ -126,7 +126,7 @@ def resume_command() -> str:
 
 
 def spread(losses: dict[int, float], count: int = 4) -> list[tuple[int, float]]:
-    """At most `count` exits at even distances, so that they fit in one line."""
+    """At most `count` exits at even distances, the last one among them, so that they fit in one line."""
     items = list(losses.items())
     count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
+    return [items[index * len(items) // count - 1] for index in range(1, count + 1)]

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent / "layerskip_core"
 
 # From the bottom up. Packages of one level do not import each other.
 LEVELS = [
-    {"errors", "interruption"},
+    {"errors", "interruption", "wording"},
     {"config", "storage", "embedded"},
     {"data", "prompting", "model", "losses"},
     {"checkpoint"},

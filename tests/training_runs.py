@@ -87,10 +87,12 @@ def train(config):
     return reports
 
 
-def recipe_module(model, recipe, *arguments, **keywords):
+def recipe_module(model, recipe, *arguments, anchor=None, **keywords):
     """The training module of a model under a RecipeConfig."""
     resolved = resolve_recipe(recipe, model.config.num_hidden_layers, model.config.vocab_size)
-    return RecipeModule(model, resolved, *arguments, **keywords)
+    module = RecipeModule(model, resolved, *arguments, **keywords)
+    module.anchor = anchor
+    return module
 
 
 def loss_rows(folder):

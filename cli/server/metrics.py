@@ -7,7 +7,6 @@ from layerskip_core.serving import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-OUTCOMES = ("finished", "cancelled", "refused", "failed")
 
 
 class Metrics:
@@ -32,7 +31,7 @@ class Metrics:
         waiting.set_function(lambda: max(engine.held - engine.running, 0))
 
     def ended(self, endpoint: str, outcome: str) -> None:
-        """A request ended; `outcome` is one of OUTCOMES."""
+        """A request ended; `outcome`: finished, cancelled, refused or failed."""
         self._requests.labels(endpoint, outcome).inc()
 
     def decoded(self, stats: DecodeStats) -> None:

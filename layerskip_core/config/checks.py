@@ -33,13 +33,13 @@ def require_exit_layer(exit_layer: int, num_layers: int, may_be_last: bool = Fal
         raise refused(field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")
 
 
-def require_skip(skip: tuple[int, ...], num_layers: int, field: str = "skip") -> None:
+def require_skip(skip: tuple[int, ...], num_layers: int) -> None:
     """Layers of the model, numbered 1..L, and not all of them."""
     outside = [layer for layer in skip if not 1 <= layer <= num_layers]
     if outside:
-        raise refused(field, f"in 1..{num_layers}", f"{outside[0]} (model has {num_layers} layers)")
+        raise refused("skip", f"in 1..{num_layers}", f"{outside[0]} (model has {num_layers} layers)")
     if len(set(skip)) == num_layers:
-        raise refused(field, "a list that leaves at least one layer", f"all {num_layers} layers")
+        raise refused("skip", "a list that leaves at least one layer", f"all {num_layers} layers")
 
 
 def refused(field: str, needed: str, got: str) -> ConfigError:

@@ -146,12 +146,11 @@ class Outputs:
         return sum(ids == expected for ids, expected in pairs) / len(pairs)
 
 
-def require_outputs(outputs: Outputs) -> Outputs:
-    """Returns the outputs. Raises LayerSkipError if every prompt failed."""
+def require_outputs(outputs: Outputs) -> None:
+    """Raises LayerSkipError if every prompt failed."""
     failures = outputs.failures
     if len(failures) == len(outputs.each):
         raise LayerSkipError(f"none of the {len(failures)} prompts could be answered; the first: {failures[0].error}")
-    return outputs
 
 
 def finite(value: float) -> float | None:

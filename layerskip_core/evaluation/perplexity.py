@@ -48,18 +48,16 @@ def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[in
     return _losses(loaded.backend, prompt, reference, exit_layers)
 
 
-def text_losses(
-    loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int], window_tokens: int = _WINDOW_TOKENS
-) -> Iterator[ReferenceLosses]:
+def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[ReferenceLosses]:
     """The losses of `windows` windows (0: all), evenly spaced over the text.
 
-    Windows do not overlap; each has `window_tokens` tokens, or as many as the context holds. A window starts with the tokens
+    Windows do not overlap; each has 512 tokens, or as many as the context holds. A window starts with the tokens
     that the tokenizer puts before every text. If there are none, the window's first token does not count.
     """
     with quiet_transformers():  # else transformers warns that the text is longer than the context
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     start = loaded.with_template(RAW, None).encode_prompt("")
-    size = min(window_tokens, loaded.backend.max_positions - len(start))
+    size = min(_WINDOW_TOKENS, loaded.backend.max_positions - len(start))
     offsets = range(0, max(len(ids) - size, 0) + 1, size)
     count = min(windows or len(offsets), len(offsets))
     for number in range(count):

@@ -46,12 +46,11 @@ class RecipeModule(nn.Module):
         from_scratch: bool = False,
         recompute: bool = False,
         tokenizer: Any = None,
-        anchor: Anchor | None = None,
     ) -> None:
         """`model`: a transformers causal LM, or a peft model around one. `from_scratch` turns on the schedule S(t).
 
         `recompute` keeps no activations inside the layers: the backward pass runs them again, with the same rows dropped.
-        `tokenizer`: of transformers, saved with the model. `anchor` adds the divergence from the original in training.
+        `tokenizer`: of transformers, saved with the model. The attribute `anchor` adds the divergence from the original.
         """
         super().__init__()
         self.model = model
@@ -60,7 +59,7 @@ class RecipeModule(nn.Module):
         self.seed = seed
         self.from_scratch = from_scratch
         self.recompute = recompute
-        self.anchor = anchor
+        self.anchor: Anchor | None = None
         self._tokenizer = tokenizer
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backend = GenericBackend(base)

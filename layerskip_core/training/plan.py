@@ -70,7 +70,6 @@ class TrainingPlan:
     adapted_layers: int | None = None  # the first ones, to which LoRA is confined
     original: str | None = None
     replay: Replay | None = None
-    resumed_step: int = 0
     notes: tuple[str, ...] = ()  # what the user should know before it starts
 
     @property

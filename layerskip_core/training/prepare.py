@@ -53,7 +53,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     if resume is not None:
         require_same_run(sealed, sealed_settings(config, plan))
         notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
-        plan = replace(plan, resumed_step=resume.step, notes=plan.notes + notes)
+        plan = replace(plan, notes=plan.notes + notes)
     return FinetuneJob(config, trainable, data, held_out, encoder.template, plan, stored_dtype(config.model), resume)
 
 

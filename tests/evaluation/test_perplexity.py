@@ -8,20 +8,22 @@ from evaluating import TOO_LONG, tiny_loaded
 from torch.nn.functional import cross_entropy
 
 from layerskip_core.data.examples import Example
+from layerskip_core.evaluation import perplexity
 from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses, text_losses
 
 EXAMPLE = Example("remind me to call mom", "[IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to call mom ]")
 
 
-def test_losses_of_a_text_are_those_of_windows_that_cover_it():
+def test_losses_of_a_text_are_those_of_windows_that_cover_it(monkeypatch):
+    monkeypatch.setattr(perplexity, "_WINDOW_TOKENS", 20)
     loaded = tiny_loaded()
     text = " ".join([EXAMPLE.completion] * 4)
     ids = loaded.tokenizer(text)["input_ids"]
-    windows = list(text_losses(loaded, text, 0, [2, 6], window_tokens=20))
+    windows = list(text_losses(loaded, text, 0, [2, 6]))
     assert [losses.tokens for losses in windows] == [20 - (not loaded.with_template("raw", None).encode_prompt(""))] * (
         len(ids) // 20
     )
-    assert list(text_losses(loaded, text, 1, [2, 6], window_tokens=20)) == windows[:1]
+    assert list(text_losses(loaded, text, 1, [2, 6])) == windows[:1]
     second = torch.tensor([ids[20:40]])
     logits = loaded.backend.model(second, use_cache=False).logits[0]
     expected = cross_entropy(logits[:-1], second[0, 1:], reduction="sum").item()

@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
         prepare(config).run(ignored, interrupting)
     assert stages == [0, 2, 4]
     job = prepare(replace(config, resume=True))
-    assert (job.plan.replay.written, job.plan.resumed_step) == (6, 0)
+    assert (job.plan.replay.written, job.resume) == (6, None)
     job.run(ignored, stages.append)
     assert [progress.done for progress in stages[3:]] == [6, 8]
     assert prepare(replace(config, overwrite=True)).plan.replay.written == 8

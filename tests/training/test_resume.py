@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(settings, tmp_path, disk):
             prepare(settings(**changes)).run(fill)
         assert f"{checkpoint(folder / 'out', 1)} before it is whole: go on from it with `resume`" in str(error.value)
         assert [path.name for path in (folder / "out" / "checkpoints").iterdir()] == ["checkpoint-1"]
-        assert prepare(settings(**changes, resume=True)).plan.resumed_step == 1
+        assert prepare(settings(**changes, resume=True)).resume.step == 1
 
 
 def test_resume_needs_a_checkpoint(settings, tmp_path):
@@ -325,7 +325,7 @@ def test_a_setting_that_the_version_of_the_run_did_not_know_had_its_default(sett
     for unknown in ("dropout_profile", "lora_layers", "anchor"):
         del sealed["settings"][unknown]
     seal.write_text(json.dumps(sealed))
-    assert prepare(settings(save_steps=1, resume=True)).plan.resumed_step == 2
+    assert prepare(settings(save_steps=1, resume=True)).resume.step == 2
     constant = replace(RECIPE, dropout_profile="constant")
     with pytest.raises(ConfigError, match="dropout_profile was exponential in the run to go on with, and is constant now"):
         prepare(settings(save_steps=1, recipe=constant, resume=True))
@@ -384,7 +384,7 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
     written.mkdir(parents=True)
     (written / "model.safetensors").write_bytes(b"half")
     job = prepare(settings(save_steps=1, resume=True))
-    assert job.plan.resumed_step == 2
+    assert job.resume.step == 2
     signal_in_step(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
         job.run(lambda report: None)

@@ -91,8 +91,9 @@ class LookupDrafter:
             self._otherwise.observe(verdict)
 
 
-def copied(context: Context, drafts: Sequence[list[int]], source: str = LookupDrafter.source) -> Draft:
+def copied(context: Context, drafts: Sequence[list[int]]) -> Draft:
     """Token lists as a draft, padded to the longest."""
+    source = LookupDrafter.source
     longest = max(map(len, drafts))
     if longest == 0:
         return Draft(context.newest, (0,) * len(drafts), source=source)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ...wording import plural
 from ..metrics import lower_is_better, quality
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult, frontier
@@ -67,5 +68,5 @@ def label(result: ExitResult | BenchResult) -> str:
     parts = [] if own else [result.strategy]
     if result.exit_layer is not None:
         parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
-    parts += [f"{result.num_draft_tokens} drafts"] if result.num_draft_tokens else []
+    parts += [plural(result.num_draft_tokens, "draft")] if result.num_draft_tokens else []
     return ", ".join(parts)

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...config.evaluation import HARNESS
+from ...wording import number
 from ..metrics import lower_is_better
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult
@@ -27,10 +28,10 @@ def score_table(record: Record) -> TextTable:
     names = dict.fromkeys(name for result in results for name in result.metrics)
     rows = [(*_parts(name, results), *(_score(result, name) for result in results)) for name in names]
     figures = {
-        "identical outputs": [_number(result.identical_outputs, ".1%") for result in results],
-        "acceptance rate": [_number(result.acceptance_rate, ".1%") for result in results],
-        "tokens/s": [_number(result.tokens_per_second, ".0f") for result in results],
-        "speedup": [_number(result.speedup, ".2f") for result in results],
+        "identical outputs": [number(result.identical_outputs, ".1%") for result in results],
+        "acceptance rate": [number(result.acceptance_rate, ".1%") for result in results],
+        "tokens/s": [number(result.tokens_per_second, ".0f") for result in results],
+        "speedup": [number(result.speedup, ".2f") for result in results],
     }
     rows += [("all answers", name, "", *cells) for name, cells in figures.items() if set(cells) != {"-"}]
     config, machine = record.config, record.environment
@@ -97,9 +98,5 @@ def _score(result: ExitResult | BenchResult, name: str) -> str:
     """`.612±.034`, or a perplexity with three digits."""
     value, error = result.metrics.get(name), result.stderr.get(name)
     if lower_is_better(name):
-        return _number(value, ".3g") + ("" if error is None else f"±{error:.2g}")
-    return _number(value, ".3f") + ("" if error is None else f"±{error:.3f}".replace("±0.", "±."))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+        return number(value, ".3g") + ("" if error is None else f"±{error:.2g}")
+    return number(value, ".3f") + ("" if error is None else f"±{error:.3f}".replace("±0.", "±."))

@@ -7,6 +7,7 @@ from typing import Any
 from ...config.evaluation import TRANSFORMERS_BASELINES
 from ...config.policies import EXACT, FAST
 from ...config.ranges import counts_text
+from ...wording import number, plural
 from ..metrics import lower_is_better
 from ..record import RunRecord
 from ..results import BenchResult, CategoryResult, ExitResult
@@ -59,10 +60,10 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
             *(_percent(result.metrics.get(name), decimals) for name in metrics),
             _perplexity(result.perplexity),
             _percent(result.acceptance_rate, 1),
-            _number(result.mean_accepted_tokens, ".1f"),
-            _number(result.tokens_per_second, ".0f"),
+            number(result.mean_accepted_tokens, ".1f"),
+            number(result.tokens_per_second, ".0f"),
             _with_half(result, "speedup"),
-            _number(result.predicted_speedup, ".2f"),
+            number(result.predicted_speedup, ".2f"),
             _percent(result.identical_outputs),
             "*" if result.pareto else "",
         )
@@ -78,7 +79,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     error = record.prediction_error
     if error is not None:
         note += (
-            f"\nPrediction error over {_plural(error.settings, 'setting')}: median {error.median:.1%}, "
+            f"\nPrediction error over {plural(error.settings, 'setting')}: median {error.median:.1%}, "
             f"largest {error.largest:.1%}, mean {error.mean:+.1%}."
         )
     advice = record.recommendation
@@ -95,8 +96,8 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     over_transformers = [result.speedup_over_transformers for result in results]
     rows: list[tuple[str, list[str]]] = [
         ("exit layer", [_count(result.exit_layer) for result in results]),
-        ("exit confidence", [_number(result.exit_confidence, ".3g") for result in results]),
-        ("mean layers", [_number(result.mean_layers, ".1f") for result in results]),
+        ("exit confidence", [number(result.exit_confidence, ".3g") for result in results]),
+        ("mean layers", [number(result.mean_layers, ".1f") for result in results]),
         ("draft tokens", [_count(result.num_draft_tokens) for result in results]),
         ("draft weights", [result.draft_weights or "-" for result in results]),
         ("skipped layers", [counts_text(result.skip) or "-" for result in results]),
@@ -104,8 +105,8 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         *((name.replace("_", " "), [_metric(result.metrics, name) for result in results]) for name in results[0].metrics),
         ("identical outputs", [_percent(result.identical_outputs, 1) for result in results]),
         ("acceptance rate", [_percent(result.acceptance_rate, 1) for result in results]),
-        ("mean accepted tokens", [_number(result.mean_accepted_tokens, ".2f") for result in results]),
-        ("tokens/s", [_number(result.tokens_per_second, ".1f") for result in results]),
+        ("mean accepted tokens", [number(result.mean_accepted_tokens, ".2f") for result in results]),
+        ("tokens/s", [number(result.tokens_per_second, ".1f") for result in results]),
         ("speedup", [_with_bounds(result, "speedup") for result in results]),
         *(
             [("over transformers", [_with_bounds(result, "speedup_over_transformers") for result in results])]
@@ -113,14 +114,14 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
             else []
         ),
         ("decode speedup", [_with_bounds(result, "decode_speedup") for result in results]),
-        ("first token (ms)", [_number(result.ttft_ms, ".1f") for result in results]),
-        ("token p50 (ms)", [_number(result.time_per_token_ms.get("p50"), ".2f") for result in results]),
-        ("token p95 (ms)", [_number(result.time_per_token_ms.get("p95"), ".2f") for result in results]),
-        ("peak memory (MB)", [_number(result.peak_memory_mb, ".0f") for result in results]),
+        ("first token (ms)", [number(result.ttft_ms, ".1f") for result in results]),
+        ("token p50 (ms)", [number(result.time_per_token_ms.get("p50"), ".2f") for result in results]),
+        ("token p95 (ms)", [number(result.time_per_token_ms.get("p95"), ".2f") for result in results]),
+        ("peak memory (MB)", [number(result.peak_memory_mb, ".0f") for result in results]),
     ]
     rows = [(name, cells) for name, cells in rows if set(cells) != {"-"}]
     machine = record.environment
-    where = f"{machine['dtype']} on {machine['device_name']}, {_plural(machine['threads'], 'thread')}"
+    where = f"{machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}"
     note = f"{_method(record.config)}; {where}."
     if any(result.intervals for result in results):
         note += "\nIn brackets: 95% intervals over the prompts, which were drawn anew (bootstrap)."
@@ -149,7 +150,7 @@ def category_tables(record: RunRecord[BenchResult]) -> list[TextTable]:
             _percent(figures.identical_outputs),
             _percent_with_half(figures, "acceptance_rate"),
             _with_half(figures, "mean_accepted_tokens", 1),
-            _number(figures.tokens_per_second, ".0f"),
+            number(figures.tokens_per_second, ".0f"),
             _with_half(figures, "speedup"),
         )
         for result, name, figures in parts
@@ -159,10 +160,10 @@ def category_tables(record: RunRecord[BenchResult]) -> list[TextTable]:
 
 def _method(config: dict[str, Any]) -> str:
     """How the figures of a benchmark were measured."""
-    medians = f"medians of {_plural(config['repeats'], 'repeat')}"
+    medians = f"medians of {plural(config['repeats'], 'repeat')}"
     if config.get("batch_size", 1) == 1:
         return medians.capitalize()
-    speed = f"{_plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
+    speed = f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
     return f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
 
 
@@ -211,29 +212,21 @@ def _skips(results: Sequence[ExitResult]) -> list[str]:
     return list(dict.fromkeys(counts_text(result.skip) for result in results if result.skip))
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def _metric(metrics: dict[str, float], name: str) -> str:
-    return _number(metrics.get(name), ".4g") if lower_is_better(name) else _percent(metrics.get(name), 1)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return number(metrics.get(name), ".4g") if lower_is_better(name) else _percent(metrics.get(name), 1)
 
 
 def _with_bounds(result: BenchResult, name: str) -> str:
     """`2.31 (2.20-2.44)`: a ratio and its 95% interval."""
     ends = result.intervals.get(name)
-    return _number(getattr(result, name), ".2f") + (f" ({ends.low:.2f}-{ends.high:.2f})" if ends else "")
+    return number(getattr(result, name), ".2f") + (f" ({ends.low:.2f}-{ends.high:.2f})" if ends else "")
 
 
 def _with_half(result: ExitResult | CategoryResult, name: str, decimals: int = 2) -> str:
     """`2.31±.12`: a ratio and half the width of its 95% interval."""
     ends = result.intervals.get(name)
     half = f"±{(ends.high - ends.low) / 2:.{decimals}f}".replace("±0.", "±.") if ends else ""
-    return _number(getattr(result, name), f".{decimals}f") + half
+    return number(getattr(result, name), f".{decimals}f") + half
 
 
 def _percent_with_half(result: CategoryResult, name: str) -> str:
@@ -249,7 +242,7 @@ def _short(metric: str) -> str:
 
 def _perplexity(value: float | None) -> str:
     """Three significant digits, with short exponents: 12.3, 1.2e4."""
-    return _number(value, ".3g") if value is None or value < 1000 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    return number(value, ".3g") if value is None or value < 1000 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _percent(value: float | None, decimals: int = 0) -> str:

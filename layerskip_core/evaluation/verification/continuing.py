@@ -10,6 +10,7 @@ from ...config.decoding import DecodingConfig
 from ...config.verification import VerifyConfig
 from ...data.examples import Example
 from ...decoding import PrefixCache
+from ...wording import plural
 from ..measure.journal import FILE_NAME, Journal
 from ..measure.runner import Method, measure_interleaved
 from .drafting import exits_of
@@ -30,7 +31,7 @@ def check_continuing(config: VerifyConfig, subject: Subject) -> Iterator[CheckRe
     for exit_layer in exits[len(exits) // 2 :][:1]:
         drafts = max(config.specs)
         drafted = DecodingConfig("self-speculative", exit_layer, drafts, subject.max_new_tokens)
-        settings[f"exit {exit_layer}, {drafts} drafts"] = drafted
+        settings[f"exit {exit_layer}, {plural(drafts, 'draft')}"] = drafted
     for name, setting in settings.items():
         yield _resumed_stream(subject, name, setting)
         yield _next_turn(subject, name, setting)

@@ -8,6 +8,7 @@ from ...config.checks import require_exit_layer
 from ...config.decoding import DecodingConfig
 from ...config.verification import VerifyConfig
 from ...decoding.strategies import loop_of
+from ...wording import plural
 from .results import CheckResult
 from .subject import Ids, Subject
 
@@ -35,7 +36,8 @@ def drafting_settings(config: VerifyConfig, subject: Subject) -> dict[str, Decod
     for number, exit_layer in enumerate(exits):
         kind = "exit block" if exit_layer in loaded.backend.exit_blocks else "exit"
         for spec in config.specs if number == len(exits) // 2 else (config.specs[number % len(config.specs)],):
-            settings[f"{kind} {exit_layer}, {spec} drafts"] = DecodingConfig("self-speculative", exit_layer, spec, limit)
+            name = f"{kind} {exit_layer}, {plural(spec, 'draft')}"
+            settings[name] = DecodingConfig("self-speculative", exit_layer, spec, limit)
     drafts = max(config.specs)
     if exits:
         drafted = DecodingConfig("self-speculative", exits[-1], drafts, limit)
@@ -79,8 +81,9 @@ def check_batches(config: VerifyConfig, subject: Subject) -> Iterator[CheckResul
     yield subject.compared(JOINED, "autoregressive", _joining(subject, prompts, subject.plain))
     for exit_layer in exits[len(exits) // 2 :][:1]:
         drafted = DecodingConfig("self-speculative", exit_layer, max(config.specs), limit)
-        yield subject.compared(BATCH, f"exit {exit_layer}, {max(config.specs)} drafts", subject.together(prompts, drafted))
-        yield subject.compared(JOINED, f"exit {exit_layer}, {max(config.specs)} drafts", _joining(subject, prompts, drafted))
+        name = f"exit {exit_layer}, {plural(max(config.specs), 'draft')}"
+        yield subject.compared(BATCH, name, subject.together(prompts, drafted))
+        yield subject.compared(JOINED, name, _joining(subject, prompts, drafted))
         block = backend.exit_blocks.get(exit_layer)
         if block is None or block.stands_alone:
             early = DecodingConfig("early-exit", exit_layer, max_new_tokens=limit)

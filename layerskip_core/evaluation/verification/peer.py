@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ...config.verification import VerifyConfig
 from ...errors import ConfigError, LayerSkipError
 from ...model import GenericBackend
+from ...wording import plural
 from ..measure.baselines import TransformersGenerate, require_early_exit
 from .drafting import exits_of
 from .results import CheckResult
@@ -43,5 +44,5 @@ def check_transformers(config: VerifyConfig, subject: Subject) -> Iterator[Check
                 outputs.append([])
                 failed = str(error)
         yield subject.compared(
-            EARLY_EXIT, f"exit {exit_layer}, {drafts} drafts", outputs, expected, promise="none", note=failed
+            EARLY_EXIT, f"exit {exit_layer}, {plural(drafts, 'draft')}", outputs, expected, promise="none", note=failed
         )

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import asdict
 
+from ...wording import plural
 from ..record import RunRecord
 from ..report.documents import to_json
 from ..report.tables import TextTable
@@ -75,7 +76,7 @@ def _summary(precision: str, results: list[CheckResult], note: str) -> TextTable
 def _note(record: RunRecord[CheckResult], results: list[CheckResult]) -> str:
     machine, misses = record.environment, sum(not result.passed for result in results)
     prompts, tokens = max(result.prompts for result in results), sum(result.tokens for result in results)
-    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    threads = plural(machine["threads"], "thread")
     lines = [
         f"{len(results)} comparisons of up to {prompts} prompts, {tokens} tokens in all; {machine['device_name']}, {threads}.",
         _LEGEND,
@@ -95,7 +96,7 @@ def _cell(results: list[CheckResult]) -> str:
     if promise == "distribution":
         return f"p {min(result.p_value or 0.0 for result in results):.2g}"
     if promise == "near-ties" and (ties := sum(result.prompts - result.identical for result in results)):
-        return f"{ties} tie{'' if ties == 1 else 's'}"
+        return plural(ties, "tie")
     return "bits" if promise == "bits" or all(result.largest_deviation == 0 for result in results) else "same"
 
 

@@ -40,7 +40,6 @@ class FrozenPlan:
     train_seconds: float
     device: str
     autocast: bool
-    resumed_step: int = 0
     notes: tuple[str, ...] = ()
 
     @property

@@ -65,7 +65,7 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     if resume is not None:
         require_same_run(resume.settings, sealed)
         notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
-        plan = replace(plan, resumed_step=resume.step, notes=(*plan.notes, *notes))
+        plan = replace(plan, notes=(*plan.notes, *notes))
     return FrozenJob(config, decoder, trainable, rows, how, plan, files, sealed, made_for, kept, in_place, resume)
 
 

@@ -1,0 +1,11 @@
+"""Numbers in messages and tables."""
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 draft`, `6 drafts`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def number(value: float | None, form: str) -> str:
+    """A value by a format, or a dash for none."""
+    return "-" if value is None else format(value, form)
