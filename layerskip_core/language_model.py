@@ -19,7 +19,7 @@ class DecodingOptions(TypedDict, total=False):
     """How to decode. The checkpoint decides what is left out of the first three; the others are greedy, 256 tokens, no stop."""
 
     strategy: str  # one of config.decoding.strategies()
-    exit_layer: int  # a count of layers, 1..L-1
+    exit_layer: int  # a count of layers: 1..L-1, or L for an early exit and for drafts by all layers of a low-bit copy
     num_draft_tokens: int  # per round
     policy: str  # instead of these: settings that a sweep saved with the model, exact or fast
     max_new_tokens: int
@@ -30,9 +30,9 @@ class DecodingOptions(TypedDict, total=False):
     exits: Sequence[int]  # that exit_confidence chooses among; left out: the trained ones
     stop: str | Sequence[str]  # texts that end the answer, and are not part of it
     temperature: float  # 0 is greedy
-    top_k: int
-    top_p: float
-    seed: int
+    top_k: int  # sample from the k most probable tokens; 0: from all
+    top_p: float  # sample from the fewest most probable tokens that make up this probability; 1: from all
+    seed: int  # of what is drawn; 0 unless given
 
 
 class LanguageModel:
@@ -43,7 +43,11 @@ class LanguageModel:
         self._packing = packing
 
     def generate(self, prompt: str, **options: Unpack[DecodingOptions]) -> Answer:
-        """The whole answer to a prompt. Raises ConfigError for a prompt or an option that does not suit the model."""
+        """The whole answer to a prompt.
+
+        Raises ConfigError for a prompt or an option that does not suit the model, TypeError for an unknown option,
+        CheckpointError for a chat template that fails.
+        """
         return self.stream(prompt, **options).finish()
 
     def stream(self, prompt: str, **options: Unpack[DecodingOptions]) -> TextStream:

@@ -45,7 +45,8 @@ class Decoder:
     def encode_prompt(self, prompt: str, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Token ids of a prompt in `template`, after earlier `turns` (prompts with their answers) in a chat template.
 
-        Raises ConfigError for a token that the model has no embedding for.
+        Raises ConfigError for a token that the model has no embedding for and for invalid Unicode, CheckpointError for a chat
+        template that fails.
         """
         return self.known_ids(encode_prompt(self.tokenizer, self.template, prompt, turns))
 
@@ -64,6 +65,7 @@ class Decoder:
         return [token for token, _ in same]
 
     def detokenize(self, ids: list[int]) -> str:
+        """The text of tokens, without special ones."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def recommended(self, packing: PackingConfig = _PLAIN) -> ExitChoice:

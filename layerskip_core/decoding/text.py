@@ -44,7 +44,7 @@ class TextStream:
     ) -> None:
         """`prompt`: a text for the template, or token ids. `prefix`: as in `decode`.
 
-        Raises ConfigError for a prompt or exit that does not fit.
+        Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         self._decoding = decode(loaded.backend, ids, config, loaded.eos_ids, loaded.detokenize, prefix=prefix)

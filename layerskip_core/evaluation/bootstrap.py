@@ -28,6 +28,7 @@ class Resamples:
         return self._counts @ torch.tensor(values, dtype=torch.float32)
 
     def seconds_per_token(self, times: Times) -> Tensor:
+        """(resamples,); not finite where the prompts that were drawn have no tokens."""
         return self.sums(times.seconds) / self.sums(times.tokens)
 
     def bounds(self, values: Tensor) -> Bounds | None:

@@ -199,6 +199,7 @@ class ModelSpec:
 
 
 def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> None:
+    """Raises CheckpointError for a weight of another shape than is needed."""
     if tuple(stored) != needed:
         raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}")
 

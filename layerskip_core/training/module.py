@@ -71,9 +71,9 @@ class RecipeModule(nn.Module):
 
         `documents` (B, T) numbers the documents packed into a row: attention stays within a document, and each starts at
         position 0. Returns
-        `loss`, the weighted sum over tokens (divide it by the tokens of the whole optimizer step), `per_exit`, the summed
-        cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit` belongs to. With an
-        anchor also `divergence`, the summed divergence from the original, detached.
+        `loss`, the weighted sum over the target tokens in nats (divide it by the tokens of the whole optimizer step),
+        `per_exit`, the summed cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit`
+        belongs to. With an anchor also `divergence`, the summed divergence from the original, detached.
         """
         layers = self.backend.num_layers
         exits = exits_on(self.recipe, moment.step, moment.total_steps, layers)

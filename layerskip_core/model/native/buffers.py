@@ -43,6 +43,7 @@ class BufferPool:
         self._kept: dict[tuple[int, int], Buffers] = {}
 
     def of(self, rows: int) -> Buffers:
+        """Those for this many rows and the threads of now. The next call with as many overwrites what is in them."""
         threads = torch.get_num_threads()
         buffers = self._kept.get((rows, threads))
         if buffers is None:

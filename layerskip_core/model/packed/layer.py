@@ -213,10 +213,11 @@ class Norm:
         self._floor = self._weight.new_tensor(math.sqrt(size * eps))
 
     def folded_into(self, weight: Tensor) -> Tensor:
-        """`weight` (out, D) of the linear layer after this norm, to be used instead of the original."""
+        """`weight` (out, D) of the linear layer after this norm as another (out, D), to be used instead of it."""
         return weight * (self._weight * math.sqrt(self._weight.numel())) if self._folds else weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
         if self._folds:
             # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
             length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
