@@ -68,8 +68,8 @@ def finetune(
 
 def train_recipe(settings: FinetuneConfig, dry_run: bool, curves: Curves | None) -> None:
     """The recipe, on all weights."""
+    from layerskip_core.training.loop.session import run_lock
     from layerskip_core.training.prepare import prepare
-    from layerskip_core.training.session import run_lock
 
     from .training_text import losses_text, plan_text, report_text
 
@@ -90,7 +90,7 @@ def train_recipe(settings: FinetuneConfig, dry_run: bool, curves: Curves | None)
 def train_blocks(settings: FinetuneConfig, dry_run: bool, curves: Curves | None) -> None:
     """Exit blocks beside a model that stays as it is."""
     from layerskip_core.training.frozen.prepare import prepare_frozen
-    from layerskip_core.training.session import run_lock
+    from layerskip_core.training.loop.session import run_lock
 
     from .training_text import block_report_text, blocks_text, frozen_plan_text
 

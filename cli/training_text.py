@@ -11,7 +11,7 @@ from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.training.frozen.plan import FrozenPlan
 from layerskip_core.training.plan import TrainingPlan
 from layerskip_core.training.progress import StepReport
-from layerskip_core.training.step_rows import rows_per_step, world_size
+from layerskip_core.training.rows.step_rows import rows_per_step, world_size
 
 
 def plan_text(config: FinetuneConfig, plan: TrainingPlan) -> str:

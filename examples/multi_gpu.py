@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.model import GenericBackend
-from layerskip_core.training.encoded_data import EncodedData
 from layerskip_core.training.plan import TrainingPlan, make_plan
+from layerskip_core.training.rows.encoded_data import EncodedData
 
 LENGTH = 4096  # tokens of a packed row
 PEAK = 989e12  # bf16 without sparsity, of an H100 SXM (NVIDIA's data sheet)

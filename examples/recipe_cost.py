@@ -66,8 +66,8 @@ def measured(arguments: argparse.Namespace) -> dict:
 
     from layerskip_core.checkpoint.load import for_training
     from layerskip_core.config.training import RecipeConfig
-    from layerskip_core.training.module import Moment, RecipeModule
-    from layerskip_core.training.recipe import resolve_recipe
+    from layerskip_core.training.recipe.module import Moment, RecipeModule
+    from layerskip_core.training.recipe.resolved import resolve_recipe
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     loaded = for_training(arguments.model, arguments.device, "fp32")
@@ -106,8 +106,8 @@ def measured(arguments: argparse.Namespace) -> dict:
 def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, length: int) -> float:
     """Multiply-adds of one step: 1x forward and 2x backward; a head with chunked logits 1x more; a head of weight 0 only 1x."""
     from layerskip_core import losses
-    from layerskip_core.training.dropout import kept_rows
-    from layerskip_core.training.module import Moment
+    from layerskip_core.training.recipe.dropout import kept_rows
+    from layerskip_core.training.recipe.module import Moment
 
     backend = training.backend
     rates = training._rates(Moment(number, 1000))

@@ -12,12 +12,12 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data.examples import load_examples
-from layerskip_core.training import module
-from layerskip_core.training.dropout import kept_rows
-from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.prepare import prepare
-from layerskip_core.training.recipe import resolve_recipe
-from layerskip_core.training.tokenizer import train_tokenizer
+from layerskip_core.training.recipe import module
+from layerskip_core.training.recipe.dropout import kept_rows
+from layerskip_core.training.recipe.module import RecipeModule
+from layerskip_core.training.recipe.resolved import resolve_recipe
+from layerskip_core.training.rows.tokenizer import train_tokenizer
 
 RECIPE = RecipeSettings(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
 

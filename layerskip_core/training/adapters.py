@@ -10,7 +10,7 @@ from ..checkpoint.adapters import adapters_of
 from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
-from .recipe import Recipe
+from .recipe.resolved import Recipe
 
 
 def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> int | None:

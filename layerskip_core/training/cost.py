@@ -3,10 +3,10 @@
 from ..config.training import FinetuneConfig
 from ..losses import CHUNK_LOGITS
 from ..model import GenericBackend
-from .dropout import dropout_rates, time_scale
-from .encoded_data import EncodedData
-from .recipe import Recipe
-from .step_rows import rows_per_step, world_size
+from .recipe.dropout import dropout_rates, time_scale
+from .recipe.resolved import Recipe
+from .rows.encoded_data import EncodedData
+from .rows.step_rows import rows_per_step, world_size
 
 
 def relative_cost(

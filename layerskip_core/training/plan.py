@@ -12,13 +12,13 @@ from ..config.checks import require_exit_layer
 from ..config.training import FinetuneConfig
 from .adapters import adapted_layers
 from .cost import memory_mb, relative_cost, step_flops
-from .curriculum import mean_exits
-from .encoded_data import EncodedData
-from .encoder import Encoder
-from .presets import learning_rate, recipe_preset
-from .recipe import Recipe, resolve_recipe
-from .replay import Replay
-from .step_rows import data_rows, world_size
+from .recipe.curriculum import mean_exits
+from .recipe.presets import learning_rate, recipe_preset
+from .recipe.resolved import Recipe, resolve_recipe
+from .rows.encoded_data import EncodedData
+from .rows.encoder import Encoder
+from .rows.replay import Replay
+from .rows.step_rows import data_rows, world_size
 
 COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
 

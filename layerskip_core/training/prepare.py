@@ -18,14 +18,14 @@ from ..config.training import FinetuneConfig, RecipeConfig, RetentionSettings
 from ..data.examples import Row
 from ..errors import ConfigError
 from .adapters import require_base_kept
-from .checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
+from .loop.checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
+from .loop.sharding import resolve_sharding
 from .plan import make_plan, sealed_settings, steps_of
-from .presets import sequence_length
-from .replay import has_journal, plan_replay
+from .recipe.presets import sequence_length
+from .rows.replay import has_journal, plan_replay
+from .rows.run_data import encode_training, encode_validation, make_encoder, training_rows
+from .rows.tokenizer import train_tokenizer
 from .run import FinetuneJob
-from .run_data import encode_training, encode_validation, make_encoder, training_rows
-from .sharding import resolve_sharding
-from .tokenizer import train_tokenizer
 
 
 def prepare(config: FinetuneConfig) -> FinetuneJob:

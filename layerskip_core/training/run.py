@@ -16,22 +16,22 @@ from ..interruption import Interruption
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.template import PromptTemplate
 from .adapters import with_lora
-from .anchor import anchor_of
-from .attention import use_fp32_attention
-from .checkpoints import ResumePoint
-from .encoded_data import Collator, EncodedData
+from .loop.attention import use_fp32_attention
+from .loop.checkpoints import ResumePoint
+from .loop.schedule import recipe_schedule
+from .loop.session import run_lock, stage_reporter, train_to_end
+from .loop.sharding import gather_whole
+from .loop.trainer import make_trainer
 from .loss_plot import loss_plot
-from .module import RecipeModule
-from .order import OrderedRows, run_order
 from .plan import TrainingPlan, resolved_config
 from .progress import LossHistory, StageProgress, StepReport
-from .replay import ReplayedRows, replayed_texts
-from .schedule import recipe_schedule
-from .session import run_lock, stage_reporter, train_to_end
-from .sharding import gather_whole
-from .step_rows import data_rows, rows_per_step
-from .tokenizer import token_order, token_order_json
-from .trainer import make_trainer
+from .recipe.anchor import anchor_of
+from .recipe.module import RecipeModule
+from .rows.encoded_data import Collator, EncodedData
+from .rows.order import OrderedRows, run_order
+from .rows.replay import ReplayedRows, replayed_texts
+from .rows.step_rows import data_rows, rows_per_step
+from .rows.tokenizer import token_order, token_order_json
 
 
 @dataclass(frozen=True)

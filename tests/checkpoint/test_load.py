@@ -26,7 +26,7 @@ from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend, NativeBackend
 from layerskip_core.prompting.encoding import encode_prompt
 from layerskip_core.prompting.template import PromptTemplate
-from layerskip_core.training.tokenizer import train_tokenizer
+from layerskip_core.training.rows.tokenizer import train_tokenizer
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
 IDS = torch.tensor([[5, 9, 33, 7]])

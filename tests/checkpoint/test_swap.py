@@ -25,7 +25,7 @@ from layerskip_core.checkpoint.swap import READY, files_below, read_whole, repla
 from layerskip_core.errors import CheckpointError
 from layerskip_core.storage.locks import hold
 from layerskip_core.storage.writing import new_staging
-from layerskip_core.training.tokenizer import train_tokenizer
+from layerskip_core.training.rows.tokenizer import train_tokenizer
 
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir")
 
@@ -261,7 +261,7 @@ torch.set_num_threads(1)
 from conftest import tiny_model
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import load_examples
-from layerskip_core.training.tokenizer import train_tokenizer
+from layerskip_core.training.rows.tokenizer import train_tokenizer
 from test_swap import save
 tokenizer = train_tokenizer(load_examples(DataConfig(limit=100)), 300)
 save(sys.argv[1], tokenizer, 2)

@@ -15,7 +15,7 @@ from layerskip_core.data.examples import is_parsing, load_examples, load_rows, s
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError
 from layerskip_core.storage import reading as input_files
-from layerskip_core.training.tokenizer import train_tokenizer
+from layerskip_core.training.rows.tokenizer import train_tokenizer
 
 TOPV2_HEADER = "domain\tutterance\tsemantic_parse\n"
 

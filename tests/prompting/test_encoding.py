@@ -18,7 +18,7 @@ from layerskip_core.evaluation.tasks.load import load_task
 from layerskip_core.prompting import encoding
 from layerskip_core.prompting.special_text import special_text
 from layerskip_core.prompting.template import CHAT, RAW, PromptTemplate
-from layerskip_core.training.encoder import Encoder
+from layerskip_core.training.rows.encoder import Encoder
 
 OWN_TURNS = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATES = (CHAT, "{prompt}", "{prompt}\n", "Q: {prompt}\nA:", OWN_TURNS)

@@ -15,10 +15,10 @@ from layerskip_core.config.training import RecipeConfig, RetentionSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import GenericBackend
-from layerskip_core.training.anchor import Anchor, FrozenCopy, WithoutAdapters
-from layerskip_core.training.module import Moment
-from layerskip_core.training.packing import span_inputs
 from layerskip_core.training.prepare import prepare
+from layerskip_core.training.recipe.anchor import Anchor, FrozenCopy, WithoutAdapters
+from layerskip_core.training.recipe.module import Moment
+from layerskip_core.training.rows.packing import span_inputs
 
 ALL = RecipeConfig(p_max=0, e_scale=0.5, curriculum="all", distill=0.3)
 

@@ -5,12 +5,12 @@ from test_recipe_module import batch
 from training_runs import recipe_module, saved_base, settings_on
 
 from layerskip_core.config.training import RecipeConfig
-from layerskip_core.training import attention
-from layerskip_core.training.attention import use_fp32_attention
-from layerskip_core.training.encoded_data import Collator
-from layerskip_core.training.module import Moment
-from layerskip_core.training.packing import packed
+from layerskip_core.training.loop import attention
+from layerskip_core.training.loop.attention import use_fp32_attention
 from layerskip_core.training.prepare import prepare
+from layerskip_core.training.recipe.module import Moment
+from layerskip_core.training.rows.encoded_data import Collator
+from layerskip_core.training.rows.packing import packed
 
 
 def gradients(model, *, autocast, **inputs):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from layerskip_core.checkpoint.save import write_model
 from layerskip_core.errors import CheckpointError
 from layerskip_core.storage.writing import publish_folder
-from layerskip_core.training.checkpoints import load_weights
+from layerskip_core.training.loop.checkpoints import load_weights
 
 
 def changed(model):

@@ -1,8 +1,8 @@
 import pytest
 
 from layerskip_core.config.training import RecipeConfig
-from layerskip_core.training.curriculum import exits_on, mean_exits
-from layerskip_core.training.recipe import resolve_recipe
+from layerskip_core.training.recipe.curriculum import exits_on, mean_exits
+from layerskip_core.training.recipe.resolved import resolve_recipe
 
 
 def recipe(layers=24, vocab_size=1024, **asked):

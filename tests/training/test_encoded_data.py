@@ -10,13 +10,13 @@ from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.losses import IGNORED
 from layerskip_core.prompting.template import PromptTemplate
-from layerskip_core.training import encoded_data
-from layerskip_core.training.encoded_data import Collator, StreamedRows, encode_rows
-from layerskip_core.training.encoder import Encoder
-from layerskip_core.training.packing import packed
+from layerskip_core.training.loop.trainer import RunTrainer
 from layerskip_core.training.prepare import prepare
-from layerskip_core.training.tokenizer import train_tokenizer
-from layerskip_core.training.trainer import RunTrainer
+from layerskip_core.training.rows import encoded_data
+from layerskip_core.training.rows.encoded_data import Collator, StreamedRows, encode_rows
+from layerskip_core.training.rows.encoder import Encoder
+from layerskip_core.training.rows.packing import packed
+from layerskip_core.training.rows.tokenizer import train_tokenizer
 
 TURNS = (("user", "hi"), ("assistant", "hello you"), ("user", "bye"), ("assistant", "so long"))
 CHAT = (

@@ -6,8 +6,8 @@ from training_runs import recipe_module
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.losses import IGNORED
-from layerskip_core.training.exit_loss import exit_scales, exit_weights
-from layerskip_core.training.module import Moment
+from layerskip_core.training.recipe.exit_loss import exit_scales, exit_weights
+from layerskip_core.training.recipe.module import Moment
 
 
 def batch():

@@ -12,10 +12,10 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import GenericBackend
-from layerskip_core.training import answers as answering
-from layerskip_core.training.answers import Text, Writing, read_answers, write_answers
 from layerskip_core.training.frozen import states as keeping
 from layerskip_core.training.frozen.states import StateRows, States, collate, require_disk, write_states
+from layerskip_core.training.rows import answers as answering
+from layerskip_core.training.rows.answers import Text, Writing, read_answers, write_answers
 
 PROMPTS = [[5, 6, 7], [8] * 9, [9, 10], [11, 12, 13, 14], [15] * 5]
 GREEDY = Writing(6, 64, 0.0, 0)

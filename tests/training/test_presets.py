@@ -1,8 +1,8 @@
 import pytest
 
 from layerskip_core.config.training import RecipeConfig
-from layerskip_core.training.presets import learning_rate, recipe_preset, sequence_length
-from layerskip_core.training.recipe import resolve_recipe
+from layerskip_core.training.recipe.presets import learning_rate, recipe_preset, sequence_length
+from layerskip_core.training.recipe.resolved import resolve_recipe
 
 # RECIPE, "Hyper-parameters that the paper used": regime, parameters, layers -> p_max, e_scale, R, learning rate with dropout
 PAPER = [

@@ -9,10 +9,10 @@ from training_runs import recipe_module
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.losses import IGNORED
-from layerskip_core.training.encoded_data import Collator
-from layerskip_core.training.exit_loss import exit_weights
-from layerskip_core.training.module import Moment
-from layerskip_core.training.packing import packed
+from layerskip_core.training.recipe.exit_loss import exit_weights
+from layerskip_core.training.recipe.module import Moment
+from layerskip_core.training.rows.encoded_data import Collator
+from layerskip_core.training.rows.packing import packed
 
 
 def batch(rows=4, length=9):

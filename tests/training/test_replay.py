@@ -17,10 +17,10 @@ from layerskip_core.config.training import RetentionSettings
 from layerskip_core.errors import ConfigError, TrainingInterrupted
 from layerskip_core.interruption import Interruption
 from layerskip_core.losses import IGNORED
-from layerskip_core.training import answers, replay
-from layerskip_core.training.encoded_data import Collator
 from layerskip_core.training.prepare import prepare
-from layerskip_core.training.replay import ReplayedRows, replayed_texts
+from layerskip_core.training.rows import answers, replay
+from layerskip_core.training.rows.encoded_data import Collator
+from layerskip_core.training.rows.replay import ReplayedRows, replayed_texts
 
 QUARTER = RetentionSettings(replay=0.25, replay_tokens=12)
 

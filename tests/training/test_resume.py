@@ -20,8 +20,9 @@ from training_runs import RECIPE, Interrupted, saved_base, stop_at, train, weigh
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
-from layerskip_core.training import checkpoints, module, recipe
+from layerskip_core.training.loop import checkpoints
 from layerskip_core.training.prepare import prepare
+from layerskip_core.training.recipe import module, resolved
 
 
 def checkpoint(folder, step):
@@ -293,9 +294,9 @@ def flip(file):
 )
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(settings, two_checkpoints, name, damage, message):
     damage(checkpoint(two_checkpoints, 2) / name)
-    plan = prepare(settings(save_steps=1, resume=True)).plan
-    assert plan.resumed_step == 1
-    assert plan.notes == (
+    job = prepare(settings(save_steps=1, resume=True))
+    assert job.resume.step == 1
+    assert job.plan.notes == (
         f"checkpoint-2: {message}; it is not used",
         f"going on from {checkpoint(two_checkpoints, 1)}",
     )
@@ -312,7 +313,7 @@ def test_a_default_that_changes_does_not_alter_a_resumed_run(settings, tmp_path,
     with pytest.raises(Interrupted):
         prepare(settings(**asked)).run(stop_at(2))
     assert json.loads((checkpoint(tmp_path / "out", 1) / "complete.json").read_text())["settings"]["rotation"] == 1
-    monkeypatch.setattr(recipe, "_LARGE_VOCABULARY", 0)
+    monkeypatch.setattr(resolved, "_LARGE_VOCABULARY", 0)
     assert prepare(settings(output=str(tmp_path / "other"), recipe=RecipeSettings())).plan.recipe.rotation == 3
     assert prepare(settings(**asked, resume=True)).plan.recipe.rotation == 1
     with pytest.raises(ConfigError, match="`resume`: rotation was 1 in the run to go on with, and is 2 now"):

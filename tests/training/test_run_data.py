@@ -14,7 +14,7 @@ from layerskip_core.data.conversations import Conversation
 from layerskip_core.data.examples import PARSING_TEMPLATE, Example
 from layerskip_core.errors import ConfigError
 from layerskip_core.prompting.template import CHAT, RAW, PromptTemplate
-from layerskip_core.training.run_data import make_encoder
+from layerskip_core.training.rows.run_data import make_encoder
 
 EXAMPLE, CONVERSATION = Example("hi", "ho"), Conversation((("user", "hi"), ("assistant", "ho")))
 FILE = DataConfig(name="rows.jsonl")

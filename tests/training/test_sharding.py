@@ -12,9 +12,9 @@ from training_runs import Interrupted, loss_rows, repeat_masks, saved_base, sett
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
-from layerskip_core.training import tokenizer
-from layerskip_core.training.encoded_data import Collator
 from layerskip_core.training.prepare import prepare, take_own_gpu
+from layerskip_core.training.rows import tokenizer
+from layerskip_core.training.rows.encoded_data import Collator
 
 WHOLE = {
     "batch_size": 2,

@@ -16,13 +16,14 @@ from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
 from layerskip_core.model.draft_vocabulary import token_order
-from layerskip_core.training import module, trainer
 from layerskip_core.training import prepare as preparing
-from layerskip_core.training.dropout import kept_rows
+from layerskip_core.training.loop import trainer
 from layerskip_core.training.loss_plot import _thinned
-from layerskip_core.training.module import RecipeModule
-from layerskip_core.training.order import run_order
 from layerskip_core.training.prepare import prepare
+from layerskip_core.training.recipe import module
+from layerskip_core.training.recipe.dropout import kept_rows
+from layerskip_core.training.recipe.module import RecipeModule
+from layerskip_core.training.rows.order import run_order
 
 PLAIN = RecipeSettings(p_max=0, curriculum="none")
 

@@ -6,10 +6,10 @@ import pytest
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from layerskip_core.training.trainer import RunTrainer
-from layerskip_core.training.transformers_internals import ResumingTrainer, use_one_gpu
+from layerskip_core.training.loop.trainer import RunTrainer
+from layerskip_core.training.loop.transformers_internals import ResumingTrainer, use_one_gpu
 
-WHERE = f"transformers {transformers.__version__} changed it: see layerskip_core/training/transformers_internals.py"
+WHERE = f"transformers {transformers.__version__} changed it: see layerskip_core/training/loop/transformers_internals.py"
 
 
 def test_the_weights_of_a_checkpoint_are_loaded_by_one_method():

@@ -15,7 +15,7 @@ from ...losses import IGNORED, summed_divergences
 from ...model import GenericBackend, SpanInputs
 from ...model.exit_blocks import ExitBlock, features_of
 from ...model.logits import scaled_logits
-from ..module import Moment
+from ..recipe.module import Moment
 
 _FILE = "blocks.safetensors"  # of a run's checkpoint
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...checkpoint.loaded import Decoder
 from ...config.training import FinetuneConfig
-from ..answers import Speed, Writing, measured_speed, writing_seconds
+from ..rows.answers import Speed, Writing, measured_speed, writing_seconds
 from .run_data import RunRows
 from .settings import Resolved, learning_rate, rows_of_run, steps_of
 from .states import states_bytes

@@ -17,10 +17,10 @@ from ...config.checks import require
 from ...config.training import FinetuneConfig
 from ...errors import CheckpointError, ConfigError
 from ...model.exit_blocks import ExitBlocks
-from ..answers import Writing, answers_digest, digest, read_answers
-from ..checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
+from ..loop.checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
 from ..prepare import autocasts, require_device, require_same_run, tokens_per_row
-from ..step_rows import world_size
+from ..rows.answers import Writing, answers_digest, digest, read_answers
+from ..rows.step_rows import world_size
 from .plan import FrozenPlan, make_frozen_plan
 from .run import FrozenJob, RunFiles
 from .run_data import RunRows, run_rows

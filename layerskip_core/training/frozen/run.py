@@ -18,14 +18,14 @@ from ...checkpoint.transformers_read import stored_dtype
 from ...config.training import FinetuneConfig
 from ...interruption import Interruption
 from ...model.exit_blocks import ExitBlocks
-from ..answers import DIGITS, Text, Writing, write_answers
-from ..attention import use_fp32_attention
-from ..checkpoints import ResumePoint, checkpoints_folder, discard_after
-from ..order import run_order
+from ..loop.attention import use_fp32_attention
+from ..loop.checkpoints import ResumePoint, checkpoints_folder, discard_after
+from ..loop.schedule import schedule_of
+from ..loop.session import run_lock, stage_reporter, train_to_end
+from ..loop.trainer import make_trainer
 from ..progress import LossHistory, StageProgress, StepReport
-from ..schedule import schedule_of
-from ..session import run_lock, stage_reporter, train_to_end
-from ..trainer import make_trainer
+from ..rows.answers import DIGITS, Text, Writing, write_answers
+from ..rows.order import run_order
 from .module import FrozenExits
 from .plan import FrozenPlan
 from .run_data import RunRows

@@ -10,9 +10,9 @@ from ...data.conversations import Conversation
 from ...data.examples import PARSING_TEMPLATE, Example, Row, is_parsing, load_prompts, load_rows
 from ...errors import DataError
 from ...prompting.template import PromptTemplate, resolve_template
-from ..answers import Text
-from ..encoder import Encoder
-from ..run_data import conversation_template, validation_data
+from ..rows.answers import Text
+from ..rows.encoder import Encoder
+from ..rows.run_data import conversation_template, validation_data
 from .settings import Resolved, is_drawn, passes_of, rows_of_run, steps_of
 
 _HELD_OUT, _SHARE = 64, 20  # rows at most, and one in so many

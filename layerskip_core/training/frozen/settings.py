@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ...config.checks import require_exit_layer
 from ...config.training import Answers, BlockLoss, ExitBlockSettings, Feature, FinetuneConfig
 from ...model.exit_blocks import ExitBlock
-from ..answers import Writing
+from ..rows.answers import Writing
 
 COMMANDS_STEPS = 600  # of each exit, of a run on `commands` without `steps`
 _EPOCHS = 2.0

@@ -19,7 +19,7 @@ from ...errors import CheckpointError
 from ...losses import IGNORED
 from ...model import Backend
 from ...storage.writing import synchronise
-from ..answers import Text
+from ..rows.answers import Text
 
 _TOKENS = 2048  # of a pass
 _BYTES = torch.bfloat16.itemsize

@@ -2,8 +2,8 @@
 
 import os
 
-from ..config.checks import require
-from ..config.training import FinetuneConfig
+from ...config.checks import require
+from ...config.training import FinetuneConfig
 
 
 def world_size() -> int:

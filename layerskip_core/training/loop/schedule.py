@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import Any
 
-from ..config.training import FinetuneConfig
-from .plan import TrainingPlan, sealed_settings
+from ...config.training import FinetuneConfig
+from ..plan import TrainingPlan, sealed_settings
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 

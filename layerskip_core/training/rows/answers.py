@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.loaded import Decoder
-from ..config.decoding import DecodingConfig, SamplingConfig
-from ..decoding import decode_batch
-from ..errors import CheckpointError, LayerSkipError
-from ..losses import IGNORED
-from ..storage.json_reading import parse_json
-from ..storage.schema import SchemaError, build
-from ..storage.writing import write_file
+from ...checkpoint.loaded import Decoder
+from ...config.decoding import DecodingConfig, SamplingConfig
+from ...decoding import decode_batch
+from ...errors import CheckpointError, LayerSkipError
+from ...losses import IGNORED
+from ...storage.json_reading import parse_json
+from ...storage.schema import SchemaError, build
+from ...storage.writing import write_file
 
 BATCH = 32  # that are decoded together
 DIGITS = 16  # of the digest in the name of what a run keeps

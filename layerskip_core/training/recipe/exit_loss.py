@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..config.training import ExitWeights
+from ...config.training import ExitWeights
 
 
 def exit_scales(num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from ..config.checks import require
-from ..config.training import FinetuneConfig
-from ..errors import CheckpointError, ConfigError
-from .step_rows import world_size
+from ...config.checks import require
+from ...config.training import FinetuneConfig
+from ...errors import CheckpointError, ConfigError
+from ..rows.step_rows import world_size
 
 _SHARD = "shard-{}.pt"
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads them

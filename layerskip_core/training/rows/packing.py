@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import IGNORED
-from ..model import GenericBackend, SpanInputs
+from ...losses import IGNORED
+from ...model import GenericBackend, SpanInputs
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:

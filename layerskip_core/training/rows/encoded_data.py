@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ..config.data import DataConfig
-from ..data.examples import Row, stream_rows
-from ..errors import DataError
-from ..losses import IGNORED
+from ...config.data import DataConfig
+from ...data.examples import Row, stream_rows
+from ...errors import DataError
+from ...losses import IGNORED
 from .encoder import Encoder
 from .step_rows import process_index, world_size
 

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.conversations import Conversation
-from ..data.examples import Example, Row
-from ..errors import DataError, LayerSkipError, first_line
-from ..losses import IGNORED
-from ..prompting.chat import has_chat_template, render_chat
-from ..prompting.encoding import encode_prompt, encoded
-from ..prompting.special_text import special_text
-from ..prompting.template import PromptTemplate
+from ...data.conversations import Conversation
+from ...data.examples import Example, Row
+from ...errors import DataError, LayerSkipError, first_line
+from ...losses import IGNORED
+from ...prompting.chat import has_chat_template, render_chat
+from ...prompting.encoding import encode_prompt, encoded
+from ...prompting.special_text import special_text
+from ...prompting.template import PromptTemplate
 from .packing import packed
 
 

@@ -1,6 +1,6 @@
 """The settings of each regime: the paper's hyper-parameters by model size (LayerSkip tables 1 and 2)."""
 
-from ..config.training import RecipeConfig, Regime
+from ...config.training import RecipeConfig, Regime
 
 _SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for models of 1B and more
 _LEARNING_RATES = {"finetune": 1e-4, "continual": 3e-5, "scratch": 8e-4, "code": 1e-4}

@@ -10,13 +10,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainingArguments
 
-from ..errors import ConfigError
-from ..interruption import Interruption
-from ..losses import IGNORED
+from ...errors import ConfigError
+from ...interruption import Interruption
+from ...losses import IGNORED
+from ..progress import RunState, StepReport, validation_log
+from ..recipe.module import Moment
+from ..rows.encoded_data import StreamedRows
 from .checkpoints import checkpoints_folder
-from .encoded_data import StreamedRows
-from .module import Moment
-from .progress import RunState, StepReport, validation_log
 from .run_callback import RunCallback
 from .schedule import Schedule
 from .transformers_internals import ResumingTrainer, TrainedModule, use_one_gpu

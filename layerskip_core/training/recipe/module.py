@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint.save import write_model
-from ..losses import Teacher, summed_losses, target_rows
-from ..model import GenericBackend
+from ...checkpoint.save import write_model
+from ...losses import Teacher, summed_losses, target_rows
+from ...model import GenericBackend
+from ..loop.checkpoints import load_weights
+from ..rows.packing import span_inputs
 from .anchor import Anchor
-from .checkpoints import load_weights
 from .curriculum import exits_on
 from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
 from .exit_loss import exit_weights
-from .packing import span_inputs
-from .recipe import Recipe
+from .resolved import Recipe
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config.training import Curriculum, DropoutProfile, ExitWeights, RecipeConfig
+from ...config.training import Curriculum, DropoutProfile, ExitWeights, RecipeConfig
 
 _LARGE_VOCABULARY = 8192
 

@@ -1,6 +1,6 @@
 """Which exits take part in the loss of a step: pure functions of the step, so that resuming needs no history."""
 
-from .recipe import Recipe
+from .resolved import Recipe
 
 
 def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tuple[int, ...]:

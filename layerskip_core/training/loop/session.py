@@ -5,13 +5,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
-from ..checkpoint.save import output_lock
-from ..errors import CheckpointError, LayerSkipError, TrainingInterrupted, first_line
-from ..interruption import Interruption
-from ..storage.writing import run_staging
+from ...checkpoint.save import output_lock
+from ...errors import CheckpointError, LayerSkipError, TrainingInterrupted, first_line
+from ...interruption import Interruption
+from ...storage.writing import run_staging
+from ..progress import StageProgress
+from ..rows.step_rows import process_index
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, last_checkpoint
-from .progress import StageProgress
-from .step_rows import process_index
 from .trainer import RunTrainer
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..checkpoint.load import for_decoding
-from ..config.training import FinetuneConfig
+from ...checkpoint.load import for_decoding
+from ...config.training import FinetuneConfig
+from ..loop.checkpoints import checkpoints_folder
 from .answers import Writing, answers_digest, measured_speed, read_answers, write_answers, writing_seconds
-from .checkpoints import checkpoints_folder
 from .encoded_data import EncodedData
 from .encoder import Encoder
 from .order import OrderedRows

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..config.training import DropoutProfile
-from ..errors import ConfigError
-from ..model import GenericBackend, SpanInputs
+from ...config.training import DropoutProfile
+from ...errors import ConfigError
+from ...model import GenericBackend, SpanInputs
 
 _MIX = 1_000_003
 

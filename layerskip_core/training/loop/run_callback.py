@@ -10,11 +10,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-from ..errors import TrainingError
-from ..interruption import Interruption
-from ..storage.writing import run_staging
+from ...errors import TrainingError
+from ...interruption import Interruption
+from ...storage.writing import run_staging
+from ..progress import LossHistory, RunState, StepLosses, StepReport, StepSums, agreement_in, step_log, validation_in
 from .checkpoints import LOSSES, last_checkpoint, publish
-from .progress import LossHistory, RunState, StepLosses, StepReport, StepSums, agreement_in, step_log, validation_in
 
 _MAX_NORM = 1.0  # of the gradient
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint.load import for_decoding
-from ..config.packing import PackingConfig
-from ..config.training import FinetuneConfig
-from ..losses import Teacher, target_rows
-from ..model import Backend, GenericBackend
-from .packing import span_inputs
+from ...checkpoint.load import for_decoding
+from ...config.packing import PackingConfig
+from ...config.training import FinetuneConfig
+from ...losses import Teacher, target_rows
+from ...model import Backend, GenericBackend
+from ..rows.packing import span_inputs
 
 
 class Original(Protocol):

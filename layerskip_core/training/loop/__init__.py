@@ -1,0 +1,1 @@
+"""The training loop: transformers' Trainer, its checkpoints and its processes."""

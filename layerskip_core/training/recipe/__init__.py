@@ -1,0 +1,1 @@
+"""The recipe: layer dropout, the early-exit loss, its curricula, and the module that trains by them."""
