@@ -69,6 +69,7 @@ class TrainingPlan:
     autocast: bool
     adapted_layers: int | None = None  # the first ones, to which LoRA is confined
     original: str | None = None
+    data_digest: str | None = None
     replay: Replay | None = None
     notes: tuple[str, ...] = ()  # what the user should know before it starts
 
@@ -122,6 +123,7 @@ def make_plan(
         autocast=autocast,
         adapted_layers=adapted_layers(config, recipe, backend.num_layers),
         original=original,
+        data_digest=data.digest,
         replay=replay,
         notes=(_PACKED,) * encoder.pack + (_STREAMED,) * data.streamed,
     )
@@ -133,7 +135,8 @@ def sealed_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any
     recipe, retention = settings.pop("recipe"), settings.pop("retention")
     facts = {
         "steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": world_size(),
-        "original": plan.original, "replayed": None if plan.replay is None else plan.replay.journal.name,
+        "original": plan.original, "data_digest": plan.data_digest,
+        "replayed": None if plan.replay is None else plan.replay.journal.name,
     }  # fmt: skip
     return {**settings, **recipe, **retention, **facts}
 

@@ -66,7 +66,7 @@ def _model(config: FinetuneConfig, rows: list[Row]) -> Trainable:
 
 def _original(config: FinetuneConfig, trainable: Trainable) -> str | None:
     """The fingerprint of the model as it came, where the run needs it; None otherwise."""
-    needed = config.retention.anchor or config.retention.replay
+    needed = config.retention.anchor or config.retention.replay or config.lora_rank
     return model_fingerprint(trainable.backend.spec, trainable.model.get_parameter) if needed else None
 
 
@@ -125,10 +125,12 @@ def resume_point(config: FinetuneConfig) -> ResumePoint | None:
 def require_same_run(sealed: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raises ConfigError where `settings` differ from those of the run that is resumed.
 
-    A setting that the run's version did not know had its default.
+    A setting that the run's version did not know had its default; facts that it did not keep are not compared.
     """
     defaults = asdict(FinetuneConfig()) | asdict(RecipeConfig()) | asdict(RetentionSettings())
     for name, value in settings.items():
+        if name not in sealed and name not in defaults:
+            continue
         before = sealed.get(name, defaults.get(name))
         if before != value:
             raise ConfigError(

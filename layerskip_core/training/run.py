@@ -1,5 +1,6 @@
 """A planned run from its first step to the saved model."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from ..checkpoint.loaded import Trainable
 from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.save import save_checkpoint
 from ..config.training import FinetuneConfig
+from ..errors import first_line
 from ..interruption import Interruption
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.template import PromptTemplate
@@ -47,7 +49,6 @@ class FinetuneJob:
     save_dtype: torch.dtype
     resume: ResumePoint | None = None
 
-    @quiet_transformers()
     def run(
         self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None] = lambda _: None
     ) -> CheckpointInfo:
@@ -60,9 +61,16 @@ class FinetuneJob:
             LockedError: another process writes to the folder.
         """
         with run_lock(self.config.output):
-            return self._run(on_step, on_progress)
+            info, undrawn = self._run(on_step, on_progress)
+        if undrawn is not None:
+            warnings.warn(f"losses.png was not drawn: {undrawn}", stacklevel=2)
+        return info
 
-    def _run(self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None]) -> CheckpointInfo:
+    @quiet_transformers()
+    def _run(
+        self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None]
+    ) -> tuple[CheckpointInfo, str | None]:
+        """The info of the saved model, and why the losses could not be drawn."""
         config, plan, tokenizer = self.config, self.plan, self.trainable.tokenizer
         if plan.autocast and plan.device == "cpu":
             use_fp32_attention(self.trainable.model)
@@ -87,15 +95,16 @@ class FinetuneJob:
             history = LossHistory.of_log(trainer.state.log_history)
             details = self._details(history)
             info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)
+            undrawn = None
             if first:
                 trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
-                files = {
-                    "losses.jsonl": history.to_jsonl().encode(),
-                    "losses.png": loss_plot(history),
-                    ORDER_FILE: token_order_json(order),
-                }
+                files = {"losses.jsonl": history.to_jsonl().encode(), ORDER_FILE: token_order_json(order)}
+                try:
+                    files["losses.png"] = loss_plot(history)
+                except Exception as error:  # matplotlib's settings are the user's; a picture is not worth a training
+                    undrawn = first_line(error)
                 save_checkpoint(trained, tokenizer, info, config.output, self.save_dtype, files)
-        return info
+        return info, undrawn
 
     def _rows(self, on_progress: Callable[[StageProgress], None], interruption: Interruption) -> Any:
         """The rows of the run in their order: batches of similar length, or a stream as it comes; and those of a replay."""

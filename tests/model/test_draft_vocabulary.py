@@ -68,7 +68,9 @@ def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch
     assert order[3:] == [token for token in range(300) if token not in (z, end, y)]
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "q", "completion": "zzz"}\n{"prompt": "q", "completion": "zy"}\n')
-    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300) == order  # as often as it is read
+    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300) == order
+    monkeypatch.setattr(vocabulary, "_COUNTED_TOKENS", 1)
+    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300)[0] == z  # of one row alone
     monkeypatch.setattr(vocabulary, "_COUNTED", 2)
     spread = [Example("q", "z"), Example("q", "y"), Example("q", "zz"), Example("q", "y")]  # of these the first and the third
     assert token_order(encode_rows(spread, encoder), 300)[:2] == [z, end]

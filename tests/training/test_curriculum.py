@@ -1,6 +1,7 @@
 import pytest
 
 from layerskip_core.config.training import RecipeConfig
+from layerskip_core.errors import ConfigError
 from layerskip_core.training.recipe.curriculum import exits_on, mean_exits
 from layerskip_core.training.recipe.resolved import resolve_recipe
 
@@ -32,13 +33,27 @@ def test_constant_curricula(curriculum, expected):
         ("rotational", [(6, 15, 30), (8, 30), (10, 30), (6, 15, 30)]),
         ("gradual", [(30,), (30,), (15, 30), (6, 8, 10, 15, 30)]),
         ("all", [(6, 8, 10, 15, 30)] * 4),
-        ("none", [(30,)] * 4),
     ],
 )
 def test_named_exits_are_the_only_ones_besides_the_last(curriculum, expected):
     named = recipe(curriculum=curriculum, rotation=3, exits=(10, 6, 8, 15))
     steps = (0, 1, 2, 3) if curriculum == "rotational" else (0, 1, 2, 15)
     assert [exits_on(named, step, 16, 30) for step in steps] == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"curriculum": "none", "exits": (6,)}, "`exits` must be left out with `curriculum` none, got"),
+        ({"curriculum": "none", "distill": 0.5}, "`distill` must be left out with `curriculum` none, got 0.5"),
+        ({"curriculum": "all", "e_scale": 0.0}, "`e_scale` must be above 0 unless `curriculum` is none, got 0"),
+        ({"exits": (1,)}, "`exits` must be exits that `exit_weights` paper gives a weight above 0, got 1"),
+    ],
+)
+def test_settings_that_would_train_no_early_exit(asked, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(**asked)
+    assert recipe(exits=(1, 2)).exits == recipe(exits=(1, 2), exit_weights="uniform").exits == (1, 2)
 
 
 def test_the_default_rotation_depends_on_the_vocabulary():

@@ -238,3 +238,20 @@ def test_validation_changes_nothing_in_training(settings, tmp_path):
     plain = train(settings(output=str(tmp_path / "plain")))
     measured = train(settings(validation="test", eval_steps=1, validation_samples=5, output=str(tmp_path / "measured")))
     assert [report.loss for report in measured] == [report.loss for report in plain]
+
+
+def test_the_text_of_a_special_token_in_a_completion_stays_text(tokenizer):
+    row, end = Example("hi", "yo <|eos|> z"), tokenizer.eos_token_id
+    (kept,) = Encoder(tokenizer, PromptTemplate("{prompt}\n"), 64).rows([row])
+    assert [token for token in kept["labels"] if token == end] == [end]  # at the end alone
+    targets = [label for label in kept["labels"] if label != IGNORED]
+    assert tokenizer.decode(targets[:-1]) == row.completion
+    (raw,) = Encoder(tokenizer, PromptTemplate("raw"), 64).rows([row])
+    assert raw["labels"].count(end) == 2
+
+
+def test_rows_in_memory_take_four_bytes_per_number(tokenizer):
+    encoder = Encoder(tokenizer, PromptTemplate("{prompt}\n"), 64)
+    data = encode_rows([Example("a", "b c d"), Example("a", "e")], encoder)
+    assert [str(data.rows.features[name].feature.dtype) for name in ("input_ids", "labels")] == ["int32", "int32"]
+    assert data.digest != encode_rows([Example("a", "e"), Example("a", "b c d")], encoder).digest

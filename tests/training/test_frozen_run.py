@@ -154,7 +154,7 @@ def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path, settings):
     with pytest.raises(Interrupted):
         prepare_frozen(frozen(**changes, output=cut)).run(stop_at(7))
     assert not (Path(cut) / "config.json").exists()
-    with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
+    with pytest.raises(ConfigError, match="holds the checkpoints of a run; give `resume` to go on with it"):
         prepare_frozen(frozen(**changes, output=cut))
     with pytest.raises(ConfigError, match=r"`resume`: lr was 0\.002 in the run to go on with, and is 0\.1 now"):
         prepare_frozen(frozen(**changes, output=cut, resume=True, lr=0.1))
@@ -176,7 +176,7 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(froze
         patched.setattr(running, "discard_after", killed)
         prepare_frozen(config).run(lambda report: None)
     written = hashes(model)
-    with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
+    with pytest.raises(ConfigError, match="holds the checkpoints of a run; give `resume` to go on with it"):
         prepare_frozen(config)
     train(replace(config, resume=True))
     assert hashes(model) == written

@@ -338,6 +338,7 @@ def test_a_run_is_resumed_with_the_same_settings_or_not_at_all(settings, two_che
         ({"lr": 1e-4}, "lr was 0.001 in"),
         ({"steps": 5}, "steps was 4 in"),
         ({"data": DataConfig(limit=31, seed=1)}, "rows was 32 in"),
+        ({"data": DataConfig(limit=32, seed=2)}, "(tokens|data_digest) was"),
     ):
         with pytest.raises(ConfigError, match=f"`resume`: {message}"):
             prepare(settings(**changes, resume=True))

@@ -33,6 +33,7 @@ def test_templates():
     assert template_of(chat="x") == PromptTemplate(CHAT)
     assert template_of(stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate("Q: {prompt}")
     assert template_of(stored=CheckpointInfo(RAW)) == PromptTemplate(RAW)
+    assert template_of(rows=[Example("", "plain text")]) == PromptTemplate(RAW)  # else it could not continue a line
     assert template_of(data=DataConfig(), stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate(PARSING_TEMPLATE)
     assert template_of(PromptingConfig("A {prompt}"), data=DataConfig()) == PromptTemplate("A {prompt}")
     assert template_of(PromptingConfig(raw=True), chat="x") == PromptTemplate(RAW)

@@ -434,3 +434,10 @@ def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_p
     assert train(settings(model=kept, output=str(tmp_path / "on"), steps=1))[0].step == 1  # and trains on
     with pytest.raises(ConfigError, match=r"`lora_targets` nothing: Target modules .*nothing.* not found"):
         train(settings(**{**changes, "lora_targets": "nothing"}))
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_training(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr("layerskip_core.training.run.loss_plot", lambda _: 1 / 0)
+    with pytest.warns(UserWarning, match=r"losses.png was not drawn: .*division by zero"):
+        train(settings(steps=1))
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "losses.png").exists()

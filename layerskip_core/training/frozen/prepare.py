@@ -87,7 +87,10 @@ def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
         return newest_whole(folder)
     if config.overwrite:
         return None
-    raise ConfigError(f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew")
+    raise ConfigError(
+        f"`output` {config.output} holds the checkpoints of a run; give `resume` to go on with it, or `overwrite` to start "
+        "anew without them"
+    )
 
 
 def _require_new(config: FinetuneConfig, settings: Resolved, kept: ExitBlocks) -> None:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from ...config.checks import require
 from ...config.training import Curriculum, DropoutProfile, ExitWeights, RecipeConfig
+from .exit_loss import exit_scales
 
 _LARGE_VOCABULARY = 8192
 
@@ -28,7 +30,11 @@ class Recipe:
 
 
 def resolve_recipe(asked: RecipeConfig, num_layers: int, vocab_size: int) -> Recipe:
-    """R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below."""
+    """R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below.
+
+    Raises ConfigError for settings that the curriculum does not use, and for early exits that all weigh nothing.
+    """
+    _require_used(asked, num_layers)
     rotation = 0
     if asked.curriculum == "rotational":
         count = len(asked.exits) or num_layers
@@ -43,3 +49,16 @@ def resolve_recipe(asked: RecipeConfig, num_layers: int, vocab_size: int) -> Rec
         exits=tuple(sorted(asked.exits)),
         distill=asked.distill,
     )
+
+
+def _require_used(asked: RecipeConfig, num_layers: int) -> None:
+    if asked.curriculum == "none":
+        for name in ("exits", "distill"):
+            require(not getattr(asked, name), name, "left out with `curriculum` none", getattr(asked, name))
+        return
+    require(asked.e_scale > 0, "e_scale", "above 0 unless `curriculum` is none", asked.e_scale)
+    early = [exit_layer for exit_layer in asked.exits if exit_layer < num_layers]
+    scales = exit_scales(num_layers, asked.e_scale, asked.exit_weights)
+    weighs = not early or any(scales[exit_layer - 1] > 0 for exit_layer in early)
+    needed = f"exits that `exit_weights` {asked.exit_weights} gives a weight above 0"
+    require(weighs, "exits", needed, ",".join(map(str, asked.exits)))

@@ -1,10 +1,12 @@
 """Encoded rows for training, in memory or as a stream, and their batches."""
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -24,7 +26,7 @@ _SAMPLED = 64  # rows of a stream that are read to plan a run
 class EncodedData:
     """Encoded rows, `count` of them. `truncated` counts those cut at the maximum length, `tokens` the tokens after that.
 
-    For a stream the counts are those of its first rows.
+    `digest` is of all tokens and labels in their order. For a stream the counts are those of its first rows.
     """
 
     rows: Any  # datasets.Dataset of input_ids, labels and length; or StreamedRows
@@ -33,6 +35,7 @@ class EncodedData:
     truncated: int
     longest: int
     count: int
+    digest: str | None = None  # of a stream none
 
     @property
     def streamed(self) -> bool:
@@ -43,9 +46,19 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> EncodedData:
     """All rows in memory. Raises DataError if none has a target token within the maximum length."""
     from datasets import Dataset
 
-    encoded = list(encoder.rows(rows))
+    encoded = [_compact(row) for row in encoder.rows(rows)]
     kept = list(filter(_has_target, encoded))
-    return _counted(Dataset.from_list(kept) if kept else None, encoded, encoder)
+    columns = {name: [row[name] for row in kept] for name in kept[0]} if kept else {}
+    data = _counted(Dataset.from_dict(columns) if kept else None, encoded, encoder)
+    digest = hashlib.sha256()
+    for row in kept:
+        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
+    return replace(data, digest=digest.hexdigest()[:16])
+
+
+def _compact(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose lists take 4 bytes for each number instead of 8 and more."""
+    return {name: np.array(value, dtype=np.int32) if isinstance(value, list) else value for name, value in row.items()}
 
 
 def encode_stream(config: DataConfig, encoder: Encoder, seed: int) -> EncodedData:
@@ -62,7 +75,7 @@ def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> Encoded
     return EncodedData(
         rows,
         tokens=sum(row["length"] for row in kept),
-        target_tokens=sum(sum(label != IGNORED for label in row["labels"]) for row in kept),
+        target_tokens=sum(int((np.asarray(row["labels"]) != IGNORED).sum()) for row in kept),
         truncated=sum(row["truncated"] for row in seen),
         longest=max(row["length"] for row in kept),
         count=len(kept),
@@ -74,7 +87,7 @@ def _no_room(encoder: Encoder) -> DataError:
 
 
 def _has_target(row: dict[str, Any]) -> bool:
-    return any(label != IGNORED for label in row["labels"][1:])  # nothing predicts the first token
+    return bool((np.asarray(row["labels"])[1:] != IGNORED).any())  # nothing predicts the first token
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
@@ -92,14 +105,19 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count():
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-            shuffled, empty = _shuffled(stream_rows(self._config), generator), True
-            own = itertools.islice(shuffled, self._process, None, self._processes)
-            for row in filter(_has_target, self._encoder.rows(own)):
+            empty = True
+            for row in self.one_pass(number):
                 empty = False
                 yield row
-            if empty:  # the file has changed since the run was planned, or has fewer rows than there are processes
-                raise _no_room(self._encoder)
+            if empty:  # the file has changed since the run was planned, or has too few rows
+                fewer = f", or the data has fewer rows than the {self._processes} processes" if self._processes > 1 else ""
+                raise DataError(f"{_no_room(self._encoder)}{fewer}")
+
+    def one_pass(self, number: int) -> Iterator[dict[str, Any]]:
+        """The rows of this process in pass `number` over the data."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        shuffled = _shuffled(stream_rows(self._config), generator)
+        yield from filter(_has_target, self._encoder.rows(itertools.islice(shuffled, self._process, None, self._processes)))
 
 
 def _shuffled(rows: Iterable[Row], generator: torch.Generator) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from ...losses import IGNORED
 from ...prompting.chat import has_chat_template, render_chat
 from ...prompting.encoding import encode_prompt, encoded
 from ...prompting.special_text import special_text
-from ...prompting.template import PromptTemplate
+from ...prompting.template import RAW, PromptTemplate
 from .packing import packed
 
 
@@ -61,9 +61,16 @@ class Encoder:
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
         """Prompt, completion and end of text as ids; the prompt's labels are masked."""
         prompt = encode_prompt(self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt)
-        completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+        completion = self._completion(row)
         completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return prompt + completion, [IGNORED] * len(prompt) + completion
+
+    def _completion(self, row: Example) -> list[int]:
+        """The text of a special token stays text after a prompt in a template; in raw text it becomes the token."""
+        special = None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
+        if special is None or not special.in_prompt(row.completion):
+            return list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+        return list(special.encode(special.sealed(special.masked(row.completion)), add_special_tokens=False).ids)
 
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
         """A conversation in the tokenizer's chat template. Only the assistant's turns have labels, with their end of turn."""

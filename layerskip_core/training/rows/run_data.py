@@ -72,11 +72,12 @@ def _packs(config: FinetuneConfig, rows: list[Row]) -> bool:
 
 def _template(config: FinetuneConfig, trainable: Trainable, rows: list[Row]) -> PromptTemplate:
     """The template asked for; else chat for conversations, the parsing template for parsing data, and otherwise what decoding
-    uses by default. Where that is no template, the prompt gets a line end.
+    uses by default. Where that is no template, a prompt gets a line end; plain text has none.
     """
     if any(isinstance(row, Conversation) for row in rows):
         return conversation_template(config)
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     template = resolve_template(asked, system, stored, trainable.tokenizer)
-    by_default = is_parsing(config.data) or (stored is None and template.text == RAW)
+    prompts = any(isinstance(row, Example) and row.prompt for row in rows)
+    by_default = is_parsing(config.data) or (stored is None and template.text == RAW and prompts)
     return PromptTemplate(PARSING_TEMPLATE) if asked is None and system is None and by_default else template

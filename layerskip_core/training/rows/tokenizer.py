@@ -12,6 +12,7 @@ from ...data.examples import Row
 from .encoded_data import EncodedData
 
 _COUNTED = 50_000  # rows, evenly spaced; of a stream the first ones
+_COUNTED_TOKENS = 1_000_000  # of a stream, whose rows are encoded only to be counted
 _LONGEST_WORD = 1000  # characters
 _ENDLESS = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")
 _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
@@ -51,12 +52,18 @@ def _texts(rows: Sequence[Row]) -> Iterator[str]:
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
-    rows = data.rows
-    if not data.streamed:
+    rows, most = data.rows, float("inf")
+    if data.streamed:
+        rows, most = rows.one_pass(0), _COUNTED_TOKENS
+    else:
         rows = rows.select_columns("labels").select(range(0, len(rows), -(-len(rows) // _COUNTED)))
     counts: Counter[int] = Counter()
+    seen = 0
     for row in itertools.islice(rows, _COUNTED):
         counts.update(row["labels"])  # includes IGNORED, which is not a token
+        seen += len(row["labels"])
+        if seen >= most:
+            break
     return sorted(range(vocab_size), key=lambda token: -counts[token])
 
 
