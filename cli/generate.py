@@ -69,12 +69,14 @@ def generate(
         raise typer.BadParameter("--batch-size is for the prompts of --lines or --jsonl")
     if (lines or jsonl) and not standard_input.is_piped():
         raise typer.BadParameter("pipe the prompts of --lines or --jsonl into standard input")
+    if prompt is None and not (standard_input.is_piped() or standard_input.is_terminal()):
+        raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
     require_ranges(batch_size=batch_size)
     single = batch_size == 1 or not decoding.generation.exit_confidence
     require(single, "batch_size", "1 with `exit_confidence`", batch_size)
     loaded = load_to_decode(model, decoding, prompting, packing, machine, all_policies=jsonl)
     policy = loaded.policy_for(decoding, packing)
-    if prompt is None and not standard_input.is_piped():
+    if prompt is None and standard_input.is_terminal():
         prompt = standard_input.example_prompt()
     given = standard_input.PromptLines()
     requests = requests_of(given, jsonl, decoding) if lines or jsonl else read_requests(prompt, decoding)
@@ -84,7 +86,8 @@ def generate(
         else:
             failed, total = answer_all(loaded, packing, requests, lines, jsonl)
     except KeyboardInterrupt:
-        sys.stdout.write("\n")
+        if not jsonl:  # whose lines are objects
+            sys.stdout.write("\n")
         raise typer.Exit(130) from None
     if stats:
         narrate(stats_text(total, loaded, policy))

@@ -144,6 +144,11 @@ def test_bad_options_name_themselves(model):
         model.generate_batch([PROMPT, "\ud800"])
 
 
+def test_a_precision_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="`dtype` must be one of auto, fp32, bf16, got fp16"):
+        load("embedded", device="cpu", dtype="fp16")
+
+
 def test_a_template_needs_a_place_for_the_prompt():
     with pytest.raises(ConfigError, match=r"`template` must be raw, chat or a text with {prompt} in it, got Answer: "):
         load("embedded", device="cpu", template="Answer: ")

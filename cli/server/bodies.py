@@ -47,14 +47,26 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "frequency_penalty": (0,),
     "functions": ([],),
+    "guided_choice": ([],),
+    "guided_grammar": ("",),
+    "guided_json": (),
+    "guided_regex": ("",),
+    "ignore_eos": (False,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
+    "logprobs": (False,),  # of completions, 0 asks for those of the chosen tokens
+    "min_p": (0,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "presence_penalty": (0,),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "stop_token_ids": ([],),
     "suffix": ("",),
     "tools": ([],),
     "top_logprobs": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
 }
 
 
@@ -97,7 +109,8 @@ def _document(body: bytes) -> Mapping[str, Any]:
         raise invalid("the body must be a JSON object")
     for key, harmless in _UNSUPPORTED.items():
         value = document.get(key)
-        if value is not None and value not in harmless:
+        changes_nothing = any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in harmless)
+        if value is not None and not changes_nothing:
             raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
     return document
 

@@ -3,6 +3,8 @@
 import psutil
 import torch
 
+from ..config.checks import require_choice
+from ..config.machine import DTYPES
 from ..errors import ConfigError
 
 _LARGE_MODEL = 50_000_000  # parameters; from this size on bf16 is faster on a CPU that has it
@@ -28,7 +30,11 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype:
-    """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for models of 50M parameters and more; else fp32."""
+    """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for models of 50M parameters and more; else fp32.
+
+    Raises ConfigError for a precision that is none of DTYPES.
+    """
+    require_choice(dtype, "dtype", DTYPES)
     if dtype != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     fast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()

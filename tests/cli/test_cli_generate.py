@@ -396,9 +396,10 @@ def test_a_terminal_as_standard_input_gets_an_example():
     assert (lines.code, lines.out) == (2, "") and "pipe the prompts of --lines or --jsonl into standard input" in lines.err
 
 
-def test_no_standard_input_at_all_gets_an_example():
+def test_no_standard_input_at_all_is_wrong_usage():
     result = finish(start("-c", f'exec "{sys.executable}" -m cli generate <&-', command=("/bin/sh",)))
-    assert result.code == 0 and "no PROMPT given; an example" in result.err and "Traceback" not in result.err
+    assert (result.code, result.out) == (2, "")
+    assert "give a PROMPT, or pipe one into standard input" in result.err and "Traceback" not in result.err
 
 
 @pytest.mark.slow

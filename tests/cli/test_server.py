@@ -161,6 +161,9 @@ def test_several_prompts_as_texts_or_ids_have_numbered_answers(client):
         ({"n": 1000}, 400, "n", "must be in 1..128, got 1000"),
         ({"echo": True}, 400, "echo", "echo is not supported"),
         ({"logprobs": 3, "stream": True}, 400, "logprobs", "logprobs is not supported"),
+        ({"logprobs": 0}, 400, "logprobs", "logprobs is not supported"),
+        ({"repetition_penalty": 1.3}, 400, "repetition_penalty", "repetition_penalty is not supported"),
+        ({"guided_json": {}}, 400, "guided_json", "guided_json is not supported"),
     ],
 )
 def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, status, param, message):
