@@ -98,6 +98,13 @@ def test_rows_without_references_are_scored_against_given_answers(tmp_path):
         load_task(TaskConfig(data=str(tmp_path / "rows.jsonl"), shots=1))
 
 
+def test_rows_of_which_some_have_no_reference_are_refused(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "completion": "x"}]
+    for order, message in ((1, "rows.jsonl:1: needed a reference"), (-1, "rows.jsonl:2: no column 'completion'")):
+        with pytest.raises(DataError, match=message):
+            load_task(TaskConfig("jsonl", write_lines(tmp_path / "rows.jsonl", rows[::order])))
+
+
 def test_categories_of_rows_with_references(tmp_path):
     rows = [{"prompt": prompt, "answer": prompt, "category": "ab"[prompt > "q"]} for prompt in ("one", "two", "three", "pi")]
     task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows), metric="exact_match", samples=2))
@@ -372,6 +379,9 @@ def test_lm_takes_passages_of_a_text(tmp_path):
     assert [len(example.prompt.split()) for example in task.examples] == [100] * 4
     assert task.examples[0].completion.split()[0] == "w100"
     assert (task.quality_metric, task.score(["a", "b", "c", "d"], 7.5)) == ("perplexity", {"perplexity": 7.5})
+    rows = tmp_path / "rows.csv"
+    rows.write_text("name,text\nx,first\ny,second\n")
+    assert load_task(TaskConfig("lm", str(rows))).text == "first\n\nsecond"
     packed = tmp_path / "text.txt.gz"
     packed.write_bytes(gzip.compress(file.read_bytes()))
     assert load_task(TaskConfig("lm", str(packed))).text == task.text

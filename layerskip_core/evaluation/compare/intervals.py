@@ -50,7 +50,7 @@ def difference_of(values: Sequence[float], others: Sequence[float], paired: bool
     first, second = variance(mine) / len(mine), variance(theirs) / len(theirs)
     spread = first**2 / (len(mine) - 1) + second**2 / (len(theirs) - 1)
     freedom = (first + second) ** 2 / spread if spread else len(mine) + len(theirs) - 2
-    return _interval(mean, math.sqrt(first + second), int(freedom), logarithmic)
+    return _interval(mean, math.sqrt(first + second), int(freedom + 1e-6), logarithmic)  # 2 can be computed as 1.9999999
 
 
 def t_quantile(freedom: int) -> float:

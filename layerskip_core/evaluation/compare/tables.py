@@ -33,8 +33,8 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def percent_of(figure: str) -> bool:
-    """Whether a figure is a share, shown in percent."""
-    return not is_logarithmic(figure) and figure not in (*_COUNTS, *_RATES)
+    """Whether a figure is a share, shown in percent. Those of lm-eval, `TASK METRIC`, have a scale of their own."""
+    return " " not in figure and not is_logarithmic(figure) and figure not in (*_COUNTS, *_RATES)
 
 
 def _row_of(comparison: Comparison) -> Callable[[Line], tuple[str, ...]]:

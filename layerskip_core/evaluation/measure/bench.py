@@ -1,5 +1,7 @@
 """The decoding strategies and baselines side by side: the same prompts, in one process, interleaved."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -65,7 +67,9 @@ def bench(
     sampled = generation.sampling.temperature > 0
     methods: list[Method] = [*strategies, *load_baselines(loaded, config, speculative)]
     machine = environment(loaded) | ({"llama_cpp": describe_build()} if LLAMA_CPP in config.baselines else {})
-    settings = asdict(config) | ({FOUND_SKIP: asdict(searched)} if searched else {})
+    asked_of = [*((example.prompt, example.completion) for example in task.examples), task.text]
+    rows = hashlib.sha256(json.dumps(asked_of).encode()).hexdigest()
+    settings = asdict(config) | ({FOUND_SKIP: asdict(searched)} if searched else {}) | {"rows": rows}
     journal = Journal(folder, settings, resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
     losses = ReferenceLosses(0, {})
     if task.text is not None:

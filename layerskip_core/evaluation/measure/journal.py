@@ -43,7 +43,7 @@ class Journal:
         lines = _whole_lines(self._path) if resume else []
         if lines and lines[0].strip() != head:
             raise LayerSkipError(
-                f"`resume`: {self._path} belongs to a run with other settings; leave out `resume` to start again"
+                f"`resume`: {self._path} belongs to a run with other settings or rows; leave out `resume` to start again"
             )
         for number, line in enumerate(lines[1:], start=2):
             row = _row(line, f"`resume`: {self._path}, line {number}", methods, vocab_size)

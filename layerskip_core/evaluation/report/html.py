@@ -121,7 +121,8 @@ def _figures(result: dict[str, Any]) -> dict[str, Any]:
         if key == "metrics":
             figures |= {f"metrics.{name}": figure for name, figure in value.items()}
         elif isinstance(value, dict):
-            figures |= {f"{key.removesuffix('_ms')} {name} (ms)": part for name, part in value.items()}
+            unit = " (ms)" if key.endswith("_ms") else ""
+            figures |= {f"{key.removesuffix('_ms')} {name}{unit}": part for name, part in value.items()}
         elif isinstance(value, list | tuple):
             figures[key] = len(value) or None
         else:

@@ -36,7 +36,9 @@ class Points:
 
     @property
     def quality_label(self) -> str:
-        return f"Quality: {self.metric.replace('_', ' ')}" + (", lower is better" if self.lower_is_better else " (%)")
+        return f"Quality: {self.metric.replace('_', ' ')}" + (
+            ", lower is better" if self.lower_is_better else " (%)" if _is_share(self.metric) else ""
+        )
 
 
 def points_of(record: RunRecord[Any]) -> Points | None:
@@ -46,9 +48,15 @@ def points_of(record: RunRecord[Any]) -> Points | None:
     if not shown:
         return None
     speeds = [float(result.tokens_per_second) for result in shown]
-    values = [result.metrics[metric] * (1 if lower_is_better(metric) else 100) for result in shown]
+    scale = 100 if _is_share(metric) else 1
+    values = [result.metrics[metric] * scale for result in shown]
     optimal = frontier([(speed, quality(result.metrics, metric)) for speed, result in zip(speeds, shown, strict=True)])
     return Points(shown, speeds, values, optimal, metric)
+
+
+def _is_share(metric: str) -> bool:
+    """Whether a metric is shown in percent. Those of lm-eval, `TASK METRIC`, have a scale of their own."""
+    return not lower_is_better(metric) and " " not in metric
 
 
 def is_wide(values: list[float]) -> bool:
@@ -61,7 +69,7 @@ def label(result: ExitResult | BenchResult) -> str:
     if result.strategy in ("autoregressive", "transformers"):
         return result.strategy
     if result.exit_confidence is not None:
-        return f"exits at {result.exit_confidence:.3g}"
+        return f"exits at {result.exit_confidence:.6g}"
     if result.strategy == "early-exit":
         return f"exit {result.exit_layer} alone"
     own = result.strategy == "self-speculative"

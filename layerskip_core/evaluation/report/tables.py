@@ -39,7 +39,8 @@ class TextTable:
 
     def markdown(self) -> str:
         lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{self.note}\n"
+        escaped = ([cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines)
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + f"\n\n{self.note}\n"
 
 
 def strategy_name(result: ExitResult | BenchResult) -> str:
@@ -54,7 +55,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     headers = ("strategy", "exit", "spec", *map(_short, metrics), "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
     rows = [
         (
-            strategy_name(result) if result.exit_confidence is None else f"exits at {result.exit_confidence:.3g}",
+            strategy_name(result) if result.exit_confidence is None else f"exits at {result.exit_confidence:.6g}",
             _count(result.exit_layer) if result.mean_layers is None else f"{result.mean_layers:.1f}",
             _count(result.num_draft_tokens),
             *(_percent(result.metrics.get(name), decimals) for name in metrics),

@@ -15,7 +15,7 @@ from .task import Task, TaskLoader
 
 _HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
 _TEXT_COLUMNS = ("text", "completion", "content")
-_PLAIN = (".txt", ".csv")  # read as one text, like any file that does not hold rows
+_PLAIN = ".txt"  # read as one text, like any file that does not hold rows
 _PROMPT_WORDS = 100  # as in LayerSkip's evaluation of continuations
 _MAX_NEW_TOKENS = 64
 _PASSAGE = 2000  # characters: about the 512 tokens of a perplexity window
@@ -37,7 +37,7 @@ def _text(config: TaskConfig) -> str:
     if config.data is None:
         return "".join(str(row.value("text")) for row in hub_rows(_HUB, config.split, name=_HUB_NAME))
     path = Path(config.data)
-    if file_ending(path) in FILE_ENDINGS and file_ending(path) not in _PLAIN:
+    if file_ending(path) in FILE_ENDINGS and file_ending(path) != _PLAIN:
         rows = file_rows(config.data)
         column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
         return "\n\n".join(row.text(column, "completion_column") for row in rows)

@@ -10,6 +10,7 @@ from ...config.data import DataConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example, is_parsing, load_examples, load_records
 from ...data.records import Record, spread
+from ...errors import DataError
 from ...prompting.template import RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, forms, framed
@@ -120,7 +121,11 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
         config = _columns(Record(source, {}), config)
         return [_Pair(example.prompt, [example.completion]) for example in load_examples(data)], config
     rows = list(load_records(data))
-    answered = config.completion_column is not None or any(name in rows[0].fields for name in _REFERENCE_COLUMNS)
+    answers = [any(name in row.fields for name in _REFERENCE_COLUMNS) for row in rows]
+    answered = config.completion_column is not None or any(answers)
+    if config.completion_column is None and answered and not answers[0]:
+        needed = f"needed a reference (one of the columns {', '.join(_REFERENCE_COLUMNS)}), which other rows have"
+        raise DataError(f"{rows[0].where}: {needed}")
     config = _columns(rows[0], config)
     return [_pair(row, config.prompt_column or "", config.completion_column if answered else None) for row in rows], config
 
