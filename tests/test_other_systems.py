@@ -8,6 +8,8 @@ from command_line import ROOT
 HERE = """
 import os, sys
 
+import psutil  # which has code of its own for Windows
+
 for name in ("pread", "preadv", "sysconf", "fchmod", "sched_getaffinity", "getuid", "geteuid", "fork", "getloadavg"):
     delattr(os, name)
 for name in ("fcntl", "resource", "pwd", "termios"):

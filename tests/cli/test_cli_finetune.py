@@ -95,7 +95,7 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     assert (result.code, result.out) == (0, "")
     *_, progress, exits, saved = result.err.splitlines()
     assert re.fullmatch(
-        r"training 2/2 loss [\d.]+ last layer [\d.]+ exits 1:[\d.]+ 2:[\d.]+ 4:[\d.]+ 5:[\d.]+ "
+        r"training 2/2 loss [\d.]+ last layer [\d.]+ exits 1:[\d.]+ 3:[\d.]+ 4:[\d.]+ 6:[\d.]+ "
         r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
         progress,
     )
@@ -265,7 +265,7 @@ def test_an_output_that_cannot_be_written(finetune):
 
 def test_the_progress_line_shows_exits_at_even_distances():
     losses = {layer: layer / 10 for layer in range(1, 9)}
-    assert spread(losses) == [(1, 0.1), (3, 0.3), (5, 0.5), (7, 0.7)]
+    assert spread(losses) == [(2, 0.2), (4, 0.4), (6, 0.6), (8, 0.8)]
     assert spread({3: 0.3, 6: 0.6}) == [(3, 0.3), (6, 0.6)]
     assert spread({}) == []
 
