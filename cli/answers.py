@@ -40,11 +40,11 @@ def answer_all(
             if not (lines or jsonl):
                 raise
             failed = True
-            _report(error, request.number, jsonl)
+            _report(error, request, jsonl)
         else:
             total = total + answer.stats
             if jsonl:
-                _write_object(answer, loaded.policy_for(request.settings, packing))
+                _write_object(answer, request, loaded.policy_for(request.settings, packing))
         _write("\n")
     return failed, total
 
@@ -70,11 +70,11 @@ def answer_in_batches(
         for pending in finished:
             if pending.error is not None:
                 failed = True
-                _report(pending.error, pending.request.number, jsonl)
+                _report(pending.error, pending.request, jsonl)
             else:
                 total += pending.stats
                 if jsonl:
-                    _write_object(pending, loaded.policy_for(pending.request.settings, packing))
+                    _write_object(pending, pending.request, loaded.policy_for(pending.request.settings, packing))
                 else:
                     _write(pending.text)
             _write("\n")
@@ -157,18 +157,19 @@ def _resolved(loaded: "Decoder", packing: PackingConfig, request: Request) -> De
         raise LayerSkipError(of_row(error)) from None
 
 
-def _report(error: LayerSkipError, number: int, jsonl: bool) -> None:
+def _report(error: LayerSkipError, request: Request, jsonl: bool) -> None:
     """Prints an error in place of an answer."""
-    message = f"line {number}: {error}"
+    message = f"line {request.number}: {error}"
     if jsonl:
-        _write(json.dumps({"error": with_flags(message)}, ensure_ascii=False))
+        _write(json.dumps({**request.named, "error": with_flags(message)}, ensure_ascii=False))
     else:
         narrate(f"error: {message}")
 
 
-def _write_object(answer: "TextStream | _Pending", policy: str | None) -> None:
+def _write_object(answer: "TextStream | _Pending", request: Request, policy: str | None) -> None:
     stats = answer.stats
     document = {
+        **request.named,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "policy": policy,

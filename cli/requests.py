@@ -32,12 +32,20 @@ _KEYS = re.compile(rf"`({'|'.join(RowSettings.__annotations__)})`")
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, the number of its line and how to decode it; `problem`: what is wrong with it, if anything is."""
+    """A prompt, the number of its line and how to decode it. `problem`: what is wrong with it, if anything is; `id`: what a row
+    calls itself, which its answer repeats.
+    """
 
     number: int
     prompt: str
     settings: DecodingSettings
     problem: str | None = None
+    id: Any = None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What an answer in JSON begins with, so that it can be told whose it is."""
+        return {"line": self.number} | ({} if self.id is None else {"id": self.id})
 
 
 def read_requests(prompt: str | None, flags: DecodingSettings) -> Iterator[Request]:
@@ -64,13 +72,13 @@ def _of_row(line: str, number: int, flags: DecodingSettings) -> Request:
         row = parse_json(line, _ROW, DataError)
     except DataError as error:
         return Request(number, "", flags, str(error).removeprefix(f"{_ROW}: "))
-    prompt = row.get("prompt") if isinstance(row, dict) else None
+    prompt, name = (row.get("prompt"), row.get("id")) if isinstance(row, dict) else (None, None)
     if not isinstance(prompt, str):
-        return Request(number, "", flags, "needed an object with a text `prompt`")
+        return Request(number, "", flags, "needed an object with a text `prompt`", name)
     try:
-        return Request(number, prompt, _changed(flags, row))
+        return Request(number, prompt, _changed(flags, row), id=name)
     except LayerSkipError as error:
-        return Request(number, prompt, flags, of_row(error))
+        return Request(number, prompt, flags, of_row(error), name)
 
 
 def _changed(flags: DecodingSettings, row: dict[str, Any]) -> DecodingSettings:

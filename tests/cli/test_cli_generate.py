@@ -152,7 +152,7 @@ def test_jsonl_answers_in_order_with_errors_in_their_place(generate, loaded, exp
     assert first["acceptance_rate"] == round(first["accepted"] / first["drafted"], 4)
     assert first["steps_by_drafter"]["exit 4"] == first["rounds"]
     messages = [error.pop("error") for error in errors]
-    assert errors == [{}] * 5
+    assert errors == [{"line": number} for number in range(3, 8)]
     assert messages[0].startswith("line 3: not valid JSON: ")
     assert messages[1:3] == [f"line {number}: needed an object with a text `prompt`" for number in (4, 5)]
     assert LONGER.fullmatch(messages[3].removeprefix("line 6: "))

@@ -170,7 +170,8 @@ def test_rows_are_answered_as_their_settings_say(ask, generate):
     for answer, (row, flags) in zip(found, OWN, strict=True):
         limit = () if "--max-new-tokens" in flags else ("--max-new-tokens", "20")
         alone = generate("--jsonl", *limit, *flags, stdin=json.dumps({"prompt": PROMPT}))
-        assert answer == json.loads(alone.out), row
+        answer.pop("id", None)
+        assert answer | {"line": 1} == json.loads(alone.out), row
         assert answer["policy"] == (row.get("policy") or "exact")
     assert len({answer["text"] for answer in found}) > 4
 
@@ -179,7 +180,7 @@ def test_rows_override_flags(ask):
     flags = ("--exit", "4", "--lookup", "3", "--temperature", "0.9", "--stop", "e")
     own, flagged = ask({"prompt": PROMPT, "policy": "fast", "temperature": 0, "stop": []}, {"prompt": PROMPT}, flags=flags)
     assert own == ask({"prompt": PROMPT, "policy": "fast"})[0]
-    assert flagged == ask({"prompt": PROMPT}, flags=flags)[0] and flagged["policy"] is None
+    assert flagged | {"line": 1} == ask({"prompt": PROMPT}, flags=flags)[0] and flagged["policy"] is None
 
 
 BAD = [
@@ -224,8 +225,15 @@ def test_a_prompt_that_cannot_be_decoded_names_its_line_too(ask):
 def test_bad_settings_are_errors_of_their_rows(ask, batch):
     rows = [{"prompt": PROMPT}, *({"prompt": PROMPT, **row} for row, _ in BAD), {"prompt": PROMPT}]
     first, *errors, last = ask(*rows, flags=batch, code=1)
-    assert first == last and first["new_tokens"] == 20
-    assert errors == [{"error": f"line {number}: {message}"} for number, (_, message) in enumerate(BAD, start=2)]
+    assert first | {"line": len(rows)} == last and first["new_tokens"] == 20
+    expected = [(number, f"line {number}: {message}") for number, (_, message) in enumerate(BAD, start=2)]
+    assert errors == [{"line": number, "error": message} for number, message in expected]
+
+
+def test_answers_and_errors_say_whose_they_are(ask):
+    rows = ({"id": "a7", "prompt": PROMPT}, {"id": [1], "prompt": 3}, {"prompt": PROMPT, "id": 0})
+    found = [(answer["line"], answer.get("id"), "error" in answer) for answer in ask(*rows, code=1)]
+    assert found == [(1, "a7", False), (2, [1], True), (3, 0, False)]
 
 
 def test_rows_with_equal_settings_are_decoded_together_and_answered_in_order(ask, monkeypatch):
