@@ -47,7 +47,7 @@ _FREE = {
 class TrainingPlan:
     """The settings and estimates of a run, all defaults resolved. `cost` is the computation of a step as a multiple of a step
     without the recipe, `flops` its floating-point operations over all processes; memory is in MB, of each process.
-    `original`: the fingerprint of the model as it came, where the run needs it.
+    `original`: the fingerprint of the model as it came, where the run needs it; `data_digest`: of the encoded rows.
 
     Of a stream `rows` is None, and `tokens` and `truncated` are those of its first rows.
     """

@@ -16,7 +16,7 @@ from layerskip_core.evaluation.compare.intervals import Interval, difference_of,
 from layerskip_core.evaluation.compare.labels import labelled
 from layerskip_core.evaluation.compare.plots import plots
 from layerskip_core.evaluation.compare.runs import Setting, read_run
-from layerskip_core.evaluation.compare.tables import compare_table
+from layerskip_core.evaluation.compare.tables import compare_table, percent_of
 from layerskip_core.evaluation.record import RunRecord
 from layerskip_core.evaluation.report.documents import to_json
 from layerskip_core.evaluation.results import BenchResult, ExitResult
@@ -106,6 +106,10 @@ def test_the_interval_of_perplexities_is_that_of_their_logarithms():
     assert all(math.isfinite(end) for end in vars(mean_of([1.0, 1e300], logarithmic=True)).values())
 
 
+def test_scores_of_lm_eval_have_their_own_scale():
+    assert [percent_of(name) for name in ("exact_match", "parse bleu", "perplexity")] == [True, False, False]
+
+
 def test_paired_differences_leave_out_what_pairs_share():
     """Differences 1, 2, 3 of runs that lie far apart. Welch: variances 10201 / 3 and 10000 / 3, t of 3 degrees of freedom."""
     values, others = [1.0, 102.0, 203.0], [0.0, 100.0, 200.0]
@@ -114,6 +118,8 @@ def test_paired_differences_leave_out_what_pairs_share():
     welch = difference_of(values, others, paired=False)
     assert (welch.mean, welch.high) == pytest.approx((2, 2 + 3.1824 * math.sqrt(20201 / 3)), abs=1e-2)
     assert difference_of([4.0], [1.0, 2.0], paired=False) == Interval(2.5)
+    equal = difference_of([1 / 12, 5 / 12], [0, 4 / 12], paired=False)  # 2 degrees of freedom, computed as a little less
+    assert (equal.low, equal.high) == pytest.approx((1 / 12 - 1.01415, 1 / 12 + 1.01415), abs=1e-4)
     ratio = difference_of([2.0, 8.0], [1.0, 4.0], paired=True, logarithmic=True)
     assert (ratio.mean, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
 

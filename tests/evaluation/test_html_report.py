@@ -96,6 +96,9 @@ def test_the_table_of_the_page():
     assert early[1:5] == ["12", "–", "50.0%", "1.235e+04"]  # noqa: RUF001
     assert drafted[head.index("predicted tokens/s")] == "190.2"
     assert drafted[head.index("pass times verify (ms)")] == "5"
+    counted = replace(FULL, results=(replace(FULL.results[-1], steps_by_drafter={"exit 4": 66}),))
+    head, row = Page(page(counted)).rows
+    assert row[head.index("steps by drafter exit 4")] == "66"
     assert len({len(row) for row in rows}) == 1
     assert page(FULL).count('class="mark"') == 2
     assert "rows&lt;.jsonl" in page(TABLES)

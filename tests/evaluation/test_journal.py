@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from evaluating import own_answers, tiny_loaded
@@ -50,6 +50,16 @@ def test_a_run_of_other_settings_is_not_resumed(tmp_path):
     Journal(tmp_path, {"exit_layer": 5}, False, 1, 10)
     with pytest.raises(LayerSkipError, match=r"`resume`: .*unfinished.jsonl belongs to a run with other settings"):
         Journal(tmp_path, {"exit_layer": 4}, True, 1, 10)
+
+
+def test_a_run_of_other_rows_is_not_resumed(tmp_path):
+    loaded, task = tiny_loaded(), own_answers()
+    running = bench(loaded, task, CONFIG, tmp_path)
+    next(running)
+    running.close()
+    other = replace(task, examples=(*task.examples[1:], task.examples[0]))
+    with pytest.raises(LayerSkipError, match="belongs to a run with other settings or rows"):
+        next(bench(loaded, other, CONFIG, tmp_path, resume=True))
 
 
 def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):

@@ -201,6 +201,7 @@ def test_columns_without_room_go_into_another_table():
     assert table.column_blocks(19) == [[0, 1, 2], [0, 3]]
     assert table.column_blocks(9) == [[0, 1], [0, 2], [0, 3]]
     assert table.column_blocks(1) == [[0, 1], [0, 2], [0, 3]]
+    assert TextTable(("a|b",), (("c\nd",),), "").markdown().splitlines() == ["| a\\|b |", "| --- |", "| c d |", "", ""]
     assert TextTable(table.headers, table.rows, "", labels=2).column_blocks(15) == [[0, 1, 2], [0, 1, 3]]
 
 
