@@ -15,7 +15,7 @@ from ..model.config_values import tokens_of
 from ..model.exit_blocks import target_block
 from ..prompting.encoding import encode_prompt
 from ..prompting.template import PromptTemplate, resolve_template
-from ..prompting.tokenizer import Tokenizer
+from ..prompting.tokenizer import Tokenizer, special_ids
 from .info import CheckpointInfo
 from .locate import PUBLISHED
 
@@ -67,6 +67,13 @@ class Decoder:
     def detokenize(self, ids: list[int]) -> str:
         """The text of tokens, without special ones."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def ends(self, stop: Sequence[str]) -> frozenset[int]:
+        """The ids that end an answer with these stop strings: a special token has no text, so it stops as a token."""
+        if not stop:
+            return self.eos_ids
+        special = special_ids(self.tokenizer)
+        return self.eos_ids | {special[text] for text in stop if text in special}
 
     def recommended(self, packing: PackingConfig = _PLAIN) -> ExitChoice:
         """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.

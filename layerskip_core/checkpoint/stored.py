@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..model.architectures import architecture_of, is_complete
 from ..model.config_values import check_token_ids, check_values
 from ..model.spec import ModelSpec
-from ..prompting.tokenizer import Tokenizer
+from ..prompting.tokenizer import Tokenizer, special_ids
 from ..storage.json_reading import read_json_object
 
 CONFIG_FILE = "config.json"
@@ -161,8 +161,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise CheckpointError("the tokenizer has no vocabulary")
     if len(tokenizer) <= vocab_size:
         return
-    special = set(tokenizer.all_special_ids)
-    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = set(special_ids(tokenizer).values())
     beyond = {token: word for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special}
     if beyond:
         first = min(beyond)

@@ -16,10 +16,11 @@ from ..model.backend import Backend
 from ..model.cache import KVCache
 from .depth import Depth, Pass
 from .drafters import Context, Draft, Drafter
+from .growing_text import Detokenize
 from .prefix import PrefixCache
 from .sampling import Sampler, Verdict, accepted_choices
 from .stats import DecodeStats, step_counts
-from .stopping import Detokenize, Stopping, StopReason, StopScanner
+from .stopping import Stopping, StopReason, StopScanner
 from .stopwatch import Stopwatch
 from .true_states import TrueStates
 

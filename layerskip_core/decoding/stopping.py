@@ -1,15 +1,13 @@
 """Where an output ends: an EOS id, a stop string, a number of tokens, the context. The first of them decides."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ..config.checks import require
+from .growing_text import Detokenize, GrowingText
 
 StopReason = Literal["eos", "stop", "length", "context"]
-Detokenize = Callable[[list[int]], str]
-
-_MARGIN = 16  # characters: the text of a window's first tokens can differ (split characters, stripped spaces)
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,19 @@ class StopScanner:
         require(not stopping.stop or detokenize is not None, "stop", "used with a detokenizer", "none")
         self._stopping = stopping
         self._context_room = context_room
-        self._detokenize = detokenize
         self.reason: StopReason | None = None  # why the output ended, once it has
-        self._ids: list[int] = []
-        self._window = 0  # no stop string that is still incomplete begins before this token
-        self._reach = max(map(len, stopping.stop), default=0) + _MARGIN
+        self._read = 0
+        self._growing = GrowingText(detokenize) if stopping.stop and detokenize is not None else None
 
     @property
     def room(self) -> int:
         """How many tokens may still come."""
-        return min(self._stopping.max_new_tokens, self._context_room) - len(self._ids)
+        return min(self._stopping.max_new_tokens, self._context_room) - self._read
 
     def cut(self, ids: list[int]) -> tuple[int, StopReason | None]:
         """Reads new tokens up to the first that ends the output. Returns how many it read, and the reason if one did."""
         for count, token in enumerate(ids, start=1):
-            self._ids.append(token)
+            self._read += 1
             self.reason = self._reason(token)
             if self.reason is not None:
                 return count, self.reason
@@ -64,23 +60,16 @@ class StopScanner:
     def _reason(self, token: int) -> StopReason | None:
         if token in self._stopping.eos_ids:
             return "eos"
-        if self._stopping.stop and self._completes_stop():
+        if self._growing is not None and self._completes_stop(self._growing, token):
             return "stop"
-        if len(self._ids) >= self._stopping.max_new_tokens:
+        if self._read >= self._stopping.max_new_tokens:
             return "length"
-        return "context" if len(self._ids) >= self._context_room else None
+        return "context" if self._read >= self._context_room else None
 
-    def _completes_stop(self) -> bool:
-        assert self._detokenize is not None
-        text = self._detokenize(self._ids[self._window :])
-        if any(stop in text for stop in self._stopping.stop):
-            return True
-        if len(text) > 4 * self._reach:
-            # Only the end is decoded, so a long output costs linear time. Characters count, because a token may have none.
-            middle = (self._window + len(self._ids)) // 2
-            if len(self._detokenize(self._ids[middle:])) >= self._reach:
-                self._window = middle
-        return False
+    def _completes_stop(self, growing: GrowingText, token: int) -> bool:
+        before = len(growing.text)
+        text = growing.add([token])
+        return any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stopping.stop)
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:

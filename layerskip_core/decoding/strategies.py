@@ -10,12 +10,13 @@ from ..model.backend import Backend
 from ..model.exit_blocks import target_block
 from .depth import Depth, DynamicDepth, FixedDepth
 from .drafters import DrafterSetup, drafter_for
+from .growing_text import Detokenize
 from .loop import DecodingLoop, Token
 from .prefix import PrefixCache
 from .recorded import RecordedDepth, Recorder, recorded_sides
 from .sampling import sampler_for
 from .stats import DecodeStats
-from .stopping import Detokenize, Stopping, StopReason
+from .stopping import Stopping, StopReason
 from .true_states import TrueStates
 
 

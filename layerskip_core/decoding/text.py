@@ -8,13 +8,12 @@ from typing import NamedTuple
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError
+from .growing_text import GrowingText
 from .loop import Token, check_prompt
 from .prefix import PrefixCache
 from .stats import DecodeStats
-from .stopping import Detokenize, Stopping, StopReason
+from .stopping import Stopping, StopReason
 from .strategies import decode, decode_batch
-
-_INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come yet
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class TextStream:
         Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        self._decoding = decode(loaded.backend, ids, config, loaded.eos_ids, loaded.detokenize, prefix=prefix)
+        self._decoding = decode(loaded.backend, ids, config, loaded.ends(config.stop), loaded.detokenize, prefix=prefix)
         self._shown = ShownText(loaded, config)
         self.broken_off = False
 
@@ -129,11 +128,10 @@ def answer_together(
         except LayerSkipError as error:
             answers[place] = error
     places, total = list(encoded), DecodeStats()
-    stopping = Stopping(loaded.eos_ids, config.stop, config.max_new_tokens)
     if places:
-        for output in decode_batch(loaded.backend, list(encoded.values()), config, loaded.eos_ids, loaded.detokenize):
-            text = loaded.detokenize([token for token in output.ids if token not in loaded.eos_ids])
-            answers[places[output.row]] = Answer(stopping.visible(text, True), output.finish_reason, output.stats)
+        for output in decode_batch(loaded.backend, list(encoded.values()), config, loaded.ends(config.stop), loaded.detokenize):
+            text = ShownText(loaded, config).add(output.ids, finished=True)
+            answers[places[output.row]] = Answer(text, output.finish_reason, output.stats)
             total += output.stats
     return [answers[place] for place in range(len(prompts))], replace(total, total_seconds=time.perf_counter() - started)
 
@@ -143,9 +141,9 @@ class ShownText:
 
     def __init__(self, loaded: Decoder, config: DecodingConfig) -> None:
         self.text = ""
-        self._eos_ids = loaded.eos_ids
-        self._stopping = Stopping(loaded.eos_ids, config.stop, config.max_new_tokens)
-        self._decoder = _IncrementalText(loaded.detokenize)
+        self._ends = loaded.ends(config.stop)
+        self._stopping = Stopping(self._ends, config.stop, config.max_new_tokens)
+        self._growing = GrowingText(loaded.detokenize)
 
     def add(self, ids: list[int], finished: bool) -> str:
         """Takes new tokens of the output and returns the text that can be shown now and could not before."""
@@ -153,32 +151,11 @@ class ShownText:
 
     def decode(self, ids: list[int], finished: bool) -> str:
         """Takes new tokens and returns the text of all, whether it can be shown or not."""
-        return self._decoder.add([token for token in ids if token not in self._eos_ids], finished)
+        text = self._growing.add([token for token in ids if token not in self._ends])
+        return self._growing.finish() if finished else text
 
     def show(self, decoded: str, finished: bool) -> str:
         """What of that text can be shown now and could not before."""
         visible = self._stopping.visible(decoded, finished)
         piece, self.text = visible[len(self.text) :], visible
         return piece
-
-
-class _IncrementalText:
-    """Text of a growing list of ids. Only the end is decoded again: a token's text can depend on the one before it."""
-
-    def __init__(self, detokenize: Detokenize) -> None:
-        self._detokenize = detokenize
-        self._ids: list[int] = []
-        self._settled = 0  # ids[:settled] are in `text`; ids[context:settled] are decoded again as context
-        self._context = 0
-        self._text = ""
-
-    def add(self, ids: list[int], finished: bool) -> str:
-        """The text so far. Without an incomplete character at its end, unless the output is finished."""
-        self._ids += ids
-        before = self._detokenize(self._ids[self._context : self._settled])
-        now = self._detokenize(self._ids[self._context :])
-        new = now[len(before) :]
-        if new and (finished or not now.endswith(_INCOMPLETE)):  # ids without text would be no context
-            self._text += new
-            self._context, self._settled = self._settled, len(self._ids)
-        return self._text

@@ -7,7 +7,6 @@ from typing import Any
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, SamplingConfig
 from ..decoding.stopping import before_stop
 from ..errors import ConfigError
-from .text import HarnessText
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first of them counts
 _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
@@ -15,10 +14,9 @@ _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """Where an answer ends and how its tokens are chosen. `end_ids`: tokens that end it, besides those of the model."""
+    """Where an answer ends and how its tokens are chosen."""
 
     stop: tuple[str, ...]
-    end_ids: frozenset[int]
     max_new_tokens: int
     sampling: SamplingConfig
 
@@ -31,10 +29,8 @@ class AnswerSettings:
         return before_stop(text, self.stop)
 
 
-def answer_settings(
-    request: Mapping[str, Any], text: HarnessText, default_tokens: int = MAX_NEW_TOKENS, seed: int = 0
-) -> AnswerSettings:
-    """The settings of a request's `generation_kwargs`. Stop strings that are special tokens end an answer as tokens.
+def answer_settings(request: Mapping[str, Any], default_tokens: int = MAX_NEW_TOKENS, seed: int = 0) -> AnswerSettings:
+    """The settings of a request's `generation_kwargs`.
 
     Raises ConfigError for a setting that this decoder does not have.
     """
@@ -53,7 +49,5 @@ def answer_settings(
         raise ConfigError(
             f"generation_kwargs must be until, {_LIMITS[0]}, do_sample, temperature, top_k or top_p, got {name}={value!r:.60}"
         )
-    ends = frozenset(text.special_ids[string] for string in stop if string in text.special_ids)
-    texts = tuple(string for string in stop if string and string not in text.special_ids)
     sampling = SamplingConfig(temperature, top_k, top_p, seed) if drawn else SamplingConfig()
-    return AnswerSettings(texts, ends, limit, sampling)
+    return AnswerSettings(tuple(string for string in stop if string), limit, sampling)

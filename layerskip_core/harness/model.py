@@ -121,7 +121,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         """The places of requests, by what their `generation_kwargs` mean."""
         groups: dict[AnswerSettings, list[int]] = {}
         for place, kwargs in enumerate(asked):
-            groups.setdefault(answer_settings(kwargs, self.text, self.max_gen_toks), []).append(place)
+            groups.setdefault(answer_settings(kwargs, self.max_gen_toks), []).append(place)
         return list(groups.items())
 
     def prompt(self, context: str, settings: AnswerSettings) -> list[int]:
@@ -134,12 +134,12 @@ class LayerSkipLM(LM):  # type: ignore[misc]
 
     def answer(self, ids: Sequence[int], settings: AnswerSettings) -> str:
         """The text of an answer, up to its stop string."""
-        ends = self.decoder.eos_ids | settings.end_ids
+        ends = self.decoder.ends(settings.stop)
         return settings.cut(self.decoder.detokenize([token for token in ids if token not in ends]))
 
     def _answered(self, prompts: list[list[int]], settings: AnswerSettings, seeds: Sequence[int]) -> list[list[int]]:
         """The ids of the answers. Sampled ones have the given seeds."""
-        ends = self.decoder.eos_ids | settings.end_ids
+        ends = self.decoder.ends(settings.stop)
         finished = decode_batch(
             self.decoder.backend, prompts, settings.of(self.decoding), ends, self.decoder.detokenize, list(seeds)
         )

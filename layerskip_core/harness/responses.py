@@ -129,7 +129,7 @@ class _Given(Decoder):
     @classmethod
     def of(cls, lm: LayerSkipLM, settings: AnswerSettings) -> "_Given":
         own = {each.name: getattr(lm.decoder, each.name) for each in fields(Decoder)}
-        return cls(**own | {"eos_ids": lm.decoder.eos_ids | settings.end_ids, "lm": lm, "settings": settings})
+        return cls(**own | {"lm": lm, "settings": settings})
 
     def encode_prompt(self, prompt: str, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         assert self.lm is not None and self.settings is not None

@@ -19,9 +19,6 @@ class HarnessText:
         vocabulary = self._tokenizer.get_vocab()
         self.end_id = self._tokenizer.eos_token_id
         self.prefix_id = vocabulary.get(self._beginning or "", self.end_id)
-        special = set(self._tokenizer.all_special_ids)
-        special |= {id for id, token in self._tokenizer.added_tokens_decoder.items() if getattr(token, "special", False)}
-        self.special_ids = {text: id for text, id in vocabulary.items() if id in special}
 
     def ids(self, text: str, special_tokens: bool | None = None) -> list[int]:
         """Token ids of a text; that of special tokens becomes tokens.

@@ -46,3 +46,9 @@ class Tokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: int) -> Any:
         """The text by which the vocabulary names a token."""
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens, which have no text in an answer, by the text that names them."""
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False))
+    return {str(tokenizer.convert_ids_to_tokens(token_id)): token_id for token_id in {*tokenizer.all_special_ids, *added}}

@@ -164,7 +164,8 @@ class Scheduler:
         fitting, first = [answer.request for answer in answers], answers[0].request
         try:
             prompts, seeds = [request.ids for request in fitting], [request.config.sampling.seed for request in fitting]
-            loop = loop_of(decoder.backend, prompts, first.config, decoder.eos_ids, decoder.detokenize, seeds=seeds)
+            ends = decoder.ends(first.config.stop)
+            loop = loop_of(decoder.backend, prompts, first.config, ends, decoder.detokenize, seeds=seeds)
             updates = [answer.add(step) for answer, step in zip(answers, next(loop), strict=True)]
         except BaseException as error:  # a panic of the tokenizers library is not an Exception
             return done + [_failed(request, error) for request in fitting]

@@ -1,72 +1,23 @@
 """Streaming: what is shown is always a beginning of the whole text, cut at a character."""
 
-from itertools import pairwise
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import Token, decode, text
-from layerskip_core.decoding.text import TextStream, _IncrementalText
+from layerskip_core.decoding.text import TextStream, answer_together
 from layerskip_core.errors import ConfigError
 
 EOS = 256
-SPECIAL = -1
-WORDS = ["▁", "▁a", "b", "▁▁", "c▁"]
 
 
 def bytes_to_text(ids):
     """A byte-level tokenizer: an id is a byte."""
     return bytes(ids).decode(errors="replace")
-
-
-def pieces_to_text(ids):
-    """As SentencePiece: special ids have no text, and the first space of a text is left out."""
-    return "".join(WORDS[i] for i in ids if i != SPECIAL).replace("▁", " ").removeprefix(" ")
-
-
-def stream(chunks, detokenize):
-    """The text after each chunk, and after the end."""
-    decoder = _IncrementalText(detokenize)
-    return [decoder.add(list(chunk), finished=False) for chunk in chunks] + [decoder.add([], finished=True)]
-
-
-def test_a_character_waits_for_its_last_byte():
-    house, euro = "🏠".encode(), "€".encode()
-    chunks = [b"a", house[:1], house[1:3], house[3:] + euro[:2], euro[2:], b"z"]
-    assert stream(chunks, bytes_to_text) == ["a", "a", "a", "a", "a🏠€", "a🏠€z", "a🏠€z"]
-
-
-def test_bytes_that_are_no_character_come_with_what_follows():
-    assert stream([b"a", b"\xff", b"b"], bytes_to_text) == ["a", "a", "a\ufffdb", "a\ufffdb"]
-    assert stream([b"a", b"\xe2\x82"], bytes_to_text) == ["a", "a", "a\ufffd"]  # the end: nothing follows
-
-
-def test_the_space_before_a_word_survives_ids_without_text():
-    assert stream([[1], [SPECIAL], [SPECIAL], [1], [2]], pieces_to_text) == ["a", "a", "a", "a a", "a ab", "a ab"]
-
-
-CHARACTERS = st.lists(st.sampled_from(["é".encode(), "€".encode(), "🏠".encode(), b"a", b"\xff", b"\xe2"]))
-
-
-@given(CHARACTERS.map(b"".join), st.data())
-def test_byte_streams_add_up_and_never_end_in_half_a_character(content, data):
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)))))
-    chunks = [content[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True)]
-    *shown, whole = stream(chunks, bytes_to_text)
-    assert whole == bytes_to_text(content)
-    assert all(whole.startswith(part) and not part.endswith("\ufffd") for part in shown)
-
-
-@given(st.lists(st.lists(st.integers(SPECIAL, len(WORDS) - 1))))
-def test_word_streams_add_up(chunks):
-    shown = stream(chunks, pieces_to_text)
-    assert shown[-1] == pieces_to_text([token for chunk in chunks for token in chunk])
-    assert all(after.startswith(before) for before, after in pairwise(shown))
 
 
 class Scripted:
@@ -84,7 +35,7 @@ class Scripted:
 
 def scripted(monkeypatch, chunks, reason, stop):
     monkeypatch.setattr(text, "decode", lambda *_, **__: Scripted(chunks, reason))
-    loaded = SimpleNamespace(backend=None, eos_ids=frozenset({EOS}), detokenize=bytes_to_text)
+    loaded = SimpleNamespace(backend=None, ends=lambda _: frozenset({EOS}), detokenize=bytes_to_text)
     return TextStream(loaded, [1], DecodingConfig("autoregressive", stop=stop))
 
 
@@ -143,3 +94,17 @@ def test_an_answer_is_the_text_of_its_tokens(loaded):
 def test_a_prompt_that_is_no_unicode(loaded):
     with pytest.raises(ConfigError, match=r"the prompt must be valid Unicode, got '\\ud800' in it"):
         TextStream(loaded, "wake \ud800 up", DecodingConfig("autoregressive"))
+
+
+def test_a_stop_string_that_is_a_special_token_stops_as_a_token():
+    loaded = for_decoding("embedded")
+    (end,) = loaded.eos_ids
+    name = loaded.tokenizer.convert_ids_to_tokens(end)
+    ended = TextStream(loaded, "wake me up at 7", DecodingConfig("autoregressive")).finish()
+    assert ended.finish_reason == "eos"
+    for strategy, exit_layer in (("autoregressive", None), ("self-speculative", 8)):
+        config = DecodingConfig(strategy, exit_layer, stop=("never", name))
+        answer = TextStream(replace(loaded, eos_ids=frozenset()), "wake me up at 7", config).finish()
+        assert (answer.text, answer.finish_reason) == (ended.text, "eos")
+    answers, _ = answer_together(replace(loaded, eos_ids=frozenset()), ["wake me up at 7"], config)
+    assert answers[0].text == ended.text

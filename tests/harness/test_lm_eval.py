@@ -197,16 +197,15 @@ def test_contexts_empty_with_spaces_and_too_long(checkpoint):
 
 def test_what_a_request_says_about_its_answer(checkpoint):
     loaded = for_decoding(checkpoint)
-    text = HarnessText(loaded)
     pad = loaded.tokenizer.special_tokens_map["pad_token"]
-    settings = answer_settings({"until": ["\n", pad, ""], "do_sample": False, "temperature": 0.7}, text)
-    ends = frozenset([loaded.tokenizer.pad_token_id])
-    assert (settings.stop, settings.end_ids, settings.max_new_tokens) == (("\n",), ends, 256)
+    settings = answer_settings({"until": ["\n", pad, ""], "do_sample": False, "temperature": 0.7})
+    assert (settings.stop, settings.max_new_tokens) == (("\n", pad), 256)
+    assert loaded.ends(settings.stop) == loaded.eos_ids | {loaded.tokenizer.pad_token_id}
     assert settings.sampling.temperature == 0
-    drawn = answer_settings({"until": "x", "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}, text, seed=3)
+    drawn = answer_settings({"until": "x", "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}, seed=3)
     assert (drawn.sampling.temperature, drawn.sampling.top_p, drawn.sampling.seed, drawn.max_new_tokens) == (0.5, 0.9, 3, 7)
     with pytest.raises(ConfigError, match="got num_beams=4"):
-        answer_settings({"num_beams": 4}, text)
+        answer_settings({"num_beams": 4})
 
 
 def test_sampled_answers_differ_between_repeats_and_not_between_runs(checkpoint):

@@ -49,7 +49,8 @@ class WithoutReuse:
         return replace(self, decoding=replace(self.decoding, max_new_tokens=max_new_tokens))
 
     def run(self, loaded: Decoder, prompt_ids: list[int]) -> Generation:
-        decoding = decode(loaded.backend, prompt_ids, self.decoding, loaded.eos_ids, loaded.detokenize, reuse_exit_states=False)
+        ends = loaded.ends(self.decoding.stop)
+        decoding = decode(loaded.backend, prompt_ids, self.decoding, ends, loaded.detokenize, reuse_exit_states=False)
         return decode_timed(decoding)
 
     def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Generation]:
@@ -104,14 +105,14 @@ class TransformersGenerate:
 
     def _scanner(self, loaded: Decoder, prompt_ids: list[int]) -> StopScanner:
         room = loaded.backend.max_positions - len(prompt_ids)
-        return StopScanner(Stopping(loaded.eos_ids, self.stop, self.max_new_tokens), room, loaded.detokenize)
+        return StopScanner(Stopping(loaded.ends(self.stop), self.stop, self.max_new_tokens), room, loaded.detokenize)
 
     def _generate(self, loaded: Decoder, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **keywords: Any) -> None:
         """Greedy, from ids (B, T) and their mask. Raises LayerSkipError when transformers fails."""
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(loaded.eos_ids) or None,
+            eos_token_id=sorted(loaded.ends(self.stop)) or None,
             pad_token_id=_pad(loaded),
             num_assistant_tokens=self.num_draft_tokens or 1,
             num_assistant_tokens_schedule="constant",

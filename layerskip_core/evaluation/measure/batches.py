@@ -78,6 +78,6 @@ def _answers(loaded: Decoder, prompts: Sequence[str], method: Method) -> list[Ou
 def _run_batch(loaded: Decoder, prompt_ids: list[list[int]], method: Method) -> list[Generation]:
     if not isinstance(method, DecodingConfig):
         return method.run_batch(loaded, prompt_ids)
-    finished = decode_batch(loaded.backend, prompt_ids, method, loaded.eos_ids, loaded.detokenize)
+    finished = decode_batch(loaded.backend, prompt_ids, method, loaded.ends(method.stop), loaded.detokenize)
     in_order = sorted(finished, key=lambda output: output.row)
     return [Generation(tuple(output.ids), (), output.stats, output.finish_reason) for output in in_order]

@@ -207,7 +207,9 @@ def predict(
             # Beside plain steps of its own group, a setting would be ranked by the noise of these few.
             times[setting].append(replace(passes, plain=fmean(each.plain for _, each in timed)))
     predictions = {
-        setting: _prediction(answered, setting, averages(passes), loaded.eos_ids) for setting, passes in times.items() if passes
+        setting: _prediction(answered, setting, averages(passes), loaded.ends(setting.stop))
+        for setting, passes in times.items()
+        if passes
     }
     tokens = sum(len(answer.output.ids) for answer in answered)
     agreeing = {side: sum(answer.agreeing(side) for answer in answered) for side in sides}

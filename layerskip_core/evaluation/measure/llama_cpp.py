@@ -55,7 +55,7 @@ class LlamaCpp:
         if "error" in answer:
             raise LayerSkipError(f"{NAME}: {answer['error'].get('message', answer['error'])}")
         found = answer["__verbose"]
-        scanner = StopScanner(Stopping(loaded.eos_ids, self.stop, self.max_new_tokens), room, loaded.detokenize)
+        scanner = StopScanner(Stopping(loaded.ends(self.stop), self.stop, self.max_new_tokens), room, loaded.detokenize)
         count, reason = scanner.cut(found["tokens"])
         ids = tuple(found["tokens"][:count])
         prefill = min(found["timings"]["prompt_ms"] / 1000, seconds)

@@ -80,7 +80,7 @@ def measure_prompt(loaded: Decoder, prompt: str, method: Method) -> Output:
     try:
         prompt_ids = loaded.encode_prompt(prompt)
         if isinstance(method, DecodingConfig):
-            generation = decode_timed(decode(loaded.backend, prompt_ids, method, loaded.eos_ids, loaded.detokenize))
+            generation = decode_timed(decode(loaded.backend, prompt_ids, method, loaded.ends(method.stop), loaded.detokenize))
         else:
             generation = method.run(loaded, prompt_ids)
     except (LayerSkipError, torch.OutOfMemoryError) as error:

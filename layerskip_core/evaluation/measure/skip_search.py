@@ -147,7 +147,7 @@ def search_skips(
         raise LayerSkipError("answers of two tokens or more are needed to search the layers to skip")
 
     def predicted(found: _Set, drafts: int, times: PassTimes, prefill: float = 0.0) -> Prediction:
-        rounds = found.rounds(probes, drafts, limit, loaded.eos_ids)
+        rounds = found.rounds(probes, drafts, limit, loaded.ends(plain.stop))
         return prediction_of(rounds, times, prefill, tokens, len(probes))
 
     timer = _Timer(loaded, probes, weights)
