@@ -341,7 +341,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "streaming": Option(DATA, "Read a file or hub data set while training; needs --steps."),
         "pack": Option(DATA, "Pack plain text into full rows.", default="yes, except with --regime finetune"),
         "validation": Option(DATA, "A split of --data, or other data, to measure every exit on."),
-        "validation_samples": Option(DATA, "Rows of it to use; 0: all."),
+        "validation_samples": Option(DATA, "Rows of it to use; 0: all.", default="256"),
         "eval_steps": Option(DATA, "Steps between validations; 0: ten validations per run."),
         "overwrite": Option(RUN, "Replace a model in --output."),
         "vocab_size": Option(DATA, "With --regime scratch: train a BPE tokenizer of this size on the data."),

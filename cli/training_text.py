@@ -56,7 +56,8 @@ def _retention_text(config: FinetuneConfig, plan: TrainingPlan) -> list[str]:
 def _rows_text(plan: TrainingPlan) -> str:
     if plan.rows is None:
         return f"a stream, cut at {plan.max_length} tokens"
-    return f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {plan.max_length}"
+    left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
+    return f"{plan.rows} rows, {plan.tokens} tokens, {plan.truncated} truncated at {plan.max_length}{left_out}"
 
 
 def report_text(report: StepReport) -> str:

@@ -211,7 +211,7 @@ RUNS = {
         "validation": "test", "validation_samples": 4, "eval_steps": 2, "batch_size": 2, "accumulation": 2,
     },
     "an exit block": {
-        "recipe": RecipeSettings(exits=(2,)), "warmup": 0.0, "validation_samples": 4,
+        "recipe": RecipeSettings(exits=(2,)), "warmup": 0.0,
         "exit_blocks": ExitBlockSettings(frozen=True, feature="final", answer_tokens=8),
     },
 }  # fmt: skip

@@ -156,22 +156,26 @@ class GenerationSettings:
     ) -> DecodingConfig:
         """A strategy with these settings; `max_new_tokens` is the default. What the strategy does not use is left out."""
         settings = vars(self) | {"max_new_tokens": self.max_new_tokens or max_new_tokens, "draft_weights": draft_weights}
-        unused = {name: _UNSET[name] for name, users in _USERS.items() if strategy not in users}
+        unused = {name: value for name, value in _UNSET.items() if strategy not in USERS[name]}
         return DecodingConfig(
             strategy, exit_layer, num_draft_tokens, **settings | {"exits": exits, "profile": profile} | unused
         )
 
 
-# The strategies that use a setting, and its value for the others.
-_USERS = {
+# The strategies that use a setting.
+USERS = {
+    "exit_layer": ("self-speculative", "early-exit"),
+    "num_draft_tokens": tuple(DRAFTERS),
+    "draft_confidence": ("adaptive", "self-speculative", "draft-and-verify"),
     "draft_weights": ("self-speculative", "draft-and-verify"),
-    "lookup": ("self-speculative", "lookup", "draft-and-verify", "adaptive"),
+    "lookup": tuple(DRAFTERS),
     "skip": ("draft-and-verify",),
     "exits": ("early-exit", "adaptive"),
     "profile": ("adaptive",),
     "exit_confidence": ("early-exit",),
 }
-_UNSET: dict[str, object] = {
+_UNSET: dict[str, object] = {  # for the others, unless the caller gives it
+    "draft_confidence": 0.0,
     "draft_weights": None,
     "lookup": 0,
     "exits": (),
@@ -270,31 +274,19 @@ class DecodingSettings:
     def _strategy_of(self, recommended: ExitChoice, packing: PackingConfig) -> str:
         """What the checkpoint recommends, if that uses what was asked for; else adaptive."""
         strategy = None if packing.drafts_apart else recommended.strategy
-        unused = self.generation.lookup > 0 and strategy not in _USERS["lookup"]
+        unused = self.generation.lookup > 0 and strategy not in USERS["lookup"]
         return "adaptive" if strategy is None or unused else strategy
 
     def _require_consistent(self, strategy: str) -> None:
         """Raises ConfigError for settings that this strategy does not use, or that contradict each other."""
-        confidence, named = self.generation.exit_confidence, f"`strategy` {strategy}"
-        require(strategy == "early-exit" or not confidence, "exit_confidence", "used with `strategy` early-exit", named)
-        require(
-            strategy == "draft-and-verify" or not self.generation.skip, "skip", "used with `strategy` draft-and-verify", named
-        )
+        confidence, given = self.generation.exit_confidence, self._choices
+        for name in ("exit_layer", "num_draft_tokens", "draft_confidence"):
+            reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
+            require(not (confidence and given[name]), name, f"left out with `exit_confidence`, which {reason}", given[name])
         require(bool(confidence) or not self.exits, "exits", "used with `exit_confidence`", "none")
-        require(
-            strategy in _USERS["lookup"] or not self.generation.lookup, "lookup", "used with a `strategy` that drafts", named
-        )
-        reasons = {
-            "draft-and-verify": "`strategy` draft-and-verify, which drafts by `skip`",
-            "lookup": "`strategy` lookup; `lookup` N puts lookups before an exit's drafts",
-        }
-        if confidence:
-            reasons[strategy] = "`exit_confidence`, which chooses exits itself"
-        if strategy in reasons and self.exit_layer is not None:
-            raise refused("exit_layer", f"left out with {reasons[strategy]}", str(self.exit_layer))
-        drafts = {"num_draft_tokens": self.num_draft_tokens, "draft_confidence": self.generation.draft_confidence}
-        for name, value in drafts.items():
-            require(not (confidence and value), name, "left out with `exit_confidence`, which drafts nothing", value)
+        for name, users in USERS.items():
+            unused = given.get(name) and strategy not in users
+            require(not unused, name, f"used with `strategy` {' or '.join(users)}", f"`strategy` {strategy}")
 
     def resolve_as(
         self, strategy: str, recommended: ExitChoice, num_layers: int, packing: PackingConfig = _PLAIN

@@ -72,6 +72,8 @@ class RecipeSettings:
 
     def __post_init__(self) -> None:
         self.over(RecipeConfig())  # raises now what would otherwise be raised after the model is loaded
+        rotates = self.curriculum in (None, "rotational")  # that of every preset
+        require(rotates or self.rotation is None, "rotation", "used with `curriculum` rotational", self.curriculum)
 
     def over(self, preset: RecipeConfig) -> RecipeConfig:
         """The preset with what was asked in its place."""
@@ -174,7 +176,7 @@ class FinetuneConfig:
     streaming: bool = False
     pack: bool | None = None
     validation: str | None = None
-    validation_samples: int = 256
+    validation_samples: int | None = None
     eval_steps: int = 0
     overwrite: bool = False
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
@@ -193,6 +195,10 @@ class FinetuneConfig:
         )  # fmt: skip
         validates = self.validation is not None or self.exit_blocks.frozen  # which holds rows out
         require(not self.eval_steps or validates, "eval_steps", "used with `validation`", "none")
+        sampled = self.validation_samples is not None
+        require(not sampled or self.validation is not None, "validation_samples", "used with `validation`", "none")
+        endless = self.data.name == "commands" and not self.data.limit and self.steps is None
+        require(not endless or self.epochs is None, "epochs", "used with `limit` for `commands`, which has no end", self.epochs)
         if self.streaming:
             require(self.steps is not None, "steps", "given with `streaming`, whose rows cannot be counted", "none")
             require(not self.data.limit, "limit", "0 with `streaming`", self.data.limit)
@@ -200,8 +206,9 @@ class FinetuneConfig:
             require(not self.retention.replay, "replay", "left out with `streaming`", self.retention.replay)
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
         require_choice(self.lora_layers, "lora_layers", LORA_LAYERS)
-        require(self.lora_layers == "all" or self.lora_rank > 0, "lora_layers", "used with `lora_rank`", "no rank")
-        require(not self.lora_keep or self.lora_rank > 0, "lora_keep", "used with `lora_rank`", "no rank")
+        usual = {"lora_targets": "all-linear", "lora_layers": "all", "lora_keep": False}
+        for name, value in usual.items():
+            require(getattr(self, name) == value or self.lora_rank > 0, name, "used with `lora_rank`", "no rank")
         require(self.vocab_size is None or self.regime == "scratch", "vocab_size", "used with `regime` scratch", self.regime)
         copy = self.retention.anchor_weights
         require(copy is None or not self.lora_rank, "anchor_weights", "left out with `lora_rank`, which needs no copy", copy)

@@ -16,7 +16,7 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import LayerSkipError
+from ..errors import CheckpointError, LayerSkipError
 
 _STAGING = ".layerskip-staging-"  # a folder being written; only the holder of the parent folder's lock makes one
 _TEMPORARY = ".layerskip-writing-"  # a file being written; the machine and the process follow in its name
@@ -48,6 +48,19 @@ def require_writable(path: Path, error: type[LayerSkipError], regular: bool = Fa
         raise error(f"cannot write {path}: {reason.strerror}") from None
     if not (stat.S_ISREG(mode) or (_is_stream(mode) and not regular)):
         raise error(f"cannot write {path}: it is {kind_of(mode)}")
+
+
+def require_disk(folder: Path, needed: int, what: str, advice: str = "") -> None:
+    """Raises CheckpointError if so many bytes do not fit on the disk of a folder, beside all but what that folder holds.
+
+    It may not be there yet.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    free = shutil.disk_usage(there).free + held
+    if needed > free:
+        found = f"{free >> 20} MB are free{advice and f'; {advice}'}"
+        raise CheckpointError(f"{what} need {needed >> 20} MB of disk in {folder}, {found}")
 
 
 def kind_of(mode: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.adapters import adapters_of
+from ..checkpoint.quiet import quiet_transformers
 from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
@@ -24,6 +25,7 @@ def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> i
     return max(recipe.exits, default=num_layers - 1)
 
 
+@quiet_transformers()
 def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> Any:
     """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head.
 

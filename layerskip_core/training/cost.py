@@ -3,6 +3,7 @@
 from ..config.training import FinetuneConfig
 from ..losses import CHUNK_LOGITS
 from ..model import GenericBackend
+from .loop.checkpoints import KEPT
 from .recipe.dropout import dropout_rates, time_scale
 from .recipe.resolved import Recipe
 from .rows.encoded_data import EncodedData
@@ -68,6 +69,15 @@ def memory_mb(backend: GenericBackend, config: FinetuneConfig, parameters: int, 
     tokens = config.batch_size * longest
     logits = min(tokens * backend.vocab_size, CHUNK_LOGITS) * (5 if anchored else 3)
     return float((state + width * tokens * kept + 4 * logits) / 2**20)
+
+
+def disk_bytes(config: FinetuneConfig, parameters: int, steps: int, itemsize: int) -> int:
+    """Disk for the saved model, of weights of `itemsize` bytes, and for checkpoints: weights and two moments in fp32.
+
+    With LoRA they are small. There is one more than are kept, while it is written.
+    """
+    checkpoints = min(KEPT + 1, steps // config.save_steps) if config.save_steps and not config.lora_rank else 0
+    return parameters * (itemsize + 12 * checkpoints)
 
 
 def _layers(backend: GenericBackend) -> float:

@@ -49,7 +49,7 @@ class TrainingPlan:
     without the recipe, `flops` its floating-point operations over all processes; memory is in MB, of each process.
     `original`: the fingerprint of the model as it came, where the run needs it; `data_digest`: of the encoded rows.
 
-    Of a stream `rows` is None, and `tokens` and `truncated` are those of its first rows.
+    Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows.
     """
 
     recipe: Recipe
@@ -59,6 +59,7 @@ class TrainingPlan:
     rows: int | None
     tokens: int
     truncated: int
+    left_out: int  # rows whose prompt leaves no room for a token of the completion
     parameters: int
     num_layers: int
     exits_per_step: float
@@ -113,6 +114,7 @@ def make_plan(
         rows=None if data.streamed else len(data.rows),
         tokens=data.tokens,
         truncated=data.truncated,
+        left_out=data.left_out,
         parameters=parameters,
         num_layers=backend.num_layers,
         exits_per_step=exits,

@@ -17,9 +17,12 @@ from ..config.checks import require
 from ..config.training import FinetuneConfig, RecipeConfig, RetentionSettings
 from ..data.examples import Row
 from ..errors import ConfigError
-from .adapters import require_base_kept
+from ..storage.writing import require_disk
+from .adapters import require_base_kept, with_lora
+from .cost import disk_bytes
 from .loop.checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
 from .loop.sharding import resolve_sharding
+from .loop.trainer import require_trackers
 from .plan import make_plan, sealed_settings, steps_of
 from .recipe.presets import sequence_length
 from .rows.replay import has_journal, plan_replay
@@ -34,6 +37,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     require_base_kept(config)
     device = pick_device(config.device)
     require_device(device)
+    require_trackers(config.report_to)
     anchored = config.retention.anchor_weights
     require(anchored != "int8" or device.type == "cpu", "anchor_weights", "bf16 if `device` is not cpu", anchored)
     take_own_gpu(device)
@@ -54,7 +58,11 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         require_same_run(sealed, sealed_settings(config, plan))
         notes = (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
         plan = replace(plan, notes=plan.notes + notes)
-    return FinetuneJob(config, trainable, data, held_out, encoder.template, plan, stored_dtype(config.model), resume)
+    dtype = stored_dtype(config.model)
+    needed = disk_bytes(config, plan.parameters, plan.steps, dtype.itemsize)
+    require_disk(checkpoints_folder(config.output), needed, "the model and the checkpoints of its run")
+    model = with_lora(trainable.model, config, plan.adapted_layers) if config.lora_rank else trainable.model
+    return FinetuneJob(config, trainable, model, data, held_out, encoder.template, plan, dtype, resume)
 
 
 def _model(config: FinetuneConfig, rows: list[Row]) -> Trainable:

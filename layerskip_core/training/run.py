@@ -17,7 +17,6 @@ from ..errors import first_line
 from ..interruption import Interruption
 from ..model.draft_vocabulary import ORDER_FILE
 from ..prompting.template import PromptTemplate
-from .adapters import with_lora
 from .loop.attention import use_fp32_attention
 from .loop.checkpoints import ResumePoint
 from .loop.schedule import recipe_schedule
@@ -42,6 +41,7 @@ class FinetuneJob:
 
     config: FinetuneConfig
     trainable: Trainable
+    model: Any  # of `trainable`, with adapters if the run trains those
     data: EncodedData
     held_out: EncodedData | None
     template: PromptTemplate
@@ -74,9 +74,7 @@ class FinetuneJob:
         config, plan, tokenizer = self.config, self.plan, self.trainable.tokenizer
         if plan.autocast and plan.device == "cpu":
             use_fp32_attention(self.trainable.model)
-        model = self.trainable.model
-        if config.lora_rank:
-            model = with_lora(model, config, plan.adapted_layers)
+        model = self.model
         scratch, recompute = config.regime == "scratch", config.gradient_checkpointing
         module = RecipeModule(model, plan.recipe, config.seed, scratch, recompute, tokenizer)
         order = token_order(self.data, module.backend.vocab_size)  # before training: reading a stream may fail

@@ -228,11 +228,25 @@ def test_settings_that_cannot_be(finetune):
             "no model 'here/none/such': needed embedded, embedded-base, a folder, a .gguf file or a hub id such as owner/name",
         ),
         (["--data", "none.jsonl"], "--data none.jsonl: there is no such file"),
+        (
+            ["--epochs", "2", "--data", "commands"],
+            "--epochs must be used with --samples for `commands`, which has no end, got 2.0",
+        ),
+        (["--curriculum", "all", "--rotation", "2"], "--rotation must be used with --curriculum rotational, got all"),
+        (["--validation-samples", "9"], "--validation-samples must be used with --validation, got none"),
+        (["--lora-targets", "q_proj"], "--lora-targets must be used with --lora-rank, got no rank"),
         (["--samples", "-1"], "--samples must be at least 0, got -1"),
         (["--resume"], "--resume: there is no checkpoint in out/checkpoints; a run writes them with --save-steps N"),
     ):
         fails(message, *finetune(*arguments))
         assert list(Path().iterdir()) == [], arguments
+
+
+@pytest.mark.parametrize("flags", ["--lora-targets nothing --lora-rank 2", "--report-to nowhere"])
+def test_a_dry_run_finds_what_the_libraries_refuse(finetune, flags):
+    result = run(*finetune(*flags.split(), "--dry-run"))
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"error: {' '.join(flags.split()[:2])}: ")
 
 
 def test_a_malformed_row_is_named_and_nothing_written(finetune):

@@ -240,7 +240,7 @@ def test_flags_that_cannot_be(checkpoint):
         (["--skip", ""], "--skip must be a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1, got ''"),
         (
             ["--skip", "2", "--exit", "3"],
-            "--exit must be left out with --strategy draft-and-verify, which drafts by --skip, got 3",
+            "--exit must be used with --strategy self-speculative or early-exit, got --strategy draft-and-verify",
         ),
         (
             ["--exit-confidence", "0.9"],

@@ -117,7 +117,7 @@ def test_every_setting_of_an_answer_reaches_the_decoding():
         ),
         (
             lambda: DecodingSettings(exit_layer=3, generation=GenerationSettings(skip=(2,))).resolve(UNKNOWN, 8),
-            "`exit_layer` must be left out with `strategy` draft-and-verify, which drafts by `skip`, got 3",
+            "`exit_layer` must be used with `strategy` self-speculative or early-exit, got `strategy` draft-and-verify",
         ),
         (
             lambda: DecodingSettings("draft-and-verify").resolve(UNKNOWN, 8),
@@ -142,11 +142,24 @@ def test_every_setting_of_an_answer_reaches_the_decoding():
         ),
         (
             lambda: replace(_LOOKUPS, strategy="early-exit").resolve(TRAINED, 8),
-            "`lookup` must be used with a `strategy` that drafts, got `strategy` early-exit",
+            "`lookup` must be used with `strategy` adaptive or self-speculative or lookup or draft-and-verify, got",
         ),
         (
             lambda: DecodingSettings("lookup", 3).resolve(TRAINED, 8),
-            "`exit_layer` must be left out with `strategy` lookup; `lookup` N puts lookups before an exit's drafts, got 3",
+            "`exit_layer` must be used with `strategy` self-speculative or early-exit, got `strategy` lookup",
+        ),
+        (
+            lambda: DecodingSettings("autoregressive", 3).resolve(TRAINED, 8),
+            "`exit_layer` must be used with `strategy` self-speculative or early-exit, got `strategy` autoregressive",
+        ),
+        (lambda: DecodingSettings("adaptive", 3).resolve(TRAINED, 8), "`exit_layer` must be used with `strategy` self-spec"),
+        (
+            lambda: DecodingSettings("early-exit", 3, 5).resolve(TRAINED, 8),
+            "`num_draft_tokens` must be used with `strategy` adaptive or .*, got `strategy` early-exit",
+        ),
+        (
+            lambda: DecodingSettings("lookup", generation=GenerationSettings(draft_confidence=0.5)).resolve(TRAINED, 8),
+            "`draft_confidence` must be used with `strategy` adaptive or self-speculative or draft-and-verify, got",
         ),
         (
             lambda: replace(_CONFIDENT, num_draft_tokens=3, exits=(2,)).resolve(TRAINED, 8),

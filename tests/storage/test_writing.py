@@ -7,15 +7,24 @@ import socket
 import stat
 import subprocess
 import threading
+from types import SimpleNamespace
 
 import pytest
 from command_line import COMMAND, fails, finish, run, start
 
-from layerskip_core.errors import LayerSkipError
+from layerskip_core.errors import CheckpointError, LayerSkipError
 from layerskip_core.evaluation.output_folder import prepare_output
 from layerskip_core.evaluation.report.files import FIGURE_NAMES
 from layerskip_core.evaluation.report.plots import FIGURES
-from layerskip_core.storage.writing import _machine, discard_folder, new_staging, remove_leftovers, require_writable, write_file
+from layerskip_core.storage.writing import (
+    _machine,
+    discard_folder,
+    new_staging,
+    remove_leftovers,
+    require_disk,
+    require_writable,
+    write_file,
+)
 
 INSPECT = ("inspect", "hi", "--max-new-tokens", "1")
 
@@ -163,3 +172,16 @@ def test_an_output_folder_with_files_in_the_way_is_refused_before_the_run(tmp_pa
 
 def test_every_figure_is_a_known_file():
     assert set(FIGURE_NAMES) == set(FIGURES)
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    folder = tmp_path / "not" / "there"
+    require_disk(folder, 1000, "the states")
+    with pytest.raises(CheckpointError, match=r"^the states need \d+ MB of disk in .*there, \d+ MB are free; give fewer rows$"):
+        require_disk(folder, 1 << 60, "the states", "give fewer rows")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "file").write_bytes(bytes(3 << 20))
+    require_disk(tmp_path, 4 << 20, "the states")  # what is there is written over
+    with pytest.raises(CheckpointError, match=r"^the states need 4 MB of disk in .*, 1 MB are free$"):
+        require_disk(tmp_path / "other", 4 << 20, "the states")

@@ -1,6 +1,6 @@
 import pytest
 
-from layerskip_core.config.training import RecipeConfig
+from layerskip_core.config.training import RecipeConfig, RecipeSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training.recipe.curriculum import exits_on, mean_exits
 from layerskip_core.training.recipe.resolved import resolve_recipe
@@ -53,6 +53,8 @@ def test_named_exits_are_the_only_ones_besides_the_last(curriculum, expected):
 def test_settings_that_would_train_no_early_exit(asked, message):
     with pytest.raises(ConfigError, match=message):
         recipe(**asked)
+    with pytest.raises(ConfigError, match="`rotation` must be used with `curriculum` rotational, got all"):
+        RecipeSettings(curriculum="all", rotation=3)
     assert recipe(exits=(1, 2)).exits == recipe(exits=(1, 2), exit_weights="uniform").exits == (1, 2)
 
 

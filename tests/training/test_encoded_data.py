@@ -60,7 +60,7 @@ def test_prompts_are_masked_and_rows_end(tokenizer):
 def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
     long = Example("hi", "go " * 50)
     encoded = encoded_rows([long, Example("hi " * 50, "go"), Example("hi", "go")], tokenizer, PARSING_TEMPLATE, 20)
-    assert encoded.truncated == 2 and len(encoded.rows) == 2
+    assert (encoded.truncated, encoded.left_out, len(encoded.rows)) == (1, 1, 2)
     whole = tokenizer("hi\n")["input_ids"] + tokenizer(long.completion)["input_ids"]
     assert encoded.rows[0]["input_ids"] == whole[:20]
     with pytest.raises(DataError, match="no row has room for a completion within `max_length` 3"):

@@ -13,7 +13,7 @@ from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import GenericBackend
 from layerskip_core.training.frozen import states as keeping
-from layerskip_core.training.frozen.states import StateRows, States, collate, require_disk, write_states
+from layerskip_core.training.frozen.states import StateRows, States, collate, write_states
 from layerskip_core.training.rows import answers as answering
 from layerskip_core.training.rows.answers import Text, Writing, read_answers, write_answers
 
@@ -182,9 +182,3 @@ def test_a_batch_is_padded_at_the_right_and_rows_come_exit_by_exit(backend, tmp_
     assert batch["labels"][1].tolist() == [*TEXTS[3].labels, *[IGNORED] * (11 - short)]
     assert not batch["states"][:, 1, short:].any()
     assert torch.equal(batch["finals"][1, :short], states.row(3, (2,))["finals"])
-
-
-def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path):
-    require_disk(tmp_path / "not" / "there", 1000)
-    with pytest.raises(CheckpointError, match=r"need \d+ MB of disk in .*there, \d+ MB are free; give fewer rows \(`limit`\)"):
-        require_disk(tmp_path / "not" / "there", 1 << 60)

@@ -213,11 +213,13 @@ def test_adapters_below_the_highest_early_exit_alone(settings, base, tmp_path, e
 def test_adapters_below_an_exit_that_cannot_be(settings):
     with pytest.raises(ConfigError, match="`lora_layers` must be used with `lora_rank`, got no rank"):
         settings(lora_layers="below-exit")
+    with pytest.raises(ConfigError, match="`lora_targets` must be used with `lora_rank`, got no rank"):
+        settings(lora_targets="q_proj")
     with pytest.raises(ConfigError, match="`lora_layers` must be all with `curriculum` none, which trains no exit, got below"):
         prepare(settings(lora_rank=2, lora_layers="below-exit", recipe=PLAIN))
     head = settings(lora_rank=2, lora_layers="below-exit", lora_targets="lm_head", recipe=replace(RECIPE, exits=(2,)))
     with pytest.raises(ConfigError, match="`lora_targets` must be names within a layer with `lora_layers` below-exit, got lm_"):
-        train(head)
+        prepare(head)
 
 
 def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
@@ -373,7 +375,7 @@ def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
         assert logs["learning_rate"] == report.learning_rate and logs["grad_norm"] > 0
     assert [("exit_1_loss" in logs, "exit_2_loss" in logs) for _, logs in steps] == [(True, False), (False, True)] * 2
     with pytest.raises(ConfigError, match="`report_to` nowhere: nowhere is not supported, only "):
-        train(settings(report_to="nowhere", overwrite=True))
+        prepare(settings(report_to="nowhere", overwrite=True))
 
 
 def test_the_losses_stand_beside_the_model(settings, tmp_path):
@@ -433,7 +435,7 @@ def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_p
         prepare(settings(output=kept))
     assert train(settings(model=kept, output=str(tmp_path / "on"), steps=1))[0].step == 1  # and trains on
     with pytest.raises(ConfigError, match=r"`lora_targets` nothing: Target modules .*nothing.* not found"):
-        train(settings(**{**changes, "lora_targets": "nothing"}))
+        prepare(settings(**{**changes, "lora_targets": "nothing"}))
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_training(settings, monkeypatch, tmp_path):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import fields
 
-from ...config.decoding import DRAFTERS
+from ...config.decoding import USERS
 from ...config.evaluation import SweepConfig
 from ...config.packing import PackingConfig
 from ...config.policies import Measured, Policy
@@ -17,8 +17,9 @@ _COLUMNS = sorted({field.name for field in fields(Policy)} & {field.name for fie
 def policy_of(result: ExitResult, plain: ExitResult, quality_metric: str, config: SweepConfig) -> Policy:
     """A measured row as a policy; `plain` is the row of full depth."""
     settings = {name: getattr(result, name) for name in _COLUMNS if getattr(result, name) is not None}
-    if result.strategy in DRAFTERS:
-        settings |= {name: getattr(config.generation, name) for name in ("draft_confidence", "lookup")}
+    for name in ("draft_confidence", "lookup"):
+        if result.strategy in USERS[name]:
+            settings[name] = getattr(config.generation, name)
     settings |= _drafts_storage(result, config.packing)
     value, full = result.metrics.get(quality_metric, 0.0), plain.metrics.get(quality_metric, 0.0)
     measured = Measured(str(config.task.task), quality_metric, value, full, result.speedup or 0.0)

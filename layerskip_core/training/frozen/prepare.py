@@ -17,7 +17,9 @@ from ...config.checks import require
 from ...config.training import FinetuneConfig
 from ...errors import CheckpointError, ConfigError
 from ...model.exit_blocks import ExitBlocks
+from ...storage.writing import require_disk
 from ..loop.checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
+from ..loop.trainer import require_trackers
 from ..prepare import autocasts, require_device, require_same_run, tokens_per_row
 from ..rows.answers import Writing, answers_digest, digest, read_answers
 from ..rows.step_rows import world_size
@@ -25,7 +27,7 @@ from .plan import FrozenPlan, make_frozen_plan
 from .run import FrozenJob, RunFiles
 from .run_data import RunRows, run_rows
 from .settings import Resolved, resolved, writing
-from .states import require_disk, states_bytes
+from .states import states_bytes
 
 
 def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
@@ -42,6 +44,7 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     refuse_overwrite(config.output, config.overwrite or in_place)
     device = pick_device(config.device)
     require_device(device)
+    require_trackers(config.report_to)
     resume = _resume_point(config)
     trainable = for_training(config.model, str(device), config.dtype)
     weight_of = trainable.model.get_parameter
@@ -60,7 +63,8 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     autocast = autocasts(config, device, spec.parameters)
     plan = make_frozen_plan(config, settings, rows, known, how, decoder, autocast)
     plan = replace(plan, notes=_notes(trainable.info))
-    require_disk(files.states, states_bytes(plan.tokens, spec.hidden, len(settings.exits)))
+    needed = states_bytes(plan.tokens, spec.hidden, len(settings.exits))
+    require_disk(files.states, needed, "the states of the texts", "give fewer rows (`limit`) or fewer `exits`")
     sealed = _sealed(config, plan, made_for, files)
     if resume is not None:
         require_same_run(resume.settings, sealed)

@@ -5,7 +5,6 @@ written from its start to its end, so its size tells how much of it is there.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -28,18 +27,6 @@ _BYTES = torch.bfloat16.itemsize
 def states_bytes(tokens: int, width: int, exits: int) -> int:
     """The disk that the states of so many tokens need."""
     return tokens * width * _BYTES * (exits + 1)
-
-
-def require_disk(folder: Path, needed: int) -> None:
-    """Raises CheckpointError if the states do not fit on the disk of a folder, which may not be there yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    held = sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
-    free = shutil.disk_usage(there).free + held
-    if needed > free:
-        raise CheckpointError(
-            f"the states of the texts need {needed >> 20} MB of disk in {folder}, {free >> 20} MB are free; give fewer rows "
-            "(`limit`) or fewer `exits`"
-        )
 
 
 @torch.inference_mode()

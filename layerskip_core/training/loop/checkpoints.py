@@ -26,7 +26,7 @@ from ...storage.writing import discard_folder, publish_folder, remove_leftovers
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 _SEAL = "complete.json"
 _PREFIX = "checkpoint-"
-_KEPT = 2  # if the newest is damaged, there is one before it
+KEPT = 2  # if the newest is damaged, there is one before it
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> Path:
     if target in _newest_first(folder):  # a damaged checkpoint of the same step
         discard_folder(target)
     publish_folder(written, target)
-    for old in _newest_first(folder)[_KEPT:]:
+    for old in _newest_first(folder)[KEPT:]:
         with suppress(OSError):
             discard_folder(old)
     return target

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ...errors import ConfigError
 from ...interruption import Interruption
@@ -118,27 +119,33 @@ def make_trainer(
     on_step: Callable[[StepReport], None],
     interruption: Interruption,
 ) -> RunTrainer:
-    """A Trainer for the optimizer steps of a schedule over `rows`, a data set in the order of the run.
-
-    Raises ConfigError when a `report_to` is unknown or its package is not installed.
-    """
-    try:
-        trainer = RunTrainer(
-            module,
-            schedule,
-            args=_arguments(schedule),
-            train_dataset=rows,
-            eval_dataset=held_out,
-            data_collator=collator,
-        )
-    except (RuntimeError, ValueError) as error:
-        if not schedule.report_to:
-            raise
-        raise ConfigError(f"`report_to` {schedule.report_to}: {error}") from error
+    """A Trainer for the optimizer steps of a schedule over `rows`, a data set in the order of the run."""
+    trainer = RunTrainer(
+        module,
+        schedule,
+        args=_arguments(schedule),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=collator,
+    )
     folder = checkpoints_folder(schedule.output)
     callback = RunCallback(trainer, trainer.run, on_step, interruption, schedule.eval_steps, folder, schedule.sealed)
     trainer.add_callback(callback)
     return trainer
+
+
+def require_trackers(report_to: str) -> None:
+    """Raises ConfigError when a tracker of `report_to` is unknown or its package is not installed."""
+    names = _trackers(report_to)
+    try:
+        for tracker in get_reporting_integration_callbacks(names[0] if names in (["all"], ["none"]) else names):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"`report_to` {report_to}: {error}") from error
+
+
+def _trackers(report_to: str) -> list[str]:
+    return [name.strip() for name in report_to.split(",") if name.strip()]
 
 
 def _arguments(schedule: Schedule) -> TrainingArguments:
@@ -167,7 +174,7 @@ def _arguments(schedule: Schedule) -> TrainingArguments:
         # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if schedule.sharded_layers else None,
         logging_strategy="no",  # RunCallback logs every step
-        report_to=[name.strip() for name in schedule.report_to.split(",") if name.strip()],
+        report_to=_trackers(schedule.report_to),
         disable_tqdm=True,
     )
     use_one_gpu(arguments)

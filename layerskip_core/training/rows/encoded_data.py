@@ -24,7 +24,8 @@ _SAMPLED = 64  # rows of a stream that are read to plan a run
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Encoded rows, `count` of them. `truncated` counts those cut at the maximum length, `tokens` the tokens after that.
+    """Encoded rows, `count` of them. `truncated` counts those cut at the maximum length, `tokens` the tokens after that, and
+    `left_out` the rows whose prompt leaves no room for a token of the completion.
 
     `digest` is of all tokens and labels in their order. For a stream the counts are those of its first rows.
     """
@@ -35,6 +36,7 @@ class EncodedData:
     truncated: int
     longest: int
     count: int
+    left_out: int
     digest: str | None = None  # of a stream none
 
     @property
@@ -76,9 +78,10 @@ def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> Encoded
         rows,
         tokens=sum(row["length"] for row in kept),
         target_tokens=sum(int((np.asarray(row["labels"]) != IGNORED).sum()) for row in kept),
-        truncated=sum(row["truncated"] for row in seen),
+        truncated=sum(row["truncated"] for row in kept),
         longest=max(row["length"] for row in kept),
         count=len(kept),
+        left_out=len(seen) - len(kept),
     )
 
 

@@ -17,6 +17,8 @@ from .encoded_data import EncodedData, encode_rows, encode_stream
 from .encoder import Encoder
 from .step_rows import data_rows
 
+_VALIDATION_ROWS = 256
+
 
 def training_rows(config: FinetuneConfig) -> list[Row]:
     """The rows to train on; of a stream only the first, to see what its rows are."""
@@ -51,7 +53,8 @@ def validation_data(config: FinetuneConfig, name: str) -> DataConfig:
     other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
     if not other and Path(config.data.name).is_file():
         raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
-    held_out = replace(config.data, limit=config.validation_samples, setting="validation")
+    limit = _VALIDATION_ROWS if config.validation_samples is None else config.validation_samples
+    held_out = replace(config.data, limit=limit, setting="validation")
     return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
 
 
