@@ -1,12 +1,14 @@
 """A model that answers prompts: what `layerskip_core.load` gives a program or a notebook."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Integral, Real
 from typing import Any, TypedDict, Unpack
 
 from .checkpoint.load import for_decoding
 from .checkpoint.loaded import Decoder
+from .config.checks import require
 from .config.decoding import DecodingConfig, DecodingSettings, GenerationSettings, SamplingConfig
 from .config.machine import DType
 from .config.packing import PackingConfig, Quantization
@@ -115,16 +117,12 @@ def load(
 
 
 def decoding_settings(options: Mapping[str, Any]) -> DecodingSettings:
-    """Options as the settings that they are fields of. Raises TypeError for an unknown one, ConfigError for its value."""
-    values = dict(options)
-    if isinstance(values.get("stop"), str):
-        values["stop"] = (values["stop"],)
-    elif "stop" in values:
-        values["stop"] = tuple(values["stop"])
-    if "skip" in values:
-        values["skip"] = tuple(values["skip"])
-    if "exits" in values:
-        values["exits"] = tuple(values["exits"])
+    """Options as the settings that they are fields of; None is as if it were left out.
+
+    Raises TypeError for an unknown one, ConfigError for its value.
+    """
+    kinds: dict[str, Any] = DecodingOptions.__annotations__
+    values = {name: _checked(name, kinds.get(name), value) for name, value in options.items() if value is not None}
 
     def taken(config: type) -> dict[str, Any]:
         return {field.name: values.pop(field.name) for field in fields(config) if field.name in values}
@@ -132,6 +130,24 @@ def decoding_settings(options: Mapping[str, Any]) -> DecodingSettings:
     generation = GenerationSettings(sampling=SamplingConfig(**taken(SamplingConfig)), **taken(GenerationSettings))
     settings = DecodingSettings(generation=generation, **taken(DecodingSettings))
     if values:
-        known = ", ".join(DecodingOptions.__annotations__)
+        known = ", ".join(kinds)
         raise TypeError(f"unknown decoding option {next(iter(values))!r}; known: {known}")
     return settings
+
+
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    """A value of this type, or of one like it, such as a number of NumPy; a tuple for a sequence. Raises ConfigError."""
+    if kind in (int, float):
+        number, needed = (Integral, "a whole number") if kind is int else (Real, "a number")
+        require(isinstance(value, number) and not isinstance(value, bool), name, needed, repr(value))
+        return kind(value)
+    if kind is str:
+        require(isinstance(value, str), name, "a text", repr(value))
+        return value
+    if kind is None:  # an unknown option
+        return value
+    if isinstance(value, str) and name == "stop":
+        return (value,)
+    item, needed = (str, "a text or several") if name == "stop" else (int, "a sequence of whole numbers")
+    require(isinstance(value, Iterable) and not isinstance(value, str), name, needed, repr(value))
+    return tuple(_checked(name, item, entry) for entry in value)

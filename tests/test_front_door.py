@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from chatml import chatml_folder, full_tokenizer
@@ -142,6 +143,32 @@ def test_bad_options_name_themselves(model):
         model.generate(PROMPT, exit=8)
     with pytest.raises(ConfigError, match="the prompt must be valid Unicode"):
         model.generate_batch([PROMPT, "\ud800"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exit_layer": "8"}, "`exit_layer` must be a whole number, got '8'"),
+        ({"num_draft_tokens": 2.5}, r"`num_draft_tokens` must be a whole number, got 2\.5"),
+        ({"seed": True}, "`seed` must be a whole number, got True"),
+        ({"temperature": "hot"}, "`temperature` must be a number, got 'hot'"),
+        ({"strategy": 3}, "`strategy` must be a text, got 3"),
+        ({"skip": "8,9"}, "`skip` must be a sequence of whole numbers, got '8,9'"),
+        ({"skip": ("8",)}, "`skip` must be a whole number, got '8'"),
+        ({"stop": 5}, "`stop` must be a text or several, got 5"),
+        ({"stop": ["a", 5]}, "`stop` must be a text, got 5"),
+    ],
+)
+def test_options_of_other_types_name_themselves(options, message):
+    with pytest.raises(ConfigError, match=message):
+        decoding_settings(options)
+
+
+def test_numbers_of_numpy_are_numbers_and_none_is_left_out():
+    asked = {"exit_layer": np.int64(8), "skip": np.array([2, 3]), "top_p": np.float32(0.5), "temperature": None, "stop": None}
+    plain = {"exit_layer": 8, "skip": [2, 3], "top_p": 0.5}
+    assert decoding_settings(asked) == decoding_settings(plain)
+    assert type(decoding_settings(asked).exit_layer) is int
 
 
 def test_a_precision_that_is_not_there_is_named():
