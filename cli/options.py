@@ -180,7 +180,7 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "max_new_tokens": Option(DECODING, "Maximum number of tokens in an answer.", default="the task's"),
         "prompt_column": Option(TASK, "Column of the prompt.", default="the first of the usual names"),
         "completion_column": Option(TASK, "Column of the reference.", default="the first of the usual names"),
-        "metric": Option(TASK, "For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="rouge2"),
+        "metric": Option(TASK, "For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references"),
         "shots": Option(TASK, "Solved rows before each prompt.", default="the task's"),
         "pass_k": Option(TASK, "The k of pass@k, such as 1,10.", parse=parse_counts),
         "problem_samples": Option(TASK, "Answers to each code problem, for pass@k; needs --temperature if above 1."),

@@ -42,8 +42,11 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]],
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str] = ROUGES) -> dict[str, float]:
-    """Mean ROUGE F-measure with stemming (Lin, 2004), by the rouge-score package. With several references the best counts."""
-    pairs = {"predictions": list(predictions), "references": [list(texts) for texts in references]}
+    """Mean ROUGE F-measure with stemming (Lin, 2004), by the rouge-score package.
+
+    With several references the best counts; without any the score is 0.
+    """
+    pairs = {"predictions": list(predictions), "references": [list(texts) or [""] for texts in references]}
     return {kind: float(value) for kind, value in _metrics()["rouge"].compute(**pairs, kinds=tuple(kinds)).items()}
 
 

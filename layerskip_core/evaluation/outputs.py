@@ -83,6 +83,11 @@ class Outputs:
         return [output.text for output in self.each]
 
     @property
+    def answers(self) -> list[str | None]:
+        """The texts, None for a prompt that failed."""
+        return [None if output.error is not None else output.text for output in self.each]
+
+    @property
     def failures(self) -> tuple[Failure, ...]:
         return tuple(Failure(sample, output.error) for sample, output in enumerate(self.each) if output.error is not None)
 

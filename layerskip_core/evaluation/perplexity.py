@@ -49,16 +49,17 @@ def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[in
 
 
 def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[ReferenceLosses]:
-    """The losses of `windows` windows (0: all), evenly spaced over the text.
+    """The losses of `windows` windows, evenly spaced over the text, or (0) of the whole text.
 
-    Windows do not overlap; each has 512 tokens, or as many as the context holds. A window starts with the tokens
+    Windows do not overlap; each has 512 tokens, or as many as the context holds, and the last one of a whole text what is left.
+    A window starts with the tokens
     that the tokenizer puts before every text. If there are none, the window's first token does not count.
     """
     with quiet_transformers():  # else transformers warns that the text is longer than the context
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     start = loaded.with_template(RAW, None).encode_prompt("")
     size = min(_WINDOW_TOKENS, loaded.backend.max_positions - len(start))
-    offsets = range(0, max(len(ids) - size, 0) + 1, size)
+    offsets = range(0, max(len(ids) - size, 0) + 1 if windows else len(ids), size)
     count = min(windows or len(offsets), len(offsets))
     for number in range(count):
         offset = offsets[number * len(offsets) // count]

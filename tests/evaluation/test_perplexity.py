@@ -20,10 +20,13 @@ def test_losses_of_a_text_are_those_of_windows_that_cover_it(monkeypatch):
     text = " ".join([EXAMPLE.completion] * 4)
     ids = loaded.tokenizer(text)["input_ids"]
     windows = list(text_losses(loaded, text, 0, [2, 6]))
-    assert [losses.tokens for losses in windows] == [20 - (not loaded.with_template("raw", None).encode_prompt(""))] * (
-        len(ids) // 20
-    )
+    assert loaded.with_template("raw", None).encode_prompt("") == []  # so that a window's first token has no loss
+    assert [losses.tokens for losses in windows] == [19] * (len(ids) // 20)
     assert list(text_losses(loaded, text, 1, [2, 6])) == windows[:1]
+    more = text + " call mom"
+    rest = len(loaded.tokenizer(more)["input_ids"]) % 20
+    assert [losses.tokens for losses in text_losses(loaded, more, 0, [2, 6])] == [19] * len(windows) + [rest - 1]
+    assert [losses.tokens for losses in text_losses(loaded, more, 100, [2, 6])] == [19] * len(windows)
     second = torch.tensor([ids[20:40]])
     logits = loaded.backend.model(second, use_cache=False).logits[0]
     expected = cross_entropy(logits[:-1], second[0, 1:], reduction="sum").item()

@@ -65,6 +65,13 @@ def test_jsonl_and_csv_with_prompt_and_reference(tmp_path, column):
         assert task.score(["the cat sat", "b a"]) == pytest.approx({"rouge2": 0.9, "exact_match": 0.5})
 
 
+def test_references_of_one_word_are_scored_by_exact_match(tmp_path):
+    rows = [{"prompt": "one", "answer": "yes"}, {"prompt": "two", "answer": ["no", "never"]}]
+    task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows)))
+    assert task.quality_metric == "exact_match"
+    assert task.score(["yes", "never"]) == {"exact_match": 1.0}
+
+
 def test_columns_by_flag(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"q": "one", "a": "two", "prompt": "not this"}\n')
@@ -94,6 +101,9 @@ def test_rows_without_references_are_scored_against_given_answers(tmp_path):
     assert task.categories["poem"].samples == (0, 2)
     assert task.score_category(task.categories["poem"], ["a", "x"]) == {"exact_match": 0.5}
     assert task.referring_to(["x", "x", "x"]) is task
+    failed = load_task(TaskConfig(data=str(tmp_path / "rows.jsonl"))).referring_to(["one", None, "three words here"])
+    assert failed.quality_metric == "rougeL"
+    assert failed.score(["one", "", "three words here"]) == pytest.approx({"rougeL": 2 / 3, "exact_match": 2 / 3})
     with pytest.raises(ConfigError, match=r"`shots` must be 0 for .*, which has no references, got 1"):
         load_task(TaskConfig(data=str(tmp_path / "rows.jsonl"), shots=1))
 

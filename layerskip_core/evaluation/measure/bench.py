@@ -85,7 +85,7 @@ def bench(
     transformers = next(
         (timed for method, timed in zip(methods, outputs, strict=True) if method.strategy == "transformers"), None
     )
-    task = task.referring_to(expected.texts)
+    task = task.referring_to(expected.answers)
     results = []
     for method, answered, timed in zip(methods, answers, outputs, strict=True):
         comparable = method.strategy != "early-exit" and not sampled

@@ -71,7 +71,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     baseline = first.times + second.times
     full = losses.perplexity(loaded.backend.num_layers)
     expected, *answers = batched or [first, *timed]
-    task = task.referring_to(expected.texts)
+    task = task.referring_to(expected.answers)
     plain = exit_result(autoregressive, first, baseline, expected, expected, task.score(expected.texts, full))
     both = replace(plain, tokens_per_second=1 / baseline.seconds_per_token, speedup=1.0)
     results = [replace(both, intervals={})]  # its speed is the unit

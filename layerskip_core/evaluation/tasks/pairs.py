@@ -65,21 +65,36 @@ def prompts(config: TaskConfig) -> Task:
     resolved = replace(config, shots=len(solved), max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS)
     stop = (SHOT_END,) if solved else ()
     name = config.task or source
-    against = partial(_scoring, config.metric, [row.category for row in rows])
+    metrics = _metrics(config.metric, rows)
+    against = partial(_scoring, metrics, [row.category for row in rows])
     scorer, categories = against([row.references for row in rows])
-    task = Task(name, examples, resolved, config.metric or "rouge2", scorer, stop, template, categories=categories)
+    task = Task(name, examples, resolved, metrics[0], scorer, stop, template, categories=categories)
     if not unanswered:
         return task
-    return replace(task, notes=(_UNANSWERED,), against=lambda answers: against([[answer] for answer in answers]))
+    return replace(task, notes=(_UNANSWERED,), against=against)
 
 
-def _scoring(metric: str | None, categories: Sequence[str | None], references: Sequence[Sequence[str]]) -> Scoring:
+def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
+    """What rows are scored by, the metric that ranks first.
+
+    By default that is ROUGE-2, for texts of a word, which have none, exact match, and without references, which may be of a
+    word, ROUGE-L.
+    """
+    if asked is not None:
+        return (asked, *(other for other in ROUGES if other != asked)) if asked in ROUGES else (asked,)
+    if not rows[0].references:
+        return ("rougeL", "exact_match")
+    longest = max(len(text.split()) for row in rows for text in row.references)
+    return ("rouge2", "exact_match") if longest > 1 else ("exact_match",)
+
+
+def _scoring(metrics: Sequence[str], categories: Sequence[str | None], references: Sequence[Sequence[str]]) -> Scoring:
     """The scorer of rows with these categories and references, and that of each category."""
     found = {}
     for category in filter(None, dict.fromkeys(categories)):
         samples = tuple(sample for sample, other in enumerate(categories) if other == category)
-        found[category] = Category(samples, partial(text_scores, metric, [references[sample] for sample in samples]))
-    return partial(text_scores, metric, references), found
+        found[category] = Category(samples, partial(text_scores, metrics, [references[sample] for sample in samples]))
+    return partial(text_scores, metrics, references), found
 
 
 def _few_shot(
@@ -98,12 +113,11 @@ def _few_shot(
     return framed(form, template, rows, solved, shot_form)
 
 
-def text_scores(metric: str | None, references: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
-    """Exact match, ROUGE-1, 2 and L, or (None) ROUGE-2 and exact match. With several references the best counts."""
-    scores: dict[str, float] = {}
-    if metric != "exact_match":
-        scores |= rouge(predictions, references, ROUGES if metric else ("rouge2",))
-    if metric in (None, "exact_match"):
+def text_scores(metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+    """Exact match and ROUGE, as far as they are among the `metrics`. With several references the best counts."""
+    kinds = [kind for kind in ROUGES if kind in metrics]
+    scores = rouge(predictions, references, kinds) if kinds else {}
+    if "exact_match" in metrics:
         scores["exact_match"] = exact_match(predictions, references)
     return scores
 

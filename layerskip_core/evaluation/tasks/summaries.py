@@ -7,6 +7,7 @@ from typing import Any
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example
 from ...data.records import Record, spread
+from ..metrics import ROUGES
 from .pairs import text_scores
 from .prompts import BARE, forms, framed
 from .rows import file_rows, hub_rows, shots_and_rest
@@ -64,7 +65,7 @@ def _summaries(config: TaskConfig, source: _Source) -> Task:
     examples, template = framed(*forms(config.prompting.asked, BARE if ready else source.form, BARE), asked, solved)
     limit = config.max_new_tokens or source.max_new_tokens
     resolved = replace(config, data=config.data or source.hub_id, shots=count, max_new_tokens=limit)
-    scorer = partial(text_scores, "rouge2", references)
+    scorer = partial(text_scores, ROUGES, references)
     return Task(config.task or "", examples, resolved, "rouge2", scorer, _READY_STOP if ready else source.stop, template)
 
 

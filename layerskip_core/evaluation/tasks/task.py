@@ -44,7 +44,7 @@ class Task:
     `scorer` returns every metric of the predictions, one per example, in 0..1; reports show them under these names.
     `quality_metric` is the one that ranks settings. An answer ends at the first of the `stop` strings. `template` replaces the
     checkpoint's own prompt template. If there is a `text`, perplexity is measured on it instead of the references. `notes` are
-    shown to the user before the run. `against`: of a task without references, how answers are scored against others.
+    shown to the user before the run. `against`: of a task without references, the scorers for references that come later.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Task:
     text: str | None = None
     notes: tuple[str, ...] = ()
     categories: dict[str, Category] = field(default_factory=dict)
-    against: Callable[[Sequence[str]], Scoring] | None = None
+    against: Callable[[Sequence[Sequence[str]]], Scoring] | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -75,28 +75,22 @@ class Task:
 
     def answered(self, answers: Sequence[Outputs | None]) -> tuple[Answered, ...]:
         """Each prompt with its answers, cut at the stop strings; `answers`: those of each result, None if not measured."""
-        texts = [None if outputs is None else self._cut(outputs.texts) for outputs in answers]
+        nothing = [None] * len(self.examples)
+        by_result = (nothing if outputs is None else outputs.answers for outputs in answers)
         return tuple(
-            Answered(
-                example.prompt,
-                example.completion,
-                tuple(
-                    None if found is None or cut is None or found.each[sample].error is not None else cut[sample]
-                    for found, cut in zip(answers, texts, strict=True)
-                ),
-            )
-            for sample, example in enumerate(self.examples)
+            Answered(example.prompt, example.completion, tuple(text and before_stop(text, self.stop) for text in texts))
+            for example, *texts in zip(self.examples, *by_result, strict=True)
         )
 
     def score_category(self, category: Category, predictions: Sequence[str]) -> dict[str, float]:
         """Like `score`, of the predictions for the examples of a category."""
         return category.scorer(self._cut(predictions))
 
-    def referring_to(self, answers: Sequence[str]) -> "Task":
-        """The task, with these answers as references if it has none, one per example."""
+    def referring_to(self, answers: Sequence[str | None]) -> "Task":
+        """The task, with these answers as references if it has none, one per example. Where there is none, nothing is right."""
         if self.against is None:
             return self
-        scorer, categories = self.against(self._cut(answers))
+        scorer, categories = self.against([[] if text is None else self._cut([text]) for text in answers])
         return replace(self, scorer=scorer, categories=categories, against=None)
 
     def _cut(self, texts: Sequence[str]) -> list[str]:
