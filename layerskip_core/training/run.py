@@ -124,5 +124,6 @@ class FinetuneJob:
             "rows": self.plan.rows,
             "final_losses": {str(layer): loss for layer, loss in history.latest.items()},
             "validation_losses": {str(layer): loss for layer, loss in history.validated.items()},
+            "validation_rows": None if self.held_out is None else self.held_out.digest,
             "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
         }

@@ -38,14 +38,14 @@ def sweep(folder, match, perplexity, accepted=0.5, task=COMMANDS):
     return saved(folder, "results.json", to_json(record))
 
 
-def trained(folder, last_losses, validation="test"):
+def trained(folder, last_losses, validation="test", **details):
     """A folder with the losses.jsonl of three steps, validated after the first and the last, and its layerskip.json."""
     history = LossHistory()
     for step in (1, 2, 3):
         history.add(StepLosses(step, 3.0, {2: 3.0, 4: 2.0}))
         if step != 2:
             history.validate({exit_layer: loss + 3 - step for exit_layer, loss in last_losses.items()}, {})
-    saved(folder, "layerskip.json", json.dumps({"config": {"validation": validation, "validation_samples": 8}}))
+    saved(folder, "layerskip.json", json.dumps({"config": {"validation": validation, "validation_samples": 8}, **details}))
     return saved(folder, "losses.jsonl", history.to_jsonl())
 
 
@@ -143,6 +143,15 @@ def test_a_benchmark_is_read(tmp_path):
     record = RunRecord({"model": "tiny", "repeats": 3, "task": COMMANDS}, MACHINE, (plain,))
     file = saved(tmp_path / "b", "results.json", to_json(record)) + "/results.json"
     assert read_run(file).figures["rouge2"] == {Setting("autoregressive"): 0.4}
+
+
+@pytest.mark.parametrize("rows", ["1f", "2e"])
+def test_held_out_rows_are_the_same_whatever_a_run_was_trained_on(tmp_path, rows):
+    one = [trained(tmp_path / f"a{n}", {4: 1.0 + n}, "commands", validation_rows="1f") for n in (1, 2)]
+    other = [trained(tmp_path / f"b{n}", {4: 0.5 + n}, "test", validation_rows=rows) for n in (1, 2)]
+    result = run("compare", f"a={','.join(one)}", f"b={','.join(other)}")
+    note = "The held-out losses of a and b are of different rows, or of other settings of the task."
+    assert (note in result.out) == ("not paired" in result.out) == (rows == "2e")
 
 
 def test_means_and_differences_over_seeds(tmp_path):

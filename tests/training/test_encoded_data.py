@@ -218,6 +218,7 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     logits = job.trainable.model.eval()(batch["input_ids"]).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
+    assert info.details["validation_rows"] == job.held_out.digest != job.data.digest
 
 
 def test_every_validation_happens_once(settings, monkeypatch):

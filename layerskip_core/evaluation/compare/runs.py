@@ -125,8 +125,11 @@ def _add_losses(run: Run, file: Path) -> None:
     if agreement:
         run.figures["agreement"] = {_alone(layer): share for layer, share in agreement.items()}
     if (file.parent / INFO_FILE).is_file():
-        config = read_info(file.parent).details.get("config")
-        if isinstance(config, dict):
+        details = read_info(file.parent).details
+        config = details.get("config")
+        if "validation_rows" in details:
+            run.rows[LOSSES] = details["validation_rows"]
+        elif isinstance(config, dict):  # of an older version
             run.rows[LOSSES] = [config.get("validation"), config.get("validation_samples"), config.get("data")]
 
 
