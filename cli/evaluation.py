@@ -134,7 +134,7 @@ def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> N
     for places in table.column_blocks(console.width):
         grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
         for place in places:
-            grid.add_column(Text(table.headers[place]), justify="left" if place == 0 else "right", no_wrap=True)
+            grid.add_column(Text(table.headers[place]), justify="left" if place == 0 else "right", overflow="fold")
         for row in table.rows:
             grid.add_row(*(Text(row[place]) for place in places))
         console.print(grid)

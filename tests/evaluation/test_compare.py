@@ -151,7 +151,13 @@ def test_held_out_rows_are_the_same_whatever_a_run_was_trained_on(tmp_path, rows
     other = [trained(tmp_path / f"b{n}", {4: 0.5 + n}, "test", validation_rows=rows) for n in (1, 2)]
     result = run("compare", f"a={','.join(one)}", f"b={','.join(other)}")
     note = "The held-out losses of a and b are of different rows, or of other settings of the task."
-    assert (note in result.out) == ("not paired" in result.out) == (rows == "2e")
+    assert (note in result.err) == ("not paired" in result.out) == (rows == "2e")
+
+
+def test_a_long_label_is_shown_to_its_end(tmp_path):
+    folder = sweep(tmp_path / "a", 0.5, 8.0)
+    result = run("compare", f"{'yz' * 60}={folder}", "--only", "perplexity", "--exits", "2")
+    assert sum(line.count("yz") for line in result.out.splitlines()) >= 60 and "…" not in result.out
 
 
 def test_means_and_differences_over_seeds(tmp_path):
