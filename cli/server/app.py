@@ -311,7 +311,7 @@ def _total(jobs: Sequence[Job]) -> DecodeStats:
     return sum((job.stats for job in jobs), DecodeStats())
 
 
-def _of_api(request: Request, error: Exception) -> Response:
+async def _of_api(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Retry-After": "1"} if error.status == 429 else {}
     # The rest of a body that is too long is not read: the connection cannot be used again.
@@ -319,12 +319,12 @@ def _of_api(request: Request, error: Exception) -> Response:
     return JSONResponse(error.document, error.status, headers)
 
 
-def _of_starlette(request: Request, error: Exception) -> Response:
+async def _of_starlette(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refused = invalid(f"{request.method} {request.url.path:.200}: {error.detail}", status=error.status_code)
     return JSONResponse(refused.document, error.status_code, error.headers)
 
 
-def _unexpected(request: Request, error: Exception) -> Response:
+async def _unexpected(request: Request, error: Exception) -> Response:
     refused = api_error(error)
     return JSONResponse(refused.document, refused.status)

@@ -310,7 +310,8 @@ def test_two_hundred_at_once_of_whom_fifty_vanish():
         assert not (api.engine.held or state.tasks or state.connections)
         counts = api.metrics()
         ended = {key: value for key, value in counts.items() if key.startswith("layerskip_requests_total")}
-        assert ended['layerskip_requests_total{endpoint="completions",outcome="finished"}'] == 150
+        # An answer can be finished before its client, which has seen the first piece, goes away.
+        assert 150 <= ended['layerskip_requests_total{endpoint="completions",outcome="finished"}'] < 200
         assert set(ended) <= {
             f'layerskip_requests_total{{endpoint="completions",outcome="{name}"}}' for name in ("finished", "cancelled")
         }
