@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from layerskip_core.config.decoding import DecodingSettings, GenerationSettings
@@ -26,7 +26,6 @@ class RowSettings(TypedDict, total=False):
 
 
 _ROW = "row"
-_SAMPLING = ("temperature", "top_k", "top_p", "seed")
 _KEYS = re.compile(rf"`({'|'.join(RowSettings.__annotations__)})`")
 
 
@@ -83,13 +82,10 @@ def _of_row(line: str, number: int, flags: DecodingSettings) -> Request:
 
 def _changed(flags: DecodingSettings, row: dict[str, Any]) -> DecodingSettings:
     """The flags with a row's settings in their place. Raises SchemaError for a wrong type, ConfigError for a wrong value."""
-    given = {name: value for name, value in build(RowSettings, row, "").items() if value is not None}
-    sampling = {name: given[name] for name in _SAMPLING if name in given}
-    limits = {"max_new_tokens": given["max_new_tokens"]} if "max_new_tokens" in given else {}
-    if "stop" in given:
-        limits["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
-    generation = replace(flags.generation, sampling=replace(flags.generation.sampling, **sampling), **limits)
-    if "policy" not in given:
-        return replace(flags, generation=generation)
-    kept = GenerationSettings(generation.max_new_tokens, stop=generation.stop, sampling=generation.sampling)
-    return DecodingSettings(generation=kept, policy=given["policy"])
+    known = build(RowSettings, row, "")
+    given = {name: known[name] for name in RowSettings.__annotations__ if known.get(name) is not None}
+    if "policy" in given:
+        asked = flags.generation
+        kept = GenerationSettings(asked.max_new_tokens, stop=asked.stop, sampling=asked.sampling)
+        flags = DecodingSettings(generation=kept)
+    return flags.changed(**given)

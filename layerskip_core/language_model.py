@@ -2,14 +2,13 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, TypedDict, Unpack
 
 from .checkpoint.load import for_decoding
 from .checkpoint.loaded import Decoder
 from .config.checks import require
-from .config.decoding import DecodingConfig, DecodingSettings, GenerationSettings, SamplingConfig
+from .config.decoding import DecodingConfig, DecodingSettings
 from .config.machine import DType
 from .config.packing import PackingConfig, Quantization
 from .decoding.dialogue import Dialogue
@@ -122,17 +121,11 @@ def decoding_settings(options: Mapping[str, Any]) -> DecodingSettings:
     Raises TypeError for an unknown one, ConfigError for its value.
     """
     kinds: dict[str, Any] = DecodingOptions.__annotations__
-    values = {name: _checked(name, kinds.get(name), value) for name, value in options.items() if value is not None}
-
-    def taken(config: type) -> dict[str, Any]:
-        return {field.name: values.pop(field.name) for field in fields(config) if field.name in values}
-
-    generation = GenerationSettings(sampling=SamplingConfig(**taken(SamplingConfig)), **taken(GenerationSettings))
-    settings = DecodingSettings(generation=generation, **taken(DecodingSettings))
-    if values:
-        known = ", ".join(kinds)
-        raise TypeError(f"unknown decoding option {next(iter(values))!r}; known: {known}")
-    return settings
+    for name in options:
+        if name not in kinds:
+            raise TypeError(f"unknown decoding option {name!r}; known: {', '.join(kinds)}")
+    given = {name: _checked(name, kinds[name], value) for name, value in options.items() if value is not None}
+    return DecodingSettings().changed(**given)
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
@@ -144,10 +137,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if kind is str:
         require(isinstance(value, str), name, "a text", repr(value))
         return value
-    if kind is None:  # an unknown option
-        return value
     if isinstance(value, str) and name == "stop":
-        return (value,)
+        return value
     item, needed = (str, "a text or several") if name == "stop" else (int, "a sequence of whole numbers")
     require(isinstance(value, Iterable) and not isinstance(value, str), name, needed, repr(value))
     return tuple(_checked(name, item, entry) for entry in value)

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from layerskip_core.config.decoding import MAX_NEW_TOKENS, DecodingSettings
@@ -84,8 +84,7 @@ class Asked:
     def seeded(self, number: int) -> DecodingSettings:
         """The settings of the answer with this number, whose seed is its own."""
         seed = secrets.randbelow(_SEEDS) if self.seed is None else (self.seed + number) % _SEEDS
-        generation = self.settings.generation
-        return replace(self.settings, generation=replace(generation, sampling=replace(generation.sampling, seed=seed)))
+        return self.settings.changed(seed=seed)
 
 
 def completion_asked(body: bytes, model: str, flags: DecodingSettings, token_limit: int) -> Asked:
@@ -135,17 +134,12 @@ def _asked(
 
 def _settings(given: Mapping[str, Any], flags: DecodingSettings, token_limit: int) -> DecodingSettings:
     """The flags with a request's own settings in their place. Raises ConfigError for a value outside its range."""
-    generation = flags.generation
-    sampling = {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
+    changes = {name: given[name] for name in ("temperature", "top_p", "top_k", "stop") if name in given}
     limit = given.get("max_completion_tokens", given.get("max_tokens"))
     if limit is not None and limit > token_limit:
         raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
-    limit = limit if limit is not None else generation.max_new_tokens
-    changes: dict[str, Any] = {"max_new_tokens": min(token_limit, MAX_NEW_TOKENS) if limit is None else limit}
-    if "stop" in given:
-        changes["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
-    sampled = replace(generation.sampling, **sampling)
-    return replace(flags, generation=replace(generation, sampling=sampled, **changes))
+    limit = limit if limit is not None else flags.generation.max_new_tokens
+    return flags.changed(max_new_tokens=min(token_limit, MAX_NEW_TOKENS) if limit is None else limit, **changes)
 
 
 def _no_model(asked: str | None, model: str) -> ApiError:

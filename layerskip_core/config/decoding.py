@@ -1,7 +1,8 @@
 """How tokens are decoded: what was asked for, and what it means for a checkpoint."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from .checks import (
     refused,
@@ -231,6 +232,22 @@ class DecodingSettings:
             for name, value in self._choices.items():
                 text = counts_text(value) if isinstance(value, tuple) else value
                 require(not value, "policy", f"given without `{name}`", f"`{name}` {text}")
+
+    def changed(self, **options: Any) -> "DecodingSettings":
+        """The same with these values of its fields, of those of `generation` and of its `sampling`; `stop` may be one text.
+
+        Raises TypeError for an unknown name, ConfigError for a value out of its range.
+        """
+        for name in ("stop", "skip", "exits"):
+            if name in options:
+                options[name] = (options[name],) if isinstance(options[name], str) else tuple(options[name])
+
+        def taken(config: type) -> dict[str, Any]:
+            return {field.name: options.pop(field.name) for field in fields(config) if field.name in options}
+
+        sampling = replace(self.generation.sampling, **taken(SamplingConfig))
+        generation = replace(self.generation, **taken(GenerationSettings), sampling=sampling)
+        return replace(self, **options, generation=generation)
 
     @property
     def is_open(self) -> bool:
