@@ -8,6 +8,7 @@ from typing import Any
 
 from ...config.decoding import SkipChoice
 from ...errors import LayerSkipError
+from ...storage.json_lines import append_lines, whole_lines
 from ...storage.json_reading import parse_json
 from ...storage.schema import SchemaError, build
 from ...storage.writing import require_writable, write_file
@@ -40,7 +41,7 @@ class Journal:
         self._path = folder / FILE_NAME
         self._known: dict[tuple[int, int], list[Output]] = {}
         head = json.dumps(settings, sort_keys=True).encode()
-        lines = _whole_lines(self._path) if resume else []
+        lines = whole_lines(self._path, LayerSkipError) if resume else []
         if lines and lines[0].strip() != head:
             raise LayerSkipError(
                 f"`resume`: {self._path} belongs to a run with other settings or rows; leave out `resume` to start again"
@@ -56,16 +57,12 @@ class Journal:
 
     def add(self, repeat: int, sample: int, outputs: Sequence[Output]) -> None:
         row = {"repeat": repeat, "sample": sample, "outputs": [asdict(output) for output in outputs]}
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise LayerSkipError(f"cannot write {self._path}: {error.strerror}") from error
+        append_lines(self._path, [row], LayerSkipError)
 
 
 def found_skip(folder: Path) -> SkipChoice | None:
     """The layers to skip that an interrupted run in this folder searched."""
-    lines = _whole_lines(folder / FILE_NAME)
+    lines = whole_lines(folder / FILE_NAME, LayerSkipError)
     try:
         settings = build(dict[str, Any], parse_json(lines[0], str(folder / FILE_NAME), LayerSkipError) if lines else {}, "")
         choice: SkipChoice | None = build(SkipChoice | None, settings.get(FOUND_SKIP), FOUND_SKIP)
@@ -78,14 +75,6 @@ def close(folder: Path) -> None:
     """Renames the journal of a complete run to OUTPUTS: it cannot be resumed any more, and its answers can be read."""
     require_writable(folder / OUTPUTS, LayerSkipError, regular=True)
     (folder / FILE_NAME).replace(folder / OUTPUTS)
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise LayerSkipError(f"`resume`: {path} cannot be read: {error.strerror}") from error
-    return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
 
 def _row(line: bytes, where: str, methods: int, vocab_size: int) -> _Row:

@@ -18,9 +18,9 @@ from ...config.decoding import DecodingConfig, SamplingConfig
 from ...decoding import decode_batch
 from ...errors import CheckpointError, LayerSkipError
 from ...losses import IGNORED
+from ...storage.json_lines import append_lines, drop_incomplete_line, whole_lines
 from ...storage.json_reading import parse_json
 from ...storage.schema import SchemaError, build
-from ...storage.writing import write_file
 
 BATCH = 32  # that are decoded together
 DIGITS = 16  # of the digest in the name of what a run keeps
@@ -90,7 +90,7 @@ def write_answers(
     `report` gets the number of answers that are there, and may raise to end it. The prompts must leave room for a token.
     """
     known = read_answers(journal, prompts, how, decoder.backend.vocab_size)
-    _drop_cut_line(journal)
+    drop_incomplete_line(journal, CheckpointError)
     for batch in batches_of(prompts):
         if all(row in known for row in batch):
             continue
@@ -99,7 +99,7 @@ def write_answers(
         written = {}
         for output in decode_batch(decoder.backend, asked, config, decoder.eos_ids, seeds=how.seeds(batch)):
             written[batch[output.row]] = output.ids
-        _append(journal, written)
+        append_lines(journal, ({"row": row, "ids": ids} for row, ids in written.items()), CheckpointError)
         known |= written
     report(len(known))
     return [known[row] for row in range(len(prompts))]
@@ -110,10 +110,8 @@ def read_answers(journal: Path, prompts: Sequence[list[int]], how: Writing, voca
 
     Raises CheckpointError for a line that `write_answers` does not write.
     """
-    if not journal.is_file():
-        return {}
     answers = {}
-    for number, line in enumerate(journal.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(whole_lines(journal, CheckpointError), start=1):
         where = f"{journal}, line {number}"
         try:
             entry: _Line = build(_Line, parse_json(line, where, CheckpointError), "")
@@ -168,19 +166,3 @@ def measured_speed(decoder: Decoder) -> Speed:
 
     whole = min(seconds(ids[:1].expand(1, length), 0) for _ in range(2))
     return Speed(whole / length, min(seconds(ids, at) for at in range(min(3, length))))
-
-
-def _drop_cut_line(journal: Path) -> None:
-    content = journal.read_bytes() if journal.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_file(journal, whole, CheckpointError)
-
-
-def _append(journal: Path, answers: dict[int, list[int]]) -> None:
-    try:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        with journal.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps({"row": row, "ids": ids}) + "\n" for row, ids in answers.items()))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {journal}: {error.strerror}") from error
