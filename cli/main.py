@@ -13,20 +13,20 @@ import typer
 from typer.core import TyperGroup
 
 from . import failure, streams
-from .bench import bench
-from .calibrate import calibrate
-from .chat import chat
-from .compare import compare
-from .data import data
-from .export import export
-from .finetune import finetune
-from .generate import generate
-from .import_model import import_model
-from .inspect import inspect
-from .serve import serve
+from .commands.bench import bench
+from .commands.calibrate import calibrate
+from .commands.chat import chat
+from .commands.compare import compare
+from .commands.data import data
+from .commands.export import export
+from .commands.finetune import finetune
+from .commands.generate import generate
+from .commands.import_model import import_model
+from .commands.inspect import inspect
+from .commands.serve import serve
+from .commands.sweep_exits import sweep_exits
+from .commands.verify import verify
 from .signature import Command
-from .sweep_exits import sweep_exits
-from .verify import verify
 
 
 class _Commands(TyperGroup):

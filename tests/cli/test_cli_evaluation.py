@@ -12,9 +12,9 @@ import typer
 from evaluating import own_answers, tiny_loaded
 from typer.testing import CliRunner
 
-from cli.bench import bench
+from cli.commands.bench import bench
+from cli.commands.sweep_exits import sweep_exits
 from cli.options import with_flags
-from cli.sweep_exits import sweep_exits
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint, write_info

@@ -251,7 +251,7 @@ def test_what_is_no_run_is_refused(tmp_path, name, text, message):
 
 def test_without_runs_the_embedded_models_are_measured(monkeypatch):
     for name, value in {"_SAMPLES": 2, "_EXITS": (6,), "_DRAFTS": 2}.items():
-        monkeypatch.setattr(sys.modules["cli.compare"], name, value)
+        monkeypatch.setattr(sys.modules["cli.commands.compare"], name, value)
     result = run("compare", "--format", "json", "--only", "exact_match,perplexity")
     assert result.code == 0
     lines = json.loads(result.out)["lines"]

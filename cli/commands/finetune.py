@@ -12,12 +12,12 @@ from layerskip_core.config.ranges import require_ranges
 from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.errors import TrainingInterrupted
 
-from . import options
-from .config_file import read_config
-from .console import narrate, show_picture, stage_bars
-from .pictures import Curves
-from .signature import command
-from .threads import use_free_threads
+from .. import options
+from ..config_file import read_config
+from ..console import narrate, show_picture, stage_bars
+from ..pictures import Curves
+from ..signature import command
+from ..threads import use_free_threads
 
 if TYPE_CHECKING:
     from layerskip_core.training.progress import StepReport
@@ -71,7 +71,7 @@ def train_recipe(settings: FinetuneConfig, dry_run: bool, curves: Curves | None)
     from layerskip_core.training.loop.session import run_lock
     from layerskip_core.training.prepare import prepare
 
-    from .training_text import losses_text, plan_text, report_text
+    from ..training_text import losses_text, plan_text, report_text
 
     with nullcontext() if dry_run else run_lock(settings.output):
         job = prepare(settings)
@@ -92,7 +92,7 @@ def train_blocks(settings: FinetuneConfig, dry_run: bool, curves: Curves | None)
     from layerskip_core.training.frozen.prepare import prepare_frozen
     from layerskip_core.training.loop.session import run_lock
 
-    from .training_text import block_report_text, blocks_text, frozen_plan_text
+    from ..training_text import block_report_text, blocks_text, frozen_plan_text
 
     with nullcontext() if dry_run else run_lock(settings.output):
         job = prepare_frozen(settings)
@@ -128,7 +128,7 @@ def reported(
 @contextmanager
 def resumable() -> Iterator[None]:
     """Ends the command when a signal ends the training, with the command that goes on."""
-    from .training_text import resume_command
+    from ..training_text import resume_command
 
     try:
         yield

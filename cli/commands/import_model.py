@@ -7,7 +7,7 @@ import typer
 from layerskip_core.config.checks import require_choice, require_given
 from layerskip_core.config.machine import DTYPES
 
-from .console import narrate
+from ..console import narrate
 
 
 def import_model(

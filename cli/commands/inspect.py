@@ -16,10 +16,10 @@ from layerskip_core.config.ranges import parse_counts, require_ranges
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.inspection import visible
 
-from . import options, standard_input
-from .console import ResultsConsole, narrate, narrate_notes
-from .signature import command
-from .threads import use_threads
+from .. import options, standard_input
+from ..console import ResultsConsole, narrate, narrate_notes
+from ..signature import command
+from ..threads import use_threads
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.inspection import Inspection, TokenTrace

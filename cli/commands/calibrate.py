@@ -9,10 +9,10 @@ import typer
 from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.ranges import require_ranges
 
-from . import options
-from .console import narrate, stage_bars
-from .signature import command
-from .threads import use_threads
+from .. import options
+from ..console import narrate, stage_bars
+from ..signature import command
+from ..threads import use_threads
 
 
 @command

@@ -7,9 +7,9 @@ import typer
 from layerskip_core.config.checks import require
 from layerskip_core.config.evaluation import BenchConfig
 
-from . import console, evaluation, options
-from .signature import command
-from .threads import use_threads
+from .. import console, evaluation, options
+from ..signature import command
+from ..threads import use_threads
 
 _SEARCHING = (
     "searching the layers that drafts skip, because none are known: give --skip, or store them with "

@@ -14,9 +14,9 @@ from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.serving import ServeConfig
 from layerskip_core.errors import LayerSkipError
 
-from .console import narrate
-from .loading import load_to_decode
-from .signature import command
+from ..console import narrate
+from ..loading import load_to_decode
+from ..signature import command
 
 KEY = "LAYERSKIP_API_KEY"
 _GRACE = 8  # seconds that requests have to finish when the server is stopped; container engines wait for 10
@@ -39,7 +39,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
     try:
         import uvicorn
 
-        from .server.app import Service
+        from ..server.app import Service
     except ModuleNotFoundError as error:
         raise LayerSkipError(
             f"serve needs the extra `serve`, whose package {error.name} is missing: pip install 'layerskip[serve]'"

@@ -17,12 +17,12 @@ from layerskip_core.errors import ContextError, LayerSkipError
 from layerskip_core.interruption import Interruption
 from layerskip_core.wording import plural
 
-from . import options, standard_input
-from .console import ResultsConsole, narrate
-from .failure import one_line
-from .loading import load_to_decode
-from .signature import command
-from .stats import stats_text
+from .. import options, standard_input
+from ..console import ResultsConsole, narrate
+from ..failure import one_line
+from ..loading import load_to_decode
+from ..signature import command
+from ..stats import stats_text
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder

@@ -9,10 +9,10 @@ from layerskip_core.config.checks import require_choice, require_given
 from layerskip_core.config.verification import VerifyConfig
 from layerskip_core.errors import LayerSkipError
 
-from . import evaluation, options
-from .console import narrate, narrate_notes
-from .signature import command
-from .threads import use_threads
+from .. import evaluation, options
+from ..console import narrate, narrate_notes
+from ..signature import command
+from ..threads import use_threads
 
 
 @command

@@ -7,8 +7,8 @@ import typer
 from layerskip_core.config.checks import refused, require, require_choice, require_given
 from layerskip_core.config.ranges import parse_counts
 
-from . import evaluation, options
-from .console import narrate
+from .. import evaluation, options
+from ..console import narrate
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.compare.runs import Run

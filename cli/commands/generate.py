@@ -12,13 +12,13 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import require_ranges
 
-from . import options, standard_input
-from .answers import answer_all, answer_in_batches
-from .console import narrate
-from .loading import load_to_decode
-from .requests import read_requests, requests_of
-from .signature import command
-from .stats import stats_text
+from .. import options, standard_input
+from ..answers import answer_all, answer_in_batches
+from ..console import narrate
+from ..loading import load_to_decode
+from ..requests import read_requests, requests_of
+from ..signature import command
+from ..stats import stats_text
 
 
 @command

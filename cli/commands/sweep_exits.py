@@ -16,10 +16,10 @@ from layerskip_core.config.policies import EXACT, FAST, Policy
 from layerskip_core.config.ranges import counts_text
 from layerskip_core.errors import ConfigError
 
-from . import console, evaluation, options
-from .pictures import front
-from .signature import command
-from .threads import use_threads
+from .. import console, evaluation, options
+from ..pictures import front
+from ..signature import command
+from ..threads import use_threads
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo

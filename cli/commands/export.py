@@ -7,7 +7,7 @@ import typer
 from layerskip_core.config.export import ENGINES, FORMATS, Engine, ExportConfig, Format
 from layerskip_core.config.packing import Quantization
 
-from .console import narrate
+from ..console import narrate
 
 
 def export(

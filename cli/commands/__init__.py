@@ -1,0 +1,1 @@
+"""The commands, a module each: flags in, core calls, results on stdout."""
