@@ -13,8 +13,8 @@ class GrowingText:
     def __init__(self, detokenize: Detokenize) -> None:
         self.text = ""  # of the tokens so far, without an incomplete character at its end
         self._detokenize = detokenize
-        self._ids: list[int] = []  # from `_context` on
-        self._settled = 0  # ids[:settled] are in `text`, and are decoded again as context
+        self._ids: list[int] = []  # the last that were settled at once, and those that came after them
+        self._settled = 0  # ids[:settled] are in `text`: they are the context of the others
 
     def add(self, ids: Sequence[int]) -> str:
         """Takes new tokens and returns the text so far."""
