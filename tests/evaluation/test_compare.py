@@ -11,12 +11,12 @@ import pytest
 from command_line import fails, run
 
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation.compare.comparison import compare
+from layerskip_core.evaluation.compare.comparison import compare, is_share
 from layerskip_core.evaluation.compare.intervals import Interval, difference_of, mean_of, t_quantile
 from layerskip_core.evaluation.compare.labels import labelled
 from layerskip_core.evaluation.compare.plots import plots
 from layerskip_core.evaluation.compare.runs import Setting, read_run
-from layerskip_core.evaluation.compare.tables import compare_table, percent_of
+from layerskip_core.evaluation.compare.tables import compare_table
 from layerskip_core.evaluation.record import RunRecord
 from layerskip_core.evaluation.report.documents import to_json
 from layerskip_core.evaluation.results import BenchResult, ExitResult
@@ -24,6 +24,9 @@ from layerskip_core.training.progress import LossHistory, StepLosses
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 1}
 COMMANDS = {"task": "commands", "samples": 40}
+
+
+RANGES = {"a": (0.1, 0.9), "b": (0.9, 0.2)}
 
 
 def sweep(folder, match, perplexity, accepted=0.5, task=COMMANDS):
@@ -107,7 +110,7 @@ def test_the_interval_of_perplexities_is_that_of_their_logarithms():
 
 
 def test_scores_of_lm_eval_have_their_own_scale():
-    assert [percent_of(name) for name in ("exact_match", "parse bleu", "perplexity")] == [True, False, False]
+    assert [is_share(name) for name in ("exact_match", "parse bleu", "perplexity")] == [True, False, False]
 
 
 def test_paired_differences_leave_out_what_pairs_share():
@@ -152,6 +155,13 @@ def test_held_out_rows_are_the_same_whatever_a_run_was_trained_on(tmp_path, rows
     result = run("compare", f"a={','.join(one)}", f"b={','.join(other)}")
     note = "The held-out losses of a and b are of different rows, or of other settings of the task."
     assert (note in result.err) == ("not paired" in result.out) == (rows == "2e")
+
+
+def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):
+    one, other = ([sweep(tmp_path / f"{name}{match}", match, 8.0) for match in matches] for name, matches in RANGES.items())
+    result = run("compare", f"a={','.join(one)}", f"b={','.join(other)}", "--only", "exact_match", "--exits", "9")
+    assert [cell in result.out for cell in ("50.0% (0.0% to 100.0%)", "55.0% (0.0% to 100.0%)")] == [True, True]
+    assert "+5.0 (-100.0 to +100.0)" in result.out
 
 
 def test_a_long_label_is_shown_to_its_end(tmp_path):

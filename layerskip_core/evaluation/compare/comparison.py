@@ -11,6 +11,7 @@ from .intervals import Interval, difference_of, mean_of
 from .runs import HELD_OUT, LOSSES, RESULTS, Run, Setting
 
 SHOWN = ("perplexity", "agreement", "acceptance_rate", "speedup", HELD_OUT)  # after the task's metrics, unless others are asked
+_NO_SHARES = ("mean_accepted_tokens", "speedup", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ def is_logarithmic(figure: str) -> bool:
     return figure == HELD_OUT or lower_is_better(figure)
 
 
+def is_share(figure: str) -> bool:
+    """Whether a figure is in 0..1, and shown in percent. Those of lm-eval, `TASK METRIC`, have a scale of their own."""
+    return " " not in figure and not is_logarithmic(figure) and figure not in _NO_SHARES
+
+
 def _figures_shown(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     known = figures_of(groups)
     hidden = {"mean_accepted_tokens", "tokens_per_second", "identical_outputs", *SHOWN}
@@ -123,8 +129,11 @@ def _line(groups: Mapping[str, Sequence[Run]], figure: str, setting: Setting, pa
     cells = []
     for label, own in values.items():
         compared = label != first and first in values
+        mean = mean_of(own, logarithmic)
         difference = difference_of(own, values[first], paired, logarithmic) if compared else None
-        cells.append(Cell(label, tuple(own), mean_of(own, logarithmic), difference))
+        if is_share(figure):
+            mean, difference = mean.within(0, 1), difference and difference.within(-1, 1)
+        cells.append(Cell(label, tuple(own), mean, difference))
     return Line(figure, setting, tuple(cells))
 
 

@@ -22,6 +22,11 @@ class Interval:
     low: float | None = None
     high: float | None = None
 
+    def within(self, low: float, high: float) -> "Interval":
+        """Without what lies outside the values that there are."""
+        ends = (None if end is None else min(max(end, low), high) for end in (self.low, self.high))
+        return Interval(self.mean, *ends)
+
 
 def mean_of(values: Sequence[float], logarithmic: bool = False) -> Interval:
     """The mean of one value per run.

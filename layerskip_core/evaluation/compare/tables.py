@@ -5,10 +5,9 @@ import io
 from collections.abc import Callable
 
 from ..report.tables import TextTable
-from .comparison import Cell, Comparison, Line, is_logarithmic
+from .comparison import Cell, Comparison, Line, is_logarithmic, is_share
 from .intervals import Interval
 
-_COUNTS = ("mean_accepted_tokens", "speedup")
 _RATES = ("tokens_per_second",)
 
 
@@ -32,11 +31,6 @@ def to_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def percent_of(figure: str) -> bool:
-    """Whether a figure is a share, shown in percent. Those of lm-eval, `TASK METRIC`, have a scale of their own."""
-    return " " not in figure and not is_logarithmic(figure) and figure not in (*_COUNTS, *_RATES)
-
-
 def _row_of(comparison: Comparison) -> Callable[[Line], tuple[str, ...]]:
     def row(line: Line) -> tuple[str, ...]:
         cells = {cell.label: cell for cell in line.cells}
@@ -57,7 +51,7 @@ def _difference(figure: str, cell: Cell | None) -> str:
         return "-"
     if is_logarithmic(figure):
         return _with_ends(cell.difference, "x{:.3g}".format)
-    if percent_of(figure):
+    if is_share(figure):
         return _with_ends(cell.difference, lambda value: f"{100 * value:+.1f}")
     return _with_ends(cell.difference, ("{:+.0f}" if figure in _RATES else "{:+.2f}").format)
 
@@ -65,7 +59,7 @@ def _difference(figure: str, cell: Cell | None) -> str:
 def _form(figure: str) -> Callable[[float], str]:
     if is_logarithmic(figure):
         return "{:.3g}".format
-    if percent_of(figure):
+    if is_share(figure):
         return "{:.1%}".format
     return ("{:.0f}" if figure in _RATES else "{:.2f}").format
 
