@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..report.drawing import SIZE, color, legend_above, new_figure, style, to_png
+from ..report.drawing import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
 from .comparison import Comparison, Line, is_logarithmic, is_share
 from .intervals import Interval
 from .runs import HELD_OUT
@@ -52,7 +52,7 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
     axes.set_xticks(range(len(names)), names)
     axes.set(xlabel="exit layer", ylabel=_plain(name.replace("_", " ")) + (" (%)" if is_share(name) else ""))
     if is_logarithmic(name):
-        _logarithmic(axes)
+        logarithmic(axes)
     legend_above(axes, entries)
     return figure
 
@@ -88,7 +88,7 @@ def _over_steps(comparison: Comparison) -> Figure | None:
         axes.set_title(f"exit {exit_layer}", fontsize=9)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.25)
-    _logarithmic(panels[0])
+    logarithmic(panels[0])
     means = [point.interval.mean for point in points if point.exit_layer in exits]
     room = 1.05 * (max(means) / min(means)) ** 0.15  # bands of few runs can be far wider than the lines
     panels[0].set_ylim(min(means) / room, max(means) * room)
@@ -111,9 +111,3 @@ def _of(line: Line, label: str) -> Interval | None:
 def _plain(text: str) -> str:
     """A text without formulas."""
     return text.replace("$", r"\$")
-
-
-def _logarithmic(axes: Any) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult
-from .drawing import GREY, SIZE, color, legend_above, new_figure, style
+from .drawing import GREY, SIZE, color, legend_above, logarithmic, new_figure, style
 from .pareto import pareto_figure
 from .points import label
 from .scores import lower_scores_by_exit, scores_by_exit
@@ -132,9 +132,7 @@ def _perplexity(record: Record) -> Figure | None:
     for full in (result for result in measured if result.exit_layer is None):
         axes.axhline(full.perplexity, linestyle="--", color=GREY, label="all layers")
     if min(value for _, value in line if value is not None) > 0:
-        axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}" if max(value for _, value in line if value is not None) < 100 else "")
+        logarithmic(axes)
     axes.set(xlabel="exit layer", ylabel="perplexity (lower is better)")
     axes.legend(fontsize=7)
     return figure
