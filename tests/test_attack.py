@@ -47,6 +47,7 @@ def test_a_short_campaign_finds_nothing(campaign, part):
         (1, "", "error: one thing\nerror: another thing\n", ["wrong"]),
         (1, "", "", ["wrong"]),
         (1, "", "error: line 2: not valid JSON\nerror: line 4: not valid JSON\n", []),
+        (1, '{"line": 2, "error": "line 2: not valid JSON"}\n', "", []),
         (2, "", "Usage: layerskip\n", []),
         (3, "", "", ["wrong"]),
         (0, "", "UserWarning: something\n", ["wrong"]),

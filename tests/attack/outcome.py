@@ -67,7 +67,7 @@ def _fault_of_error(outcome: Outcome) -> str | None:
     """What is wrong with the report of a failure; None if its last line, and only this line, is `error: ...`."""
     lines = outcome.err.strip().splitlines()
     whole, of_lines = len(_ERROR.findall(outcome.err)), len(_ERROR_OF_A_LINE.findall(outcome.err))
-    if whole == 0 and (of_lines or '{"error": ' in outcome.out):  # failed prompts of --lines or --jsonl, each reported
+    if whole == 0 and (of_lines or '"error": "line ' in outcome.out):  # failed prompts of --lines or --jsonl, each reported
         return None
     if whole != 1:
         return f"{whole} error lines"
