@@ -67,6 +67,8 @@ class SimulatedGpu:
         placed = [isinstance(tensor, GpuTensor) for tensor in tensors]
         target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
         facts = _facts(operation)
+        if operation is _aten._pin_memory.default:  # a build for CUDA asks the driver for such memory
+            return args[0].clone()
         if operation is _aten._to_copy.default:
             return self._copied(args[0], kwargs)
         if operation is _aten.copy_.default and any(placed) and not all(placed):

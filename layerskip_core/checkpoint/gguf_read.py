@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..model import ModelSpec
 from ..model.config_values import check_named
+from ..model.generic import attention_for
 from .gguf_header import GgufTensor, read_gguf_header
 from .gguf_rope import scaled_rope
 
@@ -130,9 +131,9 @@ class GgufModel:
         """A transformers model in fp32 with the values as the file has them. `check_weights` comes first."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        attention = "sdpa" if self.spec.score_cap is None else "eager"
+        kernels = attention_for(self.spec)
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].from_pretrained(
-            None, config=self.config, state_dict=self.weights(), dtype=torch.float32, attn_implementation=attention
+            None, config=self.config, state_dict=self.weights(), dtype=torch.float32, attn_implementation=kernels
         )
         model.config.name_or_path = str(self._path)
         return model

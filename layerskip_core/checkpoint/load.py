@@ -24,6 +24,7 @@ from ..model import (
 )
 from ..model.draft_vocabulary import token_order
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.generic import attention_for
 from ..model.int4 import named_int4
 from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
 from ..model.weights import Take
@@ -131,7 +132,8 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
             setattr(config, special, getattr(tokenizer, special))
     reading(name, lambda: _require_memory(ModelSpec.of(config)))
     torch.manual_seed(seed)
-    model = reading(name, lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa"))
+    kernels = attention_for(files.spec)
+    model = reading(name, lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernels))
     return Trainable(name, model, GenericBackend(model), tokenizer, read_info(location.path))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..model import GenericBackend, ModelSpec
+from ..model.generic import attention_for
 from ..model.weights import check_model
 from .adapters import adapters_of, is_adapter
 from .gguf_read import GgufModel
@@ -74,9 +75,9 @@ class _Pretrained:
         """The model with its stored weights. Raises CheckpointError for one that lacks some."""
         from transformers import AutoModelForCausalLM
 
-        attention = "sdpa" if self.spec.score_cap is None else "eager"
+        kernels = attention_for(self.spec)
         model, report = AutoModelForCausalLM.from_pretrained(
-            self._path, dtype="auto", attn_implementation=attention, output_loading_info=True, **_NO_FOREIGN_CODE
+            self._path, dtype="auto", attn_implementation=kernels, output_loading_info=True, **_NO_FOREIGN_CODE
         )
         missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
         if missing:

@@ -63,6 +63,11 @@ class _KeysOnly:
         raise _KeysWritten
 
 
+def attention_for(spec: ModelSpec) -> str:
+    """The attention of transformers that computes a model. `sdpa` has no cap of scores, and some versions leave it out."""
+    return "sdpa" if spec.score_cap is None else "eager"
+
+
 class GenericBackend:
     """A transformers causal language model as three operations, so that any span of its layers can run alone.
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from random import Random
+from typing import Any
 
 from .material import Material
 from .victim import OUTPUTS
@@ -51,9 +52,15 @@ def flags_of(command: str) -> tuple[Flag, ...]:
     group = typer.main.get_command(app)
     parameters = group.commands[command.split()[0]].params
     options = [option for option in parameters if option.param_type_name == "option" and option.name != "help"]
-    kinds = [option.type_descriptor.annotation for option in options]
-    named = [(option, getattr(kind, "__name__", "str")) for option, kind in zip(options, kinds, strict=True)]
+    named = [(option, _kind(option)) for option in options]
     return tuple(Flag(name, kind) for option, kind in named for name in (option.opts[0], *option.secondary_opts))
+
+
+def _kind(option: Any) -> str:
+    """The name of an option's type, in older and newer versions of Typer."""
+    if (descriptor := getattr(option, "type_descriptor", None)) is not None:
+        return getattr(descriptor.annotation, "__name__", "str")
+    return {"boolean": "bool", "integer": "int"}.get(option.type.name, option.type.name)
 
 
 def base_of(command: str, material: Material) -> tuple[str, ...]:

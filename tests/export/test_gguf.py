@@ -7,9 +7,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from command_line import fails, run
 from conftest import CHANGES, tiny_model
 from evaluating import tiny_loaded
+from packaging.version import Version
 from text_bpe import TEXTS, text_bpe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -49,6 +51,8 @@ def tensors(path):
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text"])
 def test_transformers_reads_the_model_back(model_type, tmp_path):
+    if model_type == "gemma3_text" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers before 5.24 reads no byte-level tokenizer of a Gemma")
     model, spec = tiny(model_type)
     write_gguf(model, tiny_loaded().tokenizer, spec, tmp_path / "model.gguf", "f16")
     read = for_training(str(tmp_path / "model.gguf"), "cpu", "fp32")
