@@ -36,14 +36,14 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
         "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64},
     },
 }
+ATTENTION = {"gemma2": "eager"}  # PyTorch's cannot cap scores
 
 
 def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **changes: object):
     """A random model of six layers. Its weights are larger than usual, so that logits and exits differ clearly."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**_SHAPE, **changes})
-    kernels = "eager" if model_type == "gemma2" else None  # the others cannot cap scores
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=kernels).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION.get(model_type)).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

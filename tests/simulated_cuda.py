@@ -341,7 +341,7 @@ def simulated_cuda() -> Iterator[SimulatedGpu]:
         "is_available": True, "device_count": 1, "current_device": 0, "max_memory_allocated": 1 << 20,
         "memory_allocated": 1 << 20,
         "get_device_name": "simulated", "get_device_properties": properties, "get_device_capability": (8, 0),
-        "is_bf16_supported": True,
+        "is_bf16_supported": True, "is_current_stream_capturing": False,
         "graph_pool_handle": (0, 1),
     }  # fmt: skip
     called = {name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()}

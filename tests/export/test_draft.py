@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CHANGES, tiny_model
+from conftest import ATTENTION, CHANGES, tiny_model
 from exit_block_models import random_blocks
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,8 @@ def tiny(model_type, **changes):
 def written_logits(model, folder):
     """Those of the files, read by transformers alone."""
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+    kernels = ATTENTION.get(model.config.model_type)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernels)(IDS).logits
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
