@@ -310,8 +310,8 @@ def test_two_hundred_at_once_of_whom_fifty_vanish():
         assert not (api.engine.held or state.tasks or state.connections)
         counts = api.metrics()
         ended = {key: value for key, value in counts.items() if key.startswith("layerskip_requests_total")}
-        # An answer can be finished before its client, which has seen the first piece, goes away.
-        assert 150 <= ended['layerskip_requests_total{endpoint="completions",outcome="finished"}'] < 200
+        # A streamed answer can be finished before its client, one of 25 that go away after the first piece, is gone.
+        assert 150 <= ended['layerskip_requests_total{endpoint="completions",outcome="finished"}'] <= 175
         assert set(ended) <= {
             f'layerskip_requests_total{{endpoint="completions",outcome="{name}"}}' for name in ("finished", "cancelled")
         }
