@@ -15,6 +15,11 @@ def lower_is_better(name: str) -> bool:
     return name in LOWER_IS_BETTER or any(f" {metric}" in name for metric in _HARNESS_LOWER)
 
 
+def is_share(name: str) -> bool:
+    """Whether a metric is in 0..1, and shown in percent. Those of lm-eval, `TASK METRIC`, have a scale of their own."""
+    return not lower_is_better(name) and " " not in name
+
+
 def quality(metrics: Mapping[str, float], name: str) -> float:
     """The metric, negated if lower is better, so that more is always better. Minus infinity if it is missing."""
     value = metrics.get(name)

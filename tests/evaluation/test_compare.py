@@ -11,7 +11,7 @@ import pytest
 from command_line import fails, run
 
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation.compare.comparison import compare, is_share
+from layerskip_core.evaluation.compare.comparison import compare, is_percentage
 from layerskip_core.evaluation.compare.intervals import Interval, difference_of, mean_of, t_quantile
 from layerskip_core.evaluation.compare.labels import labelled
 from layerskip_core.evaluation.compare.plots import plots
@@ -110,7 +110,7 @@ def test_the_interval_of_perplexities_is_that_of_their_logarithms():
 
 
 def test_scores_of_lm_eval_have_their_own_scale():
-    assert [is_share(name) for name in ("exact_match", "parse bleu", "perplexity")] == [True, False, False]
+    assert [is_percentage(name) for name in ("exact_match", "parse bleu", "perplexity")] == [True, False, False]
 
 
 def test_paired_differences_leave_out_what_pairs_share():

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from math import exp
 from typing import Any
 
-from ..metrics import lower_is_better
+from ..metrics import is_share, lower_is_better
 from .intervals import Interval, difference_of, mean_of
 from .runs import HELD_OUT, LOSSES, RESULTS, Run, Setting
 
 SHOWN = ("perplexity", "agreement", "acceptance_rate", "speedup", HELD_OUT)  # after the task's metrics, unless others are asked
-_NO_SHARES = ("mean_accepted_tokens", "speedup", "tokens_per_second")
+_NO_SHARES = (HELD_OUT, "mean_accepted_tokens", "speedup", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def is_logarithmic(figure: str) -> bool:
     return figure == HELD_OUT or lower_is_better(figure)
 
 
-def is_share(figure: str) -> bool:
-    """Whether a figure is in 0..1, and shown in percent. Those of lm-eval, `TASK METRIC`, have a scale of their own."""
-    return " " not in figure and not is_logarithmic(figure) and figure not in _NO_SHARES
+def is_percentage(figure: str) -> bool:
+    """Whether a figure, a metric or what was measured of decoding, is in 0..1, and shown in percent."""
+    return is_share(figure) and figure not in _NO_SHARES
 
 
 def _figures_shown(groups: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -131,7 +131,7 @@ def _line(groups: Mapping[str, Sequence[Run]], figure: str, setting: Setting, pa
         compared = label != first and first in values
         mean = mean_of(own, logarithmic)
         difference = difference_of(own, values[first], paired, logarithmic) if compared else None
-        if is_share(figure):
+        if is_percentage(figure):
             mean, difference = mean.within(0, 1), difference and difference.within(-1, 1)
         cells.append(Cell(label, tuple(own), mean, difference))
     return Line(figure, setting, tuple(cells))

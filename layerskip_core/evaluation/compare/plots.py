@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..report.drawing import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
-from .comparison import Comparison, Line, is_logarithmic, is_share
+from .comparison import Comparison, Line, is_logarithmic, is_percentage
 from .intervals import Interval
 from .runs import HELD_OUT
 
@@ -34,7 +34,7 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
     kinds = list(dict.fromkeys(line.setting.drafts for line in lines))
     whole = full if kinds == [""] else None  # what drafts has no figure at full depth
     figure, axes = new_figure(name.replace("_", " "))
-    labels, scale = list(comparison.paths), 100.0 if is_share(name) else 1.0
+    labels, scale = list(comparison.paths), 100.0 if is_percentage(name) else 1.0
     entries = 0
     for number, label in enumerate(labels):
         shift = 0.12 * (number - (len(labels) - 1) / 2) / max(1, len(labels) - 1)  # so that bars do not hide each other
@@ -50,7 +50,7 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
                 entries += 1
     names = [*map(str, exits), *(["all"] if whole is not None else [])]
     axes.set_xticks(range(len(names)), names)
-    axes.set(xlabel="exit layer", ylabel=_plain(name.replace("_", " ")) + (" (%)" if is_share(name) else ""))
+    axes.set(xlabel="exit layer", ylabel=_plain(name.replace("_", " ")) + (" (%)" if is_percentage(name) else ""))
     if is_logarithmic(name):
         logarithmic(axes)
     legend_above(axes, entries)

@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable
 
 from ..report.tables import TextTable
-from .comparison import Cell, Comparison, Line, is_logarithmic, is_share
+from .comparison import Cell, Comparison, Line, is_logarithmic, is_percentage
 from .intervals import Interval
 
 _RATES = ("tokens_per_second",)
@@ -51,7 +51,7 @@ def _difference(figure: str, cell: Cell | None) -> str:
         return "-"
     if is_logarithmic(figure):
         return _with_ends(cell.difference, "x{:.3g}".format)
-    if is_share(figure):
+    if is_percentage(figure):
         return _with_ends(cell.difference, lambda value: f"{100 * value:+.1f}")
     return _with_ends(cell.difference, ("{:+.0f}" if figure in _RATES else "{:+.2f}").format)
 
@@ -59,7 +59,7 @@ def _difference(figure: str, cell: Cell | None) -> str:
 def _form(figure: str) -> Callable[[float], str]:
     if is_logarithmic(figure):
         return "{:.3g}".format
-    if is_share(figure):
+    if is_percentage(figure):
         return "{:.1%}".format
     return ("{:.0f}" if figure in _RATES else "{:.2f}").format
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...wording import plural
-from ..metrics import lower_is_better, quality
+from ..metrics import is_share, lower_is_better, quality
 from ..record import RunRecord
 from ..results import BenchResult, ExitResult, frontier
 from .tables import strategy_name
@@ -37,7 +37,7 @@ class Points:
     @property
     def quality_label(self) -> str:
         return f"Quality: {self.metric.replace('_', ' ')}" + (
-            ", lower is better" if self.lower_is_better else " (%)" if _is_share(self.metric) else ""
+            ", lower is better" if self.lower_is_better else " (%)" if is_share(self.metric) else ""
         )
 
 
@@ -48,15 +48,10 @@ def points_of(record: RunRecord[Any]) -> Points | None:
     if not shown:
         return None
     speeds = [float(result.tokens_per_second) for result in shown]
-    scale = 100 if _is_share(metric) else 1
+    scale = 100 if is_share(metric) else 1
     values = [result.metrics[metric] * scale for result in shown]
     optimal = frontier([(speed, quality(result.metrics, metric)) for speed, result in zip(speeds, shown, strict=True)])
     return Points(shown, speeds, values, optimal, metric)
-
-
-def _is_share(metric: str) -> bool:
-    """Whether a metric is shown in percent. Those of lm-eval, `TASK METRIC`, have a scale of their own."""
-    return not lower_is_better(metric) and " " not in metric
 
 
 def is_wide(values: list[float]) -> bool:

@@ -77,8 +77,8 @@ def prompts(config: TaskConfig) -> Task:
 def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
     """What rows are scored by, the metric that ranks first.
 
-    By default that is ROUGE-2, for texts of a word, which have none, exact match, and without references, which may be of a
-    word, ROUGE-L.
+    By default ROUGE-2 ranks. Texts of one word have none, so exact match ranks those. Without references the answers, which
+    may be of one word, are not known yet, so ROUGE-L ranks.
     """
     if asked is not None:
         return (asked, *(other for other in ROUGES if other != asked)) if asked in ROUGES else (asked,)
