@@ -33,8 +33,8 @@ LORA_LAYERS: tuple[str, ...] = get_args(LoraLayers)
 class RecipeConfig:
     """The LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1).
 
-    `dropout_profile`: how the dropout rate depends on depth, see training/dropout.py; the mean over the layers is the same.
-    `exit_weights`: the weights of the exits' losses, see training/exit_loss.py; the paper's give early exits very little.
+    `dropout_profile`: how the dropout rate grows with depth; the mean rate over the layers is the same for each profile.
+    `exit_weights`: how the exits' losses are weighted by depth; the paper's weights give early exits very little.
     `exits`: the n exit layers (counts, 1..L-1) that the curriculum chooses among; empty is all L, as in the paper. `rotation`
     is R of the rotational curriculum; None picks n/3 (at least 1) up to a vocabulary of 8k and n-1 above it, where every
     extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
@@ -140,7 +140,7 @@ class ExitBlockSettings:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One training run, as asked. None: the preset of the regime (see training/presets.py), or the data decides.
+    """One training run, as requested. None: the preset of the regime decides, or the data.
 
     `lora_layers`: which layers have adapters, all or those below the highest early exit that is trained. `fsdp`: weights,
     gradients and optimizer state are sharded over the processes that torchrun started (FSDP2).
