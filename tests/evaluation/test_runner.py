@@ -1,12 +1,13 @@
 """One output and its times; a task measured by several methods, interleaved."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure import runner
 from layerskip_core.evaluation.measure.runner import Progress, measure_interleaved, measure_prompt
@@ -99,6 +100,15 @@ def test_a_prompt_that_fails_is_recorded_and_the_others_go_on():
         assert failure.sample == 0
         assert "the prompt must be at most 127 tokens" in failure.error
         assert measured.texts == ["", task.examples[0].completion]
+
+
+def test_the_samples_of_the_largest_seed_have_seeds_of_their_own():
+    loaded, task = tiny_loaded(), own_answers()
+    drawn = replace(PLAIN, sampling=SamplingConfig(1.0, seed=2**32 - 1))
+    _, ((outputs,),) = collect(measure_interleaved(loaded, [task.examples[0]] * 3, [drawn]))
+    assert outputs.failures == () and len(set(outputs.texts)) == 3
+    first = replace(PLAIN, sampling=SamplingConfig(1.0, seed=0))
+    assert outputs.texts[1] == measure_prompt(loaded, task.examples[0].prompt, first).text
 
 
 def test_nothing_but_failures_is_an_error():

@@ -145,7 +145,8 @@ def _seeded(method: Method, sample: int) -> Method:
     """The method with the sample's own seed, so that several sampled answers to one prompt differ."""
     if not isinstance(method, DecodingConfig) or not method.sampling.temperature:
         return method
-    return replace(method, sampling=replace(method.sampling, seed=method.sampling.seed + sample))
+    seed = (method.sampling.seed + sample) % 2**32  # the largest seed is 2**32 - 1
+    return replace(method, sampling=replace(method.sampling, seed=seed))
 
 
 def _warm_up(method: Method) -> Method:
