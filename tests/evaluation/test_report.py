@@ -99,6 +99,11 @@ def test_json_never_holds_a_nan():
         to_json(RunRecord({"x": math.nan}, {}, ()))
 
 
+def test_a_metric_is_not_hidden_by_a_figure_of_its_name_that_was_not_measured():
+    rows = [replace(SWEEP.results[0], metrics={"perplexity": 7.5}, perplexity=figure) for figure in (7.5, None)]
+    assert [row["perplexity"] for row in csv.DictReader(io.StringIO(to_csv(replace(SWEEP, results=tuple(rows)))))] == ["7.5"] * 2
+
+
 def test_csv_round_trip():
     rows = list(csv.DictReader(io.StringIO(to_csv(SWEEP))))
     assert [row["strategy"] for row in rows] == ["autoregressive", "early-exit", "self-speculative"]

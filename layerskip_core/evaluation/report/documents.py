@@ -38,6 +38,8 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
     for key, value in result.items():
         if key == "metrics":
             flat |= value
+        elif key in flat and value is None:
+            continue  # a metric of that name: the answers' perplexity, where none is measured through an exit
         elif key == "intervals":
             flat |= {f"{name}_{end}": ends[end == "high"] for name, ends in value.items() for end in ("low", "high")}
         elif isinstance(value, dict):
