@@ -17,9 +17,15 @@ _taken: TextIO | None = None
 
 
 def take() -> None:
-    """Keeps standard input for `prompts_stream` and replaces it by an empty stream. `main` calls this first."""
+    """Keeps standard input for `prompts_stream` and replaces it by an empty stream. `main` calls this first.
+
+    Its encoding is set here because it cannot change after the first read. Invalid bytes become lone surrogates, as in
+    arguments, so that the prompt they are in is refused.
+    """
     global _taken
     _taken, sys.stdin = sys.stdin, io.StringIO()
+    if _taken is not None:
+        _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[attr-defined]
 
 
 def example_prompt() -> str:
@@ -56,14 +62,8 @@ def typed_line(prompt: str) -> str:
 
 
 def prompts_stream() -> TextIO:
-    """The input that `take` kept, as UTF-8 text; empty if the process was started without one.
-
-    Invalid bytes become lone surrogates, as in arguments, so that the prompt they are in is refused.
-    """
-    if _taken is None:
-        return io.StringIO()
-    _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[attr-defined]
-    return _taken
+    """The input that `take` kept, as UTF-8 text; empty if the process was started without one."""
+    return io.StringIO() if _taken is None else _taken
 
 
 class PromptLines(Iterator[str]):

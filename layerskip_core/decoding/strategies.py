@@ -93,11 +93,12 @@ def decode_batch(
 
     In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Each
     sampled row has the config's seed, or its own of `seeds`. Rows stand at different positions, because a key's place in the
-    cache is its token's position. Raises ConfigError for a prompt or an exit that does not fit, for a model with exact weights
-    and for an `exit_confidence`, with which the rows would leave at different exits.
+    cache is its token's position. Raises ConfigError for a prompt or an exit that does not fit, and for several prompts with
+    exact weights or with an `exit_confidence`, with which the rows would leave at different exits.
     """
-    require(not model.exact, "batch_size", "1 with `exact`", len(prompts))
-    require(not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
+    single = len(prompts) == 1
+    require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
+    require(single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
     loop = loop_of(model, prompts, config, eos_ids, detokenize, seeds=seeds)
     ids: list[list[int]] = [[] for _ in prompts]
     for steps in loop:

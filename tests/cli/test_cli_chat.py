@@ -267,6 +267,18 @@ def test_a_person_talks_stops_an_answer_and_leaves(tmp_path_factory, monkeypatch
     assert terminal.process.wait(60) == 0
 
 
+def test_typed_messages_and_answers_in_a_pipe(model, conversation):
+    """`layerskip chat | tee log`."""
+    fd, inner = pty.openpty()
+    process = start("chat", "--model", model, "--max-new-tokens", "20", "--dtype", "fp32", stdin=inner)
+    os.close(inner)
+    for message in (*MESSAGES, "\x04"):
+        os.write(fd, message.encode() + b"\n" * (message != "\x04"))
+    result = finish(process)
+    os.close(fd)
+    assert (result.code, result.out) == (0, lines(*conversation(*MESSAGES))), result.err
+
+
 def test_ctrl_c_ends_a_pipe(model):
     process = start("chat", "--model", model, "--max-new-tokens", "20")
     process.stdin.write("go\n")

@@ -170,5 +170,8 @@ def test_what_cannot_be_batched_is_refused():
     exact = PackedBackend.of(tiny_model(), PackingConfig(exact=True))
     with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exact`, got 2"):
         list(decode_batch(exact, [[3], [4]], DecodingConfig("autoregressive")))
+    config = DecodingConfig("autoregressive", max_new_tokens=8)
+    (one,) = decode_batch(exact, [[3]], config)
+    assert (one.ids, one.finish_reason) == alone(exact, [3], config, frozenset())
     with pytest.raises(ConfigError, match="at most 127 tokens, got 128"):
         list(decode_batch(model_of("packed"), [[3], [4] * 128], DecodingConfig("autoregressive")))
