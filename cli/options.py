@@ -15,7 +15,7 @@ from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.checks import require, require_choice, require_given
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingSettings, GenerationSettings, SamplingConfig, strategies
-from layerskip_core.config.evaluation import BASELINES, HARNESS, BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.evaluation import BASELINES, HARNESS, UNSANDBOXED, BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
@@ -55,6 +55,7 @@ class Option:
 
     `flag`: where it is not the field's name; several with slashes between. `default`: shown if the field's own is None, decided
     later. `parse` makes the value from a text, given the field's name for errors.
+    `optional`: a value that may follow the flag; without one `parse` gets an empty text.
     """
 
     panel: str
@@ -62,6 +63,7 @@ class Option:
     flag: str | None = None
     default: str | None = None
     parse: Callable[[str, str], object] | None = None
+    optional: str | None = None
 
 
 FORMATS = ("table", "json", "csv", "markdown")
@@ -184,7 +186,12 @@ OPTIONS: dict[type, dict[str, Option]] = {
         "shots": Option(TASK, "Solved rows before each prompt.", default="the task's"),
         "pass_k": Option(TASK, "The k of pass@k, such as 1,10.", parse=parse_counts),
         "problem_samples": Option(TASK, "Answers to each code problem, for pass@k; needs --temperature if above 1."),
-        "allow_code_execution": Option(TASK, "Run the programs that the model writes, in a sandbox."),
+        "allow_code_execution": Option(
+            TASK,
+            f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where no layer of the sandbox works.",
+            parse=lambda text, field: text or True,
+            optional=UNSANDBOXED,
+        ),
     },
     BenchConfig: {
         "model": _MODEL,
@@ -360,6 +367,13 @@ def flags_of(field: str, option: Option) -> tuple[str, ...]:
 
 _NAMED = {field: flags_of(field, option)[0] for options in OPTIONS.values() for field, option in options.items()}
 _OF_COMMANDS = ("layers", "save", "engine", "only")
+ALONE = {
+    flag
+    for options in OPTIONS.values()
+    for field, option in options.items()
+    if option.optional
+    for flag in flags_of(field, option)
+}  # flags that need no value
 FLAGS = _NAMED | {name: "--" + name.replace("_", "-") for name in _OF_COMMANDS}
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 from typer.core import TyperCommand
 
-from .options import HIDDEN, OPTIONS, PANELS, Option, flags_of
+from .options import ALONE, HIDDEN, OPTIONS, PANELS, Option, flags_of
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -43,7 +43,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class Command(TyperCommand):
-    """A command whose --help lists the options under the headings of their panels."""
+    """A command whose --help lists the options under the headings of their panels, and whose flags can have optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        followers = [*args[1:], "-"]
+        alone = [flag in ALONE and after.startswith("-") for flag, after in zip(args, followers, strict=True)]
+        return super().parse_args(ctx, [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)])
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -78,7 +83,7 @@ class _Flag:
         if kind is bool and self.default is None:
             flags = (f"{flags[0]}/--no-{flags[0][2:]}",)
         shown = f" [default: {self.option.default}]" if self.option.default and default is None else ""
-        metavar = "<str>" if kind == list[str] else None
+        metavar = f"[{self.option.optional}]" if self.option.optional else "<str>" if kind == list[str] else None
         option = typer.Option(*flags, help=self.option.help + shown, rich_help_panel=self.option.panel, metavar=metavar)
         annotation: Any = Annotated[kind if default is not None else kind | None, option]
         return inspect.Parameter(self.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -1,6 +1,7 @@
 """What is evaluated, and how."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .checks import require, require_choice, require_given
 from .decoding import DRAFTERS, GenerationSettings, strategies
@@ -12,6 +13,7 @@ from .ranges import require_ranges
 METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
 TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model")
 BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")
+UNSANDBOXED = "unsandboxed"
 HARNESS = "lm-eval:"  # before the names of tasks of lm-evaluation-harness
 
 
@@ -23,6 +25,7 @@ class TaskConfig:
     lm-evaluation-harness, whose own files can be in the folder `include_path`. None for `max_new_tokens`, `shots` and the
     columns: the task decides. `seed` is that of generated rows. A template with {prompt} in it is also the form of each row's
     prompt. Code problems get `problem_samples` answers each, from which pass@k is estimated for each k of `pass_k`.
+    `allow_code_execution` runs them in a sandbox, with "unsandboxed" also on a machine where no layer of the sandbox works.
     """
 
     task: str | None = None
@@ -37,7 +40,7 @@ class TaskConfig:
     shots: int | None = None
     pass_k: tuple[int, ...] = (1,)
     problem_samples: int = 1
-    allow_code_execution: bool = False
+    allow_code_execution: bool | Literal["unsandboxed"] = False
     include_path: str | None = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
 
@@ -51,6 +54,8 @@ class TaskConfig:
         if self.metric is not None:
             require_choice(self.metric, "metric", METRICS)
         require(bool(self.pass_k) and min(self.pass_k) >= 1, "pass_k", "counts of at least 1", _listed(self.pass_k))
+        known = self.allow_code_execution in (False, True, UNSANDBOXED)
+        require(known, "allow_code_execution", f"given without a value, or {UNSANDBOXED}", self.allow_code_execution)
         most = max(self.pass_k)
         require(self.problem_samples >= most, "problem_samples", f"at least {most}, for `pass_k`", self.problem_samples)
         named = self.task is not None and self.task.startswith(HARNESS)

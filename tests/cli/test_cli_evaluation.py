@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cli.commands.bench import bench
 from cli.commands.sweep_exits import sweep_exits
 from cli.options import with_flags
+from cli.signature import Command
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
@@ -23,8 +24,8 @@ from layerskip_core.errors import LayerSkipError
 STRATEGIES = "autoregressive,early-exit,self-speculative"
 
 app = typer.Typer()
-app.command("sweep-exits")(sweep_exits)
-app.command("bench")(bench)
+app.command("sweep-exits", cls=Command)(sweep_exits)
+app.command("bench", cls=Command)(bench)
 
 
 @pytest.fixture
@@ -347,6 +348,21 @@ def test_code_is_judged_with_the_flag_alone(tmp_path, model):
     for one in json.loads(result.stdout)["results"]:
         assert list(one["metrics"]) == ["pass@1", "pass@2", "rouge2"]
         assert (one["metrics"]["pass@1"], one["differences"]) == (0.0, [])
+
+
+def test_without_any_layer_of_the_sandbox_code_runs_only_where_the_flag_says_unsandboxed(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("layerskip_core.evaluation.tasks.code.standing_walls", lambda: ("privileges",))
+    file = tmp_path / "problems.jsonl"
+    row = {"task_id": 1, "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"}
+    file.write_text(json.dumps({**row, "test": "def check(f):\n    assert f(1) == 1\n"}) + "\n")
+    arguments = ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--repeats", "1", "--exit", "5")
+    arguments += ("--strategies", "autoregressive", "--format", "json")
+    for flag in (["--allow-code-execution"], ["--allow-code-execution", "--max-new-tokens", "4"]):
+        with pytest.raises(LayerSkipError, match="--allow-code-execution needs a sandbox, and none works on this machine"):
+            run(*arguments, *flag)
+    result = run(*arguments, "--allow-code-execution", "unsandboxed", "--max-new-tokens", "4")
+    assert json.loads(result.stdout)["results"][0]["metrics"]["pass@1"] == 0.0
+    assert "the sandbox does not restrict: files, file names, network" in result.stderr
 
 
 def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):

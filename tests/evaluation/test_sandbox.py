@@ -456,3 +456,11 @@ def test_a_sandbox_that_cannot_start_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "_START", "import sys; sys.exit('no interpreter here')")
     with pytest.raises(LayerSkipError, match="generated code cannot be run here: no interpreter here"):
         run_tests("", "")
+
+
+def test_a_sandbox_that_cannot_be_set_up_is_an_error_and_not_a_wrong_answer(monkeypatch):
+    start = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox import runner, supervisor\n"
+    start += "def confine(*all): raise OSError(22, 'Invalid argument')\nrunner.confine = confine; supervisor.main()"
+    monkeypatch.setattr(sandbox, "_START", start)
+    with pytest.raises(LayerSkipError, match=r"could not be set up: OSError: \[Errno 22\] Invalid argument"):
+        run_tests("", "")

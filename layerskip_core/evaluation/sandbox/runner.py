@@ -34,8 +34,13 @@ def run_program(
     leave = os._exit
     try:
         _keep_only(channel)
-        standing = confine(settings, identity, separate, small_tree)
-        os.write(CHANNEL, json.dumps(standing).encode() + b"\n")
+        try:
+            ready: dict[str, Any] = {"walls": confine(settings, identity, separate, small_tree)}
+        except Exception as error:
+            ready = {"failure": _describe(error)}
+        os.write(CHANNEL, json.dumps(ready).encode() + b"\n")
+        if "failure" in ready:
+            leave(1)
         module = ModuleType(
             "program"
         )  # not __main__: other harnesses of these tasks do not run `if __name__ == "__main__"` either
@@ -43,8 +48,6 @@ def run_program(
         sys.path.remove(sys.argv[1])
         guard.keep_tests_unseen()
         _play(module.__dict__)
-    except BaseException as error:
-        os.write(CHANNEL, b"[]\nthe sandbox failed: " + _describe(error).encode(errors="replace") + b"\n")
     finally:
         leave(0)
 

@@ -22,6 +22,7 @@ from .processes import Alarms
 from .runner import KEY_BYTES, run_program
 
 _MOST_BYTES = 4096  # longest line that the supervisor reads
+_SECONDS_TO_START = 15.0
 _SECONDS_TO_END = 5.0  # for init, which first kills the program
 _FOLDER_SECONDS = 0.02  # between two checks of a folder whose size nothing else limits
 
@@ -31,7 +32,10 @@ class _Ended(Exception):
 
 
 def main() -> None:
-    """Reads `{"program": ..., "tests": ...}`, writes `{"passed": ..., "reason": ..., "walls": [...]}`."""
+    """Reads `{"program": ..., "tests": ...}`, writes `{"passed": ..., "reason": ..., "walls": [...]}`.
+
+    Exits with status 1 and a line on stderr if the sandbox cannot be set up.
+    """
     settings = json.loads(sys.argv[2])
     alarms = Alarms()
     processes.adopt_orphans()
@@ -62,15 +66,21 @@ class _Run:
     def __init__(self, settings: dict[str, Any], channel: socket.socket, alarms: Alarms, init: int) -> None:
         self._channel, self._alarms, self._init = channel, alarms, init
         self._seconds: float = settings["seconds"]
-        self._deadline = time.monotonic() + self._seconds
+        self._deadline = time.monotonic() + _SECONDS_TO_START
         self._folder: str = settings["folder"]
         self._folder_bounded = False
         self._received = b""
 
     def judge(self, program: str, tests: str) -> dict[str, Any]:
-        walls: list[str] = []
         try:
-            walls += json.loads(self._line())
+            ready = json.loads(self._line())
+        except _Ended as end:
+            raise SystemExit(f"the sandbox could not be set up: {end}") from None
+        if "failure" in ready:
+            raise SystemExit(f"the sandbox could not be set up: {ready['failure']}")
+        self._deadline = time.monotonic() + self._seconds  # the time of the setup is not the program's
+        walls = ready["walls"]
+        try:
             self._folder_bounded = "file names" in walls
             first = processes.descendants(self._init)  # the program's own process, which is spared
             key = self._send_keyed(program)

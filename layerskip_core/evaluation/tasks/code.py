@@ -11,9 +11,10 @@ from functools import cache
 from keyword import iskeyword
 
 from ...config.checks import require
-from ...config.evaluation import TaskConfig
+from ...config.evaluation import UNSANDBOXED, TaskConfig
 from ...data.examples import Example
 from ...data.records import Record, spread
+from ...errors import ConfigError
 from ..metrics import pass_at_k, rouge
 from ..sandbox import WALLS, run_tests, standing_walls
 from .prompts import BARE, forms, framed
@@ -164,7 +165,14 @@ def _pass_scores(
 def _notes(config: TaskConfig) -> tuple[str, ...]:
     if not config.allow_code_execution:
         return (_NEEDS_FLAG,)
-    missing = [wall for wall in WALLS if wall not in standing_walls()]
+    standing = standing_walls()
+    if not set(standing) - {"privileges"} and config.allow_code_execution != UNSANDBOXED:
+        raise ConfigError(
+            f"`allow_code_execution` needs a sandbox, and none works on this machine (no Landlock, seccomp or namespaces): the "
+            f"programs that the model writes could read and change your files; `allow_code_execution` {UNSANDBOXED} runs them "
+            "all the same"
+        )
+    missing = [wall for wall in WALLS if wall not in standing]
     return (f"on this machine the sandbox does not restrict: {', '.join(missing)}",) if missing else ()
 
 
