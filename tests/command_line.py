@@ -48,9 +48,7 @@ def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: objec
     """Starts a command that reacts to Ctrl-C, even if the tests run in the background, where the shell ignores it."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(
-        [*command, *arguments], cwd=ROOT, text=True, preexec_fn=heed, **{"env": ENVIRONMENT, **pipes, **keywords}
-    )
+    return subprocess.Popen([*command, *arguments], text=True, preexec_fn=heed, **{"env": ENVIRONMENT, **pipes, **keywords})
 
 
 def finish(process: subprocess.Popen[str], stdin: str | None = None) -> Result:

@@ -1,15 +1,25 @@
-"""Tiny random models on the CPU. No network, ever."""
+"""Tiny random models on the CPU. No network, ever, and no test in the folder that pytest was started in."""
 
 import os
+from contextlib import chdir
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings as hypothesis_settings
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+hypothesis_settings.register_profile("layerskip", database=None)  # it would be a folder in the checkout
+hypothesis_settings.load_profile("layerskip")
+
+_FOLDERS = [str(folder) for folder in Path(__file__).parents[:2]]
+# Processes that tests start find what pytest finds, wherever they start.
+os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 _SHAPE = {
     "vocab_size": 67,
@@ -49,6 +59,20 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if "embed" not in name else 20.0)
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folder_of_the_session(tmp_path_factory):
+    """Fixtures that outlive a test start in an empty folder, one for each process of the tests."""
+    with chdir(tmp_path_factory.mktemp("session")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory):
+    """Every test starts in an empty folder of its own: what lies in the checkout cannot matter, and nothing is left there."""
+    with chdir(tmp_path_factory.mktemp("here")):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

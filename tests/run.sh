@@ -25,7 +25,19 @@ ruff format --check .
 mypy
 
 scratch=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$scratch"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$scratch" "${decoy:-$scratch}"' EXIT
+
+# The tests run beside the model that examples/quickstart.sh leaves in the checkout, or beside a damaged one in its place; they
+# neither read it nor write anything into the checkout.
+if [ ! -e layerskip-model ]; then
+    decoy=layerskip-model
+    mkdir "$decoy"
+    echo '{"model_type": "decoy"}' | tee "$decoy/config.json" >"$decoy/layerskip.json"
+fi
+files_of_the_checkout() {
+    find . \( -path ./.git -o -path "./${LAYERSKIP_ENV#./}" -o -name __pycache__ -o -name '.*_cache' \
+        -o -path ./build -o -name '*.egg-info' \) -prune -o -type f -exec cksum {} + | sort
+}
 
 check_wheel() { # built and installed into an empty environment, it does the main job
     python -m build --wheel --outdir "$scratch" . >/dev/null
@@ -55,6 +67,8 @@ OMP_NUM_THREADS=1 check_wheel >"$scratch/wheel.log" 2>&1 &
 wheel_check=$!
 
 # Each of the processes decodes by one thread: threads that wait for one another are slow where processes share the cores.
+files_of_the_checkout >"$scratch/before"
 OMP_NUM_THREADS=1 pytest --numprocesses auto --dist worksteal
+files_of_the_checkout | diff "$scratch/before" - >&2 || { echo 'error: the tests changed files of the checkout' >&2; exit 1; }
 
 wait "$wheel_check" || { tail -n 50 "$scratch/wheel.log" >&2; echo 'error: the wheel failed in an empty environment' >&2; exit 1; }

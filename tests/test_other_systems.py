@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-from command_line import ROOT
-
 HERE = """
 import os, sys
 
@@ -39,5 +37,5 @@ print(load("embedded", device="cpu").generate("play some jazz").text)
 
 
 def test_a_model_answers_and_files_are_written(tmp_path):
-    done = subprocess.run([sys.executable, "-c", HERE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HERE, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.startswith("[IN:PLAY_MUSIC "), done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import ROOT, fails, run
+from command_line import fails, run
 from conftest import tiny_model
 from safetensors.torch import load_file
 
@@ -255,7 +255,7 @@ def test_a_damaged_plan_is_an_error_and_moves_nothing(tmp_path, plan, message):
 
 SAVING = """
 import os, sys
-sys.path[:0] = ["tests", "tests/checkpoint"]
+sys.path.insert(0, sys.argv[2])
 import torch
 torch.set_num_threads(1)
 from conftest import tiny_model
@@ -281,7 +281,7 @@ for line in sys.stdin:  # one child per line, which saves again and again until 
 def test_kill_9_at_any_time_loses_no_model(tmp_path):
     folder = tmp_path / "model"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    parent = subprocess.Popen([sys.executable, "-c", SAVING, str(folder)], cwd=ROOT, text=True, **pipes)
+    parent = subprocess.Popen([sys.executable, "-c", SAVING, str(folder), str(Path(__file__).parent)], text=True, **pipes)
     try:
         assert parent.stdout.readline() == "ready\n"
         chance = random.Random(15)

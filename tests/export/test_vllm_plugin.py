@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from command_line import run
@@ -62,7 +61,7 @@ def test_the_draft_is_part_of_the_target(tmp_path):
     (draft / "layerskip.json").write_text(json.dumps({**info, "exported_exit": 4}))
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     program = [sys.executable, "-c", PROGRAM, target, str(draft), json.dumps([f"{prompt}\n" for prompt in PROMPTS])]
-    done = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
     model = load("embedded", device="cpu")

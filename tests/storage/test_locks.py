@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from command_line import ROOT, fails, finish, run, start
+from command_line import fails, finish, run, start
 from safetensors.torch import load_file
 
 from layerskip_core.checkpoint.info import read_info
@@ -34,7 +34,7 @@ def holder():
 
     def start(folder):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], cwd=ROOT, text=True, **pipes)
+        process = subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], text=True, **pipes)
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process
