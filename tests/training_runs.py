@@ -1,6 +1,8 @@
 """Runs of a few steps on a small untrained model, for the tests of training."""
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import torch
@@ -13,8 +15,6 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data.examples import load_examples
 from layerskip_core.training.prepare import prepare
-from layerskip_core.training.recipe import module
-from layerskip_core.training.recipe.dropout import kept_rows
 from layerskip_core.training.recipe.module import RecipeModule
 from layerskip_core.training.recipe.resolved import resolve_recipe
 from layerskip_core.training.rows.tokenizer import train_tokenizer
@@ -36,16 +36,29 @@ def stop_at(step):
     return listen
 
 
-def repeat_masks(monkeypatch):
-    """Makes dropout draw the same rows in every micro-batch, as it does in every process. Returns what was drawn."""
-    drawn = []
+def in_processes(function, processes, folder, *arguments):
+    """Calls function(rank, *arguments) in processes that gloo connects; a single one is this process."""
+    folder.mkdir(exist_ok=True)
+    if processes == 1:
+        function(0, *arguments)
+        return
+    multiprocessing.set_forkserver_preload(["layerskip_core.training.run", "datasets", "peft"])  # imported once for all
+    torch.multiprocessing.start_processes(
+        _connected, (processes, str(folder), function, arguments), processes, start_method="forkserver"
+    )
 
-    def repeated(rate, batch_size, seed, step, micro_batch, layer):
-        drawn.append(kept_rows(rate, batch_size, seed, step, 0, layer))
-        return drawn[-1]
 
-    monkeypatch.setattr(module, "kept_rows", repeated)
-    return drawn
+def _connected(rank, processes, folder, function, arguments):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+    function(rank, *arguments)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run_quietly(config):
+    prepare(config).run(lambda report: None)
 
 
 def saved_base(folder, **changes):

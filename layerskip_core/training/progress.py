@@ -42,17 +42,17 @@ class StepSums:
     per_exit: Tensor = field(default_factory=lambda: torch.zeros(()))  # (exits,) from the first micro-batch on
     exit_layers: tuple[int, ...] = ()
     divergence: Tensor | None = None  # from the original, with an anchor
-    tokens: int = 0
+    tokens: Tensor | int = 0  # without padding
     micro_batches: int = 0
     targets: Tensor | int = 1  # target tokens of the whole step, over all micro-batches and processes
 
-    def add(self, output: dict[str, Any], tokens: int, targets: Tensor | int) -> None:
+    def add(self, output: dict[str, Any], tokens: Tensor, targets: Tensor | int) -> None:
         self.loss = self.loss + output["loss"].detach()
         self.per_exit = self.per_exit + output["per_exit"]
         self.exit_layers = output["exit_layers"]
         if "divergence" in output:
             self.divergence = output["divergence"] + (0 if self.divergence is None else self.divergence)
-        self.tokens += tokens
+        self.tokens = self.tokens + tokens
         self.micro_batches += 1
         self.targets = targets
 

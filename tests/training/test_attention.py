@@ -23,7 +23,8 @@ def gradients(model, *, autocast, **inputs):
 def inputs(kind):
     ids, labels = batch()
     if kind == "packed":
-        return Collator(0)(list(packed([ids[0].tolist(), ids[1, :4].tolist(), ids[2].tolist()], 18)))
+        collated = Collator(0)(list(packed([ids[0].tolist(), ids[1, :4].tolist(), ids[2].tolist()], 18)))
+        return {name: collated[name] for name in ("input_ids", "labels", "documents")}
     return {"input_ids": ids, "labels": labels}
 
 

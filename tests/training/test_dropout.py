@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -36,13 +38,19 @@ def test_the_schedule_from_scratch():
 
 def test_rows_depend_on_the_moment_and_on_nothing_else():
     draws = [
-        kept_rows(0.5, 64, seed, step, micro, layer)
-        for seed, step, micro, layer in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+        kept_rows(0.5, 64, seed, step, first, layer)
+        for seed, step, first, layer in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 64, 0), (0, 0, 0, 1)]
     ]
     assert len({tuple(draw) for draw in draws}) == 5
     torch.manual_seed(123)
     assert kept_rows(0.5, 64, 0, 0, 0, 0) == draws[0]
     assert kept_rows(0.0, 3, 0, 0, 0, 0) == [0, 1, 2]
+
+
+def test_a_rows_draw_does_not_depend_on_how_the_step_is_divided():
+    whole = kept_rows(0.5, 64, 1, 2, 0, 3)
+    parts = [[first + row for row in kept_rows(0.5, 16, 1, 2, first, 3)] for first in (0, 16, 32, 48)]
+    assert list(chain(*parts)) == whole and len({tuple(row % 16 for row in part) for part in parts}) == 4
 
 
 def test_the_rate_is_the_share_of_dropped_rows():

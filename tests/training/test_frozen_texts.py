@@ -177,6 +177,7 @@ def test_a_batch_is_padded_at_the_right_and_rows_come_exit_by_exit(backend, tmp_
     batch = collate([StateRows(states, [1, 3], one_by_one=False)[place] for place in range(2)])
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
         "input_ids": (2, 11), "labels": (2, 11), "states": (2, 2, 11, 32), "finals": (2, 11, 32), "exits": (2,),
+        "lengths": (2,),
     }  # fmt: skip
     short = len(TEXTS[3].ids)
     assert batch["labels"][1].tolist() == [*TEXTS[3].labels, *[IGNORED] * (11 - short)]

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -17,11 +18,9 @@ from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
 from layerskip_core.model.draft_vocabulary import token_order
 from layerskip_core.training import prepare as preparing
-from layerskip_core.training.loop import trainer
+from layerskip_core.training.loop import run_callback, trainer
 from layerskip_core.training.loss_plot import _thinned
 from layerskip_core.training.prepare import prepare
-from layerskip_core.training.recipe import module
-from layerskip_core.training.recipe.dropout import kept_rows
 from layerskip_core.training.recipe.module import RecipeModule
 from layerskip_core.training.rows.order import run_order
 
@@ -77,16 +76,17 @@ def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
 
 
-def test_every_micro_batch_has_its_own_moment(settings, monkeypatch):
-    drawn = []
-
-    def recording(rate, batch_size, seed, step, micro_batch, layer):
-        drawn.append((step, micro_batch, layer))
-        return kept_rows(rate, batch_size, seed, step, micro_batch, layer)
-
-    monkeypatch.setattr(module, "kept_rows", recording)
-    train(settings(steps=2, accumulation=2))
-    assert drawn == [(step, micro_batch, layer) for step in (0, 1) for micro_batch in (0, 1) for layer in range(4)]
+def test_the_speed_counts_no_padding(settings, tmp_path, monkeypatch):
+    """A step of rows with 4 and 40 words, one second long: their tokens, not those of two rows of the longer one."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "p", "completion": "{"a " * words}"}}\n' for words in (4, 40)))
+    job = prepare(settings(data=DataConfig(name=str(file)), batch_size=2, steps=1))
+    seconds = itertools.count()
+    monkeypatch.setattr(run_callback.time, "perf_counter", lambda: float(next(seconds)))
+    reports = []
+    job.run(reports.append)
+    lengths = job.data.rows["length"]
+    assert reports[0].tokens_per_second == sum(lengths) < 2 * max(lengths)
 
 
 def test_one_process_takes_one_gpu(settings, monkeypatch):

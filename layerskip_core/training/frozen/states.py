@@ -154,7 +154,7 @@ class StateRows(Dataset[Any]):
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of `States.row`, padded at the right.
 
-    It has ids and labels (B, T), states (X, B, T, D), finals (B, T, D) and exits (X,).
+    It has ids and labels (B, T), states (X, B, T, D), finals (B, T, D), exits (X,) and lengths (B,).
     """
     longest = max(len(row["input_ids"]) for row in rows)
 
@@ -170,4 +170,5 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         "states": torch.stack([filled(row["states"]) for row in rows], dim=1),
         "finals": torch.stack([filled(row["finals"]) for row in rows]),
         "exits": torch.tensor(rows[0]["exits"]),
+        "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
     }

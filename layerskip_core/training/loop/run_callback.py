@@ -116,7 +116,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def _reduced(self, sums: StepSums, step: int) -> tuple[StepLosses, float, bool]:
         """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
         signalled = float(self._interruption.signal is not None)
-        counts = torch.tensor([sums.tokens, signalled], device=sums.loss.device)
+        counts = torch.stack([torch.as_tensor(count, device=sums.loss.device) for count in (sums.tokens, signalled)])
         apart = torch.zeros_like(sums.loss) if sums.divergence is None else sums.divergence
         values = torch.cat([torch.stack([sums.loss, apart]), sums.per_exit, counts])
         loss, divergence, *per_exit, tokens, stops = self._trainer.accelerator.reduce(values, reduction="sum").tolist()

@@ -61,9 +61,13 @@ class RunTrainer(ResumingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        output = model(**inputs, moment=Moment(self.state.global_step, self.state.max_steps, self.run.sums.micro_batches))
+        # Processes take the batches of a step in turns.
+        number = self.run.sums.micro_batches * self.args.world_size + self.args.process_index
+        moment = Moment(self.state.global_step, self.state.max_steps, number * self.args.train_batch_size)
+        batch, tokens = _without_lengths(inputs)
+        output = model(**batch, moment=moment)
         targets = _targets(inputs) if num_items_in_batch is None else num_items_in_batch
-        self.run.sums.add(output, inputs["input_ids"].numel(), targets)
+        self.run.sums.add(output, tokens, targets)
         # DDP averages gradients over processes, while `targets` counts the tokens of all of them.
         loss = output["loss"] / targets * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
@@ -81,7 +85,7 @@ class RunTrainer(ResumingTrainer):
             for at in range(0, -(-rows // processes), size):  # as many in every process, because FSDP gathers in each
                 own = own_rows[at : at + size]
                 collated = self.data_collator([self.eval_dataset[row] for row in own or (0,)])
-                batch = {name: value.to(self.args.device) for name, value in collated.items()}
+                batch = _without_lengths({name: value.to(self.args.device) for name, value in collated.items()})[0]
                 if not own:
                     batch["labels"].fill_(IGNORED)
                 output = inner(**batch, moment=Moment(self.state.global_step, self.state.max_steps))
@@ -179,6 +183,12 @@ def _arguments(schedule: Schedule) -> TrainingArguments:
     )
     use_one_gpu(arguments)
     return arguments
+
+
+def _without_lengths(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
+    """(what a module takes of a batch, the batch's tokens without padding, as a scalar)."""
+    batch = dict(inputs)
+    return batch, batch.pop("lengths").sum()
 
 
 def _targets(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -39,17 +39,18 @@ def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0, profile: Dr
     return rates if profile == "exponential" else [sum(rates) / num_layers] * num_layers
 
 
-def kept_rows(rate: float, batch_size: int, seed: int, step: int, micro_batch: int, layer: int) -> list[int]:
-    """Indices of the batch rows that run a layer, drawn from (seed, step, micro-batch, layer) alone.
+def kept_rows(rate: float, batch_size: int, seed: int, step: int, first_row: int, layer: int) -> list[int]:
+    """Indices of the batch rows that run a layer. `first_row`: index of the first of them among the rows of the whole
+    optimizer step, over processes and micro-batches.
 
-    Global random state is not used, so that a resumed run, a recomputed activation checkpoint and every process see the same
-    rows.
+    Each row's draw depends on (seed, step, its index in the step, layer) alone. So the same rows are dropped however a step is
+    divided, and where a run is resumed or a layer recomputed.
     """
     if rate == 0:
         return list(range(batch_size))
-    mixed = ((seed * _MIX + step) * _MIX + micro_batch) * _MIX + layer
-    generator = torch.Generator().manual_seed(mixed % (1 << 63))
-    return [row for row, draw in enumerate(torch.rand(batch_size, generator=generator).tolist()) if draw >= rate]
+    generator = torch.Generator().manual_seed(((seed * _MIX + step) * _MIX**2 + layer) % (1 << 63))
+    draws = torch.rand(first_row + batch_size, generator=generator).tolist()
+    return [row for row, draw in enumerate(draws[first_row:]) if draw >= rate]
 
 
 def run_layer_on(backend: GenericBackend, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:

@@ -30,7 +30,7 @@ class Moment:
 
     step: int  # optimizer steps done
     total_steps: int
-    micro_batch: int = 0
+    first_row: int = 0  # index of the batch's first row among all rows of the step
 
 
 class RecipeModule(nn.Module):
@@ -126,7 +126,7 @@ class RecipeModule(nn.Module):
         inputs = span_inputs(self.backend, hidden, documents)
         taps = {}
         for layer, rate in enumerate(self._rates(moment)):
-            kept = kept_rows(rate, hidden.shape[0], self.seed, moment.step, moment.micro_batch, layer)
+            kept = kept_rows(rate, hidden.shape[0], self.seed, moment.step, moment.first_row, layer)
             if self.recompute and self.training:
                 hidden = checkpoint(run_layer_on, self.backend, layer, hidden, inputs, kept, use_reentrant=False)
             else:

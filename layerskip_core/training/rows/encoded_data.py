@@ -138,6 +138,7 @@ def _shuffled(rows: Iterable[Row], generator: torch.Generator) -> Iterator[Row]:
 @dataclass(frozen=True)
 class Collator:
     """Makes a batch (B, T) of rows, padded at the right, where causality alone keeps real tokens from seeing padding.
+    `lengths` (B,) are those without padding.
 
     Packed rows add `documents` (B, T), -1 in the padding.
     """
@@ -146,6 +147,7 @@ class Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = {"input_ids": _padded(rows, "input_ids", self.pad_id), "labels": _padded(rows, "labels", IGNORED)}
+        batch["lengths"] = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["labels"][:, 0] = IGNORED  # nothing predicts a row's first token; it must not count as a target either
         if "documents" in rows[0]:
             batch["documents"] = _padded(rows, "documents", -1)
