@@ -1,6 +1,7 @@
 """A tiny random model with a real tokenizer, for the tests of evaluation."""
 
 from functools import cache
+from statistics import fmean
 
 import torch
 from conftest import tiny_model
@@ -47,6 +48,11 @@ def task_of(*examples: Example) -> Task:
     return Task("known", examples, config, "exact_match", lambda texts: {"exact_match": exact_match(texts, references)})
 
 
+def score(task: Task, predictions: list[str]) -> dict[str, float]:
+    """The metrics of the predictions, as means over the prompts."""
+    return {name: each.mean for name, each in task.score(predictions).items()}
+
+
 @cache
 def own_answers(samples: int = 3) -> Task:
     """Prompts of `commands` with the model's own answers as references."""
@@ -60,7 +66,7 @@ def early_exit_share(loaded: Decoder, task: Task, exit_layer: int) -> float:
     """The share of a task's references that early exit at this layer reproduces."""
     setting = DecodingConfig("early-exit", exit_layer, max_new_tokens=NEW_TOKENS)
     texts = [measure_prompt(loaded, example.prompt, setting).text for example in task.examples]
-    return exact_match(texts, [[example.completion] for example in task.examples])
+    return fmean(exact_match(texts, [[example.completion] for example in task.examples]))
 
 
 TOO_LONG = Example("word " * 200, "x")  # longer than the tiny model's context

@@ -8,13 +8,13 @@ from layerskip_core.evaluation.tasks.task import Task, TaskLoader
 
 
 def load(config: TaskConfig) -> Task:
-    """Numbers to count on from; `digits` is the share of answers with a digit in them."""
+    """Numbers to count on from; `digits` is 1 for an answer with a digit in it."""
     examples = tuple(Example(f"{number} {number + 1}", f" {number + 2}") for number in range(config.samples))
     return Task("toy", examples, TaskConfig("toy", samples=config.samples, max_new_tokens=8), "digits", digits)
 
 
-def digits(predictions: Sequence[str]) -> dict[str, float]:
-    return {"digits": sum(any(map(str.isdigit, text)) for text in predictions) / len(predictions)}
+def digits(predictions: Sequence[str]) -> dict[str, list[float]]:
+    return {"digits": [float(any(map(str.isdigit, text))) for text in predictions]}
 
 
 TOY = TaskLoader(load)

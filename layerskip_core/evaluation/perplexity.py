@@ -1,8 +1,7 @@
 """Perplexity of references and of plain text through every exit, each from one teacher-forced pass."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -13,27 +12,35 @@ from ..data.examples import Example
 from ..losses import summed_cross_entropy
 from ..model.backend import Backend
 from ..prompting.template import RAW
+from .metrics import Scores
 
 _WINDOW_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class ReferenceLosses:
-    """Cross-entropy in nats, summed over `tokens` reference tokens, by exit."""
+    """Cross-entropy in nats, summed over the reference tokens of each text, by exit; and how many tokens each text has.
 
-    tokens: int
-    summed: dict[int, float]
+    Texts without tokens are left out, and so are exits that can only draft.
+    """
+
+    tokens: tuple[int, ...] = ()
+    summed: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     def __add__(self, other: "ReferenceLosses") -> "ReferenceLosses":
         layers = self.summed | other.summed
-        return ReferenceLosses(
-            self.tokens + other.tokens, {layer: self.summed.get(layer, 0.0) + other.summed.get(layer, 0.0) for layer in layers}
-        )
+        summed = {layer: (*self.summed.get(layer, ()), *other.summed.get(layer, ())) for layer in layers}
+        return ReferenceLosses((*self.tokens, *other.tokens), summed)
+
+    def scores(self, exit_layer: int) -> Scores | None:
+        """The perplexity; None when there are no tokens or the value is not finite, and for an exit that can only draft."""
+        nats, tokens = self.summed.get(exit_layer, ()), sum(self.tokens)
+        return Scores(nats, self.tokens) if nats and sum(nats) / tokens < 700 else None
 
     def perplexity(self, exit_layer: int) -> float | None:
-        """exp of the mean; None when there are no tokens or the value is not finite, and for an exit that can only draft."""
-        mean = self.summed.get(exit_layer, math.nan) / max(self.tokens, 1)
-        return math.exp(mean) if self.tokens and mean < 700 else None
+        """exp of the mean, if there are `scores`."""
+        scores = self.scores(exit_layer)
+        return None if scores is None else scores.mean
 
 
 def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> ReferenceLosses:
@@ -72,10 +79,10 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
     first = max(len(prompt), 1)  # no token predicts the very first one
     targets = torch.tensor(ids[first:], device=model.device)
     if not len(targets):
-        return ReferenceLosses(0, {})
+        return ReferenceLosses()
     tokens = torch.tensor([ids[:-1]], device=model.device)
     positions = torch.arange(len(ids) - 1)[None]
-    hidden, cache, summed = model.embed(tokens), model.new_cache(1, len(ids)), {}
+    hidden, cache, summed = model.embed(tokens), model.new_cache(1, len(ids)), dict[int, tuple[float, ...]]()
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
         hidden = model.run_layers(hidden, start, stop, positions, cache)
         block = model.exit_blocks.get(stop)
@@ -83,5 +90,5 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
             continue
         scored = hidden if block is None else model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
         head = model.unembed if block is None else block.head
-        summed[stop] = float(summed_cross_entropy(head, scored[0, first - 1 :], targets, model.vocab_size))
-    return ReferenceLosses(len(targets), summed)
+        summed[stop] = (float(summed_cross_entropy(head, scored[0, first - 1 :], targets, model.vocab_size)),)
+    return ReferenceLosses((len(targets),), summed)

@@ -60,8 +60,9 @@ class ExitResult:
     unmeasured: these have predictions only, and empty `metrics`. What is predicted for layers that a search found is for the
     rows of the search.
 
-    `intervals`: of the figures that are ratios, by their names. `stderr`: standard errors of metrics, by their names, and
-    `samples`: numbers of rows by task; both only of lm-evaluation-harness.
+    `intervals`: of metrics and of figures that are ratios, by their names. `changes`: the intervals of what a metric differs
+    from full depth's, on the same prompts, where any prompt's differs. `stderr`: standard errors of metrics, by their names,
+    and `samples`: numbers of rows by task; both only of lm-evaluation-harness.
     """
 
     strategy: str
@@ -91,6 +92,7 @@ class ExitResult:
     mean_layers: float | None = None
     skip: tuple[int, ...] = ()
     intervals: dict[str, Bounds] = field(default_factory=dict)
+    changes: dict[str, Bounds] = field(default_factory=dict)
     stderr: dict[str, float] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
 
@@ -109,6 +111,7 @@ class CategoryResult:
     identical_outputs: float
     speedup_over_transformers: float | None = None
     intervals: dict[str, Bounds] = field(default_factory=dict)
+    changes: dict[str, Bounds] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ class BenchResult:
     `identical_outputs` is the share of samples whose tokens equal the autoregressive ones; `differences` lists where the
     outputs of drafting strategies depart from them. `acceptance_by_position`: the share of drafts accepted at each position of
     a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. `draft_weights`,
-    `steps_by_drafter`, `exit_confidence`, `mean_layers`, `skip`, `intervals`, `stderr` and `samples` are those of ExitResult.
+    `steps_by_drafter`, `exit_confidence`, `mean_layers`, `skip`, `intervals`, `changes`, `stderr` and `samples` are those of
+    ExitResult.
     None means that the figure does not apply (no drafts, a single token, no such baseline) or cannot be measured.
 
     `longest_answer`: the steps of the longest answer, of adaptive decoding only, to show how its speed changes on the way.
@@ -155,6 +159,7 @@ class BenchResult:
     skip: tuple[int, ...] = ()
     longest_answer: tuple[Step, ...] = ()
     intervals: dict[str, Bounds] = field(default_factory=dict)
+    changes: dict[str, Bounds] = field(default_factory=dict)
     categories: dict[str, CategoryResult] = field(default_factory=dict)
     stderr: dict[str, float] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)

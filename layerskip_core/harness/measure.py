@@ -54,7 +54,7 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
         result = unmeasured(method)
         if run.answered is not None:
             answers, times = run.answered.answers, [repeats[0] for repeats in run.answered.repeats]
-            result = exit_result(method, times[number], times[0].times, answers[number], answers[0], {})
+            result = exit_result(method, times[number], answers[number], {}, (times[0].times, answers[0], {}, 1))
         results.append(_with_scores(result, run.scores[number]))
     yield _record(loaded, config, results)
 
@@ -76,7 +76,7 @@ def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> I
         if run.answered is not None:
             answered, repeats = run.answered.answers, run.answered.repeats
             pair = answered[number], answered[0]
-            result = bench_result(method, repeats[number], repeats[0], {}, run.answered.differing[number], None, pair)
+            result = bench_result(method, repeats[number], repeats[0], ({}, {}), run.answered.differing[number], None, pair)
         results.append(_with_scores(result, run.scores[number]))
     yield _record(loaded, config, results)
 

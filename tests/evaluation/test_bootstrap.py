@@ -8,7 +8,8 @@ import torch
 from evaluating import outputs_of
 
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.evaluation.bootstrap import Resamples, answer_bounds, ratio_bounds
+from layerskip_core.evaluation.bootstrap import Resamples, answer_bounds, change_bounds, metric_bounds, ratio_bounds
+from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.outputs import Output, Outputs, Times
 
 PROMPTS = 60
@@ -61,6 +62,32 @@ def test_intervals_of_what_follows_from_the_tokens():
     assert bounds["mean_accepted_tokens"].high == pytest.approx(5 * bounds["acceptance_rate"].high)
     assert bounds["identical_outputs"].low < 0.75 < bounds["identical_outputs"].high == 1
     assert answer_bounds(answers, expected, drafts=False) == {"identical_outputs": None}  # identical in every resample
+
+
+def test_the_answers_to_a_prompt_are_resampled_together():
+    """Ten copies of a dozen prompts say no more about other prompts than one of each: the interval does not shrink."""
+    generator = torch.Generator().manual_seed(2)
+    base, faster = (Times(times.seconds[:12], times.tokens[:12]) for times in measured(generator))
+    copies = [
+        Times(*(tuple(each for each in part for _ in range(10)) for part in vars(times).values())) for times in (base, faster)
+    ]
+    alone = ratio_bounds([base], [faster])
+    assert ratio_bounds(*([times] for times in copies), answers_per_prompt=10) == pytest.approx(alone, rel=1e-5)
+    narrow = ratio_bounds(*([times] for times in copies))
+    assert narrow.high - narrow.low < 0.5 * (alone.high - alone.low)
+    outputs = [Outputs(tuple(Output((ids,)) for ids in row for _ in range(10))) for row in ((1, 2, 3, 4), (1, 2, 0, 4))]
+    assert answer_bounds(*outputs, drafts=False, answers_per_prompt=10)["identical_outputs"].low <= 0.25
+
+
+def test_changes_are_paired():
+    full = Scores((0.0, 1.0) * 20)
+    worse = Scores((0.0, 0.9) * 20)
+    assert change_bounds({"rouge2": full}, {"rouge2": full}) == {}
+    paired, own = change_bounds({"rouge2": worse}, {"rouge2": full})["rouge2"], metric_bounds({"rouge2": worse})["rouge2"]
+    assert paired.low < -0.05 < paired.high < 0
+    assert own.high - own.low > 5 * (paired.high - paired.low)
+    texts = Scores((10.0, 40.0, 30.0), (10, 20, 10))
+    assert metric_bounds({"perplexity": texts})["perplexity"] == pytest.approx((math.exp(1.0), math.exp(3.0)), rel=1e-3)
 
 
 def test_times_leave_out_the_prefill_or_not():

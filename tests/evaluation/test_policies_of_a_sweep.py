@@ -8,8 +8,9 @@ from layerskip_core.config.decoding import GenerationSettings
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.policies import Measured, Policy
+from layerskip_core.evaluation.bootstrap import Margin, margin
 from layerskip_core.evaluation.measure.recommendation import recommend
-from layerskip_core.evaluation.metrics import keeps
+from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.results import Difference, ExitResult
 
 
@@ -23,9 +24,21 @@ PLAIN = row("autoregressive")
 
 
 def policies(*table, metric="exact_match", **config):
+    """Every row was measured so often that its mean is certain."""
     settings = SweepConfig(task=TaskConfig("known"), **config)
-    advice = recommend([replace(PLAIN, metrics={metric: PLAIN.metrics["exact_match"]}), *table], 1e-3, 0.0, metric, settings)
+    results = [replace(PLAIN, metrics={metric: PLAIN.metrics["exact_match"]}), *table]
+    margins = []
+    for result in results:
+        mean = result.metrics[metric] - settings.keep * 0.9
+        margins.append(Margin(mean, mean, 5000, 100 if mean > 0 else None))
+    advice = recommend(results, 1e-3, 0.0, metric, settings, (), margins)
     return advice.policies, advice.fast_reason
+
+
+def kept(prompts, wrong=0, share=0.98):
+    """The margin of an exit that full depth beats on `wrong` prompts; full depth is right on all."""
+    right = (1.0,) * prompts
+    return margin(Scores((0.0,) * wrong + right[wrong:]), Scores(right), share, "exact_match")
 
 
 def measured(value, speedup):
@@ -52,7 +65,10 @@ def test_keep_decides_which_exit_is_good_enough():
     assert policies(*exits, keep=0.5)[0]["fast"].exit_layer == 2
     found, reason = policies(*exits, keep=0.99)
     assert list(found) == ["exact"]
-    assert reason == "none, because no early exit keeps 0.99 of exact_match, 0.9 at full depth; the best, exit 4, has 0.89"
+    assert (
+        reason
+        == "none, because no early exit keeps more than 0.99 of exact_match, 0.9 at full depth; the best, exit 4, has 0.89"
+    )
 
 
 def test_an_early_exit_that_is_no_faster_than_exact_is_not_saved():
@@ -73,30 +89,37 @@ def test_a_model_that_never_answers_right_has_no_quality_to_keep():
     assert advice.fast_reason == "none, because exact_match is 0 at full depth"
 
 
-def test_where_lower_is_better_the_metric_may_grow_by_the_share():
-    exits = [
-        row("early-exit", layer, quality=ppl, speedup=8 - layer, metric="perplexity") for layer, ppl in ((2, 0.93), (4, 0.91))
-    ]
-    found, _ = policies(*exits, metric="perplexity")  # 0.9 / 0.98 = 0.918
-    assert found["fast"].exit_layer == 4
-    by_confidence = row("early-exit", None, quality=0.9, speedup=9.0, metric="perplexity")
-    assert policies(by_confidence, metric="perplexity") == (
-        {"exact": found["exact"]},
-        "none, because no early exit was measured",
-    )
-    reason = policies(*exits, metric="perplexity", keep=1.0)[1]
-    assert reason == "none, because no early exit keeps 1 of perplexity, 0.9 at full depth; the best, exit 4, has 0.91"
+def test_a_dozen_equal_prompts_do_not_show_that_an_exit_keeps_the_quality():
+    """Of an exit that is ten points worse, 12 prompts are all right in more than a quarter of the cases (0.9**12 = 0.28)."""
+    config = SweepConfig(task=TaskConfig("known"))
+    table = [replace(PLAIN, metrics={"exact_match": 1.0}), row("early-exit", 4, quality=1.0, speedup=2.4)]
+    for prompts, saved in ((12, False), (100, False), (200, True)):
+        advice = recommend(table, 1e-3, 0.0, "exact_match", config, (), [None, kept(prompts)])
+        assert ("fast" in advice.policies) == saved, advice.fast_reason
+    few = recommend(table, 1e-3, 0.0, "exact_match", config, (), [None, kept(12)]).fast_reason
+    assert few.startswith("none, because 12 prompts cannot show that an early exit keeps 0.98 of exact_match; for exit 4 (")
+    assert few.endswith("it would take about 138 (`samples`)")
 
 
-@pytest.mark.parametrize(
-    ("value", "full", "name", "kept"),
-    [
-        (0.98, 1.0, "rouge2", True), (0.979, 1.0, "rouge2", False), (1.2, 1.0, "rouge2", True),
-        (10.2, 10.0, "perplexity", True), (10.21, 10.0, "perplexity", False), (9.0, 10.0, "perplexity", True),
-    ],
-)  # fmt: skip
-def test_keeping_a_share(value, full, name, kept):
-    assert keeps(value, full, 0.98, name) == kept
+def test_the_margin_over_a_share():
+    # d = 1 - 0.98 = 0.02 on each prompt, 1 and -0.98 added: n * 0.02 = 1.96 sqrt(1 + 0.98**2) gives n = 137.2 of equal prompts.
+    assert kept(12).mean == pytest.approx(0.02) and kept(12).low < -0.1
+    assert kept(138).low == pytest.approx(0, abs=0.02)
+    assert kept(1000, wrong=1).low > 0 > kept(1000, wrong=15).low and kept(1000, wrong=15).needed > 1000
+    assert kept(1000, wrong=21).needed is None  # 0.979 is below the share
+
+
+def test_a_perplexity_may_grow_by_the_share():
+    """Texts of 100 tokens and ln 9 = 2.197 nats each: the perplexity may be 9 / 0.9 = 10, ln 10 = 2.303 nats."""
+    tokens, full = (100,) * 50, [219.7 + (place % 5) for place in range(50)]
+
+    def grown(nats):
+        values = tuple(value + nats + place % 3 for place, value in enumerate(full))
+        return margin(Scores(values, tokens), Scores(tuple(full), tokens), 0.9, "perplexity")
+
+    assert grown(5.0).low > 0 > grown(9.5).low and grown(9.5).needed > 50 and grown(10.0).needed is None
+    one = margin(Scores((225.0,), (100,)), Scores((219.7,), (100,)), 0.9, "perplexity")
+    assert one.low < 0 < one.mean and one.needed == 2
 
 
 def test_the_settings_that_a_sweep_was_measured_with_belong_to_the_policy():

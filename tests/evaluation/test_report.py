@@ -87,6 +87,7 @@ def test_json_holds_everything():
         "mean_layers": None,
         "skip": [],
         "intervals": {"speedup": [1.7, 1.95]},
+        "changes": {},
         "stderr": {},
         "samples": {},
     }
@@ -101,7 +102,8 @@ def test_json_never_holds_a_nan():
 
 def test_a_metric_is_not_hidden_by_a_figure_of_its_name_that_was_not_measured():
     rows = [replace(SWEEP.results[0], metrics={"perplexity": 7.5}, perplexity=figure) for figure in (7.5, None)]
-    assert [row["perplexity"] for row in csv.DictReader(io.StringIO(to_csv(replace(SWEEP, results=tuple(rows)))))] == ["7.5"] * 2
+    written = csv.DictReader(io.StringIO(to_csv(replace(SWEEP, results=tuple(rows)))))
+    assert [row["perplexity"] for row in written] == ["7.5"] * 2
 
 
 def test_csv_round_trip():
@@ -134,11 +136,23 @@ def test_the_table_of_a_sweep():
     )
     assert table.note == (
         "* on the Pareto frontier of quality and speed; pred: predicted speedup.\n"
-        "±: half of the 95% interval over the prompts, which were drawn anew (bootstrap).\n"
+        "±: half-width of the 95% bootstrap interval over prompts.\n"
         "Prediction error over 1 setting: median 4.3%, largest 4.3%, mean +4.3%.\n"
         "Recommended: it is the only one."
     )
     assert len(table.column_blocks(80)) == 1
+
+
+def test_tables_show_how_a_metric_differs_from_full_depth():
+    ends = {"intervals": {"exact_match": Bounds(0.25, 0.75)}, "changes": {"exact_match": Bounds(-0.625, 0.0)}}
+    config = SWEEP.config | {"quality_metric": "exact_match"}
+    table = sweep_table(replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends))))
+    assert [row[3:5] for row in table.rows] == [("87.5%", "-"), ("50±25%", "-38±31%")]
+    assert "change: of EM from full depth, on the same prompts." in table.note.splitlines()
+    results = (BENCH.results[0], replace(BENCH.results[1], metrics={"exact_match": 0.5, "rouge2": 0.4}, **ends))
+    rows = {name: cells for name, *cells in bench_table(replace(BENCH, results=results)).rows}
+    assert rows["exact match"] == ["0.0%", "50.0% (25.0%-75.0%)"]
+    assert rows["exact match, change"] == ["-", "+50.0% (-62.5% to +0.0%)"]
 
 
 def test_low_bit_drafts_and_lookups_have_their_names_in_80_columns():
@@ -174,7 +188,7 @@ def test_a_table_by_category():
     assert table.headers == ("strategy", "category", "n", "R2", "EM", "same", "accept", "mean", "tok/s", "speed")
     assert table.rows == (
         ("self-speculative", "poem", "4", "50.0%", "0.0%", "100%", "80.0%", "4.8", "320", "2.12"),
-        ("self-speculative", "sum", "6", "25.0%", "0.0%", "50%", "61.3±2.5%", "3.5±.4", "280", "1.88±.38"),
+        ("self-speculative", "sum", "6", "25.0%", "0.0%", "50%", "61±3%", "3.5±.4", "280", "1.88±.38"),
     )
     assert len(table.column_blocks(80)) == 1
     assert category_tables(replace(BENCH, results=BENCH.results[:1])) == []
@@ -195,7 +209,7 @@ def test_markdown_is_a_table_and_a_note():
     assert "| rouge2 | 40.0% | 40.0% |" in lines
     assert lines[-3:] == [
         "", "Medians of 3 repeats; float32 on a CPU, 2 threads.",
-        "In brackets: 95% intervals over the prompts, which were drawn anew (bootstrap).",
+        "In brackets: 95% bootstrap intervals over prompts.",
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.measure.runner import Progress
 from layerskip_core.evaluation.measure.sweep import exit_result, sweep
+from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.outputs import Times
 from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses
 from layerskip_core.evaluation.results import Difference, ExitResult, Failure
@@ -165,7 +166,8 @@ def test_speedup_from_known_times():
     baseline = outputs_of([(1, 1.0), (1, 1.0)])
     found = outputs_of([(1, 1.0), (3, 1.0)])
     autoregressive = Times((2.5,), (2,))
-    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, autoregressive, found, baseline, {"exact_match": 0.0})
+    compared = (autoregressive, baseline, {}, 1)
+    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, found, {"exact_match": Scores((0.0,))}, compared)
     assert (result.tokens_per_second, result.speedup, result.identical_outputs) == (2.0, 2.5, 0.0)
 
 
@@ -196,7 +198,7 @@ def test_a_sweep_of_the_tiny_model():
     assert all((result.metrics["exact_match"], result.identical_outputs) == (1.0, 1.0) for result in (*drafted, *others))
     for result in record.results[1:]:
         assert result.speedup == pytest.approx(result.tokens_per_second / plain.tokens_per_second)
-    losses = sum((reference_losses(loaded, example, [2, 5, LAYERS]) for example in task.examples), ReferenceLosses(0, {}))
+    losses = sum((reference_losses(loaded, example, [2, 5, LAYERS]) for example in task.examples), ReferenceLosses())
     assert [result.perplexity for result in (plain, *early_exits)] == [losses.perplexity(layer) for layer in (LAYERS, 2, 5)]
     assert all(result.perplexity is None for result in (*drafted, *others))
     assert all(result.predicted_speedup is None for result in others)
@@ -216,7 +218,10 @@ def test_a_sweep_of_the_tiny_model():
     config = SweepConfig("tiny", task.config)
     expected = recommend(record.results, NEAR_TIE[torch.float64], advice.baseline_drift, "exact_match", config)
     alike = r"; on these prompts it cannot be told from [^;]+"  # which depends on the times of each prompt
-    assert replace(advice, reason=re.sub(alike, "", advice.reason)) == expected
+    found = replace(advice, reason=re.sub(alike, "", advice.reason))
+    assert replace(found, fast_reason=expected.fast_reason) == expected
+    assert advice.fast_reason.startswith("none, because no early exit keeps more than 0.98 of exact_match, 1 at full depth")
+    assert early_exits[0].changes["exact_match"].high <= 0 and plain.changes == drafted[0].changes == {}
     assert re.search(r"(exit \d|lookup) with \d draft tokens|adaptive", advice.reason)
 
 

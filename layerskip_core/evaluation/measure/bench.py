@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,8 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, ExitChoice, SkipChoice
 from ...config.evaluation import BenchConfig
 from ...config.packing import PackingConfig
-from ..bootstrap import answer_bounds, ratio_bounds
+from ..bootstrap import answer_bounds, change_bounds, metric_bounds, ratio_bounds
+from ..metrics import Scores
 from ..outputs import Outputs, Times, finite
 from ..perplexity import ReferenceLosses
 from ..record import RunRecord
@@ -71,7 +72,7 @@ def bench(
     rows = hashlib.sha256(json.dumps(asked_of).encode()).hexdigest()
     settings = asdict(config) | ({FOUND_SKIP: asdict(searched)} if searched else {}) | {"rows": rows}
     journal = Journal(folder, settings, resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
-    losses = ReferenceLosses(0, {})
+    losses = ReferenceLosses()
     if task.text is not None:
         losses = sum(task.losses(loaded, [_target_layers(strategy, loaded) for strategy in strategies]), losses)
     batched = None
@@ -87,17 +88,20 @@ def bench(
     )
     task = task.referring_to(expected.answers)
     results = []
+    expected_scores: dict[str, Scores] = {}
     for method, answered, timed in zip(methods, answers, outputs, strict=True):
         comparable = method.strategy != "early-exit" and not sampled
         differing = differences(loaded, task.examples, answered, expected) if comparable else ()
         # Perplexity is measured by our own passes through one exit, so that the baselines have none.
         perplexity = None
         if isinstance(method, DecodingConfig) and not method.exit_confidence:
-            perplexity = losses.perplexity(_target_layers(method, loaded))
-        metrics = task.score(answered.texts, perplexity)
-        figures = bench_result(method, timed, outputs[0], metrics, differing, transformers, (answered, expected))
+            perplexity = losses.scores(_target_layers(method, loaded))
+        scores = task.score(answered.texts, perplexity)
+        expected_scores = expected_scores or scores  # those of the first method
+        pair, both, repeated = (answered, expected), (scores, expected_scores), task.answers_per_prompt
+        figures = bench_result(method, timed, outputs[0], both, differing, transformers, pair, repeated)
         compared = (timed, outputs[0], transformers or ())
-        results.append(replace(figures, categories=_by_category(task, config, method, compared, answered, expected)))
+        results.append(replace(figures, categories=_by_category(task, config, method, compared, pair, both)))
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     yield RunRecord(resolved, machine, tuple(results), answered=task.answered(answers))
 
@@ -127,14 +131,15 @@ def bench_result(
     method: Method,
     repeats: Sequence[Outputs],
     autoregressive: Sequence[Outputs],
-    metrics: dict[str, float],
+    scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
     differing: tuple[Difference, ...] = (),
     transformers: Sequence[Outputs] | None = None,
     answers: tuple[Outputs, Outputs] | None = None,
+    answers_per_prompt: int = 1,
 ) -> BenchResult:
     """The figures of one method. The other outputs are those of the same repeats: our autoregressive ones and transformers'.
 
-    `answers`: the method's and the autoregressive answers, if they were not timed.
+    `scores`: the method's and the autoregressive ones. `answers`: both answers, if they were not timed.
     """
     first, expected = answers or (repeats[0], autoregressive[0])
     drafts = drafts_tokens(method)
@@ -146,12 +151,13 @@ def bench_result(
         "decode_speedup": ([outputs.decode_times for outputs in autoregressive], decode_times),
         "speedup_over_transformers": ([outputs.times for outputs in transformers or ()], times if transformers else []),
     }
-    bounds = {name: ratio_bounds(*pair) for name, pair in ratios.items()} | answer_bounds(first, expected, drafts)
+    bounds = {name: ratio_bounds(*pair, answers_per_prompt) for name, pair in ratios.items()}
+    bounds |= answer_bounds(first, expected, drafts, answers_per_prompt) | metric_bounds(scores[0])
     return BenchResult(
         strategy=method.strategy,
         exit_layer=exit_layer,
         num_draft_tokens=num_draft_tokens,
-        metrics=metrics,
+        metrics={name: each.mean for name, each in scores[0].items()},
         acceptance_rate=first.stats.acceptance_rate if drafts else None,
         mean_accepted_tokens=first.stats.mean_accepted_tokens if drafts else None,
         tokens_per_second=_median(1 / of_repeat.seconds_per_token for of_repeat in times),
@@ -176,6 +182,7 @@ def bench_result(
         skip=method.skip if isinstance(method, DecodingConfig) else (),
         longest_answer=repeats[0].longest.steps if repeats and method.strategy == "adaptive" else (),
         intervals={name: ends for name, ends in bounds.items() if ends is not None},
+        changes=change_bounds(*scores),
     )
 
 
@@ -191,25 +198,26 @@ def _by_category(
     config: BenchConfig,
     method: Method,
     compared: tuple[Sequence[Outputs], Sequence[Outputs], Sequence[Outputs]],
-    answers: Outputs,
-    expected: Outputs,
+    answers: tuple[Outputs, Outputs],
+    scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
 ) -> dict[str, CategoryResult]:
     """The figures of one method on each category with an autoregressive answer.
 
-    `compared`: the repeats of the method, of autoregressive decoding and of transformers. `expected`: as for `bench_result`.
+    `compared`: the repeats of the method, of autoregressive decoding and of transformers. `answers` and `scores`: as for
+    `bench_result`.
     """
     timed = timed_examples(range(len(task.examples)), config.timed)
     found = {}
-    for name, category in task.categories.items():
-        if all(expected.each[sample].error is not None for sample in category.samples):
+    for name, samples in task.categories.items():
+        if all(answers[1].each[sample].error is not None for sample in samples):
             continue
-        places = [place for place, sample in enumerate(timed) if sample in category.samples]
+        places = [place for place, sample in enumerate(timed) if sample in samples]
         mine, ours, theirs = ([outputs.of(places) for outputs in repeats if places] for repeats in compared)
-        answered = answers.of(category.samples)
-        metrics = task.score_category(category, answered.texts)
-        figures = bench_result(method, mine, ours, metrics, (), theirs, (answered, expected.of(category.samples)))
+        answered, expected = (outputs.of(samples) for outputs in answers)
+        own, full = ({metric: each.of(samples) for metric, each in by_prompt.items()} for by_prompt in scores)
+        figures = bench_result(method, mine, ours, (own, full), (), theirs, (answered, expected))
         shared = {field.name: getattr(figures, field.name) for field in fields(CategoryResult) if field.name != "samples"}
-        found[name] = CategoryResult(len(category.samples), **shared)
+        found[name] = CategoryResult(len(samples), **shared)
     return found
 
 

@@ -7,7 +7,8 @@ from ...config.decoding import USERS
 from ...config.evaluation import SweepConfig
 from ...config.packing import PackingConfig
 from ...config.policies import Measured, Policy
-from ..metrics import keeps, quality
+from ...wording import plural
+from ..bootstrap import Margin
 from ..results import ExitResult
 
 # The settings that are columns of a sweep.
@@ -27,35 +28,51 @@ def policy_of(result: ExitResult, plain: ExitResult, quality_metric: str, config
 
 
 def fast_policy(
-    results: Sequence[ExitResult], exact: Policy, plain: ExitResult, quality_metric: str, config: SweepConfig
+    results: Sequence[ExitResult],
+    margins: Sequence[Margin | None],
+    exact: Policy,
+    plain: ExitResult,
+    quality_metric: str,
+    config: SweepConfig,
 ) -> tuple[Policy | None, str]:
-    """The fastest early exit that keeps `config.keep` of full depth's quality, and why. None if none is faster than `exact`.
+    """The fastest early exit that certainly keeps `config.keep` of full depth's quality, and why; None if there is none.
 
-    Perplexity is measured through one exit: it says nothing of a row whose tokens leave at different exits.
+    `margins`: of each result, None where its quality was not measured. Certainly: by the lower end of the margin's interval.
+    An exit must also be faster than `exact`.
     """
     full = plain.metrics.get(quality_metric, 0.0)
     if not full:
         return None, f"none, because {quality_metric} is 0 at full depth"
     exits = [
-        policy_of(result, plain, quality_metric, config)
-        for result in results
-        if result.strategy == "early-exit" and quality_metric in result.metrics
-        if result.exit_layer is not None or quality_metric != "perplexity"
+        (policy_of(result, plain, quality_metric, config), found)
+        for result, found in zip(results, margins, strict=False)
+        if result.strategy == "early-exit" and found is not None
     ]
-    good = [policy for policy in exits if keeps(_value(policy), full, config.keep, quality_metric)]
     if not exits:
         return None, "none, because no early exit was measured"
+
+    def described(policy: Policy) -> str:
+        speed = f"{_speedup(policy):.2f}x the speed of plain decoding"
+        return f"{speed}, {quality_metric} {_value(policy):.3g} ({full:.3g} at full depth)"
+
+    good = [(policy, found) for policy, found in exits if found.needed is not None]
     if not good:
-        best = max(exits, key=lambda policy: quality({quality_metric: _value(policy)}, quality_metric))
-        missed = f"no early exit keeps {config.keep:.4g} of {quality_metric}, {full:.3g} at full depth"
+        best, _ = max(exits, key=lambda exit: exit[1].mean)
+        missed = f"no early exit keeps more than {config.keep:.4g} of {quality_metric}, {full:.3g} at full depth"
         return None, f"none, because {missed}; the best, {best}, has {_value(best):.3g}"
-    best = max(good, key=_speedup)
-    figures = (
-        f"{_speedup(best):.2f}x the speed of plain decoding, {quality_metric} {_value(best):.3g} ({full:.3g} at full depth)"
+    faster = [(policy, found) for policy, found in good if _speedup(policy) > _speedup(exact)]
+    if not faster:
+        best = max((policy for policy, _ in good), key=_speedup)
+        return None, f"none, because {best} ({described(best)}) is not faster than the policy exact ({_speedup(exact):.2f}x)"
+    certain = [policy for policy, found in faster if found.low >= 0]
+    if certain:
+        best = max(certain, key=_speedup)
+        return best, f"{best}: {described(best)}"
+    best, found = min(faster, key=lambda exit: exit[1].needed or 0)
+    return None, (
+        f"none, because {plural(found.prompts, 'prompt')} cannot show that an early exit keeps {config.keep:.4g} of "
+        f"{quality_metric}; for {best} ({described(best)}) it would take about {found.needed} (`samples`)"
     )
-    if _speedup(best) <= _speedup(exact):
-        return None, f"none, because {best} ({figures}) is not faster than the policy exact ({_speedup(exact):.2f}x)"
-    return best, f"{best}: {figures}"
 
 
 def _drafts_storage(result: ExitResult, packing: PackingConfig) -> dict[str, object]:

@@ -7,7 +7,7 @@ from statistics import mean, median
 from ...config.decoding import DRAFTERS
 from ...config.evaluation import SweepConfig
 from ...config.policies import EXACT, FAST
-from ..bootstrap import ratio_bounds
+from ..bootstrap import Margin, ratio_bounds
 from ..metrics import quality
 from ..outputs import Outputs, Times
 from ..record import PredictionError, Recommendation
@@ -27,11 +27,13 @@ def recommend(
     quality_metric: str,
     config: SweepConfig,
     times: Sequence[Times | None] = (),
+    margins: Sequence[Margin | None] = (),
 ) -> Recommendation:
     """The fastest drafting setting with the autoregressive outputs, up to differences at near-ties, and the policies.
 
     Adaptive drafting is preferred to a fixed setting that is hardly faster, and to plain decoding unless that is faster.
     `times`: of each result on the same prompts, None if it was not measured. If given, they tell which settings may be as fast.
+    `margins`: by how much each result keeps its quality, None if that was not measured.
     """
     plain = next(result for result in results if result.strategy == "autoregressive")
     settings = [result for result in results if result.strategy in DRAFTERS]
@@ -52,7 +54,7 @@ def recommend(
         fastest = fastest if best is adaptive else f"close to the fastest ({_speed(best):.2f}x)"
         best, pays = adaptive, True
     exact = policy_of(best if best is not None and pays else plain, plain, quality_metric, config)
-    fast, fast_reason = fast_policy(results, exact, plain, quality_metric, config)
+    fast, fast_reason = fast_policy(results, margins, exact, plain, quality_metric, config)
     policies = {EXACT: exact} | ({} if fast is None else {FAST: fast})
     if best is None:
         reason = f"no setting that drafts kept the autoregressive outputs{notes}"

@@ -1,6 +1,6 @@
 """Every exit and drafter with every draft length on one task: quality, speed, and which setting to decode with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 
@@ -9,11 +9,12 @@ from ...config.checks import require, require_exit_layer, require_skip
 from ...config.decoding import DecodingConfig, DecodingSettings, default_exits, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.packing import Quantization
-from ..bootstrap import answer_bounds, ratio_bounds
+from ..bootstrap import Margin, answer_bounds, change_bounds, margin, metric_bounds, ratio_bounds
+from ..metrics import Scores
 from ..outputs import Outputs, Times, finite
 from ..perplexity import ReferenceLosses
 from ..record import RunRecord
-from ..results import Difference, ExitResult
+from ..results import Bounds, Difference, ExitResult
 from ..tasks.task import Task
 from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import NEAR_TIE, differences
@@ -44,7 +45,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     config = replace(_resolved(loaded, config), task=task.config, generation=generation)
     loaded = task.prepared(loaded)
     machine = environment(loaded)
-    losses = ReferenceLosses(0, {})
+    losses = ReferenceLosses()
     layers = sorted({*config.exits, loaded.backend.num_layers})
     for number, new in enumerate(task.losses(loaded, layers), start=1):
         losses = losses + new
@@ -72,21 +73,28 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     full = losses.perplexity(loaded.backend.num_layers)
     expected, *answers = batched or [first, *timed]
     task = task.referring_to(expected.answers)
-    plain = exit_result(autoregressive, first, baseline, expected, expected, task.score(expected.texts, full))
+    expected_scores = task.score(expected.texts, losses.scores(loaded.backend.num_layers))
+    compared = (baseline, expected, expected_scores, task.answers_per_prompt)
+    plain = exit_result(autoregressive, first, expected, expected_scores, compared)
     both = replace(plain, tokens_per_second=1 / baseline.seconds_per_token, speedup=1.0)
-    results = [replace(both, intervals={})]  # its speed is the unit
+    results = [replace(both, intervals=_without(both.intervals, "speedup"))]  # its speed is the unit
+    margins: list[Margin | None] = [None]
     by_setting = dict(zip(chosen, zip(timed, answers, strict=True), strict=True))
     for setting in settings:
         if setting not in by_setting:
             results.append(unmeasured(setting))
+            margins.append(None)
             continue
         outputs, answers_of = by_setting[setting]
         drafts = drafts_tokens(setting)
         comparable = drafts and not setting.sampling.temperature
         differing = differences(loaded, task.examples, answers_of, expected) if comparable else ()
-        perplexity = losses.perplexity(setting.exit_layer) if setting.strategy == "early-exit" and setting.exit_layer else full
-        metrics = task.score(answers_of.texts, perplexity)
-        results.append(exit_result(setting, outputs, baseline, answers_of, expected, metrics, differing))
+        depth = setting.exit_layer if setting.strategy == "early-exit" else None
+        scores = task.score(answers_of.texts, losses.scores(depth or loaded.backend.num_layers))
+        results.append(exit_result(setting, outputs, answers_of, scores, compared, differing))
+        metric = task.quality_metric
+        comparable = setting.strategy == "early-exit" and metric in scores and metric in expected_scores
+        margins.append(margin(scores[metric], expected_scores[metric], config.keep, metric) if comparable else None)
     results[0] = replace(results[0], perplexity=full)
     results[1:] = [
         _with_predictions(result, setting, losses, predictions) for result, setting in zip(results[1:], settings, strict=True)
@@ -96,7 +104,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     marked = mark_pareto(results, task.quality_metric)
     drift = baseline_drift(first, second)
     times = [by_setting[setting][0].times if setting in by_setting else None for setting in settings]
-    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config, [baseline, *times])
+    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config, [baseline, *times], margins)
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
     profile = draft_profile(loaded, marked, config.packing, predictions.context)
     answered = task.answered([expected, *(by_setting[setting][1] if setting in by_setting else None for setting in settings)])
@@ -106,18 +114,22 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
 def exit_result(
     setting: DecodingConfig,
     outputs: Outputs,
-    autoregressive: Times,
     answers: Outputs,
-    expected: Outputs,
-    metrics: dict[str, float],
+    scores: Mapping[str, Scores],
+    compared: tuple[Times, Outputs, Mapping[str, Scores], int],
     differing: tuple[Difference, ...] = (),
 ) -> ExitResult:
-    """The figures of one setting: speed from its timed outputs, all else from its answers and the autoregressive ones."""
+    """The figures of one setting: speed from its timed outputs, all else from its answers and the autoregressive ones.
+
+    `compared`: the autoregressive times, answers and scores, and how many answers each prompt got.
+    """
+    autoregressive, expected, expected_scores, per_prompt = compared
     drafts, times = drafts_tokens(setting), outputs.times
-    bounds = {"speedup": ratio_bounds([autoregressive], [times]), **answer_bounds(answers, expected, drafts)}
+    bounds = {"speedup": ratio_bounds([autoregressive], [times], per_prompt)}
+    bounds |= answer_bounds(answers, expected, drafts, per_prompt) | metric_bounds(scores)
     return replace(
         unmeasured(setting),
-        metrics=metrics,
+        metrics={name: each.mean for name, each in scores.items()},
         acceptance_rate=answers.stats.acceptance_rate if drafts else None,
         mean_accepted_tokens=answers.stats.mean_accepted_tokens if drafts else None,
         tokens_per_second=finite(1 / times.seconds_per_token),
@@ -130,7 +142,12 @@ def exit_result(
         steps_by_drafter=answers.stats.steps_by_drafter,
         mean_layers=answers.stats.mean_layers if setting.exit_confidence else None,
         intervals={name: ends for name, ends in bounds.items() if ends is not None},
+        changes=change_bounds(scores, expected_scores),
     )
+
+
+def _without(bounds: Mapping[str, Bounds], name: str) -> dict[str, Bounds]:
+    return {other: ends for other, ends in bounds.items() if other != name}
 
 
 def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:

@@ -40,8 +40,9 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
             flat |= value
         elif key in flat and value is None:
             continue  # a metric of that name: the answers' perplexity, where none is measured through an exit
-        elif key == "intervals":
-            flat |= {f"{name}_{end}": ends[end == "high"] for name, ends in value.items() for end in ("low", "high")}
+        elif key in ("intervals", "changes"):
+            part = "_change" if key == "changes" else ""
+            flat |= {f"{name}{part}_{end}": ends[end == "high"] for name, ends in value.items() for end in ("low", "high")}
         elif isinstance(value, dict):
             flat |= {f"{key}_{name}": part for name, part in value.items()}
         elif key == "skip":

@@ -23,6 +23,7 @@ _HIDDEN = (
     "time_split_ms",
     "longest_answer",
     "intervals",
+    "changes",
     "categories",
     "stderr",
     "samples",
@@ -103,10 +104,11 @@ def _table(caption: str, results: Sequence[dict[str, Any]], links: Sequence[str]
     columns = [name for name in names if any(row.get(name) not in (None, "") for row in figures)]
     rows = []
     for result, row, link in zip(results, figures, links or repeat(None, len(results)), strict=True):
-        errors = result.get("stderr", {})
+        ends, errors = result["intervals"], result.get("stderr", {})
+        names = [column.removeprefix("metrics.") for column in columns]
         cells = [
-            _cell(column, row.get(column), result["intervals"].get(column), errors.get(column.removeprefix("metrics.")))
-            for column in columns
+            _cell(column, row.get(column), ends.get(name), errors.get(name))
+            for column, name in zip(columns, names, strict=True)
         ]
         rows.append(_Row(cells, bool(result.get("pareto")), link))
     return _Table(caption, [_header(column) for column in columns], rows)

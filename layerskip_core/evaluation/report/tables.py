@@ -8,12 +8,12 @@ from ...config.evaluation import TRANSFORMERS_BASELINES
 from ...config.policies import EXACT, FAST
 from ...config.ranges import counts_text
 from ...wording import number, plural
-from ..metrics import lower_is_better
+from ..metrics import is_share, lower_is_better
 from ..record import RunRecord
-from ..results import BenchResult, CategoryResult, ExitResult
+from ..results import BenchResult, Bounds, CategoryResult, ExitResult
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
-_HALF_NOTE = "±: half of the 95% interval over the prompts, which were drawn anew (bootstrap)."
+_HALF_NOTE = "±: half-width of the 95% bootstrap interval over prompts."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
 
@@ -49,16 +49,20 @@ def strategy_name(result: ExitResult | BenchResult) -> str:
 
 
 def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
-    """A row per setting. Fits 80 columns with one or two metrics. A dash marks what was not measured."""
+    """A row per setting. Fits 80 columns with one metric. A dash marks what was not measured."""
     metrics = [name for name in record.results[0].metrics if name != "perplexity"]  # it has its own column
     decimals = 1 if len(metrics) == 1 else 0  # with two metrics there is no room for more
-    headers = ("strategy", "exit", "spec", *map(_short, metrics), "ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
+    ranked = str(record.config.get("quality_metric"))
+    changes = ["change"] if is_share(ranked) and any(ranked in result.changes for result in record.results) else []
+    figures = ("ppl", "accept", "mean", "tok/s", "speed", "pred", "same", "")
+    headers = ("strategy", "exit", "spec", *map(_short, metrics), *changes, *figures)
     rows = [
         (
             strategy_name(result) if result.exit_confidence is None else f"exits at {result.exit_confidence:.6g}",
             _count(result.exit_layer) if result.mean_layers is None else f"{result.mean_layers:.1f}",
             _count(result.num_draft_tokens),
-            *(_percent(result.metrics.get(name), decimals) for name in metrics),
+            *(_share(result, name, decimals) for name in metrics),
+            *(_change(result, ranked, record.results[0].metrics) for _ in changes),
             _perplexity(result.perplexity),
             _percent(result.acceptance_rate, 1),
             number(result.mean_accepted_tokens, ".1f"),
@@ -75,6 +79,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
         note += "\nexits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average."
     if any(result.intervals for result in record.results):
         note += f"\n{_HALF_NOTE}"
+    note += f"\nchange: of {_short(ranked)} from full depth, on the same prompts." if changes else ""
     note += _settings_note(record.config) + _blocks_note(record.environment)
     note += "".join(f"\nLayers that drafts skip: --skip {skip}." for skip in _skips(record.results))
     error = record.prediction_error
@@ -103,18 +108,18 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
         ("draft weights", [result.draft_weights or "-" for result in results]),
         ("skipped layers", [counts_text(result.skip) or "-" for result in results]),
         ("drafted by", [_shares(result.steps_by_drafter) for result in results]),
-        *((name.replace("_", " "), [_metric(result.metrics, name) for result in results]) for name in results[0].metrics),
+        *(row for name in results[0].metrics for row in _metric_rows(results, name)),
         ("identical outputs", [_percent(result.identical_outputs, 1) for result in results]),
         ("acceptance rate", [_percent(result.acceptance_rate, 1) for result in results]),
         ("mean accepted tokens", [number(result.mean_accepted_tokens, ".2f") for result in results]),
         ("tokens/s", [number(result.tokens_per_second, ".1f") for result in results]),
-        ("speedup", [_with_bounds(result, "speedup") for result in results]),
+        ("speedup", [_with_bounds(result.speedup, result.intervals.get("speedup")) for result in results]),
         *(
-            [("over transformers", [_with_bounds(result, "speedup_over_transformers") for result in results])]
+            [("over transformers", [_with_bounds(*_over_transformers(result)) for result in results])]
             if any(over_transformers)
             else []
         ),
-        ("decode speedup", [_with_bounds(result, "decode_speedup") for result in results]),
+        ("decode speedup", [_with_bounds(result.decode_speedup, result.intervals.get("decode_speedup")) for result in results]),
         ("first token (ms)", [number(result.ttft_ms, ".1f") for result in results]),
         ("token p50 (ms)", [number(result.time_per_token_ms.get("p50"), ".2f") for result in results]),
         ("token p95 (ms)", [number(result.time_per_token_ms.get("p95"), ".2f") for result in results]),
@@ -125,7 +130,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     where = f"{machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}"
     note = f"{_method(record.config)}; {where}."
     if any(result.intervals for result in results):
-        note += "\nIn brackets: 95% intervals over the prompts, which were drawn anew (bootstrap)."
+        note += "\nIn brackets: 95% bootstrap intervals over prompts."
     note += _settings_note(record.config) + _blocks_note(machine)
     if "llama_cpp" in machine:
         note += f"\nllama.cpp: {machine['llama_cpp']}, on {record.config.get('gguf')}."
@@ -147,9 +152,9 @@ def category_tables(record: RunRecord[BenchResult]) -> list[TextTable]:
             strategy_name(result),
             name,
             str(figures.samples),
-            *(_metric(figures.metrics, metric) for metric in metrics),
+            *(_share(figures, metric, 1) for metric in metrics),
             _percent(figures.identical_outputs),
-            _percent_with_half(figures, "acceptance_rate"),
+            _percent(figures.acceptance_rate, 1, figures.intervals.get("acceptance_rate")),
             _with_half(figures, "mean_accepted_tokens", 1),
             number(figures.tokens_per_second, ".0f"),
             _with_half(figures, "speedup"),
@@ -213,14 +218,25 @@ def _skips(results: Sequence[ExitResult]) -> list[str]:
     return list(dict.fromkeys(counts_text(result.skip) for result in results if result.skip))
 
 
-def _metric(metrics: dict[str, float], name: str) -> str:
-    return number(metrics.get(name), ".4g") if lower_is_better(name) else _percent(metrics.get(name), 1)
+def _metric_rows(results: Sequence[BenchResult], name: str) -> list[tuple[str, list[str]]]:
+    """A metric with its intervals; below it by how much it differs from full depth, where any answer does."""
+    label, rows = name.replace("_", " "), []
+    shown = ".4g" if lower_is_better(name) else ".1%"
+    rows.append((label, [_with_bounds(result.metrics.get(name), result.intervals.get(name), shown) for result in results]))
+    if any(name in result.changes for result in results):
+        full = results[0].metrics[name]
+        cells = [
+            _with_bounds(result.metrics[name] - full, ends, f"+{shown}") if (ends := result.changes.get(name)) else "-"
+            for result in results
+        ]
+        rows.append((f"{label}, change", cells))
+    return rows
 
 
-def _with_bounds(result: BenchResult, name: str) -> str:
-    """`2.31 (2.20-2.44)`: a ratio and its 95% interval."""
-    ends = result.intervals.get(name)
-    return number(getattr(result, name), ".2f") + (f" ({ends.low:.2f}-{ends.high:.2f})" if ends else "")
+def _with_bounds(value: float | None, ends: Bounds | None, shown: str = ".2f") -> str:
+    """`2.31 (2.20-2.44)`, `-8.3% (-25.0% to +8.3%)`: a figure and its 95% interval."""
+    between = " to " if shown.startswith("+") else "-"
+    return number(value, shown) + (f" ({ends.low:{shown}}{between}{ends.high:{shown}})" if ends else "")
 
 
 def _with_half(result: ExitResult | CategoryResult, name: str, decimals: int = 2) -> str:
@@ -230,11 +246,21 @@ def _with_half(result: ExitResult | CategoryResult, name: str, decimals: int = 2
     return number(getattr(result, name), f".{decimals}f") + half
 
 
-def _percent_with_half(result: CategoryResult, name: str) -> str:
-    """`81.3±2.4%`."""
-    ends = result.intervals.get(name)
-    whole = _percent(getattr(result, name), 1)
-    return whole if ends is None else f"{whole[:-1]}±{50 * (ends.high - ends.low):.1f}%"
+def _over_transformers(result: BenchResult) -> tuple[float | None, Bounds | None]:
+    return result.speedup_over_transformers, result.intervals.get("speedup_over_transformers")
+
+
+def _share(result: ExitResult | CategoryResult, name: str, decimals: int) -> str:
+    """A metric in 0..1, or a perplexity."""
+    if lower_is_better(name):
+        return number(result.metrics.get(name), ".4g")
+    return _percent(result.metrics.get(name), decimals, result.intervals.get(name))
+
+
+def _change(result: ExitResult, name: str, full_depth: dict[str, float]) -> str:
+    """`-8±17%`: by how much a metric differs from full depth; a dash where no prompt differs."""
+    ends = result.changes.get(name)
+    return "-" if ends is None else _percent(result.metrics[name] - full_depth[name], 0, ends)
 
 
 def _short(metric: str) -> str:
@@ -246,5 +272,8 @@ def _perplexity(value: float | None) -> str:
     return number(value, ".3g") if value is None or value < 1000 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _percent(value: float | None, decimals: int = 0) -> str:
-    return "-" if value is None else f"{value:.{decimals}%}"
+def _percent(value: float | None, decimals: int = 0, ends: Bounds | None = None) -> str:
+    """`81.3%`, or `81±2%` with half of its interval."""
+    if value is None:
+        return "-"
+    return f"{value:.{decimals}%}" if ends is None else f"{100 * value:.0f}±{50 * (ends.high - ends.low):.0f}%"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from keyword import iskeyword
+from statistics import fmean
 
 from ...config.checks import require
 from ...config.evaluation import UNSANDBOXED, TaskConfig
@@ -145,17 +146,21 @@ def _task(config: TaskConfig, problems: Sequence[_Problem], stop: tuple[str, ...
     def passes(number: int, answer: str) -> bool:
         return run_tests(problems[number].head + answer, problems[number].tests).passed
 
-    def score(predictions: Sequence[str]) -> dict[str, float]:
+    def score(predictions: Sequence[str]) -> dict[str, list[float]]:
         scores = _pass_scores(predictions, answers, config.pass_k, passes) if config.allow_code_execution else {}
-        return scores | rouge(predictions, references, ("rouge2",))
+        by_answer = rouge(predictions, references, ("rouge2",))["rouge2"]
+        starts = range(0, len(by_answer), answers)
+        return scores | {"rouge2": [fmean(by_answer[start : start + answers]) for start in starts]}
 
     metric = f"pass@{config.pass_k[0]}" if config.allow_code_execution else "rouge2"
-    return Task(config.task or "", examples, resolved, metric, score, stop, template, notes=_notes(config))
+    return Task(
+        config.task or "", examples, resolved, metric, score, stop, template, notes=_notes(config), answers_per_prompt=answers
+    )
 
 
 def _pass_scores(
     predictions: Sequence[str], answers: int, ks: Sequence[int], passes: Callable[[int, str], bool]
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     verdicts: list[list[bool]] = [[] for _ in range(len(predictions) // answers)]
     for place, answer in enumerate(predictions):
         verdicts[place // answers].append(passes(place // answers, answer))

@@ -54,7 +54,7 @@ def _passage(text: str, start: int) -> Example:
     return Example(" ".join(words[:_PROMPT_WORDS]), " " + " ".join(words[_PROMPT_WORDS : 2 * _PROMPT_WORDS]))
 
 
-def _unscored(predictions: Sequence[str]) -> dict[str, float]:
+def _unscored(predictions: Sequence[str]) -> dict[str, list[float]]:
     """Continuations are not scored: the text itself is only one of many good ones."""
     return {}
 

@@ -15,7 +15,7 @@ from ...prompting.template import RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, forms, framed
 from .rows import shots_and_rest
-from .task import Category, Scoring, Task, TaskLoader
+from .task import Task, TaskLoader
 
 _MAX_NEW_TOKENS = 128  # more than twice the mean parse
 _TURNS = "turns"  # of a user; without the answers between them only the first can be asked
@@ -43,7 +43,7 @@ def parsing(config: TaskConfig) -> Task:
         prompt_column=data.prompt_column, completion_column=data.completion_column,
     )  # fmt: skip
 
-    def score(predictions: Sequence[str]) -> dict[str, float]:
+    def score(predictions: Sequence[str]) -> dict[str, list[float]]:
         return {"exact_match": exact_match(predictions, references, fold_whitespace=True)}
 
     return Task(name, shaped, resolved, "exact_match", score, (SHOT_END,) if shots else (), template)
@@ -66,12 +66,11 @@ def prompts(config: TaskConfig) -> Task:
     stop = (SHOT_END,) if solved else ()
     name = config.task or source
     metrics = _metrics(config.metric, rows)
-    against = partial(_scoring, metrics, [row.category for row in rows])
-    scorer, categories = against([row.references for row in rows])
-    task = Task(name, examples, resolved, metrics[0], scorer, stop, template, categories=categories)
+    scorer = partial(text_scores, metrics, [row.references for row in rows])
+    task = Task(name, examples, resolved, metrics[0], scorer, stop, template, categories=_categories(rows))
     if not unanswered:
         return task
-    return replace(task, notes=(_UNANSWERED,), against=against)
+    return replace(task, notes=(_UNANSWERED,), against=lambda references: partial(text_scores, metrics, references))
 
 
 def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
@@ -88,13 +87,13 @@ def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
     return ("rouge2", "exact_match") if longest > 1 else ("exact_match",)
 
 
-def _scoring(metrics: Sequence[str], categories: Sequence[str | None], references: Sequence[Sequence[str]]) -> Scoring:
-    """The scorer of rows with these categories and references, and that of each category."""
-    found = {}
-    for category in filter(None, dict.fromkeys(categories)):
-        samples = tuple(sample for sample, other in enumerate(categories) if other == category)
-        found[category] = Category(samples, partial(text_scores, metrics, [references[sample] for sample in samples]))
-    return partial(text_scores, metrics, references), found
+def _categories(rows: Sequence["_Pair"]) -> dict[str, tuple[int, ...]]:
+    """The places of the rows of each category."""
+    found: dict[str, tuple[int, ...]] = {}
+    for place, row in enumerate(rows):
+        if row.category:
+            found[row.category] = (*found.get(row.category, ()), place)
+    return found
 
 
 def _few_shot(
@@ -113,7 +112,9 @@ def _few_shot(
     return framed(form, template, rows, solved, shot_form)
 
 
-def text_scores(metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+def text_scores(
+    metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str]
+) -> dict[str, list[float]]:
     """Exact match and ROUGE, as far as they are among the `metrics`. With several references the best counts."""
     kinds = [kind for kind in ROUGES if kind in metrics]
     scores = rouge(predictions, references, kinds) if kinds else {}

@@ -1,6 +1,6 @@
 """A task: prompts with references, the end of answers and their scores."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -9,11 +9,13 @@ from ...config.decoding import GenerationSettings
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example
 from ...decoding.stopping import before_stop
+from ..metrics import Scores
 from ..outputs import Outputs
 from ..perplexity import ReferenceLosses, reference_losses, text_losses
 from ..record import Answered
 
-Scorer = Callable[[Sequence[str]], dict[str, float]]
+Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
+"""From one prediction per example to the values of each metric, in 0..1: one per prompt."""
 Option = Literal["metric", "shots", "template"]
 
 
@@ -27,24 +29,14 @@ class TaskLoader:
 
 
 @dataclass(frozen=True)
-class Category:
-    """Some of a task's examples, by their places, with a scorer of their own."""
-
-    samples: tuple[int, ...]
-    scorer: Scorer
-
-
-Scoring = tuple[Scorer, dict[str, Category]]
-
-
-@dataclass(frozen=True)
 class Task:
     """Prompts with references.
 
-    `scorer` returns every metric of the predictions, one per example, in 0..1; reports show them under these names.
-    `quality_metric` is the one that ranks settings. An answer ends at the first of the `stop` strings. `template` replaces the
-    checkpoint's own prompt template. If there is a `text`, perplexity is measured on it instead of the references. `notes` are
-    shown to the user before the run. `against`: of a task without references, the scorers for references that come later.
+    `scorer` returns every metric of the predictions; reports show them under these names. `quality_metric` is the one that
+    ranks settings. An answer ends at the first of the `stop` strings. `template` replaces the checkpoint's own prompt template.
+    If there is a `text`, perplexity is measured on it instead of the references. `notes` are shown to the user before the run.
+    `categories`: the examples of each category of the data. `answers_per_prompt`: how many examples in a row repeat one prompt.
+    `against`: of a task without references, the scorer for references that come later.
     """
 
     name: str
@@ -56,22 +48,23 @@ class Task:
     template: str | None = None
     text: str | None = None
     notes: tuple[str, ...] = ()
-    categories: dict[str, Category] = field(default_factory=dict)
-    against: Callable[[Sequence[Sequence[str]]], Scoring] | None = None
+    categories: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    answers_per_prompt: int = 1
+    against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None
 
     @property
     def max_new_tokens(self) -> int:
         assert self.config.max_new_tokens is not None
         return self.config.max_new_tokens
 
-    def score(self, predictions: Sequence[str], perplexity: float | None = None) -> dict[str, float]:
+    def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
         """The metrics of the predictions, one per example, cut at the stop strings. A failed answer is an empty text.
 
         A task on text has one metric, the `perplexity` given here.
         """
         if self.text is not None:
             return {} if perplexity is None else {"perplexity": perplexity}
-        return self.scorer(self._cut(predictions))
+        return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
 
     def answered(self, answers: Sequence[Outputs | None]) -> tuple[Answered, ...]:
         """Each prompt with its answers, cut at the stop strings; `answers`: those of each result, None if not measured."""
@@ -82,16 +75,11 @@ class Task:
             for example, *texts in zip(self.examples, *by_result, strict=True)
         )
 
-    def score_category(self, category: Category, predictions: Sequence[str]) -> dict[str, float]:
-        """Like `score`, of the predictions for the examples of a category."""
-        return category.scorer(self._cut(predictions))
-
     def referring_to(self, answers: Sequence[str | None]) -> "Task":
         """The task, with these answers as references if it has none, one per example. Where there is none, nothing is right."""
         if self.against is None:
             return self
-        scorer, categories = self.against([[] if text is None else self._cut([text]) for text in answers])
-        return replace(self, scorer=scorer, categories=categories, against=None)
+        return replace(self, scorer=self.against([[] if text is None else self._cut([text]) for text in answers]), against=None)
 
     def _cut(self, texts: Sequence[str]) -> list[str]:
         return [before_stop(text, self.stop) for text in texts]
