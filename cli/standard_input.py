@@ -24,8 +24,8 @@ def take() -> None:
     """
     global _taken
     _taken, sys.stdin = sys.stdin, io.StringIO()
-    if _taken is not None:
-        _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[attr-defined]
+    if isinstance(_taken, io.TextIOWrapper):
+        _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def example_prompt() -> str:

@@ -105,10 +105,9 @@ def _table(caption: str, results: Sequence[dict[str, Any]], links: Sequence[str]
     rows = []
     for result, row, link in zip(results, figures, links or repeat(None, len(results)), strict=True):
         ends, errors = result["intervals"], result.get("stderr", {})
-        names = [column.removeprefix("metrics.") for column in columns]
+        keys = [column.removeprefix("metrics.") for column in columns]
         cells = [
-            _cell(column, row.get(column), ends.get(name), errors.get(name))
-            for column, name in zip(columns, names, strict=True)
+            _cell(column, row.get(column), ends.get(key), errors.get(key)) for column, key in zip(columns, keys, strict=True)
         ]
         rows.append(_Row(cells, bool(result.get("pareto")), link))
     return _Table(caption, [_header(column) for column in columns], rows)
