@@ -173,11 +173,14 @@ class DecodingLoop:
     def _step(self) -> list[RowStep]:
         started, has_drafts = time.perf_counter(), False
         rows, newest = self._rows, self._newest
+        drafter: Drafter | None = None  # where only the target's own token has room, nothing drafts
         if newest is None:
             draft, made = self._prefill()
         else:
             self._drafting.start(started)
-            draft = self._draft(newest)
+            most = [] if self._drafter is None else [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
+            drafter = self._drafter if max(most, default=0) > 0 else None
+            draft = Draft(newest, (0,) * len(rows)) if drafter is None else drafter.draft(self._context(newest, most), most)
             has_drafts = draft.tokens.shape[1] > 1
             if has_drafts:
                 self._drafting.stop()
@@ -193,7 +196,11 @@ class DecodingLoop:
         start = self.reused_tokens
         last = [len(row.ids) - 1 - start for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
         outcomes = zip(rows, draft.counts, verified, strict=True)
-        steps = [self._commit(row, count, ids, source, made.layers) for row, count, ids in outcomes]
+        steps = []
+        for row, count, ids in outcomes:
+            if drafter is not None:
+                drafter.observe(Verdict(row.number, count, ids))
+            steps.append(self._commit(row, count, ids, source, made.layers))
         self._go_on(following, last)
         if self._prefix is not None:
             row = rows[0]
@@ -221,17 +228,11 @@ class DecodingLoop:
         positions = self._places[:, start : start + longest].expand(len(lengths), -1)
         return Draft(tokens[:, :1], (0,) * len(lengths)), self._depth.prefill(tokens, last, positions, self._cache)
 
-    def _draft(self, newest: Tensor) -> Draft:
-        """No drafts if only the target's own token has room."""
-        rows, drafter = self._rows, self._drafter
-        if drafter is not None:
-            most = [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
-            longest = max(most)
-            if longest > 0:
-                numbers, ids = [row.number for row in rows], [row.ids for row in rows]
-                features = None if self._true_states is None else self._true_states.features
-                return drafter.draft(Context(numbers, ids, newest, self._positions(longest + 1), self._cache, features), most)
-        return Draft(newest, (0,) * len(rows))
+    def _context(self, newest: Tensor, most: list[int]) -> Context:
+        rows = self._rows
+        features = None if self._true_states is None else self._true_states.features
+        positions = self._positions(max(most) + 1)
+        return Context([row.number for row in rows], [row.ids for row in rows], newest, positions, self._cache, features)
 
     def _positions(self, count: int) -> Tensor:
         """(B, count) on the host: where each row's newest token and the tokens after it stand."""
@@ -247,8 +248,6 @@ class DecodingLoop:
 
         `source`: Draft's, None of a prefill. `layers`: Pass's.
         """
-        if self._drafter is not None and source is not None:
-            self._drafter.observe(Verdict(row.number, drafted, verified))
         count, reason = row.scanner.cut(verified)
         row.ids += verified[:count]
         step = step_counts(drafted, len(verified) - 1, count, source, layers)

@@ -312,8 +312,10 @@ class Scripted:
 
     def __init__(self, choose):
         self.choose = choose
+        self.calls = []  # of `draft` and `observe`, by the number of drafts
 
     def draft(self, context, most):
+        self.calls.append(("draft", most[0]))
         ids = [int(context.newest)]
         assert ids == context.ids[0][-1:]
         for place in range(most[0]):
@@ -321,7 +323,7 @@ class Scripted:
         return Draft(tensor([ids]), counts=(len(ids) - 1,))
 
     def observe(self, verdict):
-        pass
+        self.calls.append(("observe", verdict.drafted))
 
 
 def single(model, prompt, stopping, sampler, layers, *settings):
@@ -372,6 +374,13 @@ def test_never_accepted_drafts():
     assert written(decoding) == [[5], [6], [7], [8], [9]]
     assert counts(decoding.stats) == (3, 6, 0, (3,), ())
     assert (decoding.stats.acceptance_rate, decoding.stats.mean_accepted_tokens) == (0.0, 0.0)
+
+
+def test_a_drafter_hears_of_its_own_drafts_only():
+    """The last token of the output leaves no room for a draft: nothing is drafted, and nothing was rejected."""
+    drafter = Scripted(never)
+    list(single(counting_model(), [3, 4], Stopping(frozenset(), (), 5), Greedy(), 2, drafter, 3, letters))
+    assert drafter.calls == [(call, count) for count in (3, 2, 1) for call in ("draft", "observe")]
 
 
 def test_sometimes_accepted_drafts():

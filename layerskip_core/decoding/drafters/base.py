@@ -71,4 +71,4 @@ class Drafter(Protocol):
         """Up to `most[row]` drafts for each row, of which at least one may have a draft."""
 
     def observe(self, verdict: Verdict) -> None:
-        """Takes note of what the target made of one row's last draft. Called for every row after each step but the prefill."""
+        """Takes note of what the target made of one row's draft. Called for every row after each `draft`, and not otherwise."""
