@@ -60,8 +60,7 @@ class _Row:
 class DecodingLoop:
     """Iterates over steps: what each added to the outputs of the rows that are not finished yet.
 
-    The state changes only at the end of a step. So a step that was interrupted can be taken again, and a loop can be abandoned
-    at any point.
+    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it.
     """
 
     def __init__(
@@ -121,8 +120,12 @@ class DecodingLoop:
         if not self._rows:
             raise StopIteration
         # Entered here and not in a generator, whose caller would run in inference mode between two steps.
-        with torch.inference_mode():
-            return self._step()
+        try:
+            with torch.inference_mode():
+                return self._step()
+        except BaseException:  # the rows may be changed in part
+            self._rows = []
+            raise
 
     def join(self, other: "DecodingLoop") -> list[int]:
         """Takes over the rows that another loop still has, and returns their numbers here, which are new. That loop is over.
@@ -256,7 +259,7 @@ class DecodingLoop:
         return RowStep(row.number, tokens, reason, step)
 
     def _go_on(self, newest: Tensor, last: list[int]) -> None:
-        """With the rows that are not finished. The cache forgets rejected drafts by its lengths alone.
+        """With the rows that are not finished. The next tokens overwrite rejected drafts in the cache.
 
         `last`: where the token that each row's newest was predicted after stood in the pass.
         """

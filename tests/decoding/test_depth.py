@@ -173,29 +173,6 @@ def scripted(exits, model):
     return leaving
 
 
-def test_an_interrupted_step_can_be_taken_again():
-    backend = model_of(GenericBackend)
-    expected, stats = dynamic(backend, prompt_of(9), 0.1)
-    for layer in (0, 1, 3, LAYERS - 1):
-        decoding = decode(
-            backend, prompt_of(9), DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.1, max_new_tokens=24)
-        )
-        ids = [token.id for token in next(decoding)]
-        while len(ids) < 24:
-            hook = backend.layers[layer].register_forward_hook(interrupt)
-            try:
-                ids += [token.id for token in next(decoding)]
-            except KeyboardInterrupt:
-                hook.remove()
-                ids += [token.id for token in next(decoding)]
-            hook.remove()
-        assert ids == expected and decoding.stats.tokens_by_layers == stats.tokens_by_layers
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
 def test_fixed_depths_are_counted_too():
     model = model_of(GenericBackend)
     assert run(model, prompt_of(9), 5, strategy="early-exit", exit_layer=2)[1].tokens_by_layers == (0, 5)

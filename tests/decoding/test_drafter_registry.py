@@ -71,7 +71,6 @@ def test_it_hears_of_every_verdict(backend):
     list(loop)
     for row in range(len(PROMPTS)):
         stats, verdicts = loop.counts(row), drafter.verdicts.get(row, [])
-        assert len(verdicts) == sum(stats.steps_by_drafter.values())  # of all steps, also those without drafts
         assert sum(verdict.drafted > 0 for verdict in verdicts) == stats.rounds
         assert sum(verdict.drafted for verdict in verdicts) == stats.drafted
         assert sum(verdict.accepted for verdict in verdicts[:-1]) <= stats.accepted

@@ -259,17 +259,27 @@ def test_an_abandoned_decoding_leaves_the_model_usable(backend):
     assert run(backend, prompt_of(9), exit_layer=3, max_new_tokens=17)[0] == expected
 
 
-def test_an_interrupted_step_can_be_taken_again(backend):
-    expected, _, _ = plain(backend, prompt_of(9), max_new_tokens=17)
+def test_an_interrupt_ends_a_decoding(backend, monkeypatch):
+    """Wherever it comes: what follows would stand at wrong positions. The model is as before."""
+    config = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=17)
+    expected = run(backend, prompt_of(9), exit_layer=2, num_draft_tokens=3, max_new_tokens=17)[0]
     for layer in (0, 2, LAYERS - 1):  # while drafting, before and during verification
-        decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=17))
-        ids = [token.id for token in next(decoding)]
+        decoding = decode(backend, prompt_of(9), config)
+        next(decoding)
         hook = backend.layers[layer].register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(decoding)
         hook.remove()
         assert not torch.is_inference_mode_enabled()
-        assert ids + [token.id for token in chain.from_iterable(decoding)] == expected
+        assert list(decoding) == [] and decoding.finish_reason is None
+    with monkeypatch.context() as patched:  # after the tokens were added to the output
+        decoding = decode(backend, prompt_of(9), config)
+        next(decoding)
+        patched.setattr(DecodingLoop, "_go_on", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(decoding)
+    assert list(decoding) == []
+    assert run(backend, prompt_of(9), exit_layer=2, num_draft_tokens=3, max_new_tokens=17)[0] == expected
 
 
 def interrupt(*_):
