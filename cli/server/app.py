@@ -6,7 +6,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,7 +19,6 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from layerskip_core.checkpoint.loaded import Decoder
-from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding import DecodeStats
@@ -41,6 +43,14 @@ class _Gone(Exception):
     """The client went away."""
 
 
+class Submitted(NamedTuple):
+    """A request that the engine has, and how many tokens its prompts have."""
+
+    asked: Asked
+    jobs: list[Job]
+    prompt_tokens: int
+
+
 class Service:
     """One model behind the API."""
 
@@ -48,14 +58,15 @@ class Service:
         self, decoder: Decoder, packing: PackingConfig, config: ServeConfig, engine: Engine, name: str, key: str | None
     ) -> None:
         """`name`: of the model in the API. `key`: the API key; None if none is needed."""
-        self._decoder = decoder
+        # A tokenizer is not for two threads at once: the engine decodes with one, and this copy encodes in a thread of its own.
+        self._decoder = decoder = replace(decoder, tokenizer=deepcopy(decoder.tokenizer))
         self._raw = decoder if decoder.template.text != CHAT else decoder.with_template(RAW, None)
         self._packing = packing
         self._config = config
         self._engine = engine
         self._name = name
         self._key = None if key is None else key.encode()
-        self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")  # tokenizers are not for two threads at once
+        self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")
         self.metrics = Metrics(engine)
 
     def app(self) -> Starlette:
@@ -93,23 +104,29 @@ class Service:
             raise invalid(f"the body did not arrive within {_BODY_SECONDS:g} seconds", status=408) from None
         return bytes(body)
 
-    def asked(self, body: bytes, parse: Callable[..., Asked]) -> Asked:
-        config = self._config
-        return parse(body, self._name, config.decoding, config.token_limit)
+    async def submitted(self, body: bytes, parse: Callable[..., Asked], deliver: Callable[[int, Update], None]) -> Submitted:
+        """What a body asks for, handed to the engine. Its answers have places in the queue before any work is done for them.
 
-    async def jobs(self, asked: Asked, deliver: Callable[[int, Update], None]) -> tuple[list[Job], int]:
-        """The answers to decode, and how many tokens the prompts have. Raises LayerSkipError for what does not fit."""
-        loop = asyncio.get_running_loop()
-        encoded, jobs = [await loop.run_in_executor(self._encoding, self._encoded, prompt) for prompt in asked.prompts], []
-        for place in range(len(encoded) * asked.n):
-            config = self._resolved(asked, place)
-            alone = asked.seed is not None and config.sampling.temperature > 0
-            job = Job(encoded[place // asked.n], config, lambda update, place=place: deliver(place, update), alone)  # type: ignore[misc]
-            jobs.append(job)
-        return jobs, sum(map(len, encoded))
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        self._engine.submit(*jobs)
+        Raises QueueFull, ApiError and LayerSkipError for what is wrong or does not fit.
+        """
+        engine, held = self._engine, 1
+        engine.hold(held)
+        try:
+            asked = parse(body, self._name, self._config.decoding, self._config.token_limit)
+            engine.hold(asked.answers - held)
+            held = asked.answers
+            configs = [self._decoder.resolve(asked.seeded(place), self._packing) for place in range(held)]
+            loop = asyncio.get_running_loop()
+            encoded = [await loop.run_in_executor(self._encoding, self._encoded, prompt) for prompt in asked.prompts]
+            jobs = []
+            for place, config in enumerate(configs):
+                alone = asked.seed is not None and config.sampling.temperature > 0
+                jobs.append(Job(encoded[place // asked.n], config, partial(deliver, place), alone))
+            engine.submit(*jobs)
+        except BaseException:
+            engine.release(held)
+            raise
+        return Submitted(asked, jobs, sum(map(len, encoded)))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Without effect on those that are finished."""
@@ -119,9 +136,6 @@ class Service:
 
     def document(self, form: Form) -> Document:
         return Document(form, self._name)
-
-    def _resolved(self, asked: Asked, place: int) -> DecodingConfig:
-        return self._decoder.resolve(asked.seeded(place), self._packing)
 
     def _encoded(self, prompt: Prompt) -> list[int]:
         """Token ids. A chat template is for conversations; a text that continues is put into any other template."""
@@ -193,10 +207,8 @@ class _Endpoint:
     async def _answer(self, request: Request, receive: Receive, send: Send, scope: Scope) -> None:
         service, started = self._service, time.monotonic()
         service.authorize(request)
-        asked = service.asked(await service.body(request), self._parse)
         updates = _Updates(asyncio.get_running_loop())
-        jobs, prompt_tokens = await service.jobs(asked, updates.deliver)
-        service.submit(jobs)
+        asked, jobs, prompt_tokens = await service.submitted(await service.body(request), self._parse, updates.deliver)
         watch = asyncio.create_task(_watch(receive, updates))
         try:
             arriving = self._timed(updates.all(len(jobs)), started)

@@ -18,6 +18,7 @@ Prompt = str | list[int] | tuple[Turn, ...]
 
 _SEEDS = 2**32
 _MOST_CHOICES = 128
+_MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
 _ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -86,6 +87,11 @@ class Asked:
         seed = secrets.randbelow(_SEEDS) if self.seed is None else (self.seed + number) % _SEEDS
         return self.settings.changed(seed=seed)
 
+    @property
+    def answers(self) -> int:
+        """How many answers that is."""
+        return self.n * len(self.prompts)
+
 
 def completion_asked(body: bytes, model: str, flags: DecodingSettings, token_limit: int) -> Asked:
     """Of /v1/completions. Raises ApiError, and ConfigError for a setting outside its range."""
@@ -134,6 +140,12 @@ def _asked(
 
 def _settings(given: Mapping[str, Any], flags: DecodingSettings, token_limit: int) -> DecodingSettings:
     """The flags with a request's own settings in their place. Raises ConfigError for a value outside its range."""
+    stops = given.get("stop", ())
+    if (
+        len(stops := [stops] if isinstance(stops, str) else stops) > _MOST_STOPS
+        or max(map(len, stops), default=0) > _LONGEST_STOP
+    ):
+        raise invalid(f"stop must be at most {_MOST_STOPS} texts of at most {_LONGEST_STOP} characters", "stop")
     changes = {name: given[name] for name in ("temperature", "top_p", "top_k", "stop") if name in given}
     limit = given.get("max_completion_tokens", given.get("max_tokens"))
     if limit is not None and limit > token_limit:

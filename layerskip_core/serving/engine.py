@@ -47,20 +47,32 @@ class Engine:
         """Whether it was stopped, or failed: it takes no requests any more."""
         return self._stopping
 
-    def submit(self, *requests: Request) -> None:
-        """Takes all of the requests or none. Raises QueueFull, and Stopped after `stop`."""
+    def hold(self, requests: int) -> None:
+        """Holds places for requests that will be submitted, before any work is done for them.
+
+        Raises QueueFull if not all of them have one, and Stopped after `stop`.
+        """
         with self._lock:
-            if self._stopping:
-                raise Stopped("the server answers nothing any more")
-            if self._held + len(requests) > self._most:
+            self._require_running()
+            if self._held + requests > self._most:
                 raise QueueFull(f"{self._held} requests wait or are being answered, and this server holds {self._most}")
-            self._held += len(requests)
+            self._held += requests
+
+    def release(self, requests: int) -> None:
+        """Gives up places of requests that will not be submitted."""
+        with self._lock:
+            self._held -= requests
+
+    def submit(self, *requests: Request) -> None:
+        """Takes requests whose places are held. Raises Stopped after `stop`, and takes none then."""
+        with self._lock:
+            self._require_running()
             for request in requests:
                 self._commands.put(lambda request=request: self._scheduler.add(request))  # type: ignore[misc]
 
     def cancel(self, request: Request) -> None:
         """Gives up a request after the step that is being computed; without effect on one that is finished."""
-        self._commands.put(lambda: self._release(int(self._scheduler.cancel(request))))
+        self._commands.put(lambda: self.release(int(self._scheduler.cancel(request))))
 
     def stop(self) -> None:
         """Ends all requests with the error Stopped, and waits for the thread."""
@@ -74,7 +86,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._obey(wait=scheduler.is_idle)
-                self._release(len(scheduler.step()))
+                self.release(len(scheduler.step()))
                 self._running = scheduler.running
         except BaseException:  # a fault of the scheduler: nobody waits for an answer that will not come
             reason = Stopped("the server has failed and must be started again")
@@ -83,7 +95,7 @@ class Engine:
             raise  # the traceback goes to stderr
         finally:
             self._obey(wait=False)
-            self._release(len(scheduler.fail_all(reason)))
+            self.release(len(scheduler.fail_all(reason)))
             self._running = 0
 
     def _obey(self, wait: bool) -> None:
@@ -95,6 +107,6 @@ class Engine:
         except Empty:
             pass
 
-    def _release(self, requests: int) -> None:
-        with self._lock:
-            self._held -= requests
+    def _require_running(self) -> None:
+        if self._stopping:
+            raise Stopped("the server answers nothing any more")

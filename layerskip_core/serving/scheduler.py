@@ -2,7 +2,7 @@
 
 As in Orca (Yu et al., OSDI 2022) the batch changes between steps, not between answers. A request is prefilled, alone or with
 others of short prompts, and then joins the loop that decodes by the same settings; loops with different settings take their
-steps in turn.
+steps in turn. Between two steps few prompts are prefilled, so that those who come do not hold up those who are answered.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from ..decoding.strategies import loop_of
 from ..decoding.text import ShownText
 from ..errors import LayerSkipError
 
-_PREFILLED_TOGETHER = 256  # tokens, padding included: more fill the kernels alone
+_PREFILLED = 256  # tokens, padding included, of prompts between two steps, and of those in one pass: so many fill the kernels
 
 
 class Update(NamedTuple):
@@ -122,8 +122,10 @@ class Scheduler:
         An exception of a pass ends the requests that were in it, which are told, and no others.
         """
         done: list[Request] = []
-        while self._waiting and self.running < self._batch_size:
-            done += self._begin(self._next())
+        room = _PREFILLED
+        while self._waiting and self.running < self._batch_size and (requests := self._next(room)):
+            room -= len(requests) * max(len(request.ids) for request in requests)
+            done += self._begin(requests)
         for key, group in list(self._groups.items()):
             done += self._advance(key, group)
         return done
@@ -135,16 +137,20 @@ class Scheduler:
         self._groups.clear()
         return [_failed(request, error) for request in left]
 
-    def _next(self) -> list[Request]:
-        """Takes the first request that waits, and those behind it that are prefilled with it."""
-        first = self._waiting.popleft()
-        requests, longest = [first], len(first.ids)
+    def _next(self, room: int) -> list[Request]:
+        """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
+
+        None if there is no room for it any more in this step. A prompt that never has room is prefilled alone.
+        """
+        first = self._waiting[0]
+        requests: list[Request] = []
+        longest = 0
         while self._waiting and self.running + len(requests) < self._batch_size:
             following = self._waiting[0]
             longest = max(longest, len(following.ids))
-            if self._is_single(first) or self._is_single(following) or _settings(first) != _settings(following):
+            if longest * (len(requests) + 1) > room and (requests or room < _PREFILLED):
                 break
-            if longest * (len(requests) + 1) > _PREFILLED_TOGETHER:
+            if requests and (self._is_single(first) or self._is_single(following) or _settings(first) != _settings(following)):
                 break
             requests.append(self._waiting.popleft())
         return requests

@@ -1,6 +1,7 @@
 """OpenAI's API with the real `openai` client over a real socket."""
 
 import asyncio
+import copy
 import gc
 import json
 import socket
@@ -157,6 +158,8 @@ def test_several_prompts_as_texts_or_ids_have_numbered_answers(client):
         ({"temperature": "hot"}, 400, "temperature", "temperature: needed a number, found 'hot'"),
         ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be at least 1, got 0"),
         ({"max_tokens": 101}, 400, "max_tokens", "at most 100, the limit of this server, got 101"),
+        ({"stop": ["x"] * 17}, 400, "stop", "at most 16 texts"),
+        ({"stop": "x" * 257}, 400, "stop", "at most 256 characters"),
         ({"stop": [""]}, 400, "stop", "stop must be a text that is not empty"),
         ({"n": 1000}, 400, "n", "must be in 1..128, got 1000"),
         ({"echo": True}, 400, "echo", "echo is not supported"),
@@ -224,6 +227,51 @@ def test_a_stopped_engine_is_not_healthy():
         health = httpx.get(f"{api.url}/health")
         assert (health.status_code, health.json()) == (503, {"status": "stopped"})
         assert httpx.post(f"{api.url}/v1/completions", json={"model": "tiny", "prompt": "a"}).status_code == 503
+
+
+class Watched:
+    """A tokenizer that notes which threads use each copy of it."""
+
+    def __init__(self, tokenizer, users):
+        self._tokenizer, self._users = tokenizer, users
+
+    def __deepcopy__(self, memo):
+        return Watched(copy.deepcopy(self._tokenizer, memo), self._users)
+
+    def __len__(self):
+        return len(self._tokenizer)
+
+    def __getattr__(self, name):
+        self._users.setdefault(id(self), set()).add(threading.current_thread().name)
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *arguments, **keywords):
+        return self.__getattr__("__call__")(*arguments, **keywords)
+
+
+def test_no_tokenizer_is_used_by_two_threads():
+    users = {}
+    decoder = replace(tiny_loaded(), tokenizer=Watched(tiny_loaded().tokenizer, users))
+    with serving(decoder) as api:
+        users.clear()  # so far it was used by this thread alone
+        choice = api.client().completions.create(model="tiny", prompt=PROMPT, stop=["never there"]).choices[0]
+        assert choice.text == expected(PROMPT)[0]
+    assert len(users) == 2 and all(len(threads) == 1 for threads in users.values())
+
+
+def test_a_full_queue_refuses_before_any_work():
+    """Nothing of the prompt is encoded, and the queue is as before."""
+    users = {}
+    decoder = replace(tiny_loaded(), tokenizer=Watched(tiny_loaded().tokenizer, users))
+    with serving(decoder, batch_size=1, queue_size=1) as api:
+        users.clear()
+        with pytest.raises(openai.RateLimitError, match="this server holds 2; try again later"):
+            api.client().completions.create(model="tiny", prompt=["a", "b", "c"])
+        assert not users
+        for wrong in ({"top_p": 0}, {"prompt": "wake " * 200}):
+            with pytest.raises(openai.BadRequestError):
+                api.client().post("/completions", cast_to=object, body={"model": "tiny", "prompt": "a", **wrong})
+        assert api.engine.held == 0
 
 
 def test_a_full_queue_says_so():

@@ -52,13 +52,14 @@ def settle(engine):
 
 
 def submitted(engine, client):
+    engine.hold(1)
     engine.submit(client.request)
     return client
 
 
 def test_requests_of_several_threads_are_answered(engine):
     clients = [Client(f"wake me at {hour}") for hour in range(8)]
-    threads = [threading.Thread(target=engine.submit, args=(client.request,)) for client in clients]
+    threads = [threading.Thread(target=submitted, args=(engine, client)) for client in clients]
     for thread in threads:
         thread.start()
     for client in clients:
@@ -72,7 +73,9 @@ def test_requests_of_several_threads_are_answered(engine):
 def test_more_than_fit_are_refused_whole(engine):
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(7)]
     with pytest.raises(QueueFull, match="7 requests wait or are being answered, and this server holds 8"):
-        engine.submit(Client("a").request, Client("b").request)
+        engine.hold(2)
+    engine.hold(1)
+    engine.release(1)
     for client in clients:
         engine.cancel(client.request)
     settle(engine)
@@ -97,7 +100,7 @@ def test_at_the_end_everyone_is_told():
     assert all(isinstance(client.updates[-1].error, Stopped) for client in clients)
     assert engine.held == 0 and not engine._thread.is_alive()
     with pytest.raises(Stopped):
-        engine.submit(Client("late").request)
+        engine.hold(1)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -110,4 +113,4 @@ def test_a_fault_of_the_scheduler_leaves_nobody_waiting(monkeypatch):
     assert engine.is_stopped and engine.held == 0
     assert all(str(client.updates[-1].error) == "the server has failed and must be started again" for client in clients)
     with pytest.raises(Stopped):
-        engine.submit(Client("late").request)
+        engine.hold(1)

@@ -140,6 +140,24 @@ def test_short_prompts_with_equal_settings_are_prefilled_together(monkeypatch, t
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
 
 
+def test_prefills_do_not_hold_up_those_that_are_being_decoded():
+    """Of prompts of 100 tokens two are prefilled between two steps; of such as end at their prefill too."""
+    decoder = decoder_of("generic")
+    stream = Client(prompt_of(4), DecodingConfig("autoregressive", max_new_tokens=90))
+    scheduler = Scheduler(decoder, batch_size=8)
+    run_step = scheduler.step
+    scheduler.add(stream.request)
+    run_step()
+    short = [Client(prompt_of(100), DecodingConfig("autoregressive", max_new_tokens=1)) for _ in range(64)]
+    for client in short:
+        scheduler.add(client.request)
+    heard = len(stream.updates)
+    for step in range(1, 33):
+        assert len(run_step()) == 2
+        assert len(stream.updates) == heard + step
+    assert scheduler.running == scheduler.held == 1 and all(client.answer[1] == "length" for client in short)
+
+
 def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():
     decoder = decoder_of("packed")
     config = replace(ADAPTIVE, max_new_tokens=30)
