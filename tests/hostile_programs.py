@@ -13,14 +13,13 @@ DENIED = r"PermissionError|FileNotFoundError|OSError: \[Errno (18|30)\]"  # 18: 
 
 @dataclass(frozen=True)
 class HostileProgram:
-    """`wall`: without this wall the program may succeed, as the sandbox's README says."""
+    """`layer`: without this layer the program may succeed, as the sandbox's README says."""
 
     name: str
     program: str
     must_not_happen: str
     refused: str = DENIED
-    tests: str = ""
-    wall: str | None = None
+    layer: str | None = None
 
     def against(self, home: str, pid: int) -> str:
         return self.program.replace("{home}", home).replace("{pid}", str(pid))
@@ -43,8 +42,8 @@ def call(x86_64, aarch64, *arguments):
 """
 
 
-def _native(name: str, line: str, must_not_happen: str, refused: str = DENIED, wall: str | None = None) -> HostileProgram:
-    return HostileProgram(name, f"{_CALL}\n{line}\n", must_not_happen, refused, wall=wall)
+def _native(name: str, line: str, must_not_happen: str, refused: str = DENIED, layer: str | None = None) -> HostileProgram:
+    return HostileProgram(name, f"{_CALL}\n{line}\n", must_not_happen, refused, layer=layer)
 
 
 _CHANGED = "a file of the user is changed"
@@ -80,12 +79,12 @@ FILES = [
     HostileProgram("read of memory", "open('/proc/self/mem', 'rb')", _READ),
     HostileProgram("read of a command line", "open('/proc/{pid}/cmdline', 'rb').read()", _READ),
     HostileProgram("shared memory file", "open('/dev/shm/layerskip-hostile', 'x')", "it outlives the program"),
-    HostileProgram("stat", "import os; os.stat('{home}/secret')", _ASKED, wall="file names"),
+    HostileProgram("stat", "import os; os.stat('{home}/secret')", _ASKED, layer="file names"),
     HostileProgram(
-        "access", "import os; assert os.access('{home}/secret', os.F_OK)", _ASKED, "AssertionError", wall="file names"
+        "access", "import os; assert os.access('{home}/secret', os.F_OK)", _ASKED, "AssertionError", layer="file names"
     ),
-    HostileProgram("readlink", "import os; os.readlink('{home}/link')", _ASKED, wall="file names"),
-    HostileProgram("chdir", "import os; os.chdir('{home}')", _ASKED, wall="file names"),
+    HostileProgram("readlink", "import os; os.readlink('{home}/link')", _ASKED, layer="file names"),
+    HostileProgram("chdir", "import os; os.chdir('{home}')", _ASKED, layer="file names"),
     HostileProgram("open of a bare path", "import os; os.fstat(os.open('{home}/secret', os.O_PATH))", _ASKED),
     HostileProgram("statvfs", "import os; os.statvfs('{home}')", _ASKED),
     HostileProgram("FIFO", "import os; os.mkfifo('pipe')", "a device or FIFO is made"),
@@ -225,217 +224,4 @@ FOLDER = [
     HostileProgram("closed folders", "import os\nfor name in range(100000): os.mkdir(str(name), 0)", _UNBOUNDED, _FULL),
 ]
 
-FAILING = "assert f(1) == 3"
-IN_A_FUNCTION = "def check(candidate):\n    assert candidate(1) == 3\ncheck(f)"
-_FORGED = "wrong answers pass"
-_GUESS = "\n    return next(one for one in constants if type(one) is int and one != 1)\n"
-_SPOKEN = "used |looked at the code"
-FRAMES = [
-    HostileProgram(
-        "constants by a frame",
-        f"import sys\ndef f(x):\n    constants = sys._getframe(1).f_code.co_consts{_GUESS}",
-        _FORGED,
-        _SPOKEN,
-        FAILING,
-    ),
-    HostileProgram(
-        "constants by inspect",
-        f"import inspect\ndef f(x):\n    constants = inspect.stack()[1].frame.f_code.co_consts{_GUESS}",
-        _FORGED,
-        _SPOKEN,
-        FAILING,
-    ),
-    HostileProgram(
-        "constants by a function",
-        f"def f(x):\n    constants = check.__code__.co_consts{_GUESS}",
-        _FORGED,
-        _SPOKEN,
-        IN_A_FUNCTION,
-    ),
-    HostileProgram(
-        "constants by a frame in a function",
-        f"import sys\ndef f(x):\n    constants = sys._getframe(1).f_code.co_consts{_GUESS}",
-        _FORGED,
-        _SPOKEN,
-        IN_A_FUNCTION,
-    ),
-    HostileProgram(
-        "constants by a traceback",
-        "def f(x):\n    try: 1 / 0\n    except Exception as error:\n"
-        f"        constants = error.__traceback__.tb_frame.f_back.f_code.co_consts\n{_GUESS[1:]}",
-        _FORGED,
-        _SPOKEN,
-        FAILING,
-    ),
-    HostileProgram(
-        "constants by the collector",
-        "import gc, types\ndef f(x):\n    constants = [one for each in gc.get_objects() if isinstance(each, types.FunctionType)"
-        f" and each.__name__ == 'check' for one in each.__code__.co_consts]{_GUESS}",
-        _FORGED,
-        _SPOKEN,
-        IN_A_FUNCTION,
-    ),
-    HostileProgram(
-        "constants by referents",
-        f"import gc, sys\ndef f(x):\n    constants = gc.get_referents(gc.get_referents(sys._getframe(1))[0]){_GUESS}",
-        _FORGED,
-        _SPOKEN,
-        FAILING,
-    ),
-    HostileProgram(
-        "constants by the frames of threads",
-        "import sys, threading\nfound = []\ndef look():\n"
-        "    for frame in sys._current_frames().values(): found.extend(frame.f_code.co_consts)\n"
-        "def f(x):\n    thread = threading.Thread(target=look); thread.start(); thread.join(); constants = found" + _GUESS,
-        _FORGED,
-        _SPOKEN,
-        FAILING,
-    ),
-    HostileProgram(
-        "constants by a generator",
-        "def f(rows):\n    return next(one for one in rows.gi_code.co_consts if one == 3)",
-        _FORGED,
-        _SPOKEN,
-        "assert f(one for one in (1, 2) if one > 3) == 3",
-    ),
-    HostileProgram(
-        "tests in the runner's frames",
-        "import sys\nframe, seen = sys._getframe(), ''\nwhile frame := frame.f_back: seen += repr(frame.f_locals)\n"
-        "assert 'SEC' + 'RET' in seen",
-        "the tests are in the process before the program has ended",
-        "AssertionError",
-        "'SECRET'",
-    ),
-    HostileProgram(
-        "token in the runner's frames",
-        "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame := frame.f_back:\n"
-        "        for value in frame.f_locals.values():\n            if isinstance(value, bytes):\n"
-        "                import os; os.write(3, value + b'\\n')\n    os._exit(0)",
-        _FORGED,
-        "no reason|[0-9a-f]{32}|ended",
-        FAILING,
-    ),
-    HostileProgram("trace", "import sys\nsys.settrace(lambda *all: None)", _FORGED, _SPOKEN),
-    HostileProgram("profile", "import sys; sys.setprofile(print)", _FORGED, _SPOKEN),
-    HostileProgram("audit hook", "import sys\nsys.addaudithook(print)", _FORGED, _SPOKEN),
-    HostileProgram(
-        "a profiler",
-        "import cProfile\nprofile = cProfile.Profile()\ndef f(x):\n    profile.enable()\n    return 3",
-        _FORGED,
-        f"{_SPOKEN}|ValueError",
-        FAILING,
-    ),
-]
-
-_ECHO = "import os\nos.write(3, os.read(3, 32) + b'\\n')\nos._exit(0)\n"
-FORGERS = [
-    HostileProgram(
-        "imitation",
-        """
-import os
-for text in ('{"passed": true, "reason": "", "walls": []}\\n', '[]\\n\\n', 'passed\\n', 'end\\n'):
-    print(text, flush=True)
-    for fd in range(64):
-        try: os.write(fd, text.encode())
-        except OSError: pass
-os._exit(0)
-""",
-        _FORGED,
-        "",
-        FAILING,
-    ),
-    HostileProgram(
-        "patches",
-        """
-import builtins, os, sys
-builtins.exec = builtins.compile = builtins.eval = lambda *a, **k: None
-builtins.AssertionError = builtins.SystemExit = type('Quiet', (Exception,), {})
-builtins.len = builtins.int = builtins.str = lambda *a: 0
-os._exit = sys.exit = lambda *a: None
-os.write = lambda *a: 0
-os.read = lambda *a: b''
-sys.excepthook = lambda *a: None
-sys.modules['__main__'].__dict__.clear()
-for name, module in list(sys.modules.items()):
-    if name.startswith('layerskip_core'): module.__dict__.clear()
-def f(x): return 2
-""",
-        _FORGED,
-        "AssertionError|Quiet|NameError",
-        FAILING,
-    ),
-    HostileProgram("echo", _ECHO, _FORGED, "took more than|ended", FAILING),
-    HostileProgram("echo in a test", f"def f(x):\n    exec({_ECHO!r})", _FORGED, "took more than|ended", FAILING),
-    HostileProgram(
-        "a thread that hears the tests",
-        "import os, threading\ndef hear():\n    told = os.read(3, 65536)\n    os.write(3, told[:32] + b'\\n'); os._exit(0)\n"
-        "threading.Thread(target=hear, daemon=True).start()",
-        _FORGED,
-        "left a thread",
-        FAILING,
-    ),
-    HostileProgram(
-        "a child that hears the tests",
-        "import os\nif os.fork() == 0:\n    os.setsid()\n    told = os.read(3, 65536)\n    os.write(3, told[:32] + b'\\n')\n"
-        "    while True: pass\nimport time; time.sleep(0.3)\ndef f(x): return 2",
-        _FORGED,
-        "AssertionError",
-        FAILING,
-    ),
-    HostileProgram(
-        "a child that goes on in its place",
-        "import os\nif os.fork():\n    told = os.read(3, 65536)\n    os.write(3, told[:32] + b'\\n')\n    os._exit(0)\n",
-        _FORGED,
-        "took more than|ended",
-        FAILING,
-    ),
-    HostileProgram(
-        "a signal handler that hears the tests",
-        "import os, signal\ndef hear(*all):\n    told = os.read(3, 65536)\n    os.write(3, told[:32] + b'\\n'); os._exit(0)\n"
-        "signal.signal(signal.SIGPROF, hear); signal.setitimer(signal.ITIMER_PROF, 0.001)\ndef f(x): return 2",
-        _FORGED,
-        "",
-        FAILING,
-    ),
-    HostileProgram(
-        "a finalizer",
-        "import os\nclass Late:\n    def __del__(self):\n        told = os.read(3, 65536)\n"
-        "        os.write(3, told[:32] + b'\\n'); os._exit(0)\nlate = Late(); late.self = late; del late\ndef f(x): return 2",
-        _FORGED,
-        "",
-        FAILING,
-    ),
-    HostileProgram(
-        "jump over the tests",
-        """
-import sys
-def skip(frame, event, argument):
-    if event == 'line' and frame.f_code.co_filename == '<tests>': frame.f_lineno = 9; sys.settrace(None); frame.f_trace = None
-    return skip
-sys.settrace(skip)
-def f(x): return 2
-""",
-        _FORGED,
-        _SPOKEN,
-        FAILING + "\n\n\n\n\n\n\n\npass",
-    ),
-    HostileProgram("exit in a test", "def f(x): raise SystemExit(0)", _FORGED, "SystemExit", FAILING),
-    HostileProgram("exit hook", "import atexit, os; atexit.register(os._exit, 0)\nf = abs", _FORGED, "Assertion", FAILING),
-    HostileProgram(
-        "thread that ends it",
-        "import threading, os\nthreading.Timer(0.0, os._exit, [0]).start()\ndef f(x): return 2",
-        _FORGED,
-        "ended|Assertion|left a thread",
-        FAILING,
-    ),
-    HostileProgram(
-        "import hook",
-        "import sys\nclass Hook:\n    def find_spec(self, *all): import os; os._exit(0)\nsys.meta_path.insert(0, Hook())\n"
-        "def f(x): return 2",
-        _FORGED,
-        "Assertion",
-        FAILING,
-    ),
-]
-
-PROGRAMS = [*FILES, *PROCESSES, *KERNEL, *FOREIGN, *NETWORK, *FOLDER, *FRAMES, *FORGERS]
+PROGRAMS = [*FILES, *PROCESSES, *KERNEL, *FOREIGN, *NETWORK, *FOLDER]

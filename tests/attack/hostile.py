@@ -1,4 +1,4 @@
-"""More programs that try to break out of the sandbox, written before its walls were built. See also tests/hostile_programs.py.
+"""More programs that try to break out of the sandbox, written before its layers were built. See also tests/hostile_programs.py.
 
 Each program reaches its end only if its attempt worked. `{home}` is a folder of the user with a file `secret`, `{pid}` a
 process of the user, SHM a key.
@@ -113,38 +113,6 @@ _REACHING = {
     "a terminal": "open('/dev/tty')",
 }
 
-_FAILING = "assert f(1) == 83512907"
-_FROM_FRAMES = """
-import gc, sys
-def search():
-    frame, found = sys._getframe(), []
-    while frame:
-        found += [repr(frame.f_locals), repr(frame.f_globals)]; frame = frame.f_back
-    found += [one for one in gc.get_objects() if isinstance(one, str)]
-    return '83512907' in ''.join(found) or any('83512907' in repr(one) for one in gc.get_objects() if isinstance(one, dict))
-seen = search()
-def f(x): return 83512907 if seen else 0
-"""
-_ECHO = "import os\nos.write(3, os.read(3, 32) + b'\\n')\nos._exit(0)\n"
-_FORGERIES = {
-    "an echo": (_ECHO, _FAILING),
-    "an echo in a test": (f"def f(x):\n    exec({_ECHO!r})", _FAILING),
-    "the tests read from frames": (_FROM_FRAMES, _FAILING),
-    "exec and compile replaced": (
-        "import builtins\nbuiltins.exec = builtins.compile = builtins.eval = lambda *a, **k: 0\ndef f(x): return 2", _FAILING),
-    "errors replaced": ("import builtins\nbuiltins.AssertionError = type('Q', (Exception,), {})\ndef f(x): return 2", _FAILING),
-    "an exit in a test": ("def f(x): raise SystemExit(0)", _FAILING),
-    "a trace that skips": (
-        "import sys\ndef skip(frame, event, argument):\n    if event == 'line' and frame.f_code.co_filename == '<tests>':\n"
-        "        frame.f_lineno = 9\n    return skip\nsys.settrace(skip)\ndef f(x): return 2", _FAILING + "\n" * 8 + "pass"),
-    "a thread that ends": ("import threading, os\nthreading.Timer(0.0, os._exit, [0]).start()\ndef f(x): return 2", _FAILING),
-    "the channel closed": ("import os\nos.close(3)\ndef f(x): return 2", _FAILING),
-    "words on every descriptor": (
-        "import os\nfor fd in range(64):\n  for text in (b'passed\\n', b'[]\\n\\n', b'{\"passed\": true}\\n'):\n"
-        "    try: os.write(fd, text)\n    except OSError: pass\nos._exit(0)", _FAILING),
-    "no more classes": ("import builtins\ndel builtins.__build_class__, builtins.AssertionError\ndef f(x): return 2", _FAILING),
-}  # fmt: skip
-
 _STAYING = """
 import os, signal, time
 for one in (1, 2, 15): signal.signal(one, signal.SIG_IGN)
@@ -158,12 +126,11 @@ OUTLIVING = {
     + "call(157, 1, 0, 0, 0, 0)\nif os.fork() == 0:\n  call(157, 1, 0, 0, 0, 0); os.setsid(); time.sleep(60)\ntime.sleep(60)",
 }
 
-_WALLS = dict.fromkeys(
+_LAYERS = dict.fromkeys(
     ("size of a file", "existence of a file", "access to a file"), "file names"
-)  # without this wall they are known to succeed
+)  # without this layer they are known to succeed
 
 PROGRAMS = [
     *OF_THE_TESTS,
-    *(HostileProgram(f"{name}, again", text, f"{name} works", wall=_WALLS.get(name)) for name, text in _REACHING.items()),
-    *(HostileProgram(f"{name}, again", text, "a test passes", tests=tests) for name, (text, tests) in _FORGERIES.items()),
+    *(HostileProgram(f"{name}, again", text, f"{name} works", layer=_LAYERS.get(name)) for name, text in _REACHING.items()),
 ]

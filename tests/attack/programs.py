@@ -64,10 +64,10 @@ def _run(case: Case, hostile: HostileProgram, plain: bool, namespaces: bool, mar
     text = hostile.against(str(home), pid).replace("SHM", str(_KEY + case.number))
 
     def judge() -> int:
-        from layerskip_core.evaluation.sandbox import standing_walls
+        from layerskip_core.evaluation.sandbox import standing_layers
 
-        verdict = _harness(text, hostile.tests, plain, namespaces, marker)
-        missing = hostile.wall is not None and (not namespaces or hostile.wall not in standing_walls())
+        verdict = _harness(text, plain, namespaces, marker)
+        missing = hostile.layer is not None and (not namespaces or hostile.layer not in standing_layers())
         os.write(1, f"{'passed' if verdict and not missing else 'failed'}\n".encode())
         return 0
 
@@ -78,7 +78,7 @@ def _run(case: Case, hostile: HostileProgram, plain: bool, namespaces: bool, mar
 
 def _outlives(case: Case, program: str, plain: bool, namespaces: bool, marker: Path) -> Iterator[Miss]:
     """Kills the harness while a program runs that tries to survive it."""
-    work = lambda: int(_harness(program, "", plain, namespaces, marker))  # noqa: E731
+    work = lambda: int(_harness(program, plain, namespaces, marker))  # noqa: E731
     child = Child(work, case.logs, Limits(), None, (-1, -1))
     child.wait(1.0 + case.random.random())
     with suppress(ProcessLookupError):
@@ -94,7 +94,7 @@ def _outlives(case: Case, program: str, plain: bool, namespaces: bool, marker: P
         yield Miss("breach", f"processes outlive the harness: {survivors}")
 
 
-def _harness(program: str, tests: str, plain: bool, namespaces: bool, marker: Path) -> bool:
+def _harness(program: str, plain: bool, namespaces: bool, marker: Path) -> bool:
     """In a child: whether the program passed."""
     from layerskip_core.evaluation import sandbox
 
@@ -106,7 +106,7 @@ def _harness(program: str, tests: str, plain: bool, namespaces: bool, marker: Pa
     tempfile.tempdir = str(marker.with_name("temporary"))  # files that a killed harness leaves are removed with the case
     sandbox._ROOT = str(marker)  # it appears in the command line of every process of the sandbox
     short = sandbox.Limits(seconds=3.0, cpu_seconds=2, memory_mb=512, processes=6)
-    return sandbox.run_tests(program, tests, short, namespaces).passed
+    return sandbox.run_tests(program, "", short, namespaces).passed
 
 
 def _become_plain(folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""Programs that try to hang, to break out, or to pass without passing their tests; with and without namespaces."""
+"""Programs that try to hang or to break out of the sandbox, with and without namespaces."""
 
 import json
 import os
 import re
 import resource
-import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,19 +17,19 @@ from hostile_programs import PROGRAMS
 
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import sandbox
-from layerskip_core.evaluation.sandbox import Limits, folder, processes, run_tests, standing_walls
-from layerskip_core.evaluation.sandbox import namespaces as namespaces_of
+from layerskip_core.evaluation.sandbox import Limits, run_tests, standing_layers
 
 SHORT = Limits(seconds=1.0, cpu_seconds=5, processes=4)
+WAYS = [True, False] if "processes" in standing_layers() else [False]
 
 
-@pytest.fixture(params=[True, False], ids=["namespaces", "no namespaces"])
+@pytest.fixture(params=WAYS, ids=lambda namespaces: "namespaces" if namespaces else "no namespaces")
 def namespaces(request):
     return request.param
 
 
-def needs(wall):
-    return pytest.mark.skipif(wall not in standing_walls(), reason=f"this kernel gives no wall around {wall}")
+def needs(layer):
+    return pytest.mark.skipif(layer not in standing_layers(), reason=f"this kernel has no layer for {layer}")
 
 
 def survivors(marker):
@@ -41,6 +41,14 @@ def survivors(marker):
         except OSError:
             continue
     return found
+
+
+def none_is_left(marker):
+    """The kernel ends what is in a process namespace soon after its first process."""
+    deadline = time.monotonic() + 10
+    while survivors(marker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return survivors(marker) == []
 
 
 @pytest.fixture
@@ -63,8 +71,8 @@ def test_a_right_program_passes_and_a_wrong_one_fails(namespaces):
     ("program", "reason"),
     [
         ("def f(x:\n", "SyntaxError"),
-        ("raise ValueError('\\ud800')", "ValueError: ?"),
-        ("class E(Exception):\n    def __str__(self): raise self\nraise E", "E"),
+        ("raise ValueError('\\ud800')", "ValueError: "),
+        ("class E(Exception):\n    def __str__(self): raise self\nraise E", "program.E"),
         ("x = '\ud800'", "UnicodeEncodeError"),
         ("input()", "EOFError"),
         ("import sys\nassert not sys.stdin.read() and not __name__ == '__main__'\nf()", "NameError"),
@@ -74,7 +82,8 @@ def test_a_right_program_passes_and_a_wrong_one_fails(namespaces):
         ("def f(x): return f(x)\nf(1)", "RecursionError"),
         ("bytearray(1 << 32)", "MemoryError"),
         ("open('big', 'wb').write(bytes(1 << 21))", "OSError: [Errno 27] File too large"),
-        ("import os\nassert os.environ.get('SECRET_OF_THE_TEST') or dict(os.environ) == {}\nf(os.environ)", "NameError"),
+        ("import os\nassert 'SECRET_OF_THE_TEST' not in os.environ and 'PATH' not in os.environ\nf()", "NameError"),
+        ("import os\nif os.fork() == 0: raise KeyError\nos.wait()\nf()", "NameError"),
     ],
 )
 def test_the_reason_names_what_ended_the_program(monkeypatch, program, reason):
@@ -86,12 +95,19 @@ def test_the_reason_names_what_ended_the_program(monkeypatch, program, reason):
 
 @pytest.mark.parametrize(
     "program",
-    ["while True: pass", "while True: print('x' * 1000000)", "import time; time.sleep(1000)"],
-    ids=["loop", "output", "sleep"],
+    [
+        "while True: pass",
+        "while True: print('x' * 1000000)",
+        "import os\nwhile True: os.write(3, bytes(4096))",
+        "import time; time.sleep(1000)",
+    ],
+    ids=["loop", "output", "verdict", "sleep"],
 )
 def test_the_time_limit_ends_a_program(program):
+    started = time.monotonic()
     assert not run_tests(program, "", SHORT).passed
     assert not run_tests("def f(): pass", program, SHORT).passed
+    assert time.monotonic() - started < 20
 
 
 def test_the_cpu_limit_ends_a_program():
@@ -104,16 +120,68 @@ def test_processes_are_few_and_none_is_left(namespaces, marker):
     counting += "except OSError: pass\nraise Exception(count)"
     verdict = run_tests(counting, "", Limits(processes=4), namespaces)
     assert int(verdict.reason.removeprefix("Exception: ")) <= 4
-    assert survivors(marker) == []
+    assert none_is_left(marker)
     assert not run_tests("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "", SHORT, namespaces).passed
-    assert survivors(marker) == []
+    assert none_is_left(marker)
 
 
-def test_a_daemon_is_killed(namespaces, marker):
-    daemon = "import os, signal, time\nif os.fork() == 0:\n  try: os.setsid()\n  except OSError: pass\n  if os.fork() == 0:\n"
-    daemon += "    [signal.signal(one, signal.SIG_IGN) for one in (1, 2, 15)]\n    time.sleep(600)\n  os._exit(0)\nos.wait()\n"
-    assert run_tests(daemon, "", namespaces=namespaces).passed
-    assert survivors(marker) == []
+CHAIN = "import os\nif os.fork() == 0:\n    while True:\n        if os.fork(): os._exit(0)\n"
+DAEMON = """
+import os, signal, time
+for _ in range(2):
+    if os.fork() == 0:
+        try: os.setsid()
+        except OSError: pass
+        if os.fork():
+            os._exit(0)
+        for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:
+            try: signal.signal(number, signal.SIG_IGN)
+            except OSError: pass
+        time.sleep(600)
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("program", [CHAIN, DAEMON], ids=["forks and ends", "daemons"])
+def test_what_a_program_leaves_behind_is_killed(namespaces, marker, program):
+    assert run_tests(program, "", namespaces=namespaces).passed
+    assert none_is_left(marker)
+    assert not run_tests(program + "while True: pass", "", SHORT, namespaces).passed
+    assert none_is_left(marker)
+
+
+@pytest.mark.parametrize("attack", ["os.kill(os.getppid(), 9)", "os.kill(-1, 9)", "os.killpg(0, 9)"])
+def test_killing_others_gains_nothing(namespaces, marker, attack):
+    program = f"import os\ntry: {attack}\nexcept OSError: pass\nwhile True: pass"
+    assert not run_tests(program, "", SHORT, namespaces).passed
+    assert none_is_left(marker)
+
+
+HARNESS = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+from layerskip_core.evaluation import sandbox
+sandbox._ROOT = sys.argv[2]
+sandbox.run_tests(sys.argv[3], "", sandbox.Limits(seconds=600.0), namespaces=sys.argv[4] == "True")
+"""
+
+
+@needs("system calls")
+def test_no_process_survives_the_end_of_the_harness(marker, namespaces, temporary_folder):
+    left = DAEMON + "time.sleep(600)"
+    harness = subprocess.Popen(
+        [sys.executable, "-c", HARNESS, sandbox._ROOT, str(marker), left, str(namespaces)],
+        env={"TMPDIR": temporary_folder},
+        stderr=subprocess.DEVNULL,
+    )
+    while len(survivors(marker)) < 5:  # harness, supervisor, program and two daemons
+        assert harness.poll() is None
+        time.sleep(0.05)
+    harness.kill()
+    harness.wait()
+    assert none_is_left(marker)
+    for path in Path(temporary_folder).iterdir():
+        shutil.rmtree(path)
 
 
 @needs("files")
@@ -121,26 +189,29 @@ def test_files_of_the_machine_can_neither_be_read_nor_written(tmp_path, namespac
     (tmp_path / "secret").write_text("secret")
     os.chmod(tmp_path, 0o777)
     home = os.path.expanduser("~")
-    assert not run_tests(f"assert open({str(tmp_path / 'secret')!r}).read()", "", namespaces=namespaces).passed
-    assert not run_tests(f"import os; os.listdir({home!r})", "", namespaces=namespaces).passed
-    assert not run_tests("import os; os.listdir('/proc/1')", "", namespaces=namespaces).passed
-    assert not run_tests(f"open({str(tmp_path / 'new')!r}, 'w')", "", namespaces=namespaces).passed
-    assert not run_tests("import os; os.execv('/bin/sh', ['sh', '-c', 'true'])", "", namespaces=namespaces).passed
+    for attack in (
+        f"assert open({str(tmp_path / 'secret')!r}).read()",
+        f"import os; os.listdir({home!r})",
+        "import os; os.listdir('/proc/1')",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        "import os; os.execv('/bin/sh', ['sh', '-c', 'true'])",
+    ):
+        assert not run_tests(attack, "", namespaces=namespaces).passed
     assert [file.name for file in tmp_path.iterdir()] == ["secret"]
-    own = (
-        "import os\nassert os.listdir('.') == []\nos.mkdir('a')\nopen('a/b', 'w').write('c')\nassert open('a/b').read() == 'c'"
-    )
-    assert run_tests(own, "", namespaces=namespaces).passed
+
+
+def test_a_program_has_a_folder_of_its_own(namespaces):
+    own = "import os, tempfile\nassert os.listdir('.') == []\nwith tempfile.TemporaryFile() as file: file.write(b'x')\n"
+    own += "os.makedirs('a/b'); open('a/b/c', 'w').write('d')"
+    assert run_tests(own, "assert open('a/b/c').read() == 'd'", namespaces=namespaces).passed
 
 
 def test_no_open_file_is_inherited(tmp_path):
     (tmp_path / "secret").write_text("secret")
     with open(tmp_path / "secret") as file:
         os.set_inheritable(file.fileno(), True)
-        reading = (
-            f"import os\nfor fd in [{file.fileno()}, *range(4, 64)]:\n  try: os.fstat(fd)\n  except OSError: pass\n  else: 1/0"
-        )
-        assert run_tests(reading, "").passed
+        program = "import os\nfor fd in range(4, 64):\n  try: os.fstat(fd)\n  except OSError: pass\n  else: 1/0"
+        assert run_tests(program, "").passed
 
 
 @needs("network")
@@ -153,73 +224,44 @@ def test_no_network(namespaces):
             listener.accept()
 
 
-CHAIN = "import os\nif os.fork() == 0:\n    while True:\n        if os.fork(): os._exit(0)\n"
-
-
-def test_a_program_that_keeps_forking_and_ending_is_killed(namespaces, marker):
-    run_tests(CHAIN, "", SHORT, namespaces)
-    assert survivors(marker) == []
-    assert not run_tests(CHAIN + "while True: pass", "", SHORT, namespaces).passed
-    assert survivors(marker) == []
-
-
-def test_without_user_namespaces_namespaces_are_left_out(monkeypatch):
-    def refused(path, text):
-        raise PermissionError
-
-    mine = os.readlink("/proc/self/ns/user")
-    monkeypatch.setattr(namespaces_of.os, "getuid", lambda: 1000)
-    monkeypatch.setattr(namespaces_of.Path, "write_text", refused)
-    assert not namespaces_of.enter_namespaces()
-    assert os.readlink("/proc/self/ns/user") == mine
-
-
-@pytest.mark.parametrize(
-    ("without", "missing"),
-    [
-        ("supervisor.enter_small_tree", {"file names"}),
-        ("supervisor.enter_namespaces", {"file names", "processes"}),
-        ("walls.landlock.allow_files_only", {"files"}),
-        ("walls.filter_calls", {"system calls"}),
-    ],
-)
-def test_a_wall_that_the_kernel_forbids_is_left_out_and_reported_missing(monkeypatch, without, missing, marker):
-    start = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox import supervisor, walls\n"
-    before = set(standing_walls())
-    monkeypatch.setattr(sandbox, "_START", f"{start}{without} = lambda *all: False\nsupervisor.main()")
-    verdict, walls = sandbox._supervised(f"import math\n{CHAIN}", "assert math.pi > 3", Limits(), True)
-    assert set(walls) == before - missing
-    assert verdict.passed or verdict.reason == "left a process running that does not end"
-    assert survivors(marker) == []
-
-
-def test_killing_the_parent_gains_nothing(namespaces, marker):
-    assert not run_tests("import os; os.kill(os.getppid(), 9)\nwhile True: pass", "", SHORT, namespaces).passed
-    assert survivors(marker) == []
-
-
-@needs("processes")
-def test_killing_everything_kills_nothing_outside(marker):
-    assert not run_tests("import os; os.kill(-1, 9); os.killpg(0, 9)", "1/0").passed
-    assert survivors(marker) == []
+def test_threads_processes_signals_and_event_loops_work(namespaces):
+    program = """
+import asyncio, multiprocessing.pool, os, signal, threading, time
+results = []
+threads = [threading.Thread(target=results.append, args=(one,)) for one in range(3)]
+[one.start() for one in threads]; [one.join() for one in threads]
+asyncio.run(asyncio.sleep(0))
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.write(writer, b'child'); os._exit(0)
+os.wait(); results.append(os.read(reader, 5))
+rung = []
+signal.signal(signal.SIGALRM, lambda *all: rung.append(1))
+def ring():
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    time.sleep(0.1)
+    return rung
+"""
+    tests = "assert sorted(results[:3]) == [0, 1, 2] and results[3] == b'child'\nassert ring() == [1]\n"
+    assert run_tests(program, tests, namespaces=namespaces) == sandbox.Verdict(True, "")
 
 
 # Root's files are tried without namespaces, and a plain user's in both ways, below.
 HOSTILE = [
     pytest.param(one, namespaces, id=f"{one.name}, {'namespaces' if namespaces else 'no namespaces'}")
     for one in PROGRAMS
-    for namespaces in (True, False)
+    for namespaces in WAYS
     if not (namespaces and one.has_victim and os.getuid() == 0)
 ]
 
 
 def judged(hostile, home, pid, namespaces):
     limits = SHORT if "took more than" in hostile.refused else Limits()
-    return run_tests(hostile.against(str(home), pid), hostile.tests, limits, namespaces)
+    return run_tests(hostile.against(str(home), pid), "", limits, namespaces)
 
 
 def may_succeed(hostile, namespaces):
-    return hostile.wall is not None and (hostile.wall not in standing_walls() or not namespaces)
+    return hostile.layer is not None and (hostile.layer not in standing_layers() or not namespaces)
 
 
 def of_user(home, pid):
@@ -260,10 +302,6 @@ def victim(tmp_path_factory):
     process.wait()
 
 
-def test_the_programs_have_distinct_names():
-    assert len({one.name for one in PROGRAMS}) == len(PROGRAMS) > 100
-
-
 @pytest.mark.slow
 @needs("files")
 @needs("system calls")
@@ -278,110 +316,17 @@ def test_hostile_programs(hostile, namespaces, victim, temporary_folder):
     assert os.listdir(tempfile.gettempdir()) == []
 
 
-def test_files_made_by_the_program_may_be_read_by_its_tests(namespaces):
-    own = "import os, tempfile\nwith tempfile.TemporaryFile() as file: file.write(b'x')\n"
-    own += "os.makedirs('a/b'); open('a/b/c', 'w').write('d')"
-    assert run_tests(own, "assert open('a/b/c').read() == 'd'", namespaces=namespaces).passed
-
-
-def test_threads_processes_signals_and_event_loops_work(namespaces):
-    program = """
-import asyncio, multiprocessing.pool, os, signal, threading, time
-results = []
-threads = [threading.Thread(target=results.append, args=(one,)) for one in range(3)]
-[one.start() for one in threads]; [one.join() for one in threads]
-asyncio.run(asyncio.sleep(0))
-reader, writer = os.pipe()
-if os.fork() == 0:
-    os.write(writer, b'child'); os._exit(0)
-os.wait(); results.append(os.read(reader, 5))
-rung = []
-signal.signal(signal.SIGALRM, lambda *all: rung.append(1))
-def ring():
-    signal.setitimer(signal.ITIMER_REAL, 0.01)
-    time.sleep(0.1)
-    return rung
-def caught():
-    import traceback
-    try: 1 / 0
-    except ZeroDivisionError: return traceback.format_exc().splitlines()[-1]
-def described(x: int) -> str:
-    import dataclasses, inspect
-    @dataclasses.dataclass
-    class Point: x: int
-    return str(inspect.signature(described)) + repr(Point(x))
-"""
-    tests = "assert sorted(results[:3]) == [0, 1, 2] and results[3] == b'child'\nassert ring() == [1]\n"
-    tests += "assert caught() == 'ZeroDivisionError: division by zero'\nassert described(1).startswith('(x: int) -> str')"
-    assert run_tests(program, tests, namespaces=namespaces) == sandbox.Verdict(True, "")
-
-
-DAEMON = """
-import os, signal, time
-for place in range(2):
-    if os.fork() == 0:
-        try: os.setsid()
-        except OSError: pass
-        if os.fork():
-            os._exit(0)
-        for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:
-            try: signal.signal(number, signal.SIG_IGN)
-            except OSError: pass
-        time.sleep(600)
-    os.wait()
-time.sleep(600)
-"""
-HARNESS = """
-import sys
-sys.path[:0] = [sys.argv[1]]
-from layerskip_core.evaluation import sandbox
-sandbox._ROOT = sys.argv[2]
-sandbox.run_tests(sys.argv[3], "", sandbox.Limits(seconds=600.0), namespaces=sys.argv[4] == "True")
-"""
-
-
-@needs("system calls")
-@pytest.mark.parametrize("killed", ["harness", "supervisor"])
-@pytest.mark.parametrize(
-    ("left", "count"), [(DAEMON, 2), (f"{CHAIN}import time; time.sleep(600)", 0)], ids=["daemons", "chain"]
-)
-def test_no_process_survives_the_end_of_its_ancestors(marker, namespaces, killed, left, count, temporary_folder):
-    harness = subprocess.Popen(
-        [sys.executable, "-c", HARNESS, sandbox._ROOT, str(marker), left, str(namespaces)],
-        env={"TMPDIR": temporary_folder},
-        stderr=subprocess.DEVNULL,
-    )
-    while len(survivors(marker)) < 4 + count:  # harness, supervisor, init, program, and what it left to stay
-        assert harness.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.2)
-    supervisor = next(one for one in processes.descendants(os.getpid()) if parent_of(one) == harness.pid)
-    os.kill(harness.pid if killed == "harness" else supervisor, signal.SIGKILL)
-    harness.wait()
-    deadline = time.monotonic() + 30
-    while (survivors(marker) or os.listdir(temporary_folder)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert survivors(marker) == []
-    assert os.listdir(temporary_folder) == []
-
-
-def parent_of(pid):
-    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-
-
 AS_A_USER = """
 import json, os, subprocess, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:4]
 import test_sandbox as tests
-from hostile_programs import PROGRAMS
-from layerskip_core.evaluation.sandbox import standing_walls
 home = Path(os.environ["HOME"])
 tests.make_home(home)
 victim = subprocess.Popen(["sleep", "600"])
 failed = []
-for namespaces in (True, False):
-    for hostile in PROGRAMS:
+for namespaces in tests.WAYS:
+    for hostile in tests.PROGRAMS:
         if not hostile.has_victim:
             continue
         before = tests.of_user(home, victim.pid)
@@ -389,9 +334,9 @@ for namespaces in (True, False):
         changed = tests.of_user(home, victim.pid) != before or victim.poll() is not None
         if changed or (verdict.passed and not tests.may_succeed(hostile, namespaces)):
             failed.append([hostile.name, namespaces, changed, verdict.reason])
-right = [tests.run_tests("def f(x): return x", "assert f(1) == 1", None, way).passed for way in (True, False)]
+right = all(tests.run_tests("def f(x): return x", "assert f(1) == 1", None, way).passed for way in tests.WAYS)
 victim.kill()
-print(json.dumps({"user": os.getuid(), "walls": standing_walls(), "failed": failed, "right": right}))
+print(json.dumps({"user": os.getuid(), "layers": tests.standing_layers(), "failed": failed, "right": right}))
 """
 
 
@@ -411,11 +356,7 @@ def test_hostile_programs_of_a_plain_user():
             command, user=user, group=user, extra_groups=[], env=environment, cwd="/", capture_output=True, text=True
         )
     assert ran.returncode == 0, ran.stderr
-    answer = json.loads(ran.stdout)
-    assert answer["user"] == user
-    assert answer["failed"] == []
-    assert set(answer["walls"]) == set(standing_walls())
-    assert answer["right"] == [True, True]
+    assert json.loads(ran.stdout) == {"user": user, "layers": list(standing_layers()), "failed": [], "right": True}
 
 
 def interpreter_of_all():
@@ -436,31 +377,44 @@ def site_of_pytest():
     return str(Path(pytest.__file__).parents[1])
 
 
-def test_a_removed_folder_is_removed_completely(tmp_path):
-    deep = tmp_path / "folder"
-    deep.mkdir()
-    here = os.open(deep, os.O_RDONLY)
-    for _ in range(1100):  # deeper than a path can say and than Python can recurse
-        os.mkdir("d", dir_fd=here)
-        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
-        os.close(above)
-    os.close(here)
-    os.symlink(tmp_path, deep / "link")
-    (tmp_path / "kept").write_text("kept")
-    folder.remove(str(deep))
-    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
+def start_with(patch):
+    """The code that starts a supervisor in which something fails."""
+    return (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from layerskip_core.evaluation.sandbox import layers, seccomp, supervisor\n"
+        f"def fail(*all): raise OSError(22, 'Invalid argument')\n{patch}\nsupervisor.main()"
+    )
 
 
-def test_a_sandbox_that_cannot_start_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox, "_ROOT", str(tmp_path))
-    monkeypatch.setattr(sandbox, "_START", "import sys; sys.exit('no interpreter here')")
-    with pytest.raises(LayerSkipError, match="generated code cannot be run here: no interpreter here"):
-        run_tests("", "")
+@pytest.mark.parametrize(
+    ("patch", "missing"),
+    [
+        ("layers.enter_namespaces = fail", {"file names", "processes"}),
+        ("layers._enter_small_tree = fail", {"file names", "processes"}),
+        ("layers._allow_files_only = lambda *all: 0", {"files"}),
+        ("seccomp.filter_calls = lambda *all: False", {"system calls"}),
+    ],
+)
+def test_a_layer_that_the_kernel_forbids_is_left_out_and_reported_missing(monkeypatch, patch, missing, marker):
+    before = set(standing_layers())
+    monkeypatch.setattr(sandbox, "_START", start_with(patch))
+    monkeypatch.setattr(sandbox, "standing_layers", standing_layers.__wrapped__)
+    assert set(sandbox.standing_layers()) == before - missing
+    assert run_tests("import math", "assert math.pi > 3").passed
+    assert none_is_left(marker)
 
 
 def test_a_sandbox_that_cannot_be_set_up_is_an_error_and_not_a_wrong_answer(monkeypatch):
-    start = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox import runner, supervisor\n"
-    start += "def confine(*all): raise OSError(22, 'Invalid argument')\nrunner.confine = confine; supervisor.main()"
-    monkeypatch.setattr(sandbox, "_START", start)
-    with pytest.raises(LayerSkipError, match=r"could not be set up: OSError: \[Errno 22\] Invalid argument"):
-        run_tests("", "")
+    monkeypatch.setattr(sandbox, "_START", start_with("layers._set_limits = fail"))
+    with pytest.raises(LayerSkipError, match=r"cannot be set up: OSError: \[Errno 22\] Invalid argument"):
+        run_tests("", "", namespaces=False)
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-r", "true"], check=False).returncode != 0, reason="no user namespaces here")
+def test_root_of_a_user_namespace_that_knows_no_other_user_runs_programs():
+    code = "from layerskip_core.evaluation.sandbox import run_tests\n"
+    code += "print([run_tests('x = 1', 'assert x == 1', None, way).passed for way in (None, False)])"
+    ran = subprocess.run(
+        ["unshare", "-r", sys.executable, "-c", code], cwd=sandbox._ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "[True, True]\n"

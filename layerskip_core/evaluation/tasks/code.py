@@ -17,7 +17,7 @@ from ...data.examples import Example
 from ...data.records import Record, spread
 from ...errors import ConfigError
 from ..metrics import pass_at_k, rouge
-from ..sandbox import WALLS, run_tests, standing_walls
+from ..sandbox import LAYERS, run_tests, standing_layers
 from .prompts import BARE, forms, framed
 from .rows import file_rows, hub_rows, shots_and_rest
 from .task import Task, TaskLoader
@@ -170,14 +170,14 @@ def _pass_scores(
 def _notes(config: TaskConfig) -> tuple[str, ...]:
     if not config.allow_code_execution:
         return (_NEEDS_FLAG,)
-    standing = standing_walls()
+    standing = standing_layers()
     if not set(standing) - {"privileges"} and config.allow_code_execution != UNSANDBOXED:
         raise ConfigError(
             f"`allow_code_execution` needs a sandbox, and none works on this machine (no Landlock, seccomp or namespaces): the "
             f"programs that the model writes could read and change your files; `allow_code_execution` {UNSANDBOXED} runs them "
             "all the same"
         )
-    missing = [wall for wall in WALLS if wall not in standing]
+    missing = [layer for layer in LAYERS if layer not in standing]
     return (f"on this machine the sandbox does not restrict: {', '.join(missing)}",) if missing else ()
 
 
