@@ -68,7 +68,6 @@ def _continued(model: Backend, ids: Tensor, length: int, generator: torch.Genera
     while True:
         known = ids.shape[1]
         start = known - newest.shape[1]
-        cache.lengths = [start] * rows
         hidden = model.run_layers(model.embed(newest), 0, model.num_layers, positions[:, start:known], cache)
         logits = model.unembed(hidden[:, -1:])[:, 0].float()
         newest = torch.multinomial(logits.softmax(-1), 1, generator=generator)

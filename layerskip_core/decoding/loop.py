@@ -276,7 +276,6 @@ class DecodingLoop:
         if self._true_states is not None:
             self._true_states.go_on([last[place] for place in staying], staying)
         self._newest = newest
-        self._cache.lengths = [len(row.ids) - 1 for row in self._rows]
 
 
 def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:

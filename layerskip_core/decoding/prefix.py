@@ -37,6 +37,7 @@ class PrefixCache:
         most = min(self._count, len(prompt) - 1)
         same = next((place for place in range(most) if self._ids[place] != prompt[place]), most)
         self.keep(list(prompt), max(same - rerun, 0))
+        self._cache.clear(self._count)
         return self._cache, self._count
 
     def keep(self, ids: list[int], count: int) -> None:

@@ -1,4 +1,4 @@
-"""A KV cache addressed by position: rejecting drafted tokens lowers a length and copies nothing."""
+"""A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their places."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ _BLOCK = 64  # positions are added in blocks, so that a long answer seldom reall
 class KVCache:
     """Keys and values of all L layers for B rows. The index of a key is the position of its token.
 
-    So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has no weight and
-    need not be cleared. `lengths` counts the committed positions of each row; the decoding loop sets it.
+    So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has weight 0. It
+    is read all the same, and 0 * NaN is NaN, so what another text left there is cleared: see `join` and `clear`.
 
-    A row that leaves is only forgotten, and one that joins takes its slot if it can: `slots` are the places of the rows in the
-    storage of `scattered`. Other readers ask for `room`, where the rows stand next to each other.
+    A row that leaves is only forgotten, and one that joins takes its slot if it can: `slots` are the places of the `rows` in
+    the storage of `scattered`. Other readers ask for `room`, where the rows stand next to each other.
     """
 
     is_recorded = False  # whether a pass over it is recorded, so that nothing that it reads may move; see WholeCache
@@ -26,10 +26,11 @@ class KVCache:
     def __init__(self, num_layers: int, batch_size: int, max_positions: int) -> None:
         """`max_positions` is the context limit: a token beyond it is refused."""
         self.max_positions = max_positions
-        self.lengths = [0] * batch_size
+        self.rows = batch_size
         self.slots = torch.arange(batch_size)
         self._num_layers = num_layers
         self._reserved = 0
+        self._written = 0  # nothing was ever written from this position on
         self._spares = False  # whether its readers find rows by their slots, so that there may be slots without a row
         self._storage: Tensor | None = None  # (L, 2 for key and value, slots, kv heads, capacity, head dim)
         self._matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # views of it, see LayerSlots
@@ -50,7 +51,7 @@ class KVCache:
 
     def keep_rows(self, rows: list[int]) -> None:
         """Keeps only the rows at the indices `rows`, in that order. One that is there several times is copied."""
-        self.lengths = [self.lengths[row] for row in rows]
+        self.rows = len(rows)
         self.slots = self.slots[rows]
         if len(set(rows)) < len(rows):
             self._settle()
@@ -59,17 +60,31 @@ class KVCache:
         """Adds the rows of another cache of the same model after its own. Both have keys and values."""
         held, added = self._storage, other._storage
         assert held is not None and added is not None
-        rows = len(self.lengths) + len(other.lengths)
+        rows = self.rows + other.rows
         capacity = max(held.shape[4], added.shape[4])
         if held.shape[2] < rows or held.shape[4] < capacity:
             held = self._grow(held, max(rows, 2 * held.shape[2]) if self._spares else rows, capacity)
         used = set(self.slots.tolist())
-        free = [slot for slot in range(held.shape[2]) if slot not in used][: len(other.lengths)]
+        free = [slot for slot in range(held.shape[2]) if slot not in used][: other.rows]
         for slot, source in zip(free, other.slots.tolist(), strict=True):
             held[:, :, slot, :, : added.shape[4]] = added[:, :, source]
-        self.lengths = self.lengths + other.lengths
+            held[:, :, slot, :, added.shape[4] : self._written] = 0
+        self.rows, self._written = rows, max(self._written, other._written)
         self.max_positions = max(self.max_positions, other.max_positions)
         self.slots = torch.cat((self.slots, torch.tensor(free)))
+
+    def clear(self, start: int) -> None:
+        """Forgets what all rows have from position `start` on, so that another text can go on there.
+
+        The compiled kernels need no clearing: they keep finite values only, in an order of their own.
+        """
+        if self._storage is not None and start < self._written and not self._spares:
+            with torch.inference_mode():  # which it may have been written in
+                self._storage[..., start : self._written, :] = 0
+
+    def note_written(self, stop: int) -> None:
+        """That a call writes positions before `stop`."""
+        self._written = max(self._written, stop)
 
     def writer(self, positions: Tensor) -> "SpanWriter":
         """Where a span of layers writes its keys and values, for tokens at `positions` (B, T), on the host."""
@@ -101,20 +116,20 @@ class KVCache:
         capacity = -(-max(stop, self._reserved) // _BLOCK) * _BLOCK
         if held is not None:
             return self._grow(held, held.shape[2], capacity)
-        self.slots = torch.arange(len(self.lengths))
-        return self._keep(like.new_zeros(self._num_layers, 2, len(self.lengths), kv_heads, capacity, head_dim))
+        self.slots = torch.arange(self.rows)
+        return self._keep(like.new_zeros(self._num_layers, 2, self.rows, kv_heads, capacity, head_dim))
 
     def _grow(self, held: Tensor, slots: int, capacity: int) -> Tensor:
         """Moves the rows to the first slots of a larger storage."""
         grown = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
         for row, slot in enumerate(self.slots.tolist()):
             grown[:, :, row, :, : held.shape[4]] = held[:, :, slot]
-        self.slots = torch.arange(len(self.lengths))
+        self.slots = torch.arange(self.rows)
         return self._keep(grown)
 
     def _settle(self) -> None:
         """Moves the rows to slots that are their numbers, with no others."""
-        held, rows = self._storage, len(self.lengths)
+        held, rows = self._storage, self.rows
         if held is not None and (held.shape[2] != rows or not torch.equal(self.slots, torch.arange(rows))):
             self._keep(held[:, :, self.slots.to(held.device, non_blocking=True)].contiguous())
         self.slots = torch.arange(rows)
@@ -141,6 +156,7 @@ class SpanWriter:
             raise ConfigError(
                 f"the context limit of {cache.max_positions} tokens is reached: position {self.stop - 1} was requested"
             )
+        cache.note_written(self.stop)
         # Rows at the same consecutive positions (always so for a single row) are written as one slice.
         span = list(range(self.start, self.start + positions.shape[1]))
         self.contiguous = all(row == span for row in rows)
@@ -179,7 +195,7 @@ class WholeCache(KVCache):
     is_recorded = True
 
     def __init__(self, cache: KVCache) -> None:
-        super().__init__(cache._num_layers, len(cache.lengths), cache.max_positions)
+        super().__init__(cache._num_layers, cache.rows, cache.max_positions)
         self._cache = cache
 
     def writer(self, positions: Tensor) -> "SpanWriter":
@@ -190,6 +206,7 @@ class _WholeWriter(SpanWriter):
     def __init__(self, cache: KVCache, positions: Tensor) -> None:
         self._cache, self._positions = cache, positions
         self.start, self.stop, self.contiguous = 0, cache.capacity, False
+        cache.note_written(self.stop)
 
 
 class LayerSlots(NamedTuple):

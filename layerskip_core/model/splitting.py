@@ -63,8 +63,8 @@ def _parts(
         raise ValueError(f"layers must be in 0..{kernel.num_layers}, got {start}..{stop}")
     if start == stop or batch * count == 0:
         return ()
-    if len(cache.lengths) != batch or positions.shape != hidden.shape[:2]:
-        raise ValueError(f"{batch} x {count} tokens do not fit {list(positions.shape)} positions, {len(cache.lengths)} rows")
+    if cache.rows != batch or positions.shape != hidden.shape[:2]:
+        raise ValueError(f"{batch} x {count} tokens do not fit {list(positions.shape)} positions, {cache.rows} rows")
     if count == 1 or count <= (most := kernel.tokens_at_once(batch, count)):
         return ((hidden, positions),)
     return zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)

@@ -5,7 +5,8 @@
  * Scores and sums are fp32; with a bf16 cache the weights of values are bf16.
  *
  * Places come in spans, with sums on the scale of the largest score so far (Milakov and Gimelshein, 2018), and spans start at
- * the same places for every query. What a query does not see has weight 0 and changes no bit of its sums.
+ * the same places for every query. What a query does not see has weight 0 and changes no bit of its sums: the cache has no values
+ * that are not finite. In their place it has zeros and a key of NaN, so that whoever does see the place gets NaN.
  */
 #define MOST_QUERIES 16
 #define SPAN_PLACES 256
@@ -217,6 +218,13 @@ static void keep(const float *x, int size, int bf16, int is_value, int64_t place
     }
 }
 
+/* Whether all numbers are finite, in bf16 too. */
+INLINE int are_finite(const float *x, int n) {
+    int all = 1;
+    for (int i = 0; i < n; i++) all &= fabsf(x[i]) <= 3.3895314e38f;
+    return all;
+}
+
 /* Keys and values of this thread's part of the rows to the cache. */
 static void place_keys(const Shape *s, const Layer *l, const Call *call, int layer, int thread, int threads) {
     int size = s->head_dim, kinds = 2 * s->kv_heads;
@@ -225,9 +233,13 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int lay
         int row = (int)(task / kinds), slot = (int)(task % kinds), is_value = slot >= s->kv_heads;
         int64_t place = call->positions[row];
         const float *x = call->qkv + ((size_t)row * (size_t)(s->heads + kinds) + (size_t)(s->heads + slot)) * (size_t)size;
-        float key[LARGEST_HEAD];
-        if (!is_value) rotated(s, l, call, x, &l->key, 1, place, key);
-        keep(is_value ? x : key, size, s->bf16_cache, is_value, place, head_of(s, call, layer, is_value, row, slot % s->kv_heads));
+        float kept[LARGEST_HEAD];
+        int finite = are_finite(is_value ? x : x + s->kv_heads * size, size); /* the head's value */
+        if (!finite)
+            for (int i = 0; i < size; i++) kept[i] = is_value ? 0 : NAN;
+        else if (!is_value) rotated(s, l, call, x, &l->key, 1, place, kept);
+        else memcpy(kept, x, sizeof(float) * (size_t)size);
+        keep(kept, size, s->bf16_cache, is_value, place, head_of(s, call, layer, is_value, row, slot % s->kv_heads));
     }
 }
 

@@ -25,7 +25,7 @@ class OneCallChoice:
     ) -> Tensor | None:
         layers, head = self.layers, self.head
         batch, count = tokens.shape
-        if batch * count > _MOST_ROWS or not layers.has(range(start, stop)) or len(cache.lengths) != batch:
+        if batch * count > _MOST_ROWS or not layers.has(range(start, stop)) or cache.rows != batch:
             return None
         if hidden is None:
             tokens = tokens.contiguous()

@@ -51,8 +51,8 @@ class OneCallDraft:
                 joined = torch.cat((feature, feature), dim=1).to(torch.float32)
         order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
         ascending = sorted((0, *stops)) == [0, *stops]
-        if not (0 <= first < vocab_size and ascending and layers.has(order) and len(cache.lengths) == 1):
-            raise ValueError(f"no draft of token {first} by {len(order)} layers in a cache of {len(cache.lengths)} rows")
+        if not (0 <= first < vocab_size and ascending and layers.has(order) and cache.rows == 1):
+            raise ValueError(f"no draft of token {first} by {len(order)} layers in a cache of {cache.rows} rows")
         most, start = positions.shape[1], int(positions[0, 0])
         places = torch.arange(start, start + most + 1)
         buffers = layers.pool.of(1)

@@ -89,7 +89,7 @@ INLINE void form_bf16(RowBf16 *to, const float *x, int n) {
 
 /* exp: 2^n times a polynomial of degree 5 on half a logarithm of two each side (Cephes' expf), within two units in the last place. */
 INLINE vf f_exp(vf x) {
-    x = f_max(f_min(x, f_set(88.0f)), f_set(-87.0f));
+    x = f_max(f_set(-87.0f), f_min(f_set(88.0f), x)); /* in this order NaN stays NaN on x86 too */
     vi n = i_rounded(f_mul(x, f_set(1.44269504f)));
     vf k = f_of_int(n);
     x = f_fma(k, f_set(2.12194440e-4f), f_fma(k, f_set(-0.693359375f), x));
