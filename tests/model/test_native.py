@@ -411,7 +411,7 @@ def test_kernels_of_another_version_are_refused(monkeypatch):
     """As after a pull in a checkout."""
     monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
     with pytest.raises(LayerSkipError, match=OTHER_VERSION):
-        compiled._kernels.__wrapped__(BUILT[0])
+        compiled._load.__wrapped__(BUILT[0])
 
 
 @needs_kernels
@@ -422,7 +422,7 @@ def test_kernels_whose_structures_have_other_sizes_are_refused(monkeypatch, stru
     changed = tuple(longer if each is structure else each for each in compiled.STRUCTURES)
     monkeypatch.setattr(compiled, "STRUCTURES", changed)
     with pytest.raises(LayerSkipError, match=OTHER_VERSION):
-        compiled._kernels.__wrapped__(BUILT[0])
+        compiled._load.__wrapped__(BUILT[0])
 
 
 SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -556,7 +556,7 @@ def absent(monkeypatch, tmp_path):
     monkeypatch.delenv(compiled.SWITCH, raising=False)
     on_processor(monkeypatch, "x86_64", {"avx2", "fma", "sse2"})
     monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    monkeypatch.setattr(compiled, "_kernels", compiled._kernels.__wrapped__)
+    monkeypatch.setattr(compiled, "_load", compiled._load.__wrapped__)
     return monkeypatch
 
 
@@ -585,6 +585,27 @@ def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(abse
     assert compiled.kernel_note() is None
 
 
+@pytest.mark.skipif("avx2" not in BUILT, reason="needs the avx2 kernels")
+def test_a_note_says_that_a_better_library_cannot_be_loaded(monkeypatch, tmp_path, checkpoint):
+    """Here a file that is no library; the next variant runs. Where the CPU could not run it anyway there is nothing to say."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    on_processor(monkeypatch, "x86_64", {"avx2", "fma", *compiled._AVX512})
+    shutil.copy(Path(compiled.__file__).with_name("_avx2.so"), tmp_path)
+    (tmp_path / "_avx512.so").write_text("damaged")
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    monkeypatch.setattr(compiled, "_load", compiled._load.__wrapped__)
+    note = "the compiled avx512 kernels cannot be loaded"
+    generated = run("generate", "go", "--model", checkpoint, "--max-new-tokens", "2", "--exit", "2")
+    assert generated.code == 0 and generated.err.count(note) == 1
+    assert "decoding uses the avx2 kernels, which are slower" in generated.err
+    on_processor(monkeypatch, "x86_64", {"avx2", "fma"})
+    assert compiled.kernel_note() is None
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "_avx2.so").write_text("damaged")
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "damaged" / "compiled.py"))
+    assert "avx2 kernels cannot be loaded" in compiled.kernel_note() and FALLBACK in compiled.kernel_note()
+
+
 @needs_kernels
 def test_no_note_where_kernels_are(monkeypatch):
     monkeypatch.delenv(compiled.SWITCH, raising=False)
@@ -601,8 +622,8 @@ def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkey
     built = Path(compiled.__file__).with_name(f"_{variant}.so")
     single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(built, tmp_path)))
     assert not single.has_threads and compiled.kernels(variant).has_threads
-    for module in (compiled, native):
-        monkeypatch.setattr(module, "kernels", lambda: single)
+    monkeypatch.setattr(native, "kernels", lambda: single)
+    monkeypatch.setattr(compiled, "_load", lambda requested: (single, {}))
     assert compiled.kernel_note() == "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
     model = model_of("fp32")
     assert model.implementation == f"native ({variant})"

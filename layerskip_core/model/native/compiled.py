@@ -131,7 +131,11 @@ def kernel_note() -> str | None:
     requested = requested_variant()
     if requested == "torch" or not _NEEDS:
         return None
-    compiled = kernels()
+    compiled, unloadable = _load(requested)
+    slower = _FALLBACK if compiled is None else f"decoding uses the {compiled.variant} kernels, which are slower"
+    for name, reason in unloadable.items():
+        if _NEEDS[name] <= _cpu_flags():
+            return f"the compiled {name} kernels cannot be loaded ({reason}): {slower}"
     if compiled is not None:
         return None if compiled.has_threads else _ONE_THREAD
     if any(flags <= _cpu_flags() for name, flags in _NEEDS.items() if requested in (None, name)):
@@ -166,7 +170,7 @@ def kernels(variant: str | None = None) -> Kernels | None:
 
     Raises LayerSkipError for kernels of another version, as after a pull in a checkout.
     """
-    return _kernels(variant or requested_variant())
+    return _load(variant or requested_variant())[0]
 
 
 @contextmanager
@@ -184,13 +188,16 @@ def requesting(variant: str) -> Iterator[None]:
 
 
 @cache
-def _kernels(requested: str | None) -> Kernels | None:
+def _load(requested: str | None) -> tuple[Kernels | None, dict[str, str]]:
+    """The kernels to use, and why better variants that are there cannot be loaded."""
+    unloadable: dict[str, str] = {}
     for name in VARIANTS if requested is None else (requested,):
         path = Path(__file__).with_name(f"_{name}.so")
         if path.is_file():
             try:
                 library = ctypes.CDLL(str(path))
-            except OSError:
+            except OSError as error:
+                unloadable[name] = str(error)
                 continue
             if not _matches(library):
                 raise LayerSkipError(
@@ -198,8 +205,8 @@ def _kernels(requested: str | None) -> Kernels | None:
                     f"(`pip install .`, or `pip install -e .`), or set {SWITCH}=torch to do without them"
                 )
             if library.layerskip_supported():
-                return Kernels(name, library)
-    return None
+                return Kernels(name, library), unloadable
+    return None, unloadable
 
 
 def _openmp() -> list[c_void_p]:
