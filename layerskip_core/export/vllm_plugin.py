@@ -12,6 +12,8 @@ from typing import Any
 from weakref import ref
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
@@ -77,9 +79,9 @@ class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
 
 
 def exported_exit(draft: ModelConfig, target: Any) -> int:
-    """How many layers of the target a draft has, as `layerskip export` wrote down."""
-    file = Path(draft.model) / "layerskip.json"
-    exit_layer = json.loads(file.read_text()).get("exported_exit") if file.is_file() else None
+    """How many layers of the target a draft has, as `layerskip export` wrote in layerskip.json: in its folder or on the hub."""
+    file = _file_of(draft, "layerskip.json")
+    exit_layer = None if file is None else json.loads(file.read_text()).get("exported_exit")
     if not isinstance(exit_layer, int) or draft.hf_config.num_hidden_layers - exit_layer not in (0, 1):
         raise ValueError(f"load format layerskip needs a draft that `layerskip export` wrote, got {draft.model}")
     for size in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
@@ -87,6 +89,17 @@ def exported_exit(draft: ModelConfig, target: Any) -> int:
         if mine != theirs:
             raise ValueError(f"load format layerskip needs a draft of this target: {size} must be {theirs}, got {mine}")
     return exit_layer
+
+
+def _file_of(draft: ModelConfig, name: str) -> Path | None:
+    if Path(draft.model).is_dir():
+        file = Path(draft.model) / name
+    else:
+        try:
+            file = Path(hf_hub_download(draft.model, name, revision=draft.revision))
+        except (EntryNotFoundError, HFValidationError):
+            return None
+    return file if file.is_file() else None
 
 
 def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:

@@ -1,10 +1,14 @@
-"""The plugin for vLLM, in vLLM: skipped where it is not installed. The engine runs in a process of its own."""
+"""The plugin for vLLM. In vLLM it is tested where that is installed; the engine runs in a process of its own."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from command_line import run
@@ -77,3 +81,40 @@ def test_the_draft_is_part_of_the_target(tmp_path):
     assert whole == f"load format layerskip needs a draft that `layerskip export` wrote, got {target}"
     assert other == "load format layerskip needs a draft of this target: hidden_size must be 160, got 99"
     assert nothing.endswith("got /")
+
+
+class _Stub(ModuleType):
+    """A module of vLLM: any name in it is a class."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """The plugin, imported without vLLM."""
+    name = "layerskip_core.export.vllm_plugin"
+    wanted = re.findall(r"^from (vllm\S*) import", Path(find_spec(name).origin).read_text(), re.MULTILINE)
+    for module in ("vllm", *wanted):
+        monkeypatch.setitem(sys.modules, module, _Stub(module))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield import_module(name)
+    sys.modules.pop(name, None)
+
+
+def test_a_draft_may_be_a_hub_id(plugin, monkeypatch, tmp_path):
+    """As the target may: what `layerskip export` wrote, sent to the hub."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"), 8)
+    target = SimpleNamespace(config=SimpleNamespace(**sizes))
+    (tmp_path / "layerskip.json").write_text('{"exported_exit": 4}')
+
+    def download(repo, name, revision=None):
+        assert (repo, name, revision) == ("me/draft", "layerskip.json", "v1")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(plugin, "hf_hub_download", download)
+    config = SimpleNamespace(num_hidden_layers=4, **sizes)
+    for model in ("me/draft", str(tmp_path)):
+        assert plugin.exported_exit(SimpleNamespace(model=model, revision="v1", hf_config=config), target) == 4
