@@ -9,7 +9,7 @@ import typer
 
 from layerskip_core.config.checks import shown
 from layerskip_core.errors import ConfigError, first_line
-from layerskip_core.storage.reading import read_text
+from layerskip_core.files import read_text
 
 _KINDS: tuple[tuple[type, str, tuple[type, ...]], ...] = (
     (bool, "true or false", (bool,)),

@@ -51,7 +51,7 @@ def load_scored(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, HarnessT
 
 def load_model(config: "BenchConfig | SweepConfig") -> "Decoder":
     """The model, packed for what is measured; prints its notes."""
-    from layerskip_core.checkpoint.load import for_decoding
+    from layerskip_core.checkpoint.open import for_decoding
 
     # Adaptive drafting gets the copy that `generate` makes for it; a sweep always measures it.
     packing = replace(config.packing, adaptive="adaptive" in getattr(config, "strategies", ("adaptive",)))

@@ -31,7 +31,7 @@ def load_to_decode(
     """
     require_given("model", model)
     use_threads(machine.threads)
-    from layerskip_core.checkpoint.load import for_decoding
+    from layerskip_core.checkpoint.open import for_decoding
 
     adaptive = decoding.policy is None and decoding.implied_strategy in (None, "adaptive")
     kept = replace(packing, draft_layers=decoding.exit_layer or 0, adaptive=adaptive)

@@ -7,8 +7,7 @@ from typing import Any, TypedDict
 
 from layerskip_core.config.decoding import DecodingSettings, GenerationSettings
 from layerskip_core.errors import DataError, LayerSkipError
-from layerskip_core.storage.json_reading import parse_json
-from layerskip_core.storage.schema import build
+from layerskip_core.files import build, parse_json
 
 from . import standard_input
 

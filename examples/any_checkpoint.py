@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from layerskip_core.checkpoint.load import for_decoding
 from layerskip_core.checkpoint.loaded import Decoder
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, GenerationSettings
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import parse_counts

@@ -33,8 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.packing import PackingConfig

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig

@@ -64,7 +64,7 @@ def measured(arguments: argparse.Namespace) -> dict:
     """Seconds, multiply-adds and exits of each step, and the peak memory of the process or its GPU in MB."""
     import torch
 
-    from layerskip_core.checkpoint.load import for_training
+    from layerskip_core.checkpoint.open import for_training
     from layerskip_core.config.training import RecipeConfig
     from layerskip_core.training.recipe.module import Moment, RecipeModule
     from layerskip_core.training.recipe.resolved import resolve_recipe

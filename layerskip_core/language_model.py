@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypedDict, Unpack
 
-from .checkpoint.load import for_decoding
 from .checkpoint.loaded import Decoder
+from .checkpoint.open import for_decoding
 from .config.checks import require
 from .config.decoding import DecodingConfig, DecodingSettings
 from .config.machine import DType

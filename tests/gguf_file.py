@@ -4,7 +4,7 @@ import json
 
 import gguf
 
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.open import for_training
 
 
 def write_gguf(folder, path):

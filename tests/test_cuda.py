@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from training_runs import RECIPE, settings_on, train
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.verification import VerifyConfig

@@ -11,7 +11,7 @@ from exit_block_models import random_blocks
 from simulated_cuda import simulated_cuda
 from training_runs import RECIPE, settings_on, train
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.machine import MachineConfig

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from layerskip_core import load
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.storage.locks import hold
-from layerskip_core.storage.writing import write_file
+from layerskip_core.files import hold
+from layerskip_core.files import write_file
 
 folder = Path(sys.argv[1])
 for content in (b"first\\n", b"second\\n"):

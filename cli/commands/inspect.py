@@ -61,10 +61,10 @@ def inspect(
     require_given("output", output)
     wanted = parse_counts(layers, "layers") if layers is not None else None
     use_threads(machine.threads)
-    from layerskip_core.checkpoint.load import for_decoding
+    from layerskip_core.checkpoint.open import for_decoding
     from layerskip_core.evaluation.measure.inspect import inspect as run_inspect
     from layerskip_core.evaluation.report.inspect_page import inspection_page
-    from layerskip_core.storage.writing import require_writable, write_file
+    from layerskip_core.files import require_writable, write_file
 
     if output is not None:
         require_writable(_page_file(output), LayerSkipError)
@@ -87,7 +87,7 @@ def inspect(
 
 def _page_file(output: str) -> Path:
     """Raises LayerSkipError if the folder does not exist, and for a file of a model, which must not be replaced."""
-    from layerskip_core.checkpoint.model_files import model_files
+    from layerskip_core.checkpoint.swap import model_files
 
     file = Path(output)
     real = file.resolve()

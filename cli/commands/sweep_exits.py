@@ -83,8 +83,7 @@ def _model_folder(model: str) -> Iterator[None]:
     """Holds the lock of the folder that --save writes to. Raises ConfigError if the model is not a folder."""
     from layerskip_core.checkpoint.info import INFO_FILE, holds_model, read_info
     from layerskip_core.checkpoint.swap import settle
-    from layerskip_core.storage.locks import hold
-    from layerskip_core.storage.writing import require_writable
+    from layerskip_core.files import hold, require_writable
 
     if Path(model).is_dir():
         settle(model)
@@ -151,7 +150,7 @@ def _skip_of(results: "Sequence[ExitResult]") -> SkipChoice | None:
 
 def _require_of_model(model: str, record: "RunRecord[ExitResult]") -> None:
     """Raises ConfigError for results of a deeper model than the one in the folder, which could not decode with them."""
-    from layerskip_core.checkpoint.stored import read_config
+    from layerskip_core.checkpoint.folder import read_config
 
     layers = read_config(model).get("num_hidden_layers")  # an adapter's folder has none
     advice, skip = record.recommendation, _skip_of(record.results)

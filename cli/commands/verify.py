@@ -40,12 +40,12 @@ def verify(
     require_given("model", model)
     require_given("output", output)
     use_threads(config.machine.threads)
-    from layerskip_core.checkpoint.load import for_decoding
+    from layerskip_core.checkpoint.open import for_decoding
     from layerskip_core.evaluation.output_folder import output_folder, write_files
     from layerskip_core.evaluation.report.documents import to_json
     from layerskip_core.evaluation.verification.report import REPORT_FILES, files, tables, to_csv
     from layerskip_core.evaluation.verification.run import verify as run_verify
-    from layerskip_core.storage.writing import require_writable
+    from layerskip_core.files import require_writable
 
     with output_folder(output, "layerskip verify") as folder:
         if folder is not None:

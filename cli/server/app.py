@@ -24,8 +24,7 @@ from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.decoding.loop import check_prompt
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.prompting.encoding import encode_conversation
-from layerskip_core.prompting.template import CHAT, RAW
+from layerskip_core.prompting import CHAT, RAW, encode_conversation
 from layerskip_core.serving import Engine, Update
 from layerskip_core.serving import Request as Job
 

@@ -7,8 +7,7 @@ from typing import Any, TypedDict
 
 from layerskip_core.config.decoding import MAX_NEW_TOKENS, DecodingSettings
 from layerskip_core.errors import DataError
-from layerskip_core.storage.json_reading import parse_json
-from layerskip_core.storage.schema import SchemaError, build
+from layerskip_core.files import SchemaError, build, parse_json
 
 from .errors import ApiError, invalid
 

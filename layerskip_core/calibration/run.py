@@ -7,13 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.adapters import is_adapter
-from ..checkpoint.beside import fingerprint, matrix_names
-from ..checkpoint.int4_file import int4_content
-from ..checkpoint.load import for_decoding, for_training
-from ..checkpoint.locate import own_folder
+from ..checkpoint.beside import fingerprint, int4_content, matrix_names
+from ..checkpoint.folder import INT4_FILE
+from ..checkpoint.locate import is_adapter, own_folder
+from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import import_checkpoint, refuse_beside, refuse_overwrite, save_beside
-from ..checkpoint.stored import INT4_FILE
 from ..config.calibration import CalibrationConfig
 from ..config.checks import require
 from ..config.data import DataConfig
@@ -73,7 +71,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
     trainable = for_training(config.model, "cpu")
     backend, model = trainable.backend, trainable.model
     names = matrix_names(backend.spec)
-    made_from = fingerprint(names, model.get_parameter)
+    made_from = fingerprint(backend.spec, model.get_parameter)
     total = backend.num_layers + 1
     quantized = quantize(backend, texts, lambda done: report(Progress("layers", done, total)))
     weights = quantized.weights

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..checkpoint.loaded import Decoder
 from ..config.data import DataConfig
-from ..data.conversations import Conversation
-from ..data.examples import load_rows
+from ..data.examples import Conversation, load_rows
 from ..errors import DataError
 from ..model import Backend
 

@@ -11,9 +11,8 @@ from ..config.decoding import DraftProfile, SkipChoice, strategies
 from ..config.packing import PackingConfig
 from ..config.policies import Policy, require_lossless
 from ..errors import CheckpointError, ConfigError
-from ..prompting.template import CHAT, PromptTemplate, is_template
-from ..storage.json_reading import read_json
-from ..storage.schema import SchemaError, build
+from ..files import SchemaError, build, read_json
+from ..prompting import CHAT, PromptTemplate, is_template
 
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"

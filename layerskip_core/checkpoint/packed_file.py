@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config.packing import PackingConfig, Quantization
 from ..config.training import Feature
 from ..errors import CheckpointError, ConfigError, first_line
+from ..files import build, listed
 from ..model.draft_vocabulary import DraftVocabulary
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.int4 import GROUP_SIZE
@@ -26,10 +27,8 @@ from ..model.layer_weights import Projection
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix, Packer
 from ..model.spec import EMBEDDING, ModelSpec, Shapes
-from ..storage.reading import listed
-from ..storage.schema import build
 from .beside import open_formed
-from .stored import PACKED_FILE
+from .folder import PACKED_FILE
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
 _FURTHER = {"kernels": "all variants", "byte_order": "little", "group_size": str(GROUP_SIZE)}  # as the layout says

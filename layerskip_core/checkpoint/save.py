@@ -13,21 +13,15 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..storage.locks import hold
-from ..storage.reading import read_bytes
-from ..storage.writing import new_staging, write_file
-from .adapters import adapters_of, is_adapter
-from .exit_blocks_file import check_exit_blocks
+from ..files import hold, new_staging, read_bytes, write_file
+from .beside import check_beside
+from .folder import EXIT_BLOCKS_FILE, INT4_FILE
 from .info import EXIT_BLOCKS, INFO_FILE, CheckpointInfo, holds_model, read_info
-from .int4_file import check_int4
-from .load import for_training
 from .loaded import Trainable
-from .locate import downloaded, locate
-from .model_files import in_the_way, loaded_files, model_files, obstacles
-from .quiet import quiet_transformers
-from .stored import EXIT_BLOCKS_FILE, INT4_FILE
-from .swap import files_below, replace_files, settle
-from .transformers_read import written_dtype
+from .locate import adapters_of, downloaded, is_adapter, locate
+from .open import for_training
+from .swap import files_below, in_the_way, loaded_files, model_files, obstacles, replace_files, settle
+from .transformers_read import quiet_transformers, written_dtype
 
 
 @contextmanager
@@ -177,9 +171,8 @@ def _files_beside(name: str, loaded: Trainable) -> tuple[dict[str, bytes], tuple
     spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
     kept, left_out = {}, []
     for file in there:
-        check = check_int4 if file == INT4_FILE else check_exit_blocks
         try:
-            check(folder, spec, weight_of)
+            check_beside(folder, file, spec, weight_of)
             kept[file] = read_bytes(folder / file, str(folder / file), CheckpointError)
         except CheckpointError as error:
             left_out.append(str(error))
@@ -235,4 +228,4 @@ def _require_folder(path: Path) -> None:
 
 def _summary(found: list[str]) -> str:
     more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
-    return f"in the way is {found[0]}{more}"
+    return f"in the way is {found[0]}, which layerskip did not write{more}"

@@ -1,4 +1,4 @@
-"""Replaces the files of a folder in one step. A replacement that was interrupted is finished by the next command.
+"""Which files of a folder belong to its model, and how they are replaced in one step.
 
 The new files are first written to a staging folder inside the folder, with a plan that lists the old files to remove. When
 everything is on disk, one rename makes the staging folder READY: from then on the new files are in effect. Then they are moved
@@ -10,24 +10,62 @@ Other programs see the old model, then for a few renames a folder without a conf
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError, LayerSkipError, LockedError
-from ..storage.json_reading import read_json_object
-from ..storage.locks import hold
-from ..storage.writing import discard_folder, publish_folder, synchronise
-from .info import CONFIG_FILES, require_inside
+from ..files import discard_folder, hold, publish_folder, read_json_object, synchronise
+from ..model.draft_vocabulary import ORDER_FILE
+from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, read_info, require_inside
 
+RUN_FILES = ("losses.jsonl", "losses.png", ORDER_FILE)  # finetune writes them with a model
 READY = ".layerskip-ready"
 _PLAN = "plan.json"
 _WAIT = 60.0  # seconds to wait for another process to finish its renames
 _ATTEMPTS = 5  # to read a model that is being replaced
+_CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}  # a key that tells them from other files of that name
+_USUAL = (  # the files of a checkpoint of transformers
+    *(*_CONFIG_KEYS, "generation_config.json", INFO_FILE, ORDER_FILE, "chat_template.jinja", "chat_template.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    "additional_chat_templates/*.jinja",
+)
+_READ_BY_LOADERS = (*_USUAL, "*.safetensors", "*.safetensors.index.json")
 
 Result = TypeVar("Result")
+
+
+def model_files(folder: Path) -> set[str]:
+    """Relative names of the model's files in a folder: those that layerskip.json lists, else those with the usual names.
+
+    A folder without a model has none. Raises CheckpointError if layerskip.json is not valid.
+    """
+    info = read_info(folder)
+    names = {INFO_FILE, *info.files}
+    if not info.files:
+        if not any(_has_key(folder / name, key) for name, key in _CONFIG_KEYS.items()):
+            return set()
+        names |= {*_matching(folder, _USUAL), *(RUN_FILES if "final_losses" in info.details else ())}
+    return {name for name in names if (folder / name).is_file()}
+
+
+def loaded_files(folder: Path) -> list[str]:
+    """Relative names of the files that loaders read, and of those that layerskip.json lists."""
+    names = {*_matching(folder, _READ_BY_LOADERS), *read_info(folder).files}
+    return sorted(name for name in names if (folder / name).is_file())
+
+
+def obstacles(folder: Path, written: Collection[str] = ()) -> list[str]:
+    """Files of others that a new model would overwrite (`written`), or that loaders would take for part of it, sorted."""
+    return in_the_way(folder, {*written, *_matching(folder, _READ_BY_LOADERS)})
+
+
+def in_the_way(folder: Path, names: Collection[str]) -> list[str]:
+    """Those of the names that something in the folder has which does not belong to its model, sorted."""
+    return sorted(name for name in {*names} - model_files(folder) if os.path.lexists(folder / name))
 
 
 def files_below(folder: Path) -> list[str]:
@@ -51,18 +89,16 @@ def settle(folder: str | Path) -> None:
 
     Raises LayerSkipError if that fails: the folder is not writable, or a file cannot be moved.
     """
-    deadline = time.monotonic() + _WAIT
-    while (Path(folder) / READY / _PLAN).exists():
-        try:
-            with hold(folder, "ending an interrupted save"):
-                if (Path(folder) / READY / _PLAN).exists():
-                    _finish(Path(folder))
-        except LockedError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-        except LayerSkipError as error:
-            raise CheckpointError(f"an interrupted save to {folder} must be finished first: {error}") from None
+    if not _is_ready(folder):
+        return
+    try:
+        with hold(folder, "ending an interrupted save", _WAIT):
+            if _is_ready(folder):
+                _finish(Path(folder))
+    except LockedError:
+        raise
+    except LayerSkipError as error:
+        raise CheckpointError(f"an interrupted save to {folder} must be finished first: {error}") from None
 
 
 def read_whole(folder: str | Path, read: Callable[[], Result]) -> Result:
@@ -94,6 +130,10 @@ def _version(folder: str | Path) -> list[tuple[int, ...]]:
     return version
 
 
+def _is_ready(folder: str | Path) -> bool:
+    return (Path(folder) / READY / _PLAN).exists()
+
+
 def _finish(folder: Path) -> None:
     """Moves the files of READY into place, the configs last. Moves that were done before an interruption are skipped."""
     ready = folder / READY
@@ -102,11 +142,8 @@ def _finish(folder: Path) -> None:
         old = [require_inside(name) for name in read_json_object(ready / _PLAN, CheckpointError)["old"]]
         new = sorted(set(files_below(ready)) - {_PLAN}, key=lambda name: (name in CONFIG_FILES, name))
         # Configs go first: other programs then see no model, rather than one model's config with another's weights.
-        for name in [
-            *(config for config in CONFIG_FILES if config in new),
-            *sorted(old, key=lambda name: name not in CONFIG_FILES),
-        ]:
-            _remove(folder, name)
+        for name in sorted({*old, *(name for name in CONFIG_FILES if name in new)}, key=lambda name: name not in CONFIG_FILES):
+            _remove(folder / name, folder)
         for name in new:
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(ready / name, folder / name)
@@ -117,10 +154,21 @@ def _finish(folder: Path) -> None:
         raise CheckpointError(f"a new model is complete in {ready}, but cannot be moved to {folder}: {cause}") from reason
 
 
-def _remove(folder: Path, name: str) -> None:
+def _remove(path: Path, folder: Path) -> None:
     """Removes a file, and its sub-folder if that is then empty."""
-    path = folder / name
     path.unlink(missing_ok=True)
     if path.parent != folder:
         with suppress(OSError):
             path.parent.rmdir()
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Relative names in a folder and its sub-folders; a pattern with / is for a sub-folder."""
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _has_key(file: Path, key: str) -> bool:
+    with suppress(LayerSkipError):
+        return key in read_json_object(file, CheckpointError)
+    return False

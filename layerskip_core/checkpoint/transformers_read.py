@@ -1,5 +1,8 @@
 """Reads models with transformers and peft. Files are checked first, and code that comes with a checkpoint never runs."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,14 +14,7 @@ from ..errors import CheckpointError
 from ..model import GenericBackend, ModelSpec
 from ..model.generic import attention_for
 from ..model.weights import check_model
-from .adapters import adapters_of, is_adapter
-from .gguf_read import GgufModel
-from .info import read_info
-from .loaded import Trainable
-from .locate import Location, locate, reading
-from .placement import pick_dtype
-from .quiet import quiet_transformers
-from .stored import (
+from .folder import (
     TOKENIZER_FILE,
     check_config,
     check_stored_weights,
@@ -27,6 +23,29 @@ from .stored import (
     read_config,
     read_settings,
 )
+from .gguf import GgufModel
+from .info import read_info
+from .loaded import Trainable, pick_dtype
+from .locate import Location, adapters_of, is_adapter, locate, reading
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, log lines or warnings, in a block or in a decorated function."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DataError, first_line
-from ..storage.json_reading import parse_json
-from ..storage.reading import MAX_LINE, listed, open_regular, quoted, text_lines
+from ..files import listed, parse_json, quoted, text_lines
 
 TEXT_COLUMN = "text"  # of a .txt file, whose lines are its rows
-_MAX_ARRAY = 1 << 30  # characters of a JSON array, which is held in memory as a whole
+_MAX_FIELD = 1 << 30  # characters of a CSV field
 _PARQUET_ROWS = 1000  # per read
 
 # `datasets` is not used for files: it silently turns a bad row into None, the text 2020-01-01 into a date, 7 into a number and
@@ -105,7 +104,7 @@ def hub_records(hub_id: str, split: str, streaming: bool = False, most: int | No
 
 def table(path: Path, setting: str, **dialect: Any) -> Iterator[tuple[int, list[str]]]:
     """The rows of a delimited file, each with the number of its first line. Raises DataError."""
-    csv.field_size_limit(MAX_LINE)
+    csv.field_size_limit(_MAX_FIELD)
     rows = csv.reader(text_lines(path, setting), **dialect)
     number = 1
     try:
@@ -142,13 +141,7 @@ def _json(path: Path, setting: str) -> Iterator[Record]:
 
 
 def _json_array(path: Path, first: str, lines: Iterator[str]) -> Iterator[Record]:
-    parts, size = [first], len(first)
-    for line in lines:
-        parts.append(line)
-        size += len(line)
-        if size > _MAX_ARRAY:
-            raise DataError(f"{path}: a JSON array must have at most {_MAX_ARRAY >> 30} GiB; JSON lines (.jsonl) may have more")
-    values = parse_json("".join(parts), str(path), DataError)
+    values = parse_json("".join((first, *lines)), str(path), DataError)
     yield from (_object(value, f"{path}: row {number}") for number, value in enumerate(values, start=1))
 
 
@@ -181,19 +174,18 @@ def _parquet(path: Path, setting: str) -> Iterator[Record]:
     from pyarrow.parquet import ParquetFile
 
     number = 0
-    with open_regular(path, f"`{setting}` {path}", DataError) as file:
-        try:
-            source = ParquetFile(file, page_checksum_verification=True)
-            _refuse_repeated(source.schema_arrow.names, str(path))
-            for batch in source.iter_batches(_PARQUET_ROWS):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Record(f"{path}:{number}", fields)
-        except DataError:
-            raise
-        except Exception as error:  # pyarrow raises many kinds; each means a damaged file or unusual types
-            place = f" after row {number}" if number else ""
-            raise DataError(f"{path}: not readable as Parquet{place}: {first_line(error)}") from None
+    try:
+        source = ParquetFile(path, page_checksum_verification=True)
+        _refuse_repeated(source.schema_arrow.names, str(path))
+        for batch in source.iter_batches(_PARQUET_ROWS):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Record(f"{path}:{number}", fields)
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow raises many kinds; each means a damaged file or unusual types
+        place = f" after row {number}" if number else ""
+        raise DataError(f"`{setting}` {path}: not readable as Parquet{place}: {first_line(error)}") from None
 
 
 def _text(path: Path, setting: str) -> Iterator[Record]:

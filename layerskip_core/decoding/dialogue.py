@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
-from ..prompting.template import CHAT
+from ..prompting import CHAT
 from .loop import check_prompt
 from .prefix import PrefixCache
 from .text import TextStream

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import LayerSkipError
-from ..storage.locks import hold
-from ..storage.writing import require_writable, write_file
+from ..files import hold, require_writable, write_file
 from .measure import journal
 from .report.files import REPORT_FILES
 
@@ -37,7 +36,7 @@ def prepare_output(folder: str) -> Path:
     for name in REPORT_FILES:
         require_writable(path / name, LayerSkipError)
     for name in (journal.FILE_NAME, journal.OUTPUTS):
-        require_writable(path / name, LayerSkipError, regular=True)
+        require_writable(path / name, LayerSkipError)
     return path
 
 

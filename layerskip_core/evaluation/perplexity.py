@@ -7,11 +7,11 @@ from itertools import pairwise
 import torch
 
 from ..checkpoint.loaded import Decoder
-from ..checkpoint.quiet import quiet_transformers
+from ..checkpoint.transformers_read import quiet_transformers
 from ..data.examples import Example
 from ..losses import summed_cross_entropy
 from ..model.backend import Backend
-from ..prompting.template import RAW
+from ..prompting import RAW
 from .metrics import Scores
 
 _WINDOW_TOKENS = 512

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..checkpoint.loaded import Trainable
 from ..errors import CheckpointError, ConfigError
+from ..files import new_staging, require_writable, synchronise
 from ..model import ModelSpec
 from ..model.exit_blocks import ExitBlocks
-from ..storage.writing import new_staging, require_writable, synchronise
 from .draft import cut_to_exit
 from .gguf_file import write_gguf
 
@@ -25,7 +25,7 @@ def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
     if not ours and os.path.lexists(folder / readme):
         raise ConfigError(f"`output` {output}: in the way is {readme}, which layerskip did not write; give another folder")
     for name in (TARGET, DRAFT, readme):
-        require_writable(folder / name, CheckpointError, regular=True)
+        require_writable(folder / name, CheckpointError)
 
 
 def write_pair(

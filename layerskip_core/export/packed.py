@@ -6,15 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.adapters import is_adapter
+from ..checkpoint.folder import GENERATION_FILE, PACKED_FILE, refuse_packed
 from ..checkpoint.info import read_info
-from ..checkpoint.load import Unpacked, for_packing
-from ..checkpoint.locate import Location, downloaded, reading
+from ..checkpoint.locate import Location, downloaded, is_adapter, reading
+from ..checkpoint.open import Unpacked, for_packing
 from ..checkpoint.packed_file import Content, PackedWriter, norm_names
-from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.save import refuse_overwrite, save_files
-from ..checkpoint.stored import GENERATION_FILE, PACKED_FILE, refuse_packed
-from ..checkpoint.transformers_read import open_model
+from ..checkpoint.transformers_read import open_model, quiet_transformers
 from ..config.export import ExportConfig
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError

@@ -4,14 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
-from ..checkpoint.adapters import is_adapter
-from ..checkpoint.exit_blocks_file import read_exit_blocks
+from ..checkpoint.beside import read_exit_blocks
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from ..checkpoint.info import CheckpointInfo
-from ..checkpoint.load import for_training
 from ..checkpoint.loaded import Trainable, decoder_of
-from ..checkpoint.locate import EMBEDDED, locate, reading
+from ..checkpoint.locate import EMBEDDED, is_adapter, locate, reading
+from ..checkpoint.open import for_training
 from ..checkpoint.save import refuse_overwrite, save_checkpoint
-from ..checkpoint.stored import EXIT_BLOCKS_FILE, INT4_FILE
 from ..checkpoint.transformers_read import written_dtype
 from ..config.checks import require_exit_layer
 from ..config.export import ExportConfig

@@ -7,8 +7,8 @@ import torch
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
-from ..checkpoint.load import for_decoding
 from ..checkpoint.loaded import Decoder
+from ..checkpoint.open import for_decoding
 from ..config.checks import require, require_exit_layer
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingSettings
 from ..config.machine import DTYPES
@@ -16,7 +16,7 @@ from ..config.packing import PackingConfig, Quantization
 from ..decoding import decode_batch
 from ..decoding.loop import check_prompt
 from ..model.exit_blocks import target_block
-from ..prompting.chat import require_chat_template
+from ..prompting import require_chat_template
 from .generation import AnswerSettings, answer_settings
 from .likelihood import likelihoods
 from .text import HarnessText

@@ -19,7 +19,7 @@ from ..config.checks import refused, require
 from ..config.evaluation import HARNESS, TaskConfig
 from ..data.records import quiet_datasets
 from ..errors import ConfigError, DataError, LayerSkipError, first_line
-from ..prompting.template import CHAT, RAW
+from ..prompting import CHAT, RAW
 from . import require_harness
 
 LIKELIHOOD, ROLLING, GENERATION = "loglikelihood", "loglikelihood_rolling", "generate_until"

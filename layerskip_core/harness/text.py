@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from ..checkpoint.loaded import Decoder
 from ..errors import CheckpointError
-from ..prompting.chat import render_chat
-from ..prompting.encoding import encoded
+from ..prompting import encoded, render_chat
 from .likelihood import Pair
 
 

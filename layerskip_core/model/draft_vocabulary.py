@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..storage.json_reading import read_json
+from ..files import read_json
 
 ORDER_FILE = "token_order.json"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.adapters import adapters_of
-from ..checkpoint.quiet import quiet_transformers
+from ..checkpoint.locate import adapters_of
+from ..checkpoint.transformers_read import quiet_transformers
 from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line

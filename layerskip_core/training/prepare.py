@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.exit_blocks_file import model_fingerprint
-from ..checkpoint.load import blank, for_training
-from ..checkpoint.loaded import Trainable
-from ..checkpoint.model_files import RUN_FILES
-from ..checkpoint.placement import pick_device, pick_dtype
+from ..checkpoint.beside import fingerprint
+from ..checkpoint.loaded import Trainable, pick_device, pick_dtype
+from ..checkpoint.open import blank, for_training
 from ..checkpoint.save import refuse_overwrite
+from ..checkpoint.swap import RUN_FILES
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.checks import require
 from ..config.training import FinetuneConfig, RecipeConfig, RetentionSettings
 from ..data.examples import Row
 from ..errors import ConfigError
-from ..storage.writing import require_disk
+from ..files import require_disk
 from .adapters import require_base_kept, with_lora
 from .cost import disk_bytes
 from .loop.checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
@@ -75,7 +74,7 @@ def _model(config: FinetuneConfig, rows: list[Row]) -> Trainable:
 def _original(config: FinetuneConfig, trainable: Trainable) -> str | None:
     """The fingerprint of the model as it came, where the run needs it; None otherwise."""
     needed = config.retention.anchor or config.retention.replay or config.lora_rank
-    return model_fingerprint(trainable.backend.spec, trainable.model.get_parameter) if needed else None
+    return fingerprint(trainable.backend.spec, trainable.model.get_parameter) if needed else None
 
 
 def tokens_per_row(config: FinetuneConfig, context: int) -> int:

@@ -10,13 +10,13 @@ import torch
 
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable
-from ..checkpoint.quiet import quiet_transformers
 from ..checkpoint.save import save_checkpoint
+from ..checkpoint.transformers_read import quiet_transformers
 from ..config.training import FinetuneConfig
 from ..errors import first_line
 from ..interruption import Interruption
 from ..model.draft_vocabulary import ORDER_FILE
-from ..prompting.template import PromptTemplate
+from ..prompting import PromptTemplate
 from .loop.attention import use_fp32_attention
 from .loop.checkpoints import ResumePoint
 from .loop.schedule import recipe_schedule

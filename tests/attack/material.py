@@ -299,10 +299,10 @@ def _make_blocks(material: Material, tokenizer: object, special: dict[str, objec
     from conftest import tiny_model
     from exit_block_models import random_blocks
 
-    from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+    from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
+    from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
     from layerskip_core.checkpoint.info import EXIT_BLOCKS, CheckpointInfo
     from layerskip_core.checkpoint.save import save_checkpoint
-    from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
     from layerskip_core.model import ModelSpec
     from layerskip_core.model.exit_blocks import ExitBlock
 
@@ -310,7 +310,7 @@ def _make_blocks(material: Material, tokenizer: object, special: dict[str, objec
     model = tiny_model("llama", torch.float32, vocab_size=300, num_hidden_layers=4, **widths, **special)
     spec, blocks = ModelSpec.of(model.config), random_blocks(model, ExitBlock(1), ExitBlock(2, "final"))
     weights = {name: blocks.take(name) for name in blocks.shapes(spec)}
-    content = exit_blocks_content(spec, weights, model_fingerprint(spec, model.get_parameter))
+    content = exit_blocks_content(spec, weights, fingerprint(spec, model.get_parameter))
     info = CheckpointInfo("{prompt}\n", details={EXIT_BLOCKS: {"1": {"agreement": 0.5}, "2": {"agreement": 0.75}}})
     output = str(material.model("blocks"))
     save_checkpoint(model, tokenizer, info, output, torch.float32, {EXIT_BLOCKS_FILE: content})

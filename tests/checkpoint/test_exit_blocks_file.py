@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint, read_exit_blocks
+from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint, read_exit_blocks
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_beside
-from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named
 
@@ -24,7 +24,7 @@ def loaded(checkpoint, tmp_path):
 def content(loaded, *blocks, kept=NO_BLOCKS, factor=1.0):
     spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
     weights = {name: factor * weight for block in blocks for name, weight in block.initial(spec, weight_of).items()}
-    return exit_blocks_content(spec, weights, model_fingerprint(spec, weight_of), kept)
+    return exit_blocks_content(spec, weights, fingerprint(spec, weight_of), kept)
 
 
 def read(loaded, folder=None):
@@ -83,7 +83,7 @@ def test_the_same_blocks_give_the_same_bytes(loaded):
 def test_the_precision_of_the_model_does_not_matter(loaded):
     spec = loaded.backend.spec
     lower = for_training(loaded.name, "cpu", "bf16").model
-    assert model_fingerprint(spec, lower.get_parameter) == model_fingerprint(spec, loaded.model.get_parameter)
+    assert fingerprint(spec, lower.get_parameter) == fingerprint(spec, loaded.model.get_parameter)
 
 
 def test_blocks_of_other_weights_are_refused(loaded, tmp_path):
@@ -112,7 +112,7 @@ def test_damaged_files_are_refused(loaded, change, found):
     spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
     weights = ExitBlock(2).initial(spec, weight_of)
     change(weights)
-    metadata = {"format": "1", "fingerprint": model_fingerprint(spec, weight_of)}
+    metadata = {"format": "1", "fingerprint": fingerprint(spec, weight_of)}
     save_file(weights, f"{loaded.name}/{EXIT_BLOCKS_FILE}", metadata)
     with pytest.raises(CheckpointError, match=rf"exit_blocks\.safetensors cannot be used: .*({found})"):
         read(loaded)

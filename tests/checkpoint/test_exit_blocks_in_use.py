@@ -11,11 +11,11 @@ import torch
 from command_line import run
 from exit_block_models import random_blocks
 
-from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import import_checkpoint, save_beside, write_info
-from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, DraftProfile, GenerationSettings
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
@@ -49,7 +49,7 @@ def add_blocks(folder, *blocks):
     spec, weight_of = trained.backend.spec, trained.model.get_parameter
     made = random_blocks(trained.model, *blocks)
     weights = {name: made.take(name) for name in made.shapes(spec)}
-    save_beside(folder, EXIT_BLOCKS_FILE, exit_blocks_content(spec, weights, model_fingerprint(spec, weight_of)))
+    save_beside(folder, EXIT_BLOCKS_FILE, exit_blocks_content(spec, weights, fingerprint(spec, weight_of)))
     return folder
 
 

@@ -9,10 +9,10 @@ from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from layerskip_core.checkpoint.fast_read import LeanTokenizer, lean_config, lean_tokenizer
+from layerskip_core.checkpoint.folder import LeanTokenizer, lean_config, lean_tokenizer
 from layerskip_core.checkpoint.info import CheckpointInfo
-from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.loaded import decoder_of
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import GenericBackend

@@ -9,7 +9,7 @@ from command_line import run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.open import for_training
 
 CONSENT = "y\nremind me\n"  # what transformers would take as the answer to its question
 COMMANDS = {
@@ -107,7 +107,7 @@ def test_a_library_that_reads_standard_input_gets_nothing(monkeypatch):
         answers.append(sys.stdin.read())
         raise ValueError("asked")
 
-    monkeypatch.setattr("layerskip_core.checkpoint.fast_read.lean_config", ask)
-    monkeypatch.setattr("layerskip_core.checkpoint.load.lean_config", ask)
+    monkeypatch.setattr("layerskip_core.checkpoint.folder.lean_config", ask)
+    monkeypatch.setattr("layerskip_core.checkpoint.open.lean_config", ask)
     result = run("generate", "--lines", stdin=CONSENT)
     assert (result.code, answers) == (1, [""])

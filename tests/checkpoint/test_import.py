@@ -11,11 +11,11 @@ from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.calibration.run import calibrate
-from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_beside
-from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.model.exit_blocks import ExitBlock
 
@@ -52,7 +52,7 @@ def with_blocks(checkpoint, tmp_path):
     folder = str(shutil.copytree(checkpoint, tmp_path / "with-blocks"))
     loaded = for_training(folder, "cpu", "fp32")
     spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
-    content = exit_blocks_content(spec, ExitBlock(2).initial(spec, weight_of), model_fingerprint(spec, weight_of))
+    content = exit_blocks_content(spec, ExitBlock(2).initial(spec, weight_of), fingerprint(spec, weight_of))
     save_beside(folder, EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({"2": {"agreement": 0.75}}))
     return Path(folder)
 

@@ -8,12 +8,11 @@ import torch
 from int4_models import add_int4
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.beside import fingerprint, matrix_names
+from layerskip_core.checkpoint.beside import fingerprint, int4_content
+from layerskip_core.checkpoint.folder import INT4_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.int4_file import int4_content
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import import_checkpoint, refuse_overwrite
-from layerskip_core.checkpoint.stored import INT4_FILE
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
 
@@ -94,8 +93,9 @@ def test_damaged_files_are_refused(wide, damage, found):
     add_int4(wide)
     rows = load_file(wide / INT4_FILE)
     damage(rows)
-    names = matrix_names(for_training(str(wide), "cpu").backend.spec)
-    (wide / INT4_FILE).write_bytes(int4_content(rows, fingerprint(names, for_training(str(wide)).model.get_parameter), {}))
+    loaded = for_training(str(wide), "cpu")
+    made_for = fingerprint(loaded.backend.spec, loaded.model.get_parameter)
+    (wide / INT4_FILE).write_bytes(int4_content(rows, made_for, {}))
     with pytest.raises(CheckpointError, match=rf"int4\.safetensors.* {found}"):
         logits(wide)
 

@@ -12,20 +12,18 @@ from transformers import GPT2Config
 from transformers.utils import logging
 
 from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
-from layerskip_core.checkpoint.load import blank, for_decoding, for_training
-from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids
+from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.locate import PUBLISHED
-from layerskip_core.checkpoint.placement import pick_device, pick_dtype
-from layerskip_core.checkpoint.quiet import quiet_transformers
+from layerskip_core.checkpoint.open import blank, for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
+from layerskip_core.checkpoint.transformers_read import quiet_transformers
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import ExitChoice
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend, NativeBackend
-from layerskip_core.prompting.encoding import encode_prompt
-from layerskip_core.prompting.template import PromptTemplate
+from layerskip_core.prompting import PromptTemplate, encode_prompt
 from layerskip_core.training.rows.tokenizer import train_tokenizer
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})

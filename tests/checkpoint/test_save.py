@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_checkpoint, write_info
 from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.data import DataConfig

@@ -10,9 +10,9 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.load import blank as blank_model
-from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.loaded import decoder_of
+from layerskip_core.checkpoint.open import blank as blank_model
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.errors import CheckpointError, ConfigError
@@ -37,7 +37,7 @@ def refused(monkeypatch):
     def check(path, message, blank=True):
         def repacked_for_torch():
             with monkeypatch.context() as patch:
-                patch.setattr("layerskip_core.checkpoint.load.can_run_native", lambda *_: False)
+                patch.setattr("layerskip_core.checkpoint.open.can_run_native", lambda *_: False)
                 for_decoding(str(path), "cpu")
 
         ways = [

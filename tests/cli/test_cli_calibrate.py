@@ -8,7 +8,7 @@ from command_line import fails, finish, run, start
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from layerskip_core.checkpoint.stored import INT4_FILE
+from layerskip_core.checkpoint.folder import INT4_FILE
 
 QUICK = ("--samples", "6", "--length", "24", "--steps", "3")
 

@@ -16,7 +16,7 @@ from conftest import tiny_model
 
 from cli import standard_input
 from layerskip_core.checkpoint.info import CheckpointInfo
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.dialogue import Dialogue, Turn

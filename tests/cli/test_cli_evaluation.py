@@ -17,7 +17,7 @@ from cli.commands.sweep_exits import sweep_exits
 from cli.options import with_flags
 from cli.signature import Command
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
 from layerskip_core.errors import LayerSkipError
 
@@ -246,7 +246,7 @@ def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monk
         packings.append(packing)
         return for_decoding(name, device, dtype, packing)
 
-    monkeypatch.setattr("layerskip_core.checkpoint.load.for_decoding", recorded)
+    monkeypatch.setattr("layerskip_core.checkpoint.open.for_decoding", recorded)
     arguments = ("--model", model, "--data", data, "--samples", "1", "--max-new-tokens", "6", "--format", "json")
     for strategies in ("autoregressive", "autoregressive,adaptive"):
         result = run("bench", *arguments, "--repeats", "1", "--strategies", strategies)

@@ -10,7 +10,7 @@ import pytest
 from command_line import fails, run
 
 from cli.training_text import spread
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.open import for_training
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
 

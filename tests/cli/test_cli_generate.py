@@ -13,8 +13,8 @@ import pytest
 from command_line import LISTING_MODULES, Result, fails, finish, run, start
 
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
-from layerskip_core.checkpoint.load import for_training
 from layerskip_core.checkpoint.loaded import decoder_of
+from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.text import TextStream

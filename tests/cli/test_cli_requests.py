@@ -12,7 +12,7 @@ from command_line import fails, run, start
 from cli import standard_input
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DecodingSettings
 from layerskip_core.config.packing import PackingConfig
@@ -320,7 +320,7 @@ def test_policies_from_python(model, ask):
 def test_exact_with_copies_needs_them(checkpoint, tmp_path):
     """On a device without low-bit kernels, for example."""
     folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
-    from layerskip_core.checkpoint.load import for_decoding
+    from layerskip_core.checkpoint.open import for_decoding
     from layerskip_core.config.decoding import DecodingSettings
     from layerskip_core.config.packing import PackingConfig
     from layerskip_core.errors import ConfigError

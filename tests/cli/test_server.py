@@ -21,7 +21,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding.text import TextStream
 from layerskip_core.model import GenericBackend
-from layerskip_core.prompting.template import CHAT, PromptTemplate
+from layerskip_core.prompting import CHAT, PromptTemplate
 from layerskip_core.serving import Engine, Request
 
 NEEDED = "needs the extras dev and serve"

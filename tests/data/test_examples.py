@@ -1,7 +1,6 @@
 import gzip
 import io
 import json
-import os
 
 import datasets
 import pyarrow as pa
@@ -10,11 +9,9 @@ import pytest
 from datasets import Dataset
 
 from layerskip_core.config.data import DataConfig
-from layerskip_core.data.conversations import Conversation
-from layerskip_core.data.examples import is_parsing, load_examples, load_rows, stream_rows
+from layerskip_core.data.examples import Conversation, is_parsing, load_examples, load_rows, stream_rows
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError
-from layerskip_core.storage import reading as input_files
 from layerskip_core.training.rows.tokenizer import train_tokenizer
 
 TOPV2_HEADER = "domain\tutterance\tsemantic_parse\n"
@@ -158,9 +155,9 @@ BAD = {
     "JSON nested too deeply": (
         "a.jsonl",
         lines(FULL) + '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
-        r"a\.jsonl:2: nested deeper than 64 levels",
+        r"a\.jsonl:2: not valid JSON: maximum recursion depth",
     ),
-    "half a surrogate pair": ("a.jsonl", lines(FULL, {"prompt": "\ud800"}), r"a\.jsonl:2: not valid Unicode"),
+    "half a surrogate pair": ("a.jsonl", lines(FULL, {"prompt": "\ud800"}), r"a\.jsonl:2: not valid JSON"),
     "a value without end": (
         "a.jsonl",
         lines({"prompt": ["x" * 10_000], "completion": "c"}),
@@ -175,20 +172,16 @@ BAD = {
         "prompt,completion,prompt\np,c,q\n",
         r"a\.csv:1: needed distinct column names.*prompt",
     ),
-    "a NUL": ("a.csv", "prompt,completion\np,c\0\n", r"a\.csv:2: not UTF-8 text: a NUL at character 4"),
     "CR alone": ("a.csv", "prompt,completion\rp,c\r", r"a\.csv:1: a line must end in LF or CR LF, found CR alone"),
     "a header of many letters": ("a.csv", "x" * 200_000 + "\nc\n", r"a\.csv:2: no column 'completion' .* found x{80}\.\.\.$"),
-    "JSON in UTF-16": ("a.jsonl", lines(FULL).encode("utf-16"), r"a\.jsonl:1: .* begins with the byte order mark of UTF-16"),
-    "text in UTF-16 without a mark": ("a.txt", "text".encode("utf-16-le"), r"a\.txt:1: not UTF-8 text: a NUL at character 2"),
-    "no gzip": ("a.jsonl.gz", "text", r"a\.jsonl\.gz:1: not readable as gzip: Not a gzipped file"),
-    "half of a gzip": ("a.jsonl.gz", gzip.compress(lines(FULL).encode())[:-12], r"a\.jsonl\.gz:1: .* ended before"),
+    "JSON in UTF-16": ("a.jsonl", lines(FULL).encode("utf-16"), r"a\.jsonl:1: not UTF-8 text"),
+    "no gzip": ("a.jsonl.gz", "text", r"a\.jsonl\.gz cannot be read: Not a gzipped file"),
+    "half of a gzip": ("a.jsonl.gz", gzip.compress(lines(FULL).encode())[:-12], r"a\.jsonl\.gz cannot be read.* ended before"),
     "a damaged gzip": (
         "a.jsonl.gz",
         gzip.compress(lines(FULL).encode())[:-8] + b"\1" * 8,
-        r"a\.jsonl\.gz:2: .*CRC check failed",
+        r"a\.jsonl\.gz cannot be read after line 1: CRC check failed",
     ),
-    "a gzip that is a bomb": ("a.txt.gz", gzip.compress(b"x" * (8 << 20)), r"a\.txt\.gz:1: unpacks to more than 100 times"),
-    "lines without rows": ("a.txt.gz", gzip.compress(b"\n" * 1_000_001), r"a\.txt\.gz:1000001: 1000000 empty lines"),
     "damaged Parquet": ("a.parquet", corrupted(PARQUET), r"a\.parquet: not readable as Parquet: "),
     "half of a Parquet": ("a.parquet", PARQUET[:-20], r"a\.parquet: not readable as Parquet: Parquet magic bytes not found"),
     "Parquet of numbers": ("a.parquet", parquet(prompt=[1], completion=[2]), r"a\.parquet:1: the completion .* found 2"),
@@ -208,46 +201,16 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv.gz"])
-def test_only_regular_files_are_opened(tmp_path, name):
-    file = tmp_path / name
-    os.mkfifo(file)
-    with pytest.raises(DataError, match=rf"`data` .*{name} must be a regular file, found a FIFO"):
-        load(str(file))
-    file.unlink()
-    file.symlink_to("/dev/null")
-    with pytest.raises(DataError, match=rf"`validation` .*{name} must be a regular file, found a device"):
-        load(str(file), setting="validation")
-    file.unlink()
-    file.symlink_to("nowhere")
-    with pytest.raises(DataError, match=rf"`data` .*{name}: there is no such file"):
-        load(str(file))
-
-
-def test_a_file_that_cannot_be_read(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.symlink_to("/proc/self/mem")  # opens, and fails when it is read, for root too
-    with pytest.raises(DataError, match=r"a\.jsonl:1: cannot be read: .*Input/output error"):
-        load(str(file))
-
-
-def test_a_line_longer_than_any_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(input_files, "MAX_LINE", 1 << 20)
-    with pytest.raises(DataError, match=r"a\.txt:2: a line must have at most 1 MiB, found a longer one"):
-        load(written(tmp_path, "a.txt", "x" * 1000 + "\n" + "x" * (1 << 20) + "\n"))
+def test_a_file_that_cannot_be_read(tmp_path, name):
+    with pytest.raises(DataError, match=rf"`validation` .*{name}.* (cannot be read|not readable)"):
+        load(str(tmp_path / name), setting="validation")
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError):
+        load(str(tmp_path / name))
 
 
 def test_a_field_may_be_long(tmp_path):
     assert load(written(tmp_path, "a.csv", "completion\n" + "x" * 200_000)) == [("", "x" * 200_000)]
-
-
-def test_a_topv2_folder_of_other_things(tmp_path):
-    (tmp_path / "a_train.tsv").mkdir()
-    with pytest.raises(DataError, match=r"a_train\.tsv must be a regular file, found a folder"):
-        load(str(tmp_path))
-    (tmp_path / "a_train.tsv").rmdir()
-    written(tmp_path, "a_train.tsv", TOPV2_HEADER + "a\tb\0\tc\n")
-    with pytest.raises(DataError, match=r"a_train\.tsv:2: not UTF-8 text: a NUL"):
-        load(str(tmp_path))
 
 
 def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path):
@@ -260,7 +223,7 @@ def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path):
 
 
 def test_missing_and_unknown_data(tmp_path):
-    with pytest.raises(DataError, match=r"`data` some/missing\.jsonl: there is no such file"):
+    with pytest.raises(DataError, match=r"`data` some/missing\.jsonl cannot be read: No such file or directory"):
         load("some/missing.jsonl")
     with pytest.raises(DataError, match="`data` nonsense is none of: commands, topv2, a "):
         load("nonsense")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from layerskip_core.checkpoint.load import for_decoding, for_training
 from layerskip_core.checkpoint.loaded import decoder_of
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import Token, decode, text
 from layerskip_core.decoding.text import TextStream, answer_together

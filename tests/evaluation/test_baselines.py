@@ -163,7 +163,7 @@ def test_settings_are_checked(settings, message):
 
 
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
-    from layerskip_core.checkpoint.load import for_decoding
+    from layerskip_core.checkpoint.open import for_decoding
 
     packed = for_decoding(checkpoint)
     assert isinstance(packed, Decoder)

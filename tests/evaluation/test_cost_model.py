@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode

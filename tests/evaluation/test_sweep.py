@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig, GenerationSettings, default_exits
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig

@@ -16,7 +16,7 @@ from layerskip_core.data.examples import Example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.tasks.load import load_task
-from layerskip_core.prompting.template import PromptTemplate
+from layerskip_core.prompting import PromptTemplate
 
 
 def write_lines(path, rows):

@@ -10,12 +10,12 @@ from command_line import fails, run
 from exit_block_models import random_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_training
 from layerskip_core.checkpoint.loaded import decoder_of
+from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import save_beside
-from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
 from layerskip_core.config.export import ENGINES
 from layerskip_core.export.draft_length import recommended_length
 from layerskip_core.export.engines import instructions
@@ -28,7 +28,7 @@ def with_block(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "with-block")
     loaded = for_training(str(folder), "cpu", "fp32")
     spec, blocks = loaded.backend.spec, random_blocks(loaded.model, ExitBlock(2))
-    trained_for = model_fingerprint(spec, loaded.model.get_parameter)
+    trained_for = fingerprint(spec, loaded.model.get_parameter)
     content = exit_blocks_content(spec, {name: blocks.take(name) for name in blocks.shapes(spec)}, trained_for)
     save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({"2": {"agreement": 0.75}}))
     return folder

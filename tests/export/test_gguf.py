@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.open import for_training
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export.gguf_file import rope_factors, write_gguf
 from layerskip_core.export.gguf_tokenizer import SPLITS, add_tokenizer

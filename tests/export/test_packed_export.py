@@ -13,11 +13,11 @@ from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 from int4_models import add_int4
 
-from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
+from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, PACKED_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_beside, save_checkpoint
-from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE, PACKED_FILE
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.export import ExportConfig
 from layerskip_core.config.packing import PackingConfig
@@ -43,7 +43,7 @@ def add_blocks(folder):
     loaded = for_training(str(folder), "cpu", "fp32")
     spec, blocks = loaded.backend.spec, random_blocks(loaded.model, ExitBlock(2), ExitBlock(4, "final"))
     content = exit_blocks_content(
-        spec, {name: blocks.take(name) for name in blocks.shapes(spec)}, model_fingerprint(spec, loaded.model.get_parameter)
+        spec, {name: blocks.take(name) for name in blocks.shapes(spec)}, fingerprint(spec, loaded.model.get_parameter)
     )
     save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({}))
 

@@ -8,7 +8,7 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.errors import ConfigError, ContextError
 from layerskip_core.harness.likelihood import Likelihood, likelihoods
 from layerskip_core.model import GenericBackend

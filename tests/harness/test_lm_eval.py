@@ -17,10 +17,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval_tasks import write_tasks
 from transformers import AutoTokenizer
 
-from layerskip_core.checkpoint.exit_blocks_file import exit_blocks_content, model_fingerprint
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_beside
-from layerskip_core.checkpoint.stored import EXIT_BLOCKS_FILE
 from layerskip_core.config.export import ExportConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.export.run import export
@@ -169,8 +169,8 @@ def test_the_exit_block_of_a_frozen_model_counts(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "frozen")
     loaded = for_training(str(folder), "cpu", "fp32")
     spec, blocks = loaded.backend.spec, random_blocks(loaded.model, ExitBlock(2))
-    fingerprint = model_fingerprint(spec, loaded.model.get_parameter)
-    content = exit_blocks_content(spec, {name: blocks.take(name) for name in blocks.shapes(spec)}, fingerprint)
+    made_for = fingerprint(spec, loaded.model.get_parameter)
+    content = exit_blocks_content(spec, {name: blocks.take(name) for name in blocks.shapes(spec)}, made_for)
     save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({"2": {"agreement": 0.75}}))
     export(ExportConfig(str(folder), 2, str(tmp_path / "alone")))
     requests = [asked("remind me to call", " mom at 5"), asked("play", " some jazz")]

@@ -4,7 +4,7 @@ import pytest
 
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import Example, load_examples
-from layerskip_core.prompting.template import PromptTemplate
+from layerskip_core.prompting import PromptTemplate
 from layerskip_core.training.rows import tokenizer as vocabulary
 from layerskip_core.training.rows.encoded_data import encode_rows, encode_stream
 from layerskip_core.training.rows.encoder import Encoder

@@ -12,7 +12,7 @@ from conftest import tiny_model
 from test_generic import CHANGES
 from test_packed import BF16_ERROR, CASES, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
 
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode

@@ -8,7 +8,7 @@ from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 from test_generic import CHANGES, ids_of
 
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
@@ -214,7 +214,7 @@ def test_a_checkpoint_is_loaded_for_decoding(tmp_path, monkeypatch, activation, 
 
     tiny_model("llama", torch.float32, vocab_size=300, hidden_act=activation).save_pretrained(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_loaded().tokenizer)
-    monkeypatch.setattr("layerskip_core.checkpoint.load.can_run_native", lambda *_: False)
+    monkeypatch.setattr("layerskip_core.checkpoint.open.can_run_native", lambda *_: False)
     assert for_decoding(str(tmp_path), "cpu", "fp32").backend.implementation == implementation
     assert for_training(str(tmp_path), "cpu", "fp32").backend.implementation == "generic"
 

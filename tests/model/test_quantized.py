@@ -11,7 +11,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode

@@ -1,17 +1,14 @@
-"""Chat templates render as in transformers, and a hostile one can neither hang nor use up memory."""
+"""Chat templates render as in transformers, and cannot leave their sandbox."""
 
 import itertools
-import os
-import threading
 
 import pytest
 from chatml import TEMPLATE, chatml_folder, full_tokenizer
 from command_line import run
 
-from layerskip_core.checkpoint.fast_read import lean_tokenizer
+from layerskip_core.checkpoint.folder import lean_tokenizer
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.prompting import chat
-from layerskip_core.prompting.chat import render_chat
+from layerskip_core.prompting import render_chat
 
 TURNS = [
     {"role": "system", "content": " be\n"},
@@ -54,10 +51,6 @@ def test_the_text_equals_that_of_transformers(folder, full, template, prompt):
     assert render_chat(lean, TURNS, prompt) == full.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=prompt)
 
 
-LATE = "it (took longer than 1 seconds|takes too much memory)"
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
-
-
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
@@ -66,72 +59,27 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(
         ("{{ 1 / 0 }}", "ZeroDivisionError: "),
         ("{{ messages[9].content }}", "UndefinedError: "),
         ("{{ ''.__class__.mro() }}", "SecurityError: "),
+        ("{{ dict.mro() }}", "UndefinedError: "),
+        ("{{ namespace(__class__=1) }}", "SecurityError: "),
+        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "SecurityError: "),
+        ("{{ messages.append(1) }}", "SecurityError: "),
+        ("{% include '/etc/passwd' %}", "TypeError: no loader"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
-        (LOOP, "it took longer than 1 seconds"),
-        (
-            LOOP.replace("{% endfor %}", "{{ 'x' * 99 }}{% endfor %}", 1),
-            "it (took longer than 1 seconds|takes too much memory)",
-        ),
-        ("{{ 10 ** (10 ** 9) }}", LATE),
-        ("{{ 1.5 | round(1000000000, 'ceil') }}", LATE),
-        ("{{ 'x' * 10 ** 10 }}", "it takes too much memory"),
-        ("{% for a in range(20) %}{{ 'x' * 10 ** 6 }}{% endfor %}", "its text is longer than 16777216 characters"),
-        ("{" * 5000 + "}", "(TemplateSyntaxError|RecursionError|it)"),
-        ("{{ " + "(" * 20000 + ")" * 20000 + " }}", "(TemplateSyntaxError|RecursionError|it)"),
-        ({"other": TEMPLATE}, "needed a text, or several with one named default"),
-        (7, "needed a text, or several with one named default"),
+        ({"other": TEMPLATE}, ""),
+        (7, ""),
     ],
     ids=itertools.count(),
 )
-def test_a_template_that_fails_is_one_error(full, monkeypatch, template, reason):
-    monkeypatch.setattr(chat, "TIME_LIMIT", 1.0)
+def test_a_template_that_fails_is_one_error(full, template, reason):
     full.chat_template = template
     with pytest.raises(CheckpointError, match=f"the model's chat template cannot be used: {reason}"):
         render_chat(full, TURNS, True)
-    full.chat_template = TEMPLATE
-    assert render_chat(full, TURNS, False).startswith("<|im_start|>system")  # the next template gets a new renderer
 
 
 def test_no_template(full):
     full.chat_template = None
     with pytest.raises(ConfigError, match="a chat template was asked for, but the model's tokenizer has none"):
         render_chat(full, TURNS, True)
-
-
-def test_an_answer_that_nobody_waited_for_is_not_the_next_one(full, monkeypatch):
-    """As after Ctrl-C: the first question was asked, and its answer not read."""
-
-    class Interrupted:
-        def __init__(self, stream):
-            self._stream = stream
-
-        def readline(self):
-            raise KeyboardInterrupt
-
-    def asked(content):
-        return render_chat(full, [{"role": "user", "content": content}], False)
-
-    full.chat_template = "{{ messages[0].content }}"
-    assert asked("before") == "before"
-    worker = chat._worker(os.getpid())
-    monkeypatch.setattr(worker._process, "stdout", Interrupted(worker._process.stdout))
-    with pytest.raises(KeyboardInterrupt):
-        asked("interrupted")
-    assert [asked("first"), asked("second")] == ["first", "second"]
-
-
-def test_from_several_threads(full):
-    texts = []
-
-    def render(number):
-        texts.append(render_chat(full, [{"role": "user", "content": str(number)}], False).endswith(f"{number}<|im_end|>\n"))
-
-    threads = [threading.Thread(target=render, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert texts == [True] * 8
 
 
 @pytest.mark.parametrize(

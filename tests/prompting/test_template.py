@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from layerskip_core.errors import ConfigError
-from layerskip_core.prompting.template import CHAT, RAW, PromptTemplate, resolve_template
+from layerskip_core.prompting import CHAT, RAW, PromptTemplate, resolve_template
 
 WITH_CHAT, WITHOUT = SimpleNamespace(chat_template="{{ messages }}"), SimpleNamespace(chat_template=None)
 STORED, STORED_CHAT = PromptTemplate("Q: {prompt}"), PromptTemplate(CHAT, "Be brief.")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.save import write_model
 from layerskip_core.errors import CheckpointError
-from layerskip_core.storage.writing import publish_folder
+from layerskip_core.files import publish_folder
 from layerskip_core.training.loop.checkpoints import load_weights
 
 

@@ -5,11 +5,10 @@ import torch
 from training_runs import Interrupted, stop_at, train, weights
 
 from layerskip_core.config.data import DataConfig
-from layerskip_core.data.conversations import Conversation
-from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_examples
+from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example, load_examples
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.losses import IGNORED
-from layerskip_core.prompting.template import PromptTemplate
+from layerskip_core.prompting import PromptTemplate
 from layerskip_core.training.loop.trainer import RunTrainer
 from layerskip_core.training.prepare import prepare
 from layerskip_core.training.rows import encoded_data

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training_runs import Interrupted, stop_at
 
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.load import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.decoding import DecodingSettings, DraftProfile

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_runs import Interrupted, stop_at, train, weights
 
-from layerskip_core.checkpoint.load import for_decoding
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import RetentionSettings

@@ -10,10 +10,9 @@ from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import FinetuneConfig
-from layerskip_core.data.conversations import Conversation
-from layerskip_core.data.examples import PARSING_TEMPLATE, Example
+from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example
 from layerskip_core.errors import ConfigError
-from layerskip_core.prompting.template import CHAT, RAW, PromptTemplate
+from layerskip_core.prompting import CHAT, RAW, PromptTemplate
 from layerskip_core.training.rows.run_data import make_encoder
 
 EXAMPLE, CONVERSATION = Example("hi", "ho"), Conversation((("user", "hi"), ("assistant", "ho")))

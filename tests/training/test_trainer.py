@@ -11,7 +11,7 @@ from training_runs import RECIPE, train, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
-from layerskip_core.checkpoint.load import for_training
+from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import RecipeSettings

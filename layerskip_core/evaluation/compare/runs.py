@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from ...checkpoint.info import INFO_FILE, read_info
 from ...errors import LayerSkipError
-from ...storage.json_reading import parse_json
-from ...storage.reading import read_bytes
-from ...storage.schema import SchemaError, build
+from ...files import SchemaError, build, parse_json, read_bytes
 from ..record import RunRecord
 from ..report.points import label
 from ..report.saved_record import read_record

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ...checkpoint.load import for_training
 from ...checkpoint.loaded import Decoder, Trainable
-from ...checkpoint.quiet import quiet_transformers
+from ...checkpoint.open import for_training
+from ...checkpoint.transformers_read import quiet_transformers
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, decode

@@ -8,10 +8,7 @@ from typing import Any
 
 from ...config.decoding import SkipChoice
 from ...errors import LayerSkipError
-from ...storage.json_lines import append_lines, whole_lines
-from ...storage.json_reading import parse_json
-from ...storage.schema import SchemaError, build
-from ...storage.writing import require_writable, write_file
+from ...files import SchemaError, append_lines, build, parse_json, require_writable, whole_lines, write_file
 from ..outputs import Output
 
 FILE_NAME = "unfinished.jsonl"
@@ -73,7 +70,7 @@ def found_skip(folder: Path) -> SkipChoice | None:
 
 def close(folder: Path) -> None:
     """Renames the journal of a complete run to OUTPUTS: it cannot be resumed any more, and its answers can be read."""
-    require_writable(folder / OUTPUTS, LayerSkipError, regular=True)
+    require_writable(folder / OUTPUTS, LayerSkipError)
     (folder / FILE_NAME).replace(folder / OUTPUTS)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.gguf_header import read_gguf_header
+from ...checkpoint.gguf import GgufFile
 from ...checkpoint.loaded import Decoder
 from ...decoding import DecodeStats
 from ...decoding.stats import step_counts
@@ -93,12 +93,11 @@ def _require_same_model(loaded: Decoder, gguf: str) -> None:
     """Raises ConfigError for a file that is missing or has other layers or tokens, CheckpointError for a damaged one."""
     if not Path(gguf).is_file():
         raise ConfigError(f"`gguf` must be a file; there is none at {gguf}", "gguf")
-    header = read_gguf_header(Path(gguf))
-    layers, tokens = header.values.get(f"{header.architecture}.block_count"), header.lengths.get("tokenizer.ggml.tokens")
-    if (layers, tokens) != (loaded.backend.num_layers, loaded.backend.vocab_size):
+    file = GgufFile(Path(gguf))
+    if (file.layers, file.tokens) != (loaded.backend.num_layers, loaded.backend.vocab_size):
         raise ConfigError(
             f"`gguf` must be a file of {loaded.name}, with {loaded.backend.num_layers} layers and {loaded.backend.vocab_size} "
-            f"tokens; {gguf} has {layers} layers and {tokens} tokens",
+            f"tokens; {gguf} has {file.layers} layers and {file.tokens} tokens",
             "gguf",
         )
 

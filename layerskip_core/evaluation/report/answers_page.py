@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import LayerSkipError
-from ...storage.json_reading import parse_json
-from ...storage.reading import text_lines
-from ...storage.schema import SchemaError, build
+from ...files import SchemaError, build, parse_json, text_lines
 from ..record import Answered, RunRecord
 from .pages import render
 from .points import label

@@ -9,9 +9,7 @@ from ...config.decoding import DraftProfile, strategies
 from ...config.evaluation import BASELINES, BenchConfig, SweepConfig
 from ...config.ranges import MAX_COUNT
 from ...errors import LayerSkipError
-from ...storage.json_reading import parse_json
-from ...storage.reading import read_bytes
-from ...storage.schema import SchemaError, build, require_fields
+from ...files import SchemaError, build, parse_json, read_bytes, require_fields
 from ..record import Environment, PredictionError, Recommendation, RunRecord
 from ..results import ExitResult
 

@@ -8,7 +8,7 @@ from ...config.evaluation import TaskConfig
 from ...data.examples import Example
 from ...data.records import FILE_ENDINGS, file_ending
 from ...errors import DataError
-from ...storage.reading import text_lines
+from ...files import text_lines
 from .prompts import BARE
 from .rows import file_rows, hub_rows
 from .task import Task, TaskLoader

@@ -11,7 +11,7 @@ from ...config.evaluation import TaskConfig
 from ...data.examples import Example, is_parsing, load_examples, load_records
 from ...data.records import Record, spread
 from ...errors import DataError
-from ...prompting.template import RAW
+from ...prompting import RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, forms, framed
 from .rows import shots_and_rest

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from ...data.examples import Example
-from ...prompting.template import CHAT, RAW
+from ...prompting import CHAT, RAW
 
 BARE = "{prompt}"  # a form, or a template, that adds nothing
 SHOT_END = "\n\n"

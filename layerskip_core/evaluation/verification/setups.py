@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...checkpoint.exit_blocks_file import read_exit_blocks
-from ...checkpoint.load import for_decoding, for_training
+from ...checkpoint.beside import read_exit_blocks
 from ...checkpoint.loaded import Decoder, decoder_of
 from ...checkpoint.locate import own_folder
+from ...checkpoint.open import for_decoding, for_training
 from ...config.checks import require_choice
 from ...config.packing import PackingConfig, Quantization
 from ...config.verification import VerifyConfig

@@ -5,19 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.adapters import is_adapter
-from ...checkpoint.exit_blocks_file import model_fingerprint, read_exit_blocks
+from ...checkpoint.beside import fingerprint, read_exit_blocks
+from ...checkpoint.folder import refuse_packed, weight_files
 from ...checkpoint.info import CheckpointInfo
-from ...checkpoint.load import for_decoding, for_training
-from ...checkpoint.locate import downloaded, own_folder, reading
-from ...checkpoint.placement import pick_device
+from ...checkpoint.loaded import pick_device
+from ...checkpoint.locate import downloaded, is_adapter, own_folder, reading
+from ...checkpoint.open import for_decoding, for_training
 from ...checkpoint.save import refuse_overwrite
-from ...checkpoint.stored import refuse_packed, weight_files
 from ...config.checks import require
 from ...config.training import FinetuneConfig
 from ...errors import CheckpointError, ConfigError
+from ...files import require_disk
 from ...model.exit_blocks import ExitBlocks
-from ...storage.writing import require_disk
 from ..loop.checkpoints import ResumePoint, checkpoints_folder, has_checkpoints, newest_whole, require_own
 from ..loop.trainer import require_trackers
 from ..prepare import autocasts, require_device, require_same_run, tokens_per_row
@@ -56,7 +55,7 @@ def prepare_frozen(config: FinetuneConfig) -> FrozenJob:
     max_length = tokens_per_row(config, trainable.backend.max_positions)
     rows = run_rows(config, settings, trainable, max_length)
     decoder = for_decoding(config.model, str(device), config.dtype)
-    made_for = model_fingerprint(spec, weight_of)
+    made_for = fingerprint(spec, weight_of)
     how = writing(config, settings, max_length)
     files = _run_files(config, settings, rows, made_for, how, decoder.backend.implementation)
     known = read_answers(files.answers, rows.prompts, how, spec.vocab)

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.exit_blocks_file import exit_blocks_content
+from ...checkpoint.beside import exit_blocks_content
+from ...checkpoint.folder import EXIT_BLOCKS_FILE
 from ...checkpoint.loaded import Decoder, Trainable
-from ...checkpoint.quiet import quiet_transformers
 from ...checkpoint.save import copy_checkpoint, save_beside
-from ...checkpoint.stored import EXIT_BLOCKS_FILE
-from ...checkpoint.transformers_read import stored_dtype
+from ...checkpoint.transformers_read import quiet_transformers, stored_dtype
 from ...config.training import FinetuneConfig
 from ...interruption import Interruption
 from ...model.exit_blocks import ExitBlocks

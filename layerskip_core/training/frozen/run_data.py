@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from ...checkpoint.loaded import Trainable
 from ...config.data import DataConfig
 from ...config.training import FinetuneConfig
-from ...data.conversations import Conversation
-from ...data.examples import PARSING_TEMPLATE, Example, Row, is_parsing, load_prompts, load_rows
+from ...data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_prompts, load_rows
 from ...errors import DataError
-from ...prompting.template import PromptTemplate, resolve_template
+from ...prompting import PromptTemplate, resolve_template
 from ..rows.answers import Text
 from ..rows.encoder import Encoder
 from ..rows.run_data import conversation_template, validation_data

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...errors import CheckpointError
+from ...files import synchronise
 from ...losses import IGNORED
 from ...model import Backend
-from ...storage.writing import synchronise
 from ..rows.answers import Text
 
 _TOKENS = 2048  # of a pass

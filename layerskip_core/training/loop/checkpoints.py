@@ -16,12 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoint.stored import open_weights
+from ...checkpoint.folder import open_weights
 from ...checkpoint.swap import files_below
 from ...errors import CheckpointError, ConfigError
-from ...storage.json_reading import read_json_object
-from ...storage.reading import listed
-from ...storage.writing import discard_folder, publish_folder, remove_leftovers
+from ...files import discard_folder, listed, publish_folder, read_json_object, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 _SEAL = "complete.json"

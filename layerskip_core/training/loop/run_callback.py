@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from ...errors import TrainingError
+from ...files import run_staging
 from ...interruption import Interruption
-from ...storage.writing import run_staging
 from ..progress import LossHistory, RunState, StepLosses, StepReport, StepSums, agreement_in, step_log, validation_in
 from .checkpoints import LOSSES, last_checkpoint, publish
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...checkpoint.save import output_lock
 from ...errors import CheckpointError, LayerSkipError, TrainingInterrupted, first_line
+from ...files import run_staging
 from ...interruption import Interruption
-from ...storage.writing import run_staging
 from ..progress import StageProgress
 from ..rows.step_rows import process_index
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after, last_checkpoint

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...checkpoint.load import for_decoding
+from ...checkpoint.open import for_decoding
 from ...config.packing import PackingConfig
 from ...config.training import FinetuneConfig
 from ...losses import Teacher, target_rows

@@ -17,10 +17,8 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, SamplingConfig
 from ...decoding import decode_batch
 from ...errors import CheckpointError, LayerSkipError
+from ...files import SchemaError, append_lines, build, drop_incomplete_line, parse_json, whole_lines
 from ...losses import IGNORED
-from ...storage.json_lines import append_lines, drop_incomplete_line, whole_lines
-from ...storage.json_reading import parse_json
-from ...storage.schema import SchemaError, build
 
 BATCH = 32  # that are decoded together
 DIGITS = 16  # of the digest in the name of what a run keeps

@@ -5,14 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...data.conversations import Conversation
-from ...data.examples import Example, Row
+from ...data.examples import Conversation, Example, Row
 from ...errors import DataError, LayerSkipError, first_line
 from ...losses import IGNORED
-from ...prompting.chat import has_chat_template, render_chat
-from ...prompting.encoding import encode_prompt, encoded
-from ...prompting.special_text import special_text
-from ...prompting.template import RAW, PromptTemplate
+from ...prompting import RAW, PromptTemplate, encode_prompt, encoded, has_chat_template, render_chat, special_text
 from .packing import packed
 
 

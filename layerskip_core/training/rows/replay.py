@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ...checkpoint.load import for_decoding
+from ...checkpoint.open import for_decoding
 from ...config.training import FinetuneConfig
 from ..loop.checkpoints import checkpoints_folder
 from .answers import Writing, answers_digest, measured_speed, read_answers, write_answers, writing_seconds

@@ -8,10 +8,9 @@ from ...checkpoint.loaded import Trainable
 from ...config.checks import require
 from ...config.data import DataConfig
 from ...config.training import FinetuneConfig
-from ...data.conversations import Conversation
-from ...data.examples import PARSING_TEMPLATE, Example, Row, is_parsing, load_rows, stream_rows
+from ...data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
 from ...errors import ConfigError
-from ...prompting.template import CHAT, RAW, PromptTemplate, resolve_template
+from ...prompting import CHAT, RAW, PromptTemplate, resolve_template
 from ..plan import COMMANDS_STEPS
 from .encoded_data import EncodedData, encode_rows, encode_stream
 from .encoder import Encoder

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...data.conversations import Conversation
-from ...data.examples import Row
+from ...data.examples import Conversation, Row
 from .encoded_data import EncodedData
 
 _COUNTED = 50_000  # rows, evenly spaced; of a stream the first ones

@@ -28,21 +28,24 @@ from ..model.generic import attention_for
 from ..model.int4 import named_int4
 from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
 from ..model.weights import Take
-from ..prompting.template import resolve_template
-from ..prompting.tokenizer import Tokenizer
-from .adapters import adapters_of, is_adapter
-from .exit_blocks_file import read_exit_blocks
-from .fast_read import FileWeights, generation_config, lean_config, lean_tokenizer
+from ..prompting import Tokenizer, resolve_template
+from .beside import read_exit_blocks, read_int4
+from .folder import (
+    INT4_FILE,
+    FileWeights,
+    check_tokenizer,
+    generation_config,
+    is_packed,
+    lean_config,
+    lean_tokenizer,
+    refuse_packed,
+)
 from .info import CheckpointInfo, read_info
-from .int4_file import read_int4
-from .loaded import Decoder, Trainable, decoder_of, end_ids
-from .locate import Location, locate, reading
+from .loaded import Decoder, Trainable, decoder_of, end_ids, memory_size, pick_device, pick_dtype
+from .locate import Location, adapters_of, is_adapter, locate, reading
 from .packed_file import PackedFile
-from .placement import memory_size, pick_device, pick_dtype
-from .quiet import quiet_transformers
-from .stored import INT4_FILE, check_tokenizer, is_packed, refuse_packed
 from .swap import read_whole
-from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer
+from .transformers_read import merge_adapters, open_model, quiet_transformers, read_model, read_tokenizer
 
 _MEMORY_SHARE = 0.8  # of the machine's memory, that a model with a copy may take
 

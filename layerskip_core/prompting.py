@@ -1,0 +1,387 @@
+"""From a prompt to token ids: templates, chat templates, and special tokens in what users write."""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+from .config.checks import require
+from .errors import CheckpointError, ConfigError, LayerSkipError
+
+if TYPE_CHECKING:
+    import jinja2
+    import tokenizers
+
+CHAT = "chat"  # the tokenizer's chat template
+RAW = "raw"  # nothing is added, and the text of special tokens in a prompt becomes tokens
+PLACE = "{prompt}"  # where a template that is a text takes the prompt
+
+Result = TypeVar("Result")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back: a tokenizer of transformers, or LeanTokenizer."""
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def chat_template(self) -> Any:
+        """A text, several by name, or None. It comes with the model and is not checked."""
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """The special tokens that have a name, such as eos_token."""
+
+    @property
+    def all_special_tokens(self) -> Sequence[str]: ...
+
+    @property
+    def all_special_ids(self) -> Sequence[int]: ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """The tokens that were added to the model's vocabulary, by id; each says whether it is `special`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens without the added ones."""
+
+    def __len__(self) -> int:
+        """Tokens with the added ones."""
+
+    def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        """`input_ids` of a text, or a list of them for several texts."""
+
+    def decode(
+        self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = False
+    ) -> Any: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> Any:
+        """The text by which the vocabulary names a token."""
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens, which have no text in an answer, by the text that names them."""
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False))
+    return {str(tokenizer.convert_ids_to_tokens(token_id)): token_id for token_id in {*tokenizer.all_special_ids, *added}}
+
+
+# Templates
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A resolved template: `chat`, `raw` or a text with {prompt} in it. `system` is a system message, for `chat` only."""
+
+    text: str = RAW
+    system: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For statistics and reports: `chat`, `chat with a system message`, `raw`, or the text in quotes."""
+        if self.text == CHAT:
+            return CHAT if self.system is None else f"{CHAT} with a system message"
+        return RAW if self.text == RAW else repr(self.text)
+
+
+def is_template(text: str) -> bool:
+    """Whether a text is `chat`, `raw`, or has {prompt} in it."""
+    return text in (CHAT, RAW) or PLACE in text
+
+
+def resolve_template(
+    requested: str | None, system: str | None, stored: PromptTemplate | None, tokenizer: Tokenizer
+) -> PromptTemplate:
+    """The template to use: the requested one, else the stored one, else the tokenizer's chat template, else `raw`.
+
+    Args:
+        requested: `chat`, `raw` or a text with {prompt} in it.
+        system: a system message, which replaces the stored one.
+        stored: the template that the checkpoint names.
+        tokenizer: the model's.
+
+    Raises:
+        ConfigError: a text without {prompt}, `chat` without a chat template, or a system message in another template.
+    """
+    require(requested is None or is_template(requested), "template", "raw, chat or a text with {prompt} in it", requested)
+    if requested is None and stored is not None:
+        template = stored
+    else:
+        template = PromptTemplate(requested or (CHAT if has_chat_template(tokenizer) else RAW))
+    if requested == CHAT:
+        require_chat_template(tokenizer)
+    if system is None:
+        return template
+    require(template.text == CHAT, "system", "given with the chat template only", f"the template {template.name}")
+    return PromptTemplate(CHAT, system)
+
+
+def has_chat_template(tokenizer: Tokenizer) -> bool:
+    return bool(tokenizer.chat_template)
+
+
+def require_chat_template(tokenizer: Tokenizer) -> None:
+    """Raises ConfigError for a tokenizer without one."""
+    if not has_chat_template(tokenizer):
+        raise ConfigError("a chat template was asked for, but the model's tokenizer has none")
+
+
+def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """The text of a conversation, as transformers' `apply_chat_template` renders it.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        CheckpointError: its template is damaged or refuses the conversation.
+    """
+    require_chat_template(tokenizer)
+    template = tokenizer.chat_template
+    if isinstance(template, list):  # how tokenizer_config.json stores several
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    try:
+        return _compiled(template).render(
+            **special, messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:
+        raise CheckpointError(f"the model's chat template cannot be used: {type(error).__name__}: {error}") from None
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> "jinja2.Template":
+    """A template in the environment of transformers' `apply_chat_template`. It can neither run code nor touch files."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's text in training data; the text itself stays as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    class Dictionary:
+        """The class `dict` without its other attributes, which lead out of the sandbox."""
+
+        def __call__(self, *values: Any, **named: Any) -> dict[Any, Any]:
+            return dict(*values, **named)
+
+        def fromkeys(self, *values: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*values)
+
+    class Namespace(jinja2.utils.Namespace):
+        """jinja2's, without names that begin with an underscore, such as __class__."""
+
+        def __init__(*args: Any, **named: Any) -> None:
+            self, *values = args
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in dict(*values, **named).items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if str(name).startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace holds no names that begin with _, got {name!r}")
+            super().__setitem__(name, value)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": Dictionary(),
+        "namespace": Namespace,
+    }
+    return environment.from_string(template)
+
+
+# Encoding
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, template: PromptTemplate, prompt: str, turns: Sequence[tuple[str, str]] = ()
+) -> list[int]:
+    """Token ids of a prompt in its template, with the tokenizer's special tokens at the start and none at the end.
+
+    Only the template's special tokens become tokens; in the prompt and the system message they stay text. In the raw
+    template those of the prompt become tokens. `turns`: earlier prompts with their answers, for the chat template only; special
+    tokens in them stay text too.
+
+    Raises:
+        ConfigError: the prompt is not valid Unicode, or the template is `chat` and the tokenizer has none.
+        CheckpointError: the chat template or the tokenizer fails.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # an argument can hold any bytes
+        raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
+    if template.text == CHAT:
+        spoken = [("system", template.system)] if template.system is not None else []
+        spoken += chain.from_iterable((("user", earlier), ("assistant", answer)) for earlier, answer in turns)
+        return encode_conversation(tokenizer, [*spoken, ("user", prompt)])
+    if template.text == RAW:
+        return _without_end(tokenizer, encoded(lambda: tokenizer(prompt)["input_ids"]))
+    special = _special_text(tokenizer, prompt)
+    text = template.text.replace(PLACE, prompt)
+    # The prompt may also complete a special token that the template begins.
+    if special is not None and (special.occurs(text) != special.occurs(template.text) or special.in_prompt(prompt)):
+        sealed = special.sealed(template.text).replace(PLACE, prompt)
+        return _without_end(tokenizer, special.encode(sealed, add_special_tokens=True).ids)
+    return _without_end(tokenizer, encoded(lambda: tokenizer(text)["input_ids"]))
+
+
+def encode_conversation(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of turns (role, text) in the tokenizer's chat template, up to where the assistant's next turn begins.
+
+    Special tokens in the turns stay text. Raises ConfigError if the tokenizer has no chat template, CheckpointError if that or
+    the tokenizer fails.
+    """
+    special = _special_text(tokenizer, *(text for _, text in turns))
+    messages = [{"role": role, "content": text} for role, text in turns]
+    if special is not None and any(special.in_prompt(text) for _, text in turns):
+        masked = [{"role": role, "content": special.masked(text)} for role, text in turns]
+        sealed = special.sealed(render_chat(tokenizer, masked, add_generation_prompt=True))
+        return list(special.encode(sealed, add_special_tokens=False).ids)
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def encoded(encode: Callable[[], Result]) -> Result:
+    """Runs a call of a tokenizer; whatever it raises becomes a CheckpointError."""
+    try:
+        return encode()
+    except (LayerSkipError, KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
+        raise CheckpointError(f"the model's tokenizer cannot encode the prompt: {error}") from None
+
+
+def _without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Removes the end-of-text tokens that some tokenizers append to every text."""
+    ids = list(ids)
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+# Special tokens
+
+
+@dataclass(frozen=True)
+class SpecialText:
+    """The special tokens of a tokenizer, and a copy of it that knows them by secret names.
+
+    A prompt cannot contain a secret name, because the names are random. So in `sealed` text the only special tokens are those
+    that were in it before the prompt was filled in. It is encoded in one piece and splits as with the tokenizer itself.
+    """
+
+    tokenizer: "tokenizers.Tokenizer"
+    names: dict[str, str]  # the tokens' secret names, by their text
+    hides: bool  # whether normalisation can turn other text into a token's
+    mark: str  # surrounds the number of a masked token
+
+    def occurs(self, text: str) -> int:
+        """How often special tokens occur in a text, as text."""
+        if not self._first.search(text):
+            return 0
+        return sum(text.count(token) for token in self.names)
+
+    def in_prompt(self, text: str) -> bool:
+        """Whether the tokenizer would make special tokens from a text."""
+        if self.hides:
+            ids = {self.tokenizer.token_to_id(token) for token in self.names}
+            return not ids.isdisjoint(encoded(lambda: self.tokenizer.encode(text, add_special_tokens=False)).ids)
+        return bool(self.occurs(text))
+
+    def masked(self, text: str) -> str:
+        """A prompt with its special tokens replaced by marks, so that a chat template can be rendered around it."""
+        tokens = list(self.names)
+        return self._pattern.sub(lambda match: f"{self.mark}{tokens.index(match[0])}{self.mark}", text)
+
+    def sealed(self, text: str) -> str:
+        """A template's text with secret names in place of its special tokens; masked ones of the prompt are text again."""
+        tokens = list(self.names)
+        named = self._pattern.sub(lambda match: self.names[match[0]], text)
+        return re.sub(f"{self.mark}(\\d+){self.mark}", lambda match: tokens[int(match[1])], named)
+
+    def encode(self, sealed: str, add_special_tokens: bool) -> "tokenizers.Encoding":
+        """The tokenizers library's Encoding of a sealed text. Raises CheckpointError."""
+        return encoded(lambda: self._renamed.encode(sealed, add_special_tokens=add_special_tokens))
+
+    @cached_property
+    def _first(self) -> re.Pattern[str]:
+        """A quick test: most prompts contain no character that a special token begins with."""
+        characters = "".join(sorted({token[0] for token in self.names}))
+        return re.compile(f"[{re.escape(characters)}]" if characters else "(?!)")
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Prefers the longest of several tokens that begin at one place, as the tokenizers library does."""
+        return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
+
+    @cached_property
+    def _renamed(self) -> "tokenizers.Tokenizer":
+        """A copy of the tokenizer whose special tokens have their secret names."""
+        import tokenizers
+
+        document = json.loads(self.tokenizer.to_str())
+        document["truncation"] = document["padding"] = None
+        for token in document["added_tokens"]:
+            token["content"] = self.names.get(token["content"], token["content"])
+        model = document["model"]
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {self.names.get(token, token): number for token, number in vocabulary.items()}
+        else:  # a Unigram model has a list of tokens with scores
+            model["vocab"] = [[self.names.get(token, token), score] for token, score in vocabulary]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = self.names.get(model["unk_token"], model["unk_token"])
+        return tokenizers.Tokenizer.from_str(json.dumps(document))
+
+
+_known: "WeakKeyDictionary[Any, SpecialText]" = WeakKeyDictionary()
+
+
+def special_text(tokenizer: Tokenizer) -> SpecialText | None:
+    """The special tokens of a tokenizer; None for one that is written in Python and does not use the tokenizers library."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none
+    if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
+        return None
+    known = _known.get(tokenizer)
+    if known is None:
+        special = [token for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
+        secret = secrets.token_hex(8)
+        names = {token.content: f"{secret}x{number}x" for number, token in enumerate(special)}
+        hides = backend.normalizer is not None and any(token.normalized for token in special)
+        known = _known[tokenizer] = SpecialText(backend, names, hides, f"\ue000{secrets.token_hex(8)}\ue000")
+    return known
+
+
+def _special_text(tokenizer: Tokenizer, *texts: str) -> SpecialText | None:
+    """`special_text`. Where there is none, raises ConfigError for a special token in the texts: it could not stay text."""
+    special = special_text(tokenizer)
+    if special is None:
+        for token in tokenizer.all_special_tokens:
+            if any(token in text for text in texts):
+                raise ConfigError(f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`")
+    return special

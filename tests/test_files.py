@@ -1,0 +1,278 @@
+"""Files are replaced as a whole, one process writes a folder at a time, and bad JSON is one error."""
+
+import errno
+import gzip
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+from command_line import ROOT, fails, finish, run, start
+from safetensors.torch import load_file
+
+from layerskip_core.checkpoint.info import read_info
+from layerskip_core.errors import CheckpointError, DataError, LayerSkipError, LockedError
+from layerskip_core.evaluation.output_folder import prepare_output
+from layerskip_core.files import (
+    SchemaError,
+    append_lines,
+    build,
+    discard_folder,
+    drop_incomplete_line,
+    hold,
+    new_staging,
+    parse_json,
+    read_json_object,
+    remove_leftovers,
+    require_disk,
+    text_lines,
+    whole_lines,
+    write_file,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_json_values_come_through():
+    assert parse_json('{"a": [1, "\\u00e9\\ud83d\\ude00"]}', "here", DataError) == {"a": [1, "é😀"]}
+    assert parse_json(b"\xef\xbb\xbf{}", "here", DataError) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["{", b"\xff", "NaN", "[-1e999]", '{"a": "\\ud800 "}', '"\udc80"', "[" * 100_000, "1" * 5000], ids=range(8)
+)
+def test_bad_json_is_one_error_of_one_line(text):
+    with pytest.raises(DataError, match=r"^here: not valid JSON: ") as caught:
+        parse_json(text, "here", DataError)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_json_file_that_is_absent_or_no_object(tmp_path):
+    with pytest.raises(DataError, match="absent cannot be read: No such file or directory"):
+        read_json_object(tmp_path / "absent", DataError)
+    (tmp_path / "list").write_text("[]")
+    with pytest.raises(DataError, match="needed a JSON object, found list"):
+        read_json_object(tmp_path / "list", DataError)
+
+
+@dataclass(frozen=True)
+class Part:
+    exits: tuple[int, ...]
+    share: float = 0.5
+
+
+def test_values_are_built_by_type():
+    assert build(dict[str, Part], {"a": {"exits": [2, 3], "share": 1}}, "parts") == {"a": Part((2, 3), 1.0)}
+    with pytest.raises(SchemaError, match=r"^parts: .*`int`.*exits\[1\]"):
+        build(dict[str, Part], {"a": {"exits": [2, "x"]}}, "parts")
+
+
+def test_a_journal_loses_only_a_line_that_was_cut(tmp_path):
+    file = tmp_path / "new" / "journal.jsonl"
+    assert whole_lines(file, LayerSkipError) == []
+    append_lines(file, [{"a": 1}, "é"], LayerSkipError)
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"cut')
+    assert b"".join(whole_lines(file, LayerSkipError)) == whole
+    drop_incomplete_line(file, LayerSkipError)
+    assert file.read_bytes() == whole
+
+
+def test_lines_of_a_text_are_decoded_and_unpacked(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffé\r\nb".encode())
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"c\nd\n"))
+    assert list(text_lines(tmp_path / "a.txt", "data")) == ["é\r\n", "b"]
+    assert list(text_lines(tmp_path / "b.gz", "data")) == ["c\n", "d\n"]
+    (tmp_path / "c.gz").write_bytes(gzip.compress(b"a line\n" * 99)[:-20])
+    (tmp_path / "bad.txt").write_bytes(b"a\n\xff\n")
+    for name, message in (
+        ("c.gz", "`data` .*c.gz cannot be read"),
+        ("bad.txt", r"bad\.txt:2: not UTF-8 text: invalid start byte at byte 1"),
+        ("absent", "`data` .*absent cannot be read: No such file or directory"),
+        ("", "`data` .* cannot be read: Is a directory"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(text_lines(tmp_path / name, "data"))
+
+
+def test_a_file_is_replaced_as_a_whole_and_keeps_its_mode(tmp_path):
+    file = tmp_path / "a"
+    write_file(file, b"one", LayerSkipError)
+    file.chmod(0o640)
+    write_file(file, b"two", LayerSkipError)
+    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode), names(tmp_path)) == (b"two", 0o640, ["a"])
+    (tmp_path / "link").symlink_to("a")
+    write_file(tmp_path / "link", b"three", LayerSkipError)
+    assert (tmp_path / "link").is_symlink() and file.read_bytes() == b"three"
+    with pytest.raises(LayerSkipError, match=r"cannot write .*: it is a folder"):
+        write_file(tmp_path, b"x", LayerSkipError)
+    write_file(tmp_path.joinpath("/dev/null"), b"gone", LayerSkipError)
+    assert os.path.exists("/dev/null") and not os.path.isfile("/dev/null")
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LayerSkipError, match=r"cannot write .*a: No space left on device"):
+        write_file(tmp_path / "a", b"new", LayerSkipError)
+    assert ((tmp_path / "a").read_text(), names(tmp_path)) == ("old", ["a"])
+
+
+def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
+    staging = new_staging(tmp_path)
+    (staging / "half").write_text("x")
+    for name in ("old", "new"):
+        (tmp_path / f".layerskip-writing-{name}").write_text("x")
+    os.utime(tmp_path / ".layerskip-writing-old", (0, 0))
+    (tmp_path / "folder").mkdir()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".layerskip-writing-new", "folder"]
+    discard_folder(tmp_path / "folder")
+    assert names(tmp_path) == [".layerskip-writing-new"]
+
+
+def test_an_output_folder_with_a_folder_in_the_way_is_refused_before_the_run(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(LayerSkipError, match=r"cannot write .*report\.html: it is a folder"):
+        prepare_output(str(tmp_path))
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    folder = tmp_path / "not" / "there"
+    require_disk(folder, 1000, "the states")
+    with pytest.raises(CheckpointError, match=r"^the states need \d+ MB of disk in .*there, \d+ MB are free; give fewer rows$"):
+        require_disk(folder, 1 << 60, "the states", "give fewer rows")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "file").write_bytes(bytes(3 << 20))
+    require_disk(tmp_path, 4 << 20, "the states")  # what is there is written over
+    with pytest.raises(CheckpointError, match=r"^the states need 4 MB of disk in .*, 1 MB are free$"):
+        require_disk(tmp_path / "other", 4 << 20, "the states")
+
+
+HOLDING = """
+import sys
+from layerskip_core.files import hold
+with hold(sys.argv[1], "a test"):
+    print("held", flush=True)
+    input()
+"""
+
+
+@pytest.fixture
+def holder():
+    """Starts a process that holds a folder until it gets a line, or is killed."""
+    started = []
+
+    def start(folder):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], cwd=ROOT, text=True, **pipes)
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_process_gets_an_error_that_names_the_first(holder, tmp_path):
+    folder = tmp_path / "out"
+    process = holder(folder)
+    message = rf"{folder} is being written by pid {process.pid} on \S+, a test; wait until it ends, or give another folder"
+    with pytest.raises(LockedError, match=message), hold(folder, "me"):
+        pass
+    process.communicate("\n")
+    assert not folder.exists()  # it was made for the lock, and nothing was put there
+    with hold(folder, "me"):
+        (folder / "file").touch()
+    assert os.listdir(folder) == ["file"]
+
+
+def test_killing_the_process_releases_the_lock(holder, tmp_path):
+    process = holder(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert names(tmp_path) == [".layerskip.lock"]
+    with hold(tmp_path, "me"):
+        assert (tmp_path / ".layerskip.lock").read_text().startswith(f"pid {os.getpid()} on ")
+    assert names(tmp_path) == []
+
+
+def test_only_the_same_thread_may_take_a_lock_again(tmp_path):
+    def elsewhere():
+        with pytest.raises(LockedError), hold(tmp_path, "another thread"):
+            pass
+        done.append(True)
+
+    done = []
+    (tmp_path / "link").symlink_to(tmp_path)
+    with hold(tmp_path, "one"):
+        with hold(tmp_path / "link", "two"):
+            pass
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert done == [True]
+    assert names(tmp_path) == ["link"]
+
+
+def test_only_folders_created_for_the_lock_are_removed_and_only_if_empty(tmp_path):
+    with hold(tmp_path / "a" / "b" / "c", "me"):
+        (tmp_path / "a" / "file").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["a", "a/file"]
+    with pytest.raises(LayerSkipError, match=r"cannot write to .*file/out: "), hold(tmp_path / "a" / "file" / "out", "me"):
+        pass
+
+
+def test_every_command_that_writes_a_folder_takes_its_lock(holder, checkpoint, tmp_path):
+    """Before it does any work: the models that the commands name do not exist."""
+    process = holder(tmp_path / "out")
+    for command in (("import", "no/model"), ("finetune", "--model", "no/model"), ("bench", "--model", "no/model"),
+                    ("sweep-exits", "--model", "no/model")):  # fmt: skip
+        result = run(*command, "--output", str(tmp_path / "out"))
+        assert result.code == 1 and result.err.startswith(f"error: {tmp_path}/out is being written by pid {process.pid} on ")
+        assert result.err.count("\n") == 1
+    assert names(tmp_path / "out") == [".layerskip.lock"]
+    holder(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    saved = run("sweep-exits", "--model", str(tmp_path / "model"), "--save")
+    assert saved.code == 1 and saved.err.startswith(f"error: {tmp_path}/model is being written by pid ")
+
+
+def test_a_failed_command_leaves_no_folder(tmp_path):
+    assert run("import", "here/none/such", "--output", str(tmp_path / "new" / "out")).code == 1
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").symlink_to("nowhere")
+    fails(f"--output must be a folder, got the file {tmp_path}/file", "import", "x/y", "--output", str(tmp_path / "file"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_of_two_concurrent_commands_one_writes_and_the_other_gets_an_error(checkpoint, tmp_path, overwrite):
+    """Their files are never mixed."""
+    output = tmp_path / "out"
+    if overwrite:
+        assert run("import", checkpoint, "--output", str(output)).code == 0
+    both = [start("import", checkpoint, "--output", str(output), "--dtype", dtype, *overwrite) for dtype in ("fp32", "bf16")]
+    ended = [finish(process) for process in both]
+    codes = [result.code for result in ended]
+    assert 0 in codes and len(load_file(output / "model.safetensors")) > 6
+    for result in ended:
+        assert result.err.count("\n") == 1 and (result.code == 0 or re.search("is being written by|already holds", result.err))
+    written = {str(weight.dtype) for weight in load_file(output / "model.safetensors").values()}
+    message = next(result.err for result in reversed(ended) if result.code == 0)
+    assert len(written) == 1 and (codes == [0, 0] or f"in {written.pop().removeprefix('torch.')}" in message)
+    assert sorted(os.listdir(output)) == sorted(read_info(output).files)
