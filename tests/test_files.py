@@ -56,7 +56,7 @@ def test_bad_json_is_one_error_of_one_line(text):
 
 
 def test_a_json_file_that_is_absent_or_no_object(tmp_path):
-    with pytest.raises(DataError, match="absent cannot be read: No such file or directory"):
+    with pytest.raises(DataError, match="absent: there is no such file"):
         read_json_object(tmp_path / "absent", DataError)
     (tmp_path / "list").write_text("[]")
     with pytest.raises(DataError, match="needed a JSON object, found list"):
@@ -71,7 +71,7 @@ class Part:
 
 def test_values_are_built_by_type():
     assert build(dict[str, Part], {"a": {"exits": [2, 3], "share": 1}}, "parts") == {"a": Part((2, 3), 1.0)}
-    with pytest.raises(SchemaError, match=r"^parts: .*`int`.*exits\[1\]"):
+    with pytest.raises(SchemaError, match=r"^parts.*exits\[1\]"):
         build(dict[str, Part], {"a": {"exits": [2, "x"]}}, "parts")
 
 
@@ -96,7 +96,7 @@ def test_lines_of_a_text_are_decoded_and_unpacked(tmp_path):
     for name, message in (
         ("c.gz", "`data` .*c.gz cannot be read"),
         ("bad.txt", r"bad\.txt:2: not UTF-8 text: invalid start byte at byte 1"),
-        ("absent", "`data` .*absent cannot be read: No such file or directory"),
+        ("absent", "`data` .*absent: there is no such file"),
         ("", "`data` .* cannot be read: Is a directory"),
     ):
         with pytest.raises(DataError, match=message):

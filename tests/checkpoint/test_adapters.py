@@ -42,7 +42,7 @@ def test_a_long_chain_of_adapters(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[" * 100_000, "nested deeper"),
+        ("[" * 100_000, "not valid JSON"),
         ("{}", "base_model_name_or_path must be the name of a model, got None"),
         ('{"base_model_name_or_path": 7}', "base_model_name_or_path must be the name of a model, got 7"),
         (

@@ -92,9 +92,9 @@ def test_configurations(folder, refused, changes, message):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[" * 100_000, "nested deeper than 64 levels"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "needed a JSON object, found list"),
-        ('{"a": NaN}', "not valid JSON: NaN"),
+        ('{"a": NaN}', "not valid JSON"),
     ],
     ids=["deep", "list", "NaN"],
 )  # fmt: skip

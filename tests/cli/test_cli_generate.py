@@ -169,11 +169,10 @@ def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expecte
     answer = expected(raw=True)
     assert (result.code, result.err, len(found)) == (1, "", 8)
     assert [found[place] for place in (0, 5, 7)] == [answer] * 3
-    assert found[1] == "line 2: nested deeper than 64 levels"
+    assert found[1].startswith("line 2: not valid JSON: ") and found[3].startswith("line 4: not valid JSON: ")
     assert found[2] == "line 3: the prompt must be at least 1 token, got none"
-    assert found[3] == "line 4: not valid JSON: NaN is not a JSON number"
     assert LONGER.fullmatch(found[4].removeprefix("line 5: "))
-    assert found[6] == r"line 7: the prompt must be valid Unicode, got '\udcff' in it"
+    assert found[6].startswith("line 7: not valid JSON: ")
     lines = generate("--lines", "--raw", *batch, stdin=f"\n{PROMPT}\n{TOO_LONG}\n".encode() + b"\xff\n" + PROMPT.encode())
     assert (lines.code, lines.out) == (1, f"\n{answer}\n\n\n{answer}\n")
     assert [error.split(":")[1] for error in lines.err.splitlines()] == [" line 1", " line 3", " line 4"]

@@ -223,7 +223,7 @@ def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path):
 
 
 def test_missing_and_unknown_data(tmp_path):
-    with pytest.raises(DataError, match=r"`data` some/missing\.jsonl cannot be read: No such file or directory"):
+    with pytest.raises(DataError, match=r"`data` some/missing\.jsonl: there is no such file"):
         load("some/missing.jsonl")
     with pytest.raises(DataError, match="`data` nonsense is none of: commands, topv2, a "):
         load("nonsense")

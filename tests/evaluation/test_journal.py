@@ -109,7 +109,7 @@ def stats(**fields):
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
         (b"\xff\x00", "not valid JSON"),
-        (b"[" * 100 + b"]" * 100, "nested deeper than 64 levels"),
+        (b"[" * 100 + b"]" * 100, "needed an object, found a list"),
         (b"[]", "needed an object, found a list"),
         (b'{"repeat": 0, "sample": 0}', "outputs is missing"),
         (b'{"repeat": true, "sample": 0, "outputs": []}', "repeat: needed a whole number, found True"),
