@@ -46,7 +46,7 @@ class Command(TyperCommand):
     """A command whose --help lists the options under the headings of their panels, and whose flags can have optional values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        followers = [*args[1:], "-"]
+        followers = [*args[1:], "-"][: len(args)]
         alone = [flag in ALONE and after.startswith("-") for flag, after in zip(args, followers, strict=True)]
         return super().parse_args(ctx, [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)])
 

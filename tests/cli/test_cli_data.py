@@ -32,7 +32,8 @@ def test_rows_of_a_file_stay_as_they_are_whatever_the_locale(tmp_path):
 def test_half_a_character_is_no_text(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "half \\ud83c", "completion": "x"}\n')
-    fails(f"{file}:1: not valid JSON: JSON is malformed: unexpected end of escaped utf-16 surrogate pair (byte 17)", "data", "--data", str(file))
+    result = run("data", "--data", str(file))
+    assert result.code == 1 and result.err.startswith(f"error: {file}:1: not valid JSON: ")
 
 
 def test_what_cannot_be_read(tmp_path):
