@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import BenchConfig, SweepConfig
     from layerskip_core.evaluation.measure.runner import Progress
-    from layerskip_core.evaluation.record import RunRecord
     from layerskip_core.evaluation.report.tables import TextTable
+    from layerskip_core.evaluation.results import RunRecord
     from layerskip_core.evaluation.tasks.task import Task
     from layerskip_core.harness.tasks import HarnessTasks
 
-Result = TypeVar("Result")
+Record = TypeVar("Record")
 
 
 def load(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, Task]":
@@ -61,7 +61,7 @@ def load_model(config: "BenchConfig | SweepConfig") -> "Decoder":
     return loaded
 
 
-def watch(events: "Iterator[Progress | RunRecord[Result]]") -> "RunRecord[Result]":
+def watch(events: "Iterator[Progress | Record]") -> "Record":
     """Shows progress, a bar for each phase, until the record comes."""
     from layerskip_core.evaluation.measure.runner import Progress
 
@@ -98,7 +98,7 @@ def print_as(
 
 
 def deliver(
-    record: "RunRecord[Result]",
+    record: "RunRecord",
     tables: "Sequence[TextTable]",
     form: str,
     folder: "Path | None",
@@ -120,7 +120,7 @@ def deliver(
     print_as(form, tables, lambda: to_json(record), lambda: to_csv(record), picture)
 
 
-def narrate_failures(record: "RunRecord[Result]") -> None:
+def narrate_failures(record: "RunRecord") -> None:
     """Prints on stderr how many prompts failed; the record has each of them."""
     failures = record.document()["results"][0]["failures"]
     if failures:

@@ -40,14 +40,13 @@ def bench(
     from layerskip_core.evaluation.measure.journal import close
     from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.answers_page import with_answers
-    from layerskip_core.evaluation.report.saved_record import read_record
     from layerskip_core.evaluation.report.scores import has_scores, score_table
     from layerskip_core.evaluation.report.tables import bench_table, category_tables
-    from layerskip_core.evaluation.results import BenchResult
+    from layerskip_core.evaluation.results import read_record
 
     with output_folder(report.output, "layerskip bench") as folder:
         if report.saved is not None:
-            record = with_answers(read_record(report.saved, BenchResult), report.saved)
+            record = with_answers(read_record(report.saved, "bench"), report.saved)
         elif scored:
             loaded, tasks = evaluation.load_scored(config)
             from layerskip_core.harness.measure import bench_scores  # needs lm-eval

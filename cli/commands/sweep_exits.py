@@ -23,8 +23,7 @@ from ..threads import use_threads
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo
-    from layerskip_core.evaluation.record import Recommendation, RunRecord
-    from layerskip_core.evaluation.results import ExitResult
+    from layerskip_core.evaluation.results import Recommendation, Result, RunRecord
 
 
 @command
@@ -50,12 +49,11 @@ def sweep_exits(
     from layerskip_core.evaluation.output_folder import output_folder
     from layerskip_core.evaluation.report.answers_page import with_answers
     from layerskip_core.evaluation.report.points import points_of
-    from layerskip_core.evaluation.report.saved_record import read_record
     from layerskip_core.evaluation.report.scores import has_scores, score_table
     from layerskip_core.evaluation.report.tables import sweep_table
-    from layerskip_core.evaluation.results import ExitResult
+    from layerskip_core.evaluation.results import read_record
 
-    record = with_answers(read_record(report.saved, ExitResult), report.saved) if report.saved is not None else None
+    record = with_answers(read_record(report.saved, "sweep-exits"), report.saved) if report.saved is not None else None
     scored = has_scores(record) if record is not None else bool(config.task.harness_tasks)
     require(not (save and scored), "save", "left out for tasks of lm-eval, whose sweep recommends nothing", config.task.task)
     target = config.model if record is None else str(record.config["model"])
@@ -95,7 +93,7 @@ def _model_folder(model: str) -> Iterator[None]:
         yield
 
 
-def _save(model: str, record: "RunRecord[ExitResult]") -> None:
+def _save(model: str, record: "RunRecord") -> None:
     """Stores in layerskip.json, in one step, what the sweep found, and says what that is."""
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
@@ -139,7 +137,7 @@ def _narrate_advice(model: str, advice: "Recommendation") -> None:
         console.narrate(f"policy {FAST}: {advice.fast_reason}")
 
 
-def _skip_of(results: "Sequence[ExitResult]") -> SkipChoice | None:
+def _skip_of(results: "Sequence[Result]") -> SkipChoice | None:
     """The layers that drafts skip, those of the fastest such row, for --strategy draft-and-verify."""
     rows = [result for result in results if result.skip and result.num_draft_tokens is not None]
     if not rows:
@@ -148,7 +146,7 @@ def _skip_of(results: "Sequence[ExitResult]") -> SkipChoice | None:
     return SkipChoice(best.skip, best.num_draft_tokens or 1)
 
 
-def _require_of_model(model: str, record: "RunRecord[ExitResult]") -> None:
+def _require_of_model(model: str, record: "RunRecord") -> None:
     """Raises ConfigError for results of a deeper model than the one in the folder, which could not decode with them."""
     from layerskip_core.checkpoint.folder import read_config
 

@@ -1,10 +1,15 @@
-"""The results that sweeps and benchmarks report, one for each decoding strategy measured."""
+"""What is measured: one result for each way of decoding, and the record of a run, which is one JSON document."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from ..config.decoding import DraftProfile
 from ..config.packing import Quantization
+from ..config.policies import EXACT, Policy, require_lossless
+from ..errors import LayerSkipError
+from ..files import read_bytes
 
 
 class Step(NamedTuple):
@@ -43,38 +48,52 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class ExitResult:
-    """One row of a sweep: autoregressive decoding, an early exit, or a strategy that drafts.
+class Result:
+    """One way of decoding, as measured. None and empty: not measured, or it has none.
 
-    `exit_confidence`: each token leaves at the first of `exits` with this confidence, after `mean_layers` on average.
-    `draft_weights`: the low-bit copy that drafts with its first `exit_layer` layers; None for the model's own weights.
-    `perplexity` is measured on the references through the exit. It is None for strategies that draft, which answer with the
-    last layer. `speedup` compares the total generation time per new token, prefill included, with autoregressive decoding in
-    the same run. `pareto`: no other row is at least as good (by the task's quality metric) and as fast, and better in one of
-    the two. `agreement` is the share of the autoregressive tokens that the exit, or the copy, would also have chosen.
-    `steps_by_drafter`: the steps of a strategy that drafts, by what drafted; `plain` are those without drafts. `skip`: the
-    layers that the drafts of draft-and-verify leave out, by number.
+    Of a sweep it is one setting, of a benchmark one strategy or baseline, of `categories` the prompts of one category.
+    Rates and times are medians over the repeats. Metrics, acceptance and outputs come from the batched answers if there are
+    any, else from the first repeat: greedy decoding gives the same tokens every time.
 
-    The predictions come from the cost model, before the setting itself is measured; `pass_times_ms` are its inputs. The
-    predicted speedup is relative to the autoregressive steps timed together with them. A quick sweep leaves settings
-    unmeasured: these have predictions only, and empty `metrics`. What is predicted for layers that a search found is for the
-    rows of the search.
-
-    `intervals`: of metrics and of figures that are ratios, by their names. `changes`: the intervals of what a metric differs
-    from full depth's, on the same prompts, where any prompt's differs. `stderr`: standard errors of metrics, by their names,
-    and `samples`: numbers of rows by task; both only of lm-evaluation-harness.
+    Attributes:
+        metrics: by name, means over the prompts. A setting without metrics was not measured, only predicted.
+        perplexity: of a sweep, on the references, through the exit. Strategies that draft answer with all layers: none.
+        acceptance_rate: accepted / drafted. `acceptance_by_position`: the share accepted at each position of a round, among the
+            drafts that were compared. `mean_accepted_tokens` counts per round.
+        speedup: seconds per new token of autoregressive decoding in the same repeat, prefill included, over this one's.
+            `decode_speedup` leaves out prefill and first token; `speedup_over_transformers` is over transformers' generate.
+        identical_outputs: the share of samples with the autoregressive tokens. `differences`: where a strategy that drafts
+            departs from them.
+        pareto: no other result is at least as good by the quality metric and as fast, and better in one of the two.
+        agreement: the share of the autoregressive tokens that the exit, or the low-bit copy, would also have chosen.
+        predicted_speedup: by the cost model, from `pass_times_ms`, relative to the autoregressive steps timed with them.
+        time_per_token_ms: p50 and p95. `time_split_ms`: milliseconds per token by phase.
+        draft_weights: the copy that drafts with its first `exit_layer` layers; None: the model's own weights.
+        steps_by_drafter: steps by what drafted; `plain` are those without drafts.
+        exit_confidence: each token leaves at the first of `exits` with this confidence, after `mean_layers` on average.
+        skip: the layers that the drafts of draft-and-verify leave out, by number.
+        longest_answer: the steps of the longest answer, of adaptive decoding, to show how its speed changes on the way.
+        intervals: 95% intervals of metrics and of ratios, by their names. `changes`: of what a metric differs from full depth's
+            on the same prompts, where it differs on any.
+        stderr: of lm-evaluation-harness's metrics, by their names.
+        samples: the number of rows of a category; of lm-evaluation-harness, by task.
     """
 
-    strategy: str
-    exit_layer: int | None
-    num_draft_tokens: int | None
-    metrics: dict[str, float]
-    perplexity: float | None
-    acceptance_rate: float | None
-    mean_accepted_tokens: float | None
-    tokens_per_second: float | None
-    speedup: float | None
-    identical_outputs: float | None
+    strategy: str = ""
+    exit_layer: int | None = None
+    num_draft_tokens: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    perplexity: float | None = None
+    acceptance_rate: float | None = None
+    mean_accepted_tokens: float | None = None
+    tokens_per_second: float | None = None
+    time_per_token_ms: dict[str, float | None] = field(default_factory=dict)
+    ttft_ms: float | None = None
+    peak_memory_mb: float | None = None
+    speedup: float | None = None
+    decode_speedup: float | None = None
+    identical_outputs: float | None = None
+    speedup_over_transformers: float | None = None
     pareto: bool = False
     predicted_speedup: float | None = None
     predicted_tokens_per_second: float | None = None
@@ -91,78 +110,106 @@ class ExitResult:
     exits: tuple[int, ...] = ()
     mean_layers: float | None = None
     skip: tuple[int, ...] = ()
-    intervals: dict[str, Bounds] = field(default_factory=dict)
-    changes: dict[str, Bounds] = field(default_factory=dict)
-    stderr: dict[str, float] = field(default_factory=dict)
-    samples: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CategoryResult:
-    """A strategy on the prompts of one category; the figures are those of BenchResult."""
-
-    samples: int
-    metrics: dict[str, float]
-    acceptance_rate: float | None
-    mean_accepted_tokens: float | None
-    tokens_per_second: float | None
-    speedup: float | None
-    decode_speedup: float | None
-    identical_outputs: float
-    speedup_over_transformers: float | None = None
-    intervals: dict[str, Bounds] = field(default_factory=dict)
-    changes: dict[str, Bounds] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """One strategy or baseline of a benchmark.
-
-    Rates and times are medians over the repeats. Metrics, acceptance and outputs come from the batched answers if there are
-    any, else from the first repeat: greedy decoding gives the same tokens every time.
-
-    `speedup` compares the total generation time per new token, prefill included, with autoregressive decoding in the same
-    repeat; `speedup_over_transformers` with transformers' generate. `decode_speedup` leaves out prefill and first token.
-    `identical_outputs` is the share of samples whose tokens equal the autoregressive ones; `differences` lists where the
-    outputs of drafting strategies depart from them. `acceptance_by_position`: the share of drafts accepted at each position of
-    a round, among those that were compared. `time_split_ms`: milliseconds per token by phase. `draft_weights`,
-    `steps_by_drafter`, `exit_confidence`, `mean_layers`, `skip`, `intervals`, `changes`, `stderr` and `samples` are those of
-    ExitResult.
-    None means that the figure does not apply (no drafts, a single token, no such baseline) or cannot be measured.
-
-    `longest_answer`: the steps of the longest answer, of adaptive decoding only, to show how its speed changes on the way.
-    `categories`: the same by the data's categories, if it has any.
-    """
-
-    strategy: str
-    exit_layer: int | None
-    num_draft_tokens: int | None
-    metrics: dict[str, float]
-    acceptance_rate: float | None
-    mean_accepted_tokens: float | None
-    tokens_per_second: float | None
-    time_per_token_ms: dict[str, float | None]
-    ttft_ms: float | None
-    peak_memory_mb: float | None
-    speedup: float | None
-    decode_speedup: float | None
-    identical_outputs: float | None
-    speedup_over_transformers: float | None = None
-    acceptance_by_position: tuple[float, ...] | None = None
-    time_split_ms: dict[str, float] = field(default_factory=dict)
-    differences: tuple[Difference, ...] = ()
-    failures: tuple[Failure, ...] = ()
-    draft_weights: Quantization | None = None
-    steps_by_drafter: dict[str, int] = field(default_factory=dict)
-    exit_confidence: float | None = None
-    mean_layers: float | None = None
-    skip: tuple[int, ...] = ()
     longest_answer: tuple[Step, ...] = ()
     intervals: dict[str, Bounds] = field(default_factory=dict)
     changes: dict[str, Bounds] = field(default_factory=dict)
-    categories: dict[str, CategoryResult] = field(default_factory=dict)
+    categories: dict[str, "Result"] = field(default_factory=dict)
     stderr: dict[str, float] = field(default_factory=dict)
-    samples: dict[str, int] = field(default_factory=dict)
+    samples: int | dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The exit and draft length to decode with, and a sentence that says why. Both are None if another setting is recommended.
+
+    `baseline_drift`: by how much the autoregressive time changed between the two measurements of a prompt, as a share (median
+    over the prompts). `policies`: the recommendation as `exact`, and `fast` if there is one; `fast_reason` says why, or why
+    not. Older versions wrote neither.
+    """
+
+    exit_layer: int | None
+    num_draft_tokens: int | None
+    speedup: float | None
+    baseline_drift: float
+    reason: str
+    fast_reason: str = ""
+    policies: dict[str, Policy] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_lossless(self.policies)
+
+    @property
+    def pays(self) -> bool:
+        """Whether anything but plain decoding is recommended."""
+        exact = self.policies.get(EXACT)
+        return self.exit_layer is not None if exact is None else exact.strategy != "autoregressive"
+
+
+@dataclass(frozen=True)
+class PredictionError:
+    """The cost model's error, predicted over measured speedup less 1, over `settings` settings."""
+
+    settings: int
+    median: float  # of the absolute values
+    largest: float
+    mean: float  # signed: above 0 the model was too optimistic
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt, its reference if it has one, and the answer of each result; None where that was not measured or failed."""
+
+    prompt: str
+    reference: str
+    answers: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    `config` is complete: it holds the value that each default took. `environment` is the machine and the software; older
+    versions wrote fewer of its keys. `answered` is not part of the document.
+    """
+
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    results: tuple[Result, ...]
+    recommendation: Recommendation | None = None  # of a sweep
+    prediction_error: PredictionError | None = None  # of a sweep
+    profile: DraftProfile | None = None  # of a sweep
+    answered: tuple[Answered, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The record as plain values; every float in it is finite."""
+        fields = asdict(replace(self, answered=()))
+        del fields["answered"]
+        optional = ("recommendation", "prediction_error", "profile")
+        return {key: value for key, value in fields.items() if value is not None or key not in optional}
+
+
+def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
+    """Reads a results.json back.
+
+    Args:
+        command: the one that must have written it; None: either.
+        named: what gave the file, for errors.
+
+    Raises:
+        LayerSkipError: the file cannot be read, or holds no record of that command.
+    """
+    import msgspec
+
+    data = read_bytes(Path(file), f"{named} {file}", LayerSkipError)
+    try:
+        record = msgspec.json.decode(data, type=RunRecord)
+        written = "bench" if "repeats" in record.config else "sweep-exits"
+        if not record.results or command not in (None, written):
+            raise LayerSkipError(f"its {len(record.results)} results are those of {written}")
+    except (msgspec.DecodeError, UnicodeDecodeError, LayerSkipError) as error:
+        what = command or "sweep-exits or bench"
+        raise LayerSkipError(f"{named} {file} must be a results.json that {what} wrote: {error}") from None
+    return record
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

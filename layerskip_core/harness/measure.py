@@ -18,8 +18,7 @@ from ..evaluation.measure.bench import bench_result, must_search, strategies_of,
 from ..evaluation.measure.environment import environment
 from ..evaluation.measure.runner import Progress, drafts_tokens
 from ..evaluation.measure.sweep import exit_result, unmeasured
-from ..evaluation.record import RunRecord
-from ..evaluation.results import BenchResult, ExitResult
+from ..evaluation.results import RunRecord
 from ..model.exit_blocks import target_block
 from .model import LayerSkipLM
 from .responses import Generated, generated, scored
@@ -28,7 +27,7 @@ from .tasks import GENERATION, HarnessTasks, Scores
 _HERE = f"left out for `task` {HARNESS}..."
 
 
-def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> Iterator[Progress | RunRecord[ExitResult]]:
+def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record: full depth, and each exit alone.
 
     Raises ConfigError for an exit outside the model or one that can only draft, and for settings that have no meaning here;
@@ -59,7 +58,7 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
     yield _record(loaded, config, results)
 
 
-def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> Iterator[Progress | RunRecord[BenchResult]]:
+def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record of the strategies; of those that do not draft, if there is nothing to generate.
 
     Raises as `sweep_scores` does.
@@ -121,7 +120,7 @@ def _with_scores(result: Any, scores: Scores) -> Any:
     return replace(result, metrics=scores.metrics, stderr=scores.stderr, samples=scores.samples)
 
 
-def _record(loaded: Decoder, config: SweepConfig | BenchConfig, results: list[Any]) -> RunRecord[Any]:
+def _record(loaded: Decoder, config: SweepConfig | BenchConfig, results: list[Any]) -> RunRecord:
     machine = environment(loaded)
     machine["versions"]["lm_eval"] = version("lm_eval")
     first = next(iter(results[0].metrics), None)

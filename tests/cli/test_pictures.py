@@ -3,13 +3,12 @@
 import pytest
 from layerskip_cli.pictures import _POINTS, Curves, front
 
-from layerskip_core.evaluation.record import RunRecord
 from layerskip_core.evaluation.report.points import points_of
-from layerskip_core.evaluation.results import ExitResult
+from layerskip_core.evaluation.results import Result, RunRecord
 
 
 def result(strategy, speed, metrics, exit_layer=None, drafts=None):
-    return ExitResult(strategy, exit_layer, drafts, metrics, None, None, None, speed, speed / 100, 1.0)
+    return Result(strategy, exit_layer, drafts, metrics, tokens_per_second=speed, speedup=speed / 100, identical_outputs=1.0)
 
 
 def record_of(*results, metric="exact_match"):

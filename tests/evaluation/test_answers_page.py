@@ -10,15 +10,14 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.record import Answered, RunRecord
 from layerskip_core.evaluation.report.answers_page import answers_page, to_jsonl, with_answers
 from layerskip_core.evaluation.report.html import html_report
-from layerskip_core.evaluation.results import ExitResult
+from layerskip_core.evaluation.results import Answered, Result, RunRecord
 
 
 def record_of(*answered):
     names = (("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 4), ("lookup", None, 4))
-    results = tuple(ExitResult(*name, {}, None, None, None, 10.0, 1.0, 1.0) for name in names)
+    results = tuple(Result(*name, tokens_per_second=10.0, speedup=1.0, identical_outputs=1.0) for name in names)
     machine = {"dtype": "float32", "device_name": "cpu", "implementation": "generic", "threads": 1}
     return RunRecord({"model": "tiny", "task": {"name": "known"}}, machine, results, answered=answered)
 

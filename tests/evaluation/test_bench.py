@@ -1,7 +1,7 @@
 """The benchmark: figures from known times, and a run on the tiny model."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -24,14 +24,10 @@ from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.outputs import Output, Outputs
 from layerskip_core.evaluation.report.documents import to_json
 from layerskip_core.evaluation.report.tables import bench_table
-from layerskip_core.evaluation.results import BenchResult, Difference, Failure
+from layerskip_core.evaluation.results import Difference, Failure, Result
 from layerskip_core.evaluation.tasks.load import load_task
 from layerskip_core.model import PackedBackend
 
-FIELDS = [
-    "strategy", "exit_layer", "num_draft_tokens", "metrics", "acceptance_rate", "mean_accepted_tokens", "tokens_per_second",
-    "time_per_token_ms", "ttft_ms", "peak_memory_mb", "speedup", "decode_speedup", "identical_outputs",
-]  # fmt: skip
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
 TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}})
 NO_SCORES: tuple[dict, dict] = ({}, {})
@@ -50,7 +46,7 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
     stats = DecodeStats(drafted=6, accepted=3, rounds=2)
     repeats = [outputs_of([(1, 1.0), (4, seconds)], stats=stats) for seconds in (1.0, 4.0, 1.5)]
     result = bench_result(DRAFTED, repeats, baseline, ({"exact_match": Scores((0.5,))}, {}), (Difference(0, 1, 0.25),))
-    assert result == BenchResult(
+    assert result == Result(
         strategy="self-speculative",
         exit_layer=5,
         num_draft_tokens=3,
@@ -101,12 +97,6 @@ def test_a_run_on_the_models_own_answers():
     task = own_answers()
     settings = {"exit_layer": 5, "num_draft_tokens": 3, "repeats": 2, "strategies": STRATEGIES}
     record = record_of(task, BenchConfig("tiny", **settings))
-    assert [field.name for field in fields(BenchResult)] == [
-        *FIELDS, "speedup_over_transformers", "acceptance_by_position", "time_split_ms", "differences", "failures",
-        "draft_weights", "steps_by_drafter", "exit_confidence", "mean_layers", "skip", "longest_answer", "intervals",
-        "changes",
-        "categories", "stderr", "samples",
-    ]  # fmt: skip
     plain, early, drafted, looked_up = record.results
     assert [result.strategy for result in record.results] == list(STRATEGIES)
     assert [result.exit_layer for result in record.results] == [None, 5, 5, None]
@@ -190,7 +180,6 @@ def test_early_exit_by_confidence():
 def test_the_document_has_the_documented_names():
     document = json.loads(to_json(record_of(own_answers(1), BenchConfig("tiny", repeats=1))))
     assert list(document) == ["config", "environment", "results"]
-    assert list(document["results"][0])[: len(FIELDS)] == FIELDS
     # A checkpoint without a recommendation gets a quarter of its six layers, and 6 drafts.
     assert (document["config"]["exit_layer"], document["config"]["num_draft_tokens"]) == (1, 6)
 

@@ -17,9 +17,8 @@ from layerskip_core.evaluation.compare.labels import labelled
 from layerskip_core.evaluation.compare.plots import plots
 from layerskip_core.evaluation.compare.runs import Setting, read_run
 from layerskip_core.evaluation.compare.tables import compare_table
-from layerskip_core.evaluation.record import RunRecord
 from layerskip_core.evaluation.report.documents import to_json
-from layerskip_core.evaluation.results import BenchResult, ExitResult
+from layerskip_core.evaluation.results import Result, RunRecord
 from layerskip_core.training.progress import LossHistory, StepLosses
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 1}
@@ -31,8 +30,27 @@ RANGES = {"a": (0.1, 0.9), "b": (0.9, 0.2)}
 
 def sweep(folder, match, perplexity, accepted=0.5, task=COMMANDS):
     """A folder with the results.json of a sweep: full depth, exits 2 and 4 alone, and exit 2 with 6 drafts."""
-    plain = ExitResult("autoregressive", None, None, {"exact_match": match}, 1.25, None, None, 100.0, 1.0, 1.0)
-    drafted = ExitResult("self-speculative", 2, 6, {"exact_match": match}, None, accepted, 3.0, 150.0, 1.5, 1.0)
+    plain = Result(
+        "autoregressive",
+        None,
+        None,
+        {"exact_match": match},
+        perplexity=1.25,
+        tokens_per_second=100.0,
+        speedup=1.0,
+        identical_outputs=1.0,
+    )
+    drafted = Result(
+        "self-speculative",
+        2,
+        6,
+        {"exact_match": match},
+        acceptance_rate=accepted,
+        mean_accepted_tokens=3.0,
+        tokens_per_second=150.0,
+        speedup=1.5,
+        identical_outputs=1.0,
+    )
     alone = [
         replace(plain, strategy="early-exit", exit_layer=2, metrics={"exact_match": match / 2}, perplexity=perplexity),
         replace(plain, strategy="early-exit", exit_layer=4, metrics={"exact_match": match / 2}, perplexity=perplexity / 2),
@@ -142,7 +160,19 @@ def test_a_sweep_and_its_training_are_one_run(tmp_path):
 
 
 def test_a_benchmark_is_read(tmp_path):
-    plain = BenchResult("autoregressive", None, None, {"rouge2": 0.4}, None, None, 150.0, {}, 12.0, 5.0, 1.0, 1.0, 1.0)
+    plain = Result(
+        "autoregressive",
+        None,
+        None,
+        {"rouge2": 0.4},
+        tokens_per_second=150.0,
+        time_per_token_ms={},
+        ttft_ms=12.0,
+        peak_memory_mb=5.0,
+        speedup=1.0,
+        decode_speedup=1.0,
+        identical_outputs=1.0,
+    )
     record = RunRecord({"model": "tiny", "repeats": 3, "task": COMMANDS}, MACHINE, (plain,))
     file = saved(tmp_path / "b", "results.json", to_json(record)) + "/results.json"
     assert read_run(file).figures["rouge2"] == {Setting("autoregressive"): 0.4}
@@ -244,8 +274,7 @@ def test_perplexity_over_the_steps_is_the_mean_of_all_runs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("results.json", "{}", "must be a results.json that sweep-exits wrote: config: needed an object, found null"),
-        ("results.json", "[]", "the document: needed an object, found a list"),
+        ("results.json", "{}", "must be a results.json that sweep-exits or bench wrote: "),
         ("losses.jsonl", '{"step": 1, "validation": {"2": 800}}', "validation.2: needed a number in 0..700, found 800"),
         ("losses.jsonl", '{"step": 1, "validation": {"x": 1}}', "validation: needed an exit layer, found 'x'"),
         ("losses.jsonl", '{"validation": {"2": 1}}', "step: needed a whole number, found null"),

@@ -10,11 +10,10 @@ from html.parser import HTMLParser
 import pytest
 from test_report import BENCH, SWEEP
 
-from layerskip_core.evaluation.record import RunRecord
 from layerskip_core.evaluation.report.drawing import to_png, to_svg
 from layerskip_core.evaluation.report.html import html_report
 from layerskip_core.evaluation.report.plots import figures
-from layerskip_core.evaluation.results import Failure, Step, frontier
+from layerskip_core.evaluation.results import Failure, RunRecord, Step, frontier
 
 FULL = replace(
     SWEEP,

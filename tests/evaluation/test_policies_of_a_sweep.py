@@ -11,13 +11,22 @@ from layerskip_core.config.policies import Measured, Policy
 from layerskip_core.evaluation.bootstrap import Margin, margin
 from layerskip_core.evaluation.measure.recommendation import recommend
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.results import Difference, ExitResult
+from layerskip_core.evaluation.results import Difference, Result
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, metric="exact_match", **changes):
-    return ExitResult(
-        strategy, exit_layer, drafts, {metric: quality}, None, 0.7, 3.0, 100 * speedup, speedup, 1.0, **changes
-    )  # fmt: skip
+    return Result(
+        strategy,
+        exit_layer,
+        drafts,
+        {metric: quality},
+        acceptance_rate=0.7,
+        mean_accepted_tokens=3.0,
+        tokens_per_second=100 * speedup,
+        speedup=speedup,
+        identical_outputs=1.0,
+        **changes,
+    )
 
 
 PLAIN = row("autoregressive")

@@ -6,12 +6,12 @@ from evaluating import tiny_loaded
 from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.evaluation.measure.profile import draft_profile
-from layerskip_core.evaluation.results import ExitResult
+from layerskip_core.evaluation.results import Result
 
 
 def test_acceptance_and_times_are_those_of_the_exits_and_copies_that_drafted():
     def row(strategy, exit_layer=None, **changes):
-        return ExitResult(strategy, exit_layer, 2, {}, None, None, None, None, None, None, **changes)
+        return Result(strategy, exit_layer, 2, {}, **changes)
 
     rows = (
         row("self-speculative", 2, acceptance_by_position=(0.5, 0.75), pass_times_ms={"draft": 0.5}),

@@ -6,65 +6,148 @@ import io
 import json
 import math
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.output_folder import prepare_output, write_files
-from layerskip_core.evaluation.record import PredictionError, Recommendation, RunRecord
 from layerskip_core.evaluation.report.documents import to_csv, to_json
-from layerskip_core.evaluation.report.saved_record import read_record
 from layerskip_core.evaluation.report.tables import TextTable, bench_table, category_tables, sweep_table
-from layerskip_core.evaluation.results import BenchResult, Bounds, CategoryResult, Difference, ExitResult, Failure
+from layerskip_core.evaluation.results import (
+    Bounds,
+    Difference,
+    Failure,
+    PredictionError,
+    Recommendation,
+    Result,
+    RunRecord,
+    read_record,
+)
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
 SWEEP = RunRecord(
     {"model": "tiny", "task": {"task": "commands"}},
     MACHINE,
     (
-        ExitResult("autoregressive", None, None, {"exact_match": 0.875}, 1.25, None, None, 100.0, 1.0, 1.0),
-        ExitResult("early-exit", 12, None, {"exact_match": 0.5}, 12345.678, None, None, 1900.0, 19.0, 0.4375, pareto=True),
-        ExitResult(
-            "self-speculative", 12, 12, {"exact_match": 0.875}, None, 0.71, 10.8, 182.4, 1.824, 1.0, pareto=True,
-            predicted_speedup=1.902, predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7,
+        Result(
+            "autoregressive",
+            None,
+            None,
+            {"exact_match": 0.875},
+            perplexity=1.25,
+            tokens_per_second=100.0,
+            speedup=1.0,
+            identical_outputs=1.0,
+        ),
+        Result(
+            "early-exit",
+            12,
+            None,
+            {"exact_match": 0.5},
+            perplexity=12345.678,
+            tokens_per_second=1900.0,
+            speedup=19.0,
+            identical_outputs=0.4375,
+            pareto=True,
+        ),
+        Result(
+            "self-speculative",
+            12,
+            12,
+            {"exact_match": 0.875},
+            acceptance_rate=0.71,
+            mean_accepted_tokens=10.8,
+            tokens_per_second=182.4,
+            speedup=1.824,
+            identical_outputs=1.0,
+            pareto=True,
+            predicted_speedup=1.902,
+            predicted_tokens_per_second=190.2,
+            predicted_acceptance_rate=0.7,
             acceptance_by_position=(0.75, 0.5),
-            pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5}, intervals={"speedup": Bounds(1.7, 1.95)},
-            differences=(Difference(0, 3, 1e-4),), failures=(Failure(1, "no, really"),),
+            pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5},
+            intervals={"speedup": Bounds(1.7, 1.95)},
+            differences=(Difference(0, 3, 1e-4),),
+            failures=(Failure(1, "no, really"),),
         ),
     ),
     Recommendation(12, 12, 1.824, 0.01, "it is the only one"),
     PredictionError(1, 0.0428, 0.0428, 0.0428),
-)  # fmt: skip
+)
 BENCH = RunRecord(
     {"model": "tiny", "repeats": 3, "task": {"task": "commands"}},
     MACHINE,
     (
-        BenchResult("autoregressive", None, None, {"rouge2": 0.4, "exact_match": 0.0}, None, None, 150.0,
-                    {"p50": 6.5, "p95": 7.25}, 12.0, 512.0, 1.0, 1.0, 1.0),
-        BenchResult("self-speculative", 8, 6, {"rouge2": 0.4, "exact_match": 0.0}, 0.7, 4.2, 300.0,
-                    {"p50": None, "p95": None}, 12.5, None, 2.0, 2.25, 0.95, intervals={"speedup": Bounds(1.94, 2.1)},
-                    categories={
-                        "poem": CategoryResult(4, {"rouge2": 0.5, "exact_match": 0.0}, 0.8, 4.8, 320.0, 2.125, 2.25, 1.0),
-                        "sum": CategoryResult(
-                            6, {"rouge2": 0.25, "exact_match": 0.0}, 0.613, 3.55, 280.0, 1.875, 2.25, 0.5,
-                            intervals={"acceptance_rate": Bounds(0.575, 0.625), "mean_accepted_tokens": Bounds(3.1, 3.9),
-                                       "speedup": Bounds(1.5, 2.25)},
-                        ),
-                    }),
+        Result(
+            "autoregressive",
+            None,
+            None,
+            {"rouge2": 0.4, "exact_match": 0.0},
+            tokens_per_second=150.0,
+            time_per_token_ms={"p50": 6.5, "p95": 7.25},
+            ttft_ms=12.0,
+            peak_memory_mb=512.0,
+            speedup=1.0,
+            decode_speedup=1.0,
+            identical_outputs=1.0,
+        ),
+        Result(
+            "self-speculative",
+            8,
+            6,
+            {"rouge2": 0.4, "exact_match": 0.0},
+            acceptance_rate=0.7,
+            mean_accepted_tokens=4.2,
+            tokens_per_second=300.0,
+            time_per_token_ms={"p50": None, "p95": None},
+            ttft_ms=12.5,
+            speedup=2.0,
+            decode_speedup=2.25,
+            identical_outputs=0.95,
+            intervals={"speedup": Bounds(1.94, 2.1)},
+            categories={
+                "poem": Result(
+                    samples=4,
+                    metrics={"rouge2": 0.5, "exact_match": 0.0},
+                    acceptance_rate=0.8,
+                    mean_accepted_tokens=4.8,
+                    tokens_per_second=320.0,
+                    speedup=2.125,
+                    decode_speedup=2.25,
+                    identical_outputs=1.0,
+                ),
+                "sum": Result(
+                    samples=6,
+                    metrics={"rouge2": 0.25, "exact_match": 0.0},
+                    acceptance_rate=0.613,
+                    mean_accepted_tokens=3.55,
+                    tokens_per_second=280.0,
+                    speedup=1.875,
+                    decode_speedup=2.25,
+                    identical_outputs=0.5,
+                    intervals={
+                        "acceptance_rate": Bounds(0.575, 0.625),
+                        "mean_accepted_tokens": Bounds(3.1, 3.9),
+                        "speedup": Bounds(1.5, 2.25),
+                    },
+                ),
+            },
+        ),
     ),
-)  # fmt: skip
+)
 
 
 def test_json_holds_everything():
     document = json.loads(to_json(SWEEP))
     assert list(document) == ["config", "environment", "results", "recommendation", "prediction_error"]
-    assert document["results"][2] == {
+    drafted = document["results"][2]
+    assert set(drafted) == {field.name for field in fields(Result)}
+    assert {name: value for name, value in drafted.items() if value not in (None, {}, [])} == {
         "strategy": "self-speculative",
         "exit_layer": 12,
         "num_draft_tokens": 12,
         "metrics": {"exact_match": 0.875},
-        "perplexity": None,
         "acceptance_rate": 0.71,
         "mean_accepted_tokens": 10.8,
         "tokens_per_second": 182.4,
@@ -75,21 +158,10 @@ def test_json_holds_everything():
         "predicted_tokens_per_second": 190.2,
         "predicted_acceptance_rate": 0.7,
         "pass_times_ms": {"draft": 2.5, "verify": 5.0, "other": 0.5},
-        "agreement": None,
         "acceptance_by_position": [0.75, 0.5],
-        "time_split_ms": {},
         "differences": [{"sample": 0, "position": 3, "top2_gap": 0.0001}],
         "failures": [{"sample": 1, "error": "no, really"}],
-        "draft_weights": None,
-        "steps_by_drafter": {},
-        "exit_confidence": None,
-        "exits": [],
-        "mean_layers": None,
-        "skip": [],
         "intervals": {"speedup": [1.7, 1.95]},
-        "changes": {},
-        "stderr": {},
-        "samples": {},
     }
     assert document["recommendation"]["reason"] == "it is the only one"
     assert list(json.loads(to_json(BENCH))) == ["config", "environment", "results"]
@@ -110,7 +182,8 @@ def test_csv_round_trip():
     rows = list(csv.DictReader(io.StringIO(to_csv(SWEEP))))
     assert [row["strategy"] for row in rows] == ["autoregressive", "early-exit", "self-speculative"]
     assert rows[0]["exit_layer"] == rows[0]["acceptance_rate"] == ""
-    assert rows[2] == {
+    assert {name: rows[2][name] for name in ("ttft_ms", "decode_speedup")} == {"ttft_ms": "", "decode_speedup": ""}
+    assert rows[2].items() >= {
         "strategy": "self-speculative", "exit_layer": "12", "num_draft_tokens": "12", "exact_match": "0.875", "perplexity": "",
         "acceptance_rate": "0.71", "mean_accepted_tokens": "10.8", "tokens_per_second": "182.4", "speedup": "1.824",
         "identical_outputs": "1.0", "pareto": "True", "predicted_speedup": "1.902", "predicted_tokens_per_second": "190.2",
@@ -118,7 +191,7 @@ def test_csv_round_trip():
         "pass_times_ms_draft": "2.5", "pass_times_ms_verify": "5.0", "pass_times_ms_other": "0.5", "agreement": "",
         "acceptance_by_position": "0.75 0.5", "differences": "1", "failures": "1", "draft_weights": "",
         "exit_confidence": "", "exits": "0", "mean_layers": "", "skip": "", "speedup_low": "1.7", "speedup_high": "1.95",
-    }  # fmt: skip
+    }.items()  # fmt: skip
     plain, drafted, poem, summed = csv.DictReader(io.StringIO(to_csv(BENCH)))
     assert (plain["rouge2"], plain["time_per_token_ms_p50"], plain["time_per_token_ms_p95"]) == ("0.4", "6.5", "7.25")
     assert (drafted["category"], drafted["samples"], drafted["speedup_high"]) == ("", "", "2.1")
@@ -228,43 +301,14 @@ def test_columns_without_room_go_into_another_table():
 def test_a_record_is_read_back_from_its_json(tmp_path, record):
     file = tmp_path / "results.json"
     file.write_text(to_json(record))
-    assert read_record(str(file), type(record.results[0])) == record
+    assert read_record(str(file)) == record
 
 
-@pytest.mark.parametrize(("older", "now"), [("int8", ["int8"]), (None, []), (["int8", "int4"], ["int8", "int4"])])
-def test_older_records_name_one_low_bit_copy(tmp_path, older, now):
-    file = tmp_path / "results.json"
-    file.write_text(to_json(replace(SWEEP, config=SWEEP.config | {"packing": {"draft_weights": older}})))
-    record = read_record(str(file), ExitResult)
-    assert sweep_table(record).rows == sweep_table(SWEEP).rows
-    assert record.config["packing"] == {"draft_weights": now}
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("draft_weights", "int3", r"results\[0\].draft_weights: needed one of int8, int4, found 'int3'"),
-        ("steps_by_drafter", {"exit 2": 0}, r"results\[0\].steps_by_drafter.exit 2: needed at least 1, found 0"),
-        ("longest_answer", [[1, 0.0, None]], r"results\[0\].longest_answer\[0\]: needed a count of tokens and a time"),
-    ],
-)
-def test_wrong_figures_about_drafters_are_refused(tmp_path, field, value, message):
-    document = json.loads(to_json(BENCH))
-    document["results"][0][field] = value
-    (tmp_path / "x.json").write_text(json.dumps(document))
-    with pytest.raises(LayerSkipError, match=message):
-        read_record(str(tmp_path / "x.json"), BenchResult)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", to_json(BENCH), '{"config": {}, "environment": {}, "results": [{"x": 1}]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", to_json(BENCH)])
 def test_a_file_that_is_no_record_of_a_sweep_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(
-        LayerSkipError, match=r"`saved` .*x.json(: not valid JSON| must be a results.json that sweep-exits wrote): "
-    ):
-        read_record(str(tmp_path / "x.json"), ExitResult)
-    with pytest.raises(LayerSkipError, match=r"`saved` .*nothing.json: there is no such file"):
-        read_record(str(tmp_path / "nothing.json"), ExitResult)
+    with pytest.raises(LayerSkipError, match=r"`saved` .*x.json must be a results.json that sweep-exits wrote: "):
+        read_record(str(tmp_path / "x.json"), "sweep-exits")
 
 
 def test_files_are_replaced_whole(tmp_path):

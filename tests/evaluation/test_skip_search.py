@@ -29,9 +29,8 @@ from layerskip_core.evaluation.measure.runner import Progress
 from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report.documents import to_csv, to_json
-from layerskip_core.evaluation.report.saved_record import read_record
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table
-from layerskip_core.evaluation.results import ExitResult
+from layerskip_core.evaluation.results import read_record
 from layerskip_core.evaluation.tasks.load import load_task
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
 
@@ -204,7 +203,7 @@ def test_a_sweep_measures_what_it_found(known_times, tmp_path):
     assert to_csv(record).splitlines()[-1].startswith("draft-and-verify,")
     file = tmp_path / "results.json"
     file.write_text(to_json(record))
-    assert read_record(str(file), ExitResult).results[-1] == row
+    assert read_record(str(file)).results[-1] == row
 
 
 def test_given_layers_are_measured_at_every_draft_length():

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 from ...checkpoint.info import INFO_FILE, read_info
 from ...errors import LayerSkipError
 from ...files import SchemaError, build, parse_json, read_bytes
-from ..record import RunRecord
 from ..report.points import label
-from ..report.saved_record import read_record
-from ..results import BenchResult, ExitResult
+from ..results import Result, RunRecord, read_record
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
 HELD_OUT = "held_out_perplexity"
@@ -59,7 +57,7 @@ def read_run(path: str) -> Run:
     return run
 
 
-def run_of(name: str, record: RunRecord[ExitResult]) -> Run:
+def run_of(name: str, record: RunRecord) -> Run:
     """What a sweep has just measured."""
     run = Run(name, {})
     _add_record(run, record)
@@ -67,13 +65,10 @@ def run_of(name: str, record: RunRecord[ExitResult]) -> Run:
 
 
 def _add_results(run: Run, file: Path) -> None:
-    document = parse_json(read_bytes(file, f"RUNS {file}", LayerSkipError), f"RUNS {file}", LayerSkipError)
-    config = document.get("config") if isinstance(document, dict) else None
-    kind = BenchResult if isinstance(config, dict) and "repeats" in config else ExitResult
-    _add_record(run, read_record(str(file), kind, named="RUNS"))
+    _add_record(run, read_record(str(file), named="RUNS"))
 
 
-def _add_record(run: Run, record: RunRecord[Any]) -> None:
+def _add_record(run: Run, record: RunRecord) -> None:
     for result in record.results:
         setting = _setting_of(result)
         for name, value in _figures_of(result):
@@ -81,7 +76,7 @@ def _add_record(run: Run, record: RunRecord[Any]) -> None:
     run.rows[RESULTS] = record.config["task"]
 
 
-def _setting_of(result: ExitResult | BenchResult) -> Setting:
+def _setting_of(result: Result) -> Setting:
     drafts = ""
     if result.strategy == "self-speculative":
         drafts = f"{result.num_draft_tokens} {result.draft_weights or ''} drafts".replace("  ", " ")
@@ -89,11 +84,11 @@ def _setting_of(result: ExitResult | BenchResult) -> Setting:
     return Setting(label(result), result.exit_layer if fixed else None, drafts)
 
 
-def _figures_of(result: ExitResult | BenchResult) -> Iterator[tuple[str, float]]:
+def _figures_of(result: Result) -> Iterator[tuple[str, float]]:
     """Quality is left out where something drafts: drafts leave the output as it is, so it is that of plain decoding."""
     drafts = result.acceptance_rate is not None
     quality = {} if drafts else dict(result.metrics)
-    if isinstance(result, ExitResult) and not drafts:
+    if not drafts:
         measured = {"perplexity": result.perplexity, "agreement": result.agreement}
         quality |= {name: value for name, value in measured.items() if value is not None}
     yield from quality.items()

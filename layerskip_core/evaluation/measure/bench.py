@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -15,8 +15,7 @@ from ..bootstrap import answer_bounds, change_bounds, metric_bounds, ratio_bound
 from ..metrics import Scores
 from ..outputs import Outputs, Times, finite
 from ..perplexity import ReferenceLosses
-from ..record import RunRecord
-from ..results import BenchResult, CategoryResult, Difference
+from ..results import Difference, Result, RunRecord
 from ..tasks.task import Task
 from .baselines import load_baselines
 from .batches import answer_in_batches, default_timed, timed_examples
@@ -35,7 +34,7 @@ def bench(
     config: BenchConfig,
     folder: Path | None = None,
     resume: bool = False,
-) -> Iterator[Progress | RunRecord[BenchResult]]:
+) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`.
 
     With a batch size above 1, all prompts are answered in batches for quality, and `timed` of them are timed one by one.
@@ -136,7 +135,7 @@ def bench_result(
     transformers: Sequence[Outputs] | None = None,
     answers: tuple[Outputs, Outputs] | None = None,
     answers_per_prompt: int = 1,
-) -> BenchResult:
+) -> Result:
     """The figures of one method. The other outputs are those of the same repeats: our autoregressive ones and transformers'.
 
     `scores`: the method's and the autoregressive ones. `answers`: both answers, if they were not timed.
@@ -153,7 +152,7 @@ def bench_result(
     }
     bounds = {name: ratio_bounds(*pair, answers_per_prompt) for name, pair in ratios.items()}
     bounds |= answer_bounds(first, expected, drafts, answers_per_prompt) | metric_bounds(scores[0])
-    return BenchResult(
+    return Result(
         strategy=method.strategy,
         exit_layer=exit_layer,
         num_draft_tokens=num_draft_tokens,
@@ -186,11 +185,10 @@ def bench_result(
     )
 
 
-def unmeasured_bench(method: DecodingConfig) -> BenchResult:
+def unmeasured_bench(method: DecodingConfig) -> Result:
     """A method without any figure."""
     exit_layer, drafts = exit_and_drafts(method)
-    nothing = BenchResult(method.strategy, exit_layer, drafts, {}, None, None, None, {}, None, None, None, None, None)
-    return replace(nothing, exit_confidence=method.exit_confidence or None, skip=method.skip)
+    return Result(method.strategy, exit_layer, drafts, exit_confidence=method.exit_confidence or None, skip=method.skip)
 
 
 def _by_category(
@@ -200,7 +198,7 @@ def _by_category(
     compared: tuple[Sequence[Outputs], Sequence[Outputs], Sequence[Outputs]],
     answers: tuple[Outputs, Outputs],
     scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
-) -> dict[str, CategoryResult]:
+) -> dict[str, Result]:
     """The figures of one method on each category with an autoregressive answer.
 
     `compared`: the repeats of the method, of autoregressive decoding and of transformers. `answers` and `scores`: as for
@@ -216,8 +214,7 @@ def _by_category(
         answered, expected = (outputs.of(samples) for outputs in answers)
         own, full = ({metric: each.of(samples) for metric, each in by_prompt.items()} for by_prompt in scores)
         figures = bench_result(method, mine, ours, (own, full), (), theirs, (answered, expected))
-        shared = {field.name: getattr(figures, field.name) for field in fields(CategoryResult) if field.name != "samples"}
-        found[name] = CategoryResult(len(samples), **shared)
+        found[name] = replace(figures, samples=len(samples))
     return found
 
 

@@ -9,13 +9,13 @@ from ...config.packing import PackingConfig
 from ...config.policies import Measured, Policy
 from ...wording import plural
 from ..bootstrap import Margin
-from ..results import ExitResult
+from ..results import Result
 
 # The settings that are columns of a sweep.
-_COLUMNS = sorted({field.name for field in fields(Policy)} & {field.name for field in fields(ExitResult)})
+_COLUMNS = sorted({field.name for field in fields(Policy)} & {field.name for field in fields(Result)})
 
 
-def policy_of(result: ExitResult, plain: ExitResult, quality_metric: str, config: SweepConfig) -> Policy:
+def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepConfig) -> Policy:
     """A measured row as a policy; `plain` is the row of full depth."""
     settings = {name: getattr(result, name) for name in _COLUMNS if getattr(result, name) is not None}
     for name in ("draft_confidence", "lookup"):
@@ -28,10 +28,10 @@ def policy_of(result: ExitResult, plain: ExitResult, quality_metric: str, config
 
 
 def fast_policy(
-    results: Sequence[ExitResult],
+    results: Sequence[Result],
     margins: Sequence[Margin | None],
     exact: Policy,
-    plain: ExitResult,
+    plain: Result,
     quality_metric: str,
     config: SweepConfig,
 ) -> tuple[Policy | None, str]:
@@ -75,7 +75,7 @@ def fast_policy(
     )
 
 
-def _drafts_storage(result: ExitResult, packing: PackingConfig) -> dict[str, object]:
+def _drafts_storage(result: Result, packing: PackingConfig) -> dict[str, object]:
     """How the drafts of a row were stored. Exits that are chosen by confidence are tested with the head of drafts too."""
     if result.strategy in ("autoregressive", "lookup") or (result.strategy == "early-exit" and not result.exit_confidence):
         return {}

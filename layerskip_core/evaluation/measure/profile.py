@@ -11,15 +11,13 @@ from ...config.decoding import DraftProfile
 from ...config.packing import PackingConfig
 from ...decoding.drafters.exit import drafter_name
 from ...model.drafting import most_probable
-from ..results import ExitResult
+from ..results import Result
 
 _ROWS = 17  # of the longest pass that is timed
 _TIMES = 5  # per number of rows
 
 
-def draft_profile(
-    loaded: Decoder, results: Sequence[ExitResult], packing: PackingConfig, context: Sequence[int]
-) -> DraftProfile:
+def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingConfig, context: Sequence[int]) -> DraftProfile:
     """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes, measured here.
 
     `packing`: how the drafts of these rows were stored. `context`: the tokens after which they were timed, because attention

@@ -10,8 +10,7 @@ from ...config.policies import EXACT, FAST
 from ..bootstrap import Margin, ratio_bounds
 from ..metrics import quality
 from ..outputs import Outputs, Times
-from ..record import PredictionError, Recommendation
-from ..results import ExitResult, frontier
+from ..results import PredictionError, Recommendation, Result, frontier
 from .policies import fast_policy, policy_of
 
 _WORTHWHILE = 1.05  # smaller speedups of a fixed setting are not recommended
@@ -21,7 +20,7 @@ _NOISY = 0.1  # a baseline that drifts by more makes small differences meaningle
 
 
 def recommend(
-    results: Sequence[ExitResult],
+    results: Sequence[Result],
     near_tie: float,
     drift: float,
     quality_metric: str,
@@ -80,7 +79,7 @@ def recommend(
     return Recommendation(best.exit_layer, best.num_draft_tokens, best.speedup, drift, reason, fast_reason, policies)
 
 
-def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[ExitResult]:
+def mark_pareto(results: Sequence[Result], quality_metric: str) -> list[Result]:
     """The results with `pareto` set, by the quality metric and tokens per second, for those that were measured."""
     measured = [index for index, result in enumerate(results) if result.metrics]
     points = [(quality(results[index].metrics, quality_metric), results[index].tokens_per_second or 0.0) for index in measured]
@@ -88,7 +87,7 @@ def mark_pareto(results: Sequence[ExitResult], quality_metric: str) -> list[Exit
     return [replace(result, pareto=index in optimal) for index, result in enumerate(results)]
 
 
-def prediction_error(results: Sequence[ExitResult]) -> PredictionError | None:
+def prediction_error(results: Sequence[Result]) -> PredictionError | None:
     """The error over the results that were both predicted and measured; None if there are none."""
     errors = [
         result.predicted_speedup / result.speedup - 1 for result in results if result.predicted_speedup and result.speedup
@@ -112,15 +111,15 @@ def _may_be_as_fast(times: Times | None, of_best: Times | None) -> bool:
     return ends is not None and ends.low <= 1 <= ends.high
 
 
-def _speed(result: ExitResult) -> float:
+def _speed(result: Result) -> float:
     return result.speedup or 0.0
 
 
-def _is_faithful(result: ExitResult, autoregressive: ExitResult, near_tie: float) -> bool:
+def _is_faithful(result: Result, autoregressive: Result, near_tie: float) -> bool:
     same_failures = result.failures == autoregressive.failures
     return same_failures and all(difference.top2_gap <= near_tie for difference in result.differences)
 
 
-def _near_ties(result: ExitResult) -> str:
+def _near_ties(result: Result) -> str:
     count = len(result.differences)
     return f" ({count} {'differs at a near-tie' if count == 1 else 'differ at near-ties'})" if count else ""

@@ -13,8 +13,7 @@ from ..bootstrap import Margin, answer_bounds, change_bounds, margin, metric_bou
 from ..metrics import Scores
 from ..outputs import Outputs, Times, finite
 from ..perplexity import ReferenceLosses
-from ..record import RunRecord
-from ..results import Bounds, Difference, ExitResult
+from ..results import Bounds, Difference, Result, RunRecord
 from ..tasks.task import Task
 from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import NEAR_TIE, differences
@@ -29,7 +28,7 @@ _QUICK = 3  # settings that a quick sweep measures
 _CONFIDENCES = (0.8, 0.9, 0.95)
 
 
-def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord[ExitResult]]:
+def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record with a recommendation.
 
     Raises:
@@ -118,7 +117,7 @@ def exit_result(
     scores: Mapping[str, Scores],
     compared: tuple[Times, Outputs, Mapping[str, Scores], int],
     differing: tuple[Difference, ...] = (),
-) -> ExitResult:
+) -> Result:
     """The figures of one setting: speed from its timed outputs, all else from its answers and the autoregressive ones.
 
     `compared`: the autoregressive times, answers and scores, and how many answers each prompt got.
@@ -221,18 +220,17 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> 
     ]
 
 
-def unmeasured(setting: DecodingConfig) -> ExitResult:
+def unmeasured(setting: DecodingConfig) -> Result:
     """A setting without any figure."""
     exit_layer, drafts = exit_and_drafts(setting)
-    nothing = ExitResult(setting.strategy, exit_layer, drafts, {}, None, None, None, None, None, None)
     confidence = setting.exit_confidence or None
     exits, weights = setting.exits if confidence else (), setting.draft_weights
-    return replace(nothing, draft_weights=weights, exit_confidence=confidence, exits=exits, skip=setting.skip)
+    return Result(
+        setting.strategy, exit_layer, drafts, draft_weights=weights, exit_confidence=confidence, exits=exits, skip=setting.skip
+    )
 
 
-def _with_predictions(
-    result: ExitResult, setting: DecodingConfig, losses: ReferenceLosses, predictions: Predictions
-) -> ExitResult:
+def _with_predictions(result: Result, setting: DecodingConfig, losses: ReferenceLosses, predictions: Predictions) -> Result:
     """Adds what is known without decoding by the setting: perplexity and agreement of an exit, and a predicted speedup."""
     if setting.strategy == "early-exit" and setting.exit_layer is not None:
         perplexity, agreement = losses.perplexity(setting.exit_layer), predictions.agreement[side_of(setting)]

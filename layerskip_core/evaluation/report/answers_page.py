@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...errors import LayerSkipError
 from ...files import SchemaError, build, parse_json, text_lines
-from ..record import Answered, RunRecord
+from ..results import Answered, RunRecord
 from .pages import render
 from .points import label
 
@@ -39,7 +39,7 @@ class _Section(NamedTuple):
     versions: list[_Version]
 
 
-def answers_page(record: RunRecord[Any], title: str) -> str:
+def answers_page(record: RunRecord, title: str) -> str:
     """A section per prompt, with each different answer once, and the results that gave it. The autoregressive one is first.
 
     Words and signs in which another answer differs from the first are marked.
@@ -57,7 +57,7 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
     return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answered)
 
 
-def with_answers(record: RunRecord[Any], saved: str) -> RunRecord[Any]:
+def with_answers(record: RunRecord, saved: str) -> RunRecord:
     """The record of the results.json `saved`, with the answers that lie beside it, if they do.
 
     Raises LayerSkipError for a file that `to_jsonl` did not write for such a record.

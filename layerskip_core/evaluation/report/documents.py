@@ -4,27 +4,32 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ...config.ranges import counts_text
-from ..record import RunRecord
+from ..results import RunRecord
 
 
-def to_json(record: RunRecord[Any]) -> str:
+class Record(Protocol):
+    def document(self) -> dict[str, Any]:
+        """The record as plain values."""
+
+
+def to_json(record: Record) -> str:
     return json.dumps(record.document(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def to_csv(record: RunRecord[Any]) -> str:
+def to_csv(record: RunRecord) -> str:
     """A row per result, and below it one per category.
 
     Metrics, times and the ends of intervals have a column each; differences and failures are counted.
     """
     rows = []
     for result in record.document()["results"]:
-        categories = result.pop("categories", {})
+        categories = result.pop("categories")
         setting = {name: result[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
         rows.append(_flat(result))
-        rows += [_flat({**setting, "category": name, **figures}) for name, figures in categories.items()]
+        rows += [_flat({**figures, **setting, "category": name}) for name, figures in categories.items()]
     columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)  # rows can lack columns
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")

@@ -1,8 +1,6 @@
 """The files of a report: the HTML pages, the record as JSON and CSV, its answers, and a PNG per figure."""
 
-from typing import Any
-
-from ..record import RunRecord
+from ..results import RunRecord
 from .answers_page import ANSWERS_FILE, ANSWERS_PAGE, answers_page, to_jsonl
 from .documents import to_csv, to_json
 from .tables import PARETO_NOTE, TextTable
@@ -16,7 +14,7 @@ REPORT_FILES = (
 )  # fmt: skip
 
 
-def report_files(record: RunRecord[Any], table: TextTable) -> dict[str, bytes]:
+def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
     """All report files, by name."""
     from .drawing import to_png
     from .html import html_report  # matplotlib takes a while to import

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..metrics import lower_is_better
-from ..record import RunRecord
+from ..results import RunRecord
 from .answers_page import ANSWERS_PAGE
 from .drawing import to_svg
 from .pages import render
@@ -69,7 +69,7 @@ class _Figure(NamedTuple):
     svg: Markup
 
 
-def html_report(record: RunRecord[Any], figures: dict[str, Figure], notes: Sequence[str]) -> str:
+def html_report(record: RunRecord, figures: dict[str, Figure], notes: Sequence[str]) -> str:
     """The page. `notes` are paragraphs above the tables, the verdict first."""
     results = record.document()["results"]
     by_category = [

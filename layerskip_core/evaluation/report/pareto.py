@@ -7,8 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from ..record import RunRecord
-from ..results import BenchResult, ExitResult
+from ..results import Result, RunRecord
 from .drawing import GREY, SIZE, color, legend_above, new_figure
 from .points import Points, is_wide, label, points_of
 from .tables import strategy_name
@@ -31,7 +30,7 @@ _OFFSETS = (
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
-def pareto_figure(record: RunRecord[Any]) -> Figure | None:
+def pareto_figure(record: RunRecord) -> Figure | None:
     """A point per setting, the Pareto frontier, and labels at the points that matter. None without quality or speed."""
     found = points_of(record)
     if found is None:
@@ -70,7 +69,7 @@ def _scale(axes: Any, points: Points) -> None:
 
 def _label_points(
     axes: Any,
-    shown: Sequence[ExitResult | BenchResult],
+    shown: Sequence[Result],
     points: Sequence[tuple[float, float]],
     strategies: Sequence[str],
     optimal: Sequence[int],

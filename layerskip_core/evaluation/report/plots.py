@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..record import RunRecord
-from ..results import BenchResult, ExitResult
+from ..results import Result, RunRecord
 from .drawing import GREY, SIZE, color, legend_above, logarithmic, new_figure, style
 from .pareto import pareto_figure
 from .points import label
@@ -18,7 +16,7 @@ _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
 _WINDOW = 8  # steps
 
-Record = RunRecord[Any]
+Record = RunRecord
 
 
 def figures(record: Record) -> dict[str, Figure]:
@@ -45,7 +43,7 @@ def _acceptance_by_exit(record: Record) -> Figure | None:
     kinds = sorted({(result.draft_weights or "", result.num_draft_tokens) for result in drafted})
     for number, (weights, drafts) in enumerate(kinds):
         line = [
-            (result.exit_layer, 100 * result.acceptance_rate)
+            (result.exit_layer, 100 * (result.acceptance_rate or 0.0))
             for result in drafted
             if (result.draft_weights or "", result.num_draft_tokens) == (weights, drafts)
         ]
@@ -69,8 +67,8 @@ def _acceptance_by_position(record: Record) -> Figure | None:
     longest = {(result.strategy, result.draft_weights, result.exit_layer): result for result in by_length}
     figure, axes = new_figure("Accepted drafts by position in the round")
     for number, result in enumerate(longest.values()):
-        positions = range(1, len(result.acceptance_by_position) + 1)
-        shares = [100 * share for share in result.acceptance_by_position]
+        shares = [100 * share for share in result.acceptance_by_position or ()]
+        positions = range(1, len(shares) + 1)
         axes.plot(positions, shares, marker="o", markersize=4, color=color(number), label=label(result))
     axes.set(xlabel="position of the draft in its round", ylabel="accepted (%), if all before it were", ylim=(0, 105))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -98,7 +96,7 @@ def _time_split(record: Record) -> Figure | None:
 
 def _speed_within_an_answer(record: Record) -> Figure | None:
     """Tokens per second along the longest answer of adaptive decoding, and what drafted at each step."""
-    benched = [result for result in record.results if isinstance(result, BenchResult)]
+    benched = [result for result in record.results if isinstance(result, Result)]
     steps = next((result.longest_answer[1:] for result in benched if len(result.longest_answer) > 1), ())  # after the prefill
     if not steps:
         return None
@@ -155,14 +153,14 @@ def _prediction(record: Record) -> Figure | None:
     return figure
 
 
-def _side(result: ExitResult) -> tuple[str, int]:
+def _side(result: Result) -> tuple[str, int]:
     """What drafts: the weights of a low-bit copy, or nothing, and the exit."""
     return result.draft_weights or "", result.exit_layer or 0
 
 
-def _exits(record: Record) -> list[ExitResult]:
+def _exits(record: Record) -> list[Result]:
     """The results of a sweep; none for a benchmark, which has no predictions and no perplexity."""
-    return [result for result in record.results if isinstance(result, ExitResult)]
+    return [result for result in record.results if isinstance(result, Result)]
 
 
 FIGURES: dict[str, Callable[[Record], Figure | None]] = {

@@ -1,12 +1,10 @@
 """The settings of a record as points of quality and speed, for the Pareto figure and the one in the terminal."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from ...wording import plural
 from ..metrics import is_share, lower_is_better, quality
-from ..record import RunRecord
-from ..results import BenchResult, ExitResult, frontier
+from ..results import Result, RunRecord, frontier
 from .tables import strategy_name
 
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
@@ -19,7 +17,7 @@ class Points:
     `optimal`: the indices of the points on the Pareto frontier.
     """
 
-    results: list[ExitResult | BenchResult]
+    results: list[Result]
     speeds: list[float]
     values: list[float]
     optimal: list[int]
@@ -41,13 +39,13 @@ class Points:
         )
 
 
-def points_of(record: RunRecord[Any]) -> Points | None:
+def points_of(record: RunRecord) -> Points | None:
     """None without quality or speed."""
     metric = str(record.config.get("quality_metric"))
     shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
     if not shown:
         return None
-    speeds = [float(result.tokens_per_second) for result in shown]
+    speeds = [result.tokens_per_second or 0.0 for result in shown]
     scale = 100 if is_share(metric) else 1
     values = [result.metrics[metric] * scale for result in shown]
     optimal = frontier([(speed, quality(result.metrics, metric)) for speed, result in zip(speeds, shown, strict=True)])
@@ -59,7 +57,7 @@ def is_wide(values: list[float]) -> bool:
     return max(values) > _WIDE * min(values) > 0
 
 
-def label(result: ExitResult | BenchResult) -> str:
+def label(result: Result) -> str:
     """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
     if result.strategy in ("autoregressive", "transformers"):
         return result.strategy

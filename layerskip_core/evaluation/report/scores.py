@@ -1,20 +1,18 @@
 """Scores of lm-evaluation-harness: a table of tasks by setting, and the curves over the exits."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from ...config.evaluation import HARNESS
 from ...wording import number
 from ..metrics import lower_is_better
-from ..record import RunRecord
-from ..results import BenchResult, ExitResult
+from ..results import Result, RunRecord
 from .drawing import GREY, color, new_figure
 from .points import label
 from .tables import TextTable, strategy_name
 
-Record = RunRecord[Any]
+Record = RunRecord
 
 
 def has_scores(record: Record) -> bool:
@@ -81,20 +79,21 @@ def _by_exit(record: Record, caption: str, lower: bool) -> Figure | None:
     return figure
 
 
-def _setting_name(result: ExitResult | BenchResult) -> str:
+def _setting_name(result: Result) -> str:
     if result.strategy == "autoregressive":
         return "full depth"
     return f"exit {result.exit_layer}" if label(result).endswith("alone") else strategy_name(result)
 
 
-def _parts(name: str, results: Sequence[ExitResult | BenchResult]) -> tuple[str, str, str]:
+def _parts(name: str, results: Sequence[Result]) -> tuple[str, str, str]:
     """Task, metric and number of rows."""
     task, _, metric = name.partition(" ")
-    samples = next((result.samples[task] for result in results if task in result.samples), None)
+    by_task = [result.samples for result in results if isinstance(result.samples, dict)]
+    samples = next((counts[task] for counts in by_task if task in counts), None)
     return task, metric, "-" if samples is None else str(samples)
 
 
-def _score(result: ExitResult | BenchResult, name: str) -> str:
+def _score(result: Result, name: str) -> str:
     """`.612±.034`, or a perplexity with three digits."""
     value, error = result.metrics.get(name), result.stderr.get(name)
     if lower_is_better(name):

@@ -9,8 +9,7 @@ from ...config.policies import EXACT, FAST
 from ...config.ranges import counts_text
 from ...wording import number, plural
 from ..metrics import is_share, lower_is_better
-from ..record import RunRecord
-from ..results import BenchResult, Bounds, CategoryResult, ExitResult
+from ..results import Bounds, Result, RunRecord
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
 _HALF_NOTE = "±: half-width of the 95% bootstrap interval over prompts."
@@ -43,12 +42,12 @@ class TextTable:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + f"\n\n{self.note}\n"
 
 
-def strategy_name(result: ExitResult | BenchResult) -> str:
+def strategy_name(result: Result) -> str:
     """What tables and figures call a strategy: `int8 drafts` for drafts by a low-bit copy."""
     return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
 
 
-def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
+def sweep_table(record: RunRecord) -> TextTable:
     """A row per setting. Fits 80 columns with one metric. A dash marks what was not measured."""
     metrics = [name for name in record.results[0].metrics if name != "perplexity"]  # it has its own column
     decimals = 1 if len(metrics) == 1 else 0  # with two metrics there is no room for more
@@ -96,7 +95,7 @@ def sweep_table(record: RunRecord[ExitResult]) -> TextTable:
     return TextTable(headers, tuple(rows), note, labels=3)
 
 
-def bench_table(record: RunRecord[BenchResult]) -> TextTable:
+def bench_table(record: RunRecord) -> TextTable:
     """A column per strategy, a row per figure."""
     results = record.results
     over_transformers = [result.speedup_over_transformers for result in results]
@@ -140,7 +139,7 @@ def bench_table(record: RunRecord[BenchResult]) -> TextTable:
     return TextTable(("", *map(strategy_name, results)), tuple((name, *cells) for name, cells in rows), note)
 
 
-def category_tables(record: RunRecord[BenchResult]) -> list[TextTable]:
+def category_tables(record: RunRecord) -> list[TextTable]:
     """A row per strategy and category of the data; no table if it has none."""
     parts = [(result, name, figures) for result in record.results for name, figures in result.categories.items()]
     if not parts:
@@ -213,12 +212,12 @@ def _shares(steps_by_drafter: dict[str, int]) -> str:
     return ", ".join(f"{name} {count / total:.0%}" for name, count in ordered)
 
 
-def _skips(results: Sequence[ExitResult]) -> list[str]:
+def _skips(results: Sequence[Result]) -> list[str]:
     """The layers that drafts skip, as flags give them."""
     return list(dict.fromkeys(counts_text(result.skip) for result in results if result.skip))
 
 
-def _metric_rows(results: Sequence[BenchResult], name: str) -> list[tuple[str, list[str]]]:
+def _metric_rows(results: Sequence[Result], name: str) -> list[tuple[str, list[str]]]:
     """A metric with its intervals; below it by how much it differs from full depth, where any answer does."""
     label, rows = name.replace("_", " "), []
     shown = ".4g" if lower_is_better(name) else ".1%"
@@ -239,25 +238,25 @@ def _with_bounds(value: float | None, ends: Bounds | None, shown: str = ".2f") -
     return number(value, shown) + (f" ({ends.low:{shown}}{between}{ends.high:{shown}})" if ends else "")
 
 
-def _with_half(result: ExitResult | CategoryResult, name: str, decimals: int = 2) -> str:
+def _with_half(result: Result, name: str, decimals: int = 2) -> str:
     """`2.31±.12`: a ratio and half the width of its 95% interval."""
     ends = result.intervals.get(name)
     half = f"±{(ends.high - ends.low) / 2:.{decimals}f}".replace("±0.", "±.") if ends else ""
     return number(getattr(result, name), f".{decimals}f") + half
 
 
-def _over_transformers(result: BenchResult) -> tuple[float | None, Bounds | None]:
+def _over_transformers(result: Result) -> tuple[float | None, Bounds | None]:
     return result.speedup_over_transformers, result.intervals.get("speedup_over_transformers")
 
 
-def _share(result: ExitResult | CategoryResult, name: str, decimals: int) -> str:
+def _share(result: Result, name: str, decimals: int) -> str:
     """A metric in 0..1, or a perplexity."""
     if lower_is_better(name):
         return number(result.metrics.get(name), ".4g")
     return _percent(result.metrics.get(name), decimals, result.intervals.get(name))
 
 
-def _change(result: ExitResult, name: str, full_depth: dict[str, float]) -> str:
+def _change(result: Result, name: str, full_depth: dict[str, float]) -> str:
     """`-8±17%`: by how much a metric differs from full depth; a dash where no prompt differs."""
     ends = result.changes.get(name)
     return "-" if ends is None else _percent(result.metrics[name] - full_depth[name], 0, ends)

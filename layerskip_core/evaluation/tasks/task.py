@@ -12,7 +12,7 @@ from ...decoding.stopping import before_stop
 from ..metrics import Scores
 from ..outputs import Outputs
 from ..perplexity import ReferenceLosses, reference_losses, text_losses
-from ..record import Answered
+from ..results import Answered
 
 Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
 """From one prediction per example to the values of each metric, in 0..1: one per prompt."""

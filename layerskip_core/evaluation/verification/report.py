@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from ...wording import plural
-from ..record import RunRecord
 from ..report.documents import to_json
 from ..report.tables import TextTable
-from .results import CheckResult, Mismatch
+from .results import CheckResult, Mismatch, VerifyRecord
 
 _SHOWN = 20  # misses in the table; JSON has all
 REPORT_FILES = ("verification.md", "verification.json", "verification.csv")
@@ -25,7 +24,7 @@ are the same, how many of the others differ first at a near-tie, and the largest
 gap between the two tokens, in logits. Information, no failure of this toolkit."""
 
 
-def tables(record: RunRecord[CheckResult]) -> list[TextTable]:
+def tables(record: VerifyRecord) -> list[TextTable]:
     """Our own promises, the places that broke them, and transformers."""
     own = [result for result in record.results if result.promise != "none"]
     peers = [result for result in record.results if result.promise == "none"]
@@ -37,7 +36,7 @@ def tables(record: RunRecord[CheckResult]) -> list[TextTable]:
     return found
 
 
-def to_csv(record: RunRecord[CheckResult]) -> str:
+def to_csv(record: VerifyRecord) -> str:
     """A row per check, setting, kernels and precision; mismatches are counted, with the largest gap of their tokens."""
     text = io.StringIO()
     rows = [_flat(result) for result in record.results]
@@ -47,13 +46,13 @@ def to_csv(record: RunRecord[CheckResult]) -> str:
     return text.getvalue()
 
 
-def files(record: RunRecord[CheckResult]) -> dict[str, bytes]:
+def files(record: VerifyRecord) -> dict[str, bytes]:
     """By name."""
     contents = ("\n".join(table.markdown() for table in tables(record)), to_json(record), to_csv(record))
     return {name: content.encode() for name, content in zip(REPORT_FILES, contents, strict=True)}
 
 
-def _summaries(record: RunRecord[CheckResult], results: list[CheckResult]) -> list[TextTable]:
+def _summaries(record: VerifyRecord, results: list[CheckResult]) -> list[TextTable]:
     """A table for each precision: a row per check, a column per kernels. The last has the note."""
     precisions = list(dict.fromkeys(result.precision for result in results))
     notes = [*[""] * (len(precisions) - 1), _note(record, results)]
@@ -73,7 +72,7 @@ def _summary(precision: str, results: list[CheckResult], note: str) -> TextTable
     return TextTable((precision, *kernels), tuple(rows), note)
 
 
-def _note(record: RunRecord[CheckResult], results: list[CheckResult]) -> str:
+def _note(record: VerifyRecord, results: list[CheckResult]) -> str:
     machine, misses = record.environment, sum(not result.passed for result in results)
     prompts, tokens = max(result.prompts for result in results), sum(result.tokens for result in results)
     threads = plural(machine["threads"], "thread")

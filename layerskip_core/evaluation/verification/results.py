@@ -1,8 +1,8 @@
 """What a verification found: one result for each check on each kernel and precision."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 # From the strongest: logits with the same bits; the same tokens; the same tokens except where two are almost equally likely;
 # the same distribution of sampled tokens; nothing, which is information.
@@ -67,3 +67,16 @@ def is_kept(promise: Promise, mismatches: Sequence[Mismatch], deviation: float |
     if promise == "near-ties":
         return all(place.near_tie for place in mismatches)
     return not mismatches and not (promise == "bits" and deviation)
+
+
+@dataclass(frozen=True)
+class VerifyRecord:
+    """One run of `verify`; `config` holds the value that each default took."""
+
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    results: tuple[CheckResult, ...]
+
+    def document(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return asdict(self)

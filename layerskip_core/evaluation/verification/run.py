@@ -13,12 +13,11 @@ from ...errors import DataError, LayerSkipError
 from ...model.native.compiled import VARIANTS
 from ..measure.environment import environment
 from ..measure.runner import Progress
-from ..record import RunRecord
 from .continuing import check_continuing
 from .drafting import check_batches, check_drafting, exits_of
 from .passes import check_passes
 from .peer import check_transformers
-from .results import CheckResult
+from .results import CheckResult, VerifyRecord
 from .sampled import check_sampled
 from .setups import TRANSFORMERS, Opened, Setup, near_tie_precision, opened, reasons, setups_of
 from .subject import Prompts, Subject
@@ -26,7 +25,7 @@ from .subject import Prompts, Subject
 _MOST_RANDOM = 48  # tokens of a random prompt
 
 
-def verify(config: VerifyConfig) -> Iterator[Progress | RunRecord[CheckResult]]:
+def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
     """Yields progress, then the record. Kernels and precisions that are not here are left out, and noted.
 
     Raises:
@@ -57,7 +56,7 @@ def verify(config: VerifyConfig) -> Iterator[Progress | RunRecord[CheckResult]]:
     if machine is None:
         raise next(iter(skipped.values()))
     machine = {key: value for key, value in machine.items() if key not in ("dtype", "implementation", "notes")}
-    yield RunRecord(asdict(config), machine | {"skipped": list(reasons(skipped))}, tuple(results))
+    yield VerifyRecord(asdict(config), machine | {"skipped": list(reasons(skipped))}, tuple(results))
 
 
 def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> Prompts:
