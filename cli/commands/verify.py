@@ -7,7 +7,6 @@ import typer
 
 from layerskip_core.config.checks import require_choice, require_given
 from layerskip_core.config.verification import VerifyConfig
-from layerskip_core.errors import LayerSkipError
 
 from .. import evaluation, options
 from ..console import narrate, narrate_notes
@@ -28,11 +27,11 @@ def verify(
         typer.Option(help="Folder for verification.md, .json and .csv.", rich_help_panel=options.OUTPUT),
     ] = None,
 ) -> None:
-    """Check on this machine that a row gives what it gives alone, drafts change nothing, and what is resumed is as if fresh.
+    """Check that batching, drafting and resuming do not change outputs on this machine.
 
     Every check runs in each precision on each kernel of this machine, over real prompts and random ones. With our own kernels
     logits must have the same bits; with PyTorch's, tokens may differ where two are almost equally likely. The exit status is 1
-    if a promise was broken. The same questions are put to transformers, for comparison.
+    if a promise was broken.
 
     Example: layerskip verify embedded --precisions fp32,int8 --output verification
     """
@@ -43,23 +42,20 @@ def verify(
     from layerskip_core.checkpoint.open import for_decoding
     from layerskip_core.evaluation.output_folder import output_folder, write_files
     from layerskip_core.evaluation.report.documents import to_json
-    from layerskip_core.evaluation.verification.report import REPORT_FILES, files, tables, to_csv
+    from layerskip_core.evaluation.verification.run import tables, to_csv
     from layerskip_core.evaluation.verification.run import verify as run_verify
-    from layerskip_core.files import require_writable
 
     with output_folder(output, "layerskip verify") as folder:
-        if folder is not None:
-            for name in REPORT_FILES:
-                require_writable(folder / name, LayerSkipError)
         loaded = for_decoding(model, config.machine.device)
         narrate_notes(loaded)
         use_threads(config.machine.threads, loaded)
         del loaded
         record = evaluation.watch(run_verify(replace(config, model=model)))
+        shown, document, rows = tables(record), to_json(record), to_csv(record)
         if folder is not None:
-            written = files(record)
-            write_files(folder, written)
-            narrate(f"wrote {', '.join(written)} to {folder}")
-        evaluation.print_as(form, tables(record), lambda: to_json(record), lambda: to_csv(record))
+            files = {"md": "\n".join(table.markdown() for table in shown), "json": document, "csv": rows}
+            write_files(folder, {f"verification.{ending}": text.encode() for ending, text in files.items()})
+            narrate(f"wrote verification.md, .json and .csv to {folder}")
+        evaluation.print_as(form, shown, lambda: document, lambda: rows)
     if not all(result.passed for result in record.results):
         raise typer.Exit(1)

@@ -1,1 +1,1 @@
-"""Whether outputs are what they are promised to be, on this machine's kernels."""
+"""`layerskip verify`: whether batching, drafting and resuming change outputs, on each kernel and in each precision."""

@@ -1,28 +1,57 @@
-"""A verification: every check on every kernel and precision, then the record."""
+"""A verification: every check on every kernel and precision; its record, as tables and as CSV."""
 
+import csv
+import io
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from random import Random
+from typing import Any
 
-from ...checkpoint.loaded import Decoder
+from ...checkpoint.beside import read_exit_blocks
+from ...checkpoint.loaded import Decoder, decoder_of
+from ...checkpoint.locate import own_folder
+from ...checkpoint.open import for_decoding, for_training
+from ...config.checks import require_choice
 from ...config.data import DataConfig
+from ...config.packing import PackingConfig
 from ...config.verification import VerifyConfig
 from ...data.examples import load_prompts
 from ...decoding.loop import check_prompt
-from ...errors import DataError, LayerSkipError
-from ...model.native.compiled import VARIANTS
+from ...errors import ConfigError, DataError, LayerSkipError
+from ...model import GenericBackend
+from ...model.native.compiled import VARIANTS, requesting
+from ...wording import plural
 from ..measure.environment import environment
 from ..measure.runner import Progress
-from .continuing import check_continuing
-from .drafting import check_batches, check_drafting, exits_of
-from .passes import check_passes
-from .peer import check_transformers
-from .results import CheckResult, VerifyRecord
-from .sampled import check_sampled
-from .setups import TRANSFORMERS, Opened, Setup, near_tie_precision, opened, reasons, setups_of
-from .subject import Prompts, Subject
+from ..report.tables import TextTable
+from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Mismatch, Subject, check_drafts, check_sampling
 
+KERNELS = (
+    *VARIANTS,
+    "torch",
+    "exact",
+    "generic",
+)  # torch: on repacked weights; exact: with split calls; generic: transformers'
 _MOST_RANDOM = 48  # tokens of a random prompt
+_SHOWN = 20  # misses in the table; JSON has all
+_LEGEND = """\
+bits: logits with the same bits. same: the same tokens. p: the probability of
+draws this far from the model's distribution. -: not promised, or impossible.
+N ties: N outputs differ, first where two tokens are almost equally likely;
+kernels other than our own promise no more. NOT n/m: n of m comparisons broke
+their promise."""
+
+
+@dataclass(frozen=True)
+class VerifyRecord:
+    """One run of `verify`; `config` holds the value that each default took."""
+
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    results: tuple[CheckResult, ...]
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
@@ -33,59 +62,136 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
         CheckpointError: the model cannot be read.
         DataError: there are no prompts, or none that fits.
     """
-    setups = setups_of(config)
+    for name in config.kernels:
+        require_choice(name, "kernels", KERNELS)
     texts = [example.prompt for example in load_prompts(DataConfig(config.data, "test", limit=(config.samples + 1) // 2))]
     if not texts:
         raise DataError(f"`data` {config.data} has no rows")
     results: list[CheckResult] = []
-    skipped: dict[Setup, LayerSkipError] = {}
+    skipped: dict[str, LayerSkipError] = {}
     machine = None
-    for number, setup in enumerate(setups):
-        yield Progress(number, len(setups), f"{setup.kernels} {setup.precision}")
+    setups = [(kernels, precision) for precision in config.precisions for kernels in config.kernels or KERNELS]
+    for number, names in enumerate(setups):
+        yield Progress(number, len(setups), " ".join(names))
         try:
-            found = opened(setup, config)
+            loaded = opened(config, *names)
         except LayerSkipError as error:
-            skipped[setup] = error
+            skipped[" ".join(names)] = error
             continue
-        exits_of(config, found.loaded)  # so that a wrong exit is an error before anything is measured
-        machine = machine or environment(found.loaded)
-        prompts = prompts_of(config, found.loaded, texts)
-        for result in _checked(config, found, prompts):
-            results.append(result)
-            yield Progress(number, len(setups), f"{setup.kernels} {setup.precision}")
+        machine = machine or environment(loaded)
+        slow = names[0] not in VARIANTS
+        own = replace(config, specs=config.specs[-1:], draws=config.draws // 2) if slow else config
+        subject = Subject(loaded, names, prompts_of(config, loaded, texts)[:: 2 if slow else 1], own)
+        for check in (check_drafts, check_sampling) if loaded.backend.exact else CHECKS:
+            for result in check(subject):
+                results.append(result)
+                yield Progress(number, len(setups), " ".join(names))
     if machine is None:
         raise next(iter(skipped.values()))
-    machine = {key: value for key, value in machine.items() if key not in ("dtype", "implementation", "notes")}
-    yield VerifyRecord(asdict(config), machine | {"skipped": list(reasons(skipped))}, tuple(results))
-
-
-def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> Prompts:
-    """Those of `texts` that fit this model's context, in its template, and random token ids."""
-    room = loaded.backend.max_positions - config.max_new_tokens
-    encoded = [(text, loaded.encode_prompt(text)) for text in texts]
-    fitting = [(text, tuple(ids)) for text, ids in encoded if ids and len(ids) < room]
-    if not fitting:
-        check_prompt(encoded[0][1], room, "every prompt of `data`")
-    random, most = Random(config.seed), max(1, min(_MOST_RANDOM, room // 3))
-    drawn = [
-        tuple(random.randrange(loaded.backend.vocab_size) for _ in range(random.randint(1, most)))
-        for _ in range(config.samples - len(fitting))
+    notes = [
+        f"not verified: {', '.join(name for name in skipped if str(skipped[name]) == reason)}: {reason}"
+        for reason in dict.fromkeys(map(str, skipped.values()))
     ]
-    return Prompts(tuple(text for text, _ in fitting), (*(ids for _, ids in fitting), *drawn))
+    machine = {key: value for key, value in machine.items() if key not in ("dtype", "implementation", "notes")}
+    yield VerifyRecord(asdict(config), machine | {"skipped": notes}, tuple(results))
 
 
-def _checked(config: VerifyConfig, found: Opened, prompts: Prompts) -> Iterator[CheckResult]:
-    """All checks of one setup."""
-    setup, rounding = found.setup, near_tie_precision(found.setup, found.loaded)
-    if setup.kernels not in (*VARIANTS, TRANSFORMERS):  # these are slow, and promise less
-        prompts, config = prompts.half(), replace(config, specs=config.specs[-1:], draws=config.draws // 2)
-    names = (setup.kernels, setup.precision)
-    subject = Subject(names, found.loaded, prompts, config.max_new_tokens, config.seed, rounding)
-    if setup.kernels == TRANSFORMERS:
-        yield from check_transformers(config, subject)
-        return
-    yield from check_passes(subject)
-    yield from check_drafting(config, subject, found.trimmed)
-    yield from check_batches(config, subject)
-    yield from check_continuing(config, subject)
-    yield from check_sampled(config, subject)
+def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
+    """The model on these kernels, with copies to draft with where there are kernels for them. Raises LayerSkipError."""
+    device, quantize = config.machine.device, LOW_BIT.get(precision)
+    if kernels == "generic":
+        if quantize is not None:
+            raise LayerSkipError("transformers' layers have no low-bit weights")
+        trainable = for_training(config.model, device, precision)
+        generic, folder = decoder_of(trainable), own_folder(config.model)
+        if folder is None:
+            return generic
+        blocks = read_exit_blocks(folder, generic.backend.spec, trainable.model.get_parameter)
+        return replace(generic, backend=GenericBackend(trainable.model, blocks))
+    dtype = "auto" if quantize else precision
+    packing = PackingConfig(quantize, exact=kernels == "exact")
+    with requesting(kernels if kernels in VARIANTS else "torch"):
+        try:
+            copies = () if quantize or packing.exact else tuple(LOW_BIT.values())
+            loaded = for_decoding(config.model, device, dtype, replace(packing, draft_weights=copies))
+        except ConfigError:  # no kernel for low-bit weights of these widths
+            loaded = for_decoding(config.model, device, dtype, packing)
+    if kernels in VARIANTS and not loaded.backend.implementation.startswith(f"native ({kernels}"):
+        raise LayerSkipError("this model, this CPU or this installation does not suit these kernels")
+    if kernels not in VARIANTS and isinstance(loaded.backend, GenericBackend):
+        raise LayerSkipError("the weights of this model cannot be repacked")
+    return loaded
+
+
+def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> list[Ids]:
+    """Those of `texts` that fit this model's context, in its template, and random token ids."""
+    room, size = loaded.backend.max_positions - config.max_new_tokens, loaded.backend.vocab_size
+    encoded = [loaded.encode_prompt(text) for text in texts]
+    fitting = [list(ids) for ids in encoded if ids and len(ids) < room]
+    if not fitting:
+        check_prompt(encoded[0], room, "every prompt of `data`")
+    random, most = Random(config.seed), max(1, min(_MOST_RANDOM, room // 3))
+    lengths = [random.randint(1, most) for _ in range(config.samples - len(fitting))]
+    return [*fitting, *([random.randrange(size) for _ in range(length)] for length in lengths)]
+
+
+def tables(record: VerifyRecord) -> list[TextTable]:
+    """A table for each precision, with a row per check and a column per kernels; then the mismatches that break a promise."""
+    results, found = record.results, []
+    precisions = list(dict.fromkeys(result.precision for result in results))
+    for precision in precisions:
+        cells: dict[tuple[str, str], list[CheckResult]] = {}
+        for result in results:
+            if result.precision == precision:
+                cells.setdefault((result.check, result.kernels), []).append(result)
+        checks, kernels = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+        rows = tuple((check, *(_cell(cells.get((check, name), [])) for name in kernels)) for check in checks)
+        found.append(TextTable((precision, *kernels), rows, _note(record) if precision == precisions[-1] else ""))
+    misses = [(result, place) for result in results if not result.passed for place in result.mismatches]
+    if misses:
+        headers = ("miss", "setting", "kernels", "prompt", "place", "expected", "found", "gap", "near tie")
+        places = ((result.check, result.setting, f"{result.kernels} {result.precision}", place) for result, place in misses)
+        rows = tuple((*names, *_place(place)) for *names, place in places)
+        found.append(TextTable(headers, rows[:_SHOWN], "gap: by how much the model prefers the expected token, in logits."))
+    return found
+
+
+def _note(record: VerifyRecord) -> str:
+    results, machine, broken = record.results, record.environment, sum(not result.passed for result in record.results)
+    prompts, tokens = max(result.prompts for result in results), sum(result.tokens for result in results)
+    threads = plural(machine["threads"], "thread")
+    lines = [
+        f"{len(results)} comparisons of up to {prompts} prompts, {tokens} tokens in all; {machine['device_name']}, {threads}.",
+        _LEGEND,
+        *machine["skipped"],
+        f"{broken} of {len(results)} comparisons broke their promise." if broken else "Every promise was kept.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(results: list[CheckResult]) -> str:
+    """What several settings of a check found together."""
+    if not results:
+        return "-"
+    if broken := sum(not result.passed for result in results):
+        return f"NOT {broken}/{len(results)}"
+    if results[0].promise == "distribution":
+        return f"p {min(result.p_value or 0.0 for result in results):.2g}"
+    ties = sum(len(result.mismatches) for result in results)
+    return plural(ties, "tie") if ties else "bits" if results[0].promise == "bits" else "same"
+
+
+def _place(place: Mismatch) -> tuple[str, ...]:
+    tokens = ("end" if token is None else str(token) for token in (place.expected, place.found))
+    gap = "-" if place.gap is None else f"{place.gap:.3g}"
+    return (str(place.prompt), str(place.position), *tokens, gap, "yes" if place.near_tie else "no")
+
+
+def to_csv(record: VerifyRecord) -> str:
+    """A row per check, setting, kernels and precision; mismatches are counted."""
+    text = io.StringIO()
+    rows = [asdict(result) | {"mismatches": len(result.mismatches)} for result in record.results]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

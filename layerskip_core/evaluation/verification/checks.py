@@ -1,0 +1,346 @@
+"""Checks on this machine, on each kernel and in each precision, that batching, drafting and resuming do not change outputs.
+
+Outputs are compared with those of plain greedy decoding, each prompt alone, and logits with those of one pass over one row.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.loaded import Decoder
+from ...config.checks import require_exit_layer
+from ...config.decoding import DecodingConfig, SamplingConfig
+from ...config.packing import Quantization
+from ...config.verification import VerifyConfig
+from ...decoding import PrefixCache, decode, decode_batch
+from ...decoding.sampling import probabilities
+from ...decoding.strategies import loop_of
+from ...wording import plural
+from ..measure.comparison import NEAR_TIE, first_difference
+
+# From the strongest: logits with the same bits; the same tokens; the same tokens except where two are almost equally likely;
+# the same distribution of sampled tokens.
+Promise = Literal["bits", "tokens", "near-ties", "distribution"]
+Ids = list[int]
+Pair = tuple[int, ...]  # the first two tokens of an output, or its only one
+
+ROWS, PIECES, THREADS = "row alone = among others", "token by token = at once", "any number of threads"
+DRAFTS, BATCH, JOINED, TURN = "speculative = plain", "batch = single", "joining a batch = single", "next turn = fresh"
+SEED, ROW, DISTRIBUTION = "sampled: a seed repeats", "sampled: batch = single", "sampled: the model's distribution"
+
+LOW_BIT: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
+_COUNTED = SamplingConfig(2.0, 4)  # few tokens, so that each pair of them is often drawn, and none nearly always
+_AT_ONCE = 50  # draws
+_LEAST_DRAWS = 5.0  # expected in a cell of the chi-square test; rarer pairs share one
+_LEAST_P = 1e-6  # below which distributions differ: one in a million tests of equal ones
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where a prompt's output, or the best tokens of its logits, first differ: token ids, None past an end.
+
+    `gap`: by how much the model prefers the expected token, in logits; 0 if only bits differ, None past an end.
+    """
+
+    prompt: int
+    position: int
+    expected: int | None
+    found: int | None
+    gap: float | None
+    near_tie: bool
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check with one setting: how many prompts and tokens were compared. `p_value`: of sampled tokens."""
+
+    check: str
+    setting: str
+    kernels: str
+    precision: str
+    promise: Promise
+    prompts: int
+    tokens: int
+    passed: bool
+    mismatches: tuple[Mismatch, ...] = ()
+    p_value: float | None = None
+
+
+class Subject:
+    """A model on some kernels in some precision, with prompts and their plain outputs."""
+
+    def __init__(self, loaded: Decoder, names: tuple[str, str], prompts: list[Ids], config: VerifyConfig) -> None:
+        """`names`: of kernels and precision."""
+        self.loaded, self.backend, self.names, self.prompts, self.config = loaded, loaded.backend, names, prompts, config
+        # Rounding decides between almost equally likely tokens; torch's low-bit kernels take their inputs in bf16.
+        self._near = NEAR_TIE[torch.bfloat16 if names[1] in LOW_BIT else loaded.backend.dtype]
+        self.exits = exits_of(config, loaded)
+        self.middle = self.exits[len(self.exits) // 2 :][:1]
+        self.plain = DecodingConfig("autoregressive", max_new_tokens=config.max_new_tokens)
+        self.expected = [self.alone(prompt, self.plain) for prompt in prompts]
+
+    def drafted(self, exit_layer: int, drafts: int | None = None) -> DecodingConfig:
+        return DecodingConfig("self-speculative", exit_layer, drafts or max(self.config.specs), self.config.max_new_tokens)
+
+    @property
+    def copies(self) -> list[Quantization]:
+        """Low-bit copies of the weights."""
+        return [weights for weights in self.backend.draft_sides if weights is not None]
+
+    @property
+    def usual(self) -> dict[str, DecodingConfig]:
+        """Decoding without drafts, and with those of an exit."""
+        return {"autoregressive": self.plain} | {f"exit {each}": self.drafted(each) for each in self.middle}
+
+    def alone(self, prompt: Ids, config: DecodingConfig, prefix: PrefixCache | None = None) -> Ids:
+        """The output of one prompt by itself."""
+        decoding = decode(self.backend, prompt, config, self.loaded.eos_ids, self.loaded.detokenize, prefix=prefix)
+        return [token.id for tokens in decoding for token in tokens]
+
+    def each_alone(self, config: DecodingConfig) -> list[Ids]:
+        return [self.alone(prompt, config) for prompt in self.prompts]
+
+    def together(self, prompts: Sequence[Ids], config: DecodingConfig, seeds: Sequence[int] | None = None) -> list[Ids]:
+        """The outputs of prompts in one batch."""
+        finished = decode_batch(self.backend, prompts, config, self.loaded.eos_ids, self.loaded.detokenize, seeds)
+        return [output.ids for output in sorted(finished, key=lambda output: output.row)]
+
+    def logits(self, tokens: Tensor, size: int = 0) -> Tensor:
+        """(B, T, V) of rows of tokens (B, T), in one pass or in passes of `size` tokens."""
+        model, pieces = self.backend, list[Tensor]()
+        cache = model.new_cache(len(tokens), tokens.shape[1])
+        with torch.inference_mode():
+            for part in torch.split(tokens, size or tokens.shape[1], 1):
+                start = sum(piece.shape[1] for piece in pieces)
+                positions = torch.arange(start, start + part.shape[1]).expand(len(tokens), -1)
+                hidden = model.run_layers(model.embed(part.to(model.device)), 0, model.num_layers, positions, cache)
+                pieces.append(model.unembed(hidden))
+        return torch.cat(pieces, 1)
+
+    def result(
+        self, check: str, setting: str, promise: Promise, counts: tuple[int, int], mismatches: Sequence[Mismatch]
+    ) -> CheckResult:
+        """`counts`: of prompts and tokens."""
+        kept = all(promise == "near-ties" and place.near_tie for place in mismatches)
+        return CheckResult(check, setting, *self.names, promise, *counts, kept, tuple(mismatches))
+
+    def mismatch(self, number: int, position: int, before: Ids, wanted: int | None, found: int | None) -> Mismatch:
+        """`before`: the tokens that both tokens follow."""
+        gap = None
+        if wanted is not None and found is not None:
+            scores = self.logits(torch.tensor([before]))[0, -1].double()
+            gap = float(scores[wanted] - scores[found])
+        return Mismatch(number, position, wanted, found, gap, gap is not None and abs(gap) <= self._near)
+
+    def compared(
+        self,
+        check: str,
+        setting: str,
+        outputs: Sequence[Ids],
+        expected: Sequence[Ids] | None = None,
+        prompts: Sequence[Ids] | None = None,
+        promise: Promise | None = None,
+    ) -> CheckResult:
+        """Outputs against the `expected` ones of the same prompts, by default the plain ones."""
+        expected, mismatches = self.expected if expected is None else expected, []
+        for number, (found, wanted) in enumerate(zip(outputs, expected, strict=True)):
+            position = first_difference(found, wanted)
+            if position is not None:
+                before = [*(prompts or self.prompts)[number], *wanted[:position]]
+                pair = (ids[position] if position < len(ids) else None for ids in (wanted, found))
+                mismatches.append(self.mismatch(number, position, before, *pair))
+        promise = promise or ("tokens" if self.backend.batch_invariant else "near-ties")
+        return self.result(check, setting, promise, (len(expected), sum(map(len, expected))), mismatches)
+
+
+def exits_of(config: VerifyConfig, loaded: Decoder) -> tuple[int, ...]:
+    """The exits asked for, else the recommended one, one below and one above; and those with a block. Raises ConfigError."""
+    layers, best = loaded.backend.num_layers, loaded.recommended().exit_layer
+    for exit_layer in config.exits:
+        require_exit_layer(exit_layer, layers, field="exits")
+    usual = {max(1, best // 2), min(best, layers - 1), min(2 * best, layers - 1)} if layers > 1 else set()
+    return tuple(sorted({*(config.exits or usual), *loaded.backend.exit_blocks}))
+
+
+def check_logits(subject: Subject) -> Iterator[CheckResult]:
+    """Logits of prompts with their outputs: as rows of one call, token by token, and with another number of threads."""
+    texts = [[*prompt, *output] for prompt, output in zip(subject.prompts, subject.expected, strict=True)]
+    longest, threads = max(map(len, texts)), torch.get_num_threads()
+    padded = subject.logits(torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts]))
+    found = {
+        (ROWS, f"{len(texts)} rows"): [row[: len(text)] for row, text in zip(padded, texts, strict=True)],
+        (PIECES, "one by one"): [subject.logits(torch.tensor([text]), 1)[0] for text in texts],
+        (PIECES, "in fives"): [subject.logits(torch.tensor([text]), 5)[0] for text in texts],
+    }
+    alone = [subject.logits(torch.tensor([text]))[0] for text in texts]
+    if subject.backend.device.type == "cpu":
+        other = 2 if threads == 1 else 1
+        torch.set_num_threads(other)
+        try:
+            found[THREADS, f"{threads} and {other}"] = [subject.logits(torch.tensor([text]))[0] for text in texts]
+        finally:
+            torch.set_num_threads(threads)
+    promise: Promise = "bits" if subject.backend.batch_invariant else "near-ties"
+    for (check, setting), logits in found.items():
+        mismatches = []
+        for number, (got, wanted) in enumerate(zip(logits, alone, strict=True)):
+            differs = (wanted != got).any(-1) if promise == "bits" else wanted.argmax(-1) != got.argmax(-1)
+            if differs.any():
+                position = int(differs.byte().argmax())
+                pair = (int(each[position].argmax()) for each in (wanted, got))
+                mismatches.append(subject.mismatch(number, position, texts[number][: position + 1], *pair))
+        yield subject.result(check, setting, promise, (len(texts), sum(map(len, texts))), mismatches)
+
+
+def check_drafts(subject: Subject) -> Iterator[CheckResult]:
+    """Every way to draft gives the tokens of plain decoding."""
+    for setting, config in drafting(subject).items():
+        yield subject.compared(DRAFTS, setting, subject.each_alone(config))
+
+
+def drafting(subject: Subject) -> dict[str, DecodingConfig]:
+    """Ways to draft with this model."""
+    backend, exits, layers, specs = subject.backend, subject.exits, subject.backend.num_layers, subject.config.specs
+    settings: dict[str, DecodingConfig] = {}
+    for number, exit_layer in enumerate(exits):
+        kind = "exit block" if exit_layer in backend.exit_blocks else "exit"
+        for spec in specs if exit_layer in subject.middle else (specs[number % len(specs)],):
+            settings[f"{kind} {exit_layer}, {plural(spec, 'draft')}"] = subject.drafted(exit_layer, spec)
+    for exit_layer in exits[-1:]:
+        settings[f"exit {exit_layer}, confidence 0.6"] = replace(subject.drafted(exit_layer), draft_confidence=0.6)
+        settings[f"lookup, then exit {exit_layer}"] = replace(subject.drafted(exit_layer), lookup=1)
+    settings["lookup"] = DecodingConfig("lookup", None, max(specs), subject.config.max_new_tokens, lookup=1)
+    if layers > 2:
+        skip = tuple(range(2, layers, 3))
+        skipping = DecodingConfig("draft-and-verify", None, max(specs), subject.config.max_new_tokens, skip=skip)
+        settings[f"skipping {plural(len(skip), 'layer')}"] = skipping
+    for weights in subject.copies:
+        for exit_layer in (layers, *exits[-1:]):
+            settings[f"{weights} copy, {exit_layer} layers"] = replace(subject.drafted(exit_layer), draft_weights=weights)
+    known = subject.loaded.recommended()
+    adaptive = DecodingConfig("adaptive", None, 32, subject.config.max_new_tokens, exits=known.exits or exits)
+    settings["adaptive"] = replace(adaptive, profile=known.profile)
+    return settings
+
+
+def check_batches(subject: Subject) -> Iterator[CheckResult]:
+    """Rows of a batch give what they give alone, also where rows join it while it is decoded, as requests to `serve` do."""
+    for setting, config in subject.usual.items():
+        yield subject.compared(BATCH, setting, subject.together(subject.prompts, config))
+        yield subject.compared(JOINED, setting, joining(subject, config))
+    for exit_layer in subject.middle:
+        block = subject.backend.exit_blocks.get(exit_layer)
+        if block is None or block.stands_alone:
+            early = DecodingConfig("early-exit", exit_layer, max_new_tokens=subject.config.max_new_tokens)
+            outputs = subject.together(subject.prompts, early)
+            yield subject.compared(BATCH, f"early exit {exit_layer}", outputs, subject.each_alone(early))
+    yield subject.compared(BATCH, "adaptive", subject.together(subject.prompts, drafting(subject)["adaptive"]))
+
+
+def joining(subject: Subject, config: DecodingConfig) -> list[Ids]:
+    """The outputs of prompts that join a loop one by one, a step apart, as in continuous batching."""
+    outputs: list[Ids] = [[] for _ in subject.prompts]
+    owner: dict[int, int] = {}  # the prompt of each row of the loop
+    running, waiting = None, list(enumerate(subject.prompts))
+    while waiting or owner:
+        if waiting:
+            number, prompt = waiting.pop(0)
+            loop = loop_of(subject.backend, [prompt], config, subject.loaded.eos_ids, subject.loaded.detokenize)
+            (step,) = next(loop)
+            outputs[number] += [token.id for token in step.tokens]
+            if step.finish_reason is None:
+                if owner and running is not None:
+                    (row,) = running.join(loop)
+                else:
+                    running, row = loop, step.row
+                owner[row] = number
+        for step in next(running) if owner and running is not None else ():
+            outputs[owner[step.row]] += [token.id for token in step.tokens]
+            if step.finish_reason is not None:
+                del owner[step.row]
+    return outputs
+
+
+def check_turns(subject: Subject) -> Iterator[CheckResult]:
+    """A text that begins with the one before, and starts at the entries that it left, gives what it gives afresh."""
+    room = subject.backend.max_positions - subject.config.max_new_tokens - 1
+    following = [*subject.prompts[1:], subject.prompts[0]]
+    for setting, config in subject.usual.items():
+        known, turns, reused = PrefixCache(), [], []
+        for prompt, output, more in zip(subject.prompts, subject.expected, following, strict=True):
+            subject.alone(list(prompt), config, known)
+            turns.append([*prompt, *output, *more][:room])
+            reused.append(subject.alone(turns[-1], config, known))
+        yield subject.compared(TURN, setting, reused, [subject.alone(turn, config) for turn in turns], turns)
+
+
+def check_sampling(subject: Subject) -> Iterator[CheckResult]:
+    """A seed repeats its tokens, also in a batch, and drafts leave the distribution as it is.
+
+    With drafts a seed gives other tokens than without, because drafts draw random numbers too. So pairs of first tokens are
+    counted, whose probabilities follow from the model's logits.
+    """
+    backend, draws = subject.backend, subject.config.draws
+    settings = subject.usual | {"lookup": drafting(subject)["lookup"]}
+    for weights, exit_layer in zip(subject.copies[-1:], subject.middle, strict=False):
+        settings[f"{weights} copy, exit {exit_layer}"] = replace(subject.drafted(exit_layer), draft_weights=weights)
+    for setting, config in settings.items():
+        sampled = replace(config, sampling=SamplingConfig(1.0, seed=subject.config.seed))
+        first = subject.each_alone(sampled)
+        yield subject.compared(SEED, setting, subject.each_alone(sampled), first, promise="tokens")
+        if backend.exact:
+            continue
+        if backend.batch_invariant:
+            seeds = [subject.config.seed] * len(first)
+            yield subject.compared(ROW, setting, subject.together(subject.prompts, sampled, seeds), first)
+        if draws:
+            prompt = min(subject.prompts, key=lambda ids: max(_following(subject, ids).values()))
+            p_value = chi_square(_drawn(subject, prompt, config), _pairs(subject, prompt), draws)
+            result = subject.result(DISTRIBUTION, setting, "distribution", (1, draws), ())
+            yield replace(result, passed=p_value >= _LEAST_P, p_value=p_value)
+
+
+def _drawn(subject: Subject, prompt: Ids, config: DecodingConfig) -> Counter[Pair]:
+    """The first two tokens of many sampled outputs."""
+    config = replace(config, max_new_tokens=3, sampling=_COUNTED)
+    seeds = range(subject.config.seed + 1, subject.config.seed + 1 + subject.config.draws)
+    parts = [seeds[start : start + _AT_ONCE] for start in range(0, len(seeds), _AT_ONCE)]
+    return Counter(tuple(ids[:2]) for part in parts for ids in subject.together([prompt] * len(part), config, part))
+
+
+def _following(subject: Subject, ids: Ids) -> dict[int, float]:
+    """The tokens that can follow, with their probabilities."""
+    probs = probabilities(subject.logits(torch.tensor([ids]))[0, -1], _COUNTED)
+    return {int(token): float(probs[token]) for token in probs.nonzero()[:, 0]}
+
+
+def _pairs(subject: Subject, prompt: Ids) -> dict[Pair, float]:
+    """The probability of each beginning of two tokens; of one, where it ends the output."""
+    pairs: dict[Pair, float] = {}
+    for token, share in _following(subject, prompt).items():
+        after = {} if token in subject.loaded.eos_ids else _following(subject, [*prompt, token])
+        if not after:
+            pairs[token,] = share
+        pairs |= {(token, second): share * part for second, part in after.items()}
+    return pairs
+
+
+def chi_square(found: Counter[Pair], expected: dict[Pair, float], draws: int) -> float:
+    """The p-value of counts, given probabilities; 0 if something impossible was drawn. Rare pairs share a cell."""
+    if found.keys() - expected.keys():
+        return 0.0
+    frequent = [pair for pair, share in expected.items() if draws * share >= _LEAST_DRAWS]
+    cells = [(found[pair], draws * expected[pair]) for pair in frequent]
+    rest = draws - sum(mean for _, mean in cells)
+    if rest > 1e-6 * draws:
+        cells.append((found.total() - sum(count for count, _ in cells), rest))
+    statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
+    half = torch.tensor([max(len(cells) - 1, 1), statistic], dtype=torch.float64) / 2
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+CHECKS = (check_logits, check_drafts, check_batches, check_turns, check_sampling)
