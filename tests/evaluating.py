@@ -13,7 +13,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.evaluation.measure.runner import measure_prompt
+from layerskip_core.evaluation.measure.runs import measure_prompt
 from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.outputs import Output, Outputs
 from layerskip_core.evaluation.results import Step

@@ -21,8 +21,8 @@ from layerskip_core.config.verification import VerifyConfig
 from layerskip_core.decoding import PrefixCache, decode
 from layerskip_core.decoding.strategies import loop_of
 from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.inspection import inspect
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.inspect import inspect
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.verification.run import verify
 from layerskip_core.harness.likelihood import likelihoods

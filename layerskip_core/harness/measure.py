@@ -13,10 +13,9 @@ from ..checkpoint.loaded import Decoder
 from ..config.checks import require, require_exit_layer
 from ..config.decoding import DecodingConfig, DecodingSettings, default_exits
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
-from ..evaluation.measure.batches import default_timed
 from ..evaluation.measure.bench import bench_result, must_search, strategies_of, unmeasured_bench
 from ..evaluation.measure.environment import environment
-from ..evaluation.measure.runner import Progress, drafts_tokens
+from ..evaluation.measure.runs import Progress, default_timed, drafts_tokens
 from ..evaluation.measure.sweep import exit_result, unmeasured
 from ..evaluation.results import RunRecord
 from ..model.exit_blocks import target_block

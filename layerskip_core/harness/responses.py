@@ -9,9 +9,8 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..config.evaluation import BenchConfig, SweepConfig
 from ..data.examples import Example
-from ..evaluation.measure.batches import answer_in_batches, timed_examples
 from ..evaluation.measure.comparison import differences
-from ..evaluation.measure.runner import Progress, drafts_tokens, measure_interleaved
+from ..evaluation.measure.runs import Progress, answer_in_batches, drafts_tokens, measure_interleaved, timed_examples
 from ..evaluation.outputs import Output, Outputs
 from ..evaluation.results import Difference
 from .generation import AnswerSettings

@@ -25,9 +25,9 @@ from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.inspection import inspect
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import agreement
-from layerskip_core.evaluation.measure.inspect import inspect
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.perplexity import reference_losses
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table

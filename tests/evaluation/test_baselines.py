@@ -14,7 +14,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.baselines import TransformersGenerate, load_baselines, require_early_exit
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.runner import measure_prompt
+from layerskip_core.evaluation.measure.runs import measure_prompt
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)

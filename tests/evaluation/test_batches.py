@@ -11,12 +11,11 @@ from layerskip_core.config.decoding import DecodingConfig, GenerationSettings, S
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation.measure import batches as batches_module
+from layerskip_core.evaluation.measure import runs
 from layerskip_core.evaluation.measure.baselines import TransformersGenerate, load_baselines
-from layerskip_core.evaluation.measure.batches import answer_in_batches
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
-from layerskip_core.evaluation.measure.runner import measure_prompt
+from layerskip_core.evaluation.measure.runs import answer_in_batches, measure_prompt
 from layerskip_core.evaluation.measure.sweep import sweep
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
@@ -84,17 +83,17 @@ def test_a_prompt_that_does_not_fit_fails_alone():
 def test_answers_in_the_journal_are_not_computed_again(tmp_path, monkeypatch):
     loaded, examples = tiny_loaded(), own_answers(4).examples
     _, whole = collect(answer_in_batches(loaded, examples, [PLAIN], 2))
-    running = answer_in_batches(loaded, examples, [PLAIN], 2, Journal(tmp_path, {}, False, 1, 300))
+    running = answer_in_batches(loaded, examples, [PLAIN], 2, Journal(tmp_path, {}, False))
     next(running)
     running.close()
     batches = []
-    honest = batches_module.decode_batch
+    honest = runs.decode_batch
     monkeypatch.setattr(
-        batches_module,
+        runs,
         "decode_batch",
         lambda model, prompts, *more: batches.append(len(prompts)) or honest(model, prompts, *more),
     )
-    _, again = collect(answer_in_batches(loaded, examples, [PLAIN], 3, Journal(tmp_path, {}, True, 1, 300)))
+    _, again = collect(answer_in_batches(loaded, examples, [PLAIN], 3, Journal(tmp_path, {}, True)))
     assert (again, batches) == (whole, [2])
     assert len((tmp_path / FILE_NAME).read_text().splitlines()) == 5
 

@@ -16,7 +16,7 @@ from layerskip_core.evaluation.measure import cost_model
 from layerskip_core.evaluation.measure import pass_times as timing
 from layerskip_core.evaluation.measure.cost_model import Prediction, Predictions, Rounds, Side, agreement, predict, simulate
 from layerskip_core.evaluation.measure.pass_times import PassTimes, Stretch, pass_times, plain_seconds, stretch_of
-from layerskip_core.evaluation.measure.runner import measure_prompt
+from layerskip_core.evaluation.measure.runs import measure_prompt
 
 EOS = frozenset({9})
 SETTING = DecodingConfig("self-speculative", 5, 3)

@@ -12,9 +12,8 @@ from evaluating import LAYERS, own_answers, tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.inspection import Inspection, LayerPrediction, TokenTrace
-from layerskip_core.evaluation.measure.inspect import inspect, settled_layer
-from layerskip_core.evaluation.measure.runner import measure_prompt
+from layerskip_core.evaluation.inspection import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
+from layerskip_core.evaluation.measure.runs import measure_prompt
 from layerskip_core.evaluation.report.inspect_page import inspection_page
 
 

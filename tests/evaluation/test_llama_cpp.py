@@ -13,7 +13,7 @@ from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.llama_cpp import llama_cpp
-from layerskip_core.evaluation.measure.runner import measure_prompt
+from layerskip_core.evaluation.measure.runs import measure_prompt
 from layerskip_core.evaluation.report.tables import bench_table
 
 

@@ -5,7 +5,7 @@ from evaluating import tiny_loaded
 
 from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.evaluation.measure.profile import draft_profile
+from layerskip_core.evaluation.measure.pass_times import draft_profile
 from layerskip_core.evaluation.results import Result
 
 

@@ -9,9 +9,10 @@ from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, outputs_of, own_answers, ta
 
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure import runner
-from layerskip_core.evaluation.measure.runner import Progress, measure_interleaved, measure_prompt
+from layerskip_core.evaluation.measure import runs
+from layerskip_core.evaluation.measure.runs import Progress, measure_interleaved, measure_prompt
 from layerskip_core.evaluation.outputs import Output, Outputs
+from layerskip_core.evaluation.results import Step
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 DRAFTED = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -75,9 +76,9 @@ def test_the_order_changes_and_every_setting_answers_every_prompt(monkeypatch):
 
     def recorded(loaded, prompt, config):
         calls.append((prompt, config.exit_layer))
-        return Output((config.exit_layer or 0,), steps=(runner.Step(1, 1.0),))
+        return Output((config.exit_layer or 0,), steps=(Step(1, 1.0),))
 
-    monkeypatch.setattr(runner, "measure_prompt", recorded)
+    monkeypatch.setattr(runs, "measure_prompt", recorded)
     settings = [DecodingConfig("early-exit", layer) for layer in (1, 2, 3)]
     task = own_answers()
     prompts = [example.prompt for example in task.examples]

@@ -25,7 +25,7 @@ from layerskip_core.evaluation.measure import skip_search
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import Rounds
 from layerskip_core.evaluation.measure.pass_times import PassTimes
-from layerskip_core.evaluation.measure.runner import Progress
+from layerskip_core.evaluation.measure.runs import Progress
 from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report.documents import to_csv, to_json

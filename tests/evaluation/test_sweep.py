@@ -14,10 +14,11 @@ from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import counts_text, parse_counts
 from layerskip_core.errors import ConfigError
+from layerskip_core.evaluation.measure import runs
 from layerskip_core.evaluation.measure.comparison import NEAR_TIE
 from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
-from layerskip_core.evaluation.measure.runner import Progress
+from layerskip_core.evaluation.measure.runs import Progress
 from layerskip_core.evaluation.measure.sweep import exit_result, sweep
 from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.outputs import Times
@@ -272,16 +273,15 @@ def test_exits_by_confidence_are_swept_where_exits_were_trained():
 
 
 def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
-    from layerskip_core.evaluation.measure import runner
 
     order = []
-    honest = runner.measure_prompt
+    honest = runs.measure_prompt
 
     def recorded(loaded, prompt, config):
         order.append(config.strategy)
         return honest(loaded, prompt, config)
 
-    monkeypatch.setattr(runner, "measure_prompt", recorded)
+    monkeypatch.setattr(runs, "measure_prompt", recorded)
     list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", exits=(2, 5), specs=(2,))))
     once = [
         "early-exit",

@@ -18,13 +18,21 @@ from ..perplexity import ReferenceLosses
 from ..results import Difference, Result, RunRecord
 from ..tasks.task import Task
 from .baselines import load_baselines
-from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import differences
 from .environment import environment
 from .journal import FOUND_SKIP, Journal, found_skip
 from .llama_cpp import NAME as LLAMA_CPP
 from .llama_cpp import describe_build
-from .runner import Method, Progress, drafts_tokens, exit_and_drafts, measure_interleaved
+from .runs import (
+    Method,
+    Progress,
+    answer_in_batches,
+    default_timed,
+    drafts_tokens,
+    exit_and_drafts,
+    measure_interleaved,
+    timed_examples,
+)
 from .skip_search import search_skips
 
 
@@ -70,7 +78,7 @@ def bench(
     asked_of = [*((example.prompt, example.completion) for example in task.examples), task.text]
     rows = hashlib.sha256(json.dumps(asked_of).encode()).hexdigest()
     settings = asdict(config) | ({FOUND_SKIP: asdict(searched)} if searched else {}) | {"rows": rows}
-    journal = Journal(folder, settings, resume, len(methods), loaded.backend.vocab_size) if folder is not None else None
+    journal = Journal(folder, settings, resume) if folder is not None else None
     losses = ReferenceLosses()
     if task.text is not None:
         losses = sum(task.losses(loaded, [_target_layers(strategy, loaded) for strategy in strategies]), losses)

@@ -18,7 +18,7 @@ from ...model.drafting import beyond_exit
 from ...model.exit_blocks import features_of
 from ..outputs import Output, Outputs, require_outputs
 from .pass_times import PassTimes, Stretch, averages, pass_times, plain_seconds, stretch_of
-from .runner import Progress, measure_prompt
+from .runs import Progress, measure_prompt
 
 # Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
 # about so many seconds allow, because the times of short passes vary more.

@@ -24,7 +24,7 @@ from ..tasks.load import load_task
 from ..tasks.task import Task
 from .cost_model import Prediction, Rounds, prediction_of, simulate
 from .pass_times import PassTimes, Stretch, averages, pass_times, plain_seconds
-from .runner import Progress, measure_prompt
+from .runs import Progress, measure_prompt
 
 _PROMPTS = 8
 _TOKENS = 48  # of each output

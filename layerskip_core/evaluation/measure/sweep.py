@@ -15,13 +15,20 @@ from ..outputs import Outputs, Times, finite
 from ..perplexity import ReferenceLosses
 from ..results import Bounds, Difference, Result, RunRecord
 from ..tasks.task import Task
-from .batches import answer_in_batches, default_timed, timed_examples
 from .comparison import NEAR_TIE, differences
 from .cost_model import Predictions, predict, side_of
 from .environment import environment
-from .profile import draft_profile
+from .pass_times import draft_profile
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
-from .runner import Progress, drafts_tokens, exit_and_drafts, measure_interleaved
+from .runs import (
+    Progress,
+    answer_in_batches,
+    default_timed,
+    drafts_tokens,
+    exit_and_drafts,
+    measure_interleaved,
+    timed_examples,
+)
 from .skip_search import search_skips
 
 _QUICK = 3  # settings that a quick sweep measures
