@@ -29,7 +29,7 @@ Record = TypeVar("Record")
 
 def load(config: "BenchConfig | SweepConfig") -> "tuple[Decoder, Task]":
     """The rows and the model; prints their notes."""
-    from layerskip_core.evaluation.tasks.load import load_task
+    from layerskip_core.evaluation.tasks.task import load_task
 
     rows = load_task(config.task)
     for note in rows.notes:

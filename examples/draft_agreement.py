@@ -19,7 +19,7 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.evaluation.tasks.load import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.model import Backend
 from layerskip_core.model.backend import DraftSide
 from layerskip_core.model.exit_blocks import PlacedBlock, features_of

@@ -351,7 +351,7 @@ def test_code_is_judged_with_the_flag_alone(tmp_path, model):
 
 
 def test_without_any_layer_of_the_sandbox_code_runs_only_where_the_flag_says_unsandboxed(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("layerskip_core.evaluation.tasks.code.standing_walls", lambda: ("privileges",))
+    monkeypatch.setattr("layerskip_core.evaluation.tasks.code.standing_layers", lambda: ("privileges",))
     file = tmp_path / "problems.jsonl"
     row = {"task_id": 1, "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"}
     file.write_text(json.dumps({**row, "test": "def check(f):\n    assert f(1) == 1\n"}) + "\n")

@@ -24,7 +24,7 @@ from layerskip_core.evaluation.outputs import Output, Outputs
 from layerskip_core.evaluation.report.documents import to_json
 from layerskip_core.evaluation.report.tables import bench_table
 from layerskip_core.evaluation.results import Difference, Failure, Result
-from layerskip_core.evaluation.tasks.load import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.model import PackedBackend
 
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")

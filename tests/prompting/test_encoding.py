@@ -15,7 +15,7 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.data.examples import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.evaluation.tasks.load import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate, special_text
 from layerskip_core.training.rows.encoder import Encoder
 

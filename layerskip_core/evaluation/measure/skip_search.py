@@ -20,8 +20,7 @@ from ...decoding.drafters.skipping import kept_layers
 from ...errors import ConfigError, DataError, LayerSkipError
 from ...model.drafting import run_spans
 from ..outputs import Outputs, require_outputs
-from ..tasks.load import load_task
-from ..tasks.task import Task
+from ..tasks.task import Task, load_task
 from .cost_model import Prediction, Rounds, prediction_of, simulate
 from .pass_times import PassTimes, Stretch, averages, pass_times, plain_seconds
 from .runs import Progress, measure_prompt

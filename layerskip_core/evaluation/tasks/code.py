@@ -8,7 +8,6 @@ an instruct model. MBPP's prompts are those of Austin et al., section 4: three s
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from keyword import iskeyword
 from statistics import fmean
 
 from ...config.checks import require
@@ -18,8 +17,7 @@ from ...data.records import Record, spread
 from ...errors import ConfigError
 from ..metrics import pass_at_k, rouge
 from ..sandbox import LAYERS, run_tests, standing_layers
-from .prompts import BARE, forms, framed
-from .rows import file_rows, hub_rows, shots_and_rest
+from .prompts import BARE, file_rows, forms, framed, hub_rows, shots_and_rest
 from .task import Task, TaskLoader
 
 _HUMANEVAL_HUB = "openai/openai_humaneval"
@@ -71,26 +69,19 @@ def mbpp(config: TaskConfig) -> Task:
 def _mbpp_file(path: str, count: int, split: range) -> tuple[list[Record], list[Record]]:
     """`count` solved problems and the problems of the split, by task_id; by position if the file lacks some of them."""
     every = file_rows(path)
-    known = {_task_id(row): row for row in every}
+    known = {number: row for row in every if isinstance(number := row.fields.get("task_id"), int)}
     shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
-    rows = [row for row in every if _task_id(row) in split]
+    rows = [row for number, row in known.items() if number in split]
     return (shots, rows) if len(shots) == count and rows else shots_and_rest(every, count, path)
 
 
 def _framed(
-    form: tuple[str, str | None], problems: Iterable[_Problem], solved: Sequence[Example] = ()
+    form: tuple[str, str | None], rows: Iterable[_Problem], solved: Sequence[Example] = ()
 ) -> tuple[list[_Problem], str | None]:
     """The problems with the prompts that `framed` makes."""
-    problems = list(problems)
+    problems = list(rows)
     examples, template = framed(*form, (problem.example for problem in problems), solved)
     return [replace(problem, example=example) for problem, example in zip(problems, examples, strict=True)], template
-
-
-def _task_id(row: Record) -> int | str | None:
-    number = row.fields.get("task_id")
-    if number is None or isinstance(number, str) or type(number) is int:
-        return number
-    raise row.fault("task_id must be an integer, a text or left out", number)
 
 
 def _humaneval_problem(row: Record) -> _Problem:
@@ -98,8 +89,6 @@ def _humaneval_problem(row: Record) -> _Problem:
     prompt = head.rstrip()
     example = Example(prompt, head[len(prompt) :] + _code(row, "canonical_solution"))
     name = _code(row, "entry_point").strip()
-    if not name.isidentifier() or iskeyword(name):
-        raise row.fault("entry_point must be the name of a function", name)
     return _Problem(example, head, f"{_code(row, 'test')}\ncheck({name})\n")
 
 
@@ -108,31 +97,26 @@ def _mbpp_problem(row: Record) -> _Problem:
 
     The setup runs with the tests, after the answer: in row 367 it uses a class that the answer defines.
     """
-    listed = row.value("test_list")
-    if not isinstance(listed, list):
-        raise row.fault("test_list must be a list of texts", listed)
-    tests = "\n".join(row.texts("test_list"))
+    tests = _lines(row, "test_list")
     example = Example(
         f"{_code(row, row.first_column(('text', 'prompt')))} Your code should pass these tests:\n\n{tests}", _code(row, "code")
     )
-    return _Problem(example, "", f"{_setup(row)}\n{tests}")
-
-
-def _setup(row: Record) -> str:
-    code, imports = row.fields.get("test_setup_code"), row.fields.get("test_imports")
-    if code is not None and not isinstance(code, str):
-        raise row.fault("test_setup_code must be a text", code)
-    if imports is not None and not (isinstance(imports, list) and all(isinstance(line, str) for line in imports)):
-        raise row.fault("test_imports must be a list of texts", imports)
-    return code or "\n".join(imports or ())
+    setup = _code(row, "test_setup_code") if row.fields.get("test_setup_code") else ""
+    setup = setup or (_lines(row, "test_imports") if row.fields.get("test_imports") else "")
+    return _Problem(example, "", f"{setup}\n{tests}")
 
 
 def _code(row: Record, column: str) -> str:
-    """A field that must be a non-empty text: other tasks join lists of sentences, but a program is one text."""
-    value = row.value(column)
-    if not isinstance(value, str):
+    """A field that must be a text: other tasks join lists of sentences, but a program is one text."""
+    if not isinstance(value := row.value(column), str):
         raise row.fault(f"{column} must be a text", value)
     return row.text(column)
+
+
+def _lines(row: Record, column: str) -> str:
+    if not isinstance(value := row.value(column), list):
+        raise row.fault(f"{column} must be a list of texts", value)
+    return "\n".join(row.texts(column))
 
 
 def _task(config: TaskConfig, problems: Sequence[_Problem], stop: tuple[str, ...], template: str | None) -> Task:

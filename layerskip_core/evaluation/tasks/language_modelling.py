@@ -9,8 +9,7 @@ from ...data.examples import Example
 from ...data.records import FILE_ENDINGS, file_ending
 from ...errors import DataError
 from ...files import text_lines
-from .prompts import BARE
-from .rows import file_rows, hub_rows
+from .prompts import BARE, file_rows, hub_rows
 from .task import Task, TaskLoader
 
 _HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"

@@ -13,8 +13,7 @@ from ...data.records import Record, spread
 from ...errors import DataError
 from ...prompting import RAW
 from ..metrics import ROUGES, exact_match, rouge
-from .prompts import BARE, SHOT_END, forms, framed
-from .rows import shots_and_rest
+from .prompts import BARE, SHOT_END, forms, framed, shots_and_rest
 from .task import Task, TaskLoader
 
 _MAX_NEW_TOKENS = 128  # more than twice the mean parse

@@ -1,12 +1,34 @@
-"""From rows to prompts: the form of a row, the solved rows (shots) before it, and the model's prompt template."""
+"""From the rows of a file or of a data set on the hub to prompts: their form, the solved rows before them, the template."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
+from ...config.checks import require
 from ...data.examples import Example
+from ...data.records import Record, file_records, hub_records
 from ...prompting import CHAT, RAW
 
 BARE = "{prompt}"  # a form, or a template, that adds nothing
 SHOT_END = "\n\n"
+
+Item = TypeVar("Item")
+
+
+def file_rows(path: str) -> list[Record]:
+    """All rows of a file, at least one. Raises DataError."""
+    return list(file_records(Path(path)))
+
+
+def hub_rows(hub_id: str, split: str, most: int | None = None, **keywords: Any) -> list[Record]:
+    """All rows of a data set on the hub, or only its first `most` rows. Raises DataError."""
+    return list(hub_records(hub_id, split, most=most, **keywords))
+
+
+def shots_and_rest(rows: list[Item], count: int, source: str) -> tuple[list[Item], list[Item]]:
+    """The first `count` rows and the others. Raises ConfigError if the shots leave no rows."""
+    require(count < len(rows) or not count, "shots", f"below {len(rows)}, the rows of {source}", count)
+    return rows[:count], rows[count:]
 
 
 def forms(template: str | None, form: str, by_default: str | None) -> tuple[str, str | None]:

@@ -9,8 +9,7 @@ from ...data.examples import Example
 from ...data.records import Record, spread
 from ..metrics import ROUGES
 from .pairs import text_scores
-from .prompts import BARE, forms, framed
-from .rows import file_rows, hub_rows, shots_and_rest
+from .prompts import BARE, file_rows, forms, framed, hub_rows, shots_and_rest
 from .task import Task, TaskLoader
 
 _FORM = "Article: {prompt}\nSummary:"
