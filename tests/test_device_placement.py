@@ -13,7 +13,7 @@ from training_runs import RECIPE, settings_on, train
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
-from layerskip_core.config.evaluation import BenchConfig, SweepConfig
+from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
@@ -21,9 +21,7 @@ from layerskip_core.config.verification import VerifyConfig
 from layerskip_core.decoding import PrefixCache, decode
 from layerskip_core.decoding.strategies import loop_of
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.inspection import inspect
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.verification.run import verify
 from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import GenericBackend, PackedBackend
@@ -154,21 +152,6 @@ def test_benchmarks(on_gpu, checkpoint):
     *_, record = bench(on_gpu, own_answers(1), config)
     assert {result.strategy for result in record.results} >= {*strategies, "transformers"}
     assert record.environment["device_name"] == "simulated" and record.environment["implementation"] == "packed, CUDA graphs"
-
-
-def test_sweeps(on_gpu, checkpoint):
-    *_, record = sweep(
-        on_gpu, own_answers(1), SweepConfig(checkpoint, own_answers(1).config, exits=(2,), specs=(2,), quick=True)
-    )
-    assert record.recommendation is not None
-
-
-def test_what_every_layer_predicts(on_gpu, checkpoint):
-    found, expected = (inspect(loaded, "wake me up", 4) for loaded in (on_gpu, for_decoding(checkpoint, "cpu", "fp32")))
-    assert [trace.token for trace in found.tokens] == [trace.token for trace in expected.tokens]
-    for trace, other in zip(found.tokens, expected.tokens, strict=True):
-        for one, same in zip(trace.predictions, other.predictions, strict=True):
-            assert one.token == same.token and one.probability == pytest.approx(same.probability, rel=1e-3)
 
 
 def test_log_likelihoods(on_gpu):

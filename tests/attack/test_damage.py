@@ -1,0 +1,174 @@
+"""Damaged and hostile files of a model: an answer or one line of error, no change to a file, and no code of the model runs."""
+
+import json
+import shutil
+import struct
+
+import pytest
+from attacking import contents, examples, require_sound
+from command_line import run
+from hypothesis import given
+from hypothesis import strategies as st
+
+MARKER = "executed"
+GENERATE = ("generate", "--max-new-tokens", "4", "call mom")
+COMMANDS = (
+    *((*GENERATE, "--model", "MODEL"), (*GENERATE, "--strategy", "autoregressive", "--model", "MODEL")),
+    *((*GENERATE, "--exit", "2", "--model", "MODEL"), (*GENERATE, "--quantize", "int4", "--model", "MODEL")),
+    ("import", "MODEL", "--output", "imported"),
+)
+ODD = (  # no huge sizes: a model may waste its user's memory
+    *(None, True, False, 0, 1, -1, 2, 7, 300, 0.5, -0.5, 1e-50, 1e308, "", "x", "1", "\u202e", "a" * 5000, "../../etc"),
+    *([], [1], [[]], ["x"], [None], {}, {"x": 1}, [1, 2, 3]),
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, forks, wide_base):
+    """Models with exit blocks, with int4 weights, and as a GGUF file."""
+    home = tmp_path_factory.mktemp("models") / "home"
+    home.mkdir()
+    few = ("--samples", "2", "--steps", "1")
+    frozen = ("finetune", "--frozen", "--exits", "2", "--batch-size", "2", "--answer-tokens", "4", "--output", "blocks")
+    for command in (
+        (*frozen, *few, "--model", wide_base),
+        ("calibrate", *few, "--length", "8", "--model", wide_base, "--output", "int4"),
+        ("export", wide_base, "--exit", "4", "--format", "gguf", "--output", "gguf"),
+    ):
+        assert (ended := forks.run(home, *command)).code == 0, ended.err
+    return home
+
+
+def damaged_bytes(draw, file):
+    data = file.read_bytes()
+    place = draw(st.integers(0, len(data)))
+    file.write_bytes(
+        draw(
+            st.sampled_from(
+                [
+                    data[:place],
+                    b"",
+                    data + data[place:],
+                    data[:place] + b"\xff" * 8 + data[place + 8 :],
+                    data[:place] + bytes(64) + data[place:],
+                    data[:place] + data[place + 100 :],
+                ]
+            )
+        )
+    )
+
+
+def damaged_json(draw, file):
+    """One value of the document, at any depth, becomes an odd one or is left out."""
+    document = json.loads(file.read_text())
+    holder = document
+    while True:
+        key = draw(st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder))))
+        if not isinstance(holder[key], dict | list) or not holder[key] or draw(st.booleans()):
+            break
+        holder = holder[key]
+    holder[key] = draw(st.sampled_from(ODD))
+    file.write_text(json.dumps(document))
+
+
+def damaged_header(draw, file):
+    """The header of a safetensors file: a tensor's type, shape, place or name."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    names = sorted(name for name in header if name != "__metadata__")
+    name, way = draw(st.sampled_from(names)), draw(st.sampled_from(["dtype", "shape", "data_offsets", "name", "gone"]))
+    if way == "dtype":
+        header[name][way] = draw(st.sampled_from(["F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "X", 5]))
+    elif way in ("shape", "data_offsets"):
+        header[name][way] = draw(st.sampled_from([[], [0], [1, 1], [2**62, 4], [-1, 2], "x", None, header[names[0]][way]]))
+    elif way == "name":
+        header[f"{name}.x"] = header.pop(name)
+    else:
+        del header[name]
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def damage(draw, model):
+    file = model if model.is_file() else draw(st.sampled_from(sorted(one for one in model.iterdir() if one.is_file())))
+    way = draw(st.sampled_from(["structure", "structure", "structure", "bytes", "gone", "folder"]))
+    if way == "structure" and file.suffix == ".json":
+        damaged_json(draw, file)
+    elif way == "structure" and file.suffix == ".safetensors":
+        damaged_header(draw, file)
+    elif way in ("gone", "folder"):
+        file.unlink()
+        file.mkdir() if way == "folder" else None
+    else:
+        damaged_bytes(draw, file)
+
+
+@pytest.mark.parametrize("name", ["blocks", "int4", "gguf"])
+@examples(12)
+@given(data=st.data())
+def test_a_damaged_model_is_an_answer_or_one_clear_error(name, data, models, tmp_path_factory):
+    home = tmp_path_factory.mktemp("damaged")
+    model = home / "model"
+    shutil.copytree(models / name, model)
+    files = sorted(model.glob("*.gguf"))
+    damage(data.draw, files[0] if files else model)
+    before = contents(model)
+    target = str(files[0] if files else model)
+    command = [target if part == "MODEL" else part for part in data.draw(st.sampled_from(COMMANDS))]
+    command = [str(home / "imported") if part == "imported" else part for part in command]
+    require_sound(run(*command))
+    assert contents(model) == before
+
+
+EVIL = "open({marker!r}, 'w')\nclass Evil:\n    from_pretrained = classmethod(lambda *a, **k: 1)\n"
+MAP = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer_config.json", {"auto_map": MAP}),
+        ("tokenizer_config.json", {"auto_map": MAP, "tokenizer_class": "Evil"}),
+        ("config.json", {"auto_map": MAP}),
+        ("config.json", {"auto_map": MAP, "model_type": "evil"}),
+        ("generation_config.json", {"custom_generate": "."}),
+    ],
+)
+def test_code_of_a_model_never_runs(file, changes, base, tmp_path):
+    model, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(base, model)
+    for name in ("evil", "tokenization_evil", "modeling_evil", "configuration_evil", "custom_generate/generate"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / f"{name}.py").write_text(EVIL.format(marker=str(marker)))
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
+    for command in (GENERATE, ("inspect", "call mom", "--max-new-tokens", "2")):
+        require_sound(run(*command, "--model", str(model)))
+    require_sound(run("import", str(model), "--output", str(tmp_path / "imported")))
+    require_sound(run("finetune", "--model", str(model), "--steps", "1", "--samples", "2", "--output", str(tmp_path / "out")))
+    assert not marker.exists()
+
+
+def test_weights_that_are_a_pickle_are_refused(base, tmp_path):
+    model, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(base, model)
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(f"cbuiltins\nexec\n(Vopen({str(marker)!r}, 'w')\ntR.".encode())
+    result = run(*GENERATE, "--model", str(model))
+    require_sound(result)
+    assert result.code == 1 and not marker.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_refused(weight, value, base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors[weight].view(-1)[:3] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    result = run(*GENERATE, "--model", str(model))
+    require_sound(result)
+    assert result.code == 1

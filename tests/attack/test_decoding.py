@@ -1,0 +1,201 @@
+"""Random settings on tiny models: drafting, batches, joins and kept prefixes must not change any row's tokens."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from attacking import examples
+from conftest import tiny_model
+from exit_block_models import random_blocks
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.decoding import PrefixCache, decode, decode_batch
+from layerskip_core.decoding.strategies import loop_of
+from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model.architectures import ARCHITECTURES
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+
+STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "adaptive", "lookup", "draft-and-verify")
+KINDS = (
+    *("generic", "generic gemma3_text", "packed", "packed mistral", "packed smollm3", "packed qwen2", "native", "native bf16"),
+    *("native int8", "native int4", "native int8 drafts", "native few drafts", "native gemma2", "native gemma3_text"),
+    *("native granite", "native olmo3", "native phi3", "native starcoder2", "native qwen3", "native smollm3"),
+)
+PACKING = {
+    "int8": PackingConfig(quantize="int8"),
+    "int4": PackingConfig(quantize="int4"),
+    "int8 drafts": PackingConfig(draft_weights=("int8",)),
+    "few drafts": PackingConfig(draft_vocab=30),
+}
+COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position", "accepted_by_position")
+
+
+@cache
+def model_of(kind, exits, feature, scale):
+    """A model of six layers, with exit blocks at `exits`."""
+    backend, _, rest = kind.partition(" ")
+    architecture = rest if rest in ARCHITECTURES else "llama"
+    changes = {"sliding_window": 5} if architecture == "mistral" else {}
+    dtype = {"bf16": torch.bfloat16, "int4": torch.bfloat16}.get(rest, torch.float32 if backend == "native" else torch.float64)
+    if backend == "native":
+        changes = {"intermediate_size": 64, "hidden_size": 64}
+    model, packing = tiny_model(architecture, dtype, **changes), PACKING.get(rest)
+    blocks = random_blocks(model, *(ExitBlock(exit, feature) for exit in exits), scale=scale) if exits else NO_BLOCKS
+    if backend == "generic":
+        return GenericBackend(model, blocks)
+    if backend == "packed":
+        return PackedBackend.of(model, exit_blocks=blocks)
+    if not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+        pytest.skip("no compiled kernels here")
+    return NativeBackend.of(model, packing, exit_blocks=blocks)
+
+
+def letters(ids):
+    return "".join(chr(ord("0") + token) for token in ids)
+
+
+def alone(model, prompt, config, ends):
+    """A prompt's tokens, why they end, and their counts."""
+    decoding = decode(model, prompt, config, ends, letters)
+    ids = [token.id for tokens in decoding for token in tokens]
+    return ids, decoding.finish_reason, decoding.stats
+
+
+@st.composite
+def models(draw, kind):
+    exits = draw(st.sampled_from([(), (), (1,), (2, 4), (1, 3, 5)]))
+    return model_of(kind, exits, draw(st.sampled_from(["none", "final"])), draw(st.sampled_from([0.05, 0.3, 2.0])))
+
+
+def answering_exits(model):
+    """The exits that can answer: not those whose blocks read the target's final states."""
+    only_drafting = {exit_layer for exit_layer, block in model.exit_blocks.items() if not block.stands_alone}
+    return [exit_layer for exit_layer in range(1, model.num_layers + 1) if exit_layer not in only_drafting]
+
+
+@st.composite
+def configs(draw, model, known):
+    """`known`: tokens of an answer, some of which become stop strings."""
+    strategy = draw(st.sampled_from(STRATEGIES))
+    drafts = strategy not in ("autoregressive", "early-exit")
+    layers = st.integers(1, model.num_layers - 1)
+    sampling = SamplingConfig(
+        draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0, 3.0])),
+        draw(st.sampled_from([0, 0, 1, 3, 40])),
+        draw(st.sampled_from([1.0, 0.9, 0.1])),
+        draw(st.integers(0, 999)),
+    )
+    places = draw(st.lists(st.integers(0, 17), max_size=2))
+    any_exits = tuple(sorted(draw(st.sets(layers, max_size=3))))
+    return DecodingConfig(
+        strategy,
+        draw(layers if drafts else st.sampled_from(answering_exits(model))),
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from([12, 30, 5, 2, 1, 500])),
+        draw(st.sampled_from([0.0, 0.2, 0.7, 0.99])) if strategy == "self-speculative" else 0.0,
+        tuple(letters(known[place : place + 2]) for place in places),
+        sampling,
+        draw(st.sampled_from(list(model.draft_sides))) if strategy in ("self-speculative", "draft-and-verify") else None,
+        lookup=draw(st.sampled_from([0, 0, 1, 2, 5])) if drafts else 0,
+        exits=(tuple(model.exit_blocks) or any_exits) if strategy == "adaptive" else (),
+        skip=tuple(draw(st.sets(layers, min_size=1, max_size=4))) if strategy == "draft-and-verify" else (),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@examples(5)
+@given(data=st.data())
+def test_drafts_batches_and_joins_change_no_tokens(kind, data):
+    model = data.draw(models(kind))
+    prompts = data.draw(st.lists(st.lists(st.integers(3, 66), min_size=1, max_size=14), min_size=1, max_size=4))
+    known = alone(model, prompts[0], DecodingConfig("autoregressive", max_new_tokens=20), frozenset())[0]
+    config = data.draw(configs(model, known))
+    ends = frozenset(data.draw(st.lists(st.sampled_from(known), max_size=2)))
+    single = [alone(model, prompt, config, ends) for prompt in prompts]
+    for prompt, (ids, reason, stats) in zip(prompts, single, strict=True):
+        require_consistent(model, len(prompt), config, ids, reason, stats)
+    drafts, sampled = config.strategy not in ("autoregressive", "early-exit"), config.sampling.temperature > 0
+    if drafts and not sampled:
+        plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, 0.0, config.stop)
+        for prompt, answer in zip(prompts, single, strict=True):
+            assert answer[:2] == alone(model, prompt, plain, ends)[:2]
+    require_prefixes_to_change_nothing(model, prompts, config, ends)
+    if sampled and drafts:  # the other rows of a batch limit the number of drafts, and so the draws
+        return
+    assert joined(data, model, prompts, config, ends) == [ids for ids, _, _ in single]
+    same_drafts = config.strategy != "adaptive" and (not config.lookup or config.strategy == "lookup")
+    near_the_end = any(reason == "context" for _, reason, _ in single)  # there, the longest row limits the drafts
+    for output in decode_batch(model, prompts, config, ends, letters):
+        ids, reason, stats = single[output.row]
+        assert (output.ids, output.finish_reason) == (ids, reason)
+        for name in COUNTS if same_drafts and not near_the_end else ():
+            assert getattr(output.stats, name) == getattr(stats, name), name
+
+
+def require_consistent(model, prompt_tokens, config, ids, reason, stats):
+    """The counts of one output do not contradict each other."""
+    assert (stats.prompt_tokens, stats.new_tokens) == (prompt_tokens, len(ids))
+    assert 0 <= stats.accepted <= stats.drafted and stats.accepted < max(1, len(ids))
+    assert sum(stats.accepted_by_position) == stats.accepted and stats.rounds <= stats.drafted
+    room = min(config.max_new_tokens, model.max_positions - prompt_tokens)
+    assert len(ids) <= room
+    assert (reason in ("length", "context")) == (len(ids) == room and reason not in ("eos", "stop"))
+    assert all(0 <= token < model.vocab_size for token in ids)
+
+
+def require_prefixes_to_change_nothing(model, prompts, config, ends):
+    """Texts one after another, each beginning with a part of the one before, as the turns of a conversation do."""
+    kept, text = PrefixCache(), prompts[0]
+    for more in (*prompts[1:], prompts[0]):
+        expected = alone(model, text, config, ends)[0]
+        decoding = decode(model, text, config, ends, letters, prefix=kept)
+        ids = [token.id for tokens in decoding for token in tokens]
+        assert ids == expected
+        longer = [*text, *ids, *more]
+        text = longer if len(longer) < model.max_positions // 2 else text[: len(more)]
+
+
+def joined(data, model, prompts, config, ends):
+    """The outputs of prompts of which each joins the others after some of their steps."""
+    outputs = [[] for _ in prompts]
+    owners, running = {}, None
+    for index, prompt in enumerate(prompts):
+        loop = loop_of(model, [prompt], config, ends, letters)
+        (step,) = next(loop)
+        outputs[index] += [token.id for token in step.tokens]
+        if step.finish_reason is None:
+            if running is None or not owners:
+                running, row = loop, step.row
+            else:
+                (row,) = running.join(loop)
+            owners[row] = index
+        steps = 1000 if index == len(prompts) - 1 else data.draw(st.integers(0, 3))
+        while owners and steps > 0:
+            steps -= 1
+            for step in next(running):
+                outputs[owners[step.row]] += [token.id for token in step.tokens]
+                if step.finish_reason is not None:
+                    del owners[step.row]
+    return outputs
+
+
+@pytest.mark.parametrize("kind", ["generic", "packed", "native", "native bf16"])
+@examples(4)
+@given(data=st.data())
+def test_depth_by_confidence_is_between_early_exit_and_plain_decoding(kind, data):
+    """Where no exit is ever confident it equals plain decoding; where the first always is, early exit at that one."""
+    model = data.draw(models(kind))
+    prompt = data.draw(st.lists(st.integers(3, 66), min_size=1, max_size=14))
+    exits = tuple(sorted(data.draw(st.sets(st.sampled_from(answering_exits(model)[:-1]), min_size=1))))
+    plain = DecodingConfig("autoregressive", max_new_tokens=data.draw(st.sampled_from([1, 12, 30])))
+    early = replace(plain, strategy="early-exit", exit_layer=exits[0])
+    for confidence, same in ((1.0, plain), (5e-324, early), (data.draw(st.floats(0.01, 0.99)), None)):
+        config = replace(early, exit_layer=None, exits=exits, exit_confidence=confidence)
+        ids, reason, stats = alone(model, prompt, config, frozenset())
+        require_consistent(model, len(prompt), config, ids, reason, stats)
+        assert sum(stats.tokens_by_layers) == len(ids) and len(stats.tokens_by_layers) <= model.num_layers
+        assert same is None or (ids, reason) == alone(model, prompt, same, frozenset())[:2]
