@@ -109,8 +109,7 @@ def deliver(
     `picture`: by the width of the terminal.
     """
     from layerskip_core.evaluation.output_folder import write_files
-    from layerskip_core.evaluation.report.documents import to_csv, to_json
-    from layerskip_core.evaluation.report.files import report_files
+    from layerskip_core.evaluation.report.documents import report_files, to_csv, to_json
 
     narrate_failures(record)
     if folder is not None:

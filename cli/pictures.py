@@ -24,8 +24,8 @@ def front(points: "Points", width: int) -> Text:
 
     `width`: characters of a line.
     """
-    from layerskip_core.evaluation.report.points import is_wide, label
-    from layerskip_core.evaluation.report.tables import strategy_name
+    from layerskip_core.evaluation.report.points import is_wide
+    from layerskip_core.evaluation.report.tables import label, strategy_name
 
     high, low = f"{max(points.values):.4g}", f"{min(points.values):.4g}"
     margin = max(len(high), len(low))

@@ -39,9 +39,8 @@ def bench(
     from layerskip_core.evaluation.measure.bench import must_search
     from layerskip_core.evaluation.measure.journal import close
     from layerskip_core.evaluation.output_folder import output_folder
-    from layerskip_core.evaluation.report.answers_page import with_answers
-    from layerskip_core.evaluation.report.scores import has_scores, score_table
-    from layerskip_core.evaluation.report.tables import bench_table, category_tables
+    from layerskip_core.evaluation.report.documents import with_answers
+    from layerskip_core.evaluation.report.tables import bench_table, category_tables, has_scores, score_table
     from layerskip_core.evaluation.results import read_record
 
     with output_folder(report.output, "layerskip bench") as folder:

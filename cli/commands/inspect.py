@@ -63,7 +63,7 @@ def inspect(
     use_threads(machine.threads)
     from layerskip_core.checkpoint.open import for_decoding
     from layerskip_core.evaluation.inspection import inspect as run_inspect
-    from layerskip_core.evaluation.report.inspect_page import inspection_page
+    from layerskip_core.evaluation.report.pages import inspection_page
     from layerskip_core.files import require_writable, write_file
 
     if output is not None:

@@ -47,10 +47,9 @@ def sweep_exits(
     use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.sweep import sweep
     from layerskip_core.evaluation.output_folder import output_folder
-    from layerskip_core.evaluation.report.answers_page import with_answers
+    from layerskip_core.evaluation.report.documents import with_answers
     from layerskip_core.evaluation.report.points import points_of
-    from layerskip_core.evaluation.report.scores import has_scores, score_table
-    from layerskip_core.evaluation.report.tables import sweep_table
+    from layerskip_core.evaluation.report.tables import has_scores, score_table, sweep_table
     from layerskip_core.evaluation.results import read_record
 
     record = with_answers(read_record(report.saved, "sweep-exits"), report.saved) if report.saved is not None else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import LayerSkipError
 from ..files import hold, require_writable, write_file
 from .measure import journal
-from .report.files import REPORT_FILES
+from .report.documents import REPORT_FILES
 
 _PROBE_BYTES = 1 << 20  # more than any report takes
 

@@ -11,7 +11,7 @@ import pytest
 from test_report import BENCH, SWEEP
 
 from layerskip_core.evaluation.report.drawing import to_png, to_svg
-from layerskip_core.evaluation.report.html import html_report
+from layerskip_core.evaluation.report.pages import report_page
 from layerskip_core.evaluation.report.plots import figures
 from layerskip_core.evaluation.results import Failure, RunRecord, Step, frontier
 
@@ -56,8 +56,12 @@ class Page(HTMLParser):
 HOSTILE = """</pre></td></title></style><script>alert("1")</script><img src=x onerror='1'>&lt;{{ 1 + 1 }}"""
 
 
+def pictures(record):
+    return {str(figure.get_label()): to_svg(figure) for figure in figures(record).values()}
+
+
 def page(record):
-    return html_report(record, figures(record), ["the verdict & more"])
+    return report_page(record, pictures(record), ["the verdict & more"])
 
 
 @pytest.mark.parametrize("record", [FULL, TABLES])
@@ -77,7 +81,7 @@ def test_no_text_of_a_record_becomes_markup():
     result = replace(FULL.results[2], strategy=HOSTILE, metrics={HOSTILE: 0.5}, failures=(Failure(0, HOSTILE),))
     config = {"model": f"folder/{HOSTILE.replace('/', '')}", "task": {"task": HOSTILE}, "quality_metric": HOSTILE, HOSTILE: 1}
     record = RunRecord(config, {**FULL.environment, "device_name": HOSTILE, "notes": [HOSTILE]}, (result,))
-    text = html_report(record, figures(record), [HOSTILE])
+    text = report_page(record, pictures(record), [HOSTILE])
     parsed = Page(text)
     assert (parsed.open, parsed.links) == ([], [])
     assert parsed.tags["script"] == parsed.tags["pre"] == parsed.tags["title"] == 1

@@ -14,7 +14,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.inspection import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
 from layerskip_core.evaluation.measure.runs import measure_prompt
-from layerskip_core.evaluation.report.inspect_page import inspection_page
+from layerskip_core.evaluation.report.pages import inspection_page
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ...checkpoint.info import INFO_FILE, read_info
 from ...errors import LayerSkipError
 from ...files import SchemaError, build, parse_json, read_bytes
-from ..report.points import label
+from ..report.tables import label
 from ..results import Result, RunRecord, read_record
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"

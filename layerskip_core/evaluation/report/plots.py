@@ -1,39 +1,77 @@
 """The figures of a record: drawn once, exported as PNG files and as SVG for the report page."""
 
-from collections.abc import Callable
-from itertools import accumulate
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
+from ..metrics import lower_is_better
 from ..results import Result, RunRecord
 from .drawing import GREY, SIZE, color, legend_above, logarithmic, new_figure, style
-from .pareto import pareto_figure
-from .points import label
-from .scores import lower_scores_by_exit, scores_by_exit
+from .points import Points, is_wide, points_of
+from .tables import has_scores, label, strategy_name
 
 _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
 _WINDOW = 8  # steps
 
-Record = RunRecord
+_MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
+_FONT = 8  # points
+_AXES = (0.86 * 72 * SIZE[0], 0.8 * 72 * SIZE[1])  # points, about
+# Offsets from a point in points, in order of preference, with the alignment of the text.
+_OFFSETS = (
+    (0, 5, "center", "bottom"),
+    (6, 0, "left", "center"),
+    (0, -5, "center", "top"),
+    (-6, 0, "right", "center"),
+    (5, 4, "left", "bottom"),
+    (5, -4, "left", "top"),
+    (-5, -4, "right", "top"),
+    (-5, 4, "right", "bottom"),
+)
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
-def figures(record: Record) -> dict[str, Figure]:
+def figures(record: RunRecord) -> dict[str, Figure]:
     """The figures that the record has data for, by name."""
     with style():
         drawn = {name: draw(record) for name, draw in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def title(record: Record) -> str:
-    """`model on task`, for the page."""
-    task = record.config["task"]
-    data = task.get("data") if task.get("task") == "jsonl" else task.get("task")
-    return f"{Path(record.config['model']).name} on {Path(data or 'a task').name}"
+def _scores_by_exit(record: RunRecord, caption: str, lower: bool) -> Figure | None:
+    """Of lm-eval: a line per task, of its first metric, with the standard errors, and a dashed line at full depth."""
+    if not has_scores(record):
+        return None
+    exits = [result for result in record.results if result.strategy == "early-exit" and result.exit_layer is not None]
+    names: dict[str, str] = {}  # by task
+    for name in record.results[0].metrics:
+        if lower_is_better(name) == lower:
+            names.setdefault(name.split()[0], name)
+    if len(exits) < 2 or not names:
+        return None
+    figure, axes = new_figure(caption)
+    for place, name in enumerate(names.values()):
+        shown = [result for result in exits if name in result.metrics]
+        layers, values = [result.exit_layer for result in shown], [result.metrics[name] for result in shown]
+        errors = [result.stderr.get(name, 0.0) for result in shown]
+        axes.errorbar(layers, values, errors, marker="o", markersize=4, capsize=2, color=color(place), label=name)
+        axes.axhline(record.results[0].metrics[name], linestyle="--", linewidth=1, color=color(place))
+    axes.plot([], [], linestyle="--", linewidth=1, color=GREY, label="all layers")
+    if lower:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="exit layer", ylabel="lower is better" if lower else "score")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=7)
+    return figure
 
 
-def _acceptance_by_exit(record: Record) -> Figure | None:
+def _acceptance_by_exit(record: RunRecord) -> Figure | None:
     drafted = [
         result for result in record.results if result.strategy == "self-speculative" and result.acceptance_rate is not None
     ]
@@ -58,7 +96,7 @@ def _acceptance_by_exit(record: Record) -> Figure | None:
     return figure
 
 
-def _acceptance_by_position(record: Record) -> Figure | None:
+def _acceptance_by_position(record: RunRecord) -> Figure | None:
     drafted = [result for result in record.results if result.acceptance_by_position]
     if not drafted:
         return None
@@ -76,7 +114,7 @@ def _acceptance_by_position(record: Record) -> Figure | None:
     return figure
 
 
-def _time_split(record: Record) -> Figure | None:
+def _time_split(record: RunRecord) -> Figure | None:
     timed = [result for result in record.results if result.time_split_ms]
     if not timed:
         return None
@@ -94,7 +132,7 @@ def _time_split(record: Record) -> Figure | None:
     return figure
 
 
-def _speed_within_an_answer(record: Record) -> Figure | None:
+def _speed_within_an_answer(record: RunRecord) -> Figure | None:
     """Tokens per second along the longest answer of adaptive decoding, and what drafted at each step."""
     benched = [result for result in record.results if isinstance(result, Result)]
     steps = next((result.longest_answer[1:] for result in benched if len(result.longest_answer) > 1), ())  # after the prefill
@@ -120,7 +158,7 @@ def _speed_within_an_answer(record: Record) -> Figure | None:
     return figure
 
 
-def _perplexity(record: Record) -> Figure | None:
+def _perplexity(record: RunRecord) -> Figure | None:
     measured = [result for result in _exits(record) if result.perplexity is not None]
     line = [(result.exit_layer, result.perplexity) for result in measured if result.exit_layer is not None]
     if not line:
@@ -136,7 +174,7 @@ def _perplexity(record: Record) -> Figure | None:
     return figure
 
 
-def _prediction(record: Record) -> Figure | None:
+def _prediction(record: RunRecord) -> Figure | None:
     compared = [result for result in _exits(record) if result.predicted_speedup and result.speedup]
     if not compared:
         return None
@@ -158,15 +196,102 @@ def _side(result: Result) -> tuple[str, int]:
     return result.draft_weights or "", result.exit_layer or 0
 
 
-def _exits(record: Record) -> list[Result]:
+def _exits(record: RunRecord) -> list[Result]:
     """The results of a sweep; none for a benchmark, which has no predictions and no perplexity."""
     return [result for result in record.results if isinstance(result, Result)]
 
 
-FIGURES: dict[str, Callable[[Record], Figure | None]] = {
-    "scores_by_exit": scores_by_exit,
-    "lower_scores_by_exit": lower_scores_by_exit,
-    "pareto": pareto_figure,
+def _pareto(record: RunRecord) -> Figure | None:
+    """A point per setting, the Pareto frontier, and labels at the points that matter. None without quality or speed."""
+    found = points_of(record)
+    if found is None:
+        return None
+    figure, axes = new_figure("Quality against speed")
+    shown, lower, strategies = found.results, found.lower_is_better, found.strategies
+    points = list(zip(found.speeds, found.values, strict=True))
+    for number, strategy in enumerate(strategies):
+        own = [point for result, point in zip(shown, points, strict=True) if strategy_name(result) == strategy]
+        marker = _MARKERS.get(strategy, "D")
+        axes.scatter(*zip(*own, strict=True), marker=marker, color=color(number), alpha=0.8, label=strategy)
+    line = sorted((points[index] for index in found.optimal), key=lambda point: (point[0], point[1] if lower else -point[1]))
+    axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, drawstyle="steps-pre", zorder=0, label="Pareto frontier")
+    axes.set_xlabel("Speed (tokens per second)")
+    axes.set_ylabel(found.quality_label, parse_math=False)
+    axes.margins(x=0.12, y=0.16)
+    _scale(axes, found)
+    legend_above(axes, len(strategies) + 1)
+    _label_points(axes, shown, points, strategies, found.optimal)
+    return figure
+
+
+def _scale(axes: Any, points: Points) -> None:
+    if is_wide(points.speeds):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    if points.lower_is_better:
+        if is_wide(points.values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+        axes.invert_yaxis()  # better is up for every metric
+
+
+def _label_points(
+    axes: Any,
+    shown: Sequence[Result],
+    points: Sequence[tuple[float, float]],
+    strategies: Sequence[str],
+    optimal: Sequence[int],
+) -> None:
+    """Labels the frontier, the exits alone and each other strategy's fastest setting, where a label has room."""
+    by_speed = sorted(enumerate(shown), key=lambda item: points[item[0]][0])
+    fastest = {strategy_name(result): index for index, result in by_speed}
+    alone = [index for index, result in enumerate(shown) if result.strategy == "early-exit"]
+    scaled = _in_points(axes, points)
+    taken: list[Box] = [(x - 3, y - 3, x + 3, y + 3) for x, y in scaled]
+    steps = sorted(scaled[index] for index in optimal)
+    for (left, top), (right, bottom) in pairwise(steps):  # the frontier: down at `left`, then to the right
+        taken += [(left - 1, bottom, left + 1, top), (left, bottom - 1, right, bottom + 1)]
+    for index in dict.fromkeys([*optimal, *fastest.values(), *alone]):
+        result, strategy = shown[index], strategy_name(shown[index])
+        text = label(result)
+        if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
+            text += f": {result.speedup:.2g}x"
+        for x, y, horizontal, vertical in _OFFSETS:
+            box = _box(scaled[index][0] + x, scaled[index][1] + y, text, horizontal, vertical)
+            if box[0] >= 0 and box[2] <= _AXES[0] and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                axes.annotate(
+                    text, points[index], textcoords="offset points", xytext=(x, y), ha=horizontal, va=vertical,
+                    fontsize=_FONT, color=color(strategies.index(strategy)),
+                )  # fmt: skip
+                break
+
+
+def _in_points(axes: Any, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The places of data points in typographic points from the axes' lower left corner, for their final limits."""
+    places = axes.transAxes.inverted().transform(axes.transData.transform(points))
+    return [(float(x) * _AXES[0], float(y) * _AXES[1]) for x, y in places]
+
+
+def _box(x: float, y: float, text: str, horizontal: str, vertical: str) -> Box:
+    """The area of a text at (x, y), by an average width of a letter."""
+    width, height = 0.5 * _FONT * len(text), 1.1 * _FONT
+    left = {"left": x, "center": x - width / 2, "right": x - width}[horizontal]
+    bottom = {"bottom": y, "center": y - height / 2, "top": y - height}[vertical]
+    return left - 3, bottom, left + width + 3, bottom + height
+
+
+def _overlap(box: Box, other: Box) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+
+
+FIGURES: dict[str, Callable[[RunRecord], Figure | None]] = {
+    "scores_by_exit": partial(_scores_by_exit, caption="Scores by exit", lower=False),
+    "lower_scores_by_exit": partial(_scores_by_exit, caption="Perplexities by exit", lower=True),
+    "pareto": _pareto,
     "acceptance_by_exit": _acceptance_by_exit,
     "acceptance_by_position": _acceptance_by_position,
     "perplexity": _perplexity,

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from ...wording import plural
 from ..metrics import is_share, lower_is_better, quality
 from ..results import Result, RunRecord, frontier
 from .tables import strategy_name
@@ -55,19 +54,3 @@ def points_of(record: RunRecord) -> Points | None:
 def is_wide(values: list[float]) -> bool:
     """Whether an axis is better logarithmic: one very fast exit would squeeze all other points together."""
     return max(values) > _WIDE * min(values) > 0
-
-
-def label(result: Result) -> str:
-    """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
-    if result.strategy in ("autoregressive", "transformers"):
-        return result.strategy
-    if result.exit_confidence is not None:
-        return f"exits at {result.exit_confidence:.6g}"
-    if result.strategy == "early-exit":
-        return f"exit {result.exit_layer} alone"
-    own = result.strategy == "self-speculative"
-    parts = [] if own else [result.strategy]
-    if result.exit_layer is not None:
-        parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
-    parts += [plural(result.num_draft_tokens, "draft")] if result.num_draft_tokens else []
-    return ", ".join(parts)

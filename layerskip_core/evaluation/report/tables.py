@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...config.evaluation import TRANSFORMERS_BASELINES
+from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.policies import EXACT, FAST
 from ...config.ranges import counts_text
 from ...wording import number, plural
@@ -45,6 +45,22 @@ class TextTable:
 def strategy_name(result: Result) -> str:
     """What tables and figures call a strategy: `int8 drafts` for drafts by a low-bit copy."""
     return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
+
+
+def label(result: Result) -> str:
+    """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
+    if result.strategy in ("autoregressive", "transformers"):
+        return result.strategy
+    if result.exit_confidence is not None:
+        return f"exits at {result.exit_confidence:.6g}"
+    if result.strategy == "early-exit":
+        return f"exit {result.exit_layer} alone"
+    own = result.strategy == "self-speculative"
+    parts = [] if own else [result.strategy]
+    if result.exit_layer is not None:
+        parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
+    parts += [plural(result.num_draft_tokens, "draft")] if result.num_draft_tokens else []
+    return ", ".join(parts)
 
 
 def sweep_table(record: RunRecord) -> TextTable:
@@ -161,6 +177,54 @@ def category_tables(record: RunRecord) -> list[TextTable]:
         for result, name, figures in parts
     ]
     return [TextTable(headers, tuple(rows), _HALF_NOTE, labels=2)]
+
+
+def has_scores(record: RunRecord) -> bool:
+    """Whether the record's metrics are scores of lm-evaluation-harness, named `TASK METRIC`."""
+    return str(record.config["task"].get("task")).startswith(HARNESS)
+
+
+def score_table(record: RunRecord) -> TextTable:
+    """A row per task and metric, a column per setting; below them the figures of generated answers."""
+    results = record.results
+    names = dict.fromkeys(name for result in results for name in result.metrics)
+    rows = [(*_parts(name, results), *(_score(result, name) for result in results)) for name in names]
+    figures = {
+        "identical outputs": [number(result.identical_outputs, ".1%") for result in results],
+        "acceptance rate": [number(result.acceptance_rate, ".1%") for result in results],
+        "tokens/s": [number(result.tokens_per_second, ".0f") for result in results],
+        "speedup": [number(result.speedup, ".2f") for result in results],
+    }
+    rows += [("all answers", name, "", *cells) for name, cells in figures.items() if set(cells) != {"-"}]
+    config, machine = record.config, record.environment
+    samples = config["task"].get("samples")
+    note = f"Scores of lm-eval {machine.get('versions', {}).get('lm_eval', '')}, ± its standard error"
+    note += f"; the first {samples} rows of each task." if samples else "; all rows of each task."
+    note += f"\nPrompt template: {config.get('prompt_template')}; {machine['dtype']} on {machine['device_name']}."
+    headers = ("task", "metric", "n", *(_setting_name(result) for result in results))
+    return TextTable(headers, tuple(rows), note, labels=3)
+
+
+def _setting_name(result: Result) -> str:
+    if result.strategy == "autoregressive":
+        return "full depth"
+    return f"exit {result.exit_layer}" if label(result).endswith("alone") else strategy_name(result)
+
+
+def _parts(name: str, results: Sequence[Result]) -> tuple[str, str, str]:
+    """Task, metric and number of rows."""
+    task, _, metric = name.partition(" ")
+    by_task = [result.samples for result in results if isinstance(result.samples, dict)]
+    samples = next((counts[task] for counts in by_task if task in counts), None)
+    return task, metric, "-" if samples is None else str(samples)
+
+
+def _score(result: Result, name: str) -> str:
+    """`.612±.034`, or a perplexity with three digits."""
+    value, error = result.metrics.get(name), result.stderr.get(name)
+    if lower_is_better(name):
+        return number(value, ".3g") + ("" if error is None else f"±{error:.2g}")
+    return number(value, ".3f") + ("" if error is None else f"±{error:.3f}".replace("±0.", "±."))
 
 
 def _method(config: dict[str, Any]) -> str:
