@@ -147,9 +147,9 @@ def _skip_of(results: "Sequence[Result]") -> SkipChoice | None:
 
 def _require_of_model(model: str, record: "RunRecord") -> None:
     """Raises ConfigError for results of a deeper model than the one in the folder, which could not decode with them."""
-    from layerskip_core.checkpoint.folder import read_config
+    from layerskip_core.checkpoint.folder import CONFIG_FILE, read_settings
 
-    layers = read_config(model).get("num_hidden_layers")  # an adapter's folder has none
+    layers = read_settings(model, CONFIG_FILE).get("num_hidden_layers")  # an adapter's folder has none
     advice, skip = record.recommendation, _skip_of(record.results)
     named = [*skip.layers] if skip is not None else []
     for policy in advice.policies.values() if advice is not None else ():

@@ -7,7 +7,7 @@ given scales, each level in turn becomes the best one beside all others as they 
 import torch
 from torch import Tensor
 
-from ..model.int4 import GROUP_SIZE, LEVELS, Int4
+from ..model.low_bit import GROUP_SIZE, LEVELS, Int4
 from .gptq import Aim
 
 _ROUNDS = 3  # the first lowers the error by 10 to 15%, all three by 15 to 20%

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import GenericBackend
-from ..model.int4 import Int4
+from ..model.low_bit import Int4
 from .descent import descended
 from .gptq import Aim, Moments, gptq
 

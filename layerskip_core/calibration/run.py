@@ -17,7 +17,7 @@ from ..config.checks import require
 from ..config.data import DataConfig
 from ..errors import ConfigError
 from ..model import ModelSpec, missing_feature
-from ..model.int4 import GROUP_SIZE, Int4, stored
+from ..model.low_bit import GROUP_SIZE, Int4, stored
 from .layers import quantize
 from .texts import data_texts, written_texts
 from .tuning import tune

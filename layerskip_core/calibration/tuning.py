@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..losses import summed_divergences
 from ..model import GenericBackend
-from ..model.int4 import LEVELS, Int4
+from ..model.low_bit import LEVELS, Int4
 from .layers import Quantized
 
 _TOKENS = 2048  # of a step

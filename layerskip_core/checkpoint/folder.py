@@ -88,29 +88,28 @@ def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
     return read_json_object(path, CheckpointError) if path.is_file() else {}
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json. Its values and those of generation_config.json are checked.
+def read_config(folder: str | Path) -> ModelSpec | None:
+    """Checks config.json and generation_config.json. Returns what config.json describes, if it leaves no default out.
 
     Raises CheckpointError for an unsupported model type, and for a value of the wrong type or out of range.
     """
     config = read_settings(folder, CONFIG_FILE)
-    check_config(config)
+    spec = check_config(config)
     generation = read_settings(folder, GENERATION_FILE)
     try:
         check_token_ids(generation, config.get("vocab_size"))
     except CheckpointError as error:
         raise CheckpointError(f"{GENERATION_FILE}: {error}") from None
-    return config
+    return spec
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """The same checks for a config that was read from elsewhere, such as the hub."""
+def check_config(config: Mapping[str, Any]) -> ModelSpec | None:
+    """The same checks for a config that was read from elsewhere, such as the hub. Returns what it describes, if that is all."""
     if "model_type" in config:
         architecture_of(config["model_type"])
     check_values(config)
     check_token_ids(config, config.get("vocab_size"))
-    if is_complete(config):
-        ModelSpec.of(SimpleNamespace(**config))
+    return ModelSpec.of(SimpleNamespace(**config)) if is_complete(config) else None
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -180,21 +179,19 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
 
-class LeanConfig(SimpleNamespace):
-    """config.json as attributes."""
-
-
-def lean_config(folder: str) -> LeanConfig | None:
-    """The configuration of a folder that needs no transformers; None for one that does."""
-    config = read_config(folder)
+def lean_spec(folder: str) -> ModelSpec | None:
+    """What the model of a folder is that needs no transformers; None for one that does."""
+    spec = read_config(folder)
+    if spec is None:
+        return None
+    config = vars(spec.config)
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
     special = {"quantization_config", "auto_map"} & config.keys()
-    if not recent or special or not is_complete(config) or not (weight_files(folder) or is_packed(folder)):
+    if not recent or special or not (weight_files(folder) or is_packed(folder)):
         return None
-    lean = LeanConfig(**config)
-    simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in ModelSpec.of(lean).ropes)
-    return lean if simple and can_pack(lean) else None
+    simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in spec.ropes)
+    return spec if simple and can_pack(spec) else None
 
 
 def generation_config(folder: str) -> SimpleNamespace:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, first_line
 from ..model import ModelSpec
-from ..model.generic import attention_for
 from ..model.rope import llama3_factors
+from ..model.transformers_backend import attention_for
 
 # The keys of every architecture, without its name before them, and those of config.json that they become.
 _VALUES = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from ..model import (
 )
 from ..model.draft_vocabulary import token_order
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
-from ..model.generic import attention_for
-from ..model.int4 import named_int4
+from ..model.low_bit import named_int4
 from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
-from ..model.weights import Take
+from ..model.transformers_backend import attention_for
+from ..model.weights import Take, taken_from
 from ..prompting import Tokenizer, resolve_template
 from .beside import read_exit_blocks, read_int4
 from .folder import (
@@ -36,7 +37,7 @@ from .folder import (
     check_tokenizer,
     generation_config,
     is_packed,
-    lean_config,
+    lean_spec,
     lean_tokenizer,
     refuse_packed,
 )
@@ -78,7 +79,7 @@ def for_decoding(
 class Unpacked:
     """What a backend for repacked weights is built from. `take` gives weights in `dtype`, any number of times."""
 
-    config: Any
+    spec: ModelSpec
     dtype: torch.dtype
     take: Take
     packing: PackingConfig
@@ -93,16 +94,17 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Unpacked:
     """
     cpu = torch.device("cpu")
     packing = _with_policies(packing, read_info(folder), None, cpu)
-    config = reading(folder, lambda: lean_config(folder))
-    if config is not None:
-        spec = ModelSpec.of(config)
-        precision, weights = pick_dtype(dtype, cpu, spec.parameters), reading(folder, lambda: FileWeights(folder, spec, cpu))
-        take, stored = weights.reader(precision), weights.stored
+    spec = reading(folder, lambda: lean_spec(folder))
+    if spec is not None:
+        weights = reading(folder, partial(FileWeights, folder, spec, cpu))
+        precision, stored = pick_dtype(dtype, cpu, spec.parameters), weights.stored
+        take = weights.reader(precision)
     else:
-        model = for_training(folder, "cpu", dtype).model
-        config, precision, stored = model.config, model.get_input_embeddings().weight.dtype, model.get_parameter
+        trained = for_training(folder, "cpu", dtype)
+        model, spec = trained.model, trained.backend.spec
+        precision, stored = model.get_input_embeddings().weight.dtype, model.get_parameter
         take = {name: weight.detach() for name, weight in model.named_parameters()}.get
-    return reading(folder, lambda: _unpacked(folder, config, precision, cpu, take, stored, packing))
+    return reading(folder, lambda: _unpacked(folder, spec, precision, cpu, take, stored, packing))
 
 
 def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Trainable:
@@ -195,24 +197,23 @@ def _lean_decoder(
     name: str, path: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig | None
 ) -> Decoder | None:
     """Reads the files of a folder without importing transformers; None where only transformers can read them."""
-    config = lean_config(path)
-    if config is None:
+    spec = lean_spec(path)
+    if spec is None:
         return None
-    spec = ModelSpec.of(config)
     weights = FileWeights(path, spec, device)
     tokenizer = lean_tokenizer(path) or read_tokenizer(path)
     check_tokenizer(tokenizer, spec.vocab)
     precision = pick_dtype(dtype, device, spec.parameters)
-    source = _unpacked(path, config, precision, device, weights.reader(precision), weights.stored, packing or PackingConfig())
-    kind, notes = _best_backend(config, precision, device, source.packing)
-    order = _token_order(path, config, source.packing)
-    backend = kind(config, source.take, source.packing, order, source.int4, source.exit_blocks)
-    return _with_files(name, path, info, backend, config, tokenizer, notes)
+    source = _unpacked(path, spec, precision, device, weights.reader(precision), weights.stored, packing or PackingConfig())
+    kind, notes = _best_backend(spec, precision, device, source.packing)
+    order = _token_order(path, spec, source.packing)
+    backend = kind(spec, source.take, source.packing, order, source.int4, source.exit_blocks)
+    return _with_files(name, path, info, backend, tokenizer, notes)
 
 
 def _unpacked(
     folder: str,
-    config: Any,
+    spec: ModelSpec,
     dtype: torch.dtype,
     device: torch.device,
     take: Take,
@@ -220,11 +221,10 @@ def _unpacked(
     packing: PackingConfig,
 ) -> Unpacked:
     """A model with what lies beside its weights in their folder. `weight_of` gives these in any precision."""
-    spec = ModelSpec.of(config)
     blocks = read_exit_blocks(folder, spec, weight_of)
-    packing = _with_adaptive_copy(packing, folder, config, dtype, device)
+    packing = _with_adaptive_copy(packing, folder, spec, dtype, device)
     int4 = read_int4(folder, spec, weight_of) if packing.has_int4 else None
-    return Unpacked(config, dtype, take, packing, int4, blocks)
+    return Unpacked(spec, dtype, take, packing, int4, blocks)
 
 
 def _mapped_decoder(
@@ -240,17 +240,16 @@ def _mapped_decoder(
     if device.type != "cpu":
         raise ConfigError(f"`device` must be cpu for a model that was packed for the compiled kernels, got {device}")
     file = PackedFile(path)
-    config = lean_config(path) or open_model(Location(path)).config
-    spec = ModelSpec.of(config)
+    spec = lean_spec(path) or open_model(Location(path)).spec
     packing = file.content.packing(_with_policies(packing, info, policies, device), dtype)
-    if not can_run_native(config, file.dtype, device, packing):
+    if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
     tokenizer = lean_tokenizer(path) or read_tokenizer(path)
     check_tokenizer(tokenizer, spec.vocab)
-    order = _token_order(path, config, packing)
-    backend = NativeBackend(config, file.norm, packing, order, None, file.exit_blocks(spec), file)
+    order = _token_order(path, spec, packing)
+    backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks(spec), file)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
-    return _with_files(name, path, info, backend, config, tokenizer)
+    return _with_files(name, path, info, backend, tokenizer)
 
 
 def _with_files(
@@ -258,12 +257,11 @@ def _with_files(
     path: str,
     info: CheckpointInfo,
     backend: Backend,
-    config: Any,
     tokenizer: Tokenizer,
     notes: tuple[str, ...] = (),
 ) -> Decoder:
     """A decoder with what the files of its folder say of prompts and their ends."""
-    eos_ids = end_ids(generation_config(path), config, tokenizer)
+    eos_ids = end_ids(generation_config(path), backend.spec.config, tokenizer)
     return Decoder(name, backend, tokenizer, info, eos_ids, resolve_template(None, None, info.template, tokenizer), notes)
 
 
@@ -272,26 +270,26 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
 
     `folder`: that of the weights, if the model is a folder of them.
     """
-    model, generic = trainable.model, decoder_of(trainable)
-    blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, generic.backend.spec, model.get_parameter)
-    if can_pack(model.config):
+    model, generic, spec = trainable.model, decoder_of(trainable), trainable.backend.spec
+    blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, spec, model.get_parameter)
+    if can_pack(spec):
         weight = model.get_input_embeddings().weight
-        packing = _with_adaptive_copy(packing or PackingConfig(), folder, model.config, weight.dtype, weight.device)
-        kind, notes = _best_backend(model.config, weight.dtype, weight.device, packing)
+        packing = _with_adaptive_copy(packing or PackingConfig(), folder, spec, weight.dtype, weight.device)
+        kind, notes = _best_backend(spec, weight.dtype, weight.device, packing)
         int4 = None
         if folder is not None and packing.has_int4:
-            int4 = read_int4(folder, generic.backend.spec, model.get_parameter)
-        backend = kind.of(model, packing, _token_order(path, model.config, packing), int4, blocks)
+            int4 = read_int4(folder, spec, model.get_parameter)
+        backend = kind(spec, taken_from(model), packing, _token_order(path, spec, packing), int4, blocks)
         return replace(generic, backend=backend, notes=notes)
     if packing is not None and not packing.is_plain:
-        missing = missing_feature(generic.backend.spec)
-        got = f"{model.config.model_type} with {missing}"
+        missing = missing_feature(spec)
+        got = f"{spec.model_type} with {missing}"
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {got}")
-    return replace(generic, backend=GenericBackend(model, blocks)) if blocks.blocks else generic
+    return replace(generic, backend=GenericBackend(model, blocks, spec)) if blocks.blocks else generic
 
 
 def _with_adaptive_copy(
-    packing: PackingConfig, folder: str | None, config: Any, dtype: torch.dtype, device: torch.device
+    packing: PackingConfig, folder: str | None, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> PackingConfig:
     """With a low-bit copy for adaptive drafting, if it is fast here and fits the memory.
 
@@ -301,22 +299,22 @@ def _with_adaptive_copy(
         return packing
     calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
     copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
-    needed = ModelSpec.of(config).parameters * (dtype.itemsize + 1)
+    needed = spec.parameters * (dtype.itemsize + 1)
     fits = needed <= _MEMORY_SHARE * memory_size()
-    return copied if fits and can_run_native(config, dtype, device, copied) else packing
+    return copied if fits and can_run_native(spec, dtype, device, copied) else packing
 
 
 def _best_backend(
-    config: Any, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None
 ) -> tuple[type[PackedBackend | NativeBackend], tuple[str, ...]]:
     """The fastest backend for repacked weights on this machine, and a note if the compiled kernels would be faster."""
-    note = kernel_note() if suits_kernels(config, dtype, device, packing) else None
-    kind = NativeBackend if can_run_native(config, dtype, device, packing) else PackedBackend
+    note = kernel_note() if suits_kernels(spec, dtype, device, packing) else None
+    kind = NativeBackend if can_run_native(spec, dtype, device, packing) else PackedBackend
     return kind, () if note is None else (note,)
 
 
-def _token_order(path: str, config: Any, packing: PackingConfig | None) -> list[int] | None:
-    return token_order(path, config.vocab_size) if packing is not None and packing.draft_vocab else None
+def _token_order(path: str, spec: ModelSpec, packing: PackingConfig | None) -> list[int] | None:
+    return token_order(path, spec.vocab) if packing is not None and packing.draft_vocab else None
 
 
 def _require_memory(spec: ModelSpec) -> None:

@@ -22,11 +22,11 @@ from ..errors import CheckpointError, ConfigError, first_line
 from ..files import build, listed
 from ..model.draft_vocabulary import DraftVocabulary
 from ..model.exit_blocks import ExitBlock, ExitBlocks
-from ..model.int4 import GROUP_SIZE
-from ..model.layer_weights import Projection
+from ..model.low_bit import GROUP_SIZE
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix, Packer
 from ..model.spec import EMBEDDING, ModelSpec, Shapes
+from ..model.weights import Projection
 from .beside import open_formed
 from .folder import PACKED_FILE
 

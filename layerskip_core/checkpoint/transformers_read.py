@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..model import GenericBackend, ModelSpec
-from ..model.generic import attention_for
+from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
 from .folder import (
     TOKENIZER_FILE,
@@ -120,7 +120,9 @@ def read_model(name: str, device: torch.device, dtype: str) -> Trainable:
     model = reading(name, files.model)
     reading(name, lambda: check_model(model, files.spec))
     model = _converted(model.to(device), pick_dtype(dtype, device, files.spec.parameters)).eval()
-    return Trainable(name, model, reading(name, lambda: GenericBackend(model)), tokenizer, read_info(location.path))
+    return Trainable(
+        name, model, reading(name, lambda: GenericBackend(model, spec=files.spec)), tokenizer, read_info(location.path)
+    )
 
 
 @quiet_transformers()
@@ -133,7 +135,7 @@ def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
     tokenizer = reading(name, lambda: read_tokenizer(name))
     reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
     reading(name, lambda: check_model(model, spec))
-    return Trainable(name, model, reading(name, lambda: GenericBackend(model)), tokenizer, read_info(name))
+    return Trainable(name, model, reading(name, lambda: GenericBackend(model, spec=spec)), tokenizer, read_info(name))
 
 
 def read_tokenizer(path: str) -> Any:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..model.backend import Backend
 from ..model.cache import KVCache
-from ..model.drafting import joined, states_at
 from ..model.exit_blocks import PlacedBlock, target_block
+from ..model.spans import joined, states_at
 from .drafters import Draft
 from .true_states import TrueStates
 
@@ -151,9 +151,9 @@ class DynamicDepth:
         if written < place:
             positions = torch.arange(self._begin + written, self._begin + place)[None]
             left = torch.cat(self._left[written:place], dim=1)
-            self._model.propagate(left, start, stop, positions, cache)
+            self._model.write_kv(left, start, stop, positions, cache)
             if (block := self._blocks[stop]) is not None:
-                self._model.propagate(left, block.layer, block.layer + 1, positions, cache)
+                self._model.write_kv(left, block.layer, block.layer + 1, positions, cache)
 
     def _through_block(self, hidden: Tensor, layers: int, positions: Tensor, cache: KVCache) -> Tensor:
         """The states after `layers` layers, and after the block of that exit if it has one."""

@@ -43,7 +43,7 @@ class TrueStates:
                 before = torch.cat((first, self._finals[:, :-1]), dim=1)
         for exit_layer, reached in zip(self.taps, states, strict=True):
             block = self._blocks[exit_layer]
-            self._model.propagate(block.enter(reached, before), block.layer, block.layer + 1, positions, cache)
+            self._model.write_kv(block.enter(reached, before), block.layer, block.layer + 1, positions, cache)
 
     def go_on(self, places: Sequence[int], rows: Sequence[int]) -> None:
         """Keeps `rows` of the batch; `places`, one for each of them, is where the token before its newest stood in the pass."""

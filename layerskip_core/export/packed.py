@@ -16,9 +16,9 @@ from ..checkpoint.transformers_read import open_model, quiet_transformers
 from ..config.export import ExportConfig
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
-from ..model import ModelSpec, NativeBackend, can_run_native
+from ..model import NativeBackend, can_run_native
 from ..model.draft_vocabulary import ORDER_FILE
-from ..model.int4 import named_int4
+from ..model.low_bit import named_int4
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.weights import Weights
 
@@ -58,7 +58,7 @@ def export_packed(config: ExportConfig) -> PackedModel:
     if kernels() is None:
         raise ConfigError(f"`format` packed needs the compiled kernels: {why_no_kernels()}", "format")
     unpacked = for_packing(source, config.dtype, asked)
-    if not can_run_native(unpacked.config, unpacked.dtype, _CPU, unpacked.packing):
+    if not can_run_native(unpacked.spec, unpacked.dtype, _CPU, unpacked.packing):
         raise CheckpointError(
             f"{config.model} cannot be packed: the compiled kernels do not run its architecture or its widths"
         )
@@ -88,7 +88,7 @@ def _write_files(source: Path, staging: Path) -> None:
 def _write_weights(source: Unpacked, path: Path) -> PackedModel:
     """Packs what `source` needs to decode. Heads are packed whole: loading chooses the rows that `draft_vocab` leaves."""
     packing = replace(source.packing, draft_vocab=0)
-    spec, blocks = ModelSpec.of(source.config), source.exit_blocks
+    spec, blocks = source.spec, source.exit_blocks
     block_shapes = blocks.shapes(spec)
     content = Content(
         "bf16" if source.dtype == torch.bfloat16 else "fp32",
@@ -103,7 +103,7 @@ def _write_weights(source: Unpacked, path: Path) -> PackedModel:
     most = 3 * (1 + len(packing.draft_weights)) * (len(spec.shapes) + len(block_shapes) + 1)
     with path.open("wb") as file, torch.inference_mode():
         writer = PackedWriter(file, compiled, most)
-        NativeBackend(source.config, source.take, packing, None, source.int4, blocks, writer)
+        NativeBackend(spec, source.take, packing, None, source.int4, blocks, writer)
         weights = Weights(source.take, spec.shapes)
         of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
         for held, shapes in ((weights, spec.shapes), (of_blocks, block_shapes)):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from .backend import Backend, DraftEnds, DraftSide, GreedyDraft, Layers, Spans, Submodel
 from .cache import KVCache
-from .generic import GenericBackend, SpanInputs
-from .native import NativeBackend, can_run_native, suits_kernels
-from .packed.layer import missing_feature
-from .packed.model import PackedBackend, can_pack
+from .native_backend import NativeBackend, can_run_native, suits_kernels
 from .spec import ModelSpec
+from .torch_backend import PackedBackend, can_pack
+from .torch_layer import missing_feature
+from .transformers_backend import GenericBackend, SpanInputs
 
 __all__ = [
     "Backend",

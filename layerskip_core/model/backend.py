@@ -190,7 +190,7 @@ class Backend(Layers, Protocol):
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for all layers. `max_positions` can only lower the context limit."""
 
-    def propagate(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
         """Writes the keys and values of layers start..stop-1 as if `hidden` were the input of each of them.
 
         For tokens that left before layer `start` (state propagation: Schuster et al., NeurIPS 2022, section 3.3). Arguments as

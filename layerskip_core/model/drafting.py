@@ -1,15 +1,16 @@
 """The draft side of every backend: layers and a head, step by step unless there is a kernel for whole drafts."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .backend import DraftEnds, DraftSide, GreedyDraft, Layers, Spans, Submodel
+from .backend import DraftEnds, DraftSide, GreedyDraft, Layers, Submodel
 from .cache import KVCache
 from .draft_vocabulary import DraftVocabulary
 from .exit_blocks import PlacedBlock
+from .spans import joined, run_spans, states_at
 
 _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
@@ -86,22 +87,6 @@ class LayeredDraftSide:
         return GreedyDraft(torch.cat(tokens, dim=1), joined(kept), probs)
 
 
-def states_at(
-    layers: Layers, hidden: Tensor, stops: Iterable[int], positions: Tensor, cache: KVCache, start: int = 0
-) -> dict[int, Tensor]:
-    """The hidden states after each of some ascending counts of layers, from those after `start`; see `Layers.run_layers`."""
-    states = {}
-    for stop in stops:
-        states[stop] = hidden = layers.run_layers(hidden, start, stop, positions, cache)
-        start = stop
-    return states
-
-
-def joined(parts: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
-    """The states of all tokens, from those of the first, of the next, and so on."""
-    return {stop: torch.cat([states[stop] for states in parts], dim=1) for stop in parts[0]}
-
-
 def beyond_exit(
     side: DraftSide, submodel: Submodel, states: Tensor, positions: Tensor, cache: KVCache, feature: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -114,13 +99,6 @@ def beyond_exit(
         hidden = side.run_layers(block.enter(states, feature), block.layer, block.layer + 1, positions, cache)
         return block.head(hidden), None if block.join is None else block.norm(hidden)
     return side.unembed(run_spans(side, states, submodel.beyond, positions, cache)), None
-
-
-def run_spans(layers: Layers, hidden: Tensor, spans: Spans, positions: Tensor, cache: KVCache) -> Tensor:
-    """Several spans of layers, one after the other; arguments as for `Layers.run_layers`."""
-    for start, stop in spans:
-        hidden = layers.run_layers(hidden, start, stop, positions, cache)
-    return hidden
 
 
 def most_probable(logits: Tensor) -> Tensor:

@@ -1,21 +1,24 @@
-"""Weights of a checkpoint in the layout of a backend's kernels, and the cheaper copies that draft."""
+"""Weights in the layout of a backend's kernels, and the cheaper copies that draft."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.packing import PackingConfig, Quantization
+from .backend import DraftSide, Layers
 from .draft_vocabulary import DraftVocabulary
-from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
-from .layer_weights import NormWeights, norm_weights
+from .drafting import DraftKernel, LayeredDraftSide
+from .exit_blocks import ExitBlock, ExitBlocks, PlacedBlock
 from .spec import EMBEDDING, ModelSpec
-from .weights import Take, Weights, checked
+from .weights import NormWeights, Take, Weights, checked, norm_weights
 
 
 class Head(Protocol):
-    """A norm and a matrix (N, D)."""
+    """A norm and a matrix: (..., D) to logits (..., N)."""
+
+    def __call__(self, hidden: Tensor) -> Tensor: ...
 
     def with_norm(self, norm: NormWeights) -> Self:
         """The same matrix after another norm."""
@@ -23,49 +26,65 @@ class Head(Protocol):
 
 LayerT = TypeVar("LayerT")
 HeadT = TypeVar("HeadT", bound=Head)
-JoinT = TypeVar("JoinT")
+LayersT = TypeVar("LayersT", bound=Layers)
+MadeLayerT = TypeVar("MadeLayerT", covariant=True)
+MadeHeadT = TypeVar("MadeHeadT", bound=Head, covariant=True)
 
-PackLayer = Callable[[Weights, int, Quantization | None, bool], LayerT]  # weights, index, low bits, exact
-# The final norm; the weights that have the head, of which a vocabulary's rows are taken; low bits; exact.
-PackHead = Callable[[NormWeights, Weights, DraftVocabulary | None, Quantization | None, bool], HeadT]
-# The weights of all blocks; a block that has a map (D, 2D); low bits.
-PackJoin = Callable[[Weights, ExitBlock, Quantization | None], JoinT]
+
+class Packer(Protocol[MadeLayerT, MadeHeadT]):
+    """Makes the parts of a backend from weights, which are read when they are needed.
+
+    `low_bits`: the precision of matrices, None for that of the weights. `exact`: rows keep the bits that they have alone.
+    """
+
+    def layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> MadeLayerT: ...
+
+    def head(
+        self, norm: NormWeights, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
+    ) -> MadeHeadT: ...
+
+    def join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
+
+    def norm(self, weights: NormWeights) -> Callable[[Tensor], Tensor]: ...
 
 
 @dataclass(frozen=True)
-class BlockEnds(Generic[HeadT, JoinT]):
-    """What comes before a block's layer, and what follows it."""
-
-    block: ExitBlock
-    join: JoinT | None
-    norm: NormWeights
-    head: HeadT
-
-
-@dataclass(frozen=True)
-class Chain(Generic[LayerT, HeadT, JoinT]):
-    """Layers and what follows them. The layers of exit blocks come after the model's own L; None is the place of none."""
+class Chain(Generic[LayerT, HeadT]):
+    """Layers and what follows them. The layers of exit blocks come after the model's own L; None where this copy lacks one."""
 
     layers: list[LayerT | None]
     head: HeadT
-    blocks: dict[int, BlockEnds[HeadT, JoinT]]  # by their places among the layers
-
-    def with_head(self, head: HeadT) -> "Chain[LayerT, HeadT, JoinT]":
-        """The same layers with another head."""
-        blocks = {place: replace(ends, head=head.with_norm(ends.norm)) for place, ends in self.blocks.items()}
-        return Chain(self.layers, head, blocks)
+    blocks: dict[int, PlacedBlock]  # by exit
 
 
 @dataclass(frozen=True)
-class Repacked(Generic[LayerT, HeadT, JoinT]):
+class Repacked(Generic[LayerT, HeadT]):
     """All weights but the embedding."""
 
-    norm: NormWeights  # the final norm
-    target: Chain[LayerT, HeadT, JoinT]
-    drafts: Chain[LayerT, HeadT, JoinT]  # the same layers, with the head that drafts
-    copies: dict[Quantization, Chain[LayerT, HeadT, JoinT]]  # for drafting: the first layers, their blocks, and a head
-    copied: int  # how many of the layers they have
+    normed: Callable[[Tensor], Tensor]  # the final norm
+    target: Chain[LayerT, HeadT]
+    drafts: Chain[LayerT, HeadT]  # the same layers, with the head that drafts
+    copies: dict[Quantization, Chain[LayerT, HeadT]]  # for drafting: the first layers, their blocks, and a head
+    layers: int  # of the model, without those of exit blocks
+    copied: int  # how many of these the copies have
     vocabulary: DraftVocabulary | None  # of the heads that draft; None for all tokens
+
+    def draft_sides(
+        self,
+        own: LayersT,
+        layers_of: Callable[[list[LayerT | None]], LayersT],
+        kernel_of: Callable[[LayersT, HeadT, bool], DraftKernel | None] = lambda *_: None,
+    ) -> Mapping[Quantization | None, DraftSide]:
+        """`own`: the target's layers. `kernel_of`: from layers, a head, and whether the layers are the target's."""
+
+        def side(layers: LayersT, count: int, chain: Chain[LayerT, HeadT]) -> DraftSide:
+            kernel = kernel_of(layers, chain.head, layers is own)
+            return LayeredDraftSide(layers, count, chain.head, chain.blocks, self.vocabulary, layers is own, kernel)
+
+        sides: dict[Quantization | None, DraftSide] = {None: side(own, self.layers, self.drafts)}
+        for kind, chain in self.copies.items():
+            sides[kind] = side(layers_of(chain.layers), self.copied, chain)
+        return sides
 
 
 def repack(
@@ -74,16 +93,13 @@ def repack(
     spec: ModelSpec,
     packing: PackingConfig,
     token_order: list[int] | None,
-    pack_layer: PackLayer[LayerT],
-    pack_head: PackHead[HeadT],
-    pack_join: PackJoin[JoinT],
-    int4: Take | None = None,
-    exit_blocks: ExitBlocks = NO_BLOCKS,
-) -> Repacked[LayerT, HeadT, JoinT]:
+    packer: Packer[LayerT, HeadT],
+    int4: Take | None,
+    exit_blocks: ExitBlocks,
+) -> Repacked[LayerT, HeadT]:
     """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are copies for drafting.
 
-    `int4`: calibrated weights as rows of bytes (see int4.py), of which int4 layers and heads are made. `exit_blocks`: see
-    exit_blocks.py; their layers follow the model's own.
+    `token_order`, `int4`, `exit_blocks`: see `TorchBackend`.
     """
 
     def source(weights: Weights, kind: Quantization | None) -> Weights:
@@ -94,43 +110,46 @@ def repack(
     vocabulary = DraftVocabulary(spec.vocab, packing.draft_vocab, token_order) if packing.draft_vocab else None
     heads = weights.remembered("").after({EMBEDDING: embedding}.get)
 
-    def pack_draft_head(heads: Weights, kind: Quantization | None) -> HeadT:
-        return pack_head(norm, source(heads, kind), vocabulary, kind, False)
+    def draft_head_in(kind: Quantization | None, heads: Weights) -> HeadT:
+        return packer.head(norm, source(heads, kind), vocabulary, kind, False)
 
-    packed_head = pack_head(norm, source(heads, packing.quantize), None, packing.quantize, packing.exact)
-    draft_head = packed_head if vocabulary is None else pack_draft_head(heads, packing.quantize)
-    target: Chain[LayerT, HeadT, JoinT] = Chain([], packed_head, {})
-    copies: dict[Quantization, Chain[LayerT, HeadT, JoinT]] = {}
+    head = packer.head(norm, source(heads, packing.quantize), None, packing.quantize, packing.exact)
+    draft_head = head if vocabulary is None else draft_head_in(packing.quantize, heads)
+    target: Chain[LayerT, HeadT] = Chain([], head, {})
+    drafts = Chain(target.layers, draft_head, {})
+    copies: dict[Quantization, Chain[LayerT, HeadT]] = {}
     if packing.draft_weights:
         kind = packing.draft_head or "int8"
-        cheap_head = draft_head if kind == packing.quantize and not packing.exact else pack_draft_head(heads, kind)
+        cheap_head = draft_head if kind == packing.quantize and not packing.exact else draft_head_in(kind, heads)
         copies = {kind: Chain([], cheap_head, {}) for kind in packing.draft_weights}
     del heads
     copied = packing.draft_layers or spec.layers
     for index in range(spec.layers):
         prefix = f"model.layers.{index}."
         originals = weights.remembered(prefix) if copies else weights.below(prefix)
-        target.layers.append(pack_layer(source(originals, packing.quantize), index, packing.quantize, packing.exact))
+        target.layers.append(packer.layer(source(originals, packing.quantize), index, packing.quantize, packing.exact))
         for kind, chain in copies.items():
-            kept = index < copied
-            chain.layers.append(pack_layer(source(originals, kind), index, kind, False) if kept else None)
-    chains = [(target, packing.quantize, packing.exact), *((chain, kind, False) for kind, chain in copies.items())]
+            chain.layers.append(packer.layer(source(originals, kind), index, kind, False) if index < copied else None)
     of_blocks = exit_blocks.weights(spec, embedding)
-    for place, block in enumerate(exit_blocks.blocks, spec.layers):
-        originals = of_blocks.remembered(block.prefix)
-        own_norm = norm_weights(originals, "norm", spec)
-        for chain, low_bits, exact in chains:
-            if chain is not target and block.exit_layer > copied:
+
+    def add_block(
+        block: ExitBlock, own: Weights, low_bits: Quantization | None, exact: bool, *chains: Chain[LayerT, HeadT]
+    ) -> None:
+        """The block's layer to the layers that the chains share, and the block with the head of each."""
+        layers, norm = chains[0].layers, norm_weights(own, "norm", spec)
+        place = len(layers)
+        layers.append(packer.layer(own.below("layer."), place, low_bits, exact))
+        join = packer.join(of_blocks, block, low_bits) if block.feature == "final" else None
+        for chain in chains:
+            head = chain.head.with_norm(norm)
+            chain.blocks[block.exit_layer] = PlacedBlock(block, place, head, packer.norm(norm), join)
+
+    for block in exit_blocks.blocks:
+        own = of_blocks.remembered(block.prefix)
+        add_block(block, own, packing.quantize, packing.exact, target, drafts)
+        for kind, chain in copies.items():
+            if block.exit_layer <= copied:
+                add_block(block, own, kind, False, chain)
+            else:
                 chain.layers.append(None)
-                continue
-            chain.layers.append(pack_layer(originals.below("layer."), place, low_bits, exact))
-            join = pack_join(of_blocks, block, low_bits) if block.feature == "final" else None
-            chain.blocks[place] = BlockEnds(block, join, own_norm, chain.head.with_norm(own_norm))
-    return Repacked(norm, target, target.with_head(draft_head), copies, copied, vocabulary)
-
-
-def taken_from(model: nn.Module) -> Take:
-    """The weights of a transformers model, which loses them and can no longer run."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    model.to("meta")
-    return lambda name: weights.pop(name, None)
+    return Repacked(packer.norm(norm), target, drafts, copies, spec.layers, copied, vocabulary)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, in the forms that the packed and the native layers take."""
+"""Rotary position embeddings, in the forms that the layers on PyTorch's and on our own kernels take."""
 
 import math
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ class Rope:
     of a head that does not rotate. There is one table for each of `spec.ropes`; it grows with the text.
     """
 
-    def __init__(self, config: object, spec: ModelSpec, like: Tensor) -> None:
-        self._frequencies = [rope_frequencies(config, spec, rope) for rope in spec.ropes]
+    def __init__(self, spec: ModelSpec, like: Tensor) -> None:
+        self._frequencies = [rope_frequencies(spec, rope) for rope in spec.ropes]
         self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         self._fixed = (spec.head_dim - spec.rotary) // 2  # pairs that do not rotate
         groups = spec.heads // spec.kv_heads
@@ -55,8 +55,8 @@ class Rope:
 class RopeTables:
     """Cosines and sines of the first positions in fp32, as the C kernels read them, one pair for each of `spec.ropes`."""
 
-    def __init__(self, config: object, spec: ModelSpec) -> None:
-        self._frequencies = [rope_frequencies(config, spec, rope) for rope in spec.ropes]
+    def __init__(self, spec: ModelSpec) -> None:
+        self._frequencies = [rope_frequencies(spec, rope) for rope in spec.ropes]
         self._like = torch.empty(0, spec.rotary // 2)
         self._length = 0
         self.cos = self.sin = [self._like for _ in spec.ropes]
@@ -76,7 +76,7 @@ def cos_and_sin(frequencies: Tensor, scaling: float, count: int, like: Tensor) -
     return cos, sin
 
 
-def rope_frequencies(config: object, spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
+def rope_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
     """Radians per position of each rotating pair of a head, (rotary / 2,) in fp32, and the factor of cosine and sine."""
     if rope.type == "default":  # transformers computes this one in each model's own module, which takes seconds to import
         exponents = torch.arange(0, spec.rotary, 2, dtype=torch.int64).float() / spec.rotary
@@ -84,7 +84,7 @@ def rope_frequencies(config: object, spec: ModelSpec, rope: RopeSpec) -> tuple[T
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = {} if rope.kind is None else {"layer_type": rope.kind}
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.type](config, torch.device("cpu"), **kind)
+    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope.type](spec.config, torch.device("cpu"), **kind)
     return frequencies, scaling
 
 

@@ -3,14 +3,17 @@ backend is built from its ModelSpec.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from .architectures import Architecture, architecture_of
 from .config_values import LAYER_KINDS, MOST_WIDTH, check_values, rope_types
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 FULL, SLIDING = LAYER_KINDS
@@ -65,6 +68,7 @@ class ModelSpec:
     embedding_dropout: float  # of training
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
+    config: Any = field(repr=False, compare=False)  # the configuration itself
 
     @classmethod
     def of(cls, config: Any) -> "ModelSpec":
@@ -118,6 +122,7 @@ class ModelSpec:
             embedding_dropout=float(_value(config, "embedding_dropout", 0.0)) if architecture.drops_embeddings else 0.0,
             score_cap=_value(config, "attn_logit_softcapping", None) if architecture.caps_scores else None,
             logits_cap=_value(config, "final_logit_softcapping", None) if architecture.caps_logits else None,
+            config=config,
         )
 
     @property
@@ -152,6 +157,12 @@ class ModelSpec:
         for index in range(self.layers):
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
         return shapes
+
+    def scaled_logits(self, logits: "Tensor") -> "Tensor":
+        """The output of the head after the division and the soft cap of an architecture, if it has them."""
+        if self.logits_divisor != 1:
+            logits = logits / self.logits_divisor
+        return logits if self.logits_cap is None else (logits / self.logits_cap).tanh() * self.logits_cap
 
     @property
     def parameters(self) -> int:

@@ -15,7 +15,7 @@ from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache, decode, decode_batch
 from layerskip_core.decoding.strategies import loop_of
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
@@ -49,7 +49,7 @@ def model_of(kind, exits, feature, scale):
         return GenericBackend(model, blocks)
     if backend == "packed":
         return PackedBackend.of(model, exit_blocks=blocks)
-    if not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+    if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no compiled kernels here")
     return NativeBackend.of(model, packing, exit_blocks=blocks)
 

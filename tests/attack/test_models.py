@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_pack, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_pack, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES
 
 ROPES = (
@@ -94,13 +94,13 @@ def test_every_backend_gives_the_logits_of_transformers(architecture, data, seed
         with torch.inference_mode():
             reference = model(ids).logits.double()
         require_same(GenericBackend(model), ids, reference, tolerance, data)
-        if can_pack(model.config):
+        if can_pack(ModelSpec.of(model.config)):
             require_same(PackedBackend.of(model), ids, reference, tolerance, data)
-        if can_run_native(model.config, dtype, cpu, None):
+        if can_run_native(ModelSpec.of(model.config), dtype, cpu, None):
             native = NativeBackend.of(model_of(architecture, shape, seed, dtype))
             require_same(native, ids, reference, tolerance, data, same_bits=True)
     for dtype, packing in REDUCED:
-        if can_run_native(model.config, dtype, cpu, packing):
+        if can_run_native(ModelSpec.of(model.config), dtype, cpu, packing):
             native = NativeBackend.of(model_of(architecture, shape, seed, dtype), packing)
             require_same(native, ids, reference, math.inf, data, same_bits=True)
 

@@ -4,7 +4,7 @@ import torch
 
 from layerskip_core.calibration.descent import descended, with_best_levels, with_best_scales
 from layerskip_core.calibration.gptq import Aim, Moments, gptq, searched
-from layerskip_core.model.int4 import int4_of
+from layerskip_core.model.low_bit import int4_of
 
 OUTPUTS, INPUTS = 24, 160
 

@@ -8,7 +8,7 @@ from layerskip_core.calibration.layers import quantize
 from layerskip_core.calibration.tuning import tune
 from layerskip_core.checkpoint.beside import matrix_names
 from layerskip_core.model import GenericBackend
-from layerskip_core.model.int4 import int4_of
+from layerskip_core.model.low_bit import int4_of
 
 TEXTS = torch.randint(3, 67, (48, 32), generator=torch.Generator().manual_seed(0))
 UNSEEN = torch.randint(3, 67, (8, 32), generator=torch.Generator().manual_seed(1))

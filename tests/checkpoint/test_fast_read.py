@@ -9,7 +9,7 @@ from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from layerskip_core.checkpoint.folder import LeanTokenizer, lean_config, lean_tokenizer
+from layerskip_core.checkpoint.folder import LeanTokenizer, lean_spec, lean_tokenizer
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
@@ -39,7 +39,7 @@ def edit(file, **changes):
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_logits_and_ids_equal_transformers(folder, model_type):
     path = str(folder(model_type, tie_word_embeddings=model_type == "qwen2"))
-    assert lean_config(path) is not None
+    assert lean_spec(path) is not None
     trainable, lean = for_training(path, "cpu", "fp32"), for_decoding(path, "cpu", "fp32")
     expected = decoder_of(trainable)
     assert not isinstance(lean.backend, GenericBackend) and isinstance(lean.tokenizer, LeanTokenizer)
@@ -83,13 +83,13 @@ def test_the_tokenizer_is_the_same(folder):
 def test_configurations_that_need_transformers(folder, changes):
     path = folder()
     edit(path / "config.json", **changes)
-    assert lean_config(str(path)) is None
+    assert lean_spec(str(path)) is None
 
 
 def test_files_beside_the_weights_are_no_weights(folder):
     path = folder()
     (path / "model.safetensors").rename(path / "int4.safetensors")
-    assert lean_config(str(path)) is None
+    assert lean_spec(str(path)) is None
 
 
 def test_a_tokenizer_that_needs_transformers(folder):

@@ -107,7 +107,7 @@ def test_a_library_that_reads_standard_input_gets_nothing(monkeypatch):
         answers.append(sys.stdin.read())
         raise ValueError("asked")
 
-    monkeypatch.setattr("layerskip_core.checkpoint.folder.lean_config", ask)
-    monkeypatch.setattr("layerskip_core.checkpoint.open.lean_config", ask)
+    monkeypatch.setattr("layerskip_core.checkpoint.folder.lean_spec", ask)
+    monkeypatch.setattr("layerskip_core.checkpoint.open.lean_spec", ask)
     result = run("generate", "--lines", stdin=CONSENT)
     assert (result.code, answers) == (1, [""])

@@ -14,7 +14,7 @@ from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.decoding.drafters.estimates import Acceptance, Chance, Doubts, LinearTime, best_length
 from layerskip_core.decoding.drafters.knowledge import Drafting, knowledge_of
 from layerskip_core.decoding.sampling import Greedy, Verdict
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 EXITS = (2, 4)
@@ -29,7 +29,7 @@ def backend_of(kind):
     )
     if kind == "packed":
         return PackedBackend.of(model, packing)
-    if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+    if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     return NativeBackend.of(model, packing)
 

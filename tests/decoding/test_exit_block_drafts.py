@@ -15,7 +15,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.strategies import loop_of
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock, features_of
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 64}
@@ -35,7 +35,7 @@ def backend_of(kind, features=FEATURES[0]):
         return GenericBackend(model, blocks)
     if kind in ("packed", "exact"):
         return PackedBackend.of(model, packing, exit_blocks=blocks)
-    if not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+    if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     return NativeBackend.of(model, packing, exit_blocks=blocks)
 
@@ -245,9 +245,9 @@ def test_tokens_that_left_earlier_have_keys_and_values_in_later_blocks():
                         if block is not None:
                             states[-stop] = backend.run_layers(hidden, block.layer, block.layer + 1, place, cache)
                     else:
-                        backend.propagate(left[number][1], start, stop, place, cache)
+                        backend.write_kv(left[number][1], start, stop, place, cache)
                         if block is not None:
-                            backend.propagate(left[number][1], block.layer, block.layer + 1, place, cache)
+                            backend.write_kv(left[number][1], block.layer, block.layer + 1, place, cache)
             for stop in (2, 4, 6):
                 scored = (
                     backend.unembed(states[6][:, -1]) if stop == 6 else backend.exit_blocks[stop].head(states[-stop][:, -1])

@@ -10,7 +10,7 @@ from exit_block_models import random_blocks
 from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache, decode
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 256}
@@ -40,7 +40,7 @@ def ids_of(decoding):
 
 
 def native_or_skip(model, packing, **blocks):
-    if not can_run_native(model.config, next(model.parameters()).dtype, torch.device("cpu"), packing):
+    if not can_run_native(ModelSpec.of(model.config), next(model.parameters()).dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     return NativeBackend.of(model, packing, **blocks)
 

@@ -16,7 +16,7 @@ from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.skipping import kept_layers
 from layerskip_core.decoding.sampling import Greedy, Stochastic
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 
 LAYERS, MOST = 6, 5
 PROMPT = [5, 11, 23, 42, 8]
@@ -34,7 +34,7 @@ def model_of(kind):
         return PackedBackend.of(tiny_model("mistral", sliding_window=4 if "windows" in kind else None))
     model = tiny_model(dtype=torch.float32, **WIDE)
     packing = PackingConfig(draft_weights=("int8",)) if "int8" in kind else None
-    if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+    if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     return NativeBackend.of(model, packing)
 

@@ -32,7 +32,7 @@ from layerskip_core.evaluation.report.documents import to_csv, to_json
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table
 from layerskip_core.evaluation.results import read_record
 from layerskip_core.evaluation.tasks.task import load_task
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 
 PROMPT = [5, 11, 23, 42, 8]
 GENERATION = GenerationSettings(max_new_tokens=NEW_TOKENS)
@@ -61,7 +61,7 @@ def on_backend(kind):
         return PackedBackend.of(tiny_model())
     model = tiny_model(dtype=torch.float32, hidden_size=64, intermediate_size=64, head_dim=16)
     packing = PackingConfig(draft_weights=("int8",))
-    if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+    if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     return NativeBackend.of(model, packing)
 

@@ -31,8 +31,8 @@ from layerskip_core.evaluation.verification.checks import (
 )
 from layerskip_core.evaluation.verification.run import KERNELS, tables, to_csv
 from layerskip_core.model.native import compiled
-from layerskip_core.model.native.model import NativeBackend
-from layerskip_core.model.packed.model import PackedBackend
+from layerskip_core.model.native_backend import NativeBackend
+from layerskip_core.model.torch_backend import PackedBackend
 
 VARIANT = next((name for name in compiled.VARIANTS if compiled.kernels(name) is not None), None)
 OWN = VARIANT or "torch"

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, Submodel, can_run_native
+from layerskip_core.model import DraftEnds, GenericBackend, ModelSpec, NativeBackend, PackedBackend, Submodel, can_run_native
 
 STOPS, EXIT, MOST = (1, 3), 3, 5
 SUBMODEL = Submodel(EXIT, taps=STOPS[:-1])
@@ -25,12 +25,12 @@ PROMPT = torch.randint(3, 67, (1, 9), generator=torch.Generator().manual_seed(9)
 def backend_of(kind, packing=None):
     if kind == "native":
         model, packing = tiny_model("llama", torch.float32, **WIDE), PackingConfig(**(packing or {}))
-        if not can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+        if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
             pytest.skip("no kernels were built here")
         return NativeBackend.of(model, packing, ORDER)
     if kind == "gemma2 native":  # with capped logits
         model = tiny_model("gemma2", torch.float32, **WIDE)
-        if not can_run_native(model.config, torch.float32, torch.device("cpu"), None):
+        if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), None):
             pytest.skip("no kernels were built here")
         return NativeBackend.of(model)
     if kind == "packed":

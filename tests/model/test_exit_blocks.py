@@ -8,7 +8,7 @@ from conftest import tiny_model
 from exit_block_models import random_blocks
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import DraftEnds, GenericBackend, NativeBackend, PackedBackend, Submodel, can_run_native
+from layerskip_core.model import DraftEnds, GenericBackend, ModelSpec, NativeBackend, PackedBackend, Submodel, can_run_native
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -20,7 +20,7 @@ MODELS = ["llama", "gemma2", "starcoder2", "phi3", "smollm3"]
 
 def native(model, packing=None, blocks=NO_BLOCKS):
     dtype = next(model.parameters()).dtype
-    if not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+    if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     return NativeBackend.of(model, packing, ORDER, exit_blocks=blocks)
 

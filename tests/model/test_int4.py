@@ -7,7 +7,7 @@ from conftest import tiny_model
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import NativeBackend, PackedBackend
-from layerskip_core.model.int4 import Int4, inputs_of, int4_of, stored, stored_shape
+from layerskip_core.model.low_bit import Int4, inputs_of, int4_of, stored, stored_shape
 from layerskip_core.model.native.compiled import kernels
 
 WIDE = {"intermediate_size": 96, "hidden_size": 64}

@@ -23,16 +23,17 @@ from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.model import (
     DraftEnds,
     GenericBackend,
+    ModelSpec,
     NativeBackend,
     PackedBackend,
     Submodel,
     can_run_native,
-    splitting,
 )
+from layerskip_core.model import native_backend as native
+from layerskip_core.model import spans as parts
 from layerskip_core.model.drafting import most_probable
 from layerskip_core.model.native import compiled
-from layerskip_core.model.native import model as native
-from layerskip_core.model.native.buffers import BufferPool, Buffers
+from layerskip_core.model.native.layers import BufferPool, Buffers
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
 BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]
@@ -386,19 +387,21 @@ def test_of_equal_logits_the_first_is_drafted(variant, best):
 @needs_kernels
 def test_which_precisions_devices_and_widths_the_kernels_support(variant):
     config, cpu = tiny_model("llama", torch.float32, **WIDE).config, torch.device("cpu")
-    assert can_run_native(config, torch.float32, cpu, None)
-    assert can_run_native(config, torch.bfloat16, cpu, PackingConfig(quantize="int4"))
-    assert not can_run_native(config, torch.float64, cpu, None)
-    assert not can_run_native(config, torch.float32, torch.device("cuda"), None)
-    assert not can_run_native(tiny_model("llama", torch.float32, hidden_act="relu").config, torch.float32, cpu, None)
+    assert can_run_native(ModelSpec.of(config), torch.float32, cpu, None)
+    assert can_run_native(ModelSpec.of(config), torch.bfloat16, cpu, PackingConfig(quantize="int4"))
+    assert not can_run_native(ModelSpec.of(config), torch.float64, cpu, None)
+    assert not can_run_native(ModelSpec.of(config), torch.float32, torch.device("cuda"), None)
+    assert not can_run_native(
+        ModelSpec.of(tiny_model("llama", torch.float32, hidden_act="relu").config), torch.float32, cpu, None
+    )
     narrow = tiny_model("llama", torch.float32, intermediate_size=48).config  # 48: no whole groups of 32
-    assert can_run_native(narrow, torch.float32, cpu, None)
-    assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights=("int8",)))
+    assert can_run_native(ModelSpec.of(narrow), torch.float32, cpu, None)
+    assert not can_run_native(ModelSpec.of(narrow), torch.float32, cpu, PackingConfig(draft_weights=("int8",)))
 
 
 def test_without_kernels_nothing_runs_native(monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda: None)
-    assert not can_run_native(tiny_model("llama", torch.float32).config, torch.float32, torch.device("cpu"), None)
+    assert not can_run_native(ModelSpec.of(tiny_model("llama", torch.float32).config), torch.float32, torch.device("cpu"), None)
     monkeypatch.setenv(compiled.SWITCH, "torch")
     assert compiled.kernels() is None
 
@@ -433,7 +436,7 @@ SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attent
 def test_row_counts_whose_products_exceed_32_bits(variant, kind, threads, monkeypatch):
     """A call's rows times its tiles, which are of up to 12 rows, or of 8 by AVX-512 in int8, exceed 2**31."""
     threads(2)
-    monkeypatch.setattr(splitting, "MOST_BYTES", 1 << 50)
+    monkeypatch.setattr(parts, "MOST_BYTES", 1 << 50)
     wide = kind == "int8"  # whole groups of 32
     shape = {**SMALLEST, **({"hidden_size": 32, "intermediate_size": 32, "head_dim": 32} if wide else {})}
     rows = 132_000 if wide and variant in ("amx", "avx512") else 161_000
@@ -454,7 +457,7 @@ def test_row_counts_whose_products_exceed_32_bits(variant, kind, threads, monkey
 @needs_kernels
 def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
     """40 prompts of 50 tokens: 2,000 rows, of which no call has more than fit into the bytes allowed, or 256."""
-    monkeypatch.setattr(splitting, "CHUNK", 16)
+    monkeypatch.setattr(parts, "CHUNK", 16)
     model, ids = model_of("fp32"), ids_of(40, 50)
     layers = model._layers
     positions, sizes, run = torch.arange(50).expand(40, -1), [], layers.run
@@ -467,7 +470,7 @@ def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
     with torch.inference_mode():
         results = []
         for rows in (2000, 130, 30):
-            monkeypatch.setattr(splitting, "MOST_BYTES", rows * layers.pool.row_bytes())
+            monkeypatch.setattr(parts, "MOST_BYTES", rows * layers.pool.row_bytes())
             sizes.clear()
             results.append(model.unembed(model.run_layers(model.embed(ids), 0, 6, positions, model.new_cache(40))))
             assert max(sizes) == {2000: 640, 130: 120, 30: 40}[rows]  # 16, 3 and 1 tokens of each
@@ -482,10 +485,10 @@ def test_the_activations_of_a_part_fill_what_is_allowed(threads, number, norms_b
     threads(number)
     wide = compiled.CShape(hidden=4096, heads=32, kv_heads=32, head_dim=128, inner=11008, bf16_cache=1, gated=1)
     pool = BufferPool(wide, norms_blocks)
-    alone, few, many = (splitting.tokens_at_once(batch, 256, pool.row_bytes) for batch in (1, 40, 10_000))
+    alone, few, many = (parts.tokens_at_once(batch, 256, pool.row_bytes) for batch in (1, 40, 10_000))
     assert alone == 256 and 2 < few < 256 and many == 1
     held = Buffers(40 * few, number, wide, norms_blocks).nbytes + 2 * 40 * few * 4096 * 4
-    assert splitting.MOST_BYTES * (few - 1) / few < held < splitting.MOST_BYTES * (few + 1) / few
+    assert parts.MOST_BYTES * (few - 1) / few < held < parts.MOST_BYTES * (few + 1) / few
 
 
 @needs_kernels

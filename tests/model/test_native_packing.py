@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from test_native import BUILT, needs_kernels
 
-from layerskip_core.model.int4 import GROUP_SIZE, inputs_of, int4_of, stored
-from layerskip_core.model.layer_weights import Projection
+from layerskip_core.model.low_bit import GROUP_SIZE, inputs_of, int4_of, int8_levels, stored
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.matrix import MatrixForm, NativeMatrix
-from layerskip_core.model.quantized import int8_levels
+from layerskip_core.model.weights import Projection
 
 PANEL = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

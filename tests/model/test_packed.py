@@ -13,9 +13,9 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, ModelSpec, PackedBackend, can_pack, missing_feature
+from layerskip_core.model import torch_linear as linear
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.model.exit_blocks import ExitBlock
-from layerskip_core.model.packed import linear
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
@@ -205,7 +205,7 @@ def test_what_the_layers_lack_is_named_and_not_packed(change, missing):
     for name, value in change.items():
         object.__setattr__(config, name, value)
     assert missing_feature(ModelSpec.of(config)) == missing
-    assert can_pack(config) == (missing is None)
+    assert can_pack(ModelSpec.of(config)) == (missing is None)
 
 
 @pytest.mark.parametrize(("activation", "implementation"), [("silu", "packed"), ("tanh", "generic")])

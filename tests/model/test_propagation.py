@@ -1,4 +1,4 @@
-"""`Backend.propagate`: the keys and values that a layer gives to the cache, without the rest of the layer."""
+"""`Backend.write_kv`: the keys and values that a layer gives to the cache, without the rest of the layer."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def assert_propagates(model, positions):
             model.run_layers(model.embed(prompt), 0, LAYERS, positions_of(0, 9, rows), each)
         hidden = model.run_layers(model.embed(ids), 0, 2, positions, reference)
         before, states = [kept(cache, layer) for layer in range(LAYERS)], hidden.clone()
-        model.propagate(hidden, 2, 5, positions, cache)
+        model.write_kv(hidden, 2, 5, positions, cache)
         assert torch.equal(hidden, states)
         for layer in range(2, 5):
             model.run_layers(hidden, layer, layer + 1, positions, reference)
@@ -77,6 +77,6 @@ def test_what_does_not_fit_is_refused(backend):
     model = backend(tiny_model(dtype=torch.float32))
     hidden = model.embed(ids_of(1, 2))
     with pytest.raises(ValueError, match=r"layers must be in 0\.\.6, got 2\.\.7"):
-        model.propagate(hidden, 2, 7, positions_of(0, 2), model.new_cache())
+        model.write_kv(hidden, 2, 7, positions_of(0, 2), model.new_cache())
     with pytest.raises(ValueError, match=r"1 x 2 tokens do not fit \[1, 3\] positions"):
-        model.propagate(hidden, 2, 6, positions_of(0, 3), model.new_cache())
+        model.write_kv(hidden, 2, 6, positions_of(0, 3), model.new_cache())

@@ -18,7 +18,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend, PackedBackend
 from layerskip_core.model.draft_vocabulary import token_order
-from layerskip_core.model.quantized import Int4Linear, Int8Linear, quantized
+from layerskip_core.model.low_bit import Int4Linear, Int8Linear, quantized
 
 WIDE = {"intermediate_size": 64, "hidden_size": 64}
 
@@ -90,7 +90,7 @@ def test_unsupported_widths_devices_and_settings_are_errors():
 
 
 def test_a_kernel_that_torch_lacks_is_a_config_error(monkeypatch):
-    from layerskip_core.model import quantized as module
+    from layerskip_core.model import low_bit as module
 
     def missing(*_):
         raise RuntimeError("no such operator")

@@ -240,11 +240,11 @@ IMPLEMENTATIONS = [PackedBackend, NativeBackend]
 def pack(implementation, change, model_type="llama", dtype=torch.float32, packing=None, **shape):
     """Packs the tiny model's weights after `change` has edited them."""
     model = tiny_model(model_type, dtype, **shape)
-    if implementation is NativeBackend and not can_run_native(model.config, dtype, torch.device("cpu"), packing):
+    if implementation is NativeBackend and not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     change(weights)
-    return implementation(model.config, lambda name: weights.get(name), packing)
+    return implementation(ModelSpec.of(model.config), lambda name: weights.get(name), packing)
 
 
 WEIGHTS = [

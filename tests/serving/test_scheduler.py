@@ -16,7 +16,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.decoding.loop import DecodingLoop
 from layerskip_core.decoding.text import TextStream
 from layerskip_core.errors import ContextError
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.serving import Request, Scheduler
 from layerskip_core.serving import scheduler as scheduler_module
@@ -37,7 +37,7 @@ def decoder_of(kind):
         backend = GenericBackend(model, blocks)
     elif kind == "packed":
         backend = PackedBackend.of(model, packing, exit_blocks=blocks)
-    elif can_run_native(model.config, torch.float32, torch.device("cpu"), packing):
+    elif can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
         backend = NativeBackend.of(model, packing, exit_blocks=blocks)
     else:
         pytest.skip("no kernels were built here")

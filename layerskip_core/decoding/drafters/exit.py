@@ -8,7 +8,8 @@ from torch import Tensor
 from ...config.checks import require
 from ...config.packing import EXACT_TOKENS, Quantization
 from ...model.backend import DraftEnds, DraftSide, Submodel
-from ...model.drafting import beyond_exit, joined, states_at
+from ...model.drafting import beyond_exit
+from ...model.spans import joined, states_at
 from ..sampling import Greedy, Sampler, Verdict
 from .base import Context, Draft, DrafterSetup
 

@@ -82,7 +82,7 @@ def agreement(
             hidden = model.run_layers(hidden, start, stop, positions[:, :first], cache)
             if stop in blocks:
                 block, before = model.exit_blocks[stop], None if features is None else features[:, :first]
-                model.propagate(block.enter(hidden, before), block.layer, block.layer + 1, positions[:, :first], cache)
+                model.write_kv(block.enter(hidden, before), block.layer, block.layer + 1, positions[:, :first], cache)
     after = None if features is None else features[:, first:]
     hidden = drafting.embed(tokens[:, first:])
     for start, stop in pairwise([0, *exits]):

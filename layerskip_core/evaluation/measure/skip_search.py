@@ -18,7 +18,7 @@ from ...config.packing import Quantization
 from ...data.records import spread
 from ...decoding.drafters.skipping import kept_layers
 from ...errors import ConfigError, DataError, LayerSkipError
-from ...model.drafting import run_spans
+from ...model.spans import run_spans
 from ..outputs import Outputs, require_outputs
 from ..tasks.task import Task, load_task
 from .cost_model import Prediction, Rounds, prediction_of, simulate

@@ -1,5 +1,1 @@
-"""The backend on C kernels: a span of layers is one call, and the kernels are batch-invariant."""
-
-from .model import NativeBackend, can_run_native, suits_kernels
-
-__all__ = ["NativeBackend", "can_run_native", "suits_kernels"]
+"""Our own kernels in C, and their side in Python. They are batch-invariant."""

@@ -1,7 +1,6 @@
-"""Greedy drafts by the C kernels: a whole draft is one call."""
+"""Whole drafts, and whole greedy verifications, as one call of the C kernels each."""
 
 import ctypes
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 from ..backend import DraftEnds, GreedyDraft, Submodel
 from ..cache import KVCache
 from ..draft_vocabulary import DraftVocabulary
-from ..repack import BlockEnds
-from .compiled import CDraft
-from .head import NativeHead, NativeProduct
-from .span import NativeLayers
+from .compiled import CChoice, CDraft
+from .layers import NativeHead, NativeLayers, NativeProduct
+
+_MOST_ROWS = 64  # whose logits are kept
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class OneCallDraft:
     head: NativeHead
     vocabulary: DraftVocabulary | None
     runs_last: bool
-    blocks: Mapping[int, BlockEnds[NativeHead, NativeProduct]]  # by their places among the layers
 
     def __call__(
         self,
@@ -43,11 +41,11 @@ class OneCallDraft:
         vocab_size, hidden_size = layers.embedding.shape
         exit_layer, beyond, stops = submodel.exit_layer, submodel.beyond, submodel.stops
         head, join, joined = self.head, None, torch.empty(2, 0)
-        if submodel.block is not None:
-            layer = submodel.block.layer
-            beyond, head, join = ((layer, layer + 1),), self.blocks[layer].head, self.blocks[layer].join
+        if (block := submodel.block) is not None:
+            assert isinstance(block.head, NativeHead)
+            beyond, head, join = ((block.layer, block.layer + 1),), block.head, block.join
             if join is not None:
-                assert feature is not None
+                assert isinstance(join, NativeProduct) and feature is not None
                 joined = torch.cat((feature, feature), dim=1).to(torch.float32)
         order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
         ascending = sorted((0, *stops)) == [0, *stops]
@@ -86,7 +84,7 @@ class OneCallDraft:
             ends.confidence,
             ends.survival,
             ends.doubt,
-            None if join is None else ctypes.addressof(join.matrix.structure),
+            None if not isinstance(join, NativeProduct) else ctypes.addressof(join.matrix.structure),
             *(tensor.data_ptr() for tensor in (joined, tokens, states, after_exit, logits)),
         )
         layers.kernels.draft(
@@ -97,3 +95,42 @@ class OneCallDraft:
         run = count if self.runs_last else draft.drafted
         kept = {stop: states[place : place + 1, :run] for place, stop in enumerate(stops)}
         return GreedyDraft(tokens[:, :count], kept, [] if probs is None else probs[: draft.drafted])
+
+
+@dataclass(frozen=True)
+class OneCallChoice:
+    """A `Chooser` by a chain of layers and a head."""
+
+    layers: NativeLayers
+    head: NativeHead
+
+    def __call__(
+        self, tokens: Tensor, hidden: Tensor | None, start: int, stop: int, positions: Tensor, cache: KVCache
+    ) -> Tensor | None:
+        layers, head = self.layers, self.head
+        batch, count = tokens.shape
+        if batch * count > _MOST_ROWS or not layers.has(range(start, stop)) or cache.rows != batch:
+            return None
+        if hidden is None:
+            tokens = tokens.contiguous()
+            if not all(0 <= token < len(layers.embedding) for row in tokens.tolist() for token in row):
+                raise ValueError("a token that the model does not have")
+            rows = torch.empty(batch, count, layers.embedding.shape[1])
+        else:
+            rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
+        buffers, places = layers.pool.of(batch * count), positions.contiguous()
+        layers.place(buffers, cache, cache.writer(positions).stop, places, start, stop)
+        buffers.call.rows_per_sequence = count
+        buffers.call.hidden = rows.data_ptr()
+        chosen = torch.empty(batch, count, dtype=torch.long)
+        choice = CChoice(
+            layers.embedding.data_ptr(),
+            tokens.data_ptr() if hidden is None else None,
+            buffers.logits(head.product.matrix.outputs).data_ptr(),
+            chosen.data_ptr(),
+        )
+        layers.kernels.choose(
+            *(layers.shape, layers.address(start), stop - start, head.product.norm.structure),
+            *(head.product.matrix.structure, buffers.call, choice, buffers.threads),
+        )
+        return chosen

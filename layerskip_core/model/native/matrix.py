@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..draft_vocabulary import DraftVocabulary
-from ..int4 import GROUP_SIZE, is_stored
-from ..layer_weights import Projection
+from ..low_bit import GROUP_SIZE, is_stored
+from ..weights import Projection
 from .compiled import KINDS, CMatrix, Kernels
 
 LAYOUT = 1  # the version of the panels below: files of panels say which they have

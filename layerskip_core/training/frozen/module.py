@@ -14,7 +14,6 @@ from ...errors import CheckpointError
 from ...losses import IGNORED, summed_divergences
 from ...model import GenericBackend, SpanInputs
 from ...model.exit_blocks import ExitBlock, features_of
-from ...model.logits import scaled_logits
 from ..recipe.module import Moment
 
 _FILE = "blocks.safetensors"  # of a run's checkpoint
@@ -116,4 +115,4 @@ class FrozenExits(nn.Module):
     def _logits(self, normed: Tensor) -> Tensor:
         head = self._head[0]
         logits: Tensor = head(normed.to(head.weight.dtype))
-        return scaled_logits(logits, self._backend.spec)
+        return self._backend.spec.scaled_logits(logits)

@@ -17,7 +17,6 @@ from .backend import DraftSide
 from .cache import KVCache, SpanWriter
 from .drafting import LayeredDraftSide
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
-from .logits import scaled_logits
 from .spec import ModelSpec
 
 
@@ -78,12 +77,12 @@ class GenericBackend:
     exact = batch_invariant = recordable = False
     chooser = None
 
-    def __init__(self, model: nn.Module, exit_blocks: ExitBlocks = NO_BLOCKS) -> None:
+    def __init__(self, model: nn.Module, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:
         """Raises CheckpointError for an architecture that is not supported or a configuration that is impossible.
 
-        `exit_blocks`: those of the model's exits, which decode only.
+        `exit_blocks`: those of the model's exits, which decode only. `spec`: the model's, if it is known already.
         """
-        self.spec = ModelSpec.of(model.config)
+        self.spec = spec or ModelSpec.of(model.config)
         self.model = model
         transformers_model: Any = model
         self.config: Any = model.config
@@ -165,8 +164,8 @@ class GenericBackend:
             hidden = self.run_layer(layer, hidden, inputs)
         return hidden
 
-    def propagate(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        """As `Backend.propagate`. Each layer ends where its attention module has given its keys and values to the cache."""
+    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        """As `Backend.write_kv`. Each layer ends where its attention module has given its keys and values to the cache."""
         inputs = self.prepare(hidden, positions, cache)
         assert isinstance(inputs.writer, SpanWriter)
         inputs = replace(inputs, writer=_KeysOnly(inputs.writer))
@@ -220,7 +219,7 @@ class GenericBackend:
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
         logits: Tensor = self._head(self.normed(hidden))
-        return scaled_logits(logits, self.spec)
+        return self.spec.scaled_logits(logits)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The input (..., D) of the head."""
@@ -246,7 +245,7 @@ class GenericBackend:
             join = partial(F.linear, weight=weights.of(block.input_name))
 
         def head(hidden: Tensor) -> Tensor:
-            return scaled_logits(self._head(norm(hidden)), self.spec)
+            return self.spec.scaled_logits(self._head(norm(hidden)))
 
         self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, norm, join)
 

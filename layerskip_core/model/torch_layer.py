@@ -1,4 +1,4 @@
-"""A decoder layer on repacked weights, in few torch operations: in a small model their number is most of the time."""
+"""A decoder layer on PyTorch's kernels, in few operations: in a small model their number is most of the time."""
 
 import math
 from collections.abc import Callable
@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...config.packing import Quantization
-from ..cache import LayerSlots
-from ..layer_weights import (
+from ..config.packing import Quantization
+from .cache import LayerSlots, SpanWriter
+from .spec import ModelSpec
+from .torch_linear import Linear, Norm, SlotNorm, linear
+from .weights import (
     NormWeights,
     Projection,
+    Weights,
     attention_inputs,
     attention_output,
     layer_norms,
@@ -21,9 +24,6 @@ from ..layer_weights import (
     mlp_output,
     stacked,
 )
-from ..spec import ModelSpec
-from ..weights import Weights
-from .linear import Linear, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -63,7 +63,7 @@ class Step(NamedTuple):
 class Workspace:
     """Buffers of the layers for calls over B*T tokens, and their views, which are made once."""
 
-    def __init__(self, batch: int, count: int, layer: "PackedLayer", like: Tensor) -> None:
+    def __init__(self, batch: int, count: int, layer: "TorchLayer", like: Tensor) -> None:
         groups, heads, size = layer.groups, layer.kv_heads, layer.head_dim
         wide = torch.promote_types(like.dtype, torch.float32)
         self.rows, self.single = batch * count, count == 1
@@ -81,7 +81,7 @@ class Workspace:
         self.up = self.inside[:, layer.inside // 2 :] if layer.gated else self.inside
 
 
-class PackedLayer:
+class TorchLayer:
     """A decoder layer over rows (B*T, D).
 
     Query, key and value are one matrix, gate and up another. Rows of the first are ordered (kv head, slot, head dim); the slots
@@ -116,14 +116,14 @@ class PackedLayer:
 
     def run_(self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace) -> None:
         """The layer over `hidden` (B*T, D), in place."""
-        self.write(hidden, step, held, space)
+        self.write_kv(hidden, step, held, space)
         space.queries.copy_(space.rotated)
         self._add(self._output, self._attended(step, kind, held, space), self._after_attention, hidden)
         self._up.write(hidden if self._before_mlp is None else self._before_mlp(hidden), space.inside)
         inside = self._activation(space.up) if space.gate is None else self._activation(space.gate).mul_(space.up)
         self._add(self._down, inside, self._after_mlp, hidden)
 
-    def write(self, hidden: Tensor, step: Step, held: LayerSlots, space: Workspace) -> None:
+    def write_kv(self, hidden: Tensor, step: Step, held: LayerSlots, space: Workspace) -> None:
         """Keys and values of `hidden` (B*T, D) to the cache, and queries to the workspace."""
         self._qkv.write(hidden if self._before_attention is None else self._before_attention(hidden), space.qkv)
         if self._query_key_norm is not None:
@@ -131,7 +131,7 @@ class PackedLayer:
         space.pairs.mul_(step.still if self._rope is None else step.ropes[self._rope])
         held.write(space.keys_values)
 
-    def _add(self, layer: Linear, rows: Tensor, after: "Norm | None", hidden: Tensor) -> None:
+    def _add(self, layer: Linear, rows: Tensor, after: Norm | None, hidden: Tensor) -> None:
         """Adds a block's output to `hidden`, in place."""
         if after is None and self._residual_scale == 1:
             layer.add(rows, hidden)
@@ -180,75 +180,20 @@ class PackedLayer:
         keys = self._interleaved(key.view(self.kv_heads, 1, self.head_dim, *rest), dim=2)
         return torch.cat([queries, keys, value.view_as(keys)], dim=1).reshape(-1, *rest)
 
-    def _norm_of_slots(self, query: NormWeights | None, key: NormWeights | None, spec: ModelSpec) -> "_SlotNorm | None":
+    def _norm_of_slots(self, query: NormWeights | None, key: NormWeights | None, spec: ModelSpec) -> SlotNorm | None:
         if query is None or key is None:
             return None
         per_head = spec.architecture.query_key_norms == "head"
         shape = (self.kv_heads, self.groups, self.head_dim)
         queries = query.weight.expand(shape) if per_head else query.weight.view(shape)
         keys = key.weight.expand(self.kv_heads, 1, -1) if per_head else key.weight.view(self.kv_heads, 1, -1)
-        return _SlotNorm(self._interleaved(torch.cat([queries, keys], dim=1), dim=2), spec.eps, per_head)
+        return SlotNorm(self._interleaved(torch.cat([queries, keys], dim=1), dim=2), spec.eps, per_head)
 
     def _interleaved(self, tensor: Tensor, dim: int) -> Tensor:
         """The halves of the rotating part of a head, which rope pairs, alternate along `dim`; the rest follows."""
         rotating, rest = torch.split(tensor, [self._rotary, self.head_dim - self._rotary], dim)
         halves = torch.stack(rotating.chunk(2, dim), dim + 1)
         return torch.cat([halves.flatten(dim, dim + 1), rest], dim)
-
-
-class Norm:
-    """RMSNorm over the last dimension, for which torch.rms_norm takes some eight passes on the CPU; LayerNorm with a bias.
-
-    Where it `folds`, in fp32 and fp64, the weight becomes part of the linear layer after the norm, and three passes remain.
-    Otherwise, as in bf16, where that would round the weights of the layer again, layer_norm is one pass: over a row and its
-    negative, whose mean is 0 and whose mean square is the row's.
-    """
-
-    def __init__(self, weights: NormWeights, eps: float, folds: bool) -> None:
-        self._weight, self._bias, self._eps = weights.weight, weights.bias, eps
-        size = self._weight.numel()
-        self._on_cpu = self._weight.device.type == "cpu"
-        self._folds = self._on_cpu and folds and self._bias is None
-        self._twice = torch.cat((self._weight, self._weight))
-        self._floor = self._weight.new_tensor(math.sqrt(size * eps))
-
-    def folded_into(self, weight: Tensor) -> Tensor:
-        """`weight` (out, D) of the linear layer after this norm as another (out, D), to be used instead of it."""
-        return weight * (self._weight * math.sqrt(self._weight.numel())) if self._folds else weight
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        if self._folds:
-            # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
-            length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-            return hidden / length.hypot_(self._floor)
-        if self._bias is not None:
-            return F.layer_norm(hidden, self._weight.shape, self._weight, self._bias, self._eps)
-        if not self._on_cpu:
-            return torch.rms_norm(hidden, self._weight.shape, self._weight, self._eps).to(hidden.dtype)
-        both: Tensor = torch.layer_norm(torch.cat((hidden, -hidden), dim=-1), self._twice.shape, self._twice, None, self._eps)
-        return both[..., : self._weight.numel()].contiguous()
-
-
-class _SlotNorm:
-    """RMSNorm of queries and keys, over each head or over all heads, in place over (B, T, kv heads, G+1, head dim)."""
-
-    def __init__(self, weights: Tensor, eps: float, per_head: bool) -> None:
-        """`weights` (kv heads, G+1, head dim)."""
-        wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        self._groups = weights.shape[1] - 1
-        self._per_head = per_head
-        self._parts = [wide] if per_head else list(torch.split(wide, [self._groups, 1], dim=1))
-        sizes = [part.shape[-1] if per_head else part.numel() for part in self._parts]
-        self._scales = [part * math.sqrt(size) for part, size in zip(self._parts, sizes, strict=True)]
-        self._floors = [wide.new_tensor(math.sqrt(size * eps)) for size in sizes]
-
-    def apply_(self, slots: Tensor) -> None:
-        dims = (-1,) if self._per_head else (-3, -2, -1)
-        parts = [slots] if self._per_head else torch.split(slots, [self._groups, 1], dim=-2)
-        for part, scale, floor in zip(parts, self._scales, self._floors, strict=True):
-            length = torch.linalg.vector_norm(part, dim=dims, keepdim=True).hypot_(floor)
-            part.div_(length).mul_(scale)
 
 
 def _norm(weights: NormWeights | None, eps: float, folds: bool) -> Norm | None:
@@ -259,3 +204,47 @@ def _packed(part: Projection, norm: Norm | None, quantization: Quantization | No
     """The linear layer of a projection, after `norm` if there is one."""
     weight = part.weight if norm is None else norm.folded_into(part.weight)
     return linear(weight, part.bias, quantization, exact)
+
+
+class Masks:
+    """What is added to attention scores, so that no query sees a later key or one before its window."""
+
+    def __init__(self, spec: ModelSpec, like: Tensor) -> None:
+        """Masks have the precision and the device of `like`."""
+        self._windows = {kind: spec.window_of_kind(kind) for kind in spec.kinds}
+        self._like = like.new_empty(0)
+        self._ahead = self._like  # as many zeros, then as many infinities
+
+    def by_kind(self, writer: SpanWriter, positions: Tensor, keys: int, always: bool) -> dict[str, Tensor | None]:
+        """By kind of layer, (B or 1, 1, T, 1, S) over `keys` places of the cache, or (S,) for one token.
+
+        None where every place may be seen, unless a mask is needed `always`. `positions` (B, T) are on the device.
+        """
+        return {kind: self._mask(window, writer, positions, keys, always) for kind, window in self._windows.items()}
+
+    def spans(self, positions: list[int]) -> dict[str, list[tuple[int, int]]]:
+        """By kind of layer, the keys start..stop-1 that each token of one row sees."""
+        return {
+            kind: [(0 if window is None else max(0, place + 1 - window), place + 1) for place in positions]
+            for kind, window in self._windows.items()
+        }
+
+    def _mask(self, window: int | None, writer: SpanWriter, positions: Tensor, keys: int, always: bool) -> Tensor | None:
+        if writer.contiguous and positions.shape[1] == 1 and (window is None or writer.stop <= window):
+            return self._after(writer.stop, keys) if always else None
+        queries = (positions[:1] if writer.contiguous else positions)[:, None, :, None, None]
+        order = torch.arange(keys, device=positions.device)
+        unseen = order > queries
+        if window is not None:
+            unseen |= order <= queries - window
+        mask = torch.zeros(unseen.shape, dtype=self._like.dtype, device=positions.device)
+        return mask.masked_fill_(unseen, -math.inf)
+
+    def _after(self, stop: int, keys: int) -> Tensor:
+        """(S,) that hides the places from `stop` on: a view, so that a single token costs no new tensor."""
+        half = len(self._ahead) // 2
+        if half < keys:
+            half = 2 * keys
+            self._ahead = self._like.new_zeros(2 * half)
+            self._ahead[half:] = -math.inf
+        return self._ahead[half - stop : half - stop + keys]

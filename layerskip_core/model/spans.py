@@ -1,15 +1,39 @@
-"""Large calls run in parts, which bounds the memory of their activations. For the backends with repacked weights."""
+"""Runs spans of layers: several one after the other, or a large call in parts, which bounds the memory of activations."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .backend import Layers, Spans
 from .cache import KVCache
 
 CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
 MOST_BYTES = 1 << 28  # of activations, where a call has several prompts: its parts then have fewer tokens of each
+
+
+def states_at(
+    layers: Layers, hidden: Tensor, stops: Iterable[int], positions: Tensor, cache: KVCache, start: int = 0
+) -> dict[int, Tensor]:
+    """The hidden states after each of some ascending counts of layers, from those after `start`; see `Layers.run_layers`."""
+    states = {}
+    for stop in stops:
+        states[stop] = hidden = layers.run_layers(hidden, start, stop, positions, cache)
+        start = stop
+    return states
+
+
+def joined(parts: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """The states of all tokens, from those of the first, of the next, and so on."""
+    return {stop: torch.cat([states[stop] for states in parts], dim=1) for stop in parts[0]}
+
+
+def run_spans(layers: Layers, hidden: Tensor, spans: Spans, positions: Tensor, cache: KVCache) -> Tensor:
+    """Several spans of layers, one after the other; arguments as for `Layers.run_layers`."""
+    for start, stop in spans:
+        hidden = layers.run_layers(hidden, start, stop, positions, cache)
+    return hidden
 
 
 class SpanKernel(Protocol):
@@ -27,8 +51,8 @@ class SpanKernel(Protocol):
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
         """As `Layers.run_layers`, for at least one token and one layer."""
 
-    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        """As `Backend.propagate`, for at least one token and one layer."""
+    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        """As `Backend.write_kv`, for at least one token and one layer."""
 
 
 def run_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None) -> Tensor:
@@ -47,11 +71,11 @@ def run_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, posi
     return torch.cat(outputs, dim=1)
 
 
-def propagate_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-    """`Backend.propagate` by a kernel, with the bounds and errors of `run_in_parts`."""
+def write_kv_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+    """`Backend.write_kv` by a kernel, with the bounds and errors of `run_in_parts`."""
     with torch.inference_mode():
         for part, places in _parts(kernel, hidden, start, stop, positions, cache):
-            kernel.write(part, start, stop, places, cache)
+            kernel.write_kv(part, start, stop, places, cache)
 
 
 def _parts(

@@ -1,1 +1,0 @@
-"""Decoding on repacked weights by torch's kernels."""

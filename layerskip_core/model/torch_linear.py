@@ -1,0 +1,175 @@
+"""Linear layers and norms of the backend on PyTorch's kernels."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config.packing import Quantization
+from .low_bit import quantized
+from .weights import NormWeights
+
+_PREPACKED_SIZE = 1 << 18  # elements; a call of oneDNN costs 9 us, which a smaller fp32 matrix does not regain at one row
+_TYPICAL_ROWS = 8  # oneDNN chooses its layout for this row count: a round of speculation, and good at one row too
+_MOST_EXACT_ROWS = 8
+
+
+class Linear(Protocol):
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(rows, in) to a new tensor (rows, out)."""
+
+    def write(self, rows: Tensor, out: Tensor) -> None:
+        """(rows, in) to `out` (rows, out), which may have another precision."""
+
+    def add(self, rows: Tensor, residual: Tensor) -> None:
+        """Adds the layer's output for (rows, in) to `residual` (rows, out)."""
+
+
+class PlainLinear:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight.t().contiguous()  # (in, out) is about 10% faster than (out, in) for one row in fp32
+        self._bias = None if bias is None else bias.detach()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.mm(rows, self._weight) if self._bias is None else torch.addmm(self._bias, rows, self._weight)
+
+    def write(self, rows: Tensor, out: Tensor) -> None:
+        if out.dtype != rows.dtype:
+            out.copy_(self(rows))
+        elif self._bias is None:
+            torch.mm(rows, self._weight, out=out)
+        else:
+            torch.addmm(self._bias, rows, self._weight, out=out)
+
+    def add(self, rows: Tensor, residual: Tensor) -> None:
+        residual.addmm_(rows, self._weight)
+        if self._bias is not None:
+            residual.add_(self._bias)
+
+
+class KernelLinear:
+    """A layer whose kernel, `multiply`, returns a new tensor, whose precision may differ from that of the rows."""
+
+    def __init__(self, multiply: Callable[[Tensor], Tensor]) -> None:
+        self._multiply = multiply
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._multiply(rows).to(rows.dtype)
+
+    def write(self, rows: Tensor, out: Tensor) -> None:
+        out.copy_(self._multiply(rows))
+
+    def add(self, rows: Tensor, residual: Tensor) -> None:
+        residual.add_(self._multiply(rows))
+
+
+def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None, exact: bool = False) -> Linear:
+    """A linear layer (out, in) by the best kernel for its device, precision and size.
+
+    `exact` prefers a batch-invariant kernel, oneDNN's, at any size. Raises ConfigError if no low-bit kernel supports the layer.
+    """
+    if quantization is not None:
+        return KernelLinear(quantized(weight, bias, quantization))
+    worthwhile = exact or weight.dtype == torch.bfloat16 or weight.numel() >= _PREPACKED_SIZE
+    if weight.device.type == "cpu" and worthwhile and prepacks(weight.dtype):
+        return KernelLinear(_OneDnn(weight, bias))
+    return PlainLinear(weight, bias)
+
+
+class _OneDnn:
+    """In oneDNN's blocked layout: bound by memory, and nearly as fast for several rows as for one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        # Looked up here, because not every build of torch has it.
+        self._pointwise: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
+        self._bias = None if bias is None else bias.detach()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._pointwise(rows, self._weight, self._bias, "none", [], "")
+
+
+@cache
+def prepacks(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a prepacked kernel for this precision here: not for fp64, on ARM, or for bf16 without AVX-512."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        _OneDnn(torch.zeros(16, 16, dtype=dtype), None)(torch.zeros(1, 16, dtype=dtype))
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+class ExactRows:
+    """How many rows a kernel may take so that each has the bits that it has alone: measured once per number of threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+
+    def at_once(self, same_alone: Callable[[int], bool]) -> int:
+        """`same_alone(n)`: whether n rows together give what each of them gives alone."""
+        threads = torch.get_num_threads()
+        if threads not in self._known:
+            counts = range(1, _MOST_EXACT_ROWS)
+            self._known[threads] = next((rows for rows in counts if not same_alone(rows + 1)), _MOST_EXACT_ROWS)
+        return self._known[threads]
+
+
+class Norm:
+    """RMSNorm over the last dimension, for which torch.rms_norm takes some eight passes on the CPU; LayerNorm with a bias.
+
+    Where it `folds`, in fp32 and fp64, the weight becomes part of the linear layer after the norm, and three passes remain.
+    Otherwise, as in bf16, where that would round the weights of the layer again, layer_norm is one pass: over a row and its
+    negative, whose mean is 0 and whose mean square is the row's.
+    """
+
+    def __init__(self, weights: NormWeights, eps: float, folds: bool) -> None:
+        self._weight, self._bias, self._eps = weights.weight, weights.bias, eps
+        size = self._weight.numel()
+        self._on_cpu = self._weight.device.type == "cpu"
+        self._folds = self._on_cpu and folds and self._bias is None
+        self._twice = torch.cat((self._weight, self._weight))
+        self._floor = self._weight.new_tensor(math.sqrt(size * eps))
+
+    def folded_into(self, weight: Tensor) -> Tensor:
+        """`weight` (out, D) of the linear layer after this norm as another (out, D), to be used instead of it."""
+        return weight * (self._weight * math.sqrt(self._weight.numel())) if self._folds else weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        if self._folds:
+            # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
+            length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+            return hidden / length.hypot_(self._floor)
+        if self._bias is not None:
+            return F.layer_norm(hidden, self._weight.shape, self._weight, self._bias, self._eps)
+        if not self._on_cpu:
+            return torch.rms_norm(hidden, self._weight.shape, self._weight, self._eps).to(hidden.dtype)
+        both: Tensor = torch.layer_norm(torch.cat((hidden, -hidden), dim=-1), self._twice.shape, self._twice, None, self._eps)
+        return both[..., : self._weight.numel()].contiguous()
+
+
+class SlotNorm:
+    """RMSNorm of queries and keys, over each head or over all heads, in place over (B, T, kv heads, G+1, head dim)."""
+
+    def __init__(self, weights: Tensor, eps: float, per_head: bool) -> None:
+        """`weights` (kv heads, G+1, head dim)."""
+        wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        self._groups = weights.shape[1] - 1
+        self._per_head = per_head
+        self._parts = [wide] if per_head else list(torch.split(wide, [self._groups, 1], dim=1))
+        sizes = [part.shape[-1] if per_head else part.numel() for part in self._parts]
+        self._scales = [part * math.sqrt(size) for part, size in zip(self._parts, sizes, strict=True)]
+        self._floors = [wide.new_tensor(math.sqrt(size * eps)) for size in sizes]
+
+    def apply_(self, slots: Tensor) -> None:
+        dims = (-1,) if self._per_head else (-3, -2, -1)
+        parts = [slots] if self._per_head else torch.split(slots, [self._groups, 1], dim=-2)
+        for part, scale, floor in zip(parts, self._scales, self._floors, strict=True):
+            length = torch.linalg.vector_norm(part, dim=dims, keepdim=True).hypot_(floor)
+            part.div_(length).mul_(scale)
