@@ -17,7 +17,8 @@ from layerskip_core.data.examples import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure import runs
-from layerskip_core.evaluation.measure.bench import bench, bench_result
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.measure import Measured, result_of
 from layerskip_core.evaluation.measure.runs import Progress, measure_prompt
 from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.outputs import Output, Outputs
@@ -30,8 +31,14 @@ from layerskip_core.model import PackedBackend
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
 TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}})
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=4)
-NO_SCORES: tuple[dict, dict] = ({}, {})
 DRAFTED = DecodingConfig("self-speculative", 5, 3)
+
+
+def figures(method, repeats, baseline, scores=(), differing=(), transformers=None):
+    """The figures of a method from its outputs in each repeat, and from those of plain decoding."""
+    full = Measured(PLAIN, baseline[0], baseline)
+    theirs = transformers and Measured(PLAIN, transformers[0], transformers)
+    return result_of(Measured(method, repeats[0], repeats, differing, dict(scores)), full, theirs)
 
 
 def record_of(task, config):
@@ -45,7 +52,7 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
     baseline = [outputs_of([(1, 1.0), (1, 1.0), (1, 1.0), (1, 1.0), (1, 1.0)])] * 3
     stats = DecodeStats(drafted=6, accepted=3, rounds=2)
     repeats = [outputs_of([(1, 1.0), (4, seconds)], stats=stats) for seconds in (1.0, 4.0, 1.5)]
-    result = bench_result(DRAFTED, repeats, baseline, ({"exact_match": Scores((0.5,))}, {}), (Difference(0, 1, 0.25),))
+    result = figures(DRAFTED, repeats, baseline, {"exact_match": Scores((0.5,))}, (Difference(0, 1, 0.25),))
     assert result == Result(
         strategy="self-speculative",
         exit_layer=5,
@@ -68,7 +75,7 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
 def test_speedup_is_per_token_not_per_output():
     # Half the tokens in half the time are no speedup.
     baseline, shorter = outputs_of([(1, 1.0), (1, 1.0)]), outputs_of([(1, 1.0)])
-    result = bench_result(DecodingConfig("early-exit", 5), [shorter], [baseline], NO_SCORES)
+    result = figures(DecodingConfig("early-exit", 5), [shorter], [baseline])
     assert (result.speedup, result.decode_speedup, result.identical_outputs) == (1.0, None, 0.0)
     assert (result.acceptance_rate, result.mean_accepted_tokens, result.num_draft_tokens) == (None, None, None)
     assert result.time_per_token_ms == {"p50": None, "p95": None}
@@ -78,9 +85,9 @@ def test_speedups_over_both_autoregressive_rows():
     # 1 s a token here, 4 s a token with transformers, 0.5 s a token drafted.
     baseline, transformers = [outputs_of([(1, 1.0), (1, 1.0)])] * 2, [outputs_of([(1, 4.0), (1, 4.0)])] * 2
     repeats = [outputs_of([(1, 0.5), (1, seconds)]) for seconds in (0.5, 1.5)]
-    result = bench_result(DRAFTED, repeats, baseline, NO_SCORES, (), transformers)
+    result = figures(DRAFTED, repeats, baseline, transformers=transformers)
     assert (result.speedup, result.speedup_over_transformers) == (1.5, 6.0)  # medians of 2 and 1, of 8 and 4
-    assert bench_result(DRAFTED, repeats, baseline, NO_SCORES).speedup_over_transformers is None
+    assert figures(DRAFTED, repeats, baseline).speedup_over_transformers is None
 
 
 def test_acceptance_by_position_and_the_time_split():
@@ -88,7 +95,7 @@ def test_acceptance_by_position_and_the_time_split():
         new_tokens=4, prefill_seconds=0.5, draft_seconds=1.0, verify_seconds=2.0,
         tested_by_position=(4, 2, 1), accepted_by_position=(2, 1),
     )  # fmt: skip
-    result = bench_result(DRAFTED, [outputs_of([(1, 0.6), (3, 3.3)], stats=stats)], [outputs_of([(1, 1.0)])], NO_SCORES)
+    result = figures(DRAFTED, [outputs_of([(1, 0.6), (3, 3.3)], stats=stats)], [outputs_of([(1, 1.0)])])
     assert result.acceptance_by_position == (0.5, 0.5, 0.0)
     assert result.time_split_ms == pytest.approx({"prefill": 125.0, "draft": 250.0, "verify": 500.0, "other": 100.0})
 

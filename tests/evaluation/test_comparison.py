@@ -6,7 +6,7 @@ from evaluating import NEW_TOKENS, own_answers, tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.data.examples import Example
-from layerskip_core.evaluation.measure.comparison import differences, first_difference, top2_gap
+from layerskip_core.evaluation.measure.measure import differences, first_difference, top2_gap
 from layerskip_core.evaluation.measure.runs import measure_prompt
 from layerskip_core.evaluation.outputs import Output, Outputs
 

@@ -9,18 +9,17 @@ from conftest import tiny_model
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DRAFTERS, DecodingConfig, GenerationSettings, default_exits
+from layerskip_core.config.decoding import DRAFTERS, GenerationSettings, default_exits
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import counts_text, parse_counts
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure import runs
-from layerskip_core.evaluation.measure.comparison import NEAR_TIE
+from layerskip_core.evaluation.measure.measure import NEAR_TIE
 from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.measure.runs import Progress
-from layerskip_core.evaluation.measure.sweep import exit_result, sweep
-from layerskip_core.evaluation.metrics import Scores
+from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.outputs import Times
 from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses
 from layerskip_core.evaluation.results import Difference, Failure, Result
@@ -160,15 +159,6 @@ def test_a_noisy_machine_is_reported():
 def test_drift_is_the_median_change_of_the_baseline():
     first, second = outputs_of([(1, 1.0)], [(2, 1.0)], [(1, 1.0)]), outputs_of([(1, 1.1)], [(2, 0.8)], [(1, 3.0)])
     assert baseline_drift(first, second) == pytest.approx(0.2)
-
-
-def test_speedup_from_known_times():
-    baseline = outputs_of([(1, 1.0), (1, 1.0)])
-    found = outputs_of([(1, 1.0), (3, 1.0)])
-    autoregressive = Times((2.5,), (2,))
-    compared = (autoregressive, baseline, {}, 1)
-    result = exit_result(DecodingConfig("self-speculative", 2, 4), found, found, {"exact_match": Scores((0.0,))}, compared)
-    assert (result.tokens_per_second, result.speedup, result.identical_outputs) == (2.0, 2.5, 0.0)
 
 
 def test_a_sweep_of_the_tiny_model():

@@ -2,37 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, ExitChoice, SkipChoice
 from ...config.evaluation import BenchConfig
 from ...config.packing import PackingConfig
-from ..bootstrap import answer_bounds, change_bounds, metric_bounds, ratio_bounds
-from ..metrics import Scores
-from ..outputs import Outputs, Times, finite
 from ..perplexity import ReferenceLosses
-from ..results import Difference, Result, RunRecord
+from ..results import Result, RunRecord
 from ..tasks.task import Task
 from .baselines import load_baselines
-from .comparison import differences
-from .environment import environment
 from .journal import FOUND_SKIP, Journal, found_skip
 from .llama_cpp import NAME as LLAMA_CPP
 from .llama_cpp import describe_build
-from .runs import (
-    Method,
-    Progress,
-    answer_in_batches,
-    default_timed,
-    drafts_tokens,
-    exit_and_drafts,
-    measure_interleaved,
-    timed_examples,
-)
+from .measure import Measured, Part, depth_of, environment, measure, result_of, scored
+from .runs import Method, Progress, default_timed, timed_examples
 from .skip_search import search_skips
 
 
@@ -72,45 +58,25 @@ def bench(
         num_draft_tokens=speculative.num_draft_tokens,
         timed=default_timed(config),
     )
-    sampled = generation.sampling.temperature > 0
     methods: list[Method] = [*strategies, *load_baselines(loaded, config, speculative)]
     machine = environment(loaded) | ({"llama_cpp": describe_build()} if LLAMA_CPP in config.baselines else {})
     asked_of = [*((example.prompt, example.completion) for example in task.examples), task.text]
     rows = hashlib.sha256(json.dumps(asked_of).encode()).hexdigest()
     settings = asdict(config) | ({FOUND_SKIP: asdict(searched)} if searched else {}) | {"rows": rows}
     journal = Journal(folder, settings, resume) if folder is not None else None
+    layers = loaded.backend.num_layers
     losses = ReferenceLosses()
     if task.text is not None:
-        losses = sum(task.losses(loaded, [_target_layers(strategy, loaded) for strategy in strategies]), losses)
-    batched = None
-    if config.batch_size > 1:
-        batched = yield from answer_in_batches(loaded, task.examples, methods, config.batch_size, journal)
-    outputs: list[list[Outputs]] = [[] for _ in methods]
-    if examples := timed_examples(task.examples, config.timed):
-        outputs = yield from measure_interleaved(loaded, examples, methods, config.repeats, journal)
-    answers = batched or [repeats[0] for repeats in outputs]
-    expected = answers[0]
-    transformers = next(
-        (timed for method, timed in zip(methods, outputs, strict=True) if method.strategy == "transformers"), None
-    )
-    task = task.referring_to(expected.answers)
-    results = []
-    expected_scores: dict[str, Scores] = {}
-    for method, answered, timed in zip(methods, answers, outputs, strict=True):
-        comparable = method.strategy != "early-exit" and not sampled
-        differing = differences(loaded, task.examples, answered, expected) if comparable else ()
-        # Perplexity is measured by our own passes through one exit, so that the baselines have none.
-        perplexity = None
-        if isinstance(method, DecodingConfig) and not method.exit_confidence:
-            perplexity = losses.scores(_target_layers(method, loaded))
-        scores = task.score(answered.texts, perplexity)
-        expected_scores = expected_scores or scores  # those of the first method
-        pair, both, repeated = (answered, expected), (scores, expected_scores), task.answers_per_prompt
-        figures = bench_result(method, timed, outputs[0], both, differing, transformers, pair, repeated)
-        compared = (timed, outputs[0], transformers or ())
-        results.append(replace(figures, categories=_by_category(task, config, method, compared, pair, both)))
+        losses = sum(task.losses(loaded, [depth_of(strategy, layers) or layers for strategy in strategies]), losses)
+    parts = [Part(loaded, task.examples)]
+    measured = yield from measure(parts, methods, config.batch_size, config.timed, config.repeats, journal)
+    measured = scored(task, measured, losses, layers)
+    transformers = next((each for each in measured if each.method.strategy == "transformers" and each.repeats), None)
+    results = [result_of(each, measured[0], transformers, task.answers_per_prompt) for each in measured]
+    found = [_by_category(task, config, each, measured[0], transformers) for each in measured]
+    results = [replace(result, categories=categories) for result, categories in zip(results, found, strict=True)]
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
-    yield RunRecord(resolved, machine, tuple(results), answered=task.answered(answers))
+    yield RunRecord(resolved, machine, tuple(results), answered=task.answered([each.answers for each in measured]))
 
 
 def strategies_of(
@@ -134,95 +100,18 @@ def must_search(loaded: Decoder, config: BenchConfig) -> bool:
     return config.skips and not config.generation.skip and loaded.recommended().skip is None
 
 
-def bench_result(
-    method: Method,
-    repeats: Sequence[Outputs],
-    autoregressive: Sequence[Outputs],
-    scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
-    differing: tuple[Difference, ...] = (),
-    transformers: Sequence[Outputs] | None = None,
-    answers: tuple[Outputs, Outputs] | None = None,
-    answers_per_prompt: int = 1,
-) -> Result:
-    """The figures of one method. The other outputs are those of the same repeats: our autoregressive ones and transformers'.
-
-    `scores`: the method's and the autoregressive ones. `answers`: both answers, if they were not timed.
-    """
-    first, expected = answers or (repeats[0], autoregressive[0])
-    drafts = drafts_tokens(method)
-    exit_layer, num_draft_tokens = exit_and_drafts(method)
-    confidence = (method.exit_confidence or None) if isinstance(method, DecodingConfig) else None
-    times, decode_times = [outputs.times for outputs in repeats], [outputs.decode_times for outputs in repeats]
-    ratios = {  # of seconds per token
-        "speedup": ([outputs.times for outputs in autoregressive], times),
-        "decode_speedup": ([outputs.decode_times for outputs in autoregressive], decode_times),
-        "speedup_over_transformers": ([outputs.times for outputs in transformers or ()], times if transformers else []),
-    }
-    bounds = {name: ratio_bounds(*pair, answers_per_prompt) for name, pair in ratios.items()}
-    bounds |= answer_bounds(first, expected, drafts, answers_per_prompt) | metric_bounds(scores[0])
-    return Result(
-        strategy=method.strategy,
-        exit_layer=exit_layer,
-        num_draft_tokens=num_draft_tokens,
-        metrics={name: each.mean for name, each in scores[0].items()},
-        acceptance_rate=first.stats.acceptance_rate if drafts else None,
-        mean_accepted_tokens=first.stats.mean_accepted_tokens if drafts else None,
-        tokens_per_second=_median(1 / of_repeat.seconds_per_token for of_repeat in times),
-        time_per_token_ms={
-            "p50": _median(1000 * outputs.token_seconds(0.50) for outputs in repeats),
-            "p95": _median(1000 * outputs.token_seconds(0.95) for outputs in repeats),
-        },
-        ttft_ms=_median(1000 * outputs.first_token_seconds for outputs in repeats),
-        peak_memory_mb=max((peak for outputs in repeats if (peak := outputs.peak_memory_mb) is not None), default=None),
-        identical_outputs=first.identical_outputs(expected),
-        speedup=_ratio(*ratios["speedup"]),
-        decode_speedup=_ratio(*ratios["decode_speedup"]),
-        speedup_over_transformers=_ratio(*ratios["speedup_over_transformers"]),
-        acceptance_by_position=first.acceptance_by_position if drafts else None,
-        time_split_ms=repeats[0].time_split_ms if repeats else {},
-        differences=differing,
-        failures=first.failures,
-        draft_weights=method.draft_weights if isinstance(method, DecodingConfig) else None,
-        steps_by_drafter=first.stats.steps_by_drafter,
-        exit_confidence=confidence,
-        mean_layers=first.stats.mean_layers if confidence else None,
-        skip=method.skip if isinstance(method, DecodingConfig) else (),
-        longest_answer=repeats[0].longest.steps if repeats and method.strategy == "adaptive" else (),
-        intervals={name: ends for name, ends in bounds.items() if ends is not None},
-        changes=change_bounds(*scores),
-    )
-
-
-def unmeasured_bench(method: DecodingConfig) -> Result:
-    """A method without any figure."""
-    exit_layer, drafts = exit_and_drafts(method)
-    return Result(method.strategy, exit_layer, drafts, exit_confidence=method.exit_confidence or None, skip=method.skip)
-
-
 def _by_category(
-    task: Task,
-    config: BenchConfig,
-    method: Method,
-    compared: tuple[Sequence[Outputs], Sequence[Outputs], Sequence[Outputs]],
-    answers: tuple[Outputs, Outputs],
-    scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
+    task: Task, config: BenchConfig, measured: Measured, full: Measured, transformers: Measured | None
 ) -> dict[str, Result]:
-    """The figures of one method on each category with an autoregressive answer.
-
-    `compared`: the repeats of the method, of autoregressive decoding and of transformers. `answers` and `scores`: as for
-    `bench_result`.
-    """
+    """The figures of one method on each category with an autoregressive answer."""
     timed = timed_examples(range(len(task.examples)), config.timed)
     found = {}
     for name, samples in task.categories.items():
-        if all(answers[1].each[sample].error is not None for sample in samples):
-            continue
-        places = [place for place, sample in enumerate(timed) if sample in samples]
-        mine, ours, theirs = ([outputs.of(places) for outputs in repeats if places] for repeats in compared)
-        answered, expected = (outputs.of(samples) for outputs in answers)
-        own, full = ({metric: each.of(samples) for metric, each in by_prompt.items()} for by_prompt in scores)
-        figures = bench_result(method, mine, ours, (own, full), (), theirs, (answered, expected))
-        found[name] = replace(figures, samples=len(samples))
+        if any(full.answers.each[sample].error is None for sample in samples):
+            places = [place for place, sample in enumerate(timed) if sample in samples]
+            theirs = None if transformers is None else transformers.of(samples, places)
+            result = result_of(measured.of(samples, places), full.of(samples, places), theirs)
+            found[name] = replace(result, samples=len(samples))
     return found
 
 
@@ -231,20 +120,3 @@ def _by_copy(decoding: DecodingConfig, packing: PackingConfig) -> list[DecodingC
     if decoding.strategy != "self-speculative" or not packing.draft_weights:
         return [decoding]
     return [replace(decoding, draft_weights=weights) for weights in dict.fromkeys(packing.draft_weights)]
-
-
-def _target_layers(decoding: DecodingConfig, loaded: Decoder) -> int:
-    """How many layers an answer comes from; all if its tokens leave at several exits, of which there is no perplexity."""
-    if decoding.strategy == "early-exit" and not decoding.exit_confidence and decoding.exit_layer is not None:
-        return decoding.exit_layer
-    return int(loaded.backend.num_layers)
-
-
-def _ratio(slower: Sequence[Times], faster: Sequence[Times]) -> float | None:
-    """Of the seconds per token, in the median over the repeats."""
-    return _median(base.seconds_per_token / new.seconds_per_token for base, new in zip(slower, faster, strict=True))
-
-
-def _median(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return finite(median(known)) if known else None

@@ -1,6 +1,6 @@
 """Every exit and drafter with every draft length on one task: quality, speed, and which setting to decode with."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 
@@ -9,26 +9,16 @@ from ...config.checks import require, require_exit_layer, require_skip
 from ...config.decoding import DecodingConfig, DecodingSettings, default_exits, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.packing import Quantization
-from ..bootstrap import Margin, answer_bounds, change_bounds, margin, metric_bounds, ratio_bounds
-from ..metrics import Scores
-from ..outputs import Outputs, Times, finite
+from ..bootstrap import Margin, margin
+from ..outputs import finite
 from ..perplexity import ReferenceLosses
-from ..results import Bounds, Difference, Result, RunRecord
+from ..results import Result, RunRecord
 from ..tasks.task import Task
-from .comparison import NEAR_TIE, differences
 from .cost_model import Predictions, predict, side_of
-from .environment import environment
+from .measure import NEAR_TIE, Measured, Part, environment, measure, result_of, scored, setting_of
 from .pass_times import draft_profile
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
-from .runs import (
-    Progress,
-    answer_in_batches,
-    default_timed,
-    drafts_tokens,
-    exit_and_drafts,
-    measure_interleaved,
-    timed_examples,
-)
+from .runs import Progress, default_timed, timed_examples
 from .skip_search import search_skips
 
 _QUICK = 3  # settings that a quick sweep measures
@@ -66,94 +56,43 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     if searched is not None:
         predictions = replace(predictions, settings=predictions.settings | {skipping: searched.prediction})
     chosen = _promising(settings, predictions) if config.quick else settings
-    batched = None
-    if config.batch_size > 1:
-        batched = yield from answer_in_batches(loaded, task.examples, [autoregressive, *chosen], config.batch_size)
     # The baseline runs twice, first and in the middle. The others are compared with both; their difference shows the noise.
     half = len(chosen) // 2
     methods = [autoregressive, *chosen[:half], autoregressive, *chosen[half:]]
-    measured = yield from measure_interleaved(loaded, examples, methods)
-    first, *timed = (repeats[0] for repeats in measured)
-    second = timed.pop(half)
-    baseline = first.times + second.times
-    full = losses.perplexity(loaded.backend.num_layers)
-    expected, *answers = batched or [first, *timed]
-    task = task.referring_to(expected.answers)
-    expected_scores = task.score(expected.texts, losses.scores(loaded.backend.num_layers))
-    compared = (baseline, expected, expected_scores, task.answers_per_prompt)
-    plain = exit_result(autoregressive, first, expected, expected_scores, compared)
-    both = replace(plain, tokens_per_second=1 / baseline.seconds_per_token, speedup=1.0)
-    results = [replace(both, intervals=_without(both.intervals, "speedup"))]  # its speed is the unit
-    margins: list[Margin | None] = [None]
-    by_setting = dict(zip(chosen, zip(timed, answers, strict=True), strict=True))
-    for setting in settings:
-        if setting not in by_setting:
-            results.append(unmeasured(setting))
-            margins.append(None)
-            continue
-        outputs, answers_of = by_setting[setting]
-        drafts = drafts_tokens(setting)
-        comparable = drafts and not setting.sampling.temperature
-        differing = differences(loaded, task.examples, answers_of, expected) if comparable else ()
-        depth = setting.exit_layer if setting.strategy == "early-exit" else None
-        scores = task.score(answers_of.texts, losses.scores(depth or loaded.backend.num_layers))
-        results.append(exit_result(setting, outputs, answers_of, scores, compared, differing))
-        metric = task.quality_metric
-        comparable = setting.strategy == "early-exit" and metric in scores and metric in expected_scores
-        margins.append(margin(scores[metric], expected_scores[metric], config.keep, metric) if comparable else None)
-    results[0] = replace(results[0], perplexity=full)
-    results[1:] = [
-        _with_predictions(result, setting, losses, predictions) for result, setting in zip(results[1:], settings, strict=True)
-    ]
+    measured = yield from measure([Part(loaded, task.examples)], methods, config.batch_size, config.timed)
+    plain, *others = scored(task, measured, losses, loaded.backend.num_layers)
+    again = others.pop(half)
+    by_setting: dict[DecodingConfig, Measured] = dict(zip(chosen, others, strict=True))
+    rows = [by_setting.get(setting) for setting in settings]
+    (first,), (second,) = plain.times, again.times
+    base = [(first[0] + second[0], first[1] + second[1])]
+    compared = (plain, None, task.answers_per_prompt, base)
+    full = result_of(plain, *compared)
+    intervals = {name: ends for name, ends in full.intervals.items() if not name.endswith("speedup")}  # they are the unit
+    full = replace(full, speedup=1.0, decode_speedup=1.0, tokens_per_second=1 / base[0][0].seconds_per_token)
+    results = [replace(full, intervals=intervals, perplexity=losses.perplexity(loaded.backend.num_layers))]
+    for setting, row in zip(settings, rows, strict=True):
+        result = setting_of(setting) if row is None else result_of(row, *compared)
+        results.append(_with_predictions(result, setting, losses, predictions))
     if searched is not None:
         results[-1] = replace(results[-1], agreement=searched.agreement)
-    marked = mark_pareto(results, task.quality_metric)
-    drift = baseline_drift(first, second)
-    times = [by_setting[setting][0].times if setting in by_setting else None for setting in settings]
-    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, task.quality_metric, config, [baseline, *times], margins)
-    resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
+    metric = task.quality_metric
+    marked = mark_pareto(results, metric)
+    times = [base[0][0], *(None if row is None else row.times[0][0] for row in rows)]
+    margins = [None, *(_margin(row, plain, metric, config.keep) for row in rows)]
+    drift = baseline_drift(plain.repeats[0], again.repeats[0])
+    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, metric, config, times, margins)
+    resolved = asdict(config) | {"quality_metric": metric, "prompt_template": loaded.template.name}
     profile = draft_profile(loaded, marked, config.packing, predictions.context)
-    answered = task.answered([expected, *(by_setting[setting][1] if setting in by_setting else None for setting in settings)])
+    answered = task.answered([plain.answers, *(None if row is None else row.answers for row in rows)])
     yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked), profile, answered)
 
 
-def exit_result(
-    setting: DecodingConfig,
-    outputs: Outputs,
-    answers: Outputs,
-    scores: Mapping[str, Scores],
-    compared: tuple[Times, Outputs, Mapping[str, Scores], int],
-    differing: tuple[Difference, ...] = (),
-) -> Result:
-    """The figures of one setting: speed from its timed outputs, all else from its answers and the autoregressive ones.
-
-    `compared`: the autoregressive times, answers and scores, and how many answers each prompt got.
-    """
-    autoregressive, expected, expected_scores, per_prompt = compared
-    drafts, times = drafts_tokens(setting), outputs.times
-    bounds = {"speedup": ratio_bounds([autoregressive], [times], per_prompt)}
-    bounds |= answer_bounds(answers, expected, drafts, per_prompt) | metric_bounds(scores)
-    return replace(
-        unmeasured(setting),
-        metrics={name: each.mean for name, each in scores.items()},
-        acceptance_rate=answers.stats.acceptance_rate if drafts else None,
-        mean_accepted_tokens=answers.stats.mean_accepted_tokens if drafts else None,
-        tokens_per_second=finite(1 / times.seconds_per_token),
-        speedup=finite(autoregressive.seconds_per_token / times.seconds_per_token),
-        identical_outputs=answers.identical_outputs(expected),
-        acceptance_by_position=answers.acceptance_by_position if drafts else None,
-        time_split_ms=outputs.time_split_ms,
-        differences=differing,
-        failures=answers.failures,
-        steps_by_drafter=answers.stats.steps_by_drafter,
-        mean_layers=answers.stats.mean_layers if setting.exit_confidence else None,
-        intervals={name: ends for name, ends in bounds.items() if ends is not None},
-        changes=change_bounds(scores, expected_scores),
-    )
-
-
-def _without(bounds: Mapping[str, Bounds], name: str) -> dict[str, Bounds]:
-    return {other: ends for other, ends in bounds.items() if other != name}
+def _margin(row: Measured | None, plain: Measured, metric: str, keep: float) -> Margin | None:
+    """By how much an early exit keeps its share of full depth's quality; None where that was not measured."""
+    if row is None or row.method.strategy != "early-exit" or metric not in row.scores or metric not in plain.scores:
+        return None
+    return margin(row.scores[metric], plain.scores[metric], keep, metric)
 
 
 def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:
@@ -225,16 +164,6 @@ def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> 
         or setting.exit_confidence
         or (setting.strategy == "early-exit" and setting.exit_layer in exits)
     ]
-
-
-def unmeasured(setting: DecodingConfig) -> Result:
-    """A setting without any figure."""
-    exit_layer, drafts = exit_and_drafts(setting)
-    confidence = setting.exit_confidence or None
-    exits, weights = setting.exits if confidence else (), setting.draft_weights
-    return Result(
-        setting.strategy, exit_layer, drafts, draft_weights=weights, exit_confidence=confidence, exits=exits, skip=setting.skip
-    )
 
 
 def _with_predictions(result: Result, setting: DecodingConfig, losses: ReferenceLosses, predictions: Predictions) -> Result:

@@ -20,7 +20,7 @@ from ...decoding import PrefixCache, decode, decode_batch
 from ...decoding.sampling import probabilities
 from ...decoding.strategies import loop_of
 from ...wording import plural
-from ..measure.comparison import NEAR_TIE, first_difference
+from ..measure.measure import NEAR_TIE, first_difference
 
 # From the strongest: logits with the same bits; the same tokens; the same tokens except where two are almost equally likely;
 # the same distribution of sampled tokens.
