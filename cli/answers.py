@@ -1,19 +1,19 @@
 """Answers to requests, one by one or in batches, in order, to standard output."""
 
 import json
+import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.packing import PackingConfig
-from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.config.decoding import DecodingConfig, DecodingOptions
+from layerskip_core.config.options import hints_of
+from layerskip_core.errors import LayerSkipError
 
 from .console import narrate
-from .options import with_flags
-from .requests import Request, of_row
+from .requests import Request
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
@@ -21,18 +21,22 @@ if TYPE_CHECKING:
     from layerskip_core.decoding.text import TextStream
     from layerskip_core.serving import Scheduler, Update
 
+_OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
+Resolve = Callable[[Request], DecodingConfig]  # raises LayerSkipError for a request that cannot be decoded
+
 
 def answer_all(
-    loaded: "Decoder", packing: PackingConfig, requests: Iterator[Request], lines: bool, jsonl: bool
+    loaded: "Decoder", resolve: Resolve, requests: Iterator[Request], lines: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
-    """Answers every request in order; returns whether one failed, and the counts of all. `packing`: as it was asked for."""
+    """Answers every request in order; returns whether one failed, and the counts of all."""
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.text import TextStream
 
     failed, total = False, DecodeStats()
     for request in requests:
         try:
-            answer = TextStream(loaded, request.prompt, _resolved(loaded, packing, request))
+            config = resolve(request)
+            answer = TextStream(loaded, request.prompt, config)
             for piece in answer:
                 if not jsonl:
                     _write(piece)
@@ -44,14 +48,14 @@ def answer_all(
         else:
             total = total + answer.stats
             if jsonl:
-                _write_object(answer, request, loaded.policy_for(request.settings, packing))
+                _write_object(answer, request, config.policy)
         _write("\n")
     return failed, total
 
 
 def answer_in_batches(
     loaded: "Decoder",
-    packing: PackingConfig,
+    resolve: Resolve,
     requests: Iterator[Request],
     is_ready: Callable[[], bool],
     batch_size: int,
@@ -65,7 +69,7 @@ def answer_in_batches(
     from layerskip_core.decoding import DecodeStats
 
     failed, total = False, DecodeStats()
-    for finished, seconds in _decoded(loaded, packing, requests, is_ready, batch_size):
+    for finished, seconds in _decoded(loaded, resolve, requests, is_ready, batch_size):
         total += DecodeStats(total_seconds=seconds)
         for pending in finished:
             if pending.error is not None:
@@ -74,7 +78,7 @@ def answer_in_batches(
             else:
                 total += pending.stats
                 if jsonl:
-                    _write_object(pending, pending.request, loaded.policy_for(pending.request.settings, packing))
+                    _write_object(pending, pending.request, pending.policy)
                 else:
                     _write(pending.text)
             _write("\n")
@@ -82,7 +86,7 @@ def answer_in_batches(
 
 
 def _decoded(
-    loaded: "Decoder", packing: PackingConfig, requests: Iterator[Request], is_ready: Callable[[], bool], batch_size: int
+    loaded: "Decoder", resolve: Resolve, requests: Iterator[Request], is_ready: Callable[[], bool], batch_size: int
 ) -> Iterator[tuple[list["_Pending"], float]]:
     """By step of the decoding: the requests that are finished and follow those before, and the step's seconds."""
     from layerskip_core.serving import Scheduler
@@ -94,7 +98,7 @@ def _decoded(
             if (request := next(requests, None)) is None:
                 has_more = False
             else:
-                unanswered.append(_Pending(loaded, packing, request, scheduler))
+                unanswered.append(_Pending(loaded, resolve, request, scheduler))
         started, finished = time.perf_counter(), []
         scheduler.step()
         for pending in unanswered:
@@ -107,7 +111,7 @@ def _decoded(
 class _Pending:
     """A request of a batch, and what has become of it."""
 
-    def __init__(self, loaded: "Decoder", packing: PackingConfig, request: Request, scheduler: "Scheduler") -> None:
+    def __init__(self, loaded: "Decoder", resolve: Resolve, request: Request, scheduler: "Scheduler") -> None:
         """Hands it to the scheduler, unless it cannot be decoded."""
         from layerskip_core.serving import Request as Job
 
@@ -115,10 +119,12 @@ class _Pending:
         self.text = ""
         self.finish_reason: StopReason | None = None
         self.error: LayerSkipError | None = None
+        self.policy: str | None = None
         self._broken: BaseException | None = None
         self._job: Job | None = None
         try:
-            config = _resolved(loaded, packing, request)
+            config = resolve(request)
+            self.policy = config.policy
             self._job = Job(loaded.encode_prompt(request.prompt), config, self._take, streams=False)
         except LayerSkipError as error:
             self.error = error
@@ -147,21 +153,12 @@ class _Pending:
             self._broken = update.error
 
 
-def _resolved(loaded: "Decoder", packing: PackingConfig, request: Request) -> DecodingConfig:
-    """How a request is decoded. Raises LayerSkipError if that cannot be."""
-    if request.problem is not None:
-        raise LayerSkipError(request.problem)
-    try:
-        return loaded.resolve(request.settings, packing)
-    except ConfigError as error:
-        raise LayerSkipError(of_row(error)) from None
-
-
 def _report(error: LayerSkipError, request: Request, jsonl: bool) -> None:
     """Prints an error in place of an answer."""
     message = f"line {request.number}: {error}"
     if jsonl:
-        _write(json.dumps({**request.named, "error": with_flags(message)}, ensure_ascii=False))
+        named = _OPTIONS.sub(r"\1", message)  # keys of the row, where other messages show flags
+        _write(json.dumps({**request.named, "error": named}, ensure_ascii=False))
     else:
         narrate(f"error: {message}")
 

@@ -1,16 +1,18 @@
 """Commands made of configs: Typer sees a flag for each field, the function gets the configs."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import wraps
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import typer
 from typer.core import TyperCommand
 
-from .options import ALONE, HIDDEN, OPTIONS, PANELS, Option, flags_of
+from layerskip_core.config.options import PANELS, Flag, checked, hints_of
+
+from .options import ALONE, HIDDEN, flags_in, flags_of
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -20,20 +22,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     share its flag, and every one of them gets its value; the help is that of the first.
     """
     hints = get_type_hints(function, include_extras=True)
-    configs: dict[str, Any] = {}
+    configs: dict[str, _Group] = {}
     parameters: dict[str, inspect.Parameter] = {}
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
-        if hint in OPTIONS:
-            configs[parameter.name] = hint() if parameter.default is parameter.empty else parameter.default
-            for flag in _flags_of(configs[parameter.name]):
+        if flags_in(hint):
+            configs[parameter.name] = _Group(hint, hint() if parameter.default is parameter.empty else parameter.default)
+            for flag in configs[parameter.name].flags():
                 parameters.setdefault(flag.field, flag.parameter)
         else:
             parameters[parameter.name] = parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY)
 
     @wraps(function)
     def run(**values: Any) -> None:
-        made = {name: _made(config, values) for name, config in configs.items()}
+        made = {name: group.made(values) for name, group in configs.items()}
         own = {name: value for name, value in values.items() if name in hints and name not in configs}
         function(**own, **made)
 
@@ -74,7 +76,7 @@ class _Flag:
     field: str
     hint: Any
     default: Any
-    option: Option
+    option: Flag
 
     @property
     def parameter(self) -> inspect.Parameter:
@@ -91,10 +93,10 @@ class _Flag:
     def _kind_and_default(self) -> tuple[Any, Any]:
         if self.option.parse is not None:
             return str, ",".join(map(str, self.default or ())) or None
-        kind = next(kind for kind in _alternatives(self.hint) if kind is not NoneType)
-        if get_origin(kind) is tuple:
+        kinds = [kind for kind in _alternatives(self.hint) if kind is not NoneType]
+        if any(get_origin(kind) in (tuple, Sequence) for kind in kinds):
             return list[str], None
-        return str if get_origin(kind) is Literal else kind, self.default
+        return str if get_origin(kinds[0]) is Literal else kinds[0], self.default
 
     def value(self, given: Any) -> Any:
         """The field's value, for what Typer read."""
@@ -106,36 +108,45 @@ class _Flag:
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    """The types of a union, without their metadata."""
+    if get_origin(hint) is Annotated:
+        return _alternatives(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(kind for part in get_args(hint) for kind in _alternatives(part))
+    return (hint,)
 
 
-def _own_flags(config: Any) -> Iterator[_Flag]:
-    hints, options = get_type_hints(type(config)), OPTIONS[type(config)]
-    for field in fields(config):
-        if field.name in options:
-            yield _Flag(field.name, hints[field.name], getattr(config, field.name), options[field.name])
+@dataclass(frozen=True)
+class _Group:
+    """A kind of settings whose fields are flags of a command, and its default."""
 
+    kind: Any
+    default: Any
 
-def _nested(config: Any) -> dict[str, Any]:
-    """The configs among a config's fields."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {name: value for name, value in values.items() if type(value) in OPTIONS}
+    def flags(self) -> Iterator[_Flag]:
+        """The flags of its fields and of the groups in it, in the order of the fields."""
+        own, nested = self._own(), self._nested()
+        replaced = {*own, *HIDDEN.get(self.kind, ())}
+        for field in hints_of(self.kind):
+            if field in own:
+                yield own[field]
+            elif field in nested:
+                yield from (flag for flag in nested[field].flags() if flag.field not in replaced)
 
+    def made(self, values: Mapping[str, Any]) -> Any:
+        """The settings with the values of their flags."""
+        own = {flag.field: flag.value(values[flag.field]) for flag in self._own().values() if flag.field in values}
+        if is_typeddict(self.kind):
+            return checked(self.kind, own)
+        return replace(self.default, **{name: group.made(values) for name, group in self._nested().items()}, **own)
 
-def _flags_of(config: Any) -> Iterator[_Flag]:
-    """The flags of a config and of the configs in it, in the order of the fields."""
-    nested = _nested(config)
-    own = {flag.field: flag for flag in _own_flags(config)}
-    replaced = {*own, *HIDDEN.get(type(config), ())}
-    for field in fields(config):
-        if field.name in own:
-            yield own[field.name]
-        elif field.name in nested:
-            yield from (flag for flag in _flags_of(nested[field.name]) if flag.field not in replaced)
+    def _value(self, field: str) -> Any:
+        return self.default.get(field) if is_typeddict(self.kind) else getattr(self.default, field)
 
+    def _own(self) -> dict[str, _Flag]:
+        hints = hints_of(self.kind)
+        return {name: _Flag(name, hints[name], self._value(name), flag) for name, flag in flags_in(self.kind).items()}
 
-def _made(config: Any, values: Mapping[str, Any]) -> Any:
-    """The config with the values of its flags."""
-    nested = {name: _made(value, values) for name, value in _nested(config).items()}
-    own = {flag.field: flag.value(values[flag.field]) for flag in _own_flags(config) if flag.field in values}
-    return replace(config, **nested, **own)
+    def _nested(self) -> dict[str, "_Group"]:
+        hints = {name: hint for name, hint in hints_of(self.kind).items() if flags_in(hint)}
+        return {name: _Group(hint, self._value(name)) for name, hint in hints.items()}

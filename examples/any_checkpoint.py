@@ -21,7 +21,7 @@ import torch
 
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, GenerationSettings
+from layerskip_core.config.decoding import DecodingConfig, DecodingOptions, decoding, resolve
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import parse_counts
 from layerskip_core.decoding import DecodeStats, decode
@@ -77,17 +77,18 @@ def parsed() -> argparse.Namespace:
 
 def methods_of(arguments: argparse.Namespace, loaded: Decoder) -> dict[str, DecodingConfig]:
     """Plain, adaptive, and each draft length with each of the exits and copies."""
-    generation, layers = GenerationSettings(arguments.max_new_tokens), loaded.backend.num_layers
+    options: DecodingOptions = {"max_new_tokens": arguments.max_new_tokens}
+    layers = loaded.backend.num_layers
     methods = {
-        name: DecodingSettings(name, generation=generation).resolve(loaded.recommended(), layers)
-        for name in ("autoregressive", "adaptive")
+        name: resolve({**options, "strategy": name}, loaded.recommended(), layers) for name in ("autoregressive", "adaptive")
     }
     fixed = [(None, exit_layer) for exit_layer in arguments.exits]
     fixed += [(weights, layers) for weights in loaded.backend.draft_sides if weights is not None]
     for weights, exit_layer in fixed:
         for spec in arguments.specs:
             name = f"{weights or f'exit {exit_layer}'}, {spec} drafts"
-            methods[name] = generation.decoding("self-speculative", exit_layer, spec, draft_weights=weights)
+            fixed_exit = {"exit_layer": exit_layer, "num_draft_tokens": spec, "draft_weights": weights}
+            methods[name] = decoding("self-speculative", options, **fixed_exit)
     return methods
 
 

@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -134,7 +134,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         item, _ = get_args(kind)
         return tuple(build(item, entry, f"{where}[{place}]") for place, entry in enumerate(_list(value, where)))
-    if origin in (list, dict):
+    if origin in (list, dict, Sequence):
         return _collection(kind, value, where)
     if is_dataclass(kind):
         return _dataclass(kind, value, where)
@@ -186,7 +186,7 @@ def _named_tuple(kind: Any, value: Any, where: str) -> Any:
 
 
 def _collection(kind: Any, value: Any, where: str) -> Any:
-    if get_origin(kind) is list:
+    if get_origin(kind) is not dict:
         (item,) = get_args(kind)
         return [build(item, entry, f"{where}[{place}]") for place, entry in enumerate(_list(value, where))]
     _, item = get_args(kind)

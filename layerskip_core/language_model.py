@@ -1,39 +1,18 @@
 """A model that answers prompts: what `layerskip_core.load` gives a program or a notebook."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Unpack, cast
 
 from .checkpoint.loaded import Decoder
 from .checkpoint.open import for_decoding
-from .config.checks import require
-from .config.decoding import DecodingConfig, DecodingSettings
+from .config.decoding import DecodingConfig, DecodingOptions
 from .config.machine import DType
+from .config.options import checked
 from .config.packing import PackingConfig, Quantization
 from .decoding.dialogue import Dialogue
 from .decoding.text import Answer, TextStream, answer_together
 from .errors import LayerSkipError
-
-
-class DecodingOptions(TypedDict, total=False):
-    """How to decode. The checkpoint decides what is left out of the first three; the others are greedy, 256 tokens, no stop."""
-
-    strategy: str  # one of config.decoding.strategies()
-    exit_layer: int  # a count of layers: 1..L-1, or L for an early exit and for drafts by all layers of a low-bit copy
-    num_draft_tokens: int  # per round
-    policy: str  # instead of these: settings that a sweep saved with the model, exact or fast
-    max_new_tokens: int
-    draft_confidence: float  # a round stops drafting below this probability
-    lookup: int  # first draft what followed an earlier occurrence of at least this many last tokens; 0: do not
-    skip: Sequence[int]  # draft with all layers but these, by number from 1
-    exit_confidence: float  # early exit: each token leaves at the first exit whose best token is more probable
-    exits: Sequence[int]  # that exit_confidence chooses among; left out: the trained ones
-    stop: str | Sequence[str]  # texts that end the answer, and are not part of it
-    temperature: float  # 0 is greedy
-    top_k: int  # sample from the k most probable tokens; 0: from all
-    top_p: float  # sample from the fewest most probable tokens that make up this probability; 1: from all
-    seed: int  # of what is drawn; 0 unless given
 
 
 class LanguageModel:
@@ -82,7 +61,7 @@ class LanguageModel:
         return Dialogue(decoder, self._resolved(options))
 
     def _resolved(self, options: DecodingOptions) -> DecodingConfig:
-        return self.decoder.resolve(decoding_settings(options), self._packing)
+        return self.decoder.resolve(cast(DecodingOptions, checked(DecodingOptions, options)), self._packing)
 
 
 def load(
@@ -113,32 +92,3 @@ def load(
     for note in decoder.notes:
         warnings.warn(note, stacklevel=2)
     return LanguageModel(decoder, packing)
-
-
-def decoding_settings(options: Mapping[str, Any]) -> DecodingSettings:
-    """Options as the settings that they are fields of; None is as if it were left out.
-
-    Raises TypeError for an unknown one, ConfigError for its value.
-    """
-    kinds: dict[str, Any] = DecodingOptions.__annotations__
-    for name in options:
-        if name not in kinds:
-            raise TypeError(f"unknown decoding option {name!r}; known: {', '.join(kinds)}")
-    given = {name: _checked(name, kinds[name], value) for name, value in options.items() if value is not None}
-    return DecodingSettings().changed(**given)
-
-
-def _checked(name: str, kind: Any, value: Any) -> Any:
-    """A value of this type, or of one like it, such as a number of NumPy; a tuple for a sequence. Raises ConfigError."""
-    if kind in (int, float):
-        number, needed = (Integral, "a whole number") if kind is int else (Real, "a number")
-        require(isinstance(value, number) and not isinstance(value, bool), name, needed, repr(value))
-        return kind(value)
-    if kind is str:
-        require(isinstance(value, str), name, "a text", repr(value))
-        return value
-    if isinstance(value, str) and name == "stop":
-        return value
-    item, needed = (str, "a text or several") if name == "stop" else (int, "a sequence of whole numbers")
-    require(isinstance(value, Iterable) and not isinstance(value, str), name, needed, repr(value))
-    return tuple(_checked(name, item, entry) for entry in value)

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from training_runs import RECIPE, settings_on, train
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.verification import VerifyConfig
 from layerskip_core.decoding import decode
@@ -72,7 +72,7 @@ def test_replayed_passes_give_the_bits_of_those_that_ran_as_usual(monkeypatch, p
 @pytest.mark.parametrize("graphs", ["on", "off"])
 @pytest.mark.parametrize(
     "config",
-    [PLAIN, DRAFTED, DecodingConfig("self-speculative", 4, 8, 48, sampling=SamplingConfig(temperature=0.7))],
+    [PLAIN, DRAFTED, DecodingConfig("self-speculative", 4, 8, 48, temperature=0.7)],
     ids=["plain", "drafted", "sampled"],
 )
 def test_a_step_waits_once(monkeypatch, graphs, config):

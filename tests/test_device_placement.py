@@ -12,7 +12,7 @@ from simulated_cuda import simulated_cuda
 from training_runs import RECIPE, settings_on, train
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
@@ -30,7 +30,7 @@ from layerskip_core.training import run as running
 from layerskip_core.training.frozen.prepare import prepare_frozen
 
 PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
-SAMPLED = SamplingConfig(temperature=0.8, top_k=20, seed=3)
+SAMPLED = {"temperature": 0.8, "top_k": 20, "seed": 3}
 DRAFTED = {"exit_layer": 3, "num_draft_tokens": 4}
 SETTINGS = {
     "autoregressive": {"strategy": "autoregressive"},
@@ -41,9 +41,9 @@ SETTINGS = {
     "lookup": {"strategy": "lookup"},
     "layers left out": {"strategy": "draft-and-verify", "skip": (2, 5), "num_draft_tokens": 4},
     "confident drafts": {**DRAFTED, "draft_confidence": 0.05},
-    "sampled": {**DRAFTED, "sampling": SAMPLED},
-    "sampled by top-p": {**DRAFTED, "sampling": SamplingConfig(temperature=0.8, top_p=0.9, seed=3), "draft_confidence": 0.05},
-    "sampled plainly": {"strategy": "autoregressive", "sampling": SAMPLED},
+    "sampled": {**DRAFTED, **SAMPLED},
+    "sampled by top-p": {**DRAFTED, "temperature": 0.8, "top_p": 0.9, "seed": 3, "draft_confidence": 0.05},
+    "sampled plainly": {"strategy": "autoregressive", **SAMPLED},
     "to an end": DRAFTED,
 }
 ENDS = {"to an end": frozenset(range(3, 67, 3))}

@@ -16,9 +16,10 @@ import layerskip_core
 from layerskip_core import Answer, TextStream, load
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.config.decoding import DecodingOptions
+from layerskip_core.config.options import checked
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError
-from layerskip_core.language_model import decoding_settings
 
 PROMPT = "remind me to call mom at 5"
 
@@ -86,7 +87,7 @@ def test_a_dialogue_sees_its_turns_and_computes_only_what_is_new(talking):
 
 
 def talk_settings():
-    return decoding_settings({"max_new_tokens": 8})
+    return {"max_new_tokens": 8}
 
 
 def test_what_a_dialogue_says_first(talking, model):
@@ -113,9 +114,9 @@ def test_stop_and_length_end_an_answer(model):
 def test_bad_options_name_themselves(model):
     with pytest.raises(ConfigError, match=r"`exit_layer` must be in 1..23, got 24"):
         model.generate(PROMPT, exit_layer=24)
-    with pytest.raises(ConfigError, match="`temperature` must be at least 0, got -1"):
+    with pytest.raises(ConfigError, match=r"`temperature` must be a number in \[0, 1000\], got -1"):
         model.generate(PROMPT, temperature=-1)
-    with pytest.raises(TypeError, match="unknown decoding option 'exit'; known: strategy, exit_layer"):
+    with pytest.raises(TypeError, match="unknown option 'exit'; known: strategy, exit_layer"):
         model.generate(PROMPT, exit=8)
     with pytest.raises(ConfigError, match="the prompt must be valid Unicode"):
         model.generate_batch([PROMPT, "\ud800"])
@@ -124,27 +125,27 @@ def test_bad_options_name_themselves(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exit_layer": "8"}, "`exit_layer` must be a whole number, got '8'"),
-        ({"num_draft_tokens": 2.5}, r"`num_draft_tokens` must be a whole number, got 2\.5"),
-        ({"seed": True}, "`seed` must be a whole number, got True"),
-        ({"temperature": "hot"}, "`temperature` must be a number, got 'hot'"),
-        ({"strategy": 3}, "`strategy` must be a text, got 3"),
-        ({"skip": "8,9"}, "`skip` must be a sequence of whole numbers, got '8,9'"),
-        ({"skip": ("8",)}, "`skip` must be a whole number, got '8'"),
-        ({"stop": 5}, "`stop` must be a text or several, got 5"),
-        ({"stop": ["a", 5]}, "`stop` must be a text, got 5"),
+        ({"exit_layer": "8"}, "`exit_layer` must be a whole number of at least 1, got '8'"),
+        ({"num_draft_tokens": 2.5}, r"`num_draft_tokens` must be a whole number in 1..10000, got 2\.5"),
+        ({"seed": True}, "`seed` must be a whole number in 0..4294967295, got True"),
+        ({"temperature": "hot"}, r"`temperature` must be a number in \[0, 1000\], got 'hot'"),
+        ({"strategy": 3}, "`strategy` must be one of adaptive, .*, got 3"),
+        ({"skip": "8,9"}, "`skip` must be a list, each a whole number of at least 1, got '8,9'"),
+        ({"skip": ("8",)}, r"`skip` must be a list, each a whole number of at least 1, got \('8',\)"),
+        ({"stop": 5}, "`stop` must be a text of valid Unicode that is not empty, or several, got 5"),
+        ({"stop": ["a", 5]}, "`stop` must be a text of valid Unicode that is not empty, or several, got "),
     ],
 )
 def test_options_of_other_types_name_themselves(options, message):
     with pytest.raises(ConfigError, match=message):
-        decoding_settings(options)
+        checked(DecodingOptions, options)
 
 
 def test_numbers_of_numpy_are_numbers_and_none_is_left_out():
     asked = {"exit_layer": np.int64(8), "skip": np.array([2, 3]), "top_p": np.float32(0.5), "temperature": None, "stop": None}
     plain = {"exit_layer": 8, "skip": [2, 3], "top_p": 0.5}
-    assert decoding_settings(asked) == decoding_settings(plain)
-    assert type(decoding_settings(asked).exit_layer) is int
+    assert checked(DecodingOptions, asked) == checked(DecodingOptions, plain) == plain
+    assert type(checked(DecodingOptions, asked)["exit_layer"]) is int
 
 
 def test_what_a_model_is_loaded_with_is_checked():

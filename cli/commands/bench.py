@@ -6,6 +6,7 @@ import typer
 
 from layerskip_core.config.checks import require
 from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.config.options import OUTPUT
 
 from .. import console, evaluation, options
 from ..signature import command
@@ -24,7 +25,7 @@ def bench(
     report: options.Report,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the interrupted run in --output.", rich_help_panel=options.OUTPUT),
+        typer.Option("--resume", help="Continue the interrupted run in --output.", rich_help_panel=OUTPUT),
     ] = False,
 ) -> None:
     """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, latency and memory.

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from layerskip_core.config.calibration import CalibrationConfig
+from layerskip_core.config.options import MACHINE
 from layerskip_core.config.ranges import require_ranges
 
-from .. import options
 from ..console import narrate, stage_bars
 from ..signature import command
 from ..threads import use_threads
@@ -19,7 +19,7 @@ from ..threads import use_threads
 def calibrate(
     *,
     config: CalibrationConfig,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.", rich_help_panel=options.MACHINE)] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.", rich_help_panel=MACHINE)] = 0,
 ) -> None:
     """Calibrate int4 weights on text that the model writes. --quantize int4 and --draft-weights int4 use them from then on.
 

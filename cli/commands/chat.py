@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from layerskip_core.config.decoding import DecodingConfig, DecodingSettings
+from layerskip_core.config.decoding import DecodingConfig, DecodingOptions
 from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.options import MODEL, OUTPUT
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.errors import ContextError, LayerSkipError
 from layerskip_core.interruption import Interruption
 from layerskip_core.wording import plural
 
-from .. import options, standard_input
+from .. import standard_input
 from ..console import ResultsConsole, narrate
 from ..failure import one_line
 from ..loading import load_to_decode
@@ -41,20 +42,20 @@ _ROOM = "/forget leaves out the oldest turn, /reset all turns"
 @command
 def chat(
     model: Annotated[
-        str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.", rich_help_panel=options.MODEL)
+        str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.", rich_help_panel=MODEL)
     ] = "embedded",
     *,
-    decoding: DecodingSettings,
+    decoding: DecodingOptions,
     prompting: PromptingConfig,
     packing: PackingConfig,
     machine: MachineConfig,
     show_drafts: Annotated[
         bool,
-        typer.Option("--show-drafts", help="On a terminal, show accepted drafts in green.", rich_help_panel=options.OUTPUT),
+        typer.Option("--show-drafts", help="On a terminal, show accepted drafts in green.", rich_help_panel=OUTPUT),
     ] = False,
     stats: Annotated[
         bool,
-        typer.Option("--stats", help="Print counts and speed to stderr after every answer.", rich_help_panel=options.OUTPUT),
+        typer.Option("--stats", help="Print counts and speed to stderr after every answer.", rich_help_panel=OUTPUT),
     ] = False,
 ) -> None:
     """Talk with a model. It sees the whole conversation, and computes only what is new of it.
@@ -64,8 +65,8 @@ def chat(
 
     Example: layerskip chat --show-drafts
     """
-    loaded = load_to_decode(model, decoding, prompting, packing, machine)
-    chat = _Chat(loaded, loaded.resolve(decoding, packing), loaded.policy_for(decoding, packing), show_drafts, stats)
+    loaded, config = load_to_decode(model, decoding, prompting, packing, machine)
+    chat = _Chat(loaded, config, show_drafts, stats)
     if standard_input.is_terminal():
         chat.on_terminal()
     else:
@@ -75,11 +76,11 @@ def chat(
 class _Chat:
     """A conversation, and what is printed of it."""
 
-    def __init__(self, loaded: "Decoder", config: DecodingConfig, policy: str | None, show_drafts: bool, stats: bool) -> None:
+    def __init__(self, loaded: "Decoder", config: DecodingConfig, show_drafts: bool, stats: bool) -> None:
         from layerskip_core.decoding import DecodeStats
         from layerskip_core.decoding.dialogue import Dialogue
 
-        self._loaded, self._policy = loaded, policy
+        self._loaded, self._policy = loaded, config.policy
         self._dialogue = Dialogue(loaded, config)
         self._console = ResultsConsole()
         self._colours = show_drafts and self._console.is_terminal and self._console.color_system is not None

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerskip_core.config.checks import refused, require, require_choice, require_given
+from layerskip_core.config.options import MEASUREMENT, OUTPUT
 from layerskip_core.config.ranges import parse_counts
 
 from .. import evaluation, options
@@ -29,15 +30,13 @@ def compare(
     ] = None,
     only: Annotated[
         str | None,
-        typer.Option(help="Figures to compare, with commas: exact_match,perplexity.", rich_help_panel=options.MEASUREMENT),
+        typer.Option(help="Figures to compare, with commas: exact_match,perplexity.", rich_help_panel=MEASUREMENT),
     ] = None,
-    exits: Annotated[
-        str | None, typer.Option(help="Exits to compare: 3,6,8 or A:B:STEP.", rich_help_panel=options.MEASUREMENT)
-    ] = None,
+    exits: Annotated[str | None, typer.Option(help="Exits to compare: 3,6,8 or A:B:STEP.", rich_help_panel=MEASUREMENT)] = None,
     form: options.Format = "table",
     output: Annotated[
         str | None,
-        typer.Option(help="Folder for comparison.md, .json and .csv, and plots.", rich_help_panel=options.OUTPUT),
+        typer.Option(help="Folder for comparison.md, .json and .csv, and plots.", rich_help_panel=OUTPUT),
     ] = None,
 ) -> None:
     """Compare runs: the mean of every figure over the runs of a label, with 95% intervals, and the difference to the first.

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerskip_core.config.options import MACHINE, RUN
 from layerskip_core.config.ranges import require_ranges
 from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.errors import TrainingInterrupted
 
-from .. import options
 from ..config_file import read_config
 from ..console import narrate, show_picture, stage_bars
 from ..pictures import Curves
@@ -28,18 +28,18 @@ def finetune(
     *,
     settings: FinetuneConfig,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done, and stop.", rich_help_panel=options.RUN)
+        bool, typer.Option("--dry-run", help="Print what would be done, and stop.", rich_help_panel=RUN)
     ] = False,
     curves: Annotated[
         bool,
         typer.Option(
             "--curves",
             help="Draw the loss of every exit while training; without a terminal, at its end.",
-            rich_help_panel=options.RUN,
+            rich_help_panel=RUN,
         ),
     ] = False,
     threads: Annotated[
-        int, typer.Option(help="CPU threads; 0: torch's choice, but none for a busy core.", rich_help_panel=options.MACHINE)
+        int, typer.Option(help="CPU threads; 0: torch's choice, but none for a busy core.", rich_help_panel=MACHINE)
     ] = 0,
     config: Annotated[
         Path | None,
@@ -47,7 +47,7 @@ def finetune(
             callback=read_config,
             is_eager=True,
             help="TOML file with any of these flags; a flag on the command line wins.",
-            rich_help_panel=options.RUN,
+            rich_help_panel=RUN,
         ),
     ] = None,
 ) -> None:

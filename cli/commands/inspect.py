@@ -11,12 +11,13 @@ from rich.text import Text
 
 from layerskip_core.config.checks import require, require_choice, require_given
 from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.options import DECODING, MODEL, OUTPUT
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import parse_counts, require_ranges
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.inspection import visible
 
-from .. import options, standard_input
+from .. import standard_input
 from ..console import ResultsConsole, narrate, narrate_notes
 from ..signature import command
 from ..threads import use_threads
@@ -34,22 +35,18 @@ def inspect(
         str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.", rich_help_panel=options.MODEL)
+        str, typer.Option(help="embedded, embedded-base, a folder, a .gguf file or a hub id.", rich_help_panel=MODEL)
     ] = "embedded",
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum number of tokens in the answer.", rich_help_panel=options.DECODING)
-    ] = 24,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in the answer.", rich_help_panel=DECODING)] = 24,
     *,
     prompting: PromptingConfig,
     machine: MachineConfig,
     layers: Annotated[
         str | None,
-        typer.Option(help="Layers shown: 2,4,8 or A:B:STEP. [default: as many as fit]", rich_help_panel=options.OUTPUT),
+        typer.Option(help="Layers shown: 2,4,8 or A:B:STEP. [default: as many as fit]", rich_help_panel=OUTPUT),
     ] = None,
-    format: Annotated[
-        str, typer.Option(help="Format of standard output: table or json.", rich_help_panel=options.OUTPUT)
-    ] = "table",
-    output: Annotated[str | None, typer.Option(help="HTML file with every layer.", rich_help_panel=options.OUTPUT)] = None,
+    format: Annotated[str, typer.Option(help="Format of standard output: table or json.", rich_help_panel=OUTPUT)] = "table",
+    output: Annotated[str | None, typer.Option(help="HTML file with every layer.", rich_help_panel=OUTPUT)] = None,
 ) -> None:
     """Show what the model would have answered after every layer, and from which layer on each token was correct.
 

@@ -47,7 +47,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
     from layerskip_core.serving import Engine
 
     with _bound(serving.host, serving.port) as listener:
-        loaded = load_to_decode(serving.model, serving.decoding, prompting, packing, machine)
+        loaded, _ = load_to_decode(serving.model, serving.decoding, prompting, packing, machine)
         name = _name_of(serving.model)
         engine = Engine(loaded, serving.batch_size, serving.queue_size)
         try:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerskip_core.config.checks import require
-from layerskip_core.config.decoding import SkipChoice
+from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, Policy, is_exit_drafting, policy_text
 from layerskip_core.config.evaluation import SweepConfig
-from layerskip_core.config.policies import EXACT, FAST, Policy
+from layerskip_core.config.options import OUTPUT
 from layerskip_core.config.ranges import counts_text
 from layerskip_core.errors import ConfigError
 
@@ -36,7 +36,7 @@ def sweep_exits(
         typer.Option(
             "--save",
             help="Write the recommendation and the policies exact and fast into the model's layerskip.json.",
-            rich_help_panel=options.OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
 ) -> None:
@@ -105,8 +105,8 @@ def _save(model: str, record: "RunRecord") -> None:
     if advice is not None:
         _narrate_advice(model, advice)
     if skip is not None:
-        layers = counts_text(skip.layers)
-        console.narrate(f"saved --skip {layers} and {skip.num_draft_tokens} draft tokens for --strategy draft-and-verify")
+        layers = counts_text(skip["skip"])
+        console.narrate(f"saved --skip {layers} and {skip['num_draft_tokens']} draft tokens for --strategy draft-and-verify")
 
 
 def _advised(info: "CheckpointInfo", advice: "Recommendation") -> "CheckpointInfo":
@@ -122,27 +122,33 @@ def _advised(info: "CheckpointInfo", advice: "Recommendation") -> "CheckpointInf
 def _known_exit(advice: "Recommendation") -> tuple[int | None, int | None]:
     """The exit and the draft length, if they say all of the recommendation."""
     exact = advice.policies.get(EXACT)
-    known = advice.exit_layer is not None and (exact is None or exact.is_exit_drafting)
+    known = advice.exit_layer is not None and (exact is None or is_exit_drafting(exact))
     return (advice.exit_layer, advice.num_draft_tokens) if known else (None, None)
+
+
+def _exact_of(advice: "Recommendation") -> Policy:
+    if EXACT in advice.policies:
+        return advice.policies[EXACT]
+    exit_layer, drafts = _known_exit(advice)
+    return {"strategy": "self-speculative", "exit_layer": exit_layer or 1, "num_draft_tokens": drafts or 1}
 
 
 def _narrate_advice(model: str, advice: "Recommendation") -> None:
     if advice.pays:
-        exact = advice.policies.get(EXACT) or Policy("self-speculative", *_known_exit(advice))
-        console.narrate(f"saved {exact} as the default of {model}")
+        console.narrate(f"saved {policy_text(_exact_of(advice))} as the default of {model}")
     else:
         console.narrate(f"saved plain decoding as the default of {model}: {advice.reason}")
     if advice.fast_reason:
         console.narrate(f"policy {FAST}: {advice.fast_reason}")
 
 
-def _skip_of(results: "Sequence[Result]") -> SkipChoice | None:
+def _skip_of(results: "Sequence[Result]") -> DecodingOptions | None:
     """The layers that drafts skip, those of the fastest such row, for --strategy draft-and-verify."""
     rows = [result for result in results if result.skip and result.num_draft_tokens is not None]
     if not rows:
         return None
     best = max(rows, key=lambda result: result.speedup or 0.0)
-    return SkipChoice(best.skip, best.num_draft_tokens or 1)
+    return {"skip": best.skip, "num_draft_tokens": best.num_draft_tokens or 1}
 
 
 def _require_of_model(model: str, record: "RunRecord") -> None:
@@ -151,9 +157,9 @@ def _require_of_model(model: str, record: "RunRecord") -> None:
 
     layers = read_settings(model, CONFIG_FILE).get("num_hidden_layers")  # an adapter's folder has none
     advice, skip = record.recommendation, _skip_of(record.results)
-    named = [*skip.layers] if skip is not None else []
+    named = [*skip["skip"]] if skip is not None else []
     for policy in advice.policies.values() if advice is not None else ():
-        named += [*policy.exits, *policy.skip, policy.exit_layer or 0]
+        named += [*policy.get("exits", ()), *policy.get("skip", ()), policy.get("exit_layer", 0)]
     deepest = max([*named, (advice.exit_layer or 0) if advice is not None else 0])
     if layers is not None and deepest > layers:
         raise ConfigError(f"`saved` has settings with layer {deepest}, but {model} has {layers} layers")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from layerskip_core.config.checks import require_choice, require_given
+from layerskip_core.config.options import OUTPUT
 from layerskip_core.config.verification import VerifyConfig
 
 from .. import evaluation, options
@@ -24,7 +25,7 @@ def verify(
     form: options.Format = "table",
     output: Annotated[
         str | None,
-        typer.Option(help="Folder for verification.md, .json and .csv.", rich_help_panel=options.OUTPUT),
+        typer.Option(help="Folder for verification.md, .json and .csv.", rich_help_panel=OUTPUT),
     ] = None,
 ) -> None:
     """Check that batching, drafting and resuming do not change outputs on this machine.

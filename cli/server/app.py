@@ -119,7 +119,7 @@ class Service:
             encoded = [await loop.run_in_executor(self._encoding, self._encoded, prompt) for prompt in asked.prompts]
             jobs = []
             for place, config in enumerate(configs):
-                alone = asked.seed is not None and config.sampling.temperature > 0
+                alone = asked.seed is not None and config.temperature > 0
                 jobs.append(Job(encoded[place // asked.n], config, partial(deliver, place), alone))
             engine.submit(*jobs)
         except BaseException:

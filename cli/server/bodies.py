@@ -3,9 +3,10 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
-from layerskip_core.config.decoding import MAX_NEW_TOKENS, DecodingSettings
+from layerskip_core.config.decoding import MAX_NEW_TOKENS, DecodingOptions, changed
+from layerskip_core.config.options import checked
 from layerskip_core.errors import DataError
 from layerskip_core.files import SchemaError, build, parse_json
 
@@ -75,16 +76,16 @@ class Asked:
     """One request. Each prompt has `n` answers; `seed` is None if the request names none."""
 
     prompts: tuple[Prompt, ...]
-    settings: DecodingSettings
+    settings: DecodingOptions
     n: int
     seed: int | None
     stream: bool
     include_usage: bool
 
-    def seeded(self, number: int) -> DecodingSettings:
+    def seeded(self, number: int) -> DecodingOptions:
         """The settings of the answer with this number, whose seed is its own."""
         seed = secrets.randbelow(_SEEDS) if self.seed is None else (self.seed + number) % _SEEDS
-        return self.settings.changed(seed=seed)
+        return {**self.settings, "seed": seed}
 
     @property
     def answers(self) -> int:
@@ -92,13 +93,13 @@ class Asked:
         return self.n * len(self.prompts)
 
 
-def completion_asked(body: bytes, model: str, flags: DecodingSettings, token_limit: int) -> Asked:
+def completion_asked(body: bytes, model: str, flags: DecodingOptions, token_limit: int) -> Asked:
     """Of /v1/completions. Raises ApiError, and ConfigError for a setting outside its range."""
     document = _document(body)
     return _asked(document, _prompts(document.get("prompt")), model, flags, token_limit)
 
 
-def chat_asked(body: bytes, model: str, flags: DecodingSettings, token_limit: int) -> Asked:
+def chat_asked(body: bytes, model: str, flags: DecodingOptions, token_limit: int) -> Asked:
     """Of /v1/chat/completions. Raises as `completion_asked` does."""
     document = _document(body)
     return _asked(document, (_turns(document.get("messages")),), model, flags, token_limit)
@@ -120,7 +121,7 @@ def _document(body: bytes) -> Mapping[str, Any]:
 
 
 def _asked(
-    document: Mapping[str, Any], prompts: tuple[Prompt, ...], model: str, flags: DecodingSettings, token_limit: int
+    document: Mapping[str, Any], prompts: tuple[Prompt, ...], model: str, flags: DecodingOptions, token_limit: int
 ) -> Asked:
     known = {key: document[key] for key in _Body.__annotations__ if document.get(key) is not None}
     try:
@@ -137,7 +138,7 @@ def _asked(
     return Asked(prompts, settings, n, given.get("seed"), given.get("stream", False), bool(options.get("include_usage")))
 
 
-def _settings(given: Mapping[str, Any], flags: DecodingSettings, token_limit: int) -> DecodingSettings:
+def _settings(given: Mapping[str, Any], flags: DecodingOptions, token_limit: int) -> DecodingOptions:
     """The flags with a request's own settings in their place. Raises ConfigError for a value outside its range."""
     stops = given.get("stop", ())
     if (
@@ -149,8 +150,9 @@ def _settings(given: Mapping[str, Any], flags: DecodingSettings, token_limit: in
     limit = given.get("max_completion_tokens", given.get("max_tokens"))
     if limit is not None and limit > token_limit:
         raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
-    limit = limit if limit is not None else flags.generation.max_new_tokens
-    return flags.changed(max_new_tokens=min(token_limit, MAX_NEW_TOKENS) if limit is None else limit, **changes)
+    limit = limit if limit is not None else flags.get("max_new_tokens")
+    changes["max_new_tokens"] = min(token_limit, MAX_NEW_TOKENS) if limit is None else limit
+    return changed(flags, cast(DecodingOptions, checked(DecodingOptions, changes)))
 
 
 def _no_model(asked: str | None, model: str) -> ApiError:

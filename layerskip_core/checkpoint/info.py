@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import exp
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..config.decoding import DraftProfile, SkipChoice, strategies
+from msgspec import ValidationError, convert
+
+from ..config.decoding import EXACT, STRATEGIES, DecodingOptions, DraftProfile, Policy
 from ..config.packing import PackingConfig
-from ..config.policies import Policy, require_lossless
-from ..errors import CheckpointError, ConfigError
-from ..files import SchemaError, build, read_json
+from ..errors import CheckpointError
+from ..files import read_json
 from ..prompting import CHAT, PromptTemplate, is_template
 
 INFO_FILE = "layerskip.json"
@@ -30,7 +31,7 @@ class CheckpointInfo:
     `policies` are the settings that a sweep saved, by name; older versions know only the recommended ones. `details` holds all
     other keys: recipe, data, seed, versions, losses. `files` are the names, relative to the folder, of all files written with
     the model; older versions did not write them. `system` belongs to the prompt template `chat`. `skip`: the layers that a
-    search found for draft-and-verify.
+    search found for draft-and-verify, with a draft length.
     """
 
     prompt_template: str | None = None
@@ -41,18 +42,19 @@ class CheckpointInfo:
     files: tuple[str, ...] = field(default=(), compare=False)
     system: str | None = None
     policies: dict[str, Policy] = field(default_factory=dict)
-    skip: SkipChoice | None = None
+    skip: DecodingOptions | None = None
     profile: DraftProfile | None = None  # of drafting, where a sweep measured it
 
     def to_json(self) -> str:
         recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
         recommended |= {"strategy": self.strategy} if self.strategy else {}
-        recommended |= {"skip": asdict(self.skip)} if self.skip else {}
+        if self.skip is not None:
+            recommended["skip"] = {"layers": self.skip["skip"], "num_draft_tokens": self.skip["num_draft_tokens"]}
         document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
         if self.profile is not None:
             document["profile"] = self.profile.document()
         if self.policies:
-            document["policies"] = {name: policy.document() for name, policy in self.policies.items()}
+            document["policies"] = self.policies
         document |= {"system": self.system} if self.system is not None else {}
         document |= self.details
         if self.files:
@@ -154,12 +156,11 @@ def read_info(path: str | Path) -> CheckpointInfo:
         document.pop("format", None)
         recommended = _require(document.pop("recommended", {}), dict, "recommended")
         files = _require(document.pop("files", []), list, "files")
-        policies = build(dict[str, Policy], document.pop("policies", {}), "policies")
-        require_lossless(policies)
-        profile = build(DraftProfile | None, document.pop("profile", None), "profile")
+        policies = _policies(document.pop("policies", {}))
+        profile = convert(document.pop("profile", None), DraftProfile | None)
         strategy = recommended.get("strategy")
-        if strategy is not None and strategy not in strategies():
-            raise ValueError(f"strategy must be one of {', '.join(strategies())}, got {strategy!r}")
+        if strategy is not None and strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
         template = _optional(document.pop("prompt_template", None), str, "prompt_template")
         if template is not None and not is_template(template):
             raise ValueError(f"prompt_template must be chat, raw or a text with {{prompt}} in it, got {template!r:.100}")
@@ -178,7 +179,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
             profile=profile,
             skip=_skip(recommended.get("skip")),
         )
-    except (ValueError, SchemaError, ConfigError) as error:
+    except (ValueError, ValidationError) as error:
         raise CheckpointError(f"{file} is not valid: {error}") from None
 
 
@@ -202,16 +203,27 @@ def _require(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _skip(value: Any) -> SkipChoice | None:
+def _policies(document: Any) -> dict[str, Policy]:
+    """Raises ValueError for an option that this version does not know, and for an `exact` whose output is another one."""
+    policies = convert(document, dict[str, Policy])
+    for name, policy in policies.items():
+        if unknown := document[name].keys() - policy.keys():
+            raise ValueError(f"policies.{name} has {min(unknown)!r}, which this version does not know")
+        if "strategy" not in policy:
+            raise ValueError(f"policies.{name} has no strategy")
+        if name == EXACT and policy["strategy"] == "early-exit":
+            raise ValueError(f"policies.{EXACT} must have the output of plain decoding, got the strategy early-exit")
+    return policies
+
+
+def _skip(value: Any) -> DecodingOptions | None:
     choice = _optional(value, dict, "skip")
     if choice is None:
         return None
-    listed = _require(choice.get("layers"), list, "skip.layers")
-    layers = [layer for layer in listed if _count(layer, "skip.layers")]
-    drafts = _count(choice.get("num_draft_tokens"), "skip.num_draft_tokens")
-    if not layers or layers != listed or drafts is None:
+    options = convert({"skip" if name == "layers" else name: entry for name, entry in choice.items()}, DecodingOptions)
+    if not options.get("skip") or "num_draft_tokens" not in options:
         raise ValueError(f"skip must have layers and num_draft_tokens, got {choice!r:.100}")
-    return SkipChoice(tuple(layers), drafts)
+    return options
 
 
 def _count(value: Any, name: str) -> int | None:

@@ -9,10 +9,20 @@ import psutil
 import torch
 
 from ..config.checks import require, require_choice
-from ..config.decoding import DecodingConfig, DecodingSettings, ExitChoice
+from ..config.decoding import (
+    EXACT,
+    DecodingConfig,
+    DecodingOptions,
+    Policy,
+    Recommended,
+    is_open,
+    policy_named,
+    policy_options,
+    policy_packing,
+    resolve,
+)
 from ..config.machine import DTYPES
 from ..config.packing import PackingConfig, Quantization
-from ..config.policies import EXACT, Policy, policy_named
 from ..errors import ConfigError
 from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
@@ -111,7 +121,7 @@ class Decoder:
         special = special_ids(self.tokenizer)
         return self.eos_ids | {special[text] for text in stop if text in special}
 
-    def recommended(self, packing: PackingConfig = _PLAIN) -> ExitChoice:
+    def recommended(self, packing: PackingConfig = _PLAIN) -> Recommended:
         """From layerskip.json, else the first exit with a block, else as published, else a quarter of the layers and 6 drafts.
 
         Where exits have blocks, these are the trained ones.
@@ -124,7 +134,7 @@ class Decoder:
         if not exits and self.name in PUBLISHED:
             exits = (exit_layer,)
         found = "self-speculative" if self.info.exit_layer is not None and not exits else None
-        return ExitChoice(
+        return Recommended(
             self.info.exit_layer or (blocks[0] if blocks else exit_layer),
             self.info.num_draft_tokens or drafts,
             self.info.strategy or found,
@@ -133,36 +143,36 @@ class Decoder:
             self.info.draft_profile(self.backend.num_layers, packing),
         )
 
-    def policy_for(self, settings: DecodingSettings, packing: PackingConfig) -> str | None:
-        """The policy that answers what was asked: the one that was named; `exact`, if it is saved, where nothing was said."""
-        if not settings.is_open or packing.drafts_apart:
-            return settings.policy
-        exact = self.info.policies.get(EXACT)
-        return EXACT if exact is not None and not self._missing(exact) else None
-
-    def resolve(self, settings: DecodingSettings, packing: PackingConfig) -> DecodingConfig:
+    def resolve(self, options: DecodingOptions, packing: PackingConfig = _PLAIN) -> DecodingConfig:
         """What was asked, completed by this checkpoint. `packing`: as it was asked for.
 
-        Raises ConfigError for early exit at an exit that can only draft, for a policy that is not saved or needs copies of the
-        weights that are not here, and as `DecodingSettings.resolve` does.
+        Where nothing is said, the policy `exact` decodes if it is saved. Raises ConfigError for early exit at an exit that can
+        only draft, for a policy that is not saved or needs copies of the weights that are not here, and as `resolve` does.
         """
-        name, layers = self.policy_for(settings, packing), self.backend.num_layers
-        if name is None:
-            recommended = self.recommended(packing)
-            if settings.generation.exit_confidence:
-                recommended = replace(recommended, exits=self._without_drafting_only(recommended.exits))
-            config = settings.resolve(recommended, layers, packing)
-            if config.strategy == "early-exit":
-                for exit_layer in config.exits if config.exit_confidence else (config.exit_layer,):
-                    target_block(self.backend.exit_blocks, exit_layer or layers)
-            return config
-        policy = policy_named(self.info.policies, name)
-        missing = self._missing(policy)
-        require(not missing, "policy", f"given with `draft_weights` {','.join(missing)}, which it drafts with", name)
+        if name := options.get("policy"):
+            policy = policy_named(self.info.policies, name)
+            missing = ",".join(self._missing(policy))
+            require(not missing, "policy", f"given with `draft_weights` {missing}, which it drafts with", name)
+            return self._resolve_policy(name, policy, options)
+        exact = self.info.policies.get(EXACT)
+        if exact is not None and is_open(options) and not packing.drafts_apart and not self._missing(exact):
+            return self._resolve_policy(EXACT, exact, options)
+        recommended = self.recommended(packing)
+        if options.get("exit_confidence"):
+            recommended = replace(recommended, exits=self._without_drafting_only(recommended.exits))
+        config = resolve(options, recommended, self.backend.num_layers, packing)
+        if config.strategy == "early-exit":
+            for exit_layer in config.exits if config.exit_confidence else (config.exit_layer,):
+                target_block(self.backend.exit_blocks, exit_layer or self.backend.num_layers)
+        return config
+
+    def _resolve_policy(self, name: str, policy: Policy, request: DecodingOptions) -> DecodingConfig:
+        options, packing = policy_options(policy, request), policy_packing(policy)
         try:
-            return policy.settings(settings.generation).resolve(self.recommended(policy.packing), layers, policy.packing)
+            config = resolve(options, self.recommended(packing), self.backend.num_layers, packing)
         except ConfigError as error:
             raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
+        return replace(config, policy=name)
 
     def _without_drafting_only(self, exits: tuple[int, ...]) -> tuple[int, ...]:
         blocks = self.backend.exit_blocks
@@ -170,7 +180,7 @@ class Decoder:
 
     def _missing(self, policy: Policy) -> list[Quantization]:
         """The copies that a policy drafts with and that were not made."""
-        return [weights for weights in policy.packing.draft_weights if weights not in self.backend.draft_sides]
+        return [weights for weights in policy_packing(policy).draft_weights if weights not in self.backend.draft_sides]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.decoding import policy_packing
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import (
@@ -181,11 +182,11 @@ def _with_policies(
 ) -> PackingConfig:
     """`packing` with what these of the saved policies draft with: whole low-bit copies, which need the CPU, and a head."""
     used = [policy for name, policy in info.policies.items() if names is None or name in names]
-    used = [policy for policy in used if device.type == "cpu" or not policy.packing.draft_weights]
+    used = [policy for policy in used if device.type == "cpu" or not policy_packing(policy).draft_weights]
     packing = packing or PackingConfig()
     if used and names is not None:  # a policy says how to decode
-        packing = replace(packing, adaptive=any(policy.strategy == "adaptive" for policy in used))
-    drafting = [policy.packing for policy in used if policy.packing.drafts_apart]
+        packing = replace(packing, adaptive=any(policy["strategy"] == "adaptive" for policy in used))
+    drafting = [stored for stored in map(policy_packing, used) if stored.drafts_apart]
     copies = tuple(dict.fromkeys(chain(packing.draft_weights, *(known.draft_weights for known in drafting))))
     if drafting and not packing.drafts_apart:  # one sweep measured them, so that they agree
         packing = replace(packing, draft_weights=copies, draft_head=drafting[0].draft_head, draft_vocab=drafting[0].draft_vocab)

@@ -1,5 +1,7 @@
 """Checks of settings, and the errors that they raise."""
 
+from collections.abc import Sequence
+
 from ..errors import ConfigError
 
 _SHOWN = 60  # characters of a refused value
@@ -33,8 +35,11 @@ def require_exit_layer(exit_layer: int, num_layers: int, may_be_last: bool = Fal
         raise refused(field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")
 
 
-def require_skip(skip: tuple[int, ...], num_layers: int) -> None:
-    """Layers of the model, numbered 1..L, and not all of them."""
+def require_skip(skip: Sequence[int], num_layers: int) -> None:
+    """Layers of the model, numbered 1..L, one at least and not all of them."""
+    if not skip:
+        needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
+        raise refused("skip", needed, "none")
     outside = [layer for layer in skip if not 1 <= layer <= num_layers]
     if outside:
         raise refused("skip", f"in 1..{num_layers}", f"{outside[0]} (model has {num_layers} layers)")

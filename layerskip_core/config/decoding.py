@@ -1,20 +1,15 @@
-"""How tokens are decoded: what was asked for, and what it means for a checkpoint."""
+"""How tokens are decoded: what was asked for (DecodingOptions), and what it means for a checkpoint (DecodingConfig)."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, TypedDict, cast
 
-from .checks import (
-    refused,
-    require,
-    require_choice,
-    require_exit_layer,
-    require_given,
-    require_skip,
-    require_unicode,
-)
-from .packing import QUANTIZATIONS, PackingConfig, Quantization
-from .ranges import counts_text, require_ranges
+from msgspec import Meta
+
+from .checks import refused, require, require_exit_layer, require_skip
+from .options import DECODING, SAMPLING, UNICODE, Flag, Seed, Text, hints_of, one_of
+from .packing import PackingConfig, Quantization
+from .ranges import counts_text, parse_counts
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {
@@ -23,30 +18,143 @@ DRAFTERS = {
     "lookup": "layerskip_core.decoding.drafters.lookup",
     "draft-and-verify": "layerskip_core.decoding.drafters.skipping",
 }
-
-
-def strategies() -> tuple[str, ...]:
-    """The names of all strategies: those that draft, and those that do not."""
-    return (*DRAFTERS, "early-exit", "autoregressive")
-
-
+STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
+EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; used where nothing is said
+FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
 MAX_NEW_TOKENS = 256
-_SHORTEST, _LONGEST = 1e-4, 1e9  # milliseconds of a pass; differences of such times keep digits enough
+
 _MOST_DRAFTS = 32  # of a round of adaptive drafting
 _PLAIN = PackingConfig()
+_OF_A_REQUEST = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")  # what a policy does not set
+
+Layer = Annotated[int, Meta(ge=1)]
+Drafts = Annotated[int, Meta(ge=1, le=10_000)]
+MaxNewTokens = Annotated[int, Meta(ge=1, le=10_000_000)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # of a pass; differences of such times keep digits enough
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How a token is chosen from logits. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+class UsedBy(tuple[str, ...]):
+    """The strategies that use an option; without it in an option's annotation, all do."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        require_ranges(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+class DecodingOptions(TypedDict, total=False):
+    """How to decode, as asked for: by flags, by options in Python, by a row of JSON. The checkpoint decides what is left out.
+
+    Exits and layers are counts, 1..L: layer E is the last that runs before exit E.
+    """
+
+    strategy: Annotated[
+        str,
+        one_of(*STRATEGIES),
+        Flag(
+            DECODING,
+            f"{', '.join(STRATEGIES)}.",
+            default="adaptive; self-speculative with a flag about an exit or about drafts",
+        ),
+    ]
+    exit_layer: Annotated[
+        Layer,
+        UsedBy(("self-speculative", "early-exit")),
+        Flag(DECODING, "Draft with (or exit after) this many layers.", "--exit", "the checkpoint's"),
+    ]
+    num_draft_tokens: Annotated[
+        Drafts, UsedBy(DRAFTERS), Flag(DECODING, "Most draft tokens per round.", "--spec", "the checkpoint's")
+    ]
+    max_new_tokens: Annotated[MaxNewTokens, Flag(DECODING, "Maximum number of tokens in an answer.", default="256")]
+    draft_confidence: Annotated[
+        float,
+        Meta(ge=0, lt=1),
+        UsedBy(("adaptive", "self-speculative", "draft-and-verify")),
+        Flag(DECODING, "Stop drafting when the draft's best token is less probable than this; 0: never.", default="0"),
+    ]
+    stop: Annotated[
+        Annotated[str, Meta(min_length=1)] | Sequence[Text],  # msgspec 0.22 crashes on a pattern beside a list
+        Meta(description=f"{UNICODE.description}, or several"),
+        Flag(DECODING, "End the answer before this text. Can be repeated."),
+    ]
+    lookup: Annotated[
+        int,
+        Meta(ge=0, le=1_000),
+        UsedBy(DRAFTERS),
+        Flag(
+            DECODING,
+            "First draft the text after an earlier occurrence of the last N tokens or more; 0: do not.",
+            default="0",
+        ),
+    ]
+    exit_confidence: Annotated[
+        Share,
+        UsedBy(("early-exit",)),
+        Flag(
+            DECODING,
+            "Early exit: each token leaves at the first exit that gives its best token more than this probability.",
+            default="0",
+        ),
+    ]
+    skip: Annotated[
+        Sequence[Layer],
+        UsedBy(("draft-and-verify",)),
+        Flag(
+            DECODING,
+            "Draft with all layers but these, by number from 1, as inspect shows them: 8,9,14:18.",
+            default="with --strategy draft-and-verify those that sweep-exits --search-skips --save stored",
+            parse=parse_counts,
+        ),
+    ]
+    policy: Annotated[
+        Text,
+        Flag(
+            DECODING,
+            "Settings that `sweep-exits --save` stored with the model, instead of a strategy and its flags: exact (the output "
+            "of plain decoding) or fast (nearly its quality).",
+            default="exact if it is stored and nothing else is said",
+        ),
+    ]
+    exits: Annotated[
+        Sequence[Layer],
+        UsedBy(("early-exit", "adaptive")),  # which takes the trained ones
+        Flag(
+            DECODING,
+            "Exits that --exit-confidence chooses among: 3,6,8 or A:B:STEP.",
+            default="the trained ones, at most six",
+            parse=parse_counts,
+        ),
+    ]
+    temperature: Annotated[float, Meta(ge=0, le=1_000), Flag(SAMPLING, "Temperature; 0 is greedy.", default="0")]
+    top_k: Annotated[
+        int, Meta(ge=0, le=10_000_000), Flag(SAMPLING, "Sample from the k most probable tokens; 0: from all.", default="0")
+    ]
+    top_p: Annotated[
+        float,
+        Meta(gt=0, le=1),
+        Flag(SAMPLING, "Sample from the most probable tokens that add up to this probability.", default="1"),
+    ]
+    seed: Annotated[Seed, Flag(SAMPLING, "Seed of sampling.", default="0")]
+
+
+class Measured(TypedDict):
+    """What a sweep measured of a policy: the task's metric, its value at full depth, and the speed over plain decoding."""
+
+    task: str
+    metric: str
+    value: float
+    full_depth: float
+    speedup: float
+
+
+class Policy(DecodingOptions, total=False):
+    """Options that a sweep saved with a model, with what it measured. Limit, stop strings and sampling are the request's.
+
+    `draft_weights` is the copy that drafts. `draft_copies`, `draft_head` and `draft_vocab` say how drafts were stored, as in
+    PackingConfig; the copies are those of adaptive drafting, none: the one that it gets without being asked.
+    """
+
+    draft_weights: Quantization
+    draft_copies: Sequence[Quantization]
+    draft_head: Quantization
+    draft_vocab: Annotated[int, Meta(ge=0, le=10_000_000)]
+    measured: Measured
 
 
 @dataclass(frozen=True)
@@ -58,20 +166,11 @@ class DraftProfile:
     drafts were stored, as in PackingConfig.
     """
 
-    acceptance: dict[str, float] = field(default_factory=dict)
-    passes: tuple[float, ...] = ()
-    drafts: dict[str, float] = field(default_factory=dict)
+    acceptance: dict[str, Share] = field(default_factory=dict)
+    passes: tuple[Milliseconds, ...] = ()
+    drafts: dict[str, Milliseconds] = field(default_factory=dict)
     draft_head: Quantization | None = None
-    draft_vocab: int = 0
-
-    def __post_init__(self) -> None:
-        require_ranges(draft_vocab=self.draft_vocab)
-        for share in self.acceptance.values():
-            require(0 <= share <= 1, "acceptance", "in [0, 1]", share)
-        for name, times in (("passes", self.passes), ("drafts", self.drafts.values())):
-            for time in times:
-                in_range = _SHORTEST <= time <= _LONGEST
-                require(in_range, name, f"{_SHORTEST:g} to {_LONGEST:g} milliseconds", time)
+    draft_vocab: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
 
     def without(self, exits: Iterable[int]) -> "DraftProfile":
         """Without what was measured of drafts at these exits, by the model's own layers or by copies."""
@@ -93,267 +192,172 @@ _UNKNOWN = DraftProfile()
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """A strategy with all that it needs. `exit_layer` counts layers, 1..L; `num_draft_tokens` is the draft length per round.
+    """A strategy with all that it needs: DecodingOptions, completed for a checkpoint.
 
-    `draft_confidence`: a round stops drafting when the draft's most probable token has less than this probability (0: never).
-    `draft_weights`: the low-bit copy that drafts; None for the model's own weights. `lookup`: before anything else drafts, the
-    text after an earlier occurrence of at least this many last tokens is the draft (0: no lookup). `exit_confidence`: each
-    token leaves at the first of `exits` that gives its best token more than this probability (0: at `exit_layer`). `skip`: the
-    layers that the drafts of draft-and-verify leave out, by number, 1..L: layer E is the last that runs before exit E.
-    `profile`: where adaptive drafting starts.
+    `draft_weights`: the low-bit copy that drafts; None for the model's own weights. `exits`: those that adaptive drafting and
+    `exit_confidence` choose among. `profile`: where adaptive drafting starts. `policy`: the saved one that this is.
     """
 
     strategy: str = "self-speculative"
     exit_layer: int | None = None  # of self-speculative decoding and early exit
-    num_draft_tokens: int = 6
+    num_draft_tokens: int = 6  # per round
     max_new_tokens: int = MAX_NEW_TOKENS
     draft_confidence: float = 0.0
     stop: tuple[str, ...] = ()
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     draft_weights: Quantization | None = None
     lookup: int = 0
-    exits: tuple[int, ...] = ()  # that adaptive drafting and `exit_confidence` choose among
+    exits: tuple[int, ...] = ()
     exit_confidence: float = 0.0
     skip: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
     profile: DraftProfile = field(default=_UNKNOWN, hash=False)
-
-    def __post_init__(self) -> None:
-        require_choice(self.strategy, "strategy", strategies())
-        if self.strategy in ("self-speculative", "early-exit") and not self.exit_confidence:
-            require(self.exit_layer is not None, "exit_layer", f"given for `strategy` {self.strategy}", "none")
-        if self.strategy == "draft-and-verify":
-            require(bool(self.skip), "skip", f"given for `strategy` {self.strategy}", "none")
-        if self.draft_weights is not None:
-            require_choice(self.draft_weights, "draft_weights", QUANTIZATIONS)
-        require_ranges(num_draft_tokens=self.num_draft_tokens, max_new_tokens=self.max_new_tokens)
-        _require_generation(self)
+    policy: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
-    """What is asked of an answer, whatever the strategy; the fields are those of DecodingConfig. None: the caller's default."""
+class Recommended:
+    """What a checkpoint recommends. No `strategy`: its exits were not trained or measured.
 
-    max_new_tokens: int | None = None
-    draft_confidence: float = 0.0
-    stop: tuple[str, ...] = ()
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    lookup: int = 0
-    exit_confidence: float = 0.0
-    skip: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        require_ranges(max_new_tokens=self.max_new_tokens)
-        _require_generation(self)
-
-    def decoding(
-        self,
-        strategy: str,
-        exit_layer: int | None = None,
-        num_draft_tokens: int = 6,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        draft_weights: Quantization | None = None,
-        exits: tuple[int, ...] = (),
-        profile: DraftProfile = _UNKNOWN,
-    ) -> DecodingConfig:
-        """A strategy with these settings; `max_new_tokens` is the default. What the strategy does not use is left out."""
-        settings = vars(self) | {"max_new_tokens": self.max_new_tokens or max_new_tokens, "draft_weights": draft_weights}
-        unused = {name: value for name, value in _UNSET.items() if strategy not in USERS[name]}
-        return DecodingConfig(
-            strategy, exit_layer, num_draft_tokens, **settings | {"exits": exits, "profile": profile} | unused
-        )
-
-
-# The strategies that use a setting.
-USERS = {
-    "exit_layer": ("self-speculative", "early-exit"),
-    "num_draft_tokens": tuple(DRAFTERS),
-    "draft_confidence": ("adaptive", "self-speculative", "draft-and-verify"),
-    "draft_weights": ("self-speculative", "draft-and-verify"),
-    "lookup": tuple(DRAFTERS),
-    "skip": ("draft-and-verify",),
-    "exits": ("early-exit", "adaptive"),
-    "profile": ("adaptive",),
-    "exit_confidence": ("early-exit",),
-}
-_UNSET: dict[str, object] = {  # for the others, unless the caller gives it
-    "draft_confidence": 0.0,
-    "draft_weights": None,
-    "lookup": 0,
-    "exits": (),
-    "exit_confidence": 0.0,
-    "skip": (),
-    "profile": _UNKNOWN,
-}
-
-
-@dataclass(frozen=True)
-class SkipChoice:
-    """The layers that drafts skip, and a draft length, as `sweep-exits --search-skips` found them."""
-
-    layers: tuple[int, ...]
-    num_draft_tokens: int
-
-
-@dataclass(frozen=True)
-class ExitChoice:
-    """An exit and a draft length, as a checkpoint recommends them. No `strategy`: its exits were not trained or measured.
-
-    `exits`: those that were trained. `skip`: None if no search was made.
+    `exits`: those that were trained. `skip`: the layers that a search found, with its draft length.
     """
 
     exit_layer: int
     num_draft_tokens: int
     strategy: str | None = None
     exits: tuple[int, ...] = ()
-    skip: SkipChoice | None = None
+    skip: DecodingOptions | None = None
     profile: DraftProfile = _UNKNOWN
 
 
-@dataclass(frozen=True)
-class DecodingSettings:
-    """What is asked of decoding. None, or no `exits`: not said, so that the checkpoint decides.
+def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = _PLAIN) -> DecodingConfig:
+    """What was asked, completed by what the checkpoint of `num_layers` layers recommends.
 
-    `policy` names settings that are saved with the checkpoint, and stands for all that it sets.
+    A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
+    options that contradict each other.
     """
+    strategy = implied_strategy(options)
+    if strategy is None:
+        strategy = "adaptive" if packing.drafts_apart or known.strategy is None else known.strategy
+        if options.get("lookup") and strategy not in used_by("lookup"):
+            strategy = "adaptive"
+    _require_used(strategy, options)
+    return resolve_as(strategy, options, known, num_layers, packing)
 
-    strategy: str | None = None
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-    policy: str | None = None
-    exits: tuple[int, ...] = ()  # that `exit_confidence` chooses among
 
-    def __post_init__(self) -> None:
-        if self.strategy is not None:
-            require_choice(self.strategy, "strategy", strategies())
-        require_ranges(num_draft_tokens=self.num_draft_tokens)
-        require_given("policy", self.policy)
-        if self.policy is not None:
-            for name, value in self._choices.items():
-                text = counts_text(value) if isinstance(value, tuple) else value
-                require(not value, "policy", f"given without `{name}`", f"`{name}` {text}")
+def resolve_as(
+    strategy: str, options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = _PLAIN
+) -> DecodingConfig:
+    """The same for one strategy; options that it does not use have no effect.
 
-    def changed(self, **options: Any) -> "DecodingSettings":
-        """The same with these values of its fields, of those of `generation` and of its `sampling`; `stop` may be one text.
+    The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
+    """
+    asked = _said(options)
+    completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens}
+    if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:
+        completed["draft_weights"] = packing.draft_weights[0]
+    match strategy:
+        case "early-exit" if asked.get("exit_confidence"):
+            completed["exits"] = _exits_to_test(asked.get("exits", ()), known.exits, num_layers)
+        case "early-exit" | "self-speculative":
+            of_copies = "draft_weights" in completed
+            all_layers = of_copies and "exit_layer" not in asked and not known.exits
+            completed["exit_layer"] = exit_layer = num_layers if all_layers else asked.get("exit_layer", known.exit_layer)
+            require_exit_layer(exit_layer, num_layers, may_be_last=of_copies or strategy == "early-exit")
+        case "draft-and-verify":
+            completed |= {} if "skip" in asked else _said(known.skip or {})
+            require_skip((completed | asked).get("skip", ()), num_layers)
+        case "adaptive":
+            completed |= {"exits": known.exits, "num_draft_tokens": _MOST_DRAFTS, "profile": known.profile}
+    return decoding(strategy, cast(DecodingOptions, completed | asked))
 
-        Raises TypeError for an unknown name, ConfigError for a value out of its range.
-        """
-        for name in ("stop", "skip", "exits"):
-            if name in options:
-                options[name] = (options[name],) if isinstance(options[name], str) else tuple(options[name])
 
-        def taken(config: type) -> dict[str, Any]:
-            return {field.name: options.pop(field.name) for field in fields(config) if field.name in options}
+def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
+    """A strategy with those of the options that it uses, and other fields of DecodingConfig; all else is usual."""
+    used = {name: value for name, value in _said(options or {}).items() if strategy in used_by(name)}
+    return DecodingConfig(**used | fields | {"strategy": strategy})
 
-        sampling = replace(self.generation.sampling, **taken(SamplingConfig))
-        generation = replace(self.generation, **taken(GenerationSettings), sampling=sampling)
-        return replace(self, **options, generation=generation)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing is said about how to draft or where to exit."""
-        return self.policy is None and not any(self._choices.values())
+def implied_strategy(options: DecodingOptions) -> str | None:
+    """The strategy that was named, or that another option implies; None if it is left open."""
+    if strategy := options.get("strategy"):
+        return strategy
+    if options.get("exit_confidence"):
+        return "early-exit"
+    if options.get("skip"):
+        return "draft-and-verify"
+    drafting = any(options.get(name) for name in ("exit_layer", "num_draft_tokens", "draft_confidence"))
+    return "self-speculative" if drafting else None
 
-    @property
-    def _choices(self) -> dict[str, object]:
-        """All that a policy sets."""
-        names = ("draft_confidence", "lookup", "exit_confidence", "skip")
-        own = {
-            "strategy": self.strategy,
-            "exit_layer": self.exit_layer,
-            "num_draft_tokens": self.num_draft_tokens,
-            "exits": self.exits,
-        }
-        return own | {name: getattr(self.generation, name) for name in names}
 
-    @property
-    def implied_strategy(self) -> str | None:
-        """The strategy that was named, or that another setting implies; None if it is left open."""
-        if self.strategy is not None:
-            return self.strategy
-        if self.generation.exit_confidence:
-            return "early-exit"
-        if self.generation.skip:
-            return "draft-and-verify"
-        drafting = (self.exit_layer, self.num_draft_tokens) != (None, None) or self.generation.draft_confidence > 0
-        return "self-speculative" if drafting else None
+def is_open(options: DecodingOptions) -> bool:
+    """Whether nothing is said about how to draft or where to exit."""
+    return not options.get("policy") and not choices(options)
 
-    def resolve(self, recommended: ExitChoice, num_layers: int, packing: PackingConfig = _PLAIN) -> DecodingConfig:
-        """What was asked, completed by what the checkpoint of `num_layers` layers recommends.
 
-        A strategy that is left open is the checkpoint's, or adaptive. Raises ConfigError for an exit outside the model and for
-        settings that contradict each other.
-        """
-        strategy = self.implied_strategy or self._strategy_of(recommended, packing)
-        self._require_consistent(strategy)
-        return self.resolve_as(strategy, recommended, num_layers, packing)
+def choices(options: DecodingOptions) -> dict[str, Any]:
+    """What was said of all that a policy sets."""
+    return {name: value for name, value in _said(options).items() if value and name not in (*_OF_A_REQUEST, "policy")}
 
-    def _strategy_of(self, recommended: ExitChoice, packing: PackingConfig) -> str:
-        """What the checkpoint recommends, if that uses what was asked for; else adaptive."""
-        strategy = None if packing.drafts_apart else recommended.strategy
-        unused = self.generation.lookup > 0 and strategy not in USERS["lookup"]
-        return "adaptive" if strategy is None or unused else strategy
 
-    def _require_consistent(self, strategy: str) -> None:
-        """Raises ConfigError for settings that this strategy does not use, or that contradict each other."""
-        confidence, given = self.generation.exit_confidence, self._choices
-        for name in ("exit_layer", "num_draft_tokens", "draft_confidence"):
-            reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
-            require(not (confidence and given[name]), name, f"left out with `exit_confidence`, which {reason}", given[name])
-        require(bool(confidence) or not self.exits, "exits", "used with `exit_confidence`", "none")
-        for name, users in USERS.items():
-            unused = given.get(name) and strategy not in users
-            require(not unused, name, f"used with `strategy` {' or '.join(users)}", f"`strategy` {strategy}")
+def changed(options: DecodingOptions, changes: DecodingOptions) -> DecodingOptions:
+    """Options with others in their place. A policy replaces all that it sets, and gives way to any of that."""
+    kept = dict(options)
+    if "policy" in changes:
+        kept = {name: value for name, value in kept.items() if name in _OF_A_REQUEST}
+    elif choices(changes):
+        kept.pop("policy", None)
+    return cast(DecodingOptions, kept | dict(changes))
 
-    def resolve_as(
-        self, strategy: str, recommended: ExitChoice, num_layers: int, packing: PackingConfig = _PLAIN
-    ) -> DecodingConfig:
-        """The same for one strategy; settings that it does not use have no effect.
 
-        The first of the low-bit copies drafts: with all its layers, unless an exit was given or trained.
-        """
-        if strategy == "early-exit" and self.generation.exit_confidence:
-            return self.generation.decoding(strategy, exits=self._exits_to_test(recommended.exits, num_layers))
-        weights = packing.draft_weights[0] if packing.draft_weights else None
-        if strategy == "draft-and-verify":
-            skip = self._skip(recommended, num_layers)
-            drafts = self.num_draft_tokens or skip.num_draft_tokens
-            return replace(self.generation, skip=skip.layers).decoding(strategy, None, drafts, draft_weights=weights)
-        exit_layer = recommended.exit_layer if self.exit_layer is None else self.exit_layer
-        if strategy == "self-speculative":
-            if weights and self.exit_layer is None and not recommended.exits:
-                exit_layer = num_layers
-            require_exit_layer(exit_layer, num_layers, weights is not None)
-        elif strategy == "early-exit":
-            require_exit_layer(exit_layer, num_layers, may_be_last=True)
-        elif strategy == "adaptive":
-            for trained in recommended.exits:
-                require_exit_layer(trained, num_layers)
-        drafts = _MOST_DRAFTS if strategy == "adaptive" else recommended.num_draft_tokens
-        if self.num_draft_tokens is not None:
-            drafts = self.num_draft_tokens
-        return self.generation.decoding(
-            *(strategy, exit_layer, drafts), draft_weights=weights, exits=recommended.exits, profile=recommended.profile
-        )
+def used_by(option: str) -> Sequence[str]:
+    """The strategies that use an option."""
+    notes = getattr(hints_of(Policy).get(option), "__metadata__", ())
+    return next((note for note in notes if isinstance(note, UsedBy)), STRATEGIES)
 
-    def _skip(self, recommended: ExitChoice, num_layers: int) -> SkipChoice:
-        """The layers to skip that were given, else those that a search found. Raises ConfigError if there are none."""
-        skip = recommended.skip
-        if self.generation.skip:
-            skip = SkipChoice(self.generation.skip, recommended.num_draft_tokens)
-        if skip is None:
-            needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
-            raise refused("skip", needed, "none")
-        require_skip(skip.layers, num_layers)
-        return skip
 
-    def _exits_to_test(self, trained: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-        """The exits that `exit_confidence` chooses among: those given, else a spread of the trained ones."""
-        needed = "used with a model whose exits were trained (`layerskip finetune`), or with `exits`"
-        require(bool(self.exits or trained), "exit_confidence", needed, "neither")
-        for exit_layer in self.exits:
-            require_exit_layer(exit_layer, num_layers, field="exits")
-        return self.exits or spread_exits(trained, num_layers)
+def policy_named(policies: Mapping[str, Policy], name: str) -> Policy:
+    """Raises ConfigError, which names those that are there, for another name."""
+    there = ", ".join(policies) or "there are none"
+    how = f"`layerskip sweep-exits --save` saves {EXACT}, and {FAST} where an early exit keeps the quality"
+    require(name in policies, "policy", f"one that is saved with the model ({there}; {how})", name)
+    return policies[name]
+
+
+def policy_options(policy: Policy, request: DecodingOptions) -> DecodingOptions:
+    """A policy for a request, whose limit, stop strings and sampling stay. Raises ConfigError if it says more."""
+    for name, value in choices(request).items():
+        text = counts_text(value) if isinstance(value, tuple) else value
+        raise refused("policy", f"given without `{name}`", f"`{name}` {text}")
+    own = {name: value for name, value in request.items() if name in _OF_A_REQUEST}
+    decoding = {name: value for name, value in policy.items() if name in hints_of(DecodingOptions)}
+    return cast(DecodingOptions, decoding | own)
+
+
+def policy_packing(policy: Policy) -> PackingConfig:
+    """How the weights that a policy drafts with are stored."""
+    copies = (policy["draft_weights"],) if "draft_weights" in policy else tuple(policy.get("draft_copies", ()))
+    return PackingConfig(draft_weights=copies, draft_head=policy.get("draft_head"), draft_vocab=policy.get("draft_vocab", 0))
+
+
+def policy_text(policy: Policy) -> str:
+    """`exit 8 with 6 draft tokens`, as reports name it."""
+    strategy, exit_layer, drafts = policy["strategy"], policy.get("exit_layer"), policy.get("num_draft_tokens")
+    if strategy == "early-exit":
+        confidence = policy.get("exit_confidence")
+        return f"exits by confidence {confidence:g}" if confidence else f"exit {exit_layer}"
+    name = "plain decoding" if strategy == "autoregressive" else strategy
+    if strategy == "self-speculative":
+        name = f"exit {exit_layer}" + (f" of the {policy['draft_weights']} copies" if "draft_weights" in policy else "")
+    return name if drafts is None else f"{name} with {drafts} draft tokens"
+
+
+def is_exit_drafting(policy: Policy) -> bool:
+    """Whether an exit and a draft length say it all."""
+    simple = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}
+    return policy["strategy"] == "self-speculative" and policy.keys() <= simple
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:
@@ -369,9 +373,31 @@ def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(exits, key=lambda known: abs(known - wanted)) for wanted in default_exits(num_layers)}))
 
 
-def _require_generation(settings: DecodingConfig | GenerationSettings) -> None:
-    require_ranges(draft_confidence=settings.draft_confidence, lookup=settings.lookup, exit_confidence=settings.exit_confidence)
-    require(all(settings.stop), "stop", "a text that is not empty", "an empty one")
-    require(all(layer >= 1 for layer in settings.skip), "skip", "layers of at least 1", ",".join(map(str, settings.skip)))
-    for text in settings.stop:
-        require_unicode("stop", text)
+def _said(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with tuples for lists, without those that say nothing."""
+    stop = options.get("stop")
+    listed = {**options, "stop": [stop] if isinstance(stop, str) else stop}
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}
+    return {name: value for name, value in tuples.items() if value not in (None, ())}
+
+
+def _require_used(strategy: str, options: DecodingOptions) -> None:
+    """Raises ConfigError for options that this strategy does not use, or that contradict each other."""
+    given = choices(options)
+    if "exit_confidence" in given:
+        for name in given.keys() & {"exit_layer", "num_draft_tokens", "draft_confidence"}:
+            reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
+            raise refused(name, f"left out with `exit_confidence`, which {reason}", str(given[name]))
+    require("exits" not in given or "exit_confidence" in given, "exits", "used with `exit_confidence`", "none")
+    for name in given:
+        users = used_by(name)
+        require(strategy in users, name, f"used with `strategy` {' or '.join(users)}", f"`strategy` {strategy}")
+
+
+def _exits_to_test(exits: tuple[int, ...], trained: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """The exits that `exit_confidence` chooses among: those given, else a spread of the trained ones."""
+    needed = "used with a model whose exits were trained (`layerskip finetune`), or with `exits`"
+    require(bool(exits or trained), "exit_confidence", needed, "neither")
+    for exit_layer in exits:
+        require_exit_layer(exit_layer, num_layers, field="exits")
+    return exits or spread_exits(trained, num_layers)

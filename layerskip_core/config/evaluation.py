@@ -1,10 +1,10 @@
 """What is evaluated, and how."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from .checks import require, require_choice, require_given
-from .decoding import DRAFTERS, GenerationSettings, strategies
+from .decoding import DRAFTERS, STRATEGIES, DecodingOptions
 from .machine import MachineConfig
 from .packing import PackingConfig
 from .prompting import PromptingConfig
@@ -92,14 +92,19 @@ class BenchConfig:
     baselines: tuple[str, ...] = ()
     draft_model: str | None = None
     gguf: str | None = None
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
+
+    def decoding(self, generation: DecodingOptions) -> DecodingOptions:
+        """These options with the exit and the draft length."""
+        own = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
+        return cast(DecodingOptions, {**generation, **{name: value for name, value in own.items() if value is not None}})
 
     @property
     def skips(self) -> bool:
         """Whether Draft & Verify runs, as a strategy or as a baseline."""
-        return bool(self.generation.skip) or "draft-and-verify" in (*self.strategies, *self.baselines)
+        return bool(self.generation.get("skip")) or "draft-and-verify" in (*self.strategies, *self.baselines)
 
     def __post_init__(self) -> None:
         require_given("model", self.model)
@@ -107,12 +112,12 @@ class BenchConfig:
         require_given("gguf", self.gguf)
         require_ranges(num_draft_tokens=self.num_draft_tokens, repeats=self.repeats)
         for name in self.strategies:
-            require_choice(name, "strategies", strategies())
+            require_choice(name, "strategies", STRATEGIES)
         known = "autoregressive" in self.strategies
         require(
             known, "strategies", "a list with autoregressive, which the others are compared with", ",".join(self.strategies)
         )
-        temperature = self.generation.sampling.temperature
+        temperature = self.generation.get("temperature", 0.0)
         _require_batches(self.batch_size, self.timed, 0, temperature, self.packing)
         _require_drawn(self.task.problem_samples, temperature)
         for name in self.baselines:
@@ -148,7 +153,7 @@ class SweepConfig:
     search_skips: bool = False
     batch_size: int = 1
     timed: int | None = None
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
 
@@ -160,11 +165,11 @@ class SweepConfig:
         require_ranges(num_draft_tokens=max(self.specs), keep=self.keep)
         shares = self.exit_confidences or ()
         require(all(0 < share <= 1 for share in shares), "exit_confidences", "above 0 and up to 1", _listed(shares))
-        single = self.generation.exit_confidence
+        single = self.generation.get("exit_confidence")
         require(not single, "exit_confidence", "left out of a sweep, which takes `exit_confidences`", single)
-        searched = not (self.search_skips and self.generation.skip)
-        require(searched, "search_skips", "left out with `skip`", ",".join(map(str, self.generation.skip)))
-        temperature = self.generation.sampling.temperature
+        skip = self.generation.get("skip", ())
+        require(not (self.search_skips and skip), "search_skips", "left out with `skip`", ",".join(map(str, skip)))
+        temperature = self.generation.get("temperature", 0.0)
         _require_batches(self.batch_size, self.timed, 1, temperature, self.packing)
         _require_drawn(self.task.problem_samples, temperature)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..config.decoding import DecodingConfig, SamplingConfig
+from ..config.decoding import DecodingConfig
 from ..model.backend import Backend
 from ..model.cache import KVCache
 
@@ -23,7 +23,7 @@ class PrefixCache:
 
     def suit(self, model: Backend, config: DecodingConfig) -> None:
         """Forgets what another model computed, or other settings: they decide which layers have keys and values."""
-        made_for = model, replace(config, max_new_tokens=1, stop=(), sampling=SamplingConfig())
+        made_for = model, replace(config, max_new_tokens=1, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0)
         if self._made_for != made_for or model.exact:
             self._made_for, self._cache = made_for, model.new_cache()
             self._ids, self._count = [], 0

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config.decoding import SamplingConfig
+from ..config.decoding import DecodingConfig
 from ..model.drafting import most_probable
 
 
@@ -87,7 +87,7 @@ def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) 
 class Stochastic:
     """Tokens drawn by a generator for each row; verification keeps the target's distribution exactly."""
 
-    def __init__(self, config: SamplingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> None:
+    def __init__(self, config: DecodingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> None:
         """Every row has a generator, with its own of `seeds` or else the config's: it draws what it would draw alone."""
         self._config = config
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds or [config.seed] * rows]
@@ -132,12 +132,12 @@ class Stochastic:
         self._generators = self._generators + other._generators
 
 
-def sampler_for(config: SamplingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> Sampler:
+def sampler_for(config: DecodingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> Sampler:
     """Greedy at temperature 0, else drawn with the config's seed, or with one of `seeds` for each row."""
     return Greedy() if config.temperature == 0 else Stochastic(config, device, rows, seeds)
 
 
-def probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
+def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
     """Distribution (..., V), in at least fp32, from logits (..., V): temperature, then top-k, then top-p, renormalised.
 
     top-p keeps the smallest set of most probable tokens whose mass reaches it (Holtzman et al., 2020), never less than one.

@@ -123,7 +123,7 @@ def loop_of(
 
     `alone`: it has one row, and no others will join. Its passes are recorded where the model allows it.
     """
-    sampler, drafter = sampler_for(config.sampling, model.device, len(prompts), seeds), None
+    sampler, drafter = sampler_for(config, model.device, len(prompts), seeds), None
     true_states = _true_states(model, config)
     depth = _depth_of(model, config, true_states)
     recorder = sides = None
@@ -153,7 +153,7 @@ def _true_states(model: Backend, config: DecodingConfig) -> TrueStates | None:
 
 def _depth_of(model: Backend, config: DecodingConfig, true_states: TrueStates | None) -> Depth:
     """Raises ConfigError for an exit that the model does not have, or that can only draft."""
-    early, layers, greedy = config.strategy == "early-exit", model.num_layers, config.sampling.temperature == 0
+    early, layers, greedy = config.strategy == "early-exit", model.num_layers, config.temperature == 0
     if early and config.exit_confidence:
         require(bool(config.exits), "exits", "given with `exit_confidence`", "none")
         for exit_layer in config.exits:

@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..config.decoding import DraftProfile
+from ..config.decoding import EXACT, DraftProfile, Policy
 from ..config.packing import Quantization
-from ..config.policies import EXACT, Policy, require_lossless
 from ..errors import LayerSkipError
 from ..files import read_bytes
 
@@ -135,14 +134,11 @@ class Recommendation:
     fast_reason: str = ""
     policies: dict[str, Policy] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        require_lossless(self.policies)
-
     @property
     def pays(self) -> bool:
         """Whether anything but plain decoding is recommended."""
         exact = self.policies.get(EXACT)
-        return self.exit_layer is not None if exact is None else exact.strategy != "autoregressive"
+        return self.exit_layer is not None if exact is None else exact["strategy"] != "autoregressive"
 
 
 @dataclass(frozen=True)

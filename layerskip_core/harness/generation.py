@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, SamplingConfig
+from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig
 from ..decoding.stopping import before_stop
 from ..errors import ConfigError
 
@@ -18,12 +18,15 @@ class AnswerSettings:
 
     stop: tuple[str, ...]
     max_new_tokens: int
-    sampling: SamplingConfig
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
     def of(self, config: DecodingConfig) -> DecodingConfig:
         """A decoding with these settings, and its own stop strings too."""
         stop = (*self.stop, *(text for text in config.stop if text not in self.stop))
-        return replace(config, stop=stop, max_new_tokens=self.max_new_tokens, sampling=self.sampling)
+        return replace(config, **vars(self) | {"stop": stop})
 
     def cut(self, text: str) -> str:
         return before_stop(text, self.stop)
@@ -49,5 +52,5 @@ def answer_settings(request: Mapping[str, Any], default_tokens: int = MAX_NEW_TO
         raise ConfigError(
             f"generation_kwargs must be until, {_LIMITS[0]}, do_sample, temperature, top_k or top_p, got {name}={value!r:.60}"
         )
-    sampling = SamplingConfig(temperature, top_k, top_p, seed) if drawn else SamplingConfig()
-    return AnswerSettings(tuple(string for string in stop if string), limit, sampling)
+    sampling = (temperature, top_k, top_p, seed) if drawn else ()
+    return AnswerSettings(tuple(string for string in stop if string), limit, *sampling)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoint.loaded import Decoder
 from ..config.checks import require, require_exit_layer
-from ..config.decoding import DecodingConfig, DecodingSettings, default_exits
+from ..config.decoding import DecodingConfig, decoding, default_exits
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
 from ..data.examples import Example
 from ..evaluation.measure.bench import must_search, strategies_of
@@ -49,8 +49,8 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
     alone = tuple(exit_layer for exit_layer, block in blocks.items() if block.stands_alone)
     exits = tuple(sorted(set(config.exits or alone or default_exits(layers))))
     config = replace(config, exits=exits, timed=default_timed(config))
-    settings = config.generation
-    methods = [settings.decoding("autoregressive"), *(settings.decoding("early-exit", exit_layer) for exit_layer in exits)]
+    methods = [decoding("autoregressive", config.generation)]
+    methods += [decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits]
     yield from _run(loaded, tasks, methods, config, repeats=1)
 
 
@@ -60,9 +60,8 @@ def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> I
     Raises as `sweep_scores` does.
     """
     require(not config.baselines, "baselines", f"{_HERE}; lm-eval has the model type hf", ",".join(config.baselines))
-    asked = DecodingSettings(None, config.exit_layer, config.num_draft_tokens, config.generation)
     require(not must_search(loaded, config), "skip", f"the layers that draft-and-verify skips, for `task` {HARNESS}...", None)
-    methods = strategies_of(loaded, config, asked, loaded.recommended(config.packing))
+    methods = strategies_of(loaded, config, config.decoding(config.generation), loaded.recommended(config.packing))
     config = replace(config, timed=default_timed(config))
     yield from _run(loaded, tasks, methods, config, config.repeats)
 
@@ -70,12 +69,12 @@ def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> I
 def _run(
     loaded: Decoder, tasks: HarnessTasks, methods: list[DecodingConfig], config: SweepConfig | BenchConfig, repeats: int
 ) -> Iterator[Progress | RunRecord]:
-    temperature = config.generation.sampling.temperature
+    temperature = config.generation.get("temperature")
     require(not temperature, "temperature", f"{_HERE}, whose tasks say how to sample", temperature)
     require(not config.packing.exact, "exact", _HERE, config.packing.exact)
     lm = LayerSkipLM(loaded, batch_size=config.batch_size if config.batch_size > 1 else "auto")  # nothing is timed there
     requests = tasks.requests(lm.apply_chat_template, lm.tokenizer_name)
-    groups = _groups(lm, requests, config.generation.max_new_tokens)
+    groups = _groups(lm, requests, config.generation.get("max_new_tokens"))
     if not groups:
         methods = [method for method in methods if not drafts_tokens(method)]
     depths = [depth_of(method, loaded.backend.num_layers) for method in methods]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.open import for_decoding
 from ..config.checks import require, require_exit_layer
-from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingSettings
+from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingOptions
 from ..config.machine import DTYPES
 from ..config.packing import PackingConfig, Quantization
 from ..decoding import decode_batch
@@ -80,7 +80,12 @@ class LayerSkipLM(LM):  # type: ignore[misc]
                 target_block(self.decoder.backend.exit_blocks, exit_layer)
         drafting = None if exit_layer is None else "early-exit"
         strategy = "self-speculative" if spec is not None else drafting or "autoregressive"
-        return self.decoder.resolve(DecodingSettings(strategy, exit_layer, spec), packing)
+        options: DecodingOptions = {"strategy": strategy}
+        if exit_layer is not None:
+            options["exit_layer"] = exit_layer
+        if spec is not None:
+            options["num_draft_tokens"] = spec
+        return self.decoder.resolve(options, packing)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether it is the greedy continuation) of each request's (context, continuation)."""

@@ -169,7 +169,7 @@ class Scheduler:
             return done
         fitting, first = [answer.request for answer in answers], answers[0].request
         try:
-            prompts, seeds = [request.ids for request in fitting], [request.config.sampling.seed for request in fitting]
+            prompts, seeds = [request.ids for request in fitting], [request.config.seed for request in fitting]
             ends = decoder.ends(first.config.stop)
             loop = loop_of(decoder.backend, prompts, first.config, ends, decoder.detokenize, seeds=seeds)
             updates = [answer.add(step) for answer, step in zip(answers, next(loop), strict=True)]
@@ -230,7 +230,7 @@ class Scheduler:
 
 def _settings(request: Request) -> DecodingConfig:
     """All but the seed."""
-    return replace(request.config, sampling=replace(request.config.sampling, seed=0))
+    return replace(request.config, seed=0)
 
 
 def _failed(request: Request, error: BaseException) -> Request:

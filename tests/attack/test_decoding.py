@@ -11,7 +11,7 @@ from exit_block_models import random_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache, decode, decode_batch
 from layerskip_core.decoding.strategies import loop_of
@@ -83,12 +83,6 @@ def configs(draw, model, known):
     strategy = draw(st.sampled_from(STRATEGIES))
     drafts = strategy not in ("autoregressive", "early-exit")
     layers = st.integers(1, model.num_layers - 1)
-    sampling = SamplingConfig(
-        draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0, 3.0])),
-        draw(st.sampled_from([0, 0, 1, 3, 40])),
-        draw(st.sampled_from([1.0, 0.9, 0.1])),
-        draw(st.integers(0, 999)),
-    )
     places = draw(st.lists(st.integers(0, 17), max_size=2))
     any_exits = tuple(sorted(draw(st.sets(layers, max_size=3))))
     return DecodingConfig(
@@ -98,9 +92,12 @@ def configs(draw, model, known):
         draw(st.sampled_from([12, 30, 5, 2, 1, 500])),
         draw(st.sampled_from([0.0, 0.2, 0.7, 0.99])) if strategy == "self-speculative" else 0.0,
         tuple(letters(known[place : place + 2]) for place in places),
-        sampling,
         draw(st.sampled_from(list(model.draft_sides))) if strategy in ("self-speculative", "draft-and-verify") else None,
         lookup=draw(st.sampled_from([0, 0, 1, 2, 5])) if drafts else 0,
+        temperature=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0, 3.0])),
+        top_k=draw(st.sampled_from([0, 0, 1, 3, 40])),
+        top_p=draw(st.sampled_from([1.0, 0.9, 0.1])),
+        seed=draw(st.integers(0, 999)),
         exits=(tuple(model.exit_blocks) or any_exits) if strategy == "adaptive" else (),
         skip=tuple(draw(st.sets(layers, min_size=1, max_size=4))) if strategy == "draft-and-verify" else (),
     )
@@ -118,7 +115,7 @@ def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     single = [alone(model, prompt, config, ends) for prompt in prompts]
     for prompt, (ids, reason, stats) in zip(prompts, single, strict=True):
         require_consistent(model, len(prompt), config, ids, reason, stats)
-    drafts, sampled = config.strategy not in ("autoregressive", "early-exit"), config.sampling.temperature > 0
+    drafts, sampled = config.strategy not in ("autoregressive", "early-exit"), config.temperature > 0
     if drafts and not sampled:
         plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, 0.0, config.stop)
         for prompt, answer in zip(prompts, single, strict=True):

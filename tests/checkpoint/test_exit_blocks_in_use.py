@@ -17,7 +17,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import import_checkpoint, save_beside, write_info
 from layerskip_core.config.data import DataConfig
-from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, DraftProfile, GenerationSettings
+from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
@@ -96,7 +96,7 @@ def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
     loaded = for_decoding(folder, "cpu", "fp32", asked)
     cheap = DraftProfile({"int8 exit 4": 1.0}, (10.0, 10.1), {"int8 exit 4": 0.01})
     decoder = replace(loaded, info=replace(loaded.info, exit_layer=None, profile=cheap))
-    config = decoder.resolve(DecodingSettings(generation=GenerationSettings(max_new_tokens=12)), asked)
+    config = decoder.resolve({"max_new_tokens": 12}, asked)
     assert (config.strategy, config.exits) == ("adaptive", (2, 4))
     drafter = drafter_for(DrafterSetup(decoder.backend, Greedy(), config, frozenset()))
     assert list(drafter._known.options) == ["exit 2", "exit 4", "int8 exit 2", "int8 exit 4", "int8"]
@@ -111,9 +111,9 @@ def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
 
 def test_early_exit_where_a_block_can_only_draft_is_one_error(folder):
     decoder = for_decoding(folder, "cpu", "fp32")
-    decoder.resolve(DecodingSettings("early-exit", 2), PackingConfig())
+    decoder.resolve({"strategy": "early-exit", "exit_layer": 2}, PackingConfig())
     with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
-        decoder.resolve(DecodingSettings("early-exit", 4), PackingConfig())
+        decoder.resolve({"strategy": "early-exit", "exit_layer": 4}, PackingConfig())
     result = run("generate", "wake me", "--model", folder, "--strategy", "early-exit", "--exit", "4")
     assert result.code == 1 and result.out == "" and result.err.startswith("error: --exit 4 can only draft")
 
@@ -190,8 +190,8 @@ def test_the_blocks_go_with_their_model(folder, checkpoint, tmp_path):
 
 
 def test_only_exits_that_can_answer_are_chosen_by_confidence(folder):
-    decoder, confident = for_decoding(folder, "cpu", "fp32"), GenerationSettings(exit_confidence=0.5)
+    decoder, confident = for_decoding(folder, "cpu", "fp32"), {"exit_confidence": 0.5}
     assert decoder.recommended().exits == (2, 4)
-    assert decoder.resolve(DecodingSettings(generation=confident), PackingConfig()).exits == (2,)
+    assert decoder.resolve({**confident}, PackingConfig()).exits == (2,)
     with pytest.raises(ConfigError, match="`exit_layer` 4 can only draft"):
-        decoder.resolve(DecodingSettings(generation=confident, exits=(2, 4)), PackingConfig())
+        decoder.resolve({**confident, "exits": [2, 4]}, PackingConfig())

@@ -18,7 +18,7 @@ from layerskip_core.checkpoint.open import blank, for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint, write_info
 from layerskip_core.checkpoint.transformers_read import quiet_transformers
 from layerskip_core.config.data import DataConfig
-from layerskip_core.config.decoding import ExitChoice
+from layerskip_core.config.decoding import Recommended
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
@@ -61,7 +61,7 @@ def test_a_model_comes_back_as_it_was_saved(folder, tokenizer):
     assert decoder.encode_prompt("remind me") == tokenizer("remind me ->")["input_ids"]
     assert decoder.with_template("raw", None).encode_prompt("remind me") == tokenizer("remind me")["input_ids"]
     assert decoder.detokenize([*tokenizer("remind  me , 's")["input_ids"], 2]) == "remind  me , 's"
-    assert decoder.recommended() == ExitChoice(3, 5, "self-speculative")
+    assert decoder.recommended() == Recommended(3, 5, "self-speculative")
 
 
 def test_tied_weights_stay_tied(tmp_path, tokenizer):

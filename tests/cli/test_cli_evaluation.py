@@ -111,7 +111,7 @@ def test_older_versions_decode_plainly_what_they_do_not_know(model, monkeypatch)
     result = run("sweep-exits", *arguments, "--save")
     info = read_info(model)
     assert (info.exit_layer, info.num_draft_tokens, info.strategy) == (None, None, "autoregressive")
-    assert (info.policies["exact"].strategy, info.policies["exact"].num_draft_tokens) == ("lookup", 3)
+    assert (info.policies["exact"]["strategy"], info.policies["exact"]["num_draft_tokens"]) == ("lookup", 3)
     assert f"saved lookup with 3 draft tokens as the default of {model}" in result.stderr
     assert "Recommended: lookup with 3 draft tokens is the fastest of 1 settings" in result.stdout
 
@@ -158,8 +158,8 @@ def test_save_stores_the_fastest_exit_that_keeps_the_quality(tmp_path, model, da
     )
     assert f"policy fast: {reason}" in result.stderr and f"Policy fast: {reason}." in result.stdout.replace("\n", "")
     if saved:
-        assert (policies["fast"].strategy, policies["fast"].exit_layer) == ("early-exit", 5)
-        assert (policies["fast"].measured.value, policies["fast"].measured.full_depth) == (1 / 3, 1.0)
+        assert (policies["fast"]["strategy"], policies["fast"]["exit_layer"]) == ("early-exit", 5)
+        assert (policies["fast"]["measured"]["value"], policies["fast"]["measured"]["full_depth"]) == (1 / 3, 1.0)
     # A saved sweep saves the same.
     write_info(model, replace(read_info(model), policies={}))
     run("sweep-exits", "--from", f"{out}/results.json", "--save")

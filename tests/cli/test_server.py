@@ -16,7 +16,7 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from transformers import AutoTokenizer
 
-from layerskip_core.config.decoding import DecodingConfig, DecodingSettings, GenerationSettings, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding.text import TextStream
@@ -29,7 +29,7 @@ httpx, openai, uvicorn = (pytest.importorskip(name, reason=NEEDED) for name in (
 Service = pytest.importorskip("cli.server.app", reason=NEEDED).Service
 PROMPT = "wake me at 7"
 EXIT = 5  # whose drafts are sometimes right
-FLAGS = DecodingSettings("self-speculative", EXIT, 4, GenerationSettings(max_new_tokens=12))
+FLAGS = {"strategy": "self-speculative", "exit_layer": EXIT, "num_draft_tokens": 4, "max_new_tokens": 12}
 
 
 @dataclass
@@ -129,7 +129,7 @@ def test_sampling_follows_its_seed(client):
         return [choice.text for choice in answer.choices]
 
     once = sampled(seed=7, n=2)
-    assert once == sampled(seed=7, n=2) == [expected(PROMPT, sampling=SamplingConfig(2.0, seed=seed))[0] for seed in (7, 8)]
+    assert once == sampled(seed=7, n=2) == [expected(PROMPT, temperature=2.0, seed=seed)[0] for seed in (7, 8)]
     assert len({text for _ in range(4) for text in sampled()}) > 1  # without a seed each has one of its own
     greedy = expected(PROMPT)[0]
     assert sampled(seed=7, top_p=1e-9) == sampled(seed=8, extra_body={"top_k": 1}) == [greedy]
@@ -344,7 +344,7 @@ async def _crowd(url):
 
 
 def test_two_hundred_at_once_of_whom_fifty_vanish():
-    lookups = DecodingSettings("lookup", None, 4, GenerationSettings(max_new_tokens=6))
+    lookups = {"strategy": "lookup", "num_draft_tokens": 4, "max_new_tokens": 6}
     with serving(tiny_loaded(), decoding=lookups) as api:
         answers = asyncio.run(_crowd(api.url))
         assert sorted(answers) == [place for place in range(200) if place % 4]

@@ -6,7 +6,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.config.decoding import DecodingConfig, DraftProfile, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
@@ -103,9 +103,7 @@ def test_rows_decoded_together_give_the_tokens_that_each_gives_alone(kind):
 @pytest.mark.parametrize("kind", ["generic", "native"])
 def test_a_seed_gives_the_same_sample_however_long_passes_take(kind, monkeypatch):
     backend = backend_of(kind)
-    config = DecodingConfig(
-        "adaptive", max_new_tokens=40, num_draft_tokens=6, exits=EXITS, sampling=SamplingConfig(temperature=0.8, seed=3)
-    )
+    config = DecodingConfig("adaptive", max_new_tokens=40, num_draft_tokens=6, exits=EXITS, temperature=0.8, seed=3)
     first = decode(backend, prompt_of(9), config)
     tokens, chosen = ids_of(first), first.stats.steps_by_drafter
     ids_of(decode(backend, prompt_of(9), DecodingConfig("adaptive", max_new_tokens=30, exits=EXITS)))  # greedy, learns times

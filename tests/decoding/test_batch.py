@@ -9,7 +9,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
@@ -142,8 +142,9 @@ def test_whatever_ends_a_row_s_drafts_ends_those_of_no_other(
 ):
     """Confidence, EOS, the last token allowed and the end of the context; sampled rows draw as often as they do alone."""
     model, prompts = model_of("packed"), [prompt_of(length) for length in lengths]
-    sampling = SamplingConfig(temperature, seed=3)
-    config = DecodingConfig("self-speculative", exit_layer, num_draft_tokens, max_new_tokens, confidence, (), sampling)
+    config = DecodingConfig(
+        "self-speculative", exit_layer, num_draft_tokens, max_new_tokens, confidence, temperature=temperature, seed=3
+    )
     free, _ = alone(model, prompts[0], replace(config, max_new_tokens=16), frozenset())
     eos_ids = frozenset() if eos_place is None else frozenset({free[min(eos_place, len(free) - 1)]})
     expected = [everything_alone(model, prompt, config, eos_ids) for prompt in prompts]
@@ -161,7 +162,7 @@ def test_rows_near_the_end_of_the_context_do_not_stop_the_others():
 @pytest.mark.parametrize("strategy", ["autoregressive", "self-speculative"])
 def test_sampled_rows_draw_as_they_do_alone(strategy):
     model, prompts = model_of("packed"), [prompt_of(4), prompt_of(9)]
-    config = DecodingConfig(strategy, 3, 3, 12, sampling=SamplingConfig(temperature=1.0, top_k=20, seed=5))
+    config = DecodingConfig(strategy, 3, 3, 12, temperature=1.0, top_k=20, seed=5)
     found = {one.row: (one.ids, one.finish_reason) for one in decode_batch(model, prompts, config)}
     assert found == {row: alone(model, prompt, config, frozenset()) for row, prompt in enumerate(prompts)}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
 from layerskip_core.decoding.depth import Pass
@@ -106,22 +106,22 @@ def test_the_ends_are_plain_decoding_and_early_exit_at_the_first_exit(backend):
 
 
 def test_sampling_at_full_depth_draws_the_tokens_of_plain_sampling():
-    model, sampling = model_of(GenericBackend), SamplingConfig(temperature=1.0, seed=3)
-    expected = run(model, prompt_of(9), strategy="autoregressive", sampling=sampling)[0]
-    assert dynamic(model, prompt_of(9), 1.0, sampling=sampling)[0] == expected
+    model, sampling = model_of(GenericBackend), {"temperature": 1.0, "seed": 3}
+    expected = run(model, prompt_of(9), strategy="autoregressive", **sampling)[0]
+    assert dynamic(model, prompt_of(9), 1.0, **sampling)[0] == expected
 
 
 def test_the_temperature_moves_no_exit():
     """Tokens are drawn from what the exit gives; whether a token leaves is decided before, by the probabilities without it."""
-    model, hot = model_of(GenericBackend), SamplingConfig(temperature=2.0, seed=5)
-    ids, stats = dynamic(model, prompt_of(9), 0.1, sampling=hot)
+    model, hot = model_of(GenericBackend), {"temperature": 2.0, "seed": 5}
+    ids, stats = dynamic(model, prompt_of(9), 0.1, **hot)
     hidden = model.embed(torch.tensor([prompt_of(9)]))
     with torch.no_grad():
         for layer in range(LAYERS):
             hidden = model.run_layers(hidden, layer, layer + 1, torch.arange(9)[None])
             if layer + 1 in EXITS and model.unembed(hidden[0, -1]).softmax(-1).max() > 0.1:
                 break
-    first = next(decode(model, prompt_of(9), DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.1, sampling=hot)))
+    first = next(decode(model, prompt_of(9), DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.1, **hot)))
     assert [token.id for token in first] == ids[:1]
     assert stats.tokens_by_layers[layer] > 0
 

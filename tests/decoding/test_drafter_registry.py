@@ -7,14 +7,12 @@ import torch
 from conftest import tiny_model
 from repeating_drafter import RepeatingDrafter, repetition
 
-from layerskip_core.config.decoding import DRAFTERS, DecodingConfig, SamplingConfig, strategies
-from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
 from layerskip_core.decoding import Decoding, Stopping, decode, decode_batch
 from layerskip_core.decoding.depth import FixedDepth
 from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.loop import DecodingLoop
 from layerskip_core.decoding.sampling import Stochastic, probabilities
-from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend
 
 PROMPTS = [[5, 6, 7, 8, 5, 6], [9, 10, 9], [3]]
@@ -40,7 +38,6 @@ def test_what_is_repeated():
 
 
 def test_it_is_a_strategy_with_the_tokens_of_autoregressive_decoding(registered, backend):
-    assert "repeating" in strategies()
     config = DecodingConfig("repeating", 1, 4, 40)
     drafted = accepted = 0
     for prompt in PROMPTS:
@@ -66,7 +63,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(registered, backend):
 
 def test_it_hears_of_every_verdict(backend):
     drafter, stopping = RepeatingDrafter(), Stopping(frozenset(), (), 30)
-    sampler = Stochastic(SamplingConfig(temperature=1), torch.device("cpu"), rows=len(PROMPTS))
+    sampler = Stochastic(DecodingConfig(temperature=1), torch.device("cpu"), rows=len(PROMPTS))
     loop = DecodingLoop(backend, PROMPTS, stopping, sampler, FixedDepth(backend, backend.num_layers), drafter, 3)
     list(loop)
     for row in range(len(PROMPTS)):
@@ -89,7 +86,7 @@ class Certain:
 def test_sampling_with_a_certain_drafter_keeps_the_target_s_distribution():
     """Three tokens, of which the second is drafted: 1,000 draws against the exact joint, by chi-square."""
     model = tiny_model(vocab_size=3, num_hidden_layers=2)
-    backend, config, prompt = GenericBackend(model), SamplingConfig(temperature=4.0), [2, 1, 0]
+    backend, config, prompt = GenericBackend(model), DecodingConfig(temperature=4.0), [2, 1, 0]
     sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), 3)
     draws = 1000
     loops = (DecodingLoop(backend, [prompt], stopping, sampler, FixedDepth(backend, 2), Certain(), 1) for _ in range(draws))
@@ -108,12 +105,3 @@ def test_sampling_with_a_certain_drafter_keeps_the_target_s_distribution():
     statistic = sum((outputs[ids] - count) ** 2 / count for ids, count in expected.items())
     p_value = float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2), torch.tensor(statistic / 2)))
     assert p_value > 1e-3
-
-
-def test_its_name_is_known_to_bench_only_when_it_is_registered(registered):
-    assert BenchConfig(strategies=("autoregressive", "repeating")).strategies[1] == "repeating"
-    with pytest.raises(
-        ConfigError,
-        match="one of adaptive, self-speculative, lookup, draft-and-verify, repeating, early-exit, autoregressive, got other",
-    ):
-        BenchConfig(strategies=("autoregressive", "other"))

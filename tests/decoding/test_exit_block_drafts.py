@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adaptive import Scheduled
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.strategies import loop_of
@@ -190,8 +190,8 @@ def test_the_target_goes_on_from_the_exit_that_drafted(kind, features, monkeypat
 @pytest.mark.parametrize("exit_layer", EXITS)
 def test_sampled_drafts_are_drawn_from_the_block_s_probabilities(exit_layer):
     backend = backend_of("generic")
-    sampling = SamplingConfig(temperature=1.0, seed=7)
-    config = DecodingConfig("self-speculative", exit_layer, 3, max_new_tokens=30, sampling=sampling)
+    sampling = {"temperature": 1.0, "seed": 7}
+    config = DecodingConfig("self-speculative", exit_layer, 3, max_new_tokens=30, **sampling)
     decoding = decode(backend, prompt_of(6), config)
     seen = recorded(decoding._loop, backend)
     assert len(ids_of(decoding)) == 30 and len(seen) == decoding.stats.rounds > 3

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import tensor
 
-from layerskip_core.config.decoding import SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.drafters import Context, ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic
 from layerskip_core.model import GenericBackend, Submodel
@@ -75,13 +75,13 @@ def test_low_confidence_ends_the_draft_before_the_token(backend):
 
 def test_sampled_confidence_is_that_of_the_draft_probs(backend):
     """With top_k 1 every draft is certain, whatever the logits."""
-    config = SamplingConfig(temperature=1, top_k=1)
+    config = DecodingConfig(temperature=1, top_k=1)
     draft = draft_after(backend, PROMPT, 4, Stochastic(config, backend.device), confidence=0.99)
     assert draft.tokens.tolist() == [[PROMPT[-1], *greedy_exit_continuation(backend, 4)]]
 
 
 def test_draft_probs_are_what_each_draft_was_drawn_from(backend):
-    config = SamplingConfig(temperature=2, top_k=7)
+    config = DecodingConfig(temperature=2, top_k=7)
     draft = draft_after(backend, PROMPT, 4, Stochastic(config, backend.device))
     drafted = draft.tokens[0, 1:].tolist()
     with torch.no_grad():

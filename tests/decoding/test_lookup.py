@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import Context, DrafterSetup, LookupDrafter, drafter_for
 from layerskip_core.decoding.drafters.lookup import History
@@ -107,7 +107,7 @@ def test_a_lookup_accepts_drafts_of_a_repetition(backend):
 
 
 def test_sampled_output_is_reproducible_and_drafts_are_certain(backend):
-    config = DecodingConfig("lookup", max_new_tokens=40, sampling=SamplingConfig(temperature=0.3, seed=4), lookup=1)
+    config = DecodingConfig("lookup", max_new_tokens=40, temperature=0.3, seed=4, lookup=1)
     first, second = decode(backend, [5, 11, 23] * 3, config), decode(backend, [5, 11, 23] * 3, config)
     assert ids_of(first) == ids_of(second) and first.stats.accepted > 0
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodeStats, Decoding, Stopping, Token, decode, sampling
 from layerskip_core.decoding.depth import FixedDepth
 from layerskip_core.decoding.drafters import Draft, ExitDrafter
@@ -511,10 +511,10 @@ def joint_of(next_probs, length, vocabulary):
 
 VOCABULARY, NEW = 5, 4
 COMBINATIONS = [
-    SamplingConfig(temperature=1.0),
-    SamplingConfig(temperature=0.7, top_k=3),
-    SamplingConfig(temperature=1.5, top_p=0.8),
-    SamplingConfig(temperature=1.2, top_k=4, top_p=0.9),
+    DecodingConfig(temperature=1.0),
+    DecodingConfig(temperature=0.7, top_k=3),
+    DecodingConfig(temperature=1.5, top_p=0.8),
+    DecodingConfig(temperature=1.2, top_k=4, top_p=0.9),
 ]
 
 
@@ -554,13 +554,13 @@ sampling_verify = sampling.verify
 @pytest.mark.parametrize("wrong", [accept_half, no_residual])
 def test_the_chi_square_test_finds_a_wrong_verification(monkeypatch, wrong):
     monkeypatch.setattr(sampling, "verify", wrong)
-    assert sampled_table_p_value(SamplingConfig(temperature=1.0)) < 1e-6
+    assert sampled_table_p_value(DecodingConfig(temperature=1.0)) < 1e-6
 
 
 def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
     """The target's probabilities depend on the whole prefix here, through the cache that rejected drafts have written."""
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
-    config, prompt = SamplingConfig(temperature=4.0, top_k=2), [3, 1, 4]
+    config, prompt = DecodingConfig(temperature=4.0, top_k=2), [3, 1, 4]
     backend = GenericBackend(model)
     sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
     drafter = ExitDrafter(backend.draft_sides[None], sampler, Submodel(1))
@@ -581,8 +581,8 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
 
 def test_sampling_is_repeatable_by_its_seed(backend):
     def sampled(seed):
-        config = SamplingConfig(temperature=2.0, seed=seed)
-        return run(backend, prompt_of(9), exit_layer=4, num_draft_tokens=3, max_new_tokens=17, sampling=config)[0]
+        sampling = {"temperature": 2.0, "seed": seed}
+        return run(backend, prompt_of(9), exit_layer=4, num_draft_tokens=3, max_new_tokens=17, **sampling)[0]
 
     assert sampled(1) == sampled(1) != sampled(2)
 

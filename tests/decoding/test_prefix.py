@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from exit_block_models import random_blocks
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache, decode
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
@@ -22,7 +22,7 @@ STRATEGIES = {
     "skipping": {"strategy": "draft-and-verify", "skip": (3, 4), "num_draft_tokens": 4},
     "early exit": {"strategy": "early-exit", "exit_layer": 3},
     "depth per token": {"strategy": "early-exit", "exits": (2, 4), "exit_confidence": 0.1},
-    "sampled": {"strategy": "self-speculative", "exit_layer": 3, "sampling": SamplingConfig(temperature=0.9, seed=4)},
+    "sampled": {"strategy": "self-speculative", "exit_layer": 3, "temperature": 0.9, "seed": 4},
 }
 PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, "int8")}
 
@@ -191,6 +191,6 @@ def test_other_settings_begin_afresh():
     assert ids_of(whole) == ids_of(decode(backend, prompt, settings_of("exit"))) and whole.reused_tokens == 0
     for config in (settings_of("exit", 3), settings_of("exit")):
         assert decode(backend, prompt, config, prefix=prefix).reused_tokens == 8
-    sampled = DecodingConfig("self-speculative", 3, 4, sampling=SamplingConfig(temperature=0.5))
+    sampled = DecodingConfig("self-speculative", 3, 4, temperature=0.5)
     assert decode(backend, prompt, sampled, prefix=prefix).reused_tokens == 8
     assert decode(native("bf16"), prompt, sampled, prefix=prefix).reused_tokens == 0

@@ -3,7 +3,7 @@ import torch
 from torch import tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from layerskip_core.config.decoding import SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.sampling import Greedy, Stochastic, draw, probabilities, sampler_for, verify
 from layerskip_core.model.drafting import most_probable
 
@@ -28,16 +28,16 @@ LOGITS = tensor([8.0, 4.0, 2.0, 1.0, 1.0]).log()
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (SamplingConfig(temperature=1), [8 / 16, 4 / 16, 2 / 16, 1 / 16, 1 / 16]),
-        (SamplingConfig(temperature=0.5), [64 / 86, 16 / 86, 4 / 86, 1 / 86, 1 / 86]),
-        (SamplingConfig(temperature=1, top_k=2), [8 / 12, 4 / 12, 0, 0, 0]),
-        (SamplingConfig(temperature=1, top_k=9), [8 / 16, 4 / 16, 2 / 16, 1 / 16, 1 / 16]),
-        (SamplingConfig(temperature=1, top_p=0.7), [8 / 12, 4 / 12, 0, 0, 0]),
-        (SamplingConfig(temperature=1, top_p=0.4), [1, 0, 0, 0, 0]),
-        (SamplingConfig(temperature=1, top_p=0.01), [1, 0, 0, 0, 0]),
+        (DecodingConfig(temperature=1), [8 / 16, 4 / 16, 2 / 16, 1 / 16, 1 / 16]),
+        (DecodingConfig(temperature=0.5), [64 / 86, 16 / 86, 4 / 86, 1 / 86, 1 / 86]),
+        (DecodingConfig(temperature=1, top_k=2), [8 / 12, 4 / 12, 0, 0, 0]),
+        (DecodingConfig(temperature=1, top_k=9), [8 / 16, 4 / 16, 2 / 16, 1 / 16, 1 / 16]),
+        (DecodingConfig(temperature=1, top_p=0.7), [8 / 12, 4 / 12, 0, 0, 0]),
+        (DecodingConfig(temperature=1, top_p=0.4), [1, 0, 0, 0, 0]),
+        (DecodingConfig(temperature=1, top_p=0.01), [1, 0, 0, 0, 0]),
         # top-p counts the mass after top-k: 8/14 is under 0.6, 12/14 is not
-        (SamplingConfig(temperature=1, top_k=3, top_p=0.6), [8 / 12, 4 / 12, 0, 0, 0]),
-        (SamplingConfig(temperature=1e-30), [1, 0, 0, 0, 0]),
+        (DecodingConfig(temperature=1, top_k=3, top_p=0.6), [8 / 12, 4 / 12, 0, 0, 0]),
+        (DecodingConfig(temperature=1e-30), [1, 0, 0, 0, 0]),
     ],
 )
 def test_probabilities_after_temperature_top_k_and_top_p(config, expected):
@@ -59,7 +59,7 @@ def test_a_small_temperature_gives_the_exact_distribution(temperature, dtype):
     apart = [Decimal(float(one)) - Decimal(float(logits.max())) for one in logits]
     weights = [(one / Decimal(temperature)).exp() if one / Decimal(temperature) > -2000 else Decimal(0) for one in apart]
     expected = tensor([float(weight / sum(weights)) for weight in weights], dtype=torch.float64)
-    found = probabilities(logits, SamplingConfig(temperature=temperature)).double()
+    found = probabilities(logits, DecodingConfig(temperature=temperature)).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
@@ -70,7 +70,7 @@ def test_a_small_temperature_gives_the_exact_distribution(temperature, dtype):
 @pytest.mark.parametrize("vocabulary", [5, 300, 8192])
 def test_the_limit_of_a_small_temperature_or_top_p_is_greedy(config, top_k, vocabulary):
     logits = torch.randn(4, vocabulary, generator=generator()) * 3
-    settings = SamplingConfig(top_k=top_k, **config)
+    settings = DecodingConfig(top_k=top_k, **config)
     found = probabilities(logits, settings)
     if config["temperature"] < 1e-3 or "top_p" in config:
         assert torch.equal(found, torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float())
@@ -79,9 +79,9 @@ def test_the_limit_of_a_small_temperature_or_top_p_is_greedy(config, top_k, voca
 
 @pytest.mark.parametrize("vocabulary", [3, 7, 49, 1000, 49152])
 def test_top_p_among_equals_keeps_one_at_least(vocabulary):
-    found = probabilities(torch.zeros(2, vocabulary), SamplingConfig(temperature=1, top_p=1e-50))
+    found = probabilities(torch.zeros(2, vocabulary), DecodingConfig(temperature=1, top_p=1e-50))
     assert (found > 0).sum(-1).tolist() == [1, 1] and found.sum(-1).tolist() == [1, 1]
-    tied = probabilities(tensor([2.0, 2.0, 1.0]), SamplingConfig(temperature=1e-50))
+    tied = probabilities(tensor([2.0, 2.0, 1.0]), DecodingConfig(temperature=1e-50))
     assert tied.tolist() == [0.5, 0.5, 0.0]
 
 
@@ -92,11 +92,13 @@ def test_probabilities_equal_the_warpers_of_transformers(temperature, top_k, top
     if top_k:
         expected = TopKLogitsWarper(top_k)(None, expected)
     expected = TopPLogitsWarper(top_p)(None, expected).softmax(-1)
-    torch.testing.assert_close(probabilities(logits, SamplingConfig(temperature, top_k, top_p)), expected)
+    torch.testing.assert_close(
+        probabilities(logits, DecodingConfig(temperature=temperature, top_k=top_k, top_p=top_p)), expected
+    )
 
 
 def test_half_precision_logits_give_fp32_probabilities():
-    assert probabilities(LOGITS.bfloat16(), SamplingConfig(temperature=1)).dtype == torch.float32
+    assert probabilities(LOGITS.bfloat16(), DecodingConfig(temperature=1)).dtype == torch.float32
 
 
 def test_draws_follow_their_weights_and_never_fall_on_zero():
@@ -168,7 +170,7 @@ def test_greedy_verifies_each_row_by_its_own_count():
 
 
 def test_stochastic_verification_gives_drafts_and_then_the_next_token():
-    sampler = Stochastic(SamplingConfig(temperature=1e-6), CPU)
+    sampler = Stochastic(DecodingConfig(temperature=1e-6), CPU)
     sure = one_hot(7, 8, 9)
 
     def verify_row(drafts, logits, certain):
@@ -187,10 +189,10 @@ def test_the_seed_decides_what_is_drawn():
     logits = torch.zeros(40, 1000)
 
     def drawn(seed):
-        return sampler_for(SamplingConfig(temperature=1, seed=seed), CPU).choose(logits, None, [0]).tolist()
+        return sampler_for(DecodingConfig(temperature=1, seed=seed), CPU).choose(logits, None, [0]).tolist()
 
     assert drawn(3) == drawn(3) != drawn(4)
-    assert sampler_for(SamplingConfig(), CPU).choose(LOGITS, None, [0]).item() == 0
+    assert sampler_for(DecodingConfig(), CPU).choose(LOGITS, None, [0]).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.depth import FixedDepth
@@ -151,7 +151,7 @@ def test_drafts_are_those_of_a_pruned_model_on_the_same_cache(kind, skip):
     draft, _ = draft_of(model, config_of(kind, skip))
     assert draft.tokens.tolist() == [tokens]
     assert (draft.counts, draft.source) == ((MOST,), f"{LAYERS - len(skip)} of 6 layers")
-    sampler = Stochastic(SamplingConfig(temperature=1, top_k=1), model.device)  # step by step, and the same tokens
+    sampler = Stochastic(DecodingConfig(temperature=1, top_k=1), model.device)  # step by step, and the same tokens
     sampled, _ = draft_of(model, config_of(kind, skip), sampler)
     assert sampled.tokens.tolist() == [tokens]
     top = logits.softmax(-1).amax(-1).tolist()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from evaluating import NEW_TOKENS, TOO_LONG, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config.decoding import DecodingConfig, GenerationSettings, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
@@ -142,7 +142,7 @@ def test_only_the_strategies_asked_for_run():
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"batch_size": 2, "packing": PackingConfig(exact=True)}, "`batch_size` must be 1 with `exact`"),
         (
-            {"batch_size": 2, "generation": GenerationSettings(sampling=SamplingConfig(0.5))},
+            {"batch_size": 2, "generation": {"temperature": 0.5}},
             "`batch_size` must be 1 with a `temperature` above 0",
         ),
         ({"timed": 4}, "`timed` must be used with `batch_size`"),

@@ -9,7 +9,7 @@ from conftest import tiny_model
 from evaluating import NEW_TOKENS, TOO_LONG, early_exit_share, outputs_of, own_answers, task_of, tiny_loaded
 
 from layerskip_core.checkpoint.info import CheckpointInfo
-from layerskip_core.config.decoding import DecodingConfig, GenerationSettings
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
@@ -173,7 +173,7 @@ def test_every_low_bit_copy_drafts():
 
 def test_early_exit_by_confidence():
     trained = replace(tiny_loaded(), info=TRAINED)
-    task, generation = own_answers(), GenerationSettings(exit_confidence=0.03)
+    task, generation = own_answers(), {"exit_confidence": 0.03}
     config = BenchConfig("tiny", repeats=1, strategies=STRATEGIES[:2], generation=generation)
     *_, record = bench(trained, task, config)
     plain, early = record.results

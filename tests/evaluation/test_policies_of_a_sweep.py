@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from layerskip_core.config.decoding import GenerationSettings
+from layerskip_core.config.decoding import policy_packing
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.policies import Measured, Policy
 from layerskip_core.evaluation.bootstrap import Margin, margin
 from layerskip_core.evaluation.measure.recommendation import recommend
 from layerskip_core.evaluation.metrics import Scores
@@ -51,7 +50,7 @@ def kept(prompts, wrong=0, share=0.98):
 
 
 def measured(value, speedup):
-    return Measured("known", "exact_match", value, 0.9, speedup)
+    return {"task": "known", "metric": "exact_match", "value": value, "full_depth": 0.9, "speedup": speedup}
 
 
 def test_exact_is_the_recommendation_and_fast_the_fastest_exit_that_keeps_the_quality():
@@ -63,15 +62,15 @@ def test_exact_is_the_recommendation_and_fast_the_fastest_exit_that_keeps_the_qu
         row("lookup", None, 6, speedup=1.6),
     )
     assert found == {
-        "exact": Policy("self-speculative", 4, 6, measured=measured(0.9, 1.8)),
-        "fast": Policy("early-exit", 4, measured=measured(0.89, 2.4)),
+        "exact": {"strategy": "self-speculative", "exit_layer": 4, "num_draft_tokens": 6, "measured": measured(0.9, 1.8)},
+        "fast": {"strategy": "early-exit", "exit_layer": 4, "measured": measured(0.89, 2.4)},
     }
     assert reason == "exit 4: 2.40x the speed of plain decoding, exact_match 0.89 (0.9 at full depth)"
 
 
 def test_keep_decides_which_exit_is_good_enough():
     exits = (row("early-exit", 2, quality=0.5, speedup=4.0), row("early-exit", 4, quality=0.89, speedup=2.4))
-    assert policies(*exits, keep=0.5)[0]["fast"].exit_layer == 2
+    assert policies(*exits, keep=0.5)[0]["fast"]["exit_layer"] == 2
     found, reason = policies(*exits, keep=0.99)
     assert list(found) == ["exact"]
     assert (
@@ -87,7 +86,7 @@ def test_an_early_exit_that_is_no_faster_than_exact_is_not_saved():
         "(1.80x the speed of plain decoding, exact_match 0.9 (0.9 at full depth)) is not faster than the policy exact (1.80x)"
     )
     found, reason = policies(row("early-exit", 4, speedup=0.9), row("self-speculative", 4, 6, speedup=0.8))
-    assert found == {"exact": Policy("autoregressive", measured=measured(0.9, 1.0))}
+    assert found == {"exact": {"strategy": "autoregressive", "measured": measured(0.9, 1.0)}}
     assert reason.endswith("is not faster than the policy exact (1.00x)")
 
 
@@ -132,29 +131,31 @@ def test_a_perplexity_may_grow_by_the_share():
 
 
 def test_the_settings_that_a_sweep_was_measured_with_belong_to_the_policy():
-    generation = GenerationSettings(9, draft_confidence=0.4, lookup=3)
+    generation = {"max_new_tokens": 9, "draft_confidence": 0.4, "lookup": 3}
     found, _ = policies(row("self-speculative", 4, 6, speedup=1.8), row("early-exit", 2, speedup=2), generation=generation)
-    assert (found["exact"].draft_confidence, found["exact"].lookup) == (0.4, 3)
-    assert (found["fast"].draft_confidence, found["fast"].lookup) == (0.0, 0)
+    assert (found["exact"]["draft_confidence"], found["exact"]["lookup"]) == (0.4, 3)
+    assert not found["fast"].keys() & {"draft_confidence", "lookup"}
 
 
 def test_an_exit_by_confidence_can_be_fast():
     found, reason = policies(
         row("early-exit", 4, speedup=1.5), row("early-exit", speedup=1.9, exit_confidence=0.9, exits=(2, 4))
     )
-    assert found["fast"] == Policy("early-exit", exit_confidence=0.9, exits=(2, 4), measured=measured(0.9, 1.9))
+    assert found["fast"] == {"strategy": "early-exit", "exit_confidence": 0.9, "exits": [2, 4], "measured": measured(0.9, 1.9)}
     assert reason.startswith("exits by confidence 0.9: 1.90x the speed of plain decoding")
 
 
 def test_exact_is_adaptive_unless_that_was_slower_than_plain_decoding():
     fixed = row("self-speculative", 4, 6, speedup=1.04)
-    assert policies(fixed, row("adaptive", speedup=1.0))[0] == {"exact": Policy("adaptive", measured=measured(0.9, 1.0))}
-    assert policies(fixed, row("adaptive", speedup=0.999))[0]["exact"].strategy == "autoregressive"
+    assert policies(fixed, row("adaptive", speedup=1.0))[0] == {
+        "exact": {"strategy": "adaptive", "measured": measured(0.9, 1.0)}
+    }
+    assert policies(fixed, row("adaptive", speedup=0.999))[0]["exact"]["strategy"] == "autoregressive"
     assert (
-        policies(fixed, row("adaptive", quality=0.8, speedup=1.0, differences=(Difference(0, 3, 0.5),)))[0]["exact"].strategy
+        policies(fixed, row("adaptive", quality=0.8, speedup=1.0, differences=(Difference(0, 3, 0.5),)))[0]["exact"]["strategy"]
         == "autoregressive"
     )
-    assert policies(replace(fixed, speedup=1.06), row("adaptive", speedup=1.0))[0]["exact"].strategy == "self-speculative"
+    assert policies(replace(fixed, speedup=1.06), row("adaptive", speedup=1.0))[0]["exact"]["strategy"] == "self-speculative"
 
 
 def test_how_drafts_were_stored_belongs_to_the_policy():
@@ -164,16 +165,22 @@ def test_how_drafts_were_stored_belongs_to_the_policy():
     )
     packing = PackingConfig(draft_weights=("int8", "int4"), draft_head="int4", draft_vocab=500)
     found, _ = policies(*table, packing=packing)
-    assert found["exact"].packing == replace(packing, draft_weights=("int8",))
-    assert found["fast"].packing == PackingConfig(draft_vocab=500)
-    assert policies(row("adaptive", speedup=1.6), packing=packing)[0]["exact"].packing == packing
-    assert policies(row("lookup", None, 6, speedup=1.6), packing=packing)[0]["exact"].packing == PackingConfig()
+    assert policy_packing(found["exact"]) == replace(packing, draft_weights=("int8",))
+    assert policy_packing(found["fast"]) == PackingConfig(draft_vocab=500)
+    assert policy_packing(policies(row("adaptive", speedup=1.6), packing=packing)[0]["exact"]) == packing
+    assert policy_packing(policies(row("lookup", None, 6, speedup=1.6), packing=packing)[0]["exact"]) == PackingConfig()
     fixed, _ = policies(row("self-speculative", 4, 6, speedup=1.6), row("early-exit", 2, speedup=1.7), packing=packing)
-    assert fixed["exact"].packing == PackingConfig(draft_vocab=500) and fixed["fast"].packing == PackingConfig()
+    assert policy_packing(fixed["exact"]) == PackingConfig(draft_vocab=500) and policy_packing(fixed["fast"]) == PackingConfig()
 
 
 def test_low_bit_drafts_can_be_exact():
     found, _ = policies(
         row("self-speculative", 6, 4, speedup=1.5), row("self-speculative", 8, 3, speedup=1.6, draft_weights="int8")
     )
-    assert found["exact"] == Policy("self-speculative", 8, 3, "int8", measured=measured(0.9, 1.6))
+    assert found["exact"] == {
+        "strategy": "self-speculative",
+        "exit_layer": 8,
+        "num_draft_tokens": 3,
+        "draft_weights": "int8",
+        "measured": measured(0.9, 1.6),
+    }

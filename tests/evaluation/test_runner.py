@@ -7,7 +7,7 @@ import pytest
 import torch
 from evaluating import LAYERS, NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure import runs
 from layerskip_core.evaluation.measure.runs import Progress, measure_interleaved, measure_prompt
@@ -105,10 +105,10 @@ def test_a_prompt_that_fails_is_recorded_and_the_others_go_on():
 
 def test_the_samples_of_the_largest_seed_have_seeds_of_their_own():
     loaded, task = tiny_loaded(), own_answers()
-    drawn = replace(PLAIN, sampling=SamplingConfig(1.0, seed=2**32 - 1))
+    drawn = replace(PLAIN, temperature=1.0, seed=2**32 - 1)
     _, ((outputs,),) = collect(measure_interleaved(loaded, [task.examples[0]] * 3, [drawn]))
     assert outputs.failures == () and len(set(outputs.texts)) == 3
-    first = replace(PLAIN, sampling=SamplingConfig(1.0, seed=0))
+    first = replace(PLAIN, temperature=1.0, seed=0)
     assert outputs.texts[1] == measure_prompt(loaded, task.examples[0].prompt, first).text
 
 

@@ -9,7 +9,7 @@ from conftest import tiny_model
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DRAFTERS, GenerationSettings, default_exits
+from layerskip_core.config.decoding import DRAFTERS, default_exits
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import counts_text, parse_counts
@@ -113,7 +113,7 @@ def test_the_fastest_faithful_setting_is_recommended():
 def test_adaptive_drafting_is_preferred_to_a_fixed_setting_that_is_hardly_faster():
     adaptive, fixed = row("adaptive", speed=180), row("self-speculative", 8, 6, speed=188)
     advice = advise([PLAIN, fixed, adaptive])
-    assert (advice.exit_layer, advice.speedup, advice.policies["exact"].strategy) == (None, 1.8, "adaptive")
+    assert (advice.exit_layer, advice.speedup, advice.policies["exact"]["strategy"]) == (None, 1.8, "adaptive")
     assert advice.reason.startswith("adaptive is close to the fastest (1.88x) of 2 settings: 1.80x the speed")
     assert advise([PLAIN, replace(fixed, speedup=1.9), adaptive]).exit_layer == 8
     assert advise([PLAIN, replace(fixed, speedup=1.7), adaptive]).reason.startswith("adaptive is the fastest of 2 settings")
@@ -330,7 +330,7 @@ def test_exits_outside_the_model_are_refused():
         ({"specs": ()}, "`specs` must be at least one draft length, got none"),
         ({"exit_confidences": (0.5, 1.5)}, "`exit_confidences` must be above 0 and up to 1, got 0.5,1.5"),
         (
-            {"generation": GenerationSettings(exit_confidence=0.5)},
+            {"generation": {"exit_confidence": 0.5}},
             "`exit_confidence` must be left out of a sweep, which takes `exit_confidences`, got 0.5",
         ),
     ],

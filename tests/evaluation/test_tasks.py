@@ -9,7 +9,6 @@ import datasets
 import pytest
 from evaluating import score, tiny_loaded
 
-from layerskip_core.config.decoding import GenerationSettings
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.data.examples import Example
@@ -140,7 +139,7 @@ def test_first_rows_are_shots_in_the_template(tmp_path, template, prompt, comple
     assert score(task, ["C\n\nQ: four"])["exact_match"] == 1.0
     loaded = task.prepared(replace(tiny_loaded(), tokenizer=SimpleNamespace(chat_template="{{ messages }}")))
     assert loaded.template == PromptTemplate(model_template or "{prompt}\n")
-    assert task.asked(GenerationSettings(stop=("!",)))[1] == GenerationSettings(128, stop=("\n\n", "!"))
+    assert task.asked({"stop": ["!"]})[1] == {"max_new_tokens": 128, "stop": ["\n\n", "!"]}
 
 
 def test_a_folder_of_topv2_files(tmp_path):

@@ -21,7 +21,6 @@ from layerskip_core.checkpoint.save import save_beside, save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.export import ExportConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.policies import Policy
 from layerskip_core.decoding import decode
 from layerskip_core.export import packed as packed_export
 from layerskip_core.export.packed import export_packed
@@ -135,7 +134,14 @@ def test_draft_vocabularies_are_rows_of_the_packed_head(wide, tmp_path, quantize
 
 def test_what_saved_policies_draft_with_is_packed_too(wide, tmp_path):
     info = read_info(wide)
-    policy = Policy("self-speculative", 2, 4, draft_weights="int4", draft_head="int4", draft_vocab=64)
+    policy = {
+        "strategy": "self-speculative",
+        "exit_layer": 2,
+        "num_draft_tokens": 4,
+        "draft_weights": "int4",
+        "draft_head": "int4",
+        "draft_vocab": 64,
+    }
     (wide / "layerskip.json").write_text(replace(info, policies={"exact": policy}).to_json())
     assert packed_from(wide, tmp_path / "packed", dtype="bf16").kinds == "bf16 with int4 for drafts"
     plain = for_decoding(str(wide), "cpu", "bf16", policies=["exact"])

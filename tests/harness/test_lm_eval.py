@@ -201,9 +201,9 @@ def test_what_a_request_says_about_its_answer(checkpoint):
     settings = answer_settings({"until": ["\n", pad, ""], "do_sample": False, "temperature": 0.7})
     assert (settings.stop, settings.max_new_tokens) == (("\n", pad), 256)
     assert loaded.ends(settings.stop) == loaded.eos_ids | {loaded.tokenizer.pad_token_id}
-    assert settings.sampling.temperature == 0
+    assert settings.temperature == 0
     drawn = answer_settings({"until": "x", "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}, seed=3)
-    assert (drawn.sampling.temperature, drawn.sampling.top_p, drawn.sampling.seed, drawn.max_new_tokens) == (0.5, 0.9, 3, 7)
+    assert (drawn.temperature, drawn.top_p, drawn.seed, drawn.max_new_tokens) == (0.5, 0.9, 3, 7)
     with pytest.raises(ConfigError, match="got num_beams=4"):
         answer_settings({"num_beams": 4})
 

@@ -13,7 +13,7 @@ from test_generic import CHANGES
 from test_packed import BF16_ERROR, CASES, assert_equal_spans, errors, ids_of, pair, rms, spans  # noqa: F401  a fixture
 
 from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.depth import FixedDepth
@@ -356,7 +356,7 @@ def test_greedy_verification_is_one_call(variant, greedy, monkeypatch):
     model, calls = model_of("fp32"), []
     honest = model.chooser
     monkeypatch.setattr(model, "chooser", lambda *arguments: calls.append(1) or honest(*arguments))
-    config = DecodingConfig("self-speculative", 3, 4, max_new_tokens=20, sampling=SamplingConfig(0.0 if greedy else 1.0))
+    config = DecodingConfig("self-speculative", 3, 4, max_new_tokens=20, temperature=0.0 if greedy else 1.0)
     decoding = decode(model, ids_of(1, 9)[0].tolist(), config)
     steps = len(list(decoding))
     assert len(calls) == (steps - 1 if greedy else 0)

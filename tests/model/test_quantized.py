@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
@@ -178,7 +178,7 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
         for first in (often, [token for token in range(67) if token not in often])
     )
     assert known[1].accepted > unknown[1].accepted == 0
-    sampled, stats = output(model, prompt_of(9), sampling=SamplingConfig(temperature=1.0, seed=1), **settings)
+    sampled, stats = output(model, prompt_of(9), temperature=1.0, seed=1, **settings)
     assert len(sampled) == 40 and 0 < stats.accepted < stats.drafted
 
 
@@ -205,7 +205,7 @@ def test_low_bit_drafts_are_accepted_nearly_as_often_as_full_ones():
     cheap = output(low, prompt_of(9), **settings)[1]
     assert not low.draft_sides["int8"].shares_states and low.implementation == "packed, int8 drafts"
     assert cheap.accepted > 0.7 * full.accepted > 0
-    sampled, _ = output(low, prompt_of(9), sampling=SamplingConfig(temperature=1.0), **settings)
+    sampled, _ = output(low, prompt_of(9), temperature=1.0, **settings)
     assert len(sampled) == 60
 
 

@@ -10,7 +10,7 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.loop import DecodingLoop
@@ -24,7 +24,7 @@ from layerskip_core.serving import scheduler as scheduler_module
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 300}
 SPECULATIVE = DecodingConfig("self-speculative", 2, 4)
 ADAPTIVE = DecodingConfig("adaptive", exits=(2, 4), num_draft_tokens=6)
-SAMPLING = SamplingConfig(0.9)
+HOT = 0.9
 
 
 @cache
@@ -86,7 +86,7 @@ def run(scheduler, arrivals):
         ("generic", SPECULATIVE),
         ("packed", ADAPTIVE),
         ("packed", DecodingConfig("lookup")),
-        ("packed", replace(SPECULATIVE, sampling=SAMPLING)),
+        ("packed", replace(SPECULATIVE, temperature=HOT)),
         ("native", SPECULATIVE),
         ("native", ADAPTIVE),
     ],
@@ -98,7 +98,7 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
     clients = []
     for length in (3, 12, 1, 7, 30, 5, 9):
         limit = random.choice([1, 4, 11, 25])
-        own = replace(config, max_new_tokens=limit, sampling=replace(config.sampling, seed=length))
+        own = replace(config, max_new_tokens=limit, seed=length)
         if length in (7, 30):
             text = alone(decoder, prompt_of(length), replace(own, max_new_tokens=25))[0][0]
             own = replace(own, max_new_tokens=25, stop=(text[8:10],))
@@ -128,8 +128,8 @@ def test_short_prompts_with_equal_settings_are_prefilled_together(monkeypatch, t
     monkeypatch.setattr(scheduler_module, "loop_of", recorded)
     clients = []
     for length in (3, 9, 999, 5, 4, 100, 90, 2, 7, 8):
-        sampling, limit = SamplingConfig(temperature, seed=length), 12 if length == 2 else 6
-        config = DecodingConfig("autoregressive", max_new_tokens=limit, sampling=sampling)
+        limit = 12 if length == 2 else 6
+        config = DecodingConfig("autoregressive", max_new_tokens=limit, temperature=temperature, seed=length)
         clients.append(Client(prompt_of(length), config, alone=length == 4, streams=length != 9))
     scheduler = Scheduler(decoder, batch_size=9)
     assert len(run(scheduler, [clients])) == len(clients) and scheduler.held == 0
@@ -183,7 +183,7 @@ def test_settings_that_differ_take_turns():
     others = [
         Client(prompt_of(4), DecodingConfig("autoregressive", max_new_tokens=3)),
         Client(prompt_of(4), DecodingConfig("early-exit", exit_confidence=0.5, exits=(4,), max_new_tokens=3)),
-        Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, sampling=SAMPLING), alone=True),
+        Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, temperature=HOT), alone=True),
     ]
     scheduler = Scheduler(decoder, batch_size=8)
     finished = run(scheduler, [[slow, *others]])
@@ -195,9 +195,9 @@ def test_settings_that_differ_take_turns():
 def test_an_answer_with_a_seed_is_the_same_in_any_company():
     """Adaptive drafts in a batch depend on the batch, and so would what is drawn."""
     decoder = decoder_of("packed")
-    config = replace(ADAPTIVE, max_new_tokens=20, sampling=replace(SAMPLING, seed=5))
+    config = replace(ADAPTIVE, max_new_tokens=20, temperature=HOT, seed=5)
     seeded = [Client(prompt_of(6), config, alone=True) for _ in range(2)]
-    company = [Client(prompt_of(length), replace(config, sampling=replace(SAMPLING, seed=length))) for length in (3, 8)]
+    company = [Client(prompt_of(length), replace(config, temperature=HOT, seed=length)) for length in (3, 8)]
     run(Scheduler(decoder, batch_size=4), [company, [seeded[0]], [seeded[1]]])
     assert seeded[0].answer == seeded[1].answer == alone(decoder, prompt_of(6), config)[0]
 

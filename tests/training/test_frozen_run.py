@@ -17,9 +17,8 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.data import DataConfig
-from layerskip_core.config.decoding import DecodingSettings, DraftProfile
+from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.policies import Policy
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
@@ -119,13 +118,13 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
 def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_path, in_place):
     """Plain decoding was the best, and exit 2 hardly ever right, before it had a block."""
     model = str(shutil.copytree(base, tmp_path / "model"))
-    policies = {"exact": Policy("autoregressive"), "fast": Policy("early-exit", 3)}
+    policies = {"exact": {"strategy": "autoregressive"}, "fast": {"strategy": "early-exit", "exit_layer": 3}}
     profile = DraftProfile({"exit 2": 0.01}, (2.0, 2.1), {"exit 2": 9.0})
     saved = replace(read_info(model), exit_layer=3, strategy="autoregressive", policies=policies, profile=profile)
     write_info(model, saved)
     asked = PackingConfig(adaptive=True)
     before = for_decoding(model, "cpu", packing=asked, policies=None)
-    assert before.resolve(DecodingSettings(), asked).strategy == "autoregressive"
+    assert before.resolve({}, asked).strategy == "autoregressive"
 
     config = frozen(model=model, **({"output": model} if in_place else {}))
     job = prepare_frozen(config)
@@ -133,7 +132,7 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     assert job.plan.notes[0].startswith("saved settings that will be left out: policy exact, policy fast; they were chosen")
     trained = job.run(lambda report: None)
     decoder = for_decoding(config.output, "cpu", packing=asked, policies=None)
-    decoding = decoder.resolve(DecodingSettings(), asked)
+    decoding = decoder.resolve({}, asked)
     assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
     assert decoding.profile == DraftProfile({"exit 2": trained["2"]["agreement"]}, (2.0, 2.1))
     drafter = drafter_for(DrafterSetup(decoder.backend, Greedy(), decoding, decoder.eos_ids))

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from evaluating import tiny_loaded
 
-from layerskip_core.config.decoding import DecodingConfig, SamplingConfig
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
@@ -86,7 +86,7 @@ def test_equal_prompts_have_different_sampled_answers(loaded, tmp_path):
     how = Writing(6, 64, 1.0, 3)
     found = write_answers(loaded, [[5, 6]] * 4, how, tmp_path / "journal", ignored)
     assert len(set(map(tuple, found))) == 4
-    alone = DecodingConfig("autoregressive", max_new_tokens=6, sampling=SamplingConfig(1.0, seed=5))
+    alone = DecodingConfig("autoregressive", max_new_tokens=6, temperature=1.0, seed=5)
     assert found[2] == [token.id for step in decode(loaded.backend, [5, 6], alone, loaded.eos_ids) for token in step]
 
 

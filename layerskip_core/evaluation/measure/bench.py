@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DRAFTERS, DecodingConfig, DecodingSettings, ExitChoice, SkipChoice
+from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
 from ...config.evaluation import BenchConfig
 from ...config.packing import PackingConfig
 from ..perplexity import ReferenceLosses
@@ -39,9 +39,9 @@ def bench(
         LayerSkipError: no prompt could be answered, or the journal to resume belongs to other settings.
     """
     task, generation = task.asked(config.generation)
-    asked = DecodingSettings(None, config.exit_layer, config.num_draft_tokens, generation)
+    asked = config.decoding(generation)
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
-    searched: SkipChoice | None = None
+    searched: DecodingOptions | None = None
     if must_search(loaded, config):
         searched = found_skip(folder) if folder is not None and resume else None
         if searched is None:
@@ -49,7 +49,7 @@ def bench(
             searched = (yield from search_skips(loaded, task, generation, weights[0] if weights else None)).choice
         recommended = replace(recommended, skip=searched)
     strategies = strategies_of(loaded, config, asked, recommended)
-    speculative = asked.resolve_as("self-speculative", recommended, loaded.backend.num_layers, config.packing)
+    speculative = resolve_as("self-speculative", asked, recommended, loaded.backend.num_layers, config.packing)
     config = replace(
         config,
         task=task.config,
@@ -62,7 +62,7 @@ def bench(
     machine = environment(loaded) | ({"llama_cpp": describe_build()} if LLAMA_CPP in config.baselines else {})
     asked_of = [*((example.prompt, example.completion) for example in task.examples), task.text]
     rows = hashlib.sha256(json.dumps(asked_of).encode()).hexdigest()
-    settings = asdict(config) | ({FOUND_SKIP: asdict(searched)} if searched else {}) | {"rows": rows}
+    settings = asdict(config) | ({FOUND_SKIP: searched} if searched else {}) | {"rows": rows}
     journal = Journal(folder, settings, resume) if folder is not None else None
     layers = loaded.backend.num_layers
     losses = ReferenceLosses()
@@ -80,7 +80,7 @@ def bench(
 
 
 def strategies_of(
-    loaded: Decoder, config: BenchConfig, asked: DecodingSettings, recommended: ExitChoice
+    loaded: Decoder, config: BenchConfig, asked: DecodingOptions, recommended: Recommended
 ) -> list[DecodingConfig]:
     """The strategies of a benchmark in the order of its tables; self-speculative decoding with each of the low-bit copies.
 
@@ -92,12 +92,12 @@ def strategies_of(
         chosen.discard("early-exit")  # that exit can only draft
     in_order = [name for name in ("autoregressive", "early-exit", *DRAFTERS) if name in chosen]
     known = (recommended, loaded.backend.num_layers, config.packing)
-    return [setting for name in in_order for setting in _by_copy(asked.resolve_as(name, *known), config.packing)]
+    return [setting for name in in_order for setting in _by_copy(resolve_as(name, asked, *known), config.packing)]
 
 
 def must_search(loaded: Decoder, config: BenchConfig) -> bool:
     """Whether Draft & Verify runs, and the layers to skip were neither given nor stored with the model."""
-    return config.skips and not config.generation.skip and loaded.recommended().skip is None
+    return config.skips and not config.generation.get("skip") and loaded.recommended().skip is None
 
 
 def _by_category(

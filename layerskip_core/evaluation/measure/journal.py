@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ...config.decoding import SkipChoice
+from ...config.decoding import DecodingOptions
 from ...errors import LayerSkipError
 from ...files import append_lines, require_writable, whole_lines, write_file
 from ..outputs import Output
@@ -61,12 +61,12 @@ class Journal:
         append_lines(self._path, [asdict(_Row(repeat, sample, tuple(outputs)))], LayerSkipError)
 
 
-def found_skip(folder: Path) -> SkipChoice | None:
+def found_skip(folder: Path) -> DecodingOptions | None:
     """The layers to skip that an interrupted run in this folder searched."""
     lines = whole_lines(folder / FILE_NAME, LayerSkipError)
     try:
         settings = msgspec.json.decode(lines[0], type=dict[str, Any]) if lines else {}
-        choice: SkipChoice | None = msgspec.convert(settings.get(FOUND_SKIP), SkipChoice | None)
+        choice: DecodingOptions | None = msgspec.convert(settings.get(FOUND_SKIP), DecodingOptions | None)
     except (msgspec.DecodeError, LayerSkipError):  # settings that no run has: the journal refuses them
         return None
     return choice

@@ -103,7 +103,7 @@ def measure(
             batched[methods.index(method)] if batched else of_method[0]
             for method, of_method in zip(methods, times, strict=True)
         ]
-        sampled = isinstance(own[0], DecodingConfig) and own[0].sampling.temperature > 0
+        sampled = isinstance(own[0], DecodingConfig) and own[0].temperature > 0
         for number, (method, output) in enumerate(zip(own, outputs, strict=True)):
             answers[number] += output.each
             for repeat, of_repeat in enumerate(times[number]):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig, DraftProfile, SamplingConfig
+from ...config.decoding import DecodingConfig, DraftProfile
 from ...config.packing import PackingConfig
 from ...decoding import DecodeStats, Decoding, decode
 from ...decoding.drafters.exit import drafter_name
@@ -72,7 +72,7 @@ def pass_times(loaded: Decoder, stretch: Stretch, setting: DecodingConfig, plain
     `plain`: `plain_seconds` of the same answer. Empty if the answer has no room for a round.
     """
     limit = _limit(loaded, stretch)
-    greedy = replace(setting, max_new_tokens=limit, stop=(), sampling=SamplingConfig(), draft_confidence=0.0, lookup=0)
+    greedy = replace(setting, max_new_tokens=limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
     decoding = decode(loaded.backend, stretch.ids, greedy)  # the answer's end is known, so EOS ids are not needed
     rounds = [step for step in islice(_step_times(decoding), 1 + _ROUNDS) if step.drafted]
     if not rounds or plain is None:

@@ -2,29 +2,37 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import cast
 
-from ...config.decoding import USERS
+from ...config.decoding import Measured, Policy, policy_text, used_by
 from ...config.evaluation import SweepConfig
+from ...config.options import hints_of
 from ...config.packing import PackingConfig
-from ...config.policies import Measured, Policy
 from ...wording import plural
 from ..bootstrap import Margin
 from ..results import Result
 
 # The settings that are columns of a sweep.
-_COLUMNS = sorted({field.name for field in fields(Policy)} & {field.name for field in fields(Result)})
+_COLUMNS = sorted(hints_of(Policy).keys() & {field.name for field in fields(Result)})
 
 
 def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepConfig) -> Policy:
     """A measured row as a policy; `plain` is the row of full depth."""
-    settings = {name: getattr(result, name) for name in _COLUMNS if getattr(result, name) is not None}
+    settings = {name: getattr(result, name) for name in _COLUMNS}
     for name in ("draft_confidence", "lookup"):
-        if result.strategy in USERS[name]:
-            settings[name] = getattr(config.generation, name)
+        if result.strategy in used_by(name):
+            settings[name] = config.generation.get(name)
     settings |= _drafts_storage(result, config.packing)
     value, full = result.metrics.get(quality_metric, 0.0), plain.metrics.get(quality_metric, 0.0)
-    measured = Measured(str(config.task.task), quality_metric, value, full, result.speedup or 0.0)
-    return Policy(**settings, measured=measured)
+    measured: Measured = {
+        "task": str(config.task.task),
+        "metric": quality_metric,
+        "value": value,
+        "full_depth": full,
+        "speedup": result.speedup or 0.0,
+    }
+    said = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if value}
+    return cast(Policy, said | {"measured": measured})
 
 
 def fast_policy(
@@ -59,19 +67,20 @@ def fast_policy(
     if not good:
         best, _ = max(exits, key=lambda exit: exit[1].mean)
         missed = f"no early exit keeps more than {config.keep:.4g} of {quality_metric}, {full:.3g} at full depth"
-        return None, f"none, because {missed}; the best, {best}, has {_value(best):.3g}"
+        return None, f"none, because {missed}; the best, {policy_text(best)}, has {_value(best):.3g}"
     faster = [(policy, found) for policy, found in good if _speedup(policy) > _speedup(exact)]
     if not faster:
         best = max((policy for policy, _ in good), key=_speedup)
-        return None, f"none, because {best} ({described(best)}) is not faster than the policy exact ({_speedup(exact):.2f}x)"
+        name, its_speed = policy_text(best), f"{_speedup(exact):.2f}x"
+        return None, f"none, because {name} ({described(best)}) is not faster than the policy exact ({its_speed})"
     certain = [policy for policy, found in faster if found.low >= 0]
     if certain:
         best = max(certain, key=_speedup)
-        return best, f"{best}: {described(best)}"
+        return best, f"{policy_text(best)}: {described(best)}"
     best, found = min(faster, key=lambda exit: exit[1].needed or 0)
     return None, (
         f"none, because {plural(found.prompts, 'prompt')} cannot show that an early exit keeps {config.keep:.4g} of "
-        f"{quality_metric}; for {best} ({described(best)}) it would take about {found.needed} (`samples`)"
+        f"{quality_metric}; for {policy_text(best)} ({described(best)}) it would take about {found.needed} (`samples`)"
     )
 
 
@@ -85,8 +94,8 @@ def _drafts_storage(result: Result, packing: PackingConfig) -> dict[str, object]
 
 
 def _value(policy: Policy) -> float:
-    return policy.measured.value if policy.measured else 0.0
+    return policy["measured"]["value"]
 
 
 def _speedup(policy: Policy) -> float:
-    return policy.measured.speedup if policy.measured else 0.0
+    return policy["measured"]["speedup"]

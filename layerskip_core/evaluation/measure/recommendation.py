@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean, median
 
-from ...config.decoding import DRAFTERS
+from ...config.decoding import DRAFTERS, EXACT, FAST, policy_text
 from ...config.evaluation import SweepConfig
-from ...config.policies import EXACT, FAST
 from ..bootstrap import Margin, ratio_bounds
 from ..metrics import quality
 from ..outputs import Outputs, Times
@@ -58,7 +57,7 @@ def recommend(
     if best is None:
         reason = f"no setting that drafts kept the autoregressive outputs{notes}"
         return Recommendation(None, None, None, drift, reason, fast_reason, policies)
-    speedup, name = _speed(best), policy_of(best, plain, quality_metric, config)
+    speedup, name = _speed(best), policy_text(policy_of(best, plain, quality_metric, config))
     if not pays:
         reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {speedup:.2f}x{notes}"
         return Recommendation(None, None, best.speedup, drift, reason, fast_reason, policies)
@@ -68,7 +67,7 @@ def recommend(
         f"drafts accepted, {best.identical_outputs or 0.0:.0%} of outputs identical{_near_ties(best)}"
     )
     alike = [
-        str(policy_of(result, plain, quality_metric, config))
+        policy_text(policy_of(result, plain, quality_metric, config))
         for result, own in zip(results, times, strict=False)
         if result in faithful and result is not best and _may_be_as_fast(own, times[results.index(best)])
     ]

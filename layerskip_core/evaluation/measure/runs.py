@@ -216,10 +216,9 @@ def drafts_tokens(method: Method) -> bool:
 
 def _seeded(method: Method, sample: int) -> Method:
     """The method with the sample's own seed, so that several sampled answers to one prompt differ."""
-    if not isinstance(method, DecodingConfig) or not method.sampling.temperature:
+    if not isinstance(method, DecodingConfig) or not method.temperature:
         return method
-    seed = (method.sampling.seed + sample) % 2**32  # the largest seed is 2**32 - 1
-    return replace(method, sampling=replace(method.sampling, seed=seed))
+    return replace(method, seed=(method.seed + sample) % 2**32)  # the largest seed is 2**32 - 1
 
 
 def _warm_up(method: Method) -> Method:

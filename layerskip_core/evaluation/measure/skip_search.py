@@ -13,7 +13,7 @@ import torch
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require
-from ...config.decoding import DecodingConfig, GenerationSettings, SkipChoice
+from ...config.decoding import DecodingConfig, DecodingOptions
 from ...config.packing import Quantization
 from ...data.records import spread
 from ...decoding.drafters.skipping import kept_layers
@@ -45,7 +45,7 @@ class FoundSkip:
     `agreement`: the share of the autoregressive tokens that the drafts would also have chosen.
     """
 
-    choice: SkipChoice
+    choice: DecodingOptions  # `skip` and `num_draft_tokens`
     agreement: float
     prediction: Prediction
 
@@ -120,7 +120,7 @@ class _Set:
 
 
 def search_skips(
-    loaded: Decoder, task: Task, generation: GenerationSettings, weights: Quantization | None = None
+    loaded: Decoder, task: Task, generation: DecodingOptions, weights: Quantization | None = None
 ) -> Generator[Progress, None, FoundSkip]:
     """Yields progress. `weights`: the low-bit copy that drafts.
 
@@ -131,7 +131,7 @@ def search_skips(
     num_layers = loaded.backend.num_layers
     require(num_layers > 1, "search_skips", "used with a model of two layers or more", num_layers)
     rows = validation_rows(task)
-    limit = min(_TOKENS, generation.max_new_tokens or rows.max_new_tokens)
+    limit = min(_TOKENS, generation.get("max_new_tokens") or rows.max_new_tokens)
     plain = DecodingConfig("autoregressive", max_new_tokens=limit, stop=task.stop)
     outputs, probes = [], []
     for example in rows.examples:
@@ -168,7 +168,7 @@ def search_skips(
     ]
     best = max(range(len(finalists)), key=lambda place: predictions[place].speedup)
     found, drafts = finalists[best]
-    return FoundSkip(SkipChoice(found.skip, drafts), found.agreeing / tokens, predictions[best])
+    return FoundSkip({"skip": found.skip, "num_draft_tokens": drafts}, found.agreeing / tokens, predictions[best])
 
 
 def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[_Set, None, None]:

@@ -6,7 +6,7 @@ from itertools import product
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require, require_exit_layer, require_skip
-from ...config.decoding import DecodingConfig, DecodingSettings, default_exits, spread_exits
+from ...config.decoding import DecodingConfig, DecodingOptions, decoding, default_exits, resolve_as, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.packing import Quantization
 from ..bootstrap import Margin, margin
@@ -48,9 +48,9 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     searched = (yield from search_skips(loaded, task, generation, _weights(config))) if config.search_skips else None
     examples = timed_examples(task.examples, config.timed)
-    autoregressive, settings = config.generation.decoding("autoregressive"), _settings(loaded, config)
+    autoregressive, settings = decoding("autoregressive", config.generation), _settings(loaded, config)
     if searched is not None:
-        settings.append(skipping := _skipping(config, searched.choice.layers, searched.choice.num_draft_tokens))
+        settings.append(skipping := _skipping(config, searched.choice))
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
     predictions = yield from predict(loaded, examples, predictable, autoregressive.max_new_tokens, task.stop)
     if searched is not None:
@@ -120,23 +120,31 @@ def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
     generation, num_layers = config.generation, loaded.backend.num_layers
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     only_drafting = {exit_layer for exit_layer, block in loaded.backend.exit_blocks.items() if not block.stands_alone}
-    settings = [generation.decoding("early-exit", exit_layer) for exit_layer in exits if exit_layer not in only_drafting]
+    settings = [
+        decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in exits if exit_layer not in only_drafting
+    ]
     candidates = [exit_layer for exit_layer in loaded.recommended().exits or exits if exit_layer not in only_drafting]
     chosen = spread_exits(tuple(candidates), num_layers)
     for confidence in config.exit_confidences or () if chosen else ():
-        settings.append(replace(generation, exit_confidence=confidence).decoding("early-exit", exits=chosen))
+        settings.append(decoding("early-exit", generation, exit_confidence=confidence, exits=chosen))
     for weights in dict.fromkeys((None, *config.packing.draft_weights)):
         layers = exits if weights is None else config.exits
         settings += [
-            generation.decoding("self-speculative", exit_layer, drafts, draft_weights=weights)
+            decoding(
+                "self-speculative",
+                generation,
+                exit_layer=exit_layer,
+                num_draft_tokens=drafts,
+                draft_weights=weights,
+            )
             for exit_layer, drafts in product(layers, config.specs)
         ]
-    settings += [generation.decoding("lookup", None, drafts) for drafts in config.specs]
-    if generation.skip:
-        require_skip(generation.skip, num_layers)
-        settings += [_skipping(config, generation.skip, drafts) for drafts in config.specs]
-    asked = DecodingSettings("adaptive", generation=generation)
-    return [*settings, asked.resolve_as("adaptive", loaded.recommended(config.packing), num_layers, config.packing)]
+    settings += [decoding("lookup", generation, num_draft_tokens=drafts) for drafts in config.specs]
+    if skip := generation.get("skip"):
+        require_skip(skip, num_layers)
+        settings += [_skipping(config, {"skip": skip, "num_draft_tokens": drafts}) for drafts in config.specs]
+    known = loaded.recommended(config.packing)
+    return [*settings, resolve_as("adaptive", generation, known, num_layers, config.packing)]
 
 
 def _weights(config: SweepConfig) -> Quantization | None:
@@ -144,9 +152,8 @@ def _weights(config: SweepConfig) -> Quantization | None:
     return config.packing.draft_weights[0] if config.packing.draft_weights else None
 
 
-def _skipping(config: SweepConfig, skip: tuple[int, ...], drafts: int) -> DecodingConfig:
-    generation = replace(config.generation, skip=skip)
-    return generation.decoding("draft-and-verify", None, drafts, draft_weights=_weights(config))
+def _skipping(config: SweepConfig, choice: DecodingOptions) -> DecodingConfig:
+    return decoding("draft-and-verify", {**config.generation, **choice}, draft_weights=_weights(config))
 
 
 def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> list[DecodingConfig]:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...config.decoding import EXACT, FAST, policy_text
 from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
-from ...config.policies import EXACT, FAST
 from ...config.ranges import counts_text
 from ...wording import number, plural
 from ..metrics import is_share, lower_is_better
@@ -106,7 +106,7 @@ def sweep_table(record: RunRecord) -> TextTable:
     advice = record.recommendation
     if advice is not None:
         note += f"\n{'Recommended' if advice.pays else 'Not recommended'}: {advice.reason}."
-        note += f"\nPolicy {EXACT}: {advice.policies[EXACT]}." if EXACT in advice.policies else ""
+        note += f"\nPolicy {EXACT}: {policy_text(advice.policies[EXACT])}." if EXACT in advice.policies else ""
         note += f"\nPolicy {FAST}: {advice.fast_reason}." if advice.fast_reason else ""
     return TextTable(headers, tuple(rows), note, labels=3)
 
@@ -239,13 +239,14 @@ def _method(config: dict[str, Any]) -> str:
 def _settings_note(config: dict[str, Any]) -> str:
     """How prompts and answers were made, as far as it is not the default. Older records do not say."""
     generation = config.get("generation", {})
-    sampling = generation.get("sampling", {})
+    sampling = generation.get("sampling", generation)  # an object of its own in older records
     notes = []
     if "prompt_template" in config:
         notes.append(f"Prompt template: {config['prompt_template']}.")
     if sampling.get("temperature"):
         notes.append(
-            f"Sampled at temperature {sampling['temperature']:g}, top-k {sampling['top_k']}, top-p {sampling['top_p']:g}."
+            f"Sampled at temperature {sampling['temperature']:g}, top-k {sampling.get('top_k', 0)}, "
+            f"top-p {sampling.get('top_p', 1):g}."
         )
     if confidence := generation.get("draft_confidence"):
         notes.append(f"Drafts stop below a confidence of {confidence:g}.")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require
-from ...config.decoding import GenerationSettings
+from ...config.decoding import DecodingOptions
 from ...config.evaluation import HARNESS, TaskConfig
 from ...data.examples import Example
 from ...decoding.stopping import before_stop
@@ -97,11 +97,11 @@ class Task:
         elif self.against is None:
             yield from (reference_losses(loaded, example, exit_layers) for example in self.examples)
 
-    def asked(self, generation: GenerationSettings) -> "tuple[Task, GenerationSettings]":
+    def asked(self, generation: DecodingOptions) -> "tuple[Task, DecodingOptions]":
         """The task with the stop strings that were asked for, and the settings with the task's limit and stop strings."""
-        stop = (*self.stop, *(text for text in generation.stop if text not in self.stop))
-        limit = generation.max_new_tokens or self.max_new_tokens
-        return replace(self, stop=stop), replace(generation, stop=stop, max_new_tokens=limit)
+        stop = (*self.stop, *(text for text in generation.get("stop", ()) if text not in self.stop))
+        limit = generation.get("max_new_tokens", self.max_new_tokens)
+        return replace(self, stop=stop), {**generation, "stop": stop, "max_new_tokens": limit}
 
     def prepared(self, loaded: Decoder) -> Decoder:
         """The model with this task's template and the system message that was asked for, if there are any."""

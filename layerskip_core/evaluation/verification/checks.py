@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require_exit_layer
-from ...config.decoding import DecodingConfig, SamplingConfig
+from ...config.decoding import DecodingConfig
 from ...config.packing import Quantization
 from ...config.verification import VerifyConfig
 from ...decoding import PrefixCache, decode, decode_batch
@@ -33,7 +33,7 @@ DRAFTS, BATCH, JOINED, TURN = "speculative = plain", "batch = single", "joining 
 SEED, ROW, DISTRIBUTION = "sampled: a seed repeats", "sampled: batch = single", "sampled: the model's distribution"
 
 LOW_BIT: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
-_COUNTED = SamplingConfig(2.0, 4)  # few tokens, so that each pair of them is often drawn, and none nearly always
+_COUNTED = DecodingConfig(temperature=2.0, top_k=4)  # few tokens: each pair of them is often drawn
 _AT_ONCE = 50  # draws
 _LEAST_DRAWS = 5.0  # expected in a cell of the chi-square test; rarer pairs share one
 _LEAST_P = 1e-6  # below which distributions differ: one in a million tests of equal ones
@@ -289,7 +289,7 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
     for weights, exit_layer in zip(subject.copies[-1:], subject.middle, strict=False):
         settings[f"{weights} copy, exit {exit_layer}"] = replace(subject.drafted(exit_layer), draft_weights=weights)
     for setting, config in settings.items():
-        sampled = replace(config, sampling=SamplingConfig(1.0, seed=subject.config.seed))
+        sampled = replace(config, temperature=1.0, seed=subject.config.seed)
         first = subject.each_alone(sampled)
         yield subject.compared(SEED, setting, subject.each_alone(sampled), first, promise="tokens")
         if backend.exact:
@@ -306,7 +306,7 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
 
 def _drawn(subject: Subject, prompt: Ids, config: DecodingConfig) -> Counter[Pair]:
     """The first two tokens of many sampled outputs."""
-    config = replace(config, max_new_tokens=3, sampling=_COUNTED)
+    config = replace(config, max_new_tokens=3, temperature=_COUNTED.temperature, top_k=_COUNTED.top_k)
     seeds = range(subject.config.seed + 1, subject.config.seed + 1 + subject.config.draws)
     parts = [seeds[start : start + _AT_ONCE] for start in range(0, len(seeds), _AT_ONCE)]
     return Counter(tuple(ids[:2]) for part in parts for ids in subject.together([prompt] * len(part), config, part))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig, SamplingConfig
+from ...config.decoding import DecodingConfig
 from ...decoding import decode_batch
 from ...errors import CheckpointError, LayerSkipError
 from ...files import SchemaError, append_lines, build, drop_incomplete_line, parse_json, whole_lines
@@ -55,8 +55,7 @@ class Writing:
 
     def config(self, longest: int) -> DecodingConfig:
         """Of a batch whose longest prompt has that many tokens."""
-        sampling = SamplingConfig(self.temperature)
-        return DecodingConfig("autoregressive", max_new_tokens=self.most(longest), sampling=sampling)
+        return DecodingConfig("autoregressive", max_new_tokens=self.most(longest), temperature=self.temperature)
 
     def seeds(self, rows: Sequence[int]) -> list[int]:
         return [(self.seed + row) % 2**32 for row in rows]

@@ -1,0 +1,188 @@
+"""What is asked of decoding, what it means for a checkpoint, and what cannot be asked."""
+
+import pytest
+
+from layerskip_core.config.decoding import (
+    DecodingConfig,
+    DecodingOptions,
+    Recommended,
+    changed,
+    is_open,
+    policy_named,
+    policy_options,
+    policy_packing,
+    policy_text,
+    resolve,
+    resolve_as,
+    spread_exits,
+)
+from layerskip_core.config.options import checked
+from layerskip_core.config.packing import PackingConfig
+from layerskip_core.errors import ConfigError
+
+TRAINED = Recommended(4, 12, "self-speculative")
+UNKNOWN = Recommended(2, 6)
+SEARCHED = Recommended(4, 12, skip={"skip": [3, 5], "num_draft_tokens": 9})
+CONFIDENT = {"exit_confidence": 0.9}
+LOW = {
+    "strategy": "self-speculative", "exit_layer": 8, "num_draft_tokens": 3, "draft_weights": "int8", "draft_confidence": 0.5,
+    "lookup": 4, "measured": {"task": "topv2", "metric": "exact_match", "value": 0.9, "full_depth": 0.91, "speedup": 1.8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "recommended", "strategy", "exit_layer", "drafts"),
+    [
+        ({}, TRAINED, "self-speculative", 4, 12),
+        ({}, UNKNOWN, "adaptive", None, 32),
+        ({"strategy": "adaptive", "num_draft_tokens": 5}, TRAINED, "adaptive", None, 5),
+        ({}, Recommended(4, 12, "autoregressive"), "autoregressive", None, 6),
+        ({"exit_layer": 3}, UNKNOWN, "self-speculative", 3, 6),
+        ({"num_draft_tokens": 1}, UNKNOWN, "self-speculative", 2, 1),
+        ({"draft_confidence": 0.5}, UNKNOWN, "self-speculative", 2, 6),
+        ({"strategy": "early-exit", "exit_layer": 8}, TRAINED, "early-exit", 8, 6),
+        ({"lookup": 3}, TRAINED, "self-speculative", 4, 12),
+        ({"lookup": 3}, Recommended(4, 12, "autoregressive"), "adaptive", None, 32),  # it was ignored
+    ],
+)
+def test_the_checkpoint_decides_what_was_not_said(asked, recommended, strategy, exit_layer, drafts):
+    config = resolve(asked, recommended, 8)
+    assert (config.strategy, config.exit_layer, config.num_draft_tokens) == (strategy, exit_layer, drafts)
+    assert config.max_new_tokens == 256
+
+
+def test_weights_for_drafts_imply_drafting():
+    plain = Recommended(2, 6, "autoregressive")  # found best without such weights
+    assert resolve({}, plain, 8, PackingConfig(draft_vocab=9)).strategy == "adaptive"
+    asked, copies = {"num_draft_tokens": 3}, PackingConfig(draft_weights=("int4", "int8"))
+    low = resolve(asked, UNKNOWN, 8, copies)
+    assert (low.strategy, low.exit_layer, low.draft_weights) == ("self-speculative", 8, "int4")
+    assert resolve(asked, Recommended(4, 12, "self-speculative", exits=(4, 6)), 8, copies).exit_layer == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "recommended", "skip", "drafts"),
+    [
+        ({"skip": [2]}, UNKNOWN, (2,), 6),  # implies the strategy
+        ({"num_draft_tokens": 3, "draft_confidence": 0.5, "skip": [2]}, SEARCHED, (2,), 3),
+        ({"strategy": "draft-and-verify"}, SEARCHED, (3, 5), 9),
+        ({"strategy": "draft-and-verify", "num_draft_tokens": 2}, SEARCHED, (3, 5), 2),
+    ],
+)
+def test_the_layers_to_skip_are_given_or_searched(asked, recommended, skip, drafts):
+    for packing in (PackingConfig(), PackingConfig(draft_weights=("int8",))):
+        config = resolve(asked, recommended, 8, packing)
+        assert (config.strategy, config.skip, config.num_draft_tokens) == ("draft-and-verify", skip, drafts)
+        assert config.exit_layer is None and config.draft_weights == next(iter(packing.draft_weights), None)
+
+
+def test_one_strategy_of_several_takes_what_it_uses():
+    asked = {"skip": [2], "exit_confidence": 0.9, "lookup": 3, "exit_layer": 5, "stop": "x"}
+    plain = resolve_as("autoregressive", asked, SEARCHED, 8)
+    assert plain == DecodingConfig("autoregressive", stop=("x",))
+    assert resolve_as("self-speculative", asked, SEARCHED, 8) == DecodingConfig(
+        exit_layer=5, num_draft_tokens=12, lookup=3, stop=("x",)
+    )
+
+
+def test_early_exit_by_confidence_is_among_the_trained_exits():
+    config = resolve(CONFIDENT, Recommended(4, 12, "self-speculative", exits=(4, 6)), 8)
+    assert (config.strategy, config.exit_layer, config.exits, config.exit_confidence) == ("early-exit", None, (4, 6), 0.9)
+    assert resolve(CONFIDENT, Recommended(4, 12, exits=tuple(range(1, 24))), 24).exits == (3, 4, 6, 8, 12, 18)
+    assert spread_exits((1, 2, 5, 9, 10, 11, 20, 23), 24) == (2, 5, 9, 11, 20)
+    assert resolve({**CONFIDENT, "exits": [2, 7]}, UNKNOWN, 8).exits == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "message"),
+    [
+        ({"exit_layer": 8}, "exit_layer", "in 1..7, got 8 (model has 8 layers)"),
+        ({"strategy": "early-exit", "skip": [2]}, "skip", "used with `strategy` draft-and-verify"),
+        ({"exit_layer": 3, "skip": [2]}, "exit_layer", "used with `strategy` self-speculative or early-exit"),
+        ({"strategy": "draft-and-verify"}, "skip", "given for `strategy` draft-and-verify, or found by"),
+        ({"skip": [2, 9]}, "skip", "in 1..8, got 9 (model has 8 layers)"),
+        (CONFIDENT, "exit_confidence", "used with a model whose exits were trained"),
+        ({**CONFIDENT, "exits": [2, 8]}, "exits", "in 1..7, got 8"),
+        ({**CONFIDENT, "exit_layer": 3}, "exit_layer", "left out with `exit_confidence`"),
+        ({**CONFIDENT, "num_draft_tokens": 3}, "num_draft_tokens", "left out with `exit_confidence`"),
+        ({**CONFIDENT, "strategy": "autoregressive"}, "exit_confidence", "used with `strategy` early-exit"),
+        ({"exits": [2]}, "exits", "used with `exit_confidence`, got none"),
+        ({"strategy": "early-exit", "lookup": 3}, "lookup", "used with `strategy` adaptive or self-speculative or "),
+        ({"strategy": "adaptive", "exit_layer": 3}, "exit_layer", "used with `strategy` self-speculative or early-exit"),
+        ({"strategy": "early-exit", "num_draft_tokens": 5}, "num_draft_tokens", "used with `strategy` adaptive or "),
+    ],
+)
+def test_options_that_contradict_each_other_or_the_model(asked, field, message):
+    with pytest.raises(ConfigError) as caught:
+        resolve(asked, UNKNOWN, 8)
+    assert caught.value.field == field and str(caught.value).startswith(f"`{field}` must be {message}")
+
+
+@pytest.mark.parametrize(
+    ("field", "inside", "outside"),
+    [
+        ("num_draft_tokens", (1, 10_000), (0, 10_001, True, 2.5, "3", 2**70)),
+        ("top_p", (1e-9, 1), (0, 1.001, float("nan"), float("inf"), "hot", False)),
+        ("draft_confidence", (0, 0.999), (1.0, -1e-9)),
+        ("seed", (0, 2**32 - 1), (2**32, -1)),
+        ("skip", ([1], (2, 3), range(2, 5)), ([0], "2,3", ["2"], 3)),
+        ("stop", ("x", ["x", "y"]), ("", [""], ["a", 5], 5)),
+        ("strategy", ("lookup",), ("magic", "", 3)),
+        ("policy", ("fast",), ("", "\ud800")),
+    ],
+)
+def test_ranges_and_types(field, inside, outside):
+    for value in inside:
+        assert checked(DecodingOptions, {field: value, "exits": None}).keys() == {field}
+    for value in outside:
+        with pytest.raises(ConfigError, match=f"^`{field}` must be ") as caught:
+            checked(DecodingOptions, {field: value})
+        assert caught.value.field == field
+    with pytest.raises(TypeError, match="unknown option 'nothing'; known: strategy, "):
+        checked(DecodingOptions, {"nothing": 1})
+
+
+# --- policies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_keeps_limit_stop_and_sampling_of_the_request():
+    request = {"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "top_k": 3, "seed": 7}
+    config = resolve(policy_options(LOW, request), UNKNOWN, 8, policy_packing(LOW))
+    expected = DecodingConfig("self-speculative", 8, 3, 9, 0.5, ("x",), "int8", 4, temperature=0.5, top_k=3, seed=7)
+    assert config == expected
+    for said in ({"strategy": "lookup"}, {"exit_layer": 4}, {"exit_confidence": 0.5}, {"exits": [2, 3]}):
+        with pytest.raises(ConfigError, match=f"`policy` must be given without `{next(iter(said))}`"):
+            policy_options(LOW, said)
+
+
+def test_a_row_replaces_options_and_a_policy_all_that_it_sets():
+    flags = {"exit_layer": 4, "lookup": 3, "temperature": 0.9}
+    assert changed(flags, {"policy": "fast", "seed": 1}) == {"policy": "fast", "temperature": 0.9, "seed": 1}
+    assert changed({"policy": "fast", "seed": 1}, {"exit_layer": 3}) == {"exit_layer": 3, "seed": 1}
+    assert changed(flags, {"lookup": 0}) == flags | {"lookup": 0}
+
+
+def test_options_are_open_where_nothing_is_said():
+    assert is_open({}) and is_open({"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "lookup": 0})
+    for said in ({"policy": "fast"}, {"strategy": "autoregressive"}, {"exit_layer": 2}, {"draft_confidence": 0.5}):
+        assert not is_open(said)
+
+
+def test_how_its_drafts_are_stored_and_its_name():
+    several = {"strategy": "adaptive", "draft_copies": ["int8", "int4"], "draft_head": "int4", "draft_vocab": 500}
+    assert policy_packing(several) == PackingConfig(draft_weights=("int8", "int4"), draft_head="int4", draft_vocab=500)
+    assert policy_packing(LOW) == PackingConfig(draft_weights=("int8",))
+    names = {
+        "plain decoding": {"strategy": "autoregressive"},
+        "exit 8 of the int8 copies with 3 draft tokens": LOW,
+        "exit 4": {"strategy": "early-exit", "exit_layer": 4},
+        "exits by confidence 0.9": {"strategy": "early-exit", "exit_confidence": 0.9},
+    }
+    assert [policy_text(policy) for policy in names.values()] == list(names)
+
+
+def test_a_policy_that_is_not_saved_names_those_that_are():
+    with pytest.raises(ConfigError, match=r"saved with the model \(exact, mine; .*got fast"):
+        policy_named({"exact": {"strategy": "autoregressive"}, "mine": LOW}, "fast")
+    with pytest.raises(ConfigError, match=r"\(there are none; .*got exact"):
+        policy_named({}, "exact")
