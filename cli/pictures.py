@@ -25,7 +25,7 @@ def front(points: "Points", width: int) -> Text:
     `width`: characters of a line.
     """
     from layerskip_core.evaluation.report.points import is_wide
-    from layerskip_core.evaluation.report.tables import label, strategy_name
+    from layerskip_core.evaluation.report.tables import result_name, strategy_name
 
     high, low = f"{max(points.values):.4g}", f"{min(points.values):.4g}"
     margin = max(len(high), len(low))
@@ -61,7 +61,7 @@ def front(points: "Points", width: int) -> Text:
     for rank, index in enumerate(ranked, start=1):
         result = points.results[index]
         speedup = f" {result.speedup:.2f}x" if result.speedup else ""
-        text.append(f"{rank} {label(result)}:{speedup}, {points.values[index]:.4g}\n")
+        text.append(f"{rank} {result_name(result)}:{speedup}, {points.values[index]:.4g}\n")
     return text
 
 

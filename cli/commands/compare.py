@@ -12,7 +12,7 @@ from .. import evaluation, options
 from ..console import narrate
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.compare.runs import Run
+    from layerskip_core.evaluation.compare.comparison import Run
 
 _EMBEDDED = ("embedded-base", "embedded")  # without the recipe and with it, by equally many steps
 _SAMPLES, _EXITS, _DRAFTS = 12, (6, 12, 18), 6  # of their sweeps
@@ -48,11 +48,8 @@ def compare(
     chosen = () if exits is None else parse_counts(exits, "exits")
     names = () if only is None else options.parse_names(only, "only")
     from layerskip_core.evaluation.compare.comparison import compare as compare_runs
-    from layerskip_core.evaluation.compare.comparison import figures_of
-    from layerskip_core.evaluation.compare.files import compare_files, to_json
-    from layerskip_core.evaluation.compare.labels import labelled
-    from layerskip_core.evaluation.compare.runs import read_run
-    from layerskip_core.evaluation.compare.tables import compare_table, to_csv
+    from layerskip_core.evaluation.compare.comparison import figures_of, labelled, read_run
+    from layerskip_core.evaluation.compare.rendering import compare_files, compare_table, to_csv, to_json
     from layerskip_core.evaluation.output_folder import output_folder, write_files
 
     with output_folder(output, "layerskip compare") as folder:
@@ -67,7 +64,7 @@ def compare(
         if not comparison.lines and exits:
             raise refused("exits", "exits that all runs of a label have", exits)
         if not comparison.lines:
-            raise refused("RUNS", "labelled so that the runs of a label measured the same", "no figure in common")
+            raise refused("RUNS", "runs that share their settings under one label", "no figure in common")
         for note in comparison.notes:
             narrate(note)
         table = compare_table(comparison)
@@ -81,7 +78,7 @@ def compare(
 def _measured(model: str) -> "Run":
     """A short sweep of an embedded model."""
     from layerskip_core.config.evaluation import SweepConfig, TaskConfig
-    from layerskip_core.evaluation.compare.runs import run_of
+    from layerskip_core.evaluation.compare.comparison import run_of
     from layerskip_core.evaluation.measure.sweep import sweep
 
     narrate(f"measuring {model} on {_SAMPLES} rows of its task")

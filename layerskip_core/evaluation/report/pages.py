@@ -14,7 +14,7 @@ from markupsafe import Markup
 from ..inspection import Inspection, LayerPrediction, TokenTrace, visible
 from ..metrics import lower_is_better
 from ..results import Answered, RunRecord
-from .tables import label
+from .tables import result_name
 
 ANSWERS_PAGE = "answers.html"
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
@@ -137,7 +137,7 @@ def answers_page(record: RunRecord) -> str:
 
     Words and signs in which another answer differs from the first are marked.
     """
-    names = [label(result) for result in record.results]
+    names = [result_name(result) for result in record.results]
     sections = [
         {"prompt": answered.prompt, "reference": answered.reference, "versions": _versions(answered, names)}
         for answered in record.answered

@@ -12,7 +12,7 @@ from ..metrics import lower_is_better
 from ..results import Result, RunRecord
 from .drawing import GREY, SIZE, color, legend_above, logarithmic, new_figure, style
 from .points import Points, is_wide, points_of
-from .tables import has_scores, label, strategy_name
+from .tables import has_scores, result_name, strategy_name
 
 _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
@@ -107,7 +107,7 @@ def _acceptance_by_position(record: RunRecord) -> Figure | None:
     for number, result in enumerate(longest.values()):
         shares = [100 * share for share in result.acceptance_by_position or ()]
         positions = range(1, len(shares) + 1)
-        axes.plot(positions, shares, marker="o", markersize=4, color=color(number), label=label(result))
+        axes.plot(positions, shares, marker="o", markersize=4, color=color(number), label=result_name(result))
     axes.set(xlabel="position of the draft in its round", ylabel="accepted (%), if all before it were", ylim=(0, 105))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7)
@@ -119,7 +119,7 @@ def _time_split(record: RunRecord) -> Figure | None:
     if not timed:
         return None
     figure, axes = new_figure("Where the time goes", height=max(SIZE[1], 0.6 + 0.2 * len(timed)))
-    names, ends = [label(result) for result in timed], [0.0] * len(timed)
+    names, ends = [result_name(result) for result in timed], [0.0] * len(timed)
     for number, phase in enumerate(_PHASES):
         times = [result.time_split_ms.get(phase, 0.0) for result in timed]
         axes.barh(range(len(timed)), times, left=ends, color=color(number), label=phase)
@@ -256,7 +256,7 @@ def _label_points(
         taken += [(left - 1, bottom, left + 1, top), (left, bottom - 1, right, bottom + 1)]
     for index in dict.fromkeys([*optimal, *fastest.values(), *alone]):
         result, strategy = shown[index], strategy_name(shown[index])
-        text = label(result)
+        text = result_name(result)
         if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
             text += f": {result.speedup:.2g}x"
         for x, y, horizontal, vertical in _OFFSETS:

@@ -47,7 +47,7 @@ def strategy_name(result: Result) -> str:
     return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
 
 
-def label(result: Result) -> str:
+def result_name(result: Result) -> str:
     """A result's name in figures: `exit 8, 6 drafts`, `int8 exit 8, 6 drafts`, `exit 8 alone`, `lookup, 6 drafts`."""
     if result.strategy in ("autoregressive", "transformers"):
         return result.strategy
@@ -208,7 +208,7 @@ def score_table(record: RunRecord) -> TextTable:
 def _setting_name(result: Result) -> str:
     if result.strategy == "autoregressive":
         return "full depth"
-    return f"exit {result.exit_layer}" if label(result).endswith("alone") else strategy_name(result)
+    return f"exit {result.exit_layer}" if result_name(result).endswith("alone") else strategy_name(result)
 
 
 def _parts(name: str, results: Sequence[Result]) -> tuple[str, str, str]:
