@@ -23,7 +23,6 @@ from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import CheckpointError, ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import skip_search
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.cost_model import Rounds
 from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.runs import Progress
 from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
@@ -115,15 +114,6 @@ def test_layers_that_add_nothing_go_first():
         assert {2, 5} < set(found.skip) and found.agreeing == sum(map(Probe.agreeing, probes, found.choices))
 
 
-def test_only_some_layers_are_tried_again(monkeypatch):
-    monkeypatch.setattr(skip_search, "_CANDIDATES", 1)
-    probes, tried = [probe_of(of_vocabulary(2, 5))], []
-    honest = Probe.choices
-    monkeypatch.setattr(Probe, "choices", lambda probe, skip: tried.append(skip) or honest(probe, skip))
-    sizes = [len(found.skip) for found in eliminated(probes, LAYERS)]
-    assert sizes == [1, 2, 3, 4, 5] and len(tried) == LAYERS + 4
-
-
 def collect(events):
     seen = []
     while True:
@@ -151,14 +141,6 @@ def test_the_search_finds_redundant_layers(known_times):
     assert found.agreement == 1.0 and found.choice["num_draft_tokens"] >= 2
     assert found.prediction.rounds.acceptance_rate == 1.0
     assert progress[-1] == Progress(LAYERS - 1, LAYERS - 1, "layers to skip")
-
-
-def test_a_search_that_finds_nothing_better_ends_early(known_times, monkeypatch):
-    monkeypatch.setattr(skip_search, "_PATIENCE", 1)
-    monkeypatch.setattr(skip_search._Set, "rounds", lambda found, *_: Rounds(10 * len(found.skip), 0, 10 * len(found.skip)))
-    progress, found = collect(search_skips(of_vocabulary(), own_answers(), GENERATION))
-    assert [event.done for event in progress] == [1, 2, LAYERS - 1]
-    assert len(found.choice["skip"]) == 1
 
 
 def test_a_model_of_one_layer_has_nothing_to_skip():

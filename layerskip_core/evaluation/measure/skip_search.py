@@ -4,10 +4,8 @@ The paper searches by Bayesian optimisation. Here layers are left out one by one
 agreement with the model's own greedy outputs. The size of the set and the draft length are those of the best predicted speed.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from statistics import quantiles
 
 import torch
 
@@ -94,19 +92,6 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What rounds cost by the number of layers that draft and the draft length, in plain steps: a first choice among sets."""
-
-    head: float  # of a draft: all but its layers
-    layer: float
-    round: float  # all but its drafts and their verification
-    token: float  # to verify a draft
-
-    def times(self, layers: int, drafts: int) -> PassTimes:
-        return PassTimes(self.head + layers * self.layer, self.round + drafts * self.token, 0.0, 1.0)
-
-
-@dataclass(frozen=True)
 class _Set:
     """Layers that are skipped, and the draft at each position of each output."""
 
@@ -149,11 +134,14 @@ def search_skips(
         rounds = found.rounds(probes, drafts, limit, loaded.ends(plain.stop))
         return prediction_of(rounds, times, prefill, tokens, len(probes))
 
-    timer = _Timer(loaded, probes, weights)
-    costs = timer.costs()
+    half = max(1, num_layers // 2)
+    (passes,) = _timed(loaded, probes, weights, [(tuple(range(half + 1, num_layers + 1)), 4)])
+    known = averages(passes)
     ranked: list[tuple[float, int, _Set]] = []  # the best draft length of each set, by its predicted speedup
     for size, found in enumerate(eliminated(probes, num_layers), start=1):
-        speedups = {drafts: predicted(found, drafts, costs.times(num_layers - size, drafts)).speedup for drafts in _LENGTHS}
+        # A first choice: a draft costs what its layers cost. The sets that are promising by that are timed themselves.
+        times = replace(known, draft=known.draft * (num_layers - size) / half)
+        speedups = {drafts: predicted(found, drafts, times).speedup for drafts in _LENGTHS}
         drafts = max(_LENGTHS, key=speedups.__getitem__)
         ranked.append((speedups[drafts], drafts, found))
         yield Progress(size, num_layers - 1, _PHASE)
@@ -162,7 +150,7 @@ def search_skips(
             break
     promising = sorted(ranked, key=lambda entry: -entry[0])[:_FINALISTS]
     finalists = [(found, factor * drafts) for _, drafts, found in promising for factor in (1, 2)]
-    measured = timer.passes([(found.skip, drafts) for found, drafts in finalists])
+    measured = _timed(loaded, probes, weights, [(found.skip, drafts) for found, drafts in finalists])
     predictions = [
         predicted(found, drafts, averages(passes), prefill) for (found, drafts), passes in zip(finalists, measured, strict=True)
     ]
@@ -210,41 +198,22 @@ def _set(probes: Sequence[Probe], skip: tuple[int, ...]) -> _Set:
     return _Set(skip, choices, sum(probe.agreeing(drafts) for probe, drafts in zip(probes, choices, strict=True)))
 
 
-class _Timer:
-    """Times rounds of Draft & Verify, after a prompt of median length or its end."""
+def _timed(
+    loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None, settings: Sequence[tuple[tuple[int, ...], int]]
+) -> list[list[PassTimes]]:
+    """Times rounds of each set and draft length, visited in turn, after a prompt of median length or its end.
 
-    def __init__(self, loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None) -> None:
-        self._loaded, self._weights = loaded, weights
-        by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
-        context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
-        self._stretch = Stretch(context, loaded.backend.max_positions)
-
-    def passes(self, settings: Sequence[tuple[tuple[int, ...], int]]) -> list[list[PassTimes]]:
-        """Of each set and draft length, visited in turn. Raises LayerSkipError if the context has no room for a round."""
-        times: list[list[PassTimes]] = [[] for _ in settings]
-        for _ in range(_VISITS):
-            plain = plain_seconds(self._loaded, self._stretch)
-            for found, (skip, drafts) in zip(times, settings, strict=True):
-                setting = DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=self._weights)
-                found += pass_times(self._loaded, self._stretch, setting, plain)
-        if not all(times):
-            raise LayerSkipError("prompts that leave room for rounds of drafts are needed to search the layers to skip")
-        return times
-
-    def costs(self) -> Costs:
-        """From the rounds of two sets, which draft with half and a quarter of the layers."""
-        layers = self._loaded.backend.num_layers
-        half, quarter = max(1, layers // 2), max(1, layers // 4)
-        settings = [(tuple(range(kept + 1, layers + 1)), drafts) for kept in (half, quarter) for drafts in (2, 8)]
-        measured = self.passes(settings)
-        plain = _undisturbed(times.plain for times in chain(*measured))
-        deep, shallow = (_undisturbed(times.draft for times in chain(*pair)) / plain for pair in (measured[:2], measured[2:]))
-        few, many = (_undisturbed(times.rest for times in chain(*pair)) / plain for pair in (measured[::2], measured[1::2]))
-        layer = max(deep - shallow, 0.0) / (half - quarter) if half > quarter else deep / half
-        token = max(many - few, 0.0) / 6
-        return Costs(max(shallow - quarter * layer, 0.0), layer, max(few - 2 * token, 0.5), token)
-
-
-def _undisturbed(seconds: Iterable[float]) -> float:
-    """The lower quartile: on a busy machine the longer passes are interrupted more often than the short ones."""
-    return quantiles(seconds, n=4)[0]
+    Raises LayerSkipError if the context has no room for a round.
+    """
+    by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
+    context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
+    stretch = Stretch(context, loaded.backend.max_positions)
+    times: list[list[PassTimes]] = [[] for _ in settings]
+    for _ in range(_VISITS):
+        plain = plain_seconds(loaded, stretch)
+        for found, (skip, drafts) in zip(times, settings, strict=True):
+            setting = DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=weights)
+            found += pass_times(loaded, stretch, setting, plain)
+    if not all(times):
+        raise LayerSkipError("prompts that leave room for rounds of drafts are needed to search the layers to skip")
+    return times
