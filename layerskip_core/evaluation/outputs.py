@@ -57,6 +57,12 @@ class Times:
         tokens = sum(self.tokens)
         return sum(self.seconds) / tokens if tokens else math.nan
 
+    def by_prompt(self, answers: int) -> "Times":
+        """The sums over so many rows each, which answer the same prompt."""
+        starts = range(0, len(self.seconds), answers)
+        seconds = (sum(self.seconds[start : start + answers]) for start in starts)
+        return Times(tuple(seconds), tuple(sum(self.tokens[start : start + answers]) for start in starts))
+
     def __add__(self, other: "Times") -> "Times":
         """Of two measurements of the same prompts."""
         seconds = zip(self.seconds, other.seconds, strict=True)

@@ -20,10 +20,10 @@ from ..evaluation.measure.measure import Measured, Part, depth_of, environment, 
 from ..evaluation.measure.runs import Method, Progress, default_timed, drafts_tokens
 from ..evaluation.results import Result, RunRecord
 from ..model.exit_blocks import target_block
-from .generation import AnswerSettings
 from .likelihood import likelihoods
 from .model import LayerSkipLM
 from .tasks import GENERATION, LIKELIHOOD, HarnessTasks
+from .text import AnswerSettings
 
 _HERE = f"left out for `task` {HARNESS}..."
 

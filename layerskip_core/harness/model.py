@@ -17,9 +17,8 @@ from ..decoding import decode_batch
 from ..decoding.loop import check_prompt
 from ..model.exit_blocks import target_block
 from ..prompting import require_chat_template
-from .generation import AnswerSettings, answer_settings
 from .likelihood import likelihoods
-from .text import HarnessText
+from .text import AnswerSettings, HarnessText, answer_settings
 
 _AUTO_BATCH = 16
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # lm-eval's usual names

@@ -95,3 +95,4 @@ def test_times_leave_out_the_prefill_or_not():
     assert outputs.times == Times((3.0, 4.0), (4, 1))
     assert outputs.decode_times == Times((1.0, 0.0), (3, 0))
     assert (outputs.times + outputs.decode_times).seconds_per_token == 8.0 / 8
+    assert outputs.times.by_prompt(2) == Times((7.0,), (5,))

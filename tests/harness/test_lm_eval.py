@@ -25,9 +25,8 @@ from layerskip_core.config.export import ExportConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.export.run import export
 from layerskip_core.harness import register
-from layerskip_core.harness.generation import answer_settings
 from layerskip_core.harness.model import LayerSkipLM
-from layerskip_core.harness.text import HarnessText
+from layerskip_core.harness.text import HarnessText, answer_settings
 from layerskip_core.model.exit_blocks import ExitBlock
 
 

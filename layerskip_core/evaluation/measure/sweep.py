@@ -79,6 +79,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     metric = task.quality_metric
     marked = mark_pareto(results, metric)
     times = [base[0][0], *(None if row is None else row.times[0][0] for row in rows)]
+    times = [each and each.by_prompt(task.answers_per_prompt) for each in times]
     margins = [None, *(_margin(row, plain, metric, config.keep) for row in rows)]
     drift = baseline_drift(plain.repeats[0], again.repeats[0])
     advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, metric, config, times, margins)
