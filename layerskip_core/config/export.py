@@ -7,7 +7,7 @@ from .checks import require, require_choice, require_given
 from .machine import DTYPES
 from .packing import QUANTIZATIONS, Quantization
 
-Engine = Literal["vllm", "sglang", "llama.cpp", "tensorrt-llm", "transformers"]
+Engine = Literal["vllm", "llama.cpp", "transformers"]
 Format = Literal["transformers", "gguf", "packed"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 FORMATS: tuple[str, ...] = get_args(Format)

@@ -1,15 +1,23 @@
-"""An exit as a model of its own: the first layers, the exit's block if it has one, the norm and the head."""
+"""An exit as a model of its own (the first layers, the exit's block if it has one, the norm and the head), and how many tokens
+an engine should draft with it.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.loaded import Trainable
+from ..checkpoint.loaded import Decoder, Trainable
+from ..decoding.drafters.estimates import LinearTime, best_length
 from ..errors import ConfigError
 from ..model.exit_blocks import ExitBlocks
+from ..model.spec import EMBEDDING, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_MOST_TOKENS = 16
+_USUAL_TOKENS = 6
 _BY_LAYER = ("layer_types", "no_rope_layers")  # lists in config.json with an entry for each layer
 
 
@@ -50,3 +58,34 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
     if values.get("max_window_layers") is not None:  # the layers from this one on have a sliding window
         values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
     return config.__class__.from_dict(values)
+
+
+@dataclass(frozen=True)
+class DraftLength:
+    """A number of draft tokens, and why in words."""
+
+    tokens: int
+    why: str
+
+
+def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> DraftLength:
+    """What a sweep recommended for this exit; else the best for its acceptance, if that is known; else the usual number.
+
+    The best number gives the most expected tokens per byte of weights that is read, because decoding one text is bound by
+    memory. `layers`: of the draft, its block included.
+    """
+    info, spec = loaded.info, loaded.backend.spec
+    if exit_layer == info.exit_layer and info.num_draft_tokens is not None:
+        return DraftLength(info.num_draft_tokens, "recommended by `layerskip sweep-exits`, or with the model")
+    acceptance = info.draft_profile(loaded.backend.num_layers).acceptance.get(f"exit {exit_layer}")
+    if acceptance is None:
+        return DraftLength(_USUAL_TOKENS, "the usual number; nothing is known of this exit's acceptance")
+    share = _read(spec, layers) / _read(spec, spec.layers)
+    _, tokens = best_length(acceptance, acceptance, LinearTime(0.0, share), 0, LinearTime(1.0, 0.0), 1, _MOST_TOKENS)
+    why = f"the best if {acceptance:.0%} of the drafts are accepted and a draft takes {share:.0%} of the time of a full pass"
+    return DraftLength(max(tokens, 1), why)
+
+
+def _read(spec: ModelSpec, layers: int) -> int:
+    """Numbers that a pass of one token reads, of a model with so many layers: theirs and the head's."""
+    return layers * sum(map(prod, spec.layer_shapes.values())) + prod(spec.shapes[EMBEDDING])

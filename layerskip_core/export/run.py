@@ -1,5 +1,6 @@
-"""An export, from its settings to the files of `output`."""
+"""An export, from its settings to the files of `output`, and how engines decode with it."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -13,14 +14,12 @@ from ..checkpoint.open import for_training
 from ..checkpoint.save import refuse_overwrite, save_checkpoint
 from ..checkpoint.transformers_read import written_dtype
 from ..config.checks import require_exit_layer
-from ..config.export import ExportConfig
+from ..config.export import Engine, ExportConfig
 from ..errors import ConfigError
 from ..model import GenericBackend
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
-from .draft import cut_to_exit
-from .draft_length import recommended_length
-from .engines import instructions
-from .gguf_pair import DRAFT, TARGET, refuse_gguf, write_pair
+from .draft import cut_to_exit, recommended_length
+from .gguf import DRAFT, TARGET, refuse_gguf, write_pair
 
 README = "README.md"
 
@@ -112,3 +111,45 @@ def _readme(config: ExportConfig, exit_layer: int, layers: int, length: str, how
         parts.append("First the model itself, in a form that the engine loads:")
         parts.append(f"```sh\nlayerskip export {quote(name)} --exit {layers} --output {quote(target)}\n```")
     return "\n\n".join([*parts, how])
+
+
+def instructions(engine: Engine, target: str, draft: str, drafts: int) -> str:
+    """Markdown: commands or a program to copy. `target` and `draft` are folders or hub ids, for llama.cpp GGUF files."""
+    recipes = {"vllm": _vllm, "llama.cpp": _llama_cpp, "transformers": _transformers}
+    return recipes[engine](target, draft, drafts)
+
+
+def _vllm(target: str, draft: str, drafts: int) -> str:
+    config = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": drafts})
+    plugin = (
+        "# With layerskip in the environment of vLLM (pip install --no-deps), --load-format layerskip makes the draft of the\n"
+        "# weights and the cache of the target, without copies.\n"
+    )
+    return _code("sh", f"{plugin}vllm serve {quote(target)} \\\n    --speculative-config {quote(config)}")
+
+
+def _llama_cpp(target: str, draft: str, drafts: int) -> str:
+    flags = f"--spec-type draft-simple -md {quote(draft)} --spec-draft-n-max {drafts}"
+    return _code("sh", f"llama-server -m {quote(target)} \\\n    {flags}")
+
+
+def _transformers(target: str, draft: str, drafts: int) -> str:
+    return _code(
+        "python",
+        f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+target, draft = {target!r}, {draft!r}
+tokenizer = AutoTokenizer.from_pretrained(target)
+model = AutoModelForCausalLM.from_pretrained(target)
+assistant = AutoModelForCausalLM.from_pretrained(draft)
+assistant.generation_config.num_assistant_tokens = {drafts}
+assistant.generation_config.num_assistant_tokens_schedule = "constant"
+assistant.generation_config.assistant_confidence_threshold = 0.0
+inputs = tokenizer("PROMPT", return_tensors="pt")
+output = model.generate(**inputs, assistant_model=assistant, do_sample=False, max_new_tokens=128)
+print(tokenizer.decode(output[0], skip_special_tokens=True))""",
+    )
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```\n"

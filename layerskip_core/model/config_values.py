@@ -1,6 +1,7 @@
 """Types and ranges of the values of config.json that this package reads. They are checked before anything is built."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
@@ -25,10 +26,6 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_id(value: Any) -> bool:
-    return _is_whole(value) and 0 <= value < MOST_TOKENS
-
-
 def tokens_of(value: Any) -> list[Any]:
     """A list of token ids, for a value that may be a single id, a list or None."""
     return value if isinstance(value, list) else [] if value is None else [value]
@@ -46,10 +43,6 @@ def _number(least: float, most: float) -> Needed:
     )
 
 
-def _or_none(needed: Needed) -> Needed:
-    return Needed(f"{needed.words}, or null", lambda value: value is None or needed.holds(value))
-
-
 def _each(needed: Needed, most: int) -> Needed:
     def holds(value: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) <= most and all(map(needed.holds, value))
@@ -57,87 +50,78 @@ def _each(needed: Needed, most: int) -> Needed:
     return Needed(f"a list of at most {most} entries, each {needed.words}", holds)
 
 
-def _one_of(choices: tuple[str, ...]) -> Needed:
-    return Needed(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
+def _one_of(*choices: str) -> Needed:
+    return Needed(f"one of {', '.join(choices)}", lambda value: str(value).removeprefix("torch.") in choices)
+
+
+def _table(required: Mapping[Needed, str], optional: Mapping[Needed, str]) -> dict[str, Needed]:
+    """Requirements by name; an `optional` value may be null."""
+    table = {name: needed for needed, names in required.items() for name in names.split()}
+    for needed, names in optional.items():
+        or_null = Needed(f"{needed.words}, or null", partial(_is_none_or, needed.holds))
+        table |= dict.fromkeys(names.split(), or_null)
+    return table
+
+
+def _is_none_or(holds: Callable[[Any], bool], value: Any) -> bool:
+    return value is None or holds(value)
 
 
 _TRUTH = Needed("true or false", lambda value: isinstance(value, bool))
-_POSITIVE = _number(1e-6, 1e6)
-_SHARE = _number(1e-3, 1)  # part of a head that rotates
-_THETA = _number(1, 1e15)
+_POSITIVE, _SHARE, _EPS, _THETA = _number(1e-6, 1e6), _number(1e-3, 1), _number(1e-30, 1), _number(1, 1e15)
+_WIDTH, _POSITIONS, _WINDOW = whole(1, MOST_WIDTH), whole(1, MOST_POSITIONS), whole(1, 1 << 31)
 _HEAD = Needed(
     f"an even number in 2..{LARGEST_HEAD}",  # rotary positions rotate pairs
     lambda value: _is_whole(value) and 2 <= value <= LARGEST_HEAD and value % 2 == 0,
 )
 _NAME = Needed("a text", lambda value: isinstance(value, str))
 _OBJECT = Needed("an object", lambda value: isinstance(value, Mapping))
-_PRECISION = Needed(f"one of auto, {', '.join(FLOATS)}", lambda value: str(value).removeprefix("torch.") in ("auto", *FLOATS))
-_EOS = Needed("a token id, a list of them, or null", lambda value: all(map(_is_id, tokens_of(value))))
+_EOS = Needed(
+    "a token id, a list of them, or null",
+    lambda value: all(_is_whole(token) and 0 <= token < MOST_TOKENS for token in tokens_of(value)),
+)
 
-# By name. A missing value has the default of its architecture.
-_VALUES: dict[str, Needed] = {
-    "num_hidden_layers": whole(1, MOST_LAYERS),
-    "hidden_size": whole(1, MOST_WIDTH),
-    "intermediate_size": whole(1, MOST_WIDTH),
-    "num_attention_heads": whole(1, MOST_WIDTH),
-    "num_key_value_heads": _or_none(whole(1, MOST_WIDTH)),
-    "head_dim": _or_none(_HEAD),
-    "vocab_size": whole(1, MOST_TOKENS),
-    "max_position_embeddings": whole(1, MOST_POSITIONS),
-    "original_max_position_embeddings": _or_none(whole(1, MOST_POSITIONS)),
-    "rms_norm_eps": _number(1e-30, 1),
-    "norm_epsilon": _number(1e-30, 1),
-    "rope_theta": _or_none(_THETA),
-    "rope_parameters": _or_none(_OBJECT),
-    "rope_scaling": _or_none(_OBJECT),
-    "rope_local_base_freq": _or_none(_THETA),
-    "partial_rotary_factor": _or_none(_SHARE),
-    "sliding_window": _or_none(whole(1, 1 << 31)),
-    "use_sliding_window": _or_none(_TRUTH),
-    "max_window_layers": _or_none(whole(0, 1 << 31)),
-    "sliding_window_pattern": _or_none(whole(1, 1 << 31)),
-    "layer_types": _or_none(_each(_one_of(LAYER_KINDS), MOST_LAYERS)),
-    "no_rope_layers": _or_none(_each(whole(0, 1), MOST_LAYERS)),
-    "no_rope_layer_interval": _or_none(whole(1, 1 << 31)),
-    "tie_word_embeddings": _TRUTH,
-    "attention_bias": _or_none(_TRUTH),
-    "mlp_bias": _or_none(_TRUTH),
-    "use_bias": _or_none(_TRUTH),
-    "embedding_dropout": _or_none(_number(0, 1)),
-    "use_bidirectional_attention": Needed("false, because generation is causal", lambda value: not value),
-    "hidden_act": _or_none(_NAME),
-    "hidden_activation": _or_none(_NAME),
-    "query_pre_attn_scalar": _POSITIVE,
-    "attn_logit_softcapping": _or_none(_POSITIVE),
-    "final_logit_softcapping": _or_none(_POSITIVE),
-    "embedding_multiplier": _POSITIVE,
-    "logits_scaling": _POSITIVE,
-    "residual_multiplier": _POSITIVE,
-    "attention_multiplier": _POSITIVE,
-    "dtype": _or_none(_PRECISION),
-    "torch_dtype": _or_none(_PRECISION),
-    "eos_token_id": _EOS,
-    "bos_token_id": _or_none(whole(-1, MOST_TOKENS)),
-    "pad_token_id": _or_none(whole(-1, MOST_TOKENS)),
-}
-
-_ROPE_VALUES: dict[str, Needed] = {
-    "rope_type": _NAME,
-    "type": _NAME,
-    "rope_theta": _THETA,
-    "factor": _or_none(_POSITIVE),
-    "partial_rotary_factor": _or_none(_SHARE),
-    "original_max_position_embeddings": _or_none(whole(1, MOST_POSITIONS)),
-    "attention_factor": _or_none(_POSITIVE),
-    "low_freq_factor": _POSITIVE,
-    "high_freq_factor": _POSITIVE,
-    "beta_fast": _or_none(_POSITIVE),
-    "beta_slow": _or_none(_POSITIVE),
-    "mscale": _or_none(_POSITIVE),
-    "mscale_all_dim": _or_none(_POSITIVE),
-    "short_factor": _or_none(_each(_POSITIVE, LARGEST_HEAD)),
-    "long_factor": _or_none(_each(_POSITIVE, LARGEST_HEAD)),
-}
+# Names in config.json. A missing value has the default of its architecture.
+_VALUES = _table(
+    required={
+        whole(1, MOST_LAYERS): "num_hidden_layers",
+        whole(1, MOST_TOKENS): "vocab_size",
+        _WIDTH: "hidden_size intermediate_size num_attention_heads",
+        _POSITIONS: "max_position_embeddings",
+        _EPS: "rms_norm_eps norm_epsilon",
+        _TRUTH: "tie_word_embeddings",
+        _POSITIVE: "query_pre_attn_scalar embedding_multiplier logits_scaling residual_multiplier attention_multiplier",
+        _EOS: "eos_token_id",
+        Needed("false, because generation is causal", lambda value: not value): "use_bidirectional_attention",
+    },
+    optional={
+        _WIDTH: "num_key_value_heads",
+        _HEAD: "head_dim",
+        _POSITIONS: "original_max_position_embeddings",
+        _THETA: "rope_theta rope_local_base_freq",
+        _OBJECT: "rope_parameters rope_scaling",
+        _SHARE: "partial_rotary_factor",  # of a head that rotates
+        _WINDOW: "sliding_window sliding_window_pattern no_rope_layer_interval",
+        whole(0, 1 << 31): "max_window_layers",
+        _TRUTH: "use_sliding_window attention_bias mlp_bias use_bias",
+        _each(_one_of(*LAYER_KINDS), MOST_LAYERS): "layer_types",
+        _each(whole(0, 1), MOST_LAYERS): "no_rope_layers",
+        _number(0, 1): "embedding_dropout",
+        _NAME: "hidden_act hidden_activation",
+        _POSITIVE: "attn_logit_softcapping final_logit_softcapping",
+        _one_of("auto", *FLOATS): "dtype torch_dtype",
+        whole(-1, MOST_TOKENS): "bos_token_id pad_token_id",
+    },
+)
+_ROPE_VALUES = _table(
+    required={_NAME: "rope_type type", _THETA: "rope_theta", _POSITIVE: "low_freq_factor high_freq_factor"},
+    optional={
+        _POSITIVE: "factor attention_factor beta_fast beta_slow mscale mscale_all_dim",
+        _SHARE: "partial_rotary_factor",
+        _POSITIONS: "original_max_position_embeddings",
+        _each(_POSITIVE, LARGEST_HEAD): "short_factor long_factor",
+    },
+)
 _ROPE_NEEDS = {  # by type: values required besides the base
     "linear": ("factor",),
     "dynamic": ("factor",),

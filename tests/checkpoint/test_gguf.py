@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from layerskip_core.checkpoint.gguf import GgufModel
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.errors import CheckpointError
-from layerskip_core.export import gguf_file
-from layerskip_core.export.gguf_file import write_gguf
+from layerskip_core.export import gguf as gguf_file
+from layerskip_core.export.gguf import write_gguf
 from layerskip_core.model.rope import rope_frequencies
 from layerskip_core.model.spec import ModelSpec
 

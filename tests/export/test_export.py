@@ -17,8 +17,8 @@ from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import save_beside
 from layerskip_core.config.export import ENGINES
-from layerskip_core.export.draft_length import recommended_length
-from layerskip_core.export.engines import instructions
+from layerskip_core.export.draft import recommended_length
+from layerskip_core.export.run import instructions
 from layerskip_core.model.exit_blocks import ExitBlock
 
 
@@ -76,9 +76,9 @@ def test_the_exit_with_a_block_is_the_default_and_keeps_it(with_block, tmp_path)
 
 
 def test_a_plain_folder_is_its_own_target(checkpoint, tmp_path):
-    done = run("export", checkpoint, "--output", str(tmp_path / "draft"), "--engine", "sglang")
-    assert f"--model-path {checkpoint} " in done.out and "layerskip export" not in done.out
-    assert "--speculative-num-steps 6 --speculative-eagle-topk 1 --speculative-num-draft-tokens 7" in done.out
+    done = run("export", checkpoint, "--output", str(tmp_path / "draft"), "--engine", "vllm")
+    assert f"vllm serve {checkpoint} " in done.out and "layerskip export" not in done.out
+    assert '"num_speculative_tokens": 6' in done.out
 
 
 def test_wrong_input_is_one_error(checkpoint, tmp_path):
@@ -86,7 +86,7 @@ def test_wrong_input_is_one_error(checkpoint, tmp_path):
     exits = ("export", checkpoint, "--output", output, "--exit")
     fails("--exit must be in 1..6, got 7 (model has 6 layers)", *exits, "7")
     fails("--exit must be in 1..5, got 6 (model has 6 layers)", *exits, "6", "--engine", "vllm")
-    needed = "vllm, sglang, llama.cpp, tensorrt-llm, transformers"
+    needed = "vllm, llama.cpp, transformers"
     fails(f"--engine must be one of {needed}, got onnx", "export", checkpoint, "--output", output, "--engine", "onnx")
     fails(f"--output must be another folder than the model's, got {checkpoint}", *exits[:2], "--output", checkpoint)
     (tmp_path / "draft").mkdir()

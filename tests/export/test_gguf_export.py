@@ -19,8 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.errors import CheckpointError
-from layerskip_core.export.gguf_file import rope_factors, write_gguf
-from layerskip_core.export.gguf_tokenizer import SPLITS, add_tokenizer
+from layerskip_core.export.gguf import SPLITS, add_tokenizer, rope_factors, write_gguf
 from layerskip_core.model.spec import ModelSpec
 
 LLAMA3 = {

@@ -1,0 +1,298 @@
+"""GGUF files for llama.cpp: a model with its tokenizer, and target.gguf beside draft.gguf."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint.loaded import Trainable
+from ..errors import CheckpointError, ConfigError
+from ..files import new_staging, require_writable, synchronise
+from ..model.exit_blocks import ExitBlocks
+from ..model.rope import llama3_factors
+from ..model.spec import ModelSpec, RopeSpec
+from .draft import cut_to_exit
+
+TARGET, DRAFT = "target.gguf", "draft.gguf"
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+_GEMMA_PERIOD = 6  # llama.cpp gives every sixth layer of Gemma 3 full attention
+_BLOCK = 32  # numbers of a row that share a scale in q8_0 and q4_0
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {  # llama.cpp's name of what comes before byte-level BPE, by our `_steps`
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (rf"{_CONTRACTIONS}\p{{N}}{{1,3}}{_REST}", "bytes"): "llama-bpe",
+    (rf"{_CONTRACTIONS}\p{{N}}{_REST}", "bytes"): "qwen2",
+}
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "\u2581"
+
+
+def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
+    """Raises ConfigError if `output` holds such files that may not be replaced, or a readme without them."""
+    folder = Path(output)
+    ours = [name for name in (TARGET, DRAFT) if os.path.lexists(folder / name)]
+    if ours and not overwrite:
+        raise ConfigError(f"`output` {output} already holds {ours[0]}; give `overwrite` to replace it, or another folder")
+    if not ours and os.path.lexists(folder / readme):
+        raise ConfigError(f"`output` {output}: in the way is {readme}, which layerskip did not write; give another folder")
+    for name in (TARGET, DRAFT, readme):
+        require_writable(folder / name, CheckpointError)
+
+
+def write_pair(
+    loaded: Trainable, exit_layer: int, blocks: ExitBlocks, output: str, kind: str, files: Mapping[str, bytes]
+) -> None:
+    """Writes both models and `files` to `output`, whose lock the caller holds; the target alone if the exit is the last layer.
+
+    `loaded`, in fp32, loses the layers that the draft does not have. Raises as `write_gguf` and `cut_to_exit` do, and
+    CheckpointError if the files cannot be written. The folder is unchanged then, unless the last renames fail. The draft goes
+    first and comes last: whenever this is killed, no draft lies beside a target that is not its own.
+    """
+    folder = Path(output)
+    try:
+        staging = new_staging(folder)
+        try:
+            write_gguf(loaded.model, loaded.tokenizer, loaded.backend.spec, staging / TARGET, kind)
+            if exit_layer < loaded.backend.num_layers:
+                draft = cut_to_exit(loaded, exit_layer, blocks)
+                write_gguf(draft, loaded.tokenizer, ModelSpec.of(draft.config), staging / DRAFT, kind)
+            for name, content in files.items():
+                (staging / name).write_bytes(content)
+            written = sorted(staging.iterdir(), key=lambda path: path.name == DRAFT)
+            for path in written:
+                synchronise(path)
+            (folder / DRAFT).unlink(missing_ok=True)
+            for path in written:
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the model to {output}: {error}") from error
+
+
+def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
+    """Writes a transformers model in fp32. `kind`, of its matrices: f16, q8_0 or q4_0.
+
+    Vectors stay in fp32. With q4_0 the embedding and the head are q8_0, and rows that are no multiple of 32 stay f16.
+
+    Raises CheckpointError for a model or tokenizer that llama.cpp would not run alike, and ConfigError if the library `gguf` is
+    missing.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("`format` gguf needs the library gguf: pip install 'layerskip[gguf]'", "format") from None
+    name = _ARCHITECTURES.get(spec.model_type)
+    if name is None:
+        raise CheckpointError(f"for GGUF model_type must be one of {', '.join(_ARCHITECTURES)}, found {spec.model_type}")
+    _check(spec)
+    writer = gguf.GGUFWriter(path, name)
+    try:
+        _add_values(writer, spec, gguf, kind)
+        add_tokenizer(writer, tokenizer, spec.vocab)
+        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), spec.layers)
+        for weight_name in spec.shapes:
+            weight = _as_stored(weight_name, model.get_parameter(weight_name).detach(), spec)
+            stored = names.get_name(weight_name, try_suffixes=(".weight", ".bias"))
+            assert stored is not None, weight_name
+            _add(writer, stored, weight, _kind_of(weight_name, weight, kind), gguf)
+        if (factors := rope_factors(spec)) is not None:
+            _add(writer, "rope_freqs.weight", factors, "f32", gguf)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _add_values(writer: Any, spec: ModelSpec, gguf: Any, kind: str) -> None:
+    writer.add_block_count(spec.layers)
+    writer.add_context_length(spec.context)
+    writer.add_embedding_length(spec.hidden)
+    writer.add_feed_forward_length(spec.inner)
+    writer.add_head_count(spec.heads)
+    writer.add_head_count_kv(spec.kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(spec.eps)
+    writer.add_rope_dimension_count(spec.head_dim)
+    writer.add_vocab_size(spec.vocab)
+    full = _full_rope(spec)
+    writer.add_rope_freq_base(float(full.parameters["rope_theta"]))
+    if full.type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(full.parameters["factor"]))
+    if spec.window is not None:
+        writer.add_sliding_window(spec.window)
+        writer.add_rope_freq_base_swa(float(spec.ropes[spec.rope_of[0] or 0].parameters["rope_theta"]))
+    if spec.logits_cap is not None:
+        writer.add_final_logit_softcapping(spec.logits_cap)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _check(spec: ModelSpec) -> None:
+    """Raises CheckpointError for what llama.cpp does not read from the file but takes from the architecture."""
+    pattern = tuple((layer + 1) % _GEMMA_PERIOD != 0 for layer in range(spec.layers))
+    windows = tuple(spec.window_of(layer) is not None for layer in range(spec.layers))
+    gemma = spec.model_type == "gemma3_text"
+    activation = "gelu_pytorch_tanh" if gemma else "silu"
+    for holds, what in (
+        (windows == pattern if gemma else not any(windows), "sliding windows in other layers than llama.cpp gives it"),
+        (spec.activation == activation, f"the activation {spec.activation}, where llama.cpp has {activation}"),
+        (math.isclose(spec.attention_scale, spec.head_dim**-0.5), "attention scores scaled otherwise than by its head size"),
+        (_full_rope(spec).type in ("default", "linear", "llama3"), f"a rope of type {_full_rope(spec).type}"),
+    ):
+        if not holds:
+            raise CheckpointError(f"this {spec.model_type} cannot be a GGUF file: it has {what}")
+
+
+def _full_rope(spec: ModelSpec) -> RopeSpec:
+    """The rope of layers with full attention; that of the sliding ones if there are no others."""
+    places = [rope for layer, rope in enumerate(spec.rope_of) if spec.window_of(layer) is None] or list(spec.rope_of)
+    return spec.ropes[places[0] or 0]
+
+
+def _as_stored(name: str, weight: Tensor, spec: ModelSpec) -> Tensor:
+    """llama.cpp's form of a weight: it rotates neighbours in a Llama's heads, not halves, and adds no 1 to Gemma's norms."""
+    if _ARCHITECTURES[spec.model_type] == "llama" and (part := name.split(".")[-2]) in ("q_proj", "k_proj"):
+        heads = spec.heads if part == "q_proj" else spec.kv_heads
+        return weight.view(heads, 2, spec.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+    if spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight"):
+        return weight + 1
+    return weight
+
+
+def _kind_of(name: str, weight: Tensor, kind: str) -> str:
+    if weight.dim() == 1:
+        return "f32"
+    if kind == "q4_0" and not name.startswith("model.layers."):
+        kind = "q8_0"
+    return kind if weight.shape[-1] % _BLOCK == 0 else "f16"
+
+
+def _add(writer: Any, name: str, weight: Tensor, kind: str, gguf: Any) -> None:
+    form = gguf.GGMLQuantizationType[kind.upper()]
+    writer.add_tensor(name, gguf.quants.quantize(weight.contiguous().float().numpy(), form), raw_dtype=form)
+
+
+def rope_factors(spec: ModelSpec) -> Tensor | None:
+    """What llama.cpp divides the frequencies of a Llama 3 by, (head_dim / 2,); None for other ropes."""
+    rope = _full_rope(spec)
+    return llama3_factors(rope.parameters, spec.head_dim) if rope.type == "llama3" else None
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
+    """Adds a transformers tokenizer to a GGUFWriter, with `vocab` tokens: those of the model's embedding.
+
+    Raises CheckpointError for a tokenizer that llama.cpp would not encode alike.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise CheckpointError(f"for GGUF the tokenizer must be of the type BPE, found {model['type']}")
+    if model.get("byte_fallback"):
+        _add_text_bpe(writer, described)
+    else:
+        _add_byte_level(writer, described)
+    _add_tokens(writer, tokenizer, described, vocab)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for add, token in (
+        (writer.add_bos_token_id, bos),
+        (writer.add_eos_token_id, eos),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if token is not None:
+            add(token)
+    ids = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bos is not None and ids[0] == bos)
+    writer.add_add_eos_token(eos is not None and ids[-1] == eos)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _add_byte_level(writer: Any, described: dict[str, Any]) -> None:
+    split = SPLITS.get(_steps(described["pre_tokenizer"]))
+    normalizer = (described["normalizer"] or {}).get("type")
+    if split is None or normalizer not in (None, "NFC"):
+        raise CheckpointError(
+            f"for GGUF the tokenizer must split text as one of {', '.join(SPLITS.values())} does; its pre-tokenizer is "
+            f"{json.dumps(described['pre_tokenizer'])[:200]}, its normalizer {normalizer}"
+        )
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_merges([" ".join(pair) for pair in _merges(described)])
+
+
+def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
+    """The steps of a pre-tokenizer: a pattern for one that splits by it, a name for one that is known, else its JSON."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    return tuple(map(_step, steps))
+
+
+def _step(step: dict[str, Any] | None) -> str:
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": regex}:
+            return "ByteLevel" if regex else "bytes"
+        case {"type": "Digits", "individual_digits": True}:
+            return "Digits"
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+            return str(pattern)
+    return json.dumps(step)
+
+
+def _add_text_bpe(writer: Any, described: dict[str, Any]) -> None:
+    normalizer, pre_tokenizer = json.dumps(described["normalizer"]), json.dumps(described["pre_tokenizer"])
+    marks_spaces = json.dumps(_SPACE) in normalizer + pre_tokenizer
+    if not marks_spaces:
+        raise CheckpointError(
+            f"for GGUF a tokenizer with byte tokens must write spaces as {_SPACE}; its normalizer: {normalizer}"
+        )
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    prefixed = '"Prepend"' in normalizer or '"prepend_scheme": "first"' in pre_tokenizer
+    writer.add_add_space_prefix(prefixed or '"prepend_scheme": "always"' in pre_tokenizer)
+
+
+def _add_tokens(writer: Any, tokenizer: Any, described: dict[str, Any], vocab: int) -> None:
+    """Tokens by id, their types, and for BPE over text their scores: what is merged earlier has a higher one."""
+    from gguf import TokenType
+
+    added = {token["id"]: token for token in described["added_tokens"]}
+    text_of = {token: text for text, token in tokenizer.get_vocab().items()}
+    rank: dict[str, int] = {}
+    over_text = bool(described["model"].get("byte_fallback"))
+    for place, (left, right) in enumerate(_merges(described) if over_text else ()):
+        rank.setdefault(left + right, place + 1)
+    texts, types, scores = [], [], []
+    for token in range(vocab):
+        text = text_of.get(token)
+        if text is None:
+            kind = TokenType.UNUSED
+        elif token in added:
+            kind = TokenType.CONTROL if added[token]["special"] else TokenType.USER_DEFINED
+        elif over_text and _BYTE.fullmatch(text):
+            kind = TokenType.BYTE
+        else:
+            kind = TokenType.UNKNOWN if over_text and token == tokenizer.unk_token_id else TokenType.NORMAL
+        texts.append(f"[PAD{token}]" if text is None else text)
+        types.append(kind)
+        scores.append(-float(rank.get(text or "", 0)))
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    if over_text:
+        writer.add_token_scores(scores)
+
+
+def _merges(described: dict[str, Any]) -> list[list[str]]:
+    """Pairs of texts, in their order."""
+    return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in described["model"]["merges"]]
