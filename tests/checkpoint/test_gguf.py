@@ -211,8 +211,8 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
 
 def assert_same_ropes(config, expected):
-    specs = [(known, ModelSpec.of(known)) for known in (config, expected)]
-    found, known = [[rope_frequencies(config, spec, rope) for rope in spec.ropes] for config, spec in specs]
+    specs = [ModelSpec.of(known) for known in (config, expected)]
+    found, known = [[rope_frequencies(spec, rope) for rope in spec.ropes] for spec in specs]
     for (frequencies, scaling), (right, factor) in zip(found, known, strict=True):
         torch.testing.assert_close(frequencies, right, rtol=1e-5, atol=0)
         assert scaling == pytest.approx(factor)
