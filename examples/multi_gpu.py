@@ -1,21 +1,18 @@
 """Predicts memory per GPU and time per step of `finetune --fsdp` for Llama shapes, as the tables of multi_gpu.md.
 
-Nothing is measured: the counts are those of `finetune --dry-run`, on models without weights. A step takes its floating-point
-operations over the peak of all GPUs times a utilisation that is assumed.
+Nothing is measured: weights and operations are counted, on models without weights. A step takes its floating-point operations
+over the peak of all GPUs times a utilisation that is assumed.
 
     python examples/multi_gpu.py
 """
 
-import os
-from types import SimpleNamespace
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from layerskip_core.config.training import FinetuneConfig
+from layerskip_core.config.training import RecipeSettings
+from layerskip_core.losses import CHUNK_LOGITS
 from layerskip_core.model import GenericBackend
-from layerskip_core.training.plan import TrainingPlan, make_plan
-from layerskip_core.training.rows.encoded_data import EncodedData
+from layerskip_core.training.recipe import dropout_rates, mean_exits, resolve_recipe
 
 LENGTH = 4096  # tokens of a packed row
 PEAK = 989e12  # bf16 without sparsity, of an H100 SXM (NVIDIA's data sheet)
@@ -31,28 +28,53 @@ SHAPES = {  # as Llama 3.2 1B, Llama 3 8B and 70B
 COMMON = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": LENGTH}
 
 
-def trainable(shape: str) -> SimpleNamespace:
+def backend_of(shape: str) -> GenericBackend:
     config = LlamaConfig(**SHAPES[shape], **COMMON, tie_word_embeddings=shape == "1B")
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    return SimpleNamespace(model=model, backend=GenericBackend(model))
+        return GenericBackend(LlamaForCausalLM(config))
 
 
-def plan(shape: str, gpus: int, **changes: object) -> TrainingPlan:
-    """Of continual pretraining in bf16 with recomputed layers, on rows of LENGTH tokens that are all targets."""
-    os.environ["WORLD_SIZE"] = str(gpus)
-    settings = {"batch_size": 4, "gradient_checkpointing": True, "fsdp": gpus > 1, **changes}
-    config = FinetuneConfig(model=shape, regime="continual", steps=STEPS, **settings)
-    rows = EncodedData(rows=(), tokens=LENGTH, target_tokens=LENGTH, truncated=0, longest=LENGTH, count=1)
-    return make_plan(config, trainable(shape), rows, SimpleNamespace(max_length=LENGTH, pack=True), "cuda", autocast=True)
+def flops(backend: GenericBackend, batch_size: int, gpus: int, lora: bool) -> float:
+    """Floating-point operations of a step, over all GPUs.
+
+    Per token two for each weight in the forward pass and four in the backward pass, of which LoRA needs half, and two more for
+    each weight that is used again there: of layers with gradient checkpointing, of heads whose logits are taken in chunks.
+    Causal attention adds 6 T D per layer. Layer dropout saves layers, and each exit adds a head.
+    """
+    parameters = sum(weight.numel() for weight in backend.model.parameters())
+    recipe = resolve_recipe(RecipeSettings(), "continual", parameters, backend.num_layers, backend.vocab_size)
+    exits = mean_exits(recipe, STEPS, backend.num_layers)
+    kept = 1 - sum(dropout_rates(recipe.p_max, backend.num_layers)) / backend.num_layers
+    layers, head = layer_weights(backend) * kept, backend.hidden_size * backend.vocab_size * exits
+    attention = 6 * LENGTH * backend.spec.heads * backend.spec.head_dim * backend.num_layers * kept
+    per_token = (4 if lora else 6) * (layers + head) + attention + 2 * layers + attention / 3 + 2 * head
+    return batch_size * gpus * LENGTH * per_token
 
 
-def row(shape: str, gpus: int, batch_size: int, trained: str = "all weights", **changes: object) -> str:
-    found = plan(shape, gpus, batch_size=batch_size, **changes)
-    gib, seconds = found.memory_mb / 1024, found.flops / (gpus * PEAK * UTILISATION)
-    memory = f"{gib:.0f} GiB" if gib < 0.9 * GPU_GIB else f"**{gib:.0f} GiB**: does not fit"
-    rows = f"{batch_size} x {gpus}"
-    return f"| {shape}, {trained} | {rows} | {memory} | {found.flops:.1e} | {seconds:.1f} s | {STEPS * seconds / 86400:.1f} |"
+def memory(backend: GenericBackend, batch_size: int, gpus: int, lora: bool) -> float:
+    """Bytes in each process: its share of weights, gradients and two moments in fp32 (of LoRA only the weights count), whole
+    weights and gradients in bf16 of what lies outside the layers and of two layers, the input of each layer and the activations
+    of one, and logits.
+    """
+    parameters = sum(weight.numel() for weight in backend.model.parameters())
+    whole = parameters - layer_weights(backend) * (1 - 2 / backend.num_layers)
+    state = parameters * (4 if lora else 16) / gpus + 2 * whole * (1 if lora else 2)
+    activations = backend.num_layers * backend.hidden_size + 14 * backend.hidden_size + 4 * backend.spec.inner
+    return state + 2 * batch_size * LENGTH * activations + 4 * 3 * CHUNK_LOGITS
+
+
+def layer_weights(backend: GenericBackend) -> int:
+    return sum(weight.numel() for weight in backend.layers.parameters())
+
+
+def row(shape: str, gpus: int, batch_size: int, lora: bool = False) -> str:
+    backend = backend_of(shape)
+    gib, operations = memory(backend, batch_size, gpus, lora) / 2**30, flops(backend, batch_size, gpus, lora)
+    seconds = operations / (gpus * PEAK * UTILISATION)
+    fits = f"{gib:.0f} GiB" if gib < 0.9 * GPU_GIB else f"**{gib:.0f} GiB**: does not fit"
+    trained = "LoRA of rank 16" if lora else "all weights"
+    days = STEPS * seconds / 86400
+    return f"| {shape}, {trained} | {batch_size} x {gpus} | {fits} | {operations:.1e} | {seconds:.1f} s | {days:.1f} |"
 
 
 def main() -> None:
@@ -62,7 +84,7 @@ def main() -> None:
         for gpus in (8, 16, 64):
             print(row(shape, gpus, batch_size))
     for gpus in (8, 16):
-        print(row("70B", gpus, 1, "LoRA of rank 16", lora_rank=16))
+        print(row("70B", gpus, 1, lora=True))
 
 
 if __name__ == "__main__":

@@ -65,15 +65,15 @@ def measured(arguments: argparse.Namespace) -> dict:
     import torch
 
     from layerskip_core.checkpoint.open import for_training
-    from layerskip_core.config.training import RecipeConfig
-    from layerskip_core.training.recipe.module import Moment, RecipeModule
-    from layerskip_core.training.recipe.resolved import resolve_recipe
+    from layerskip_core.config.training import RecipeSettings
+    from layerskip_core.training.module import RecipeModule
+    from layerskip_core.training.recipe import Moment, resolve_recipe
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     loaded = for_training(arguments.model, arguments.device, "fp32")
     device = loaded.backend.device
-    asked = RecipeConfig(p_max=arguments.pmax, e_scale=0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
-    recipe = resolve_recipe(asked, loaded.backend.num_layers, loaded.backend.vocab_size)
+    asked = RecipeSettings(p_max=arguments.pmax, e_scale=0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
+    recipe = resolve_recipe(asked, "finetune", 0, loaded.backend.num_layers, loaded.backend.vocab_size)
     training = RecipeModule(loaded.model, recipe).train()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)
     ids = torch.randint(3, loaded.backend.vocab_size, (arguments.batch, arguments.length), device=device)
@@ -106,8 +106,7 @@ def measured(arguments: argparse.Namespace) -> dict:
 def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, length: int) -> float:
     """Multiply-adds of one step: 1x forward and 2x backward; a head with chunked logits 1x more; a head of weight 0 only 1x."""
     from layerskip_core import losses
-    from layerskip_core.training.recipe.dropout import kept_rows
-    from layerskip_core.training.recipe.module import Moment
+    from layerskip_core.training.recipe import Moment, kept_rows
 
     backend = training.backend
     rates = training._rates(Moment(number, 1000))

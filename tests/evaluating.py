@@ -19,7 +19,7 @@ from layerskip_core.evaluation.outputs import Output, Outputs
 from layerskip_core.evaluation.results import Step
 from layerskip_core.evaluation.tasks.task import Task
 from layerskip_core.model import GenericBackend
-from layerskip_core.training.rows.tokenizer import train_tokenizer
+from layerskip_core.training.encoding import train_tokenizer
 
 LAYERS = 6
 NEW_TOKENS = 12

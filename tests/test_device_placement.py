@@ -27,7 +27,6 @@ from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import GenericBackend, PackedBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.training import run as running
-from layerskip_core.training.frozen.prepare import prepare_frozen
 
 PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
 SAMPLED = {"temperature": 0.8, "top_k": 20, "seed": 3}
@@ -179,11 +178,7 @@ def run_on(base, tmp_path, monkeypatch):
 
     def run(device, **changes):
         config = settings_on(base, tmp_path)(device=device, output=str(tmp_path / device), overwrite=True, **changes)
-        if not config.exit_blocks.frozen:
-            return train(config)
-        reports = []
-        prepare_frozen(config).run(reports.append, lambda stage: None)
-        return reports
+        return train(config)
 
     return run
 

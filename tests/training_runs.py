@@ -14,10 +14,10 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data.examples import load_examples
-from layerskip_core.training.prepare import prepare
-from layerskip_core.training.recipe.module import RecipeModule
-from layerskip_core.training.recipe.resolved import resolve_recipe
-from layerskip_core.training.rows.tokenizer import train_tokenizer
+from layerskip_core.training.encoding import train_tokenizer
+from layerskip_core.training.module import RecipeModule
+from layerskip_core.training.recipe import resolve_recipe
+from layerskip_core.training.run import prepare
 
 RECIPE = RecipeSettings(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
 
@@ -101,8 +101,8 @@ def train(config):
 
 
 def recipe_module(model, recipe, *arguments, anchor=None, **keywords):
-    """The training module of a model under a RecipeConfig."""
-    resolved = resolve_recipe(recipe, model.config.num_hidden_layers, model.config.vocab_size)
+    """The training module of a model under RecipeSettings."""
+    resolved = resolve_recipe(recipe, "finetune", 0, model.config.num_hidden_layers, model.config.vocab_size)
     module = RecipeModule(model, resolved, *arguments, **keywords)
     module.anchor = anchor
     return module

@@ -59,53 +59,21 @@ def finetune(
     """
     require_ranges(threads=threads)
     use_free_threads(threads)
-    drawn = Curves() if curves else None
-    if settings.exit_blocks.frozen:
-        train_blocks(settings, dry_run, drawn)
-    else:
-        train_recipe(settings, dry_run, drawn)
+    from layerskip_core.training.run import prepare, run_lock
 
+    from ..training_text import plan_text, report_text, result_text
 
-def train_recipe(settings: FinetuneConfig, dry_run: bool, curves: Curves | None) -> None:
-    """The recipe, on all weights."""
-    from layerskip_core.training.loop.session import run_lock
-    from layerskip_core.training.prepare import prepare
-
-    from ..training_text import losses_text, plan_text, report_text
-
+    frozen, drawn = settings.exit_blocks.frozen, Curves() if curves else None
     with nullcontext() if dry_run else run_lock(settings.output):
         job = prepare(settings)
-        narrate(plan_text(job.config, job.plan))
+        narrate(plan_text(job.plan))
         if dry_run:
             return
-        with reported(curves, report_text) as (report_step, show):
-            info = job.run(
-                report_step,
-                lambda progress: show(progress.stage, progress.done, progress.total, ""),
-            )
-    narrate(losses_text(info))
-    narrate(f"saved {settings.output}; next: layerskip sweep-exits --model {shlex.quote(settings.output)}")
-
-
-def train_blocks(settings: FinetuneConfig, dry_run: bool, curves: Curves | None) -> None:
-    """Exit blocks beside a model that stays as it is."""
-    from layerskip_core.training.frozen.prepare import prepare_frozen
-    from layerskip_core.training.loop.session import run_lock
-
-    from ..training_text import block_report_text, blocks_text, frozen_plan_text
-
-    with nullcontext() if dry_run else run_lock(settings.output):
-        job = prepare_frozen(settings)
-        narrate(frozen_plan_text(job.config, job.plan))
-        if dry_run:
-            return
-        with reported(curves, block_report_text) as (report_step, show):
-            trained = job.run(
-                report_step,
-                lambda progress: show(progress.stage, progress.done, progress.total, ""),
-            )
-    narrate(blocks_text(trained))
-    narrate(f"saved {settings.output}; next: layerskip bench --model {shlex.quote(settings.output)}")
+        with reported(drawn, report_text(frozen)) as (report_step, show):
+            info = job.run(report_step, lambda progress: show(progress.stage, progress.done, progress.total, ""))
+    narrate(result_text(info, job.plan))
+    following = "bench" if frozen else "sweep-exits"
+    narrate(f"saved {settings.output}; next: layerskip {following} --model {shlex.quote(settings.output)}")
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""GPTQ (Frantar et al., ICLR 2023): levels chosen input by input, each error made up for by the inputs that follow.
+"""One weight in 4 bits: GPTQ, then a descent that lowers the error it leaves.
+
+GPTQ (Frantar et al., ICLR 2023) chooses levels input by input, and the inputs that follow make up for each error.
 
 The error of a weight W (out, in) is the sum over inputs x of |(W - W4) x|^2, which is the trace of (W - W4) H (W - W4)^T with
 H = sum x x^T. Where the inputs come from layers that are quantised already, W x is compared with the output for the inputs y of
@@ -6,6 +8,11 @@ the original layers (GPTAQ, Li et al., ICML 2025): W is first replaced by W + W 
 That is a regression, which also fits the noise of the texts, so its H is damped more. Of the outputs of the MLP of layer 16 of
 SmolLM2-135M on other texts (128 texts), 5.10% were wrong with dampings of 0.01, 5.09% without the correction, and 4.98% with
 a damping of 1 for the correction; 4.76% came from the layers before. Inputs of 576 instead of 1,536 values need less of it.
+
+The descent goes by turns: scales and lowest values for given levels, where the error is a quadratic function with one minimum;
+then each level in turn becomes the best one beside all others as they stand (QuantEase, Behdin et al., 2023). On `embedded`
+with 96 texts of 96 tokens the divergence of its predictions on other texts was 0.0164 nats per token without it and 0.0141
+with it, after the tuning 0.0159 and 0.0140.
 """
 
 from dataclasses import dataclass
@@ -21,6 +28,10 @@ _BLOCK = 128  # inputs whose errors are passed on together
 _RANGES = 20  # tried for each group: from all of it down to the narrowest
 _NARROWEST = 0.6  # of the distance from the smallest to the largest weight
 _TINY = 1e-8  # the smallest step
+_ROUNDS = 3  # of the descent: the first lowers the error by 10 to 15%, all three by 15 to 20%
+_ROWS = 256  # outputs that are solved together
+_RIDGE = 1e-6  # keeps a group of equal levels, whose scale has no effect, solvable
+_CENTRE = (LEVELS - 1) / 2
 
 
 @dataclass
@@ -117,3 +128,64 @@ def searched(group: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         least = torch.where(better, error, least)
         best_scale, best_low = torch.where(better, scale, best_scale), torch.where(better, lowest, best_low)
     return best_scale, best_low
+
+
+def descended(made: Int4, aim: Aim) -> Int4:
+    """A weight with other levels and scales, and an error that is not larger."""
+    least = aim.error(made)
+    for _ in range(_ROUNDS):
+        lower = with_best_levels(with_best_scales(made, aim), aim)
+        error = aim.error(lower)
+        if not error < least:
+            break
+        made, least = lower, error
+    return made
+
+
+def with_best_scales(made: Int4, aim: Aim) -> Int4:
+    """The same levels with the scales and lowest values of least error, rounded to bf16."""
+    square = aim.square.view(*(aim.square.shape[0] // GROUP_SIZE, GROUP_SIZE) * 2)  # (groups, in group, groups, in group)
+    wanted = (aim.weight @ aim.square).view(*made.scale.shape, GROUP_SIZE)
+    scales, lows = [], []
+    for levels, product in zip(torch.split(made.levels, _ROWS), torch.split(wanted, _ROWS), strict=True):
+        scale, low = _best_scales(levels.view_as(product).float() - _CENTRE, square, product)
+        scales.append(scale)
+        lows.append(low)
+    return Int4(made.levels, torch.cat(scales), torch.cat(lows))
+
+
+def _best_scales(centred: Tensor, square: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """For levels (R, groups, in group) around 0: scale and lowest value, (R, groups), of the normal equations."""
+    rows, groups, _ = centred.shape
+    seen = torch.einsum("gihj,rhj->rgih", square, centred)
+    scale_scale = torch.einsum("rgih,rgi->rgh", seen, centred)
+    middle_scale = seen.sum(2)
+    middle_middle = square.sum((1, 3)).expand(rows, groups, groups)
+    above = torch.cat([scale_scale, middle_scale.transpose(1, 2)], dim=2)
+    normal = torch.cat([above, torch.cat([middle_scale, middle_middle], dim=2)], dim=1)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += _RIDGE * diagonal.mean(1, keepdim=True)
+    solved = torch.linalg.solve(normal, torch.cat([(wanted * centred).sum(2), wanted.sum(2)], dim=1))
+    scale = solved[:, :groups].bfloat16().float()
+    return scale, (solved[:, groups:] - _CENTRE * scale).bfloat16().float()
+
+
+def with_best_levels(made: Int4, aim: Aim) -> Int4:
+    """The same scales; each level, input by input, is the best one beside the others. The error does not grow."""
+    levels = made.levels.float()
+    slope = (made.weight - aim.weight) @ aim.square  # half the error's derivative by each weight
+    diagonal = aim.square.diagonal()
+    for start in range(0, levels.shape[1], _BLOCK):
+        square = aim.square[start : start + _BLOCK]
+        inside = slope[:, start : start + _BLOCK].clone()
+        changes = torch.zeros_like(inside)
+        for place in range(inside.shape[1]):
+            column = start + place
+            scale = made.scale[:, column // GROUP_SIZE]
+            step = scale.where(scale != 0, torch.ones_like(scale))
+            best = (levels[:, column] - inside[:, place] / diagonal[column] / step).round_().clamp_(0, LEVELS - 1)
+            changes[:, place] = (best - levels[:, column]) * scale
+            levels[:, column] = best
+            inside.addr_(changes[:, place], square[place, start : start + _BLOCK])
+        slope.addmm_(changes, square)
+    return Int4(levels.to(torch.uint8), made.scale, made.low)

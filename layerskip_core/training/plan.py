@@ -1,162 +1,181 @@
-"""What a run is about to do: its resolved settings, the cost of a step, memory. Nothing is trained or written here."""
+"""A run with all of its defaults resolved, and what it will take on this machine."""
 
-import json
-import math
+import resource
+import sys
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass
+from itertools import cycle, islice
+from math import cos, pi
 from typing import Any
 
-from ..checkpoint.loaded import Trainable
-from ..config.checks import require_exit_layer
-from ..config.training import FinetuneConfig
-from .adapters import adapted_layers
-from .cost import memory_mb, relative_cost, step_flops
-from .recipe.curriculum import mean_exits
-from .recipe.presets import learning_rate, recipe_preset
-from .recipe.resolved import Recipe, resolve_recipe
-from .rows.encoded_data import EncodedData
-from .rows.encoder import Encoder
-from .rows.replay import Replay
-from .rows.step_rows import data_rows, world_size
+import torch
+from torch import Tensor, nn
 
-COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
+from ..checkpoint.loaded import pick_dtype
+from ..config.training import Answers, BlockLoss, Feature, FinetuneConfig
+from ..errors import ConfigError
+from ..model.exit_blocks import ExitBlock
+from .answers import Replay
+from .checkpoints import ResumePoint
+from .recipe import Moment, Recipe, sequence_length
 
-_PACKED = "documents are packed into whole rows; attention stays within a document"
-_STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
-
-# May differ between a run and its resumption: none of it changes the steps that follow.
-_FREE = {
-    "model",
-    "data",
-    "output",
-    "resume",
-    "overwrite",
-    "save_steps",
-    "validation",
-    "validation_samples",
-    "eval_steps",
-    "report_to",
-    "epochs",
-    "device",
-    "exit_blocks",  # of a run of the recipe always the default
-}
+_VALIDATIONS = 10  # per run, unless `eval_steps` is given
+_BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """The settings and estimates of a run, all defaults resolved. `cost` is the computation of a step as a multiple of a step
-    without the recipe, `flops` its floating-point operations over all processes; memory is in MB, of each process.
-    `original`: the fingerprint of the model as it came, where the run needs it; `data_digest`: of the encoded rows.
+class Blocks:
+    """The exit blocks of a run, ExitBlockSettings with all defaults, and what comes before their training."""
 
-    Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows.
+    exits: tuple[int, ...]  # ascending
+    feature: Feature
+    answers: Answers
+    answer_tokens: int
+    answer_temperature: float
+    loss: BlockLoss
+    answered: int  # of the rows and those held out, those whose answers an earlier run has left
+    answer_seconds: float
+    state_seconds: float
+    disk_mb: float  # of states
+
+    @property
+    def placed(self) -> list[ExitBlock]:
+        return [ExitBlock(exit_layer, self.feature) for exit_layer in self.exits]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step was measured to take in each process, and its peak memory with the optimizer's moments, in MB."""
+
+    seconds: float
+    memory_mb: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, all defaults resolved. It trains a whole model under a `recipe`, or `blocks` at exits of a frozen one.
+
+    Of a stream `rows` is None, and `tokens`, `truncated` and `left_out` are those of its first rows. With answers that are
+    still to be written, `tokens` is for answers of the full length. `sealed` decides the steps of the run: it is resumed with
+    the same or not at all. The learning rate rises and falls once in each of `phases` of `steps` optimizer steps.
     """
 
-    recipe: Recipe
+    config: FinetuneConfig
+    device: str
+    autocast: bool
     lr: float
     max_length: int
     steps: int
     rows: int | None
+    held_out: int
     tokens: int
-    truncated: int
     left_out: int  # rows whose prompt leaves no room for a token of the completion
     parameters: int
+    trained: int  # parameters
     num_layers: int
-    exits_per_step: float
-    cost: float
-    flops: float
-    memory_mb: float
-    device: str
-    autocast: bool
+    sealed: Mapping[str, Any]
+    phases: int = 1
+    truncated: int = 0
+    recipe: Recipe | None = None
+    exits_per_step: float = 1.0
     adapted_layers: int | None = None  # the first ones, to which LoRA is confined
-    original: str | None = None
-    data_digest: str | None = None
     replay: Replay | None = None
+    blocks: Blocks | None = None
+    step: StepCost | None = None  # None under FSDP
     notes: tuple[str, ...] = ()  # what the user should know before it starts
 
     @property
     def dtype(self) -> str:
-        return "bf16 autocast" if self.autocast else "fp32"
+        return dtype_name(self.autocast)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps * self.phases
+
+    @property
+    def eval_steps(self) -> int:
+        """Steps between validations; 0: none."""
+        return (self.config.eval_steps or max(1, self.total_steps // _VALIDATIONS)) if self.held_out else 0
+
+    @property
+    def warmup_steps(self) -> int:
+        """Of each phase."""
+        return round(self.config.warmup * self.total_steps / self.phases)
+
+    def lr_share(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, over the initial one: a line upwards, then half a cosine to 0."""
+        index = min(step, self.total_steps - 1) % self.steps if step < self.total_steps else self.steps
+        if index < self.warmup_steps:
+            return index / self.warmup_steps
+        return (1 + cos(pi * (index - self.warmup_steps) / max(1, self.steps - self.warmup_steps))) / 2
 
 
-def make_plan(
-    config: FinetuneConfig,
-    trainable: Trainable,
-    data: EncodedData,
-    encoder: Encoder,
-    device: str,
-    autocast: bool,
-    sealed: Mapping[str, Any] = MappingProxyType({}),
-    original: str | None = None,
-    replay: Replay | None = None,
-) -> TrainingPlan:
-    """`sealed`: the settings of the run that is resumed; they decide R where it is not asked for. `original`: see TrainingPlan.
+def dtype_name(autocast: bool) -> str:
+    return "bf16 autocast" if autocast else "fp32"
 
-    Raises ConfigError when the recipe is undefined for this model or number of steps.
+
+def tokens_per_row(config: FinetuneConfig, context: int) -> int:
+    """Tokens per row: what was asked for, or the regime's length within the model's context."""
+    if config.max_length is None:
+        return sequence_length(config.regime, context)
+    if config.max_length > context:
+        raise ConfigError(f"`max_length` must be at most the model's context of {context} tokens, got {config.max_length}")
+    return config.max_length
+
+
+def autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:
+    """Whether to train in bf16 autocast. `auto` does wherever a model would be loaded in bf16, and also for small models on a
+    CPU with bf16 instructions, where it is twice as fast.
     """
-    backend = trainable.backend
-    parameters = sum(parameter.numel() for parameter in trainable.model.parameters())
-    asked = config.recipe.over(recipe_preset(config.regime, parameters))
-    for exit_layer in asked.exits:
-        require_exit_layer(exit_layer, backend.num_layers, field="exits")
-    if asked.rotation is None and sealed.get("rotation"):
-        asked = replace(asked, rotation=sealed["rotation"])
-    recipe = resolve_recipe(asked, backend.num_layers, backend.vocab_size)
-    steps = steps_of(config, data)
-    exits = mean_exits(recipe, steps, backend.num_layers)
-    cost = relative_cost(backend, recipe, steps, config, exits, data)
-    longest = data.longest if replay is None else max(data.longest, replay.longest)
-    return TrainingPlan(
-        recipe=recipe,
-        lr=config.lr or learning_rate(config.regime, parameters),
-        max_length=encoder.max_length,
-        steps=steps,
-        rows=None if data.streamed else len(data.rows),
-        tokens=data.tokens,
-        truncated=data.truncated,
-        left_out=data.left_out,
-        parameters=parameters,
-        num_layers=backend.num_layers,
-        exits_per_step=exits,
-        cost=cost,
-        flops=step_flops(backend, recipe, steps, config, exits, cost, data),
-        memory_mb=memory_mb(backend, config, parameters, longest, autocast),
-        device=device,
-        autocast=autocast,
-        adapted_layers=adapted_layers(config, recipe, backend.num_layers),
-        original=original,
-        data_digest=data.digest,
-        replay=replay,
-        notes=(_PACKED,) * encoder.pack + (_STREAMED,) * data.streamed,
-    )
+    if config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return True
+    return pick_dtype(config.dtype, device, parameters) == torch.bfloat16
 
 
-def sealed_settings(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
-    """What decides a run's steps, all of it resolved: a run is resumed with the same or not at all."""
-    settings = {name: value for name, value in resolved_config(config, plan).items() if name not in _FREE}
-    recipe, retention = settings.pop("recipe"), settings.pop("retention")
-    facts = {
-        "steps": plan.steps, "rows": plan.rows, "tokens": plan.tokens, "dtype": plan.dtype, "processes": world_size(),
-        "original": plan.original, "data_digest": plan.data_digest,
-        "replayed": None if plan.replay is None else plan.replay.journal.name,
-    }  # fmt: skip
-    return {**settings, **recipe, **retention, **facts}
+def resumed_notes(resume: ResumePoint | None, sealed: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to say of the checkpoint that a run goes on from. Raises ConfigError where its settings were others."""
+    if resume is None:
+        return ()
+    for name, value in sealed.items():
+        if name in resume.settings and resume.settings[name] != value:
+            raise ConfigError(
+                f"`resume`: {name} was {resume.settings[name]} in the run to go on with, and is {value} now; a run is resumed "
+                "with the same settings on the same data"
+            )
+    return (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
 
 
-def resolved_config(config: FinetuneConfig, plan: TrainingPlan) -> dict[str, Any]:
-    """The fields of a config with the plan's values where none was asked for, as a JSON file gives them back."""
-    found: dict[str, Any] = {"recipe": asdict(plan.recipe), "lr": plan.lr, "max_length": plan.max_length}
-    if plan.replay is not None:
-        found["retention"] = asdict(replace(config.retention, replay_tokens=plan.replay.how.tokens))
-    fields = asdict(config) | {"epochs": config.epochs or 1.0} | found
-    resolved: dict[str, Any] = json.loads(json.dumps(fields))
-    return resolved
+def timed_step(
+    module: nn.Module, batch: Mapping[str, Tensor], device: torch.device, autocast: bool, steps: int, tokens: float
+) -> StepCost:
+    """Runs forward and backward on one batch in the middle of a run of `steps`. A step has so many `tokens` in this process."""
+    module.to(device).train()
+    moved = {name: value.to(device) for name, value in batch.items()}
+    own = int(moved.pop("lengths").sum())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = module(**moved, moment=Moment(steps // 2, steps))["loss"]
+        torch.autograd.backward(loss)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        module.zero_grad(set_to_none=True)
+        if seconds > _BRIEF:
+            break
+    moments = 8 * sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+    return StepCost(seconds * tokens / own, (_peak_bytes(device) + moments) / 2**20)
 
 
-def steps_of(config: FinetuneConfig, data: EncodedData) -> int:
-    """Optimizer steps. An epoch sees each row of the data once; rows of a replay come on top."""
-    if config.steps is not None:
-        return config.steps
-    if config.data.name == "commands" and not config.data.limit:
-        return COMMANDS_STEPS
-    return max(1, math.ceil(len(data.rows) / data_rows(config) * (config.epochs or 1.0)))
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def repeated(rows: list[Any], count: int) -> list[Any]:
+    """So many rows, the same again where there are fewer."""
+    return list(islice(cycle(rows), count))

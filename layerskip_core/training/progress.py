@@ -1,12 +1,21 @@
-"""The progress of a run: sums over the micro-batches of a step, the report of each step, the history of losses."""
+"""The progress of a run: the sums of a step, the report of each step, the history of losses, and its plot."""
 
+import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_EXIT = "exit_"
+_VALIDATION = "eval_exit_"
+_LOSS = "_loss"
+_AGREEMENT = "_agreement"
+_DIVERGENCE = "divergence"
+_RARE: dict[str, Any] = {"agreement": {}, _DIVERGENCE: None}  # what stands there if it is not measured
+_POINTS = 200  # per curve: a long run is drawn as means over segments of its steps
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class StepSums:
     per_exit: Tensor = field(default_factory=lambda: torch.zeros(()))  # (exits,) from the first micro-batch on
     exit_layers: tuple[int, ...] = ()
     divergence: Tensor | None = None  # from the original, with an anchor
-    tokens: Tensor | int = 0  # without padding
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(()))  # without padding
     micro_batches: int = 0
     targets: Tensor | int = 1  # target tokens of the whole step, over all micro-batches and processes
 
@@ -55,14 +64,6 @@ class StepSums:
         self.tokens = self.tokens + tokens
         self.micro_batches += 1
         self.targets = targets
-
-
-@dataclass
-class RunState:
-    """Shared by the trainer and its callback: the sums of the current step, and what the run is doing, to explain errors."""
-
-    sums: StepSums = field(default_factory=StepSums)
-    phase: Literal["loading", "training", "saving"] = "loading"
 
 
 @dataclass(frozen=True)
@@ -101,33 +102,36 @@ class LossHistory:
         history = cls()
         for entry in log:
             if "loss" in entry:
-                exits, divergence = exits_in(entry, _EXIT), entry.get(_DIVERGENCE)
+                exits, divergence = _by_exit(entry, _EXIT, _LOSS), entry.get(_DIVERGENCE)
                 history.add(StepLosses(int(entry["step"]), entry["loss"], exits, divergence=divergence))
             elif "eval_loss" in entry:
-                history.validate(validation_in(entry), agreement_in(entry))
+                history.validate(entry)
         return history
 
     def add(self, losses: StepLosses) -> None:
         self.steps.append(losses)
         self.latest = dict(sorted({**self.latest, **losses.exits}.items()))
 
-    def validate(self, losses: dict[int, float], agreement: dict[int, float]) -> None:
+    def validate(self, log: Mapping[str, float]) -> None:
         """Adds the losses and the agreement of every exit on held-out rows, measured after the last step."""
-        self.steps[-1] = replace(self.steps[-1], validation=losses, agreement=agreement)
-        self.validated, self.agreement = losses, agreement
+        self.validated, self.agreement = _by_exit(log, _VALIDATION, _LOSS), _by_exit(log, _VALIDATION, _AGREEMENT)
+        self.steps[-1] = replace(self.steps[-1], validation=self.validated, agreement=self.agreement)
+
+    def report(self, total_steps: int, learning_rate: float, tokens_per_second: float) -> StepReport:
+        """Of the last step."""
+        last = self.steps[-1]
+        return StepReport(
+            last.step, total_steps, last.loss, last.final, self.latest, learning_rate, tokens_per_second,
+            self.validated, self.agreement, last.divergence,
+        )  # fmt: skip
 
     def to_jsonl(self) -> str:
         """One JSON line per step, without what the run does not measure."""
-        rows = ({name: value for name, value in vars(step).items() if value not in _RARE.get(name, ())} for step in self.steps)
+        rows = (
+            {name: value for name, value in vars(step).items() if name not in _RARE or value != _RARE[name]}
+            for step in self.steps
+        )
         return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-_EXIT = "exit_"
-_VALIDATION = "eval_exit_"
-_LOSS = "_loss"
-_AGREEMENT = "_agreement"
-_DIVERGENCE = "divergence"
-_RARE: dict[str, tuple[Any, ...]] = {"agreement": ({},), _DIVERGENCE: (None,)}  # what stands there if nothing is measured
 
 
 def step_log(losses: StepLosses, learning_rate: float, grad_norm: float) -> dict[str, float]:
@@ -144,17 +148,50 @@ def validation_log(losses: dict[int, float], agreement: Mapping[int, float]) -> 
     return {**exits, "eval_loss": losses[max(losses)]}
 
 
-def validation_in(log: Mapping[str, float]) -> dict[int, float]:
-    """The losses of every exit in an entry of `validation_log`."""
-    return exits_in(log, _VALIDATION)
-
-
-def agreement_in(log: Mapping[str, float]) -> dict[int, float]:
-    """The agreement of every exit in an entry of `validation_log`."""
-    return exits_in(log, _VALIDATION, _AGREEMENT)
-
-
-def exits_in(log: Mapping[str, float], prefix: str, suffix: str = _LOSS) -> dict[int, float]:
+def _by_exit(log: Mapping[str, float], prefix: str, suffix: str) -> dict[int, float]:
     """Exit layer -> value, of the names PREFIX<layer>SUFFIX in a log entry."""
     named = {name: name.removeprefix(prefix) for name in log if name.startswith(prefix) and name.endswith(suffix)}
     return {int(layer.removesuffix(suffix)): log[name] for name, layer in named.items()}
+
+
+def loss_plot(history: LossHistory) -> bytes:
+    """A PNG of the loss of each exit over the steps: shallow exits dark, deep exits bright, the last layer black.
+
+    Losses on held-out rows are dots.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    layers = sorted(history.latest)
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours = colormaps["viridis"]
+    for layer in layers:
+        seen = [(step.step, step.exits[layer]) for step in history.steps if layer in step.exits]
+        held_out = [(step.step, step.validation[layer]) for step in history.steps if step.validation]
+        last = layer == layers[-1]
+        colour = "black" if last else colours((layer - 1) / max(layers))
+        axes.plot([step for step, _ in held_out], [loss for _, loss in held_out], ".", color=colour)
+        axes.plot(
+            *_thinned(seen), color=colour, linewidth=2 if last else 1,
+            marker="." if len(seen) == 1 else None, label=f"last layer ({layer})" if last else None,
+        )  # fmt: skip
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.legend()
+    if len(layers) > 1:
+        figure.colorbar(ScalarMappable(Normalize(1, max(layers)), colours), ax=axes, label="exit layer")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Steps and losses, as means over at most _POINTS segments."""
+    width = -(-len(points) // _POINTS)
+    segments = [points[start : start + width] for start in range(0, len(points), width)]
+    means = [[sum(values) / len(segment) for values in zip(*segment, strict=True)] for segment in segments]
+    return [step for step, _ in means], [loss for _, loss in means]

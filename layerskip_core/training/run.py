@@ -1,58 +1,67 @@
-"""A planned run from its first step to the saved model."""
+"""Training: `prepare` loads and plans a run, and writes nothing; the job that it returns trains, and saves the result.
 
+What is trained is a choice: a whole model under the recipe (whole_model.py), or exit blocks of a frozen one (frozen_model.py).
+"""
+
+import os
+import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from ..checkpoint.info import CheckpointInfo
-from ..checkpoint.loaded import Trainable
-from ..checkpoint.save import save_checkpoint
+from ..checkpoint.loaded import pick_device
+from ..checkpoint.save import output_lock
 from ..checkpoint.transformers_read import quiet_transformers
+from ..config.checks import require
 from ..config.training import FinetuneConfig
-from ..errors import first_line
+from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line
+from ..files import run_staging
 from ..interruption import Interruption
-from ..model.draft_vocabulary import ORDER_FILE
-from ..prompting import PromptTemplate
-from .loop.attention import use_fp32_attention
-from .loop.checkpoints import ResumePoint
-from .loop.schedule import recipe_schedule
-from .loop.session import run_lock, stage_reporter, train_to_end
-from .loop.sharding import gather_whole
-from .loop.trainer import make_trainer
-from .loss_plot import loss_plot
-from .plan import TrainingPlan, resolved_config
+from .answers import has_replay
+from .checkpoints import (
+    ResumePoint,
+    checkpoints_folder,
+    discard_after,
+    has_checkpoints,
+    last_checkpoint,
+    newest_whole,
+    require_own,
+)
+from .frozen_model import FrozenModel, load_frozen_model
+from .plan import Plan
 from .progress import LossHistory, StageProgress, StepReport
-from .recipe.anchor import anchor_of
-from .recipe.module import RecipeModule
-from .rows.encoded_data import Collator, EncodedData
-from .rows.order import OrderedRows, run_order
-from .rows.replay import ReplayedRows, replayed_texts
-from .rows.step_rows import data_rows, rows_per_step
-from .rows.tokenizer import token_order, token_order_json
+from .sharding import process_index, resolve_sharding
+from .trainer import RunTrainer, make_trainer, require_trackers
+from .whole_model import WholeModel, load_whole_model
 
 
 @dataclass(frozen=True)
-class FinetuneJob:
+class Job:
     """A planned run, made by `prepare`: `plan` says what it will do, `run` does it."""
 
-    config: FinetuneConfig
-    trainable: Trainable
-    model: Any  # of `trainable`, with adapters if the run trains those
-    data: EncodedData
-    held_out: EncodedData | None
-    template: PromptTemplate
-    plan: TrainingPlan
-    save_dtype: torch.dtype
+    trained: WholeModel | FrozenModel
     resume: ResumePoint | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.trained.plan
 
     def run(
         self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None] = lambda _: None
     ) -> CheckpointInfo:
-        """Trains, then writes the checkpoint to `config.output`; the info that it returns has the last losses of every exit.
+        """Train to the end and write the result to the config's `output`.
+
+        Args:
+            on_step: called after each optimizer step; an exception of it ends the run.
+            on_progress: called after each part of what comes before, such as answers that are written.
+
+        Returns:
+            The info of the saved model, with the last losses of every exit, or how each block was trained.
 
         Raises:
             CheckpointError: a checkpoint cannot be read or written.
@@ -60,70 +69,122 @@ class FinetuneJob:
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
             LockedError: another process writes to the folder.
         """
-        with run_lock(self.config.output):
-            info, undrawn = self._run(on_step, on_progress)
-        if undrawn is not None:
-            warnings.warn(f"losses.png was not drawn: {undrawn}", stacklevel=2)
+        with run_lock(self.plan.config.output), Interruption() as interruption:
+            info, faults = self._run(on_step, on_progress, interruption)
+        for fault in faults:
+            warnings.warn(fault, stacklevel=2)
         return info
 
     @quiet_transformers()
     def _run(
-        self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None]
-    ) -> tuple[CheckpointInfo, str | None]:
-        """The info of the saved model, and why the losses could not be drawn."""
-        config, plan, tokenizer = self.config, self.plan, self.trainable.tokenizer
-        if plan.autocast and plan.device == "cpu":
-            use_fp32_attention(self.trainable.model)
-        model = self.model
-        scratch, recompute = config.regime == "scratch", config.gradient_checkpointing
-        module = RecipeModule(model, plan.recipe, config.seed, scratch, recompute, tokenizer)
-        order = token_order(self.data, module.backend.vocab_size)  # before training: reading a stream may fail
-        with Interruption() as interruption:
-            rows = self._rows(on_progress, interruption)
-            layer_classes = tuple(dict.fromkeys(type(layer).__name__ for layer in module.backend.layers))
-            schedule = recipe_schedule(config, plan, self.held_out is not None, layer_classes)
-            held_out = None if self.held_out is None else self.held_out.rows
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            trainer = make_trainer(module, schedule, rows, held_out, Collator(pad or 0), on_step, interruption)
-            module.anchor = anchor_of(config, model, module.backend, str(trainer.args.device))
-            train_to_end(trainer, config.output, plan.steps, self.resume, interruption)
-            first = trainer.is_world_process_zero()
-            if config.fsdp:
-                gather_whole(module, keep=first)
-            history = LossHistory.of_log(trainer.state.log_history)
-            details = self._details(history)
-            info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)
-            undrawn = None
-            if first:
-                trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
-                files = {"losses.jsonl": history.to_jsonl().encode(), ORDER_FILE: token_order_json(order)}
-                try:
-                    files["losses.png"] = loss_plot(history)
-                except Exception as error:  # matplotlib's settings are the user's; a picture is not worth a training
-                    undrawn = first_line(error)
-                save_checkpoint(trained, tokenizer, info, config.output, self.save_dtype, files)
-        return info, undrawn
+        self,
+        on_step: Callable[[StepReport], None],
+        on_progress: Callable[[StageProgress], None],
+        interruption: Interruption,
+    ) -> tuple[CheckpointInfo, list[str]]:
+        plan, trained = self.plan, self.trained
+        rows, held_out = trained.rows(lambda stage, total: _stage(stage, total, on_progress, interruption))
+        trainer = make_trainer(
+            trained.module, plan, rows, held_out, trained.collate, on_step, interruption, trained.sharded_layers
+        )
+        self._train(trainer, interruption)
+        return trained.save(LossHistory.of_log(trainer.state.log_history), trainer.is_world_process_zero())
 
-    def _rows(self, on_progress: Callable[[StageProgress], None], interruption: Interruption) -> Any:
-        """The rows of the run in their order: batches of similar length, or a stream as it comes; and those of a replay."""
-        rows, config, replay = self.data.rows, self.config, self.plan.replay
-        if self.data.streamed:
-            return rows
-        ordered = OrderedRows(rows, run_order(rows["length"][:], data_rows(config), self.plan.steps, config.seed))
-        if replay is None:
-            return ordered
-        report = stage_reporter("replay texts", len(replay.starts), on_progress, interruption)
-        texts = replayed_texts(config, replay, self.plan.device, report)
-        return ReplayedRows(ordered, texts, replay.rows, rows_per_step(config))
+    def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
+        """Trains to the end, or raises what stopped it."""
+        folder, resume, steps = checkpoints_folder(self.plan.config.output), self.resume, self.plan.total_steps
+        if trainer.is_world_process_zero():
+            # What an earlier run left there must never be what a later `resume` finds.
+            discard_after(folder, 0 if resume is None else resume.step)
+        try:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+        except LayerSkipError:
+            raise
+        except Exception as error:  # safetensors, torch and pickle raise many kinds for a full disk or a bad file
+            raise _explained(error, trainer, folder, resume) from error
+        finally:
+            if trainer.is_world_process_zero():
+                shutil.rmtree(run_staging(folder), ignore_errors=True)
+                with suppress(OSError):
+                    folder.rmdir()  # Trainer makes it even for a run that writes no checkpoints
+        step = trainer.state.global_step
+        if step < steps:
+            saved = f"interrupted after step {step} of {steps}; saved {last_checkpoint(folder)}"
+            raise TrainingInterrupted(saved, interruption.signal or 0, step)
 
-    def _details(self, history: LossHistory) -> dict[str, Any]:
-        return {
-            "base_model": self.config.model,
-            "config": resolved_config(self.config, self.plan),
-            "steps": self.plan.steps,
-            "rows": self.plan.rows,
-            "final_losses": {str(layer): loss for layer, loss in history.latest.items()},
-            "validation_losses": {str(layer): loss for layer, loss in history.validated.items()},
-            "validation_rows": None if self.held_out is None else self.held_out.digest,
-            "versions": {name: version(name) for name in ("layerskip", "torch", "transformers")},
-        }
+
+def prepare(config: FinetuneConfig) -> Job:
+    """The job that `config` asks for. Raises LayerSkipError for whatever would make the run fail."""
+    device = pick_device(config.device)
+    require_device(device)
+    require_trackers(config.report_to)
+    config = resolve_sharding(config, device)
+    resume = _resume_point(config)
+    load = load_frozen_model if config.exit_blocks.frozen else load_whole_model
+    return Job(load(config, device, resume), resume)
+
+
+def run_lock(output: str) -> AbstractContextManager[None]:
+    """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
+    return output_lock(output, "layerskip finetune") if process_index() == 0 else nullcontext()
+
+
+def require_device(device: torch.device) -> None:
+    """Makes `cuda` mean the GPU of this process, of those that torchrun started.
+
+    Raises ConfigError if there is none for it, and for devices that Trainer would silently replace by others.
+    """
+    if device.index:
+        raise ConfigError(
+            f"`device` {device}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} in the "
+            "environment and give `device` cuda"
+        )
+    if device.type == "cuda":
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        require(number < gpus, "device", f"cuda with at least {number + 1} GPUs here, one per process of torchrun", gpus)
+        torch.cuda.set_device(number)
+
+
+def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
+    """The checkpoint that `resume` goes on from; None where a run has left only texts, which are found without one.
+
+    Without `resume`, raises ConfigError if there is a run to lose.
+    """
+    folder = checkpoints_folder(config.output)
+    require_own(folder)
+    there = has_checkpoints(folder)
+    if config.resume:
+        texts = config.exit_blocks.frozen or (config.retention.replay and has_replay(config.output))
+        return None if texts and not there else newest_whole(folder)
+    if there and not config.overwrite:
+        raise ConfigError(
+            f"`output` {config.output} holds an unfinished run; give `resume` to go on, or `overwrite` to start anew"
+        )
+    return None
+
+
+def _stage(
+    stage: str, total: int, on_progress: Callable[[StageProgress], None], interruption: Interruption
+) -> Callable[[int], None]:
+    """Reports what is done of a stage before the training, and ends the run after a signal."""
+
+    def report(done: int) -> None:
+        if interruption.signal is not None:
+            kept = f"interrupted after {done} of {total} {stage}, which are kept"
+            raise TrainingInterrupted(kept, interruption.signal, 0)
+        on_progress(StageProgress(stage, done, total))
+
+    return report
+
+
+def _explained(error: Exception, trainer: RunTrainer, folder: Path, resume: ResumePoint | None) -> Exception:
+    """An error of the libraries as one for the user, if it came while a checkpoint was read or written."""
+    if trainer.phase == "loading" and resume is not None:
+        return CheckpointError(f"cannot resume from {resume.folder}: {first_line(error)}")
+    if trainer.phase != "saving":
+        return error
+    last = last_checkpoint(folder)
+    kept = "" if last is None else f"; {last} before it is whole: go on from it with `resume`"
+    free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB are free there"
+    step = trainer.state.global_step
+    return CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {first_line(error)} ({free}){kept}")

@@ -2,8 +2,7 @@
 
 import torch
 
-from layerskip_core.calibration.descent import descended, with_best_levels, with_best_scales
-from layerskip_core.calibration.gptq import Aim, Moments, gptq, searched
+from layerskip_core.calibration.gptq import Aim, Moments, descended, gptq, searched, with_best_levels, with_best_scales
 from layerskip_core.model.low_bit import int4_of
 
 OUTPUTS, INPUTS = 24, 160

@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from layerskip_core.calibration.layers import quantize
-from layerskip_core.calibration.tuning import tune
+from layerskip_core.calibration.model import quantize, tune
 from layerskip_core.checkpoint.beside import matrix_names
 from layerskip_core.model import GenericBackend
 from layerskip_core.model.low_bit import int4_of

@@ -19,7 +19,7 @@ from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.training.rows.tokenizer import train_tokenizer
+from layerskip_core.training.encoding import train_tokenizer
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
 IDS = torch.tensor([[5, 9, 33, 7]])

@@ -24,7 +24,7 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.checkpoint.swap import READY, files_below, read_whole, replace_files, settle
 from layerskip_core.errors import CheckpointError
 from layerskip_core.files import hold, new_staging
-from layerskip_core.training.rows.tokenizer import train_tokenizer
+from layerskip_core.training.encoding import train_tokenizer
 
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir")
 
@@ -263,7 +263,7 @@ torch.set_num_threads(1)
 from conftest import tiny_model
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import load_examples
-from layerskip_core.training.rows.tokenizer import train_tokenizer
+from layerskip_core.training.encoding import train_tokenizer
 from test_swap import save
 tokenizer = train_tokenizer(load_examples(DataConfig(limit=100)), 300)
 save(sys.argv[1], tokenizer, 2)

@@ -36,26 +36,23 @@ def files():
 def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     result = run(*finetune("--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"))
     assert (result.code, result.out) == (0, "")
-    what, how, recipe = result.err.splitlines()
+    what, how, recipe, cost = result.err.splitlines()
     assert re.fullmatch(
         rf"finetune of {re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: "
         r"4 rows, \d+ tokens, 0 truncated at 48",
         what,
     )
-    assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu, about \d+ MB", how)
+    assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
     # R = L / 3; of the six layer indices every second one is on, and the last always.
-    assert re.fullmatch(
-        r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits per step; a step costs "
-        r"[\d.]+x a step without the recipe, [\d.]+e[+]\d+ FLOP",
-        recipe,
-    )
+    assert re.fullmatch(r"recipe: p_max 0\.3, e_scale 1\.0, rotational R=2, \d\.\d exits per step", recipe)
+    assert re.fullmatch(r"a timed step: [\d.]+ s, so training in about \d+ s; about \d+ MB", cost)
     assert list(Path().iterdir()) == []
 
 
 def test_named_exits_alone_are_trained(finetune):
     result = run(*finetune("--steps", "2", "--curriculum", "all", "--exits", "2:4:2"))
     assert (result.code, result.out) == (0, "")
-    assert "recipe: p_max 0.2, e_scale 1.0, all over 2,4, 3.0 exits per step; " in result.err
+    assert "recipe: p_max 0.2, e_scale 1.0, all over 2,4, 3.0 exits per step\n" in result.err
     assert re.search(r"^loss by exit: 2: [\d.]+  4: [\d.]+  6: [\d.]+$", result.err, re.MULTILINE)
 
 
@@ -291,17 +288,18 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     )
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
-    what, rows, cost, steps, note = planned.err.splitlines()
+    what, rows, before, steps, cost, note = planned.err.splitlines()
     assert what == (
         f"blocks at exits 2,4 of {checkpoint} (0.1M parameters, 6 layers), which stays as it is; 0.0M parameters, "
         "feature final, loss kl"
     )
     assert re.fullmatch(r"on .*rows\.jsonl: 4 rows and 0 held out, answers of the model, at most \d+ tokens", rows)
     assert re.fullmatch(
-        r"0 answers are there, the others in at most \d+ s; states in at most \d+ s and 0 MB of disk, training in about \d+ s",
-        cost,
+        r"0 answers are there, the others in at most \d+ s; states in at most \d+ s and 0 MB of disk",
+        before,
     )
     assert steps == "2 steps per exit of 2 x 1 rows, lr 0.01, fp32 on cpu"
+    assert cost.startswith("a timed step: ")
     assert note.startswith("saved settings that will be left out: exit 1; they were chosen without these blocks")
 
     result = run(*arguments)

@@ -12,7 +12,7 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import Conversation, is_parsing, load_examples, load_rows, stream_rows
 from layerskip_core.embedded import commands
 from layerskip_core.errors import DataError
-from layerskip_core.training.rows.tokenizer import train_tokenizer
+from layerskip_core.training.encoding import train_tokenizer
 
 TOPV2_HEADER = "domain\tutterance\tsemantic_parse\n"
 

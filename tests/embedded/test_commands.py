@@ -7,7 +7,7 @@ import pytest
 
 from layerskip_core.data.examples import Example
 from layerskip_core.embedded import commands
-from layerskip_core.training.rows.tokenizer import train_tokenizer
+from layerskip_core.training.encoding import train_tokenizer
 
 # Slots that the grammar fills from closed lists, which all splits share.
 CLOSED_SLOTS = {

@@ -12,7 +12,7 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.training import RecipeConfig
 from layerskip_core.model import GenericBackend
 from layerskip_core.model.architectures import SUPPORTED
-from layerskip_core.training.recipe.module import Moment
+from layerskip_core.training.recipe import Moment
 
 NEW = ("--max-new-tokens", "3")
 ONE = ("--samples", "1", "--device", "cpu")

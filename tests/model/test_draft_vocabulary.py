@@ -5,10 +5,9 @@ import pytest
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import Example, load_examples
 from layerskip_core.prompting import PromptTemplate
-from layerskip_core.training.rows import tokenizer as vocabulary
-from layerskip_core.training.rows.encoded_data import encode_rows, encode_stream
-from layerskip_core.training.rows.encoder import Encoder
-from layerskip_core.training.rows.tokenizer import token_order, train_tokenizer
+from layerskip_core.training import data as vocabulary
+from layerskip_core.training.data import encode_rows, encode_stream
+from layerskip_core.training.encoding import Encoder, token_order, train_tokenizer
 
 
 @pytest.fixture(scope="module")

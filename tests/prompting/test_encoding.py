@@ -17,7 +17,7 @@ from layerskip_core.data.examples import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate, special_text
-from layerskip_core.training.rows.encoder import Encoder
+from layerskip_core.training.encoding import Encoder
 
 OWN_TURNS = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATES = (CHAT, "{prompt}", "{prompt}\n", "Q: {prompt}\nA:", OWN_TURNS)

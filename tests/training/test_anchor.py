@@ -10,17 +10,16 @@ from torch.nn.functional import kl_div
 from training_runs import RECIPE, loss_rows, recipe_module, saved_base, settings_on, train
 
 from layerskip_core import losses
-from layerskip_core.config.data import DataConfig
-from layerskip_core.config.training import RecipeConfig, RetentionSettings
+from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import GenericBackend
-from layerskip_core.training.prepare import prepare
-from layerskip_core.training.recipe.anchor import Anchor, FrozenCopy, WithoutAdapters
-from layerskip_core.training.recipe.module import Moment
-from layerskip_core.training.rows.packing import span_inputs
+from layerskip_core.training.anchor import Anchor, FrozenCopy, WithoutAdapters
+from layerskip_core.training.layers import span_inputs
+from layerskip_core.training.recipe import Moment
+from layerskip_core.training.run import prepare
 
-ALL = RecipeConfig(p_max=0, e_scale=0.5, curriculum="all", distill=0.3)
+ALL = RecipeSettings(p_max=0, e_scale=0.5, curriculum="all", distill=0.3)
 
 
 def batch():
@@ -146,18 +145,6 @@ def test_a_strong_anchor_keeps_the_model_near_the_original(settings, tmp_path, c
     assert [row["divergence"] for row in loss_rows(tmp_path / "100.0")] == [report.divergence for report in strong]
 
 
-def test_accumulation_sums_the_same_divergence(settings, tmp_path):
-    file = tmp_path / "rows.jsonl"  # rows of one length
-    file.write_text("".join(f'{{"prompt": "row {row}", "completion": "{"abcdefgh"[row]} is"}}\n' for row in range(8)))
-    shared = anchored(1.0, data=DataConfig(name=str(file)), steps=2)
-    whole = train(settings(**shared, output=str(tmp_path / "whole")))
-    parts = train(settings(**shared, output=str(tmp_path / "parts"), batch_size=2, accumulation=2))
-    for report, expected in zip(parts, whole, strict=True):
-        assert report.loss == pytest.approx(expected.loss, rel=1e-5)
-        assert report.divergence == pytest.approx(expected.divergence, rel=1e-3)
-    assert whole[1].divergence > 10 * whole[0].divergence
-
-
 def test_an_int8_copy_is_near_the_model(tmp_path):
     """Its rounding is small beside what eight steps change."""
     settings = settings_on(saved_base(tmp_path / "base"), tmp_path)
@@ -166,40 +153,8 @@ def test_an_int8_copy_is_near_the_model(tmp_path):
     assert 0 < reports[0].divergence < reports[-1].divergence / 10
 
 
-def test_the_plan_counts_the_anchor(settings):
-    """All of the original forward: a third of a step; its copy in bf16, and logits twice more."""
-    plain, plan = prepare(settings()).plan, prepare(settings(retention=RetentionSettings(anchor=0.5))).plan
-    assert plan.cost == pytest.approx(plain.cost + 1 / 3)
-    logits = prepare(settings()).data.longest * 4 * 300
-    assert plan.memory_mb == pytest.approx(plain.memory_mb + (2 * plan.parameters + 4 * 2 * logits) / 2**20)
-    small = RetentionSettings(anchor=0.5, anchor_weights="int8")
-    assert prepare(settings(retention=small)).plan.memory_mb < plan.memory_mb
-    adapters = [prepare(settings(lora_rank=2, **changes)).plan for changes in ({}, {"retention": RetentionSettings(0.5)})]
-    assert adapters[1].memory_mb == pytest.approx(adapters[0].memory_mb + 4 * 2 * logits / 2**20)
-
-
 def test_a_run_is_not_resumed_beside_another_original(settings, tmp_path):
     other = saved_base(tmp_path / "other", initializer_range=0.05)
     train(settings(**anchored(1.0, save_steps=2, steps=4), model=other))
     with pytest.raises(ConfigError, match=r"`resume`: original was .* in the run to go on with"):
         prepare(settings(**anchored(1.0, steps=4), resume=True, overwrite=True))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"regime": "scratch"}, "`anchor` must be left out with `regime` scratch, which has no original, got 0.5"),
-        (
-            {"lora_rank": 2, "weights": "int8"},
-            "`anchor_weights` must be left out with `lora_rank`, which needs no copy, got int8",
-        ),
-        ({"weights": "int4"}, "`anchor_weights` must be one of bf16, int8, got int4"),
-        ({"anchor": 0.0, "weights": "bf16"}, "`anchor_weights` must be used with `anchor`, got bf16"),
-        ({"anchor": -1.0}, "`anchor` must be at least 0, got -1.0"),
-    ],
-)
-def test_an_anchor_that_cannot_be(settings, changes, message):
-    own = {"anchor": changes.pop("anchor", 0.5), "anchor_weights": changes.pop("weights", None)}
-    with pytest.raises(ConfigError) as refused:
-        settings(**changes, retention=RetentionSettings(**own))
-    assert str(refused.value) == message

@@ -4,17 +4,16 @@ from conftest import tiny_model
 from test_recipe_module import batch
 from training_runs import recipe_module, saved_base, settings_on
 
-from layerskip_core.config.training import RecipeConfig
-from layerskip_core.training.loop import attention
-from layerskip_core.training.loop.attention import use_fp32_attention
-from layerskip_core.training.prepare import prepare
-from layerskip_core.training.recipe.module import Moment
-from layerskip_core.training.rows.encoded_data import Collator
-from layerskip_core.training.rows.packing import packed
+from layerskip_core.config.training import RecipeSettings
+from layerskip_core.training.data import Collator
+from layerskip_core.training.encoding import packed
+from layerskip_core.training.layers import use_fp32_attention
+from layerskip_core.training.recipe import Moment
+from layerskip_core.training.run import prepare
 
 
 def gradients(model, *, autocast, **inputs):
-    module = recipe_module(model, RecipeConfig(p_max=0.3, curriculum="all")).train()
+    module = recipe_module(model, RecipeSettings(p_max=0.3, curriculum="all")).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         module(moment=Moment(2, 10), **inputs)["loss"].backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -47,25 +46,6 @@ def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
     assert 0 < ours < 1.1 * torchs < 0.2
 
 
-@pytest.mark.parametrize(("short", "dtype"), [(10, torch.float32), (9, torch.bfloat16)])
-def test_short_rows_run_in_fp32(short, dtype, monkeypatch):
-    """Of 9 tokens."""
-    monkeypatch.setattr(attention, "_SHORT", short)
-    seen = []
-    kernel = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(query, key, value, **options):
-        in_bf16 = torch.is_autocast_enabled("cpu")  # which casts what the kernel is given
-        seen.append({torch.bfloat16} if in_bf16 else {query.dtype, key.dtype, value.dtype})
-        return kernel(query, key, value, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    model = tiny_model(dtype=torch.float32)
-    use_fp32_attention(model)
-    gradients(model, autocast=True, **inputs("causal"))
-    assert seen and all(kinds == {dtype} for kinds in seen)
-
-
 def test_a_model_with_another_attention_keeps_it():
     model = tiny_model("gemma2", dtype=torch.float32)
     model.set_attn_implementation("eager")
@@ -79,6 +59,6 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(multiplies_bf16, dtype, tmp_pa
     job = prepare(settings_on(saved_base(tmp_path / "base"), tmp_path)(dtype="auto", steps=2))
     assert job.plan.dtype == dtype
     job.run(lambda report: None)
-    kind = job.trainable.model.config._attn_implementation
+    kind = job.trained.trainable.model.config._attn_implementation
     assert kind == ("sdpa_fp32" if multiplies_bf16 else "sdpa")
     assert "sdpa" not in (tmp_path / "out" / "config.json").read_text()

@@ -1,7 +1,5 @@
 """Weights of checkpoints, and the order of writing them."""
 
-import os
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -10,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.save import write_model
 from layerskip_core.errors import CheckpointError
-from layerskip_core.files import publish_folder
-from layerskip_core.training.loop.checkpoints import load_weights
+from layerskip_core.training.checkpoints import load_weights
 
 
 def changed(model):
@@ -50,17 +47,3 @@ def test_weights_that_do_not_fit_are_named(make, file, name, tmp_path):
     save_file({other if key == name else key: weight for key, weight in weights.items()}, tmp_path / file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"does not fit the model: missing {name}; unknown .*layers.9"):
         load_weights(make(), tmp_path)
-
-
-def test_a_folder_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
-    written, target = tmp_path / "written", tmp_path / "target"
-    (written / "inner").mkdir(parents=True)
-    (written / "inner" / "file").write_text("x")
-    inodes = {path.stat().st_ino for path in (written, written / "inner", written / "inner" / "file")}
-    events = []
-    fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda opened: (events.append(os.fstat(opened).st_ino), fsync(opened)))
-    monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
-    publish_folder(written, target)
-    assert set(events[:3]) == inodes and events[3:] == ["rename", tmp_path.stat().st_ino]
-    assert (target / "inner" / "file").read_text() == "x"

@@ -1,13 +1,12 @@
 import pytest
 
-from layerskip_core.config.training import RecipeConfig, RecipeSettings
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError
-from layerskip_core.training.recipe.curriculum import exits_on, mean_exits
-from layerskip_core.training.recipe.resolved import resolve_recipe
+from layerskip_core.training.recipe import exits_on, mean_exits, resolve_recipe
 
 
 def recipe(layers=24, vocab_size=1024, **asked):
-    return resolve_recipe(RecipeConfig(**asked), layers, vocab_size)
+    return resolve_recipe(RecipeSettings(**asked), "finetune", 0, layers, vocab_size)
 
 
 def test_rotational_is_on_once_every_r_steps_plus_the_last():
@@ -36,7 +35,8 @@ def test_constant_curricula(curriculum, expected):
     ],
 )
 def test_named_exits_are_the_only_ones_besides_the_last(curriculum, expected):
-    named = recipe(curriculum=curriculum, rotation=3, exits=(10, 6, 8, 15))
+    rotation = 3 if curriculum == "rotational" else None
+    named = recipe(curriculum=curriculum, rotation=rotation, exits=(10, 6, 8, 15))
     steps = (0, 1, 2, 3) if curriculum == "rotational" else (0, 1, 2, 15)
     assert [exits_on(named, step, 16, 30) for step in steps] == expected
 

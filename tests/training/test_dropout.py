@@ -6,7 +6,8 @@ from conftest import tiny_model
 
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend
-from layerskip_core.training.recipe.dropout import depth_scale, dropout_rates, kept_rows, run_layer_on, time_scale
+from layerskip_core.training.layers import run_layer_on
+from layerskip_core.training.recipe import depth_scale, dropout_rates, kept_rows, time_scale
 
 
 def test_the_literal_rates():

@@ -6,16 +6,14 @@ from training_runs import Interrupted, stop_at, train, weights
 
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example, load_examples
-from layerskip_core.errors import ConfigError, DataError
+from layerskip_core.errors import DataError
 from layerskip_core.losses import IGNORED
 from layerskip_core.prompting import PromptTemplate
-from layerskip_core.training.loop.trainer import RunTrainer
-from layerskip_core.training.prepare import prepare
-from layerskip_core.training.rows import encoded_data
-from layerskip_core.training.rows.encoded_data import Collator, StreamedRows, encode_rows
-from layerskip_core.training.rows.encoder import Encoder
-from layerskip_core.training.rows.packing import packed
-from layerskip_core.training.rows.tokenizer import train_tokenizer
+from layerskip_core.training import data as encoded_data
+from layerskip_core.training.data import Collator, StreamedRows, encode_rows
+from layerskip_core.training.encoding import Encoder, packed, train_tokenizer
+from layerskip_core.training.run import prepare
+from layerskip_core.training.trainer import RunTrainer
 
 TURNS = (("user", "hi"), ("assistant", "hello you"), ("user", "bye"), ("assistant", "so long"))
 CHAT = (
@@ -52,7 +50,6 @@ def test_prompts_are_masked_and_rows_end(tokenizer):
     }
     assert encoded.rows[1]["input_ids"] == encoded.rows[1]["labels"] == [*plain, 2]
     assert encoded.tokens == len(prompt) + len(completion) + len(plain) + 2
-    assert encoded.target_tokens == len(completion) + len(plain) + 2
     assert encoded.truncated == 0
 
 
@@ -132,8 +129,8 @@ def written(tmp_path, count=50):
 def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_path):
     data = DataConfig(name=written(tmp_path))
     job = prepare(settings(data=data, regime="continual", max_length=32))
-    assert set(job.data.rows["length"][:-1]) == {32} and "packed into whole rows" in job.plan.notes[0]
-    assert job.plan.truncated == 0 and job.plan.tokens == sum(prepare(settings(data=data)).data.rows["length"])
+    assert set(job.trained.data.rows["length"][:-1]) == {32} and "packed into whole rows" in job.plan.notes[0]
+    assert job.plan.truncated == 0 and job.plan.tokens == sum(prepare(settings(data=data)).trained.data.rows["length"])
     for changes in ({"regime": "finetune"}, {"regime": "continual", "pack": False}):
         job = prepare(settings(data=data, **changes))
         assert job.plan.rows == 50 and not job.plan.notes
@@ -176,48 +173,22 @@ def test_a_stream_that_has_lost_its_rows_ends(tokenizer, tmp_path):
         next(stream)
 
 
-def test_validation_of_bad_files(settings, tmp_path):
-    data = DataConfig(name=written(tmp_path))
-    with pytest.raises(DataError, match=r"`validation` none\.jsonl: there is no such file"):
-        prepare(settings(data=data, validation="none.jsonl"))
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"bad\.parquet: not readable as Parquet"):
-        prepare(settings(data=data, validation=str(tmp_path / "bad.parquet")))
-    with pytest.raises(
-        ConfigError, match="`validation` must be other data where `data` is a file, which has no splits, got test"
-    ):
-        prepare(settings(data=data, validation="test"))
-
-
-def test_streams_that_cannot_be(settings, tmp_path):
-    with pytest.raises(ConfigError, match="`steps` must be given with `streaming`"):
-        settings(streaming=True, steps=None, data=DataConfig())
-    with pytest.raises(ConfigError, match="`limit` must be 0 with `streaming`, got 32"):
-        settings(streaming=True)
-    with pytest.raises(DataError, match="`streaming` needs a file or a hub id as `data`, got commands"):
-        prepare(settings(streaming=True, data=DataConfig()))
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"completion": "a"}\n' * 70 + "oops\n")
-    with pytest.raises(DataError, match=r"bad\.jsonl:71: not valid JSON"):  # met on the way
-        train(settings(streaming=True, data=DataConfig(name=str(bad)), steps=40))
-
-
 @pytest.mark.parametrize("validation", ["validation", "commands"])
 def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     """Every two steps and at the end; after no training at all that is the loss of the base model's own exits."""
     changes = {"validation": validation, "validation_samples": 6, "eval_steps": 2, "steps": 5}
     job = prepare(settings(**changes))
-    assert job.held_out.rows["input_ids"] == prepare(settings(**changes)).held_out.rows["input_ids"]
-    assert not set(map(tuple, job.held_out.rows["input_ids"])) & set(map(tuple, job.data.rows["input_ids"]))
+    assert job.trained.held_out.rows["input_ids"] == prepare(settings(**changes)).trained.held_out.rows["input_ids"]
+    assert not set(map(tuple, job.trained.held_out.rows["input_ids"])) & set(map(tuple, job.trained.data.rows["input_ids"]))
     reports = []
     info = job.run(reports.append)
     assert [sorted(report.validation_losses) for report in reports] == [[], [], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
-    batch = Collator(0)([job.held_out.rows[at] for at in range(6)])
-    logits = job.trainable.model.eval()(batch["input_ids"]).logits
+    batch = Collator(0)([job.trained.held_out.rows[at] for at in range(6)])
+    logits = job.trained.trainable.model.eval()(batch["input_ids"]).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
-    assert info.details["validation_rows"] == job.held_out.digest != job.data.digest
+    assert info.details["validation_rows"] == job.trained.held_out.digest != job.trained.data.digest
 
 
 def test_every_validation_happens_once(settings, monkeypatch):
@@ -248,10 +219,3 @@ def test_the_text_of_a_special_token_in_a_completion_stays_text(tokenizer):
     assert tokenizer.decode(targets[:-1]) == row.completion
     (raw,) = Encoder(tokenizer, PromptTemplate("raw"), 64).rows([row])
     assert raw["labels"].count(end) == 2
-
-
-def test_rows_in_memory_take_four_bytes_per_number(tokenizer):
-    encoder = Encoder(tokenizer, PromptTemplate("{prompt}\n"), 64)
-    data = encode_rows([Example("a", "b c d"), Example("a", "e")], encoder)
-    assert [str(data.rows.features[name].feature.dtype) for name in ("input_ids", "labels")] == ["int32", "int32"]
-    assert data.digest != encode_rows([Example("a", "e"), Example("a", "b c d")], encoder).digest

@@ -4,10 +4,9 @@ from conftest import tiny_model
 from training_runs import recipe_module
 
 from layerskip_core import losses
-from layerskip_core.config.training import RecipeConfig
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
-from layerskip_core.training.recipe.exit_loss import exit_scales, exit_weights
-from layerskip_core.training.recipe.module import Moment
+from layerskip_core.training.recipe import Moment, exit_scales, exit_weights
 
 
 def batch():
@@ -55,7 +54,7 @@ def test_other_scales_by_hand():
 
 def test_the_loss_equals_a_manual_loop(llama):
     ids, labels = batch()
-    module = recipe_module(llama, RecipeConfig(p_max=0, e_scale=0.5, curriculum="all")).train()
+    module = recipe_module(llama, RecipeSettings(p_max=0, e_scale=0.5, curriculum="all")).train()
     output = module(ids, labels, Moment(0, 10))
     expected = [manual_cross_entropy(truncated(llama, exit_layer), ids, labels) for exit_layer in range(1, 7)]
     assert output["exit_layers"] == (1, 2, 3, 4, 5, 6)
@@ -67,7 +66,7 @@ def test_the_loss_equals_a_manual_loop(llama):
 def test_every_layer_gets_a_gradient_without_dropout():
     ids, labels = batch()
     model = tiny_model()
-    recipe_module(model, RecipeConfig(p_max=0)).train()(ids, labels, Moment(0, 10))["loss"].backward()
+    recipe_module(model, RecipeSettings(p_max=0)).train()(ids, labels, Moment(0, 10))["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
@@ -76,7 +75,7 @@ def test_every_exit_trains_the_shared_norm_and_head():
     """Their gradients are the weighted sum of those of each truncated model's own loss."""
     ids, labels = batch()
     model = tiny_model()
-    recipe = RecipeConfig(p_max=0, e_scale=0.5, curriculum="all")
+    recipe = RecipeSettings(p_max=0, e_scale=0.5, curriculum="all")
     recipe_module(model, recipe).train()(ids, labels, Moment(0, 10))["loss"].backward()
     for name in ("model.norm.weight", "lm_head.weight"):
         expected = torch.zeros_like(model.get_parameter(name))
@@ -89,7 +88,7 @@ def test_every_exit_trains_the_shared_norm_and_head():
 
 def test_chunks_with_recompute_change_nothing(llama, monkeypatch):
     ids, labels = batch()
-    module = recipe_module(llama, RecipeConfig(p_max=0, curriculum="all")).train()
+    module = recipe_module(llama, RecipeSettings(p_max=0, curriculum="all")).train()
     results = []
     for logits in (losses.CHUNK_LOGITS, 5 * 67):  # one chunk, then chunks of five tokens
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
@@ -103,7 +102,7 @@ def test_chunks_with_recompute_change_nothing(llama, monkeypatch):
 
 def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
     ids, labels = batch()
-    module = recipe_module(llama, RecipeConfig(p_max=0.9, curriculum="none")).eval()
+    module = recipe_module(llama, RecipeSettings(p_max=0.9, curriculum="none")).eval()
     with torch.no_grad():
         first, second = (module(ids, labels, Moment(step, 10)) for step in (0, 7))
     assert first["exit_layers"] == (1, 2, 3, 4, 5, 6)
@@ -112,7 +111,7 @@ def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
 
 def test_dropout_skips_rows_in_training(llama):
     ids, labels = batch()
-    module = recipe_module(llama, RecipeConfig(p_max=0.9, curriculum="none"), seed=3).train()
+    module = recipe_module(llama, RecipeSettings(p_max=0.9, curriculum="none"), seed=3).train()
     rows = [0] * 6
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, at=at: rows.__setitem__(at, rows[at] + args[0].shape[0]))
@@ -143,7 +142,7 @@ def manual_mixed_loss(model, ids, labels, exit_layer, share):
 def test_distillation_equals_a_manual_computation(llama, monkeypatch, share):
     """In one chunk and in chunks of five tokens. The last layer keeps its cross-entropy; the reports do not mix."""
     ids, labels = batch()
-    recipe = RecipeConfig(p_max=0, e_scale=0.5, curriculum="all", distill=share)
+    recipe = RecipeSettings(p_max=0, e_scale=0.5, curriculum="all", distill=share)
     weights = exit_weights(range(1, 7), 6, 0.5)
     expected = [manual_mixed_loss(llama, ids, labels, exit_layer, share) for exit_layer in range(1, 6)]
     expected.append(manual_cross_entropy(llama, ids, labels))
@@ -161,7 +160,7 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
     ids, labels = batch()
     for logits in (losses.CHUNK_LOGITS, 5 * 67):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
-        module = recipe_module(llama, RecipeConfig(p_max=0, curriculum="all", distill=1.0)).train()
+        module = recipe_module(llama, RecipeSettings(p_max=0, curriculum="all", distill=1.0)).train()
         monkeypatch.setattr(module, "_weights", lambda exits: [float(exit_layer == 3) for exit_layer in exits])
         llama.zero_grad()
         module(ids, labels, Moment(0, 10))["loss"].backward()

@@ -10,7 +10,7 @@ from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import GenericBackend
 from layerskip_core.model.exit_blocks import ExitBlock
-from layerskip_core.training.frozen.module import FrozenExits
+from layerskip_core.training.exit_blocks import FrozenExits
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 16, 16]])
 LABELS = torch.tensor([[IGNORED, IGNORED, IGNORED, 8, 9, 10, 11], [IGNORED, IGNORED, 14, 15, 16, IGNORED, IGNORED]])

@@ -7,7 +7,7 @@ from conftest import tiny_model
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import GenericBackend
 from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
-from layerskip_core.training.frozen.module import FrozenExits
+from layerskip_core.training.exit_blocks import FrozenExits
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13]])
 EXIT = 2

@@ -12,10 +12,10 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import GenericBackend
-from layerskip_core.training.frozen import states as keeping
-from layerskip_core.training.frozen.states import StateRows, States, collate, write_states
-from layerskip_core.training.rows import answers as answering
-from layerskip_core.training.rows.answers import Text, Writing, read_answers, write_answers
+from layerskip_core.training import answers as answering
+from layerskip_core.training import exit_blocks as keeping
+from layerskip_core.training.answers import Text, Writing, write_answers
+from layerskip_core.training.exit_blocks import StateRows, States, collate, write_states
 
 PROMPTS = [[5, 6, 7], [8] * 9, [9, 10], [11, 12, 13, 14], [15] * 5]
 GREEDY = Writing(6, 64, 0.0, 0)
@@ -90,27 +90,11 @@ def test_equal_prompts_have_different_sampled_answers(loaded, tmp_path):
     assert found[2] == [token.id for step in decode(loaded.backend, [5, 6], alone, loaded.eos_ids) for token in step]
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["x", '{"row": 5, "ids": [1]}', '{"row": 0, "ids": [300]}', '{"row": 0, "ids": []}', '{"row": 0, "ids": [1,1,1,1,1,1,1]}'],
-)
+@pytest.mark.parametrize("line", ["x", '{"row": 5}', "[1]"])
 def test_a_damaged_journal_is_refused(loaded, tmp_path, line):
     (tmp_path / "journal").write_text(line + "\n")
-    with pytest.raises(CheckpointError, match=r"journal, line 1 is damaged: .*; remove the file to write the answers again"):
+    with pytest.raises(CheckpointError, match="journal is damaged"):
         write_answers(loaded, PROMPTS, GREEDY, tmp_path / "journal", ignored)
-
-
-def test_reading_a_journal_leaves_it_as_it_is(tmp_path):
-    content = '{"row": 0, "ids": [7]}\n{"row": 1, "ids"'
-    (tmp_path / "journal").write_text(content)
-    assert read_answers(tmp_path / "journal", PROMPTS, GREEDY, 300) == {0: [7]}
-    assert (tmp_path / "journal").read_text() == content
-
-
-def test_a_text_is_a_prompt_and_its_answer():
-    text = Text.of([4, 5], [6, 7, 8])
-    assert (text.ids, text.labels, text.targets) == ([4, 5, 6, 7, 8], [IGNORED, IGNORED, 6, 7, 8], 3)
-    assert Text([4], [4]).targets == 0  # nothing predicts the first token
 
 
 TEXTS = [Text.of(prompt, [1, 2, 3][: 1 + row % 3]) for row, prompt in enumerate(PROMPTS)]
@@ -144,28 +128,12 @@ def test_states_go_on_from_what_is_on_disk_bit_by_bit(backend, tmp_path):
     cut = tmp_path / "cut"
     with pytest.raises(Stopped):
         write_states(backend, backend.normed, TEXTS, (2,), cut, stopping_after(2))
-    with pytest.raises(CheckpointError, match=r"exit-2\.bf16 is not complete"):
-        States(TEXTS, (2,), backend.hidden_size, cut)
     os.truncate(cut / "final.bf16", (cut / "final.bf16").stat().st_size - 3)  # killed in the middle of a write
     reports = []
     write_states(backend, backend.normed, TEXTS, (2,), cut, reports.append)
     assert 0 < reports[0] < len(TEXTS)
     for name in ("exit-2.bf16", "final.bf16"):
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_states_that_are_not_finite_are_refused(backend, tmp_path):
-    write_states(backend, backend.normed, TEXTS, (2,), tmp_path, ignored)
-    size = (tmp_path / "final.bf16").stat().st_size
-    (tmp_path / "final.bf16").write_bytes(b"\xff" * size)
-    with pytest.raises(CheckpointError, match=f"{tmp_path} holds states that are not finite; remove it to compute the states"):
-        States(TEXTS, (2,), backend.hidden_size, tmp_path).row(0, (2,))
-
-
-def test_states_cannot_be_written_where_a_file_is(backend, tmp_path):
-    (tmp_path / "states").write_text("mine")
-    with pytest.raises(CheckpointError, match=f"cannot write the states to {tmp_path}/states: File exists"):
-        write_states(backend, backend.normed, TEXTS, (2,), tmp_path / "states", ignored)
 
 
 def test_a_batch_is_padded_at_the_right_and_rows_come_exit_by_exit(backend, tmp_path):

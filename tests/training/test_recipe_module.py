@@ -7,12 +7,11 @@ from peft import LoraConfig, get_peft_model
 from training_runs import recipe_module
 
 from layerskip_core import losses
-from layerskip_core.config.training import RecipeConfig
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
-from layerskip_core.training.recipe.exit_loss import exit_weights
-from layerskip_core.training.recipe.module import Moment
-from layerskip_core.training.rows.encoded_data import Collator
-from layerskip_core.training.rows.packing import packed
+from layerskip_core.training.data import Collator
+from layerskip_core.training.encoding import packed
+from layerskip_core.training.recipe import Moment, exit_weights
 
 
 def batch(rows=4, length=9):
@@ -52,7 +51,8 @@ def layer_rows(model):
 )
 def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step, exits):
     ids, labels = batch()
-    recipe = RecipeConfig(p_max=0, e_scale=0.2, curriculum=curriculum, rotation=3)
+    rotation = 3 if curriculum == "rotational" else None
+    recipe = RecipeSettings(p_max=0, e_scale=0.2, curriculum=curriculum, rotation=rotation)
     output = run(llama, recipe, Moment(step, 12), ids, labels)
     assert output["exit_layers"] == exits
     weights = torch.tensor(exit_weights(exits, 6, 0.2))
@@ -61,14 +61,14 @@ def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step,
 
 def test_without_the_recipe_it_is_the_plain_loss(llama):
     ids, labels = batch()
-    output = run(llama, RecipeConfig(p_max=0, curriculum="none"), Moment(0, 1), ids, labels)
+    output = run(llama, RecipeSettings(p_max=0, curriculum="none"), Moment(0, 1), ids, labels)
     targets = (labels[:, 1:] != IGNORED).sum()
     torch.testing.assert_close(output["loss"] / targets, llama(ids, labels=labels).loss.float())
 
 
 def test_padding_at_the_right_changes_nothing(llama):
     ids, labels = batch()
-    recipe = RecipeConfig(p_max=0, curriculum="all")
+    recipe = RecipeSettings(p_max=0, curriculum="all")
     plain = run(llama, recipe, Moment(0, 1), ids, labels)["per_exit"]
     filler, ignored = torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), IGNORED)
     padded = run(llama, recipe, Moment(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1))
@@ -78,7 +78,7 @@ def test_padding_at_the_right_changes_nothing(llama):
 def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
     """S(t) is 0 at the first step and 1 at the last, where p is 0.9 at the last layer."""
     ids, labels = batch(rows=40)
-    recipe = RecipeConfig(p_max=0.9, curriculum="none")
+    recipe = RecipeSettings(p_max=0.9, curriculum="none")
     for step, scratch, expected in ((0, True, 40), (9, True, 4), (0, False, 4)):
         model = tiny_model()
         rows = layer_rows(model)
@@ -92,13 +92,13 @@ def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
     ids, labels = batch(rows=40)
     model = tiny_model()
     rows = layer_rows(model)
-    run(model, RecipeConfig(p_max=0.9, dropout_profile="constant", curriculum="none"), Moment(0, 10), ids, labels)
+    run(model, RecipeSettings(p_max=0.9, dropout_profile="constant", curriculum="none"), Moment(0, 10), ids, labels)
     assert rows == pytest.approx([24] * 6, abs=9)  # 3 standard deviations
 
 
 def test_dropout_is_a_function_of_seed_and_moment(llama):
     ids, labels = batch()
-    recipe = RecipeConfig(p_max=0.9, curriculum="none")
+    recipe = RecipeSettings(p_max=0.9, curriculum="none")
     first = run(llama, recipe, Moment(3, 10, 1), ids, labels, seed=7)["loss"]
     torch.manual_seed(99)
     torch.testing.assert_close(run(llama, recipe, Moment(3, 10, 1), ids, labels, seed=7)["loss"], first, rtol=0, atol=0)
@@ -113,7 +113,7 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
     """The backward pass runs layers and heads again: dropping the same rows, with taps, in the same precision."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * 67)
     ids, labels = batch()
-    recipe = RecipeConfig(p_max=0.8, curriculum="all", distill=0.5)
+    recipe = RecipeSettings(p_max=0.8, curriculum="all", distill=0.5)
     gradients = []
     for recompute in (False, True):
         model = tiny_model(dtype=torch.float32 if bf16 else torch.float64, tie_word_embeddings=True)
@@ -140,7 +140,7 @@ def test_packed_documents_give_the_losses_of_each_alone():
         model = tiny_model(model_type, **changes)
         if model_type == "gemma2":
             model.set_attn_implementation("eager")  # masks are numbers there, not truth values
-        module = recipe_module(model, RecipeConfig(p_max=0, curriculum="all")).train()
+        module = recipe_module(model, RecipeSettings(p_max=0, curriculum="all")).train()
         ids, _ = batch(rows=1, length=18)
         alone = []
         for start, stop in ((0, 5), (5, 14), (14, 18)):
@@ -160,7 +160,7 @@ def test_lora_trains_adapters_only_and_the_exits_see_them():
     base = tiny_model()
     before = copy.deepcopy(base.state_dict())
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    module = recipe_module(adapted, RecipeConfig(p_max=0, curriculum="all")).train()
+    module = recipe_module(adapted, RecipeSettings(p_max=0, curriculum="all")).train()
     first = module(ids, labels, Moment(0, 10))
     first["loss"].backward()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}

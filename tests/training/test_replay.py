@@ -14,13 +14,11 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import RetentionSettings
-from layerskip_core.errors import ConfigError, TrainingInterrupted
-from layerskip_core.interruption import Interruption
+from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED
-from layerskip_core.training.prepare import prepare
-from layerskip_core.training.rows import answers, replay
-from layerskip_core.training.rows.encoded_data import Collator
-from layerskip_core.training.rows.replay import ReplayedRows, replayed_texts
+from layerskip_core.training import answers
+from layerskip_core.training.data import Collator, ReplayedRows
+from layerskip_core.training.run import prepare
 
 QUARTER = RetentionSettings(replay=0.25, replay_tokens=12)
 
@@ -31,8 +29,7 @@ def ignored(done):
 
 def rows_of(job):
     """Those that the run will train on, in their order."""
-    with Interruption() as interruption:
-        rows = job._rows(ignored, interruption)
+    rows, _ = job.trained.rows(lambda stage, total: ignored)
     return [rows[position] for position in range(len(rows))]
 
 
@@ -63,7 +60,7 @@ def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
     rows = rows_of(job)
     texts = rows[3::4]
     own = Counter(tuple(row["input_ids"]) for place, row in enumerate(rows) if place % 4 < 3)
-    assert own == Counter(map(tuple, job.data.rows["input_ids"]))
+    assert own == Counter(map(tuple, job.trained.data.rows["input_ids"]))
     assert all(row["labels"] == row["input_ids"] for row in texts)
     assert len({tuple(row["input_ids"]) for row in texts}) == 10
     lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, job.plan.replay.starts, strict=True)}
@@ -99,9 +96,9 @@ def trained_with_template(settings, tmp_path):
 
 def test_the_length_is_the_mean_rows_unless_it_is_asked_for(settings):
     job = prepare(settings(retention=RetentionSettings(replay=0.5)))
-    assert job.plan.replay.how.tokens == round(job.data.tokens / len(job.data.rows)) > 2
+    assert job.plan.replay.how.tokens == round(job.trained.data.tokens / len(job.trained.data.rows)) > 2
     long = prepare(settings(retention=RetentionSettings(replay=0.5, replay_tokens=1000), max_length=256)).plan
-    assert long.replay.longest == 256 and long.memory_mb > job.plan.memory_mb
+    assert long.replay.longest == 256
 
 
 def test_packed_rows_have_packed_texts(settings, tmp_path):
@@ -115,7 +112,7 @@ def test_packed_rows_have_packed_texts(settings, tmp_path):
 
 
 def test_more_rows_than_texts_see_them_again(settings, monkeypatch):
-    monkeypatch.setattr(replay, "MOST_TEXTS", 3)
+    monkeypatch.setattr(answers, "MOST_REPLAYED", 3)
     texts = [row["input_ids"] for row in rows_of(prepare(settings(retention=QUARTER, steps=5)))[3::4]]
     assert len(set(map(tuple, texts))) == 3 and texts[3:] == texts[:2]
 
@@ -126,7 +123,7 @@ def test_a_run_with_texts_is_resumed_bit_by_bit(settings, tmp_path, monkeypatch)
     expected = train(settings(**shared, output=whole))
     with pytest.raises(Interrupted):
         prepare(settings(**shared, output=cut)).run(stop_at(3))
-    monkeypatch.setattr(replay, "write_answers", None)  # nothing is written again
+    monkeypatch.setattr(answers, "write_answers", None)  # nothing is written again
     reports = train(settings(**shared, output=cut, resume=True))
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
     found, reference = weights(cut), weights(whole)
@@ -160,17 +157,17 @@ def test_another_process_waits_for_the_texts(settings, monkeypatch):
     plan = prepare(config).plan
     with monkeypatch.context() as second:
         second.setenv("RANK", "1")
-        second.setattr(replay, "_WAIT", 0.0)
-        second.setattr(replay, "write_answers", None)
+        second.setattr(answers, "_WAIT", 0.0)
+        second.setattr(answers, "write_answers", None)
         waited = []
 
         def first_writes(done):
             waited.append(done)
             if len(waited) == 3:
                 second.undo()
-                replayed_texts(config, plan.replay, "cpu", ignored)
+                prepare(config).plan.replay.texts(ignored)
 
-        texts = replayed_texts(config, plan.replay, "cpu", first_writes)
+        texts = plan.replay.texts(first_writes)
     assert waited == [0, 0, 0] and len(texts) == 4
 
 
@@ -178,27 +175,3 @@ def test_a_dry_run_writes_no_text(settings, tmp_path):
     plan = prepare(settings(retention=QUARTER)).plan
     assert plan.replay.written == 0 and plan.replay.seconds > 0
     assert not Path(tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("share", "message"),
-    [
-        (1.0, "`replay` must be in [0, 1), got 1.0"),
-        (-0.1, "`replay` must be in [0, 1), got -0.1"),
-        (0.1, "`replay` must be a share of the 4 rows of a step that is one row at least, and not all, got 0.1"),
-        (0.9, "`replay` must be a share of the 4 rows of a step that is one row at least, and not all, got 0.9"),
-    ],
-)
-def test_shares_that_cannot_be(settings, share, message):
-    with pytest.raises(ConfigError) as refused:
-        prepare(settings(retention=RetentionSettings(replay=share)))
-    assert str(refused.value) == message
-
-
-def test_settings_that_do_not_go_together(settings):
-    with pytest.raises(ConfigError, match="`replay_tokens` must be used with `replay`, got 5"):
-        RetentionSettings(replay_tokens=5)
-    with pytest.raises(ConfigError, match=r"`replay` must be left out with `streaming`, got 0\.25"):
-        settings(retention=QUARTER, streaming=True, data=DataConfig())
-    with pytest.raises(ConfigError, match="`replay` must be left out with `regime` scratch, which has no original"):
-        settings(retention=QUARTER, regime="scratch")

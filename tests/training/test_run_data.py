@@ -13,7 +13,7 @@ from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE, Conversation, Example
 from layerskip_core.errors import ConfigError
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate
-from layerskip_core.training.rows.run_data import make_encoder
+from layerskip_core.training.data import make_encoder
 
 EXAMPLE, CONVERSATION = Example("hi", "ho"), Conversation((("user", "hi"), ("assistant", "ho")))
 FILE = DataConfig(name="rows.jsonl")

@@ -11,9 +11,9 @@ from training_runs import Interrupted, in_processes, loss_rows, run_quietly, sav
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
-from layerskip_core.training.prepare import prepare, take_own_gpu
-from layerskip_core.training.rows import tokenizer
-from layerskip_core.training.rows.encoded_data import Collator
+from layerskip_core.training import data as running_data
+from layerskip_core.training.data import Collator
+from layerskip_core.training.run import prepare, require_device
 
 WHOLE = {
     "batch_size": 2,
@@ -39,7 +39,7 @@ def sharded_runs(rank, base, folder):
         torch.distributed.barrier()
     run_quietly(settings(**resumed, resume=True))
     run_quietly(settings(**ADAPTERS, fsdp=True, output=f"{folder}/adapters", save_steps=4))
-    tokenizer._COUNTED = 8  # rows of a stream, for the order of the tokens
+    running_data._COUNTED = 8  # rows of a stream, for the order of the tokens
     seen, collate = [], Collator.__call__
     Collator.__call__ = lambda self, rows: seen.extend(row["input_ids"] for row in rows) or collate(self, rows)
     streamed = {"data": DataConfig(name=f"{folder}/rows.jsonl"), "streaming": True, "steps": 2, "batch_size": 2}
@@ -104,7 +104,7 @@ def test_sharding_needs_processes_and_a_config_of_accelerate_that_it_keeps(setti
     with pytest.raises(ConfigError, match="accelerate's config must have fsdp_version 2, got 1"):
         prepare(settings())
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert prepare(settings()).config.fsdp
+    assert prepare(settings()).plan.config.fsdp
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(ConfigError, match="fsdp_activation_checkpointing false, got true; give `gradient_checkpointing`"):
         prepare(settings())
@@ -118,28 +118,13 @@ def test_sharded_and_whole_checkpoints_are_not_mixed(settings, monkeypatch):
         prepare(settings(save_steps=1, fsdp=True, resume=True))
 
 
-def test_the_memory_and_the_operations_of_a_step_under_fsdp(settings, monkeypatch):
-    """By hand: four layers of 32, and outside them embedding, head and norm. Two layers and these are whole in each process."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    alone, job = prepare(settings()), prepare(settings(fsdp=True))
-    weights, layer = job.plan.parameters, sum(weight.numel() for weight in job.trainable.backend.layers[0].parameters())
-    whole = weights - 4 * layer + 2 * layer
-    activations = alone.plan.memory_mb - 16 * weights / 2**20
-    assert job.plan.memory_mb == pytest.approx((16 * weights / 4 + 4 * 2 * whole) / 2**20 + activations)
-    per_row = job.data.tokens / job.data.count
-    head = 32 * 300 * job.data.target_tokens / job.data.tokens
-    per_token = 6 * (4 * layer + head) + 4 * 6 * per_row * 32
-    plain = prepare(settings(fsdp=True, recipe=RecipeSettings(p_max=0.0, curriculum="none"))).plan
-    assert plain.flops == pytest.approx(4 * 4 * per_row * per_token)  # four rows in each of four processes
-
-
 def test_each_process_takes_its_own_gpu(monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    take_own_gpu(torch.device("cuda"))
+    require_device(torch.device("cuda"))
     assert taken == [1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match=r"`device` must be cuda with at least 3 GPUs here, one per process .*, got 2"):
-        take_own_gpu(torch.device("cuda"))
+        require_device(torch.device("cuda"))

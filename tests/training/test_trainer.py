@@ -1,6 +1,5 @@
 import itertools
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +13,14 @@ from transformers.integrations import integration_utils
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.training import RecipeSettings
+from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingError
 from layerskip_core.model.draft_vocabulary import token_order
-from layerskip_core.training import prepare as preparing
-from layerskip_core.training.loop import run_callback, trainer
-from layerskip_core.training.loss_plot import _thinned
-from layerskip_core.training.prepare import prepare
-from layerskip_core.training.recipe.module import RecipeModule
-from layerskip_core.training.rows.order import run_order
+from layerskip_core.training import run as running
+from layerskip_core.training import trainer
+from layerskip_core.training.data import run_order
+from layerskip_core.training.module import RecipeModule
+from layerskip_core.training.run import prepare
 
 PLAIN = RecipeSettings(p_max=0, curriculum="none")
 
@@ -33,26 +31,6 @@ def same_length_rows(tmp_path, count=8):
     rows = (f'{{"prompt": "row {row}", "completion": "{"abcdefgh"[row]} is the answer"}}\n' for row in range(count))
     file.write_text("".join(rows))
     return DataConfig(name=str(file))
-
-
-@pytest.mark.parametrize("recipe", [PLAIN, RecipeSettings(p_max=0, curriculum="all")], ids=["plain", "all exits"])
-def test_accumulation_gives_the_same_loss_and_weights(settings, tmp_path, recipe):
-    """4 x 1 and 1 x 4: the same rows in each step, the same means over target tokens; tolerance: fp32 sums in another order."""
-    data = same_length_rows(tmp_path)
-    runs = {}
-    for batch_size, accumulation in ((4, 1), (1, 4), (2, 2)):
-        output = str(tmp_path / f"{batch_size}")
-        config = settings(
-            data=data, output=output, recipe=recipe, steps=2, batch_size=batch_size, accumulation=accumulation
-        )  # one epoch
-        runs[batch_size] = train(config), weights(output)
-    reports, expected = runs[4]
-    for batch_size in (1, 2):
-        for report, other in zip(reports, runs[batch_size][0], strict=True):
-            assert other.loss == pytest.approx(report.loss, rel=1e-5)
-            assert other.exit_losses == pytest.approx(report.exit_losses, rel=1e-5)
-        for name, weight in runs[batch_size][1].items():
-            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)  # lr 1e-3: 2% of a step
 
 
 def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
@@ -67,7 +45,7 @@ def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
         sizes = {"batch_size": batch_size, "accumulation": accumulation, "steps": 1, "overwrite": True}
         job = prepare(settings(data=DataConfig(name=str(file)), recipe=PLAIN, **sizes))
         accumulated = []
-        head = job.trainable.model.lm_head.weight
+        head = job.trained.trainable.model.lm_head.weight
         head.register_post_accumulate_grad_hook(lambda weight, seen=accumulated: seen.append(weight.grad.clone()))
         job.run(lambda report: losses.append(report.loss))
         assert len(accumulated) == accumulation
@@ -82,10 +60,10 @@ def test_the_speed_counts_no_padding(settings, tmp_path, monkeypatch):
     file.write_text("".join(f'{{"prompt": "p", "completion": "{"a " * words}"}}\n' for words in (4, 40)))
     job = prepare(settings(data=DataConfig(name=str(file)), batch_size=2, steps=1))
     seconds = itertools.count()
-    monkeypatch.setattr(run_callback.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(seconds)))
     reports = []
     job.run(reports.append)
-    lengths = job.data.rows["length"]
+    lengths = job.trained.data.rows["length"]
     assert reports[0].tokens_per_second == sum(lengths) < 2 * max(lengths)
 
 
@@ -99,11 +77,11 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
         return arguments
 
     monkeypatch.setattr(trainer, "TrainingArguments", finding_two)
-    batches = []
+    job, batches = prepare(settings(steps=2)), []
     monkeypatch.setattr(RecipeModule, "forward", recording_batches(RecipeModule.forward, batches))
-    train(settings(steps=2))
+    job.run(lambda report: None)
     assert batches == [4, 4]
-    monkeypatch.setattr(preparing, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(running, "pick_device", lambda name: torch.device(name))
     with pytest.raises(ConfigError, match=r"`device` cuda:1: training takes the first GPU .* CUDA_VISIBLE_DEVICES=1"):
         prepare(settings(device="cuda:1", overwrite=True))
 
@@ -210,18 +188,6 @@ def test_adapters_below_the_highest_early_exit_alone(settings, base, tmp_path, e
     torch.testing.assert_close({name: merged[name] for name in after}, after, rtol=1e-6, atol=1e-7)
 
 
-def test_adapters_below_an_exit_that_cannot_be(settings):
-    with pytest.raises(ConfigError, match="`lora_layers` must be used with `lora_rank`, got no rank"):
-        settings(lora_layers="below-exit")
-    with pytest.raises(ConfigError, match="`lora_targets` must be used with `lora_rank`, got no rank"):
-        settings(lora_targets="q_proj")
-    with pytest.raises(ConfigError, match="`lora_layers` must be all with `curriculum` none, which trains no exit, got below"):
-        prepare(settings(lora_rank=2, lora_layers="below-exit", recipe=PLAIN))
-    head = settings(lora_rank=2, lora_layers="below-exit", lora_targets="lm_head", recipe=replace(RECIPE, exits=(2,)))
-    with pytest.raises(ConfigError, match="`lora_targets` must be names within a layer with `lora_layers` below-exit, got lm_"):
-        prepare(head)
-
-
 def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
     reports = train(settings(regime="scratch", vocab_size=280))
     assert reports[0].loss == pytest.approx(5.63, abs=0.3)  # fresh weights: about ln 280
@@ -235,37 +201,14 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
 def test_the_plan(settings, base):
     job = prepare(settings(steps=None, epochs=2.0, batch_size=3, accumulation=2, max_length=100))
     plan = job.plan
-    assert plan.rows == 32 and plan.tokens == sum(job.data.rows["length"])
-    assert plan.truncated == sum(row["length"] == 100 and row["input_ids"][-1] != 2 for row in job.data.rows) > 0
+    assert plan.rows == 32 and plan.tokens == sum(job.trained.data.rows["length"])
+    assert plan.truncated == sum(row["length"] == 100 and row["input_ids"][-1] != 2 for row in job.trained.data.rows) > 0
     assert plan.steps == 11  # 2 x 32 rows in steps of 6, rounded up
     assert plan.parameters == sum(weight.numel() for weight in weights(base).values())
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
     assert plan.exits_per_step == pytest.approx((6 * 3 + 5 * 2) / 11)  # exits 1, 3, 4 on even steps, 2, 4 on odd ones
     assert (plan.device, plan.dtype) == ("cpu", "fp32")
-    assert plan.cost > 1
-
-
-def test_the_cost_of_a_step(settings):
-    """Layers with dropout and heads over target tokens, against layers and one head: by hand."""
-    job = prepare(settings())
-    layers = 4 * sum(parameter.numel() for parameter in job.trainable.backend.layers[0].parameters())
-    head = 32 * 300 * job.data.target_tokens / job.data.tokens
-    kept = 1 - 0.2 * (0 + 0.259921 + 0.587401 + 1) / 4  # D = 2 ** (l / 3) - 1
-    assert job.plan.exits_per_step == 2.5
-    assert job.plan.cost == pytest.approx((layers * kept + head * 2.5) / (layers + head), rel=1e-6)
-    assert prepare(settings(recipe=PLAIN)).plan.cost == 1
-    taught = prepare(settings(recipe=replace(RECIPE, distill=0.5))).plan  # 1.5 early exits per step, a third of a head each
-    assert taught.cost == pytest.approx((layers * kept + head * 3) / (layers + head), rel=1e-6)
-
-
-def test_the_memory_of_a_step(settings):
-    """Hidden size 32, feed-forward 48, four layers, 300 tokens; in fp32, by hand."""
-    job = prepare(settings())
-    tokens, weights = 4 * job.data.longest, job.plan.parameters
-    layer, logits = 14 * 32 + 4 * 48, 3 * tokens * 300
-    assert job.plan.memory_mb == pytest.approx((16 * weights + 4 * (tokens * 4 * layer + logits)) / 2**20)
-    saving = prepare(settings(lora_rank=2, gradient_checkpointing=True)).plan
-    assert saving.memory_mb == pytest.approx((4 * weights + 4 * (tokens * (4 * 32 + layer) + logits)) / 2**20)
+    assert plan.step.seconds > 0 and plan.step.memory_mb > 16 * plan.parameters / 2**20
 
 
 def test_commands_without_a_limit_never_repeat_a_row(settings):
@@ -276,7 +219,7 @@ def test_commands_without_a_limit_never_repeat_a_row(settings):
 def test_settings_that_cannot_work_fail_before_training(settings, tmp_path):
     with pytest.raises(ConfigError, match="`max_length` must be at most the model's context of 256 tokens, got 300"):
         prepare(settings(max_length=300))
-    assert prepare(settings(prompting=PromptingConfig("Q: {prompt}"))).template.text == "Q: {prompt}"
+    assert prepare(settings(prompting=PromptingConfig("Q: {prompt}"))).trained.template.text == "Q: {prompt}"
     assert not (tmp_path / "out").exists()  # a plan writes nothing
 
 
@@ -286,28 +229,10 @@ def test_a_failure_while_saving_leaves_no_model(settings, tmp_path, monkeypatch)
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(job.trainable.model), "save_pretrained", full)
+    monkeypatch.setattr(type(job.trained.trainable.model), "save_pretrained", full)
     with pytest.raises(CheckpointError, match=r"cannot write the model to .*No space left on device"):
         job.run(lambda report: None)
     assert not (tmp_path / "out" / "config.json").exists()
-
-
-def test_a_model_is_on_disk_before_it_is_moved_into_place(settings, monkeypatch):
-    """What a power cut would leave cannot be tried; that every file is written out before the first of them is renamed can.
-
-    A file keeps its inode when it is renamed.
-    """
-    done = []
-    fsync, replace_file = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda opened: (done.append(os.fstat(opened).st_ino), fsync(opened)))
-    monkeypatch.setattr(os, "replace", lambda source, target: (done.append(Path(target).name), replace_file(source, target)))
-    train(settings(steps=1))
-    out = Path(settings().output)
-    files = {file.name: file.stat().st_ino for file in out.iterdir() if file.is_file()}
-    assert "model.safetensors" in files
-    first = next(place for place, what in enumerate(done) if isinstance(what, str))
-    assert set(files.values()) <= set(done[:first])
-    assert {what for what in done[first:] if isinstance(what, str)} == set(files) and done[-1] == out.stat().st_ino
 
 
 def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
@@ -322,7 +247,7 @@ def spoiling(job, step, factor):
 
     def listen(report):
         if report.step == step:
-            job.trainable.model.lm_head.weight.data.mul_(factor)
+            job.trained.trainable.model.lm_head.weight.data.mul_(factor)
 
     return listen
 
@@ -347,7 +272,7 @@ def test_a_nan_or_exploding_loss_stops_the_run(settings, tmp_path, factor, messa
 
 def test_gradients_that_are_not_finite_do_not_reach_the_weights(settings):
     job = prepare(settings())
-    head = job.trainable.model.lm_head.weight
+    head = job.trained.trainable.model.lm_head.weight
     head.register_hook(lambda gradient: gradient * float("inf"))
     before = head.detach().clone()
     with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
@@ -392,16 +317,8 @@ def test_the_order_of_its_tokens_stands_beside_the_model(settings, tmp_path):
     job.run(lambda report: None)
     order = token_order(tmp_path / "out", 300)  # as `--draft-vocab` reads it
     assert order is not None and sorted(order) == list(range(300))
-    targets = [token for row in job.data.rows for token in row["labels"]]
+    targets = [token for row in job.trained.data.rows for token in row["labels"]]
     assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)
-
-
-def test_a_long_run_is_drawn_as_means():
-    points = [(step, float(step % 2)) for step in range(1, 1001)]
-    steps, losses = _thinned(points)
-    assert len(steps) == 200 and steps[0] == 3 and steps[-1] == 998  # stretches of five
-    assert losses[0] == pytest.approx(0.6) and losses[1] == pytest.approx(0.4)
-    assert _thinned(points[:3]) == ([1, 2, 3], [1.0, 0.0, 1.0])
 
 
 def test_the_order_is_a_function_of_the_seed_and_sees_every_row_once_a_pass():
@@ -439,7 +356,36 @@ def test_an_adapter_that_is_kept_loads_as_the_merged_model(settings, base, tmp_p
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_training(settings, monkeypatch, tmp_path):
-    monkeypatch.setattr("layerskip_core.training.run.loss_plot", lambda _: 1 / 0)
+    monkeypatch.setattr("layerskip_core.training.whole_model.loss_plot", lambda _: 1 / 0)
     with pytest.warns(UserWarning, match=r"losses.png was not drawn: .*division by zero"):
         train(settings(steps=1))
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "losses.png").exists()
+
+
+HEAD_ADAPTED = {"lora_rank": 2, "lora_layers": "below-exit", "lora_targets": "lm_head", "recipe": replace(RECIPE, exits=(2,))}
+FROZEN = ExitBlockSettings(frozen=True)
+REFUSED = {
+    "adapters below an exit without adapters": (lambda make: make(lora_layers="below-exit"), "lora_layers"),
+    "adapters below no exit": (lambda make: make(lora_rank=2, lora_layers="below-exit", recipe=PLAIN), "lora_layers"),
+    "adapters outside the layers": (lambda make: make(**HEAD_ADAPTED), "lora_targets"),
+    "an anchor from scratch": (lambda make: make(regime="scratch", retention=RetentionSettings(anchor=0.5)), "anchor"),
+    "a copy beside adapters": (
+        lambda make: make(lora_rank=2, retention=RetentionSettings(anchor=0.5, anchor_weights="int8")), "anchor_weights",
+    ),
+    "no row of replay": (lambda make: make(retention=RetentionSettings(replay=0.1)), "replay"),
+    "nothing but replay": (lambda make: make(retention=RetentionSettings(replay=0.9)), "replay"),
+    "tokens of no replay": (lambda make: RetentionSettings(replay_tokens=5), "replay_tokens"),
+    "an endless stream": (lambda make: make(streaming=True, steps=None, data=DataConfig("a.jsonl")), "steps"),
+    "the recipe on a frozen model": (lambda make: make(exit_blocks=FROZEN, recipe=RecipeSettings(p_max=0.1)), "p_max"),
+    "adapters on a frozen model": (lambda make: make(exit_blocks=FROZEN, recipe=RecipeSettings(), lora_rank=4), "lora_rank"),
+    "a block at the last layer": (lambda make: make(exit_blocks=FROZEN, recipe=RecipeSettings(exits=(4,))), "exits"),
+    "an exit at the last layer": (lambda make: make(recipe=RecipeSettings(exits=(4,))), "exits"),
+    "a feature of no block": (lambda make: ExitBlockSettings(feature="final"), "feature"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "field"), REFUSED.values(), ids=REFUSED)
+def test_settings_that_contradict_each_other_are_refused(settings, asked, field):
+    with pytest.raises(ConfigError) as refused:
+        prepare(asked(settings))
+    assert refused.value.field == field

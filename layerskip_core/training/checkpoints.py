@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoint.folder import open_weights
-from ...checkpoint.swap import files_below
-from ...errors import CheckpointError, ConfigError
-from ...files import discard_folder, listed, publish_folder, read_json_object, remove_leftovers
+from ..checkpoint.folder import open_weights
+from ..checkpoint.swap import files_below
+from ..errors import CheckpointError, ConfigError
+from ..files import discard_folder, listed, publish_folder, read_json_object, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 _SEAL = "complete.json"

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...checkpoint.open import for_decoding
-from ...config.packing import PackingConfig
-from ...config.training import FinetuneConfig
-from ...losses import Teacher, target_rows
-from ...model import Backend, GenericBackend
-from ..rows.packing import span_inputs
+from ..checkpoint.open import for_decoding
+from ..config.packing import PackingConfig
+from ..config.training import FinetuneConfig
+from ..losses import Teacher, target_rows
+from ..model import Backend, GenericBackend
+from .layers import span_inputs
 
 
 class Original(Protocol):
@@ -46,7 +46,7 @@ class FrozenCopy:
         self._backend = backend
 
     def states(self, input_ids: Tensor, documents: Tensor | None) -> Tensor:
-        with self._apart():
+        with self._isolated():
             if documents is None:
                 return self._run(input_ids)
             # Decoding's kernels have no masks between documents: each runs alone.
@@ -58,7 +58,7 @@ class FrozenCopy:
             return hidden
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        with self._apart():
+        with self._isolated():
             return self._backend.unembed(hidden)
 
     def _run(self, ids: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class FrozenCopy:
         return self._backend.run_layers(self._backend.embed(ids), 0, self._backend.num_layers, positions)
 
     @contextmanager
-    def _apart(self) -> Iterator[None]:
+    def _isolated(self) -> Iterator[None]:
         """Without gradients, and in the precision of its own weights."""
         with torch.inference_mode(), torch.autocast(self._backend.device.type, enabled=False):
             yield

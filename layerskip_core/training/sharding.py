@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and optimizer state, sharded over the processes that torchrun started.
+"""The processes that torchrun started, and FSDP2: weights, gradients and optimizer state, sharded over them.
 
 accelerate wraps the module; here is what it is asked for, and what is written: a file per process in each checkpoint, and a
 whole model at the end.
@@ -15,13 +15,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from ...config.checks import require
-from ...config.training import FinetuneConfig
-from ...errors import CheckpointError, ConfigError
-from ..rows.step_rows import world_size
+from ..config.checks import require
+from ..config.training import FinetuneConfig
+from ..errors import CheckpointError, ConfigError
 
 _SHARD = "shard-{}.pt"
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads them
+
+
+def world_size() -> int:
+    """The processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_index() -> int:
+    """The number of this process among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:

@@ -1,10 +1,10 @@
-"""The training forward: layers with dropout, the states after every exit that is on, and the weighted loss.
+"""The training forward of a whole model under the recipe, and the LoRA adapters that can be trained in place of its weights.
 
-Layers and loss run inside this module's own `forward`, because DDP and FSDP2 act there: layers called from outside would let
-the processes drift apart.
+Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there: layers called from outside would let the
+processes drift apart.
 """
 
-from dataclasses import dataclass
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...checkpoint.save import write_model
-from ...losses import Teacher, summed_losses, target_rows
-from ...model import GenericBackend
-from ..loop.checkpoints import load_weights
-from ..rows.packing import span_inputs
+from ..checkpoint.locate import adapters_of
+from ..checkpoint.save import write_model
+from ..checkpoint.transformers_read import quiet_transformers
+from ..config.checks import require
+from ..config.training import FinetuneConfig
+from ..errors import ConfigError, first_line
+from ..losses import Teacher, summed_losses, target_rows
+from ..model import GenericBackend
 from .anchor import Anchor
-from .curriculum import exits_on
-from .dropout import dropout_rates, kept_rows, run_layer_on, time_scale
-from .exit_loss import exit_weights
-from .resolved import Recipe
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in the run a forward stands: everything random or scheduled in the recipe is a function of it."""
-
-    step: int  # optimizer steps done
-    total_steps: int
-    first_row: int = 0  # index of the batch's first row among all rows of the step
+from .checkpoints import load_weights
+from .layers import run_layer_on, span_inputs
+from .recipe import Moment, Recipe, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 
 
 class RecipeModule(nn.Module):
@@ -63,25 +56,25 @@ class RecipeModule(nn.Module):
         self._tokenizer = tokenizer
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.backend = GenericBackend(base)
+        self.vocab_size = self.backend.vocab_size
+        self.measured_exits = tuple(range(1, self.backend.num_layers + 1))
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, moment: Moment, documents: Tensor | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
         """Ids and labels (B, T), padded at the right; labels are IGNORED where there is no target.
 
-        `documents` (B, T) numbers the documents packed into a row: attention stays within a document, and each starts at
-        position 0. Returns
-        `loss`, the weighted sum over the target tokens in nats (divide it by the tokens of the whole optimizer step),
+        `documents` (B, T): see span_inputs.
+
+        Returns `loss`, the weighted sum over the target tokens in nats (divide it by the tokens of the whole optimizer step),
         `per_exit`, the summed cross-entropy of each exit, detached (exits,), and `exit_layers`, the exit layers that `per_exit`
         belongs to. With an anchor also `divergence`, the summed divergence from the original, detached.
         """
-        layers = self.backend.num_layers
-        exits = exits_on(self.recipe, moment.step, moment.total_steps, layers)
-        if not self.training:
-            exits = self.measured_exits
-        taps = self._taps(input_ids, exits, moment, documents)
-        rows = {exit_layer: target_rows(hidden, labels) for exit_layer, hidden in taps.items()}
-        share = self.recipe.distill if self.training else 0.0
+        layers, recipe = self.backend.num_layers, self.recipe
+        exits = exits_on(recipe, moment.step, moment.total_steps, layers) if self.training else self.measured_exits
+        states = self._states(input_ids, exits, moment, documents)
+        rows = {exit_layer: target_rows(hidden, labels) for exit_layer, hidden in states.items()}
+        share = recipe.distill if self.training else 0.0
         anchor = self.anchor if self.training else None
         last_layer = Teacher(rows[layers][0], self.backend.unembed) if share else None
         original = None if anchor is None else anchor.teacher(input_ids, labels, documents)
@@ -102,14 +95,6 @@ class RecipeModule(nn.Module):
             output["divergence"] = divergence.detach()
         return output | {"loss": total}
 
-    @property
-    def measured_exits(self) -> tuple[int, ...]:
-        return tuple(range(1, self.backend.num_layers + 1))
-
-    @property
-    def vocab_size(self) -> int:
-        return self.backend.vocab_size
-
     def save(self, folder: Path) -> None:
         """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer."""
         write_model(self.model, folder)
@@ -120,11 +105,11 @@ class RecipeModule(nn.Module):
         """Loads the model inside. Raises CheckpointError as `load_weights` does."""
         load_weights(self.model, folder)
 
-    def _taps(self, input_ids: Tensor, exits: tuple[int, ...], moment: Moment, documents: Tensor | None) -> dict[int, Tensor]:
+    def _states(self, input_ids: Tensor, exits: tuple[int, ...], moment: Moment, documents: Tensor | None) -> dict[int, Tensor]:
         """The hidden states (B, T, D) after each exit layer that is on."""
         hidden = self.backend.embed(input_ids)
         inputs = span_inputs(self.backend, hidden, documents)
-        taps = {}
+        states = {}
         for layer, rate in enumerate(self._rates(moment)):
             kept = kept_rows(rate, hidden.shape[0], self.seed, moment.step, moment.first_row, layer)
             if self.recompute and self.training:
@@ -132,8 +117,8 @@ class RecipeModule(nn.Module):
             else:
                 hidden = run_layer_on(self.backend, layer, hidden, inputs, kept)
             if layer + 1 in exits:
-                taps[layer + 1] = hidden
-        return taps
+                states[layer + 1] = hidden
+        return states
 
     def _weights(self, exits: tuple[int, ...]) -> list[float]:
         return exit_weights(exits, self.backend.num_layers, self.recipe.e_scale, self.recipe.exit_weights)
@@ -144,3 +129,55 @@ class RecipeModule(nn.Module):
             return [0.0] * layers
         scale = time_scale(moment.step, moment.total_steps, self.from_scratch)
         return dropout_rates(self.recipe.p_max, layers, scale, self.recipe.dropout_profile)
+
+
+def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> int | None:
+    """How many of the first layers have adapters: those that the highest early exit runs; None for the whole model.
+
+    Raises ConfigError where no early exit is trained.
+    """
+    if config.lora_layers == "all":
+        return None
+    require(recipe.curriculum != "none", "lora_layers", "all with `curriculum` none, which trains no exit", config.lora_layers)
+    return max(recipe.exits, default=num_layers - 1)
+
+
+@quiet_transformers()
+def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> Any:
+    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head.
+
+    With `layers`, only those in so many of the first layers.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = [name.strip() for name in config.lora_targets.split(",")]
+    if layers is not None:
+        modules = dict(model.named_modules())  # peft adapts what is named in full whatever its layer
+        whole = [name for name in targets if name in modules]
+        require(not whole, "lora_targets", "names within a layer with `lora_layers` below-exit", ", ".join(whole))
+        if targets == ["all-linear"]:  # which peft does not take together with layers
+            linear = (name for name, part in model.model.layers[0].named_modules() if isinstance(part, nn.Linear))
+            targets = sorted({name.rpartition(".")[2] for name in linear})
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        layers_to_transform=None if layers is None else list(range(layers)),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=config.model,
+    )
+    torch.manual_seed(config.seed)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"`lora_targets` {config.lora_targets}: {first_line(error)}") from error
+
+
+def require_base_kept(config: FinetuneConfig) -> None:
+    """Raises ConfigError when an adapter would replace the model that it belongs to."""
+    if not config.lora_keep:
+        return
+    adapters, below = adapters_of(config.model)
+    for base in (*adapters, below):
+        if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
+            raise ConfigError(f"`lora_keep`: the adapter needs its base {base}, which `output` {config.output} would replace")

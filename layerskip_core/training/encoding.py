@@ -1,15 +1,19 @@
-"""Examples, conversations and documents as token ids with labels."""
+"""Examples, conversations and packed documents as token ids with labels; and a tokenizer trained on them."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...data.examples import Conversation, Example, Row
-from ...errors import DataError, LayerSkipError, first_line
-from ...losses import IGNORED
-from ...prompting import RAW, PromptTemplate, encode_prompt, encoded, has_chat_template, render_chat, special_text
-from .packing import packed
+from ..data.examples import Conversation, Example, Row
+from ..errors import DataError, LayerSkipError, first_line
+from ..losses import IGNORED
+from ..prompting import RAW, PromptTemplate, encode_prompt, encoded, has_chat_template, render_chat, special_text
+
+_LONGEST_WORD = 1000  # characters
+_ENDLESS = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")
+_SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 
 
 @dataclass(frozen=True)
@@ -112,3 +116,60 @@ def _naming(row: Row) -> Iterator[None]:
 
 def _with_offsets(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
     return list(encoding.ids), list(encoding.offsets)
+
+
+def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
+    """Rows of exactly `length` tokens (the last may be shorter) with all documents in sequence.
+
+    A document that does not fit continues in the next row, without a view of its beginning. `documents` numbers the documents
+    of a row; the label of the first token of each is masked, because nothing predicts it.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    numbers: list[int] = []
+    for document in documents:
+        at = 0
+        while at < len(document):
+            part = document[at : at + length - len(ids)]
+            number = numbers[-1] + 1 if numbers else 0
+            ids += part
+            labels += [IGNORED, *part[1:]]
+            numbers += [number] * len(part)
+            at += len(part)
+            if len(ids) == length:
+                yield {"input_ids": ids, "labels": labels, "documents": numbers, "length": length}
+                ids, labels, numbers = [], [], []
+    if any(label != IGNORED for label in labels):
+        yield {"input_ids": ids, "labels": labels, "documents": numbers, "length": len(ids)}
+
+
+def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
+    """A transformers tokenizer of `vocab_size` entries, including bytes and three special tokens; of fewer entries if the rows
+    have too few pairs of characters to merge.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    # The trainer allocates memory for all entries at once; each merge needs at least one character of text.
+    most = len(_SPECIAL) + 256 + sum(len(text.encode()) for text in _texts(rows))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocab_size, most),
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(rows), trainer)
+    pad, bos, eos = _SPECIAL
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos)
+
+
+def _texts(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        parts = [text for _, text in row.messages] if isinstance(row, Conversation) else [f"{row.prompt}\n{row.completion}"]
+        for text in parts:
+            # The trainer's time grows with the square of a word's length, so texts with very long words are cut.
+            size = _LONGEST_WORD if _ENDLESS.search(text) else len(text) or 1
+            yield from (text[at : at + size] for at in range(0, len(text), size))

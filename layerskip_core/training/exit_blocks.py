@@ -1,0 +1,264 @@
+"""Blocks at the exits of a model that stays as it is: their training forward, and the model's states that they are trained on.
+
+The states are computed once and kept on disk: for every token the state after each exit, before a norm, and the last layer's
+after the final norm, in bf16. Each file is written from its start to its end, so its size tells how much of it is there.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..config.training import BlockLoss
+from ..errors import CheckpointError
+from ..files import synchronise
+from ..losses import IGNORED, summed_divergences
+from ..model import Backend, GenericBackend, SpanInputs
+from ..model.exit_blocks import ExitBlock, features_of
+from .answers import Text, batches_of
+from .recipe import Moment
+
+_TOKENS = 2048  # of a pass
+_BYTES = torch.bfloat16.itemsize
+_FILE = "blocks.safetensors"  # of a run's checkpoint
+
+
+class Block(nn.Module):
+    """A decoder layer and a norm, and with the feature `final` the map of its two inputs; see model/exit_blocks.py.
+
+    The parameters have the names of `ExitBlock.shapes`, without the prefix. They start as `ExitBlock.initial` says, in fp32.
+    """
+
+    def __init__(self, backend: GenericBackend, block: ExitBlock) -> None:
+        super().__init__()
+        model: Any = backend.model
+        width = backend.hidden_size
+        self.layer: nn.Module = deepcopy(backend.layers[-1])
+        self.norm: nn.Module = deepcopy(model.model.norm)
+        self.input = nn.Linear(2 * width, width, bias=False) if block.feature == "final" else None
+        initial = block.initial(backend.spec, model.get_parameter)
+        self.load_state_dict({name.removeprefix(block.prefix): weight for name, weight in initial.items()})
+        self.to(backend.device, torch.float32).requires_grad_(True)
+
+    def forward(self, states: Tensor, before: Tensor, inputs: SpanInputs, kind: str) -> Tensor:
+        """The input (B, T, D) of the head, for the states after the exit and the final states of the tokens before."""
+        hidden = states if self.input is None else self.input(torch.cat((states, before), dim=-1))
+        output = self.layer(
+            hidden,
+            attention_mask=inputs.mask[kind],
+            position_ids=inputs.positions,
+            position_embeddings=inputs.rope[kind],
+            use_cache=False,
+        )
+        normed: Tensor = self.norm(output[0] if isinstance(output, tuple) else output)
+        return normed
+
+
+class FrozenExits(nn.Module):
+    """The blocks of a model. Nothing of the model itself is trained, and of it only the head runs."""
+
+    accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
+
+    def __init__(self, backend: GenericBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
+        super().__init__()
+        model: Any = backend.model
+        self.config = model.config
+        self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
+        self.measured_exits = tuple(block.exit_layer for block in blocks)
+        self.vocab_size = backend.vocab_size
+        self._backend = backend
+        self.width = backend.hidden_size
+        self._head = (model.get_output_embeddings().requires_grad_(False),)  # in a tuple it is no part of this module
+        self._total_variation = loss == "tv"
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, moment: Moment | None = None
+    ) -> dict[str, Tensor | tuple[int, ...]]:
+        """A batch of `states.collate`. Sums are over the targets, the tokens with labels.
+
+        With the feature `final` a block runs twice: on the true final states of the tokens before, as in the first draft of a
+        round, and on its own, as in later drafts (as HASS, Zhang et al., 2025, with two steps); the loss is the mean of both.
+
+        Returns `loss`, `per_exit` (exits,), the divergence of the first run, `agreeing` (exits,), the number of targets
+        where its best token is full depth's, and `exit_layers`.
+        """
+        is_target = labels[:, 1:] != IGNORED
+        finals = finals.float()
+        teacher = finals[:, :-1][is_target]
+        exit_layers = tuple(exits.tolist())
+        inputs = self._backend.prepare(finals, torch.arange(finals.shape[1])[None])
+        results = []
+        for exit_layer, state in zip(exit_layers, states.float(), strict=True):
+            runs = [run[:, :-1][is_target] for run in self._runs(exit_layer, state, finals, inputs)]
+            results.append(summed_divergences(self._logits, runs, teacher, self.vocab_size, self._total_variation))
+        return {
+            "loss": torch.stack([torch.stack(losses).mean() for losses, _ in results]).sum(),
+            "per_exit": torch.stack([losses[0].detach() for losses, _ in results]),
+            "agreeing": torch.stack([agreeing for _, agreeing in results]),
+            "exit_layers": exit_layers,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by the names of `ExitBlock.shapes`."""
+        return {name: weight.detach().cpu().contiguous() for name, weight in self.named_parameters()}
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.weights(), folder / _FILE)
+
+    def load(self, folder: Path) -> None:
+        try:
+            self.load_state_dict(load_file(folder / _FILE), strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder} does not fit the exits: {error}") from error
+
+    def _runs(self, exit_layer: int, states: Tensor, finals: Tensor, inputs: SpanInputs) -> list[Tensor]:
+        block, kind = self.exits[str(exit_layer)], self._backend.spec.kinds[-1]
+        first = block(states, features_of(finals), inputs, kind)
+        return [first] if block.input is None else [first, block(states, features_of(first), inputs, kind)]
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        head = self._head[0]
+        logits: Tensor = head(normed.to(head.weight.dtype))
+        return self._backend.spec.scaled_logits(logits)
+
+
+def states_bytes(tokens: int, width: int, exits: int) -> int:
+    """The disk that the states of so many tokens need."""
+    return tokens * width * _BYTES * (exits + 1)
+
+
+@torch.inference_mode()
+def write_states(
+    backend: Backend,
+    final_norm: Callable[[Tensor], Tensor],
+    texts: Sequence[Text],
+    exits: Sequence[int],
+    folder: Path,
+    report: Callable[[int], None],
+) -> None:
+    """Writes the states of all texts, in the order of `_batches`, after those that are there.
+
+    `exits` ascend. `report` gets the number of texts that are done, and may raise to end it.
+    """
+    batches = _batches(texts)
+    ends = [0, *accumulate(sum(len(texts[row].ids) for row in batch) for batch in batches)]  # in tokens
+    paths = [folder / name for name in _names(exits)]
+    size = backend.hidden_size * _BYTES  # of a token's state
+    written = min(path.stat().st_size // size if path.is_file() else 0 for path in paths)
+    done = sum(end <= written for end in ends) - 1
+    rows = sum(map(len, batches[:done]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            path.touch()
+            os.truncate(path, ends[done] * size)
+        for batch in batches[done:]:
+            report(rows)
+            states = _states(backend, final_norm, [texts[row].ids for row in batch], exits)
+            for path, state in zip(paths, states, strict=True):
+                with path.open("ab") as file:
+                    file.write(state.cpu().view(torch.int16).numpy().tobytes())
+            rows += len(batch)
+        for path in paths:
+            synchronise(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the states to {folder}: {error.strerror}") from error
+    report(rows)
+
+
+def _states(
+    backend: Backend, final_norm: Callable[[Tensor], Tensor], texts: list[list[int]], exits: Sequence[int]
+) -> list[Tensor]:
+    """The states (N, D) of all N tokens of some texts, one after the other, after each exit and after the final norm.
+
+    Texts are padded at their ends: no token sees what stands after it.
+    """
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts], device=backend.device)
+    real = torch.tensor([[place < len(text) for place in range(longest)] for text in texts], device=backend.device)
+    positions = torch.arange(longest)[None].expand(len(texts), -1)
+    hidden, start, found = backend.embed(ids), 0, []
+    for stop in (*exits, backend.num_layers):
+        hidden, start = backend.run_layers(hidden, start, stop, positions), stop
+        kept = final_norm(hidden) if stop == backend.num_layers else hidden
+        found.append(kept[real].bfloat16())
+    return found
+
+
+def _batches(texts: Sequence[Text]) -> list[list[int]]:
+    return batches_of([len(text.ids) for text in texts], lambda count, longest: count * longest <= _TOKENS)
+
+
+def _names(exits: Sequence[int]) -> list[str]:
+    """Of the files: one of each exit, and of the last layer."""
+    return [*(f"exit-{exit_layer}.bf16" for exit_layer in exits), "final.bf16"]
+
+
+class States:
+    """The states of all texts, read from disk as they are needed."""
+
+    def __init__(self, texts: Sequence[Text], exits: Sequence[int], width: int, folder: Path) -> None:
+        self.texts = texts
+        self.exits = tuple(exits)
+        order = [row for batch in _batches(texts) for row in batch]
+        ends = list(accumulate(len(texts[row].ids) for row in order))
+        self._starts = {row: end - len(texts[row].ids) for row, end in zip(order, ends, strict=True)}
+        *states, self._finals = (_mapped(folder / name, ends[-1], width) for name in _names(self.exits))
+        self._states = dict(zip(self.exits, states, strict=True))
+
+    def row(self, row: int, exits: Sequence[int]) -> dict[str, Any]:
+        """`input_ids` and `labels` of a text, `states` (X, T, D) after the `exits` and the `finals` (T, D)."""
+        text, start = self.texts[row], self._starts[row]
+        span = slice(start, start + len(text.ids))
+        states, finals = torch.stack([self._states[exit_layer][span] for exit_layer in exits]), self._finals[span]
+        return {"input_ids": text.ids, "labels": text.labels, "exits": exits, "states": states, "finals": finals}
+
+
+def _mapped(path: Path, tokens: int, width: int) -> Tensor:
+    return torch.from_file(str(path), size=tokens * width, dtype=torch.bfloat16).view(tokens, width)
+
+
+class StateRows(Dataset[Any]):
+    """Texts in an order, with the states of all exits; or all of them with those of the first exit, then of the next."""
+
+    def __init__(self, states: States, order: Sequence[int], one_by_one: bool) -> None:
+        self._states, self._order = states, order
+        self._exits = [(exit_layer,) for exit_layer in states.exits] if one_by_one else [states.exits]
+
+    def __len__(self) -> int:
+        return len(self._order) * len(self._exits)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        phase, place = divmod(position, len(self._order))
+        return self._states.row(self._order[place], self._exits[phase])
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of `States.row`, padded at the right.
+
+    It has ids and labels (B, T), states (X, B, T, D), finals (B, T, D), exits (X,) and lengths (B,).
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(tokens: list[int], filler: int) -> list[int]:
+        return tokens + [filler] * (longest - len(tokens))
+
+    def filled(states: Tensor) -> Tensor:
+        return torch.nn.functional.pad(states, (0, 0, 0, longest - states.shape[-2]))
+
+    return {
+        "input_ids": torch.tensor([padded(row["input_ids"], 0) for row in rows]),
+        "labels": torch.tensor([padded([IGNORED, *row["labels"][1:]], IGNORED) for row in rows]),
+        "states": torch.stack([filled(row["states"]) for row in rows], dim=1),
+        "finals": torch.stack([filled(row["finals"]) for row in rows]),
+        "exits": torch.tensor(rows[0]["exits"]),
+        "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
+    }

@@ -1,1 +1,0 @@
-"""The training loop: transformers' Trainer, its checkpoints and its processes."""

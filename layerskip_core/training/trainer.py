@@ -1,0 +1,351 @@
+"""The training loop: transformers' Trainer around a module, and what happens around its steps.
+
+Trainer's public interface does not suffice: `_load_from_checkpoint`, `_save_optimizer_and_scheduler` and
+`_load_optimizer_and_scheduler` are overridden, nothing else in training/ touches private names. When a new version of
+transformers changes any of it, tests/training/test_transformers_internals.py fails.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from ..errors import ConfigError, TrainingError
+from ..files import run_staging
+from ..interruption import Interruption
+from ..losses import IGNORED
+from .checkpoints import LOSSES, checkpoints_folder, last_checkpoint, publish
+from .data import StreamedRows
+from .plan import Plan
+from .progress import LossHistory, StepLosses, StepReport, StepSums, step_log, validation_log
+from .recipe import Moment
+from .sharding import read_shard, use_fsdp, write_shard
+
+_BETAS = (0.9, 0.95)
+_MAX_NORM = 1.0  # of the gradient
+_EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
+_SCHEDULER = "scheduler.pt"
+
+
+class TrainedModule(Protocol):
+    """What a run trains: an nn.Module that knows what a checkpoint keeps of it.
+
+    Its forward returns `loss`, `per_exit` and `exit_layers` as RecipeModule's does, and perhaps its `divergence`, or `agreeing`
+    (exits,), the counts of targets where an exit's best token is the last layer's. `measured_exits` are the exits of `per_exit`
+    in evaluation mode.
+    """
+
+    vocab_size: int
+    measured_exits: tuple[int, ...]
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load` reads."""
+
+    def load(self, folder: Path) -> None:
+        """Raises CheckpointError for a folder that does not fit."""
+
+
+class RunTrainer(Trainer):  # type: ignore[misc]
+    """Gives the module its moment in the run, and divides the summed loss by the target tokens of the whole optimizer step.
+
+    (A token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; with
+    `sharded_layers` (names of classes) it trains by FSDP2, and a checkpoint has a file of each process.
+    """
+
+    accelerator: Any
+    control: Any
+    lr_scheduler: Any
+    is_fsdp_enabled: bool
+
+    def __init__(self, module: TrainedModule, plan: Plan, sharded_layers: tuple[str, ...], **keywords: Any) -> None:
+        self.sharded_layers = sharded_layers
+        self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
+        self.sums = StepSums()
+        self._plan = plan
+        super().__init__(model=module, **keywords)
+        self.remove_callback(PrinterCallback)  # it writes to stdout
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.sharded_layers:
+            use_fsdp(self.accelerator, self.sharded_layers)
+            self.is_fsdp_enabled = True
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's own for a run of one phase."""
+        if self.lr_scheduler is None and self._plan.phases > 1:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._plan.lr_share)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's own, which divides the rows among the processes; a stream has been divided."""
+        if not isinstance(self.train_dataset, StreamedRows):
+            return super().get_train_dataloader()
+        pinned = self.args.dataloader_pin_memory
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator, pin_memory=pinned)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        # Processes take the batches of a step in turns.
+        number = self.sums.micro_batches * self.args.world_size + self.args.process_index
+        moment = Moment(self.state.global_step, self.state.max_steps, number * self.args.train_batch_size)
+        batch: dict[str, Any] = dict(inputs)
+        tokens = batch.pop("lengths").sum()
+        output = model(**batch, moment=moment)
+        targets = _targets(inputs) if num_items_in_batch is None else num_items_in_batch
+        self.sums.add(output, tokens, targets)
+        # DDP averages gradients over processes, while `targets` counts the tokens of all of them.
+        loss = output["loss"] / targets * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss of every exit over the held-out rows, into the log and to the trackers."""
+        inner: Any = self.accelerator.unwrap_model(self.model)
+        inner.eval()
+        exits: tuple[int, ...] = inner.measured_exits
+        sums = torch.zeros(2 * len(exits) + 1, device=self.args.device)
+        rows, processes = len(self.eval_dataset), self.args.world_size
+        own_rows = range(self.args.process_index, rows, processes)
+        size = self.args.train_batch_size
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for at in range(0, -(-rows // processes), size):  # as many in every process, because FSDP gathers in each
+                own = own_rows[at : at + size]
+                collated = self.data_collator([self.eval_dataset[row] for row in own or (0,)])
+                del collated["lengths"]
+                batch = {name: value.to(self.args.device) for name, value in collated.items()}
+                if not own:
+                    batch["labels"].fill_(IGNORED)
+                output = inner(**batch, moment=Moment(self.state.global_step, self.state.max_steps))
+                sums[-1] += _targets(batch)
+                sums[: len(exits)] += output["per_exit"]
+                if "agreeing" in output:
+                    sums[len(exits) : -1] += output["agreeing"]
+        inner.train()
+        *parts, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
+        losses, agreement = (
+            {layer: part / targets for layer, part in zip(exits, half, strict=True)}
+            for half in (parts[: len(exits)], parts[len(exits) :])
+        )
+        metrics = validation_log(losses, agreement if "agreeing" in output else {})
+        self.log(dict(metrics))  # which adds to it
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what the module keeps, such as an ordinary transformers or peft checkpoint, and no pickled arguments.
+
+        Trainer calls it first when it writes a checkpoint.
+        """
+        self.phase = "saving"
+        if self.args.should_save and not self.is_fsdp_enabled:  # shards are written with the optimizer's
+            self.accelerator.unwrap_model(self.model).save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:  # otherwise they are read with the optimizer's state
+            self.accelerator.unwrap_model(model or self.model).load(Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        write_shard(self.model, self.optimizer, Path(output_dir), self.args.process_index)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        read_shard(self.model, self.optimizer, Path(checkpoint), self.args.process_index)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
+
+class RunCallback(TrainerCallback):  # type: ignore[misc]
+    """Clips, reports, validates, stops after a signal, and seals checkpoints.
+
+    Raises TrainingError for a gradient that is not finite, before the optimizer applies it, and for a loss that explodes.
+    """
+
+    def __init__(
+        self, trainer: RunTrainer, plan: Plan, on_step: Callable[[StepReport], None], interruption: Interruption
+    ) -> None:
+        self._trainer = trainer
+        self._plan = plan
+        self._on_step = on_step
+        self._interruption = interruption
+        self._checkpoints = checkpoints_folder(plan.config.output)
+        self._history = LossHistory()
+        self._learning_rate = 0.0
+        self._grad_norm = 0.0
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._history = LossHistory.of_log(state.log_history)
+        state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it
+        # From now on Trainer writes checkpoints into a staging folder; on_save moves them. Trackers have already set up their
+        # files in the run's own folder, because this callback is the last one.
+        args.output_dir = str(run_staging(self._checkpoints))
+        self._started = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.phase = "training"
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Clips the gradient in place of Trainer (`max_grad_norm` is 0), which does not show its norm to callbacks in time."""
+        norm = self._trainer.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM)
+        self._grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(self._grad_norm):
+            loss = float(self._trainer.sums.loss)
+            what = "norm of the gradient" if math.isfinite(loss) else "loss"
+            value = self._grad_norm if math.isfinite(loss) else loss
+            raise self._failure(f"the {what} of step {state.global_step + 1} is {value}")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
+        self._learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        sums, self._trainer.sums = self._trainer.sums, StepSums()
+        losses, tokens, stops = self._reduced(sums, state.global_step)
+        self._require_sane(losses)
+        self._history.add(losses)
+        self._trainer.log(step_log(losses, self._learning_rate, self._grad_norm))
+        now = time.perf_counter()
+        elapsed, self._started = now - self._started, now
+        self._on_step(self._history.report(state.max_steps, self._learning_rate, tokens / elapsed))
+        last = state.global_step >= state.max_steps
+        if stops and not last:
+            control.should_save = control.should_training_stop = True
+        every = self._plan.eval_steps
+        control.should_evaluate = every > 0 and (last or state.global_step % every == 0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
+        self._history.validate(metrics)
+        self._started = time.perf_counter()  # validation does not count in the speed of the next step
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One process seals the checkpoint and moves it into place, when all have written their part."""
+        self._trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (written / LOSSES).write_text(self._history.to_jsonl(), encoding="utf-8")
+            publish(written, self._checkpoints, self._plan.sealed)
+        self._trainer.phase = "training"
+        self._started = time.perf_counter()
+
+    def _reduced(self, sums: StepSums, step: int) -> tuple[StepLosses, float, bool]:
+        """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
+        signalled = torch.tensor(float(self._interruption.signal is not None), device=sums.loss.device)
+        divergence = torch.zeros_like(sums.loss) if sums.divergence is None else sums.divergence
+        values = torch.cat([torch.stack([sums.loss, divergence, sums.tokens, signalled]), sums.per_exit])
+        loss, diverged, tokens, stops, *per_exit = self._trainer.accelerator.reduce(values, reduction="sum").tolist()
+        targets = float(sums.targets)
+        exits = {layer: part / targets for layer, part in zip(sums.exit_layers, per_exit, strict=True)}
+        anchored = None if sums.divergence is None else diverged / targets
+        return StepLosses(step, loss / targets, exits, divergence=anchored), tokens, bool(stops)
+
+    def _require_sane(self, losses: StepLosses) -> None:
+        """Raises TrainingError when the last layer's loss is above what any start explains."""
+        first = (self._history.steps or [losses])[0].final
+        limit = _EXPLODED * max(math.log(self._trainer.model.vocab_size), first)
+        if not losses.final <= limit:  # NaN is not either
+            raise self._failure(
+                f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, first {first:.1f}"
+            )
+
+    def _failure(self, what: str) -> TrainingError:
+        last = last_checkpoint(self._checkpoints)
+        if last is None:
+            return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
+        again = "" if self._trainer.is_fsdp_enabled else f": start from it with `model` {last} and a lower `lr`"
+        return TrainingError(f"{what}; the last good checkpoint is {last}{again}")
+
+
+def make_trainer(
+    module: TrainedModule,
+    plan: Plan,
+    rows: Any,
+    held_out: Any,
+    collator: Callable[[list[Any]], dict[str, Tensor]],
+    on_step: Callable[[StepReport], None],
+    interruption: Interruption,
+    sharded_layers: tuple[str, ...] = (),
+) -> RunTrainer:
+    """A Trainer for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
+    trainer = RunTrainer(
+        module,
+        plan,
+        sharded_layers,
+        args=_arguments(plan, bool(sharded_layers)),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=collator,
+    )
+    trainer.add_callback(RunCallback(trainer, plan, on_step, interruption))
+    return trainer
+
+
+def require_trackers(report_to: str) -> None:
+    """Raises ConfigError when a tracker of `report_to` is unknown or its package is not installed."""
+    names = _trackers(report_to)
+    try:
+        for tracker in get_reporting_integration_callbacks(names[0] if names in (["all"], ["none"]) else names):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"`report_to` {report_to}: {error}") from error
+
+
+def _trackers(report_to: str) -> list[str]:
+    return [name.strip() for name in report_to.split(",") if name.strip()]
+
+
+def _arguments(plan: Plan, sharded: bool) -> TrainingArguments:
+    config = plan.config
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints_folder(config.output)),
+        max_steps=plan.total_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=plan.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=plan.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=_BETAS[0],
+        adam_beta2=_BETAS[1],
+        max_grad_norm=0.0,  # RunCallback clips
+        seed=config.seed,
+        bf16=plan.autocast,
+        use_cpu=plan.device == "cpu",
+        num_train_epochs=1,  # OrderedRows makes one epoch of all passes
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # a layer without rows and an exit that is off leave no parameter unused
+        dataloader_pin_memory=plan.device.startswith("cuda"),
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if sharded else None,
+        logging_strategy="no",  # RunCallback logs every step
+        report_to=_trackers(config.report_to),
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:  # else Trainer splits each batch over all GPUs by DataParallel; torchrun starts a process per GPU
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _targets(inputs: Mapping[str, Tensor]) -> Tensor:
+    return (inputs["labels"] != IGNORED).sum()
