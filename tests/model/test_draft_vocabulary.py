@@ -6,8 +6,8 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import Example, load_examples
 from layerskip_core.prompting import PromptTemplate
 from layerskip_core.training import data as vocabulary
-from layerskip_core.training.data import encode_rows, encode_stream
-from layerskip_core.training.encoding import Encoder, token_order, train_tokenizer
+from layerskip_core.training.data import encode_rows, encode_stream, token_order
+from layerskip_core.training.encoding import Encoder, train_tokenizer
 
 
 @pytest.fixture(scope="module")
