@@ -47,6 +47,7 @@ class TrainingInterrupted(LayerSkipError):
 
 
 def first_line(error: BaseException) -> str:
-    """The message of a library's exception on one line, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """The message of a library's exception on one line, or its type if it has none. A line that ends in a colon goes on."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    told = " ".join(map(str.strip, lines[:2])) if lines[0].endswith(":") else lines[0]
+    return told[:300]

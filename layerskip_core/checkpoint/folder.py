@@ -1,34 +1,68 @@
-"""A model's folder: its settings, weights and tokenizer, read without transformers."""
+"""A model's folder, read without transformers, which takes seconds to import: settings, weights and tokenizer.
+
+`lean_spec` and `lean_tokenizer` read folders that transformers 5 wrote: config.json holds every default, and tokenizer.json
+the whole tokenizer. They return None for others, which need transformers.
+"""
 
 import json
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import read_json_object
-from ..model import can_pack
-from ..model.architectures import architecture_of, is_complete
-from ..model.config_values import check_token_ids, check_values
-from ..model.spec import ModelSpec
+from ..model import ModelSpec, can_pack
+from ..model.architectures import is_complete
 from ..model.weights import Take
 from ..prompting import Tokenizer, special_ids
-
-if TYPE_CHECKING:
-    import tokenizers
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
-INT4_FILE = "int4.safetensors"  # beside the weights, see int4_file.py
-EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see exit_blocks_file.py
+INT4_FILE = "int4.safetensors"  # beside the weights, see beside.py
+EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see beside.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
+
+
+# Settings
+
+
+def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a folder; empty if there is no such file. Raises CheckpointError for other content."""
+    path = Path(folder) / name
+    return read_json_object(path, CheckpointError) if path.is_file() else {}
+
+
+def lean_spec(folder: str) -> ModelSpec | None:
+    """What the model of a folder is that needs no transformers; None for one that does.
+
+    Raises CheckpointError for a value of the wrong type or out of range.
+    """
+    config = read_settings(folder, CONFIG_FILE)
+    major = str(config.get("transformers_version", "")).split(".")[0]
+    recent = major.isdecimal() and int(major) >= 5
+    special = {"quantization_config", "auto_map"} & config.keys()
+    if not recent or special or not is_complete(config) or not (weight_files(folder) or is_packed(folder)):
+        return None
+    spec = ModelSpec.of(SimpleNamespace(**config))
+    simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in spec.ropes)
+    return spec if simple and can_pack(spec) else None
+
+
+def generation_config(folder: str) -> SimpleNamespace:
+    """generation_config.json as attributes; without attributes if the folder has no such file."""
+    return SimpleNamespace(**read_settings(folder, GENERATION_FILE))
+
+
+# Weights
 
 
 class StoredWeight(Protocol):
@@ -82,34 +116,30 @@ class WeightFile:
         return tensor
 
 
-def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of a folder; empty if there is no such file. Raises CheckpointError for other content."""
-    path = Path(folder) / name
-    return read_json_object(path, CheckpointError) if path.is_file() else {}
+class FileWeights:
+    """The weights in a folder's safetensors files.
 
-
-def read_config(folder: str | Path) -> ModelSpec | None:
-    """Checks config.json and generation_config.json. Returns what config.json describes, if it leaves no default out.
-
-    Raises CheckpointError for an unsupported model type, and for a value of the wrong type or out of range.
+    Each is read when it is taken, into memory of its own: there is never a second copy of all, and nothing stays mapped.
     """
-    config = read_settings(folder, CONFIG_FILE)
-    spec = check_config(config)
-    generation = read_settings(folder, GENERATION_FILE)
-    try:
-        check_token_ids(generation, config.get("vocab_size"))
-    except CheckpointError as error:
-        raise CheckpointError(f"{GENERATION_FILE}: {error}") from None
-    return spec
 
+    def __init__(self, folder: str, spec: ModelSpec, device: torch.device) -> None:
+        """Raises CheckpointError for a weight that is missing, or has another shape or type than `spec` needs."""
+        self._device = device
+        self._files = open_weights(folder)
+        check_stored_weights(self._files, spec)
 
-def check_config(config: Mapping[str, Any]) -> ModelSpec | None:
-    """The same checks for a config that was read from elsewhere, such as the hub. Returns what it describes, if that is all."""
-    if "model_type" in config:
-        architecture_of(config["model_type"])
-    check_values(config)
-    check_token_ids(config, config.get("vocab_size"))
-    return ModelSpec.of(SimpleNamespace(**config)) if is_complete(config) else None
+    def stored(self, name: str) -> Tensor:
+        """A weight as it is stored. Only what is used of it is read."""
+        return self._files[name].mapped(name)
+
+    def reader(self, dtype: torch.dtype) -> Take:
+        """A function from a weight's name to the weight in `dtype`, or to None if the files have no such weight."""
+
+        def take(name: str) -> Tensor | None:
+            file = self._files.get(name)
+            return None if file is None else file.read(name).to(self._device, dtype)
+
+        return take
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -156,6 +186,77 @@ def check_kinds(slices: Mapping[str, StoredWeight]) -> None:
             raise CheckpointError(f"the weight {name} must be one of {', '.join(_FLOATS)}, found {part.get_dtype()}")
 
 
+# Tokenizers
+
+
+class LeanTokenizer:
+    """A `Tokenizer` by the tokenizers library alone, for a folder whose tokenizer.json is the whole tokenizer."""
+
+    def __init__(self, folder: str) -> None:
+        import tokenizers
+
+        self.backend_tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.no_truncation()
+        settings = read_settings(folder, TOKENIZER_FILE)
+        named = {name: _content(settings.get(name)) for name in _NAMED_TOKENS}
+        self.special_tokens_map = {name: content for name, content in named.items() if content is not None}
+        self.eos_token_id = self._id("eos_token")
+        self.pad_token_id = self._id("pad_token")
+        template = Path(folder) / "chat_template.jinja"
+        self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+
+    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
+        if isinstance(text, str):
+            return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+        encoded = self.backend_tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": [encoding.ids for encoding in encoded]}
+
+    def __len__(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=False))
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(dict.fromkeys(self.special_tokens_map.values()))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        ids = map(self.backend_tokenizer.token_to_id, self.all_special_tokens)
+        return [token for token in ids if token is not None]
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        return dict(self.backend_tokenizer.get_added_tokens_decoder())
+
+    def decode(
+        self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        assert not clean_up_tokenization_spaces, "only transformers cleans up"
+        return str(self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        return str(self.backend_tokenizer.id_to_token(ids))
+
+    def _id(self, name: str) -> int | None:
+        content = self.special_tokens_map.get(name)
+        token: int | None = None if content is None else self.backend_tokenizer.token_to_id(content)
+        return token
+
+
+def lean_tokenizer(folder: str) -> LeanTokenizer | None:
+    """The tokenizer of a folder if tokenizer.json is all of it; None if it needs transformers."""
+    settings = read_settings(folder, TOKENIZER_FILE)
+    whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
+    return LeanTokenizer(folder) if whole else None
+
+
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises CheckpointError for a tokenizer without a vocabulary, or with words that the model has no embedding for.
 
@@ -175,130 +276,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
-
-
-def lean_spec(folder: str) -> ModelSpec | None:
-    """What the model of a folder is that needs no transformers; None for one that does."""
-    spec = read_config(folder)
-    if spec is None:
-        return None
-    config = vars(spec.config)
-    major = str(config.get("transformers_version", "")).split(".")[0]
-    recent = major.isdecimal() and int(major) >= 5
-    special = {"quantization_config", "auto_map"} & config.keys()
-    if not recent or special or not (weight_files(folder) or is_packed(folder)):
-        return None
-    simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in spec.ropes)
-    return spec if simple and can_pack(spec) else None
-
-
-def generation_config(folder: str) -> SimpleNamespace:
-    """generation_config.json as attributes; without attributes if the folder has no such file."""
-    return SimpleNamespace(**read_settings(folder, GENERATION_FILE))
-
-
-class FileWeights:
-    """The weights in a folder's safetensors files.
-
-    Each is read when it is taken, into memory of its own: there is never a second copy of all, and nothing stays mapped.
-    """
-
-    def __init__(self, folder: str, spec: ModelSpec, device: torch.device) -> None:
-        """Raises CheckpointError for a weight that is missing, or has another shape or type than `spec` needs."""
-        self._device = device
-        self._files = open_weights(folder)
-        check_stored_weights(self._files, spec)
-
-    def stored(self, name: str) -> Tensor:
-        """A weight as it is stored. Only what is used of it is read."""
-        return self._files[name].mapped(name)
-
-    def reader(self, dtype: torch.dtype) -> Take:
-        """A function from a weight's name to the weight in `dtype`, or to None if the files have no such weight."""
-
-        def take(name: str) -> Tensor | None:
-            file = self._files.get(name)
-            return None if file is None else file.read(name).to(self._device, dtype)
-
-        return take
-
-
-class LeanTokenizer:
-    """A `Tokenizer` by the tokenizers library alone, for a folder whose tokenizer.json is the whole tokenizer."""
-
-    def __init__(self, folder: str) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        settings = read_settings(folder, TOKENIZER_FILE)
-        named = {name: _content(settings.get(name)) for name in _NAMED_TOKENS}
-        self.special_tokens_map = {name: content for name, content in named.items() if content is not None}
-        self.eos_token_id = self._id("eos_token")
-        self.pad_token_id = self._id("pad_token")
-        template = Path(folder) / "chat_template.jinja"
-        self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-
-    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
-        if isinstance(text, str):
-            return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
-        encoded = self._tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
-        return {"input_ids": [encoding.ids for encoding in encoded]}
-
-    def __len__(self) -> int:
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
-
-    @property
-    def all_special_tokens(self) -> list[str]:
-        return list(dict.fromkeys(self.special_tokens_map.values()))
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        ids = map(self._tokenizer.token_to_id, self.all_special_tokens)
-        return [token for token in ids if token is not None]
-
-    @property
-    def added_tokens_decoder(self) -> dict[int, Any]:
-        return dict(self._tokenizer.get_added_tokens_decoder())
-
-    @property
-    def backend_tokenizer(self) -> "tokenizers.Tokenizer":
-        """The tokenizers library's object, by the name that transformers gives it."""
-        return self._tokenizer
-
-    def decode(
-        self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = False
-    ) -> str:
-        assert not clean_up_tokenization_spaces, "only transformers cleans up"
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
-
-    def get_vocab(self) -> dict[str, int]:
-        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
-
-    def convert_ids_to_tokens(self, ids: int) -> str:
-        return str(self._tokenizer.id_to_token(ids))
-
-    def _id(self, name: str) -> int | None:
-        content = self.special_tokens_map.get(name)
-        token: int | None = None if content is None else self._tokenizer.token_to_id(content)
-        return token
-
-
 def _content(token: Any) -> str | None:
     """The text of a token as tokenizer_config.json writes it: bare, or in an object."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
-
-
-def lean_tokenizer(folder: str) -> LeanTokenizer | None:
-    """The tokenizer of a folder if tokenizer.json is all of it; None if it needs transformers."""
-    settings = read_settings(folder, TOKENIZER_FILE)
-    whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
-    return LeanTokenizer(folder) if whole else None

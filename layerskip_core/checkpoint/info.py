@@ -5,22 +5,68 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import exp
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-from msgspec import ValidationError, convert
+import msgspec
 
-from ..config.decoding import EXACT, STRATEGIES, DecodingOptions, DraftProfile, Policy
+from ..config.decoding import EXACT, STRATEGIES, DecodingOptions, DraftProfile, Drafts, Layer, Policy
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError
-from ..files import read_json
-from ..prompting import CHAT, PromptTemplate, is_template
+from ..files import read_json_object
+from ..prompting import PromptTemplate, is_template
 
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
 EXIT_BLOCKS = "exit_blocks"  # the key that says how each exit's block was trained
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
-_MOST = 1024  # layers or draft tokens
 _PLAIN = PackingConfig()
+
+
+class _Skip(msgspec.Struct, frozen=True):
+    layers: list[Layer]
+    num_draft_tokens: Drafts
+
+
+class _Recommended(msgspec.Struct, frozen=True):
+    """What a sweep recommends; "autoregressive" means that no exit pays."""
+
+    exit_layer: Layer | None = None
+    num_draft_tokens: Drafts | None = None
+    strategy: Literal[STRATEGIES] | None = None  # type: ignore[valid-type]
+    skip: _Skip | None = None
+
+
+class _Recipe(msgspec.Struct, frozen=True):
+    curriculum: str = "none"
+    exits: tuple[int, ...] = ()
+
+
+class _Config(msgspec.Struct, frozen=True):
+    recipe: _Recipe | None = None
+
+
+class _Block(msgspec.Struct, frozen=True):
+    agreement: float | None = None
+
+
+class _Training(msgspec.Struct, frozen=True):
+    """What is read of the details that training writes. `final_losses` and `exit_blocks` are by exit layer."""
+
+    config: _Config = _Config()
+    final_losses: dict[str, float | None] = {}
+    exit_blocks: dict[str, _Block] = {}
+
+
+class _Document(msgspec.Struct, frozen=True):
+    """The keys of layerskip.json that are no details."""
+
+    format: int = 1
+    prompt_template: str | None = None
+    recommended: _Recommended = _Recommended()
+    files: tuple[str, ...] = ()
+    system: str | None = None
+    policies: dict[str, Policy] = {}
+    profile: DraftProfile | None = None
 
 
 @dataclass(frozen=True)
@@ -69,20 +115,19 @@ class CheckpointInfo:
     @property
     def exit_blocks(self) -> dict[str, Any]:
         """How each exit's block was trained, by exit, as far as `details` tell it."""
-        blocks = self.details.get(EXIT_BLOCKS)
-        return blocks if isinstance(blocks, dict) else {}
+        blocks: dict[str, Any] = self.details.get(EXIT_BLOCKS, {})
+        return blocks
 
     @property
     def has_trained_exits(self) -> bool:
         """Whether `finetune` trained this checkpoint with a loss at its exits."""
-        return bool(self._recipe.get("curriculum", "none") != "none")
+        return self._recipe.curriculum != "none"
 
     def trained_exits(self, num_layers: int) -> tuple[int, ...]:
         """The exits before the last layer that `finetune` trained: those of the recipe, or all."""
         if not self.has_trained_exits:
             return ()
-        listed = self._recipe.get("exits")
-        exits = {exit_layer for exit_layer in listed if type(exit_layer) is int} if isinstance(listed, list) else set()
+        exits = self._recipe.exits
         return tuple(exit_layer for exit_layer in range(1, num_layers) if not exits or exit_layer in exits)
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
@@ -91,10 +136,12 @@ class CheckpointInfo:
         Where it measured no such drafts, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2) for a
         gap of that many nats between an exit's loss and the last layer's.
         """
-        known, of_blocks = self.profile, self._acceptance_of_blocks()
+        known, blocks = self.profile, self._training.exit_blocks
+        of_blocks = {f"exit {exit_layer}": block.agreement for exit_layer, block in blocks.items()}
+        agreement = {name: share for name, share in of_blocks.items() if share is not None}
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
-            return replace(known, acceptance=of_blocks | known.acceptance)
-        return DraftProfile(of_blocks or self._acceptance_by_losses(num_layers), () if known is None else known.passes)
+            return replace(known, acceptance=agreement | known.acceptance)
+        return DraftProfile(agreement or self._acceptance_by_losses(num_layers), () if known is None else known.passes)
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -119,27 +166,23 @@ class CheckpointInfo:
         )
 
     def _acceptance_by_losses(self, num_layers: int) -> dict[str, float]:
-        losses = self.details.get("final_losses")
-        known = losses if isinstance(losses, dict) else {}
-        last = known.get(str(num_layers))
-        if type(last) is not float:
-            return {}
-        exits = {exit_layer: known.get(str(exit_layer)) for exit_layer in self.trained_exits(num_layers)}
-        gaps = {exit_layer: max(loss - last, 0.0) for exit_layer, loss in exits.items() if type(loss) is float}
+        losses = self._training.final_losses
+        last = losses.get(str(num_layers))
+        known = {exit_layer: losses.get(str(exit_layer)) for exit_layer in self.trained_exits(num_layers)}
         # exp(-gap) is about the chance that the exit gives the token; that this is its best one is more likely.
-        return {f"exit {exit_layer}": exp(-gap / 2) for exit_layer, gap in gaps.items()}
-
-    def _acceptance_of_blocks(self) -> dict[str, float]:
-        """The share of first drafts that each exit block had right in training."""
-        told = self.exit_blocks.items()
-        shares = {f"exit {exit_layer}": block.get("agreement") for exit_layer, block in told if isinstance(block, dict)}
-        return {name: share for name, share in shares.items() if type(share) is float and 0 <= share <= 1}
+        return {
+            f"exit {exit_layer}": exp(-max(loss - last, 0.0) / 2)
+            for exit_layer, loss in known.items()
+            if loss is not None and last is not None
+        }
 
     @property
-    def _recipe(self) -> dict[str, Any]:
-        config = self.details.get("config")
-        recipe = config.get("recipe") if isinstance(config, dict) else None
-        return recipe if isinstance(recipe, dict) else {}
+    def _training(self) -> _Training:
+        return msgspec.convert(self.details, _Training)
+
+    @property
+    def _recipe(self) -> _Recipe:
+        return self._training.config.recipe or _Recipe()
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
@@ -150,37 +193,40 @@ def read_info(path: str | Path) -> CheckpointInfo:
     file = Path(path) / INFO_FILE
     if not file.is_file():
         return CheckpointInfo()
-    document = read_json(file, CheckpointError)
+    document = read_json_object(file, CheckpointError)
     try:
-        _require(document, dict, "the document")
-        document.pop("format", None)
-        recommended = _require(document.pop("recommended", {}), dict, "recommended")
-        files = _require(document.pop("files", []), list, "files")
-        policies = _policies(document.pop("policies", {}))
-        profile = convert(document.pop("profile", None), DraftProfile | None)
-        strategy = recommended.get("strategy")
-        if strategy is not None and strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-        template = _optional(document.pop("prompt_template", None), str, "prompt_template")
+        known = msgspec.convert(document, _Document)
+        for name, policy in known.policies.items():
+            _check_policy(name, policy, document["policies"][name])
+        template = known.prompt_template
         if template is not None and not is_template(template):
-            raise ValueError(f"prompt_template must be chat, raw or a text with {{prompt}} in it, got {template!r:.100}")
-        system = _optional(document.pop("system", None), str, "system")
-        if system is not None and template != CHAT:
-            raise ValueError(f"system needs the prompt_template chat, got {template!r:.100}")
+            raise ValueError(f"prompt_template must be chat, raw or a text with {{prompt}} in it, got {template!r}")
+        msgspec.convert(document, _Training)
+        recommended, skip = known.recommended, known.recommended.skip
         return CheckpointInfo(
             prompt_template=template,
-            exit_layer=_count(recommended.get("exit_layer"), "exit_layer"),
-            num_draft_tokens=_count(recommended.get("num_draft_tokens"), "num_draft_tokens"),
-            details=document,
-            strategy=strategy,
-            files=tuple(require_inside(name) for name in files),
-            system=system,
-            policies=policies,
-            profile=profile,
-            skip=_skip(recommended.get("skip")),
+            exit_layer=recommended.exit_layer,
+            num_draft_tokens=recommended.num_draft_tokens,
+            details={name: value for name, value in document.items() if name not in _Document.__struct_fields__},
+            strategy=recommended.strategy,
+            files=tuple(map(require_inside, known.files)),
+            system=known.system,
+            policies=known.policies,
+            profile=known.profile,
+            skip=None if skip is None else {"skip": skip.layers, "num_draft_tokens": skip.num_draft_tokens},
         )
-    except (ValueError, ValidationError) as error:
+    except ValueError as error:  # msgspec's are ValueErrors too
         raise CheckpointError(f"{file} is not valid: {error}") from None
+
+
+def _check_policy(name: str, policy: Policy, stored: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that this version does not know, and for an `exact` whose output is another one."""
+    if unknown := stored.keys() - policy.keys():
+        raise ValueError(f"policies.{name} has {min(unknown)!r}, which this version does not know")
+    if "strategy" not in policy:
+        raise ValueError(f"policies.{name} has no strategy")
+    if name == EXACT and policy["strategy"] == "early-exit":
+        raise ValueError(f"policies.{EXACT} must have the output of plain decoding, got the strategy early-exit")
 
 
 def holds_model(path: str | Path) -> bool:
@@ -188,50 +234,9 @@ def holds_model(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in CONFIG_FILES)
 
 
-def require_inside(name: Any) -> str:
+def require_inside(name: str) -> str:
     """A file's name relative to its folder, with / between the parts. Raises ValueError for one that leaves the folder."""
-    text: str = _require(name, str, "a file's name")
-    path = PurePosixPath(text)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in text or "\0" in text:
-        raise ValueError(f"a file's name must stay in its folder, got {text!r}")
-    return text
-
-
-def _require(value: Any, kind: type, name: str) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r:.100}")
-    return value
-
-
-def _policies(document: Any) -> dict[str, Policy]:
-    """Raises ValueError for an option that this version does not know, and for an `exact` whose output is another one."""
-    policies = convert(document, dict[str, Policy])
-    for name, policy in policies.items():
-        if unknown := document[name].keys() - policy.keys():
-            raise ValueError(f"policies.{name} has {min(unknown)!r}, which this version does not know")
-        if "strategy" not in policy:
-            raise ValueError(f"policies.{name} has no strategy")
-        if name == EXACT and policy["strategy"] == "early-exit":
-            raise ValueError(f"policies.{EXACT} must have the output of plain decoding, got the strategy early-exit")
-    return policies
-
-
-def _skip(value: Any) -> DecodingOptions | None:
-    choice = _optional(value, dict, "skip")
-    if choice is None:
-        return None
-    options = convert({"skip" if name == "layers" else name: entry for name, entry in choice.items()}, DecodingOptions)
-    if not options.get("skip") or "num_draft_tokens" not in options:
-        raise ValueError(f"skip must have layers and num_draft_tokens, got {choice!r:.100}")
-    return options
-
-
-def _count(value: Any, name: str) -> int | None:
-    count: int | None = _optional(value, int, name)
-    if count is not None and not 1 <= count <= _MOST:
-        raise ValueError(f"{name} must be in 1..{_MOST}, got {count}")
-    return count
-
-
-def _optional(value: Any, kind: type, name: str) -> Any:
-    return None if value is None else _require(value, kind, name)
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"a file's name must stay in its folder, got {name!r}")
+    return name

@@ -23,7 +23,7 @@ from ..config.decoding import (
 )
 from ..config.machine import DTYPES
 from ..config.packing import PackingConfig, Quantization
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..model import Backend, GenericBackend
 from ..model.config_values import tokens_of
 from ..model.exit_blocks import target_block
@@ -203,5 +203,11 @@ def decoder_of(trainable: Trainable) -> Decoder:
 
 
 def end_ids(*sources: object) -> frozenset[int]:
-    """Every id that ends an answer: `eos_token_id` of a generation config, a config and a tokenizer together."""
-    return frozenset(token for source in sources for token in tokens_of(getattr(source, "eos_token_id", None)))
+    """Every id that ends an answer: `eos_token_id` of a generation config, a config and a tokenizer together.
+
+    Raises CheckpointError for one that is no id.
+    """
+    ids = frozenset(token for source in sources for token in tokens_of(getattr(source, "eos_token_id", None)))
+    if wrong := [token for token in ids if type(token) is not int]:
+        raise CheckpointError(f"eos_token_id must be a token id, a list of them, or null, got {wrong[0]!r}")
+    return ids

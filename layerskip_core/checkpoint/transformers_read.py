@@ -1,4 +1,4 @@
-"""Reads models with transformers and peft. Files are checked first, and code that comes with a checkpoint never runs."""
+"""Reads models with transformers and peft. Code that comes with a checkpoint never runs."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,19 +14,13 @@ from ..errors import CheckpointError
 from ..model import GenericBackend, ModelSpec
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
-from .folder import (
-    TOKENIZER_FILE,
-    check_config,
-    check_stored_weights,
-    check_tokenizer,
-    open_weights,
-    read_config,
-    read_settings,
-)
+from .folder import check_stored_weights, check_tokenizer, generation_config, open_weights
 from .gguf import GgufModel
 from .info import read_info
 from .loaded import Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, reading
+
+_NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
 
 
 @contextmanager
@@ -45,9 +39,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-_NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
 
 
 class ModelFiles(Protocol):
@@ -70,14 +61,9 @@ class _Pretrained:
     """A folder, or a hub id."""
 
     def __init__(self, path: str) -> None:
-        """Reads the configuration. Its values are checked first, before anything is built from them."""
-        from transformers import AutoConfig, PreTrainedConfig
+        from transformers import AutoConfig
 
         self._path = path
-        if Path(path).is_dir():
-            read_config(path)
-        else:
-            check_config(PreTrainedConfig.get_config_dict(path, **_NO_FOREIGN_CODE)[0])
         self.config = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
         self.spec = ModelSpec.of(self.config)
 
@@ -85,7 +71,8 @@ class _Pretrained:
         return read_tokenizer(self._path)
 
     def check_weights(self) -> None:
-        """Checks what a folder has; none is read."""
+        """Checks what a folder has; none is read. Raises CheckpointError."""
+        generation_config(self._path)  # transformers would go on without a damaged one
         files = open_weights(self._path)
         if self.spec.shapes.keys() & files.keys():  # otherwise the weights have older names, which transformers knows
             check_stored_weights(files, self.spec)
@@ -139,11 +126,9 @@ def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
 
 
 def read_tokenizer(path: str) -> Any:
-    """transformers' tokenizer of a folder or hub id. Raises CheckpointError for a damaged tokenizer_config.json."""
+    """transformers' tokenizer of a folder or hub id."""
     from transformers import AutoTokenizer
 
-    if Path(path).is_dir():
-        read_settings(path, TOKENIZER_FILE)
     return AutoTokenizer.from_pretrained(path, **_NO_FOREIGN_CODE)
 
 

@@ -32,23 +32,12 @@ def test_a_circle_of_adapters(tmp_path):
                 load(str(folder))
 
 
-def test_a_long_chain_of_adapters(tmp_path):
-    for number in range(20):
-        adapter(tmp_path / str(number), tmp_path / str(number + 1))
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/0 is a chain of more than 8 adapters"):
-        for_training(str(tmp_path / "0"))
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("[" * 100_000, "not valid JSON"),
         ("{}", "base_model_name_or_path must be the name of a model, got None"),
         ('{"base_model_name_or_path": 7}', "base_model_name_or_path must be the name of a model, got 7"),
-        (
-            '{"base_model_name_or_path": "x", "r": 1000000000}',
-            r"the rank must be a whole number in 1\.\.4, as its",
-        ),
     ],
 )
 def test_damaged_adapters(tmp_path, content, message):
@@ -58,28 +47,16 @@ def test_damaged_adapters(tmp_path, content, message):
         for_training(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda weights, name: weights.pop(name),
-            r"the adapter is incomplete: 1 weights are missing, .*q_proj\.lora_B\.weight the",
-        ),
-        (
-            lambda weights, name: weights.update({name: weights[name].int()}),
-            r"lora_B\.weight must be one of F64, .*, found I32",
-        ),
-    ],
-)
-def test_weights_of_an_adapter(checkpoint, tmp_path, change, message):
+def test_an_adapter_without_one_of_its_weights(checkpoint, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     edit(tmp_path / "adapter_config.json", base_model_name_or_path=checkpoint)
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    change(weights, next(name for name in weights if "lora_B" in name))
+    del weights[next(name for name in weights if "lora_B" in name)]
     save_file(weights, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    message = r"the adapter is incomplete: 1 weights are missing, .*q_proj\.lora_B\.weight the"
     with pytest.raises(CheckpointError, match=message):
         for_training(str(tmp_path), "cpu")
 

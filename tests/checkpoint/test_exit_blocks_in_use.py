@@ -85,7 +85,7 @@ def test_exits_with_blocks_are_the_trained_ones(folder, checkpoint):
     assert list(with_blocks.backend.draft_sides) == [None]  # no copy of all layers is made to draft with
     nothing_saved = replace(with_blocks, info=replace(with_blocks.info, exit_layer=None))
     assert nothing_saved.recommended().exit_layer == 2
-    told = replace(with_blocks.info, details={"exit_blocks": {"2": {"agreement": 0.75}, "4": {"agreement": "high"}}})
+    told = replace(with_blocks.info, details={"exit_blocks": {"2": {"agreement": 0.75}, "4": {"agreement": None}}})
     assert told.draft_profile(6).acceptance == {"exit 2": 0.75}
     copies = for_decoding(folder, "cpu", "fp32", PackingConfig(draft_weights=("int8",), draft_layers=3))
     assert list(copies.backend.draft_sides["int8"].exit_blocks) == [2]

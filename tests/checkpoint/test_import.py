@@ -84,7 +84,7 @@ def not_finite(folder):
     ("change", "reason"),
     [
         (retrained, "it was made from other weights than this model's"),
-        (lambda folder: (folder / EXIT_BLOCKS_FILE).write_bytes(b""), "remove it, and train the blocks again"),
+        (lambda folder: (folder / EXIT_BLOCKS_FILE).write_bytes(b""), "remove it, or make it again"),
         (not_finite, "holds NaN"),
     ],
 )

@@ -46,26 +46,30 @@ def test_a_file_without_policies(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "policies",
+    "document",
     [
-        [],
-        {"fast": 7},
-        {"fast": {}},
-        {"fast": {"strategy": "magic"}},
-        {"fast": {"strategy": "early-exit", "exit_layer": 0}},
-        {"fast": {"strategy": "early-exit", "exit_layer": True}},
-        {"fast": {"strategy": "lookup", "exits": [2, "a"]}},
-        {"fast": {"strategy": "early-exit", "exit_confidence": 2}},
-        {"exact": {"strategy": "lookup", "draft_weights": "int3"}},
-        {"exact": {"strategy": "early-exit", "exit_layer": 2}},
-        {"exact": {"strategy": "lookup", "speed": 3}},
-        {"exact": {"strategy": "lookup", "measured": {"metric": "x"}}},
+        {"policies": []},
+        {"policies": {"fast": {}}},
+        {"policies": {"fast": {"strategy": "magic"}}},
+        {"policies": {"fast": {"strategy": "early-exit", "exit_layer": 2.5}}},
+        {"policies": {"fast": {"strategy": "early-exit", "exit_confidence": 2}}},
+        {"policies": {"exact": {"strategy": "early-exit", "exit_layer": 2}}},
+        {"policies": {"exact": {"strategy": "lookup", "speed": 3}}},
+        {"profile": {"acceptance": {"exit 4": 1.5}}},
+        {"profile": {"draft_head": "int3"}},
+        {"recommended": {"exit_layer": "8"}},
+        {"recommended": {"exit_layer": 0}},
+        {"recommended": {"strategy": "magic"}},
+        {"recommended": {"skip": {"layers": [3]}}},
+        {"files": ["a", 3]},
+        {"prompt_template": "none"},
+        {"final_losses": {"4": "low"}},
     ],
 )
-def test_every_damaged_policy_names_the_file(tmp_path, policies):
+def test_a_damaged_file_is_one_error_that_names_it(tmp_path, document):
     with pytest.raises(CheckpointError) as error:
-        write(tmp_path, json.dumps({"policies": policies}))
-    assert str(error.value).startswith(f"{tmp_path / 'layerskip.json'} is not valid: ")
+        write(tmp_path, json.dumps(document))
+    assert str(error.value).startswith(f"{tmp_path / 'layerskip.json'} is not valid: ") and "\n" not in str(error.value)
 
 
 PROFILE = DraftProfile({"exit 4": 0.9, "int8": 1.0}, (2.0, 2.5), {"exit 4": 0.25})
