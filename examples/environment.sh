@@ -9,4 +9,4 @@ fi
 [ -x "$LAYERSKIP_ENV/bin/python" ] || "$PYTHON" -m venv "$LAYERSKIP_ENV"
 . "$LAYERSKIP_ENV/bin/activate"
 python -m pip install --quiet --disable-pip-version-check --upgrade pip
-python -m pip install --quiet --disable-pip-version-check --editable ".${1:-}"
+python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".${1:-}" # modules compile when they are first imported

@@ -44,7 +44,7 @@ check_wheel() { # built and installed into an empty environment, it does the mai
     wheel=$(ls "$scratch"/*.whl)
     [ "$(du -k "$wheel" | cut -f1)" -le 40960 ] || { echo "error: $wheel is over 40 MB" >&2; exit 1; }
     "$PYTHON" -m venv "$scratch/empty"
-    "$scratch/empty/bin/python" -m pip install --quiet --disable-pip-version-check "$wheel"
+    "$scratch/empty/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$wheel"
     cd "$scratch" # so that nothing of the checkout is imported
     layerskip="$scratch/empty/bin/layerskip"
     "$layerskip" --version
@@ -69,7 +69,7 @@ check_vllm_plugin() { # in vLLM for CPUs, whose versions of packages differ from
     vllm="$scratch/vllm/bin/python"
     ours=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$ours')" >"$("$vllm" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
-    "$vllm" -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/export/vllm_requirements.txt
+    "$vllm" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --requirement tests/export/vllm_requirements.txt
     "$vllm" -m pytest -p no:cacheprovider tests/export/test_vllm_plugin.py
 }
 

@@ -1,5 +1,6 @@
 """The documents: links lead somewhere, and the commands, flags and names in them exist."""
 
+import ast
 import re
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "layerskip_core"
 FOLDERS = (ROOT / name for name in ("cli", "examples", "layerskip_core", "tests"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])
+SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
 COMMANDS = get_command(app).commands
 
 
@@ -46,6 +48,14 @@ def test_links_and_commands(document):
         assert command in COMMANDS
         unknown = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) - flags_of(command)
         assert not unknown, f"layerskip {command} {rest}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_what_scripts_import_is_there(script):
+    for node in ast.walk(ast.parse(text_of(script))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(("layerskip_core", "layerskip_cli")):
+            for name in node.names:
+                resolve_name(f"{node.module}.{name.name}")
 
 
 @pytest.mark.parametrize("name", ["README.md", "cli/README.md"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-from command_line import ROOT, fails, finish, run, start
+from command_line import fails, finish, run, start
 from safetensors.torch import load_file
 
 from layerskip_core.checkpoint.info import read_info
@@ -177,7 +177,7 @@ def holder():
 
     def start(folder):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], cwd=ROOT, text=True, **pipes)
+        process = subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], text=True, **pipes)
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process
