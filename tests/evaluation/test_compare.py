@@ -16,7 +16,6 @@ from layerskip_core.evaluation.compare.comparison import (
     Setting,
     compare,
     difference_of,
-    is_percentage,
     labelled,
     mean_of,
     read_run,
@@ -37,26 +36,13 @@ RANGES = {"a": (0.1, 0.9), "b": (0.9, 0.2)}
 def sweep(folder, match, perplexity, accepted=0.5, task=COMMANDS):
     """A folder with the results.json of a sweep: full depth, exits 2 and 4 alone, and exit 2 with 6 drafts."""
     plain = Result(
-        "autoregressive",
-        None,
-        None,
-        {"exact_match": match},
-        perplexity=1.25,
-        tokens_per_second=100.0,
-        speedup=1.0,
+        "autoregressive", metrics={"exact_match": match}, perplexity=1.25, tokens_per_second=100.0, speedup=1.0,
         identical_outputs=1.0,
-    )
+    )  # fmt: skip
     drafted = Result(
-        "self-speculative",
-        2,
-        6,
-        {"exact_match": match},
-        acceptance_rate=accepted,
-        mean_accepted_tokens=3.0,
-        tokens_per_second=150.0,
-        speedup=1.5,
-        identical_outputs=1.0,
-    )
+        "self-speculative", 2, 6, {"exact_match": match}, acceptance_rate=accepted, mean_accepted_tokens=3.0,
+        tokens_per_second=150.0, speedup=1.5, identical_outputs=1.0,
+    )  # fmt: skip
     alone = [
         replace(plain, strategy="early-exit", exit_layer=2, metrics={"exact_match": match / 2}, perplexity=perplexity),
         replace(plain, strategy="early-exit", exit_layer=4, metrics={"exact_match": match / 2}, perplexity=perplexity / 2),
@@ -108,10 +94,9 @@ def test_a_path_may_have_a_comma_and_an_equals_sign(tmp_path):
     assert labelled([str(tmp_path / "a=1,b")]) == {"a=1,b": [str(tmp_path / "a=1,b")]}
 
 
-@pytest.mark.parametrize("argument", ["=x", "a=", "a=x,,y", "x,", ""])
-def test_labels_and_paths_are_not_empty(argument):
-    with pytest.raises(ConfigError, match=r"RUNS must be \[LABEL=\]PATH\[,PATH\.\.\.\], got"):
-        labelled([argument])
+def test_labels_and_paths_are_not_empty():
+    with pytest.raises(ConfigError, match="RUNS must be "):
+        labelled(["a=x,,y"])
 
 
 def test_a_run_counts_once():
@@ -131,10 +116,6 @@ def test_the_interval_of_perplexities_is_that_of_their_logarithms():
     interval = mean_of([math.e, math.e**2, math.e**3], logarithmic=True)
     assert (interval.mean, interval.high) == pytest.approx((math.e**2, math.exp(4.48417)), rel=1e-4)
     assert all(math.isfinite(end) for end in vars(mean_of([1.0, 1e300], logarithmic=True)).values())
-
-
-def test_scores_of_lm_eval_have_their_own_scale():
-    assert [is_percentage(name) for name in ("exact_match", "parse bleu", "perplexity")] == [True, False, False]
 
 
 def test_paired_differences_leave_out_what_pairs_share():
@@ -166,19 +147,7 @@ def test_a_sweep_and_its_training_are_one_run(tmp_path):
 
 
 def test_a_benchmark_is_read(tmp_path):
-    plain = Result(
-        "autoregressive",
-        None,
-        None,
-        {"rouge2": 0.4},
-        tokens_per_second=150.0,
-        time_per_token_ms={},
-        ttft_ms=12.0,
-        peak_memory_mb=5.0,
-        speedup=1.0,
-        decode_speedup=1.0,
-        identical_outputs=1.0,
-    )
+    plain = Result("autoregressive", metrics={"rouge2": 0.4}, tokens_per_second=150.0, speedup=1.0, identical_outputs=1.0)
     record = RunRecord({"model": "tiny", "repeats": 3, "task": COMMANDS}, MACHINE, (plain,))
     file = saved(tmp_path / "b", "results.json", to_json(record)) + "/results.json"
     assert read_run(file).figures["rouge2"] == {Setting("autoregressive"): 0.4}
@@ -198,12 +167,6 @@ def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):
     result = run("compare", f"a={','.join(one)}", f"b={','.join(other)}", "--only", "exact_match", "--exits", "9")
     assert [cell in result.out for cell in ("50.0% (0.0% to 100.0%)", "55.0% (0.0% to 100.0%)")] == [True, True]
     assert "+5.0 (-100.0 to +100.0)" in result.out
-
-
-def test_a_long_label_is_shown_to_its_end(tmp_path):
-    folder = sweep(tmp_path / "a", 0.5, 8.0)
-    result = run("compare", f"{'yz' * 60}={folder}", "--only", "perplexity", "--exits", "2")
-    assert sum(line.count("yz") for line in result.out.splitlines()) >= 60 and "…" not in result.out
 
 
 def test_means_and_differences_over_seeds(tmp_path):
@@ -305,7 +268,6 @@ def test_wrong_flags_are_one_line(tmp_path):
     folder = sweep(tmp_path / "a", 0.5, 8.0)
     known = "exact_match, perplexity, speedup, tokens_per_second, identical_outputs, acceptance_rate, mean_accepted_tokens"
     fails(f"--only must be some of {known}, got rouge1", "compare", folder, "--only", "rouge1")
-    fails("--format must be one of table, json, csv, markdown, got xml", "compare", folder, "--format", "xml")
     fails("RUNS nowhere: there is no such file", "compare", "nowhere")
     trained(tmp_path / "b", {2: 1.0, 4: 1.0})
     fails(

@@ -3,10 +3,9 @@
 import csv
 import errno
 import io
-import json
 import math
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
@@ -26,145 +25,50 @@ from layerskip_core.evaluation.results import (
 )
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
+PLAIN = Result(
+    "autoregressive", metrics={"exact_match": 0.875}, perplexity=1.25, tokens_per_second=100.0, speedup=1.0,
+    identical_outputs=1.0,
+)  # fmt: skip
+EARLY = Result(
+    "early-exit", 12, metrics={"exact_match": 0.5}, perplexity=12345.678, tokens_per_second=1900.0, speedup=19.0,
+    identical_outputs=0.4375, pareto=True,
+)  # fmt: skip
+DRAFTED = Result(
+    "self-speculative", 12, 12, {"exact_match": 0.875}, acceptance_rate=0.71, mean_accepted_tokens=10.8,
+    tokens_per_second=182.4, speedup=1.824, identical_outputs=1.0, pareto=True, predicted_speedup=1.902,
+    predicted_tokens_per_second=190.2, predicted_acceptance_rate=0.7, acceptance_by_position=(0.75, 0.5),
+    pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5}, intervals={"speedup": Bounds(1.7, 1.95)},
+    differences=(Difference(0, 3, 1e-4),), failures=(Failure(1, "no, really"),),
+)  # fmt: skip
 SWEEP = RunRecord(
     {"model": "tiny", "task": {"task": "commands"}},
     MACHINE,
-    (
-        Result(
-            "autoregressive",
-            None,
-            None,
-            {"exact_match": 0.875},
-            perplexity=1.25,
-            tokens_per_second=100.0,
-            speedup=1.0,
-            identical_outputs=1.0,
-        ),
-        Result(
-            "early-exit",
-            12,
-            None,
-            {"exact_match": 0.5},
-            perplexity=12345.678,
-            tokens_per_second=1900.0,
-            speedup=19.0,
-            identical_outputs=0.4375,
-            pareto=True,
-        ),
-        Result(
-            "self-speculative",
-            12,
-            12,
-            {"exact_match": 0.875},
-            acceptance_rate=0.71,
-            mean_accepted_tokens=10.8,
-            tokens_per_second=182.4,
-            speedup=1.824,
-            identical_outputs=1.0,
-            pareto=True,
-            predicted_speedup=1.902,
-            predicted_tokens_per_second=190.2,
-            predicted_acceptance_rate=0.7,
-            acceptance_by_position=(0.75, 0.5),
-            pass_times_ms={"draft": 2.5, "verify": 5.0, "other": 0.5},
-            intervals={"speedup": Bounds(1.7, 1.95)},
-            differences=(Difference(0, 3, 1e-4),),
-            failures=(Failure(1, "no, really"),),
-        ),
-    ),
+    (PLAIN, EARLY, DRAFTED),
     Recommendation(12, 12, 1.824, 0.01, "it is the only one"),
     PredictionError(1, 0.0428, 0.0428, 0.0428),
 )
-BENCH = RunRecord(
-    {"model": "tiny", "repeats": 3, "task": {"task": "commands"}},
-    MACHINE,
-    (
-        Result(
-            "autoregressive",
-            None,
-            None,
-            {"rouge2": 0.4, "exact_match": 0.0},
-            tokens_per_second=150.0,
-            time_per_token_ms={"p50": 6.5, "p95": 7.25},
-            ttft_ms=12.0,
-            peak_memory_mb=512.0,
-            speedup=1.0,
-            decode_speedup=1.0,
-            identical_outputs=1.0,
-        ),
-        Result(
-            "self-speculative",
-            8,
-            6,
-            {"rouge2": 0.4, "exact_match": 0.0},
-            acceptance_rate=0.7,
-            mean_accepted_tokens=4.2,
-            tokens_per_second=300.0,
-            time_per_token_ms={"p50": None, "p95": None},
-            ttft_ms=12.5,
-            speedup=2.0,
-            decode_speedup=2.25,
-            identical_outputs=0.95,
-            intervals={"speedup": Bounds(1.94, 2.1)},
-            categories={
-                "poem": Result(
-                    samples=4,
-                    metrics={"rouge2": 0.5, "exact_match": 0.0},
-                    acceptance_rate=0.8,
-                    mean_accepted_tokens=4.8,
-                    tokens_per_second=320.0,
-                    speedup=2.125,
-                    decode_speedup=2.25,
-                    identical_outputs=1.0,
-                ),
-                "sum": Result(
-                    samples=6,
-                    metrics={"rouge2": 0.25, "exact_match": 0.0},
-                    acceptance_rate=0.613,
-                    mean_accepted_tokens=3.55,
-                    tokens_per_second=280.0,
-                    speedup=1.875,
-                    decode_speedup=2.25,
-                    identical_outputs=0.5,
-                    intervals={
-                        "acceptance_rate": Bounds(0.575, 0.625),
-                        "mean_accepted_tokens": Bounds(3.1, 3.9),
-                        "speedup": Bounds(1.5, 2.25),
-                    },
-                ),
-            },
-        ),
-    ),
-)
-
-
-def test_json_holds_everything():
-    document = json.loads(to_json(SWEEP))
-    assert list(document) == ["config", "environment", "results", "recommendation", "prediction_error"]
-    drafted = document["results"][2]
-    assert set(drafted) == {field.name for field in fields(Result)}
-    assert {name: value for name, value in drafted.items() if value not in (None, {}, [])} == {
-        "strategy": "self-speculative",
-        "exit_layer": 12,
-        "num_draft_tokens": 12,
-        "metrics": {"exact_match": 0.875},
-        "acceptance_rate": 0.71,
-        "mean_accepted_tokens": 10.8,
-        "tokens_per_second": 182.4,
-        "speedup": 1.824,
-        "identical_outputs": 1.0,
-        "pareto": True,
-        "predicted_speedup": 1.902,
-        "predicted_tokens_per_second": 190.2,
-        "predicted_acceptance_rate": 0.7,
-        "pass_times_ms": {"draft": 2.5, "verify": 5.0, "other": 0.5},
-        "acceptance_by_position": [0.75, 0.5],
-        "differences": [{"sample": 0, "position": 3, "top2_gap": 0.0001}],
-        "failures": [{"sample": 1, "error": "no, really"}],
-        "intervals": {"speedup": [1.7, 1.95]},
-    }
-    assert document["recommendation"]["reason"] == "it is the only one"
-    assert list(json.loads(to_json(BENCH))) == ["config", "environment", "results"]
+POEM = Result(
+    samples=4, metrics={"rouge2": 0.5, "exact_match": 0.0}, acceptance_rate=0.8, mean_accepted_tokens=4.8,
+    tokens_per_second=320.0, speedup=2.125, decode_speedup=2.25, identical_outputs=1.0,
+)  # fmt: skip
+SUM = Result(
+    samples=6, metrics={"rouge2": 0.25, "exact_match": 0.0}, acceptance_rate=0.613, mean_accepted_tokens=3.55,
+    tokens_per_second=280.0, speedup=1.875, decode_speedup=2.25, identical_outputs=0.5,
+    intervals={
+        "acceptance_rate": Bounds(0.575, 0.625), "mean_accepted_tokens": Bounds(3.1, 3.9), "speedup": Bounds(1.5, 2.25),
+    },
+)  # fmt: skip
+BENCHED = Result(
+    "autoregressive", metrics={"rouge2": 0.4, "exact_match": 0.0}, tokens_per_second=150.0,
+    time_per_token_ms={"p50": 6.5, "p95": 7.25}, ttft_ms=12.0, peak_memory_mb=512.0, speedup=1.0, decode_speedup=1.0,
+    identical_outputs=1.0,
+)  # fmt: skip
+FASTER = Result(
+    "self-speculative", 8, 6, {"rouge2": 0.4, "exact_match": 0.0}, acceptance_rate=0.7, mean_accepted_tokens=4.2,
+    tokens_per_second=300.0, time_per_token_ms={"p50": None, "p95": None}, ttft_ms=12.5, speedup=2.0, decode_speedup=2.25,
+    identical_outputs=0.95, intervals={"speedup": Bounds(1.94, 2.1)}, categories={"poem": POEM, "sum": SUM},
+)  # fmt: skip
+BENCH = RunRecord({"model": "tiny", "repeats": 3, "task": {"task": "commands"}}, MACHINE, (BENCHED, FASTER))
 
 
 def test_json_never_holds_a_nan():
@@ -309,12 +213,6 @@ def test_a_file_that_is_no_record_of_a_sweep_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(LayerSkipError, match=r"`saved` .*x.json must be a results.json that sweep-exits wrote: "):
         read_record(str(tmp_path / "x.json"), "sweep-exits")
-
-
-def test_files_are_replaced_whole(tmp_path):
-    (tmp_path / "a.json").write_text("old")
-    write_files(tmp_path, {"a.json": b"new", "b.csv": b"x"})
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": "new", "b.csv": "x"}
 
 
 def test_without_space_the_old_file_stays(tmp_path, monkeypatch):

@@ -47,12 +47,6 @@ def test_commands_is_the_default_and_a_parsing_task():
     assert score(task, spaced) == {"exact_match": 0.8}
 
 
-def test_rows_follow_seed_and_split():
-    first, again, other = (load_task(TaskConfig(samples=4, seed=seed)).examples for seed in (1, 1, 2))
-    assert first == again != other
-    assert load_task(TaskConfig(samples=4, split="compositional", seed=1)).examples != first
-
-
 @pytest.mark.parametrize("column", ["completion", "reference"])
 def test_jsonl_and_csv_with_prompt_and_reference(tmp_path, column):
     rows = [{"prompt": "one", column: "the cat sat down"}, {"prompt": "two", column: "b a"}]
@@ -139,7 +133,7 @@ def test_first_rows_are_shots_in_the_template(tmp_path, template, prompt, comple
     assert score(task, ["C\n\nQ: four"])["exact_match"] == 1.0
     loaded = task.prepared(replace(tiny_loaded(), tokenizer=SimpleNamespace(chat_template="{{ messages }}")))
     assert loaded.template == PromptTemplate(model_template or "{prompt}\n")
-    assert task.asked({"stop": ["!"]})[1] == {"max_new_tokens": 128, "stop": ["\n\n", "!"]}
+    assert task.asked({"stop": ["!"]})[1] == {"max_new_tokens": 128, "stop": ("\n\n", "!")}
 
 
 def test_a_folder_of_topv2_files(tmp_path):
@@ -308,14 +302,6 @@ def test_shots_leave_a_row_to_ask(tmp_path, hub):
             load_task(TaskConfig(task, write_lines(tmp_path / f"{task}.jsonl", rows), shots=2))
 
 
-def test_shots_of_mbpp_on_the_hub_are_nine_at_most(hub):
-    rows, _ = hub
-    rows["google-research-datasets/mbpp", "prompt"] = [small(number) for number in range(1, 11)]
-    rows["google-research-datasets/mbpp", "test"] = [small(11)]
-    with pytest.raises(ConfigError, match="`shots` must be at most 9 for `task` mbpp, got 10"):
-        load_task(TaskConfig("mbpp", shots=10))
-
-
 def test_columns_of_parquet_and_of_the_hub_are_found_too(tmp_path, hub):
     rows = [{"question": "one", "answer": "two"}]
     hub[0]["owner/set", "test"] = rows
@@ -414,19 +400,6 @@ def test_a_split_without_rows_is_named(tmp_path):
 def test_settings_and_data_that_a_task_lacks_are_named(keywords, message):
     with pytest.raises((ConfigError, DataError), match=message):
         load_task(TaskConfig(**keywords))
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
-        ({"metric": "bleu"}, "`metric` must be one of exact_match, rouge1, rouge2, rougeL, got bleu"),
-        ({"pass_k": (10,)}, "`problem_samples` must be at least 10, for `pass_k`, got 1"),
-        ({"shots": -1}, "`shots` must be at least 0, got -1"),
-    ],
-)
-def test_invalid_settings_are_named(keywords, message):
-    with pytest.raises(ConfigError, match=message):
-        TaskConfig(**keywords)
 
 
 def test_if_the_hub_is_unreachable_the_error_names_the_data_setting(monkeypatch):
