@@ -18,7 +18,7 @@ from .requests import Request
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.decoding import DecodeStats, StopReason
-    from layerskip_core.decoding.text import TextStream
+    from layerskip_core.decoding.dialogue import TextStream
     from layerskip_core.serving import Scheduler, Update
 
 _OPTIONS = re.compile(f"`({'|'.join(hints_of(DecodingOptions))})`")
@@ -30,7 +30,7 @@ def answer_all(
 ) -> tuple[bool, "DecodeStats"]:
     """Answers every request in order; returns whether one failed, and the counts of all."""
     from layerskip_core.decoding import DecodeStats
-    from layerskip_core.decoding.text import TextStream
+    from layerskip_core.decoding.dialogue import TextStream
 
     failed, total = False, DecodeStats()
     for request in requests:

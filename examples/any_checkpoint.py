@@ -25,8 +25,8 @@ from layerskip_core.config.decoding import DecodingConfig, DecodingOptions, deco
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import parse_counts
 from layerskip_core.decoding import DecodeStats, decode
-from layerskip_core.decoding.drafters import ExitDrafter
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
+from layerskip_core.decoding.drafters.exit import ExitDrafter
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ Nothing is imported before it is used: `load` imports torch.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .decoding.dialogue import Dialogue
-    from .decoding.text import Answer, TextStream
+    from .decoding import Answer
+    from .decoding.dialogue import Dialogue, TextStream
     from .language_model import LanguageModel, load
 
 __all__ = ["Answer", "Dialogue", "LanguageModel", "TextStream", "load"]
@@ -25,12 +25,12 @@ def __getattr__(name: str) -> Any:
         from . import language_model
 
         return getattr(language_model, name)
-    if name in ("Answer", "TextStream"):
-        from .decoding import text
+    if name == "Answer":
+        from .decoding import Answer
 
-        return getattr(text, name)
-    if name == "Dialogue":
-        from .decoding.dialogue import Dialogue
+        return Answer
+    if name in ("Dialogue", "TextStream"):
+        from .decoding import dialogue
 
-        return Dialogue
+        return getattr(dialogue, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

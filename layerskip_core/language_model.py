@@ -10,8 +10,8 @@ from .config.decoding import DecodingConfig, DecodingOptions
 from .config.machine import DType
 from .config.options import checked
 from .config.packing import PackingConfig, Quantization
-from .decoding.dialogue import Dialogue
-from .decoding.text import Answer, TextStream, answer_together
+from .decoding import Answer
+from .decoding.dialogue import Dialogue, TextStream, answer_together
 from .errors import LayerSkipError
 
 

@@ -14,9 +14,8 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.verification import VerifyConfig
-from layerskip_core.decoding import decode
-from layerskip_core.decoding.recorded import Recorder
-from layerskip_core.decoding.strategies import loop_of
+from layerskip_core.decoding import decode, loop_of
+from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.evaluation.verification.run import verify
 from layerskip_core.model import PackedBackend
 
@@ -80,7 +79,7 @@ def test_a_step_waits_once(monkeypatch, graphs, config):
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", graphs)
     loaded = for_decoding("embedded", "cuda", "bf16")
     config = replace(config, max_new_tokens=120)
-    loop = loop_of(loaded.backend, [loaded.encode_prompt(PROMPTS[0])], config, frozenset(), None, alone=True)
+    loop = loop_of(loaded.backend, [loaded.encode_prompt(PROMPTS[0])], config, frozenset(), None, isolated=True)
     for _ in range(4):  # passes are recorded in the third step, which waits
         next(loop)
     torch.cuda.set_sync_debug_mode("warn")

@@ -18,8 +18,7 @@ from layerskip_core.config.machine import MachineConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
 from layerskip_core.config.verification import VerifyConfig
-from layerskip_core.decoding import PrefixCache, decode
-from layerskip_core.decoding.strategies import loop_of
+from layerskip_core.decoding import PrefixCache, decode, loop_of
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.verification.run import verify
@@ -85,7 +84,7 @@ def answers(model, name, gpu=None):
     config = DecodingConfig(**{"max_new_tokens": 10, **SETTINGS[name]})
     found = {}
     for prompts in (PROMPTS[:1], PROMPTS)[: 1 if config.exit_confidence else 2]:
-        loop = loop_of(model, prompts, config, ENDS.get(name, frozenset()), None, alone=len(prompts) == 1)
+        loop = loop_of(model, prompts, config, ENDS.get(name, frozenset()), None, isolated=len(prompts) == 1)
         for number, steps in enumerate(loop):
             for step in steps:
                 found.setdefault((len(prompts), step.row), []).extend(token.id for token in step.tokens)

@@ -27,7 +27,8 @@ from ..stats import stats_text
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
-    from layerskip_core.decoding.text import Run, TextStream
+    from layerskip_core.decoding.dialogue import TextStream
+    from layerskip_core.decoding.output import Segment
 
 _COMMANDS = """\
 /reset   start a new conversation
@@ -159,8 +160,8 @@ class _Chat:
             except LayerSkipError as error:
                 self._refuse(error, number)
                 return
-            for runs in stream.runs():
-                self._write(runs)
+            for segments in stream.segments():
+                self._write(segments)
                 if interruption is not None and interruption.signal is not None:
                     break
         sys.stdout.write("\n")
@@ -170,12 +171,12 @@ class _Chat:
         if self._stats:
             narrate(self._stats_of(stream))
 
-    def _write(self, runs: "list[Run]") -> None:
+    def _write(self, segments: "list[Segment]") -> None:
         if self._colours:
-            text = Text.assemble(*((run.text, self._mark if run.from_draft else "") for run in runs))
+            text = Text.assemble(*((segment.text, self._mark if segment.from_draft else "") for segment in segments))
             self._console.print(text, end="", soft_wrap=True)
         else:
-            sys.stdout.write("".join(run.text for run in runs))
+            sys.stdout.write("".join(segment.text for segment in segments))
             sys.stdout.flush()
 
     def _tell_end(self, stream: "TextStream", interactive: bool) -> None:

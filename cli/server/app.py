@@ -21,8 +21,7 @@ from starlette.types import Receive, Scope, Send
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.serving import ServeConfig
-from layerskip_core.decoding import DecodeStats
-from layerskip_core.decoding.loop import check_prompt
+from layerskip_core.decoding import DecodeStats, check_prompt
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, encode_conversation
 from layerskip_core.serving import Engine, Update

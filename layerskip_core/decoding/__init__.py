@@ -1,9 +1,22 @@
-"""Decoding algorithms over the protocols of `layerskip_core.model.backend`; they never know which implementation runs."""
+"""Decoding over the protocols of `layerskip_core.model.backend`: it never knows which implementation runs."""
 
-from .loop import Token
-from .prefix import PrefixCache
-from .stats import DecodeStats
-from .stopping import Stopping, StopReason
-from .strategies import Decoding, Finished, decode, decode_batch
+from .engine import Decoding, DecodingLoop, PrefixCache, check_prompt, decode, decode_batch, loop_of
+from .output import Answer, DecodeStats, Stopping, StopReason, StopScanner, Token, before_stop, step_counts
 
-__all__ = ["DecodeStats", "Decoding", "Finished", "PrefixCache", "StopReason", "Stopping", "Token", "decode", "decode_batch"]
+__all__ = [
+    "Answer",
+    "DecodeStats",
+    "Decoding",
+    "DecodingLoop",
+    "PrefixCache",
+    "StopReason",
+    "StopScanner",
+    "Stopping",
+    "Token",
+    "before_stop",
+    "check_prompt",
+    "decode",
+    "decode_batch",
+    "loop_of",
+    "step_counts",
+]

@@ -1,13 +1,123 @@
-"""A conversation with a model: the turns so far, and what each leaves to the next."""
+"""From prompts to text: one answer as it comes, several together, and conversations."""
 
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
+from ..errors import LayerSkipError
 from ..prompting import CHAT
-from .loop import check_prompt
-from .prefix import PrefixCache
-from .text import TextStream
+from .engine import PrefixCache, check_prompt, decode, decode_batch
+from .output import Answer, DecodeStats, Segment, ShownText, Stopping, StopReason, Token
+
+
+class TextStream:
+    """Iterates over the pieces of one answer as they are verified.
+
+    `text`, `stats` and `finish_reason` describe what has come so far. `broken_off`: an exception, as of Ctrl-C, ended a step.
+    """
+
+    def __init__(
+        self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, prefix: PrefixCache | None = None
+    ) -> None:
+        """`prompt`: a text for the template, or token ids. `prefix`: as in `decode`.
+
+        Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
+        """
+        ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        ends = loaded.ends(config.stop)
+        self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefix=prefix)
+        self._shown = ShownText(Stopping(ends, config.stop, config.max_new_tokens), loaded.detokenize)
+        self._ids: list[int] = []
+        self.broken_off = False
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once all pieces have come. Raises RuntimeError before."""
+        if self.finish_reason is None:
+            raise RuntimeError("the answer is not finished: iterate over the stream first")
+        return Answer(self.text, self.finish_reason, self.stats, self._ids)
+
+    @property
+    def text(self) -> str:
+        return self._shown.text
+
+    @property
+    def stats(self) -> DecodeStats:
+        return self._decoding.stats
+
+    @property
+    def finish_reason(self) -> StopReason | None:
+        return self._decoding.finish_reason
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many of the prompt's first tokens needed no pass."""
+        return self._decoding.reused_tokens
+
+    def finish(self) -> Answer:
+        """The whole answer, decoded to its end."""
+        for _ in self:
+            pass
+        return self.answer
+
+    def __iter__(self) -> Iterator[str]:
+        for tokens in self._steps():
+            if piece := self._shown.add([token.id for token in tokens], self.finish_reason is not None):
+                yield piece
+
+    def segments(self) -> Iterator[list[Segment]]:
+        """The same text, as one list per step that may be empty. A character belongs to the token that completes it."""
+        ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
+        for tokens in self._steps():
+            decoded, finished = "", self.finish_reason is not None
+            for count, token in enumerate(tokens, start=1):
+                decoded = self._shown.decode([token.id], finished and count == len(tokens))
+                ends.append((len(decoded), token.from_draft))
+            segments: list[Segment] = []
+            start, stop = len(self.text), len(self.text) + len(self._shown.show(decoded, finished))
+            for end, from_draft in ends:
+                if (shown := min(end, stop)) > start:
+                    before = segments.pop().text if segments and segments[-1].from_draft == from_draft else ""
+                    segments.append(Segment(before + self.text[start:shown], from_draft))
+                    start = shown
+            ends = [(end, from_draft) for end, from_draft in ends if end > stop]
+            yield segments
+
+    def _steps(self) -> Iterator[list[Token]]:
+        try:
+            for tokens in self._decoding:
+                self._ids += [token.id for token in tokens]
+                yield tokens
+        except GeneratorExit:  # the stream was left between two steps
+            raise
+        except BaseException:
+            self.broken_off = True
+            raise
+
+
+def answer_together(
+    loaded: Decoder, prompts: Sequence[str], config: DecodingConfig
+) -> tuple[list[Answer | LayerSkipError], DecodeStats]:
+    """Answers in the order of the prompts, an error in the place of a prompt that does not fit; and the stats of all."""
+    started = time.perf_counter()
+    answers: dict[int, Answer | LayerSkipError] = {}
+    encoded: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        try:
+            ids = loaded.encode_prompt(prompt)
+            check_prompt(ids, loaded.backend.max_positions)
+            encoded[row] = ids
+        except LayerSkipError as error:
+            answers[row] = error
+    rows, total = list(encoded), DecodeStats()
+    if rows:
+        for answer in decode_batch(loaded.backend, list(encoded.values()), config, loaded.ends(config.stop), loaded.detokenize):
+            answers[rows[answer.row]] = replace(answer, row=rows[answer.row])
+            total += answer.stats
+    return [answers[row] for row in range(len(prompts))], replace(total, total_seconds=time.perf_counter() - started)
 
 
 class Turn(NamedTuple):

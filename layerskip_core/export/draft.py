@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.loaded import Decoder, Trainable
-from ..decoding.drafters.estimates import LinearTime, best_length
+from ..decoding.drafters.knowledge import LinearTime, best_length
 from ..errors import ConfigError
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import EMBEDDING, ModelSpec

@@ -13,8 +13,7 @@ from ..config.checks import require, require_exit_layer
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingOptions
 from ..config.machine import DTYPES
 from ..config.packing import PackingConfig, Quantization
-from ..decoding import decode_batch
-from ..decoding.loop import check_prompt
+from ..decoding import check_prompt, decode_batch
 from ..model.exit_blocks import target_block
 from ..prompting import require_chat_template
 from .likelihood import likelihoods

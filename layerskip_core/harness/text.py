@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig
-from ..decoding.stopping import before_stop
+from ..decoding import before_stop
 from ..errors import CheckpointError, ConfigError
 from ..prompting import encoded, render_chat
 from .likelihood import Pair

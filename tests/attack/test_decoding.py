@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import PrefixCache, decode, decode_batch
-from layerskip_core.decoding.strategies import loop_of
+from layerskip_core.decoding import PrefixCache, decode, decode_batch, loop_of
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock

@@ -19,8 +19,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding.dialogue import Dialogue, Turn
-from layerskip_core.decoding.text import TextStream
+from layerskip_core.decoding.dialogue import Dialogue, TextStream, Turn
 from layerskip_core.errors import ConfigError, ContextError
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=20)

@@ -17,7 +17,7 @@ from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding.text import TextStream
+from layerskip_core.decoding.dialogue import TextStream
 
 PROMPT = "wake me up"
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=20)

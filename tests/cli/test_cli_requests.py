@@ -16,7 +16,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import policy_packing
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding.loop import DecodingLoop
+from layerskip_core.decoding import DecodingLoop
 
 PROMPT = "wake me up"
 POLICIES = {

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.serving import ServeConfig
-from layerskip_core.decoding.text import TextStream
+from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.model import GenericBackend
 from layerskip_core.prompting import CHAT, PromptTemplate
 from layerskip_core.serving import Engine, Request
@@ -283,7 +283,7 @@ def test_a_full_queue_says_so():
 
 def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys):
     with monkeypatch.context() as broken:
-        broken.setattr("layerskip_core.serving.scheduler.loop_of", lambda *_, **__: 1 / 0)
+        broken.setattr("layerskip_core.serving.loop_of", lambda *_, **__: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="its log says why"):
             client.completions.create(model="tiny", prompt=PROMPT, stream=True)
     assert "division by zero" in capsys.readouterr().err

@@ -12,8 +12,8 @@ class RepeatingDrafter:
     def __init__(self) -> None:
         self.verdicts: dict[int, list[Verdict]] = {}
 
-    def draft(self, context: Context, most: list[int]) -> Draft:
-        drafts = [repetition(ids)[:limit] for ids, limit in zip(context.ids, most, strict=True)]
+    def draft(self, context: Context, limits: list[int]) -> Draft:
+        drafts = [repetition(ids)[:limit] for ids, limit in zip(context.ids, limits, strict=True)]
         longest = max(map(len, drafts))
         tokens = [[ids[-1], *row, *[0] * (longest - len(row))] for ids, row in zip(context.ids, drafts, strict=True)]
         return Draft(tensor(tokens, device=context.newest.device), tuple(map(len, drafts)))

@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
-from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
+from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
-from layerskip_core.decoding.drafters.estimates import Acceptance, Chance, Doubts, LinearTime, best_length
-from layerskip_core.decoding.drafters.knowledge import Drafting, knowledge_of
+from layerskip_core.decoding.drafters.knowledge import (
+    Acceptance,
+    Calibration,
+    Chance,
+    Drafting,
+    LinearTime,
+    best_length,
+    knowledge_of,
+)
 from layerskip_core.decoding.sampling import Greedy, Verdict
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 
@@ -141,16 +149,16 @@ def test_acceptance_counts_the_drafts_that_were_tested():
     assert (acceptance.first, acceptance.later) == (other.first, other.later)
 
 
-def test_doubts_learn_how_far_to_trust_a_probability():
-    doubts = Doubts(1.0, 1)
+def test_calibration_learn_how_far_to_trust_a_probability():
+    calibration = Calibration(1.0, 1)
     for _ in range(300):
-        doubts.observe([0.5, 0.5], accepted=2)
-    assert doubts.scale < 0.05
+        calibration.observe([0.5, 0.5], accepted=2)
+    assert calibration.scale < 0.05
     for _ in range(300):
-        doubts.observe([0.5], accepted=0)
-    assert doubts.scale == pytest.approx(2.0, rel=0.05)
-    doubts.observe([], accepted=0)
-    assert doubts.scale == pytest.approx(2.0, rel=0.05)
+        calibration.observe([0.5], accepted=0)
+    assert calibration.scale == pytest.approx(2.0, rel=0.05)
+    calibration.observe([], accepted=0)
+    assert calibration.scale == pytest.approx(2.0, rel=0.05)
 
 
 def test_times_are_fitted_by_a_line_that_follows_the_machine():
@@ -351,7 +359,11 @@ def test_a_copy_at_an_exit_is_expected_to_be_right_nearly_as_often_as_the_exit()
     options = knowledge_of(backend, drafters, profile, remembered=False).options
     found = {name: option.acceptance.first for name, option in options.items()}
     assert found == {"int8": 0.95, "int8 exit 2": pytest.approx(0.38), "int8 exit 4": 0.7}
-    assert {name: option.doubts.power for name, option in options.items()} == {"int8": 3, "int8 exit 2": 1, "int8 exit 4": 1}
+    assert {name: option.calibration.power for name, option in options.items()} == {
+        "int8": 3,
+        "int8 exit 2": 1,
+        "int8 exit 4": 1,
+    }
 
 
 def test_without_trained_exits_a_copy_drafts_with_all_its_layers():

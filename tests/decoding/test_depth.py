@@ -10,7 +10,7 @@ from conftest import tiny_model
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
-from layerskip_core.decoding.depth import Pass
+from layerskip_core.decoding.target import TargetOutput
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend
 from layerskip_core.model.native.compiled import kernels
@@ -132,7 +132,7 @@ def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
     for name in ("run_layers", "propagate"):
         recorded(monkeypatch, model, name, calls)
     decoding = decode(model, prompt_of(9), DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.5, max_new_tokens=9))
-    monkeypatch.setattr(decoding._loop._depth, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
+    monkeypatch.setattr(decoding._loop._target, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
     for _ in range(7):
         next(decoding)
     assert calls == [
@@ -168,7 +168,7 @@ def scripted(exits, model):
         if layers != current:
             return None
         current = next(left, LAYERS)
-        return Pass(model.unembed(hidden), layers)
+        return TargetOutput(model.unembed(hidden), layers)
 
     return leaving
 
@@ -181,19 +181,6 @@ def test_fixed_depths_are_counted_too():
     both = stats + run(model, prompt_of(9), 15, strategy="early-exit", exit_layer=2)[1]
     assert both.tokens_by_layers == (0, 15, 0, 0, 0, 5) and both.mean_layers == 3
     assert DecodeStats().mean_layers == 0
-
-
-@pytest.mark.parametrize(
-    ("exits", "message"),
-    [
-        ((), "`exits` must be given with `exit_confidence`, got none"),
-        ((2, 6), r"`exits` must be in 1\.\.5, got 6 \(model has 6 layers\)"),
-        ((0, 2), r"`exits` must be in 1\.\.5, got 0 \(model has 6 layers\)"),
-    ],
-)
-def test_exits_that_do_not_fit_are_refused(exits, message):
-    with pytest.raises(ConfigError, match=message):
-        decode(model_of(GenericBackend), prompt_of(9), DecodingConfig("early-exit", exits=exits, exit_confidence=0.5))
 
 
 def test_batches_are_refused():

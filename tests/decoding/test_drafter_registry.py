@@ -8,11 +8,10 @@ from conftest import tiny_model
 from repeating_drafter import RepeatingDrafter, repetition
 
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
-from layerskip_core.decoding import Decoding, Stopping, decode, decode_batch
-from layerskip_core.decoding.depth import FixedDepth
+from layerskip_core.decoding import Decoding, DecodingLoop, Stopping, decode, decode_batch
 from layerskip_core.decoding.drafters import Draft
-from layerskip_core.decoding.loop import DecodingLoop
 from layerskip_core.decoding.sampling import Stochastic, probabilities
+from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.model import GenericBackend
 
 PROMPTS = [[5, 6, 7, 8, 5, 6], [9, 10, 9], [3]]
@@ -64,7 +63,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(registered, backend):
 def test_it_hears_of_every_verdict(backend):
     drafter, stopping = RepeatingDrafter(), Stopping(frozenset(), (), 30)
     sampler = Stochastic(DecodingConfig(temperature=1), torch.device("cpu"), rows=len(PROMPTS))
-    loop = DecodingLoop(backend, PROMPTS, stopping, sampler, FixedDepth(backend, backend.num_layers), drafter, 3)
+    loop = DecodingLoop(backend, PROMPTS, stopping, sampler, FixedTarget(backend, backend.num_layers), drafter, 3)
     list(loop)
     for row in range(len(PROMPTS)):
         stats, verdicts = loop.counts(row), drafter.verdicts.get(row, [])
@@ -89,7 +88,7 @@ def test_sampling_with_a_certain_drafter_keeps_the_target_s_distribution():
     backend, config, prompt = GenericBackend(model), DecodingConfig(temperature=4.0), [2, 1, 0]
     sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), 3)
     draws = 1000
-    loops = (DecodingLoop(backend, [prompt], stopping, sampler, FixedDepth(backend, 2), Certain(), 1) for _ in range(draws))
+    loops = (DecodingLoop(backend, [prompt], stopping, sampler, FixedTarget(backend, 2), Certain(), 1) for _ in range(draws))
     outputs = Counter(tuple(ids_of(Decoding(loop))) for loop in loops)
 
     def next_probs(ids):

@@ -12,8 +12,7 @@ from test_adaptive import Scheduled
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import decode, decode_batch
-from layerskip_core.decoding.strategies import loop_of
+from layerskip_core.decoding import decode, decode_batch, loop_of
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock, features_of

@@ -3,7 +3,8 @@ import torch
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding.drafters import Context, ExitDrafter
+from layerskip_core.decoding.drafters import Context
+from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic
 from layerskip_core.model import GenericBackend, Submodel
 

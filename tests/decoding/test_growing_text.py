@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_bpe import text_bpe
 
-from layerskip_core.decoding.growing_text import GrowingText
+from layerskip_core.decoding.output import GrowingText
 
 SPECIAL = -1
 WORDS = ["▁", "▁a", "b", "▁▁", "c▁"]

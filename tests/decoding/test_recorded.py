@@ -10,8 +10,8 @@ from simulated_cuda import simulated_cuda
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import decode, recorded
-from layerskip_core.decoding.recorded import Recorder
+from layerskip_core.decoding import decode, graphs
+from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import PackedBackend
 
@@ -81,7 +81,7 @@ def test_two_decodings_at_once_keep_apart(model):
 
 
 def test_a_text_that_needs_more_room_gets_a_larger_cache(model, monkeypatch):
-    monkeypatch.setattr(recorded, "_LEAST_PLACES", 16)
+    monkeypatch.setattr(graphs, "_LEAST_PLACES", 16)
     made, usual = [], Recorder.__init__
 
     def noted(self, *arguments):

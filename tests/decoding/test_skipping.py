@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
-from layerskip_core.decoding.depth import FixedDepth
-from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
+from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.drafters.skipping import kept_layers
 from layerskip_core.decoding.sampling import Greedy, Stochastic
+from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 
@@ -169,7 +170,7 @@ def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind,
         draft, cache = draft_of(model, config_of(kind, skip), reuse=reuse)
         last = len(PROMPT) - 1
         with torch.inference_mode():
-            logits = FixedDepth(model, LAYERS).verify(draft, torch.arange(last, last + MOST + 1)[None], cache).logits
+            logits = FixedTarget(model, LAYERS).verify(draft, torch.arange(last, last + MOST + 1)[None], cache).logits
             # The next token sees all that was written.
             newest = torch.tensor([[7]])
             hidden = model.run_layers(model.embed(newest), 0, LAYERS, torch.tensor([[last + MOST + 1]]), cache)

@@ -1,6 +1,6 @@
 import pytest
 
-from layerskip_core.decoding.stopping import Stopping, StopScanner
+from layerskip_core.decoding import Stopping, StopScanner
 from layerskip_core.errors import ConfigError
 
 EOS, OTHER_EOS = 0, 1

@@ -8,8 +8,8 @@ import pytest
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import Token, decode, text
-from layerskip_core.decoding.text import TextStream, answer_together
+from layerskip_core.decoding import Token, decode, dialogue
+from layerskip_core.decoding.dialogue import TextStream, answer_together
 from layerskip_core.errors import ConfigError
 
 EOS = 256
@@ -34,7 +34,7 @@ class Scripted:
 
 
 def scripted(monkeypatch, chunks, reason, stop):
-    monkeypatch.setattr(text, "decode", lambda *_, **__: Scripted(chunks, reason))
+    monkeypatch.setattr(dialogue, "decode", lambda *_, **__: Scripted(chunks, reason))
     loaded = SimpleNamespace(backend=None, ends=lambda _: frozenset({EOS}), detokenize=bytes_to_text)
     return TextStream(loaded, [1], DecodingConfig("autoregressive", stop=stop))
 
@@ -72,7 +72,7 @@ def test_pieces_of_an_answer(monkeypatch, chunks, reason, stop, pieces):
 )
 def test_runs_say_what_was_drafted(monkeypatch, chunks, reason, stop, runs):
     answer = scripted(monkeypatch, chunks, reason, stop)
-    assert [[tuple(run) for run in step] for step in answer.runs()] == runs
+    assert [[tuple(run) for run in step] for step in answer.segments()] == runs
     assert answer.text == "".join(run for step in runs for run, _ in step)
 
 

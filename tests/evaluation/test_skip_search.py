@@ -18,7 +18,8 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfi
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
+from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import CheckpointError, ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import skip_search

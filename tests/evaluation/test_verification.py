@@ -11,9 +11,8 @@ from evaluating import tiny_loaded
 
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.verification import VerifyConfig
-from layerskip_core.decoding import loop, sampling
+from layerskip_core.decoding import PrefixCache, loop, sampling
 from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.prefix import PrefixCache
 from layerskip_core.decoding.sampling import Stochastic, accepted_choices
 from layerskip_core.evaluation.verification import run as verification
 from layerskip_core.evaluation.verification.checks import (

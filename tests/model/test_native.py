@@ -16,9 +16,10 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.depth import FixedDepth
-from layerskip_core.decoding.drafters import Context, DrafterSetup, drafter_for
+from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy
+from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.model import (
     DraftEnds,
@@ -297,7 +298,7 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
             cache = model.new_cache()
             model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
             draft = drafter.draft(Context([0], prompt.tolist(), prompt[:, 29:], positions, cache), [6])
-            return draft, FixedDepth(model, 6).verify(draft, positions[:, : draft.tokens.shape[1]], cache).logits
+            return draft, FixedTarget(model, 6).verify(draft, positions[:, : draft.tokens.shape[1]], cache).logits
 
     chosen = drafted((), False)[0].tokens[0].tolist()
     for ends in ((), (66, chosen[1]), (chosen[3],), (chosen[6],)):

@@ -6,7 +6,7 @@ import pytest
 from evaluating import tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding.text import TextStream
+from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.serving import Engine, QueueFull, Request, Stopped
 
 CONFIG = DecodingConfig("self-speculative", 2, 4, max_new_tokens=12)

@@ -10,16 +10,15 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
+from layerskip_core import serving
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import decode
-from layerskip_core.decoding.loop import DecodingLoop
-from layerskip_core.decoding.text import TextStream
+from layerskip_core.decoding import DecodingLoop, decode
+from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import ContextError
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.serving import Request, Scheduler
-from layerskip_core.serving import scheduler as scheduler_module
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 300}
 SPECULATIVE = DecodingConfig("self-speculative", 2, 4)
@@ -119,13 +118,13 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_short_prompts_with_equal_settings_are_prefilled_together(monkeypatch, temperature):
     """But for one that shall be alone, those of which a batch is full, and long ones; one that does not fit is refused."""
-    decoder, groups, honest = decoder_of("generic"), [], scheduler_module.loop_of
+    decoder, groups, honest = decoder_of("generic"), [], serving.loop_of
 
     def recorded(model, prompts, *arguments, **keywords):
         groups.append(list(map(len, prompts)))
         return honest(model, prompts, *arguments, **keywords)
 
-    monkeypatch.setattr(scheduler_module, "loop_of", recorded)
+    monkeypatch.setattr(serving, "loop_of", recorded)
     clients = []
     for length in (3, 9, 999, 5, 4, 100, 90, 2, 7, 8):
         limit = 12 if length == 2 else 6
@@ -213,7 +212,7 @@ def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
     assert scheduler.step() == [too_long.request]
     assert "at most 127 tokens, got 200" in str(too_long.updates[-1].error)
     group = next(group for group in scheduler._groups.values() if len(group.answers) == 2)
-    monkeypatch.setattr(group.loop, "_depth", None)
+    monkeypatch.setattr(group.loop, "_target", None)
     finished = scheduler.step()
     assert finished == [client.request for client in doomed]
     assert all(isinstance(client.updates[-1].error, AttributeError) for client in doomed)

@@ -21,7 +21,8 @@ from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
-from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
+from layerskip_core.decoding.drafters import DrafterSetup
+from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
 from layerskip_core.training import frozen_model

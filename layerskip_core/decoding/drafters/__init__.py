@@ -1,22 +1,93 @@
-"""Where drafts come from. A drafter is one module here and one line in `DRAFTERS` of config/decoding.py."""
+"""Where drafts come from: what a drafter is, and which drafts for a strategy.
 
+A drafter is one module here, with a function `drafter(setup)`, and one line in `DRAFTERS` of config/decoding.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Protocol
 
-from ...config.decoding import DRAFTERS
-from .base import Context, Draft, Drafter, DrafterSetup
-from .exit import ExitDrafter
-from .lookup import LookupDrafter
+from torch import Tensor
 
-__all__ = ["Context", "Draft", "Drafter", "DrafterSetup", "ExitDrafter", "LookupDrafter", "drafter_for"]
+from ...config.decoding import DRAFTERS, DecodingConfig
+from ...config.packing import Quantization
+from ...model.backend import Backend, DraftSide
+from ...model.cache import KVCache
+from ..sampling import Sampler, Verdict
+
+
+@dataclass(frozen=True)
+class Context:
+    """The B rows of a batch before a round.
+
+    The newest token of each row has no KV entries yet: the target's pass that verifies the drafts writes them.
+    """
+
+    rows: Sequence[int]  # the numbers of their prompts: rows that ended are gone
+    ids: Sequence[Sequence[int]]  # by row: prompt and output so far, the newest token last; not to be changed
+    newest: Tensor  # (B, 1), the same newest tokens on the model's device
+    positions: Tensor  # (B, d+1) on the host, d >= 1: of the newest token, and of the drafts after it
+    cache: KVCache  # the target's own
+    features: Tensor | None = None  # (B, 1, D), the final norm's output before each newest token, where a block needs it
+
+
+@dataclass(frozen=True)
+class Draft:
+    """K drafts per row for the target to verify in one pass, after the newest token.
+
+    `exit_states` are the target's own hidden states, pre-norm, of all tokens or of all but the last, by the number of layers
+    that gave them. The target goes on from the highest; those below are for the blocks of other exits. Without such states
+    (looked-up or low-bit drafts) it starts at layer 0. `source` names what drafted, for reports.
+    """
+
+    tokens: Tensor  # (B, 1+K), the newest token first
+    counts: tuple[int, ...]  # by row: how many of the K are drafts; the rest is padding
+    probs: Tensor | None = None  # (B, K, V), what each draft was drawn from; None if it was chosen without chance
+    exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (B, K+1 or K, D)
+    source: str = "drafts"
+    confidence: Sequence[float] = ()  # of a greedy draft of one row: its own probabilities, if these were needed
+
+
+@dataclass(frozen=True)
+class DrafterSetup:
+    """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states.
+
+    `recorded_sides`: the model's draft sides, those with recorded drafts among them; None for the model's own.
+    """
+
+    model: Backend
+    sampler: Sampler
+    config: DecodingConfig
+    eos_ids: frozenset[int]
+    reuse_exit_states: bool = True
+    recorded_sides: Mapping[Quantization | None, DraftSide] | None = None
+
+    @property
+    def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
+        """See `Backend.draft_sides`."""
+        return self.model.draft_sides if self.recorded_sides is None else self.recorded_sides
+
+
+class Drafter(Protocol):
+    """Proposes tokens for the rows of a batch, and may learn from the target's verdicts."""
+
+    def draft(self, context: Context, limits: Sequence[int]) -> Draft:
+        """Up to `limits[row]` drafts for each row; at least one of the limits is positive."""
+
+    def observe(self, verdict: Verdict) -> None:
+        """Takes note of what the target made of one row's draft. Called for every row after each `draft`, and not otherwise."""
 
 
 def drafter_for(setup: DrafterSetup) -> Drafter:
-    """The drafter of the config's strategy, by the function `drafter` of its module. Raises ConfigError as that does.
+    """The drafter of the config's strategy. Raises ConfigError if it needs weights that were not loaded.
 
     With a `lookup` in the config it drafts only where nothing is found. A lookup itself and adaptive drafting include that.
     """
     config = setup.config
     drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
     if config.lookup and config.strategy not in ("lookup", "adaptive"):
+        from .lookup import LookupDrafter
+
         return LookupDrafter(config.lookup, setup.eos_ids, drafter)
     return drafter

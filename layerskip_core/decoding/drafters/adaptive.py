@@ -11,10 +11,9 @@ from dataclasses import replace
 
 from ...model.backend import DraftEnds, Submodel
 from ..sampling import Greedy, Verdict
-from .base import Context, Draft, DrafterSetup
-from .estimates import Acceptance, LinearTime, best_length
+from . import Context, Draft, DrafterSetup
 from .exit import ExitDrafter, drafter_name, require_exact_length
-from .knowledge import Drafting, Knowledge, Option, knowledge_of
+from .knowledge import Acceptance, Drafting, Knowledge, LinearTime, Option, best_length, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
 _FREE = LinearTime(0.0, 0.0)  # a lookup takes no time
@@ -45,10 +44,10 @@ class AdaptiveDrafter:
         self._rows = 0  # of the pass that verifies; 0 once it was timed
         self._started = self._ended = 0.0  # of the draft
 
-    def draft(self, context: Context, most: Sequence[int]) -> Draft:
-        batch = len(most)
-        self._look_up(context, most)
-        option, length, rate = self._plan(batch, max(most))
+    def draft(self, context: Context, limits: Sequence[int]) -> Draft:
+        batch = len(limits)
+        self._look_up(context, limits)
+        option, length, rate = self._plan(batch, max(limits))
         self._chosen = None
         self._started = time.perf_counter()
         draft = Draft(context.newest, (0,) * batch)
@@ -58,7 +57,7 @@ class AdaptiveDrafter:
                 draft = copy
             elif option is not None:
                 self._chosen = option
-                draft = self._drafted_by(option, context, most, length, rate)
+                draft = self._drafted_by(option, context, limits, length, rate)
         self._drafted, self._confidence = draft.tokens.shape[1] - 1, draft.confidence
         self._rows = batch * (self._drafted + 1)
         self._ended = time.perf_counter()
@@ -77,12 +76,12 @@ class AdaptiveDrafter:
             acceptance.compare(tokens, verdict.ids)
         if self._chosen is not None:
             self._chosen.acceptance.observe(verdict.drafted, verdict.accepted)
-            self._chosen.doubts.observe(self._confidence, verdict.accepted)
+            self._chosen.calibration.observe(self._confidence, verdict.accepted)
 
-    def _look_up(self, context: Context, most: Sequence[int]) -> None:
+    def _look_up(self, context: Context, limits: Sequence[int]) -> None:
         """Finds each row's continuation in its text. The target's verdict judges it whether it is used or not."""
         self._lookup.keep_rows(context.rows)
-        for row, ids, limit in zip(context.rows, context.ids, most, strict=True):
+        for row, ids, limit in zip(context.rows, context.ids, limits, strict=True):
             tokens, evidence = self._lookup.find(row, ids, limit)
             if tokens:
                 self._found[row] = tokens, self._known.acceptance_of_lookup(evidence)
@@ -123,14 +122,14 @@ class AdaptiveDrafter:
             drafts.append(tokens[:length] if of_row > 1 / plain.of(batch) else [])
         return copied(context, drafts) if any(drafts) and promised > batch * rate else None
 
-    def _drafted_by(self, option: Option, context: Context, most: Sequence[int], length: int, rate: float) -> Draft:
+    def _drafted_by(self, option: Option, context: Context, limits: Sequence[int], length: int, rate: float) -> Draft:
         ends = DraftEnds()
         # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
-        if self._is_greedy and len(most) == 1 and context.newest.device.type == "cpu":
+        if self._is_greedy and len(limits) == 1 and context.newest.device.type == "cpu":
             ends = option.ends(rate)
-            length = min(_LONGER * length, most[0])
+            length = min(_LONGER * length, limits[0])
         context = replace(context, positions=context.positions[:, : length + 1])
-        return self._drafters[option.name].draft(context, [min(length, limit) for limit in most], ends)
+        return self._drafters[option.name].draft(context, [min(length, limit) for limit in limits], ends)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:

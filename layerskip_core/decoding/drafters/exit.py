@@ -11,7 +11,7 @@ from ...model.backend import DraftEnds, DraftSide, Submodel
 from ...model.drafting import beyond_exit
 from ...model.spans import joined, states_at
 from ..sampling import Greedy, Sampler, Verdict
-from .base import Context, Draft, DrafterSetup
+from . import Context, Draft, DrafterSetup
 
 _NO_ENDS = DraftEnds()
 
@@ -44,20 +44,20 @@ class ExitDrafter:
         self._reuses = reuse_exit_states and draft_side.shares_states
         self._is_greedy = isinstance(sampler, Greedy)
 
-    def draft(self, context: Context, most: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
+    def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
         """Each row ends after an EOS, or before a token of which it is not confident.
 
         A greedy draft of one row ends by the `survival` of `ends` too.
         """
-        if self._is_greedy and len(most) == 1:
+        if self._is_greedy and len(limits) == 1:
             return self._greedy_draft(context, ends._replace(ids=self._eos_ids, confidence=self._confidence))
         vocabulary = self._draft_side.vocabulary
-        limits, counts, token = list(most), [0] * len(most), context.newest
+        rooms, counts, token = list(limits), [0] * len(limits), context.newest
         side, submodel = self._draft_side, self._submodel
         tokens, probs, kept, features = [token], [], [], context.features
         unread: list[Tensor] = []  # (B, 1) each, the largest probability of each draft
-        for step in range(max(most)):
-            going = [row for row, limit in enumerate(limits) if counts[row] == step < limit]
+        for step in range(max(limits)):
+            going = [row for row, room in enumerate(rooms) if counts[row] == step < room]
             if not going:
                 break
             positions = context.positions[:, step : step + 1]
@@ -81,7 +81,7 @@ class ExitDrafter:
             if self._eos_ids:
                 ended = [row for row, drafted in enumerate(token[:, 0].tolist()) if drafted in self._eos_ids]
                 for row in ended:
-                    limits[row] = min(limits[row], step + 1)
+                    rooms[row] = min(rooms[row], step + 1)
         if unread:  # each row ends before its first draft that is not probable enough
             for row, largest in enumerate(torch.cat(unread, dim=1).tolist()):
                 doubtful = (place for place, prob in enumerate(largest) if prob < self._confidence)

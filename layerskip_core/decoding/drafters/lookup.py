@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import tensor
 
 from ..sampling import Verdict
-from .base import Context, Draft, Drafter, DrafterSetup
+from . import Context, Draft, Drafter, DrafterSetup
 
 SHORTEST = 2  # tokens that must match, unless told otherwise
 _LONGEST = 16  # tokens of a match that are compared
@@ -64,12 +64,12 @@ class LookupDrafter:
         self._histories: dict[int, History] = {}
         self._otherwise_drafted = False
 
-    def draft(self, context: Context, most: Sequence[int]) -> Draft:
+    def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         self.keep_rows(context.rows)
-        found = [self.find(row, ids, limit)[0] for row, ids, limit in zip(context.rows, context.ids, most, strict=True)]
+        found = [self.find(row, ids, limit)[0] for row, ids, limit in zip(context.rows, context.ids, limits, strict=True)]
         self._otherwise_drafted = self._otherwise is not None and not any(found)
         if self._otherwise is not None and self._otherwise_drafted:
-            return self._otherwise.draft(context, most)
+            return self._otherwise.draft(context, limits)
         return copied(context, found)
 
     def find(self, row: int, ids: Sequence[int], most: int) -> tuple[list[int], int]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from ...config.checks import require, require_skip
 from ...model.backend import Spans, Submodel
-from .base import DrafterSetup
+from . import DrafterSetup
 from .exit import ExitDrafter, draft_side, require_exact_length
 
 

@@ -15,9 +15,7 @@ from ...checkpoint.open import for_training
 from ...checkpoint.transformers_read import quiet_transformers
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
-from ...decoding import DecodeStats, StopReason, decode
-from ...decoding.stats import step_counts
-from ...decoding.stopping import Stopping, StopScanner
+from ...decoding import DecodeStats, Stopping, StopReason, StopScanner, decode, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import GenericBackend
 from ..outputs import Generation

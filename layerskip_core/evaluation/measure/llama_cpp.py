@@ -10,9 +10,7 @@ import torch
 
 from ...checkpoint.gguf import GgufFile
 from ...checkpoint.loaded import Decoder
-from ...decoding import DecodeStats
-from ...decoding.stats import step_counts
-from ...decoding.stopping import Stopping, StopScanner
+from ...decoding import DecodeStats, Stopping, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ..outputs import Generation
 from ..results import Step

@@ -13,8 +13,7 @@ from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig, SweepConfig
 from ...data.examples import Example
 from ...data.records import Item, spread
-from ...decoding import Decoding, decode, decode_batch
-from ...decoding.loop import check_prompt
+from ...decoding import Decoding, check_prompt, decode, decode_batch
 from ...errors import LayerSkipError
 from ..outputs import Generation, Output, Outputs, answer_text, require_outputs
 from ..results import Step

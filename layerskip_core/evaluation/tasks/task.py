@@ -11,7 +11,7 @@ from ...config.checks import require
 from ...config.decoding import DecodingOptions
 from ...config.evaluation import HARNESS, TaskConfig
 from ...data.examples import Example
-from ...decoding.stopping import before_stop
+from ...decoding import before_stop
 from ...errors import ConfigError, DataError
 from ..metrics import Scores
 from ..outputs import Outputs

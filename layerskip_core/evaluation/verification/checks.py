@@ -16,9 +16,8 @@ from ...config.checks import require_exit_layer
 from ...config.decoding import DecodingConfig
 from ...config.packing import Quantization
 from ...config.verification import VerifyConfig
-from ...decoding import PrefixCache, decode, decode_batch
+from ...decoding import PrefixCache, decode, decode_batch, loop_of
 from ...decoding.sampling import probabilities
-from ...decoding.strategies import loop_of
 from ...wording import plural
 from ..measure.measure import NEAR_TIE, first_difference
 

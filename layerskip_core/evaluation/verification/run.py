@@ -16,7 +16,7 @@ from ...config.data import DataConfig
 from ...config.packing import PackingConfig
 from ...config.verification import VerifyConfig
 from ...data.examples import load_prompts
-from ...decoding.loop import check_prompt
+from ...decoding import check_prompt
 from ...errors import ConfigError, DataError, LayerSkipError
 from ...model import GenericBackend
 from ...model.native.compiled import VARIANTS, requesting

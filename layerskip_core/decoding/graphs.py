@@ -8,6 +8,7 @@ Recorded are the target's pass over K drafts (K = 0 in plain decoding) and a who
 on the same cache: prompts, sampled drafts, and drafts that end where they are uncertain.
 """
 
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
@@ -23,8 +24,8 @@ from ..errors import first_line
 from ..model.backend import Backend, DraftEnds, DraftSide, GreedyDraft, Submodel
 from ..model.cache import KVCache, WholeCache
 from ..model.drafting import LayeredDraftSide
-from .depth import FixedDepth, Pass
 from .drafters import Draft
+from .target import FixedTarget, TargetOutput
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
 _LEAST_PLACES = 256
@@ -95,29 +96,29 @@ class Recorder:
         return _Recording(held, graph.replay, outputs)
 
 
-class RecordedDepth:
+class RecordedTarget:
     """A fixed number of layers, whose passes over drafts are recorded."""
 
-    prompt_alike = True
+    decodes_like_prefill = True
 
-    def __init__(self, depth: FixedDepth, recorder: Recorder) -> None:
-        self._depth, self._recorder = depth, recorder
+    def __init__(self, target: FixedTarget, recorder: Recorder) -> None:
+        self._target, self._recorder = target, recorder
 
-    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> Pass:
-        return self._depth.prefill(tokens, last, positions, cache)
+    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
+        return self._target.prefill(tokens, last, positions, cache)
 
-    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> Pass:
+    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
         stops = tuple(draft.exit_states)
 
         def work(tokens: Tensor, places: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             known = replace(draft, tokens=tokens, exit_states=dict(zip(stops, states, strict=True)))
-            logits = self._depth.verify(known, places, self._recorder.whole).logits
+            logits = self._target.verify(known, places, self._recorder.whole).logits
             assert logits is not None  # backends whose passes are recorded have no chooser
             return (logits,)
 
-        name = "pass", self._depth.name, stops
+        name = "pass", self._target.name, stops
         (logits,) = self._recorder.run(name, work, draft.tokens, positions, *draft.exit_states.values())
-        return Pass(logits, self._depth.layers)
+        return TargetOutput(logits, self._target.layers)
 
 
 def recorded_sides(model: Backend, recorder: Recorder) -> Mapping[Quantization | None, DraftSide]:
@@ -140,3 +141,36 @@ def recorded_sides(model: Backend, recorder: Recorder) -> Mapping[Quantization |
         return GreedyDraft(tokens, dict(zip(submodel.stops, states, strict=True)), [])
 
     return {**model.draft_sides, None: replace(own, kernel=draft)}
+
+
+class Stopwatch:
+    """Seconds between `start` and `stop`: on a GPU by events among its work, so that the host does not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._is_gpu = device, device.type == "cuda"
+        self._events: list[Any] = []
+        self._seconds = 0.0
+
+    def start(self, now: float) -> None:
+        """`now`: by the host's clock."""
+        if self._is_gpu:
+            self._events = [self._event()]
+        self._seconds = -now
+
+    def stop(self) -> None:
+        if self._is_gpu:
+            self._events.append(self._event())
+        self._seconds += time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of the last pair. On a GPU its work must be done: the host has waited for something after it."""
+        if not self._is_gpu:
+            return self._seconds
+        first, last = self._events
+        return float(first.elapsed_time(last)) / 1e3
+
+    def _event(self) -> Any:
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event

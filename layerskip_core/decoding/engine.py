@@ -1,0 +1,431 @@
+"""The decoding engine: one loop for every strategy, for one prompt and for many.
+
+A step is a draft (empty in plain decoding), one pass of the target over it, and the tokens that the pass verified. Prompts that
+go through the loop together get the tokens that each gets alone.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config.checks import require
+from ..config.decoding import DRAFTERS, DecodingConfig
+from ..errors import ContextError
+from ..model.backend import Backend
+from ..model.cache import KVCache
+from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
+from .graphs import RecordedTarget, Recorder, Stopwatch, recorded_sides
+from .output import Answer, DecodeStats, Detokenize, ShownText, Stopping, StopReason, StopScanner, Token, step_counts
+from .sampling import Sampler, Verdict, accepted_choices, sampler_for
+from .target import ExitBlockCache, FixedTarget, Target, TargetOutput, exit_block_cache, target_for
+
+
+class Decoding:
+    """One prompt: iterates over the lists of newly verified tokens, one list per step, then says why the output ended."""
+
+    def __init__(self, loop: "DecodingLoop") -> None:
+        """`loop`: of one row."""
+        self._loop = loop
+        self.finish_reason: StopReason | None = None
+
+    @property
+    def stats(self) -> DecodeStats:
+        """Counts and seconds of the steps so far."""
+        return self._loop.counts(0) + self._loop.seconds
+
+    @property
+    def drafter(self) -> str | None:
+        """What drafted in the last step, as in `DecodeStats.steps_by_drafter`; None if nothing could, as in the prefill."""
+        return next(iter(self._loop.last_step(0).steps_by_drafter), None)
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many of the prompt's first tokens needed no pass."""
+        return self._loop.reused_tokens
+
+    def __iter__(self) -> Iterator[list[Token]]:
+        return self
+
+    def __next__(self) -> list[Token]:
+        step = next(self._loop)[0]
+        self.finish_reason = step.finish_reason
+        return step.tokens
+
+
+def decode(
+    model: Backend,
+    prompt_ids: list[int],
+    config: DecodingConfig,
+    eos_ids: frozenset[int] = frozenset(),
+    detokenize: Detokenize | None = None,
+    *,
+    reuse_exit_states: bool = True,
+    prefix: "PrefixCache | None" = None,
+) -> Decoding:
+    """Decode a prompt by the config's strategy.
+
+    Greedy self-speculative decoding gives the tokens of autoregressive decoding; sampled, it gives their distribution.
+
+    Args:
+        detokenize: ids to text; needed for stop strings only.
+        reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
+        prefix: what the decoding before left; that one must not go on.
+
+    Raises:
+        ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
+    """
+    return Decoding(loop_of(model, [prompt_ids], config, eos_ids, detokenize, reuse_exit_states, prefix=prefix, isolated=True))
+
+
+def decode_batch(
+    model: Backend,
+    prompts: Sequence[list[int]],
+    config: DecodingConfig,
+    eos_ids: frozenset[int] = frozenset(),
+    detokenize: Detokenize | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[Answer]:
+    """Decode prompts together by the config's strategy; yield each answer when it is complete.
+
+    In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Rows stand
+    at different positions, because a key's place in the cache is its token's position.
+
+    Args:
+        detokenize: ids to text; without it answers have ids only.
+        seeds: of each sampled row; None: the config's for all.
+
+    Raises:
+        ConfigError: as `decode`, and for several prompts with exact weights or with an `exit_confidence`, with which the rows
+            would leave at different exits.
+    """
+    single = len(prompts) == 1
+    require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
+    require(single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
+    loop = loop_of(model, prompts, config, eos_ids, detokenize, seeds=seeds)
+    stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
+    ids: list[list[int]] = [[] for _ in prompts]
+    for steps in loop:
+        for row, tokens, reason, _ in steps:
+            ids[row] += [token.id for token in tokens]
+            if reason is not None:
+                text = "" if detokenize is None else ShownText(stopping, detokenize).add(ids[row], finished=True)
+                yield Answer(text, reason, loop.counts(row), ids[row], row)
+
+
+def loop_of(
+    model: Backend,
+    prompts: Sequence[list[int]],
+    config: DecodingConfig,
+    eos_ids: frozenset[int],
+    detokenize: Detokenize | None,
+    reuse_exit_states: bool = True,
+    seeds: Sequence[int] | None = None,
+    prefix: "PrefixCache | None" = None,
+    isolated: bool = False,
+) -> "DecodingLoop":
+    """The loop that decodes prompts by the config's strategy; arguments as for `decode` and `decode_batch`.
+
+    `isolated`: it has one row, and no others will join. Its passes are recorded where the model allows it.
+    """
+    sampler = sampler_for(config, model.device, len(prompts), seeds)
+    exit_cache = exit_block_cache(model, config)
+    target = target_for(model, config, exit_cache)
+    recorder = sides = drafter = None
+    carries = exit_cache is not None and exit_cache.needs_finals
+    if isolated and model.recordable and prefix is None and not carries and isinstance(target, FixedTarget):
+        recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.max_positions))
+        target, sides = RecordedTarget(target, recorder), recorded_sides(model, recorder)
+    if config.strategy in DRAFTERS:
+        drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states, sides))
+    stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
+    if prefix is not None:
+        prefix.suit(model, config)
+    return DecodingLoop(
+        *(model, prompts, stopping, sampler, target, drafter, config.num_draft_tokens, detokenize),
+        exit_cache=exit_cache,
+        prefix=prefix,
+        recorder=recorder,
+    )
+
+
+class RowStep(NamedTuple):
+    """The part of one step that belongs to one prompt."""
+
+    row: int  # the prompt's number
+    tokens: list[Token]
+    finish_reason: StopReason | None  # set with the output's last tokens
+    counts: DecodeStats  # of the step
+
+
+class _Row:
+    """One prompt that is being decoded. Its newest token is the only one that has no KV entries."""
+
+    def __init__(self, number: int, prompt: list[int], scanner: StopScanner) -> None:
+        self.number = number
+        self.ids = list(prompt)  # and the output
+        self.scanner = scanner
+        self.prompt_tokens = len(prompt)
+        self.steps: list[DecodeStats] = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]
+        self.is_dropped = False
+
+
+class DecodingLoop:
+    """Iterates over steps: the new tokens of the rows that are not finished yet.
+
+    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it.
+    """
+
+    def __init__(
+        self,
+        model: Backend,
+        prompts: Sequence[list[int]],
+        stopping: Stopping,
+        sampler: Sampler,
+        target: Target,
+        drafter: Drafter | None = None,
+        num_draft_tokens: int = 0,
+        detokenize: Detokenize | None = None,
+        *,
+        exit_cache: ExitBlockCache | None = None,
+        prefix: "PrefixCache | None" = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`exit_cache`: of the blocks that draft, which `target` fills. `prefix` and `recorder` are for loops of one row.
+
+        Raises ConfigError for a prompt that is empty or leaves no room.
+        """
+        self._model, self._sampler, self._target = model, sampler, target
+        self._drafter, self._num_draft_tokens = drafter, num_draft_tokens
+        self._exit_cache, self._prefix, self._recorder = exit_cache, prefix, recorder
+        self._rows = []
+        for number, prompt in enumerate(prompts):
+            check_prompt(prompt, model.max_positions)
+            self._rows.append(_Row(number, prompt, StopScanner(stopping, model.max_positions - len(prompt), detokenize)))
+        end = max(len(row.ids) + row.scanner.room for row in self._rows)
+        self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
+        self._cache: KVCache
+        if prefix is not None:
+            rerun = 0 if exit_cache is None else exit_cache.rerun
+            self._cache, self.reused_tokens = prefix.begin(prompts[0], rerun)
+        else:
+            self._cache = model.new_cache(len(prompts), end) if recorder is None else recorder.cache
+        self._positions = torch.arange(end)[None]
+        self._drafting = Stopwatch(model.device)
+        self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
+        self._first_rows = tuple(self._rows)
+        self._numbered = len(self._rows)  # rows that have had a number
+        self._prefill_seconds = self._draft_seconds = self._verify_seconds = self._total_seconds = 0.0
+
+    def __iter__(self) -> Iterator[list[RowStep]]:
+        return self
+
+    def __next__(self) -> list[RowStep]:
+        if not self._rows:
+            raise StopIteration
+        # Entered here and not in a generator, whose caller would run in inference mode between two steps.
+        try:
+            with torch.inference_mode():
+                return self._step()
+        except BaseException:  # the rows may be changed in part
+            self._rows = []
+            raise
+
+    def join(self, other: "DecodingLoop") -> list[int]:
+        """Takes over the rows that another loop still has, and returns their new numbers. That loop is over.
+
+        Both are past their prefill, have rows left, and decode with one model by the same settings. Limits, stop strings and
+        seeds are each row's own: a row goes on with the tokens that it gets alone.
+        """
+        assert self._newest is not None and other._newest is not None and other._rows
+        numbers = list(range(self._numbered, self._numbered + len(other._rows)))
+        self._numbered += len(numbers)
+        for row, number in zip(other._rows, numbers, strict=True):
+            row.number = number
+        self._rows = self._rows + other._rows
+        self._newest = torch.cat((self._newest, other._newest))
+        self._sampler.join(other._sampler)
+        with torch.inference_mode():  # which the cache was written in
+            self._cache.join(other._cache)
+        if self._exit_cache is not None and other._exit_cache is not None:
+            self._exit_cache.join(other._exit_cache)
+        self._positions = max(self._positions, other._positions, key=lambda positions: positions.shape[1])
+        other._rows = []
+        return numbers
+
+    def drop(self, row: int) -> None:
+        """The row with this number is gone after the next step."""
+        for kept in self._rows:
+            if kept.number == row:
+                kept.is_dropped = True
+
+    def counts(self, row: int) -> DecodeStats:
+        """The counts of one prompt's steps so far, without seconds. Of the prompts that the loop was made with."""
+        return sum(self._first_rows[row].steps, DecodeStats())
+
+    def last_step(self, row: int) -> DecodeStats:
+        """The counts of one prompt's last step."""
+        return self._first_rows[row].steps[-1]
+
+    @property
+    def seconds(self) -> DecodeStats:
+        """The seconds of the steps so far, for all rows together. Time between two steps is the caller's and not counted."""
+        return DecodeStats(
+            prefill_seconds=self._prefill_seconds,
+            draft_seconds=self._draft_seconds,
+            verify_seconds=self._verify_seconds,
+            total_seconds=self._total_seconds,
+        )
+
+    def _step(self) -> list[RowStep]:
+        started, has_drafts = time.perf_counter(), False
+        rows, newest = self._rows, self._newest
+        drafter: Drafter | None = None  # where only the target's own token has room, nothing drafts
+        if newest is None:
+            draft, output = self._prefill()
+        else:
+            self._drafting.start(started)
+            limits = [] if self._drafter is None else [min(self._num_draft_tokens, row.scanner.room - 1) for row in rows]
+            drafter = self._drafter if max(limits, default=0) > 0 else None
+            draft = Draft(newest, (0,) * len(rows)) if drafter is None else drafter.draft(self._context(newest, limits), limits)
+            has_drafts = draft.tokens.shape[1] > 1
+            if has_drafts:
+                self._drafting.stop()
+            output = self._target.verify(draft, self._next_positions(draft.tokens.shape[1]), self._cache)
+        verified, following = self._verified(draft, output)
+        verified_at = time.perf_counter()
+        source = draft.source if newest is not None and self._drafter is not None else None
+        # The indices, in this pass, whose logits gave each row's newest token.
+        last = [len(row.ids) - 1 - self.reused_tokens for row in rows] if newest is None else [len(ids) - 1 for ids in verified]
+        steps = []
+        for row, count, ids in zip(rows, draft.counts, verified, strict=True):
+            if drafter is not None:
+                drafter.observe(Verdict(row.number, count, ids))
+            steps.append(_commit(row, count, ids, source, output.layers))
+        self._go_on(following, last)
+        if self._prefix is not None:
+            row = rows[0]
+            self._prefix.keep(row.ids, len(row.ids) - 1 if self._target.decodes_like_prefill else row.prompt_tokens)
+        draft_seconds = self._drafting.seconds if has_drafts else 0.0
+        self._draft_seconds += draft_seconds
+        if newest is None:
+            self._prefill_seconds += verified_at - started
+        else:
+            self._verify_seconds += verified_at - started - draft_seconds
+        self._total_seconds += time.perf_counter() - started
+        return steps
+
+    def _prefill(self) -> tuple[Draft, TargetOutput]:
+        """An empty draft, and the target's pass over the tokens of the prompts that have no KV entries.
+
+        Prompts are padded at their ends. No token attends to the padding, and the next tokens overwrite it.
+        """
+        device, start = self._model.device, self.reused_tokens
+        missing = [row.ids[start:] for row in self._rows]
+        lengths = [len(ids) for ids in missing]
+        longest = max(lengths)
+        padded = [ids + [ids[-1]] * (longest - len(ids)) for ids in missing]
+        tokens, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device) - 1
+        positions = self._positions[:, start : start + longest].expand(len(lengths), -1)
+        return Draft(tokens[:, :1], (0,) * len(lengths)), self._target.prefill(tokens, last, positions, self._cache)
+
+    def _context(self, newest: Tensor, limits: list[int]) -> Context:
+        rows = self._rows
+        features = None if self._exit_cache is None else self._exit_cache.features
+        positions = self._next_positions(max(limits) + 1)
+        return Context([row.number for row in rows], [row.ids for row in rows], newest, positions, self._cache, features)
+
+    def _next_positions(self, count: int) -> Tensor:
+        """(B, count) on the host: positions of each row's newest token and of the tokens after it."""
+        if len(self._rows) == 1:
+            start = len(self._rows[0].ids) - 1
+            return self._positions[:, start : start + count]
+        starts = torch.tensor([len(row.ids) - 1 for row in self._rows])
+        # Only padding can reach the context's last position, where no token is read that is followed by another.
+        return (starts[:, None] + self._positions[:, :count]).clamp_max(self._cache.max_positions - 1)
+
+    def _verified(self, draft: Draft, output: TargetOutput) -> tuple[list[list[int]], Tensor]:
+        """By row the accepted drafts and the target's own token after them; and that last token, (B, 1)."""
+        drafts = draft.tokens[:, 1:]
+        if output.choices is not None:
+            return accepted_choices(drafts, draft.counts, output.choices)
+        assert output.logits is not None
+        return self._sampler.verify(drafts, draft.counts, draft.probs, output.logits)
+
+    def _go_on(self, newest: Tensor, last: list[int]) -> None:
+        """With the rows that are not finished. Later tokens overwrite the rejected drafts in the cache."""
+        staying = [index for index, row in enumerate(self._rows) if row.scanner.reason is None and not row.is_dropped]
+        if len(staying) < len(self._rows):
+            self._rows = [self._rows[index] for index in staying]
+            if not staying:
+                if self._recorder is not None:
+                    self._recorder.give_back(self._model)
+                return
+            newest = newest[staying]
+            self._sampler.keep_rows(staying)
+            self._cache.keep_rows(staying)
+        if self._exit_cache is not None:
+            self._exit_cache.go_on([last[index] for index in staying], staying)
+        self._newest = newest
+
+
+def _commit(row: _Row, drafted: int, verified: list[int], source: str | None, layers: int) -> RowStep:
+    """Adds a row's verified tokens to its output, up to the first that ends it. `source`: Draft's, None in a prefill."""
+    count, reason = row.scanner.cut(verified)
+    row.ids += verified[:count]
+    step = step_counts(drafted, len(verified) - 1, count, source, layers)
+    row.steps.append(step)
+    tokens = [Token(token, index < step.accepted) for index, token in enumerate(verified[:count])]
+    return RowStep(row.number, tokens, reason, step)
+
+
+def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:
+    """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in a context of
+    `limit` tokens. `what`: its name in the error.
+    """
+    require(bool(prompt_ids), what, "at least 1 token", "none")
+    if len(prompt_ids) >= limit:
+        raise ContextError(
+            f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
+        )
+
+
+class PrefixCache:
+    """KV entries of one text, kept for the next: a prompt that begins with the same tokens starts at the first difference.
+
+    With a batch-invariant backend outputs have the bits that they have after a whole prefill. PyTorch's kernels give a token
+    that was decoded alone other last bits than in a prompt, so outputs can differ there where two tokens are almost equally
+    likely. A backend with exact weights promises that they never do: for it nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self._made_for: tuple[Backend, DecodingConfig] | None = None
+        self._cache: KVCache | None = None
+        self._ids: list[int] = []  # of the last text
+        self._count = 0  # of its first tokens have KV entries
+
+    def suit(self, model: Backend, config: DecodingConfig) -> None:
+        """Forgets what another model computed, or other settings: they decide which layers have KV entries."""
+        made_for = model, replace(config, max_new_tokens=1, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0)
+        if self._made_for != made_for or model.exact:
+            self._made_for, self._cache = made_for, model.new_cache()
+            self._ids, self._count = [], 0
+
+    def begin(self, prompt: list[int], rerun: int = 0) -> tuple[KVCache, int]:
+        """The cache of one row, and how many of the prompt's first tokens need no pass; at least one does.
+
+        `rerun`: how many of the known tokens the pass needs again. `suit` comes first.
+        """
+        assert self._cache is not None
+        most = min(self._count, len(prompt) - 1)
+        same = next((index for index in range(most) if self._ids[index] != prompt[index]), most)
+        self.keep(list(prompt), max(same - rerun, 0))
+        self._cache.clear(self._count)
+        return self._cache, self._count
+
+    def keep(self, ids: list[int], count: int) -> None:
+        """The cache now has KV entries of the first `count` tokens of this text."""
+        self._ids, self._count = ids, count

@@ -1,0 +1,266 @@
+"""What comes out of decoding: counts and seconds, where an output ends, its text, and the whole answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple
+
+from ..config.checks import require
+
+StopReason = Literal["eos", "stop", "length", "context"]
+Detokenize = Callable[[list[int]], str]
+
+_INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come yet
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """Counts and seconds of one output, or of many added up; `DecodeStats()` is zero. Ratios are properties.
+
+    `drafted` counts the drafts that the target verified. `accepted` counts those that it accepted and that are part of the
+    output: a draft after an EOS, a stop string or the last token allowed is drafted but not accepted. `rounds` counts the
+    passes that verified drafts. `tested_by_position[j]`: in how many rounds draft j+1 was compared, because all drafts before
+    it were accepted and none of them ended the output. `accepted_by_position[j]`: in how many of these rounds it was accepted.
+    Steps without drafts count in `verify_seconds`. The first token comes from the prefill. `steps_by_drafter`: the steps of a
+    strategy that drafts, by what drafted; `plain` are those without drafts. `tokens_by_layers[j]`: how many of the new tokens
+    were chosen after j+1 layers.
+    """
+
+    sequences: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    total_seconds: float = 0.0
+    tested_by_position: tuple[int, ...] = ()
+    accepted_by_position: tuple[int, ...] = ()
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)
+    tokens_by_layers: tuple[int, ...] = ()
+
+    @property
+    def acceptance_rate(self) -> float:
+        return _ratio(self.accepted, self.drafted)
+
+    @property
+    def mean_accepted_tokens(self) -> float:
+        """Accepted drafts per round, without the target's own token."""
+        return _ratio(self.accepted, self.rounds)
+
+    @property
+    def mean_layers(self) -> float:
+        """Layers that a new token was chosen after, on average."""
+        layers = sum(layers * tokens for layers, tokens in enumerate(self.tokens_by_layers, start=1))
+        return _ratio(layers, sum(self.tokens_by_layers))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second, prefill included."""
+        return _ratio(self.new_tokens, self.total_seconds)
+
+    def __add__(self, other: "DecodeStats") -> "DecodeStats":
+        return DecodeStats(*(_sum(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+
+
+def step_counts(
+    drafted: int, accepted: int, new_tokens: int, drafter: str | None = None, layers: int | None = None
+) -> DecodeStats:
+    """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
+
+    `drafter` names what drafted, or would have; None where nothing could. `layers` of the target; None where they are unknown.
+    """
+    accepted = min(accepted, new_tokens)
+    return DecodeStats(
+        new_tokens=new_tokens,
+        drafted=drafted,
+        accepted=accepted,
+        rounds=int(drafted > 0),
+        tested_by_position=(1,) * min(drafted, new_tokens),
+        accepted_by_position=(1,) * accepted,
+        tokens_by_layers=() if layers is None else (0,) * (layers - 1) + (new_tokens,),
+        steps_by_drafter={} if drafter is None else {drafter if drafted else "plain": 1},
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _sum(left: Any, right: Any) -> Any:
+    if isinstance(left, tuple):
+        return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
+    if isinstance(left, dict):
+        return {name: left.get(name, 0) + right.get(name, 0) for name in {**left, **right}}
+    return left + right
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        text: the answer, without the EOS token or the stop string that ended it.
+        finish_reason: `eos`, `stop` (a stop string), `length` (max_new_tokens) or `context` (the model's context is full).
+        stats: counts, and seconds unless it was decoded together with others.
+        ids: the new tokens, with those that ended the answer.
+        row: its number among the prompts that were decoded together.
+    """
+
+    text: str
+    finish_reason: StopReason
+    stats: DecodeStats
+    ids: list[int] = field(default_factory=list)
+    row: int = 0
+
+
+class Token(NamedTuple):
+    """A verified token of the output; `from_draft` if it was an accepted draft."""
+
+    id: int
+    from_draft: bool
+
+
+class Segment(NamedTuple):
+    """Text that came from accepted drafts, or from the target alone."""
+
+    text: str
+    from_draft: bool
+
+
+class GrowingText:
+    """Each text extends the one before. Only the end is decoded again: a token's text can depend on the one before it."""
+
+    def __init__(self, detokenize: Detokenize) -> None:
+        self.text = ""  # of the tokens so far, without an incomplete character at its end
+        self._detokenize = detokenize
+        self._ids: list[int] = []  # the last settled chunk (context), then unsettled ids
+        self._settled = 0  # ids[:settled] are in `text`
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Takes new tokens and returns the text so far."""
+        if len(ids) > 1 and _INCOMPLETE not in self._decode([*self._ids, *ids]):
+            self._take(ids)
+        else:  # some tokenizers turn a whole run of bytes into U+FFFD if one is wrong: those before it are settled first
+            for token in ids:
+                self._take([token])
+        return self.text
+
+    def finish(self) -> str:
+        """The text at the end of the output, with U+FFFD for bytes that make no character."""
+        self.text += self._new()
+        self._ids, self._settled = [], 0
+        return self.text
+
+    def _take(self, ids: Sequence[int]) -> None:
+        self._ids += ids
+        new = self._new()
+        if new and not new.endswith(_INCOMPLETE):  # ids without text would be no context
+            self.text += new
+            self._ids, self._settled = self._ids[self._settled :], len(self._ids) - self._settled
+
+    def _new(self) -> str:
+        """The text of the ids that are not settled."""
+        before, now = self._decode(self._ids[: self._settled]), self._decode(self._ids)
+        return now[len(before) :] if now.startswith(before) else self._decode(self._ids[self._settled :])
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._detokenize(ids) if ids else ""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What ends an output. Its tokens include the EOS token, or those that complete a stop string; its text does not."""
+
+    eos_ids: frozenset[int]
+    stop: tuple[str, ...]
+    max_new_tokens: int
+
+    def visible(self, text: str, finished: bool) -> str:
+        """The part of the `text` decoded so far that may be shown: nothing from a stop string on.
+
+        Unless the output is finished, an end of the text that may be the start of a stop string is held back too. So each
+        result extends the one before, and the text can be streamed.
+        """
+        before = before_stop(text, self.stop)
+        if len(before) < len(text):
+            return before
+        held = 0 if finished else max((_overlap(text, stop) for stop in self.stop), default=0)
+        return text[: len(text) - held]
+
+
+class StopScanner:
+    """Reads an output token by token and finds its end, whether tokens arrive one by one or several per round."""
+
+    def __init__(self, stopping: Stopping, context_room: int, detokenize: Detokenize | None = None) -> None:
+        """`context_room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
+        require(not stopping.stop or detokenize is not None, "stop", "used with a detokenizer", "none")
+        self._stopping = stopping
+        self._context_room = context_room
+        self.reason: StopReason | None = None  # why the output ended, once it has
+        self._read = 0
+        self._growing = GrowingText(detokenize) if stopping.stop and detokenize is not None else None
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still come."""
+        return min(self._stopping.max_new_tokens, self._context_room) - self._read
+
+    def cut(self, ids: list[int]) -> tuple[int, StopReason | None]:
+        """Reads new tokens up to the first that ends the output. Returns how many it read, and the reason if one did."""
+        for count, token in enumerate(ids, start=1):
+            self._read += 1
+            self.reason = self._reason(token)
+            if self.reason is not None:
+                return count, self.reason
+        return len(ids), None
+
+    def _reason(self, token: int) -> StopReason | None:
+        if token in self._stopping.eos_ids:
+            return "eos"
+        if self._growing is not None and self._completes_stop(self._growing, token):
+            return "stop"
+        if self._read >= self._stopping.max_new_tokens:
+            return "length"
+        return "context" if self._read >= self._context_room else None
+
+    def _completes_stop(self, growing: GrowingText, token: int) -> bool:
+        before = len(growing.text)
+        text = growing.add([token])
+        return any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stopping.stop)
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first occurrence of a stop string."""
+    return text[: min((place for string in stop if (place := text.find(string)) >= 0), default=len(text))]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class ShownText:
+    """The part of a growing answer that may be shown: whole characters, and nothing from a stop string on."""
+
+    def __init__(self, stopping: Stopping, detokenize: Detokenize) -> None:
+        self.text = ""
+        self._stopping = stopping
+        self._growing = GrowingText(detokenize)
+
+    def add(self, ids: Sequence[int], finished: bool) -> str:
+        """Takes new tokens of the output and returns the text that can be shown now and could not before."""
+        return self.show(self.decode(ids, finished), finished)
+
+    def decode(self, ids: Sequence[int], finished: bool) -> str:
+        """Takes new tokens and returns the text of all, whether it can be shown or not."""
+        text = self._growing.add([token for token in ids if token not in self._stopping.eos_ids])
+        return self._growing.finish() if finished else text
+
+    def show(self, decoded: str, finished: bool) -> str:
+        """The part of that text that can be shown now and could not before."""
+        visible = self._stopping.visible(decoded, finished)
+        piece, self.text = visible[len(self.text) :], visible
+        return piece

@@ -1,0 +1,242 @@
+"""The target: the layers that verify drafts and choose tokens, always the same number of them, or as many as a token needs."""
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config.decoding import DecodingConfig
+from ..model.backend import Backend
+from ..model.cache import KVCache
+from ..model.exit_blocks import PlacedBlock, target_block
+from ..model.spans import joined, states_at
+from .drafters import Draft
+
+
+class TargetOutput(NamedTuple):
+    """One pass of the target over T tokens of each row."""
+
+    logits: Tensor | None  # (B, T, V)
+    layers: int  # that gave them
+    choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if nothing else needs these
+
+
+class Target(Protocol):
+    """The layers of the target, for the steps of one decoding."""
+
+    @property
+    def decodes_like_prefill(self) -> bool:
+        """True if decoding writes the same KV entries as prefilling the same tokens."""
+
+    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
+        """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
+
+        The cache already has the KV entries before `positions`.
+        """
+
+    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
+        """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
+
+
+def target_for(model: Backend, config: DecodingConfig, exit_cache: "ExitBlockCache | None") -> Target:
+    """The target of the config's strategy. Raises ConfigError for an exit that can only draft."""
+    greedy = config.temperature == 0
+    if config.strategy != "early-exit":
+        return FixedTarget(model, model.num_layers, exit_cache, greedy=greedy)
+    if config.exit_confidence:
+        return CalmTarget(model, tuple(sorted(set(config.exits))), config.exit_confidence)
+    assert config.exit_layer is not None
+    return FixedTarget(model, config.exit_layer, block=target_block(model.exit_blocks, config.exit_layer), greedy=greedy)
+
+
+class FixedTarget:
+    """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
+
+    decodes_like_prefill = True
+
+    def __init__(
+        self,
+        model: Backend,
+        layers: int,
+        exit_cache: "ExitBlockCache | None" = None,
+        block: PlacedBlock | None = None,
+        greedy: bool = False,
+    ) -> None:
+        """`exit_cache`: of the blocks that draft. `block`: that of exit E. `greedy`: logits are needed for choices only."""
+        self._model, self.layers = model, layers
+        self._only_chooses = greedy and exit_cache is None and block is None
+        self._exit_cache, self._block = exit_cache, block
+        self._taps = () if exit_cache is None else exit_cache.taps
+
+    @property
+    def name(self) -> Hashable:
+        """Equal for two of one model whose passes differ in nothing but their inputs."""
+        return self.layers, self._block is not None, self._taps
+
+    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
+        return self._output(_at(self._run({0: self._model.embed(tokens)}, positions, cache), last))
+
+    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
+        """One pass, from the draft's exit states on."""
+        tokens, states = draft.tokens, draft.exit_states
+        if states and (known := states[max(states)].shape[1]) < tokens.shape[1]:
+            last = states_at(self._model, self._model.embed(tokens[:, known:]), sorted(states), positions[:, known:], cache)
+            states = joined((states, last))
+        if self._only_chooses and self._model.chooser is not None:
+            start = max(states, default=0)
+            choices = self._model.chooser(tokens, states.get(start), start, self.layers, positions, cache)
+            if choices is not None:
+                return TargetOutput(None, self.layers, choices)
+        return self._output(self._run(states or {0: self._model.embed(tokens)}, positions, cache))
+
+    def _run(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
+        """The layers after the highest of the `states`, and the exit's block."""
+        start = max(states)
+        stops = (*(tap for tap in self._taps if tap > start), self.layers)
+        states = {**states, **states_at(self._model, states[start], stops, positions, cache, start)}
+        hidden = states[self.layers]
+        if self._exit_cache is not None:
+            self._exit_cache.write([states[tap] for tap in self._taps], hidden, positions, cache)
+        if self._block is not None:
+            hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
+        return hidden
+
+    def _output(self, hidden: Tensor) -> TargetOutput:
+        logits = self._model.unembed(hidden) if self._block is None else self._block.head(hidden)
+        return TargetOutput(logits, self.layers)
+
+
+class CalmTarget:
+    """Each token leaves at the first exit whose most probable token has more than a probability.
+
+    Confident Adaptive Language Modeling (CALM), Schuster et al., NeurIPS 2022, with the exit's softmax as its confidence. Later
+    tokens attend, also in the layers above E, to a token that left at exit E. Its KV entries there are computed from its state
+    at E (state propagation), but only when a later token needs them first: those of several tokens are then one pass.
+
+    For one prompt, without drafts. The prompt runs through all layers, and its last token decides as every other. Exits are
+    tested with the head that drafts, which may score the most frequent tokens only; the token is chosen from all. Where an exit
+    has a block, the block decides.
+    """
+
+    decodes_like_prefill = False  # a prompt runs through all layers
+
+    def __init__(self, model: Backend, exits: tuple[int, ...], confidence: float) -> None:
+        """`exits`: ascending counts of layers below L. Raises ConfigError for an exit that can only draft."""
+        self._model, self._draft_side = model, model.draft_sides[None]
+        self._confidence = confidence
+        self._stops = (*exits, model.num_layers)  # of the spans between exits
+        self._blocks = {stop: target_block(model.exit_blocks, stop) for stop in self._stops}
+        self._begin = 0  # position of the first token after the prompt
+        self._left: list[Tensor] = []  # the state (1, 1, D) that each token after the prompt left with
+        self._written = [0] * len(self._stops)  # by span: how many of these tokens have KV entries there
+
+    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
+        hidden, start, chosen = self._model.embed(tokens), 0, None
+        for stop in self._stops:
+            hidden = self._model.run_layers(hidden, start, stop, positions, cache)
+            scored = self._through_block(hidden, stop, positions, cache)
+            chosen, start = chosen or self._leaving(_at(scored, last), stop), stop
+        self._begin = int(positions[0, -1]) + 1
+        assert chosen is not None
+        return chosen
+
+    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
+        count = int(positions[0, 0]) - self._begin  # of the tokens between the prompt and this one
+        hidden, start = self._model.embed(draft.tokens), 0
+        for span, stop in enumerate(self._stops):
+            self._propagate(span, start, stop, count, cache)
+            hidden = self._model.run_layers(hidden, start, stop, positions, cache)
+            self._written[span] = count + 1
+            chosen = self._leaving(self._through_block(hidden, stop, positions, cache), stop)
+            if chosen is not None:
+                break
+            start = stop
+        assert chosen is not None
+        self._left.append(hidden)
+        return chosen
+
+    def _propagate(self, span: int, start: int, stop: int, count: int, cache: KVCache) -> None:
+        """Writes the span's KV entries of those of the first `count` tokens that left below it."""
+        written = self._written[span]
+        if written < count:
+            positions = torch.arange(self._begin + written, self._begin + count)[None]
+            left = torch.cat(self._left[written:count], dim=1)
+            self._model.write_kv(left, start, stop, positions, cache)
+            if (block := self._blocks[stop]) is not None:
+                self._model.write_kv(left, block.layer, block.layer + 1, positions, cache)
+
+    def _through_block(self, hidden: Tensor, layers: int, positions: Tensor, cache: KVCache) -> Tensor:
+        """The states after `layers` layers, and after the block of that exit if it has one."""
+        block = self._blocks[layers]
+        return hidden if block is None else self._model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
+
+    def _leaving(self, hidden: Tensor, layers: int) -> TargetOutput | None:
+        """The logits (1, 1, V) after `layers` layers, and perhaps a block, if a token leaves with them."""
+        block = self._blocks[layers]
+        if layers < self._model.num_layers:
+            drafting = self._draft_side.unembed if block is None else self._draft_side.exit_blocks[layers].head
+            logits = drafting(hidden)
+            if float(logits.float().softmax(-1).amax()) <= self._confidence:
+                return None
+            if self._draft_side.vocabulary is None:
+                return TargetOutput(logits, layers)
+        return TargetOutput(self._model.unembed(hidden) if block is None else block.head(hidden), layers)
+
+
+def _at(hidden: Tensor, indices: Tensor) -> Tensor:
+    """The hidden states (B, 1, D) of one token of each row, at `indices` (B,)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), indices][:, None]
+
+
+def exit_block_cache(model: Backend, config: DecodingConfig) -> "ExitBlockCache | None":
+    """For the blocks of the exits that draft; None if there are none."""
+    exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
+    drafting = exits.get(config.strategy, ())
+    blocks = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting]
+    return ExitBlockCache(model, blocks) if blocks else None
+
+
+class ExitBlockCache:
+    """The KV entries of exit blocks that draft: after each pass of the target they are written from its own states.
+
+    A pass has stops at `taps` on its way, and one `write` at its end.
+    """
+
+    def __init__(self, model: Backend, blocks: Sequence[PlacedBlock]) -> None:
+        self._model = model
+        self._blocks = {block.block.exit_layer: block for block in blocks}
+        self.taps = tuple(sorted(self._blocks))  # the exits
+        self.needs_finals = any(block.join is not None for block in blocks)  # which one pass leaves to the next
+        self.rerun = int(self.needs_finals)  # tokens before its own that a first pass in the middle of a text needs
+        self.features: Tensor | None = None  # (B, 1, D), the final norm's output for the token before each row's newest
+        self._finals = torch.empty(0)  # (B, T, D), the final norm's output for the tokens of the last pass
+
+    def write(self, states: Sequence[Tensor], hidden: Tensor, positions: Tensor, cache: KVCache) -> None:
+        """Writes the blocks' KV entries of the tokens at `positions` (B, T).
+
+        `states` are those after each of `taps`, `hidden` those after the last layer, (B, T, D). After a cached prefix, the
+        first token is rerun only to get the second token's feature: its own KV entries are there.
+        """
+        before = None
+        if self.needs_finals:
+            self._finals = self._model.normed(hidden)
+            if self.features is None and int(positions[0, 0]) > 0:
+                states, positions, before = [reached[:, 1:] for reached in states], positions[:, 1:], self._finals[:, :-1]
+            else:
+                first = torch.zeros_like(self._finals[:, :1]) if self.features is None else self.features
+                before = torch.cat((first, self._finals[:, :-1]), dim=1)
+        for exit_layer, reached in zip(self.taps, states, strict=True):
+            block = self._blocks[exit_layer]
+            self._model.write_kv(block.enter(reached, before), block.layer, block.layer + 1, positions, cache)
+
+    def go_on(self, last: Sequence[int], rows: Sequence[int]) -> None:
+        """Keeps `rows` of the batch. `last`: by row, the index in the pass of the token before its newest."""
+        if self.needs_finals:
+            chosen, where = torch.tensor([list(rows), list(last)]).to(self._finals.device, non_blocking=True)
+            self.features = self._finals[chosen, where][:, None]
+
+    def join(self, other: "ExitBlockCache") -> None:
+        """Adds the rows of another after its own, between two passes."""
+        if self.features is not None and other.features is not None:
+            self.features = torch.cat((self.features, other.features))
