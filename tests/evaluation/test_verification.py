@@ -11,7 +11,7 @@ from evaluating import tiny_loaded
 
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.verification import VerifyConfig
-from layerskip_core.decoding import PrefixCache, loop, sampling
+from layerskip_core.decoding import PrefixCache, engine, sampling
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Stochastic, accepted_choices
 from layerskip_core.evaluation.verification import run as verification
@@ -105,7 +105,7 @@ def _wrong_tokens(monkeypatch):
         ids, last = honest(draft_ids, counts, choices)
         return ([[int(draft_ids[0, 0]), *ids[0][1:]]] if counts == (1,) else ids), last
 
-    for module in (loop, sampling):
+    for module in (engine, sampling):
         monkeypatch.setattr(module, "accepted_choices", careless)
     return {DRAFTS}
 
