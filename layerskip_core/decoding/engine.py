@@ -7,6 +7,7 @@ go through the loop together get the tokens that each gets alone.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import ContextError
 from ..model.backend import Backend
 from ..model.cache import KVCache
-from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
+from .drafters import Context, Draft, Drafter, DrafterSetup
+from .drafters.lookup import LookupDrafter
 from .graphs import RecordedTarget, Recorder, Stopwatch, recorded_sides
 from .output import Answer, DecodeStats, Detokenize, ShownText, Stopping, StopReason, StopScanner, Token, step_counts
 from .sampling import Sampler, Verdict, accepted_choices, sampler_for
@@ -150,6 +152,17 @@ def loop_of(
         prefix=prefix,
         recorder=recorder,
     )
+
+
+def drafter_for(setup: DrafterSetup) -> Drafter:
+    """The drafter of the config's strategy. Raises ConfigError if it needs weights that were not loaded.
+
+    With a `lookup` in the config it drafts only where nothing is found. A lookup itself and adaptive drafting include that.
+    """
+    config = setup.config
+    drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
+    apart = config.lookup and config.strategy not in ("lookup", "adaptive")
+    return LookupDrafter(config.lookup, setup.eos_ids, drafter) if apart else drafter
 
 
 class RowStep(NamedTuple):

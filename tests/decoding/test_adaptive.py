@@ -10,7 +10,6 @@ from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import Context, DrafterSetup
-from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.decoding.drafters.knowledge import (
     Acceptance,
@@ -21,6 +20,7 @@ from layerskip_core.decoding.drafters.knowledge import (
     best_length,
     knowledge_of,
 )
+from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy, Verdict
 from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
 

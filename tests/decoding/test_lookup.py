@@ -7,8 +7,8 @@ from conftest import tiny_model
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import Context, DrafterSetup
-from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.drafters.lookup import History, LookupDrafter
+from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.model import GenericBackend
 

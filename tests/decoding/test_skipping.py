@@ -12,8 +12,8 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import Context, DrafterSetup
-from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.drafters.skipping import kept_layers
+from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy, Stochastic
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError

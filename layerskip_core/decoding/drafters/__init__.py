@@ -1,16 +1,15 @@
-"""Where drafts come from: what a drafter is, and which drafts for a strategy.
+"""Where drafts come from: what a drafter is.
 
 A drafter is one module here, with a function `drafter(setup)`, and one line in `DRAFTERS` of config/decoding.py.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Protocol
 
 from torch import Tensor
 
-from ...config.decoding import DRAFTERS, DecodingConfig
+from ...config.decoding import DecodingConfig
 from ...config.packing import Quantization
 from ...model.backend import Backend, DraftSide
 from ...model.cache import KVCache
@@ -77,17 +76,3 @@ class Drafter(Protocol):
 
     def observe(self, verdict: Verdict) -> None:
         """Takes note of what the target made of one row's draft. Called for every row after each `draft`, and not otherwise."""
-
-
-def drafter_for(setup: DrafterSetup) -> Drafter:
-    """The drafter of the config's strategy. Raises ConfigError if it needs weights that were not loaded.
-
-    With a `lookup` in the config it drafts only where nothing is found. A lookup itself and adaptive drafting include that.
-    """
-    config = setup.config
-    drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
-    if config.lookup and config.strategy not in ("lookup", "adaptive"):
-        from .lookup import LookupDrafter
-
-        return LookupDrafter(config.lookup, setup.eos_ids, drafter)
-    return drafter
