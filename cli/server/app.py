@@ -3,9 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -27,26 +26,24 @@ from layerskip_core.prompting import CHAT, RAW, encode_conversation
 from layerskip_core.serving import Engine, Update
 from layerskip_core.serving import Request as Job
 
-from ..failure import tell
-from .answers import DONE, ChatForm, CompletionForm, Document, Form, event, usage_of
-from .bodies import Asked, Prompt, chat_asked, completion_asked, only_user_turn
-from .errors import ApiError, api_error, invalid
+from .bodies import ApiError, Asked, Prompt, api_error, asked, invalid, only_user_turn
 from .metrics import CONTENT_TYPE, Metrics
+from .streams import DONE, Document, Gone, Updates, event, usage_of
 
 _BODY_SECONDS = 30.0  # for a body to arrive
 _STARTED = int(time.time())
 
 
-class _Gone(Exception):
-    """The client went away."""
-
-
-class Submitted(NamedTuple):
-    """A request that the engine has, and how many tokens its prompts have."""
+class _Submitted(NamedTuple):
+    """A request that the engine has, and the number of tokens of its prompts."""
 
     asked: Asked
     jobs: list[Job]
     prompt_tokens: int
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage_of(self.prompt_tokens, sum((job.stats for job in self.jobs), DecodeStats()))
 
 
 class Service:
@@ -59,18 +56,15 @@ class Service:
         # A tokenizer is not for two threads at once: the engine decodes with one, and this copy encodes in a thread of its own.
         self._decoder = decoder = replace(decoder, tokenizer=deepcopy(decoder.tokenizer))
         self._raw = decoder if decoder.template.text != CHAT else decoder.with_template(RAW, None)
-        self._packing = packing
-        self._config = config
-        self._engine = engine
-        self._name = name
-        self._key = None if key is None else key.encode()
         self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")
+        self._packing, self._config, self._engine, self.name = packing, config, engine, name
+        self._key = None if key is None else key.encode()
         self.metrics = Metrics(engine)
 
     def app(self) -> Starlette:
         routes = [
-            Route("/v1/completions", _Endpoint(self, "completions", CompletionForm(), completion_asked), methods=["POST"]),
-            Route("/v1/chat/completions", _Endpoint(self, "chat", ChatForm(), chat_asked), methods=["POST"]),
+            Route("/v1/completions", _Endpoint(self, is_chat=False), methods=["POST"]),
+            Route("/v1/chat/completions", _Endpoint(self, is_chat=True), methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{model:path}", self._model),
             Route("/metrics", self._metrics),
@@ -90,50 +84,46 @@ class Service:
         """Raises ApiError for a body that is too long, too slow or of another type."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise invalid("the content type must be application/json", status=415)
-        body = bytearray()
+        body, limit = bytearray(), self._config.body_limit
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for part in request.stream():
                     body += part
-                    if len(body) > self._config.body_limit:
-                        limit = self._config.body_limit
+                    if len(body) > limit:
                         raise invalid(f"the body must be at most {limit} bytes", code="body_too_large", status=413)
         except TimeoutError:
             raise invalid(f"the body did not arrive within {_BODY_SECONDS:g} seconds", status=408) from None
         return bytes(body)
 
-    async def submitted(self, body: bytes, parse: Callable[..., Asked], deliver: Callable[[int, Update], None]) -> Submitted:
+    async def submitted(self, body: bytes, is_chat: bool, deliver: Callable[[int, Update], None]) -> _Submitted:
         """What a body asks for, handed to the engine. Its answers have places in the queue before any work is done for them.
 
         Raises QueueFull, ApiError and LayerSkipError for what is wrong or does not fit.
         """
-        engine, held = self._engine, 1
+        engine, config, held = self._engine, self._config, 1
         engine.hold(held)
         try:
-            asked = parse(body, self._name, self._config.decoding, self._config.token_limit)
-            engine.hold(asked.answers - held)
-            held = asked.answers
-            configs = [self._decoder.resolve(asked.seeded(place), self._packing) for place in range(held)]
+            request = asked(body, is_chat, self.name, config.decoding, config.token_limit)
+            engine.hold(request.answers - held)
+            held = request.answers
+            resolved = [self._decoder.resolve(request.seeded(number), self._packing) for number in range(held)]
             loop = asyncio.get_running_loop()
-            encoded = [await loop.run_in_executor(self._encoding, self._encoded, prompt) for prompt in asked.prompts]
+            prompts = [await loop.run_in_executor(self._encoding, self._encoded, prompt) for prompt in request.prompts]
             jobs = []
-            for place, config in enumerate(configs):
-                alone = asked.seed is not None and config.temperature > 0
-                jobs.append(Job(encoded[place // asked.n], config, partial(deliver, place), alone))
+            for number, decoding in enumerate(resolved):
+                alone = request.seed is not None and decoding.temperature > 0
+                jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), alone))
             engine.submit(*jobs)
         except BaseException:
             engine.release(held)
             raise
-        return Submitted(asked, jobs, sum(map(len, encoded)))
+        return _Submitted(request, jobs, sum(map(len, prompts)))
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
+    def cancel(self, jobs: list[Job]) -> None:
         """Without effect on those that are finished."""
         for job in jobs:
             self._engine.cancel(job)
             self.metrics.decoded(job.stats)
-
-    def document(self, form: Form) -> Document:
-        return Document(form, self._name)
 
     def _encoded(self, prompt: Prompt) -> list[int]:
         """Token ids. A chat template is for conversations; a text that continues is put into any other template."""
@@ -157,13 +147,13 @@ class Service:
 
     async def _model(self, request: Request) -> Response:
         self.authorize(request)
-        if request.path_params["model"] != self._name:
-            raise invalid(f"this server has no such model, only {self._name}", "model", "model_not_found", 404)
+        if request.path_params["model"] != self.name:
+            raise invalid(f"this server has no such model, only {self.name}", "model", "model_not_found", 404)
         return JSONResponse(self._listed)
 
     @property
     def _listed(self) -> Mapping[str, Any]:
-        return {"id": self._name, "object": "model", "created": _STARTED, "owned_by": "layerskip"}
+        return {"id": self.name, "object": "model", "created": _STARTED, "owned_by": "layerskip"}
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
@@ -176,23 +166,17 @@ class Service:
 class _Endpoint:
     """Answers prompts: an ASGI application, so that one coroutine has the request from its first byte to its last."""
 
-    def __init__(self, service: Service, name: str, form: Form, parse: Callable[..., Asked]) -> None:
-        self._service = service
-        self._name = name
-        self._form = form
-        self._parse = parse
+    def __init__(self, service: Service, is_chat: bool) -> None:
+        self._service, self._is_chat = service, is_chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outcome = "cancelled"  # also by the server's shutdown
         try:
-            await self._answer(Request(scope, receive), receive, send, scope)
+            await self._answer(Request(scope, receive), receive, send)
             outcome = "finished"
-        except (_Gone, ClientDisconnect, OSError):
+        except (Gone, ClientDisconnect, OSError):
             pass
-        except ApiError as error:
-            outcome = "refused" if error.status < 500 else "failed"
-            raise
-        except LayerSkipError as error:
+        except (ApiError, LayerSkipError) as error:
             refused = api_error(error)
             outcome = "refused" if refused.status < 500 else "failed"
             raise refused from None
@@ -200,70 +184,28 @@ class _Endpoint:
             outcome = "failed"
             raise
         finally:
-            self._service.metrics.ended(self._name, outcome)
+            self._service.metrics.ended("chat" if self._is_chat else "completions", outcome)
 
-    async def _answer(self, request: Request, receive: Receive, send: Send, scope: Scope) -> None:
-        service, started = self._service, time.monotonic()
+    async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
+        service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
-        updates = _Updates(asyncio.get_running_loop())
-        asked, jobs, prompt_tokens = await service.submitted(await service.body(request), self._parse, updates.deliver)
+        submitted = await service.submitted(await service.body(request), self._is_chat, updates.deliver)
         watch = asyncio.create_task(_watch(receive, updates))
         try:
-            arriving = self._timed(updates.all(len(jobs)), started)
-            document = service.document(self._form)
-            if asked.stream:
-                await self._stream(arriving, document, jobs, prompt_tokens, asked, send)
+            arriving = self._timed(updates.all(len(submitted.jobs)), started)
+            document = Document(self._is_chat, service.name)
+            if submitted.asked.stream:
+                await _stream(arriving, document, submitted, send)
             else:
-                await self._whole(arriving, document, jobs, prompt_tokens, scope, receive, send)
+                texts, reasons = [""] * len(submitted.jobs), [""] * len(submitted.jobs)
+                async for number, update in arriving:
+                    texts[number] += update.text
+                    reasons[number] = update.finish_reason or ""
+                await JSONResponse(document.whole(texts, reasons, submitted.usage))(request.scope, receive, send)
         finally:
             watch.cancel()
-            service.cancel(jobs)
+            service.cancel(submitted.jobs)
         service.metrics.finished(time.monotonic() - started)
-
-    async def _whole(
-        self,
-        arriving: AsyncIterator[tuple[int, Update]],
-        document: Document,
-        jobs: Sequence[Job],
-        prompt_tokens: int,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        texts, reasons = [""] * len(jobs), [""] * len(jobs)
-        async for place, update in arriving:
-            texts[place] += update.text
-            reasons[place] = update.finish_reason or ""
-        usage = usage_of(prompt_tokens, _total(jobs))
-        await JSONResponse(document.whole(texts, reasons, usage))(scope, receive, send)
-
-    async def _stream(
-        self,
-        arriving: AsyncIterator[tuple[int, Update]],
-        document: Document,
-        jobs: Sequence[Job],
-        prompt_tokens: int,
-        asked: Asked,
-        send: Send,
-    ) -> None:
-        """As server-sent events. The status is sent with the first token, so that an error before it is one of HTTP."""
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        begun = False
-        try:
-            async for place, update in arriving:
-                if not begun:
-                    begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                if update.text or update.is_last:
-                    await _send_part(send, document.chunk(place, update.text, update.finish_reason))
-            if asked.include_usage:
-                await _send_part(send, document.usage_chunk(usage_of(prompt_tokens, _total(jobs))))
-            await _send_part(send, DONE)
-        except ApiError as error:
-            if not begun:
-                raise
-            await _send_part(send, event(error.document))
-        await send({"type": "http.response.body", "body": b""})
 
     async def _timed(self, arriving: AsyncIterator[tuple[int, Update]], started: float) -> AsyncIterator[tuple[int, Update]]:
         """Notes when the first token came."""
@@ -275,50 +217,36 @@ class _Endpoint:
             yield item
 
 
-class _Updates:
-    """Updates of the engine's thread, as the event loop reads them."""
+async def _stream(arriving: AsyncIterator[tuple[int, Update]], document: Document, submitted: _Submitted, send: Send) -> None:
+    """As server-sent events. The status is sent with the first token, so that an error before it is one of HTTP."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._queue: asyncio.Queue[tuple[int, Update] | None] = asyncio.Queue()
+    async def send_part(body: bytes) -> None:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
-    def deliver(self, place: int, update: Update) -> None:
-        """In the engine's thread."""
-        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (place, update))
-
-    def disconnect(self) -> None:
-        self._queue.put_nowait(None)
-
-    async def all(self, count: int) -> AsyncIterator[tuple[int, Update]]:
-        """Until `count` answers are finished. Raises _Gone if the client goes away, ApiError if one of them fails."""
-        while count:
-            item = await self._queue.get()
-            if item is None:
-                raise _Gone
-            place, update = item
-            if update.error is not None:
-                refused = api_error(update.error)
-                if refused.status == 500:
-                    tell(update.error, debug=True)
-                raise refused
-            count -= update.is_last
-            yield place, update
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+    begun = False
+    try:
+        async for number, update in arriving:
+            if not begun:
+                begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            if update.text or update.is_last:
+                await send_part(document.chunk(number, update.text, update.finish_reason))
+        if submitted.asked.include_usage:
+            await send_part(document.usage_chunk(submitted.usage))
+        await send_part(DONE)
+    except ApiError as error:
+        if not begun:
+            raise
+        await send_part(event(error.document))
+    await send({"type": "http.response.body", "body": b""})
 
 
-async def _watch(receive: Receive, updates: _Updates) -> None:
+async def _watch(receive: Receive, updates: Updates) -> None:
     """Waits until the client goes away: after the body nothing else is received."""
     while (await receive())["type"] != "http.disconnect":
         pass
     updates.disconnect()
-
-
-async def _send_part(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-def _total(jobs: Sequence[Job]) -> DecodeStats:
-    return sum((job.stats for job in jobs), DecodeStats())
 
 
 async def _of_api(request: Request, error: Exception) -> Response:

@@ -1,45 +1,48 @@
-"""What the body of a request asks for: prompts, and how to decode them."""
+"""What the body of a request asks for: prompts, and how to decode them; and errors, in OpenAI's form."""
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Annotated, Any, TypedDict, cast
+
+from msgspec import Meta
 
 from layerskip_core.config.decoding import MAX_NEW_TOKENS, DecodingOptions, changed
 from layerskip_core.config.options import checked
-from layerskip_core.errors import DataError
-from layerskip_core.files import SchemaError, build, parse_json
-
-from .errors import ApiError, invalid
+from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError
+from layerskip_core.files import parse_json
+from layerskip_core.serving import QueueFull, Stopped
 
 Turn = tuple[str, str]
 Prompt = str | list[int] | tuple[Turn, ...]
 """A text, token ids, or the turns (role, text) of a conversation."""
 
 _SEEDS = 2**32
-_MOST_CHOICES = 128
+_MOST_ANSWERS = 128
 _MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
 _ROLES = ("system", "developer", "user", "assistant")
-
-
-class StreamOptions(TypedDict, total=False):
-    include_usage: bool | None
+_NAMES = {"max_new_tokens": "max_tokens"}  # options that have another name in the API
+_Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
 
 
 class _Body(TypedDict, total=False):
-    """The keys that change an answer; null is the same as nothing."""
+    """The keys that change an answer, beside the prompt; null is the same as nothing. Ranges are DecodingOptions'."""
 
     model: str
-    max_tokens: int | None
-    max_completion_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed: int | None
-    stop: str | list[str] | None
-    n: int | None
-    stream: bool | None
-    stream_options: StreamOptions | None
+    max_tokens: int
+    max_completion_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: Annotated[
+        _Stop | Annotated[list[_Stop], Meta(max_length=_MOST_STOPS)],
+        Meta(description=f"at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters"),
+    ]
+    n: int
+    stream: bool
+    stream_options: Annotated[dict[str, bool | None], Meta(description="an object, such as include_usage: true")]
 
 
 # Keys that would change the answer and that this server does not know, with the values that change nothing.
@@ -76,33 +79,48 @@ class Asked:
     """One request. Each prompt has `n` answers; `seed` is None if the request names none."""
 
     prompts: tuple[Prompt, ...]
-    settings: DecodingOptions
+    options: DecodingOptions
     n: int
     seed: int | None
     stream: bool
     include_usage: bool
 
-    def seeded(self, number: int) -> DecodingOptions:
-        """The settings of the answer with this number, whose seed is its own."""
-        seed = secrets.randbelow(_SEEDS) if self.seed is None else (self.seed + number) % _SEEDS
-        return {**self.settings, "seed": seed}
-
     @property
     def answers(self) -> int:
-        """How many answers that is."""
+        """The number of answers."""
         return self.n * len(self.prompts)
 
+    def seeded(self, number: int) -> DecodingOptions:
+        """The options of the answer with this number, whose seed is its own."""
+        seed = secrets.randbelow(_SEEDS) if self.seed is None else (self.seed + number) % _SEEDS
+        return {**self.options, "seed": seed}
 
-def completion_asked(body: bytes, model: str, flags: DecodingOptions, token_limit: int) -> Asked:
-    """Of /v1/completions. Raises ApiError, and ConfigError for a setting outside its range."""
+
+def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_limit: int) -> Asked:
+    """What a body asks the model of this name for; `flags` are for what it does not say.
+
+    Raises ApiError, and ConfigError for an option outside its range.
+    """
     document = _document(body)
-    return _asked(document, _prompts(document.get("prompt")), model, flags, token_limit)
-
-
-def chat_asked(body: bytes, model: str, flags: DecodingOptions, token_limit: int) -> Asked:
-    """Of /v1/chat/completions. Raises as `completion_asked` does."""
-    document = _document(body)
-    return _asked(document, (_turns(document.get("messages")),), model, flags, token_limit)
+    prompts = (_turns(document.get("messages")),) if is_chat else _prompts(document.get("prompt"))
+    given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
+    if "model" not in given:
+        raise invalid(f"model is missing; this server has {model}", "model")
+    if given["model"] != model:
+        message = f"the model {given['model']!r:.200} does not exist; this server has {model}"
+        raise invalid(message, "model", "model_not_found", 404)
+    n = given.get("n", 1)
+    if not 1 <= n * len(prompts) <= _MOST_ANSWERS:
+        raise invalid(f"n times the number of prompts must be in 1..{_MOST_ANSWERS}, got {n * len(prompts)}", "n")
+    options: dict[str, Any] = {name: given[name] for name in ("temperature", "top_p", "top_k", "stop") if name in given}
+    limit = given.get("max_completion_tokens", given.get("max_tokens"))
+    if limit is not None and limit > token_limit:
+        raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
+    usual = flags.get("max_new_tokens") or min(token_limit, MAX_NEW_TOKENS)
+    options["max_new_tokens"] = usual if limit is None else limit
+    decoding = changed(flags, cast(DecodingOptions, checked(DecodingOptions, options)))
+    include_usage = bool(given.get("stream_options", {}).get("include_usage"))
+    return Asked(prompts, decoding, n, given.get("seed"), given.get("stream", False), include_usage)
 
 
 def _document(body: bytes) -> Mapping[str, Any]:
@@ -118,47 +136,6 @@ def _document(body: bytes) -> Mapping[str, Any]:
         if value is not None and not changes_nothing:
             raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
     return document
-
-
-def _asked(
-    document: Mapping[str, Any], prompts: tuple[Prompt, ...], model: str, flags: DecodingOptions, token_limit: int
-) -> Asked:
-    known = {key: document[key] for key in _Body.__annotations__ if document.get(key) is not None}
-    try:
-        given = build(_Body, known, "")
-    except SchemaError as error:
-        raise invalid(str(error), str(error).split(":")[0].split("[")[0]) from None
-    if given.get("model") != model:
-        raise _no_model(given.get("model"), model)
-    n = given.get("n", 1)
-    if not 1 <= n * len(prompts) <= _MOST_CHOICES:
-        raise invalid(f"n times the number of prompts must be in 1..{_MOST_CHOICES}, got {n * len(prompts)}", "n")
-    settings = _settings(given, flags, token_limit)
-    options = given.get("stream_options", {})
-    return Asked(prompts, settings, n, given.get("seed"), given.get("stream", False), bool(options.get("include_usage")))
-
-
-def _settings(given: Mapping[str, Any], flags: DecodingOptions, token_limit: int) -> DecodingOptions:
-    """The flags with a request's own settings in their place. Raises ConfigError for a value outside its range."""
-    stops = given.get("stop", ())
-    if (
-        len(stops := [stops] if isinstance(stops, str) else stops) > _MOST_STOPS
-        or max(map(len, stops), default=0) > _LONGEST_STOP
-    ):
-        raise invalid(f"stop must be at most {_MOST_STOPS} texts of at most {_LONGEST_STOP} characters", "stop")
-    changes = {name: given[name] for name in ("temperature", "top_p", "top_k", "stop") if name in given}
-    limit = given.get("max_completion_tokens", given.get("max_tokens"))
-    if limit is not None and limit > token_limit:
-        raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
-    limit = limit if limit is not None else flags.get("max_new_tokens")
-    changes["max_new_tokens"] = min(token_limit, MAX_NEW_TOKENS) if limit is None else limit
-    return changed(flags, cast(DecodingOptions, checked(DecodingOptions, changes)))
-
-
-def _no_model(asked: str | None, model: str) -> ApiError:
-    if asked is None:
-        return invalid(f"model is missing; this server has {model}", "model")
-    return invalid(f"the model {asked!r:.200} does not exist; this server has {model}", "model", "model_not_found", 404)
 
 
 def _prompts(prompt: Any) -> tuple[Prompt, ...]:
@@ -202,3 +179,39 @@ def only_user_turn(turns: Sequence[Turn]) -> str:
     if len(turns) == 1 and turns[0][0] == "user":
         return turns[0][1]
     raise invalid("this model has no chat template: messages must be one message of the user", "messages")
+
+
+class ApiError(Exception):
+    """A request that is refused or fails, with the status and the fields of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, kind: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.document: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:
+    """The client's fault."""
+    return ApiError(status, message, "invalid_request_error", param, code)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """Any exception as what the client is told; of one that is not the client's fault and unexpected no more than that."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, f"{error}; try again later", "rate_limit_error", code="queue_full")
+    if isinstance(error, Stopped):
+        return ApiError(503, str(error), "server_error", code="shutting_down")
+    if isinstance(error, ConfigError):
+        param = None if error.field is None else _NAMES.get(error.field, error.field)
+        code = "context_length_exceeded" if isinstance(error, ContextError) else None
+        return invalid(_named(str(error)), param, code)
+    if isinstance(error, LayerSkipError):
+        return invalid(_named(str(error)))
+    return ApiError(500, "the server failed to answer this request; its log says why", "server_error")
+
+
+def _named(message: str) -> str:
+    """A message of the core, with the API's names of the settings in it."""
+    return re.sub(r"`(\w+)`", lambda match: _NAMES.get(match[1], match[1]), message)
