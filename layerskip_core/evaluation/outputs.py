@@ -13,18 +13,11 @@ from .results import Failure, Step
 
 
 @dataclass(frozen=True)
-class Generation:
-    """The tokens generated for one prompt. The first step is the prefill, which gives the first token."""
-
-    ids: tuple[int, ...]
-    steps: tuple[Step, ...]
-    stats: DecodeStats
-    finish_reason: StopReason | None
-
-
-@dataclass(frozen=True)
 class Output:
-    """A prompt's generation with its text, or the `error` that prevented it. The fields are the journal's."""
+    """What was generated for one prompt, or the `error` that prevented it. The fields are the journal's.
+
+    The first step is the prefill, which gives the first token. Answers of a batch have no steps.
+    """
 
     ids: tuple[int, ...] = ()
     text: str = ""

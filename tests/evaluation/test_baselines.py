@@ -149,19 +149,6 @@ def test_a_draft_model_with_another_tokenizer_is_refused():
         baseline("draft-model", draft_model="embedded-base")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"baselines": ("vllm",)}, "`baselines` must be one of transformers, .* got vllm"),
-        ({"baselines": ("draft-model",)}, "`draft_model` must be given with the baseline draft-model, got None"),
-        ({"draft_model": "x"}, "`draft_model` must be given with the baseline draft-model, got x"),
-    ],
-)
-def test_settings_are_checked(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        BenchConfig(**settings)
-
-
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
     from layerskip_core.checkpoint.open import for_decoding
 

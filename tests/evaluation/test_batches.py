@@ -9,12 +9,9 @@ from evaluating import NEW_TOKENS, TOO_LONG, own_answers, task_of, tiny_loaded
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
-from layerskip_core.config.packing import PackingConfig
-from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation.measure import runs
-from layerskip_core.evaluation.measure.baselines import TransformersGenerate, load_baselines
+from layerskip_core.errors import LayerSkipError
+from layerskip_core.evaluation.measure.baselines import load_baselines
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
 from layerskip_core.evaluation.measure.runs import answer_in_batches, measure_prompt
 from layerskip_core.evaluation.measure.sweep import sweep
 
@@ -59,16 +56,6 @@ def test_every_method_answers_as_it_does_alone(dtype, stop):
     assert not stop or "stop" in [output.finish_reason for output in answers[3].each]  # transformers' own
 
 
-def test_transformers_answers_a_batch_in_one_call(monkeypatch):
-    loaded, calls = tiny_loaded(), []
-    honest = TransformersGenerate._generate
-    monkeypatch.setattr(
-        TransformersGenerate, "_generate", lambda *given, **how: calls.append(given[2].shape[0]) or honest(*given, **how)
-    )
-    collect(answer_in_batches(loaded, own_answers(5).examples, load_baselines(loaded, CONFIG, SPECULATIVE)[:1], batch_size=3))
-    assert calls == [3, 2]
-
-
 def test_a_prompt_that_does_not_fit_fails_alone():
     loaded, (first, second) = tiny_loaded(), own_answers(2).examples
     settings = [PLAIN, *load_baselines(loaded, CONFIG, SPECULATIVE)[:1]]
@@ -78,24 +65,6 @@ def test_a_prompt_that_does_not_fit_fails_alone():
         assert [outputs.each[sample].text for sample in (0, 2)] == [first.completion, second.completion]
     with pytest.raises(LayerSkipError, match="none of the 1 prompts could be answered"):
         collect(answer_in_batches(loaded, [TOO_LONG], settings, batch_size=2))
-
-
-def test_answers_in_the_journal_are_not_computed_again(tmp_path, monkeypatch):
-    loaded, examples = tiny_loaded(), own_answers(4).examples
-    _, whole = collect(answer_in_batches(loaded, examples, [PLAIN], 2))
-    running = answer_in_batches(loaded, examples, [PLAIN], 2, Journal(tmp_path, {}, False))
-    next(running)
-    running.close()
-    batches = []
-    honest = runs.decode_batch
-    monkeypatch.setattr(
-        runs,
-        "decode_batch",
-        lambda model, prompts, *more: batches.append(len(prompts)) or honest(model, prompts, *more),
-    )
-    _, again = collect(answer_in_batches(loaded, examples, [PLAIN], 3, Journal(tmp_path, {}, True)))
-    assert (again, batches) == (whole, [2])
-    assert len((tmp_path / FILE_NAME).read_text().splitlines()) == 5
 
 
 def test_a_bench_with_batches_differs_in_speed_only():
@@ -129,36 +98,6 @@ def test_a_sweep_with_batches_differs_in_speed_only():
         assert single.acceptance_rate == timed.acceptance_rate or single.strategy == "adaptive"
         assert timed.speedup > 0
     assert max(event.total for event in events if event.phase == "prompts") == 2
-
-
-def test_only_the_strategies_asked_for_run():
-    *_, record = bench(tiny_loaded(), own_answers(), BenchConfig("tiny", strategies=("autoregressive",), repeats=1))
-    assert [result.strategy for result in record.results] == ["autoregressive"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"batch_size": 2, "packing": PackingConfig(exact=True)}, "`batch_size` must be 1 with `exact`"),
-        (
-            {"batch_size": 2, "generation": {"temperature": 0.5}},
-            "`batch_size` must be 1 with a `temperature` above 0",
-        ),
-        ({"timed": 4}, "`timed` must be used with `batch_size`"),
-    ],
-)
-@pytest.mark.parametrize("config", [BenchConfig, SweepConfig])
-def test_settings_of_batches_are_checked(config, changes, message):
-    with pytest.raises(ConfigError, match=message):
-        config(**changes)
-
-
-def test_a_sweep_measures_something():
-    with pytest.raises(ConfigError, match="`timed` must be at least 1, got 0"):
-        SweepConfig(batch_size=2, timed=0)
-    with pytest.raises(ConfigError, match="`strategies` must be a list with autoregressive"):
-        BenchConfig(strategies=("early-exit",))
 
 
 def test_a_task_with_a_hard_row_still_has_its_row_in_order():

@@ -2,20 +2,25 @@
 
 import json
 import shutil
-from itertools import count
 
 import pytest
-from evaluating import NEW_TOKENS, TOO_LONG, outputs_of, own_answers, task_of, tiny_loaded
+from evaluating import NEW_TOKENS, TOO_LONG, own_answers, task_of, tiny_loaded
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import DecodeStats, decode
+from layerskip_core.decoding import decode
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure import cost_model
-from layerskip_core.evaluation.measure import pass_times as timing
-from layerskip_core.evaluation.measure.cost_model import Prediction, Predictions, Rounds, Side, agreement, predict, simulate
-from layerskip_core.evaluation.measure.pass_times import PassTimes, Stretch, pass_times, plain_seconds, stretch_of
+from layerskip_core.evaluation.measure.cost_model import (
+    Prediction,
+    Predictions,
+    Rounds,
+    agreement,
+    predict,
+    prediction_of,
+    simulate,
+)
+from layerskip_core.evaluation.measure.pass_times import PassTimes, Stretch, averages, pass_times, plain_seconds, stretch_of
 from layerskip_core.evaluation.measure.runs import measure_prompt
 
 EOS = frozenset({9})
@@ -96,32 +101,6 @@ def test_the_time_of_rounds():
     assert Rounds(6, 4, 3, 2) + Rounds(1, 1, 1, 1) == Rounds(7, 5, 4, 3)
 
 
-def test_pass_times_are_means_over_the_rounds_of_an_answer(monkeypatch):
-    # A prefill, rounds of 3 drafts, a step without drafts, and a short round at the end.
-    steps = [(0, 0.0, 9.0), (3, 0.9, 0.5), (3, 0.3, 0.6), (0, 0.0, 7.0), (1, 0.2, 0.1)]
-    clock = 0.0
-
-    class Known:
-        def __init__(self):
-            self.stats = DecodeStats()
-
-        def __iter__(self):
-            nonlocal clock
-            for drafted, draft, verify in steps:
-                clock += draft + verify + 0.01
-                self.stats += DecodeStats(drafted=drafted, draft_seconds=draft, verify_seconds=verify)
-                yield []
-
-    monkeypatch.setattr(timing, "decode", lambda *_: Known())
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
-    (times,) = pass_times(tiny_loaded(), Stretch([1], 9), DecodingConfig("self-speculative", 2, 3), 0.25)
-    assert times.draft == pytest.approx(1.4 / 7)
-    assert times.verify == pytest.approx(1.2 / 3)
-    assert times.other == pytest.approx(0.01)
-    assert times.plain == 0.25
-    assert plain_seconds(tiny_loaded(), Stretch([1], 9)) == pytest.approx((1.4 + 0.9 + 7.0 + 0.3) / 4 + 0.01)
-
-
 def test_pass_times_of_the_real_loop():
     loaded = tiny_loaded()
     prompt = loaded.encode_prompt("hi")
@@ -139,46 +118,17 @@ def test_of_a_long_answer_the_middle_is_timed(tokens, start):
     assert stretch == Stretch([1, 2, *range(10, 10 + start)], tokens - start)
 
 
-def test_passes_are_timed_along_several_answers_the_typical_one_first(monkeypatch):
-    loaded, task = tiny_loaded(), own_answers()
-    seen = []
-    times = [PassTimes(0.01, 0.2, 0.0, 0.1)]
-    monkeypatch.setattr(
-        cost_model, "pass_times", lambda _, stretch, setting, plain: seen.append((stretch.ids, setting)) or times
-    )
-    monkeypatch.setattr(cost_model, "_MOST", 5)
-    other = DecodingConfig("self-speculative", 2, 4)
-    progress, found = collect(predict(loaded, task.examples, [SETTING, other], NEW_TOKENS))
-    assert [setting for _, setting in seen[:4]] == [SETTING, other, other, SETTING]
-    prompts = sorted((loaded.encode_prompt(example.prompt) for example in task.examples), key=len)
-    assert seen[0][0] == seen[1][0] == prompts[1] == found.context[: len(prompts[1])]
-    assert {tuple(ids) for ids, _ in seen} == set(map(tuple, prompts))
-    assert len(seen) == 2 * cost_model._MOST and progress[-1].done == progress[-1].total
-    # After the fewest answers the timing ends as soon as it has taken its time.
-    monkeypatch.setattr(cost_model, "_SECONDS", 0.0)
-    seen.clear()
-    progress, _ = collect(predict(loaded, task.examples, [SETTING], NEW_TOKENS))
-    assert len(seen) == cost_model._FEWEST and progress[-1].done == progress[-1].total
+def test_the_speed_of_known_rounds():
+    # 3 answers of 30 tokens, 27 of them after the prefills of 0.5 s: plainly at 0.1 s each, or in the rounds above.
+    found = prediction_of(Rounds(6, 4, 3, 2), PassTimes(0.01, 0.2, 0.0, plain=0.1), prefill=0.5, tokens=30, answers=3)
+    assert found.tokens_per_second == pytest.approx(30 / (0.5 + 0.06 + 0.6 + 0.2))
+    assert found.speedup == pytest.approx((0.5 + 2.7) / (0.5 + 0.06 + 0.6 + 0.2))
 
 
-def test_speed_from_known_pass_times(monkeypatch):
-    loaded, task = tiny_loaded(), own_answers(1)
-    honest = measure_prompt(loaded, task.examples[0].prompt, DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS))
-    (known,) = outputs_of([(1, 0.5), *[(1, 7.0)] * (len(honest.ids) - 1)], ids=(honest.ids,)).each
-    monkeypatch.setattr(cost_model, "measure_prompt", lambda *_: known)
-    # Neither passes that were disturbed for very long nor the speed of the answers before count.
+def test_times_that_were_disturbed_do_not_count():
     usual, disturbed = PassTimes(0.01, 0.2, 0.0, 0.1), PassTimes(0.5, 9.0, 3.0, 5.0)
-    monkeypatch.setattr(cost_model, "pass_times", lambda *_: [disturbed if next(visit) == 7 else usual])
-    monkeypatch.setattr(cost_model, "_MOST", 10)
-    visit = count()
-    _, found = collect(predict(loaded, task.examples, [SETTING], NEW_TOKENS))
-    prediction = found.settings[SETTING]
-    rounds = prediction.rounds
-    expected = 0.5 + 0.01 * rounds.drafted + 0.2 * rounds.rounds + 0.1 * rounds.plain_steps
-    assert prediction.tokens_per_second == pytest.approx(len(honest.ids) / expected)
-    assert prediction.speedup == pytest.approx((0.5 + 0.1 * (len(honest.ids) - 1)) / expected)
-    choices = agreement(loaded, loaded.encode_prompt(task.examples[0].prompt), honest.ids, [5])[5]
-    assert found.agreement == {Side(None, 5): sum(a == b for a, b in zip(choices, honest.ids, strict=True)) / len(honest.ids)}
+    means = averages([usual] * 7 + [disturbed] + [usual] * 2)
+    assert (means.draft, means.verify, means.rest, means.plain) == pytest.approx((0.01, 0.2, 0.2, 0.1))
 
 
 def test_the_best_predictions_come_first():

@@ -9,12 +9,11 @@ from conftest import tiny_model
 from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.decoding import DRAFTERS, default_exits
+from layerskip_core.config.decoding import default_exits
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.ranges import counts_text, parse_counts
 from layerskip_core.errors import ConfigError
-from layerskip_core.evaluation.measure import runs
 from layerskip_core.evaluation.measure.measure import NEAR_TIE
 from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
@@ -260,29 +259,6 @@ def test_exits_by_confidence_are_swept_where_exits_were_trained():
     assert not any(result.exit_confidence for result in record.results)
     *_, record = sweep(tiny_loaded(), own_answers(1), replace(settings, exit_confidences=(0.5,)))
     assert [result.exits for result in record.results if result.exit_confidence] == [(2,)]  # none was trained: the sweep's
-
-
-def test_the_baseline_is_measured_twice_among_the_others(monkeypatch):
-
-    order = []
-    honest = runs.measure_prompt
-
-    def recorded(loaded, prompt, config):
-        order.append(config.strategy)
-        return honest(loaded, prompt, config)
-
-    monkeypatch.setattr(runs, "measure_prompt", recorded)
-    list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", exits=(2, 5), specs=(2,))))
-    once = [
-        "early-exit",
-        "early-exit",
-        "self-speculative",
-        "self-speculative",
-        "lookup",
-        *["adaptive"] * ("adaptive" in DRAFTERS),
-    ]
-    once[len(once) // 2 : 0] = ["autoregressive"]
-    assert order == ["autoregressive", *once] * 2  # warm-up and measurement
 
 
 def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):

@@ -18,7 +18,7 @@ from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, Stopping, StopReason, StopScanner, decode, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import GenericBackend
-from ..outputs import Generation
+from ..outputs import Output
 from ..results import Step
 from .llama_cpp import NAME, llama_cpp
 from .runs import Baseline, decode_timed
@@ -48,12 +48,12 @@ class WithoutReuse:
     def limited(self, max_new_tokens: int) -> "WithoutReuse":
         return replace(self, decoding=replace(self.decoding, max_new_tokens=max_new_tokens))
 
-    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Generation:
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Output:
         ends = loaded.ends(self.decoding.stop)
         decoding = decode(loaded.backend, prompt_ids, self.decoding, ends, loaded.detokenize, reuse_exit_states=False)
         return decode_timed(decoding)
 
-    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Generation]:
+    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Output]:
         return [self.run(loaded, prompt) for prompt in prompts]
 
 
@@ -77,7 +77,7 @@ class TransformersGenerate:
     def limited(self, max_new_tokens: int) -> "TransformersGenerate":
         return replace(self, max_new_tokens=max_new_tokens)
 
-    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Generation:
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Output:
         """Raises LayerSkipError when the prompt does not fit, or transformers fails."""
         room = loaded.backend.max_positions - len(prompt_ids)
         if room < 1:
@@ -87,9 +87,9 @@ class TransformersGenerate:
         timer = StepTimer(self.model, len(prompt_ids), scanner)
         with timer, suppress(StopString):
             self._generate(loaded, ids, torch.ones_like(ids), scanner.room, streamer=timer, assistant_model=self.assistant)
-        return timer.generation()
+        return timer.output()
 
-    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Generation]:
+    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Output]:
         """One batch, padded on the left, unless the method drafts: transformers drafts for a single prompt only."""
         if self.assistant is not None or self.options:
             return [self.run(loaded, prompt) for prompt in prompts]
@@ -99,7 +99,7 @@ class TransformersGenerate:
         rows = StopRows([self._scanner(loaded, prompt) for prompt in prompts])
         self._generate(loaded, ids, mask, max(scanner.room for scanner in rows.scanners), stopping_criteria=[rows])
         return [
-            Generation(tuple(new), (), DecodeStats(1, len(prompt)) + step_counts(0, 0, len(new)), scanner.reason)
+            Output(tuple(new), "", (), DecodeStats(1, len(prompt)) + step_counts(0, 0, len(new)), scanner.reason)
             for prompt, new, scanner in zip(prompts, rows.ids, rows.scanners, strict=True)
         ]
 
@@ -310,8 +310,8 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
     def end(self) -> None:
         """Called by `generate` after the last token."""
 
-    def generation(self) -> Generation:
-        return Generation(tuple(self._ids), tuple(self._steps), sum(self._stats, DecodeStats()), self._finish_reason)
+    def output(self) -> Output:
+        return Output(tuple(self._ids), "", tuple(self._steps), sum(self._stats, DecodeStats()), self._finish_reason)
 
     def _before(self, _: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self._model.config.num_hidden_layers == self._num_layers:

@@ -12,7 +12,7 @@ from ...checkpoint.gguf import GgufFile
 from ...checkpoint.loaded import Decoder
 from ...decoding import DecodeStats, Stopping, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
-from ..outputs import Generation
+from ..outputs import Output
 from ..results import Step
 
 NAME = "llama.cpp"
@@ -34,7 +34,7 @@ class LlamaCpp:
     def limited(self, max_new_tokens: int) -> "LlamaCpp":
         return replace(self, max_new_tokens=max_new_tokens)
 
-    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Generation:
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Output:
         """Raises LayerSkipError when the prompt does not fit, or llama.cpp fails.
 
         The first step is the prefill, by llama.cpp's own timing; all other tokens are a second one.
@@ -60,9 +60,9 @@ class LlamaCpp:
         steps = (Step(1, prefill), Step(len(ids) - 1, seconds - prefill)) if len(ids) > 1 else (Step(len(ids), seconds),)
         stats = DecodeStats(sequences=1, prompt_tokens=len(prompt_ids), prefill_seconds=prefill, total_seconds=seconds)
         stats += replace(step_counts(0, 0, len(ids)), verify_seconds=seconds - prefill)
-        return Generation(ids, steps, stats, reason)
+        return Output(ids, "", steps, stats, reason)
 
-    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Generation]:
+    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Output]:
         return [self.run(loaded, prompt) for prompt in prompts]
 
 

@@ -15,7 +15,7 @@ from ...data.examples import Example
 from ...data.records import Item, spread
 from ...decoding import Decoding, check_prompt, decode, decode_batch
 from ...errors import LayerSkipError
-from ..outputs import Generation, Output, Outputs, answer_text, require_outputs
+from ..outputs import Output, Outputs, answer_text, require_outputs
 from ..results import Step
 from .journal import Journal
 
@@ -54,17 +54,17 @@ class Baseline(Protocol):
     def limited(self, max_new_tokens: int) -> "Baseline":
         """The same method with another limit."""
 
-    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Generation:
+    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Output:
         """Raises LayerSkipError when the prompt cannot be answered."""
 
-    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Generation]:
+    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Output]:
         """Answers several prompts, without times; one by one if the method has no batches."""
 
 
 Method = DecodingConfig | Baseline
 
 
-def decode_timed(decoding: Decoding) -> Generation:
+def decode_timed(decoding: Decoding) -> Output:
     """Decodes to the end. A step's time ends when its tokens have arrived here."""
     ids: list[int] = []
     steps: list[Step] = []
@@ -74,7 +74,7 @@ def decode_timed(decoding: Decoding) -> Generation:
         steps.append(Step(len(tokens), seconds, decoding.drafter))
         ids += [token.id for token in tokens]
         started = time.perf_counter()
-    return Generation(tuple(ids), tuple(steps), decoding.stats, decoding.finish_reason)
+    return Output(tuple(ids), "", tuple(steps), decoding.stats, decoding.finish_reason)
 
 
 def measure_prompt(loaded: Decoder, prompt: str, method: Method) -> Output:
@@ -87,15 +87,13 @@ def measure_prompt(loaded: Decoder, prompt: str, method: Method) -> Output:
     try:
         prompt_ids = loaded.encode_prompt(prompt)
         if isinstance(method, DecodingConfig):
-            generation = decode_timed(decode(loaded.backend, prompt_ids, method, loaded.ends(method.stop), loaded.detokenize))
+            output = decode_timed(decode(loaded.backend, prompt_ids, method, loaded.ends(method.stop), loaded.detokenize))
         else:
-            generation = method.run(loaded, prompt_ids)
+            output = method.run(loaded, prompt_ids)
     except (LayerSkipError, torch.OutOfMemoryError) as error:
         return Output(error=str(error))
-    text = answer_text(loaded, prompt_ids, generation.ids)
-    return Output(
-        generation.ids, text, generation.steps, generation.stats, generation.finish_reason, _peak_mb(device) if known else None
-    )
+    peak = _peak_mb(device) if known else None
+    return replace(output, text=answer_text(loaded, prompt_ids, output.ids), peak_memory_mb=peak)
 
 
 def measure_interleaved(
@@ -182,21 +180,20 @@ def _answers(loaded: Decoder, prompts: Sequence[str], method: Method) -> list[Ou
         prompt_ids = [loaded.encode_prompt(prompt) for prompt in prompts]
         for ids in prompt_ids:
             check_prompt(ids, loaded.backend.max_positions)
-        generations = _run_batch(loaded, prompt_ids, method)
+        if isinstance(method, DecodingConfig):
+            ends = loaded.ends(method.stop)
+            finished = sorted(
+                decode_batch(loaded.backend, prompt_ids, method, ends, loaded.detokenize), key=lambda answer: answer.row
+            )
+            outputs = [Output(tuple(answer.ids), "", (), answer.stats, answer.finish_reason) for answer in finished]
+        else:
+            outputs = method.run_batch(loaded, prompt_ids)
     except (LayerSkipError, torch.OutOfMemoryError):
         return [measure_prompt(loaded, prompt, method) for prompt in prompts]
     return [
-        Output(answer.ids, answer_text(loaded, ids, answer.ids), (), answer.stats, answer.finish_reason)
-        for ids, answer in zip(prompt_ids, generations, strict=True)
+        replace(output, text=answer_text(loaded, ids, output.ids), steps=())
+        for ids, output in zip(prompt_ids, outputs, strict=True)
     ]
-
-
-def _run_batch(loaded: Decoder, prompt_ids: list[list[int]], method: Method) -> list[Generation]:
-    if not isinstance(method, DecodingConfig):
-        return method.run_batch(loaded, prompt_ids)
-    finished = decode_batch(loaded.backend, prompt_ids, method, loaded.ends(method.stop), loaded.detokenize)
-    in_order = sorted(finished, key=lambda output: output.row)
-    return [Generation(tuple(output.ids), (), output.stats, output.finish_reason) for output in in_order]
 
 
 def exit_and_drafts(method: Method) -> tuple[int | None, int | None]:
