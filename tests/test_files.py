@@ -24,7 +24,6 @@ from layerskip_core.files import (
     append_lines,
     build,
     discard_folder,
-    drop_incomplete_line,
     hold,
     new_staging,
     parse_json,
@@ -82,8 +81,6 @@ def test_a_journal_loses_only_a_line_that_was_cut(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole + b'{"cut')
     assert b"".join(whole_lines(file, LayerSkipError)) == whole
-    drop_incomplete_line(file, LayerSkipError)
-    assert file.read_bytes() == whole
 
 
 def test_lines_of_a_text_are_decoded_and_unpacked(tmp_path):

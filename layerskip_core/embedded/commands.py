@@ -3,7 +3,8 @@
     utterance   remind me to call mom at 5
     parse       [IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to [SL:TODO call mom ] [SL:DATE_TIME at 5 ] ]
 
-The grammar is in the `*.txt` files of this folder; `GRAMMAR.md` explains their format. Rows are a function of (split, seed).
+The grammar is in the folder `grammar`, whose GRAMMAR.md explains its format. Rows are a function of (split, seed).
+`python -m layerskip_core.embedded.commands` checks the grammar, and prints its counts and sample rows.
 
 Two hashes separate the splits. The text of every expansion of an `open` rule (a slot value: a name, a place, a time) assigns it
 to one split, and so does every skeleton (the parse without its open values). A test row takes both from the test side, so
@@ -14,6 +15,8 @@ neither its values nor its phrasing occur in training. `compositional` takes val
 import hashlib
 import random
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -233,7 +236,8 @@ def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
 @cache
 def load_grammar() -> Grammar:
     """The grammar that ships with the package."""
-    files = sorted((f for f in resources.files(__name__).iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
+    folder = resources.files("layerskip_core.embedded") / "grammar"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
     return Grammar({f.name.removesuffix(".txt"): f.read_text(encoding="utf-8") for f in files})
 
 
@@ -276,3 +280,23 @@ def _side(text: str) -> str:
 def _below(rng: random.Random, count: int) -> int:
     """A random number in 0..count-1, the same on every Python version."""
     return int(rng.random() * count)
+
+
+def main() -> int:
+    """Prints the faults of the grammar, or sample rows of each split."""
+    grammar = load_grammar()
+    if problems := grammar.check():
+        print("\n".join(problems), file=sys.stderr)
+        return 1
+    labels: Counter[str] = Counter()
+    for split in SPLITS:
+        sample = list(rows(split, 200, seed=1))
+        print(f"\n{split}:", *(f"  {row.domain:10} {row.parse}" for row in sample[:12]), sep="\n")
+        labels.update(label for row in sample for label in re.findall(r"(?:IN|SL):[A-Z_]+", row.parse))
+    phrasings = {domain: len(alternatives) for domain, alternatives in grammar.roots.items()}
+    print(f"\nphrasings {sum(phrasings.values())} {phrasings}; labels seen {len(labels)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
