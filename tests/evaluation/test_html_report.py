@@ -10,9 +10,8 @@ from html.parser import HTMLParser
 import pytest
 from test_report import BENCH, SWEEP
 
-from layerskip_core.evaluation.report.drawing import to_png, to_svg
 from layerskip_core.evaluation.report.pages import report_page
-from layerskip_core.evaluation.report.plots import figures
+from layerskip_core.evaluation.report.plots import figures, to_png, to_svg
 from layerskip_core.evaluation.results import Failure, RunRecord, Step, frontier
 
 FULL = replace(

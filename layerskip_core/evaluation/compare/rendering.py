@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..report.drawing import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
+from ..report.plots import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
 from ..report.tables import TextTable
 from .comparison import HELD_OUT, Cell, Comparison, Interval, Line, is_logarithmic, is_percentage
 

@@ -104,8 +104,7 @@ def with_answers(record: RunRecord, saved: str) -> RunRecord:
 
 def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes]:
     """All report files, by name."""
-    from .drawing import to_png, to_svg  # matplotlib takes a while to import
-    from .plots import figures
+    from .plots import figures, to_png, to_svg  # matplotlib takes a while to import
 
     drawn = figures(record)
     notes = table.note.replace(PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed.").splitlines()
