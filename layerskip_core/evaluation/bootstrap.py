@@ -9,6 +9,7 @@ answers to one prompt are not independent.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean, pvariance
 
 import torch
@@ -28,9 +29,9 @@ class Resamples:
     """As many prompts as were measured, drawn from them with replacement, many times. Equal numbers give equal draws."""
 
     def __init__(self, rows: int, answers_per_prompt: int = 1) -> None:
-        """`answers_per_prompt`: how many rows in a row belong to one prompt."""
+        """`answers_per_prompt`: how many consecutive rows answer the same prompt."""
         fewest, most = _RESAMPLES
-        self._prompts, self._answers = rows // answers_per_prompt, answers_per_prompt
+        self._prompts = rows // answers_per_prompt
         shape = (min(most, max(fewest, _DRAWS // max(self._prompts, 1))), self._prompts)
         drawn = torch.randint(max(self._prompts, 1), shape, generator=torch.Generator().manual_seed(0))
         # How often each prompt was drawn: (resamples, prompts).
@@ -52,18 +53,23 @@ class Resamples:
         return self.sums(times.seconds) / self.sums(times.tokens)
 
     def bounds(self, values: Tensor) -> Bounds | None:
-        """The middle 95% of a figure's values, (resamples,). None if none is finite, or if they do not differ, which would
-        look certain."""
+        """The middle 95% of values (resamples,). None if none is finite or all are equal, which would look certain."""
         known = values[values.isfinite()].double()
         low, high = known.quantile(_ENDS).tolist() if len(known) else (0.0, 0.0)
         return Bounds(low, high) if low < high else None
 
 
+@lru_cache(maxsize=2)
+def _resamples(rows: int, answers_per_prompt: int = 1) -> Resamples:
+    """Drawn once for all settings of a run."""
+    return Resamples(rows, answers_per_prompt)
+
+
 def ratio_bounds(slower: Sequence[Times], faster: Sequence[Times], answers_per_prompt: int = 1) -> Bounds | None:
-    """Of the ratio of seconds per token, in the median over repeats. None also without repeats."""
+    """The interval of a ratio of seconds per token, the median over the repeats. None without repeats."""
     if not slower or not faster:
         return None
-    resamples = Resamples(len(slower[0].seconds), answers_per_prompt)
+    resamples = _resamples(len(slower[0].seconds), answers_per_prompt)
     ratios = [
         resamples.seconds_per_token(base) / resamples.seconds_per_token(new) for base, new in zip(slower, faster, strict=True)
     ]
@@ -71,8 +77,8 @@ def ratio_bounds(slower: Sequence[Times], faster: Sequence[Times], answers_per_p
 
 
 def answer_bounds(answers: Outputs, expected: Outputs, drafts: bool, answers_per_prompt: int = 1) -> dict[str, Bounds | None]:
-    """Of the figures that follow from the tokens: the share of identical outputs, and how many drafts were accepted."""
-    each, resamples = answers.each, Resamples(len(answers.each), answers_per_prompt)
+    """Intervals of what follows from the tokens: the share of identical outputs, and how many drafts were accepted."""
+    each, resamples = answers.each, _resamples(len(answers.each), answers_per_prompt)
     answered = [output.error is None for output in expected.each]
     same = [known and output.ids == other.ids for known, output, other in zip(answered, each, expected.each, strict=True)]
     ratios = {"identical_outputs": resamples.sums(same) / resamples.sums(answered)}
@@ -84,15 +90,15 @@ def answer_bounds(answers: Outputs, expected: Outputs, drafts: bool, answers_per
 
 
 def metric_bounds(scores: Mapping[str, Scores]) -> dict[str, Bounds | None]:
-    """Of every metric, by its name."""
-    return {name: (draws := Resamples(len(each.values))).bounds(draws.means(each)) for name, each in scores.items()}
+    """The interval of every metric, by its name."""
+    return {name: (draws := _resamples(len(each.values))).bounds(draws.means(each)) for name, each in scores.items()}
 
 
 def change_bounds(scores: Mapping[str, Scores], full_depth: Mapping[str, Scores]) -> dict[str, Bounds]:
-    """Of every metric less its value at full depth on the same prompts; without those that no prompt changes."""
+    """Intervals of each metric minus its value at full depth, on the same prompts; none where no prompt's value differs."""
     found = {}
     for name, each in scores.items():
-        draws = Resamples(len(each.values))
+        draws = _resamples(len(each.values))
         if name in full_depth and (ends := draws.bounds(draws.means(each) - draws.means(full_depth[name]))):
             found[name] = ends
     return found
@@ -127,7 +133,7 @@ def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margi
         values = [full + count * allowed - nats for (nats, full), count in zip(pairs, tokens, strict=True)]
     else:
         values, added = [value - share * full for value, full in pairs], [1.0, -share]
-    draws = Resamples(len(values) + len(added))
+    draws = _resamples(len(values) + len(added))
     ends = draws.bounds(draws.sums([*values, *added]) / (len(values) + len(added)))
     mean = fmean(values)
     low = -math.inf if ends is None else ends.low

@@ -30,12 +30,12 @@ class Scores:
 
 
 def lower_is_better(name: str) -> bool:
-    """Of a metric, or of `TASK METRIC` of lm-evaluation-harness."""
+    """Whether a lower value is better. The metrics of lm-evaluation-harness are named `TASK METRIC`."""
     return name in LOWER_IS_BETTER or any(f" {metric}" in name for metric in _HARNESS_LOWER)
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric is in 0..1, and shown in percent. Those of lm-eval, `TASK METRIC`, have a scale of their own."""
+    """Whether a metric is in 0..1 and shown in percent. Metrics of lm-eval, `TASK METRIC`, have scales of their own."""
     return not lower_is_better(name) and " " not in name
 
 

@@ -46,18 +46,18 @@ class Times:
 
     @property
     def seconds_per_token(self) -> float:
-        """Of all prompts together. NaN without tokens."""
+        """Over all prompts. NaN without tokens."""
         tokens = sum(self.tokens)
         return sum(self.seconds) / tokens if tokens else math.nan
 
     def by_prompt(self, answers: int) -> "Times":
-        """The sums over so many rows each, which answer the same prompt."""
+        """Sum over each prompt's rows, which are so many in a row."""
         starts = range(0, len(self.seconds), answers)
         seconds = (sum(self.seconds[start : start + answers]) for start in starts)
         return Times(tuple(seconds), tuple(sum(self.tokens[start : start + answers]) for start in starts))
 
     def __add__(self, other: "Times") -> "Times":
-        """Of two measurements of the same prompts."""
+        """Add two measurements of the same prompts."""
         seconds = zip(self.seconds, other.seconds, strict=True)
         tokens = zip(self.tokens, other.tokens, strict=True)
         return Times(tuple(map(sum, seconds)), tuple(map(sum, tokens)))
@@ -70,7 +70,7 @@ class Outputs:
     each: tuple[Output, ...]
 
     def of(self, samples: Sequence[int]) -> "Outputs":
-        """Those of some of the examples."""
+        """The outputs for some of the examples."""
         return Outputs(tuple(self.each[sample] for sample in samples))
 
     @cached_property
@@ -96,12 +96,12 @@ class Outputs:
 
     @property
     def times(self) -> Times:
-        """Of the whole generation, prefill included."""
+        """Times of whole generations, prefill included."""
         return _times([output.steps for output in self.each])
 
     @property
     def decode_times(self) -> Times:
-        """Without the prefill and its token."""
+        """Times after the prefill and its token."""
         return _times([output.steps[1:] for output in self.each])
 
     @property

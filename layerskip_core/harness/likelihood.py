@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations through several exits, all from one pass of the model.
 
-What a batch begins with runs once, then each context once, then the continuations on the keys and values of their contexts.
+A batch's common prefix runs once, then each context once, then the continuations on the KV entries of their contexts.
 """
 
 from collections import Counter
@@ -23,18 +23,18 @@ _WORTHWHILE = 16  # tokens of a common start that are worth a pass of their own
 _CHOICES = 8  # continuations that share the pass of a long context, however small a batch is
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""The token ids of a context, at least one, and of its continuation."""
+"""The token ids of a context (at least one) and of its continuation."""
 
 
 class _Group(NamedTuple):
-    """A context, and the places of pairs that have it, the longest continuation first."""
+    """A context, and the indices of the pairs that have it, the longest continuation first."""
 
     context: tuple[int, ...]
     places: list[int]
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation after its context: the log-probability in nats, and whether every token is the most probable one."""
+    """A continuation's log-probability in nats, and whether each of its tokens is the most probable one."""
 
     total: float
     greedy: bool
@@ -149,7 +149,7 @@ def _scored(
 
 
 def _common_start(contexts: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens all contexts begin with, besides one that each keeps; 0 if they are not worth a pass of their own."""
+    """Length of the common prefix, which leaves each context a token; 0 if it is not worth a pass of its own."""
     first, last = min(contexts), max(contexts)  # in order: what these share is shared by all between them
     most = min(map(len, contexts)) - 1
     shared = next((place for place in range(most) if first[place] != last[place]), most)
@@ -161,8 +161,7 @@ def _states(
 ) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
     """(exit, states (B, T, D) for its head, head) of B texts that begin at the positions `starts`, each padded at its end.
 
-    Keys and values of the padding stand after those of the text: nothing of the text sees them, and what comes next
-    overwrites them.
+    The KV entries of the padding come after the text's: no token of the text sees them, and the next tokens overwrite them.
     """
     width = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=model.device)

@@ -38,7 +38,7 @@ class PassTimes:
 
     @property
     def rest(self) -> float:
-        """Of a round: all but its drafts."""
+        """Seconds of a round without its drafts."""
         return self.verify + self.other
 
 

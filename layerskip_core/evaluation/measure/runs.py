@@ -140,7 +140,7 @@ def default_timed(config: BenchConfig | SweepConfig) -> int | None:
 
 
 def timed_examples(examples: Sequence[Item], timed: int | None) -> Sequence[Item]:
-    """The examples to time, or their places, evenly spaced; `timed` as returned by `default_timed`."""
+    """The examples to time, or their indices, evenly spaced; `timed` is `default_timed`'s."""
     return examples if timed is None else spread(examples, timed) if timed else ()
 
 
@@ -211,7 +211,7 @@ def drafts_tokens(method: Method) -> bool:
 
 
 def _seeded(method: Method, sample: int) -> Method:
-    """The method with the sample's own seed, so that several sampled answers to one prompt differ."""
+    """The method with a seed of its own for each sample, so that sampled answers to one prompt differ."""
     if not isinstance(method, DecodingConfig) or not method.temperature:
         return method
     return replace(method, seed=(method.seed + sample) % 2**32)  # the largest seed is 2**32 - 1
