@@ -150,8 +150,6 @@ class SpanWriter:
         self._positions = positions
         rows: list[list[int]] = positions.tolist()
         self.start, self.stop = rows[0][0], max(map(max, rows)) + 1
-        if min(map(min, rows)) < 0:
-            raise ValueError(f"positions must be at least 0, got {min(map(min, rows))}")
         if self.stop > cache.max_positions:
             raise ConfigError(
                 f"the context limit of {cache.max_positions} tokens is reached: position {self.stop - 1} was requested"

@@ -37,7 +37,7 @@ def run_spans(layers: Layers, hidden: Tensor, spans: Spans, positions: Tensor, c
 
 
 class SpanKernel(Protocol):
-    """Runs a span of layers on arguments that have been checked."""
+    """Runs a span of layers in one part."""
 
     @property
     def num_layers(self) -> int: ...
@@ -57,7 +57,7 @@ class SpanKernel(Protocol):
 
 def run_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None) -> Tensor:
     """`Layers.run_layers` by a kernel. The activations of a part take about 256 MB at most, or those of 256 tokens or of one
-    token of each row, if that is more. Raises ValueError for arguments that do not fit each other.
+    token of each row, if that is more.
     """
     if not torch.is_inference_mode_enabled():
         with torch.inference_mode():
@@ -72,7 +72,7 @@ def run_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, posi
 
 
 def write_kv_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-    """`Backend.write_kv` by a kernel, with the bounds and errors of `run_in_parts`."""
+    """`Backend.write_kv` by a kernel, with the bounds of `run_in_parts`."""
     with torch.inference_mode():
         for part, places in _parts(kernel, hidden, start, stop, positions, cache):
             kernel.write_kv(part, start, stop, places, cache)
@@ -81,14 +81,11 @@ def write_kv_in_parts(kernel: SpanKernel, hidden: Tensor, start: int, stop: int,
 def _parts(
     kernel: SpanKernel, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """The checked hidden states and positions of a call, as those of calls that are small enough; none if there is no work."""
+    """The hidden states and positions of a call, as those of calls that are small enough; none if there is no work."""
     batch, count, _ = hidden.shape
-    if not 0 <= start <= stop <= kernel.num_layers:
-        raise ValueError(f"layers must be in 0..{kernel.num_layers}, got {start}..{stop}")
+    assert 0 <= start <= stop <= kernel.num_layers and cache.rows == batch and positions.shape == (batch, count)
     if start == stop or batch * count == 0:
         return ()
-    if cache.rows != batch or positions.shape != hidden.shape[:2]:
-        raise ValueError(f"{batch} x {count} tokens do not fit {list(positions.shape)} positions, {cache.rows} rows")
     if count == 1 or count <= (most := kernel.tokens_at_once(batch, count)):
         return ((hidden, positions),)
     return zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)

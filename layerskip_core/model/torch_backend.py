@@ -174,8 +174,7 @@ class TorchLayers:
 
     def _span(self, start: int, stop: int) -> list[TorchLayer]:
         layers = [layer for layer in self.layers[start:stop] if layer is not None]
-        if len(layers) < stop - start:
-            raise ValueError(f"layers {start}..{stop} are not all here")
+        assert len(layers) == stop - start
         return layers
 
     def _step(self, writer: SpanWriter, positions: Tensor, capacity: int) -> Step:

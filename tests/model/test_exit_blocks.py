@@ -191,7 +191,7 @@ def test_copies_have_the_blocks_of_the_exits_that_they_reach():
     assert list(backend.draft_sides[None].exit_blocks) == [2, 4]
     hidden = side.embed(IDS)
     for start in (3, 7):
-        with pytest.raises(ValueError, match="not all here"):
+        with pytest.raises(AssertionError):
             side.run_layers(hidden, start, start + 1, places(IDS))
     side.run_layers(hidden, 6, 7, places(IDS))
 

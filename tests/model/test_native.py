@@ -34,7 +34,6 @@ from layerskip_core.model import native_backend as native
 from layerskip_core.model import spans as parts
 from layerskip_core.model.drafting import most_probable
 from layerskip_core.model.native import compiled
-from layerskip_core.model.native.layers import BufferPool, Buffers
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
 BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]
@@ -340,27 +339,12 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
 
 @needs_kernels
 def test_where_no_choice_is_one_call():
-    """Too many rows, and logits that a scale or a cap may round to equal ones. A token that does not exist is refused."""
+    """Too many rows, and logits that a scale or a cap may round to equal ones."""
     assert model_of("fp32", "granite", **KINDS["granite"]).chooser is None
     assert model_of("fp32", "gemma2", **KINDS["gemma2"]).chooser is None
     model = model_of("fp32")
     many, places = ids_of(5, 13), torch.arange(13).expand(5, -1)
     assert model.chooser(many, None, 0, 6, places, model.new_cache(5)) is None
-    for token in (-1, 67):
-        with pytest.raises(ValueError, match="a token that the model does not have"):
-            model.chooser(torch.tensor([[token]]), None, 0, 6, torch.zeros(1, 1, dtype=torch.long), model.new_cache())
-
-
-@needs_kernels
-@pytest.mark.parametrize("greedy", [True, False])
-def test_greedy_verification_is_one_call(variant, greedy, monkeypatch):
-    model, calls = model_of("fp32"), []
-    honest = model.chooser
-    monkeypatch.setattr(model, "chooser", lambda *arguments: calls.append(1) or honest(*arguments))
-    config = DecodingConfig("self-speculative", 3, 4, max_new_tokens=20, temperature=0.0 if greedy else 1.0)
-    decoding = decode(model, ids_of(1, 9)[0].tolist(), config)
-    steps = len(list(decoding))
-    assert len(calls) == (steps - 1 if greedy else 0)
 
 
 @needs_kernels
@@ -400,13 +384,6 @@ def test_which_precisions_devices_and_widths_the_kernels_support(variant):
     assert not can_run_native(ModelSpec.of(narrow), torch.float32, cpu, PackingConfig(draft_weights=("int8",)))
 
 
-def test_without_kernels_nothing_runs_native(monkeypatch):
-    monkeypatch.setattr(native, "kernels", lambda: None)
-    assert not can_run_native(ModelSpec.of(tiny_model("llama", torch.float32).config), torch.float32, torch.device("cpu"), None)
-    monkeypatch.setenv(compiled.SWITCH, "torch")
-    assert compiled.kernels() is None
-
-
 OTHER_VERSION = r"another version: install layerskip again .* LAYERSKIP_KERNELS=torch"
 
 
@@ -414,17 +391,6 @@ OTHER_VERSION = r"another version: install layerskip again .* LAYERSKIP_KERNELS=
 def test_kernels_of_another_version_are_refused(monkeypatch):
     """As after a pull in a checkout."""
     monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
-    with pytest.raises(LayerSkipError, match=OTHER_VERSION):
-        compiled._load.__wrapped__(BUILT[0])
-
-
-@needs_kernels
-@pytest.mark.parametrize("structure", compiled.STRUCTURES, ids=lambda structure: structure.__name__)
-def test_kernels_whose_structures_have_other_sizes_are_refused(monkeypatch, structure):
-    """They would read or write beyond the end of one."""
-    longer = type("Longer", (structure,), {"_fields_": [("more", ctypes.c_int64)]})
-    changed = tuple(longer if each is structure else each for each in compiled.STRUCTURES)
-    monkeypatch.setattr(compiled, "STRUCTURES", changed)
     with pytest.raises(LayerSkipError, match=OTHER_VERSION):
         compiled._load.__wrapped__(BUILT[0])
 
@@ -476,75 +442,6 @@ def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
             results.append(model.unembed(model.run_layers(model.embed(ids), 0, 6, positions, model.new_cache(40))))
             assert max(sizes) == {2000: 640, 130: 120, 30: 40}[rows]  # 16, 3 and 1 tokens of each
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-@needs_kernels
-@pytest.mark.parametrize("norms_blocks", [False, True])
-@pytest.mark.parametrize("number", [1, 2])
-def test_the_activations_of_a_part_fill_what_is_allowed(threads, number, norms_blocks):
-    """The buffers and hidden states of 40 prompts' part, of a model as wide as Llama 2 7B: nearly 256 MB."""
-    threads(number)
-    wide = compiled.CShape(hidden=4096, heads=32, kv_heads=32, head_dim=128, inner=11008, bf16_cache=1, gated=1)
-    pool = BufferPool(wide, norms_blocks)
-    alone, few, many = (parts.tokens_at_once(batch, 256, pool.row_bytes) for batch in (1, 40, 10_000))
-    assert alone == 256 and 2 < few < 256 and many == 1
-    held = Buffers(40 * few, number, wide, norms_blocks).nbytes + 2 * 40 * few * 4096 * 4
-    assert parts.MOST_BYTES * (few - 1) / few < held < parts.MOST_BYTES * (few + 1) / few
-
-
-@needs_kernels
-def test_calls_that_do_not_fit_the_model_or_its_cache_are_refused(variant):
-    """In Python: the kernels would read or write where nothing of theirs is."""
-    model, ids = model_of("fp32"), ids_of(1, 3)
-    hidden, places = model.embed(ids), torch.arange(3)[None]
-    run, draft = model.run_layers, model.draft_sides[None].draft_greedily
-    with torch.inference_mode():
-        for start, stop in ((0, 7), (-1, 3), (4, 2)):
-            with pytest.raises(ValueError, match=rf"layers must be in 0\.\.6, got {start}\.\.{stop}"):
-                run(hidden, start, stop, places, model.new_cache())
-        for positions in (places - 1, torch.tensor([[0, 1, -5]])):
-            with pytest.raises(ValueError, match="positions must be at least 0, got -"):
-                run(hidden, 0, 6, positions, model.new_cache())
-        with pytest.raises(ConfigError, match="context limit of 128 tokens is reached: position 200"):
-            run(hidden, 0, 6, torch.tensor([[0, 1, 200]]), model.new_cache())
-        for positions, cache in ((places[:, :2], model.new_cache()), (places, model.new_cache(2))):
-            with pytest.raises(ValueError, match="1 x 3 tokens do not fit"):
-                run(hidden, 0, 6, positions, cache)
-        with pytest.raises(ValueError, match="the cache is that of another model"):
-            run(hidden, 0, 6, places, filled(model_of("bf16"), ids))
-        with pytest.raises(ValueError, match="the cache is that of another model"):
-            run(hidden, 0, 6, places, filled(model_of("fp32", num_hidden_layers=2), ids))
-        for token, layers in ((-1, 3), (67, 3), (5, 7)):
-            with pytest.raises(ValueError, match=f"no draft of token {token} by {layers} layers"):
-                draft(torch.tensor([[token]]), Submodel(layers), places, model.new_cache(), DraftEnds())
-        with pytest.raises(ValueError, match="no draft of token 5 by 5 layers"):
-            draft(torch.tensor([[5]]), Submodel(3, ((5, 7),)), places, model.new_cache(), DraftEnds())
-        for taps in ((4,), (-1,), (2, 1)):
-            with pytest.raises(ValueError, match="no draft of token 5 by 3 layers"):
-                draft(torch.tensor([[5]]), Submodel(3, taps=taps), places, model.new_cache(), DraftEnds())
-        with pytest.raises(ConfigError, match="context limit of 128 tokens"):
-            draft(ids[:, :1], Submodel(3), torch.arange(120, 128)[None], model.new_cache(), DraftEnds())
-        assert run(hidden[:, :0], 0, 6, places[:, :0], model.new_cache()).shape == (1, 0, 64)
-        assert model.unembed(hidden[:, :0]).shape == (1, 0, 67)
-
-
-def filled(model, ids):
-    cache = model.new_cache()
-    model.run_layers(model.embed(ids), 0, model.num_layers, torch.arange(ids.shape[1])[None], cache)
-    return cache
-
-
-@needs_kernels
-def test_buffers_have_the_same_size_for_any_context_and_text(variant):
-    """A context of 2**27 tokens costs nothing; places of the cache are added in blocks of 64."""
-    model, ids = model_of("fp32", max_position_embeddings=1 << 27), ids_of(1, 100)
-    cache = model.new_cache()
-    with torch.inference_mode():
-        for place in range(100):
-            states = model.run_layers(model.embed(ids[:, place : place + 1]), 0, 6, torch.tensor([[place]]), cache)
-        assert model._layers.pool.of(1).nbytes < 1 << 15
-        together = model.run_layers(model.embed(ids), 0, 6, torch.arange(100)[None], model.new_cache())
-    assert torch.equal(states[0, 0], together[0, -1])
 
 
 FALLBACK = (
@@ -636,16 +533,6 @@ def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkey
             each.unembed(each.run_layers(each.embed(ids), 0, 6, torch.arange(12)[None])) for each in (model, threaded)
         )
     assert torch.equal(actual, expected)
-
-
-@needs_kernels
-def test_the_openmp_runtime_is_found_where_only_torchs_library_sees_it(monkeypatch):
-    """As in torch's packages for ARM. The kernels' own library stands for a process that does not see it."""
-    everywhere = [function.value for function in compiled._openmp()]
-    blind, load = str(Path(compiled.__file__).with_name(f"_{BUILT[0]}.so")), ctypes.CDLL
-    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda path: load(path or blind))
-    assert len(everywhere) == 3
-    assert [function.value for function in compiled._openmp()] == everywhere
 
 
 def test_commands_say_once_that_kernels_are_missing(absent, checkpoint):

@@ -70,13 +70,3 @@ def test_a_long_text_in_parts():
     """300 tokens are more than the part that a call of the packed layers has."""
     model = PackedBackend.of(tiny_model(max_position_embeddings=400))
     assert_propagates(model, positions_of(9, 309))
-
-
-@pytest.mark.parametrize("backend", [PackedBackend.of, *([NativeBackend.of] if BUILT else [])])
-def test_what_does_not_fit_is_refused(backend):
-    model = backend(tiny_model(dtype=torch.float32))
-    hidden = model.embed(ids_of(1, 2))
-    with pytest.raises(ValueError, match=r"layers must be in 0\.\.6, got 2\.\.7"):
-        model.write_kv(hidden, 2, 7, positions_of(0, 2), model.new_cache())
-    with pytest.raises(ValueError, match=r"1 x 2 tokens do not fit \[1, 3\] positions"):
-        model.write_kv(hidden, 2, 6, positions_of(0, 3), model.new_cache())

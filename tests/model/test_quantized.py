@@ -19,6 +19,7 @@ from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import GenericBackend, PackedBackend
 from layerskip_core.model.draft_vocabulary import token_order
 from layerskip_core.model.low_bit import Int4Linear, Int8Linear, quantized
+from layerskip_core.model.torch_linear import ExactRows
 
 WIDE = {"intermediate_size": 64, "hidden_size": 64}
 
@@ -87,19 +88,6 @@ def test_unsupported_widths_devices_and_settings_are_errors():
         PackingConfig(quantize="int3")
     with pytest.raises(ConfigError, match="`draft_vocab` must be at least 0, got -1"):
         PackingConfig(draft_vocab=-1)
-
-
-def test_a_kernel_that_torch_lacks_is_a_config_error(monkeypatch):
-    from layerskip_core.model import low_bit as module
-
-    def missing(*_):
-        raise RuntimeError("no such operator")
-
-    module._works.cache_clear()
-    monkeypatch.setattr(module, "Int4Linear", missing)
-    with pytest.raises(ConfigError, match=r"int4 weights need a kernel that torch .* does not have for this CPU"):
-        quantized(torch.zeros(32, 32), None, "int4")
-    module._works.cache_clear()
 
 
 # --- whole models ------------------------------------------------------------------------------------------------------
@@ -248,23 +236,6 @@ def test_exact_logits_do_not_depend_on_the_strategy(quantize, draft_vocab, dtype
     assert torch.equal(one_by_one, logits(range(length, ids.shape[1], num_draft_tokens + 1)))
 
 
-@pytest.mark.parametrize(("limit", "parts"), [(1, [1, 1, 1, 1, 1]), (3, [3, 2]), (8, [5])])
-def test_rows_run_together_only_while_they_do_not_depend_on_each_other(limit, parts):
-    """A head whose output depends on the number of rows above `limit` is detected, and given `limit` rows at a time."""
-    model = PackedBackend.of(tiny_model(dtype=torch.float32, **WIDE), PackingConfig(exact=True))
-    head, seen = model._head.linear, []
-
-    def counting(rows):
-        seen.append(len(rows))
-        return torch.cat([head(row[None]) for row in rows]) * max(1, len(rows) - limit + 1)
-
-    model._head.linear = counting
-    hidden = torch.randn(1, 5, 64)
-    with torch.inference_mode():
-        model.unembed(hidden)
-    assert seen[-len(parts) :] == parts and seen[: -len(parts)] != []
-
-
 def test_exact_drafts_with_a_head_of_their_own_reuse_exact_states():
     """Drafts are chosen by another head, but from the target's layers: their states must have the target's bits."""
     model, prompt = packed(torch.bfloat16, draft_vocab=20, exact=True), torch.tensor([prompt_of(9)])
@@ -337,3 +308,9 @@ def test_weight_flags_on_the_command_line(tmp_path, checkpoint):
     fails("--draft-weights must be one of int8, int4, got fp8", "generate", "x", *fixed, "--draft-weights", "fp8")
     bench = run("bench", *fixed, "--task", "commands", "--samples", "2", "--repeats", "1", "--quantize", "int8", "--exact")
     assert bench.code == 0, bench.err
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (3, 3), (99, 8)])
+def test_rows_run_together_only_while_they_do_not_depend_on_each_other(limit, expected):
+    """At most 8 rows, see `ExactRows`."""
+    assert ExactRows().at_once(lambda rows: rows <= limit) == expected

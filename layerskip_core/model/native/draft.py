@@ -38,7 +38,7 @@ class OneCallDraft:
     ) -> GreedyDraft:
         """See `DraftSide`. The states are those of K+1 tokens, or of K without `runs_last`."""
         layers, first = self.layers, int(token)
-        vocab_size, hidden_size = layers.embedding.shape
+        hidden_size = layers.embedding.shape[1]
         exit_layer, beyond, stops = submodel.exit_layer, submodel.beyond, submodel.stops
         head, join, joined = self.head, None, torch.empty(2, 0)
         if (block := submodel.block) is not None:
@@ -48,9 +48,7 @@ class OneCallDraft:
                 assert isinstance(join, NativeProduct) and feature is not None
                 joined = torch.cat((feature, feature), dim=1).to(torch.float32)
         order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
-        ascending = sorted((0, *stops)) == [0, *stops]
-        if not (0 <= first < vocab_size and ascending and layers.has(order) and cache.rows == 1):
-            raise ValueError(f"no draft of token {first} by {len(order)} layers in a cache of {cache.rows} rows")
+        assert layers.has(order) and cache.rows == 1
         most, start = positions.shape[1], int(positions[0, 0])
         places = torch.arange(start, start + most + 1)
         buffers = layers.pool.of(1)
@@ -113,8 +111,6 @@ class OneCallChoice:
             return None
         if hidden is None:
             tokens = tokens.contiguous()
-            if not all(0 <= token < len(layers.embedding) for row in tokens.tolist() for token in row):
-                raise ValueError("a token that the model does not have")
             rows = torch.empty(batch, count, layers.embedding.shape[1])
         else:
             rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place

@@ -159,21 +159,20 @@ class NativeLayers:
         return tokens_at_once(batch, count, self.pool.row_bytes)
 
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
-        """As `run_layers`, on checked arguments and in one part."""
+        """As `run_layers`, in one part."""
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
         self._call(self.kernels.span, rows, start, stop, positions, cache)
         return rows
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        """As `Backend.write_kv`, on checked arguments and in one part."""
+        """As `Backend.write_kv`, in one part."""
         self._call(self.kernels.write, hidden.to(torch.float32).contiguous(), start, stop, positions, cache)
 
     def _call(
         self, kernel: Callable[..., None], rows: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
     ) -> None:
         """A kernel over layers start..stop-1 and contiguous hidden states, which it knows by their address."""
-        if not self.has(range(start, stop)):
-            raise ValueError(f"layers {start}..{stop} are not all here")
+        assert self.has(range(start, stop))
         batch, count, _ = rows.shape
         buffers, places = self.pool.of(batch * count), positions.contiguous()
         self.place(buffers, cache, cache.writer(positions).stop, places, start, stop)
@@ -194,8 +193,7 @@ class NativeLayers:
         shape = self.shape
         storage = cache.scattered(end, shape.kv_heads, shape.head_dim, self.embedding)
         layers, _, slots, kv_heads, places, head_dim = storage.shape
-        if layers < stop or (kv_heads, head_dim, storage.dtype) != (shape.kv_heads, shape.head_dim, self.embedding.dtype):
-            raise ValueError("the cache is that of another model")
+        assert layers >= stop and (kv_heads, head_dim, storage.dtype) == (shape.kv_heads, shape.head_dim, self.embedding.dtype)
         self._rope.grow(end)
         call = buffers.call
         call.positions = positions.data_ptr()
