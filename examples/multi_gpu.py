@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import CHUNK_LOGITS
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.training.recipe import dropout_rates, mean_exits, resolve_recipe
 
 LENGTH = 4096  # tokens of a packed row
@@ -28,13 +28,13 @@ SHAPES = {  # as Llama 3.2 1B, Llama 3 8B and 70B
 COMMON = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": LENGTH}
 
 
-def backend_of(shape: str) -> GenericBackend:
+def backend_of(shape: str) -> TransformersBackend:
     config = LlamaConfig(**SHAPES[shape], **COMMON, tie_word_embeddings=shape == "1B")
     with torch.device("meta"):
-        return GenericBackend(LlamaForCausalLM(config))
+        return TransformersBackend(LlamaForCausalLM(config))
 
 
-def flops(backend: GenericBackend, batch_size: int, gpus: int, lora: bool) -> float:
+def flops(backend: TransformersBackend, batch_size: int, gpus: int, lora: bool) -> float:
     """Floating-point operations of a step, over all GPUs.
 
     Per token two for each weight in the forward pass and four in the backward pass, of which LoRA needs half, and two more for
@@ -51,7 +51,7 @@ def flops(backend: GenericBackend, batch_size: int, gpus: int, lora: bool) -> fl
     return batch_size * gpus * LENGTH * per_token
 
 
-def memory(backend: GenericBackend, batch_size: int, gpus: int, lora: bool) -> float:
+def memory(backend: TransformersBackend, batch_size: int, gpus: int, lora: bool) -> float:
     """Bytes in each process: its share of weights, gradients and two moments in fp32 (of LoRA only the weights count), whole
     weights and gradients in bf16 of what lies outside the layers and of two layers, the input of each layer and the activations
     of one, and logits.
@@ -63,7 +63,7 @@ def memory(backend: GenericBackend, batch_size: int, gpus: int, lora: bool) -> f
     return state + 2 * batch_size * LENGTH * activations + 4 * 3 * CHUNK_LOGITS
 
 
-def layer_weights(backend: GenericBackend) -> int:
+def layer_weights(backend: TransformersBackend) -> int:
     return sum(weight.numel() for weight in backend.layers.parameters())
 
 

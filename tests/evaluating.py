@@ -18,7 +18,7 @@ from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.outputs import Output, Outputs
 from layerskip_core.evaluation.results import Step
 from layerskip_core.evaluation.tasks.task import Task
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.training.encoding import train_tokenizer
 
 LAYERS = 6
@@ -38,7 +38,7 @@ def tiny_loaded(dtype: torch.dtype = torch.float64, **changes: object) -> Decode
         eos_token_id=tokenizer.eos_token_id, **changes,
     )  # fmt: skip
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
-    return decoder_of(Trainable("tiny", model, GenericBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)))
+    return decoder_of(Trainable("tiny", model, TransformersBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)))
 
 
 def task_of(*examples: Example) -> Task:

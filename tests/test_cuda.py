@@ -17,7 +17,7 @@ from layerskip_core.config.verification import VerifyConfig
 from layerskip_core.decoding import decode, loop_of
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.evaluation.verification.run import verify
-from layerskip_core.model import PackedBackend
+from layerskip_core.model import TorchBackend
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -109,7 +109,7 @@ def test_memory_does_not_grow_from_answer_to_answer():
 def test_a_model_that_is_gone_leaves_no_memory():
 
     def left():
-        model = PackedBackend.of(tiny_model(dtype=torch.float32).to("cuda"))
+        model = TorchBackend.of(tiny_model(dtype=torch.float32).to("cuda"))
         for _ in range(4):
             list(decode(model, [5, 11, 23], DecodingConfig(exit_layer=3, max_new_tokens=24)))
         del model

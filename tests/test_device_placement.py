@@ -23,7 +23,7 @@ from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.verification.run import verify
 from layerskip_core.harness.likelihood import likelihoods
-from layerskip_core.model import GenericBackend, PackedBackend
+from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.training import run as running
 
@@ -67,9 +67,9 @@ def backend_on(device, kind):
     blocks = random_blocks(model, *map(ExitBlock, (3, 4), BLOCKS[kind])) if kind in BLOCKS else None
     model, keywords = model.to(device), {} if blocks is None else {"exit_blocks": blocks}
     if kind == "generic":
-        return GenericBackend(model, **keywords)
+        return TransformersBackend(model, **keywords)
     packing = PackingConfig(draft_vocab=40) if kind == "few tokens" else None
-    return PackedBackend.of(model, packing, ORDER, **keywords)
+    return TorchBackend.of(model, packing, ORDER, **keywords)
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def test_low_bit_weights_are_refused():
     with simulated_cuda():
         for packing in (PackingConfig(quantize="int8"), PackingConfig(draft_weights=("int4",))):
             with pytest.raises(ConfigError, match=r"int[48] weights need `device` cpu, got cuda"):
-                PackedBackend.of(tiny_model().to("cuda"), packing)
+                TorchBackend.of(tiny_model().to("cuda"), packing)
 
 
 def test_texts_that_begin_alike_share_keys_and_values():

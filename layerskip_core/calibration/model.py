@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import summed_divergences
-from ..model import GenericBackend
+from ..model import TransformersBackend
 from ..model.low_bit import LEVELS, Int4
 from .gptq import Aim, Moments, descended, gptq
 
@@ -37,7 +37,7 @@ class Quantized:
 
 
 @torch.no_grad()
-def quantize(backend: GenericBackend, texts: Tensor, report: Callable[[int], None]) -> Quantized:
+def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int], None]) -> Quantized:
     """GPTQ of all projections and of the head, on texts (N, T). The projections of `backend` get their int4 values.
     `report` gets the number of layers that are done, the head being the last.
 
@@ -126,7 +126,7 @@ def _split(joint: Int4, stage: _Stage) -> list[Int4]:
     return [Int4(*part) for part in parts]
 
 
-def _quantized_head(backend: GenericBackend, low: list[Tensor], full: list[Tensor]) -> Int4:
+def _quantized_head(backend: TransformersBackend, low: list[Tensor], full: list[Tensor]) -> Int4:
     moments = Moments.zero(backend.hidden_size)
     for hidden, reference in zip(low, full, strict=True):
         moments.add(backend.normed(hidden).flatten(0, -2), backend.normed(reference).flatten(0, -2))
@@ -170,7 +170,12 @@ class Tuned:
 
 
 def tune(
-    backend: GenericBackend, quantized: Quantized, texts: Tensor, steps: int, seed: int, report: Callable[[int, float], None]
+    backend: TransformersBackend,
+    quantized: Quantized,
+    texts: Tensor,
+    steps: int,
+    seed: int,
+    report: Callable[[int, float], None],
 ) -> dict[str, Int4]:
     """All weights of `quantized`, those of the layers tuned on the texts (N, T) that they were made with.
     `report` gets the number of steps that are done, and the divergence in nats per token.

@@ -24,7 +24,7 @@ from ..config.decoding import (
 from ..config.machine import DTYPES
 from ..config.packing import PackingConfig, Quantization
 from ..errors import CheckpointError, ConfigError
-from ..model import Backend, GenericBackend
+from ..model import Backend, TransformersBackend
 from ..model.config_values import tokens_of
 from ..model.exit_blocks import target_block
 from ..prompting import PromptTemplate, Tokenizer, encode_prompt, resolve_template, special_ids
@@ -189,7 +189,7 @@ class Trainable:
 
     name: str
     model: "PreTrainedModel"
-    backend: GenericBackend
+    backend: TransformersBackend
     tokenizer: Any  # of transformers
     info: CheckpointInfo
 

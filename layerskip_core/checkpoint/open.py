@@ -14,10 +14,10 @@ from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import (
     Backend,
-    GenericBackend,
     ModelSpec,
     NativeBackend,
-    PackedBackend,
+    TorchBackend,
+    TransformersBackend,
     can_run_native,
     missing_feature,
     suits_kernels,
@@ -151,7 +151,7 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
     torch.manual_seed(seed)
     kernels = attention_for(spec)
     model = reading(name, lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernels))
-    return Trainable(name, model, GenericBackend(model), tokenizer, read_info(location.path))
+    return Trainable(name, model, TransformersBackend(model), tokenizer, read_info(location.path))
 
 
 def _trainable(name: str, device: torch.device, dtype: str) -> Trainable:
@@ -247,7 +247,7 @@ def _backend(unpacked: Unpacked, device: torch.device, path: str) -> tuple[Backe
     """The fastest backend for repacked weights on this machine, and a note if the compiled kernels would be faster."""
     spec, dtype, packing = unpacked.spec, unpacked.dtype, unpacked.packing
     note = kernel_note() if suits_kernels(spec, dtype, device, packing) else None
-    kind = NativeBackend if can_run_native(spec, dtype, device, packing) else PackedBackend
+    kind = NativeBackend if can_run_native(spec, dtype, device, packing) else TorchBackend
     order = _token_order(path, spec, packing)
     backend = kind(spec, unpacked.take, packing, order, unpacked.int4, unpacked.exit_blocks)
     return backend, () if note is None else (note,)
@@ -308,7 +308,7 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
         got = f"{source.spec.model_type} with {missing}"
         raise ConfigError(f"low-bit, draft and exact weights need a model that can be repacked, got {got}")
     blocks = NO_BLOCKS if folder is None else read_exit_blocks(folder, source.spec, source.weight_of)
-    return replace(generic, backend=GenericBackend(trainable.model, blocks, source.spec)) if blocks.blocks else generic
+    return replace(generic, backend=TransformersBackend(trainable.model, blocks, source.spec)) if blocks.blocks else generic
 
 
 def _tokenizer(path: str, spec: ModelSpec) -> Tokenizer:

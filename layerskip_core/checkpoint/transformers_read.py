@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..model import GenericBackend, ModelSpec
+from ..model import ModelSpec, TransformersBackend
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
 from .folder import check_stored_weights, check_tokenizer, generation_config, open_weights
@@ -108,7 +108,7 @@ def read_model(name: str, device: torch.device, dtype: str) -> Trainable:
     reading(name, lambda: check_model(model, files.spec))
     model = _converted(model.to(device), pick_dtype(dtype, device, files.spec.parameters)).eval()
     return Trainable(
-        name, model, reading(name, lambda: GenericBackend(model, spec=files.spec)), tokenizer, read_info(location.path)
+        name, model, reading(name, lambda: TransformersBackend(model, spec=files.spec)), tokenizer, read_info(location.path)
     )
 
 
@@ -122,7 +122,7 @@ def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
     tokenizer = reading(name, lambda: read_tokenizer(name))
     reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
     reading(name, lambda: check_model(model, spec))
-    return Trainable(name, model, reading(name, lambda: GenericBackend(model, spec=spec)), tokenizer, read_info(name))
+    return Trainable(name, model, reading(name, lambda: TransformersBackend(model, spec=spec)), tokenizer, read_info(name))
 
 
 def read_tokenizer(path: str) -> Any:

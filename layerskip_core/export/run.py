@@ -16,7 +16,7 @@ from ..checkpoint.transformers_read import written_dtype
 from ..config.checks import require_exit_layer
 from ..config.export import Engine, ExportConfig
 from ..errors import ConfigError
-from ..model import GenericBackend
+from ..model import TransformersBackend
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from .draft import cut_to_exit, recommended_length
 from .gguf import DRAFT, TARGET, refuse_gguf, write_pair
@@ -52,7 +52,7 @@ def export(config: ExportConfig) -> Exported:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded = for_training(config.model, "cpu", "fp32")
     blocks = _blocks_of(loaded)
-    decoder = decoder_of(replace(loaded, backend=GenericBackend(loaded.model, blocks)))
+    decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
     recommended, layers = decoder.recommended(), loaded.backend.num_layers
     exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
     require_exit_layer(exit_layer, layers, may_be_last=config.engine is None)

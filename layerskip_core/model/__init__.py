@@ -10,29 +10,29 @@ from .backend import Backend, DraftEnds, DraftSide, GreedyDraft, Layers, Spans, 
 from .cache import KVCache
 from .native_backend import NativeBackend, can_run_native, suits_kernels
 from .spec import ModelSpec
-from .torch_backend import PackedBackend, can_pack
+from .torch_backend import TorchBackend, can_repack
 from .torch_layer import missing_feature
-from .transformers_backend import GenericBackend, SpanInputs
+from .transformers_backend import SpanInputs, TransformersBackend
 
 __all__ = [
     "Backend",
     "DraftEnds",
     "DraftSide",
-    "GenericBackend",
     "GreedyDraft",
     "KVCache",
     "Layers",
     "ModelSpec",
     "NativeBackend",
-    "PackedBackend",
     "SpanInputs",
     "Spans",
     "Submodel",
-    "can_pack",
+    "TorchBackend",
+    "TransformersBackend",
+    "can_repack",
     "can_run_native",
     "missing_feature",
     "suits_kernels",
 ]
 
 if TYPE_CHECKING:  # mypy proves that each is a complete backend
-    _BACKENDS: tuple[type[Backend], ...] = (GenericBackend, PackedBackend, NativeBackend)
+    _BACKENDS: tuple[type[Backend], ...] = (TransformersBackend, TorchBackend, NativeBackend)

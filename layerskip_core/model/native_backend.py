@@ -18,7 +18,7 @@ from .repack import repack
 from .rope import RopeTables
 from .spans import run_in_parts, write_kv_in_parts
 from .spec import EMBEDDING, ModelSpec
-from .torch_backend import can_pack
+from .torch_backend import can_repack
 from .torch_linear import Norm
 from .weights import NormWeights, Projection, Take, Weights, checked, taken_from
 
@@ -32,7 +32,7 @@ def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pa
 
 def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
     """Whether the kernels, if there are any, support this architecture, its widths and this precision."""
-    if not can_pack(spec) or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    if not can_repack(spec) or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     if spec.activation not in ACTIVATIONS or len(spec.ropes) > MOST_ROPES:
         return False
@@ -64,7 +64,7 @@ class NativeBackend:
         exit_blocks: ExitBlocks = NO_BLOCKS,
         matrices: Matrices | None = None,
     ) -> None:
-        """Arguments and errors are those of `PackedBackend`, for an architecture that `can_run_native`.
+        """Arguments and errors are those of `TorchBackend`, for an architecture that `can_run_native`.
 
         `matrices`: where the matrices and the embedding come from; None: they are packed from the weights that `take` gives.
         Otherwise it gives the norms, and what else `matrices` asks for.

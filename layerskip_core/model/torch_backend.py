@@ -34,12 +34,12 @@ def graphs_are_on() -> bool:
     return asked == "on"
 
 
-def can_pack(spec: ModelSpec) -> bool:
-    """Whether PackedBackend supports every part of this architecture."""
+def can_repack(spec: ModelSpec) -> bool:
+    """Whether TorchBackend supports every part of this architecture."""
     return missing_feature(spec) is None
 
 
-class PackedBackend:
+class TorchBackend:
     """The operations and results of `TransformersBackend`, for inference only. Not for two threads at once."""
 
     chooser = None
@@ -53,7 +53,7 @@ class PackedBackend:
         int4: Take | None = None,
         exit_blocks: ExitBlocks = NO_BLOCKS,
     ) -> None:
-        """Repacks the weights of an architecture that `can_pack`.
+        """Repacks the weights of an architecture that `can_repack`.
 
         Args:
             spec: of the model.
@@ -94,7 +94,7 @@ class PackedBackend:
         token_order: list[int] | None = None,
         int4: Take | None = None,
         exit_blocks: ExitBlocks = NO_BLOCKS,
-    ) -> "PackedBackend":
+    ) -> "TorchBackend":
         """Takes the weights of a transformers model, which can no longer run afterwards."""
         return cls(ModelSpec.of(model.config), taken_from(model), packing, token_order, int4, exit_blocks)
 

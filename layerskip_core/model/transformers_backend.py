@@ -67,7 +67,7 @@ def attention_for(spec: ModelSpec) -> str:
     return "sdpa" if spec.score_cap is None else "eager"
 
 
-class GenericBackend:
+class TransformersBackend:
     """A transformers causal language model as three operations, so that any span of its layers can run alone.
 
     `unembed(run_layers(embed(ids), 0, L, positions))` equals `model(ids).logits`; stopping at E < L is an early exit.

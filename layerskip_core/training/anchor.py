@@ -12,7 +12,7 @@ from ..checkpoint.open import for_decoding
 from ..config.packing import PackingConfig
 from ..config.training import FinetuneConfig
 from ..losses import Teacher, target_rows
-from ..model import Backend, GenericBackend
+from ..model import Backend, TransformersBackend
 from .layers import span_inputs
 
 
@@ -76,7 +76,7 @@ class FrozenCopy:
 class WithoutAdapters:
     """The original of a model that trains LoRA adapters only: the same model with these off."""
 
-    def __init__(self, model: Any, backend: GenericBackend) -> None:
+    def __init__(self, model: Any, backend: TransformersBackend) -> None:
         """`model`: of peft; `backend`: over the model inside."""
         self._model = model
         self._backend = backend
@@ -99,7 +99,7 @@ class WithoutAdapters:
             return self._backend.unembed(hidden)
 
 
-def anchor_of(config: FinetuneConfig, model: Any, backend: GenericBackend, device: str) -> Anchor | None:
+def anchor_of(config: FinetuneConfig, model: Any, backend: TransformersBackend, device: str) -> Anchor | None:
     """The anchor that a config asks for; None if there is none. `model` is trained, on `device`.
 
     The copy is read from `config.model` again, because the training may have been resumed. Raises ConfigError where no kernel

@@ -20,7 +20,7 @@ from ..config.training import BlockLoss
 from ..errors import CheckpointError
 from ..files import synchronise
 from ..losses import IGNORED, summed_divergences
-from ..model import Backend, GenericBackend, SpanInputs
+from ..model import Backend, SpanInputs, TransformersBackend
 from ..model.exit_blocks import ExitBlock, features_of
 from .answers import Text, batches_of
 from .recipe import Moment
@@ -36,7 +36,7 @@ class Block(nn.Module):
     The parameters have the names of `ExitBlock.shapes`, without the prefix. They start as `ExitBlock.initial` says, in fp32.
     """
 
-    def __init__(self, backend: GenericBackend, block: ExitBlock) -> None:
+    def __init__(self, backend: TransformersBackend, block: ExitBlock) -> None:
         super().__init__()
         model: Any = backend.model
         width = backend.hidden_size
@@ -66,7 +66,7 @@ class FrozenExits(nn.Module):
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
 
-    def __init__(self, backend: GenericBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
+    def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], loss: BlockLoss = "kl") -> None:
         super().__init__()
         model: Any = backend.model
         self.config = model.config

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import GenericBackend, SpanInputs
+from ..model import SpanInputs, TransformersBackend
 
 _NAME = "sdpa_fp32"
 _SHORT = 192  # tokens; longer rows are faster in bf16
 
 
-def run_layer_on(backend: GenericBackend, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:
+def run_layer_on(backend: TransformersBackend, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:
     """Runs a layer on the kept rows of (B, T, D) only and scatters them back; the other rows skip it unchanged.
 
     If no row is kept, the layer runs on one row times zero: its parameters need a gradient in every process (DDP, FSDP2).
@@ -27,7 +27,7 @@ def run_layer_on(backend: GenericBackend, layer: int, hidden: Tensor, inputs: Sp
     return hidden.index_copy(0, index, output.to(hidden.dtype))
 
 
-def span_inputs(backend: GenericBackend, hidden: Tensor, documents: Tensor | None) -> SpanInputs:
+def span_inputs(backend: TransformersBackend, hidden: Tensor, documents: Tensor | None) -> SpanInputs:
     """The layers' inputs for whole rows (B, T, D), padded at the right.
 
     `documents` (B, T) numbers the documents packed into a row, -1 in the padding: attention stays within a document, and the

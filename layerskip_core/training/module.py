@@ -19,7 +19,7 @@ from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
 from ..losses import Teacher, summed_losses, target_rows
-from ..model import GenericBackend
+from ..model import TransformersBackend
 from .anchor import Anchor
 from .checkpoints import load_weights
 from .layers import run_layer_on, span_inputs
@@ -55,7 +55,7 @@ class RecipeModule(nn.Module):
         self.anchor: Anchor | None = None
         self._tokenizer = tokenizer
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.backend = GenericBackend(base)
+        self.backend = TransformersBackend(base)
         self.vocab_size = self.backend.vocab_size
         self.measured_exits = tuple(range(1, self.backend.num_layers + 1))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache, decode, decode_batch, loop_of
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
@@ -45,9 +45,9 @@ def model_of(kind, exits, feature, scale):
     model, packing = tiny_model(architecture, dtype, **changes), PACKING.get(rest)
     blocks = random_blocks(model, *(ExitBlock(exit, feature) for exit in exits), scale=scale) if exits else NO_BLOCKS
     if backend == "generic":
-        return GenericBackend(model, blocks)
+        return TransformersBackend(model, blocks)
     if backend == "packed":
-        return PackedBackend.of(model, exit_blocks=blocks)
+        return TorchBackend.of(model, exit_blocks=blocks)
     if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no compiled kernels here")
     return NativeBackend.of(model, packing, exit_blocks=blocks)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_pack, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_repack, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES
 
 ROPES = (
@@ -93,9 +93,9 @@ def test_every_backend_gives_the_logits_of_transformers(architecture, data, seed
         model = model_of(architecture, shape, seed, dtype)
         with torch.inference_mode():
             reference = model(ids).logits.double()
-        require_same(GenericBackend(model), ids, reference, tolerance, data)
-        if can_pack(ModelSpec.of(model.config)):
-            require_same(PackedBackend.of(model), ids, reference, tolerance, data)
+        require_same(TransformersBackend(model), ids, reference, tolerance, data)
+        if can_repack(ModelSpec.of(model.config)):
+            require_same(TorchBackend.of(model), ids, reference, tolerance, data)
         if can_run_native(ModelSpec.of(model.config), dtype, cpu, None):
             native = NativeBackend.of(model_of(architecture, shape, seed, dtype))
             require_same(native, ids, reference, tolerance, data, same_bits=True)

@@ -6,7 +6,7 @@ from conftest import tiny_model
 
 from layerskip_core.calibration.model import quantize, tune
 from layerskip_core.checkpoint.beside import matrix_names
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.low_bit import int4_of
 
 TEXTS = torch.randint(3, 67, (48, 32), generator=torch.Generator().manual_seed(0))
@@ -15,7 +15,7 @@ WIDE = {"intermediate_size": 96, "hidden_size": 64}
 
 
 def backend_of(model_type):
-    return GenericBackend(tiny_model(model_type, torch.float32, **WIDE))
+    return TransformersBackend(tiny_model(model_type, torch.float32, **WIDE))
 
 
 def logarithms(backend, texts):

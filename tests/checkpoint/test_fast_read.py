@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 
 TEXTS = ["wake me up", "", "né ☃\n  two  spaces", "<|eos|> inside <|bos|>"]
@@ -42,7 +42,7 @@ def test_logits_and_ids_equal_transformers(folder, model_type):
     assert lean_spec(path) is not None
     trainable, lean = for_training(path, "cpu", "fp32"), for_decoding(path, "cpu", "fp32")
     expected = decoder_of(trainable)
-    assert not isinstance(lean.backend, GenericBackend) and isinstance(lean.tokenizer, LeanTokenizer)
+    assert not isinstance(lean.backend, TransformersBackend) and isinstance(lean.tokenizer, LeanTokenizer)
     ids = torch.tensor([expected.encode_prompt("wake me up")])
     assert lean.encode_prompt("wake me up") == ids[0].tolist()
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from layerskip_core.config.decoding import Recommended
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import GenericBackend, NativeBackend
+from layerskip_core.model import NativeBackend, TransformersBackend
 from layerskip_core.prompting import PromptTemplate, encode_prompt
 from layerskip_core.training.encoding import train_tokenizer
 
@@ -187,7 +187,7 @@ def test_recommendations():
         ).recommended()
         return choice.exit_layer, choice.num_draft_tokens
 
-    backend = GenericBackend(model_of(num_hidden_layers=8))
+    backend = TransformersBackend(model_of(num_hidden_layers=8))
     assert recommended("facebook/layerskip-llama2-7B") == (8, 12)
     assert recommended("some/model") == (2, 6)  # a quarter of 8 layers
     assert recommended("facebook/layerskip-llama2-7B", exit_layer=5) == (5, 12)

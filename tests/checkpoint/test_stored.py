@@ -16,7 +16,7 @@ from layerskip_core.checkpoint.open import blank as blank_model
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_the_window_of_qwen2_without_sliding_layers(tmp_path):
     with torch.inference_mode():
         hidden = loaded.backend.run_layers(loaded.backend.embed(ids), 0, 6, torch.arange(9)[None])
         expected = tiny_model("qwen2", torch.float32, vocab_size=len(tokenizer))(ids).logits
-    assert not isinstance(loaded.backend, GenericBackend)
+    assert not isinstance(loaded.backend, TransformersBackend)
     torch.testing.assert_close(loaded.backend.unembed(hidden), expected, atol=1e-4 * float(expected.std()), rtol=0)
 
 

@@ -20,7 +20,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.serving import ServeConfig
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.prompting import CHAT, PromptTemplate
 from layerskip_core.serving import Engine, Request
 
@@ -293,7 +293,7 @@ def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys)
 def test_a_conversation_is_put_into_the_chat_template(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(chatml_folder(tmp_path / "chatml"))
     model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer))
-    decoder = replace(tiny_loaded(), tokenizer=tokenizer, backend=GenericBackend(model), eos_ids=frozenset())
+    decoder = replace(tiny_loaded(), tokenizer=tokenizer, backend=TransformersBackend(model), eos_ids=frozenset())
     decoder = replace(decoder, template=PromptTemplate(CHAT, "You are short."))
     turns = [{"role": "user", "content": "start"}, {"role": "assistant", "content": "end"}, {"role": "user", "content": "im"}]
     system = {"role": "system", "content": "Be long."}

@@ -22,7 +22,7 @@ from layerskip_core.decoding.drafters.knowledge import (
 )
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy, Verdict
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 EXITS = (2, 4)
@@ -30,13 +30,13 @@ EXITS = (2, 4)
 
 def backend_of(kind):
     if kind == "generic":
-        return GenericBackend(tiny_model())
+        return TransformersBackend(tiny_model())
     model, packing = (
         tiny_model("llama", torch.float32 if kind == "native" else torch.float64, **WIDE),
         PackingConfig(draft_weights=("int8",)),
     )
     if kind == "packed":
-        return PackedBackend.of(model, packing)
+        return TorchBackend.of(model, packing)
     if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     return NativeBackend.of(model, packing)

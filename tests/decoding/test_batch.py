@@ -13,7 +13,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend
+from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.native.compiled import kernels
 
 KINDS = ["generic", "packed", "windows", "low-bit drafts", *(["native"] if kernels() else [])]
@@ -22,13 +22,13 @@ KINDS = ["generic", "packed", "windows", "low-bit drafts", *(["native"] if kerne
 @cache
 def model_of(kind):
     if kind == "generic":
-        return GenericBackend(tiny_model())
+        return TransformersBackend(tiny_model())
     if kind == "native":
         return NativeBackend.of(tiny_model("llama", torch.float32))
     if kind == "windows":
-        return PackedBackend.of(tiny_model("mistral", sliding_window=5))
+        return TorchBackend.of(tiny_model("mistral", sliding_window=5))
     packing = PackingConfig(draft_weights=("int8",), draft_vocab=50) if kind == "low-bit drafts" else None
-    return PackedBackend.of(tiny_model(), packing)
+    return TorchBackend.of(tiny_model(), packing)
 
 
 def drafting(kind):
@@ -168,7 +168,7 @@ def test_sampled_rows_draw_as_they_do_alone(strategy):
 
 
 def test_what_cannot_be_batched_is_refused():
-    exact = PackedBackend.of(tiny_model(), PackingConfig(exact=True))
+    exact = TorchBackend.of(tiny_model(), PackingConfig(exact=True))
     with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exact`, got 2"):
         list(decode_batch(exact, [[3], [4]], DecodingConfig("autoregressive")))
     config = DecodingConfig("autoregressive", max_new_tokens=8)

@@ -12,7 +12,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
 from layerskip_core.decoding.target import TargetOutput
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend
+from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.native.compiled import kernels
 
 LAYERS = 6
@@ -26,7 +26,7 @@ MODELS = {
     "starcoder2": UNTIED,
 }
 CONFIDENCE = 0.08  # of 67 tokens: some tokens of these models leave at each exit
-BACKENDS = [GenericBackend, PackedBackend.of, *([NativeBackend.of] if kernels() is not None else [])]
+BACKENDS = [TransformersBackend, TorchBackend.of, *([NativeBackend.of] if kernels() is not None else [])]
 
 
 def model_of(backend, model_type="llama"):
@@ -50,7 +50,7 @@ def dynamic(model, prompt, confidence, count=24, **settings):
 
 def reference(model, prompt, confidence, count=24, draft_vocab=67):
     """The whole sequence again for each token, layer by layer: above its exit a token stays as it was at its exit."""
-    backend, ids, exits = GenericBackend(model), list(prompt), []
+    backend, ids, exits = TransformersBackend(model), list(prompt), []
     for _ in range(count):
         positions, hidden = torch.arange(len(ids))[None], backend.embed(torch.tensor([ids]))
         ran = torch.tensor([LAYERS] * len(prompt) + exits[1:] + [LAYERS] * (len(ids) > len(prompt)))
@@ -83,7 +83,7 @@ def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_typ
 
 def test_exits_are_tested_with_the_head_that_drafts():
     """Over the first 40 of 67 tokens more tokens leave early; which token it is decide all."""
-    model, prompt = PackedBackend.of(tiny_model(), PackingConfig(draft_vocab=40)), prompt_of(9)
+    model, prompt = TorchBackend.of(tiny_model(), PackingConfig(draft_vocab=40)), prompt_of(9)
     with torch.no_grad():
         expected, exits = reference(tiny_model(), prompt, 0.12, draft_vocab=40)
     ids, stats = dynamic(model, prompt, 0.12)
@@ -106,14 +106,14 @@ def test_the_ends_are_plain_decoding_and_early_exit_at_the_first_exit(backend):
 
 
 def test_sampling_at_full_depth_draws_the_tokens_of_plain_sampling():
-    model, sampling = model_of(GenericBackend), {"temperature": 1.0, "seed": 3}
+    model, sampling = model_of(TransformersBackend), {"temperature": 1.0, "seed": 3}
     expected = run(model, prompt_of(9), strategy="autoregressive", **sampling)[0]
     assert dynamic(model, prompt_of(9), 1.0, **sampling)[0] == expected
 
 
 def test_the_temperature_moves_no_exit():
     """Tokens are drawn from what the exit gives; whether a token leaves is decided before, by the probabilities without it."""
-    model, hot = model_of(GenericBackend), {"temperature": 2.0, "seed": 5}
+    model, hot = model_of(TransformersBackend), {"temperature": 2.0, "seed": 5}
     ids, stats = dynamic(model, prompt_of(9), 0.1, **hot)
     hidden = model.embed(torch.tensor([prompt_of(9)]))
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_the_temperature_moves_no_exit():
 
 def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
     """And keys are written for tokens that left, all together, only when a token goes where they are missing."""
-    model, calls = model_of(GenericBackend), []
+    model, calls = model_of(TransformersBackend), []
     for name in ("run_layers", "propagate"):
         recorded(monkeypatch, model, name, calls)
     decoding = decode(model, prompt_of(9), DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.5, max_new_tokens=9))
@@ -174,7 +174,7 @@ def scripted(exits, model):
 
 
 def test_fixed_depths_are_counted_too():
-    model = model_of(GenericBackend)
+    model = model_of(TransformersBackend)
     assert run(model, prompt_of(9), 5, strategy="early-exit", exit_layer=2)[1].tokens_by_layers == (0, 5)
     stats = run(model, prompt_of(9), 5, exit_layer=2, num_draft_tokens=3)[1]
     assert stats.tokens_by_layers == (0, 0, 0, 0, 0, 5) and stats.drafted > 0
@@ -186,4 +186,4 @@ def test_fixed_depths_are_counted_too():
 def test_batches_are_refused():
     config = DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.5)
     with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exit_confidence`, got 2"):
-        next(decode_batch(model_of(GenericBackend), [prompt_of(9), prompt_of(2)], config))
+        next(decode_batch(model_of(TransformersBackend), [prompt_of(9), prompt_of(2)], config))

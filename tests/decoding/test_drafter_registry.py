@@ -12,7 +12,7 @@ from layerskip_core.decoding import Decoding, DecodingLoop, Stopping, decode, de
 from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.sampling import Stochastic, probabilities
 from layerskip_core.decoding.target import FixedTarget
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 
 PROMPTS = [[5, 6, 7, 8, 5, 6], [9, 10, 9], [3]]
 
@@ -24,7 +24,7 @@ def registered(monkeypatch):
 
 @pytest.fixture(scope="module")
 def backend():
-    return GenericBackend(tiny_model())
+    return TransformersBackend(tiny_model())
 
 
 def ids_of(decoding):
@@ -85,7 +85,7 @@ class Certain:
 def test_sampling_with_a_certain_drafter_keeps_the_target_s_distribution():
     """Three tokens, of which the second is drafted: 1,000 draws against the exact joint, by chi-square."""
     model = tiny_model(vocab_size=3, num_hidden_layers=2)
-    backend, config, prompt = GenericBackend(model), DecodingConfig(temperature=4.0), [2, 1, 0]
+    backend, config, prompt = TransformersBackend(model), DecodingConfig(temperature=4.0), [2, 1, 0]
     sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), 3)
     draws = 1000
     loops = (DecodingLoop(backend, [prompt], stopping, sampler, FixedTarget(backend, 2), Certain(), 1) for _ in range(draws))

@@ -14,7 +14,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch, loop_of
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock, features_of
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 64}
@@ -31,9 +31,9 @@ def backend_of(kind, features=FEATURES[0]):
     blocks = random_blocks(model, *map(ExitBlock, EXITS, features))
     packing = PackingConfig(exact=True) if kind == "exact" else PackingConfig(draft_weights=("int8",))
     if kind == "generic":
-        return GenericBackend(model, blocks)
+        return TransformersBackend(model, blocks)
     if kind in ("packed", "exact"):
-        return PackedBackend.of(model, packing, exit_blocks=blocks)
+        return TorchBackend.of(model, packing, exit_blocks=blocks)
     if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no kernels were built here")
     return NativeBackend.of(model, packing, exit_blocks=blocks)
@@ -216,7 +216,7 @@ def test_early_exit_runs_the_block(kind):
 def test_tokens_that_left_earlier_have_keys_and_values_in_later_blocks():
     """Against a cache that is filled from the start for each token: one that left at exit E passes its state upward."""
     model = tiny_model("llama", torch.float64, **WIDE)
-    backend = GenericBackend(model, random_blocks(model, ExitBlock(2), ExitBlock(4)))
+    backend = TransformersBackend(model, random_blocks(model, ExitBlock(2), ExitBlock(4)))
     prompt, confidence = prompt_of(8), 0.3
     decoding = decode(backend, prompt, DecodingConfig("early-exit", exits=EXITS, exit_confidence=confidence, max_new_tokens=20))
     found = ids_of(decoding)

@@ -6,14 +6,14 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.drafters import Context
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic
-from layerskip_core.model import GenericBackend, Submodel
+from layerskip_core.model import Submodel, TransformersBackend
 
 EXIT = 3
 
 
 @pytest.fixture(scope="module")
 def backend(llama):
-    return GenericBackend(llama)
+    return TransformersBackend(llama)
 
 
 def exit_states_and_logits(backend, ids):

@@ -10,12 +10,12 @@ from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.lookup import History, LookupDrafter
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 
 
 @pytest.fixture(scope="module")
 def backend():
-    return GenericBackend(tiny_model())
+    return TransformersBackend(tiny_model())
 
 
 def ids_of(decoding):

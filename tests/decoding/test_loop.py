@@ -18,7 +18,7 @@ from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.sampling import Greedy, Stochastic, probabilities
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, KVCache, Submodel
+from layerskip_core.model import KVCache, Submodel, TransformersBackend
 
 WINDOWED = {"sliding_window": 5}
 LAYERS = 6
@@ -31,7 +31,7 @@ def models(llama):
 
 @pytest.fixture(scope="module")
 def backend(llama):
-    return GenericBackend(llama)
+    return TransformersBackend(llama)
 
 
 def prompt_of(length: int) -> list[int]:
@@ -61,7 +61,7 @@ def plain(model, prompt, **settings):
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_self_speculation_equals_autoregressive_decoding(models, model_type):
-    model = GenericBackend(models[model_type])
+    model = TransformersBackend(models[model_type])
     drafted = accepted = 0
     for length in (1, 2, 9):
         prompt = prompt_of(length)
@@ -79,7 +79,7 @@ def test_self_speculation_equals_autoregressive_decoding(models, model_type):
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_autoregressive_decoding_equals_generate(models, model_type):
     prompt = prompt_of(9)
-    model = GenericBackend(models[model_type])
+    model = TransformersBackend(models[model_type])
     without_eos, _, _ = plain(model, prompt, max_new_tokens=20)
     eos_ids = [66, without_eos[8]]
     for stops_at in ([], eos_ids):
@@ -104,7 +104,7 @@ def test_early_exit_equals_the_truncated_model(llama, backend, exit_layer):
 def test_in_fp32_every_token_is_the_most_probable_but_for_near_ties():
     """Both strategies, against the full model's logits over the whole output at once."""
     model = tiny_model(dtype=torch.float32)
-    backend = GenericBackend(model)
+    backend = TransformersBackend(model)
     for length, exit_layer in product((1, 9), (1, 5)):
         prompt = prompt_of(length)
         speculative = run(backend, prompt, exit_layer=exit_layer, num_draft_tokens=4, max_new_tokens=30)[0]
@@ -127,7 +127,7 @@ def test_recomputing_the_first_layers_changes_no_token(backend):
 @cache
 def shared_model():
     """For hypothesis, which takes no fixture."""
-    return GenericBackend(tiny_model())
+    return TransformersBackend(tiny_model())
 
 
 @settings(max_examples=25, deadline=None)
@@ -223,7 +223,7 @@ def test_early_exit_runs_no_later_layer(backend):
 # --- rejected drafts, interruptions ------------------------------------------------------------------------------------
 
 
-class Recording(GenericBackend):
+class Recording(TransformersBackend):
     """Keeps the logits that each pass of the target gives for its first row."""
 
     def __init__(self, model):
@@ -558,7 +558,7 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
     """The target's probabilities depend on the whole prefix here, through the cache that rejected drafts have written."""
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
     config, prompt = DecodingConfig(temperature=4.0, top_k=2), [3, 1, 4]
-    backend = GenericBackend(model)
+    backend = TransformersBackend(model)
     sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
     drafter = ExitDrafter(backend.draft_sides[None], sampler, Submodel(1))
     stats, outputs = DecodeStats(), []

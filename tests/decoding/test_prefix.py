@@ -10,7 +10,7 @@ from exit_block_models import random_blocks
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache, decode
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 256}
@@ -106,7 +106,7 @@ def test_exit_blocks_go_on_too(features, strategy):
     assert reused == [0, 20 - needs_finals, 117 - needs_finals]
 
 
-@pytest.mark.parametrize("kind", [GenericBackend, PackedBackend.of])
+@pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend.of])
 @pytest.mark.parametrize("strategy", ["autoregressive", "exit", "depth per token"])
 def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strategy):
     """In fp64, where near-ties are far apart."""
@@ -117,7 +117,7 @@ def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strat
 
 
 def test_exact_weights_reuse_nothing():
-    backend = PackedBackend.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(exact=True))
+    backend = TorchBackend.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(exact=True))
     outputs, reused, _ = conversation(backend, settings_of("exit"), PrefixCache())
     assert outputs == conversation(backend, settings_of("exit"), None)[0] and reused == [0, 0, 0]
 

@@ -13,7 +13,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, graphs
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import PackedBackend
+from layerskip_core.model import TorchBackend
 
 PROMPT, OTHER = [5, 11, 23, 42, 8], [7, 9, 30, 31]
 DRAFTED = DecodingConfig(exit_layer=3, num_draft_tokens=4, max_new_tokens=24)
@@ -46,7 +46,7 @@ def recordings(monkeypatch):
 
 
 def on_gpu(**packing):
-    return PackedBackend.of(tiny_model().to("cuda"), PackingConfig(**packing))
+    return TorchBackend.of(tiny_model().to("cuda"), PackingConfig(**packing))
 
 
 def ids_of(decoding):
@@ -54,7 +54,7 @@ def ids_of(decoding):
 
 
 def on_cpu(prompt, config=PLAIN):
-    return ids_of(decode(PackedBackend.of(tiny_model()), prompt, config))
+    return ids_of(decode(TorchBackend.of(tiny_model()), prompt, config))
 
 
 def test_a_pass_is_recorded_once_and_replayed_for_later_texts(gpu, model, recordings):
@@ -97,14 +97,14 @@ def test_a_text_that_needs_more_room_gets_a_larger_cache(model, monkeypatch):
 
 def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
     """A pass that waits for the device cannot be recorded."""
-    usual = PackedBackend.unembed
+    usual = TorchBackend.unembed
 
     def waiting(self, hidden):
         logits = usual(self, hidden)
         float(logits.sum())
         return logits
 
-    monkeypatch.setattr(PackedBackend, "unembed", waiting)
+    monkeypatch.setattr(TorchBackend, "unembed", waiting)
     with pytest.warns(RuntimeWarning, match="decoding goes on without CUDA graphs: operation not permitted"):
         found = ids_of(decode(model, PROMPT, DRAFTED))
     with warnings.catch_warnings():
@@ -114,7 +114,7 @@ def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
 
 def test_what_the_environment_asks_for(gpu, monkeypatch):
     assert on_gpu().recordable and on_gpu().implementation == "packed, CUDA graphs"
-    assert not on_gpu(exact=True).recordable and not PackedBackend.of(tiny_model()).recordable
+    assert not on_gpu(exact=True).recordable and not TorchBackend.of(tiny_model()).recordable
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "off")
     assert not on_gpu().recordable and on_gpu().implementation == "packed"
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "yes")

@@ -17,7 +17,7 @@ from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy, Stochastic
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 
 LAYERS, MOST = 6, 5
 PROMPT = [5, 11, 23, 42, 8]
@@ -30,9 +30,9 @@ SKIPS = [(3,), (1,), (6,), (1, 2), (2, 5), (3, 4, 6), (1, 3, 5), (2, 3, 4, 5, 6)
 def model_of(kind):
     """In fp64, or fp32 where kernels have no more: those are batch-invariant."""
     if kind == "generic":
-        return GenericBackend(tiny_model())
+        return TransformersBackend(tiny_model())
     if kind.startswith("packed"):
-        return PackedBackend.of(tiny_model("mistral", sliding_window=4 if "windows" in kind else None))
+        return TorchBackend.of(tiny_model("mistral", sliding_window=4 if "windows" in kind else None))
     model = tiny_model(dtype=torch.float32, **WIDE)
     packing = PackingConfig(draft_weights=("int8",)) if "int8" in kind else None
     if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
@@ -118,7 +118,7 @@ def draft_of(model, config, sampler=None, reuse=True):
 @cache
 def pruned_drafts(skip):
     """The greedy drafts of a model that lacks the layers, on the keys and values that the whole model wrote for the prompt."""
-    whole = GenericBackend(tiny_model())
+    whole = TransformersBackend(tiny_model())
     pruned = tiny_model()
     kept = [index for index in range(LAYERS) if index + 1 not in skip]
     pruned.model.layers = torch.nn.ModuleList(pruned.model.layers[index] for index in kept)
@@ -126,7 +126,7 @@ def pruned_drafts(skip):
     pruned.config.layer_types = None
     for place, layer in enumerate(pruned.model.layers):
         layer.self_attn.layer_idx = place
-    backend, last = GenericBackend(pruned), len(PROMPT) - 1
+    backend, last = TransformersBackend(pruned), len(PROMPT) - 1
     full, cache = whole.new_cache(), backend.new_cache()
     ids, logits = list(PROMPT), []
     before = torch.arange(last)[None]
@@ -147,7 +147,7 @@ def pruned_drafts(skip):
 @pytest.mark.parametrize("kind", ["generic", "packed"])
 @pytest.mark.parametrize("skip", SKIPS)
 def test_drafts_are_those_of_a_pruned_model_on_the_same_cache(kind, skip):
-    model = GenericBackend(tiny_model()) if kind == "generic" else PackedBackend.of(tiny_model())
+    model = TransformersBackend(tiny_model()) if kind == "generic" else TorchBackend.of(tiny_model())
     tokens, logits = pruned_drafts(skip)
     draft, _ = draft_of(model, config_of(kind, skip))
     assert draft.tokens.tolist() == [tokens]
@@ -194,7 +194,7 @@ def test_the_native_states_are_those_of_the_layers_before_the_first_skipped_one(
     with torch.inference_mode():
         states = model.run_layers(model.embed(torch.tensor([ids])), 0, 2, torch.arange(len(ids))[None])
     assert torch.equal(draft.exit_states[2][0], states[0, len(PROMPT) - 1 :])
-    generic, _ = draft_of(GenericBackend(tiny_model(dtype=torch.float32, **WIDE)), config_of("native", (3, 5)))
+    generic, _ = draft_of(TransformersBackend(tiny_model(dtype=torch.float32, **WIDE)), config_of("native", (3, 5)))
     assert draft.tokens.tolist() == generic.tokens.tolist()
 
 
@@ -205,7 +205,7 @@ def silenced(*layers):
         for layer in layers:
             model.model.layers[layer - 1].self_attn.o_proj.weight.zero_()
             model.model.layers[layer - 1].mlp.down_proj.weight.zero_()
-    return GenericBackend(model)
+    return TransformersBackend(model)
 
 
 def test_drafts_without_layers_that_add_nothing_are_always_accepted():
@@ -222,7 +222,7 @@ def test_drafts_that_are_never_accepted():
         embedding = torch.nn.functional.normalize(torch.randn(67, 32, dtype=torch.float64), dim=1)
         model.model.embed_tokens.weight.copy_(embedding * 0.1)  # little beside what the layers add
         model.lm_head.weight.copy_(embedding.roll(1, 0))
-    backend = GenericBackend(model)
+    backend = TransformersBackend(model)
     config = config_of("generic", (1, 2, 3, 4, 5), drafts=3, max_new_tokens=12)
     draft, _ = draft_of(backend, config)
     assert draft.tokens.tolist() == [list(range(PROMPT[-1], PROMPT[-1] + MOST + 1))]
@@ -249,7 +249,7 @@ def test_layers_that_cannot_be_skipped(skip, message):
 
 def test_a_copy_of_the_first_layers_is_not_enough():
     packing = PackingConfig(draft_weights=("int8",), draft_layers=4)
-    model = PackedBackend.of(tiny_model(dtype=torch.float32, **WIDE), packing)
+    model = TorchBackend.of(tiny_model(dtype=torch.float32, **WIDE), packing)
     with pytest.raises(ConfigError, match="`skip` must be a list with all layers after the 4 kept for drafting, got 6"):
         decode(model, PROMPT, config_of("int8", (2,)))
     assert ids_of(decode(model, PROMPT, config_of("int8", (2, 5, 6), max_new_tokens=5))) == ids_of(

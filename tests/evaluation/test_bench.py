@@ -25,7 +25,7 @@ from layerskip_core.evaluation.report.documents import to_json
 from layerskip_core.evaluation.report.tables import bench_table
 from layerskip_core.evaluation.results import Difference, Failure, Result
 from layerskip_core.evaluation.tasks.task import load_task
-from layerskip_core.model import PackedBackend
+from layerskip_core.model import TorchBackend
 
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
 TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}})
@@ -159,7 +159,7 @@ def test_figures_by_category_are_those_of_its_prompts_alone(tmp_path):
 def test_every_low_bit_copy_drafts():
     packing = PackingConfig(draft_weights=("int8", "int4"))
     model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
-    loaded = replace(tiny_loaded(torch.float32), backend=PackedBackend.of(model, packing))
+    loaded = replace(tiny_loaded(torch.float32), backend=TorchBackend.of(model, packing))
     settings = {"strategies": ("autoregressive", "self-speculative"), "repeats": 1, "packing": packing}
     *_, record = bench(loaded, own_answers(2), BenchConfig("tiny", **settings))
     assert [(result.draft_weights, result.exit_layer) for result in record.results] == [(None, None), ("int8", 6), ("int4", 6)]

@@ -32,7 +32,7 @@ from layerskip_core.evaluation.report.documents import to_csv, to_json
 from layerskip_core.evaluation.report.tables import bench_table, sweep_table
 from layerskip_core.evaluation.results import read_record
 from layerskip_core.evaluation.tasks.task import load_task
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 
 PROMPT = [5, 11, 23, 42, 8]
 GENERATION = {"max_new_tokens": NEW_TOKENS}
@@ -46,7 +46,7 @@ def silenced(*layers, **changes):
         for layer in layers:
             model.model.layers[layer - 1].self_attn.o_proj.weight.zero_()
             model.model.layers[layer - 1].mlp.down_proj.weight.zero_()
-    return replace(loaded, backend=GenericBackend(model))
+    return replace(loaded, backend=TransformersBackend(model))
 
 
 def of_vocabulary(*layers):
@@ -56,9 +56,9 @@ def of_vocabulary(*layers):
 def on_backend(kind):
     """The tiny model on this backend; `native int8` with copies that draft."""
     if kind == "generic":
-        return GenericBackend(tiny_model())
+        return TransformersBackend(tiny_model())
     if kind == "packed":
-        return PackedBackend.of(tiny_model())
+        return TorchBackend.of(tiny_model())
     model = tiny_model(dtype=torch.float32, hidden_size=64, intermediate_size=64, head_dim=16)
     packing = PackingConfig(draft_weights=("int8",))
     if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
@@ -155,7 +155,7 @@ def test_answers_and_contexts_can_be_too_short():
         collect(search_skips(of_vocabulary(), own_answers(), {"max_new_tokens": 1}))
     loaded = tiny_loaded()
     shortest = min(len(loaded.encode_prompt(example.prompt)) for example in own_answers().examples)
-    loaded = replace(loaded, backend=GenericBackend(tiny_model(vocab_size=300, max_position_embeddings=shortest + 3)))
+    loaded = replace(loaded, backend=TransformersBackend(tiny_model(vocab_size=300, max_position_embeddings=shortest + 3)))
     with pytest.raises(LayerSkipError, match="prompts that leave room for rounds of drafts are needed"):
         collect(search_skips(loaded, own_answers(), GENERATION))
 

@@ -22,7 +22,7 @@ from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.outputs import Times
 from layerskip_core.evaluation.perplexity import ReferenceLosses, reference_losses
 from layerskip_core.evaluation.results import Difference, Failure, Result
-from layerskip_core.model import PackedBackend
+from layerskip_core.model import TorchBackend
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=1.0, speed=100.0, **changes):
@@ -218,7 +218,7 @@ def test_low_bit_copies_draft_with_all_layers():
     """Of a model without trained exits only the copies' full depth is swept; exits are if they are given."""
     packing = PackingConfig(draft_weights=("int8", "int4"))
     model = tiny_model(dtype=torch.float32, vocab_size=300, intermediate_size=64)
-    untrained = replace(tiny_loaded(torch.float32), backend=PackedBackend.of(model, packing))
+    untrained = replace(tiny_loaded(torch.float32), backend=TorchBackend.of(model, packing))
     config = SweepConfig("tiny", specs=(3,), packing=packing)
     *_, record = sweep(untrained, own_answers(), config)
     drafted = [result for result in record.results if result.strategy == "self-speculative"]

@@ -31,7 +31,7 @@ from layerskip_core.evaluation.verification.checks import (
 from layerskip_core.evaluation.verification.run import KERNELS, tables, to_csv
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native_backend import NativeBackend
-from layerskip_core.model.torch_backend import PackedBackend
+from layerskip_core.model.torch_backend import TorchBackend
 
 VARIANT = next((name for name in compiled.VARIANTS if compiled.kernels(name) is not None), None)
 OWN = VARIANT or "torch"
@@ -112,7 +112,7 @@ def _wrong_tokens(monkeypatch):
 
 def _bits_of_a_batch(monkeypatch):
     """Kernels that round in a batch otherwise than for a row alone."""
-    kind = NativeBackend if VARIANT else PackedBackend
+    kind = NativeBackend if VARIANT else TorchBackend
     honest = kind.unembed
     off = 1 + 1e-7 if VARIANT else -1.0
     monkeypatch.setattr(kind, "unembed", lambda self, hidden: honest(self, hidden) * (off if len(hidden) > 1 else 1))

@@ -10,7 +10,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.errors import ConfigError
 from layerskip_core.export.draft import cut_config, cut_to_exit
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
@@ -21,7 +21,7 @@ WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window":
 
 def tiny(model_type, **changes):
     model = tiny_model(model_type, torch.float32, **CHANGES.get(model_type, {}), **changes)
-    return Trainable("tiny", model, GenericBackend(model), None, CheckpointInfo())
+    return Trainable("tiny", model, TransformersBackend(model), None, CheckpointInfo())
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def test_an_exit_with_a_block(model_type, tmp_path):
     """Layers of the first kind, and a block of the kind of the last, which has another window or no positions."""
     loaded = tiny(model_type, **(WINDOWS if model_type in ("qwen2", "qwen3", "smollm3") else {}))
     blocks = random_blocks(loaded.model, ExitBlock(2), ExitBlock(4))
-    backend = GenericBackend(loaded.model, blocks)
+    backend = TransformersBackend(loaded.model, blocks)
     block = backend.exit_blocks[2]
     with torch.no_grad():
         early = backend.run_layers(backend.embed(IDS), 0, 2, POSITIONS)

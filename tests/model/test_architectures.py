@@ -10,7 +10,7 @@ from training_runs import recipe_module
 
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.training import RecipeConfig
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.training.recipe import Moment
 
@@ -68,7 +68,7 @@ def test_the_loss_of_the_last_exit_is_that_of_the_model(model_type):
 
 def test_embedding_dropout_acts_in_training():
     """In training half of the embedding is zero and the rest is doubled; in evaluation nothing changes."""
-    backend = GenericBackend(tiny_model("starcoder2", embedding_dropout=0.5))
+    backend = TransformersBackend(tiny_model("starcoder2", embedding_dropout=0.5))
     ids = torch.arange(3, 67)[None]
     plain = backend.embed(ids)
     torch.testing.assert_close(plain, backend.model.model.embed_tokens.weight[None, 3:])

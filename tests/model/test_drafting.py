@@ -7,7 +7,15 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import DraftEnds, GenericBackend, ModelSpec, NativeBackend, PackedBackend, Submodel, can_run_native
+from layerskip_core.model import (
+    DraftEnds,
+    ModelSpec,
+    NativeBackend,
+    Submodel,
+    TorchBackend,
+    TransformersBackend,
+    can_run_native,
+)
 
 STOPS, EXIT, MOST = (1, 3), 3, 5
 SUBMODEL = Submodel(EXIT, taps=STOPS[:-1])
@@ -34,8 +42,8 @@ def backend_of(kind, packing=None):
             pytest.skip("no kernels were built here")
         return NativeBackend.of(model)
     if kind == "packed":
-        return PackedBackend.of(tiny_model("llama", torch.float64, **WIDE), PackingConfig(**(packing or {})), ORDER)
-    return GenericBackend(tiny_model(kind))
+        return TorchBackend.of(tiny_model("llama", torch.float64, **WIDE), PackingConfig(**(packing or {})), ORDER)
+    return TransformersBackend(tiny_model(kind))
 
 
 def side_of(backend):

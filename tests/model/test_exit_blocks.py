@@ -8,7 +8,15 @@ from conftest import tiny_model
 from exit_block_models import random_blocks
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import DraftEnds, GenericBackend, ModelSpec, NativeBackend, PackedBackend, Submodel, can_run_native
+from layerskip_core.model import (
+    DraftEnds,
+    ModelSpec,
+    NativeBackend,
+    Submodel,
+    TorchBackend,
+    TransformersBackend,
+    can_run_native,
+)
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -26,11 +34,11 @@ def native(model, packing=None, blocks=NO_BLOCKS):
 
 
 def packed(model, packing=None, blocks=NO_BLOCKS):
-    return PackedBackend.of(model, packing, ORDER, exit_blocks=blocks)
+    return TorchBackend.of(model, packing, ORDER, exit_blocks=blocks)
 
 
 def generic(model, packing=None, blocks=NO_BLOCKS):
-    return GenericBackend(model, blocks)
+    return TransformersBackend(model, blocks)
 
 
 BACKENDS = {"native": (native, torch.float32), "packed": (packed, torch.float64), "generic": (generic, torch.float64)}
@@ -82,8 +90,8 @@ def test_a_block_with_a_feature_reads_the_final_states_of_the_tokens_before(kind
     make, dtype = BACKENDS[kind]
     model = tiny_model(architecture, dtype, **WIDE)
     blocks = random_blocks(model, ExitBlock(3, "final"))
-    reference = GenericBackend(deepcopy(model))
-    short = GenericBackend(shortened(model, blocks, blocks.blocks[0]))
+    reference = TransformersBackend(deepcopy(model))
+    short = TransformersBackend(shortened(model, blocks, blocks.blocks[0]))
     backend = make(model, None, blocks)
     with torch.inference_mode():
         full = reference.run_layers(reference.embed(IDS), 0, 6, places(IDS))

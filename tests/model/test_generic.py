@@ -3,7 +3,7 @@ import torch
 from conftest import CHANGES, tiny_model
 
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 
 
@@ -18,7 +18,7 @@ def positions_of(start: int, stop: int, batch: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_spans_equal_the_model_itself(model_type):
     model = tiny_model(model_type, **CHANGES.get(model_type, {}))
-    backend, ids = GenericBackend(model), ids_of(2, 11)
+    backend, ids = TransformersBackend(model), ids_of(2, 11)
     with torch.no_grad():
         expected = model(ids).logits
         early = backend.run_layers(backend.embed(ids), 0, 2, positions_of(0, 11, 2))
@@ -36,7 +36,7 @@ def test_cached_spans_equal_the_model_itself(model_type, monkeypatch):
         softmax = torch.nn.functional.softmax
         monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
     model = tiny_model(model_type, **CHANGES.get(model_type, {}))
-    backend, ids = GenericBackend(model), ids_of(1, 13)
+    backend, ids = TransformersBackend(model), ids_of(1, 13)
     cache, rows = backend.new_cache(), []
     with torch.no_grad():
         expected = model(ids).logits
@@ -48,7 +48,7 @@ def test_cached_spans_equal_the_model_itself(model_type, monkeypatch):
 
 
 def test_an_exit_equals_the_truncated_model(llama):
-    backend, ids = GenericBackend(llama), ids_of(2, 9)
+    backend, ids = TransformersBackend(llama), ids_of(2, 9)
     truncated = tiny_model(num_hidden_layers=2)
     truncated.load_state_dict(llama.state_dict(), strict=False)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_an_exit_equals_the_truncated_model(llama):
 
 def test_overwritten_positions_leave_no_trace(llama):
     """Positions 5..8 are written with other tokens first, as by rejected drafts, in a ragged batch of two rows."""
-    backend, ids, wrong = GenericBackend(llama), ids_of(2, 9), ids_of(2, 4)
+    backend, ids, wrong = TransformersBackend(llama), ids_of(2, 9), ids_of(2, 4)
     cache = backend.new_cache(batch_size=2)
 
     def run(tokens, positions):
@@ -75,7 +75,7 @@ def test_overwritten_positions_leave_no_trace(llama):
 
 
 def test_left_padded_rows_equal_unpadded_ones(llama):
-    backend, ids = GenericBackend(llama), ids_of(1, 6)
+    backend, ids = TransformersBackend(llama), ids_of(1, 6)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
     key_mask = torch.tensor([[False] * 3 + [True] * 6])
     positions = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4, 5]])
@@ -85,7 +85,7 @@ def test_left_padded_rows_equal_unpadded_ones(llama):
 
 
 def test_the_context_limit_is_an_error(llama):
-    backend = GenericBackend(llama)
+    backend = TransformersBackend(llama)
     with pytest.raises(ConfigError, match="context limit of 128 tokens"):
         backend.run_layers(backend.embed(ids_of(1, 1)), 0, 1, torch.tensor([[128]]), backend.new_cache())
 
@@ -94,4 +94,4 @@ def test_what_cannot_be_split_is_refused_by_name():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with pytest.raises(CheckpointError, match=r"model_type must be one of llama, .*, got 'gpt2'"):
-        GenericBackend(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)))
+        TransformersBackend(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)))

@@ -6,12 +6,12 @@ from conftest import tiny_model
 
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError
-from layerskip_core.model import NativeBackend, PackedBackend
+from layerskip_core.model import NativeBackend, TorchBackend
 from layerskip_core.model.low_bit import Int4, inputs_of, int4_of, stored, stored_shape
 from layerskip_core.model.native.compiled import kernels
 
 WIDE = {"intermediate_size": 96, "hidden_size": 64}
-BACKENDS = [PackedBackend, pytest.param(NativeBackend, marks=pytest.mark.skipif(kernels() is None, reason="no kernels here"))]
+BACKENDS = [TorchBackend, pytest.param(NativeBackend, marks=pytest.mark.skipif(kernels() is None, reason="no kernels here"))]
 
 
 def random_weight(outputs=70, inputs=96):
@@ -89,4 +89,4 @@ def test_only_int4_copies_have_the_stored_weights(backend):
 def test_stored_weights_of_another_shape_are_refused():
     rows = rows_of_bytes(tiny_model(dtype=torch.float32, **WIDE | {"hidden_size": 96}))
     with pytest.raises(CheckpointError, match=r"size mismatch of lm_head.weight: needed \[67, 40\], found \[67, 60\]"):
-        PackedBackend.of(tiny_model(dtype=torch.float32, **WIDE), PackingConfig("int4"), None, rows)
+        TorchBackend.of(tiny_model(dtype=torch.float32, **WIDE), PackingConfig("int4"), None, rows)

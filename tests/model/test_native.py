@@ -23,11 +23,11 @@ from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.model import (
     DraftEnds,
-    GenericBackend,
     ModelSpec,
     NativeBackend,
-    PackedBackend,
     Submodel,
+    TorchBackend,
+    TransformersBackend,
     can_run_native,
 )
 from layerskip_core.model import native_backend as native
@@ -218,7 +218,7 @@ def test_attention_over_long_texts(variant, case, threads):
         whole = run(model, [0, 300])
         threads(2)
         assert torch.equal(whole, run(model, [0, 1, 2, 18, 127, 128, 129, 160, 255, 256, 257, 258, 290, *range(291, 301)]))
-        expected = run(GenericBackend(same.float()), [0, 300])
+        expected = run(TransformersBackend(same.float()), [0, 300])
     assert rms(errors([whole], [expected])) < 0.06
 
 
@@ -244,7 +244,7 @@ def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision,
     """Against the packed model on torch's kernels over the same levels: what differs is the rounding of activations."""
     dtype, packing = PRECISIONS[precision]
     tiny = tiny_model(model_type, dtype, **{**WIDE, **KINDS[model_type]})
-    reference = PackedBackend.of(tiny, PackingConfig(**packing))
+    reference = TorchBackend.of(tiny, PackingConfig(**packing))
     model, ids = model_of(precision, model_type, **KINDS[model_type]), ids_of(1, 12)
     with torch.inference_mode():
         expected, actual = (

@@ -10,7 +10,7 @@ from test_native import BUILT, variant  # noqa: F401  a fixture
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend
+from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, "int8")}
@@ -19,7 +19,7 @@ PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "in
 def backend_of(kind, precision):
     dtype, quantize = PRECISIONS[precision]
     model = tiny_model("llama", dtype, **WIDE)
-    return GenericBackend(model) if kind is GenericBackend else kind.of(model, PackingConfig(quantize))
+    return TransformersBackend(model) if kind is TransformersBackend else kind.of(model, PackingConfig(quantize))
 
 
 def run(model, cache, rows, start, nan=()):
@@ -54,9 +54,9 @@ def check(model):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("kind", [GenericBackend, PackedBackend])
+@pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend])
 def test_the_next_row_of_a_slot_decodes_as_alone(kind, precision):
-    if kind is GenericBackend and precision == "int8":
+    if kind is TransformersBackend and precision == "int8":
         pytest.skip("transformers' layers have no low bits")
     check(backend_of(kind, precision))
 
@@ -67,7 +67,7 @@ def test_the_next_row_of_a_slot_decodes_as_alone_on_our_kernels(variant, precisi
     check(backend_of(NativeBackend, precision))
 
 
-@pytest.mark.parametrize("kind", [GenericBackend, PackedBackend])
+@pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend])
 def test_the_next_text_of_a_prefix_decodes_as_alone(kind):
     """The texts share two tokens; the first one's others are NaN."""
     model, config = backend_of(kind, "fp32"), DecodingConfig(strategy="autoregressive", max_new_tokens=4)

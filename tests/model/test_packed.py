@@ -12,7 +12,7 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend, ModelSpec, PackedBackend, can_pack, missing_feature
+from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend, can_repack, missing_feature
 from layerskip_core.model import torch_linear as linear
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.model.exit_blocks import ExitBlock
@@ -43,7 +43,7 @@ BF16_ERROR = 0.03  # root mean square: 8 bits, rounded in six layers
 def pair(monkeypatch):
     """(generic, fast) over the same random weights, including those of norms and biases."""
 
-    def make(case="llama", dtype=torch.float64, fast=PackedBackend, **changes):
+    def make(case="llama", dtype=torch.float64, fast=TorchBackend, **changes):
         model_type, fixed = CASES[case]
         model = tiny_model(model_type, dtype, **fixed, **changes)
         if dtype == torch.float64:
@@ -52,7 +52,7 @@ def pair(monkeypatch):
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.3)
-        return GenericBackend(deepcopy(model)), fast.of(model)
+        return TransformersBackend(deepcopy(model)), fast.of(model)
 
     return make
 
@@ -177,14 +177,14 @@ def test_the_context_limit_is_an_error(pair):
 
 def test_the_original_weights_are_released():
     model = tiny_model()
-    PackedBackend.of(model)
+    TorchBackend.of(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_the_head_is_kept_without_the_norm_only_for_blocks():
     model = tiny_model("llama", torch.float32)
-    assert PackedBackend.of(tiny_model("llama", torch.float32))._head._unfolded is None
-    assert PackedBackend.of(model, exit_blocks=random_blocks(model, ExitBlock(2)))._head._unfolded is not None
+    assert TorchBackend.of(tiny_model("llama", torch.float32))._head._unfolded is None
+    assert TorchBackend.of(model, exit_blocks=random_blocks(model, ExitBlock(2)))._head._unfolded is not None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_what_the_layers_lack_is_named_and_not_packed(change, missing):
     for name, value in change.items():
         object.__setattr__(config, name, value)
     assert missing_feature(ModelSpec.of(config)) == missing
-    assert can_pack(ModelSpec.of(config)) == (missing is None)
+    assert can_repack(ModelSpec.of(config)) == (missing is None)
 
 
 @pytest.mark.parametrize(("activation", "implementation"), [("silu", "packed"), ("tanh", "generic")])

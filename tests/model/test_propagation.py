@@ -6,7 +6,7 @@ from conftest import tiny_model
 from test_generic import CHANGES, ids_of, positions_of
 from test_native import BUILT, KINDS, PRECISIONS, WIDE, model_of, needs_kernels, threads, variant  # noqa: F401  fixtures
 
-from layerskip_core.model import GenericBackend, NativeBackend, PackedBackend
+from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 
 LAYERS = 6
@@ -43,7 +43,7 @@ PLACES = {"a row": torch.tensor([[9]]), "rows at different places": torch.tensor
 
 
 @pytest.mark.parametrize("positions", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("backend", [GenericBackend, PackedBackend.of], ids=["generic", "packed"])
+@pytest.mark.parametrize("backend", [TransformersBackend, TorchBackend.of], ids=["generic", "packed"])
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_keys_and_values_are_those_of_the_layers(model_type, backend, positions):
     assert_propagates(backend(tiny_model(model_type, **CHANGES.get(model_type, {}))), positions)
@@ -68,5 +68,5 @@ def test_queries_that_end_within_a_panel_of_the_weights(variant, heads):  # noqa
 
 def test_a_long_text_in_parts():
     """300 tokens are more than the part that a call of the packed layers has."""
-    model = PackedBackend.of(tiny_model(max_position_embeddings=400))
+    model = TorchBackend.of(tiny_model(max_position_embeddings=400))
     assert_propagates(model, positions_of(9, 309))

@@ -16,7 +16,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import GenericBackend, PackedBackend
+from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.draft_vocabulary import token_order
 from layerskip_core.model.low_bit import Int4Linear, Int8Linear, quantized
 from layerskip_core.model.torch_linear import ExactRows
@@ -26,7 +26,7 @@ WIDE = {"intermediate_size": 64, "hidden_size": 64}
 
 @cache
 def packed(dtype=torch.float32, model_type="llama", **packing):
-    return PackedBackend.of(tiny_model(model_type, dtype, **WIDE), PackingConfig(**packing))
+    return TorchBackend.of(tiny_model(model_type, dtype, **WIDE), PackingConfig(**packing))
 
 
 KINDS = ("gemma3_text", "olmo2", "starcoder2")  # with norms after blocks, over projections, and with LayerNorm
@@ -97,7 +97,7 @@ def test_unsupported_widths_devices_and_settings_are_errors():
 @pytest.mark.parametrize("model_type", ["llama", *KINDS])
 def test_quantized_logits_are_near_the_original_ones(model_type, quantize, tolerance):
     ids, positions = torch.tensor([prompt_of(12)]), torch.arange(12)[None]
-    generic = GenericBackend(tiny_model(model_type, torch.float32, **WIDE))
+    generic = TransformersBackend(tiny_model(model_type, torch.float32, **WIDE))
     model = packed(model_type=model_type, quantize=quantize)
     assert model.implementation == f"packed ({quantize})"
     with torch.inference_mode():
@@ -149,7 +149,7 @@ def test_a_draft_vocabulary_limits_only_the_drafts():
 def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     """The order lists ids 50, 3 and 40; 0 and 1 follow. Sampling works with such drafts too."""
     order, ids = [50, 3, 40], torch.tensor([prompt_of(9)])
-    model = PackedBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
+    model = TorchBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
     with torch.inference_mode():
         hidden = model.embed(ids)
         torch.testing.assert_close(model.draft_sides[None].unembed(hidden), model.unembed(hidden)[..., [50, 3, 40, 0, 1]])
@@ -159,7 +159,7 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
     often = sorted(set(plain(model, prompt_of(9), max_new_tokens=40)))
     known, unknown = (
         output(
-            PackedBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=len(often)), first),
+            TorchBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=len(often)), first),
             prompt_of(9),
             **settings,
         )
@@ -252,7 +252,7 @@ def test_exact_drafts_with_a_head_of_their_own_reuse_exact_states():
 
 def test_exact_attention_respects_windows():
     models = [
-        PackedBackend.of(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
+        TorchBackend.of(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
         for exact in (True, False)
     ]
     exact, masked = (plain(model, prompt_of(9)) for model in models)

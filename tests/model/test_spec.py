@@ -11,7 +11,7 @@ from test_packed import BIASES
 
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES, SUPPORTED, is_complete
 
 LLAMA = {
@@ -92,7 +92,7 @@ def test_windows_equal_those_of_transformers(model_type, used):
     model, ids = tiny_model(model_type, **window), torch.randint(3, 67, (1, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids).logits
-        backend = GenericBackend(model)
+        backend = TransformersBackend(model)
         actual = backend.unembed(backend.run_layers(backend.embed(ids), 0, 6, torch.arange(11)[None]))
     torch.testing.assert_close(actual, expected)
     assert backend.spec.window == (5 if used or model_type == "mistral" else None)
@@ -234,7 +234,7 @@ def test_missing_and_misshapen_weights_are_refused():
         spec.check_weights({**spec.shapes, "model.norm.weight": (31,)})
 
 
-IMPLEMENTATIONS = [PackedBackend, NativeBackend]
+IMPLEMENTATIONS = [TorchBackend, NativeBackend]
 
 
 def pack(implementation, change, model_type="llama", dtype=torch.float32, packing=None, **shape):
@@ -294,12 +294,12 @@ def test_infinity_and_sums_beyond_fp32():
         return lambda weights: weights["model.norm.weight"].data.fill_(value)
 
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds infinity: it is damaged"):
-        pack(PackedBackend, change(inf))
-    pack(PackedBackend, change(3e38))  # finite, though their sum is not
+        pack(TorchBackend, change(inf))
+    pack(TorchBackend, change(3e38))  # finite, though their sum is not
 
 
 @pytest.mark.parametrize("width", [8, 24, 40])
 def test_torchs_int8_kernel_takes_widths_of_sixteens(width):
     """With other widths it reads past the end of the rows."""
     with pytest.raises(ConfigError, match=f"int8 weights need layer widths that 16 divides, got {width}"):
-        pack(PackedBackend, lambda weights: None, packing=PackingConfig("int8"), intermediate_size=width)
+        pack(TorchBackend, lambda weights: None, packing=PackingConfig("int8"), intermediate_size=width)

@@ -16,7 +16,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import ContextError
-from layerskip_core.model import GenericBackend, ModelSpec, NativeBackend, PackedBackend, can_run_native
+from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.serving import Request, Scheduler
 
@@ -33,9 +33,9 @@ def decoder_of(kind):
     blocks = random_blocks(model, ExitBlock(2, "final"), ExitBlock(4, "none"))
     packing = PackingConfig(draft_weights=("int8",))
     if kind == "generic":
-        backend = GenericBackend(model, blocks)
+        backend = TransformersBackend(model, blocks)
     elif kind == "packed":
-        backend = PackedBackend.of(model, packing, exit_blocks=blocks)
+        backend = TorchBackend.of(model, packing, exit_blocks=blocks)
     elif can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
         backend = NativeBackend.of(model, packing, exit_blocks=blocks)
     else:

@@ -13,7 +13,7 @@ from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.losses import IGNORED
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.training.anchor import Anchor, FrozenCopy, WithoutAdapters
 from layerskip_core.training.layers import span_inputs
 from layerskip_core.training.recipe import Moment
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_the_plain_divergence(monkeypatch, logit
     apart = divergence(original(ids).logits.detach(), trained(ids).logits, labels)
     expected = gradients(trained, plain["loss"] + 0.7 * apart)
 
-    anchor = Anchor(0.7, FrozenCopy(GenericBackend(original)))
+    anchor = Anchor(0.7, FrozenCopy(TransformersBackend(original)))
     output = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, Moment(0, 10))
     torch.testing.assert_close(output["divergence"].double(), apart, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output["loss"].double(), plain["loss"].double() + 0.7 * apart, rtol=1e-5, atol=1e-5)
@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_those_of_the_plain_divergence(monkeypatch, logit
 def test_a_weight_of_0_is_the_step_without_an_anchor_bit_by_bit(settings):
     ids, labels = batch()
     results = []
-    for anchor in (None, Anchor(0.0, FrozenCopy(GenericBackend(other_model())))):
+    for anchor in (None, Anchor(0.0, FrozenCopy(TransformersBackend(other_model())))):
         trained = tiny_model(dtype=torch.float32)
         loss = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, Moment(0, 10))["loss"]
         results.append((loss.detach(), gradients(trained, loss)))
@@ -119,7 +119,7 @@ def test_a_copy_keeps_packed_documents_apart(llama):
     """Documents of 5 and 4 tokens in a row of 9, and one of 6 with padding: what masks give, where the tokens are real."""
     ids, _ = batch()
     documents = torch.tensor([[0] * 5 + [1] * 4, [0] * 6 + [-1] * 3, [0] * 9])
-    backend = GenericBackend(llama)
+    backend = TransformersBackend(llama)
     hidden = backend.embed(ids)
     inputs = span_inputs(backend, hidden, documents)
     for layer in range(6):

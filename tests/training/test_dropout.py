@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.training.layers import run_layer_on
 from layerskip_core.training.recipe import depth_scale, dropout_rates, kept_rows, time_scale
 
@@ -60,7 +60,7 @@ def test_the_rate_is_the_share_of_dropped_rows():
 
 
 def test_dropped_rows_are_not_computed_and_come_back_in_place():
-    backend = GenericBackend(tiny_model())
+    backend = TransformersBackend(tiny_model())
     hidden = torch.randn(4, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[True] * 5, [False, False, True, True, True], [True] * 5, [False, True, True, True, True]])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -76,7 +76,7 @@ def test_dropped_rows_are_not_computed_and_come_back_in_place():
 
 
 def test_a_layer_without_rows_still_gets_a_zero_gradient():
-    backend = GenericBackend(tiny_model())
+    backend = TransformersBackend(tiny_model())
     hidden = torch.randn(2, 3, 32, dtype=torch.float64)
     output = run_layer_on(backend, 1, hidden, backend.prepare(hidden, torch.arange(3)[None]), [])
     torch.testing.assert_close(output, hidden)

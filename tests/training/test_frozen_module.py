@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.training.exit_blocks import FrozenExits
 
@@ -29,7 +29,7 @@ def batch_of(backend, exits):
 
 def module_of(model, *blocks, loss="kl", noise=0.05):
     """Blocks that have moved away from where they start."""
-    module = FrozenExits(GenericBackend(model), blocks, loss)
+    module = FrozenExits(TransformersBackend(model), blocks, loss)
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in module.parameters():
@@ -56,7 +56,7 @@ def targets_of(logits):
 def test_a_block_computes_what_the_plain_model_with_it_computes(model_type):
     model = tiny_model(model_type, dtype=torch.float32)
     module = module_of(model, ExitBlock(EXIT))
-    output = module(**batch_of(GenericBackend(model), (EXIT,)))
+    output = module(**batch_of(TransformersBackend(model), (EXIT,)))
     with torch.no_grad():
         exit_logits = targets_of(plain_model(model, module, EXIT)(IDS, use_cache=False).logits)
         full = targets_of(model(IDS, use_cache=False).logits)
@@ -66,13 +66,13 @@ def test_a_block_computes_what_the_plain_model_with_it_computes(model_type):
     assert int(output["agreeing"]) == int((full.argmax(-1) == exit_logits.argmax(-1)).sum())
     assert output["exit_layers"] == (EXIT,)
 
-    total_variation = module_of(model, ExitBlock(EXIT), loss="tv")(**batch_of(GenericBackend(model), (EXIT,)))
+    total_variation = module_of(model, ExitBlock(EXIT), loss="tv")(**batch_of(TransformersBackend(model), (EXIT,)))
     assert float(total_variation["loss"].detach()) == pytest.approx(float((aim.exp() - found.exp()).abs().sum() / 2), rel=1e-4)
 
 
 def test_a_block_starts_as_the_last_layer_and_ignores_its_second_input():
     model = tiny_model(dtype=torch.float32)
-    backend = GenericBackend(model)
+    backend = TransformersBackend(model)
     alone = FrozenExits(backend, [ExitBlock(EXIT)])
     fed = FrozenExits(backend, [ExitBlock(EXIT, "final")])
     batch = batch_of(backend, (EXIT,))
@@ -84,7 +84,7 @@ def test_a_block_starts_as_the_last_layer_and_ignores_its_second_input():
 
 def test_the_second_run_reads_the_blocks_own_outputs():
     model = tiny_model(dtype=torch.float32)
-    backend = GenericBackend(model)
+    backend = TransformersBackend(model)
     module = module_of(model, ExitBlock(EXIT, "final"))
     batch = batch_of(backend, (EXIT,))
     block, states, finals = module.exits[str(EXIT)], batch["states"][0], batch["finals"]
@@ -113,7 +113,7 @@ def test_the_second_run_reads_the_blocks_own_outputs():
 def test_only_the_blocks_of_the_batch_are_trained_and_nothing_of_the_model():
     model = tiny_model(dtype=torch.float32)
     module = module_of(model, ExitBlock(2), ExitBlock(4))
-    module(**batch_of(GenericBackend(model), (4,)))["loss"].backward()
+    module(**batch_of(TransformersBackend(model), (4,)))["loss"].backward()
     trained = {name for name, weight in module.named_parameters() if weight.grad is not None}
     assert trained == {name for name in module.weights() if name.startswith("exits.4.")}
     assert all(weight.grad is None for weight in model.parameters())
@@ -123,8 +123,8 @@ def test_only_the_blocks_of_the_batch_are_trained_and_nothing_of_the_model():
 def test_both_exits_of_a_batch_are_measured():
     model = tiny_model(dtype=torch.float32)
     module = module_of(model, ExitBlock(2), ExitBlock(4))
-    both = module(**batch_of(GenericBackend(model), (2, 4)))
-    single = [module(**batch_of(GenericBackend(model), (exit_layer,)))["per_exit"] for exit_layer in (2, 4)]
+    both = module(**batch_of(TransformersBackend(model), (2, 4)))
+    single = [module(**batch_of(TransformersBackend(model), (exit_layer,)))["per_exit"] for exit_layer in (2, 4)]
     assert both["exit_layers"] == (2, 4) and torch.equal(both["per_exit"], torch.cat(single))
 
 

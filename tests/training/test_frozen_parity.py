@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.losses import IGNORED
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
 from layerskip_core.training.exit_blocks import FrozenExits
 
@@ -15,7 +15,7 @@ EXIT = 2
 
 def moved_blocks(model, block):
     """Blocks in training, away from where they start."""
-    module = FrozenExits(GenericBackend(model), [block])
+    module = FrozenExits(TransformersBackend(model), [block])
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in module.parameters():
@@ -44,7 +44,7 @@ def test_a_block_gives_the_same_in_training_and_in_decoding(model_type, feature,
     block = ExitBlock(EXIT, feature)
     module = moved_blocks(model, block)
     weights = module.weights()
-    decoding = GenericBackend(model, ExitBlocks((block,), weights.get))
+    decoding = TransformersBackend(model, ExitBlocks((block,), weights.get))
     placed = decoding.exit_blocks[EXIT]
     states, finals, runs = outputs_in_training(module, decoding, monkeypatch)
 
@@ -65,7 +65,7 @@ def test_a_second_draft_is_what_the_second_run_gives_where_nothing_stands_before
     model = tiny_model(dtype=torch.float32)
     block = ExitBlock(EXIT, "final")
     module = moved_blocks(model, block)
-    decoding = GenericBackend(model, ExitBlocks((block,), module.weights().get))
+    decoding = TransformersBackend(model, ExitBlocks((block,), module.weights().get))
     placed = decoding.exit_blocks[EXIT]
     states, _, runs = outputs_in_training(module, decoding, monkeypatch)
     cache, own = decoding.new_cache(1), torch.zeros(1, 1, states.shape[-1])

@@ -11,7 +11,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.losses import IGNORED
-from layerskip_core.model import GenericBackend
+from layerskip_core.model import TransformersBackend
 from layerskip_core.training import answers as answering
 from layerskip_core.training import exit_blocks as keeping
 from layerskip_core.training.answers import Text, Writing, write_answers
@@ -103,7 +103,7 @@ TEXTS = [Text.of(prompt, [1, 2, 3][: 1 + row % 3]) for row, prompt in enumerate(
 @pytest.fixture
 def backend(monkeypatch):
     monkeypatch.setattr(keeping, "_TOKENS", 12)  # some texts share a pass
-    return GenericBackend(tiny_model(dtype=torch.float32))
+    return TransformersBackend(tiny_model(dtype=torch.float32))
 
 
 def test_states_are_those_of_each_text_alone(backend, tmp_path):

@@ -17,7 +17,7 @@ from ...config.decoding import DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, Stopping, StopReason, StopScanner, decode, step_counts
 from ...errors import ConfigError, LayerSkipError
-from ...model import GenericBackend
+from ...model import TransformersBackend
 from ..outputs import Output
 from ..results import Step
 from .llama_cpp import NAME, llama_cpp
@@ -177,7 +177,7 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
         return draft.model
 
     model, vocabulary = None, {}
-    if isinstance(loaded.backend, GenericBackend):
+    if isinstance(loaded.backend, TransformersBackend):
         model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
     elif any(name in TRANSFORMERS_BASELINES for name in config.baselines):
         target = transformers_model(loaded.name)

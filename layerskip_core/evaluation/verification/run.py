@@ -18,7 +18,7 @@ from ...config.verification import VerifyConfig
 from ...data.examples import load_prompts
 from ...decoding import check_prompt
 from ...errors import ConfigError, DataError, LayerSkipError
-from ...model import GenericBackend
+from ...model import TransformersBackend
 from ...model.native.compiled import VARIANTS, requesting
 from ...wording import plural
 from ..measure.measure import environment
@@ -107,7 +107,7 @@ def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
         if folder is None:
             return generic
         blocks = read_exit_blocks(folder, generic.backend.spec, trainable.model.get_parameter)
-        return replace(generic, backend=GenericBackend(trainable.model, blocks))
+        return replace(generic, backend=TransformersBackend(trainable.model, blocks))
     dtype = "auto" if quantize else precision
     packing = PackingConfig(quantize, exact=kernels == "exact")
     with requesting(kernels if kernels in VARIANTS else "torch"):
@@ -118,7 +118,7 @@ def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
             loaded = for_decoding(config.model, device, dtype, packing)
     if kernels in VARIANTS and not loaded.backend.implementation.startswith(f"native ({kernels}"):
         raise LayerSkipError("this model, this CPU or this installation does not suit these kernels")
-    if kernels not in VARIANTS and isinstance(loaded.backend, GenericBackend):
+    if kernels not in VARIANTS and isinstance(loaded.backend, TransformersBackend):
         raise LayerSkipError("the weights of this model cannot be repacked")
     return loaded
 
