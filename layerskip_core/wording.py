@@ -1,4 +1,4 @@
-"""Numbers in messages and tables."""
+"""Numbers, plurals and tokens in messages and tables."""
 
 
 def plural(count: int, noun: str) -> str:
@@ -9,3 +9,9 @@ def plural(count: int, noun: str) -> str:
 def number(value: float | None, form: str) -> str:
     """A value by a format, or a dash for none."""
     return "-" if value is None else format(value, form)
+
+
+def visible(token: str) -> str:
+    """A token on one line, with visible whitespace."""
+    line_end, blank = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
+    return token.replace("\n", line_end).replace("\t", blank).replace(" ", blank)

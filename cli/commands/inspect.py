@@ -15,7 +15,7 @@ from layerskip_core.config.options import DECODING, MODEL, OUTPUT
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.ranges import parse_counts, require_ranges
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.inspection import visible
+from layerskip_core.wording import visible
 
 from .. import standard_input
 from ..console import ResultsConsole, narrate, narrate_notes

@@ -12,12 +12,6 @@ from ..decoding import decode
 from ..model.exit_blocks import features_of
 
 
-def visible(token: str) -> str:
-    """A token on one line, with visible whitespace."""
-    line_end, blank = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
-    return token.replace("\n", line_end).replace("\t", blank).replace(" ", blank)
-
-
 @dataclass(frozen=True)
 class LayerPrediction:
     """The most probable next token after a layer, and its probability there."""

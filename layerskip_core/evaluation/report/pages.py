@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..inspection import Inspection, LayerPrediction, TokenTrace, visible
+from ...wording import visible
+from ..inspection import Inspection, LayerPrediction, TokenTrace
 from ..metrics import lower_is_better
 from ..results import Answered, RunRecord
 from .tables import result_name
