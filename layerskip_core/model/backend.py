@@ -32,8 +32,8 @@ class Layers(Protocol):
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Layers start..stop-1 over the hidden states of the tokens at `positions`; returns pre-norm hidden states.
 
-        With a cache, the span's keys and values are written at the positions, and earlier ones are read. Without a cache the
-        tokens see only each other.
+        With a cache, the span writes its keys and values at the positions and attends to earlier ones. Without a cache the
+        tokens attend to each other only.
         """
 
 
@@ -51,10 +51,11 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Submodel:
-    """What drafts: layers 0..exit_layer-1, what follows them, and a head (a sub-model: Elhoushi et al., 2024).
+    """What drafts: layers 0..exit_layer-1 and what follows them (a sub-model: Elhoushi et al., 2024).
 
-    The spans of layers `beyond` the exit follow, none for an exit of the model, and the draft side's head. Or the exit's
-    `block`, one of `DraftSide.exit_blocks`, which has its own head. `taps`: ascending exits below, whose states are kept too.
+    An exit of the model ends with the draft side's head. Draft & Verify runs further spans of layers, `beyond`, before it. An
+    exit block (`block`, one of `DraftSide.exit_blocks`) has a head of its own. `taps`: ascending exits below `exit_layer`
+    whose hidden states are returned too.
     """
 
     exit_layer: int
@@ -69,11 +70,14 @@ class Submodel:
 
 
 class DraftEnds(NamedTuple):
-    """Where a greedy draft ends, besides its largest length.
+    """What ends a greedy draft before its largest length.
 
-    After one of `ids`; before a token with less than `confidence`; and after a token if the probability that all drafts so far
-    are accepted is below `survival`. For a token of probability p that is taken to be 1 - doubt (1 - p)^power. `wants_probs`:
-    the probabilities are returned even if no threshold needs them.
+    Attributes:
+        ids: a draft ends after one of these tokens.
+        confidence: it ends before a token of lower probability.
+        survival: it ends after the token that lowers the probability that all drafts are accepted below this. A token of
+            probability p is taken to be accepted with probability 1 - doubt (1 - p)^power.
+        wants_probs: probabilities are returned even if no threshold needs them.
     """
 
     ids: frozenset[int] = frozenset()
@@ -88,7 +92,7 @@ class DraftEnds(NamedTuple):
         return self.wants_probs or self.confidence > 0 or self.survival > 0
 
     def length(self, probs: Sequence[float]) -> int | None:
-        """How many drafts with these probabilities a draft has that ends at one of them; None if it goes on."""
+        """The length of a draft whose tokens have these probabilities, if it ends at one of them; None if it goes on."""
         survival = 1.0
         for place, prob in enumerate(probs):
             if prob < self.confidence:
@@ -100,7 +104,7 @@ class DraftEnds(NamedTuple):
 
 
 class DraftSide(Layers, Protocol):
-    """What drafts for a backend: layers and a head, each either shared with the backend or a cheaper copy."""
+    """Layers and a head that draft for a backend; each is shared with the backend or a cheaper copy."""
 
     @property
     def shares_states(self) -> bool:
@@ -112,7 +116,7 @@ class DraftSide(Layers, Protocol):
 
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]:
-        """The blocks that it has, by their exits, with heads that score the same tokens."""
+        """Its exit blocks by exit. Their heads score the tokens of `vocabulary`."""
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and head: (..., D) to logits (..., N), in the order of `vocabulary`."""
@@ -126,10 +130,9 @@ class DraftSide(Layers, Protocol):
         ends: DraftEnds,
         feature: Tensor | None = None,
     ) -> GreedyDraft:
-        """At most d drafts after `token` (1, 1), which stands at the first of `positions` (1, d).
+        """Drafts at most d tokens after `token` (1, 1), whose position is the first of `positions` (1, d).
 
-        `feature` (1, 1, D): of the token, if the exit's block needs it. The cache needs room for one position more than
-        `positions` has.
+        `feature` (1, 1, D): the token's, if the exit block reads one. The cache needs room for d + 1 positions.
         """
 
 
@@ -165,15 +168,15 @@ class Backend(Layers, Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether calls are split so that a token has the same bits alone as among others. Such a backend takes one row."""
+        """Whether calls are split to be batch-invariant. Such a backend takes one row."""
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a token has the same bits alone as among others, so that greedy outputs do not depend on what drafts."""
+        """Whether a token has the same bits alone as among others, so that drafts change no greedy output."""
 
     @property
     def recordable(self) -> bool:
-        """Whether passes over a WholeCache can be recorded and replayed on its device: its weights stay in their places."""
+        """Whether passes over a WholeCache can be recorded as CUDA graphs: no weight ever moves."""
 
     @property
     def chooser(self) -> Chooser | None:
@@ -185,16 +188,16 @@ class Backend(Layers, Protocol):
 
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
-        """What can draft, by the precision of its layers; None for the backend's own layers, which are always there."""
+        """What can draft, by the precision of its layers; None stands for the backend's own layers."""
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for all layers. `max_positions` can only lower the context limit."""
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        """Writes the keys and values of layers start..stop-1 as if `hidden` were the input of each of them.
+        """Writes the keys and values of layers start..stop-1 as if `hidden` were the input of each layer.
 
-        For tokens that left before layer `start` (state propagation: Schuster et al., NeurIPS 2022, section 3.3). Arguments as
-        for `run_layers`; nothing is attended to.
+        For tokens that exited before layer `start` (state propagation: Schuster et al., NeurIPS 2022, section 3.3). Arguments
+        as for `run_layers`.
         """
 
     def unembed(self, hidden: Tensor) -> Tensor:

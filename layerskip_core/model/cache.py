@@ -143,7 +143,7 @@ class KVCache:
 
 
 class SpanWriter:
-    """Where the tokens of one call are written. Attention modules of transformers use it as a cache, by `update` alone."""
+    """Where a call writes its tokens. transformers' attention takes it for a cache, of which it calls only `update`."""
 
     def __init__(self, cache: KVCache, positions: Tensor) -> None:
         self._cache = cache
@@ -186,8 +186,9 @@ class SpanWriter:
 
 
 class WholeCache(KVCache):
-    """Another cache, for passes with fixed shapes and addresses: they see all of its places, and masks hide those that no query
-    may see. Positions are on the device, where nobody looks at them. The other cache must have room for them.
+    """Another cache, for recorded passes, whose shapes and addresses are fixed: they attend to its whole capacity, under masks.
+
+    Positions stay on the device. The other cache must have room for them.
     """
 
     is_recorded = True
@@ -208,7 +209,7 @@ class _WholeWriter(SpanWriter):
 
 
 class LayerSlots(NamedTuple):
-    """One layer's part of the cache in one call. Not all of its places are filled."""
+    """One layer's part of the cache in one call."""
 
     all: Tensor  # (2, B, kv heads, capacity, head dim)
     keys: Tensor  # (B * kv heads, head dim, capacity), to be read after `write`

@@ -84,10 +84,10 @@ NO_BLOCKS = ExitBlocks((), lambda name: None)
 
 @dataclass(frozen=True)
 class PlacedBlock:
-    """A block where it runs: layer `layer` of a chain of layers, what comes before it, and what follows.
+    """A block of a backend: layer `layer` of its chain of layers.
 
-    Hidden states are (..., D). `head`: the block's norm and a head, to logits (..., N). `norm`: the block's norm alone. `join`:
-    the map W from (..., 2D), None without a feature.
+    Hidden states are (..., D). `head`: the block's norm and the head, to logits (..., N). `norm`: the block's norm alone.
+    `join`: the map W from (..., 2D); None without a feature.
     """
 
     block: ExitBlock
@@ -98,11 +98,11 @@ class PlacedBlock:
 
     @property
     def stands_alone(self) -> bool:
-        """Whether it needs no pass of the whole model."""
+        """Whether it reads nothing but the exit's state, so that it can decode without a pass of the whole model."""
         return self.join is None
 
     def enter(self, states: Tensor, features: Tensor | None) -> Tensor:
-        """The input of the layer, from the exit's states of some tokens and the normed final states of those before them."""
+        """The layer's input: from the states of tokens at the exit, and the features (normed final states) before them."""
         if self.join is None:
             return states
         assert features is not None
