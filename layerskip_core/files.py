@@ -108,20 +108,6 @@ def read_json_object(path: Path, error: type[LayerSkipError]) -> dict[str, Any]:
     return value
 
 
-class SchemaError(LayerSkipError):
-    """A value of a JSON document does not fit its type."""
-
-
-def build(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value as `kind` (a dataclass, a tuple, a union ...), by msgspec. Raises SchemaError, which names the place."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$")
-        place = (where + path.rstrip("`")).lstrip(".")
-        raise SchemaError(f"{place}: {reason}" if place else reason) from None
-
-
 def whole_lines(path: Path, error: type[LayerSkipError]) -> list[bytes]:
     """The lines of a journal with their ends; none if there is no file. A killed process may leave the last one incomplete: it
     is left out.

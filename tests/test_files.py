@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +19,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.errors import CheckpointError, DataError, LayerSkipError, LockedError
 from layerskip_core.evaluation.output_folder import prepare_output
 from layerskip_core.files import (
-    SchemaError,
     append_lines,
-    build,
     discard_folder,
     hold,
     new_staging,
@@ -60,18 +57,6 @@ def test_a_json_file_that_is_absent_or_no_object(tmp_path):
     (tmp_path / "list").write_text("[]")
     with pytest.raises(DataError, match="needed a JSON object, found list"):
         read_json_object(tmp_path / "list", DataError)
-
-
-@dataclass(frozen=True)
-class Part:
-    exits: tuple[int, ...]
-    share: float = 0.5
-
-
-def test_values_are_built_by_type():
-    assert build(dict[str, Part], {"a": {"exits": [2, 3], "share": 1}}, "parts") == {"a": Part((2, 3), 1.0)}
-    with pytest.raises(SchemaError, match=r"^parts.*exits\[1\]"):
-        build(dict[str, Part], {"a": {"exits": [2, "x"]}}, "parts")
 
 
 def test_a_journal_loses_only_a_line_that_was_cut(tmp_path):

@@ -276,7 +276,7 @@ def _mapped_decoder(
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
     tokenizer, order = _tokenizer(path, spec), _token_order(path, spec, packing)
-    backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks(spec), file)
+    backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _with_files(name, path, info, backend, tokenizer)
 

@@ -13,19 +13,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ..config.packing import PackingConfig, Quantization
 from ..config.training import Feature
 from ..errors import CheckpointError, ConfigError, first_line
-from ..files import build, listed
 from ..model.draft_vocabulary import DraftVocabulary
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.low_bit import GROUP_SIZE
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix, Packer
-from ..model.spec import EMBEDDING, ModelSpec, Shapes
+from ..model.spec import EMBEDDING, Shapes
 from ..model.weights import Projection
 from .beside import open_formed
 from .folder import PACKED_FILE
@@ -84,7 +84,7 @@ class PackedFile:
         try:
             self._file = open_formed(self._path, _FORM)
             metadata = self._file.metadata()
-            self.content: Content = build(Content, json.loads(metadata.get(_CONTENT, "null")), _CONTENT)
+            self.content: Content = msgspec.json.decode(metadata.get(_CONTENT, "null"), type=Content)
             self._names = set(self._file.keys())
             if metadata.get(_FINGERPRINT) != _fingerprint({name: _sample(self._file.mapped(name)) for name in self._names}):
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
@@ -99,12 +99,11 @@ class PackedFile:
         """A norm's weight, by its name in a checkpoint."""
         return self._file.read(name) if name in self._names else None
 
-    def exit_blocks(self, spec: ModelSpec) -> ExitBlocks:
+    @property
+    def exit_blocks(self) -> ExitBlocks:
         """The exit blocks; only the weights of their norms can be taken."""
-        exits = sorted(int(name) for name in self.content.blocks if name.isdecimal())
-        if len(exits) < len(self.content.blocks) or not all(1 <= exit_layer < spec.layers for exit_layer in exits):
-            raise self._unusable(f"blocks must be at exits in 1..{spec.layers - 1}, found {listed(self.content.blocks)}")
-        return ExitBlocks(tuple(ExitBlock(exit_layer, self.content.blocks[str(exit_layer)]) for exit_layer in exits), self.norm)
+        features = sorted((int(exit_layer), feature) for exit_layer, feature in self.content.blocks.items())
+        return ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in features), self.norm)
 
     def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
         return self._part(EMBEDDING, self.dtype, shape)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from command_line import fails, run
 from conftest import tiny_model
 from safetensors.torch import load_file
 
-from layerskip_core.checkpoint import swap
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
@@ -213,46 +211,16 @@ def test_a_reader_sees_one_model_whatever_happens_meanwhile(tmp_path):
         read_whole(tmp_path, always_replaced)
 
 
-def test_a_reader_waits_for_a_running_replacement(tmp_path, monkeypatch):
-    old = write_old_model(tmp_path)
-    inside, go_on = threading.Event(), threading.Event()
-    finish = swap._finish
-
-    def slow(folder):
-        inside.set()
-        go_on.wait(10)
-        finish(folder)
-
-    monkeypatch.setattr(swap, "_finish", slow)
-    writer = threading.Thread(target=replace_with_new, args=(tmp_path, old))
-    writer.start()
-    assert inside.wait(10)
-    results = []
-    reader = threading.Thread(target=lambda: results.append(read_whole(tmp_path, lambda: state(tmp_path))))
-    reader.start()
-    time.sleep(0.2)
-    assert not results
-    go_on.set()
-    reader.join(10)
-    writer.join(10)
-    assert results == [NEW]
-
-
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [("{", "not valid JSON"), ('{"old": ["../x"]}', "is not valid"), ('{"old": 1}', "is not valid"), ("{}", "is not valid")],
-)
-def test_a_damaged_plan_is_an_error_and_moves_nothing(tmp_path, plan, message):
+@pytest.mark.parametrize("plan", ["{", '{"old": ["../x"]}', "{}"])
+def test_a_damaged_plan_is_an_error_and_moves_nothing(tmp_path, plan):
     (tmp_path / "x").write_text("outside")
     folder = tmp_path / "model"
     (folder / READY).mkdir(parents=True)
     (folder / READY / "plan.json").write_text(plan)
     (folder / READY / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=message):
-        settle(folder)
-    assert (tmp_path / "x").exists() and not (folder / "config.json").exists()
     result = run("generate", "hi", "--model", str(folder))
-    assert result.code == 1 and result.err.count("\n") == 1
+    assert result.code == 1 and result.err.count("\n") == 1 and "plan.json" in result.err
+    assert (tmp_path / "x").exists() and not (folder / "config.json").exists()
 
 
 SAVING = """
