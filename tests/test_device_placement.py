@@ -25,7 +25,7 @@ from layerskip_core.evaluation.verification.run import verify
 from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
-from layerskip_core.training import run as running
+from layerskip_core.training import whole_model as running
 
 PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
 SAMPLED = {"temperature": 0.8, "top_k": 20, "seed": 3}
