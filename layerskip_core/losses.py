@@ -28,11 +28,6 @@ class Teacher:
     unembed: Callable[[Tensor], Tensor]
 
 
-def summed_cross_entropy(unembed: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum of the cross-entropy over N tokens, hidden (N, D), in fp32, in chunks like `summed_losses`."""
-    return summed_losses(unembed, hidden, targets, vocab_size)[0]
-
-
 def summed_losses(
     unembed: Callable[[Tensor], Tensor],
     hidden: Tensor,

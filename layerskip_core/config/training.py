@@ -111,7 +111,7 @@ class ExitBlockSettings:
 
     `answers`: who writes the texts that they are trained on, the model itself or the data; of the model's, at most
     `answer_tokens` each. `loss`: KL(full depth || exit), or their total variation, which is one minus the expected acceptance.
-    None: not said, see training/frozen/plan.py for the defaults.
+    None: not said, see training/frozen_model.py for the defaults.
     """
 
     frozen: bool = False

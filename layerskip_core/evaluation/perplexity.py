@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.transformers_read import quiet_transformers
 from ..data.examples import Example
-from ..losses import summed_cross_entropy
+from ..losses import summed_losses
 from ..model.backend import Backend
 from ..prompting import RAW
 from .metrics import Scores
@@ -90,5 +90,5 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
             continue
         scored = hidden if block is None else model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
         head = model.unembed if block is None else block.head
-        summed[stop] = (float(summed_cross_entropy(head, scored[0, first - 1 :], targets, model.vocab_size)),)
+        summed[stop] = (float(summed_losses(head, scored[0, first - 1 :], targets, model.vocab_size)[0]),)
     return ReferenceLosses((len(targets),), summed)

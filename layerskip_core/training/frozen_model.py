@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -184,19 +184,7 @@ def load_frozen_model(config: FinetuneConfig, device: torch.device, resume: Resu
         states, states_bytes(tokens, spec.hidden, len(exits)), "the states of the texts",
         "give fewer rows (`limit`) or fewer `exits`",
     )  # fmt: skip
-    speed, missing = measured_speed(decoder), [prompt for row, prompt in enumerate(rows.prompts) if row not in known]
-    blocks = Blocks(
-        exits=exits,
-        feature=asked.feature or "none",
-        answers=asked.answers or "model",
-        answer_tokens=how.tokens,
-        answer_temperature=how.temperature,
-        loss=asked.loss or "kl",
-        answered=len(known) if rows.prompts else rows.count,
-        answer_seconds=speed.writing(missing, how),
-        state_seconds=tokens * speed.token,
-        disk_mb=states_bytes(tokens, spec.hidden, len(exits)) / 2**20,
-    )
+    blocks = _blocks(config, exits, rows, known, how, tokens, decoder)
     autocast = autocasts(config, device, spec.parameters)
     if autocast and device.type == "cpu":
         use_fp32_attention(trainable.model)
@@ -229,6 +217,32 @@ def load_frozen_model(config: FinetuneConfig, device: torch.device, resume: Resu
         notes=_notes(trainable.info) + resumed_notes(resume, sealed),
     )
     return FrozenModel(plan, decoder, trainable, module, rows, how, journal, states, made_for, kept, in_place)
+
+
+def _blocks(
+    config: FinetuneConfig,
+    exits: tuple[int, ...],
+    rows: RunRows,
+    known: Mapping[int, list[int]],
+    how: Writing,
+    tokens: int,
+    decoder: Decoder,
+) -> Blocks:
+    """The blocks asked for, with estimates by the measured speed of the model. `known`: answers that are there, by row."""
+    asked, speed = config.exit_blocks, measured_speed(decoder)
+    missing = [prompt for row, prompt in enumerate(rows.prompts) if row not in known]
+    return Blocks(
+        exits=exits,
+        feature=asked.feature or "none",
+        answers=asked.answers or "model",
+        answer_tokens=how.tokens,
+        answer_temperature=how.temperature,
+        loss=asked.loss or "kl",
+        answered=rows.count - len(missing),
+        answer_seconds=speed.writing(missing, how),
+        state_seconds=tokens * speed.token,
+        disk_mb=states_bytes(tokens, decoder.backend.spec.hidden, len(exits)) / 2**20,
+    )
 
 
 def _source(model: str) -> str:

@@ -68,13 +68,13 @@ class Plan:
     max_length: int
     steps: int
     rows: int | None
-    held_out: int
     tokens: int
     left_out: int  # rows whose prompt leaves no room for a token of the completion
     parameters: int
-    trained: int  # parameters
     num_layers: int
     sealed: Mapping[str, Any]
+    trained: int = 0  # parameters
+    held_out: int = 0  # rows
     phases: int = 1
     truncated: int = 0
     recipe: Recipe | None = None

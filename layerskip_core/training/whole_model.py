@@ -43,7 +43,7 @@ from .data import (
     training_rows,
     validation_data,
 )
-from .encoding import train_tokenizer
+from .encoding import Encoder, train_tokenizer
 from .layers import use_fp32_attention
 from .module import RecipeModule, adapted_layers, require_base_kept, with_lora
 from .plan import Plan, autocasts, dtype_name, repeated, resumed_notes, timed_step, tokens_per_row
@@ -149,72 +149,88 @@ def load_whole_model(config: FinetuneConfig, device: torch.device, resume: Resum
     require(anchored != "int8" or device.type == "cpu", "anchor_weights", "bf16 if `device` is not cpu", anchored)
     rows = training_rows(config)
     trainable = _model(config, rows)
-    backend, tokenizer = trainable.backend, trainable.tokenizer
-    parameters = sum(parameter.numel() for parameter in trainable.model.parameters())
-    encoder = make_encoder(config, trainable, rows, tokens_per_row(config, backend.max_positions))
+    spec, tokenizer = trainable.backend.spec, trainable.tokenizer
+    encoder = make_encoder(config, trainable, rows, tokens_per_row(config, trainable.backend.max_positions))
     data = encode_stream(config.data, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
     held_out = None
     if config.validation is not None:
         held_out = encode_rows(load_rows(validation_data(config, config.validation)), encoder)
-    autocast = autocasts(config, device, parameters)
-    asked = config.recipe
-    rotates = asked.rotation is None and asked.curriculum in (None, "rotational")
-    if rotates and resume is not None and resume.settings["rotation"]:
-        asked = replace(asked, rotation=resume.settings["rotation"])  # the rule of its default may have changed
-    recipe = resolve_recipe(asked, config.regime, parameters, backend.num_layers, backend.vocab_size)
-    lr, steps = config.lr or learning_rate(config.regime, parameters), _steps(config, data)
-    kept = config.retention
-    original = None
-    if kept.anchor or kept.replay or config.lora_rank:
-        original = fingerprint(backend.spec, trainable.model.get_parameter)
-    replay = plan_replay(config, original, data, encoder, str(device), steps) if original and kept.replay else None
+    plan = _plan(config, trainable, encoder, data, device, resume)
     dtype = stored_dtype(config.model)
-    _require_disk(config, parameters, steps, dtype)
-    resolved = _resolved(config, recipe, lr, encoder.max_length, replay)
-    adapted = adapted_layers(config, recipe, backend.num_layers)
-    model = with_lora(trainable.model, config, adapted) if config.lora_rank else trainable.model
-    if autocast and device.type == "cpu":
-        use_fp32_attention(trainable.model)
-    module = RecipeModule(model, recipe, config.seed, config.regime == "scratch", config.gradient_checkpointing, tokenizer)
-    module.anchor = anchor_of(config, model, module.backend, str(device))
+    _require_disk(plan, dtype)
+    module = _module(plan, trainable)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collate, step = Collator(pad or 0), None
     if not config.fsdp:
         batch = collate(repeated(data.longest, config.batch_size))
         tokens = config.batch_size * config.accumulation * data.tokens / data.count
-        step = timed_step(module, batch, device, autocast, steps, tokens)
+        step = timed_step(module, batch, device, plan.autocast, plan.steps, tokens)
+    trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+    plan = replace(plan, trained=trained, step=step, held_out=0 if held_out is None else held_out.count)
+    order = token_order(data, spec.vocab)
+    return WholeModel(plan, trainable, module, data, held_out, encoder.template, collate, order, dtype)
+
+
+def _plan(
+    config: FinetuneConfig,
+    trainable: Trainable,
+    encoder: Encoder,
+    data: EncodedData,
+    device: torch.device,
+    resume: ResumePoint | None,
+) -> Plan:
+    """All but what the module decides."""
+    spec, kept, asked = trainable.backend.spec, config.retention, config.recipe
+    rotates = asked.rotation is None and asked.curriculum in (None, "rotational")
+    if rotates and resume is not None and resume.settings["rotation"]:
+        asked = replace(asked, rotation=resume.settings["rotation"])  # the rule of its default may have changed
+    recipe = resolve_recipe(asked, config.regime, spec.parameters, spec.layers, spec.vocab)
+    lr, steps = config.lr or learning_rate(config.regime, spec.parameters), _steps(config, data)
+    original = replay = None
+    if kept.anchor or kept.replay or config.lora_rank:
+        original = fingerprint(spec, trainable.model.get_parameter)
+        replay = plan_replay(config, original, data, encoder, str(device), steps) if kept.replay else None
+    autocast, rows = autocasts(config, device, spec.parameters), None if data.streamed else data.count
+    resolved = _resolved(config, recipe, lr, encoder.max_length, replay)
     sealed = {name: value for name, value in resolved.items() if name not in _FREE}
     sealed |= sealed.pop("recipe") | sealed.pop("retention")
     sealed |= {
-        "steps": steps, "rows": None if data.streamed else data.count, "tokens": data.tokens,
-        "dtype": dtype_name(autocast), "processes": world_size(), "original": original, "data_digest": data.digest,
-        "replayed": None if replay is None else replay.journal.name,
+        "steps": steps, "rows": rows, "tokens": data.tokens, "dtype": dtype_name(autocast), "processes": world_size(),
+        "original": original, "data_digest": data.digest, "replayed": None if replay is None else replay.journal.name,
     }  # fmt: skip
-    plan = Plan(
+    return Plan(
         config=config,
         device=str(device),
         autocast=autocast,
         lr=lr,
         max_length=encoder.max_length,
         steps=steps,
-        rows=None if data.streamed else data.count,
-        held_out=0 if held_out is None else held_out.count,
+        rows=rows,
         tokens=data.tokens,
-        left_out=data.left_out,
-        parameters=parameters,
-        trained=sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
-        num_layers=backend.num_layers,
-        sealed=sealed,
         truncated=data.truncated,
+        left_out=data.left_out,
+        parameters=spec.parameters,
+        num_layers=spec.layers,
+        sealed=sealed,
         recipe=recipe,
-        exits_per_step=mean_exits(recipe, steps, backend.num_layers),
-        adapted_layers=adapted,
+        exits_per_step=mean_exits(recipe, steps, spec.layers),
+        adapted_layers=adapted_layers(config, recipe, spec.layers),
         replay=replay,
-        step=step,
         notes=(_PACKED,) * encoder.pack + (_STREAMED,) * data.streamed + resumed_notes(resume, sealed),
     )
-    order = token_order(data, backend.vocab_size)
-    return WholeModel(plan, trainable, module, data, held_out, encoder.template, collate, order, dtype)
+
+
+def _module(plan: Plan, trainable: Trainable) -> RecipeModule:
+    config, model = plan.config, trainable.model
+    assert plan.recipe is not None
+    if plan.autocast and plan.device == "cpu":
+        use_fp32_attention(model)
+    if config.lora_rank:
+        model = with_lora(model, config, plan.adapted_layers)
+    scratch = config.regime == "scratch"
+    module = RecipeModule(model, plan.recipe, config.seed, scratch, config.gradient_checkpointing, trainable.tokenizer)
+    module.anchor = anchor_of(config, model, module.backend, plan.device)
+    return module
 
 
 def _model(config: FinetuneConfig, rows: list[Row]) -> Trainable:
@@ -242,11 +258,12 @@ def _resolved(config: FinetuneConfig, recipe: Recipe, lr: float, max_length: int
     return fields
 
 
-def _require_disk(config: FinetuneConfig, parameters: int, steps: int, dtype: torch.dtype) -> None:
+def _require_disk(plan: Plan, dtype: torch.dtype) -> None:
     """Raises CheckpointError where the saved model and the checkpoints, of weights and two moments in fp32, do not fit.
 
     There is one checkpoint more than are kept, while it is written. With LoRA they are small.
     """
-    checkpoints = min(KEPT + 1, steps // config.save_steps) if config.save_steps and not config.lora_rank else 0
-    needed = parameters * (dtype.itemsize + 12 * checkpoints)
-    require_disk(checkpoints_folder(config.output), needed, "the model and the checkpoints of its run")
+    every = 0 if plan.config.lora_rank else plan.config.save_steps
+    checkpoints = min(KEPT + 1, plan.steps // every) if every else 0
+    needed = plan.parameters * (dtype.itemsize + 12 * checkpoints)
+    require_disk(checkpoints_folder(plan.config.output), needed, "the model and the checkpoints of its run")
