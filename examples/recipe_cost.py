@@ -67,7 +67,7 @@ def measured(arguments: argparse.Namespace) -> dict:
     from layerskip_core.checkpoint.open import for_training
     from layerskip_core.config.training import RecipeSettings
     from layerskip_core.training.module import RecipeModule
-    from layerskip_core.training.recipe import Moment, resolve_recipe
+    from layerskip_core.training.recipe import RunStep, resolve_recipe
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     loaded = for_training(arguments.model, arguments.device, "fp32")
@@ -80,7 +80,7 @@ def measured(arguments: argparse.Namespace) -> dict:
 
     def step(number: int, rows: torch.Tensor) -> tuple[int, ...]:
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bf16"):
-            output = training(rows, rows, Moment(number, 1000))
+            output = training(rows, rows, RunStep(number, 1000))
         (output["loss"] / rows.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -106,10 +106,10 @@ def measured(arguments: argparse.Namespace) -> dict:
 def multiply_adds(training, number: int, exits: tuple[int, ...], batch: int, length: int) -> float:
     """Multiply-adds of one step: 1x forward and 2x backward; a head with chunked logits 1x more; a head of weight 0 only 1x."""
     from layerskip_core import losses
-    from layerskip_core.training.recipe import Moment, kept_rows
+    from layerskip_core.training.recipe import RunStep, kept_rows
 
     backend = training.backend
-    rates = training._rates(Moment(number, 1000))
+    rates = training._rates(RunStep(number, 1000))
     kept = sum(max(1, len(kept_rows(rate, batch, training.seed, number, 0, layer))) for layer, rate in enumerate(rates))
     layer = sum(parameter.numel() for parameter in backend.layers[0].parameters())
     attention = length * backend.spec.queries  # scores and values, causal

@@ -23,7 +23,7 @@ from ..losses import IGNORED, summed_divergences
 from ..model import Backend, SpanInputs, TransformersBackend
 from ..model.exit_blocks import ExitBlock, features_of
 from .answers import Text, batches_of
-from .recipe import Moment
+from .recipe import RunStep
 
 _TOKENS = 2048  # of a pass
 _BYTES = torch.bfloat16.itemsize
@@ -79,7 +79,7 @@ class FrozenExits(nn.Module):
         self._total_variation = loss == "tv"
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, moment: Moment | None = None
+        self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
         """A batch of `states.collate`. Sums are over the targets, the tokens with labels.
 

@@ -23,7 +23,7 @@ from ..model import TransformersBackend
 from .anchor import Anchor
 from .checkpoints import load_weights
 from .layers import run_layer_on, span_inputs
-from .recipe import Moment, Recipe, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
+from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 
 
 class RecipeModule(nn.Module):
@@ -60,7 +60,7 @@ class RecipeModule(nn.Module):
         self.measured_exits = tuple(range(1, self.backend.num_layers + 1))
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, moment: Moment, documents: Tensor | None = None
+        self, input_ids: Tensor, labels: Tensor, step: RunStep, documents: Tensor | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
         """Ids and labels (B, T), padded at the right; labels are IGNORED where there is no target.
 
@@ -71,8 +71,8 @@ class RecipeModule(nn.Module):
         belongs to. With an anchor also `divergence`, the summed divergence from the original, detached.
         """
         layers, recipe = self.backend.num_layers, self.recipe
-        exits = exits_on(recipe, moment.step, moment.total_steps, layers) if self.training else self.measured_exits
-        states = self._states(input_ids, exits, moment, documents)
+        exits = exits_on(recipe, step.done, step.total, layers) if self.training else self.measured_exits
+        states = self._states(input_ids, exits, step, documents)
         rows = {exit_layer: target_rows(hidden, labels) for exit_layer, hidden in states.items()}
         share = recipe.distill if self.training else 0.0
         anchor = self.anchor if self.training else None
@@ -105,13 +105,13 @@ class RecipeModule(nn.Module):
         """Loads the model inside. Raises CheckpointError as `load_weights` does."""
         load_weights(self.model, folder)
 
-    def _states(self, input_ids: Tensor, exits: tuple[int, ...], moment: Moment, documents: Tensor | None) -> dict[int, Tensor]:
+    def _states(self, input_ids: Tensor, exits: tuple[int, ...], step: RunStep, documents: Tensor | None) -> dict[int, Tensor]:
         """The hidden states (B, T, D) after each exit layer that is on."""
         hidden = self.backend.embed(input_ids)
         inputs = span_inputs(self.backend, hidden, documents)
         states = {}
-        for layer, rate in enumerate(self._rates(moment)):
-            kept = kept_rows(rate, hidden.shape[0], self.seed, moment.step, moment.first_row, layer)
+        for layer, rate in enumerate(self._rates(step)):
+            kept = kept_rows(rate, hidden.shape[0], self.seed, step.done, step.first_row, layer)
             if self.recompute and self.training:
                 hidden = checkpoint(run_layer_on, self.backend, layer, hidden, inputs, kept, use_reentrant=False)
             else:
@@ -123,11 +123,11 @@ class RecipeModule(nn.Module):
     def _weights(self, exits: tuple[int, ...]) -> list[float]:
         return exit_weights(exits, self.backend.num_layers, self.recipe.e_scale, self.recipe.exit_weights)
 
-    def _rates(self, moment: Moment) -> list[float]:
+    def _rates(self, step: RunStep) -> list[float]:
         layers = self.backend.num_layers
         if not self.training or self.recipe.p_max == 0:
             return [0.0] * layers
-        scale = time_scale(moment.step, moment.total_steps, self.from_scratch)
+        scale = time_scale(step.done, step.total, self.from_scratch)
         return dropout_rates(self.recipe.p_max, layers, scale, self.recipe.dropout_profile)
 
 

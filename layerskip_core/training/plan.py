@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..model.exit_blocks import ExitBlock
 from .answers import Replay
 from .checkpoints import ResumePoint
-from .recipe import Moment, Recipe, sequence_length
+from .recipe import Recipe, RunStep, sequence_length
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 _BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
@@ -158,7 +158,7 @@ def timed_step(
     for _ in range(2):
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = module(**moved, moment=Moment(steps // 2, steps))["loss"]
+            loss = module(**moved, step=RunStep(steps // 2, steps))["loss"]
         torch.autograd.backward(loss)
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -37,11 +37,11 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where in the run a forward stands: everything random or scheduled in the recipe is a function of it."""
+class RunStep:
+    """Where in the run a forward pass is: everything random or scheduled in the recipe is a function of it."""
 
-    step: int  # optimizer steps done
-    total_steps: int
+    done: int  # optimizer steps
+    total: int
     first_row: int = 0  # index of the batch's first row among all rows of the step
 
 

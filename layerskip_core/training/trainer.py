@@ -27,7 +27,7 @@ from .checkpoints import LOSSES, checkpoints_folder, last_checkpoint, publish
 from .data import StreamedRows
 from .plan import Plan
 from .progress import LossHistory, StepLosses, StepReport, StepSums, step_log, validation_log
-from .recipe import Moment
+from .recipe import RunStep
 from .sharding import read_shard, use_fsdp, write_shard
 
 _BETAS = (0.9, 0.95)
@@ -55,7 +55,7 @@ class TrainedModule(Protocol):
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]
-    """Gives the module its moment in the run, and divides the summed loss by the target tokens of the whole optimizer step.
+    """Gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step.
 
     (A token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; with
     `sharded_layers` (names of classes) it trains by FSDP2, and a checkpoint has a file of each process.
@@ -102,10 +102,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         # Processes take the batches of a step in turns.
         number = self.sums.micro_batches * self.args.world_size + self.args.process_index
-        moment = Moment(self.state.global_step, self.state.max_steps, number * self.args.train_batch_size)
+        step = RunStep(self.state.global_step, self.state.max_steps, number * self.args.train_batch_size)
         batch: dict[str, Any] = dict(inputs)
         tokens = batch.pop("lengths").sum()
-        output = model(**batch, moment=moment)
+        output = model(**batch, step=step)
         targets = _targets(inputs) if num_items_in_batch is None else num_items_in_batch
         self.sums.add(output, tokens, targets)
         # DDP averages gradients over processes, while `targets` counts the tokens of all of them.
@@ -129,7 +129,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                 batch = {name: value.to(self.args.device) for name, value in collated.items()}
                 if not own:
                     batch["labels"].fill_(IGNORED)
-                output = inner(**batch, moment=Moment(self.state.global_step, self.state.max_steps))
+                output = inner(**batch, step=RunStep(self.state.global_step, self.state.max_steps))
                 sums[-1] += _targets(batch)
                 sums[: len(exits)] += output["per_exit"]
                 if "agreeing" in output:

@@ -9,10 +9,10 @@ from test_generic import CHANGES, ids_of
 from training_runs import recipe_module
 
 from layerskip_core.checkpoint.save import save_checkpoint
-from layerskip_core.config.training import RecipeConfig
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
-from layerskip_core.training.recipe import Moment
+from layerskip_core.training.recipe import RunStep
 
 NEW = ("--max-new-tokens", "3")
 ONE = ("--samples", "1", "--device", "cpu")
@@ -57,8 +57,8 @@ def test_the_loss_of_the_last_exit_is_that_of_the_model(model_type):
     expected.backward()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
-    moment = Moment(step=0, total_steps=1)
-    output = recipe_module(model, RecipeConfig(p_max=0.0, curriculum="none")).train()(ids, ids, moment)
+    step = RunStep(0, 1)
+    output = recipe_module(model, RecipeSettings(p_max=0.0, curriculum="none")).train()(ids, ids, step)
     tokens = 2 * 10
     torch.testing.assert_close(output["per_exit"][-1] / tokens, expected.detach(), check_dtype=False)
     (output["loss"] / tokens).backward()

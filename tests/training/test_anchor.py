@@ -16,7 +16,7 @@ from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training.anchor import Anchor, FrozenCopy, WithoutAdapters
 from layerskip_core.training.layers import span_inputs
-from layerskip_core.training.recipe import Moment
+from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 
 ALL = RecipeSettings(p_max=0, e_scale=0.5, curriculum="all", distill=0.3)
@@ -57,12 +57,12 @@ def test_loss_and_gradients_are_those_of_the_plain_divergence(monkeypatch, logit
     monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
     ids, labels = batch()
     trained, original = tiny_model(), other_model()
-    plain = recipe_module(trained, ALL).train()(ids, labels, Moment(0, 10))
+    plain = recipe_module(trained, ALL).train()(ids, labels, RunStep(0, 10))
     apart = divergence(original(ids).logits.detach(), trained(ids).logits, labels)
     expected = gradients(trained, plain["loss"] + 0.7 * apart)
 
     anchor = Anchor(0.7, FrozenCopy(TransformersBackend(original)))
-    output = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, Moment(0, 10))
+    output = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, RunStep(0, 10))
     torch.testing.assert_close(output["divergence"].double(), apart, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output["loss"].double(), plain["loss"].double() + 0.7 * apart, rtol=1e-5, atol=1e-5)
     assert torch.equal(output["per_exit"], plain["per_exit"])
@@ -78,7 +78,7 @@ def test_a_weight_of_0_is_the_step_without_an_anchor_bit_by_bit(settings):
     results = []
     for anchor in (None, Anchor(0.0, FrozenCopy(TransformersBackend(other_model())))):
         trained = tiny_model(dtype=torch.float32)
-        loss = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, Moment(0, 10))["loss"]
+        loss = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, RunStep(0, 10))["loss"]
         results.append((loss.detach(), gradients(trained, loss)))
     (loss, expected), (other, found) = results
     assert torch.equal(loss, other) and all(torch.equal(gradient, found[name]) for name, gradient in expected.items())
@@ -88,7 +88,7 @@ def test_validation_knows_no_anchor(llama):
     ids, labels = batch()
     module = recipe_module(llama, ALL, anchor=Anchor(0.7, None)).eval()
     with torch.no_grad():
-        assert "divergence" not in module(ids, labels, Moment(0, 10))
+        assert "divergence" not in module(ids, labels, RunStep(0, 10))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]], ids=["layers", "head"])
@@ -104,9 +104,9 @@ def test_the_original_of_adapters_is_the_model_without_them(targets):
 
     apart = divergence(expected, model(ids).logits, labels)
     assert apart > 1
-    plain = recipe_module(model, ALL).train()(ids, labels, Moment(0, 10))["loss"]
+    plain = recipe_module(model, ALL).train()(ids, labels, RunStep(0, 10))["loss"]
     wanted = gradients(model, plain + 2 * apart)
-    output = module(ids, labels, Moment(0, 10))
+    output = module(ids, labels, RunStep(0, 10))
     torch.testing.assert_close(output["divergence"].double(), apart, rtol=1e-5, atol=1e-5)
     found = gradients(model, output["loss"])
     assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained

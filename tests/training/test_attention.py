@@ -8,14 +8,14 @@ from layerskip_core.config.training import RecipeSettings
 from layerskip_core.training.data import Collator
 from layerskip_core.training.encoding import packed
 from layerskip_core.training.layers import use_fp32_attention
-from layerskip_core.training.recipe import Moment
+from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 
 
 def gradients(model, *, autocast, **inputs):
     module = recipe_module(model, RecipeSettings(p_max=0.3, curriculum="all")).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        module(moment=Moment(2, 10), **inputs)["loss"].backward()
+        module(step=RunStep(2, 10), **inputs)["loss"].backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 

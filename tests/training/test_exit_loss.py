@@ -6,7 +6,7 @@ from training_runs import recipe_module
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
-from layerskip_core.training.recipe import Moment, exit_scales, exit_weights
+from layerskip_core.training.recipe import RunStep, exit_scales, exit_weights
 
 
 def batch():
@@ -55,7 +55,7 @@ def test_other_scales_by_hand():
 def test_the_loss_equals_a_manual_loop(llama):
     ids, labels = batch()
     module = recipe_module(llama, RecipeSettings(p_max=0, e_scale=0.5, curriculum="all")).train()
-    output = module(ids, labels, Moment(0, 10))
+    output = module(ids, labels, RunStep(0, 10))
     expected = [manual_cross_entropy(truncated(llama, exit_layer), ids, labels) for exit_layer in range(1, 7)]
     assert output["exit_layers"] == (1, 2, 3, 4, 5, 6)
     torch.testing.assert_close(output["per_exit"].double(), torch.stack(expected).detach(), rtol=1e-5, atol=1e-4)
@@ -66,7 +66,7 @@ def test_the_loss_equals_a_manual_loop(llama):
 def test_every_layer_gets_a_gradient_without_dropout():
     ids, labels = batch()
     model = tiny_model()
-    recipe_module(model, RecipeSettings(p_max=0)).train()(ids, labels, Moment(0, 10))["loss"].backward()
+    recipe_module(model, RecipeSettings(p_max=0)).train()(ids, labels, RunStep(0, 10))["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
@@ -76,7 +76,7 @@ def test_every_exit_trains_the_shared_norm_and_head():
     ids, labels = batch()
     model = tiny_model()
     recipe = RecipeSettings(p_max=0, e_scale=0.5, curriculum="all")
-    recipe_module(model, recipe).train()(ids, labels, Moment(0, 10))["loss"].backward()
+    recipe_module(model, recipe).train()(ids, labels, RunStep(0, 10))["loss"].backward()
     for name in ("model.norm.weight", "lm_head.weight"):
         expected = torch.zeros_like(model.get_parameter(name))
         for exit_layer, weight in enumerate(exit_weights(range(1, 7), 6, 0.5), start=1):
@@ -93,7 +93,7 @@ def test_chunks_with_recompute_change_nothing(llama, monkeypatch):
     for logits in (losses.CHUNK_LOGITS, 5 * 67):  # one chunk, then chunks of five tokens
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
         llama.zero_grad()
-        loss = module(ids, labels, Moment(0, 10))["loss"]
+        loss = module(ids, labels, RunStep(0, 10))["loss"]
         loss.backward()
         results.append((loss.detach(), llama.model.layers[0].mlp.up_proj.weight.grad.clone()))
     llama.zero_grad()
@@ -104,7 +104,7 @@ def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
     ids, labels = batch()
     module = recipe_module(llama, RecipeSettings(p_max=0.9, curriculum="none")).eval()
     with torch.no_grad():
-        first, second = (module(ids, labels, Moment(step, 10)) for step in (0, 7))
+        first, second = (module(ids, labels, RunStep(step, 10)) for step in (0, 7))
     assert first["exit_layers"] == (1, 2, 3, 4, 5, 6)
     torch.testing.assert_close(first["per_exit"], second["per_exit"])
 
@@ -118,7 +118,7 @@ def test_dropout_skips_rows_in_training(llama):
         for at, layer in enumerate(llama.model.layers)
     ]
     for step in range(20):
-        module(ids, labels, Moment(step, 20))
+        module(ids, labels, RunStep(step, 20))
     for hook in hooks:
         hook.remove()
     assert rows[0] == 60 and rows[5] < 30 and rows[0] > rows[3] > rows[5]
@@ -148,7 +148,7 @@ def test_distillation_equals_a_manual_computation(llama, monkeypatch, share):
     expected.append(manual_cross_entropy(llama, ids, labels))
     for logits in (losses.CHUNK_LOGITS, 5 * 67):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
-        output = recipe_module(llama, recipe).train()(ids, labels, Moment(0, 10))
+        output = recipe_module(llama, recipe).train()(ids, labels, RunStep(0, 10))
         total = sum(weight * loss for weight, loss in zip(weights, expected, strict=True))
         torch.testing.assert_close(output["loss"].double(), total, rtol=1e-5, atol=1e-4)
         plain = [manual_cross_entropy(truncated(llama, exit_layer), ids, labels) for exit_layer in range(1, 7)]
@@ -163,7 +163,7 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
         module = recipe_module(llama, RecipeSettings(p_max=0, curriculum="all", distill=1.0)).train()
         monkeypatch.setattr(module, "_weights", lambda exits: [float(exit_layer == 3) for exit_layer in exits])
         llama.zero_grad()
-        module(ids, labels, Moment(0, 10))["loss"].backward()
+        module(ids, labels, RunStep(0, 10))["loss"].backward()
         seen = [layer.mlp.up_proj.weight.grad is not None for layer in llama.model.layers]
         assert seen == [True] * 3 + [False] * 3
     llama.zero_grad()

@@ -11,7 +11,7 @@ from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
 from layerskip_core.training.data import Collator
 from layerskip_core.training.encoding import packed
-from layerskip_core.training.recipe import Moment, exit_weights
+from layerskip_core.training.recipe import RunStep, exit_weights
 
 
 def batch(rows=4, length=9):
@@ -21,8 +21,8 @@ def batch(rows=4, length=9):
     return ids, labels
 
 
-def run(model, recipe, moment, ids, labels, **keywords):
-    return recipe_module(model, recipe, **keywords).train()(ids, labels, moment)
+def run(model, recipe, step, ids, labels, **keywords):
+    return recipe_module(model, recipe, **keywords).train()(ids, labels, step)
 
 
 def layer_rows(model):
@@ -53,7 +53,7 @@ def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step,
     ids, labels = batch()
     rotation = 3 if curriculum == "rotational" else None
     recipe = RecipeSettings(p_max=0, e_scale=0.2, curriculum=curriculum, rotation=rotation)
-    output = run(llama, recipe, Moment(step, 12), ids, labels)
+    output = run(llama, recipe, RunStep(step, 12), ids, labels)
     assert output["exit_layers"] == exits
     weights = torch.tensor(exit_weights(exits, 6, 0.2))
     torch.testing.assert_close(output["loss"], (weights * output["per_exit"]).sum())
@@ -61,7 +61,7 @@ def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step,
 
 def test_without_the_recipe_it_is_the_plain_loss(llama):
     ids, labels = batch()
-    output = run(llama, RecipeSettings(p_max=0, curriculum="none"), Moment(0, 1), ids, labels)
+    output = run(llama, RecipeSettings(p_max=0, curriculum="none"), RunStep(0, 1), ids, labels)
     targets = (labels[:, 1:] != IGNORED).sum()
     torch.testing.assert_close(output["loss"] / targets, llama(ids, labels=labels).loss.float())
 
@@ -69,9 +69,9 @@ def test_without_the_recipe_it_is_the_plain_loss(llama):
 def test_padding_at_the_right_changes_nothing(llama):
     ids, labels = batch()
     recipe = RecipeSettings(p_max=0, curriculum="all")
-    plain = run(llama, recipe, Moment(0, 1), ids, labels)["per_exit"]
+    plain = run(llama, recipe, RunStep(0, 1), ids, labels)["per_exit"]
     filler, ignored = torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), IGNORED)
-    padded = run(llama, recipe, Moment(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1))
+    padded = run(llama, recipe, RunStep(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1))
     torch.testing.assert_close(padded["per_exit"], plain)
 
 
@@ -82,7 +82,7 @@ def test_from_scratch_dropout_starts_at_nothing_and_ends_at_its_rate():
     for step, scratch, expected in ((0, True, 40), (9, True, 4), (0, False, 4)):
         model = tiny_model()
         rows = layer_rows(model)
-        run(model, recipe, Moment(step, 10), ids, labels, from_scratch=scratch)
+        run(model, recipe, RunStep(step, 10), ids, labels, from_scratch=scratch)
         assert rows[0] == 40  # p of the first layer is 0
         assert rows[5] == pytest.approx(expected, abs=6)  # 3 standard deviations of 40 draws at 0.9
 
@@ -92,18 +92,18 @@ def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
     ids, labels = batch(rows=40)
     model = tiny_model()
     rows = layer_rows(model)
-    run(model, RecipeSettings(p_max=0.9, dropout_profile="constant", curriculum="none"), Moment(0, 10), ids, labels)
+    run(model, RecipeSettings(p_max=0.9, dropout_profile="constant", curriculum="none"), RunStep(0, 10), ids, labels)
     assert rows == pytest.approx([24] * 6, abs=9)  # 3 standard deviations
 
 
 def test_dropout_is_a_function_of_seed_and_moment(llama):
     ids, labels = batch()
     recipe = RecipeSettings(p_max=0.9, curriculum="none")
-    first = run(llama, recipe, Moment(3, 10, 1), ids, labels, seed=7)["loss"]
+    first = run(llama, recipe, RunStep(3, 10, 1), ids, labels, seed=7)["loss"]
     torch.manual_seed(99)
-    torch.testing.assert_close(run(llama, recipe, Moment(3, 10, 1), ids, labels, seed=7)["loss"], first, rtol=0, atol=0)
-    others = [(Moment(4, 10, 1), 7), (Moment(3, 10, 2), 7), (Moment(3, 10, 1), 8)]
-    losses = [run(llama, recipe, moment, ids, labels, seed=seed)["loss"].item() for moment, seed in others]
+    torch.testing.assert_close(run(llama, recipe, RunStep(3, 10, 1), ids, labels, seed=7)["loss"], first, rtol=0, atol=0)
+    others = [(RunStep(4, 10, 1), 7), (RunStep(3, 10, 2), 7), (RunStep(3, 10, 1), 8)]
+    losses = [run(llama, recipe, step, ids, labels, seed=seed)["loss"].item() for step, seed in others]
     assert first.item() not in losses
 
 
@@ -123,7 +123,7 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
         module = recipe_module(model, recipe, recompute=recompute).train()
         rows = layer_rows(module.backend.model)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = module(ids, labels, Moment(2, 10))["loss"]
+            loss = module(ids, labels, RunStep(2, 10))["loss"]
         assert loss.dtype == torch.float32
         loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
@@ -145,13 +145,13 @@ def test_packed_documents_give_the_losses_of_each_alone():
         alone = []
         for start, stop in ((0, 5), (5, 14), (14, 18)):
             part = ids[:, start:stop]
-            alone.append(module(part, part, Moment(0, 1))["per_exit"])
+            alone.append(module(part, part, RunStep(0, 1))["per_exit"])
         (row,) = packed([ids[0, :5].tolist(), ids[0, 5:14].tolist(), ids[0, 14:].tolist()], 18)
         (short,) = packed([ids[0, :5].tolist()], 18)
         collated = Collator(0)([row, short])
         assert collated["documents"][1].tolist() == [0] * 5 + [-1] * 13
         collated.pop("lengths")
-        together = module(**collated, moment=Moment(0, 1))["per_exit"]
+        together = module(**collated, step=RunStep(0, 1))["per_exit"]
         torch.testing.assert_close(together, sum(alone) + alone[0])
 
 
@@ -161,12 +161,12 @@ def test_lora_trains_adapters_only_and_the_exits_see_them():
     before = copy.deepcopy(base.state_dict())
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     module = recipe_module(adapted, RecipeSettings(p_max=0, curriculum="all")).train()
-    first = module(ids, labels, Moment(0, 10))
+    first = module(ids, labels, RunStep(0, 10))
     first["loss"].backward()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert trained and all("lora_" in name for name in trained)
     torch.optim.SGD([parameter for parameter in adapted.parameters() if parameter.requires_grad], 1e-3).step()
-    second = module(ids, labels, Moment(0, 10))
+    second = module(ids, labels, RunStep(0, 10))
     assert (second["per_exit"] != first["per_exit"]).all()
     merged = adapted.unload()
     assert all(torch.equal(value, before[name]) for name, value in merged.state_dict().items())
