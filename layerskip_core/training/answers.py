@@ -35,7 +35,7 @@ _WAIT = 1.0  # seconds
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens, and as labels those of them that are answers; the others are IGNORED, and so is the first."""
+    """Token ids, and their labels: the ids of the answer, IGNORED elsewhere and for the first token."""
 
     ids: list[int]
     labels: list[int]
@@ -67,8 +67,9 @@ class Writing:
 
 
 def batches_of(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[list[int]]:
-    """Indices of texts of similar length, the longest first, the same in every run; `fits(texts, longest)`: so many may be in a
-    batch whose longest text has that many tokens.
+    """Batches of texts of similar length, as indices, the longest first; the same in every run.
+
+    `fits(texts, longest)` says whether a batch may hold that many texts, of which the longest has that many tokens.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
@@ -82,9 +83,9 @@ def batches_of(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list
 def write_answers(
     decoder: Decoder, prompts: Sequence[list[int]], how: Writing, journal: Path, report: Callable[[int], None]
 ) -> list[list[int]]:
-    """The answer to each prompt, with its end of text if it ends by itself; those in the journal are not decoded again.
+    """The answer to each prompt, with its end of text if it ends by itself. Answers in the journal are not decoded again.
 
-    `report` gets the number of answers that are there, and may raise to end it. The prompts must leave room for a token.
+    `report` gets the number of answers written so far, and may raise to stop. The prompts must leave room for a token.
     """
     known = read_answers(journal)
     for batch in batches_of([len(prompt) for prompt in prompts], lambda texts, longest: texts <= BATCH):
@@ -104,7 +105,7 @@ def write_answers(
 
 
 def read_answers(journal: Path) -> dict[int, list[int]]:
-    """The answers that are known, by row, without an incomplete last line, of a process that was killed or still writes.
+    """The answers in a journal, by row. An incomplete last line, of a process that was killed or still writes, is left out.
 
     Raises CheckpointError for a line that `write_answers` does not write.
     """
@@ -135,13 +136,13 @@ def _append(journal: Path, answers: dict[int, list[int]]) -> None:
 
 
 def answers_digest(model: str, prompts: Sequence[list[int]], how: Writing, dtype: str) -> str:
-    """Of what decides the answers, for the name of their journal; `model`: its fingerprint."""
+    """A digest of everything that decides the answers, for the name of their journal. `model`: its fingerprint."""
     seed = how.seed if how.temperature else 0
     return digest([model, prompts, how.tokens, how.max_length, how.temperature, seed, dtype])
 
 
 def digest(value: object) -> str:
-    """Of what JSON can hold, for a name."""
+    """A digest of a JSON value, for a file name."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:_DIGITS]
 
 

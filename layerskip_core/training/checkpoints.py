@@ -1,7 +1,7 @@
 """Checkpoints of a run in progress: written to a staging folder, sealed with a digest of every file, then renamed into place.
 
-A checkpoint that is incomplete or damaged fails its seal, and the one before it is used. A folder of that name that this
-program did not write belongs to somebody else, and a run refuses to start beside it.
+If a checkpoint is incomplete or damaged, the one before it is used. A run refuses to start beside a folder of such a name that
+this program did not write.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes what lies after the step that a run resumes from: damaged checkpoints, and a staging folder."""
+    """Removes checkpoints of later steps than the one that a run resumes from, and staging folders."""
     remove_leftovers(folder)
     for checkpoint in _newest_first(folder):
         if _step(checkpoint) > step:

@@ -40,7 +40,7 @@ def rows_per_step(config: FinetuneConfig) -> int:
 
 
 def replayed_rows(config: FinetuneConfig) -> int:
-    """Those of them that are the original's own text. Raises ConfigError for a share that leaves none, or none of the data."""
+    """Rows of a step that are the original's own text. Raises ConfigError for a share that gives no such row, or only such."""
     share, rows = config.retention.replay, rows_per_step(config)
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
@@ -49,7 +49,7 @@ def replayed_rows(config: FinetuneConfig) -> int:
 
 
 def data_rows(config: FinetuneConfig) -> int:
-    """Those that are of the data."""
+    """Rows of a step that come from the data."""
     return rows_per_step(config) - replayed_rows(config)
 
 
@@ -256,13 +256,13 @@ class OrderedRows(Dataset[Any]):
 
 
 class ReplayedRows(Dataset[Any]):
-    """The rows of a whole run in sequence: in each step so many texts, at even distances among the rows of the data.
+    """The rows of a whole run in sequence: in each step some texts, at even distances among the rows of the data.
 
-    Which they are is a function of the position alone, so that resuming needs no history.
+    The texts are a function of the position alone, so that resuming needs no history.
     """
 
     def __init__(self, rows: OrderedRows, texts: list[dict[str, Any]], replayed: int, per_step: int) -> None:
-        """`rows`: those of the data, per_step - replayed of each step."""
+        """`rows`: of the data, per_step - replayed in each step."""
         self._rows, self._texts = rows, texts
         self._replayed, self._per_step = replayed, per_step
 

@@ -86,7 +86,7 @@ def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:
 
 
 def write_shard(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, process: int) -> None:
-    """Writes what this process holds of the trained weights and of the optimizer's state.
+    """Writes this process's shards of the trained weights and of the optimizer's state.
 
     (torch.distributed.checkpoint is not used, because it runs pickles when it reads.)
     """
@@ -151,7 +151,7 @@ def _local(value: Any) -> Any:
 
 
 def _sharded(value: Any, weight: Tensor) -> Any:
-    """A moment of the optimizer as its weight is sharded; a count of steps stays as it is."""
+    """A moment of the optimizer, sharded like its weight; a count of steps stays as it is."""
     if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or value.dim() == 0:
         return value
     local = value.to(weight.device)

@@ -250,7 +250,7 @@ def _steps(config: FinetuneConfig, data: EncodedData) -> int:
 
 
 def _resolved(config: FinetuneConfig, recipe: Recipe, lr: float, max_length: int, replay: Replay | None) -> dict[str, Any]:
-    """The fields of a config with the run's values where none was asked for, as a JSON file gives them back."""
+    """The fields of a config, with the run's values in place of None, as they are read back from JSON."""
     found: dict[str, Any] = {"recipe": asdict(recipe), "lr": lr, "max_length": max_length}
     if replay is not None:
         found["retention"] = asdict(replace(config.retention, replay_tokens=replay.how.tokens))
