@@ -1,4 +1,4 @@
-"""Commands made of configs: Typer sees a flag for each field, the function gets the configs."""
+"""Commands made of settings: Typer sees a flag for each field, the function gets the configs."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from layerskip_core.config.options import PANELS, Flag, checked, hints_of
 
-from .options import ALONE, HIDDEN, flags_in, flags_of
+from .options import ALONE, HIDDEN, flags_in, flags_of, is_settings
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -26,7 +26,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     parameters: dict[str, inspect.Parameter] = {}
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
-        if flags_in(hint):
+        if is_settings(hint):
             configs[parameter.name] = _Group(hint, hint() if parameter.default is parameter.empty else parameter.default)
             for flag in configs[parameter.name].flags():
                 parameters.setdefault(flag.field, flag.parameter)
@@ -135,9 +135,10 @@ class _Group:
 
     def made(self, values: Mapping[str, Any]) -> Any:
         """The settings with the values of their flags."""
-        own = {flag.field: flag.value(values[flag.field]) for flag in self._own().values() if flag.field in values}
+        given = {flag.field: flag.value(values[flag.field]) for flag in self._own().values() if flag.field in values}
+        own = checked(self.kind, given)
         if is_typeddict(self.kind):
-            return checked(self.kind, own)
+            return own
         return replace(self.default, **{name: group.made(values) for name, group in self._nested().items()}, **own)
 
     def _value(self, field: str) -> Any:
@@ -148,5 +149,5 @@ class _Group:
         return {name: _Flag(name, hints[name], self._value(name), flag) for name, flag in flags_in(self.kind).items()}
 
     def _nested(self) -> dict[str, "_Group"]:
-        hints = {name: hint for name, hint in hints_of(self.kind).items() if flags_in(hint)}
+        hints = {name: hint for name, hint in hints_of(self.kind).items() if is_settings(hint)}
         return {name: _Group(hint, self._value(name)) for name, hint in hints.items()}

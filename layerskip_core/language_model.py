@@ -87,7 +87,8 @@ def load(
         ConfigError: a setting is out of its range or does not suit the model or this machine.
     """
     copies = () if draft_weights is None else (draft_weights,)
-    packing = PackingConfig(quantize, copies, draft_head=draft_head, draft_vocab=draft_vocab, exact=exact, adaptive=True)
+    weights = {"quantize": quantize, "draft_weights": copies, "draft_head": draft_head, "draft_vocab": draft_vocab}
+    packing = PackingConfig(**checked(PackingConfig, weights), exact=exact, adaptive=True)
     decoder = for_decoding(name, device, dtype, packing, policies=None).with_template(template, system)
     for note in decoder.notes:
         warnings.warn(note, stacklevel=2)

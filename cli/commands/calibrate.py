@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from layerskip_core.config.calibration import CalibrationConfig
-from layerskip_core.config.options import MACHINE
-from layerskip_core.config.ranges import require_ranges
+from layerskip_core.config.options import MACHINE, Threads, check
 
 from ..console import narrate, stage_bars
 from ..signature import command
@@ -25,7 +24,7 @@ def calibrate(
 
     Example: layerskip calibrate --model my-model
     """
-    require_ranges(threads=threads)
+    check("threads", Threads, threads)
     use_threads(threads)
     from layerskip_core.calibration.run import Progress, calibrate, output_folder
     from layerskip_core.checkpoint.save import output_lock

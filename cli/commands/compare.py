@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerskip_core.config.checks import refused, require, require_choice, require_given
-from layerskip_core.config.options import MEASUREMENT, OUTPUT
-from layerskip_core.config.ranges import parse_counts
+from layerskip_core.config.options import MEASUREMENT, OUTPUT, parse_counts, parse_names
 
 from .. import evaluation, options
 from ..console import narrate
@@ -46,7 +45,7 @@ def compare(
     require_choice(form, "format", options.FORMATS)
     require_given("output", output)
     chosen = () if exits is None else parse_counts(exits, "exits")
-    names = () if only is None else options.parse_names(only, "only")
+    names = () if only is None else parse_names(only, "only")
     from layerskip_core.evaluation.compare.comparison import compare as compare_runs
     from layerskip_core.evaluation.compare.comparison import figures_of, labelled, read_run
     from layerskip_core.evaluation.compare.rendering import compare_files, compare_table, to_csv, to_json

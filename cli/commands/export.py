@@ -1,11 +1,11 @@
 """`layerskip export`: an exit of a model, as a draft model for another engine."""
 
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
-from layerskip_core.config.export import ENGINES, FORMATS, Engine, ExportConfig, Format
-from layerskip_core.config.packing import Quantization
+from layerskip_core.config.export import ENGINES, FORMATS, ExportConfig
+from layerskip_core.config.options import checked
 
 from ..console import narrate
 
@@ -48,10 +48,11 @@ def export(
 
     Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
     """
-    config = ExportConfig(
-        *(model, exit_layer, output, cast(Format | None, form), cast(Engine | None, engine), dtype, overwrite),
-        cast(Quantization | None, quantize),
-    )
+    given = {
+        "model": model, "exit_layer": exit_layer, "output": output, "format": form, "engine": engine, "dtype": dtype,
+        "overwrite": overwrite, "quantize": quantize,
+    }  # fmt: skip
+    config = ExportConfig(**checked(ExportConfig, given))
     from layerskip_core.checkpoint.save import output_lock
 
     if config.is_packed:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerskip_core.config.options import MACHINE, RUN
-from layerskip_core.config.ranges import require_ranges
+from layerskip_core.config.options import MACHINE, RUN, Threads, check
 from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.errors import TrainingInterrupted
 
@@ -57,7 +56,7 @@ def finetune(
 
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """
-    require_ranges(threads=threads)
+    check("threads", Threads, threads)
     use_free_threads(threads)
     from layerskip_core.training.run import prepare, run_lock
 

@@ -8,10 +8,9 @@ import typer
 from layerskip_core.config.checks import require
 from layerskip_core.config.decoding import DecodingConfig, DecodingOptions
 from layerskip_core.config.machine import MachineConfig
-from layerskip_core.config.options import INPUT, MODEL, OUTPUT
+from layerskip_core.config.options import INPUT, MODEL, OUTPUT, BatchSize, check
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.ranges import require_ranges
 from layerskip_core.errors import LayerSkipError
 
 from .. import standard_input
@@ -73,7 +72,7 @@ def generate(
         raise typer.BadParameter("pipe the prompts of --lines or --jsonl into standard input")
     if prompt is None and not (standard_input.is_piped() or standard_input.is_terminal()):
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
-    require_ranges(batch_size=batch_size)
+    check("batch_size", BatchSize, batch_size)
     single = batch_size == 1 or not decoding.get("exit_confidence")
     require(single, "batch_size", "1 with `exit_confidence`", batch_size)
     loaded, usual = load_to_decode(model, decoding, prompting, packing, machine, all_policies=jsonl)

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from layerskip_core.config.checks import require, require_choice, require_given
+from layerskip_core.config.decoding import MaxNewTokens
 from layerskip_core.config.machine import MachineConfig
-from layerskip_core.config.options import DECODING, MODEL, OUTPUT
+from layerskip_core.config.options import DECODING, MODEL, OUTPUT, check, parse_counts
 from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.ranges import parse_counts, require_ranges
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.wording import visible
 
@@ -53,7 +53,7 @@ def inspect(
     Example: layerskip inspect "set an alarm for 7 am" --layers 2:24:2 --output inspect.html
     """
     require_choice(format, "format", _FORMATS)
-    require_ranges(max_new_tokens=max_new_tokens)
+    check("max_new_tokens", MaxNewTokens, max_new_tokens)
     require_given("model", model)
     require_given("output", output)
     wanted = parse_counts(layers, "layers") if layers is not None else None

@@ -12,8 +12,7 @@ import typer
 from layerskip_core.config.checks import require
 from layerskip_core.config.decoding import EXACT, FAST, DecodingOptions, Policy, is_exit_drafting, policy_text
 from layerskip_core.config.evaluation import SweepConfig
-from layerskip_core.config.options import OUTPUT
-from layerskip_core.config.ranges import counts_text
+from layerskip_core.config.options import OUTPUT, counts_text
 from layerskip_core.errors import ConfigError
 
 from .. import console, evaluation, options

@@ -1,9 +1,12 @@
 """How int4 weights are calibrated."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from .checks import require, require_given
-from .ranges import require_ranges
+from msgspec import Meta
+
+from .checks import require
+from .options import DATA, MODEL, OPTIMISATION, OUTPUT, RUN, Flag, Seed, Text
 
 
 @dataclass(frozen=True)
@@ -13,18 +16,20 @@ class CalibrationConfig:
     `output`: a folder for a copy of the model; None for the model's own folder, or for a copy where it is no folder.
     """
 
-    model: str = "embedded"
-    output: str | None = None
-    data: str | None = None
-    samples: int = 256
-    length: int = 256
-    tuning_steps: int = 32
-    seed: int = 0
-    overwrite: bool = False
+    model: Annotated[Text, Flag(MODEL, "embedded, embedded-base, a folder, a .gguf file or a hub id.")] = "embedded"
+    output: Annotated[
+        Text | None, Flag(OUTPUT, "Folder for a copy of the model.", default="--model's folder, or calibrated-model")
+    ] = None
+    data: Annotated[
+        Text | None, Flag(DATA, "Rows to calibrate on: commands, topv2, a file or a hub id.", default="what the model writes")
+    ] = None
+    samples: Annotated[int, Meta(ge=0, le=10_000_000), Flag(DATA, "Number of texts; fewer if --data has fewer tokens.")] = 256
+    length: Annotated[int, Meta(ge=2, le=10_000_000), Flag(DATA, "Tokens of a text.")] = 256
+    tuning_steps: Annotated[
+        int, Meta(ge=0, le=1_000_000_000), Flag(OPTIMISATION, "Steps of tuning the scales; 0: none.", "--steps")
+    ] = 32
+    seed: Annotated[Seed, Flag(RUN, "Seed of the texts and of their order.")] = 0
+    overwrite: Annotated[bool, Flag(RUN, "Replace a model in --output.")] = False
 
     def __post_init__(self) -> None:
-        require_given("model", self.model)
-        require_given("output", self.output)
-        require_given("data", self.data)
         require(self.samples >= 1, "samples", "at least 1", self.samples)
-        require_ranges(samples=self.samples, length=self.length, tuning_steps=self.tuning_steps, seed=self.seed)

@@ -1,9 +1,11 @@
 """Which rows of which data."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from .checks import require_given
-from .ranges import require_ranges
+from msgspec import Meta
+
+from .options import DATA, Flag, Seed, Text
 
 
 @dataclass(frozen=True)
@@ -13,14 +15,16 @@ class DataConfig:
     `setting` is the one that named the data, for errors.
     """
 
-    name: str = "commands"
-    split: str = "train"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    limit: int = 0
-    seed: int = 0
+    name: Annotated[
+        Text, Flag(DATA, "commands, topv2, a .jsonl/.json/.csv/.parquet/.txt file, a TOPv2 folder or a hub id.", "--data")
+    ] = "commands"
+    split: Annotated[str, Flag(DATA, "Split of the data; for `commands` train, validation, test or compositional.")] = "train"
+    prompt_column: Annotated[str, Flag(DATA, "Column of the prompt.")] = "prompt"
+    completion_column: Annotated[str, Flag(DATA, "Column of what follows the prompt.")] = "completion"
+    limit: Annotated[
+        int,
+        Meta(ge=0, le=10_000_000),
+        Flag(DATA, "Number of rows; 0: all (of `commands` 20000; in training as many as needed).", "--samples"),
+    ] = 0
+    seed: Annotated[Seed, Flag(DATA, "Seed of generated rows.")] = 0
     setting: str = "data"
-
-    def __post_init__(self) -> None:
-        require_given(self.setting, self.name)
-        require_ranges(limit=self.limit, seed=self.seed)

@@ -7,9 +7,8 @@ from typing import Annotated, Any, TypedDict, cast
 from msgspec import Meta
 
 from .checks import refused, require, require_exit_layer, require_skip
-from .options import DECODING, SAMPLING, UNICODE, Flag, Seed, Text, hints_of, one_of
+from .options import DECODING, SAMPLING, UNICODE, Flag, Seed, Text, counts_text, hints_of, one_of, parse_counts
 from .packing import PackingConfig, Quantization
-from .ranges import counts_text, parse_counts
 
 # Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
 DRAFTERS = {

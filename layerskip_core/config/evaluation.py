@@ -1,15 +1,29 @@
 """What is evaluated, and how."""
 
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
-from .checks import require, require_choice, require_given
+from msgspec import Meta
+
+from .checks import require, require_choice
 from .decoding import DRAFTERS, STRATEGIES, DecodingOptions
 from .machine import MachineConfig
+from .options import DECODING, MEASUREMENT, MODEL, TASK, Flag, Seed, Text, parse_counts, parse_names, parse_shares
 from .packing import PackingConfig
 from .prompting import PromptingConfig
-from .ranges import require_ranges
 
+# Each task, and the TaskLoader that loads it. It is imported when the task is used.
+TASKS = {
+    "commands": "layerskip_core.evaluation.tasks.pairs:PARSING",
+    "topv2": "layerskip_core.evaluation.tasks.pairs:PARSING",
+    "jsonl": "layerskip_core.evaluation.tasks.pairs:PROMPTS",
+    "cnn_dm": "layerskip_core.evaluation.tasks.summaries:CNN_DM",
+    "xsum": "layerskip_core.evaluation.tasks.summaries:XSUM",
+    "scitldr": "layerskip_core.evaluation.tasks.summaries:SCITLDR",
+    "humaneval": "layerskip_core.evaluation.tasks.code:HUMANEVAL",
+    "mbpp": "layerskip_core.evaluation.tasks.code:MBPP",
+    "lm": "layerskip_core.evaluation.tasks.language_modelling:LANGUAGE_MODELLING",
+}
 METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
 TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "draft-model")
 BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")
@@ -28,29 +42,51 @@ class TaskConfig:
     `allow_code_execution` runs them in a sandbox, with "unsandboxed" also on a machine where no layer of the sandbox works.
     """
 
-    task: str | None = None
-    data: str | None = None
-    split: str = "test"
-    samples: int = 12
-    seed: int = 0
-    max_new_tokens: int | None = None
-    prompt_column: str | None = None
-    completion_column: str | None = None
-    metric: str | None = None
-    shots: int | None = None
-    pass_k: tuple[int, ...] = (1,)
-    problem_samples: int = 1
-    allow_code_execution: bool | Literal["unsandboxed"] = False
-    include_path: str | None = None
+    task: Annotated[
+        Text | None,
+        Flag(
+            TASK,
+            f"{', '.join(TASKS)}, data with prompts and references, or {HARNESS}TASK,TASK of lm-evaluation-harness.",
+            default="by --data, else commands",
+        ),
+    ] = None
+    data: Annotated[Text | None, Flag(TASK, "A file, a TOPv2 folder or a hub id.", default="the task's own, from the hub")] = (
+        None
+    )
+    split: Annotated[str, Flag(TASK, "train, validation or test; compositional too for `commands`.")] = "test"
+    samples: Annotated[int, Meta(ge=0, le=10_000_000), Flag(TASK, "Number of rows; 0: all, 20000 for `commands`.")] = 12
+    seed: Annotated[Seed, Flag(TASK, "Seed of generated rows and of sampling.")] = 0
+    max_new_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000_000)] | None,
+        Flag(DECODING, "Maximum number of tokens in an answer.", default="the task's"),
+    ] = None
+    prompt_column: Annotated[str | None, Flag(TASK, "Column of the prompt.", default="the first of the usual names")] = None
+    completion_column: Annotated[str | None, Flag(TASK, "Column of the reference.", default="the first of the usual names")] = (
+        None
+    )
+    metric: Annotated[
+        str | None, Flag(TASK, "For jsonl: exact_match, rouge1, rouge2 or rougeL.", default="by the references")
+    ] = None
+    shots: Annotated[
+        Annotated[int, Meta(ge=0, le=1_000)] | None, Flag(TASK, "Solved rows before each prompt.", default="the task's")
+    ] = None
+    pass_k: Annotated[tuple[int, ...], Flag(TASK, "The k of pass@k, such as 1,10.", parse=parse_counts)] = (1,)
+    problem_samples: Annotated[
+        int, Meta(ge=1, le=10_000), Flag(TASK, "Answers to each code problem, for pass@k; needs --temperature if above 1.")
+    ] = 1
+    allow_code_execution: Annotated[
+        bool | Literal["unsandboxed"],
+        Flag(
+            TASK,
+            f"Run the programs that the model writes, in a sandbox; `{UNSANDBOXED}`: even where no layer of the sandbox works.",
+            parse=lambda text, field: text or True,
+            optional=UNSANDBOXED,
+        ),
+    ] = False
+    include_path: Annotated[str | None, Flag(TASK, f"Folder with task files of your own, for {HARNESS}.")] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
 
     def __post_init__(self) -> None:
-        require_given("task", self.task)
-        require_given("data", self.data)
-        require_ranges(
-            samples=self.samples, seed=self.seed, max_new_tokens=self.max_new_tokens, shots=self.shots,
-            problem_samples=self.problem_samples,
-        )  # fmt: skip
         if self.metric is not None:
             require_choice(self.metric, "metric", METRICS)
         require(bool(self.pass_k) and min(self.pass_k) >= 1, "pass_k", "counts of at least 1", _listed(self.pass_k))
@@ -79,19 +115,34 @@ class BenchConfig:
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (0: none, None: some) are timed.
     """
 
-    model: str = "embedded"
+    model: Annotated[Text, Flag(MODEL, "embedded, embedded-base, a folder, a .gguf file or a hub id.")] = "embedded"
     task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
-    strategies: tuple[str, ...] = field(
+    exit_layer: Annotated[
+        int | None, Flag(DECODING, "Layers of the early exit and of the drafts.", "--exit", "the checkpoint's")
+    ] = None
+    num_draft_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000)] | None, Flag(DECODING, "Draft tokens per round.", "--spec", "the checkpoint's")
+    ] = None
+    strategies: Annotated[
+        tuple[str, ...], Flag(DECODING, "The strategies to run; autoregressive is required.", parse=parse_names)
+    ] = field(
         default_factory=lambda: ("autoregressive", "early-exit", *(name for name in DRAFTERS if name != "draft-and-verify"))
     )
-    batch_size: int = 1
-    timed: int | None = None
-    repeats: int = 3
-    baselines: tuple[str, ...] = ()
-    draft_model: str | None = None
-    gguf: str | None = None
+    batch_size: Annotated[
+        int,
+        Meta(ge=1, le=65_536),
+        Flag(MEASUREMENT, "Prompts answered together, for quality; speed is measured at batch size 1."),
+    ] = 1
+    timed: Annotated[
+        Annotated[int, Meta(ge=0, le=1_000_000)] | None,
+        Flag(MEASUREMENT, "With --batch-size: the number of prompts that speed is measured on.", default="8"),
+    ] = None
+    repeats: Annotated[
+        int, Meta(ge=1, le=1_000), Flag(MEASUREMENT, "Number of times that everything is measured; medians are reported.")
+    ] = 3
+    baselines: Annotated[tuple[str, ...], Flag(MEASUREMENT, f"Also: {','.join(BASELINES)}, or some.", parse=parse_names)] = ()
+    draft_model: Annotated[Text | None, Flag(MEASUREMENT, "Model that the baseline draft-model drafts with.")] = None
+    gguf: Annotated[Text | None, Flag(MEASUREMENT, "The model as a GGUF file, for the baseline llama.cpp.")] = None
     generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
@@ -107,10 +158,6 @@ class BenchConfig:
         return bool(self.generation.get("skip")) or "draft-and-verify" in (*self.strategies, *self.baselines)
 
     def __post_init__(self) -> None:
-        require_given("model", self.model)
-        require_given("draft_model", self.draft_model)
-        require_given("gguf", self.gguf)
-        require_ranges(num_draft_tokens=self.num_draft_tokens, repeats=self.repeats)
         for name in self.strategies:
             require_choice(name, "strategies", STRATEGIES)
         known = "autoregressive" in self.strategies
@@ -143,16 +190,49 @@ class SweepConfig:
     With a `batch_size` above 1, answers come from batches, and `timed` of the prompts (None: some) are timed.
     """
 
-    model: str = "embedded"
+    model: Annotated[Text, Flag(MODEL, "embedded, embedded-base, a folder, a .gguf file or a hub id.")] = "embedded"
     task: TaskConfig = field(default_factory=TaskConfig)
-    exits: tuple[int, ...] = ()
-    specs: tuple[int, ...] = (2, 4, 6, 8, 12)
-    keep: float = 0.98
-    exit_confidences: tuple[float, ...] | None = None
-    quick: bool = False
-    search_skips: bool = False
-    batch_size: int = 1
-    timed: int | None = None
+    exits: Annotated[
+        tuple[int, ...],
+        Flag(
+            DECODING,
+            "Exits: 3,6,8 or A:B:STEP, both ends included.",
+            default="six of them, and all layers of --draft-weights; the latter alone if no exit was trained",
+            parse=parse_counts,
+        ),
+    ] = ()
+    specs: Annotated[tuple[int, ...], Flag(DECODING, "Draft lengths, in the same form.", parse=parse_counts)] = (2, 4, 6, 8, 12)
+    keep: Annotated[
+        float,
+        Meta(gt=0, le=1),
+        Flag(MEASUREMENT, "Share of full depth's quality that an early exit must keep to be the policy `fast`."),
+    ] = 0.98
+    exit_confidences: Annotated[
+        tuple[float, ...] | None,
+        Flag(
+            DECODING,
+            "Also early exits by confidence (--exit-confidence of generate), for each of 0.8,0.9.",
+            default="0.8,0.9,0.95 if the exits were trained; none with --quick or --batch-size",
+            parse=parse_shares,
+        ),
+    ] = None
+    quick: Annotated[bool, Flag(MEASUREMENT, "Measure only the settings that are predicted to be fastest.")] = False
+    search_skips: Annotated[
+        bool,
+        Flag(
+            MEASUREMENT,
+            "Also measure --strategy draft-and-verify, with layers to skip that are searched on validation rows.",
+        ),
+    ] = False
+    batch_size: Annotated[
+        int,
+        Meta(ge=1, le=65_536),
+        Flag(MEASUREMENT, "Prompts answered together, for quality; speed is measured at batch size 1."),
+    ] = 1
+    timed: Annotated[
+        Annotated[int, Meta(ge=0, le=1_000_000)] | None,
+        Flag(MEASUREMENT, "With --batch-size: the number of prompts that speed is measured on.", default="8"),
+    ] = None
     generation: DecodingOptions = field(default_factory=lambda: DecodingOptions())
     machine: MachineConfig = field(default_factory=MachineConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
@@ -161,8 +241,6 @@ class SweepConfig:
         require(all(exit_layer >= 1 for exit_layer in self.exits), "exits", "layers of at least 1", _listed(self.exits))
         require(bool(self.specs), "specs", "at least one draft length", "none")
         require(all(spec >= 1 for spec in self.specs), "specs", "draft lengths of at least 1", _listed(self.specs))
-        require_given("model", self.model)
-        require_ranges(num_draft_tokens=max(self.specs), keep=self.keep)
         shares = self.exit_confidences or ()
         require(all(0 < share <= 1 for share in shares), "exit_confidences", "above 0 and up to 1", _listed(shares))
         single = self.generation.get("exit_confidence")
@@ -175,7 +253,6 @@ class SweepConfig:
 
 
 def _require_batches(batch_size: int, timed: int | None, fewest: int, temperature: float, packing: PackingConfig) -> None:
-    require_ranges(batch_size=batch_size, timed=timed)
     require(batch_size == 1 or not packing.exact, "batch_size", "1 with `exact`", batch_size)
     require(batch_size == 1 or temperature == 0, "batch_size", "1 with a `temperature` above 0", batch_size)
     require(timed is None or batch_size > 1, "timed", "used with `batch_size`; without it every prompt is timed", timed)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .checks import require, require_choice, require_given
+from .checks import require, require_choice
 from .machine import DTYPES
+from .options import Text
 from .packing import QUANTIZATIONS, Quantization
 
 Engine = Literal["vllm", "llama.cpp", "transformers"]
@@ -24,9 +25,9 @@ class ExportConfig:
     chooses here.
     """
 
-    model: str = "embedded"
+    model: Text = "embedded"
     exit_layer: int | None = None
-    output: str = "draft-model"
+    output: Text = "draft-model"
     format: Format | None = None
     engine: Engine | None = None
     dtype: str = "auto"
@@ -34,8 +35,6 @@ class ExportConfig:
     quantize: Quantization | None = None
 
     def __post_init__(self) -> None:
-        require_given("the MODEL", self.model)
-        require_given("output", self.output)
         if self.format is not None:
             require_choice(self.format, "format", FORMATS)
         if self.engine is not None:

@@ -1,10 +1,9 @@
 """What a command runs on."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from .checks import require_choice
-from .ranges import require_ranges
+from .options import MACHINE, Flag, Threads
 
 DType = Literal["auto", "fp32", "bf16"]
 DTYPES: tuple[str, ...] = get_args(DType)
@@ -14,10 +13,9 @@ DTYPES: tuple[str, ...] = get_args(DType)
 class MachineConfig:
     """Device, precision of the weights, and CPU threads (0: torch's choice, or 1 for decoding with a small model)."""
 
-    device: str = "auto"
-    dtype: DType = "auto"
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        require_choice(self.dtype, "dtype", DTYPES)
-        require_ranges(threads=self.threads)
+    device: Annotated[str, Flag(MACHINE, "auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    dtype: Annotated[DType, Flag(MACHINE, "auto, fp32 or bf16.")] = "auto"
+    threads: Annotated[
+        Threads,
+        Flag(MACHINE, "CPU threads; 0: torch's choice, or 1 to decode with a small model."),
+    ] = 0

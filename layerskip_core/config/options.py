@@ -6,16 +6,18 @@ The command line makes a flag of it. `checked` tests what a user gave: a flag, a
 Settings that our own code makes are not checked.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from .checks import refused, shown
+from .checks import refused, require, shown
 
 # The headings of --help, in their order.
 PANELS = (
@@ -25,6 +27,8 @@ PANELS = (
     "Input", "Model", "Server", "Recipe", "Retention", "Exit blocks", "Optimisation", "Task", "Data", "Decoding", "Sampling",
     "Prompting", "Adapters", "Run", "Measurement", "Weights", "Machine", "Output",
 )  # fmt: skip
+MAX_COUNT = 1_000_000_000
+_MOST_COUNTS = 10_000  # in a list or range of counts
 _KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
 
 
@@ -57,6 +61,8 @@ def one_of(*names: str) -> Meta:
 # Text without lone surrogates, which stand for the bytes of an argument that is not valid UTF-8.
 UNICODE = Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description="a text of valid Unicode that is not empty")
 Text = Annotated[str, UNICODE]
+Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
+BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
 
 
@@ -80,7 +86,7 @@ def check(field: str, hint: Any, value: Any) -> Any:
         return msgspec.convert(_plain(value), hint)
     except msgspec.ValidationError as error:
         wrong_type = ", got `" in str(error)
-        raise refused(field, needed(hint), shown(repr(value) if wrong_type else value)) from None
+        raise refused(field, needed(hint), shown(repr(value) if wrong_type else value) or "an empty one") from None
 
 
 def needed(hint: Any) -> str:
@@ -109,6 +115,61 @@ def flag_of(hint: Any) -> Flag | None:
 def hints_of(kind: type) -> dict[str, Any]:
     """The annotations of a kind's fields, with their metadata."""
     return get_type_hints(kind, include_extras=True)
+
+
+def parse_names(text: str, field: str) -> tuple[str, ...]:
+    """Names from `one,two`. Raises ConfigError for none."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    require(bool(names), field, "a name, or several with commas", repr(text))
+    return names
+
+
+def parse_counts(text: str, field: str) -> tuple[int, ...]:
+    """Distinct counts in ascending order from `3,6,8`, from `A:B` or `A:B:STEP` with both ends included, or from `3,8:12`.
+
+    Raises ConfigError, also for more than _MOST_COUNTS of them.
+    """
+    try:
+        parts = [[int(number) for number in part.split(":")] for part in text.split(",")]
+        if any(abs(number) > MAX_COUNT for numbers in parts for number in numbers):
+            raise refused(field, f"counts of at most {MAX_COUNT}", shown(text))
+        ranges = [_counts(*numbers) if len(numbers) > 1 else numbers for numbers in parts]
+    except (ValueError, TypeError):  # not a number; too many for a range
+        ranges = []
+    if not ranges or not all(ranges):
+        needed = "a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1"
+        raise refused(field, needed, repr(shown(text)))
+    count = sum(map(len, ranges))
+    if count > _MOST_COUNTS:
+        raise refused(field, f"at most {_MOST_COUNTS} counts", str(count))
+    return tuple(sorted(set(chain.from_iterable(ranges))))
+
+
+def parse_shares(text: str, field: str) -> tuple[float, ...]:
+    """Distinct shares above 0 and up to 1 in ascending order, from `0.8,0.9`. Raises ConfigError."""
+    try:
+        shares = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise refused(field, "a list such as 0.8,0.9 of numbers above 0 and up to 1", repr(shown(text)))
+    return tuple(shares)
+
+
+def counts_text(counts: Sequence[int]) -> str:
+    """Ascending counts as `parse_counts` reads them; three or more in a row as a range: 8,9,14:18."""
+    runs = [[counts[0]]] if counts else []
+    for count in counts[1:]:
+        if count == runs[-1][-1] + 1:
+            runs[-1].append(count)
+        else:
+            runs.append([count])
+    return ",".join(f"{run[0]}:{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+
+
+def _counts(start: int, stop: int, step: int = 1) -> Sequence[int]:
+    """Lazy, so that a huge range costs nothing."""
+    return range(start, stop + 1, step) if step >= 1 else ()
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,12 @@
 """How weights are stored for decoding."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from .checks import require, require_choice
-from .ranges import require_ranges
+from msgspec import Meta
+
+from .checks import require
+from .options import WEIGHTS, Flag, parse_names
 
 Quantization = Literal["int8", "int4"]
 
@@ -27,26 +29,30 @@ class PackingConfig:
     that of autoregressive decoding, in every precision.
     """
 
-    quantize: Quantization | None = None
-    draft_weights: tuple[Quantization, ...] = ()
+    quantize: Annotated[Quantization | None, Flag(WEIGHTS, "int8 or int4 weights (CPU only).", default="none")] = None
+    draft_weights: Annotated[
+        tuple[Quantization, ...],
+        Flag(
+            WEIGHTS,
+            "Draft with low-bit copies of the weights: int8, int4 or int8,int4. The output stays the same.",
+            parse=parse_names,
+        ),
+    ] = ()
     draft_layers: int = 0
-    draft_head: Quantization | None = None
-    draft_vocab: int = 0
-    exact: bool = False
+    draft_head: Annotated[
+        Quantization | None, Flag(WEIGHTS, "Precision of the head of these copies: int8 or int4.", default="int8")
+    ] = None
+    draft_vocab: Annotated[
+        int, Meta(ge=0, le=10_000_000), Flag(WEIGHTS, "Draft among the N most frequent tokens only; 0: among all.")
+    ] = 0
+    exact: Annotated[bool, Flag(WEIGHTS, "Bit-for-bit the output of autoregressive decoding, in any precision; slower.")] = (
+        False
+    )
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        for name, kinds in (
-            ("quantize", (self.quantize,)),
-            ("draft_weights", self.draft_weights),
-            ("draft_head", (self.draft_head,)),
-        ):
-            for kind in kinds:
-                if kind is not None:
-                    require_choice(kind, name, QUANTIZATIONS)
         used = self.draft_head is None or bool(self.draft_weights)
         require(used, "draft_head", "used with `draft_weights`", self.draft_head)
-        require_ranges(draft_vocab=self.draft_vocab)
 
     @property
     def drafts_apart(self) -> bool:

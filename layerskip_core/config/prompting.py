@@ -1,8 +1,10 @@
 """How a prompt is put to the model."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from .checks import require, require_unicode
+from .options import PROMPTING, Flag
 
 
 @dataclass(frozen=True)
@@ -13,9 +15,17 @@ class PromptingConfig:
     short for `template` raw: nothing is added, and special tokens in the prompt count.
     """
 
-    template: str | None = None
-    system: str | None = None
-    raw: bool = False
+    template: Annotated[
+        str | None,
+        Flag(
+            PROMPTING,
+            "Prompt template: chat, raw, or a text with {prompt} in it.",
+            "--template/--prompt-template",
+            default="the task's or checkpoint's, else the tokenizer's chat template",
+        ),
+    ] = None
+    system: Annotated[str | None, Flag(PROMPTING, "System message, for chat templates.")] = None
+    raw: Annotated[bool, Flag(PROMPTING, "Use no template; text of special tokens in the prompt becomes tokens.")] = False
 
     def __post_init__(self) -> None:
         require_unicode("template", self.template)

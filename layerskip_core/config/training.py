@@ -1,13 +1,29 @@
 """A training run and its recipe."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from .checks import require, require_choice, require_given
+from msgspec import Meta
+
+from .checks import require
 from .data import DataConfig
-from .machine import DTYPES, DType
+from .machine import DType
+from .options import (
+    ADAPTERS,
+    DATA,
+    EXIT_BLOCKS,
+    MACHINE,
+    MODEL,
+    OPTIMISATION,
+    RECIPE,
+    RETENTION,
+    RUN,
+    Flag,
+    Seed,
+    Text,
+    parse_counts,
+)
 from .prompting import PromptingConfig
-from .ranges import require_ranges
 
 Curriculum = Literal["rotational", "gradual", "all", "none"]
 ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
@@ -50,28 +66,49 @@ class RecipeConfig:
     exits: tuple[int, ...] = ()
     distill: float = 0.0
 
-    def __post_init__(self) -> None:
-        require_ranges(distill=self.distill, p_max=self.p_max, e_scale=self.e_scale, rotation=self.rotation)
-        require_choice(self.dropout_profile, "dropout_profile", DROPOUT_PROFILES)
-        require_choice(self.exit_weights, "exit_weights", EXIT_WEIGHTS)
-        require_choice(self.curriculum, "curriculum", CURRICULA)
-
 
 @dataclass(frozen=True)
 class RecipeSettings:
     """What is asked of the recipe; the fields are those of RecipeConfig. None: the regime's preset decides."""
 
-    p_max: float | None = None
-    dropout_profile: DropoutProfile | None = None
-    e_scale: float | None = None
-    exit_weights: ExitWeights | None = None
-    curriculum: Curriculum | None = None
-    rotation: int | None = None
-    exits: tuple[int, ...] | None = None
-    distill: float | None = None
+    p_max: Annotated[
+        Annotated[float, Meta(ge=0, lt=1)] | None, Flag(RECIPE, "Dropout rate of the last layer.", "--pmax", "by --regime")
+    ] = None
+    dropout_profile: Annotated[
+        DropoutProfile | None,
+        Flag(
+            RECIPE,
+            "Dropout over depth: exponential, up to --pmax at the last layer, or constant, the same mean at every layer.",
+            default="exponential",
+        ),
+    ] = None
+    e_scale: Annotated[
+        Annotated[float, Meta(ge=0, le=1_000_000)] | None,
+        Flag(RECIPE, "Scale of the early exits' loss.", "--escale", "by --regime"),
+    ] = None
+    exit_weights: Annotated[
+        ExitWeights | None, Flag(RECIPE, "Weights of the exits' losses: paper, linear, sqrt or uniform.", default="paper")
+    ] = None
+    curriculum: Annotated[Curriculum | None, Flag(RECIPE, "rotational, gradual, all or none.", default="by --regime")] = None
+    rotation: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000)] | None,
+        Flag(RECIPE, "R of the rotational curriculum: each exit is trained every R steps.", default="by --regime"),
+    ] = None
+    exits: Annotated[
+        tuple[int, ...] | None,
+        Flag(
+            RECIPE,
+            "Exits to train: 3,6,8 or A:B:STEP.",
+            default="every layer; with --frozen a third of the layers",
+            parse=parse_counts,
+        ),
+    ] = None
+    distill: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Flag(RECIPE, "Share of KL divergence from the last layer in the exits' loss, 0 to 1.", default="0"),
+    ] = None
 
     def __post_init__(self) -> None:
-        self.over(RecipeConfig())  # raises now what would otherwise be raised after the model is loaded
         rotates = self.curriculum in (None, "rotational")  # that of every preset
         require(rotates or self.rotation is None, "rotation", "used with `curriculum` rotational", self.curriculum)
 
@@ -92,16 +129,27 @@ class RetentionSettings:
     `replay_tokens` each; None is the mean length of the data's rows.
     """
 
-    anchor: float = 0.0
-    anchor_weights: AnchorWeights | None = None
-    replay: float = 0.0
-    replay_tokens: int | None = None
+    anchor: Annotated[
+        float,
+        Meta(ge=0, le=1_000_000),
+        Flag(RETENTION, "Weight of the KL divergence from the original model at full depth, on the same tokens; 0: none."),
+    ] = 0.0
+    anchor_weights: Annotated[
+        AnchorWeights | None, Flag(RETENTION, "Weights of the copy of the original: bf16, or int8 on a CPU.", default="bf16")
+    ] = None
+    replay: Annotated[
+        float,
+        Meta(ge=0, lt=1),
+        Flag(RETENTION, "Share of the rows that are the original's own text, sampled before the training."),
+    ] = 0.0
+    replay_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000_000)] | None,
+        Flag(RETENTION, "Tokens of such a text, after its beginning.", default="the mean row's"),
+    ] = None
 
     def __post_init__(self) -> None:
-        require_ranges(anchor=self.anchor, replay=self.replay, replay_tokens=self.replay_tokens)
         require(self.replay_tokens is None or self.replay > 0, "replay_tokens", "used with `replay`", self.replay_tokens)
         if self.anchor_weights is not None:
-            require_choice(self.anchor_weights, "anchor_weights", ANCHOR_WEIGHTS)
             require(self.anchor > 0, "anchor_weights", "used with `anchor`", self.anchor_weights)
 
 
@@ -114,25 +162,35 @@ class ExitBlockSettings:
     None: not said, see training/frozen_model.py for the defaults.
     """
 
-    frozen: bool = False
-    feature: Feature | None = None
-    answers: Answers | None = None
-    answer_tokens: int | None = None
-    answer_temperature: float | None = None
-    loss: BlockLoss | None = None
+    frozen: Annotated[
+        bool, Flag(EXIT_BLOCKS, "Leave the model as it is, and train a block at each of --exits that drafts for it.")
+    ] = False
+    feature: Annotated[
+        Feature | None,
+        Flag(
+            EXIT_BLOCKS,
+            "What a block reads besides the exit's state: none, or final, the model's output state for the token before.",
+            default="none",
+        ),
+    ] = None
+    answers: Annotated[
+        Answers | None, Flag(EXIT_BLOCKS, "Who writes the answers to the prompts of --data: model or data.", default="model")
+    ] = None
+    answer_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000_000)] | None,
+        Flag(EXIT_BLOCKS, "Maximum number of tokens in an answer of the model.", default="128"),
+    ] = None
+    answer_temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=1_000)] | None,
+        Flag(EXIT_BLOCKS, "Temperature of these answers; 0 is greedy.", default="0"),
+    ] = None
+    loss: Annotated[
+        BlockLoss | None, Flag(EXIT_BLOCKS, "kl (divergence) or tv (total variation) from the last layer.", default="kl")
+    ] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             require(self.frozen or not value, name, "used with `frozen`", value)
-        require_ranges(answer_tokens=self.answer_tokens, answer_temperature=self.answer_temperature)
-        choices: dict[str, tuple[str | None, tuple[str, ...]]] = {
-            "feature": (self.feature, FEATURES),
-            "answers": (self.answers, ANSWERS),
-            "loss": (self.loss, BLOCK_LOSSES),
-        }
-        for name, (value, known) in choices.items():
-            if value is not None:
-                require_choice(value, name, known)
         if self.answers == "data":
             for name in ("answer_tokens", "answer_temperature"):
                 require(getattr(self, name) is None, name, "left out with `answers` data", getattr(self, name))
@@ -146,53 +204,71 @@ class FinetuneConfig:
     gradients and optimizer state are sharded over the processes that torchrun started (FSDP2).
     """
 
-    model: str = "embedded-base"
+    model: Annotated[Text, Flag(MODEL, "embedded-base, a folder, a .gguf file or a hub id.")] = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
-    output: str = "layerskip-model"
-    regime: Regime = "finetune"
+    output: Annotated[Text, Flag(RUN, "Folder of the new checkpoint.")] = "layerskip-model"
+    regime: Annotated[Regime, Flag(RECIPE, "Preset: finetune, continual, scratch or code.")] = "finetune"
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     exit_blocks: ExitBlockSettings = field(default_factory=ExitBlockSettings)
-    lr: float | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 16
-    accumulation: int = 1
-    max_length: int | None = None
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    seed: int = 0
-    dtype: DType = "auto"
-    device: str = "auto"
-    lora_rank: int = 0
-    lora_targets: str = "all-linear"
-    lora_layers: LoraLayers = "all"
-    lora_keep: bool = False
-    gradient_checkpointing: bool = False
-    fsdp: bool = False
-    save_steps: int = 0
-    resume: bool = False
-    report_to: str = ""
-    streaming: bool = False
-    pack: bool | None = None
-    validation: str | None = None
-    validation_samples: int | None = None
-    eval_steps: int = 0
-    overwrite: bool = False
+    lr: Annotated[
+        Annotated[float, Meta(gt=0, le=100)] | None,
+        Flag(OPTIMISATION, "Initial learning rate.", default="by --regime or --frozen, and model size"),
+    ] = None
+    steps: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000_000)] | None,
+        Flag(OPTIMISATION, "Optimizer steps, with --frozen of each exit; overrides --epochs.", default="300 on `commands`"),
+    ] = None
+    epochs: Annotated[
+        Annotated[float, Meta(gt=0, le=1_000_000)] | None,
+        Flag(OPTIMISATION, "Passes over the data.", default="1; 2 with --frozen"),
+    ] = None
+    batch_size: Annotated[int, Meta(ge=1, le=65_536), Flag(OPTIMISATION, "Rows per forward pass.")] = 16
+    accumulation: Annotated[int, Meta(ge=1, le=65_536), Flag(OPTIMISATION, "Forward passes per optimizer step.")] = 1
+    max_length: Annotated[
+        Annotated[int, Meta(ge=2, le=10_000_000)] | None, Flag(DATA, "Tokens per row, prompt included.", default="by --regime")
+    ] = None
+    warmup: Annotated[float, Meta(ge=0, lt=1), Flag(OPTIMISATION, "Share of the steps over which the learning rate rises.")] = (
+        0.05
+    )
+    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag(OPTIMISATION, "AdamW's weight decay.")] = 0.01
+    seed: Annotated[Seed, Flag(RUN, "Seed of data, order, dropout and fresh weights.")] = 0
+    dtype: Annotated[DType, Flag(MACHINE, "auto, fp32 or bf16.")] = "auto"
+    device: Annotated[str, Flag(MACHINE, "auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag(ADAPTERS, "Rank of LoRA adapters; 0 trains all weights.")] = 0
+    lora_targets: Annotated[str, Flag(ADAPTERS, "Modules with adapters: all-linear, or names with commas.")] = "all-linear"
+    lora_layers: Annotated[
+        LoraLayers, Flag(ADAPTERS, "Layers with adapters: all, or below-exit, those that the highest of --exits runs.")
+    ] = "all"
+    lora_keep: Annotated[bool, Flag(ADAPTERS, "Save the adapter alone, not merged; it loads as a model.")] = False
+    gradient_checkpointing: Annotated[
+        bool, Flag(OPTIMISATION, "Recompute layers in the backward pass: less memory, more time.")
+    ] = False
+    fsdp: Annotated[bool, Flag(MACHINE, "Shard weights, gradients and optimizer over the processes of torchrun (FSDP2).")] = (
+        False
+    )
+    save_steps: Annotated[int, Meta(ge=0, le=1_000_000_000), Flag(RUN, "Steps between checkpoints; 0: none.")] = 0
+    resume: Annotated[bool, Flag(RUN, "Continue from the last checkpoint in --output.")] = False
+    report_to: Annotated[str, Flag(RUN, "Also log losses to tensorboard, wandb, ...; several with commas.")] = ""
+    streaming: Annotated[bool, Flag(DATA, "Read a file or hub data set while training; needs --steps.")] = False
+    pack: Annotated[
+        bool | None, Flag(DATA, "Pack plain text into full rows.", default="yes, except with --regime finetune")
+    ] = None
+    validation: Annotated[Text | None, Flag(DATA, "A split of --data, or other data, to measure every exit on.")] = None
+    validation_samples: Annotated[
+        Annotated[int, Meta(ge=0, le=10_000_000)] | None, Flag(DATA, "Rows of it to use; 0: all.", default="256")
+    ] = None
+    eval_steps: Annotated[
+        int, Meta(ge=0, le=1_000_000_000), Flag(DATA, "Steps between validations; 0: ten validations per run.")
+    ] = 0
+    overwrite: Annotated[bool, Flag(RUN, "Replace a model in --output.")] = False
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
-    vocab_size: int | None = None
+    vocab_size: Annotated[
+        Annotated[int, Meta(ge=260, le=10_000_000)] | None,
+        Flag(DATA, "With --regime scratch: train a BPE tokenizer of this size on the data."),
+    ] = None
 
     def __post_init__(self) -> None:
-        for setting, name in (("model", self.model), ("output", self.output), ("validation", self.validation)):
-            require_given(setting, name)
-        require_choice(self.regime, "regime", REGIMES)
-        require_choice(self.dtype, "dtype", DTYPES)
-        require_ranges(
-            lr=self.lr, steps=self.steps, epochs=self.epochs, batch_size=self.batch_size, accumulation=self.accumulation,
-            max_length=self.max_length, warmup=self.warmup, weight_decay=self.weight_decay, lora_rank=self.lora_rank,
-            validation_samples=self.validation_samples, eval_steps=self.eval_steps, save_steps=self.save_steps, seed=self.seed,
-            vocab_size=self.vocab_size,
-        )  # fmt: skip
         validates = self.validation is not None or self.exit_blocks.frozen  # which holds rows out
         require(not self.eval_steps or validates, "eval_steps", "used with `validation`", "none")
         sampled = self.validation_samples is not None
@@ -205,7 +281,6 @@ class FinetuneConfig:
             require(self.vocab_size is None, "vocab_size", "left out with `streaming`", self.vocab_size)
             require(not self.retention.replay, "replay", "left out with `streaming`", self.retention.replay)
         require(bool(self.lora_targets.strip(", ")), "lora_targets", "all-linear or names of modules", "none")
-        require_choice(self.lora_layers, "lora_layers", LORA_LAYERS)
         usual = {"lora_targets": "all-linear", "lora_layers": "all", "lora_keep": False}
         for name, value in usual.items():
             require(getattr(self, name) == value or self.lora_rank > 0, name, "used with `lora_rank`", "no rank")

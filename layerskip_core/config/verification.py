@@ -1,10 +1,13 @@
 """What a verification compares, and on which kernels and precisions."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from .checks import require, require_choice, require_given
+from msgspec import Meta
+
+from .checks import require, require_choice
 from .machine import MachineConfig
-from .ranges import require_ranges
+from .options import DATA, DECODING, MACHINE, MEASUREMENT, WEIGHTS, Flag, Seed, Text, parse_counts, parse_names
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")  # of the weights
 
@@ -18,22 +21,37 @@ class VerifyConfig:
     model's distribution; 0: none.
     """
 
-    model: str = "embedded"
-    data: str = "commands"
-    samples: int = 8
-    max_new_tokens: int = 16
-    seed: int = 0
-    precisions: tuple[str, ...] = PRECISIONS
-    kernels: tuple[str, ...] = ()
-    exits: tuple[int, ...] = ()
-    specs: tuple[int, ...] = (1, 4, 7)
-    draws: int = 400
+    model: Text = "embedded"
+    data: Annotated[Text, Flag(DATA, "Real prompts: commands, a file, a TOPv2 folder or a hub id.")] = "commands"
+    samples: Annotated[int, Meta(ge=0, le=10_000_000), Flag(DATA, "Number of prompts; half of them are random token ids.")] = 8
+    max_new_tokens: Annotated[int, Meta(ge=1, le=10_000_000), Flag(DECODING, "Maximum number of tokens in an output.")] = 16
+    seed: Annotated[Seed, Flag(DATA, "Seed of random prompts and of sampling.")] = 0
+    precisions: Annotated[tuple[str, ...], Flag(WEIGHTS, "Precisions of the weights.", parse=parse_names)] = PRECISIONS
+    kernels: Annotated[
+        tuple[str, ...],
+        Flag(
+            MACHINE,
+            "amx, avx512, avx512_vnni, avx_vnni, avx2 or those for ARM (ours), torch (PyTorch's, on repacked weights), exact "
+            "(the same with --exact), generic (transformers' layers), transformers (its generate, for comparison), or some.",
+            default="all that this machine and this model can run",
+            parse=parse_names,
+        ),
+    ] = ()
+    exits: Annotated[
+        tuple[int, ...],
+        Flag(
+            DECODING, "Exits that draft: 3,6,8 or A:B:STEP.", default="the checkpoint's, half and twice it", parse=parse_counts
+        ),
+    ] = ()
+    specs: Annotated[tuple[int, ...], Flag(DECODING, "Draft lengths, in the same form.", parse=parse_counts)] = (1, 4, 7)
+    draws: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000),
+        Flag(MEASUREMENT, "Sampled outputs whose first tokens are compared with the model's distribution; 0: none."),
+    ] = 400
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
-        require_given("model", self.model)
-        require_given("data", self.data)
-        require_ranges(samples=self.samples, max_new_tokens=self.max_new_tokens, seed=self.seed, draws=self.draws)
         require(self.samples >= 2, "samples", "at least 2, because prompts share batches", self.samples)
         require(self.max_new_tokens >= 3, "max_new_tokens", "at least 3, to cut an output in two", self.max_new_tokens)
         for name in self.precisions:
@@ -41,5 +59,4 @@ class VerifyConfig:
         for name, values in (("exits", self.exits), ("specs", self.specs)):
             require(all(value >= 1 for value in values), name, "counts of at least 1", ",".join(map(str, values)))
         require(bool(self.specs), "specs", "at least one draft length", "none")
-        require_ranges(num_draft_tokens=max(self.specs))
         require(self.machine.dtype == "auto", "dtype", "left out: `precisions` names them", self.machine.dtype)

@@ -12,6 +12,7 @@ from ..checkpoint.open import for_decoding
 from ..config.checks import require, require_exit_layer
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingOptions
 from ..config.machine import DTYPES
+from ..config.options import checked
 from ..config.packing import PackingConfig, Quantization
 from ..decoding import check_prompt, decode_batch
 from ..model.exit_blocks import target_block
@@ -59,7 +60,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
             torch.set_num_threads(int(threads))
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # lm-eval's default is cuda:0
             device = "auto"
-        packing = PackingConfig(quantize)
+        packing = PackingConfig(**checked(PackingConfig, {"quantize": quantize}))
         self.decoder = for_decoding(pretrained, device, dtype, packing) if isinstance(pretrained, str) else pretrained
         size = str(batch_size).partition(":")[0]
         require(size == "auto" or (size.isdecimal() and int(size) > 0), "batch_size", "at least 1, or auto", batch_size)

@@ -89,10 +89,10 @@ def test_own_rows_are_calibrated_on(wide, tmp_path):
     ("arguments", "message"),
     [
         (("--length", "129"), "--length must be at most 128, the model's context, got 129"),
-        (("--length", "1"), "--length must be at least 2, got 1"),
+        (("--length", "1"), "--length must be a whole number in 2..10000000, got 1"),
         (("--samples", "0"), "--samples must be at least 1, got 0"),
-        (("--samples", "-1"), "--samples must be at least 1, got -1"),
-        (("--steps", "-1"), "--steps must be at least 0, got -1"),
+        (("--samples", "-1"), "--samples must be a whole number in 0..10000000, got -1"),
+        (("--steps", "-1"), "--steps must be a whole number in 0..1000000000, got -1"),
     ],
 )
 def test_wrong_settings_are_one_error(wide, arguments, message):

@@ -356,8 +356,8 @@ def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
     ("arguments", "message"),
     [
         (("bench", "--format", "xml"), "--format must be one of table, json, csv, markdown, got xml"),
-        (("bench", "--repeats", "0"), "--repeats must be at least 1, got 0"),
-        (("bench", "--spec", "0"), "--spec must be at least 1, got 0"),
+        (("bench", "--repeats", "0"), "--repeats must be a whole number in 1..1000, got 0"),
+        (("bench", "--spec", "0"), "--spec must be a whole number in 1..10000, got 0"),
         (("bench", "--dtype", "fp8"), "--dtype must be one of auto, fp32, bf16, got fp8"),
         (("bench", "--data", "nothing-here"), "nothing-here"),
         (("bench", "--task", "nothing-here"), "--task must be one of commands, topv2, jsonl"),
@@ -369,7 +369,7 @@ def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
         (("sweep-exits", "--metric", "bleu"), "--metric must be one of exact_match"),
         (("sweep-exits", "--exits", "8:2"), "--exits must be a list such as 3,6,8"),
         (("sweep-exits", "--specs", "0,2"), "--specs must be draft lengths of at least 1, got 0,2"),
-        (("sweep-exits", "--samples", "-1"), "--samples must be at least 0, got -1"),
+        (("sweep-exits", "--samples", "-1"), "--samples must be a whole number in 0..10000000, got -1"),
     ],
 )
 def test_bad_flags_are_named(arguments, message):

@@ -184,9 +184,9 @@ def test_a_value_of_the_wrong_type_in_a_config_file(finetune, line, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("seed = 4294967296", "--seed must be at most 4294967295, got 4294967296"),
+        ("seed = 4294967296", "--seed must be a whole number in 0..4294967295, got 4294967296"),
         ("lr = nan", "--lr must be above 0, got nan"),
-        ("epochs = inf", "--epochs must be at most 1000000, got inf"),
+        ("epochs = inf", "--epochs must be a number in (0, 1e+06], got inf"),
         ("a = " + "[" * 5000, "--config run.toml is nested too deeply"),
     ],
 )
@@ -204,18 +204,18 @@ def test_a_number_of_thousands_of_digits_in_a_config_file(finetune):
 
 def test_settings_that_cannot_be(finetune):
     for arguments, message in (
-        (["--pmax", "1.0"], "--pmax must be in [0, 1), got 1.0"),
-        (["--pmax", "-0.1"], "--pmax must be in [0, 1), got -0.1"),
-        (["--escale", "-1"], "--escale must be at least 0, got -1.0"),
+        (["--pmax", "1.0"], "--pmax must be a number in [0, 1), got 1.0"),
+        (["--pmax", "-0.1"], "--pmax must be a number in [0, 1), got -0.1"),
+        (["--escale", "-1"], "--escale must be a number in [0, 1e+06], got -1.0"),
         (["--curriculum", "spiral"], "--curriculum must be one of rotational, gradual, all, none, got spiral"),
         (["--exits", "2,6"], "--exits must be in 1..5, got 6 (model has 6 layers)"),
         (["--exits", "4:2"], "--exits must be a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1, got '4:2'"),
-        (["--rotation", "0"], "--rotation must be at least 1, got 0"),
+        (["--rotation", "0"], "--rotation must be a whole number in 1..10000, got 0"),
         (["--regime", "boot"], "--regime must be one of finetune, continual, scratch, code, got boot"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be a whole number in 1..1000000000, got 0"),
         (["--epochs", "0"], "--epochs must be above 0, got 0.0"),
         (["--lr", "0"], "--lr must be above 0, got 0.0"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be a whole number in 1..65536, got 0"),
         (["--max-length", "129"], "--max-length must be at most the model's context of 128 tokens, got 129"),
         (["--dtype", "fp8"], "--dtype must be one of auto, fp32, bf16, got fp8"),
         (["--vocab-size", "400"], "--vocab-size must be used with --regime scratch, got finetune"),
@@ -232,7 +232,7 @@ def test_settings_that_cannot_be(finetune):
         (["--curriculum", "all", "--rotation", "2"], "--rotation must be used with --curriculum rotational, got all"),
         (["--validation-samples", "9"], "--validation-samples must be used with --validation, got none"),
         (["--lora-targets", "q_proj"], "--lora-targets must be used with --lora-rank, got no rank"),
-        (["--samples", "-1"], "--samples must be at least 0, got -1"),
+        (["--samples", "-1"], "--samples must be a whole number in 0..10000000, got -1"),
         (["--resume"], "--resume: there is no checkpoint in out/checkpoints; a run writes them with --save-steps N"),
     ):
         fails(message, *finetune(*arguments))

@@ -45,7 +45,7 @@ def test_an_address_that_cannot_be_used(extras):
 
 
 def test_wrong_settings(extras, monkeypatch):
-    fails("--port must be at most 65535, got 70000", "serve", "--port", "70000")
+    fails("--port must be a whole number in 0..65535, got 70000", "serve", "--port", "70000")
     fails(
         "--max-new-tokens must be at most --token-limit, 100, got 200",
         "serve",

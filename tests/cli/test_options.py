@@ -9,7 +9,7 @@ from command_line import fails, run
 from typer.main import get_command
 
 from cli.main import app
-from cli.options import OPTIONS, flags_of, with_flags
+from cli.options import flags_in, flags_of, with_flags
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.evaluation import TaskConfig
@@ -29,7 +29,7 @@ def names_of(command):
 
 @pytest.mark.parametrize("command", ["generate", "chat", "bench", "sweep-exits"])
 def test_every_command_that_decodes_has_the_flags_of_decoding(command):
-    shared = {flags_of(field, option)[0] for config in SHARED for field, option in OPTIONS[config].items()}
+    shared = {flags_of(field, option)[0] for config in SHARED for field, option in flags_in(config).items()}
     shared |= {"--draft-confidence", "--temperature", "--top-k", "--top-p", "--stop", "--lookup", "--exit-confidence", "--skip"}
     assert {"--draft-confidence", "--temperature", "--stop", "--template", "--quantize", "--threads"} <= shared
     assert shared - names_of(command) == ({"--exit-confidence"} if command == "sweep-exits" else set())
@@ -42,7 +42,7 @@ def test_inspect_has_those_of_prompting_and_the_machine():
 @pytest.mark.parametrize("config", [*SHARED, TaskConfig, RecipeSettings, RetentionSettings, ExitBlockSettings, FinetuneConfig])
 def test_every_field_is_a_flag(config):
     """Except configs, whose fields are flags, and what another field decides."""
-    without = {field.name for field in fields(config)} - OPTIONS[config].keys()
+    without = {field.name for field in fields(config)} - flags_in(config).keys()
     nested = {"generation", "sampling", "prompting", "data", "recipe", "retention", "exit_blocks"}
     assert without <= nested | {"draft_layers", "adaptive"}
 
@@ -73,7 +73,7 @@ def test_errors_name_flags_on_the_command_line():
 def test_a_flag_that_two_configs_share_reaches_both(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "reference": "b"}\n')
-    fails("--seed must be at most 4294967295, got 4294967296", "bench", "--seed", "4294967296")
+    fails("--seed must be a whole number in 0..4294967295, got 4294967296", "bench", "--seed", "4294967296")
     fails("--problem-samples must be at least 10, for --pass-k, got 2", "bench", "--pass-k", "1,10", "--problem-samples", "2")
     fails("--raw must be given without --template, got --template chat", "bench", "--raw", "--template", "chat")
     fails("--system must be given with a chat template, got a raw prompt", "inspect", "x", "--raw", "--system", "s")

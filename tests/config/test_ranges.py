@@ -1,12 +1,11 @@
 """Every number of every command has a range, which is looked at before a model or data are: hostile numbers are one line."""
 
-import os
 from pathlib import Path
 
 import pytest
 from command_line import run
 
-from layerskip_core.config.ranges import RANGES, Range, parse_counts, require_ranges
+from layerskip_core.config.options import parse_counts
 from layerskip_core.errors import ConfigError
 
 HOSTILE = (
@@ -61,36 +60,6 @@ def test_hostile_numbers(command, flag, tmp_path, monkeypatch):
             if number in ("inf", "-inf", "nan", "-1e308", "1e308", str(2**70), "9" * 5000) and flag != "--exit":
                 assert flag in lines[0], case
     assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize(("field", "known"), RANGES.items())
-def test_the_ends_of_a_range(field, known):
-    if known.whole:
-        inside, outside = (known.low, known.high), (known.low - 1, known.high + 1, True, 2.5, "3")
-    else:
-        tiny = 1e-9
-        inside = (known.low + (tiny if known.low_open else 0), known.high - (tiny if known.high_open else 0))
-        outside = (known.low - tiny, known.high + 1e-3, float("inf"), float("nan"), True, "3")
-        outside += ((known.low,) if known.low_open else ()) + ((known.high,) if known.high_open else ())
-    for value in inside:
-        require_ranges(**{field: value})
-    for value in outside:
-        with pytest.raises(ConfigError, match=f"`{field}` must be "):
-            require_ranges(**{field: value})
-    require_ranges(**{field: None})
-
-
-def test_what_a_range_says():
-    half_open = Range(0.0, 1.0, high_open=True)
-    assert (half_open.needed(1.0), half_open.needed(-1.0)) == ("in [0, 1)", "in [0, 1)")
-    assert (Range(1, 10).needed(0), Range(1, 10).needed(11)) == ("at least 1", "at most 10")
-    assert Range(0.0, 5.0, low_open=True).needed(0.0) == "above 0"
-
-
-def test_threads_are_those_of_the_machine():
-    require_ranges(threads=os.cpu_count())
-    with pytest.raises(ConfigError, match=f"`threads` must be at most {os.cpu_count()}, got 100000"):
-        require_ranges(threads=100_000)
 
 
 def test_counts_are_bounded_before_they_are_built():

@@ -23,7 +23,6 @@ from layerskip_core.errors import ConfigError
             lambda: SweepConfig(task=TaskConfig(problem_samples=5)),
             "`temperature` must be above 0 for several `problem_samples`",
         ),
-        (lambda: RecipeSettings(p_max=1.0), r"`p_max` must be in \[0, 1\), got 1.0"),
         (
             lambda: FinetuneConfig(prompting=PromptingConfig("Q:")),
             "`template` must be raw, chat or a text with {prompt} in it, got Q:",

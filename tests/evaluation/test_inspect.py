@@ -130,7 +130,7 @@ def test_without_a_prompt_it_shows_an_example(checkpoint):
 def test_bad_flags(checkpoint, tmp_path):
     fails("--layers must be in 1..6, got 2,7", "inspect", "hi", "--model", checkpoint, "--layers", "2,7")
     fails("--format must be one of table, json, got csv", "inspect", "hi", "--format", "csv")
-    fails("--max-new-tokens must be at least 1, got 0", "inspect", "hi", "--max-new-tokens", "0")
+    fails("--max-new-tokens must be a whole number in 1..10000000, got 0", "inspect", "hi", "--max-new-tokens", "0")
     file = tmp_path / "none" / "x.html"
     fails(
         f"--output {file}: there is no folder {file.parent}",

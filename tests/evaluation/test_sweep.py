@@ -11,8 +11,8 @@ from evaluating import LAYERS, early_exit_share, outputs_of, own_answers, tiny_l
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import default_exits
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
+from layerskip_core.config.options import counts_text, parse_counts
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.config.ranges import counts_text, parse_counts
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.measure import NEAR_TIE
 from layerskip_core.evaluation.measure.pass_times import PassTimes

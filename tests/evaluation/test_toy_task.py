@@ -5,7 +5,7 @@ import json
 
 from command_line import run
 
-from layerskip_core.evaluation.tasks import TASKS
+from layerskip_core.config.evaluation import TASKS
 
 
 def test_a_module_and_a_line_are_a_task(checkpoint, tmp_path, monkeypatch):

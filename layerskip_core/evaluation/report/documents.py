@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...config.ranges import counts_text
+from ...config.options import counts_text
 from ...errors import LayerSkipError
 from ...files import text_lines
 from ..results import Answered, RunRecord

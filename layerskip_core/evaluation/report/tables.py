@@ -6,7 +6,7 @@ from typing import Any
 
 from ...config.decoding import EXACT, FAST, policy_text
 from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
-from ...config.ranges import counts_text
+from ...config.options import counts_text
 from ...wording import number, plural
 from ..metrics import is_share, lower_is_better
 from ..results import Bounds, Result, RunRecord

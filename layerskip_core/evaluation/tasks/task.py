@@ -9,7 +9,7 @@ from typing import Literal
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require
 from ...config.decoding import DecodingOptions
-from ...config.evaluation import HARNESS, TaskConfig
+from ...config.evaluation import HARNESS, TASKS, TaskConfig
 from ...data.examples import Example
 from ...decoding import before_stop
 from ...errors import ConfigError, DataError
@@ -17,7 +17,6 @@ from ..metrics import Scores
 from ..outputs import Outputs
 from ..perplexity import ReferenceLosses, reference_losses, text_losses
 from ..results import Answered
-from . import TASKS
 
 Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
 """From one prediction per example to the values of each metric, in 0..1: one per prompt."""
@@ -125,7 +124,7 @@ def load_task(config: TaskConfig) -> Task:
         config = replace(config, data=config.data or name)
         name = _task_of(name)
     module, _, attribute = TASKS[name].partition(":")
-    loader: TaskLoader = vars(import_module(module, __package__))[attribute]
+    loader: TaskLoader = vars(import_module(module))[attribute]
     _refuse_unused(name, loader, config)
     task = loader.load(replace(config, task=config.task or config.data or name))
     if not task.examples:
