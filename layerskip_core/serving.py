@@ -45,16 +45,17 @@ class Update(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, how to decode it, and who is told of its answer, in the thread that decodes; `deliver` must not raise.
+    """A prompt, how to decode it, and the receiver of its updates.
 
-    `alone`: it joins no other request, so that a sampled answer depends on its seed alone. `streams`: the text comes as it is
-    verified, else all of it with the last update. `stats`: counts so far.
+    `deliver` is called in the thread that decodes, and must not raise. `isolated`: the request joins no other, so that a
+    sampled answer depends on its seed alone. `streams`: the text comes as it is verified, else all of it with the last update.
+    `stats`: counts so far.
     """
 
     ids: list[int]
     config: DecodingConfig
     deliver: Callable[[Update], None]
-    alone: bool = False
+    isolated: bool = False
     streams: bool = True
     stats: DecodeStats = field(default_factory=DecodeStats)
 
@@ -150,7 +151,7 @@ class Scheduler:
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
 
-        None if there is no room for it any more in this step. A prompt that never has room is prefilled alone.
+        An empty list if this step has no room for it any more. A longer prompt than any step has room for is prefilled alone.
         """
         first = self._waiting[0]
         requests: list[Request] = []
@@ -231,7 +232,7 @@ class Scheduler:
 
     def _is_single(self, request: Request) -> bool:
         """Whether no other can share its loop."""
-        return request.alone or bool(request.config.exit_confidence) or self._decoder.backend.exact
+        return request.isolated or bool(request.config.exit_confidence) or self._decoder.backend.exact
 
     def _key(self, request: Request) -> Hashable:
         """Equal for requests that can share a loop. Limits, stop strings and seeds are a row's own."""

@@ -111,8 +111,8 @@ class Service:
             prompts = [await loop.run_in_executor(self._encoding, self._encoded, prompt) for prompt in request.prompts]
             jobs = []
             for number, decoding in enumerate(resolved):
-                alone = request.seed is not None and decoding.temperature > 0
-                jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), alone))
+                isolated = request.seed is not None and decoding.temperature > 0
+                jobs.append(Job(prompts[number // request.n], decoding, partial(deliver, number), isolated))
             engine.submit(*jobs)
         except BaseException:
             engine.release(held)

@@ -9,8 +9,9 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError
 from ..prompting import CHAT
-from .engine import PrefixCache, check_prompt, decode, decode_batch
+from .engine import check_prompt, decode, decode_batch
 from .output import Answer, DecodeStats, Segment, ShownText, Stopping, StopReason, Token
+from .target import PrefixCache
 
 
 class TextStream:

@@ -6,7 +6,6 @@ go through the loop together get the tokens that each gets alone.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from .drafters.lookup import LookupDrafter
 from .graphs import RecordedTarget, Recorder, Stopwatch, recorded_sides
 from .output import Answer, DecodeStats, Detokenize, ShownText, Stopping, StopReason, StopScanner, Token, step_counts
 from .sampling import Sampler, Verdict, accepted_choices, sampler_for
-from .target import ExitBlockCache, FixedTarget, Target, TargetOutput, exit_block_cache, target_for
+from .target import ExitBlockCache, FixedTarget, PrefixCache, Target, TargetOutput, exit_block_cache, target_for
 
 
 class Decoding:
@@ -66,7 +65,7 @@ def decode(
     detokenize: Detokenize | None = None,
     *,
     reuse_exit_states: bool = True,
-    prefix: "PrefixCache | None" = None,
+    prefix: PrefixCache | None = None,
 ) -> Decoding:
     """Decode a prompt by the config's strategy.
 
@@ -126,7 +125,7 @@ def loop_of(
     detokenize: Detokenize | None,
     reuse_exit_states: bool = True,
     seeds: Sequence[int] | None = None,
-    prefix: "PrefixCache | None" = None,
+    prefix: PrefixCache | None = None,
     isolated: bool = False,
 ) -> "DecodingLoop":
     """The loop that decodes prompts by the config's strategy; arguments as for `decode` and `decode_batch`.
@@ -204,7 +203,7 @@ class DecodingLoop:
         detokenize: Detokenize | None = None,
         *,
         exit_cache: ExitBlockCache | None = None,
-        prefix: "PrefixCache | None" = None,
+        prefix: PrefixCache | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         """`exit_cache`: of the blocks that draft, which `target` fills. `prefix` and `recorder` are for loops of one row.
@@ -404,41 +403,3 @@ def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") ->
         raise ContextError(
             f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
         )
-
-
-class PrefixCache:
-    """KV entries of one text, kept for the next: a prompt that begins with the same tokens starts at the first difference.
-
-    With a batch-invariant backend outputs have the bits that they have after a whole prefill. PyTorch's kernels give a token
-    that was decoded alone other last bits than in a prompt, so outputs can differ there where two tokens are almost equally
-    likely. A backend with exact weights promises that they never do: for it nothing is kept.
-    """
-
-    def __init__(self) -> None:
-        self._made_for: tuple[Backend, DecodingConfig] | None = None
-        self._cache: KVCache | None = None
-        self._ids: list[int] = []  # of the last text
-        self._count = 0  # of its first tokens have KV entries
-
-    def suit(self, model: Backend, config: DecodingConfig) -> None:
-        """Forgets what another model computed, or other settings: they decide which layers have KV entries."""
-        made_for = model, replace(config, max_new_tokens=1, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0)
-        if self._made_for != made_for or model.exact:
-            self._made_for, self._cache = made_for, model.new_cache()
-            self._ids, self._count = [], 0
-
-    def begin(self, prompt: list[int], rerun: int = 0) -> tuple[KVCache, int]:
-        """The cache of one row, and how many of the prompt's first tokens need no pass; at least one does.
-
-        `rerun`: how many of the known tokens the pass needs again. `suit` comes first.
-        """
-        assert self._cache is not None
-        most = min(self._count, len(prompt) - 1)
-        same = next((index for index in range(most) if self._ids[index] != prompt[index]), most)
-        self.keep(list(prompt), max(same - rerun, 0))
-        self._cache.clear(self._count)
-        return self._cache, self._count
-
-    def keep(self, ids: list[int], count: int) -> None:
-        """The cache now has KV entries of the first `count` tokens of this text."""
-        self._ids, self._count = ids, count

@@ -233,20 +233,6 @@ def test_drafts_that_are_never_accepted():
     assert decoding.stats.accepted == 0 < decoding.stats.drafted
 
 
-@pytest.mark.parametrize(
-    ("skip", "message"),
-    [
-        ((), "`skip` must be given for `strategy` draft-and-verify, got none"),
-        ((0, 2), "`skip` must be layers of at least 1, got 0,2"),
-        ((2, 7), r"`skip` must be in 1..6, got 7 \(model has 6 layers\)"),
-        ((1, 2, 3, 4, 5, 6), "`skip` must be a list that leaves at least one layer, got all 6 layers"),
-    ],
-)
-def test_layers_that_cannot_be_skipped(skip, message):
-    with pytest.raises(ConfigError, match=message):
-        decode(model_of("generic"), PROMPT, config_of("generic", skip))
-
-
 def test_a_copy_of_the_first_layers_is_not_enough():
     packing = PackingConfig(draft_weights=("int8",), draft_layers=4)
     model = TorchBackend.of(tiny_model(dtype=torch.float32, **WIDE), packing)

@@ -129,7 +129,7 @@ def test_short_prompts_with_equal_settings_are_prefilled_together(monkeypatch, t
     for length in (3, 9, 999, 5, 4, 100, 90, 2, 7, 8):
         limit = 12 if length == 2 else 6
         config = DecodingConfig("autoregressive", max_new_tokens=limit, temperature=temperature, seed=length)
-        clients.append(Client(prompt_of(length), config, alone=length == 4, streams=length != 9))
+        clients.append(Client(prompt_of(length), config, isolated=length == 4, streams=length != 9))
     scheduler = Scheduler(decoder, batch_size=9)
     assert len(run(scheduler, [clients])) == len(clients) and scheduler.held == 0
     assert groups == [[3, 9], [5], [4], [100, 90], [2], [7, 8]]
@@ -182,7 +182,7 @@ def test_settings_that_differ_take_turns():
     others = [
         Client(prompt_of(4), DecodingConfig("autoregressive", max_new_tokens=3)),
         Client(prompt_of(4), DecodingConfig("early-exit", exit_confidence=0.5, exits=(4,), max_new_tokens=3)),
-        Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, temperature=HOT), alone=True),
+        Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, temperature=HOT), isolated=True),
     ]
     scheduler = Scheduler(decoder, batch_size=8)
     finished = run(scheduler, [[slow, *others]])
@@ -195,7 +195,7 @@ def test_an_answer_with_a_seed_is_the_same_in_any_company():
     """Adaptive drafts in a batch depend on the batch, and so would what is drawn."""
     decoder = decoder_of("packed")
     config = replace(ADAPTIVE, max_new_tokens=20, temperature=HOT, seed=5)
-    seeded = [Client(prompt_of(6), config, alone=True) for _ in range(2)]
+    seeded = [Client(prompt_of(6), config, isolated=True) for _ in range(2)]
     company = [Client(prompt_of(length), replace(config, temperature=HOT, seed=length)) for length in (3, 8)]
     run(Scheduler(decoder, batch_size=4), [company, [seeded[0]], [seeded[1]]])
     assert seeded[0].answer == seeded[1].answer == alone(decoder, prompt_of(6), config)[0]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ...model.backend import DraftEnds, Submodel
 from ..sampling import Greedy, Verdict
 from . import Context, Draft, DrafterSetup
-from .exit import ExitDrafter, drafter_name, require_exact_length
+from .exit import ExitDrafter, drafter_name, exit_drafter, require_exact_length
 from .knowledge import Acceptance, Drafting, Knowledge, LinearTime, Option, best_length, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
@@ -134,7 +134,7 @@ class AdaptiveDrafter:
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
     """Drafts by the trained exits, and by low-bit copies with as many layers and with all. Raises ConfigError as they do."""
-    require_exact_length(setup)
+    require_exact_length(setup)  # of lookups too
     model, config = setup.model, setup.config
     drafters: dict[str, ExitDrafter] = {}
     options: dict[str, Drafting] = {}
@@ -145,12 +145,8 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
             exits.append(side.num_layers)
         for exit_layer in exits:
             name = drafter_name(weights, exit_layer, model.num_layers)
-            block = side.exit_blocks.get(exit_layer)
-            options[name] = Drafting(weights, exit_layer, block is not None)
             taps = tuple(lower for lower in with_blocks if lower < exit_layer) if side.shares_states else ()
-            submodel = Submodel(exit_layer, block=block, taps=taps)
-            drafters[name] = ExitDrafter(
-                side, setup.sampler, submodel, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name
-            )
+            options[name] = Drafting(weights, exit_layer, exit_layer in side.exit_blocks)
+            drafters[name] = exit_drafter(setup, weights, Submodel(exit_layer, taps=taps), name)
     by_clock = isinstance(setup.sampler, Greedy) and model.batch_invariant
     return AdaptiveDrafter(setup, drafters, knowledge_of(model, options, config.profile, remembered=by_clock), by_clock)

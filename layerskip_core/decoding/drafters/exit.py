@@ -1,6 +1,7 @@
 """Drafts by the model's own first layers: self-speculative decoding (Elhoushi et al., ACL 2024, section 4.3)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -112,23 +113,28 @@ class ExitDrafter:
 
 
 def drafter(setup: DrafterSetup) -> ExitDrafter:
-    """Raises ConfigError for an exit beyond the layers kept for drafting, and for drafts too long to be verified exactly."""
+    """Raises ConfigError as `exit_drafter` does."""
     config = setup.config
     assert config.exit_layer is not None
-    require_exact_length(setup)
-    side = draft_side(setup, config.draft_weights, config.exit_layer)
     name = drafter_name(config.draft_weights, config.exit_layer, setup.model.num_layers)
-    submodel = Submodel(config.exit_layer, block=side.exit_blocks.get(config.exit_layer))
-    return ExitDrafter(side, setup.sampler, submodel, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, name)
+    return exit_drafter(setup, config.draft_weights, Submodel(config.exit_layer), name)
 
 
-def draft_side(setup: DrafterSetup, weights: Quantization | None, exit_layer: int) -> DraftSide:
-    """The layers that draft in this precision. Raises ConfigError if no such copy was made, or not of enough layers."""
-    sides = setup.draft_sides
+def exit_drafter(setup: DrafterSetup, weights: Quantization | None, submodel: Submodel, source: str) -> ExitDrafter:
+    """A drafter by these layers in this precision, with the exit's block if it has one; `source` names it in reports.
+
+    Raises ConfigError if no such copy was made or not of enough layers, and for drafts too long to be verified exactly.
+    """
+    require_exact_length(setup)
+    config, sides = setup.config, setup.draft_sides
     require(weights in sides, "draft_weights", f"a copy that was made: {', '.join(filter(None, sides)) or 'none'}", weights)
-    side = sides[weights]
-    require(exit_layer <= side.num_layers, "exit_layer", f"at most the {side.num_layers} layers kept for drafting", exit_layer)
-    return side
+    side, last = sides[weights], submodel.beyond[-1][1] if submodel.beyond else submodel.exit_layer
+    field, needed = ("skip", "a list with all layers after") if config.skip else ("exit_layer", "at most")
+    require(last <= side.num_layers, field, f"{needed} the {side.num_layers} layers kept for drafting", last)
+    if not config.skip:
+        submodel = replace(submodel, block=side.exit_blocks.get(submodel.exit_layer))
+    confidence, eos_ids = config.draft_confidence, setup.eos_ids
+    return ExitDrafter(side, setup.sampler, submodel, confidence, eos_ids, setup.reuse_exit_states, source)
 
 
 def drafter_name(weights: Quantization | None, exit_layer: int, num_layers: int) -> str:

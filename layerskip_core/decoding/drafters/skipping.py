@@ -1,31 +1,23 @@
 """Drafts by all layers but some: self-speculative decoding by Draft & Verify (Zhang et al., ACL 2024).
 
-The paper skips attention and MLP blocks one by one, here a layer is skipped as a whole. The layers before the first skipped
-one compute the target's own states, so that the target goes on from them; it computes the others again, and its keys and values
-overwrite those of the drafts.
+The paper skips attention and MLP blocks one by one; here whole layers are skipped. The layers before the first skipped one
+compute the target's own states, from which the target goes on. It runs the others again, and its KV entries overwrite those of
+the drafts.
 """
 
 from itertools import pairwise
 
-from ...config.checks import require, require_skip
 from ...model.backend import Spans, Submodel
 from . import DrafterSetup
-from .exit import ExitDrafter, draft_side, require_exact_length
+from .exit import ExitDrafter, exit_drafter
 
 
 def drafter(setup: DrafterSetup) -> ExitDrafter:
-    """Raises ConfigError for layers that the model or the copy that drafts does not have, and as for exits."""
+    """Raises ConfigError as `exit_drafter` does."""
     config, num_layers = setup.config, setup.model.num_layers
-    require_skip(config.skip, num_layers)
-    require_exact_length(setup)
-    exit_layer, beyond = kept_layers(config.skip, num_layers)
-    side = draft_side(setup, config.draft_weights, exit_layer)
-    last = beyond[-1][1] if beyond else exit_layer
-    require(last <= side.num_layers, "skip", f"a list with all layers after the {side.num_layers} kept for drafting", last)
     name = f"{num_layers - len(set(config.skip))} of {num_layers} layers"
     source = f"{config.draft_weights} {name}" if config.draft_weights else name
-    submodel = Submodel(exit_layer, beyond)
-    return ExitDrafter(side, setup.sampler, submodel, config.draft_confidence, setup.eos_ids, setup.reuse_exit_states, source)
+    return exit_drafter(setup, config.draft_weights, Submodel(*kept_layers(config.skip, num_layers)), source)
 
 
 def kept_layers(skip: tuple[int, ...], num_layers: int) -> tuple[int, Spans]:
