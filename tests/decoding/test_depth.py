@@ -129,7 +129,7 @@ def test_the_temperature_moves_no_exit():
 def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
     """And keys are written for tokens that left, all together, only when a token goes where they are missing."""
     model, calls = model_of(TransformersBackend), []
-    for name in ("run_layers", "propagate"):
+    for name in ("run_layers", "write_kv"):
         recorded(monkeypatch, model, name, calls)
     decoding = decode(model, prompt_of(9), DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.5, max_new_tokens=9))
     monkeypatch.setattr(decoding._loop._target, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
@@ -138,11 +138,11 @@ def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
     assert calls == [
         *[("run_layers", 0, 2, [*range(9)]), ("run_layers", 2, 4, [*range(9)]), ("run_layers", 4, 6, [*range(9)])],
         ("run_layers", 0, 2, [9]),
-        *[("run_layers", 0, 2, [10]), ("propagate", 2, 4, [9]), ("run_layers", 2, 4, [10])],
+        *[("run_layers", 0, 2, [10]), ("write_kv", 2, 4, [9]), ("run_layers", 2, 4, [10])],
         ("run_layers", 0, 2, [11]),
         ("run_layers", 0, 2, [12]),
-        *[("run_layers", 0, 2, [13]), ("propagate", 2, 4, [11, 12]), ("run_layers", 2, 4, [13])],
-        *[("propagate", 4, 6, [9, 10, 11, 12]), ("run_layers", 4, 6, [13])],
+        *[("run_layers", 0, 2, [13]), ("write_kv", 2, 4, [11, 12]), ("run_layers", 2, 4, [13])],
+        *[("write_kv", 4, 6, [9, 10, 11, 12]), ("run_layers", 4, 6, [13])],
         ("run_layers", 0, 2, [14]),
     ]
     assert decoding.stats.tokens_by_layers == (0, 5, 0, 1, 0, 1)

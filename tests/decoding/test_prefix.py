@@ -66,7 +66,7 @@ def conversation(backend, config, prefix):
 def keys_and_values(decoding):
     """Those of the whole text, by layer and position."""
     loop = decoding._loop
-    return loop._cache._storage[..., : len(loop._all_rows[0].ids) - 1, :]
+    return loop._cache._storage[..., : len(loop._first_rows[0].ids) - 1, :]
 
 
 def assert_same_bits(backend, config, layers=None):
