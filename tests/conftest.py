@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-hypothesis_settings.register_profile("layerskip", database=None)  # it would be a folder in the checkout
+hypothesis_settings.register_profile("layerskip", database=None)  # no test depends on the runs before
 hypothesis_settings.load_profile("layerskip")
 
 _FOLDERS = [str(folder) for folder in Path(__file__).parents[:2]]

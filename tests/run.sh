@@ -35,7 +35,7 @@ if [ ! -e layerskip-model ]; then
     echo '{"model_type": "decoy"}' | tee "$decoy/config.json" >"$decoy/layerskip.json"
 fi
 files_of_the_checkout() {
-    find . \( -path ./.git -o -path "./${LAYERSKIP_ENV#./}" -o -name __pycache__ -o -name '.*_cache' \
+    find . \( -path ./.git -o -path ./.hypothesis -o -path "./${LAYERSKIP_ENV#./}" -o -name __pycache__ -o -name '.*_cache' \
         -o -path ./build -o -name '*.egg-info' \) -prune -o -type f -exec cksum {} + | sort
 }
 
