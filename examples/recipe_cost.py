@@ -72,7 +72,8 @@ def measured(arguments: argparse.Namespace) -> dict:
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     loaded = for_training(arguments.model, arguments.device, "fp32")
     device = loaded.backend.device
-    asked = RecipeSettings(p_max=arguments.pmax, e_scale=0.2, curriculum=arguments.curriculum, rotation=arguments.rotation)
+    rotation = arguments.rotation if arguments.curriculum == "rotational" else None
+    asked = RecipeSettings(p_max=arguments.pmax, e_scale=0.2, curriculum=arguments.curriculum, rotation=rotation)
     recipe = resolve_recipe(asked, "finetune", 0, loaded.backend.num_layers, loaded.backend.vocab_size)
     training = RecipeModule(loaded.model, recipe).train()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-5)

@@ -10,14 +10,12 @@ from attacking import contents, examples, require_sound
 from hypothesis import given
 from hypothesis import strategies as st
 
-TRAIN = ("finetune", "--model", "NEW", "--steps", "2", "--batch-size", "2", "--max-length", "48", "--samples", "4")
 FROZEN = ("finetune", "--frozen", "--exits", "2", "--steps", "1", "--batch-size", "2", "--samples", "4", "--answer-tokens", "4")
 CALIBRATE = ("calibrate", "--samples", "2", "--length", "8", "--steps", "1")
 SWEEP = ("sweep-exits", "--model", "out", "--samples", "1", "--exits", "2", "--specs", "2", "--save")
 COMMANDS = {
     "import": ("import", "NEW", "--output", "out", "--overwrite"),
     "import another": ("import", "OLD", "--output", "out", "--overwrite"),
-    "finetune": (*TRAIN, "--output", "out", "--overwrite"),
     "calibrate": (
         *("calibrate", "--samples", "2", "--length", "8", "--steps", "1"),
         "--model",
@@ -30,10 +28,10 @@ COMMANDS = {
     "sweep": SWEEP,
 }
 PAIRS = [
-    ("import", "import another"), ("import", "finetune"), ("calibrate", "import"), ("sweep", "sweep"), ("sweep", "import"),
+    ("import", "import another"), ("calibrate", "import"), ("sweep", "sweep"), ("sweep", "import"),
     ("frozen beside", "sweep"),
 ]  # fmt: skip
-WHOLE = ("import", "import another", "finetune", "calibrate")  # commands that replace the model
+WHOLE = ("import", "import another", "calibrate")  # commands that replace the model
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +66,8 @@ def weights(files):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
-@examples(2)
-@given(delay=st.sampled_from([0.0, 0.3]) | st.floats(0, 0.6))
+@examples(1)
+@given(delay=st.sampled_from([0.1, 0.0, 0.3]) | st.floats(0, 0.6))
 def test_one_of_two_writers_leaves_a_whole_result(pair, forks, world, delay):
     home, start, result = world
     folder = home()
