@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .console import ResultsConsole, narrate, narrate_notes, progress_bar
-from .threads import use_threads
+from .loading import use_threads
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ from layerskip_core.config.options import checked, hints_of
 from layerskip_core.errors import DataError, LayerSkipError
 from layerskip_core.files import parse_json
 
-from . import standard_input
+from . import streams
 
 _ROW = "row"
 
@@ -35,7 +35,7 @@ class Request:
 
 def read_requests(prompt: str | None) -> Iterator[Request]:
     """The argument, or all of standard input as one prompt."""
-    yield Request(1, standard_input.prompts_stream().read().removesuffix("\n") if prompt is None else prompt)
+    yield Request(1, streams.prompts_stream().read().removesuffix("\n") if prompt is None else prompt)
 
 
 def requests_of(lines: Iterable[str], jsonl: bool, flags: DecodingOptions) -> Iterator[Request]:

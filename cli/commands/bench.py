@@ -9,8 +9,8 @@ from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.options import OUTPUT
 
 from .. import console, evaluation, options
+from ..loading import use_threads
 from ..signature import command
-from ..threads import use_threads
 
 _SEARCHING = (
     "searching the layers that drafts skip, because none are known: give --skip, or store them with "

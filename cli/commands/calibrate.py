@@ -10,8 +10,8 @@ from layerskip_core.config.calibration import CalibrationConfig
 from layerskip_core.config.options import MACHINE, Threads, check
 
 from ..console import narrate, stage_bars
+from ..loading import use_threads
 from ..signature import command
-from ..threads import use_threads
 
 
 @command

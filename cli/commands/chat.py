@@ -18,7 +18,7 @@ from layerskip_core.errors import ContextError, LayerSkipError
 from layerskip_core.interruption import Interruption
 from layerskip_core.wording import plural
 
-from .. import standard_input
+from .. import streams
 from ..console import ResultsConsole, narrate
 from ..failure import one_line
 from ..loading import load_to_decode
@@ -68,7 +68,7 @@ def chat(
     """
     loaded, config = load_to_decode(model, decoding, prompting, packing, machine)
     chat = _Chat(loaded, config, show_drafts, stats)
-    if standard_input.is_terminal():
+    if streams.is_terminal():
         chat.on_terminal()
     else:
         chat.over_pipe()
@@ -109,7 +109,7 @@ class _Chat:
         """Answers every line. Exits with 1 if one could not be answered, and with 130 after Ctrl-C."""
         self._tell_template()
         try:
-            for number, line in enumerate(standard_input.prompts_stream(), start=1):
+            for number, line in enumerate(streams.prompts_stream(), start=1):
                 if not self._takes(line.rstrip("\r\n"), number):
                     break
         except KeyboardInterrupt:
@@ -213,7 +213,7 @@ def _typed_lines() -> Iterator[str]:
     """What is typed, line by line, until Ctrl-D. Ctrl-C begins a new line."""
     while True:
         try:
-            line = standard_input.typed_line("> ")
+            line = streams.typed_line("> ")
         except KeyboardInterrupt:
             narrate("\n/exit or Ctrl-D leaves")
             continue

@@ -14,9 +14,9 @@ from layerskip_core.errors import TrainingInterrupted
 
 from ..config_file import read_config
 from ..console import narrate, show_picture, stage_bars
+from ..loading import use_free_threads
 from ..pictures import Curves
 from ..signature import command
-from ..threads import use_free_threads
 
 if TYPE_CHECKING:
     from layerskip_core.training.progress import StepReport

@@ -13,7 +13,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.errors import LayerSkipError
 
-from .. import standard_input
+from .. import streams
 from ..answers import answer_all, answer_in_batches
 from ..console import narrate
 from ..loading import load_to_decode
@@ -68,9 +68,9 @@ def generate(
         raise typer.BadParameter("give --lines or --jsonl, not both")
     if batch_size > 1 and not (lines or jsonl):
         raise typer.BadParameter("--batch-size is for the prompts of --lines or --jsonl")
-    if (lines or jsonl) and not standard_input.is_piped():
+    if (lines or jsonl) and not streams.is_piped():
         raise typer.BadParameter("pipe the prompts of --lines or --jsonl into standard input")
-    if prompt is None and not (standard_input.is_piped() or standard_input.is_terminal()):
+    if prompt is None and not (streams.is_piped() or streams.is_terminal()):
         raise typer.BadParameter("give a PROMPT, or pipe one into standard input")
     check("batch_size", BatchSize, batch_size)
     single = batch_size == 1 or not decoding.get("exit_confidence")
@@ -82,9 +82,9 @@ def generate(
             raise LayerSkipError(request.problem)
         return usual if request.options is None else loaded.resolve(request.options, packing)
 
-    if prompt is None and standard_input.is_terminal():
-        prompt = standard_input.example_prompt()
-    given = standard_input.PromptLines()
+    if prompt is None and streams.is_terminal():
+        prompt = streams.example_prompt()
+    given = streams.PromptLines()
     requests = requests_of(given, jsonl, decoding) if lines or jsonl else read_requests(prompt)
     try:
         if batch_size > 1:

@@ -17,10 +17,10 @@ from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.wording import visible
 
-from .. import standard_input
+from .. import streams
 from ..console import ResultsConsole, narrate, narrate_notes
+from ..loading import use_threads
 from ..signature import command
-from ..threads import use_threads
 
 if TYPE_CHECKING:
     from layerskip_core.evaluation.inspection import Inspection, TokenTrace
@@ -96,9 +96,9 @@ def _page_file(output: str) -> Path:
 
 
 def _prompt(given: str | None) -> str:
-    if given is None and standard_input.is_piped():
-        given = standard_input.prompts_stream().read().removesuffix("\n") or None
-    return standard_input.example_prompt() if given is None else given
+    if given is None and streams.is_piped():
+        given = streams.prompts_stream().read().removesuffix("\n") or None
+    return streams.example_prompt() if given is None else given
 
 
 def _room(console: Console) -> int:

@@ -16,9 +16,9 @@ from layerskip_core.config.options import OUTPUT, counts_text
 from layerskip_core.errors import ConfigError
 
 from .. import console, evaluation, options
+from ..loading import use_threads
 from ..pictures import front
 from ..signature import command
-from ..threads import use_threads
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo

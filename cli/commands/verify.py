@@ -11,8 +11,8 @@ from layerskip_core.config.verification import VerifyConfig
 
 from .. import evaluation, options
 from ..console import narrate, narrate_notes
+from ..loading import use_threads
 from ..signature import command
-from ..threads import use_threads
 
 
 @command

@@ -14,7 +14,7 @@ from chatml import chatml_folder, full_tokenizer
 from command_line import Result, fails, finish, run, start
 from conftest import tiny_model
 
-from cli import standard_input
+from cli import streams
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
@@ -201,8 +201,8 @@ def test_ctrl_c_at_any_moment_leaves_a_working_conversation(model, loaded, conve
             raise EOFError from None
 
     monkeypatch.setattr(Dialogue, "ask", broken_off)
-    monkeypatch.setattr(standard_input, "is_terminal", lambda: True)
-    monkeypatch.setattr(standard_input, "typed_line", typed_line)
+    monkeypatch.setattr(streams, "is_terminal", lambda: True)
+    monkeypatch.setattr(streams, "typed_line", typed_line)
     result = run("chat", "--model", model, "--max-new-tokens", "20", "--dtype", "fp32")
     assert (result.code, result.out, asked) == (0, lines(*conversation(*MESSAGES[:2])), [MESSAGES[0], "lost", MESSAGES[1]])
     assert "\nstopped\n" in result.err and result.err.count("the answer ends here because of --max-new-tokens 20\n") == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import fails, run, start
 
-from cli import standard_input
+from cli import streams
 from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
@@ -287,8 +287,8 @@ def test_lines_of_a_pipe(data, expected, monkeypatch):
     """As they come: all that has been written is ready, and what has not is not."""
     source, sink = os.pipe()
     with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
-        monkeypatch.setattr(standard_input, "_taken", stream)
-        lines = standard_input.PromptLines()
+        monkeypatch.setattr(streams, "_taken", stream)
+        lines = streams.PromptLines()
         assert not lines.is_ready()
         writer = threading.Thread(target=lambda: (pipe.write(data), pipe.close()))
         writer.start()
@@ -299,8 +299,8 @@ def test_lines_of_a_pipe(data, expected, monkeypatch):
 def test_lines_that_are_ready(monkeypatch):
     source, sink = os.pipe()
     with open(source, encoding="ascii") as stream, open(sink, "wb", buffering=0) as pipe:
-        monkeypatch.setattr(standard_input, "_taken", stream)
-        lines = standard_input.PromptLines()
+        monkeypatch.setattr(streams, "_taken", stream)
+        lines = streams.PromptLines()
         pipe.write(b"one\ntwo\nthr")
         assert lines.is_ready() and next(lines) == "one"
         assert lines.is_ready() and next(lines) == "two"

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from cli import threads
+from cli import loading
 
 
 def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
@@ -26,7 +26,7 @@ def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
             (2, None, 2),
         ]:
             torch.set_num_threads(3)
-            threads.use_threads(given, model)
+            loading.use_threads(given, model)
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
@@ -35,10 +35,10 @@ def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
 @pytest.mark.parametrize(("given", "busy", "expected"), [(0, 0.3, 3), (0, 1.4, 2), (0, 5.0, 1), (3, 1.4, 3)])
 def test_training_leaves_busy_cores_to_others_and_says_so(monkeypatch, capsys, given, busy, expected):
     before = torch.get_num_threads()
-    monkeypatch.setattr(threads, "busy_cores", lambda: busy)
+    monkeypatch.setattr(loading, "busy_cores", lambda: busy)
     try:
         torch.set_num_threads(3)
-        threads.use_free_threads(given)
+        loading.use_free_threads(given)
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
@@ -58,6 +58,6 @@ def test_busy_cores_are_those_that_this_process_may_use(monkeypatch):
     moments = iter([5.0, 7.0])
     monkeypatch.setattr(psutil, "cpu_times", lambda percpu: next(readings))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
-    monkeypatch.setattr(threads.time, "sleep", lambda _: None)
-    monkeypatch.setattr(threads.time, "monotonic", lambda: next(moments))
-    assert threads.busy_cores() == pytest.approx(1.0)
+    monkeypatch.setattr(loading.time, "sleep", lambda _: None)
+    monkeypatch.setattr(loading.time, "monotonic", lambda: next(moments))
+    assert loading.busy_cores() == pytest.approx(1.0)
