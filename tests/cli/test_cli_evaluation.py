@@ -65,6 +65,7 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     assert document["config"]["task"]["task"] == "commands"
     assert document["environment"]["dtype"] == "float32"
     plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity", "prediction", "time_split"]
+    plots.append("speed_within_an_answer")
     files = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
     out = tmp_path / "out"
     assert sorted(file.name for file in out.iterdir()) == sorted([f"{name}.png" for name in plots] + files)
