@@ -298,9 +298,12 @@ def _metric_rows(results: Sequence[Result], name: str) -> list[tuple[str, list[s
 
 
 def _with_bounds(value: float | None, ends: Bounds | None, shown: str = ".2f") -> str:
-    """`2.31 (2.20-2.44)`, `-8.3% (-25.0% to +8.3%)`: a figure and its 95% interval."""
-    between = " to " if shown.startswith("+") else "-"
-    return number(value, shown) + (f" ({ends.low:{shown}}{between}{ends.high:{shown}})" if ends else "")
+    """`2.31 (2.20-2.44)`, `-8.3% (-25 to +8)`: a figure and its 95% interval."""
+    if ends is None:
+        return number(value, shown)
+    form = shown.replace(".1%", ".0f")  # without the sign, which the figure has
+    low, high = (end * (100 if form != shown else 1) for end in ends)
+    return number(value, shown) + f" ({low:{form}}{' to ' if shown.startswith('+') else '-'}{high:{form}})"
 
 
 def _with_half(result: Result, name: str, decimals: int = 2) -> str:
