@@ -1,1 +1,1 @@
-"""The settings of every command, validated when they are made. Standard library only, so that the command line starts fast."""
+"""The settings of every command. What a user gives is checked. No heavy imports, so that the command line starts fast."""

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean
+from typing import Any
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 LOWER_IS_BETTER = ("perplexity",)
@@ -67,13 +69,9 @@ def rouge(
 
     With several references the best counts; without any the score is 0.
     """
-    from rouge_score.rouge_scorer import RougeScorer  # takes a second
-
-    scorer = RougeScorer(list(kinds), use_stemmer=True)
-    best = [
-        scorer.score_multi(list(texts) or [""], prediction) for prediction, texts in zip(predictions, references, strict=True)
-    ]
-    return {kind: [float(scores[kind].fmeasure) for scores in best] for kind in kinds}
+    pairs = {"predictions": list(predictions), "references": [list(texts) or [""] for texts in references]}
+    computed: dict[str, list[float]] = _metrics()["rouge"].compute(**pairs, kinds=tuple(kinds))
+    return computed
 
 
 def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, list[float]]:
@@ -82,8 +80,42 @@ def pass_at_k(verdicts: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str
     The unbiased estimator 1 - C(n - c, k) / C(n, k), where c answers passed (Chen et al., 2021, equation 1). n must be at least
     k.
     """
+    computed: dict[str, list[float]] = _metrics()["pass_at_k"].compute(
+        predictions=[list(answers) for answers in verdicts], ks=tuple(ks)
+    )
+    return computed
 
-    def estimate(answers: Sequence[bool], k: int) -> float:
-        return 1.0 - math.comb(list(answers).count(False), k) / math.comb(len(answers), k)
 
-    return {f"pass@{k}": [estimate(answers, k) for answers in verdicts] for k in ks}
+@cache
+def _metrics() -> dict[str, Any]:
+    """Metrics of the evaluate package, defined here because `evaluate.load` fetches scripts from the hub. Imports take 2 s."""
+    import datasets
+    import evaluate
+    from rouge_score.rouge_scorer import RougeScorer
+
+    def info(description: str, **features: Any) -> Any:
+        return evaluate.MetricInfo(
+            description=description, citation="", inputs_description="", features=datasets.Features(features)
+        )
+
+    class Rouge(evaluate.Metric):  # type: ignore[misc]
+        def _info(self) -> Any:
+            text = datasets.Value("string")
+            return info("ROUGE F-measures", predictions=text, references=datasets.Sequence(text))
+
+        def _compute(self, predictions: list[str], references: list[list[str]], kinds: tuple[str, ...]) -> Any:
+            scorer = RougeScorer(list(kinds), use_stemmer=True)
+            best = [scorer.score_multi(texts, text) for texts, text in zip(references, predictions, strict=True)]
+            return {kind: [float(scores[kind].fmeasure) for scores in best] for kind in kinds}
+
+    class PassAtK(evaluate.Metric):  # type: ignore[misc]
+        def _info(self) -> Any:
+            return info("Unbiased pass@k", predictions=datasets.Sequence(datasets.Value("bool")))
+
+        def _compute(self, predictions: list[list[bool]], ks: tuple[int, ...]) -> Any:
+            def estimate(answers: list[bool], k: int) -> float:
+                return 1.0 - math.comb(answers.count(False), k) / math.comb(len(answers), k)
+
+            return {f"pass@{k}": [estimate(answers, k) for answers in predictions] for k in ks}
+
+    return {"rouge": Rouge(keep_in_memory=True), "pass_at_k": PassAtK(keep_in_memory=True)}
