@@ -54,9 +54,9 @@ def refused(field: str, needed: str, got: str) -> ConfigError:
 
 
 def shown(value: object) -> str:
-    """A value as an error quotes it: cut if it is very long."""
+    """A value as an error quotes it: cut if it is very long, lone surrogates escaped."""
     try:
-        text = str(value)
+        text = str(value).encode("utf-8", "backslashreplace").decode()
     except ValueError:  # an int with more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

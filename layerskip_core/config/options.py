@@ -84,9 +84,11 @@ def check(field: str, hint: Any, value: Any) -> Any:
     """The value as its annotation says; a number or array of NumPy counts as Python's. Raises ConfigError."""
     try:
         return msgspec.convert(_plain(value), hint)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for lone surrogates among choices
         wrong_type = ", got `" in str(error)
-        raise refused(field, needed(hint), shown(repr(value) if wrong_type else value) or "an empty one") from None
+        listed = isinstance(value, list | tuple) and not wrong_type
+        found = ",".join(map(str, value)) if listed else repr(value) if wrong_type else value
+        raise refused(field, needed(hint), shown(found) or "an empty one") from None
 
 
 def needed(hint: Any) -> str:

@@ -223,7 +223,7 @@ def test_flags_that_cannot_be(checkpoint):
         (["--spec", "0"], "a whole number in 1..10000, got 0"),
         (["--temperature", "nan"], "a number in [0, 1000], got nan"),
         (["--top-p", "0"], "a number in (0, 1], got 0.0"),
-        (["--stop", ""], "a text of valid Unicode that is not empty, or several, got ('',)"),
+        (["--stop", ""], "a text of valid Unicode that is not empty, or several, got an empty one"),
         (["--strategy", "magic"], "one of adaptive, self-speculative, lookup, draft-and-verify, early-exit"),
         (["--skip", "2,7"], "in 1..6, got 7 (model has 6 layers)"),
         (["--skip", "1:6"], "a list that leaves at least one layer, got all 6 layers"),
@@ -302,7 +302,6 @@ NOTHING, COPY, OF_EXITS = (), ("lookup", "int8"), ("lookup", "exit 2", "exit 3")
     [
         ({}, (), COPY),
         ({"details": {"config": {"recipe": {"curriculum": "none"}}}}, (), COPY),
-        ({"details": {"config": [7]}}, (), COPY),
         ({}, ("--draft-weights", "int8", "--draft-vocab", "200"), COPY),
         ({}, ("--draft-vocab", "200"), COPY),
         ({}, ("--lookup", "1"), COPY),
@@ -335,8 +334,11 @@ def test_what_drafts(copy, expected, info, flags, drafters):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'{"recommended": {"strategy": "magic"}}', "{file} is not valid: strategy must be one of "),
-        (b'{"recommended": {"strategy": 7}}', "{file} is not valid: strategy must be one of "),
+        (
+            b'{"recommended": {"strategy": "magic"}}',
+            "{file} is not valid: Invalid enum value 'magic' - at ",
+        ),
+        (b'{"recommended": {"strategy": 7}}', "{file} is not valid: "),
         (b'{"recommended": {"exit_layer": "4"}}', "{file} is not valid: "),
         (b'{"recommended": {"num_draft_tokens": 2.5}}', "{file} is not valid: "),
         (b'{"prompt_template": 7}', "{file} is not valid: "),
@@ -346,10 +348,13 @@ def test_what_drafts(copy, expected, info, flags, drafters):
         ),
         (b"\xff{}", "{file}: not valid JSON: "),
         (b"{", "{file}: not valid JSON: "),
-        (b"[]", "{file} is not valid: "),
+        (b"[]", "{file}: needed a JSON object, found list"),
         (b'{"recommended": [8, 6]}', "{file} is not valid: "),
         (b'{"recommended": {"exit_layer": 40}}', "--exit must be in 1..5, got 40 (model has 6 layers)"),
-        (b'{"recommended": {"num_draft_tokens": -1}}', "{file} is not valid: num_draft_tokens must be in 1..1024, got -1"),
+        (
+            b'{"recommended": {"num_draft_tokens": -1}}',
+            "{file} is not valid: Expected `int` >= 1 - at ",
+        ),
     ],
 )
 def test_a_damaged_layerskip_json(copy, text, message):

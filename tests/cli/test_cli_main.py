@@ -172,6 +172,7 @@ def test_an_interrupted_command_ends_with_130(monkeypatch):
     assert (result.code, result.out, result.err.strip()) == (130, "", "")
 
 
+STOP = "--stop must be a text of valid Unicode that is not empty, or several, got"
 ODD = "a\udcffb"  # as an argument arrives that is no UTF-8
 
 
@@ -180,21 +181,27 @@ ODD = "a\udcffb"  # as an argument arrives that is no UTF-8
     [
         (("generate", ODD), r"the prompt must be valid Unicode, got '\udcff' in it"),
         (("inspect", ODD), r"the prompt must be valid Unicode, got '\udcff' in it"),
-        (("generate", "x", "--stop", ODD), r"--stop must be valid Unicode, got 'a\udcffb'"),
-        (("generate", "x", "--stop", ""), "--stop must be a text that is not empty, got an empty one"),
+        (
+            ("generate", "x", "--stop", ODD),
+            rf"{STOP} a\udcffb",
+        ),
+        (
+            ("generate", "x", "--stop", ""),
+            f"{STOP} an empty one",
+        ),
         (("bench", "--template", ODD + "{prompt}"), r"--template must be valid Unicode, got 'a\udcffb{prompt}'"),
         (
             ("finetune", "--prompt-template", ODD + "{prompt}"),
             r"--template must be valid Unicode, got 'a\udcffb{prompt}'",
         ),
         (("generate", "x", "--dtype", ODD), r"--dtype must be one of auto, fp32, bf16, got a\udcffb"),
-        (("data", "--data", ""), "--data must be a name that is not empty, got an empty one"),
+        (("data", "--data", ""), "--data must be a text of valid Unicode that is not empty, got an empty one"),
         (("generate", "x", "--model", ""), "--model must be a name that is not empty, got an empty one"),
-        (("finetune", "--output", ""), "--output must be a name that is not empty, got an empty one"),
+        (("finetune", "--output", ""), "--output must be a text of valid Unicode that is not empty, got an empty one"),
         (("import", ""), "the MODEL must be a name that is not empty, got an empty one"),
         (("import", "embedded", "--output", ""), "--output must be a name that is not empty, got an empty one"),
-        (("bench", "--output", ""), "--output must be a name that is not empty, got an empty one"),
-        (("sweep-exits", "--from", ""), "--from must be a name that is not empty, got an empty one"),
+        (("bench", "--output", ""), "--output must be a text of valid Unicode that is not empty, got an empty one"),
+        (("sweep-exits", "--from", ""), "--from must be a text of valid Unicode that is not empty, got an empty one"),
         (("inspect", "x", "--output", ""), "--output must be a name that is not empty, got an empty one"),
     ],
 )

@@ -195,7 +195,7 @@ BAD = [
     ({"seed": "1"}, "seed must be a whole number in 0..4294967295, got '1'"),
     ({"stop": 3}, f"{STOP} 3"),
     ({"stop": ["a", 3]}, f"{STOP} ['a', 3]"),
-    ({"stop": ""}, f"{STOP} "),
+    ({"stop": ""}, f"{STOP} an empty one"),
     ({"policy": ["fast"]}, "policy must be a text of valid Unicode that is not empty, got ['fast']"),
     ({"policy": "magic"}, UNKNOWN),
     ({"exit_layer": 9}, "exit_layer must be in 1..5, got 9 (model has 6 layers)"),

@@ -137,7 +137,7 @@ def test_of_a_plain_checkpoint_only_its_own_files_are_replaced(checkpoint, model
     assert contents(model).keys() == LISTED | {"losses.jsonl"}
 
 
-@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "", "a/../../b", 3])
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "", "a/../../b"])
 def test_a_list_that_leaves_the_folder_is_refused(model, name):
     document = json.loads((model / "layerskip.json").read_text())
     (model / "layerskip.json").write_text(json.dumps(document | {"files": [name]}))

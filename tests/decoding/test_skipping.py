@@ -236,7 +236,7 @@ def test_drafts_that_are_never_accepted():
 def test_a_copy_of_the_first_layers_is_not_enough():
     packing = PackingConfig(draft_weights=("int8",), draft_layers=4)
     model = TorchBackend.of(tiny_model(dtype=torch.float32, **WIDE), packing)
-    with pytest.raises(ConfigError, match="`skip` must be a list with all layers after the 4 kept for drafting, got 6"):
+    with pytest.raises(ConfigError, match="`skip` must be a list with all layers after the 4 layers kept for drafting, got 6"):
         decode(model, PROMPT, config_of("int8", (2,)))
     assert ids_of(decode(model, PROMPT, config_of("int8", (2, 5, 6), max_new_tokens=5))) == ids_of(
         decode(model, PROMPT, DecodingConfig("autoregressive", max_new_tokens=5))

@@ -301,7 +301,7 @@ def test_weight_flags_on_the_command_line(tmp_path, checkpoint):
         "int4 weights need layer widths that the group size 32 divides, got 48",
         "generate", "x", *fixed, "--quantize", "int4",
     )  # fmt: skip
-    fails("--draft-weights must be one of int8, int4, got fp8", "generate", "x", *fixed, "--draft-weights", "fp8")
+    fails("--draft-weights must be a list, each one of int8, int4, got fp8", "generate", "x", *fixed, "--draft-weights", "fp8")
     bench = run("bench", *fixed, "--task", "commands", "--samples", "2", "--repeats", "1", "--quantize", "int8", "--exact")
     assert bench.code == 0, bench.err
 
