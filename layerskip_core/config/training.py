@@ -1,6 +1,6 @@
 """A training run and its recipe."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
@@ -46,8 +46,8 @@ LORA_LAYERS: tuple[str, ...] = get_args(LoraLayers)
 
 
 @dataclass(frozen=True)
-class RecipeConfig:
-    """The LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1).
+class RecipeSettings:
+    """What is asked of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the regime's preset decides.
 
     `dropout_profile`: how the dropout rate grows with depth; the mean rate over the layers is the same for each profile.
     `exit_weights`: how the exits' losses are weighted by depth; the paper's weights give early exits very little.
@@ -56,20 +56,6 @@ class RecipeConfig:
     extra exit costs a head. `distill` is the share of KL(last layer || exit) in an early exit's loss; the rest is
     cross-entropy.
     """
-
-    p_max: float = 0.2
-    dropout_profile: DropoutProfile = "exponential"
-    e_scale: float = 1.0
-    exit_weights: ExitWeights = "paper"
-    curriculum: Curriculum = "rotational"
-    rotation: int | None = None
-    exits: tuple[int, ...] = ()
-    distill: float = 0.0
-
-
-@dataclass(frozen=True)
-class RecipeSettings:
-    """What is asked of the recipe; the fields are those of RecipeConfig. None: the regime's preset decides."""
 
     p_max: Annotated[
         Annotated[float, Meta(ge=0, lt=1)] | None, Flag(RECIPE, "Dropout rate of the last layer.", "--pmax", "by --regime")
@@ -111,10 +97,6 @@ class RecipeSettings:
     def __post_init__(self) -> None:
         rotates = self.curriculum in (None, "rotational")  # that of every preset
         require(rotates or self.rotation is None, "rotation", "used with `curriculum` rotational", self.curriculum)
-
-    def over(self, preset: RecipeConfig) -> RecipeConfig:
-        """The preset with what was asked in its place."""
-        return replace(preset, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -142,20 +142,6 @@ def check_values(values: Mapping[str, Any]) -> None:
             _check_rope(parameters, f"{name}.{kind}." if kind else f"{name}.")
 
 
-def check_named(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """As `check_values`, for a format with other names: `names` maps them to those of config.json."""
-    _check(values, {name: _VALUES[known] for name, known in names.items()}, "")
-
-
-def check_token_ids(values: Mapping[str, Any], vocab_size: int | None) -> None:
-    """Raises CheckpointError for a special token that is not a token id, or not in the vocabulary if its size is given."""
-    _check(values, {name: _VALUES[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id")}, "")
-    for name in ("eos_token_id", "pad_token_id"):
-        for token in tokens_of(values.get(name)):
-            if vocab_size is not None and token >= vocab_size:
-                raise CheckpointError(f"{name} must be below vocab_size, got {token} (vocab_size is {vocab_size})")
-
-
 def _check(values: Mapping[str, Any], table: Mapping[str, Needed], where: str) -> None:
     for name, needed in table.items():
         if name in values and not needed.holds(values[name]):

@@ -4,7 +4,7 @@ import pytest
 
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.prompting import PromptingConfig
-from layerskip_core.config.training import FinetuneConfig, RecipeConfig, RecipeSettings
+from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.errors import ConfigError
 
 
@@ -39,11 +39,3 @@ def test_the_template_that_is_asked_for():
     assert [PromptingConfig(*asked).asked for asked in ((), ("chat",), (None, None, True), ("{prompt}!",))] == [
         None, "chat", "raw", "{prompt}!",
     ]  # fmt: skip
-
-
-def test_a_recipe_takes_what_was_not_said_from_the_preset():
-    preset = RecipeConfig(p_max=0.1, e_scale=0.3, rotation=8)
-    assert RecipeSettings().over(preset) == preset
-    assert RecipeSettings(p_max=0.0, curriculum="all", exits=(2,)).over(preset) == RecipeConfig(
-        p_max=0.0, e_scale=0.3, rotation=8, curriculum="all", exits=(2,)
-    )
