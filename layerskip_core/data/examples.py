@@ -2,48 +2,22 @@
 
 import csv
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from ..config.data import DataConfig
 from ..embedded import commands
 from ..errors import DataError
-from ..files import listed, quoted
-from .records import FILE_ENDINGS, TEXT_COLUMN, Record, file_ending, file_records, hub_records, spread, table
+from ..files import listed
+from .records import FILE_ENDINGS, TEXT_COLUMN, Record, delimited, file_ending, file_records, hub_records, spread
 
 MESSAGES = "messages"  # the column of a conversation
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages as (role, content), at least one of them the assistant's. `where` is its place, for errors."""
-
-    messages: tuple[tuple[str, str], ...]
-    where: str = field(default="", compare=False)
-
-
-def conversation_of(record: Record) -> Conversation:
-    """The conversation in a row's `messages`. Raises DataError for turns without text and if the assistant has none."""
-    messages = record.fields[MESSAGES]
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise record.fault("messages must be a list of objects with role and content", messages)
-    turns = tuple((message.get("role"), message.get("content")) for message in messages)
-    for role, content in turns:
-        if not isinstance(role, str) or not isinstance(content, str):
-            needed = "role and content of a message must be texts"
-            raise DataError(f"{record.where}: {needed}, found {quoted(role)} and {quoted(content)}")
-    if not any(role == "assistant" and content.strip() for role, content in turns):
-        roles = listed(role for role, _ in turns)
-        raise DataError(f"{record.where}: needed a message of the role 'assistant' that is not empty, found {roles}")
-    return Conversation(turns, record.where)
-
-
 PARSING_TEMPLATE = "{prompt}\n"  # of `commands` and `topv2`: utterance, line end, parse
 _DEFAULT_COMMANDS = 20_000  # rows, unless a number is given
-_MOST_COMMANDS = 5_000_000  # rows; more take minutes to draw and gigabytes of memory
-_TOPV2_COLUMNS = ["domain", "utterance", "semantic_parse"]
 _TOPV2_HUB = "WillHeld/top_v2"
 _TOPV2_SPLITS = {"train": "train", "validation": "eval", "test": "test"}
 
@@ -57,7 +31,20 @@ class Example:
     where: str = field(default="", compare=False)
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as (role, content), at least one of them the assistant's. `where` is its place, for errors."""
+
+    messages: tuple[tuple[str, str], ...]
+    where: str = field(default="", compare=False)
+
+
 Row = Example | Conversation
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str
 
 
 def load_examples(config: DataConfig) -> list[Example]:
@@ -75,9 +62,15 @@ def load_examples(config: DataConfig) -> list[Example]:
 
 def load_rows(config: DataConfig) -> list[Row]:
     """Like `load_examples`, but rows with `messages` and no completion become conversations."""
-    if config.name == "commands":
-        return list(_commands(config))
-    return spread(list(_rows(config, streaming=False)), config.limit)
+    if config.name != "commands":
+        return spread(list(_rows(config, streaming=False)), config.limit)
+    if config.split not in commands.SPLITS:
+        raise DataError(f"`split` must be one of {', '.join(commands.SPLITS)} for commands, got {config.split}")
+    try:
+        drawn = commands.rows(config.split, config.limit or _DEFAULT_COMMANDS, config.seed)
+        return [Example(row.utterance, row.parse) for row in drawn]
+    except ValueError as error:
+        raise DataError(f"`limit` {config.limit}: {error}") from None
 
 
 def load_prompts(config: DataConfig) -> list[Example]:
@@ -86,7 +79,7 @@ def load_prompts(config: DataConfig) -> list[Example]:
     Raises DataError like `load_examples`.
     """
     if is_parsing(config):
-        return [Example(row.prompt, "", row.where) for row in load_examples(config)]
+        return [replace(row, completion="") for row in load_examples(config)]
     column = TEXT_COLUMN if file_ending(Path(config.name)) == ".txt" else config.prompt_column
     prompts = []
     for record in load_records(config):
@@ -120,85 +113,48 @@ def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record
 
 
 def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
-    if config.name == "topv2":
-        columns = replace(config, prompt_column="utterance", completion_column="semantic_parse")
-        return _checked(hub_records(_TOPV2_HUB, _topv2_split(config.split)), columns)
-    if os.path.isdir(config.name):
-        return _topv2_folder(config)
-    if file_ending(Path(config.name)) == ".txt":
-        config = replace(config, prompt_column=DataConfig.prompt_column, completion_column=TEXT_COLUMN)
-    return _checked(load_records(config, streaming), config)
-
-
-def _commands(config: DataConfig) -> list[Example]:
-    if config.split not in commands.SPLITS:
-        raise DataError(f"`split` must be one of {', '.join(commands.SPLITS)} for commands, got {config.split}")
-    count = config.limit or _DEFAULT_COMMANDS
-    if count > _MOST_COMMANDS:
-        raise DataError(f"`data` commands gives at most {_MOST_COMMANDS} rows at a time, got {count} to be drawn")
-    try:
-        return [Example(row.utterance, row.parse) for row in commands.rows(config.split, count, config.seed)]
-    except ValueError as error:
-        raise DataError(f"`limit` {config.limit}: {error}") from None
-
-
-def _topv2_folder(config: DataConfig) -> Iterator[Example]:
-    folder, split = Path(config.name), _topv2_split(config.split)
-    files = sorted(folder.glob(f"*_{split}.tsv"))
-    if not files:
-        raise DataError(f"folder {folder} holds no TOPv2 files named DOMAIN_{split}.tsv")
-    for file in files:
-        rows = table(file, config.setting, delimiter="\t", quoting=csv.QUOTE_NONE)
-        _, header = next(rows, (1, []))
-        if header != _TOPV2_COLUMNS:
-            raise DataError(f"{file}:1: needed the columns {', '.join(_TOPV2_COLUMNS)}, found {listed(header)}")
-        for number, row in rows:
-            if len(row) != len(_TOPV2_COLUMNS):
-                raise DataError(f"{file}:{number}: needed {len(_TOPV2_COLUMNS)} tab-separated fields, found {len(row)}")
-            yield _example(row[1], row[2], f"{file}:{number}")
-
-
-def _topv2_split(split: str) -> str:
-    if split not in _TOPV2_SPLITS:
-        raise DataError(f"`split` must be one of {', '.join(_TOPV2_SPLITS)} for TOPv2, got {split}")
-    return _TOPV2_SPLITS[split]
-
-
-def _checked(records: Iterator[Record], config: DataConfig) -> Iterator[Row]:
-    """Records as rows. The first record decides which columns every row must have."""
-    needed: dict[str, str] | None = None
+    prompt, completion = config.prompt_column, config.completion_column
+    if is_parsing(config):
+        prompt, completion, records = "utterance", "semantic_parse", _topv2(config)
+    else:
+        records = load_records(config, streaming)
+        if file_ending(Path(config.name)) == ".txt":
+            prompt, completion = DataConfig.prompt_column, TEXT_COLUMN
+    needs_prompt = None if prompt == DataConfig.prompt_column else True  # only plain text may lack the usual column
     for record in records:
-        if needed is None:
-            needed = _needed_columns(record.fields, config)
-        for setting, column in needed.items():
-            record.value(column, setting)
-        yield _row(record, config)
+        if MESSAGES in record.fields and completion not in record.fields:
+            yield _conversation(record)
+            continue
+        text = record.value(completion, "completion_column")
+        needs_prompt = prompt in record.fields if needs_prompt is None else needs_prompt
+        asked = record.value(prompt, "prompt_column") if needs_prompt else record.fields.get(prompt)
+        if not isinstance(text, str) or not text.strip():
+            raise record.fault("the completion must be a text that is not empty", text)
+        if not isinstance(asked, str | None):
+            raise record.fault("the prompt must be a text", asked)
+        yield Example(asked or "", text, record.where)
 
 
-def _needed_columns(columns: Collection[str], config: DataConfig) -> dict[str, str]:
-    """Setting -> column: the completion, and the prompt; only plain text may lack the default prompt column."""
-    if _is_chat(columns, config):
-        return {}
-    needed = {"completion_column": config.completion_column}
-    if config.prompt_column != DataConfig.prompt_column or config.prompt_column in columns:
-        needed["prompt_column"] = config.prompt_column
-    return needed
+def _topv2(config: DataConfig) -> Iterator[Record]:
+    """The rows of a folder of TOPv2's files, or of its copy on the hub."""
+    if config.split not in _TOPV2_SPLITS:
+        raise DataError(f"`split` must be one of {', '.join(_TOPV2_SPLITS)} for TOPv2, got {config.split}")
+    split = _TOPV2_SPLITS[config.split]
+    if config.name == "topv2":
+        return hub_records(_TOPV2_HUB, split)
+    files = sorted(Path(config.name).glob(f"*_{split}.tsv"))
+    if not files:
+        raise DataError(f"folder {config.name} holds no TOPv2 files named DOMAIN_{split}.tsv")
+    return chain.from_iterable(delimited(file, config.setting, delimiter="\t", quoting=csv.QUOTE_NONE) for file in files)
 
 
-def _is_chat(columns: Collection[str], config: DataConfig) -> bool:
-    return MESSAGES in columns and config.completion_column not in columns
-
-
-def _row(record: Record, config: DataConfig) -> Row:
-    if _is_chat(record.fields, config):
-        return conversation_of(record)
-    completion = record.value(config.completion_column, "completion_column")  # rows of a file may differ
-    return _example(record.fields.get(config.prompt_column), completion, record.where)
-
-
-def _example(prompt: Any, completion: Any, where: str) -> Example:
-    if not isinstance(completion, str) or not completion.strip():
-        raise DataError(f"{where}: the completion must be a text that is not empty, found {quoted(completion)}")
-    if prompt is not None and not isinstance(prompt, str):
-        raise DataError(f"{where}: the prompt must be a text, found {quoted(prompt)}")
-    return Example(prompt or "", completion, where)
+def _conversation(record: Record) -> Conversation:
+    """Raises DataError for turns without text and if the assistant has none."""
+    try:
+        messages = msgspec.convert(record.fields[MESSAGES], list[_Message])
+    except msgspec.ValidationError as error:
+        raise DataError(f"{record.where}: messages must be a list of objects with role and content: {error}") from None
+    if not any(message.role == "assistant" and message.content.strip() for message in messages):
+        roles = listed(message.role for message in messages)
+        raise DataError(f"{record.where}: needed a message of the role 'assistant' that is not empty, found {roles}")
+    return Conversation(tuple((message.role, message.content) for message in messages), record.where)

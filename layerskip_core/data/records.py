@@ -4,7 +4,7 @@ import csv
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,12 +63,11 @@ def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
     ending = file_ending(path)
     if ending not in _READERS:
         raise DataError(f"{path}: needed one of {', '.join(_READERS)}, found the ending {ending or 'none'!r}")
-    empty = True
-    for record in _READERS[ending](path, setting):
-        empty = False
-        yield record
-    if empty:
+    records = _READERS[ending](path, setting)
+    if (first := next(records, None)) is None:
         raise DataError(f"{path} holds no rows")
+    yield first
+    yield from records
 
 
 def file_ending(path: Path) -> str:
@@ -102,19 +101,6 @@ def hub_records(hub_id: str, split: str, streaming: bool = False, most: int | No
         raise DataError(f"cannot load data {hub_id}: {reason}") from error
 
 
-def table(path: Path, setting: str, **dialect: Any) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a delimited file, each with the number of its first line. Raises DataError."""
-    csv.field_size_limit(_MAX_FIELD)
-    rows = csv.reader(text_lines(path, setting), **dialect)
-    number = 1
-    try:
-        for row in rows:
-            yield number, row
-            number = rows.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{number}: {_csv_fault(str(error))}") from None
-
-
 Item = TypeVar("Item")
 
 
@@ -125,49 +111,46 @@ def spread(items: Sequence[Item], limit: int) -> list[Item]:
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
-def _json(path: Path, setting: str) -> Iterator[Record]:
-    """One object per line; a .json file may also hold an array of objects."""
-    lines = text_lines(path, setting)
-    may_be_array = file_ending(path) == ".json"
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if may_be_array and line.lstrip().startswith("["):
-            yield from _json_array(path, line, lines)
-            return
-        may_be_array = False
-        where = f"{path}:{number}"
-        yield _object(parse_json(line, where, DataError), where)
-
-
-def _json_array(path: Path, first: str, lines: Iterator[str]) -> Iterator[Record]:
-    values = parse_json("".join((first, *lines)), str(path), DataError)
-    yield from (_object(value, f"{path}: row {number}") for number, value in enumerate(values, start=1))
-
-
-def _object(value: Any, where: str) -> Record:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: needed a JSON object, found {type(value).__name__}")
-    return Record(where, value)
+def delimited(path: Path, setting: str, **dialect: Any) -> Iterator[Record]:
+    """The rows below a header of column names; columns without a name are left out. Raises DataError."""
+    csv.field_size_limit(_MAX_FIELD)
+    rows = csv.reader(text_lines(path, setting), **dialect)
+    header: list[str] = []
+    number = 1
+    try:
+        for fields in rows:
+            where, number = f"{path}:{number}", rows.line_num + 1
+            if not header:
+                header = fields
+                if repeated := [name for name, count in Counter(header).items() if name and count > 1]:
+                    raise DataError(f"{where}: needed distinct column names, found {listed(repeated)} more than once")
+            elif fields and len(fields) != len(header):
+                raise DataError(f"{where}: needed {len(header)} fields, found {len(fields)}")
+            elif fields:
+                yield Record(where, {name: field for name, field in zip(header, fields, strict=True) if name})
+    except csv.Error as error:
+        raise DataError(f"{path}:{number}: {error}") from None
 
 
 def _csv(path: Path, setting: str) -> Iterator[Record]:
-    """Rows below a header of column names; columns without a name are left out."""
-    rows = (row for row in table(path, setting, strict=True) if row[1])
-    first, header = next(rows, (1, []))
-    _refuse_repeated([name for name in header if name], f"{path}:{first}")
-    for number, fields in rows:
-        if len(fields) != len(header):
-            raise DataError(f"{path}:{number}: needed {len(header)} fields, found {len(fields)}")
-        yield Record(f"{path}:{number}", {name: field for name, field in zip(header, fields, strict=True) if name})
+    return delimited(path, setting, strict=True)
 
 
-def _csv_fault(message: str) -> str:
-    if message == "unexpected end of data":
-        return "a quoted field is not closed"
-    if message.startswith("new-line character"):
-        return "a line must end in LF or CR LF, found CR alone"
-    return message
+def _json(path: Path, setting: str) -> Iterator[Record]:
+    """One object per line; a .json file may also hold an array of objects."""
+    lines = text_lines(path, setting)
+    numbered = ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+    where, first = next(numbered, ("", ""))
+    if file_ending(path) == ".json" and first.lstrip().startswith("["):
+        array = parse_json("".join((first, *lines)), str(path), DataError)
+        values = ((f"{path}: row {number}", value) for number, value in enumerate(array, start=1))
+    else:
+        rest = chain([(where, first)] if first else [], numbered)
+        values = ((where, parse_json(line, where, DataError)) for where, line in rest)
+    for where, value in values:
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: needed a JSON object, found {type(value).__name__}")
+        yield Record(where, value)
 
 
 def _parquet(path: Path, setting: str) -> Iterator[Record]:
@@ -176,13 +159,10 @@ def _parquet(path: Path, setting: str) -> Iterator[Record]:
     number = 0
     try:
         source = ParquetFile(path, page_checksum_verification=True)
-        _refuse_repeated(source.schema_arrow.names, str(path))
         for batch in source.iter_batches(_PARQUET_ROWS):
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(f"{path}:{number}", fields)
-    except DataError:
-        raise
     except Exception as error:  # pyarrow raises many kinds; each means a damaged file or unusual types
         place = f" after row {number}" if number else ""
         raise DataError(f"`{setting}` {path}: not readable as Parquet{place}: {first_line(error)}") from None
@@ -192,12 +172,6 @@ def _text(path: Path, setting: str) -> Iterator[Record]:
     for number, line in enumerate(text_lines(path, setting), start=1):
         if line.strip():
             yield Record(f"{path}:{number}", {TEXT_COLUMN: line.rstrip("\r\n")})
-
-
-def _refuse_repeated(names: list[str], where: str) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise DataError(f"{where}: needed distinct column names, found {listed(repeated)} more than once")
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {

@@ -45,5 +45,3 @@ def test_what_cannot_be_read(tmp_path):
     file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
     fails(message, "data", "--data", str(file))
-    message = "--data commands gives at most 5000000 rows at a time, got 10000000 to be drawn"
-    fails(message, "data", "--samples", "10000000")

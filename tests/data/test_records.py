@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.data import DataConfig
 from layerskip_core.data.examples import Conversation, Example, load_rows, stream_rows
-from layerskip_core.data.records import FILE_ENDINGS, file_records
 from layerskip_core.errors import DataError
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -36,7 +35,7 @@ WHOLE = {
     ".jsonl.gz": gzip.compress(LINES),
     ".csv.gz": gzip.compress(TABLE),
 }
-EVERY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+EVERY = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -67,7 +66,7 @@ def read_all(folder, name, content):
     file = folder / name
     file.write_bytes(content)
     results = []
-    for read in (load_rows, stream_rows, lambda config: file_records(file)):
+    for read in (load_rows, stream_rows):
         try:
             results.append(list(read(DataConfig(str(file)))))
         except DataError as error:
@@ -81,13 +80,6 @@ def read_all(folder, name, content):
 def test_whole_files_are_read(folder, ending):
     rows = read_all(folder, f"a{ending}", WHOLE[ending])
     assert len(rows) == (30 if ending.startswith(".csv") else 29)
-
-
-@pytest.mark.parametrize("ending", [*FILE_ENDINGS, *(f"{ending}.gz" for ending in FILE_ENDINGS)])
-@EVERY
-@given(content=st.binary(max_size=300))
-def test_any_bytes(folder, ending, content):
-    read_all(folder, f"a{ending}", content)
 
 
 @pytest.mark.parametrize("ending", WHOLE)
