@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import BenchConfig, SweepConfig
-    from layerskip_core.evaluation.measure.runs import Progress
+    from layerskip_core.evaluation.measure.measure import Progress
     from layerskip_core.evaluation.report.tables import TextTable
     from layerskip_core.evaluation.results import RunRecord
     from layerskip_core.evaluation.tasks.task import Task
@@ -63,7 +63,7 @@ def load_model(config: "BenchConfig | SweepConfig") -> "Decoder":
 
 def watch(events: "Iterator[Progress | Record]") -> "Record":
     """Shows progress, a bar for each phase, until the record comes."""
-    from layerskip_core.evaluation.measure.runs import Progress
+    from layerskip_core.evaluation.measure.measure import Progress
 
     phase, update = None, None
     with ExitStack() as bars:

@@ -40,7 +40,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import DecodeStats, decode, decode_batch
-from layerskip_core.evaluation.measure.measure import environment
+from layerskip_core.evaluation.measure.figures import environment
 from layerskip_core.model import DraftEnds, Submodel
 from layerskip_core.model.drafting import most_probable
 

@@ -13,9 +13,10 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.data.examples import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.evaluation.measure.runs import measure_prompt
+from layerskip_core.evaluation.bootstrap import metric
+from layerskip_core.evaluation.measure.measure import measure_prompt
 from layerskip_core.evaluation.metrics import exact_match
-from layerskip_core.evaluation.outputs import Output, Outputs
+from layerskip_core.evaluation.outputs import Output
 from layerskip_core.evaluation.results import Step
 from layerskip_core.evaluation.tasks.task import Task
 from layerskip_core.model import TransformersBackend
@@ -41,6 +42,16 @@ def tiny_loaded(dtype: torch.dtype = torch.float64, **changes: object) -> Decode
     return decoder_of(Trainable("tiny", model, TransformersBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)))
 
 
+def collect(events):
+    """What a generator yields, and what it returns."""
+    seen = []
+    while True:
+        try:
+            seen.append(next(events))
+        except StopIteration as end:
+            return seen, end.value
+
+
 def task_of(*examples: Example) -> Task:
     """Prompts with known answers, scored by exact match."""
     config = TaskConfig("known", "known", max_new_tokens=NEW_TOKENS, completion_column="completion")
@@ -50,7 +61,7 @@ def task_of(*examples: Example) -> Task:
 
 def score(task: Task, predictions: list[str]) -> dict[str, float]:
     """The metrics of the predictions, as means over the prompts."""
-    return {name: each.mean for name, each in task.score(predictions).items()}
+    return {name: metric(each).value for name, each in task.score(predictions).items()}
 
 
 @cache
@@ -74,7 +85,7 @@ TOO_LONG = Example("word " * 200, "x")  # longer than the tiny model's context
 
 def outputs_of(
     *steps: list[tuple[int, float]], ids: tuple[tuple[int, ...], ...] = (), stats: DecodeStats | None = None
-) -> Outputs:
+) -> list[Output]:
     """Outputs with the given steps (tokens, seconds). Only the first output has the given stats."""
     each = []
     for number, own_steps in enumerate(steps):
@@ -82,4 +93,4 @@ def outputs_of(
         tokens = ids[number] if ids else tuple(range(count))
         own_stats = stats if stats is not None and number == 0 else DecodeStats()
         each.append(Output(tokens, "", tuple(Step(*step) for step in own_steps), own_stats, "length"))
-    return Outputs(tuple(each))
+    return each

@@ -63,25 +63,30 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     positions = torch.arange(len(ids) - 1)[None]
     hidden, cache = model.embed(torch.tensor([ids[:-1]], device=model.device)), model.new_cache(1, len(ids))
     first, states, by_layer = len(prompt_ids) - 1, {}, []
-    for layer in range(model.num_layers):
-        hidden = model.run_layers(hidden, layer, layer + 1, positions, cache)
+    for layer in range(1, model.num_layers + 1):
+        hidden = states[layer] = model.run_layers(hidden, layer - 1, layer, positions, cache)
         by_layer.append(_most_probable(model.unembed(hidden[0, first:])))
-        states[layer + 1] = hidden
     features, by_block = features_of(model.normed(hidden)), {}
     for exit_layer, block in model.exit_blocks.items():
         entered = block.enter(states[exit_layer], features)
         through = model.run_layers(entered, block.layer, block.layer + 1, positions, cache)
         by_block[exit_layer] = _most_probable(block.head(through[0, first:]))
 
-    def prediction(choice: tuple[int, float]) -> LayerPrediction:
-        return LayerPrediction(_text(loaded, choice[0]), choice[1])
+    def text(token: int) -> str:
+        return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))  # special ones have a name
 
     traces = []
     for index, token in enumerate(answer):
         chosen = [choices[index] for choices in by_layer]
-        blocks = {exit_layer: prediction(choices[index]) for exit_layer, choices in by_block.items()}
-        settled = settled_layer([choice for choice, _ in chosen])
-        traces.append(TokenTrace(_text(loaded, token), settled, tuple(map(prediction, chosen)), blocks))
+        blocks = {exit_layer: choices[index] for exit_layer, choices in by_block.items()}
+        traces.append(
+            TokenTrace(
+                text(token),
+                settled_layer([choice for choice, _ in chosen]),
+                tuple(LayerPrediction(text(choice), probability) for choice, probability in chosen),
+                {exit_layer: LayerPrediction(text(choice), share) for exit_layer, (choice, share) in blocks.items()},
+            )
+        )
     return Inspection(loaded.name, prompt, model.num_layers, tuple(traces))
 
 
@@ -95,8 +100,3 @@ def settled_layer(chosen: list[int]) -> int:
     """The first layer, counted from 1, from which on every layer makes the last layer's choice."""
     wrong = [layer for layer, token in enumerate(chosen, start=1) if token != chosen[-1]]
     return wrong[-1] + 1 if wrong else 1
-
-
-def _text(loaded: Decoder, token: int) -> str:
-    """A token's text; the name of a special token."""
-    return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))

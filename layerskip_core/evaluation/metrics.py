@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean
 from typing import Any
+
+from torch import Tensor
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 LOWER_IS_BETTER = ("perplexity",)
@@ -20,15 +21,17 @@ class Scores:
     tokens: tuple[int, ...] | None = None
 
     @property
-    def mean(self) -> float:
-        """The metric itself: the mean over the prompts, or the perplexity per token of all texts together."""
-        return fmean(self.values) if self.tokens is None else math.exp(sum(self.values) / sum(self.tokens))
+    def columns(self) -> tuple[Sequence[float], Sequence[float]]:
+        """The values, and what each counts for; the arguments of `mean_of` are their sums."""
+        return self.values, self.tokens or (1.0,) * len(self.values)
+
+    def mean_of(self, total: Tensor, count: Tensor) -> Tensor:
+        return total / count if self.tokens is None else (total / count).exp()
 
     def of(self, prompts: Sequence[int]) -> "Scores":
         """The scores of some of the prompts."""
-        return Scores(
-            tuple(self.values[prompt] for prompt in prompts), self.tokens and tuple(self.tokens[prompt] for prompt in prompts)
-        )
+        tokens = self.tokens and tuple(self.tokens[prompt] for prompt in prompts)
+        return Scores(tuple(self.values[prompt] for prompt in prompts), tokens)
 
 
 def lower_is_better(name: str) -> bool:

@@ -33,9 +33,7 @@ def prepare_output(folder: str) -> Path:
             probe.write(bytes(_PROBE_BYTES))
     except OSError as error:
         raise LayerSkipError(f"`output` {folder} must be a writable folder, got: {error.strerror}") from error
-    for name in REPORT_FILES:
-        require_writable(path / name, LayerSkipError)
-    for name in (journal.FILE_NAME, journal.OUTPUTS):
+    for name in (*REPORT_FILES, journal.FILE_NAME, journal.OUTPUTS):
         require_writable(path / name, LayerSkipError)
     return path
 

@@ -1,7 +1,6 @@
 """Perplexity of references and of plain text through every exit, each from one teacher-forced pass."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,35 +14,25 @@ from ..prompting import RAW
 from .metrics import Scores
 
 _WINDOW_TOKENS = 512
+_MOST_NATS = 700  # per token; exp of more is no finite number
+
+Losses = tuple[int, dict[int, float]]
+"""The number of a text's reference tokens, and their cross-entropy in nats, summed, by exit. Exits that only draft lack it."""
 
 
-@dataclass(frozen=True)
-class ReferenceLosses:
-    """Cross-entropy in nats, summed over the reference tokens of each text, by exit; and how many tokens each text has.
-
-    Texts without tokens are left out, and so are exits that can only draft.
-    """
-
-    tokens: tuple[int, ...] = ()
-    summed: dict[int, tuple[float, ...]] = field(default_factory=dict)
-
-    def __add__(self, other: "ReferenceLosses") -> "ReferenceLosses":
-        layers = self.summed | other.summed
-        summed = {layer: (*self.summed.get(layer, ()), *other.summed.get(layer, ())) for layer in layers}
-        return ReferenceLosses((*self.tokens, *other.tokens), summed)
-
-    def scores(self, exit_layer: int) -> Scores | None:
-        """The perplexity; None when there are no tokens or the value is not finite, and for an exit that can only draft."""
-        nats, tokens = self.summed.get(exit_layer, ()), sum(self.tokens)
-        return Scores(nats, self.tokens) if nats and sum(nats) / tokens < 700 else None
-
-    def perplexity(self, exit_layer: int) -> float | None:
-        """exp of the mean, if there are `scores`."""
-        scores = self.scores(exit_layer)
-        return None if scores is None else scores.mean
+def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
+    """The perplexity through each exit, where it is finite. Texts without tokens do not count."""
+    counted = [(tokens, nats) for tokens, nats in losses if tokens]
+    total = sum(tokens for tokens, _ in counted)
+    found = {}
+    for exit_layer in counted[0][1] if counted else ():
+        values = tuple(nats[exit_layer] for _, nats in counted)
+        if sum(values) / total < _MOST_NATS:
+            found[exit_layer] = Scores(values, tuple(tokens for tokens, _ in counted))
+    return found
 
 
-def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> ReferenceLosses:
+def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> Losses:
     """The losses of the reference and its EOS after the prompt. The prompt's own tokens do not count.
 
     A row longer than the context is cut there, as in training.
@@ -55,12 +44,12 @@ def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[in
     return _losses(loaded.backend, prompt, reference, exit_layers)
 
 
-def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[ReferenceLosses]:
+def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[int]) -> Iterator[Losses]:
     """The losses of `windows` windows, evenly spaced over the text, or (0) of the whole text.
 
     Windows do not overlap; each has 512 tokens, or as many as the context holds, and the last one of a whole text what is left.
-    A window starts with the tokens
-    that the tokenizer puts before every text. If there are none, the window's first token does not count.
+    A window starts with the tokens that the tokenizer puts before every text. If there are none, the window's first token does
+    not count.
     """
     with quiet_transformers():  # else transformers warns that the text is longer than the context
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -74,15 +63,15 @@ def text_losses(loaded: Decoder, text: str, windows: int, exit_layers: Sequence[
 
 
 @torch.inference_mode()
-def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers: Sequence[int]) -> ReferenceLosses:
+def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers: Sequence[int]) -> Losses:
     ids = (prompt + reference)[: model.max_positions]
     first = max(len(prompt), 1)  # no token predicts the very first one
     targets = torch.tensor(ids[first:], device=model.device)
     if not len(targets):
-        return ReferenceLosses()
+        return 0, {}
     tokens = torch.tensor([ids[:-1]], device=model.device)
     positions = torch.arange(len(ids) - 1)[None]
-    hidden, cache, summed = model.embed(tokens), model.new_cache(1, len(ids)), dict[int, tuple[float, ...]]()
+    hidden, cache, summed = model.embed(tokens), model.new_cache(1, len(ids)), dict[int, float]()
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
         hidden = model.run_layers(hidden, start, stop, positions, cache)
         block = model.exit_blocks.get(stop)
@@ -90,5 +79,5 @@ def _losses(model: Backend, prompt: list[int], reference: list[int], exit_layers
             continue
         scored = hidden if block is None else model.run_layers(hidden, block.layer, block.layer + 1, positions, cache)
         head = model.unembed if block is None else block.head
-        summed[stop] = (float(summed_losses(head, scored[0, first - 1 :], targets, model.vocab_size)[0]),)
-    return ReferenceLosses((len(targets),), summed)
+        summed[stop] = float(summed_losses(head, scored[0, first - 1 :], targets, model.vocab_size)[0])
+    return len(targets), summed

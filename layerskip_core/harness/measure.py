@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from itertools import groupby
+from operator import add
 from typing import Any
 
 from ..checkpoint.loaded import Decoder
@@ -16,8 +17,8 @@ from ..config.decoding import DecodingConfig, decoding, default_exits
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig
 from ..data.examples import Example
 from ..evaluation.measure.bench import must_search, strategies_of
-from ..evaluation.measure.measure import Measured, Part, depth_of, environment, measure, result_of, setting_of
-from ..evaluation.measure.runs import Method, Progress, default_timed, drafts_tokens
+from ..evaluation.measure.figures import depth_of, drafts_tokens, environment, result_of, setting_of
+from ..evaluation.measure.measure import Measured, Progress, default_timed, measure
 from ..evaluation.results import Result, RunRecord
 from ..model.exit_blocks import target_block
 from .likelihood import likelihoods
@@ -80,15 +81,17 @@ def _run(
     depths = [depth_of(method, loaded.backend.num_layers) for method in methods]
     found = yield from _likelihoods(lm, requests, sorted({depth for depth in depths if depth is not None}))
     measured: list[Measured] = []
-    if groups:
-        parts = [group.part(lm) for group in groups]
-        measured = yield from measure(parts, methods, config.batch_size, config.timed, repeats)
+    for group in groups:
+        loaded_for, examples = group.asked_of(lm)
+        settings = [group.settings.of(method) for method in methods]
+        more = yield from measure(loaded_for, examples, settings, config, repeats, task=group.task)
+        measured = list(map(add, measured, more)) if measured else more
     results = []
     for number, (method, depth) in enumerate(zip(methods, depths, strict=True)):
         responses: Responses = {} if depth is None else dict(found[depth])
         result = result_of(measured[number], measured[0]) if measured else setting_of(method)
         if measured:
-            answers = iter(measured[number].answers.each)
+            answers = iter(measured[number].answers)
             for group in groups:
                 responses |= {id(request): lm.answer(next(answers).ids, group.settings) for request in group.requests}
         scores = tasks.scores(responses)
@@ -104,15 +107,10 @@ class _Group:
     settings: AnswerSettings
     requests: list[Any]
 
-    def part(self, lm: LayerSkipLM) -> Part:
+    def asked_of(self, lm: LayerSkipLM) -> tuple[Decoder, list[Example]]:
         own = {each.name: getattr(lm.decoder, each.name) for each in fields(Decoder)}
         given = _Given(**own, prompt_ids=lambda prompt: lm.prompt(prompt, self.settings))
-
-        def adapted(method: Method) -> Method:
-            assert isinstance(method, DecodingConfig)
-            return self.settings.of(method)
-
-        return Part(given, [Example(request.args[0], "") for request in self.requests], adapted, self.task)
+        return given, [Example(request.args[0], "") for request in self.requests]
 
 
 def _groups(lm: LayerSkipLM, requests: Sequence[Any], max_new_tokens: int | None) -> list[_Group]:

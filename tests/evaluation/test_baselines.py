@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_model
-from evaluating import NEW_TOKENS, TOO_LONG, own_answers, tiny_loaded
+from evaluating import NEW_TOKENS, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.decoding import DecodingConfig
@@ -14,24 +14,24 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.baselines import TransformersGenerate, load_baselines, require_early_exit
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.runs import measure_prompt
+from layerskip_core.evaluation.measure.measure import answers, measure_prompt
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
 
 
-def baseline(name, exit_layer=5, drafts=3, **changes):
-    config = BenchConfig("tiny", baselines=(name,), **changes)
-    speculative = replace(SPECULATIVE, exit_layer=exit_layer, num_draft_tokens=drafts)
-    (method,) = load_baselines(tiny_loaded(), config, speculative)
-    return method
+def answer(name, prompt, stop=(), **changes):
+    """The timed answer of a baseline."""
+    setting = replace(SPECULATIVE, stop=stop)
+    baselines = load_baselines(tiny_loaded(), BenchConfig("tiny", baselines=(name,), **changes), setting)
+    (output,) = answers(tiny_loaded(), [prompt], replace(setting, strategy=name), baselines)
+    return output
 
 
 @pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
 def test_every_baseline_gives_the_autoregressive_tokens(name):
-    loaded, setting = tiny_loaded(), baseline(name)
     for example in own_answers().examples:
-        expected, output = measure_prompt(loaded, example.prompt, PLAIN), measure_prompt(loaded, example.prompt, setting)
+        expected, output = measure_prompt(tiny_loaded(), example.prompt, PLAIN), answer(name, example.prompt)
         assert (output.ids, output.text, output.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
         assert sum(step.tokens for step in output.steps) == output.stats.new_tokens == len(expected.ids)
         assert output.stats.sequences == 1
@@ -42,11 +42,10 @@ def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
     # transformers drafts from the prompt on, our loop from the first token on. Both draft with the same 5 layers, so drafts at
     # the same position are the same, and as many of them are right. (On the other two prompts, transformers 5.17 and 5.24
     # draft differently, each in its own way, some rounds after a rejection.)
-    loaded, setting = tiny_loaded(), baseline("assistant-early-exit")
-    prompt = own_answers().examples[1].prompt
+    loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
     ids = loaded.encode_prompt(prompt)
     expected = list(measure_prompt(loaded, prompt, PLAIN).ids)
-    output = measure_prompt(loaded, prompt, setting)
+    output = answer("assistant-early-exit", prompt)
     place, accepted, drafted = 0, [], 0
     while place < len(expected):
         count = min(3, NEW_TOKENS - place - 1)
@@ -67,14 +66,16 @@ def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
 def test_without_reuse_only_the_time_changes():
     loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
     with_reuse = measure_prompt(loaded, prompt, DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)).stats
-    without = measure_prompt(loaded, prompt, baseline("no-reuse")).stats
+    without = answer("no-reuse", prompt).stats
     assert (without.drafted, without.accepted, without.rounds) == (with_reuse.drafted, with_reuse.accepted, with_reuse.rounds)
 
 
 def test_a_draft_model_that_is_the_model_itself_is_always_right():
     loaded = tiny_loaded()
-    setting = TransformersGenerate("draft-model", loaded.backend.model, NEW_TOKENS, None, 3, assistant=tiny_copy())
-    output = measure_prompt(loaded, own_answers().examples[0].prompt, setting)
+    copy = tiny_model(dtype=torch.float64, vocab_size=300)
+    copy.load_state_dict(loaded.backend.model.state_dict())
+    method = TransformersGenerate(loaded.backend.model, assistant=copy)
+    (output,) = method(loaded, [loaded.encode_prompt(own_answers().examples[0].prompt)], SPECULATIVE)
     assert output.stats.accepted == output.stats.drafted > 0
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
     assert [step.tokens for step in output.steps] == [4, 4, 4]
@@ -87,19 +88,11 @@ def test_a_stop_string_ends_every_baseline_where_it_ends_our_decoding(name):
     stop = measure_prompt(loaded, prompt, PLAIN).text[4:6]
     assert "\ufffd" not in stop
     plain = replace(PLAIN, stop=(stop,))
-    (setting,) = load_baselines(loaded, BenchConfig("tiny", baselines=(name,)), replace(SPECULATIVE, stop=(stop,)))
     expected = decode(loaded.backend, loaded.encode_prompt(prompt), plain, loaded.eos_ids, loaded.detokenize)
     ids = tuple(token.id for step in expected for token in step)
-    output = measure_prompt(loaded, prompt, setting)
+    output = answer(name, prompt, stop=(stop,))
     assert (output.error, output.ids, output.finish_reason) == (None, ids, "stop")
     assert len(ids) < NEW_TOKENS
-
-
-def tiny_copy():
-    model = tiny_loaded().backend.model
-    copy = tiny_model(dtype=torch.float64, vocab_size=300)
-    copy.load_state_dict(model.state_dict())
-    return copy
 
 
 def test_the_checkpoints_generation_config_does_not_reach_the_baselines():
@@ -109,15 +102,14 @@ def test_the_checkpoints_generation_config_does_not_reach_the_baselines():
     changed = type(before)(repetition_penalty=5.0, do_sample=True, temperature=9.0, eos_token_id=before.eos_token_id)
     loaded.backend.model.generation_config = changed
     try:
-        assert measure_prompt(loaded, prompt, baseline("assistant-early-exit")).ids == expected
+        assert answer("assistant-early-exit", prompt).ids == expected
         assert loaded.backend.model.generation_config is changed
     finally:
         loaded.backend.model.generation_config = before
 
 
 def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
-    loaded, setting = tiny_loaded(), baseline("assistant-early-exit")
-    assert "at most 127 tokens" in measure_prompt(loaded, TOO_LONG.prompt, setting).error
+    loaded, exit_of = tiny_loaded(), "assistant-early-exit"
 
     def fail(*_, **__):
         assert loaded.backend.model.config.num_hidden_layers == 5
@@ -125,9 +117,9 @@ def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(loaded.backend.model.model.layers[2], "forward", fail)
-        assert measure_prompt(loaded, "hi", setting).error == "transformers (assistant-early-exit): no luck"
+        assert answer(exit_of, "hi").error == "transformers (assistant-early-exit): no luck"
     assert loaded.backend.model.config.num_hidden_layers == 6
-    assert measure_prompt(loaded, "hi", setting).error is None
+    assert answer(exit_of, "hi").error is None
 
 
 def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
@@ -146,7 +138,7 @@ def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
 
 def test_a_draft_model_with_another_tokenizer_is_refused():
     with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
-        baseline("draft-model", draft_model="embedded-base")
+        answer("draft-model", "hi", draft_model="embedded-base")
 
 
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):

@@ -17,10 +17,10 @@ from layerskip_core.data.examples import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.measure import Measured, result_of
-from layerskip_core.evaluation.measure.runs import Progress, measure_prompt
+from layerskip_core.evaluation.measure.figures import result_of
+from layerskip_core.evaluation.measure.measure import Measured, Progress, measure_prompt
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.outputs import Output, Outputs
+from layerskip_core.evaluation.outputs import Output
 from layerskip_core.evaluation.report.documents import to_json
 from layerskip_core.evaluation.report.tables import bench_table
 from layerskip_core.evaluation.results import Difference, Failure, Result
@@ -33,11 +33,11 @@ PLAIN = DecodingConfig("autoregressive", max_new_tokens=4)
 DRAFTED = DecodingConfig("self-speculative", 5, 3)
 
 
-def figures(method, repeats, baseline, scores=(), differing=(), transformers=None):
-    """The figures of a method from its outputs in each repeat, and from those of plain decoding."""
+def figures(setting, repeats, baseline, scores=(), differing=(), transformers=None):
+    """The figures of a setting from its outputs in each repeat, and from those of plain decoding."""
     full = Measured(PLAIN, baseline[0], baseline)
     theirs = transformers and Measured(PLAIN, transformers[0], transformers)
-    return result_of(Measured(method, repeats[0], repeats, differing, dict(scores)), full, theirs)
+    return result_of(Measured(setting, repeats[0], repeats, differing, dict(scores)), full, theirs)
 
 
 def record_of(task, config):
@@ -62,7 +62,6 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
         tokens_per_second=5 / 2.5,
         time_per_token_ms={"p50": 375.0, "p95": 375.0},
         ttft_ms=1000.0,
-        peak_memory_mb=None,
         speedup=2.0,  # 5 s against 2, 5 and 2.5 s
         decode_speedup=pytest.approx(4 / 1.5),
         identical_outputs=1.0,
@@ -206,11 +205,12 @@ def test_an_exit_outside_the_model_is_refused(exit_layer, last):
         record_of(own_answers(), BenchConfig("tiny", exit_layer=exit_layer))
 
 
-def test_peak_memory_is_the_highest_of_the_outputs():
-    outputs = Outputs((Output((1,), peak_memory_mb=20.0), Output((1,), peak_memory_mb=30.0), Output(error="x")))
-    assert outputs.peak_memory_mb == 30.0
-
-
-def test_the_peak_memory_of_an_answer_is_that_of_the_process():
-    peak = measure_prompt(tiny_loaded(), "hi", PLAIN).peak_memory_mb
-    assert peak is None or 50 < peak < 100_000  # None where the system cannot reset it
+def test_prompts_that_failed_count_as_different_and_in_no_time():
+    outputs = [*outputs_of([(1, 1.0), (4, 0.8)], [(1, 2.0), (2, 1.0)], ids=((1,), (2,))), Output((3,), peak_memory_mb=30.0)]
+    failed = [*outputs[:2], Output(error="too long", peak_memory_mb=20.0)]
+    mine, base = figures(PLAIN, [failed], [outputs]), figures(PLAIN, [outputs], [failed])
+    assert (mine.identical_outputs, base.identical_outputs) == (pytest.approx(2 / 3), 1.0)
+    assert (mine.peak_memory_mb, base.peak_memory_mb, mine.failures) == (20.0, 30.0, (Failure(2, "too long"),))
+    # 1 + 4 + 1 + 2 tokens in 1.0 + 0.8 + 2.0 + 1.0 seconds. Shares: four tokens of 0.2 s, two of 0.5 s.
+    assert (mine.tokens_per_second, mine.ttft_ms) == pytest.approx((8 / 4.8, 1500.0))
+    assert mine.time_per_token_ms == pytest.approx({"p50": 200.0, "p95": 500.0})

@@ -13,7 +13,7 @@ from evaluating import LAYERS, own_answers, tiny_loaded
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.inspection import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
-from layerskip_core.evaluation.measure.runs import measure_prompt
+from layerskip_core.evaluation.measure.measure import measure_prompt
 from layerskip_core.evaluation.report.pages import inspection_page
 
 
@@ -94,11 +94,6 @@ def test_the_page_shows_blocks_and_tabs():
     assert html.unescape(rows[1][2]) == "block 1: '\\t' 50%" and "the exit block after layer E" in page
 
 
-def test_an_empty_prompt_is_a_prompt(checkpoint):
-    done = run("inspect", "", "--model", checkpoint, "--max-new-tokens", "2", "--format", "json")
-    assert done.code == 0 and json.loads(done.out)["prompt"] == "" and "no PROMPT" not in done.err
-
-
 def test_the_command_at_80_columns(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "out.html"
@@ -113,29 +108,27 @@ def test_the_command_at_80_columns(checkpoint, tmp_path, monkeypatch):
     assert narrow.split() == ["token", "needed", "layer", "2", "layer", "6"]
 
 
-def test_json_from_standard_input(checkpoint):
-    given = run("inspect", "--model", checkpoint, "--max-new-tokens", "2", "--format", "json", stdin="hi\n")
-    document = json.loads(given.out)
+def test_json_from_standard_input_and_of_an_empty_prompt(checkpoint):
+    short = ("inspect", "--model", checkpoint, "--max-new-tokens", "2", "--format", "json")
+    document = json.loads(run(*short, stdin="hi\n").out)
     assert (document["prompt"], document["num_layers"], len(document["tokens"])) == ("hi", LAYERS, 2)
     assert [len(one["predictions"]) for one in document["tokens"]] == [LAYERS] * 2
     assert document["mean_layers"] == sum(one["settled"] for one in document["tokens"]) / 2
+    empty = run(*short, "")
+    assert json.loads(empty.out)["prompt"] == "" and "no PROMPT" not in empty.err
 
 
 def test_without_a_prompt_it_shows_an_example(checkpoint):
     result = run("inspect", "--model", checkpoint, "--max-new-tokens", "1")
-    assert "no PROMPT given; an example: remind me to call mom at 5" in result.err
-    assert result.code == 0
+    assert "no PROMPT given; an example: remind me to call mom at 5" in result.err and result.code == 0
 
 
 def test_bad_flags(checkpoint, tmp_path):
     fails("--layers must be in 1..6, got 2,7", "inspect", "hi", "--model", checkpoint, "--layers", "2,7")
     fails("--format must be one of table, json, got csv", "inspect", "hi", "--format", "csv")
-    fails("--max-new-tokens must be a whole number in 1..10000000, got 0", "inspect", "hi", "--max-new-tokens", "0")
     file = tmp_path / "none" / "x.html"
-    fails(
-        f"--output {file}: there is no folder {file.parent}",
-        "inspect", "hi", "--model", checkpoint, "--output", str(file), "--max-new-tokens", "1",
-    )  # fmt: skip
+    message = f"--output {file}: there is no folder {file.parent}"
+    fails(message, "inspect", "hi", "--model", checkpoint, "--output", str(file))
 
 
 def test_the_page_replaces_no_file_of_a_model(checkpoint, tmp_path):

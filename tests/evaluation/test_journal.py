@@ -9,7 +9,7 @@ from evaluating import own_answers, tiny_loaded
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure import runs
+from layerskip_core.evaluation.measure import measure
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
 from layerskip_core.evaluation.outputs import Output
@@ -24,31 +24,17 @@ STRATEGIES = ("autoregressive", "early-exit", "self-speculative")
 CONFIG = BenchConfig("tiny", exit_layer=5, num_draft_tokens=3, repeats=2, strategies=STRATEGIES)
 
 
-def test_outputs_come_back_as_they_were(tmp_path):
-    Journal(tmp_path, {"a": 1}, False).add(0, 2, [ANSWER, FAILURE])
-    again = Journal(tmp_path, {"a": 1}, True)
-    assert again.recall(0, 2) == [ANSWER, FAILURE]
-    assert again.recall(0, 1) is None
-    without_resume = Journal(tmp_path, {"a": 1}, False)
-    assert without_resume.recall(0, 2) is None
-
-
-def test_an_incomplete_line_is_measured_again(tmp_path):
-    journal = Journal(tmp_path, {}, False)
-    journal.add(0, 0, [ANSWER])
+def test_outputs_come_back_and_an_incomplete_line_is_measured_again(tmp_path):
+    journal = Journal(tmp_path, {"a": 1}, False)
+    journal.add(0, 0, [ANSWER, FAILURE])
     journal.add(0, 1, [ANSWER])
     file = tmp_path / FILE_NAME
     file.write_text(file.read_text()[:-20])
-    again = Journal(tmp_path, {}, True)
-    assert (again.recall(0, 0), again.recall(0, 1)) == ([ANSWER], None)
+    again = Journal(tmp_path, {"a": 1}, True)
+    assert (again.recall(0, 0), again.recall(0, 1)) == ([ANSWER, FAILURE], None)
     again.add(0, 1, [FAILURE])
-    assert Journal(tmp_path, {}, True).recall(0, 1) == [FAILURE]
-
-
-def test_a_run_of_other_settings_is_not_resumed(tmp_path):
-    Journal(tmp_path, {"exit_layer": 5}, False)
-    with pytest.raises(LayerSkipError, match=r"`resume`: .*unfinished.jsonl belongs to a run with other settings"):
-        Journal(tmp_path, {"exit_layer": 4}, True)
+    assert Journal(tmp_path, {"a": 1}, True).recall(0, 1) == [FAILURE]
+    assert Journal(tmp_path, {"a": 1}, False).recall(0, 1) is None
 
 
 def test_a_run_of_other_rows_is_not_resumed(tmp_path):
@@ -70,29 +56,26 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     running.close()
     assert [json.loads(line).get("sample") for line in (tmp_path / FILE_NAME).read_text().splitlines()] == [None, 0, 1, 2, 0]
     calls = []
-    honest = runs.measure_prompt
+    honest = measure.answers
 
-    def counted(loaded, prompt, setting):
-        calls.append(prompt)
-        return honest(loaded, prompt, setting)
+    def counted(loaded, prompts, *arguments):
+        calls.extend(prompts)
+        return honest(loaded, prompts, *arguments)
 
-    monkeypatch.setattr(runs, "measure_prompt", counted)
+    monkeypatch.setattr(measure, "answers", counted)
     *progress, resumed = bench(loaded, task, CONFIG, tmp_path, resume=True)
     prompts = [example.prompt for example in task.examples]
     assert calls == [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[2]] * 3  # warm-up, then two prompts in three ways
-    assert [event.done for event in progress] == [1, 2, 3, 4, 5, 6]
-    for mine, expected in zip(resumed.results, whole.results, strict=True):
-        assert (mine.metrics, mine.acceptance_rate, mine.identical_outputs) == (
-            expected.metrics, expected.acceptance_rate, expected.identical_outputs,
-        )  # fmt: skip
+    assert [event.done for event in progress] == [5, 6]
+    assert [(result.metrics, result.acceptance_rate, result.identical_outputs) for result in resumed.results] == [
+        (result.metrics, result.acceptance_rate, result.identical_outputs) for result in whole.results
+    ]
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize("line", [b"{", b'{"repeat": 0, "sample": 0}'])
+def test_a_damaged_line_is_one_error(tmp_path, line):
     Journal(tmp_path, {}, False).add(0, 1, [ANSWER])
     file = tmp_path / FILE_NAME
-    whole = file.read_bytes()
-    for line in (b"{", b"[]", b"\xff", b'{"repeat": 0, "sample": 0}', whole.splitlines()[1].replace(b'"eos"', b'"tired"')):
-        file.write_bytes(whole + line + b"\n")
-        with pytest.raises(LayerSkipError, match=f"`resume`: {file}, line 3 is damaged: "):
-            Journal(tmp_path, {}, True)
-        assert file.read_bytes() == whole + line + b"\n"
+    file.write_bytes(file.read_bytes() + line + b"\n")
+    with pytest.raises(LayerSkipError, match=f"`resume`: {file} is damaged: "):
+        Journal(tmp_path, {}, True)

@@ -1,6 +1,7 @@
 """llama.cpp as a baseline: what is asked of its server, what is made of its answers, and files of other models."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -12,9 +13,11 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.llama_cpp import llama_cpp
-from layerskip_core.evaluation.measure.runs import measure_prompt
+from layerskip_core.evaluation.measure.llama_cpp import LlamaCpp
+from layerskip_core.evaluation.measure.measure import measure_prompt
 from layerskip_core.evaluation.report.tables import bench_table
+
+SETTING = DecodingConfig("llama.cpp", max_new_tokens=12)
 
 
 class Server:
@@ -74,35 +77,36 @@ def test_the_baseline_stands_beside_our_own_decoding(package, file):
 
 def test_answers_end_where_ours_do(package, file):
     loaded, (example, *_) = tiny_loaded(), own_answers().examples
-    whole = llama_cpp(loaded, file, 12, ()).run(loaded, loaded.encode_prompt(example.prompt))
+    prompt, server = loaded.encode_prompt(example.prompt), LlamaCpp(loaded, file)
+    (whole,) = server(loaded, [prompt], SETTING)
     assert len(whole.ids) == 12 and [step.tokens for step in whole.steps] == [1, 11]
     third = loaded.detokenize(list(whole.ids[2:3])).strip()
     assert third
-    stopped = llama_cpp(loaded, file, 12, (third,)).run(loaded, loaded.encode_prompt(example.prompt))
+    (stopped,) = server(loaded, [prompt], replace(SETTING, stop=(third,)))
     assert len(stopped.ids) <= 3 and stopped.finish_reason == "stop"
     assert Server.asked[-1]["stop"] == [third]
-    one = llama_cpp(loaded, file, 1, ()).run(loaded, loaded.encode_prompt(example.prompt))
+    (one,) = server(loaded, [prompt], replace(SETTING, max_new_tokens=1))
     assert [step.tokens for step in one.steps] == [1]
 
 
 def test_prompts_that_do_not_fit(package, file):
     loaded = tiny_loaded()
+    server = LlamaCpp(loaded, file)
     with pytest.raises(LayerSkipError, match=r"the prompt must be at most 127 tokens for llama.cpp, got 128"):
-        llama_cpp(loaded, file, 12, ()).run(loaded, [5] * 128)
-    shorter = llama_cpp(loaded, file, 12, ())
-    shorter.server.settings.n_ctx = 20
+        server(loaded, [[5] * 128], SETTING)
+    server.server.settings.n_ctx = 20
     with pytest.raises(LayerSkipError, match=r"llama.cpp: too long"):
-        shorter.run(loaded, [5] * 15)
+        server(loaded, [[5] * 15], SETTING)
 
 
 def test_files_of_other_models_are_refused(package, file, tmp_path):
     with pytest.raises(ConfigError, match=rf"`gguf` must be a file of tiny, with 5 layers and 300 tokens; {file} has 6 layers"):
-        llama_cpp(tiny_loaded(num_hidden_layers=5), file, 12, ())
+        LlamaCpp(tiny_loaded(num_hidden_layers=5), file)
     with pytest.raises(ConfigError, match="`gguf` must be a file; there is none at"):
-        llama_cpp(tiny_loaded(), str(tmp_path / "none.gguf"), 12, ())
+        LlamaCpp(tiny_loaded(), str(tmp_path / "none.gguf"))
     package.Server = lambda settings: 1 / 0
     with pytest.raises(ConfigError, match=r"must be a file that llama.cpp reads: division by zero"):
-        llama_cpp(tiny_loaded(), file, 12, ())
+        LlamaCpp(tiny_loaded(), file)
 
 
 def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):

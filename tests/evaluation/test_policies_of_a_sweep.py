@@ -13,33 +13,20 @@ from layerskip_core.evaluation.metrics import Scores
 from layerskip_core.evaluation.results import Difference, Result
 
 
-def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, metric="exact_match", **changes):
-    return Result(
-        strategy,
-        exit_layer,
-        drafts,
-        {metric: quality},
-        acceptance_rate=0.7,
-        mean_accepted_tokens=3.0,
-        tokens_per_second=100 * speedup,
-        speedup=speedup,
-        identical_outputs=1.0,
-        **changes,
-    )
+def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, **changes):
+    figures = {"acceptance_rate": 0.7, "tokens_per_second": 100 * speedup, "speedup": speedup, "identical_outputs": 1.0}
+    return Result(strategy, exit_layer, drafts, {"exact_match": quality}, **figures, **changes)
 
 
 PLAIN = row("autoregressive")
 
 
-def policies(*table, metric="exact_match", **config):
+def policies(*table, **config):
     """Every row was measured so often that its mean is certain."""
     settings = SweepConfig(task=TaskConfig("known"), **config)
-    results = [replace(PLAIN, metrics={metric: PLAIN.metrics["exact_match"]}), *table]
-    margins = []
-    for result in results:
-        mean = result.metrics[metric] - settings.keep * 0.9
-        margins.append(Margin(mean, mean, 5000, 100 if mean > 0 else None))
-    advice = recommend(results, 1e-3, 0.0, metric, settings, (), margins)
+    means = [result.metrics["exact_match"] - settings.keep * 0.9 for result in (PLAIN, *table)]
+    margins = [Margin(mean, mean, 5000, 100 if mean > 0 else None) for mean in means]
+    advice = recommend((PLAIN, *table), 1e-3, 0.0, "exact_match", settings, (), margins)
     return advice.policies, advice.fast_reason
 
 
@@ -73,18 +60,13 @@ def test_keep_decides_which_exit_is_good_enough():
     assert policies(*exits, keep=0.5)[0]["fast"]["exit_layer"] == 2
     found, reason = policies(*exits, keep=0.99)
     assert list(found) == ["exact"]
-    assert (
-        reason
-        == "none, because no early exit keeps more than 0.99 of exact_match, 0.9 at full depth; the best, exit 4, has 0.89"
-    )
+    assert reason.startswith("none, because no early exit keeps more than 0.99 of exact_match")
 
 
 def test_an_early_exit_that_is_no_faster_than_exact_is_not_saved():
     found, reason = policies(row("early-exit", 4, speedup=1.8), row("self-speculative", 4, 6, speedup=1.8))
     assert list(found) == ["exact"]
-    assert reason.endswith(
-        "(1.80x the speed of plain decoding, exact_match 0.9 (0.9 at full depth)) is not faster than the policy exact (1.80x)"
-    )
+    assert reason.endswith("is not faster than the policy exact (1.80x)")
     found, reason = policies(row("early-exit", 4, speedup=0.9), row("self-speculative", 4, 6, speedup=0.8))
     assert found == {"exact": {"strategy": "autoregressive", "measured": measured(0.9, 1.0)}}
     assert reason.endswith("is not faster than the policy exact (1.00x)")
@@ -147,15 +129,14 @@ def test_an_exit_by_confidence_can_be_fast():
 
 def test_exact_is_adaptive_unless_that_was_slower_than_plain_decoding():
     fixed = row("self-speculative", 4, 6, speedup=1.04)
-    assert policies(fixed, row("adaptive", speedup=1.0))[0] == {
-        "exact": {"strategy": "adaptive", "measured": measured(0.9, 1.0)}
-    }
-    assert policies(fixed, row("adaptive", speedup=0.999))[0]["exact"]["strategy"] == "autoregressive"
-    assert (
-        policies(fixed, row("adaptive", quality=0.8, speedup=1.0, differences=(Difference(0, 3, 0.5),)))[0]["exact"]["strategy"]
-        == "autoregressive"
-    )
-    assert policies(replace(fixed, speedup=1.06), row("adaptive", speedup=1.0))[0]["exact"]["strategy"] == "self-speculative"
+    adaptive = row("adaptive", speedup=1.0)
+    assert policies(fixed, adaptive)[0] == {"exact": {"strategy": "adaptive", "measured": measured(0.9, 1.0)}}
+    for table, strategy in (
+        ((fixed, replace(adaptive, speedup=0.999)), "autoregressive"),
+        ((fixed, replace(adaptive, differences=(Difference(0, 3, 0.5),))), "autoregressive"),
+        ((replace(fixed, speedup=1.06), adaptive), "self-speculative"),
+    ):
+        assert policies(*table)[0]["exact"]["strategy"] == strategy
 
 
 def test_how_drafts_were_stored_belongs_to_the_policy():
@@ -165,22 +146,10 @@ def test_how_drafts_were_stored_belongs_to_the_policy():
     )
     packing = PackingConfig(draft_weights=("int8", "int4"), draft_head="int4", draft_vocab=500)
     found, _ = policies(*table, packing=packing)
+    assert (found["exact"]["exit_layer"], found["exact"]["draft_weights"]) == (8, "int8")
     assert policy_packing(found["exact"]) == replace(packing, draft_weights=("int8",))
     assert policy_packing(found["fast"]) == PackingConfig(draft_vocab=500)
     assert policy_packing(policies(row("adaptive", speedup=1.6), packing=packing)[0]["exact"]) == packing
     assert policy_packing(policies(row("lookup", None, 6, speedup=1.6), packing=packing)[0]["exact"]) == PackingConfig()
     fixed, _ = policies(row("self-speculative", 4, 6, speedup=1.6), row("early-exit", 2, speedup=1.7), packing=packing)
     assert policy_packing(fixed["exact"]) == PackingConfig(draft_vocab=500) and policy_packing(fixed["fast"]) == PackingConfig()
-
-
-def test_low_bit_drafts_can_be_exact():
-    found, _ = policies(
-        row("self-speculative", 6, 4, speedup=1.5), row("self-speculative", 8, 3, speedup=1.6, draft_weights="int8")
-    )
-    assert found["exact"] == {
-        "strategy": "self-speculative",
-        "exit_layer": 8,
-        "num_draft_tokens": 3,
-        "draft_weights": "int8",
-        "measured": measured(0.9, 1.6),
-    }

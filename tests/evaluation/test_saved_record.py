@@ -33,20 +33,11 @@ def test_a_saved_record_gives_the_same_report(saved, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda document: document.pop("results"),
-        lambda document: document["results"].clear(),
-        lambda document: document["results"][0].update(speedup="fast"),
-        lambda document: document["results"][0].update(draft_weights="int3"),
-        lambda document: document["results"][0].update(exit_layer=2.5),
-    ],
-)
+@pytest.mark.parametrize("change", [{"speedup": "fast"}, {"draft_weights": "int3"}])
 def test_a_damaged_record_is_one_error(saved, tmp_path, change):
     command, folder, _ = saved
     document = json.loads((folder / "results.json").read_text())
-    change(document)
+    document["results"][0].update(change)
     file = tmp_path / "results.json"
     file.write_text(json.dumps(document))
     with pytest.raises(LayerSkipError, match=f"`saved` {file} must be a results.json that {command} wrote: "):

@@ -1,9 +1,9 @@
 """The baselines: transformers' decoders at the same settings, our self-speculation without exit-state reuse, llama.cpp."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,174 +15,130 @@ from ...checkpoint.open import for_training
 from ...checkpoint.transformers_read import quiet_transformers
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
-from ...decoding import DecodeStats, Stopping, StopReason, StopScanner, decode, step_counts
+from ...decoding import DecodeStats, Stopping, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
 from ..outputs import Output
 from ..results import Step
-from .llama_cpp import NAME, llama_cpp
-from .runs import Baseline, decode_timed
+from .llama_cpp import LlamaCpp
+from .measure import Baselines, own_outputs
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-@dataclass(frozen=True)
-class WithoutReuse:
-    """Self-speculation whose verifier recomputes the layers below the exit instead of reusing the drafts' exit states."""
+def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> Baselines:
+    """The config's baselines by name, except draft-and-verify, which is a strategy of ours.
 
-    decoding: DecodingConfig
-    strategy: str = "no-reuse"
-
-    @property
-    def exit_layer(self) -> int | None:
-        return self.decoding.exit_layer
-
-    @property
-    def num_draft_tokens(self) -> int:
-        return self.decoding.num_draft_tokens
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.decoding.max_new_tokens
-
-    def limited(self, max_new_tokens: int) -> "WithoutReuse":
-        return replace(self, decoding=replace(self.decoding, max_new_tokens=max_new_tokens))
-
-    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Output:
-        ends = loaded.ends(self.decoding.stop)
-        decoding = decode(loaded.backend, prompt_ids, self.decoding, ends, loaded.detokenize, reuse_exit_states=False)
-        return decode_timed(decoding)
-
-    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Output]:
-        return [self.run(loaded, prompt) for prompt in prompts]
-
-
-@dataclass(frozen=True)
-class TransformersGenerate:
-    """transformers' greedy `generate`, with extra `options` of its generation config, or with an assistant model that drafts.
-
-    Every round drafts `num_draft_tokens`: by default transformers changes the number between rounds, and stops a draft below
-    a confidence of 0.4.
-    """
-
-    strategy: str
-    model: Any
-    max_new_tokens: int
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    assistant: Any = None
-
-    def limited(self, max_new_tokens: int) -> "TransformersGenerate":
-        return replace(self, max_new_tokens=max_new_tokens)
-
-    def run(self, loaded: Decoder, prompt_ids: list[int]) -> Output:
-        """Raises LayerSkipError when the prompt does not fit, or transformers fails."""
-        room = loaded.backend.max_positions - len(prompt_ids)
-        if room < 1:
-            raise ConfigError(f"the prompt must be at most {loaded.backend.max_positions - 1} tokens, got {len(prompt_ids)}")
-        scanner = self._scanner(loaded, prompt_ids)
-        ids = torch.tensor([prompt_ids], device=self.model.device)
-        timer = StepTimer(self.model, len(prompt_ids), scanner)
-        with timer, suppress(StopString):
-            self._generate(loaded, ids, torch.ones_like(ids), scanner.room, streamer=timer, assistant_model=self.assistant)
-        return timer.output()
-
-    def run_batch(self, loaded: Decoder, prompts: list[list[int]]) -> list[Output]:
-        """One batch, padded on the left, unless the method drafts: transformers drafts for a single prompt only."""
-        if self.assistant is not None or self.options:
-            return [self.run(loaded, prompt) for prompt in prompts]
-        longest, pad = max(map(len, prompts)), _pad(loaded)
-        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
-        rows = StopRows([self._scanner(loaded, prompt) for prompt in prompts])
-        self._generate(loaded, ids, mask, max(scanner.room for scanner in rows.scanners), stopping_criteria=[rows])
-        return [
-            Output(tuple(new), "", (), DecodeStats(1, len(prompt)) + step_counts(0, 0, len(new)), scanner.reason)
-            for prompt, new, scanner in zip(prompts, rows.ids, rows.scanners, strict=True)
-        ]
-
-    def _scanner(self, loaded: Decoder, prompt_ids: list[int]) -> StopScanner:
-        room = loaded.backend.max_positions - len(prompt_ids)
-        return StopScanner(Stopping(loaded.ends(self.stop), self.stop, self.max_new_tokens), room, loaded.detokenize)
-
-    def _generate(self, loaded: Decoder, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, **keywords: Any) -> None:
-        """Greedy, from ids (B, T) and their mask. Raises LayerSkipError when transformers fails."""
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(loaded.ends(self.stop)) or None,
-            pad_token_id=_pad(loaded),
-            num_assistant_tokens=self.num_draft_tokens or 1,
-            num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
-            **self.options,
-        )
-        try:
-            with (
-                quiet_transformers(),
-                _generation_config(self.model, config),
-                _generation_config(self.assistant or self.model, config),
-            ):
-                self.model.generate(ids, generation_config=config, attention_mask=mask, **keywords)
-        except (torch.OutOfMemoryError, KeyboardInterrupt, StopString):
-            raise
-        except Exception as error:  # any error of transformers fails this prompt, not the run
-            raise LayerSkipError(f"transformers ({self.strategy}): {error or type(error).__name__}") from error
-
-
-def _pad(loaded: Decoder) -> int:
-    return min(loaded.eos_ids, default=0)
-
-
-def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> list[Baseline]:
-    """The config's baselines, with the exit, draft length and limits of a `speculative` decoding.
-
-    Not draft-and-verify, which is a DecodingConfig. transformers' decoders run on transformers' own layers. If `loaded` has
-    repacked weights, the model is read again for them.
+    They take the exit, draft length and limits of the setting that they answer with: the `speculative` one under their name.
+    transformers' decoders run on transformers' own layers; if `loaded` has repacked weights, the model is read again for them.
 
     Raises:
         ConfigError: the draft model has another tokenizer, transformers ignores an early exit of this architecture, or
             llama.cpp is missing or cannot run the file.
         CheckpointError: a model cannot be read.
     """
-    exit_layer, drafts = speculative.exit_layer, speculative.num_draft_tokens
-    limit, stop = speculative.max_new_tokens, speculative.stop
 
     def transformers_model(name: str) -> Trainable:
-        device, dtype = str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto")
-        return for_training(name, device, dtype)
+        return for_training(name, str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto"))
 
-    def make(name: str) -> Baseline:
-        if name == "no-reuse":
-            return WithoutReuse(speculative)
-        if name == NAME:
-            return llama_cpp(loaded, config.gguf or "", limit, stop)
-        if name == "assistant-early-exit":
-            require_early_exit(model)
-            return TransformersGenerate(name, model, limit, exit_layer, drafts, stop, {"assistant_early_exit": exit_layer})
-        if name == "prompt-lookup":
-            return TransformersGenerate(name, model, limit, None, drafts, stop, {"prompt_lookup_num_tokens": drafts})
-        if name == "draft-model":
-            return TransformersGenerate(
-                name, model, limit, None, drafts, stop, assistant=_draft_model(config.draft_model or "")
-            )
-        return TransformersGenerate(name, model, limit, stop=stop)
-
-    def _draft_model(name: str) -> Any:
-        draft = transformers_model(name)
-        if draft.tokenizer.get_vocab() != vocabulary:
-            raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {name} has another")
-        return draft.model
-
+    found: dict[str, Any] = {}
     model, vocabulary = None, {}
     if isinstance(loaded.backend, TransformersBackend):
         model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
     elif any(name in TRANSFORMERS_BASELINES for name in config.baselines):
         target = transformers_model(loaded.name)
         model, vocabulary = target.model, target.tokenizer.get_vocab()
-    return [make(name) for name in config.baselines if name != "draft-and-verify"]
+    for name in config.baselines:
+        match name:
+            case "no-reuse":
+                found[name] = without_reuse
+            case "llama.cpp":
+                found[name] = LlamaCpp(loaded, config.gguf or "")
+            case "transformers":
+                found[name] = TransformersGenerate(model)
+            case "assistant-early-exit":
+                require_early_exit(model)
+                found[name] = TransformersGenerate(model, {"assistant_early_exit": speculative.exit_layer})
+            case "prompt-lookup":
+                found[name] = TransformersGenerate(model, {"prompt_lookup_num_tokens": speculative.num_draft_tokens})
+            case "draft-model":
+                draft = transformers_model(config.draft_model or "")
+                if draft.tokenizer.get_vocab() != vocabulary:
+                    raise ConfigError(f"`draft_model` must have the tokenizer of {loaded.name}; {draft.name} has another")
+                found[name] = TransformersGenerate(model, assistant=draft.model)
+    return found
+
+
+def without_reuse(loaded: Decoder, prompts: list[list[int]], setting: DecodingConfig) -> list[Output]:
+    """Self-speculation whose verifier recomputes the layers below the exit instead of reusing the drafts' exit states."""
+    ours = replace(setting, strategy="self-speculative")
+    return [output for ids in prompts for output in own_outputs(loaded, [ids], ours, reuse_exit_states=False)]
+
+
+class TransformersGenerate:
+    """transformers' greedy `generate`, with `options` of its generation config, or with an assistant model that drafts.
+
+    Every round drafts the setting's `num_draft_tokens`: by default transformers changes the number between rounds, and stops a
+    draft below a confidence of 0.4.
+    """
+
+    def __init__(self, model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> None:
+        self._model, self._options, self._assistant = model, options or {}, assistant
+
+    def __call__(self, loaded: Decoder, prompts: list[list[int]], setting: DecodingConfig) -> list[Output]:
+        """One batch, padded on the left, unless transformers drafts, which it does for a single prompt only.
+
+        Raises LayerSkipError when transformers fails.
+        """
+        ends, limit = loaded.ends(setting.stop), setting.max_new_tokens
+        rooms = [loaded.backend.max_positions - len(ids) for ids in prompts]
+        scanners = [StopScanner(Stopping(ends, setting.stop, limit), room, loaded.detokenize) for room in rooms]
+        if len(prompts) > 1 and (self._options or self._assistant is not None):
+            return [output for ids in prompts for output in self(loaded, [ids], setting)]
+        if len(prompts) > 1:
+            rows = StopRows(scanners)
+            self._generate(loaded, prompts, setting, scanners, stopping_criteria=[rows])
+            return [
+                Output(tuple(new), "", (), DecodeStats(1, len(ids)) + step_counts(0, 0, len(new)), scanner.reason)
+                for ids, new, scanner in zip(prompts, rows.ids, scanners, strict=True)
+            ]
+        timer = StepTimer(self._model, len(prompts[0]), scanners[0])
+        with timer, suppress(StopString):
+            self._generate(loaded, prompts, setting, scanners, streamer=timer, assistant_model=self._assistant)
+        return [Output(tuple(timer.ids), "", tuple(timer.steps), timer.stats, scanners[0].reason)]
+
+    def _generate(
+        self,
+        loaded: Decoder,
+        prompts: list[list[int]],
+        setting: DecodingConfig,
+        scanners: list[StopScanner],
+        **keywords: Any,
+    ) -> None:
+        longest, pad = max(map(len, prompts)), min(loaded.eos_ids, default=0)
+        ids = torch.tensor([[pad] * (longest - len(each)) + each for each in prompts], device=self._model.device)
+        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], device=ids.device)
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max(scanner.room for scanner in scanners),
+            eos_token_id=sorted(loaded.ends(setting.stop)) or None,
+            pad_token_id=pad,
+            num_assistant_tokens=setting.num_draft_tokens,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+            **self._options,
+        )
+        try:
+            with ExitStack() as during:
+                during.enter_context(quiet_transformers())
+                for model in (self._model, self._assistant):
+                    if model is not None:
+                        during.enter_context(_generation_config(model, config))
+                self._model.generate(ids, generation_config=config, attention_mask=mask, **keywords)
+        except (torch.OutOfMemoryError, StopString):
+            raise
+        except Exception as error:  # any error of transformers fails this prompt, not the run
+            raise LayerSkipError(f"transformers ({setting.strategy}): {error or type(error).__name__}") from error
 
 
 @torch.inference_mode()
@@ -248,15 +204,12 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
     """
 
     def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
+        self.ids: list[int] = []
+        self.steps: list[Step] = []
+        self.stats = DecodeStats(sequences=1, prompt_tokens=prompt_tokens)
+        self._model, self._num_layers = model, int(model.config.num_hidden_layers)
         self._scanner = scanner
-        self._finish_reason: StopReason | None = None
-        self._model = model
-        self._num_layers = int(model.config.num_hidden_layers)
-        self._prompt_tokens = prompt_tokens
         self._prompt_seen = False
-        self._ids: list[int] = []
-        self._steps: list[Step] = []
-        self._stats: list[DecodeStats] = []
         self._drafted = 0
         self._started = self._target_started = self._target_ended = 0.0
 
@@ -278,45 +231,29 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        now = time.perf_counter()
-        prefill = not self._steps
-        tokens = value.flatten().tolist()
-        count, self._finish_reason = self._scanner.cut(tokens)
-        tokens = tokens[:count]
-        accepted = min(len(value.flatten()) - 1, count, self._drafted)
-        target_seconds = self._target_ended - self._target_started
-        self._stats.append(
-            DecodeStats(
-                sequences=int(prefill),
-                prompt_tokens=self._prompt_tokens if prefill else 0,
-                new_tokens=len(tokens),
-                drafted=self._drafted,
-                accepted=accepted,
-                rounds=int(self._drafted > 0),
-                prefill_seconds=target_seconds if prefill else 0.0,
-                draft_seconds=self._target_started - self._started if self._drafted else 0.0,
-                verify_seconds=0.0 if prefill else target_seconds,
-                total_seconds=now - self._started,
-                tested_by_position=(1,) * min(self._drafted, len(tokens)),
-                accepted_by_position=(1,) * accepted,
-            )
-        )
-        self._steps.append(Step(len(tokens), now - self._started))
-        self._ids += tokens
-        if self._finish_reason == "stop":
+        seconds, tokens = time.perf_counter() - self._started, value.flatten().tolist()
+        count, reason = self._scanner.cut(tokens)
+        phase = "verify_seconds" if self.steps else "prefill_seconds"
+        drafting = self._target_started - self._started if self._drafted else 0.0
+        times: dict[str, Any] = {
+            phase: self._target_ended - self._target_started,
+            "draft_seconds": drafting,
+            "total_seconds": seconds,
+        }
+        self.stats += step_counts(self._drafted, min(len(tokens) - 1, self._drafted), count) + DecodeStats(**times)
+        self.steps.append(Step(count, seconds))
+        self.ids += tokens[:count]
+        if reason == "stop":
             raise StopString
         self._started = time.perf_counter()
 
     def end(self) -> None:
         """Called by `generate` after the last token."""
 
-    def output(self) -> Output:
-        return Output(tuple(self._ids), "", tuple(self._steps), sum(self._stats, DecodeStats()), self._finish_reason)
-
     def _before(self, _: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self._model.config.num_hidden_layers == self._num_layers:
             rows = (keywords["input_ids"] if "input_ids" in keywords else args[0]).shape[1]
-            self._drafted = rows - (1 if self._steps else self._prompt_tokens)
+            self._drafted = rows - (1 if self.steps else self.stats.prompt_tokens)
             self._target_started = time.perf_counter()
 
     def _after(self, *_: Any) -> None:

@@ -9,25 +9,20 @@ from pathlib import Path
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
 from ...config.evaluation import BenchConfig
-from ...config.packing import PackingConfig
-from ..perplexity import ReferenceLosses
+from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks.task import Task
 from .baselines import load_baselines
+from .figures import depth_of, environment, result_of, scored
 from .journal import FOUND_SKIP, Journal, found_skip
 from .llama_cpp import NAME as LLAMA_CPP
 from .llama_cpp import describe_build
-from .measure import Measured, Part, depth_of, environment, measure, result_of, scored
-from .runs import Method, Progress, default_timed, timed_examples
+from .measure import Measured, Progress, default_timed, measure, timed_examples
 from .skip_search import search_skips
 
 
 def bench(
-    loaded: Decoder,
-    task: Task,
-    config: BenchConfig,
-    folder: Path | None = None,
-    resume: bool = False,
+    loaded: Decoder, task: Task, config: BenchConfig, folder: Path | None = None, resume: bool = False
 ) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record. With a `folder` every measured prompt is written to its journal, for `resume`.
 
@@ -39,7 +34,7 @@ def bench(
         LayerSkipError: no prompt could be answered, or the journal to resume belongs to other settings.
     """
     task, generation = task.asked(config.generation)
-    asked = config.decoding(generation)
+    asked, layers = config.decoding(generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
     searched: DecodingOptions | None = None
     if must_search(loaded, config):
@@ -48,35 +43,35 @@ def bench(
             weights = config.packing.draft_weights
             searched = (yield from search_skips(loaded, task, generation, weights[0] if weights else None)).choice
         recommended = replace(recommended, skip=searched)
-    strategies = strategies_of(loaded, config, asked, recommended)
-    speculative = resolve_as("self-speculative", asked, recommended, loaded.backend.num_layers, config.packing)
+    settings = strategies_of(loaded, config, asked, recommended)
+    speculative = resolve_as("self-speculative", asked, recommended, layers, config.packing)
+    exit_layer, drafts = speculative.exit_layer, speculative.num_draft_tokens
     config = replace(
-        config,
-        task=task.config,
-        generation=generation,
-        exit_layer=speculative.exit_layer,
-        num_draft_tokens=speculative.num_draft_tokens,
+        config, task=task.config, generation=generation, exit_layer=exit_layer, num_draft_tokens=drafts,
         timed=default_timed(config),
-    )
-    methods: list[Method] = [*strategies, *load_baselines(loaded, config, speculative)]
-    machine = environment(loaded) | ({"llama_cpp": describe_build()} if LLAMA_CPP in config.baselines else {})
-    asked_of = [*((example.prompt, example.completion) for example in task.examples), task.text]
-    rows = hashlib.sha256(json.dumps(asked_of).encode()).hexdigest()
-    settings = asdict(config) | ({FOUND_SKIP: searched} if searched else {}) | {"rows": rows}
-    journal = Journal(folder, settings, resume) if folder is not None else None
-    layers = loaded.backend.num_layers
-    losses = ReferenceLosses()
-    if task.text is not None:
-        losses = sum(task.losses(loaded, [depth_of(strategy, layers) or layers for strategy in strategies]), losses)
-    parts = [Part(loaded, task.examples)]
-    measured = yield from measure(parts, methods, config.batch_size, config.timed, config.repeats, journal)
-    measured = scored(task, measured, losses, layers)
-    transformers = next((each for each in measured if each.method.strategy == "transformers" and each.repeats), None)
-    results = [result_of(each, measured[0], transformers, task.answers_per_prompt) for each in measured]
-    found = [_by_category(task, config, each, measured[0], transformers) for each in measured]
-    results = [replace(result, categories=categories) for result, categories in zip(results, found, strict=True)]
+    )  # fmt: skip
+    baselines = load_baselines(loaded, config, speculative)
+    machine = environment(loaded) | ({"llama_cpp": describe_build()} if LLAMA_CPP in baselines else {})
+    journal = None
+    if folder is not None:
+        rows = [*((example.prompt, example.completion) for example in task.examples), task.text]
+        head = asdict(config) | ({FOUND_SKIP: searched} if searched else {})
+        journal = Journal(folder, head | {"rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}, resume)
+    depths = [depth_of(setting, layers) or layers for setting in settings]
+    perplexity = scores_by_exit(task.losses(loaded, depths)) if task.text is not None else {}
+    settings += [replace(speculative, strategy=name) for name in baselines]
+    measured = yield from measure(loaded, task.examples, settings, config, config.repeats, baselines, journal)
+    measured = scored(task, measured, perplexity, layers)
+    transformers = next((each for each in measured if each.setting.strategy == "transformers" and each.repeats), None)
+    results = [
+        replace(
+            result_of(each, measured[0], transformers, task.answers_per_prompt),
+            categories=_by_category(task, config, each, measured[0], transformers),
+        )
+        for each in measured
+    ]
     resolved = asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
-    yield RunRecord(resolved, machine, tuple(results), answered=task.answered([each.answers for each in measured]))
+    yield RunRecord(resolved, machine, tuple(results), answered=task.answered([each.texts for each in measured]))
 
 
 def strategies_of(
@@ -90,9 +85,13 @@ def strategies_of(
     block = loaded.backend.exit_blocks.get(config.exit_layer or recommended.exit_layer)
     if block is not None and not block.stands_alone:
         chosen.discard("early-exit")  # that exit can only draft
-    in_order = [name for name in ("autoregressive", "early-exit", *DRAFTERS) if name in chosen]
-    known = (recommended, loaded.backend.num_layers, config.packing)
-    return [setting for name in in_order for setting in _by_copy(resolve_as(name, asked, *known), config.packing)]
+    settings = []
+    for name in ("autoregressive", "early-exit", *DRAFTERS):
+        if name in chosen:
+            setting = resolve_as(name, asked, recommended, loaded.backend.num_layers, config.packing)
+            copies = dict.fromkeys(config.packing.draft_weights) if name == "self-speculative" else {}
+            settings += [replace(setting, draft_weights=weights) for weights in copies] or [setting]
+    return settings
 
 
 def must_search(loaded: Decoder, config: BenchConfig) -> bool:
@@ -103,20 +102,13 @@ def must_search(loaded: Decoder, config: BenchConfig) -> bool:
 def _by_category(
     task: Task, config: BenchConfig, measured: Measured, full: Measured, transformers: Measured | None
 ) -> dict[str, Result]:
-    """The figures of one method on each category with an autoregressive answer."""
+    """The figures of one setting on each category with an autoregressive answer."""
     timed = timed_examples(range(len(task.examples)), config.timed)
     found = {}
     for name, samples in task.categories.items():
-        if any(full.answers.each[sample].error is None for sample in samples):
+        if any(full.answers[sample].error is None for sample in samples):
             places = [place for place, sample in enumerate(timed) if sample in samples]
-            theirs = None if transformers is None else transformers.of(samples, places)
+            theirs = transformers.of(samples, places) if transformers is not None and places else None
             result = result_of(measured.of(samples, places), full.of(samples, places), theirs)
             found[name] = replace(result, samples=len(samples))
     return found
-
-
-def _by_copy(decoding: DecodingConfig, packing: PackingConfig) -> list[DecodingConfig]:
-    """Self-speculative decoding with each of the low-bit copies; any other strategy as it is."""
-    if decoding.strategy != "self-speculative" or not packing.draft_weights:
-        return [decoding]
-    return [replace(decoding, draft_weights=weights) for weights in dict.fromkeys(packing.draft_weights)]

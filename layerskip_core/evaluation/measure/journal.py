@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import msgspec
 
 from ...config.decoding import DecodingOptions
 from ...errors import LayerSkipError
-from ...files import append_lines, require_writable, whole_lines, write_file
+from ...files import append_lines, parse_json, require_writable, whole_lines, write_file
 from ..outputs import Output
 
 FILE_NAME = "unfinished.jsonl"
@@ -18,17 +18,16 @@ FOUND_SKIP = "found_skip"  # among the settings: the layers to skip that this ru
 OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One line: the outputs of all methods for one sample in one repeat."""
+class _Row(msgspec.Struct):
+    """One line: the outputs of all settings for one sample in one repeat."""
 
     repeat: int
     sample: int
-    outputs: tuple[Output, ...]
+    outputs: list[Output]
 
 
 class Journal:
-    """A JSON line for each prompt and repeat, with the outputs of all methods. The first line holds the run's settings."""
+    """A JSON line for each prompt and repeat, with the outputs of all settings. The first line holds the run's settings."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
         """Opens the folder's journal. With `resume` its lines are kept, else it starts empty.
@@ -37,39 +36,33 @@ class Journal:
         the journal belongs to other settings, when another line is damaged, or when the file cannot be written.
         """
         self._path = folder / FILE_NAME
-        self._known: dict[tuple[int, int], list[Output]] = {}
         head = json.dumps(settings, sort_keys=True).encode()
         lines = whole_lines(self._path, LayerSkipError) if resume else []
         if lines and lines[0].strip() != head:
             raise LayerSkipError(
                 f"`resume`: {self._path} belongs to a run with other settings or rows; leave out `resume` to start again"
             )
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                row = msgspec.json.decode(line, type=_Row)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                where = f"`resume`: {self._path}, line {number}"
-                raise LayerSkipError(f"{where} is damaged: {error}; leave out `resume` to start again") from None
-            self._known[row.repeat, row.sample] = list(row.outputs)
+        try:
+            rows = [msgspec.json.decode(line, type=_Row) for line in lines[1:]]
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise LayerSkipError(f"`resume`: {self._path} is damaged: {error}; leave out `resume` to start again") from None
+        self._known = {(row.repeat, row.sample): row.outputs for row in rows}
         write_file(self._path, b"".join(lines) or head + b"\n", LayerSkipError)
 
     def recall(self, repeat: int, sample: int) -> list[Output] | None:
-        """The outputs of all methods, or None if they are missing."""
+        """The outputs of all settings, or None if they are missing."""
         return self._known.get((repeat, sample))
 
     def add(self, repeat: int, sample: int, outputs: Sequence[Output]) -> None:
-        append_lines(self._path, [asdict(_Row(repeat, sample, tuple(outputs)))], LayerSkipError)
+        line = {"repeat": repeat, "sample": sample, "outputs": [asdict(output) for output in outputs]}
+        append_lines(self._path, [line], LayerSkipError)
 
 
 def found_skip(folder: Path) -> DecodingOptions | None:
     """The layers to skip that an interrupted run in this folder searched."""
     lines = whole_lines(folder / FILE_NAME, LayerSkipError)
-    try:
-        settings = msgspec.json.decode(lines[0], type=dict[str, Any]) if lines else {}
-        choice: DecodingOptions | None = msgspec.convert(settings.get(FOUND_SKIP), DecodingOptions | None)
-    except (msgspec.DecodeError, LayerSkipError):  # settings that no run has: the journal refuses them
-        return None
-    return choice
+    settings = parse_json(lines[0], f"`resume`: {folder / FILE_NAME}", LayerSkipError) if lines else {}
+    return msgspec.convert(settings.get(FOUND_SKIP), DecodingOptions | None)
 
 
 def close(folder: Path) -> None:

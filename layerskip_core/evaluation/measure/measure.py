@@ -1,210 +1,237 @@
-"""Measures several ways of decoding on the same prompts: their answers, times and scores, and the figures that follow."""
+"""Measures several ways of decoding on the same prompts: one by one in turn, for speed, and in batches, for quality alone."""
 
-import os
-import platform
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig
+from ...config.evaluation import BenchConfig, SweepConfig
 from ...data.examples import Example
+from ...data.records import Item, spread
+from ...decoding import check_prompt, decode, decode_batch
+from ...errors import LayerSkipError
 from ...model.backend import Backend
-from ..bootstrap import answer_bounds, change_bounds, metric_bounds, ratio_bounds
 from ..metrics import Scores
-from ..outputs import Output, Outputs, Times, finite
-from ..perplexity import ReferenceLosses
-from ..results import Difference, Result
-from ..tasks.task import Task
+from ..outputs import Output, answer_text, require_outputs
+from ..results import Difference, Step
 from .journal import Journal
-from .runs import Method, Progress, answer_in_batches, drafts_tokens, exit_and_drafts, measure_interleaved, timed_examples
+
+Baselines = Mapping[str, Callable[[Decoder, list[list[int]], DecodingConfig], list[Output]]]
+"""By strategy: what answers in place of our own decoding. Prompts (B rows of ids) to outputs, with steps if B is 1."""
 
 # A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
 # logits of 16 to 32 are 1/8 apart, so the bound is two steps. In fp32 it is a thousand times the spread between the kernels.
 NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.25}
 
+_WARM_UP_TOKENS = 16
+_DEFAULT_TIMED = 8
+_BATCHES = -1  # the journal's repeat number of answers from batches
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_RESET_PEAK = "5"  # proc(5): resets the peak resident set size
+
 
 @dataclass(frozen=True)
-class Part:
-    """Prompts that are decoded alike: those of a task, or what one task of lm-eval asks with the same limits.
+class Progress:
+    """The progress of one phase of a measurement."""
 
-    `loaded` encodes them. `adapted`: a way of decoding with these limits. `name` stands before the phases of progress.
-    """
-
-    loaded: Decoder
-    examples: Sequence[Example]
-    adapted: Callable[[Method], Method] = lambda method: method
-    name: str = ""
+    done: int
+    total: int
+    phase: str
 
 
 @dataclass(frozen=True)
 class Measured:
     """One way of decoding: its answers to all prompts, and the outputs that were timed in each repeat.
 
-    `scores` are those of the answers, `differences` where they depart from the first method's.
+    `scores` are those of the answers, `differences` where they depart from the first setting's.
     """
 
-    method: Method
-    answers: Outputs
-    repeats: Sequence[Outputs]
+    setting: DecodingConfig
+    answers: Sequence[Output]
+    repeats: Sequence[Sequence[Output]]
     differences: tuple[Difference, ...] = ()
     scores: Mapping[str, Scores] = field(default_factory=dict)
 
+    @property
+    def texts(self) -> list[str | None]:
+        """None for a prompt that failed."""
+        return [None if output.error is not None else output.text for output in self.answers]
+
     def of(self, samples: Sequence[int], timed: Sequence[int]) -> "Measured":
         """On some of the prompts; `timed`: their places among those that were timed."""
-        repeats = [outputs.of(timed) for outputs in self.repeats if timed]
+        repeats = [[outputs[place] for place in timed] for outputs in self.repeats if timed]
         scores = {name: each.of(samples) for name, each in self.scores.items()}
-        return Measured(self.method, self.answers.of(samples), repeats, (), scores)
+        return Measured(self.setting, [self.answers[sample] for sample in samples], repeats, (), scores)
 
-    @property
-    def times(self) -> list[tuple[Times, Times]]:
-        """Of each repeat: of whole generations, and without the prefill and its token."""
-        return [(outputs.times, outputs.decode_times) for outputs in self.repeats]
+    def __add__(self, other: "Measured") -> "Measured":
+        """The same way of decoding on more prompts."""
+        moved = [replace(each, sample=len(self.answers) + each.sample) for each in other.differences]
+        repeats = [[*mine, *theirs] for mine, theirs in zip(self.repeats, other.repeats, strict=True)]
+        return Measured(self.setting, [*self.answers, *other.answers], repeats, (*self.differences, *moved))
+
+
+def default_timed(config: BenchConfig | SweepConfig) -> int | None:
+    """How many prompts are timed. None: all of them, and answers do not come from batches."""
+    return _DEFAULT_TIMED if config.batch_size > 1 and config.timed is None else config.timed
+
+
+def timed_examples(examples: Sequence[Item], timed: int | None) -> Sequence[Item]:
+    """The examples to time, or their indices, evenly spaced; `timed` is `default_timed`'s."""
+    return examples if timed is None else spread(examples, timed) if timed else ()
 
 
 def measure(
-    parts: Sequence[Part],
-    methods: Sequence[Method],
-    batch_size: int = 1,
-    timed: int | None = None,
+    loaded: Decoder,
+    examples: Sequence[Example],
+    settings: Sequence[DecodingConfig],
+    config: BenchConfig | SweepConfig,
     repeats: int = 1,
+    baselines: Baselines | None = None,
     journal: Journal | None = None,
+    task: str = "",
 ) -> Generator[Progress, None, list[Measured]]:
-    """Decodes every prompt by every method. Yields progress; returns what was measured of each method.
+    """Decodes every prompt by every setting. Yields progress; returns what was measured of each setting.
+
+    With a batch size above 1, answers come from batches, whose time cannot be divided among their prompts, and only some
+    prompts are timed. In fp32 the answers of a batch equal those that each prompt gets alone, except at near-ties.
 
     Args:
-        methods: the first is full depth, which the others are compared with.
-        batch_size: above 1, answers come from batches, and only some prompts are timed.
-        timed: how many prompts of each part; None: all.
-        journal: of an interrupted run, whose outputs are not measured again.
+        settings: the first is full depth, which the others are compared with. The same setting can be timed twice.
+        config: tells the batch size and how many prompts are timed.
+        journal: of an interrupted run, whose outputs are not measured again; new ones are added to it.
+        task: a name that stands before the phases of progress.
 
     Raises:
-        LayerSkipError: every prompt of a part failed with the first method.
+        LayerSkipError: every prompt failed with the first setting.
     """
-    answers: list[list[Output]] = [[] for _ in methods]
-    timings: list[list[list[Output]]] = [[[] for _ in range(repeats)] for _ in methods]
-    differing: list[list[Difference]] = [[] for _ in methods]
-    distinct = [place for place, method in enumerate(methods) if methods.index(method) == place]
-    for part in parts:
-        own, start = [part.adapted(method) for method in methods], len(answers[0])
-        batched: dict[int, Outputs] = {}
-        if batch_size > 1:
-            run = answer_in_batches(part.loaded, part.examples, [own[place] for place in distinct], batch_size, journal)
-            batched = dict(zip(distinct, (yield from _named(part.name, run)), strict=True))
-        times: list[list[Outputs]] = [[] for _ in methods]
-        if chosen := timed_examples(part.examples, timed):
-            times = yield from _named(part.name, measure_interleaved(part.loaded, chosen, own, repeats, journal))
-        outputs = [
-            batched[methods.index(method)] if batched else of_method[0]
-            for method, of_method in zip(methods, times, strict=True)
-        ]
-        sampled = isinstance(own[0], DecodingConfig) and own[0].temperature > 0
-        for number, (method, output) in enumerate(zip(own, outputs, strict=True)):
-            answers[number] += output.each
-            for repeat, of_repeat in enumerate(times[number]):
-                timings[number][repeat] += of_repeat.each
-            if method.strategy != "early-exit" and not sampled:
-                found = differences(part.loaded, part.examples, output, outputs[0])
-                differing[number] += [replace(each, sample=each.sample + start) for each in found]
-    return [
-        Measured(method, Outputs(tuple(each)), [Outputs(tuple(repeat)) for repeat in of_method if repeat], tuple(places))
-        for method, each, of_method, places in zip(methods, answers, timings, differing, strict=True)
-    ]
-
-
-def scored(task: Task, measured: Sequence[Measured], losses: ReferenceLosses, num_layers: int) -> list[Measured]:
-    """What was measured, with the scores of the answers. The first method's are the references of a task that has none.
-
-    Perplexity, of a task on text, comes from our own passes through one exit, so that baselines have none.
-    """
-    task = task.referring_to(measured[0].answers.answers)
-    found = []
-    for each in measured:
-        depth = depth_of(each.method, num_layers)
-        scores = task.score(each.answers.texts, None if depth is None else losses.scores(depth))
-        found.append(replace(each, scores=scores))
-    return found
-
-
-def depth_of(method: Method, num_layers: int) -> int | None:
-    """How many layers an answer comes from. None of a baseline, and if its tokens leave at several exits."""
-    if not isinstance(method, DecodingConfig) or method.exit_confidence:
-        return None
-    return method.exit_layer if method.strategy == "early-exit" else num_layers
-
-
-def setting_of(method: Method) -> Result:
-    """A way of decoding without any figure."""
-    exit_layer, drafts = exit_and_drafts(method)
-    if not isinstance(method, DecodingConfig):
-        return Result(method.strategy, exit_layer, drafts)
-    confidence = method.exit_confidence or None
-    return Result(
-        method.strategy, exit_layer, drafts, draft_weights=method.draft_weights, exit_confidence=confidence,
-        exits=method.exits if confidence else (), skip=method.skip,
-    )  # fmt: skip
-
-
-def result_of(
-    measured: Measured,
-    full: Measured,
-    transformers: Measured | None = None,
-    answers_per_prompt: int = 1,
-    base: Sequence[tuple[Times, Times]] | None = None,
-) -> Result:
-    """The figures of one method, compared with those of full depth, and of transformers if that ran.
-
-    `base`: the times that speedups are relative to, by repeat; None: those of `full`.
-    """
-    answers, expected, repeats = measured.answers, full.answers, measured.repeats
-    stats, drafts, result = answers.stats, drafts_tokens(measured.method), setting_of(measured.method)
-    times, decode_times = ([of_repeat[kind] for of_repeat in measured.times] for kind in (0, 1))
-    base = full.times if base is None else base
-    theirs = [outputs.times for outputs in transformers.repeats] if transformers else []
-    ratios = {
-        "speedup": ([of_repeat[0] for of_repeat in base], times),
-        "decode_speedup": ([of_repeat[1] for of_repeat in base], decode_times),
-        "speedup_over_transformers": (theirs, times if theirs else []),
-    }
-    bounds = {name: ratio_bounds(*pair, answers_per_prompt) for name, pair in ratios.items()}
-    bounds |= answer_bounds(answers, expected, drafts, answers_per_prompt) | metric_bounds(measured.scores)
-    return replace(
-        result,
-        metrics={name: each.mean for name, each in measured.scores.items()},
-        acceptance_rate=stats.acceptance_rate if drafts else None,
-        mean_accepted_tokens=stats.mean_accepted_tokens if drafts else None,
-        acceptance_by_position=answers.acceptance_by_position if drafts else None,
-        tokens_per_second=_median(1 / each.seconds_per_token for each in times),
-        time_per_token_ms={
-            "p50": _median(1000 * outputs.token_seconds(0.50) for outputs in repeats),
-            "p95": _median(1000 * outputs.token_seconds(0.95) for outputs in repeats),
-        },
-        ttft_ms=_median(1000 * outputs.first_token_seconds for outputs in repeats),
-        peak_memory_mb=max((peak for outputs in repeats if (peak := outputs.peak_memory_mb) is not None), default=None),
-        speedup=_ratio(*ratios["speedup"]),
-        decode_speedup=_ratio(*ratios["decode_speedup"]),
-        speedup_over_transformers=_ratio(*ratios["speedup_over_transformers"]),
-        identical_outputs=answers.identical_outputs(expected),
-        time_split_ms=repeats[0].time_split_ms if repeats else {},
-        differences=measured.differences,
-        failures=answers.failures,
-        steps_by_drafter=stats.steps_by_drafter,
-        mean_layers=stats.mean_layers if result.exit_confidence else None,
-        longest_answer=repeats[0].longest.steps if repeats and result.strategy == "adaptive" else (),
-        intervals={name: ends for name, ends in bounds.items() if ends is not None},
-        changes=change_bounds(measured.scores, full.scores),
+    baselines, answered = baselines or {}, None
+    if config.batch_size > 1:
+        answered = yield from _decoded(
+            loaded, examples, settings, [_BATCHES], config.batch_size, baselines, journal, f"{task} answers".strip()
+        )
+    timed = timed_examples(examples, config.timed)
+    outputs = (
+        [[] for _ in settings]
+        if not timed
+        else (yield from _decoded(loaded, timed, settings, range(repeats), 1, baselines, journal, f"{task} prompts".strip()))
     )
+    measured: list[Measured] = []
+    for setting, times, answers in zip(settings, outputs, answered or outputs, strict=True):
+        exact = setting.strategy != "early-exit" and not settings[0].temperature
+        base = measured[0].answers if measured else answers[0]
+        differing = differences(loaded, examples, answers[0], base) if exact else ()
+        measured.append(Measured(setting, answers[0], times, differing))
+    return measured
 
 
-def differences(loaded: Decoder, examples: Sequence[Example], outputs: Outputs, baseline: Outputs) -> tuple[Difference, ...]:
+def _decoded(
+    loaded: Decoder,
+    examples: Sequence[Example],
+    settings: Sequence[DecodingConfig],
+    repeats: Sequence[int],
+    batch_size: int,
+    baselines: Baselines,
+    journal: Journal | None,
+    phase: str,
+) -> Generator[Progress, None, list[list[list[Output]]]]:
+    """Outputs by [setting][repeat][prompt].
+
+    A prompt, or a batch of prompts of similar length, is decoded by all settings before the next one, so a machine that slows
+    down slows all of them. The order of the settings rotates and reverses from prompt to prompt, so that none always follows
+    the same other one. Before prompts are timed, each setting warms up with a few tokens.
+    """
+    wanted = [(repeat, sample) for repeat in repeats for sample in range(len(examples))]
+    rows = {each: row for each in wanted if journal is not None and (row := journal.recall(*each)) is not None}
+    missing = [each for each in wanted if each not in rows]
+    if batch_size > 1:
+        missing.sort(key=lambda each: len(examples[each[1]].prompt))
+    for setting in settings if batch_size == 1 and missing else ():
+        limit = min(_WARM_UP_TOKENS, setting.max_new_tokens)
+        answers(loaded, [examples[0].prompt], replace(setting, max_new_tokens=limit), baselines)
+    # Answers from batches are not timed, so those of a setting that stands in the list twice are computed once.
+    distinct = [settings.index(setting) if batch_size > 1 else place for place, setting in enumerate(settings)]
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        prompts, turn = [examples[sample].prompt for _, sample in batch], sum(batch[0])
+        found: dict[int, list[Output]] = {}
+        for step in range(len(settings)):
+            place = distinct[(turn - step if turn % 2 else turn + step) % len(settings)]
+            if place not in found:
+                found[place] = answers(loaded, prompts, _seeded(settings[place], batch[0][1]), baselines)
+        for number, each in enumerate(batch):
+            rows[each] = [found[place][number] for place in distinct]
+            if journal is not None:
+                journal.add(*each, rows[each])
+        yield Progress(len(rows), len(wanted), phase)
+    require_outputs([rows[each][0] for each in wanted])
+    prompts_of = range(len(examples))
+    return [[[rows[repeat, sample][place] for sample in prompts_of] for repeat in repeats] for place in range(len(settings))]
+
+
+def answers(
+    loaded: Decoder, prompts: Sequence[str], setting: DecodingConfig, baselines: Baselines | None = None
+) -> list[Output]:
+    """An output per prompt, in the checkpoint's template; that of a single prompt is timed, without (de)tokenizing.
+
+    A prompt that does not fit the context or the memory gives an Output with an error. If a batch fails, its prompts are
+    answered one by one, so that only the culprit fails.
+    """
+    device, alone = loaded.backend.device, len(prompts) == 1
+    has_peak = alone and _reset_peak(device)
+    try:
+        ids = [loaded.encode_prompt(prompt) for prompt in prompts]
+        for prompt_ids in ids:
+            check_prompt(prompt_ids, loaded.backend.max_positions)
+        outputs = (baselines or {}).get(setting.strategy, own_outputs)(loaded, ids, setting)
+    except (LayerSkipError, torch.OutOfMemoryError) as error:
+        if alone:
+            return [Output(error=str(error))]
+        return [output for prompt in prompts for output in answers(loaded, [prompt], setting, baselines)]
+    peak = _peak_mb(device) if has_peak else None
+    texts = [answer_text(loaded, prompt_ids, output.ids) for prompt_ids, output in zip(ids, outputs, strict=True)]
+    return [replace(output, text=text, peak_memory_mb=peak) for output, text in zip(outputs, texts, strict=True)]
+
+
+def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Output:
+    """The timed output of our own decoding; see `answers`."""
+    return answers(loaded, [prompt], setting)[0]
+
+
+def own_outputs(
+    loaded: Decoder, prompts: list[list[int]], setting: DecodingConfig, reuse_exit_states: bool = True
+) -> list[Output]:
+    """Our own decoding. A step's time ends when its tokens have arrived here."""
+    model, ends = loaded.backend, loaded.ends(setting.stop)
+    if len(prompts) > 1:
+        batch = sorted(decode_batch(model, prompts, setting, ends, loaded.detokenize), key=lambda answer: answer.row)
+        return [Output(tuple(answer.ids), "", (), answer.stats, answer.finish_reason) for answer in batch]
+    decoding = decode(model, prompts[0], setting, ends, loaded.detokenize, reuse_exit_states=reuse_exit_states)
+    ids: list[int] = []
+    steps: list[Step] = []
+    started = time.perf_counter()
+    for tokens in decoding:
+        seconds = time.perf_counter() - started
+        steps.append(Step(len(tokens), seconds, decoding.drafter))
+        ids += [token.id for token in tokens]
+        started = time.perf_counter()
+    return [Output(tuple(ids), "", tuple(steps), decoding.stats, decoding.finish_reason)]
+
+
+def _seeded(setting: DecodingConfig, sample: int) -> DecodingConfig:
+    """With a seed of its own for each sample, so that sampled answers to one prompt differ. The largest seed is 2**32 - 1."""
+    return replace(setting, seed=(setting.seed + sample) % 2**32) if setting.temperature else setting
+
+
+def differences(
+    loaded: Decoder, examples: Sequence[Example], outputs: Sequence[Output], baseline: Sequence[Output]
+) -> tuple[Difference, ...]:
     """The first difference of each output from the baseline's. Samples that failed in either are left out."""
     differing = []
-    for sample, (output, expected) in enumerate(zip(outputs.each, baseline.each, strict=True)):
+    for sample, (output, expected) in enumerate(zip(outputs, baseline, strict=True)):
         position = first_difference(output.ids, expected.ids)
         if position is not None and output.error is None and expected.error is None:
             prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
@@ -230,54 +257,24 @@ def top2_gap(model: Backend, ids: Sequence[int]) -> float:
     return float(best - second)
 
 
-def environment(loaded: Decoder) -> dict[str, Any]:
-    """Versions, machine, and how the model runs. The load average is the one before the run."""
-    device, blocks = loaded.backend.device, loaded.backend.exit_blocks
-    return {
-        "versions": {
-            "layerskip": version("layerskip"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
-        "platform": platform.platform(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(loaded.backend.dtype).removeprefix("torch."),
-        "implementation": loaded.backend.implementation,
-        "notes": list(loaded.notes),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        **({"exit_blocks": {str(exit_layer): placed.block.feature for exit_layer, placed in blocks.items()}} if blocks else {}),
-    }
-
-
-def _named(name: str, events: Generator[Progress, None, Any]) -> Generator[Progress, None, Any]:
-    """The progress of a part under its name."""
-    while True:
-        try:
-            progress = next(events)
-        except StopIteration as end:
-            return end.value
-        yield replace(progress, phase=f"{name} {progress.phase}".strip())
-
-
-def _ratio(slower: Sequence[Times], faster: Sequence[Times]) -> float | None:
-    """Of the seconds per token, in the median over the repeats."""
-    return _median(base.seconds_per_token / new.seconds_per_token for base, new in zip(slower, faster, strict=True))
-
-
-def _median(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return finite(median(known)) if known else None
-
-
-def _cpu_name() -> str:
+def _reset_peak(device: torch.device) -> bool:
+    """False if the system cannot reset its peak: not Linux, or a container that forbids it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        _CLEAR_REFS.write_text(_RESET_PEAK)
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return False
+    return True
+
+
+def _peak_mb(device: torch.device) -> float:
+    """MB of 2**20 bytes since the reset: on CUDA what torch allocated, elsewhere the resident set of the whole process.
+
+    That includes weights and interpreter, so that strategies hardly differ.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024

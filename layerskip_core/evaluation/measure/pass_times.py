@@ -1,9 +1,9 @@
 """Times the forward passes of decoding: in use, along answers, for the cost model; and by rows, for adaptive drafting."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby, islice
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, DraftProfile
-from ...config.packing import PackingConfig
+from ...config.packing import PackingConfig, Quantization
 from ...decoding import DecodeStats, Decoding, decode
 from ...decoding.drafters.exit import drafter_name
 from ...model.drafting import most_probable
@@ -23,8 +23,16 @@ _ROWS = 17  # of the longest pass that is timed for adaptive drafting
 _TIMES = 5  # per number of rows
 
 
-@dataclass(frozen=True)
-class PassTimes:
+Side = tuple[Quantization | None, int | None]
+"""What drafts: the weights (None: the model's own) and how many of their layers."""
+
+
+def side_of(setting: DecodingConfig) -> Side:
+    """What drafts in self-speculative decoding; for an early exit, the layers that answer."""
+    return setting.draft_weights, setting.exit_layer
+
+
+class PassTimes(NamedTuple):
     """Seconds on this machine.
 
     draft: one draft token (layers 0..E-1 and the head). verify: the verification of a round, with the first layers of its last
@@ -36,50 +44,65 @@ class PassTimes:
     other: float
     plain: float
 
-    @property
-    def rest(self) -> float:
-        """Seconds of a round without its drafts."""
-        return self.verify + self.other
 
-
-class Stretch(NamedTuple):
-    """The tokens of an answer that are decoded to time passes: `new_tokens` after these ids, as far as the context has room."""
+class TimedPart(NamedTuple):
+    """The tokens of an answer that are decoded to time passes: at most `limit` tokens after these ids."""
 
     ids: list[int]
-    new_tokens: int
+    limit: int
 
 
-def stretch_of(prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Stretch:
+def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> TimedPart:
     """A whole answer, or one from where `_STEPS` steps are its middle.
 
-    From its prefill on, because the first steps after one take longer: they find caches that another pass has filled.
+    From its prefill on, because the first steps after one take longer: they find caches that another pass has filled. There is
+    room for one token more than the answer has, so that its last token can be a draft.
     """
     start = max(0, (len(output_ids) - _STEPS) // 2)
-    return Stretch([*prompt_ids, *output_ids[:start]], len(output_ids) - start)
+    ids = [*prompt_ids, *output_ids[:start]]
+    return TimedPart(ids, max(1, min(len(output_ids) - start + 1, loaded.backend.max_positions - len(ids))))
 
 
-def plain_seconds(loaded: Decoder, stretch: Stretch) -> float | None:
+def plain_seconds(loaded: Decoder, part: TimedPart) -> float | None:
     """Mean time of an autoregressive step along an answer. None if the answer has one token, which the prefill gives."""
-    config = DecodingConfig("autoregressive", max_new_tokens=_limit(loaded, stretch))
-    steps = list(islice(_step_times(decode(loaded.backend, stretch.ids, config)), 1, 1 + _STEPS))
-    return fmean(step.total for step in steps) if steps else None
+    config = DecodingConfig("autoregressive", max_new_tokens=part.limit)
+    steps = list(islice(_step_times(decode(loaded.backend, part.ids, config)), 1, 1 + _STEPS))
+    return fmean(total for *_, total in steps) if steps else None
 
 
-def pass_times(loaded: Decoder, stretch: Stretch, setting: DecodingConfig, plain: float | None) -> list[PassTimes]:
+def pass_times(loaded: Decoder, part: TimedPart, setting: DecodingConfig, plain: float) -> PassTimes | None:
     """Mean times of the passes of a setting along an answer, in greedy rounds of the real decoding loop.
 
     So no part of a round is left out, and the first rounds count as much as they do in use, as do the short ones at the end.
-    `plain`: `plain_seconds` of the same answer. Empty if the answer has no room for a round.
+    `plain`: `plain_seconds` of the same answer. None if the answer has no room for a round.
     """
-    limit = _limit(loaded, stretch)
-    greedy = replace(setting, max_new_tokens=limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
-    decoding = decode(loaded.backend, stretch.ids, greedy)  # the answer's end is known, so EOS ids are not needed
-    rounds = [step for step in islice(_step_times(decoding), 1 + _ROUNDS) if step.drafted]
-    if not rounds or plain is None:
-        return []
-    draft = sum(step.draft for step in rounds) / sum(step.drafted for step in rounds)
-    other = fmean(step.total - step.draft - step.verify for step in rounds)
-    return [PassTimes(draft, fmean(step.verify for step in rounds), other, plain)]
+    greedy = replace(setting, max_new_tokens=part.limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
+    decoding = decode(loaded.backend, part.ids, greedy)  # the answer's end is known, so EOS ids are not needed
+    rounds = [step for step in islice(_step_times(decoding), 1 + _ROUNDS) if step[0]]
+    if not rounds:
+        return None
+    drafted, draft, verify, total = map(sum, zip(*rounds, strict=True))
+    return PassTimes(draft / drafted, verify / len(rounds), (total - draft - verify) / len(rounds), plain)
+
+
+def timed_visits(
+    loaded: Decoder, parts: Iterable[TimedPart], settings: Sequence[DecodingConfig]
+) -> Iterator[dict[DecodingConfig, PassTimes]]:
+    """Times rounds of each setting along each part, except where the part has no room for a round.
+
+    Settings that draft with the same layers stand together. Plain steps are timed beside each such group, and averaged: beside
+    those of its own group, a setting would be ranked by the noise of these few.
+    """
+    for visit, part in enumerate(parts):
+        timed: dict[DecodingConfig, PassTimes] = {}
+        for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
+            plain = plain_seconds(loaded, part)
+            for setting in alike:
+                if plain is not None and (passes := pass_times(loaded, part, setting, plain)) is not None:
+                    timed[setting] = passes
+        yield {
+            setting: passes._replace(plain=fmean(each.plain for each in timed.values())) for setting, passes in timed.items()
+        }
 
 
 def averages(times: Sequence[PassTimes]) -> PassTimes:
@@ -88,39 +111,17 @@ def averages(times: Sequence[PassTimes]) -> PassTimes:
     On a busy machine most rounds run undisturbed, and a few wait for long. What is measured afterwards has both, so medians
     would predict too high a speed.
     """
-    return PassTimes(
-        _trimmed_mean([passes.draft for passes in times]),
-        _trimmed_mean([passes.verify for passes in times]),
-        _trimmed_mean([passes.other for passes in times]),
-        _trimmed_mean([passes.plain for passes in times]),
-    )
+    left_out = len(times) // 10
+    return PassTimes(*(fmean(sorted(seconds)[left_out : len(times) - left_out]) for seconds in zip(*times, strict=True)))
 
 
-def _trimmed_mean(seconds: list[float]) -> float:
-    left_out = len(seconds) // 10
-    return fmean(sorted(seconds)[left_out : len(seconds) - left_out])
-
-
-def _limit(loaded: Decoder, stretch: Stretch) -> int:
-    """One token more than the answer has, so that its last token can be a draft; at least the one that `decode` asks for."""
-    return max(1, min(stretch.new_tokens + 1, loaded.backend.max_positions - len(stretch.ids)))
-
-
-class _StepTime(NamedTuple):
-    """The number of drafts of a step, and its seconds for drafting, verifying and in total."""
-
-    drafted: int
-    draft: float
-    verify: float
-    total: float
-
-
-def _step_times(decoding: Decoding) -> Iterator[_StepTime]:
+def _step_times(decoding: Decoding) -> Iterator[tuple[int, float, float, float]]:
+    """Of each step the number of its drafts, and its seconds for drafting, verifying and in total."""
     before, started = DecodeStats(), time.perf_counter()
     for _ in decoding:
         total, now = time.perf_counter() - started, decoding.stats
         draft, verify = now.draft_seconds - before.draft_seconds, now.verify_seconds - before.verify_seconds
-        yield _StepTime(now.drafted - before.drafted, draft, verify, total)
+        yield now.drafted - before.drafted, draft, verify, total
         before, started = now, time.perf_counter()
 
 

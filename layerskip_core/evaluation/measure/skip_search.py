@@ -5,7 +5,9 @@ agreement with the model's own greedy outputs. The size of the set and the draft
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from operator import eq
+from typing import NamedTuple
 
 import torch
 
@@ -14,14 +16,15 @@ from ...config.checks import require
 from ...config.decoding import DecodingConfig, DecodingOptions
 from ...config.packing import Quantization
 from ...data.records import spread
+from ...decoding import DecodeStats
 from ...decoding.drafters.skipping import kept_layers
 from ...errors import ConfigError, DataError, LayerSkipError
 from ...model.spans import run_spans
-from ..outputs import Outputs, require_outputs
+from ..outputs import require_outputs
 from ..tasks.task import Task, load_task
-from .cost_model import Prediction, Rounds, prediction_of, simulate
-from .pass_times import PassTimes, Stretch, averages, pass_times, plain_seconds
-from .runs import Progress, measure_prompt
+from .cost_model import Prediction, prediction_of, simulate
+from .measure import Progress, measure_prompt
+from .pass_times import PassTimes, TimedPart, averages, timed_visits
 
 _PROMPTS = 8
 _TOKENS = 48  # of each output
@@ -33,11 +36,9 @@ _PATIENCE = 5  # sizes without a better prediction, after which the search ends
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # of drafts
 _FINALISTS = 3  # sets whose pass times are measured, with the best draft length and with twice as long drafts
 _VISITS = 3  # to each of them
-_PHASE = "layers to skip"
 
 
-@dataclass(frozen=True)
-class FoundSkip:
+class FoundSkip(NamedTuple):
     """The layers to skip, and the prediction for them on the rows of the search.
 
     `agreement`: the share of the autoregressive tokens that the drafts would also have chosen.
@@ -87,21 +88,13 @@ class Probe:
         vocabulary = self._side.vocabulary
         return (chosen if vocabulary is None else vocabulary.tokens(chosen)).tolist()
 
-    def agreeing(self, choices: Sequence[int]) -> int:
-        return sum(choice == token for choice, token in zip(choices, self.output_ids, strict=True))
 
-
-@dataclass(frozen=True)
-class _Set:
-    """Layers that are skipped, and the draft at each position of each output."""
+class SkipSet(NamedTuple):
+    """Layers that are skipped, the draft at each position of each probe's output, and how many are the output's tokens."""
 
     skip: tuple[int, ...]
-    choices: tuple[list[int], ...]
+    choices: list[list[int]]
     agreeing: int
-
-    def rounds(self, probes: Sequence[Probe], drafts: int, room: int, eos_ids: frozenset[int]) -> Rounds:
-        pairs = zip(self.choices, probes, strict=True)
-        return sum((simulate(choices, probe.output_ids, drafts, room, eos_ids) for choices, probe in pairs), Rounds())
 
 
 def search_skips(
@@ -113,53 +106,51 @@ def search_skips(
         ConfigError: the model has a single layer.
         LayerSkipError: no prompt could be answered by two tokens, or the context has no room for a round of drafts after them.
     """
-    num_layers = loaded.backend.num_layers
-    require(num_layers > 1, "search_skips", "used with a model of two layers or more", num_layers)
+    sizes = loaded.backend.num_layers - 1
+    require(sizes > 0, "search_skips", "used with a model of two layers or more", sizes + 1)
     rows = validation_rows(task)
     limit = min(_TOKENS, generation.get("max_new_tokens") or rows.max_new_tokens)
     plain = DecodingConfig("autoregressive", max_new_tokens=limit, stop=task.stop)
-    outputs, probes = [], []
-    for example in rows.examples:
-        output = measure_prompt(loaded, example.prompt, plain)
-        outputs.append(output)
-        if output.error is None:
-            probes.append(Probe(loaded, loaded.encode_prompt(example.prompt), output.ids, weights))
-    require_outputs(Outputs(tuple(outputs)))
-    prefill = sum(output.steps[0].seconds for output in outputs if output.error is None)
+    outputs = [measure_prompt(loaded, example.prompt, plain) for example in rows.examples]
+    require_outputs(outputs)
+    answered = [(row.prompt, output) for row, output in zip(rows.examples, outputs, strict=True) if output.error is None]
+    probes = [Probe(loaded, loaded.encode_prompt(prompt), output.ids, weights) for prompt, output in answered]
+    prefill = sum(output.steps[0].seconds for _, output in answered)
     tokens = sum(len(probe.output_ids) for probe in probes)
     if tokens == len(probes):
         raise LayerSkipError("answers of two tokens or more are needed to search the layers to skip")
 
-    def predicted(found: _Set, drafts: int, times: PassTimes, prefill: float = 0.0) -> Prediction:
-        rounds = found.rounds(probes, drafts, limit, loaded.ends(plain.stop))
-        return prediction_of(rounds, times, prefill, tokens, len(probes))
+    def predicted(found: SkipSet, drafts: int, times: PassTimes, prefill: float = 0.0) -> Prediction:
+        rounds = (
+            simulate(choices, probe.output_ids, drafts, limit, loaded.ends(plain.stop))
+            for choices, probe in zip(found.choices, probes, strict=True)
+        )
+        return prediction_of(sum(rounds, DecodeStats()), times, prefill, tokens, len(probes))
 
-    half = max(1, num_layers // 2)
-    (passes,) = _timed(loaded, probes, weights, [(tuple(range(half + 1, num_layers + 1)), 4)])
-    known = averages(passes)
-    ranked: list[tuple[float, int, _Set]] = []  # the best draft length of each set, by its predicted speedup
-    for size, found in enumerate(eliminated(probes, num_layers), start=1):
+    half = max(1, (sizes + 1) // 2)
+    (known,) = _timed(loaded, probes, weights, [(tuple(range(half + 1, sizes + 2)), 4)])
+    ranked: list[tuple[float, int, SkipSet]] = []  # the best draft length of each set, by its predicted speedup
+    for size, found in enumerate(eliminated(probes, sizes + 1), start=1):
         # A first choice: a draft costs what its layers cost. The sets that are promising by that are timed themselves.
-        times = replace(known, draft=known.draft * (num_layers - size) / half)
+        times = known._replace(draft=known.draft * (sizes + 1 - size) / half)
         speedups = {drafts: predicted(found, drafts, times).speedup for drafts in _LENGTHS}
         drafts = max(_LENGTHS, key=speedups.__getitem__)
         ranked.append((speedups[drafts], drafts, found))
-        yield Progress(size, num_layers - 1, _PHASE)
-        if size - max(range(size), key=lambda place: ranked[place][0]) > _PATIENCE:
-            yield Progress(num_layers - 1, num_layers - 1, _PHASE)
+        best = max(range(size), key=lambda place: ranked[place][0])
+        done = size - best > _PATIENCE
+        yield Progress(sizes if done else size, sizes, "layers to skip")
+        if done:
             break
     promising = sorted(ranked, key=lambda entry: -entry[0])[:_FINALISTS]
     finalists = [(found, factor * drafts) for _, drafts, found in promising for factor in (1, 2)]
     measured = _timed(loaded, probes, weights, [(found.skip, drafts) for found, drafts in finalists])
-    predictions = [
-        predicted(found, drafts, averages(passes), prefill) for (found, drafts), passes in zip(finalists, measured, strict=True)
-    ]
+    predictions = [predicted(*finalist, times, prefill) for finalist, times in zip(finalists, measured, strict=True)]
     best = max(range(len(finalists)), key=lambda place: predictions[place].speedup)
     found, drafts = finalists[best]
     return FoundSkip({"skip": found.skip, "num_draft_tokens": drafts}, found.agreeing / tokens, predictions[best])
 
 
-def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[_Set, None, None]:
+def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, None, None]:
     """Sets of 1, 2, ... L-1 skipped layers, each with one layer more than the last.
 
     Of layers that cost the same the last one is taken, because the target goes on from the layers before the first.
@@ -168,13 +159,19 @@ def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[_Set, None
     agreement = dict.fromkeys(range(1, num_layers + 1), 0)  # without the layer, when it was last tried
     candidates = list(agreement)
     for _ in range(num_layers - 1):
-        tried = {layer: _set(probes, tuple(sorted((*skip, layer)))) for layer in candidates}
+        tried = {layer: skipping(probes, tuple(sorted((*skip, layer)))) for layer in candidates}
         agreement |= {layer: found.agreeing for layer, found in tried.items()}
         best = max(tried, key=lambda layer: (tried[layer].agreeing, layer))
         skip = tried[best].skip
         del agreement[best]
         candidates = sorted(agreement, key=lambda layer: (-agreement[layer], -layer))[:_CANDIDATES]
         yield tried[best]
+
+
+def skipping(probes: Sequence[Probe], skip: tuple[int, ...]) -> SkipSet:
+    choices = [probe.choices(skip) for probe in probes]
+    agreeing = (sum(map(eq, drafts, probe.output_ids)) for probe, drafts in zip(probes, choices, strict=True))
+    return SkipSet(skip, choices, sum(agreeing))
 
 
 def validation_rows(task: Task) -> Task:
@@ -193,27 +190,17 @@ def validation_rows(task: Task) -> Task:
     return replace(task, examples=tuple(spread(task.examples, _PROMPTS)))
 
 
-def _set(probes: Sequence[Probe], skip: tuple[int, ...]) -> _Set:
-    choices = tuple(probe.choices(skip) for probe in probes)
-    return _Set(skip, choices, sum(probe.agreeing(drafts) for probe, drafts in zip(probes, choices, strict=True)))
-
-
 def _timed(
-    loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None, settings: Sequence[tuple[tuple[int, ...], int]]
-) -> list[list[PassTimes]]:
+    loaded: Decoder, probes: Sequence[Probe], weights: Quantization | None, asked: Sequence[tuple[tuple[int, ...], int]]
+) -> list[PassTimes]:
     """Times rounds of each set and draft length, visited in turn, after a prompt of median length or its end.
 
     Raises LayerSkipError if the context has no room for a round.
     """
     by_length = sorted(probes, key=lambda probe: len(probe.prompt_ids))
     context = by_length[len(by_length) // 2].prompt_ids[-_CONTEXT:]
-    stretch = Stretch(context, loaded.backend.max_positions)
-    times: list[list[PassTimes]] = [[] for _ in settings]
-    for _ in range(_VISITS):
-        plain = plain_seconds(loaded, stretch)
-        for found, (skip, drafts) in zip(times, settings, strict=True):
-            setting = DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=weights)
-            found += pass_times(loaded, stretch, setting, plain)
-    if not all(times):
+    settings = [DecodingConfig("draft-and-verify", None, drafts, skip=skip, draft_weights=weights) for skip, drafts in asked]
+    visits = list(timed_visits(loaded, [TimedPart(context, loaded.backend.max_positions - len(context))] * _VISITS, settings))
+    if not all(visits):
         raise LayerSkipError("prompts that leave room for rounds of drafts are needed to search the layers to skip")
-    return times
+    return [averages([visit[setting] for visit in visits]) for setting in settings]

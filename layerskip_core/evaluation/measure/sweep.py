@@ -1,24 +1,27 @@
 """Every exit and drafter with every draft length on one task: quality, speed, and which setting to decode with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
+
+import torch
+from torch import Tensor
 
 from ...checkpoint.loaded import Decoder
 from ...config.checks import require, require_exit_layer, require_skip
 from ...config.decoding import DecodingConfig, DecodingOptions, decoding, default_exits, resolve_as, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.packing import Quantization
-from ..bootstrap import Margin, margin
+from ..bootstrap import Margin, estimate, margin, metric
 from ..outputs import finite
-from ..perplexity import ReferenceLosses
+from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks.task import Task
-from .cost_model import Predictions, predict, side_of
-from .measure import NEAR_TIE, Measured, Part, environment, measure, result_of, scored, setting_of
-from .pass_times import draft_profile
+from .cost_model import Predictions, predict
+from .figures import environment, repeated_times, result_of, scored, setting_of
+from .measure import NEAR_TIE, Measured, Progress, default_timed, measure, timed_examples
+from .pass_times import draft_profile, side_of
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
-from .runs import Progress, default_timed, timed_examples
 from .skip_search import search_skips
 
 _QUICK = 3  # settings that a quick sweep measures
@@ -33,76 +36,65 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         LayerSkipError: no prompt could be answered.
     """
     task, generation = task.asked(config.generation)
-    if config.exit_confidences is None:
-        several = bool(loaded.recommended().exits) and config.batch_size == 1 and not config.quick and task.text is None
-        config = replace(config, exit_confidences=_CONFIDENCES if several else ())
-    elif task.text is not None:
-        require(not config.exit_confidences, "exit_confidences", "left out for `task` lm, which goes through one exit", "some")
-    config = replace(_resolved(loaded, config), task=task.config, generation=generation)
-    loaded = task.prepared(loaded)
-    machine = environment(loaded)
-    losses = ReferenceLosses()
-    layers = sorted({*config.exits, loaded.backend.num_layers})
-    for number, new in enumerate(task.losses(loaded, layers), start=1):
-        losses = losses + new
+    config = replace(_resolved(loaded, task, config), task=task.config, generation=generation)
+    loaded, layers = task.prepared(loaded), loaded.backend.num_layers
+    machine, losses = environment(loaded), []
+    for number, new in enumerate(task.losses(loaded, sorted({*config.exits, layers})), start=1):
+        losses.append(new)
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
-    searched = (yield from search_skips(loaded, task, generation, _weights(config))) if config.search_skips else None
-    examples = timed_examples(task.examples, config.timed)
-    autoregressive, settings = decoding("autoregressive", config.generation), _settings(loaded, config)
-    if searched is not None:
-        settings.append(skipping := _skipping(config, searched.choice))
+    perplexity = scores_by_exit(losses)
+    plain, settings = decoding("autoregressive", generation), _settings(loaded, config)
+    searched = None
+    if config.search_skips:
+        searched = yield from search_skips(loaded, task, generation, _weights(config))
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
-    predictions = yield from predict(loaded, examples, predictable, autoregressive.max_new_tokens, task.stop)
+    predictions = yield from predict(loaded, timed_examples(task.examples, config.timed), predictable, plain)
     if searched is not None:
-        predictions = replace(predictions, settings=predictions.settings | {skipping: searched.prediction})
+        settings.append(_skipping(config, searched.choice))
+        predictions.settings[settings[-1]] = searched.prediction
     chosen = _promising(settings, predictions) if config.quick else settings
     # The baseline runs twice, first and in the middle. The others are compared with both; their difference shows the noise.
     half = len(chosen) // 2
-    methods = [autoregressive, *chosen[:half], autoregressive, *chosen[half:]]
-    measured = yield from measure([Part(loaded, task.examples)], methods, config.batch_size, config.timed)
-    plain, *others = scored(task, measured, losses, loaded.backend.num_layers)
+    methods = [plain, *chosen[:half], plain, *chosen[half:]]
+    measured = yield from measure(loaded, task.examples, methods, config)
+    full, *others = scored(task, measured, perplexity, layers)
     again = others.pop(half)
-    by_setting: dict[DecodingConfig, Measured] = dict(zip(chosen, others, strict=True))
-    rows = [by_setting.get(setting) for setting in settings]
-    (first,), (second,) = plain.times, again.times
-    base = [(first[0] + second[0], first[1] + second[1])]
-    compared = (plain, None, task.answers_per_prompt, base)
-    full = result_of(plain, *compared)
-    intervals = {name: ends for name, ends in full.intervals.items() if not name.endswith("speedup")}  # they are the unit
-    full = replace(full, speedup=1.0, decode_speedup=1.0, tokens_per_second=1 / base[0][0].seconds_per_token)
-    results = [replace(full, intervals=intervals, perplexity=losses.perplexity(loaded.backend.num_layers))]
-    for setting, row in zip(settings, rows, strict=True):
-        result = setting_of(setting) if row is None else result_of(row, *compared)
-        results.append(_with_predictions(result, setting, losses, predictions))
+    rows = {plain: full} | dict(zip(chosen, others, strict=True))
+    times = {setting: repeated_times(row.repeats, task.answers_per_prompt) for setting, row in rows.items()}
+    second = repeated_times(again.repeats, task.answers_per_prompt)
+    drift = baseline_drift(times[plain][:2, 0], second[:2, 0])
+    times[plain] += second
+    by_depth = {depth: metric(each).value for depth, each in perplexity.items()}
+    results = _results([plain, *settings], rows, times[plain], task.answers_per_prompt, by_depth, predictions)
+    results[0] = replace(results[0], perplexity=by_depth.get(layers))
     if searched is not None:
         results[-1] = replace(results[-1], agreement=searched.agreement)
-    metric = task.quality_metric
-    marked = mark_pareto(results, metric)
-    times = [base[0][0], *(None if row is None else row.times[0][0] for row in rows)]
-    times = [each and each.by_prompt(task.answers_per_prompt) for each in times]
-    margins = [None, *(_margin(row, plain, metric, config.keep) for row in rows)]
-    drift = baseline_drift(plain.repeats[0], again.repeats[0])
-    advice = recommend(marked, NEAR_TIE[loaded.backend.dtype], drift, metric, config, times, margins)
-    resolved = asdict(config) | {"quality_metric": metric, "prompt_template": loaded.template.name}
-    profile = draft_profile(loaded, marked, config.packing, predictions.context)
-    answered = task.answered([plain.answers, *(None if row is None else row.answers for row in rows)])
-    yield RunRecord(resolved, machine, tuple(marked), advice, prediction_error(marked), profile, answered)
+    results = mark_pareto(results, task.quality_metric)
+    margins = [_margin(rows.get(setting), full, task.quality_metric, config.keep) for setting in (plain, *settings)]
+    compared = [times[setting][:2] if setting in times else None for setting in (plain, *settings)]
+    near_tie = NEAR_TIE[loaded.backend.dtype]
+    yield RunRecord(
+        asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name},
+        machine,
+        tuple(results),
+        recommend(results, near_tie, drift, task.quality_metric, config, compared, margins),
+        prediction_error(results),
+        draft_profile(loaded, results, config.packing, predictions.context),
+        task.answered([rows[setting].texts if setting in rows else None for setting in (plain, *settings)]),
+    )
 
 
-def _margin(row: Measured | None, plain: Measured, metric: str, keep: float) -> Margin | None:
-    """By how much an early exit keeps its share of full depth's quality; None where that was not measured."""
-    if row is None or row.method.strategy != "early-exit" or metric not in row.scores or metric not in plain.scores:
-        return None
-    return margin(row.scores[metric], plain.scores[metric], keep, metric)
-
-
-def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:
+def _resolved(loaded: Decoder, task: Task, config: SweepConfig) -> SweepConfig:
     """The config with its defaults filled in.
 
     Low-bit copies draft with all layers, so that the exits of a model are left out if they were not trained.
     """
     num_layers, copies = loaded.backend.num_layers, bool(config.packing.draft_weights)
-    known = loaded.recommended()
+    known, confidences = loaded.recommended(), config.exit_confidences
+    if task.text is not None:
+        require(not confidences, "exit_confidences", "left out for `task` lm, which goes through one exit", "some")
+    elif confidences is None and known.exits and config.batch_size == 1 and not config.quick:
+        confidences = _CONFIDENCES
     worthwhile = not copies or bool(known.exits) or known.strategy == "self-speculative"
     usual = tuple(loaded.backend.exit_blocks) or default_exits(num_layers)
     exits = config.exits or (usual if worthwhile else ())
@@ -110,7 +102,7 @@ def _resolved(loaded: Decoder, config: SweepConfig) -> SweepConfig:
         require_exit_layer(exit_layer, num_layers, copies, field="exits")
     # All layers of the copies too, unless the exits were given.
     drafting = config.exits or tuple(sorted({*exits, *((num_layers,) if copies else ())}))
-    return replace(config, exits=drafting, timed=default_timed(config))
+    return replace(config, exits=drafting, exit_confidences=confidences or (), timed=default_timed(config))
 
 
 def _settings(loaded: Decoder, config: SweepConfig) -> list[DecodingConfig]:
@@ -159,34 +151,63 @@ def _skipping(config: SweepConfig, choice: DecodingOptions) -> DecodingConfig:
 
 def _promising(settings: Sequence[DecodingConfig], predictions: Predictions) -> list[DecodingConfig]:
     """The settings with the best predicted speedup, their exits alone, and one of each drafter without predictions."""
-    best = predictions.promising(_QUICK)
+    best = sorted(predictions.settings, key=lambda setting: -predictions.settings[setting].speedup)[:_QUICK]
     exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
     lookups = [setting for setting in settings if setting.strategy == "lookup"]
-    others = (setting for setting in settings if setting.strategy in ("adaptive", "draft-and-verify"))
-    unpredicted = [lookups[len(lookups) // 2], *others]
     return [
         setting
         for setting in settings
         if setting in best
-        or setting in unpredicted
+        or setting == lookups[len(lookups) // 2]
+        or setting.strategy in ("adaptive", "draft-and-verify")
         or setting.exit_confidence
         or (setting.strategy == "early-exit" and setting.exit_layer in exits)
     ]
 
 
-def _with_predictions(result: Result, setting: DecodingConfig, losses: ReferenceLosses, predictions: Predictions) -> Result:
+def _results(
+    settings: Sequence[DecodingConfig],
+    rows: Mapping[DecodingConfig, Measured],
+    base: Tensor,
+    answers_per_prompt: int,
+    perplexity: Mapping[int, float | None],
+    predictions: Predictions,
+) -> list[Result]:
+    """The figures of each setting, of which the first is full depth; those that were not measured have predictions."""
+    full, results = rows[settings[0]], []
+    for setting in settings:
+        result = setting_of(setting)
+        if setting in rows:
+            result = result_of(rows[setting], full, None, answers_per_prompt, base)
+        results.append(_with_predictions(result, setting, perplexity, predictions))
+    intervals = {name: ends for name, ends in results[0].intervals.items() if not name.endswith("speedup")}  # they are the unit
+    speed = estimate(torch.div, base[[1, 0]]).value
+    results[0] = replace(results[0], speedup=1.0, decode_speedup=1.0, tokens_per_second=speed, intervals=intervals)
+    return results
+
+
+def _with_predictions(
+    result: Result, setting: DecodingConfig, perplexity: Mapping[int, float | None], predictions: Predictions
+) -> Result:
     """Adds what is known without decoding by the setting: perplexity and agreement of an exit, and a predicted speedup."""
+    agreement = predictions.agreement.get(side_of(setting)) if setting.exit_layer is not None else None
     if setting.strategy == "early-exit" and setting.exit_layer is not None:
-        perplexity, agreement = losses.perplexity(setting.exit_layer), predictions.agreement[side_of(setting)]
-        return replace(result, perplexity=perplexity, agreement=agreement)
+        return replace(result, perplexity=perplexity.get(setting.exit_layer), agreement=agreement)
     prediction = predictions.settings.get(setting)
     if prediction is None:
         return result
     return replace(
         result,
-        agreement=predictions.agreement[side_of(setting)] if setting.draft_weights and setting.exit_layer else None,
+        agreement=agreement if setting.draft_weights else None,
         predicted_speedup=prediction.speedup,
         predicted_tokens_per_second=finite(prediction.tokens_per_second),
         predicted_acceptance_rate=prediction.rounds.acceptance_rate,
-        pass_times_ms={name: 1000 * seconds for name, seconds in asdict(prediction.times).items()},
+        pass_times_ms={name: 1000 * seconds for name, seconds in prediction.times._asdict().items()},
     )
+
+
+def _margin(row: Measured | None, plain: Measured, name: str, keep: float) -> Margin | None:
+    """By how much an early exit keeps its share of full depth's quality; None where that was not measured."""
+    if row is None or row.setting.strategy != "early-exit" or name not in row.scores or name not in plain.scores:
+        return None
+    return margin(row.scores[name], plain.scores[name], keep, name)

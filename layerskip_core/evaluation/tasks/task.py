@@ -14,8 +14,7 @@ from ...data.examples import Example
 from ...decoding import before_stop
 from ...errors import ConfigError, DataError
 from ..metrics import Scores
-from ..outputs import Outputs
-from ..perplexity import ReferenceLosses, reference_losses, text_losses
+from ..perplexity import Losses, reference_losses, text_losses
 from ..results import Answered
 
 Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
@@ -70,10 +69,9 @@ class Task:
             return {} if perplexity is None else {"perplexity": perplexity}
         return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
 
-    def answered(self, answers: Sequence[Outputs | None]) -> tuple[Answered, ...]:
+    def answered(self, answers: Sequence[Sequence[str | None] | None]) -> tuple[Answered, ...]:
         """Each prompt with its answers, cut at the stop strings; `answers`: those of each result, None if not measured."""
-        nothing = [None] * len(self.examples)
-        by_result = (nothing if outputs is None else outputs.answers for outputs in answers)
+        by_result = (answers_of or [None] * len(self.examples) for answers_of in answers)
         return tuple(
             Answered(example.prompt, example.completion, tuple(text and before_stop(text, self.stop) for text in texts))
             for example, *texts in zip(self.examples, *by_result, strict=True)
@@ -88,7 +86,7 @@ class Task:
     def _cut(self, texts: Sequence[str]) -> list[str]:
         return [before_stop(text, self.stop) for text in texts]
 
-    def losses(self, loaded: Decoder, exit_layers: Sequence[int]) -> Iterator[ReferenceLosses]:
+    def losses(self, loaded: Decoder, exit_layers: Sequence[int]) -> Iterator[Losses]:
         """The losses of each example's reference through each exit, or of as many windows of the task's text. None of a task
         without references."""
         if self.text is not None:

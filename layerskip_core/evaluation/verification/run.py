@@ -21,8 +21,8 @@ from ...errors import ConfigError, DataError, LayerSkipError
 from ...model import TransformersBackend
 from ...model.native.compiled import VARIANTS, requesting
 from ...wording import plural
-from ..measure.measure import environment
-from ..measure.runs import Progress
+from ..measure.figures import environment
+from ..measure.measure import Progress
 from ..report.tables import TextTable
 from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Mismatch, Subject, check_drafts, check_sampling
 
