@@ -179,9 +179,7 @@ class RunRecord:
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float in it is finite."""
         fields = asdict(replace(self, answered=()))
-        del fields["answered"]
-        optional = ("recommendation", "prediction_error", "profile")
-        return {key: value for key, value in fields.items() if value is not None or key not in optional}
+        return {key: value for key, value in fields.items() if key != "answered" and value is not None}
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:

@@ -14,7 +14,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.baselines import TransformersGenerate, load_baselines, require_early_exit
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.measure import answers, measure_prompt
+from layerskip_core.evaluation.measure.measure import answer_prompts, measure_prompt
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -24,7 +24,7 @@ def answer(name, prompt, stop=(), **changes):
     """The timed answer of a baseline."""
     setting = replace(SPECULATIVE, stop=stop)
     baselines = load_baselines(tiny_loaded(), BenchConfig("tiny", baselines=(name,), **changes), setting)
-    (output,) = answers(tiny_loaded(), [prompt], replace(setting, strategy=name), baselines)
+    (output,) = answer_prompts(tiny_loaded(), [prompt], replace(setting, strategy=name), baselines)
     return output
 
 

@@ -189,15 +189,6 @@ def test_the_document_has_the_documented_names():
     assert (document["config"]["exit_layer"], document["config"]["num_draft_tokens"]) == (1, 6)
 
 
-def test_every_result_lists_the_failures():
-    record = record_of(task_of(own_answers().examples[0], TOO_LONG), BenchConfig("tiny", exit_layer=5, repeats=1))
-    for result in record.results:
-        assert [failure.sample for failure in result.failures] == [1]
-    assert record.results[0].metrics == {"exact_match": 0.5}
-    assert record.results[2].identical_outputs == 1.0
-    assert asdict(Failure(1, "x")) == {"sample": 1, "error": "x"}
-
-
 @pytest.mark.parametrize(("exit_layer", "last"), [(0, 6), (6, 5), (7, 6)])
 def test_an_exit_outside_the_model_is_refused(exit_layer, last):
     """An early exit after the last layer is plain decoding, drafts need a layer to verify them."""

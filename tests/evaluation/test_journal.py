@@ -56,13 +56,13 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     running.close()
     assert [json.loads(line).get("sample") for line in (tmp_path / FILE_NAME).read_text().splitlines()] == [None, 0, 1, 2, 0]
     calls = []
-    honest = measure.answers
+    honest = measure.answer_prompts
 
     def counted(loaded, prompts, *arguments):
         calls.extend(prompts)
         return honest(loaded, prompts, *arguments)
 
-    monkeypatch.setattr(measure, "answers", counted)
+    monkeypatch.setattr(measure, "answer_prompts", counted)
     *progress, resumed = bench(loaded, task, CONFIG, tmp_path, resume=True)
     prompts = [example.prompt for example in task.examples]
     assert calls == [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[2]] * 3  # warm-up, then two prompts in three ways

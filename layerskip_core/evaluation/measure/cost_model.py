@@ -48,15 +48,6 @@ class Predictions:
     context: list[int]
 
 
-class _Answered(NamedTuple):
-    """A prompt with its autoregressive output of at most `room` tokens and the choices of each exit and copy along it."""
-
-    prompt_ids: list[int]
-    output: Output
-    room: int
-    choices: dict[Side, list[int]]
-
-
 def predict(
     loaded: Decoder, examples: Sequence[Example], settings: Sequence[DecodingConfig], plain: DecodingConfig
 ) -> Generator[Progress, None, Predictions]:
@@ -64,64 +55,58 @@ def predict(
 
     Settings that draft with the same layers stand together. Raises LayerSkipError when no prompt could be answered.
     """
-    total = len(examples) + _MOST
-    sides, plain = list(dict.fromkeys(map(side_of, settings))), replace(plain, temperature=0.0)
+    total, plain, ends = len(examples) + _MOST, replace(plain, temperature=0.0), loaded.ends(plain.stop)
+    rounds, agreeing = dict.fromkeys(settings, DecodeStats()), dict.fromkeys(map(side_of, settings), 0)
+    exits: dict[Quantization | None, list[int]] = {}
+    for weights, exit_layer in agreeing:
+        exits.setdefault(weights, []).append(exit_layer)
     measure_prompt(loaded, examples[0].prompt, plain)  # warm-up
-    answered: list[_Answered] = []
-    outputs = []
+    outputs: list[Output] = []
+    answered: list[tuple[list[int], Output]] = []  # with the prompt's tokens
     for number, example in enumerate(examples, start=1):
-        output = measure_prompt(loaded, example.prompt, plain)
-        outputs.append(output)
+        outputs.append(output := measure_prompt(loaded, example.prompt, plain))
         if output.error is None:
             prompt_ids = loaded.encode_prompt(example.prompt)
+            answered.append((prompt_ids, output))
             room = min(plain.max_new_tokens, loaded.backend.max_positions - len(prompt_ids))
-            answered.append(_Answered(prompt_ids, output, room, _choices(loaded, prompt_ids, output.ids, sides)))
+            choices: dict[Side, list[int]] = {}
+            for weights, layers in exits.items():
+                found = agreement(loaded, prompt_ids, output.ids, layers, weights)
+                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
+            for side, chosen in choices.items():
+                agreeing[side] += sum(map(eq, chosen, output.ids))
+            for setting in settings:
+                rounds[setting] += simulate(choices[side_of(setting)], output.ids, setting.num_draft_tokens, room, ends)
         yield Progress(number, total, "prediction")
     require_outputs(outputs)
     # From the answer of median length with its prompt to the longest and the shortest.
-    by_length = enumerate(sorted(answered, key=lambda answer: len(answer.prompt_ids) + len(answer.output.ids)))
-    typical = [answer for _, answer in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))]
+    by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
+    typical = [pair for _, pair in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))]
     times: dict[DecodingConfig, list[PassTimes]] = {setting: [] for setting in settings}
     for number, timed in enumerate(timed_visits(loaded, _parts(loaded, typical), settings), start=len(examples) + 1):
         for setting, passes in timed.items():
             times[setting].append(passes)
         yield Progress(number, total, "prediction")
-    yield Progress(total, total, "prediction")
-    tokens = sum(len(answer.output.ids) for answer in answered)
-    agreeing = dict.fromkeys(sides, 0)
-    for answer in answered:
-        for side, choices in answer.choices.items():
-            agreeing[side] += sum(map(eq, choices, answer.output.ids))
-    return Predictions(
-        {side: count / tokens for side, count in agreeing.items()},
-        {
-            setting: _prediction(answered, setting, averages(passes), loaded.ends(setting.stop))
-            for setting, passes in times.items()
-            if passes
-        },
-        [*typical[0].prompt_ids, *typical[0].output.ids[: len(typical[0].output.ids) // 2]],  # the average context of its steps
-    )
+    if number < total:
+        yield Progress(total, total, "prediction")
+    tokens, prefill = sum(len(output.ids) for _, output in answered), sum(output.steps[0].seconds for _, output in answered)
+    predictions = {
+        setting: prediction_of(rounds[setting], averages(passes), prefill, tokens, len(answered))
+        for setting, passes in times.items()
+        if passes
+    }
+    prompt_ids, output = typical[0]
+    context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # the average one of its steps
+    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions, context)
 
 
-def _parts(loaded: Decoder, answered: Sequence[_Answered]) -> Iterator[TimedPart]:
+def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]]) -> Iterator[TimedPart]:
     """The answers in turn, until enough time has passed."""
     started = time.perf_counter()
     for visit in range(_MOST):
         if visit < _FEWEST or time.perf_counter() - started < _SECONDS:
-            answer = answered[visit % len(answered)]
-            yield timed_part(loaded, answer.prompt_ids, answer.output.ids)
-
-
-def _choices(
-    loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], sides: Sequence[Side]
-) -> dict[Side, list[int]]:
-    """The choices of each exit and copy along an output, see `agreement`."""
-    found: dict[Side, list[int]] = {}
-    for weights in dict.fromkeys(weights for weights, _ in sides):
-        exits = [exit_layer or 0 for copy, exit_layer in sides if copy == weights]
-        by_exit = agreement(loaded, prompt_ids, output_ids, exits, weights)
-        found |= {(weights, exit_layer): choices for exit_layer, choices in by_exit.items()}
-    return found
+            prompt_ids, output = answered[visit % len(answered)]
+            yield timed_part(loaded, prompt_ids, output.ids)
 
 
 @torch.inference_mode()
@@ -195,16 +180,6 @@ def simulate(
         new = min(right + 1, len(output) - position)
         drafted, accepted, rounds, position = drafted + count, accepted + right, rounds + 1, position + new
     return DecodeStats(drafted=drafted, accepted=accepted, rounds=rounds, steps_by_drafter={"plain": plain})
-
-
-def _prediction(
-    answered: Sequence[_Answered], setting: DecodingConfig, times: PassTimes, eos_ids: frozenset[int]
-) -> Prediction:
-    side, drafts = side_of(setting), setting.num_draft_tokens
-    rounds = [simulate(answer.choices[side], answer.output.ids, drafts, answer.room, eos_ids) for answer in answered]
-    tokens = sum(len(answer.output.ids) for answer in answered)
-    prefill = sum(answer.output.steps[0].seconds for answer in answered)
-    return prediction_of(sum(rounds, DecodeStats()), times, prefill, tokens, len(answered))
 
 
 def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens: int, answers: int) -> Prediction:

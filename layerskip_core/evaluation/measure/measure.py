@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,34 +109,30 @@ def measure(
     Raises:
         LayerSkipError: every prompt failed with the first setting.
     """
-    baselines, answered = baselines or {}, None
+    decoded = partial(_decoded, loaded, settings, baselines, journal)
+    timed, batched = timed_examples(examples, config.timed), None
+    outputs: list[list[list[Output]]] = [[] for _ in settings]
     if config.batch_size > 1:
-        answered = yield from _decoded(
-            loaded, examples, settings, [_BATCHES], config.batch_size, baselines, journal, f"{task} answers".strip()
-        )
-    timed = timed_examples(examples, config.timed)
-    outputs = (
-        [[] for _ in settings]
-        if not timed
-        else (yield from _decoded(loaded, timed, settings, range(repeats), 1, baselines, journal, f"{task} prompts".strip()))
-    )
+        batched = yield from decoded(examples, [_BATCHES], config.batch_size, f"{task} answers".strip())
+    if timed:
+        outputs = yield from decoded(timed, range(repeats), 1, f"{task} prompts".strip())
     measured: list[Measured] = []
-    for setting, times, answers in zip(settings, outputs, answered or outputs, strict=True):
+    for setting, times, (answers, *_) in zip(settings, outputs, batched or outputs, strict=True):
         exact = setting.strategy != "early-exit" and not settings[0].temperature
-        base = measured[0].answers if measured else answers[0]
-        differing = differences(loaded, examples, answers[0], base) if exact else ()
-        measured.append(Measured(setting, answers[0], times, differing))
+        base = measured[0].answers if measured else answers
+        differing = differences(loaded, examples, answers, base) if exact else ()
+        measured.append(Measured(setting, answers, times, differing))
     return measured
 
 
 def _decoded(
     loaded: Decoder,
-    examples: Sequence[Example],
     settings: Sequence[DecodingConfig],
+    baselines: Baselines | None,
+    journal: Journal | None,
+    examples: Sequence[Example],
     repeats: Sequence[int],
     batch_size: int,
-    baselines: Baselines,
-    journal: Journal | None,
     phase: str,
 ) -> Generator[Progress, None, list[list[list[Output]]]]:
     """Outputs by [setting][repeat][prompt].
@@ -151,7 +148,7 @@ def _decoded(
         missing.sort(key=lambda each: len(examples[each[1]].prompt))
     for setting in settings if batch_size == 1 and missing else ():
         limit = min(_WARM_UP_TOKENS, setting.max_new_tokens)
-        answers(loaded, [examples[0].prompt], replace(setting, max_new_tokens=limit), baselines)
+        answer_prompts(loaded, [examples[0].prompt], replace(setting, max_new_tokens=limit), baselines)
     # Answers from batches are not timed, so those of a setting that stands in the list twice are computed once.
     distinct = [settings.index(setting) if batch_size > 1 else place for place, setting in enumerate(settings)]
     for start in range(0, len(missing), batch_size):
@@ -161,7 +158,7 @@ def _decoded(
         for step in range(len(settings)):
             place = distinct[(turn - step if turn % 2 else turn + step) % len(settings)]
             if place not in found:
-                found[place] = answers(loaded, prompts, _seeded(settings[place], batch[0][1]), baselines)
+                found[place] = answer_prompts(loaded, prompts, _seeded(settings[place], batch[0][1]), baselines)
         for number, each in enumerate(batch):
             rows[each] = [found[place][number] for place in distinct]
             if journal is not None:
@@ -172,7 +169,7 @@ def _decoded(
     return [[[rows[repeat, sample][place] for sample in prompts_of] for repeat in repeats] for place in range(len(settings))]
 
 
-def answers(
+def answer_prompts(
     loaded: Decoder, prompts: Sequence[str], setting: DecodingConfig, baselines: Baselines | None = None
 ) -> list[Output]:
     """An output per prompt, in the checkpoint's template; that of a single prompt is timed, without (de)tokenizing.
@@ -190,15 +187,15 @@ def answers(
     except (LayerSkipError, torch.OutOfMemoryError) as error:
         if alone:
             return [Output(error=str(error))]
-        return [output for prompt in prompts for output in answers(loaded, [prompt], setting, baselines)]
+        return [output for prompt in prompts for output in answer_prompts(loaded, [prompt], setting, baselines)]
     peak = _peak_mb(device) if has_peak else None
     texts = [answer_text(loaded, prompt_ids, output.ids) for prompt_ids, output in zip(ids, outputs, strict=True)]
     return [replace(output, text=text, peak_memory_mb=peak) for output, text in zip(outputs, texts, strict=True)]
 
 
 def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Output:
-    """The timed output of our own decoding; see `answers`."""
-    return answers(loaded, [prompt], setting)[0]
+    """The timed output of our own decoding; see `answer_prompts`."""
+    return answer_prompts(loaded, [prompt], setting)[0]
 
 
 def own_outputs(

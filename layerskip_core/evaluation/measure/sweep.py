@@ -190,7 +190,7 @@ def _with_predictions(
     result: Result, setting: DecodingConfig, perplexity: Mapping[int, float | None], predictions: Predictions
 ) -> Result:
     """Adds what is known without decoding by the setting: perplexity and agreement of an exit, and a predicted speedup."""
-    agreement = predictions.agreement.get(side_of(setting)) if setting.exit_layer is not None else None
+    agreement = predictions.agreement.get(side_of(setting))
     if setting.strategy == "early-exit" and setting.exit_layer is not None:
         return replace(result, perplexity=perplexity.get(setting.exit_layer), agreement=agreement)
     prediction = predictions.settings.get(setting)
