@@ -1,12 +1,12 @@
 """The benchmark: figures from known times, and a run on the tiny model."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_model
-from evaluating import NEW_TOKENS, TOO_LONG, early_exit_share, outputs_of, own_answers, task_of, tiny_loaded
+from evaluating import NEW_TOKENS, early_exit_share, outputs_of, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.decoding import DecodingConfig
