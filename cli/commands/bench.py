@@ -38,8 +38,8 @@ def bench(
     use_threads(config.machine.threads)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import must_search
-    from layerskip_core.evaluation.measure.journal import close
     from layerskip_core.evaluation.output_folder import output_folder
+    from layerskip_core.evaluation.outputs import close_journal
     from layerskip_core.evaluation.report.documents import with_answers
     from layerskip_core.evaluation.report.tables import bench_table, category_tables, has_scores, score_table
     from layerskip_core.evaluation.results import read_record
@@ -60,4 +60,4 @@ def bench(
         tables = [score_table(record)] if has_scores(record) else [bench_table(record), *category_tables(record)]
         evaluation.deliver(record, tables, report.format, folder)
         if folder is not None and report.saved is None and not scored:
-            close(folder)
+            close_journal(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import LayerSkipError
 from ..files import hold, require_writable, write_file
-from .measure import journal
+from .outputs import JOURNAL, OUTPUTS
 from .report.documents import REPORT_FILES
 
 _PROBE_BYTES = 1 << 20  # more than any report takes
@@ -33,7 +33,7 @@ def prepare_output(folder: str) -> Path:
             probe.write(bytes(_PROBE_BYTES))
     except OSError as error:
         raise LayerSkipError(f"`output` {folder} must be a writable folder, got: {error.strerror}") from error
-    for name in (*REPORT_FILES, journal.FILE_NAME, journal.OUTPUTS):
+    for name in (*REPORT_FILES, JOURNAL, OUTPUTS):
         require_writable(path / name, LayerSkipError)
     return path
 

@@ -75,7 +75,7 @@ def test_a_draft_model_that_is_the_model_itself_is_always_right():
     copy = tiny_model(dtype=torch.float64, vocab_size=300)
     copy.load_state_dict(loaded.backend.model.state_dict())
     method = TransformersGenerate(loaded.backend.model, assistant=copy)
-    (output,) = method(loaded, [loaded.encode_prompt(own_answers().examples[0].prompt)], SPECULATIVE)
+    output = method(loaded, loaded.encode_prompt(own_answers().examples[0].prompt), SPECULATIVE)
     assert output.stats.accepted == output.stats.drafted > 0
     # Rounds of 3 drafts and the target's own token; the draft stops one token before the limit.
     assert [step.tokens for step in output.steps] == [4, 4, 4]

@@ -11,16 +11,19 @@ from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure.cost_model import agreement, predict, prediction_of, simulate
-from layerskip_core.evaluation.measure.measure import measure_prompt
-from layerskip_core.evaluation.measure.pass_times import (
+from layerskip_core.evaluation.measure.cost_model import (
     PassTimes,
+    agreement,
     averages,
     draft_profile,
     pass_times,
     plain_seconds,
+    predict,
+    prediction_of,
+    simulate,
     timed_part,
 )
+from layerskip_core.evaluation.measure.measure import measure_prompt
 from layerskip_core.evaluation.results import Result
 
 EOS = frozenset({9})

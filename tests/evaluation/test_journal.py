@@ -11,8 +11,7 @@ from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure import measure
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.journal import FILE_NAME, Journal
-from layerskip_core.evaluation.outputs import Output
+from layerskip_core.evaluation.outputs import JOURNAL, Journal, Output
 from layerskip_core.evaluation.results import Step
 
 ANSWER = Output(
@@ -28,7 +27,7 @@ def test_outputs_come_back_and_an_incomplete_line_is_measured_again(tmp_path):
     journal = Journal(tmp_path, {"a": 1}, False)
     journal.add(0, 0, [ANSWER, FAILURE])
     journal.add(0, 1, [ANSWER])
-    file = tmp_path / FILE_NAME
+    file = tmp_path / JOURNAL
     file.write_text(file.read_text()[:-20])
     again = Journal(tmp_path, {"a": 1}, True)
     assert (again.recall(0, 0), again.recall(0, 1)) == ([ANSWER, FAILURE], None)
@@ -54,7 +53,7 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     for _ in range(4):  # of 6: one repeat of 3 prompts, and the first of the other
         next(running)
     running.close()
-    assert [json.loads(line).get("sample") for line in (tmp_path / FILE_NAME).read_text().splitlines()] == [None, 0, 1, 2, 0]
+    assert [json.loads(line).get("sample") for line in (tmp_path / JOURNAL).read_text().splitlines()] == [None, 0, 1, 2, 0]
     calls = []
     honest = measure.answer_prompts
 
@@ -75,7 +74,7 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", [b"{", b'{"repeat": 0, "sample": 0}'])
 def test_a_damaged_line_is_one_error(tmp_path, line):
     Journal(tmp_path, {}, False).add(0, 1, [ANSWER])
-    file = tmp_path / FILE_NAME
+    file = tmp_path / JOURNAL
     file.write_bytes(file.read_bytes() + line + b"\n")
     with pytest.raises(LayerSkipError, match=f"`resume`: {file} is damaged: "):
         Journal(tmp_path, {}, True)

@@ -12,8 +12,8 @@ from evaluating import own_answers, tiny_loaded
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
+from layerskip_core.evaluation.measure.baselines import LlamaCpp
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.llama_cpp import LlamaCpp
 from layerskip_core.evaluation.measure.measure import measure_prompt
 from layerskip_core.evaluation.report.tables import bench_table
 
@@ -50,7 +50,7 @@ def package(monkeypatch):
     info = "CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | "
     fake = SimpleNamespace(CommonParams=params, Server=Server, get_system_info=lambda: info)
     monkeypatch.setitem(sys.modules, "xllamacpp", fake)
-    monkeypatch.setattr("layerskip_core.evaluation.measure.llama_cpp.version", lambda name: "1.2")
+    monkeypatch.setattr("layerskip_core.evaluation.measure.baselines.version", lambda name: "1.2")
     Server.asked.clear()
     return fake
 
@@ -78,14 +78,14 @@ def test_the_baseline_stands_beside_our_own_decoding(package, file):
 def test_answers_end_where_ours_do(package, file):
     loaded, (example, *_) = tiny_loaded(), own_answers().examples
     prompt, server = loaded.encode_prompt(example.prompt), LlamaCpp(loaded, file)
-    (whole,) = server(loaded, [prompt], SETTING)
+    whole = server(loaded, prompt, SETTING)
     assert len(whole.ids) == 12 and [step.tokens for step in whole.steps] == [1, 11]
     third = loaded.detokenize(list(whole.ids[2:3])).strip()
     assert third
-    (stopped,) = server(loaded, [prompt], replace(SETTING, stop=(third,)))
+    stopped = server(loaded, prompt, replace(SETTING, stop=(third,)))
     assert len(stopped.ids) <= 3 and stopped.finish_reason == "stop"
     assert Server.asked[-1]["stop"] == [third]
-    (one,) = server(loaded, [prompt], replace(SETTING, max_new_tokens=1))
+    one = server(loaded, prompt, replace(SETTING, max_new_tokens=1))
     assert [step.tokens for step in one.steps] == [1]
 
 
@@ -93,10 +93,10 @@ def test_prompts_that_do_not_fit(package, file):
     loaded = tiny_loaded()
     server = LlamaCpp(loaded, file)
     with pytest.raises(LayerSkipError, match=r"the prompt must be at most 127 tokens for llama.cpp, got 128"):
-        server(loaded, [[5] * 128], SETTING)
+        server(loaded, [5] * 128, SETTING)
     server.server.settings.n_ctx = 20
     with pytest.raises(LayerSkipError, match=r"llama.cpp: too long"):
-        server(loaded, [[5] * 15], SETTING)
+        server(loaded, [5] * 15, SETTING)
 
 
 def test_files_of_other_models_are_refused(package, file, tmp_path):

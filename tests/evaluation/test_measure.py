@@ -50,9 +50,9 @@ def test_an_output_is_what_transformers_generates():
 def test_the_order_changes_and_every_setting_answers_every_prompt():
     calls, task = [], own_answers()
 
-    def recorded(loaded, prompts, setting):
-        calls.append((tuple(prompts[0]), setting.exit_layer))
-        return [Output((setting.exit_layer,), steps=(Step(1, 1.0),))]
+    def recorded(loaded, prompt_ids, setting):
+        calls.append((tuple(prompt_ids), setting.exit_layer))
+        return Output((setting.exit_layer,), steps=(Step(1, 1.0),))
 
     settings = [DecodingConfig("fake", layer) for layer in (1, 2, 3)]
     events = measure(tiny_loaded(), task.examples, settings, ONE_BY_ONE, repeats=2, baselines={"fake": recorded})

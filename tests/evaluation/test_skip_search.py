@@ -23,10 +23,10 @@ from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
 from layerskip_core.decoding.sampling import Greedy
 from layerskip_core.errors import CheckpointError, ConfigError, LayerSkipError
-from layerskip_core.evaluation.measure import pass_times, skip_search
+from layerskip_core.evaluation.measure import cost_model, skip_search
 from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.cost_model import PassTimes
 from layerskip_core.evaluation.measure.measure import Progress
-from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.skip_search import Probe, eliminated, search_skips, validation_rows
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report.documents import to_csv, to_json
@@ -120,7 +120,7 @@ def known_times(monkeypatch):
         layers = loaded.backend.num_layers
         return PassTimes((layers - len(setting.skip)) / layers, 1.0, 0.0, 1.0)
 
-    monkeypatch.setattr(pass_times, "pass_times", passes)
+    monkeypatch.setattr(cost_model, "pass_times", passes)
 
 
 def test_the_search_finds_redundant_layers(known_times):

@@ -15,8 +15,8 @@ from layerskip_core.config.options import counts_text, parse_counts
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.bootstrap import metric
+from layerskip_core.evaluation.measure.cost_model import PassTimes
 from layerskip_core.evaluation.measure.measure import NEAR_TIE, Progress
-from layerskip_core.evaluation.measure.pass_times import PassTimes
 from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.outputs import times_of
@@ -242,13 +242,13 @@ def test_exits_by_confidence_are_swept_where_exits_were_trained():
 
 
 def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
-    from layerskip_core.evaluation.measure import pass_times
+    from layerskip_core.evaluation.measure import cost_model
 
     # A draft costs a second per layer, a verification one second: exit 2 has the best predictions.
     def known_times(loaded, part, setting, plain):
         return PassTimes(draft=setting.exit_layer, verify=1.0, other=0.0, plain=6.0)
 
-    monkeypatch.setattr(pass_times, "pass_times", known_times)
+    monkeypatch.setattr(cost_model, "pass_times", known_times)
     monkeypatch.setattr("layerskip_core.evaluation.measure.sweep._QUICK", 1)
     *_, record = sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 5), specs=(2, 4), quick=True))
     rows = {(result.strategy, result.exit_layer, result.num_draft_tokens): result for result in record.results}

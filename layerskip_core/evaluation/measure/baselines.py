@@ -2,14 +2,17 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from ...checkpoint.gguf import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.open import for_training
 from ...checkpoint.transformers_read import quiet_transformers
@@ -20,13 +23,13 @@ from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
 from ..outputs import Output
 from ..results import Step
-from .llama_cpp import LlamaCpp
-from .measure import Baselines, own_outputs
+from .measure import Baseline, own_output
 
+_MOST_CONTEXT = 8192  # tokens of llama.cpp: a larger cache takes memory that no task here needs
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> Baselines:
+def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
     """The config's baselines by name, except draft-and-verify, which is a strategy of ours.
 
     They take the exit, draft length and limits of the setting that they answer with: the `speculative` one under their name.
@@ -41,7 +44,7 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     def transformers_model(name: str) -> Trainable:
         return for_training(name, str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto"))
 
-    found: dict[str, Any] = {}
+    found: dict[str, Baseline] = {}
     model, vocabulary = None, {}
     if isinstance(loaded.backend, TransformersBackend):
         model, vocabulary = loaded.backend.model, loaded.tokenizer.get_vocab()
@@ -69,10 +72,9 @@ def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingCo
     return found
 
 
-def without_reuse(loaded: Decoder, prompts: list[list[int]], setting: DecodingConfig) -> list[Output]:
+def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
     """Self-speculation whose verifier recomputes the layers below the exit instead of reusing the drafts' exit states."""
-    ours = replace(setting, strategy="self-speculative")
-    return [output for ids in prompts for output in own_outputs(loaded, [ids], ours, reuse_exit_states=False)]
+    return own_output(loaded, prompt_ids, replace(setting, strategy="self-speculative"), reuse_exit_states=False)
 
 
 class TransformersGenerate:
@@ -85,60 +87,30 @@ class TransformersGenerate:
     def __init__(self, model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> None:
         self._model, self._options, self._assistant = model, options or {}, assistant
 
-    def __call__(self, loaded: Decoder, prompts: list[list[int]], setting: DecodingConfig) -> list[Output]:
-        """One batch, padded on the left, unless transformers drafts, which it does for a single prompt only.
-
-        Raises LayerSkipError when transformers fails.
-        """
-        ends, limit = loaded.ends(setting.stop), setting.max_new_tokens
-        rooms = [loaded.backend.max_positions - len(ids) for ids in prompts]
-        scanners = [StopScanner(Stopping(ends, setting.stop, limit), room, loaded.detokenize) for room in rooms]
-        if len(prompts) > 1 and (self._options or self._assistant is not None):
-            return [output for ids in prompts for output in self(loaded, [ids], setting)]
-        if len(prompts) > 1:
-            rows = StopRows(scanners)
-            self._generate(loaded, prompts, setting, scanners, stopping_criteria=[rows])
-            return [
-                Output(tuple(new), "", (), DecodeStats(1, len(ids)) + step_counts(0, 0, len(new)), scanner.reason)
-                for ids, new, scanner in zip(prompts, rows.ids, scanners, strict=True)
-            ]
-        timer = StepTimer(self._model, len(prompts[0]), scanners[0])
-        with timer, suppress(StopString):
-            self._generate(loaded, prompts, setting, scanners, streamer=timer, assistant_model=self._assistant)
-        return [Output(tuple(timer.ids), "", tuple(timer.steps), timer.stats, scanners[0].reason)]
-
-    def _generate(
-        self,
-        loaded: Decoder,
-        prompts: list[list[int]],
-        setting: DecodingConfig,
-        scanners: list[StopScanner],
-        **keywords: Any,
-    ) -> None:
-        longest, pad = max(map(len, prompts)), min(loaded.eos_ids, default=0)
-        ids = torch.tensor([[pad] * (longest - len(each)) + each for each in prompts], device=self._model.device)
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], device=ids.device)
+    def __call__(self, loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
+        """Raises LayerSkipError when transformers fails."""
+        ends, room = loaded.ends(setting.stop), loaded.backend.max_positions - len(prompt_ids)
+        scanner = StopScanner(Stopping(ends, setting.stop, setting.max_new_tokens), room, loaded.detokenize)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=max(scanner.room for scanner in scanners),
-            eos_token_id=sorted(loaded.ends(setting.stop)) or None,
-            pad_token_id=pad,
+            max_new_tokens=scanner.room,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(loaded.eos_ids, default=0),
             num_assistant_tokens=setting.num_draft_tokens,
             num_assistant_tokens_schedule="constant",
             assistant_confidence_threshold=0.0,
             **self._options,
         )
+        ids, timer = torch.tensor([prompt_ids], device=self._model.device), StepTimer(self._model, len(prompt_ids), scanner)
+        keywords = {"attention_mask": torch.ones_like(ids), "streamer": timer, "assistant_model": self._assistant}
         try:
-            with ExitStack() as during:
-                during.enter_context(quiet_transformers())
-                for model in (self._model, self._assistant):
-                    if model is not None:
-                        during.enter_context(_generation_config(model, config))
-                self._model.generate(ids, generation_config=config, attention_mask=mask, **keywords)
-        except (torch.OutOfMemoryError, StopString):
+            with quiet_transformers(), timer, _generation_config(config, self._model, self._assistant), suppress(StopString):
+                self._model.generate(ids, generation_config=config, **keywords)
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:  # any error of transformers fails this prompt, not the run
             raise LayerSkipError(f"transformers ({setting.strategy}): {error or type(error).__name__}") from error
+        return Output(tuple(timer.ids), "", tuple(timer.steps), timer.stats, scanner.reason)
 
 
 @torch.inference_mode()
@@ -164,36 +136,24 @@ def require_early_exit(model: Any) -> None:
 
 
 @contextmanager
-def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Sets `config` as the model's own for the duration.
+def _generation_config(config: GenerationConfig, *models: Any) -> Iterator[None]:
+    """Sets `config` as the models' own for the duration; a model can be None.
 
     Otherwise transformers fills gaps with the checkpoint's recommendations (penalties, sampling). It also reads the number of
     drafts from the drafting model's own config, not from the one that `generate` is given.
     """
-    before, model.generation_config = model.generation_config, config
+    before = [(model, model.generation_config) for model in models if model is not None]
+    for model, _ in before:
+        model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = before
+        for model, own in before:
+            model.generation_config = own
 
 
 class StopString(Exception):
     """Raised in `generate` by its streamer: transformers' own handling of stop strings misses those inside a round."""
-
-
-class StopRows(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch where our own decoding ends it, and collects its tokens up to there."""
-
-    def __init__(self, scanners: list[StopScanner]) -> None:
-        self.scanners = scanners
-        self.ids: list[list[int]] = [[] for _ in scanners]
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        for ids, scanner, token in zip(self.ids, self.scanners, input_ids[:, -1].tolist(), strict=True):
-            if scanner.reason is None:
-                scanner.cut([token])
-                ids.append(token)
-        return torch.tensor([scanner.reason is not None for scanner in self.scanners], device=input_ids.device)
 
 
 class StepTimer(BaseStreamer):  # type: ignore[misc]
@@ -259,3 +219,80 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
     def _after(self, *_: Any) -> None:
         if self._model.config.num_hidden_layers == self._num_layers:
             self._target_ended = time.perf_counter()
+
+
+class LlamaCpp:
+    """llama.cpp: its server, in this process, on a GGUF file of the model (package xllamacpp).
+
+    It decodes greedily, without drafts, and gets token ids, so the file's tokenizer is not used."""
+
+    def __init__(self, loaded: Decoder, gguf: str) -> None:
+        """Starts the server on this file, with as many threads as this process has.
+
+        Raises ConfigError if the package is missing, the file is missing, llama.cpp cannot read it, or it has other layers or
+        tokens, and CheckpointError for a damaged file.
+        """
+        xllamacpp, layers, tokens = _package(), loaded.backend.num_layers, loaded.backend.vocab_size
+        if not Path(gguf).is_file():
+            raise ConfigError(f"`gguf` must be a file; there is none at {gguf}", "gguf")
+        file = GgufFile(Path(gguf))
+        if (file.layers, file.tokens) != (layers, tokens):
+            raise ConfigError(
+                f"`gguf` must be a file of {loaded.name}, with {layers} layers and {tokens} tokens; {gguf} has {file.layers} "
+                f"layers and {file.tokens} tokens",
+                "gguf",
+            )
+        self._context = min(loaded.backend.max_positions, _MOST_CONTEXT)
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel = gguf, self._context, 1
+        settings.warmup = settings.fit_params = False
+        settings.verbosity = settings.cache_ram_mib = 0
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+        try:
+            self.server = xllamacpp.Server(settings)
+        except Exception as error:  # the package raises RuntimeError and others
+            raise ConfigError(f"`gguf` {gguf} must be a file that llama.cpp reads: {error}", "gguf") from error
+
+    def __call__(self, loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
+        """The first step is the prefill, by llama.cpp's own timing; all other tokens are a second one.
+
+        Raises LayerSkipError when the prompt does not fit, or llama.cpp fails.
+        """
+        room = self._context - len(prompt_ids)
+        if room < 1:
+            raise LayerSkipError(f"the prompt must be at most {self._context - 1} tokens for llama.cpp, got {len(prompt_ids)}")
+        stopping = Stopping(loaded.ends(setting.stop), setting.stop, setting.max_new_tokens)
+        scanner = StopScanner(stopping, room, loaded.detokenize)
+        request = {
+            "prompt": prompt_ids, "max_tokens": scanner.room, "temperature": 0, "samplers": ["temperature"],
+            "stop": list(setting.stop), "cache_prompt": False, "return_tokens": True, "verbose": True,
+        }  # fmt: skip
+        started = time.perf_counter()
+        answer = self.server.handle_completions(request)
+        seconds = time.perf_counter() - started
+        if "error" in answer:
+            raise LayerSkipError(f"llama.cpp: {answer['error'].get('message', answer['error'])}")
+        found = answer["__verbose"]
+        count, reason = scanner.cut(found["tokens"])
+        prefill = min(found["timings"]["prompt_ms"] / 1000, seconds)
+        steps = (Step(1, prefill), Step(count - 1, seconds - prefill)) if count > 1 else (Step(count, seconds),)
+        stats = DecodeStats(sequences=1, prompt_tokens=len(prompt_ids), prefill_seconds=prefill, total_seconds=seconds)
+        stats += replace(step_counts(0, 0, count), verify_seconds=seconds - prefill)
+        return Output(tuple(found["tokens"][:count]), "", steps, stats, reason)
+
+
+def describe_llama_cpp() -> str:
+    """The version of llama.cpp and the instruction sets that this build uses on this processor."""
+    features = [part.split("=")[0].strip() for part in _package().get_system_info().split("|") if "= 1" in part]
+    used = " ".join(feature.removeprefix("CPU : ") for feature in features)
+    return f"xllamacpp {version('xllamacpp')} ({used})"
+
+
+def _package() -> Any:
+    try:
+        import xllamacpp
+    except ImportError:
+        raise ConfigError(
+            "`baselines` llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'", "baselines"
+        ) from None
+    return xllamacpp

@@ -9,14 +9,12 @@ from pathlib import Path
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DRAFTERS, DecodingConfig, DecodingOptions, Recommended, resolve_as
 from ...config.evaluation import BenchConfig
+from ..outputs import FOUND_SKIP, Journal, found_skip
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks.task import Task
-from .baselines import load_baselines
+from .baselines import describe_llama_cpp, load_baselines
 from .figures import depth_of, environment, result_of, scored
-from .journal import FOUND_SKIP, Journal, found_skip
-from .llama_cpp import NAME as LLAMA_CPP
-from .llama_cpp import describe_build
 from .measure import Measured, Progress, default_timed, measure, timed_examples
 from .skip_search import search_skips
 
@@ -51,7 +49,7 @@ def bench(
         timed=default_timed(config),
     )  # fmt: skip
     baselines = load_baselines(loaded, config, speculative)
-    machine = environment(loaded) | ({"llama_cpp": describe_build()} if LLAMA_CPP in baselines else {})
+    machine = environment(loaded) | ({"llama_cpp": describe_llama_cpp()} if "llama.cpp" in baselines else {})
     journal = None
     if folder is not None:
         rows = [*((example.prompt, example.completion) for example in task.examples), task.text]

@@ -1,112 +1,139 @@
-"""Predicts the speed of settings that draft from their acceptance and from the time of each kind of forward pass."""
+"""Predicts the speed of settings that draft from their acceptance and from the time of each kind of forward pass.
+
+The passes are timed in use, along answers; for adaptive drafting also by their rows.
+"""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, islice, pairwise
 from operator import eq
+from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig
-from ...config.packing import Quantization
+from ...config.decoding import DecodingConfig, DraftProfile
+from ...config.packing import PackingConfig, Quantization
 from ...data.examples import Example
-from ...decoding import DecodeStats
+from ...decoding import DecodeStats, Decoding, decode
+from ...decoding.drafters.exit import drafter_name
 from ...model.backend import Submodel
-from ...model.drafting import beyond_exit
+from ...model.drafting import beyond_exit, most_probable
 from ...model.exit_blocks import features_of
 from ..outputs import Output, require_outputs
+from ..results import Result
 from .measure import Progress, measure_prompt
-from .pass_times import PassTimes, Side, TimedPart, averages, side_of, timed_part, timed_visits
 
 # Each setting is timed along several answers, so that a slow moment of the machine does not hit one setting alone: as many as
 # about so many seconds allow, because the times of short passes vary more.
 _FEWEST, _MOST, _SECONDS = 3, 12, 10.0
+_STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
+_ROUNDS = 10  # rounds of a setting that are timed of it
+_ROWS = 17  # of the longest pass that is timed for adaptive drafting
+_TIMES = 5  # per number of rows
+
+Side = tuple[Quantization | None, int]
+"""What drafts: the weights (None: the model's own) and how many of their layers."""
 
 
-class Prediction(NamedTuple):
-    """The prediction for one setting; `speedup` is over the plain steps timed with it, whatever the machine's speed later."""
-
-    rounds: DecodeStats
-    times: PassTimes
-    tokens_per_second: float
-    speedup: float
+def side_of(setting: DecodingConfig) -> Side:
+    """What drafts in self-speculative decoding; for an early exit, the layers that answer. 0 layers of other strategies."""
+    return setting.draft_weights, setting.exit_layer or 0
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions by setting.
+class PassTimes(NamedTuple):
+    """Seconds on this machine.
 
-    `agreement`: for each exit and copy, the share of the autoregressive tokens that it would also have chosen. `context`: the
-    tokens before the passes that were timed.
+    draft: one draft token (layers 0..E-1 and the head). verify: the verification of a round, with the first layers of its last
+    draft, or of all tokens after low-bit drafts. other: the rest of a round. plain: an autoregressive step, timed next to it.
     """
 
-    agreement: dict[Side, float]
-    settings: dict[DecodingConfig, Prediction]
-    context: list[int]
+    draft: float
+    verify: float
+    other: float
+    plain: float
 
 
-def predict(
-    loaded: Decoder, examples: Sequence[Example], settings: Sequence[DecodingConfig], plain: DecodingConfig
-) -> Generator[Progress, None, Predictions]:
-    """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few answers. Yields progress.
+class TimedPart(NamedTuple):
+    """The tokens of an answer that are decoded to time passes: at most `limit` tokens after these ids."""
 
-    Settings that draft with the same layers stand together. Raises LayerSkipError when no prompt could be answered.
+    ids: list[int]
+    limit: int
+
+
+def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> TimedPart:
+    """A whole answer, or one from where `_STEPS` steps are its middle.
+
+    From its prefill on, because the first steps after one take longer: they find caches that another pass has filled. There is
+    room for one token more than the answer has, so that its last token can be a draft.
     """
-    total, plain, ends = len(examples) + _MOST, replace(plain, temperature=0.0), loaded.ends(plain.stop)
-    rounds, agreeing = dict.fromkeys(settings, DecodeStats()), dict.fromkeys(map(side_of, settings), 0)
-    exits: dict[Quantization | None, list[int]] = {}
-    for weights, exit_layer in agreeing:
-        exits.setdefault(weights, []).append(exit_layer)
-    measure_prompt(loaded, examples[0].prompt, plain)  # warm-up
-    outputs: list[Output] = []
-    answered: list[tuple[list[int], Output]] = []  # with the prompt's tokens
-    for number, example in enumerate(examples, start=1):
-        outputs.append(output := measure_prompt(loaded, example.prompt, plain))
-        if output.error is None:
-            prompt_ids = loaded.encode_prompt(example.prompt)
-            answered.append((prompt_ids, output))
-            room = min(plain.max_new_tokens, loaded.backend.max_positions - len(prompt_ids))
-            choices: dict[Side, list[int]] = {}
-            for weights, layers in exits.items():
-                found = agreement(loaded, prompt_ids, output.ids, layers, weights)
-                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
-            for side, chosen in choices.items():
-                agreeing[side] += sum(map(eq, chosen, output.ids))
-            for setting in settings:
-                rounds[setting] += simulate(choices[side_of(setting)], output.ids, setting.num_draft_tokens, room, ends)
-        yield Progress(number, total, "prediction")
-    require_outputs(outputs)
-    # From the answer of median length with its prompt to the longest and the shortest.
-    by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
-    typical = [pair for _, pair in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))]
-    times: dict[DecodingConfig, list[PassTimes]] = {setting: [] for setting in settings}
-    for number, timed in enumerate(timed_visits(loaded, _parts(loaded, typical), settings), start=len(examples) + 1):
-        for setting, passes in timed.items():
-            times[setting].append(passes)
-        yield Progress(number, total, "prediction")
-    if number < total:
-        yield Progress(total, total, "prediction")
-    tokens, prefill = sum(len(output.ids) for _, output in answered), sum(output.steps[0].seconds for _, output in answered)
-    predictions = {
-        setting: prediction_of(rounds[setting], averages(passes), prefill, tokens, len(answered))
-        for setting, passes in times.items()
-        if passes
-    }
-    prompt_ids, output = typical[0]
-    context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # the average one of its steps
-    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions, context)
+    start = max(0, (len(output_ids) - _STEPS) // 2)
+    ids = [*prompt_ids, *output_ids[:start]]
+    return TimedPart(ids, max(1, min(len(output_ids) - start + 1, loaded.backend.max_positions - len(ids))))
 
 
-def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]]) -> Iterator[TimedPart]:
-    """The answers in turn, until enough time has passed."""
-    started = time.perf_counter()
-    for visit in range(_MOST):
-        if visit < _FEWEST or time.perf_counter() - started < _SECONDS:
-            prompt_ids, output = answered[visit % len(answered)]
-            yield timed_part(loaded, prompt_ids, output.ids)
+def plain_seconds(loaded: Decoder, part: TimedPart) -> float | None:
+    """Mean time of an autoregressive step along an answer. None if the answer has one token, which the prefill gives."""
+    config = DecodingConfig("autoregressive", max_new_tokens=part.limit)
+    steps = list(islice(_step_times(decode(loaded.backend, part.ids, config)), 1, 1 + _STEPS))
+    return fmean(total for *_, total in steps) if steps else None
+
+
+def pass_times(loaded: Decoder, part: TimedPart, setting: DecodingConfig, plain: float) -> PassTimes | None:
+    """Mean times of the passes of a setting along an answer, in greedy rounds of the real decoding loop.
+
+    So no part of a round is left out, and the first rounds count as much as they do in use, as do the short ones at the end.
+    `plain`: `plain_seconds` of the same answer. None if the answer has no room for a round.
+    """
+    greedy = replace(setting, max_new_tokens=part.limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
+    decoding = decode(loaded.backend, part.ids, greedy)  # the answer's end is known, so EOS ids are not needed
+    rounds = [step for step in islice(_step_times(decoding), 1 + _ROUNDS) if step[0]]
+    if not rounds:
+        return None
+    drafted, draft, verify, total = map(sum, zip(*rounds, strict=True))
+    return PassTimes(draft / drafted, verify / len(rounds), (total - draft - verify) / len(rounds), plain)
+
+
+def timed_visits(
+    loaded: Decoder, parts: Iterable[TimedPart], settings: Sequence[DecodingConfig]
+) -> Iterator[dict[DecodingConfig, PassTimes]]:
+    """Times rounds of each setting along each part, except where the part has no room for a round.
+
+    Settings that draft with the same layers stand together. Plain steps are timed beside each such group, and averaged: beside
+    those of its own group, a setting would be ranked by the noise of these few.
+    """
+    for visit, part in enumerate(parts):
+        timed: dict[DecodingConfig, PassTimes] = {}
+        for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
+            plain = plain_seconds(loaded, part)
+            for setting in alike:
+                if plain is not None and (passes := pass_times(loaded, part, setting, plain)) is not None:
+                    timed[setting] = passes
+        yield {
+            setting: passes._replace(plain=fmean(each.plain for each in timed.values())) for setting, passes in timed.items()
+        }
+
+
+def averages(times: Sequence[PassTimes]) -> PassTimes:
+    """Means without the lowest and the highest tenth.
+
+    On a busy machine most rounds run undisturbed, and a few wait for long. What is measured afterwards has both, so medians
+    would predict too high a speed.
+    """
+    left_out = len(times) // 10
+    return PassTimes(*(fmean(sorted(seconds)[left_out : len(times) - left_out]) for seconds in zip(*times, strict=True)))
+
+
+def _step_times(decoding: Decoding) -> Iterator[tuple[int, float, float, float]]:
+    """Of each step the number of its drafts, and its seconds for drafting, verifying and in total."""
+    before, started = DecodeStats(), time.perf_counter()
+    for _ in decoding:
+        total, now = time.perf_counter() - started, decoding.stats
+        draft, verify = now.draft_seconds - before.draft_seconds, now.verify_seconds - before.verify_seconds
+        yield now.drafted - before.drafted, draft, verify, total
+        before, started = now, time.perf_counter()
 
 
 @torch.inference_mode()
@@ -182,6 +209,28 @@ def simulate(
     return DecodeStats(drafted=drafted, accepted=accepted, rounds=rounds, steps_by_drafter={"plain": plain})
 
 
+class Prediction(NamedTuple):
+    """The prediction for one setting; `speedup` is over the plain steps timed with it, whatever the machine's speed later."""
+
+    rounds: DecodeStats
+    times: PassTimes
+    tokens_per_second: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions by setting.
+
+    `agreement`: for each exit and copy, the share of the autoregressive tokens that it would also have chosen. `context`: the
+    tokens before the passes that were timed.
+    """
+
+    agreement: dict[Side, float]
+    settings: dict[DecodingConfig, Prediction]
+    context: list[int]
+
+
 def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens: int, answers: int) -> Prediction:
     """For `tokens` of several answers, of which `prefill` seconds gave the first one each.
 
@@ -190,3 +239,103 @@ def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens:
     seconds = prefill + rounds.drafted * times.draft + rounds.rounds * (times.verify + times.other)
     seconds += rounds.steps_by_drafter.get("plain", 0) * times.plain
     return Prediction(rounds, times, tokens / seconds, (prefill + (tokens - answers) * times.plain) / seconds)
+
+
+def predict(
+    loaded: Decoder, examples: Sequence[Example], settings: Sequence[DecodingConfig], plain: DecodingConfig
+) -> Generator[Progress, None, Predictions]:
+    """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few answers. Yields progress.
+
+    Settings that draft with the same layers stand together. Raises LayerSkipError when no prompt could be answered.
+    """
+    total, plain, ends = len(examples) + _MOST, replace(plain, temperature=0.0), loaded.ends(plain.stop)
+    rounds, agreeing = dict.fromkeys(settings, DecodeStats()), dict.fromkeys(map(side_of, settings), 0)
+    exits: dict[Quantization | None, list[int]] = {}
+    for weights, exit_layer in agreeing:
+        exits.setdefault(weights, []).append(exit_layer)
+    measure_prompt(loaded, examples[0].prompt, plain)  # warm-up
+    outputs: list[Output] = []
+    answered: list[tuple[list[int], Output]] = []  # with the prompt's tokens
+    for number, example in enumerate(examples, start=1):
+        outputs.append(output := measure_prompt(loaded, example.prompt, plain))
+        if output.error is None:
+            prompt_ids = loaded.encode_prompt(example.prompt)
+            answered.append((prompt_ids, output))
+            room = min(plain.max_new_tokens, loaded.backend.max_positions - len(prompt_ids))
+            choices: dict[Side, list[int]] = {}
+            for weights, layers in exits.items():
+                found = agreement(loaded, prompt_ids, output.ids, layers, weights)
+                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
+            for side, chosen in choices.items():
+                agreeing[side] += sum(map(eq, chosen, output.ids))
+            for setting in settings:
+                rounds[setting] += simulate(choices[side_of(setting)], output.ids, setting.num_draft_tokens, room, ends)
+        yield Progress(number, total, "prediction")
+    require_outputs(outputs)
+    # From the answer of median length with its prompt to the longest and the shortest.
+    by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
+    typical = [pair for _, pair in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))]
+    times: dict[DecodingConfig, list[PassTimes]] = {setting: [] for setting in settings}
+    for number, timed in enumerate(timed_visits(loaded, _parts(loaded, typical), settings), start=len(examples) + 1):
+        for setting, passes in timed.items():
+            times[setting].append(passes)
+        yield Progress(number, total, "prediction")
+    if number < total:
+        yield Progress(total, total, "prediction")
+    tokens, prefill = sum(len(output.ids) for _, output in answered), sum(output.steps[0].seconds for _, output in answered)
+    predictions = {
+        setting: prediction_of(rounds[setting], averages(passes), prefill, tokens, len(answered))
+        for setting, passes in times.items()
+        if passes
+    }
+    prompt_ids, output = typical[0]
+    context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # the average one of its steps
+    return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions, context)
+
+
+def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]]) -> Iterator[TimedPart]:
+    """The answers in turn, until enough time has passed."""
+    started = time.perf_counter()
+    for visit in range(_MOST):
+        if visit < _FEWEST or time.perf_counter() - started < _SECONDS:
+            prompt_ids, output = answered[visit % len(answered)]
+            yield timed_part(loaded, prompt_ids, output.ids)
+
+
+def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingConfig, context: Sequence[int]) -> DraftProfile:
+    """Acceptance and draft times of the rows that drafted by an exit or a copy, and the times of passes, measured here.
+
+    `packing`: how the drafts of these rows were stored. `context`: the tokens after which they were timed, because attention
+    takes longer after many.
+    """
+    acceptance: dict[str, float] = {}
+    drafts: dict[str, float] = {}
+    for result in results:  # of several draft lengths the last one counts, which is the longest
+        if result.strategy == "self-speculative" and result.exit_layer is not None:
+            name = drafter_name(result.draft_weights, result.exit_layer, loaded.backend.num_layers)
+            if result.acceptance_by_position:
+                acceptance[name] = fmean(result.acceptance_by_position)
+            if result.pass_times_ms:
+                drafts[name] = result.pass_times_ms["draft"]
+    return DraftProfile(acceptance, _times_by_rows(loaded, context), drafts, packing.draft_head, packing.draft_vocab)
+
+
+@torch.inference_mode()
+def _times_by_rows(loaded: Decoder, context: Sequence[int]) -> tuple[float, ...]:
+    """Milliseconds of a pass of the target by its rows, medians, after as much of the context as leaves room for them."""
+    backend = loaded.backend
+    before = context[: max(backend.max_positions - _ROWS, 0)]
+    if not before:
+        return ()
+    start, end = len(before), len(before) + _ROWS
+    cache, ids = backend.new_cache(1, end), torch.tensor([before], device=backend.device)
+    backend.run_layers(backend.embed(ids), 0, backend.num_layers, torch.arange(start)[None], cache)
+    times: list[list[float]] = [[] for _ in range(_ROWS)]
+    for _ in range(_TIMES + 1):
+        for rows in range(1, _ROWS + 1):
+            places = torch.arange(start, start + rows)[None]
+            started = time.perf_counter()
+            hidden = backend.run_layers(backend.embed(ids[:, -1:].expand(1, rows)), 0, backend.num_layers, places, cache)
+            most_probable(backend.unembed(hidden)).tolist()  # waits for the device
+            times[rows - 1].append(1000 * (time.perf_counter() - started))
+    return tuple(median(of_rows[1:]) for of_rows in times)

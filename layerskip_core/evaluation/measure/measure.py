@@ -17,12 +17,11 @@ from ...decoding import check_prompt, decode, decode_batch
 from ...errors import LayerSkipError
 from ...model.backend import Backend
 from ..metrics import Scores
-from ..outputs import Output, answer_text, require_outputs
+from ..outputs import Journal, Output, answer_text, require_outputs
 from ..results import Difference, Step
-from .journal import Journal
 
-Baselines = Mapping[str, Callable[[Decoder, list[list[int]], DecodingConfig], list[Output]]]
-"""By strategy: what answers in place of our own decoding. Prompts (B rows of ids) to outputs, with steps if B is 1."""
+Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
+"""What answers the ids of a prompt in place of our own decoding, for a setting with the baseline's name as strategy."""
 
 # A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
 # logits of 16 to 32 are 1/8 apart, so the bound is two steps. In fp32 it is a thousand times the spread between the kernels.
@@ -91,7 +90,7 @@ def measure(
     settings: Sequence[DecodingConfig],
     config: BenchConfig | SweepConfig,
     repeats: int = 1,
-    baselines: Baselines | None = None,
+    baselines: Mapping[str, Baseline] | None = None,
     journal: Journal | None = None,
     task: str = "",
 ) -> Generator[Progress, None, list[Measured]]:
@@ -128,7 +127,7 @@ def measure(
 def _decoded(
     loaded: Decoder,
     settings: Sequence[DecodingConfig],
-    baselines: Baselines | None,
+    baselines: Mapping[str, Baseline] | None,
     journal: Journal | None,
     examples: Sequence[Example],
     repeats: Sequence[int],
@@ -170,25 +169,34 @@ def _decoded(
 
 
 def answer_prompts(
-    loaded: Decoder, prompts: Sequence[str], setting: DecodingConfig, baselines: Baselines | None = None
+    loaded: Decoder,
+    prompts: Sequence[str],
+    setting: DecodingConfig,
+    baselines: Mapping[str, Baseline] | None = None,
 ) -> list[Output]:
     """An output per prompt, in the checkpoint's template; that of a single prompt is timed, without (de)tokenizing.
 
     A prompt that does not fit the context or the memory gives an Output with an error. If a batch fails, its prompts are
-    answered one by one, so that only the culprit fails.
+    answered one by one, so that only the culprit fails. Baselines have no batches.
     """
-    device, alone = loaded.backend.device, len(prompts) == 1
-    has_peak = alone and _reset_peak(device)
+    model, alone = loaded.backend, len(prompts) == 1
+    baseline = (baselines or {}).get(setting.strategy, own_output if alone else None)
+    has_peak = alone and _reset_peak(model.device)
     try:
         ids = [loaded.encode_prompt(prompt) for prompt in prompts]
         for prompt_ids in ids:
-            check_prompt(prompt_ids, loaded.backend.max_positions)
-        outputs = (baselines or {}).get(setting.strategy, own_outputs)(loaded, ids, setting)
+            check_prompt(prompt_ids, model.max_positions)
+        if baseline is not None:
+            outputs = [baseline(loaded, prompt_ids, setting) for prompt_ids in ids]
+        else:
+            batch = decode_batch(model, ids, setting, loaded.ends(setting.stop), loaded.detokenize)
+            answers = sorted(batch, key=lambda answer: answer.row)
+            outputs = [Output(tuple(each.ids), "", (), each.stats, each.finish_reason) for each in answers]
     except (LayerSkipError, torch.OutOfMemoryError) as error:
         if alone:
             return [Output(error=str(error))]
         return [output for prompt in prompts for output in answer_prompts(loaded, [prompt], setting, baselines)]
-    peak = _peak_mb(device) if has_peak else None
+    peak = _peak_mb(model.device) if has_peak else None
     texts = [answer_text(loaded, prompt_ids, output.ids) for prompt_ids, output in zip(ids, outputs, strict=True)]
     return [replace(output, text=text, peak_memory_mb=peak) for output, text in zip(outputs, texts, strict=True)]
 
@@ -198,15 +206,10 @@ def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Out
     return answer_prompts(loaded, [prompt], setting)[0]
 
 
-def own_outputs(
-    loaded: Decoder, prompts: list[list[int]], setting: DecodingConfig, reuse_exit_states: bool = True
-) -> list[Output]:
+def own_output(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig, reuse_exit_states: bool = True) -> Output:
     """Our own decoding. A step's time ends when its tokens have arrived here."""
-    model, ends = loaded.backend, loaded.ends(setting.stop)
-    if len(prompts) > 1:
-        batch = sorted(decode_batch(model, prompts, setting, ends, loaded.detokenize), key=lambda answer: answer.row)
-        return [Output(tuple(answer.ids), "", (), answer.stats, answer.finish_reason) for answer in batch]
-    decoding = decode(model, prompts[0], setting, ends, loaded.detokenize, reuse_exit_states=reuse_exit_states)
+    ends = loaded.ends(setting.stop)
+    decoding = decode(loaded.backend, prompt_ids, setting, ends, loaded.detokenize, reuse_exit_states=reuse_exit_states)
     ids: list[int] = []
     steps: list[Step] = []
     started = time.perf_counter()
@@ -215,7 +218,7 @@ def own_outputs(
         steps.append(Step(len(tokens), seconds, decoding.drafter))
         ids += [token.id for token in tokens]
         started = time.perf_counter()
-    return [Output(tuple(ids), "", tuple(steps), decoding.stats, decoding.finish_reason)]
+    return Output(tuple(ids), "", tuple(steps), decoding.stats, decoding.finish_reason)
 
 
 def _seeded(setting: DecodingConfig, sample: int) -> DecodingConfig:

@@ -22,9 +22,8 @@ from ...errors import ConfigError, DataError, LayerSkipError
 from ...model.spans import run_spans
 from ..outputs import require_outputs
 from ..tasks.task import Task, load_task
-from .cost_model import Prediction, prediction_of, simulate
+from .cost_model import PassTimes, Prediction, TimedPart, averages, prediction_of, simulate, timed_visits
 from .measure import Progress, measure_prompt
-from .pass_times import PassTimes, TimedPart, averages, timed_visits
 
 _PROMPTS = 8
 _TOKENS = 48  # of each output

@@ -17,10 +17,9 @@ from ..outputs import finite
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks.task import Task
-from .cost_model import Predictions, predict
+from .cost_model import Predictions, draft_profile, predict, side_of
 from .figures import environment, repeated_times, result_of, scored, setting_of
 from .measure import NEAR_TIE, Measured, Progress, default_timed, measure, timed_examples
-from .pass_times import draft_profile, side_of
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from .skip_search import search_skips
 
