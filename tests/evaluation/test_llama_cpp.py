@@ -14,7 +14,7 @@ from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure.baselines import LlamaCpp
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.measure import measure_prompt
+from layerskip_core.evaluation.measure.measure import own_output
 from layerskip_core.evaluation.report.tables import bench_table
 
 SETTING = DecodingConfig("llama.cpp", max_new_tokens=12)
@@ -32,12 +32,9 @@ class Server:
         self.asked.append(request)
         if len(request["prompt"]) + request["max_tokens"] > self.settings.n_ctx:
             return {"error": {"code": 400, "message": "too long"}}
-        loaded = tiny_loaded()
-        prompt = loaded.detokenize(request["prompt"]).rstrip("\n")
         setting = DecodingConfig("autoregressive", max_new_tokens=request["max_tokens"])
-        assert loaded.encode_prompt(prompt) == request["prompt"]
-        ids = measure_prompt(loaded, prompt, setting).ids
-        return {"__verbose": {"tokens": list(ids), "timings": {"prompt_ms": 0.5}}}
+        output = own_output(tiny_loaded(), request["prompt"], setting)
+        return {"__verbose": {"tokens": list(output.ids), "timings": {"prompt_ms": 0.5}}}
 
 
 @pytest.fixture
@@ -75,7 +72,7 @@ def test_the_baseline_stands_beside_our_own_decoding(package, file):
     assert all(request["temperature"] == 0 and not request["cache_prompt"] for request in Server.asked)
 
 
-def test_answers_end_where_ours_do(package, file):
+def test_answers_end_where_ours_do_or_do_not_fit(package, file):
     loaded, (example, *_) = tiny_loaded(), own_answers().examples
     prompt, server = loaded.encode_prompt(example.prompt), LlamaCpp(loaded, file)
     whole = server(loaded, prompt, SETTING)
@@ -87,11 +84,6 @@ def test_answers_end_where_ours_do(package, file):
     assert Server.asked[-1]["stop"] == [third]
     one = server(loaded, prompt, replace(SETTING, max_new_tokens=1))
     assert [step.tokens for step in one.steps] == [1]
-
-
-def test_prompts_that_do_not_fit(package, file):
-    loaded = tiny_loaded()
-    server = LlamaCpp(loaded, file)
     with pytest.raises(LayerSkipError, match=r"the prompt must be at most 127 tokens for llama.cpp, got 128"):
         server(loaded, [5] * 128, SETTING)
     server.server.settings.n_ctx = 20
@@ -112,9 +104,6 @@ def test_files_of_other_models_are_refused(package, file, tmp_path):
 def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):
     command = ("bench", "--model", checkpoint, "--samples", "1", "--baselines")
     fails("--gguf must be given with the baseline llama.cpp, and only then, got none", *command, "llama.cpp")
-    fails(
-        "--gguf must be given with the baseline llama.cpp, and only then, got x.gguf", *command, "no-reuse", "--gguf", "x.gguf"
-    )
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     message = "--baselines llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
     fails(message, *command, "llama.cpp", "--gguf", file)

@@ -227,18 +227,20 @@ def test_exits_by_confidence_are_swept_where_exits_were_trained():
     recipe = {"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}}
     trained = replace(tiny_loaded(), info=replace(tiny_loaded().info, details=recipe))
     settings = SweepConfig("tiny", exits=(2,), specs=(2,))
-    *_, record = sweep(trained, own_answers(), replace(settings, exit_confidences=(CONFIDENCE, 1.0)))
-    some, never = [result for result in record.results if result.exit_confidence is not None]
+
+    def by_confidence(loaded, task, **changes):
+        *_, record = sweep(loaded, task, replace(settings, **changes))
+        return [result for result in record.results if result.exit_confidence is not None]
+
+    some, never = by_confidence(trained, own_answers(), exit_confidences=(CONFIDENCE, 1.0))
     assert (some.strategy, some.exit_layer, some.exits, never.exit_confidence) == ("early-exit", None, (2, 4), 1.0)
     assert 2 < some.mean_layers < never.mean_layers == LAYERS
     assert some.identical_outputs < never.identical_outputs == never.metrics["exact_match"] == 1.0
     assert (some.perplexity, some.agreement, some.predicted_speedup) == (None, None, None)
-    *_, record = sweep(trained, own_answers(1), settings)
-    assert [result.exit_confidence for result in record.results if result.exit_confidence] == [0.8, 0.9, 0.95]
-    *_, record = sweep(trained, own_answers(1), replace(settings, quick=True))
-    assert not any(result.exit_confidence for result in record.results)
-    *_, record = sweep(tiny_loaded(), own_answers(1), replace(settings, exit_confidences=(0.5,)))
-    assert [result.exits for result in record.results if result.exit_confidence] == [(2,)]  # none was trained: the sweep's
+    assert [result.exit_confidence for result in by_confidence(trained, own_answers(1))] == [0.8, 0.9, 0.95]
+    assert not by_confidence(trained, own_answers(1), quick=True)
+    (untrained,) = by_confidence(tiny_loaded(), own_answers(1), exit_confidences=(0.5,))
+    assert untrained.exits == (2,)  # none was trained: the sweep's
 
 
 def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):

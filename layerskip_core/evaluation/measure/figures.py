@@ -88,7 +88,8 @@ def result_of(
         accepted = [output.stats.accepted for output in answers]
         for name, count in (("acceptance_rate", "drafted"), ("mean_accepted_tokens", "rounds")):
             counts = [getattr(output.stats, count) for output in answers]
-            figures[name] = estimate(torch.div, [accepted, counts], answers_per_prompt)
+            found = estimate(torch.div, [accepted, counts], answers_per_prompt)
+            figures[name] = found._replace(value=getattr(stats, name))  # 0 without drafts
     if repeats:
         times = repeated_times(repeats, answers_per_prompt)
         base = repeated_times(full.repeats, answers_per_prompt) if base is None else base
