@@ -2,6 +2,10 @@
 
 import torch
 
+from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
+from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
+from layerskip_core.checkpoint.open import for_training
+from layerskip_core.checkpoint.save import save_beside
 from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
 from layerskip_core.model.spec import ModelSpec
 
@@ -18,3 +22,13 @@ def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> ExitBlocks:
                 noise = 0.2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64)
             weights[name] = weight + (scale * noise).to(weight)
     return ExitBlocks(tuple(sorted(blocks, key=lambda block: block.exit_layer)), weights.get)
+
+
+def add_blocks(folder, *blocks: ExitBlock) -> None:
+    """Saves such blocks beside the model of a folder."""
+    loaded = for_training(str(folder), "cpu", "fp32")
+    spec, made = loaded.backend.spec, random_blocks(loaded.model, *blocks)
+    trained_for = fingerprint(spec, loaded.model.get_parameter)
+    content = exit_blocks_content(spec, {name: made.take(name) for name in made.shapes(spec)}, trained_for)
+    found = {str(block.exit_layer): {"agreement": 0.75} for block in blocks}
+    save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks(found))

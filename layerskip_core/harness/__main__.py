@@ -5,8 +5,7 @@ import sys
 from ..errors import LayerSkipError
 from . import register
 
-
-def main() -> None:
+if __name__ == "__main__":
     try:
         register()
         from lm_eval.__main__ import cli_evaluate
@@ -14,7 +13,3 @@ def main() -> None:
         cli_evaluate()
     except LayerSkipError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

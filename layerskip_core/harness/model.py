@@ -1,28 +1,34 @@
-"""The model type `layerskip` of lm-evaluation-harness: `lm_eval --model layerskip --model_args pretrained=DIR,exit=8`."""
+"""The model type `layerskip` of lm-evaluation-harness: `lm_eval --model layerskip --model_args pretrained=DIR,exit=8`.
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+Requests become token ids and settings of decoding as in lm-eval's own model type `hf`, so that scores compare. The prompt
+template of the checkpoint is not used.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from lm_eval.api.model import LM
+from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.open import for_decoding
-from ..config.checks import require, require_exit_layer
+from ..config.checks import require
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingOptions
 from ..config.machine import DTYPES
 from ..config.options import checked
 from ..config.packing import PackingConfig, Quantization
-from ..decoding import check_prompt, decode_batch
-from ..model.exit_blocks import target_block
-from ..prompting import require_chat_template
-from .likelihood import likelihoods
-from .text import AnswerSettings, HarnessText, answer_settings
+from ..decoding import before_stop, check_prompt, decode_batch
+from ..errors import CheckpointError, ConfigError
+from ..prompting import encoded, render_chat
+from .likelihood import Pair, likelihoods
 
 _AUTO_BATCH = 16
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # lm-eval's usual names
-Item = TypeVar("Item")
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
 
 
 class LayerSkipLM(LM):  # type: ignore[misc]
@@ -62,110 +68,167 @@ class LayerSkipLM(LM):  # type: ignore[misc]
             device = "auto"
         packing = PackingConfig(**checked(PackingConfig, {"quantize": quantize}))
         self.decoder = for_decoding(pretrained, device, dtype, packing) if isinstance(pretrained, str) else pretrained
+        self.tokenizer = self.decoder.tokenizer
         size = str(batch_size).partition(":")[0]
         require(size == "auto" or (size.isdecimal() and int(size) > 0), "batch_size", "at least 1, or auto", batch_size)
         self.batch_size = min(_AUTO_BATCH, max_batch_size or _AUTO_BATCH) if size == "auto" else int(size)
-        self.text = HarnessText(self.decoder)
         self.max_length, self.max_gen_toks = self.decoder.backend.max_positions, int(max_gen_toks)
-        self.decoding = self._decoding(exit, spec, packing)
+        strategy = "self-speculative" if spec is not None else "autoregressive" if exit is None else "early-exit"
+        asked = {"strategy": strategy, "exit_layer": exit, "num_draft_tokens": spec}
+        self.decoding = self.decoder.resolve(cast(DecodingOptions, asked), packing)
         self.depth = exit if exit is not None and spec is None else self.decoder.backend.num_layers
         self._device = self.decoder.backend.device
 
-    def _decoding(self, exit_layer: int | None, spec: int | None, packing: PackingConfig) -> DecodingConfig:
-        layers = self.decoder.backend.num_layers
-        if exit_layer is not None:
-            require_exit_layer(exit_layer, layers, may_be_last=spec is None, field="exit")
-            if spec is None:
-                target_block(self.decoder.backend.exit_blocks, exit_layer)
-        drafting = None if exit_layer is None else "early-exit"
-        strategy = "self-speculative" if spec is not None else drafting or "autoregressive"
-        options: DecodingOptions = {"strategy": strategy}
-        if exit_layer is not None:
-            options["exit_layer"] = exit_layer
-        if spec is not None:
-            options["num_draft_tokens"] = spec
-        return self.decoder.resolve(options, packing)
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
+        """Token ids of a text; that of special tokens becomes tokens.
+
+        `add_special_tokens`: whether the tokenizer adds those that begin a text; None: as it does, unless the text has the
+        first. Raises ConfigError for a token that the model has no embedding for.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self._bos_token)
+        ids = encoded(lambda: self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        return self.decoder.known_ids(list(ids))
+
+    @property
+    def _bos_token(self) -> str | None:
+        token = self.tokenizer.special_tokens_map.get("bos_token")
+        return None if token is None else str(token)
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that begins a text, or ends it where there is no other. Raises CheckpointError for a model without both."""
+        prefix = self.tokenizer.get_vocab().get(self._bos_token or "", self.eot_token_id)
+        if prefix is None:
+            raise CheckpointError("the model's tokenizer must have a token that begins or ends a text, to score a whole text")
+        return prefix
+
+    def _pairs(self, request: Any) -> list[Pair]:
+        """What a request scores: a continuation of a context, or a whole text in windows of the model's context."""
+        if len(request.args) == 1:
+            ids, prefix = self.tok_encode(*request.args), self.prefix_token_id
+            windows = map(make_disjoint_window, get_rolling_token_windows(ids, prefix, self.max_length, 1))
+            return list(windows) or [([prefix], [])]
+        context, continuation = request.args
+        bare = context.rstrip()
+        continuation = context[len(bare) :] + continuation  # with the spaces at the end of the context, as tokens have them
+        if bare:
+            before = self.tok_encode(bare)
+            return [(before, self.tok_encode(bare + continuation)[len(before) :])]
+        before, ids = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+        return [(before, ids[1:] if ids[:1] == before else ids)]
+
+    def score(self, requests: Sequence[Any], depths: Sequence[int]) -> Iterator[tuple[int, dict[int, Any]]]:
+        """Yields (place of a request, lm-eval's response to it by the number of layers), as one pass for all depths gives them.
+
+        The response is (log-probability in nats, whether it is the greedy continuation), and the former alone for a whole text.
+        """
+        parts = [self._pairs(request) for request in requests]
+        asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
+        found: list[list[dict[int, Any]]] = [[] for _ in requests]
+        scored = likelihoods(self.decoder.backend, [pair for _, pair in asked], depths, self.batch_size)
+        for number, by_depth in scored:
+            place, _ = asked[number]
+            found[place].append(by_depth)
+            if len(found[place]) < len(parts[place]):
+                continue
+            if len(requests[place].args) == 1:
+                yield place, {depth: sum(part[depth].total for part in found[place]) for depth in depths}
+            else:
+                yield place, {depth: tuple(by_depth[depth]) for depth in depths}
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether it is the greedy continuation) of each request's (context, continuation)."""
-        pairs = [self.text.pair(*request.args) for request in requests]
-        found: list[Any] = [None] * len(pairs)
-        scored = likelihoods(self.decoder.backend, pairs, [self.depth], self.batch_size)
-        for place, by_exit in tqdm(scored, "loglikelihood", len(pairs), disable=disable_tqdm):
-            found[place] = tuple(by_exit[self.depth])
-            self.cache_hook.add_partial("loglikelihood", requests[place].args, found[place])
-        return found
+        return self._responses("loglikelihood", requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability in nats of each whole text."""
-        windows = [(place, pair) for place, request in enumerate(requests) for pair in self.text.windows(request.args[0])]
-        totals = [0.0] * len(requests)
-        scored = likelihoods(self.decoder.backend, [pair for _, pair in windows], [self.depth], self.batch_size)
-        for window, by_exit in tqdm(scored, "loglikelihood_rolling", len(windows), disable=disable_tqdm):
-            totals[windows[window][0]] += by_exit[self.depth].total
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
+        return self._responses("loglikelihood_rolling", requests, disable_tqdm)
+
+    def _responses(self, kind: str, requests: Sequence[Any], disable_tqdm: bool) -> list[Any]:
+        found: list[Any] = [None] * len(requests)
+        for place, by_depth in tqdm(self.score(requests, [self.depth]), kind, len(requests), disable=disable_tqdm):
+            found[place] = by_depth[self.depth]
+            self.cache_hook.add_partial(kind, requests[place].args, found[place])
+        return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each request's (context, generation_kwargs)."""
-        answers = [""] * len(requests)
+        """The answer to each request's (context, generation_kwargs). Sampled ones have a seed each."""
+        ordered = Collator(
+            [request.args for request in requests], lambda args: -len(self.tok_encode(args[0])), group_by="gen_kwargs"
+        )
+        answers: list[str] = []
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
-            for settings, places in self.by_settings([request.args[1] for request in requests]):
-                prompts = {place: self.prompt(requests[place].args[0], settings) for place in places}
-                for batch in _in_batches(sorted(places, key=lambda place: -len(prompts[place])), self.batch_size):
-                    answered = self._answered([prompts[place] for place in batch], settings, batch)
-                    for place, ids in zip(batch, answered, strict=True):
-                        answers[place] = self.answer(ids, settings)
-                        self.cache_hook.add_partial("generate_until", requests[place].args, answers[place])
-                        bar.update()
-        return answers
+            for batch in ordered.get_batched(n=self.batch_size):
+                config = self.answering(self.decoding, batch[0][1])
+                prompts = [self.prompt(context, config.max_new_tokens) for context, _ in batch]
+                seeds = list(range(len(answers), len(answers) + len(batch)))
+                ends = self.decoder.ends(config.stop)
+                finished = decode_batch(self.decoder.backend, prompts, config, ends, self.decoder.detokenize, seeds)
+                for args, output in zip(batch, sorted(finished, key=lambda output: output.row), strict=True):
+                    answers.append(self.answer(output.ids, config.stop))
+                    self.cache_hook.add_partial("generate_until", args, answers[-1])
+                    bar.update()
+        found: list[str] = ordered.get_original(answers)
+        return found
 
-    def by_settings(self, asked: Sequence[dict[str, Any]]) -> list[tuple[AnswerSettings, list[int]]]:
-        """The places of requests, by what their `generation_kwargs` mean."""
-        groups: dict[AnswerSettings, list[int]] = {}
-        for place, kwargs in enumerate(asked):
-            groups.setdefault(answer_settings(kwargs, self.max_gen_toks), []).append(place)
-        return list(groups.items())
+    def answering(self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None) -> DecodingConfig:
+        """A way of decoding with the limits and the sampling of a request's `generation_kwargs`; `limit`: instead of its own.
 
-    def prompt(self, context: str, settings: AnswerSettings) -> list[int]:
+        Raises ConfigError for a setting that this decoder does not have.
+        """
+        given = normalize_gen_kwargs(dict(asked), self.max_gen_toks)
+        stop = tuple(filter(None, (*given.pop("until"), *config.stop)))
+        changes: dict[str, Any] = {"stop": stop, "max_new_tokens": limit or given["max_gen_toks"], "temperature": 0.0}
+        del given["max_gen_toks"]
+        temperature, top_k, top_p = given.pop("temperature", 1.0), given.pop("top_k", 0), given.pop("top_p", 1.0)
+        if given.pop("do_sample"):
+            changes |= {"temperature": float(temperature), "top_k": int(top_k or 0), "top_p": float(top_p or 1.0)}
+        for name, value in given.items():
+            if _NEUTRAL.get(name) != value:
+                known = "until, max_gen_toks, do_sample, temperature, top_k or top_p"
+                raise ConfigError(f"generation_kwargs must be {known}, got {name}={value!r:.60}")
+        return replace(config, **changes)
+
+    def prompt(self, context: str, max_new_tokens: int) -> list[int]:
         """The token ids of a context, or as many of the last ones as leave room for the answer."""
-        room = self.max_length - settings.max_new_tokens
-        require(room > 0, "max_gen_toks", f"below {self.max_length}, the model's context", settings.max_new_tokens)
-        ids = self.text.ids(context)[-room:]
+        room = self.max_length - max_new_tokens
+        require(room > 0, "max_gen_toks", f"below {self.max_length}, the model's context", max_new_tokens)
+        ids = self.tok_encode(context)[-room:]
         check_prompt(ids, self.max_length)
         return ids
 
-    def answer(self, ids: Sequence[int], settings: AnswerSettings) -> str:
+    def answer(self, ids: Sequence[int], stop: Sequence[str]) -> str:
         """The text of an answer, up to its stop string."""
-        ends = self.decoder.ends(settings.stop)
-        return settings.cut(self.decoder.detokenize([token for token in ids if token not in ends]))
-
-    def _answered(self, prompts: list[list[int]], settings: AnswerSettings, seeds: Sequence[int]) -> list[list[int]]:
-        """The ids of the answers. Sampled ones have the given seeds."""
-        ends = self.decoder.ends(settings.stop)
-        finished = decode_batch(
-            self.decoder.backend, prompts, settings.of(self.decoding), ends, self.decoder.detokenize, list(seeds)
-        )
-        return [output.ids for output in sorted(finished, key=lambda output: output.row)]
+        ends = self.decoder.ends(stop)
+        return before_stop(self.decoder.detokenize([token for token in ids if token not in ends]), stop)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.text.conversation(chat_history, add_generation_prompt)
+        """Messages in the tokenizer's chat template; without a generation prompt, up to the end of the last message's text.
+
+        A template that refuses system messages gets none. Raises ConfigError and CheckpointError as `render_chat` does.
+        """
+        try:
+            text = render_chat(self.tokenizer, chat_history, add_generation_prompt)
+        except CheckpointError:
+            spoken = [message for message in chat_history if message["role"] != "system"]
+            text = render_chat(self.tokenizer, spoken, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's template, for lm-eval's records."""
-        if not chat_template:
-            return None
-        require_chat_template(self.decoder.tokenizer)
-        return str(self.decoder.tokenizer.chat_template)
+        return str(self.tokenizer.chat_template) if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
         return self.decoder.name.replace("/", "__")
-
-    @property
-    def eot_token_id(self) -> int | None:
-        return self.text.end_id
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes about the model into its results."""
@@ -177,7 +240,3 @@ class LayerSkipLM(LM):  # type: ignore[misc]
             "layerskip_depth": self.depth,
             "layerskip_strategy": self.decoding.strategy,
         }
-
-
-def _in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -3,6 +3,7 @@
 The forking process runs nothing of these libraries itself, because a fork lacks the threads of its parent.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -74,6 +75,8 @@ def _serve():
             if not module.name.endswith("__main__"):
                 with suppress(ImportError):  # what needs an extra; the kernels
                     importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()  # so that forks copy no pages to look for garbage
     for line in sys.stdin:
         what, *values = json.loads(line)
         if what == "start":

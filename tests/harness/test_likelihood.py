@@ -90,5 +90,3 @@ def test_what_does_not_fit_and_what_is_empty():
     assert list(likelihoods(model, [([1], [])], [6], 1)) == [(0, {6: Likelihood(0.0, True)})]
     with pytest.raises(ContextError, match="at most 128 tokens, got 129"):
         list(likelihoods(model, [([1], [2] * 129)], [6], 1))
-    with pytest.raises(ConfigError, match=r"in 1\.\.6, got 7"):
-        list(likelihoods(model, [([1], [2])], [7], 1))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,23 +11,19 @@ from command_line import fails, run
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval: pip install 'layerskip[lm-eval]'")
 
-from exit_block_models import random_blocks
+from evaluating import tiny_loaded
+from exit_block_models import add_blocks
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval_tasks import write_tasks
 from transformers import AutoTokenizer
 
-from layerskip_core.checkpoint.beside import exit_blocks_content, fingerprint
-from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
-from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.checkpoint.save import save_beside
 from layerskip_core.config.export import ExportConfig
 from layerskip_core.errors import ConfigError
 from layerskip_core.export.run import export
 from layerskip_core.harness import register
 from layerskip_core.harness.model import LayerSkipLM
-from layerskip_core.harness.text import HarnessText, answer_settings
 from layerskip_core.model.exit_blocks import ExitBlock
 
 
@@ -85,12 +82,8 @@ def agree(ours, theirs):
     expected, expected_responses = theirs
     assert scores == pytest.approx(expected, rel=1e-4)
     for task, each in expected_responses.items():
-        found, wanted = list(flat(responses[task])), list(flat(each))
-        assert [value for value in found if not isinstance(value, float)] == [
-            value for value in wanted if not isinstance(value, float)
-        ]
-        numbers = [value for value in found if isinstance(value, float)]
-        assert numbers == pytest.approx([value for value in wanted if isinstance(value, float)], rel=1e-4, abs=1e-4)
+        for found, wanted in zip(flat(responses[task]), flat(each), strict=True):
+            assert found == (pytest.approx(wanted, rel=1e-4, abs=1e-4) if isinstance(wanted, float) else wanted)
 
 
 def test_full_depth_equals_hf_and_an_exit_equals_hf_on_its_exported_folder(checkpoint, exported, tasks):
@@ -131,24 +124,13 @@ def test_a_sweep_gives_the_scores_of_all_exits_in_one_run(checkpoint, tasks, tmp
 
 
 def test_bench_has_a_column_per_strategy_and_drafts_only_where_text_is_generated(checkpoint, tasks):
-    arguments = (
-        "bench",
-        "--model",
-        checkpoint,
-        "--include-path",
-        str(tasks),
-        "--dtype",
-        "fp32",
-        "--exit",
-        "2",
-        "--format",
-        "json",
-    )
-    arguments += ("--strategies", "autoregressive,early-exit,self-speculative", "--repeats", "1", "--samples", "4")
+    arguments = ("bench", "--model", checkpoint, "--include-path", str(tasks), "--dtype", "fp32", "--exit", "2")
+    arguments += ("--format", "json", "--samples", "4", "--repeats", "1")
+    arguments += ("--strategies", "autoregressive,early-exit,self-speculative")
     done = run(*arguments, "--task", "lm-eval:answer,choice", "--max-new-tokens", "6")
     assert done.code == 0, done.err
     plain, early, drafted = json.loads(done.out)["results"]
-    assert [plain["strategy"], early["strategy"], drafted["strategy"]] == arguments[-5].split(",")
+    assert [plain["strategy"], early["strategy"], drafted["strategy"]] == arguments[-1].split(",")
     assert drafted["metrics"] == plain["metrics"] and drafted["identical_outputs"] == 1.0 and drafted["acceptance_rate"] >= 0
     assert early["identical_outputs"] < 1 and plain["speedup"] == 1.0
     assert plain["samples"] == {"answer": 4, "choice": 4}
@@ -166,11 +148,7 @@ def test_bench_has_a_column_per_strategy_and_drafts_only_where_text_is_generated
 
 def test_the_exit_block_of_a_frozen_model_counts(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "frozen")
-    loaded = for_training(str(folder), "cpu", "fp32")
-    spec, blocks = loaded.backend.spec, random_blocks(loaded.model, ExitBlock(2))
-    made_for = fingerprint(spec, loaded.model.get_parameter)
-    content = exit_blocks_content(spec, {name: blocks.take(name) for name in blocks.shapes(spec)}, made_for)
-    save_beside(str(folder), EXIT_BLOCKS_FILE, content, lambda info: info.with_exit_blocks({"2": {"agreement": 0.75}}))
+    add_blocks(folder, ExitBlock(2))
     export(ExportConfig(str(folder), 2, str(tmp_path / "alone")))
     requests = [asked("remind me to call", " mom at 5"), asked("play", " some jazz")]
     ours = LayerSkipLM(str(folder), exit=2, dtype="fp32")
@@ -195,16 +173,15 @@ def test_contexts_empty_with_spaces_and_too_long(checkpoint):
 
 
 def test_what_a_request_says_about_its_answer(checkpoint):
-    loaded = for_decoding(checkpoint)
-    pad = loaded.tokenizer.special_tokens_map["pad_token"]
-    settings = answer_settings({"until": ["\n", pad, ""], "do_sample": False, "temperature": 0.7})
-    assert (settings.stop, settings.max_new_tokens) == (("\n", pad), 256)
-    assert loaded.ends(settings.stop) == loaded.eos_ids | {loaded.tokenizer.pad_token_id}
-    assert settings.temperature == 0
-    drawn = answer_settings({"until": "x", "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}, seed=3)
-    assert (drawn.temperature, drawn.top_p, drawn.seed, drawn.max_new_tokens) == (0.5, 0.9, 3, 7)
+    lm = LayerSkipLM(checkpoint)
+    pad = lm.tokenizer.special_tokens_map["pad_token"]
+    greedy = lm.answering(lm.decoding, {"until": ["\n", pad, ""], "do_sample": False, "temperature": 0.7})
+    assert (greedy.stop, greedy.max_new_tokens, greedy.temperature) == (("\n", pad), 256, 0)
+    assert lm.decoder.ends(greedy.stop) == lm.decoder.eos_ids | {lm.tokenizer.pad_token_id}
+    drawn = lm.answering(lm.decoding, {"until": "x", "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7})
+    assert (drawn.stop, drawn.temperature, drawn.top_p, drawn.max_new_tokens) == (("x",), 0.5, 0.9, 7)
     with pytest.raises(ConfigError, match="got num_beams=4"):
-        answer_settings({"num_beams": 4})
+        lm.answering(lm.decoding, {"num_beams": 4})
 
 
 def test_sampled_answers_differ_between_repeats_and_not_between_runs(checkpoint):
@@ -214,14 +191,12 @@ def test_sampled_answers_differ_between_repeats_and_not_between_runs(checkpoint)
 
 
 def test_the_chat_template_is_that_of_the_tokenizer(checkpoint, tmp_path):
-    folder = chatml_folder(tmp_path / "chat")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = HarnessText(SimpleNamespace(tokenizer=tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(chatml_folder(tmp_path / "chat"))
+    lm = LayerSkipLM(replace(tiny_loaded(), tokenizer=tokenizer))
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
-    assert text.conversation(messages[:1], True) == tokenizer.apply_chat_template(
-        messages[:1], tokenize=False, add_generation_prompt=True
-    )
-    assert text.conversation(messages, False).endswith("assistant\ngood day")
+    rendered = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert lm.apply_chat_template(messages[:1]) == rendered
+    assert lm.apply_chat_template(messages, False).endswith("assistant\ngood day")
     with pytest.raises(ConfigError, match="the model's tokenizer has none"):
         LayerSkipLM(checkpoint).apply_chat_template(messages[:1])
 
@@ -235,31 +210,21 @@ def test_the_model_type_is_registered_and_its_arguments_are_checked(checkpoint):
         f"pretrained={checkpoint},exit=2,dtype=fp32", {"batch_size": "auto:4", "device": "cuda:0"}
     )
     assert (made.depth, made.batch_size, made.decoding.strategy) == (2, 16, "early-exit")
-    for wrong, message in (
-        ({"exit": 7}, r"`exit` must be in 1\.\.6, got 7 \(model has 6 layers\)"),
-        ({"dtype": "int3"}, "`dtype` must be one of auto, fp32, bf16, got int3"),
-        ({"batch_size": "many"}, "`batch_size` must be at least 1, or auto, got many"),
-    ):
-        with pytest.raises(ConfigError, match=message):
+    for wrong in ({"exit": 7}, {"dtype": "int3"}, {"batch_size": "many"}):
+        with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}.*` must be .*, got {next(iter(wrong.values()))}"):
             LayerSkipLM(checkpoint, **wrong)
 
 
 def test_errors_of_the_command_line(checkpoint, tasks, tmp_path):
-    ours = ("sweep-exits", "--model", checkpoint, "--include-path", str(tasks))
-    fails("--exits must be in 1..6, got 9 (model has 6 layers)", *ours, "--task", "lm-eval:choice", "--exits", "9")
-    fails("--specs must be left out for --task lm-eval:..., which measures exits alone, got (3,)",
-          *ours, "--task", "lm-eval:choice", "--specs", "3")  # fmt: skip
-    fails(
-        "--metric must be left out for --task lm-eval:..., got rouge1", *ours, "--task", "lm-eval:choice", "--metric", "rouge1"
-    )
+    ours = ("sweep-exits", "--model", checkpoint, "--include-path", str(tasks), "--task", "lm-eval:choice")
+    fails("--exits must be in 1..6, got 9 (model has 6 layers)", *ours, "--exits", "9")
+    for flag, value in (("--specs", "3"), ("--metric", "rouge1")):
+        failed = run(*ours, flag, value)
+        assert failed.code == 1 and failed.err.startswith(f"error: {flag} must be left out for --task lm-eval:...")
     gone = tmp_path / "gone.yaml"
     gone.write_text((tasks / "choice.yaml").read_text().replace("rows.jsonl", "no-rows.jsonl"))
     failed = run("sweep-exits", "--task", f"lm-eval:{gone}")
-    assert failed.code == 1 and failed.out == ""
-    assert (
-        "cannot be loaded: " in failed.err
-        and "--include-path names a folder with task files whose rows are local" in failed.err
-    )
+    assert failed.code == 1 and "cannot be loaded (without the hub, --include-path names a folder" in failed.err
     odd = tmp_path / "odd"
     shutil.copytree(tasks, odd)
     (odd / "odd.yaml").write_text("task: 1\noutput_type: 2\n")
