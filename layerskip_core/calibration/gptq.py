@@ -34,16 +34,14 @@ _RIDGE = 1e-6  # keeps a group of equal levels, whose scale has no effect, solva
 _CENTRE = (LEVELS - 1) / 2
 
 
-@dataclass
 class Moments:
-    """Sums over the inputs x of a layer, and over those of the original layer, y: `square` of x x^T, `shift` of (y - x) x^T."""
+    """Sums over the inputs x of a layer and over those of the original layer, y, both (in, in) in fp32.
 
-    square: Tensor  # (in, in), fp32
-    shift: Tensor  # (in, in), fp32
+    `square` is that of x x^T, `shift` that of (y - x) x^T.
+    """
 
-    @classmethod
-    def zero(cls, inputs: int) -> "Moments":
-        return cls(torch.zeros(inputs, inputs), torch.zeros(inputs, inputs))
+    def __init__(self, inputs: int) -> None:
+        self.square, self.shift = torch.zeros(inputs, inputs), torch.zeros(inputs, inputs)
 
     def add(self, inputs: Tensor, original: Tensor) -> None:
         """Both (N, in)."""
@@ -146,28 +144,23 @@ def with_best_scales(made: Int4, aim: Aim) -> Int4:
     """The same levels with the scales and lowest values of least error, rounded to bf16."""
     square = aim.square.view(*(aim.square.shape[0] // GROUP_SIZE, GROUP_SIZE) * 2)  # (groups, in group, groups, in group)
     wanted = (aim.weight @ aim.square).view(*made.scale.shape, GROUP_SIZE)
-    scales, lows = [], []
+    parts = []
     for levels, product in zip(torch.split(made.levels, _ROWS), torch.split(wanted, _ROWS), strict=True):
-        scale, low = _best_scales(levels.view_as(product).float() - _CENTRE, square, product)
-        scales.append(scale)
-        lows.append(low)
-    return Int4(made.levels, torch.cat(scales), torch.cat(lows))
-
-
-def _best_scales(centred: Tensor, square: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """For levels (R, groups, in group) around 0: scale and lowest value, (R, groups), of the normal equations."""
-    rows, groups, _ = centred.shape
-    seen = torch.einsum("gihj,rhj->rgih", square, centred)
-    scale_scale = torch.einsum("rgih,rgi->rgh", seen, centred)
-    middle_scale = seen.sum(2)
-    middle_middle = square.sum((1, 3)).expand(rows, groups, groups)
-    above = torch.cat([scale_scale, middle_scale.transpose(1, 2)], dim=2)
-    normal = torch.cat([above, torch.cat([middle_scale, middle_middle], dim=2)], dim=1)
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += _RIDGE * diagonal.mean(1, keepdim=True)
-    solved = torch.linalg.solve(normal, torch.cat([(wanted * centred).sum(2), wanted.sum(2)], dim=1))
-    scale = solved[:, :groups].bfloat16().float()
-    return scale, (solved[:, groups:] - _CENTRE * scale).bfloat16().float()
+        rows, groups, _ = product.shape
+        centred = levels.view_as(product).float() - _CENTRE
+        seen = torch.einsum("gihj,rhj->rgih", square, centred)
+        middle_scale = seen.sum(2)
+        scale_scale = torch.einsum("rgih,rgi->rgh", seen, centred)
+        middle_middle = square.sum((1, 3)).expand(rows, groups, groups)
+        above = torch.cat([scale_scale, middle_scale.transpose(1, 2)], dim=2)
+        normal = torch.cat([above, torch.cat([middle_scale, middle_middle], dim=2)], dim=1)  # the normal equations
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        diagonal += _RIDGE * diagonal.mean(1, keepdim=True)
+        solved = torch.linalg.solve(normal, torch.cat([(product * centred).sum(2), product.sum(2)], dim=1))
+        scale = solved[:, :groups].bfloat16().float()
+        parts.append((scale, (solved[:, groups:] - _CENTRE * scale).bfloat16().float()))
+    scales, lows = map(torch.cat, zip(*parts, strict=True))
+    return Int4(made.levels, scales, lows)
 
 
 def with_best_levels(made: Int4, aim: Aim) -> Int4:

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..losses import summed_divergences
 from ..model import TransformersBackend
@@ -24,7 +25,7 @@ _TOKENS = 4096  # of a forward pass
 _STEP_TOKENS = 2048  # of a step of the tuning
 _RATE = 3e-4  # of the scales, as a share of them; lowest values move by five times as much, in steps
 _WARMUP = 6  # steps
-_MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.99  # of Adam
+_DECAYS = (0.9, 0.99)  # of Adam
 _CENTRE = (LEVELS - 1) / 2  # a scale turns a group about its middle level, else it would also move it
 
 
@@ -58,41 +59,45 @@ def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int]
             originals = [hooks.enter_context(_recorded(stage[0][1])) for stage in stages]
             full = [run(hidden) for hidden in full]
         for stage, references in zip(stages, originals, strict=True):
-            moments = Moments.zero(stage[0][1].in_features)
+            moments = Moments(stage[0][1].in_features)
             for hidden, reference in zip(low, references, strict=True):
                 with _recorded(stage[0][1], then_stop=True) as inputs, suppress(_Reached):
                     run(hidden)
                 moments.add(inputs[0].flatten(0, -2), reference.flatten(0, -2))
             references.clear()
-            made = _split(_quantized(torch.cat([module.weight for _, module in stage]), moments), stage)
-            for (name, module), weight in zip(stage, made, strict=True):
+            joint = _quantized(torch.cat([module.weight for _, module in stage]), moments)
+            sizes = [module.out_features for _, module in stage]
+            split = zip(*(torch.split(part, sizes) for part in joint), strict=True)
+            for (name, module), part in zip(stage, split, strict=True):
+                weights[f"model.layers.{index}.{name}.weight"] = weight = Int4(*part)
                 module.weight.copy_(weight.weight)
-                weights[f"model.layers.{index}.{name}.weight"] = weight
         low = [run(hidden) for hidden in low]
         report(index + 1)
-    weights[backend.spec.head_name] = _quantized_head(backend, low, full)
+    moments = Moments(backend.hidden_size)
+    for hidden, reference in zip(low, full, strict=True):
+        moments.add(backend.normed(hidden).flatten(0, -2), backend.normed(reference).flatten(0, -2))
+    head = backend.spec.head_name
+    weights[head] = _quantized(backend.model.get_parameter(head), moments)
     report(backend.num_layers + 1)
     return Quantized(weights, torch.cat(full))
 
 
-_Stage = list[tuple[str, nn.Linear]]  # projections, by name in their layer, that have the same input
-
-
-def _stages(layer: nn.Module, run: Callable[[], object]) -> list[_Stage]:
-    """The projections of a layer in the order in which it uses them."""
-    stages: list[_Stage] = []
+def _stages(layer: nn.Module, run: Callable[[], object]) -> list[list[tuple[str, nn.Linear]]]:
+    """The projections of a layer with their names, in the order in which it uses them; those with one input together."""
+    stages: list[list[tuple[str, nn.Linear]]] = []
     seen: list[object] = []  # the inputs of the stages
-    names = {module: name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.Linear)
-        if not seen or seen[-1] is not inputs[0]:
-            seen.append(inputs[0])
-            stages.append([])
-        stages[-1].append((names[module], module))
-
     with ExitStack() as hooks:
-        for module in names:
+        for name, module in layer.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+
+            def note(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                assert isinstance(module, nn.Linear)
+                if not seen or seen[-1] is not inputs[0]:
+                    seen.append(inputs[0])
+                    stages.append([])
+                stages[-1].append((name, module))
+
             hooks.callback(module.register_forward_pre_hook(note).remove)
         run()
     return stages
@@ -119,53 +124,36 @@ def _recorded(module: nn.Module, then_stop: bool = False) -> Iterator[list[Tenso
         hook.remove()
 
 
-def _split(joint: Int4, stage: _Stage) -> list[Int4]:
-    """The weights of a stage's projections, which were quantised as one."""
-    sizes = [module.out_features for _, module in stage]
-    parts = zip(*(torch.split(part, sizes) for part in joint), strict=True)
-    return [Int4(*part) for part in parts]
-
-
-def _quantized_head(backend: TransformersBackend, low: list[Tensor], full: list[Tensor]) -> Int4:
-    moments = Moments.zero(backend.hidden_size)
-    for hidden, reference in zip(low, full, strict=True):
-        moments.add(backend.normed(hidden).flatten(0, -2), backend.normed(reference).flatten(0, -2))
-    return _quantized(backend.model.get_parameter(backend.spec.head_name), moments)
-
-
 def _quantized(weight: Tensor, moments: Moments) -> Int4:
     aim = Aim.of(weight, moments)
     return descended(gptq(aim), aim)
 
 
 class Tuned:
-    """One weight, its scale and its lowest value as they are tuned, and their state of Adam (Kingma and Ba, 2015)."""
+    """A weight whose scale and lowest value are tuned: the first by a share of it, the middle level by steps of the scale."""
 
     def __init__(self, weight: Int4, parameter: Tensor) -> None:
         """`parameter` (out, in) gets the weight's values, and its gradients."""
         self._first, self._parameter = weight, parameter
-        self._change = torch.zeros(2, *weight.scale.shape)  # of the scale, as a share; of the middle level, in steps
-        self._mean, self._square = torch.zeros_like(self._change), torch.zeros_like(self._change)
+        self.share, self.middle = torch.zeros_like(weight.scale), torch.zeros_like(weight.scale)
 
     @property
     def weight(self) -> Int4:
         levels, scale, low = self._first
-        changed = (scale * (1 + self._change[0])).bfloat16().float()
-        middle = low + scale * (_CENTRE + self._change[1])
+        changed = (scale * (1 + self.share)).bfloat16().float()
+        middle = low + scale * (_CENTRE + self.middle)
         return Int4(levels, changed, (middle - _CENTRE * changed).bfloat16().float())
 
-    def step(self, number: int, rate: float) -> None:
-        """Step `number`, 1.., of Adam."""
+    def take_gradients(self) -> None:
+        """Those of both changes, from that of the parameter."""
         assert self._parameter.grad is not None
         levels, scale, _ = self._first
         gradients = self._parameter.grad.float().view(*scale.shape, -1)
         centred = levels.view_as(gradients).float() - _CENTRE
-        gradient = torch.stack([(gradients * centred).sum(-1), gradients.sum(-1)]) * scale
+        self.share.grad, self.middle.grad = (gradients * centred).sum(-1) * scale, gradients.sum(-1) * scale
         self._parameter.grad = None
-        self._mean.lerp_(gradient, 1 - _MEAN_DECAY)
-        self._square.lerp_(gradient.square(), 1 - _SQUARE_DECAY)
-        mean, square = self._mean / (1 - _MEAN_DECAY**number), self._square / (1 - _SQUARE_DECAY**number)
-        self._change -= torch.tensor([rate, 5 * rate]).view(2, 1, 1) * mean / (square.sqrt() + 1e-12)
+
+    def apply(self) -> None:
         self._parameter.copy_(self.weight.weight)
 
 
@@ -184,10 +172,19 @@ def tune(
     """
     head = backend.spec.head_name
     backend.model.requires_grad_(False)
-    tuned = {}
-    for name, weight in quantized.weights.items():
-        if name != head:
-            tuned[name] = Tuned(weight, backend.model.get_parameter(name).requires_grad_())
+    tuned = {
+        name: Tuned(weight, backend.model.get_parameter(name).requires_grad_())
+        for name, weight in quantized.weights.items()
+        if name != head
+    }
+    groups = [
+        {"params": [one.share for one in tuned.values()], "lr": _RATE},
+        {"params": [one.middle for one in tuned.values()], "lr": 5 * _RATE},
+    ]
+    adam = torch.optim.Adam(groups, betas=_DECAYS, eps=1e-12)
+    rate = LambdaLR(
+        adam, lambda done: min(1.0, (done + 1) / _WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * (done + 1) / steps)))
+    )
     positions = torch.arange(texts.shape[1])[None]
     for number, rows in enumerate(_batches(texts, steps, seed), start=1):
         hidden = backend.run_layers(backend.embed(texts[rows]), 0, backend.num_layers, positions)
@@ -195,10 +192,13 @@ def tune(
         (total,), _ = summed_divergences(backend.unembed, [hidden.flatten(0, 1)], original, backend.vocab_size)
         divergence = total / len(original)
         torch.autograd.backward(divergence)
-        rate = _RATE * min(1.0, number / _WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * number / steps)) / 2)
         with torch.no_grad():
             for one in tuned.values():
-                one.step(number, rate)
+                one.take_gradients()
+            adam.step()
+            rate.step()
+            for one in tuned.values():
+                one.apply()
         report(number, float(divergence.detach()))
     return quantized.weights | {name: one.weight for name, one in tuned.items()}
 

@@ -22,10 +22,12 @@ from ..checkpoint.save import import_checkpoint, refuse_beside, refuse_overwrite
 from ..config.calibration import CalibrationConfig
 from ..config.checks import require
 from ..config.data import DataConfig
+from ..config.decoding import DecodingConfig
 from ..data.examples import Conversation, load_rows
+from ..decoding import decode_batch
 from ..errors import ConfigError, DataError
-from ..model import Backend, ModelSpec, missing_feature
-from ..model.low_bit import GROUP_SIZE, Int4, stored
+from ..model import missing_feature
+from ..model.low_bit import GROUP_SIZE, stored
 from .model import quantize, tune
 
 _COPY = "calibrated-model"  # the folder of the copy of a model that is no folder
@@ -47,9 +49,7 @@ Report = Callable[[Progress], None]
 
 def output_folder(config: CalibrationConfig) -> str:
     """The folder that int4 weights are written to. Raises CheckpointError for a model that is not there."""
-    if config.output is not None:
-        return config.output
-    return _own_folder(config.model) or _COPY
+    return config.output or _own_folder(config.model) or _COPY
 
 
 def _own_folder(model: str) -> str | None:
@@ -67,8 +67,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
             kernels.
         DataError: the data is not there or too small.
     """
-    folder = output_folder(config)
-    own = _own_folder(config.model)
+    folder, own = output_folder(config), _own_folder(config.model)
     copied = own is None or Path(folder).resolve() != Path(own).resolve()
     if copied:
         refuse_overwrite(folder, config.overwrite, (INT4_FILE,))
@@ -76,18 +75,18 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
         refuse_beside(folder, INT4_FILE)
     texts = _texts(config, report)
     trainable = for_training(config.model, "cpu")
-    backend, model = trainable.backend, trainable.model
-    names = matrix_names(backend.spec)
-    made_from = fingerprint(backend.spec, model.get_parameter)
-    total = backend.num_layers + 1
-    quantized = quantize(backend, texts, lambda done: report(Progress("layers", done, total)))
-    weights = quantized.weights
-    if config.tuning_steps:
-        weights = tune(
-            backend, quantized, texts, config.tuning_steps, config.seed,
-            lambda done, divergence: report(Progress("tuning", done, config.tuning_steps, divergence)),
-        )  # fmt: skip
-    content = _content(weights, names, made_from, config, texts)
+    backend, weight_of = trainable.backend, trainable.model.get_parameter
+    made_from, layers = fingerprint(backend.spec, weight_of), backend.num_layers + 1
+    quantized = quantize(backend, texts, lambda done: report(Progress("layers", done, layers)))
+    weights, steps = quantized.weights, config.tuning_steps
+    if steps:
+        tuning = lambda done, divergence: report(Progress("tuning", done, steps, divergence))  # noqa: E731
+        weights = tune(backend, quantized, texts, steps, config.seed, tuning)
+    details = {"texts": len(texts), "length": texts.shape[1], "tuning_steps": steps, "seed": config.seed}
+    rows = {name: stored(weights[name]) for name in matrix_names(backend.spec)}
+    content = int4_content(
+        rows, made_from, {name: str(value) for name, value in details.items()} | {"torch": torch.__version__}
+    )
     if copied:
         import_checkpoint(config.model, folder, "auto", {INT4_FILE: content})
     else:
@@ -96,51 +95,37 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
 
 
 def _texts(config: CalibrationConfig, report: Report) -> Tensor:
-    decoder = for_decoding(config.model, "cpu")
-    _require_kernels(decoder.backend.spec)
-    most = decoder.backend.max_positions
-    require(config.length <= most, "length", f"at most {most}, the model's context", config.length)
-    if config.data is None:
-        return written_texts(
-            decoder, config.samples, config.length, config.seed, lambda done: report(Progress("texts", done, config.samples))
-        )
-    texts = data_texts(decoder, DataConfig(config.data, seed=config.seed), config.samples, config.length)
-    report(Progress("texts", len(texts), len(texts)))
-    return texts
-
-
-def _require_kernels(spec: ModelSpec) -> None:
     """Raises ConfigError for a model that no int4 kernel runs."""
+    decoder = for_decoding(config.model, "cpu")
+    spec, most = decoder.backend.spec, decoder.backend.max_positions
     if missing := missing_feature(spec):
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
     for name in matrix_names(spec):
         width = spec.shapes[name][1]
         require(width % GROUP_SIZE == 0, "model", f"one whose layer widths {GROUP_SIZE} divides", f"{width} in {name}")
+    require(config.length <= most, "length", f"at most {most}, the model's context", config.length)
+    if config.data is None:
+        written = lambda done: report(Progress("texts", done, config.samples))  # noqa: E731
+        return written_texts(decoder, config.samples, config.length, config.seed, written)
+    texts = data_texts(decoder, DataConfig(config.data, seed=config.seed), config.samples, config.length)
+    report(Progress("texts", len(texts), len(texts)))
+    return texts
 
 
-def _content(weights: dict[str, Int4], names: list[str], made_from: str, config: CalibrationConfig, texts: Tensor) -> bytes:
-    details = {
-        "texts": str(len(texts)), "length": str(texts.shape[1]), "tuning_steps": str(config.tuning_steps),
-        "seed": str(config.seed), "torch": torch.__version__,
-    }  # fmt: skip
-    return int4_content({name: stored(weights[name]) for name in names}, made_from, details)
-
-
-@torch.inference_mode()
 def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: Callable[[int], None]) -> Tensor:
     """(count, length) tokens, sampled at temperature 1. A text goes on after the end of an answer."""
-    generator = torch.Generator().manual_seed(seed)
-    start = decoder.prompt_start()[: length - 1]
-    texts: list[Tensor] = []
-    done = 0
-    while done < count:
-        rows = min(_ROWS, count - done)
-        first = torch.randint(decoder.backend.vocab_size, (rows, 1), generator=generator)
-        templated = bool(start) and len(texts) % 2 == 1
-        texts.append(_continued(decoder.backend, torch.tensor([start] * rows) if templated else first, length, generator))
-        done += rows
-        report(done)
-    return torch.cat(texts)
+    draw, start = Random(seed), decoder.prompt_start()[: length - 1]
+    texts: list[list[int]] = []
+    while len(texts) < count:
+        templated = bool(start) and len(texts) // _ROWS % 2 == 1
+        prompts = [start if templated else [draw.randrange(decoder.backend.vocab_size)] for _ in range(_ROWS)]
+        prompts = prompts[: count - len(texts)]
+        config = DecodingConfig("autoregressive", max_new_tokens=length - len(prompts[0]), temperature=1.0)
+        seeds = [draw.randrange(2**32) for _ in prompts]
+        answers = sorted(decode_batch(decoder.backend, prompts, config, seeds=seeds), key=lambda answer: answer.row)
+        texts += [[*prompt, *answer.ids] for prompt, answer in zip(prompts, answers, strict=True)]
+        report(len(texts))
+    return torch.tensor(texts)
 
 
 def data_texts(decoder: Decoder, data: DataConfig, count: int, length: int) -> Tensor:
@@ -163,18 +148,3 @@ def data_texts(decoder: Decoder, data: DataConfig, count: int, length: int) -> T
         raise DataError(f"`data` {data.name} must have at least {length} tokens, found {len(ids)}")
     texts = min(count, len(ids) // length)
     return torch.tensor(ids[: texts * length]).view(texts, length)
-
-
-def _continued(model: Backend, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    rows, cache = len(ids), model.new_cache(len(ids), length)
-    positions = torch.arange(length)[None].expand(rows, -1)
-    newest = ids
-    while True:
-        known = ids.shape[1]
-        start = known - newest.shape[1]
-        hidden = model.run_layers(model.embed(newest), 0, model.num_layers, positions[:, start:known], cache)
-        logits = model.unembed(hidden[:, -1:])[:, 0].float()
-        newest = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        ids = torch.cat([ids, newest], dim=1)
-        if ids.shape[1] == length:
-            return ids

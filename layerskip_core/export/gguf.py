@@ -23,9 +23,10 @@ TARGET, DRAFT = "target.gguf", "draft.gguf"
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 _GEMMA_PERIOD = 6  # llama.cpp gives every sixth layer of Gemma 3 full attention
 _BLOCK = 32  # numbers of a row that share a scale in q8_0 and q4_0
+_ROPES = ("default", "linear", "llama3")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {  # llama.cpp's name of what comes before byte-level BPE, by our `_steps`
+SPLITS = {  # llama.cpp's name of what comes before byte-level BPE, by the steps of a pre-tokenizer
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
     (rf"{_CONTRACTIONS}\p{{N}}{{1,3}}{_REST}", "bytes"): "llama-bpe",
@@ -94,18 +95,31 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
     if name is None:
         raise CheckpointError(f"for GGUF model_type must be one of {', '.join(_ARCHITECTURES)}, found {spec.model_type}")
     _check(spec)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), spec.layers)
     writer = gguf.GGUFWriter(path, name)
+
+    def add(stored: str, weight: Tensor, kind: str) -> None:
+        form = gguf.GGMLQuantizationType[kind.upper()]
+        writer.add_tensor(stored, gguf.quants.quantize(weight.contiguous().float().numpy(), form), raw_dtype=form)
+
     try:
-        _add_values(writer, spec, gguf, kind)
+        _add_values(writer, spec)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, tokenizer, spec.vocab)
-        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), spec.layers)
         for weight_name in spec.shapes:
             weight = _as_stored(weight_name, model.get_parameter(weight_name).detach(), spec)
+            of_layer = weight_name.startswith("model.layers.")
+            stored_kind = kind if of_layer or kind != "q4_0" else "q8_0"
+            if weight.dim() == 1:
+                stored_kind = "f32"
+            elif weight.shape[-1] % _BLOCK:
+                stored_kind = "f16"
             stored = names.get_name(weight_name, try_suffixes=(".weight", ".bias"))
             assert stored is not None, weight_name
-            _add(writer, stored, weight, _kind_of(weight_name, weight, kind), gguf)
+            add(stored, weight, stored_kind)
         if (factors := rope_factors(spec)) is not None:
-            _add(writer, "rope_freqs.weight", factors, "f32", gguf)
+            add("rope_freqs.weight", factors, "f32")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -113,30 +127,27 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
         writer.close()
 
 
-def _add_values(writer: Any, spec: ModelSpec, gguf: Any, kind: str) -> None:
-    writer.add_block_count(spec.layers)
-    writer.add_context_length(spec.context)
-    writer.add_embedding_length(spec.hidden)
-    writer.add_feed_forward_length(spec.inner)
-    writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(spec.eps)
-    writer.add_rope_dimension_count(spec.head_dim)
-    writer.add_vocab_size(spec.vocab)
+def _add_values(writer: Any, spec: ModelSpec) -> None:
+    from gguf import RopeScalingType
+
     full = _full_rope(spec)
-    writer.add_rope_freq_base(float(full.parameters["rope_theta"]))
+    values: dict[str, Any] = {
+        "block_count": spec.layers, "context_length": spec.context, "embedding_length": spec.hidden,
+        "feed_forward_length": spec.inner, "head_count": spec.heads, "head_count_kv": spec.kv_heads,
+        "key_length": spec.head_dim, "value_length": spec.head_dim, "layer_norm_rms_eps": spec.eps,
+        "rope_dimension_count": spec.head_dim, "vocab_size": spec.vocab,
+        "rope_freq_base": float(full.parameters["rope_theta"]),
+    }  # fmt: skip
     if full.type == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(full.parameters["factor"]))
+        values["rope_scaling_type"] = RopeScalingType.LINEAR
+        values["rope_scaling_factor"] = float(full.parameters["factor"])
     if spec.window is not None:
-        writer.add_sliding_window(spec.window)
-        writer.add_rope_freq_base_swa(float(spec.ropes[spec.rope_of[0] or 0].parameters["rope_theta"]))
+        values["sliding_window"] = spec.window
+        values["rope_freq_base_swa"] = float(spec.ropes[spec.rope_of[0] or 0].parameters["rope_theta"])
     if spec.logits_cap is not None:
-        writer.add_final_logit_softcapping(spec.logits_cap)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        values["final_logit_softcapping"] = spec.logits_cap
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def _check(spec: ModelSpec) -> None:
@@ -149,7 +160,7 @@ def _check(spec: ModelSpec) -> None:
         (windows == pattern if gemma else not any(windows), "sliding windows in other layers than llama.cpp gives it"),
         (spec.activation == activation, f"the activation {spec.activation}, where llama.cpp has {activation}"),
         (math.isclose(spec.attention_scale, spec.head_dim**-0.5), "attention scores scaled otherwise than by its head size"),
-        (_full_rope(spec).type in ("default", "linear", "llama3"), f"a rope of type {_full_rope(spec).type}"),
+        (_full_rope(spec).type in _ROPES, f"a rope of type {_full_rope(spec).type}"),
     ):
         if not holds:
             raise CheckpointError(f"this {spec.model_type} cannot be a GGUF file: it has {what}")
@@ -171,19 +182,6 @@ def _as_stored(name: str, weight: Tensor, spec: ModelSpec) -> Tensor:
     return weight
 
 
-def _kind_of(name: str, weight: Tensor, kind: str) -> str:
-    if weight.dim() == 1:
-        return "f32"
-    if kind == "q4_0" and not name.startswith("model.layers."):
-        kind = "q8_0"
-    return kind if weight.shape[-1] % _BLOCK == 0 else "f16"
-
-
-def _add(writer: Any, name: str, weight: Tensor, kind: str, gguf: Any) -> None:
-    form = gguf.GGMLQuantizationType[kind.upper()]
-    writer.add_tensor(name, gguf.quants.quantize(weight.contiguous().float().numpy(), form), raw_dtype=form)
-
-
 def rope_factors(spec: ModelSpec) -> Tensor | None:
     """What llama.cpp divides the frequencies of a Llama 3 by, (head_dim / 2,); None for other ropes."""
     rope = _full_rope(spec)
@@ -199,47 +197,51 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
     model = described["model"]
     if model["type"] != "BPE":
         raise CheckpointError(f"for GGUF the tokenizer must be of the type BPE, found {model['type']}")
-    if model.get("byte_fallback"):
-        _add_text_bpe(writer, described)
-    else:
-        _add_byte_level(writer, described)
+    over_text, split = bool(model.get("byte_fallback")), _split(described)
+    writer.add_tokenizer_model("llama" if over_text else "gpt2")
+    writer.add_tokenizer_pre(split)
     _add_tokens(writer, tokenizer, described, vocab)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for add, token in (
-        (writer.add_bos_token_id, bos),
-        (writer.add_eos_token_id, eos),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if token is not None:
-            add(token)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if over_text:  # instead of merges there are scores: what is merged earlier has a higher one
+        rank = {left + right: -float(place) for place, (left, right) in reversed([*enumerate(merges, start=1)])}
+        text_of = {token: text for text, token in tokenizer.get_vocab().items()}
+        writer.add_token_scores([rank.get(text_of.get(token, ""), 0.0) for token in range(vocab)])
+        before = json.dumps([described["normalizer"], described["pre_tokenizer"]])
+        prefixes = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
+        writer.add_add_space_prefix(any(prefix in before for prefix in prefixes))
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    for special in ("bos", "eos", "unk", "pad"):
+        if (token := getattr(tokenizer, f"{special}_token_id")) is not None:
+            getattr(writer, f"add_{special}_token_id")(token)
     ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bos is not None and ids[0] == bos)
-    writer.add_add_eos_token(eos is not None and ids[-1] == eos)
+    writer.add_add_bos_token(tokenizer.bos_token_id == ids[0])
+    writer.add_add_eos_token(tokenizer.eos_token_id == ids[-1])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _add_byte_level(writer: Any, described: dict[str, Any]) -> None:
-    split = SPLITS.get(_steps(described["pre_tokenizer"]))
-    normalizer = (described["normalizer"] or {}).get("type")
-    if split is None or normalizer not in (None, "NFC"):
+def _split(described: dict[str, Any]) -> str:
+    """llama.cpp's name of what comes before BPE. Raises CheckpointError for what it does not have."""
+    normalizer, before = described["normalizer"], described["pre_tokenizer"]
+    if described["model"].get("byte_fallback"):
+        if json.dumps(_SPACE) in json.dumps([normalizer, before]):
+            return "default"
+        raise CheckpointError(
+            f"for GGUF a tokenizer with byte tokens must write spaces as {_SPACE}; its normalizer: {json.dumps(normalizer)}"
+        )
+    split = SPLITS.get(tuple(map(_step, (before or {}).get("pretokenizers", [before]))))
+    kind = (normalizer or {}).get("type")
+    if split is None or kind not in (None, "NFC"):
         raise CheckpointError(
             f"for GGUF the tokenizer must split text as one of {', '.join(SPLITS.values())} does; its pre-tokenizer is "
-            f"{json.dumps(described['pre_tokenizer'])[:200]}, its normalizer {normalizer}"
+            f"{json.dumps(before)[:200]}, its normalizer {kind}"
         )
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
-    writer.add_token_merges([" ".join(pair) for pair in _merges(described)])
-
-
-def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
-    """The steps of a pre-tokenizer: a pattern for one that splits by it, a name for one that is known, else its JSON."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    return tuple(map(_step, steps))
+    return split
 
 
 def _step(step: dict[str, Any] | None) -> str:
+    """A step of a pre-tokenizer: a pattern for one that splits by it, a name for one that is known, else its JSON."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": regex}:
             return "ByteLevel" if regex else "bytes"
@@ -250,49 +252,23 @@ def _step(step: dict[str, Any] | None) -> str:
     return json.dumps(step)
 
 
-def _add_text_bpe(writer: Any, described: dict[str, Any]) -> None:
-    normalizer, pre_tokenizer = json.dumps(described["normalizer"]), json.dumps(described["pre_tokenizer"])
-    marks_spaces = json.dumps(_SPACE) in normalizer + pre_tokenizer
-    if not marks_spaces:
-        raise CheckpointError(
-            f"for GGUF a tokenizer with byte tokens must write spaces as {_SPACE}; its normalizer: {normalizer}"
-        )
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    prefixed = '"Prepend"' in normalizer or '"prepend_scheme": "first"' in pre_tokenizer
-    writer.add_add_space_prefix(prefixed or '"prepend_scheme": "always"' in pre_tokenizer)
-
-
 def _add_tokens(writer: Any, tokenizer: Any, described: dict[str, Any], vocab: int) -> None:
-    """Tokens by id, their types, and for BPE over text their scores: what is merged earlier has a higher one."""
+    """The texts of tokens by id, and their types."""
     from gguf import TokenType
 
-    added = {token["id"]: token for token in described["added_tokens"]}
-    text_of = {token: text for text, token in tokenizer.get_vocab().items()}
-    rank: dict[str, int] = {}
+    special = {token["id"]: token["special"] for token in described["added_tokens"]}
     over_text = bool(described["model"].get("byte_fallback"))
-    for place, (left, right) in enumerate(_merges(described) if over_text else ()):
-        rank.setdefault(left + right, place + 1)
-    texts, types, scores = [], [], []
-    for token in range(vocab):
-        text = text_of.get(token)
-        if text is None:
-            kind = TokenType.UNUSED
-        elif token in added:
-            kind = TokenType.CONTROL if added[token]["special"] else TokenType.USER_DEFINED
+    texts = [f"[PAD{token}]" for token in range(vocab)]
+    types = [TokenType.UNUSED] * vocab
+    for text, token in tokenizer.get_vocab().items():
+        if token >= vocab:
+            continue
+        texts[token], types[token] = text, TokenType.NORMAL
+        if token in special:
+            types[token] = TokenType.CONTROL if special[token] else TokenType.USER_DEFINED
         elif over_text and _BYTE.fullmatch(text):
-            kind = TokenType.BYTE
-        else:
-            kind = TokenType.UNKNOWN if over_text and token == tokenizer.unk_token_id else TokenType.NORMAL
-        texts.append(f"[PAD{token}]" if text is None else text)
-        types.append(kind)
-        scores.append(-float(rank.get(text or "", 0)))
+            types[token] = TokenType.BYTE
+        elif over_text and token == tokenizer.unk_token_id:
+            types[token] = TokenType.UNKNOWN
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    if over_text:
-        writer.add_token_scores(scores)
-
-
-def _merges(described: dict[str, Any]) -> list[list[str]]:
-    """Pairs of texts, in their order."""
-    return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in described["model"]["merges"]]

@@ -1,8 +1,9 @@
 """A model packed for the compiled kernels, in a folder that every command that decodes can load at once."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,19 +26,11 @@ from ..model.weights import Weights
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class PackedModel:
-    """What was written, and how many bytes of weights."""
+class PackedModel(NamedTuple):
+    """What was written: in words (`int4`, or `bf16 with int8 for drafts`), and how many bytes of weights."""
 
-    content: Content
+    kinds: str
     nbytes: int
-
-    @property
-    def kinds(self) -> str:
-        """In words: `int4`, or `bf16 with int8 for drafts`."""
-        weights = named_int4(self.content.quantize or self.content.dtype, self.content.calibrated)
-        copies = named_int4(" and ".join(self.content.draft_weights), self.content.calibrated)
-        return f"{weights} with {copies} for drafts" if copies else weights
 
 
 def export_packed(config: ExportConfig) -> PackedModel:
@@ -64,14 +57,14 @@ def export_packed(config: ExportConfig) -> PackedModel:
         )
     info = read_info(source)
     info = replace(info, details={**info.details, "packed_from": config.model})
-    written: list[PackedModel] = []
+    written: list[str] = []
 
     def write(staging: Path) -> None:
         _write_files(Path(source), staging)
         written.append(_write_weights(unpacked, staging / PACKED_FILE))
 
     save_files(write, info, config.output)
-    return written[0]
+    return PackedModel(written[0], (Path(config.output) / PACKED_FILE).stat().st_size)
 
 
 @quiet_transformers()
@@ -85,17 +78,17 @@ def _write_files(source: Path, staging: Path) -> None:
             shutil.copyfile(source / name, staging / name)
 
 
-def _write_weights(source: Unpacked, path: Path) -> PackedModel:
+def _write_weights(source: Unpacked, path: Path) -> str:
     """Packs what `source` needs to decode. Heads are packed whole: loading chooses the rows that `draft_vocab` leaves."""
     packing = replace(source.packing, draft_vocab=0)
-    spec, blocks = source.spec, source.exit_blocks
+    spec, blocks, calibrated = source.spec, source.exit_blocks, source.int4 is not None
     block_shapes = blocks.shapes(spec)
     content = Content(
         "bf16" if source.dtype == torch.bfloat16 else "fp32",
         packing.quantize,
         packing.draft_weights,
         (packing.draft_head or "int8") if packing.draft_weights else None,
-        source.int4 is not None,
+        calibrated,
         {str(block.exit_layer): block.feature for block in blocks.blocks},
     )
     compiled = kernels()
@@ -104,10 +97,10 @@ def _write_weights(source: Unpacked, path: Path) -> PackedModel:
     with path.open("wb") as file, torch.inference_mode():
         writer = PackedWriter(file, compiled, most)
         NativeBackend(spec, source.take, packing, None, source.int4, blocks, writer)
-        weights = Weights(source.take, spec.shapes)
         of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
-        for held, shapes in ((weights, spec.shapes), (of_blocks, block_shapes)):
+        for weights, shapes in ((Weights(source.take, spec.shapes), spec.shapes), (of_blocks, block_shapes)):
             for name in norm_names(shapes):
-                writer.add(name, held.of(name))
+                writer.add(name, weights.of(name))
         writer.finish(content)
-    return PackedModel(content, path.stat().st_size)
+    copies = f" with {' and '.join(packing.draft_weights)} for drafts" if packing.draft_weights else ""
+    return named_int4(f"{packing.quantize or content.dtype}{copies}", calibrated)

@@ -6,6 +6,7 @@ block is read. Its attention below the exit uses the pages of the target's cache
 """
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,11 @@ class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
 
 def exported_exit(draft: ModelConfig, target: Any) -> int:
     """How many layers of the target a draft has, as `layerskip export` wrote in layerskip.json: in its folder or on the hub."""
-    file = _file_of(draft, "layerskip.json")
-    exit_layer = None if file is None else json.loads(file.read_text()).get("exported_exit")
+    file = Path(draft.model, "layerskip.json")
+    if not Path(draft.model).is_dir():
+        with suppress(EntryNotFoundError, HFValidationError):
+            file = Path(hf_hub_download(draft.model, file.name, revision=draft.revision))
+    exit_layer = json.loads(file.read_text()).get("exported_exit") if file.is_file() else None
     if not isinstance(exit_layer, int) or draft.hf_config.num_hidden_layers - exit_layer not in (0, 1):
         raise ValueError(f"load format layerskip needs a draft that `layerskip export` wrote, got {draft.model}")
     for size in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
@@ -89,17 +93,6 @@ def exported_exit(draft: ModelConfig, target: Any) -> int:
         if mine != theirs:
             raise ValueError(f"load format layerskip needs a draft of this target: {size} must be {theirs}, got {mine}")
     return exit_layer
-
-
-def _file_of(draft: ModelConfig, name: str) -> Path | None:
-    if Path(draft.model).is_dir():
-        file = Path(draft.model) / name
-    else:
-        try:
-            file = Path(hf_hub_download(draft.model, name, revision=draft.revision))
-        except (EntryNotFoundError, HFValidationError):
-            return None
-    return file if file.is_file() else None
 
 
 def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:

@@ -28,7 +28,7 @@ def plain_aim():
 
 
 def moments(given, original=None):
-    made = Moments.zero(INPUTS)
+    made = Moments(INPUTS)
     for part, reference in zip(given.chunk(3), (given if original is None else original).chunk(3), strict=True):
         made.add(part, reference)
     return made

@@ -124,15 +124,8 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(model_type, changes, why,
 
 def test_wrong_input_is_one_error(checkpoint, tmp_path, monkeypatch):
     output = ("export", checkpoint, "--output", str(tmp_path / "draft"))
-    fails(
-        "--format must be gguf for --engine llama.cpp, got transformers",
-        *output,
-        "--format",
-        "transformers",
-        "--engine",
-        "llama.cpp",
-    )
-    fails("--format must be transformers for --engine vllm, got gguf", *output, "--format", "gguf", "--engine", "vllm")
+    for flags in (("--engine", "llama.cpp", "--format", "transformers"), ("--engine", "vllm", "--format", "gguf")):
+        assert f"--format must be {'gguf' if 'llama.cpp' in flags else 'transformers'} for --engine" in run(*output, *flags).err
     fails("--dtype must be one of auto, f16, q8_0, q4_0, got bf16", *output, "--format", "gguf", "--dtype", "bf16")
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "README.md").write_text("mine")
