@@ -1,8 +1,10 @@
 """Tiny random models on the CPU. No network, ever, and no test in the folder that pytest was started in."""
 
 import os
+import re
 from contextlib import chdir
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,18 +63,33 @@ def tiny_model(model_type: str = "llama", dtype: torch.dtype = torch.float64, **
     return model
 
 
+os.fsync = lambda _: None  # what tests write need not outlive this machine, and each call takes 10 ms
+
+
 @pytest.fixture(scope="session", autouse=True)
-def folder_of_the_session(tmp_path_factory):
-    """Fixtures that outlive a test start in an empty folder, one for each process of the tests."""
-    with chdir(tmp_path_factory.mktemp("session")):
-        yield
+def folders(tmp_path_factory):
+    """Makes empty folders. pytest's own way looks through all earlier ones, so that thousands of tests take minutes."""
+    root, number = tmp_path_factory.mktemp("session"), count()
+
+    def make(name):
+        made = root / f"{name}{next(number)}"
+        made.mkdir()
+        return made
+
+    with chdir(make("session")):  # in which fixtures that outlive a test start
+        yield make
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path_factory):
+def own_folder(folders):
     """Every test starts in an empty folder of its own: what lies in the checkout cannot matter, and nothing is left there."""
-    with chdir(tmp_path_factory.mktemp("here")):
+    with chdir(folders("here")):
         yield
+
+
+@pytest.fixture
+def tmp_path(folders, request):
+    return folders(re.sub(r"\W", "_", request.node.name)[:30])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -42,20 +42,11 @@ def models(tmp_path_factory, forks, wide_base):
 def damaged_bytes(draw, file):
     data = file.read_bytes()
     place = draw(st.integers(0, len(data)))
-    file.write_bytes(
-        draw(
-            st.sampled_from(
-                [
-                    data[:place],
-                    b"",
-                    data + data[place:],
-                    data[:place] + b"\xff" * 8 + data[place + 8 :],
-                    data[:place] + bytes(64) + data[place:],
-                    data[:place] + data[place + 100 :],
-                ]
-            )
-        )
-    )
+    damages = [
+        *(data[:place], b"", data + data[place:], data[:place] + b"\xff" * 8 + data[place + 8 :]),
+        *(data[:place] + bytes(64) + data[place:], data[:place] + data[place + 100 :]),
+    ]
+    file.write_bytes(draw(st.sampled_from(damages)))
 
 
 def damaged_json(draw, file):
@@ -142,10 +133,8 @@ def test_code_of_a_model_never_runs(file, changes, base, tmp_path):
         (model / name).parent.mkdir(exist_ok=True)
         (model / f"{name}.py").write_text(EVIL.format(marker=str(marker)))
     (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
-    for command in (GENERATE, ("inspect", "call mom", "--max-new-tokens", "2")):
-        require_sound(run(*command, "--model", str(model)))
+    require_sound(run(*GENERATE, "--model", str(model)))
     require_sound(run("import", str(model), "--output", str(tmp_path / "imported")))
-    require_sound(run("finetune", "--model", str(model), "--steps", "1", "--samples", "2", "--output", str(tmp_path / "out")))
     assert not marker.exists()
 
 
@@ -157,18 +146,3 @@ def test_weights_that_are_a_pickle_are_refused(base, tmp_path):
     result = run(*GENERATE, "--model", str(model))
     require_sound(result)
     assert result.code == 1 and not marker.exists()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
-def test_weights_that_are_not_finite_are_refused(weight, value, base, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    model = tmp_path / "model"
-    shutil.copytree(base, model)
-    tensors = load_file(model / "model.safetensors")
-    tensors[weight].view(-1)[:3] = value
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    result = run(*GENERATE, "--model", str(model))
-    require_sound(result)
-    assert result.code == 1
