@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from types import SimpleNamespace
-from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -66,7 +65,7 @@ class SimulatedGpu:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         placed = [isinstance(tensor, GpuTensor) for tensor in tensors]
         target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
-        facts = _facts(operation)
+        decomposes, is_view, is_mutable, *_ = _facts(operation)
         if operation is _aten._pin_memory.default:  # a build for CUDA asks the driver for such memory
             return args[0].clone()
         if operation is _aten._to_copy.default:
@@ -77,23 +76,21 @@ class SimulatedGpu:
             elif not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)):
                 self._wait("a copy from the host")
         elif any(placed) or _on_gpu(target):
-            if facts.decomposes:  # in inference mode such operations come as a whole
+            if decomposes:  # in inference mode such operations come as a whole
                 with _Operations():
                     return operation.decompose(*args, **kwargs)
             self._check(operation, args, tensors)
         else:
             return operation(*args, **kwargs)
-        as_view = facts.is_view and not args[0].is_inference()  # so it is normal, in inference mode too
-        # What changes a tensor returns the same one.
-        changed = (
-            {id(tensor.numbers): tensor for tensor in tensors if isinstance(tensor, GpuTensor)} if facts.is_mutable else {}
-        )
+        as_view = is_view and not args[0].is_inference()  # so it is normal, in inference mode too
+        own = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)] if is_mutable else []
+        changed = {id(tensor.numbers): tensor for tensor in own}  # what changes a tensor returns the same one
         args, kwargs = _mapped(_numbers, args), {name: _mapped(_numbers, value) for name, value in kwargs.items()}
         found = operation(*args, **kwargs)
         if self.tape is not None:
             self.tape.append((operation, args, kwargs, found))
         with torch.inference_mode(False) if as_view else nullcontext():
-            return _mapped(lambda made: changed[id(made)] if id(made) in changed else placed_on_gpu(made), found)
+            return _mapped(lambda made: changed[id(made)] if id(made) in changed else _placed(made), found)
 
     def from_host(self, tensor: Tensor) -> GpuTensor:
         """A tensor of Python's numbers, for which torch waits."""
@@ -118,7 +115,7 @@ class SimulatedGpu:
         return GpuTensor(found) if to_gpu else found
 
     def _check(self, operation, args, tensors) -> None:
-        facts, indexes = _facts(operation), operation in _INDEXING
+        (_, _, is_mutable, is_pointwise, waits), indexes = _facts(operation), operation in _INDEXING
         for tensor in tensors:
             if isinstance(tensor, GpuTensor):
                 if indexes and tensor is not args[0] and tensor.dtype in (torch.bool, torch.uint8):
@@ -126,12 +123,12 @@ class SimulatedGpu:
             elif indexes and isinstance(args[0], GpuTensor):
                 if tensor.dim():
                     self._wait("indices of the host")
-            elif tensor.dim() or not facts.is_pointwise or (tensor is args[0] and facts.is_mutable):
+            elif tensor.dim() or not is_pointwise or (tensor is args[0] and is_mutable):
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but {operation} found one of shape "
                     f"{list(tensor.shape)} on {tensor.device} among those on {GPU}"
                 )
-        if facts.waits and not indexes:
+        if waits and not indexes:
             self._wait(str(operation))
 
     def _wait(self, what: str) -> None:
@@ -143,28 +140,18 @@ class SimulatedGpu:
         self.waits.append(f"{what} at {frame.f_code.co_filename}:{frame.f_lineno}")
 
 
-def placed_on_gpu(made: object) -> object:
+def _placed(made: object) -> object:
     return GpuTensor(made) if isinstance(made, Tensor) else made
 
 
-class _Facts(NamedTuple):
-    decomposes: bool
-    is_view: bool
-    is_mutable: bool
-    is_pointwise: bool
-    waits: bool  # because its result, or the shape of it, depends on numbers
-
-
 @cache
-def _facts(operation) -> _Facts:
+def _facts(operation) -> tuple[bool, bool, bool, bool, bool]:
+    """Whether it decomposes, gives a view, changes an argument, is pointwise, and waits: for numbers that its result, or the
+    shape of it, depends on.
+    """
     tags = {*operation.tags}
-    return _Facts(
-        operation._can_decompose(),
-        operation.is_view,
-        operation._schema.is_mutable,
-        Tag.pointwise in tags,
-        bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & tags),
-    )
+    waits = bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & tags)
+    return operation._can_decompose(), operation.is_view, operation._schema.is_mutable, Tag.pointwise in tags, waits
 
 
 def _leaves(value: object) -> Iterator[object]:
@@ -224,16 +211,13 @@ class _Calls(TorchFunctionMode):
         if function is Tensor.tolist and isinstance(args[0], GpuTensor):
             return args[0].cpu().tolist()
         if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], GpuTensor):
-            args = (args[0], self._indices(args[1]), *args[2:])
+            whole = args[1] if isinstance(args[1], tuple) else (args[1],)
+            parts = tuple(_active.from_host(torch.tensor(part)) if isinstance(part, list) else part for part in whole)
+            args = (args[0], parts if isinstance(args[1], tuple) else parts[0], *args[2:])
         result = function(*args, **kwargs)
         if isinstance(result, Tensor) and not isinstance(result, GpuTensor):
             assert not result.is_meta, f"{function} made a tensor without numbers"
         return result
-
-    def _indices(self, index):
-        parts = index if isinstance(index, tuple) else (index,)
-        parts = tuple(_active.from_host(torch.tensor(part)) if isinstance(part, list) else part for part in parts)
-        return parts if isinstance(index, tuple) else parts[0]
 
 
 def _indexed(value: object) -> object:
@@ -269,10 +253,6 @@ class _Event:
 
     def elapsed_time(self, later: "_Event") -> float:
         return 1e3 * (later.at - self.at)
-
-
-class _Stream:
-    def __init__(self, *_: object) -> None: ...
 
 
 class _Graph:
@@ -346,14 +326,9 @@ def simulated_cuda() -> Iterator[SimulatedGpu]:
     }  # fmt: skip
     called = {name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()}
     classes = {
-        "Event": _Event,
-        "device": lambda *_: nullcontext(),
-        "Stream": _Stream,
-        "current_stream": _Stream,
-        "CUDAGraph": _Graph,
-        "graph": _capture,
-        "synchronize": gpu.synchronize,
-    }
+        "Event": _Event, "device": lambda *_: nullcontext(), "Stream": type("Stream", (), {"__init__": lambda *_: None}),
+        "current_stream": lambda *_: None, "CUDAGraph": _Graph, "graph": _capture, "synchronize": gpu.synchronize,
+    }  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(patch.multiple(torch.cuda, **nothing, **called, **classes))
         stack.enter_context(patch.object(torch, "Generator", GpuGenerator))
