@@ -22,7 +22,6 @@ require_kernels "$(command -v layerskip)"
 
 ruff check .
 ruff format --check .
-mypy
 
 scratch=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$scratch" "${decoy:-$scratch}"' EXIT
@@ -73,7 +72,9 @@ check_vllm_plugin() { # in vLLM for CPUs, whose versions of packages differ from
     "$vllm" -m pytest -p no:cacheprovider tests/export/test_vllm_plugin.py
 }
 
-# Beside the tests, because most of its time it waits for downloads or has one thread.
+# Beside the tests, because most of its time each waits for downloads or has one thread.
+mypy >"$scratch/types.log" 2>&1 &
+types_check=$!
 OMP_NUM_THREADS=1 check_wheel >"$scratch/wheel.log" 2>&1 &
 wheel_check=$!
 OMP_NUM_THREADS=1 check_vllm_plugin >"$scratch/vllm.log" 2>&1 &
@@ -84,6 +85,7 @@ files_of_the_checkout >"$scratch/before"
 OMP_NUM_THREADS=1 pytest --numprocesses auto --dist worksteal
 files_of_the_checkout | diff "$scratch/before" - >&2 || { echo 'error: the tests changed files of the checkout' >&2; exit 1; }
 
+wait "$types_check" || { cat "$scratch/types.log" >&2; echo 'error: mypy' >&2; exit 1; }
 wait "$wheel_check" || { tail -n 50 "$scratch/wheel.log" >&2; echo 'error: the wheel failed in an empty environment' >&2; exit 1; }
 wait "$vllm_check" || { tail -n 50 "$scratch/vllm.log" >&2; echo 'error: the plugin failed in vLLM' >&2; exit 1; }
 tail -n 1 "$scratch/vllm.log"
