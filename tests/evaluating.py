@@ -56,7 +56,7 @@ def task_of(*examples: Example) -> Task:
     """Prompts with known answers, scored by exact match."""
     config = TaskConfig("known", "known", max_new_tokens=NEW_TOKENS, completion_column="completion")
     references = [[example.completion] for example in examples]
-    return Task("known", examples, config, "exact_match", lambda texts: {"exact_match": exact_match(texts, references)})
+    return Task(examples, config, "exact_match", lambda texts: {"exact_match": exact_match(texts, references)})
 
 
 def score(task: Task, predictions: list[str]) -> dict[str, float]:

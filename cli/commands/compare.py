@@ -48,8 +48,9 @@ def compare(
     names = () if only is None else parse_names(only, "only")
     from layerskip_core.evaluation.compare.comparison import compare as compare_runs
     from layerskip_core.evaluation.compare.comparison import figures_of, labelled, read_run
-    from layerskip_core.evaluation.compare.rendering import compare_files, compare_table, to_csv, to_json
+    from layerskip_core.evaluation.compare.rendering import compare_files, compare_table, to_csv
     from layerskip_core.evaluation.output_folder import output_folder, write_files
+    from layerskip_core.evaluation.report.documents import to_json
 
     with output_folder(output, "layerskip compare") as folder:
         if runs:
@@ -77,9 +78,9 @@ def compare(
 def _measured(model: str) -> "Run":
     """A short sweep of an embedded model."""
     from layerskip_core.config.evaluation import SweepConfig, TaskConfig
-    from layerskip_core.evaluation.compare.comparison import run_of
+    from layerskip_core.evaluation.compare.comparison import Run, add_record
     from layerskip_core.evaluation.measure.sweep import sweep
 
     narrate(f"measuring {model} on {_SAMPLES} rows of its task")
     config = SweepConfig(model, TaskConfig(samples=_SAMPLES), exits=_EXITS, specs=(_DRAFTS,), exit_confidences=())
-    return run_of(model, evaluation.watch(sweep(*evaluation.load(config), config)))
+    return add_record(Run(model), evaluation.watch(sweep(*evaluation.load(config), config)))

@@ -14,8 +14,8 @@ from .prompting import PromptingConfig
 
 # Each task, and the TaskLoader that loads it. It is imported when the task is used.
 TASKS = {
-    "commands": "layerskip_core.evaluation.tasks.pairs:PARSING",
-    "topv2": "layerskip_core.evaluation.tasks.pairs:PARSING",
+    "commands": "layerskip_core.evaluation.tasks.pairs:COMMANDS",
+    "topv2": "layerskip_core.evaluation.tasks.pairs:TOPV2",
     "jsonl": "layerskip_core.evaluation.tasks.pairs:PROMPTS",
     "cnn_dm": "layerskip_core.evaluation.tasks.summaries:CNN_DM",
     "xsum": "layerskip_core.evaluation.tasks.summaries:XSUM",

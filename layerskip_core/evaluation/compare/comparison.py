@@ -4,10 +4,10 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -17,7 +17,7 @@ from ...errors import ConfigError, LayerSkipError
 from ...files import read_bytes
 from ..metrics import is_share, lower_is_better
 from ..report.tables import result_name
-from ..results import Result, RunRecord, read_record
+from ..results import RunRecord, read_record
 
 RESULTS, LOSSES = "results.json", "losses.jsonl"
 HELD_OUT = "held_out_perplexity"
@@ -35,7 +35,8 @@ _QUANTILES = (
 _LARGEST = 700.0  # the largest power of e that is taken: beyond it floats overflow
 
 
-class Setting(NamedTuple):
+@dataclass(frozen=True)
+class Setting:
     """How the figures were decoded: the name that reports give it, and what plots need of it."""
 
     name: str
@@ -52,7 +53,7 @@ class Run:
     """
 
     path: str
-    figures: dict[str, dict[Setting, float]]
+    figures: dict[str, dict[Setting, float]] = field(default_factory=dict)
     held_out: dict[int, dict[int, float]] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
 
@@ -64,37 +65,28 @@ def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     belong together. Paths with equal names in different folders keep the folders in their labels. Raises ConfigError for an
     empty label or path, and for a run that is given twice.
     """
-    named = [(label, path) for argument in arguments for label, path in _parsed(argument)]
+    named: list[tuple[str, str]] = []  # label, empty for none, and path
+    for argument in arguments:
+        if argument and Path(argument).exists():  # with commas and equals signs in its name
+            named.append(("", argument))
+            continue
+        label, equals, paths = argument.partition("=") if "=" in argument else ("", "", argument)
+        if (equals and not label) or not all(paths.split(",")):
+            raise refused("RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
+        named += [(label, path) for path in paths.split(",")]
     seen = [Path(path).absolute() for _, path in named]
-    for place in seen:
-        if seen.count(place) > 1:
-            raise ConfigError(f"RUNS must name every run once, found {place} twice")
-    stems = dict.fromkeys(_stem(path) for label, path in named if label is None)
-    names = [Path(stem).absolute().name for stem in stems]
-    short = {stem: name if names.count(name) == 1 else stem for stem, name in zip(stems, names, strict=True)}
+    for run in seen:
+        if seen.count(run) > 1:
+            raise ConfigError(f"RUNS must name every run once, found {run} twice")
+    folders = {path: str(Path(path).parent if Path(path).name in (RESULTS, LOSSES) else path) for _, path in named}
+    stems = {path: _SEED.sub("", folder) or folder for path, folder in folders.items()}
+    unlabelled = dict.fromkeys(stems[path] for label, path in named if not label)
+    names = [Path(stem).absolute().name for stem in unlabelled]
     groups: dict[str, list[str]] = {}
     for label, path in named:
-        groups.setdefault(short[_stem(path)] if label is None else label, []).append(path)
+        name = Path(stems[path]).absolute().name
+        groups.setdefault(label or (name if names.count(name) == 1 else stems[path]), []).append(path)
     return groups
-
-
-def _parsed(argument: str) -> list[tuple[str | None, str]]:
-    """The label, None if the argument has none, and path of each of its runs. What exists under this name is one path."""
-    if argument and Path(argument).exists():
-        return [(None, argument)]
-    label, _, paths = argument.partition("=") if "=" in argument else (None, "", argument)
-    listed = paths.split(",")
-    if label == "" or not all(listed):
-        raise refused("RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
-    return [(label, path) for path in listed]
-
-
-def _stem(path: str) -> str:
-    """The folder of a run without the number of its seed."""
-    place = Path(path)
-    if place.name in ("results.json", "losses.jsonl"):
-        place = place.parent
-    return _SEED.sub("", str(place)) or str(place)
 
 
 def read_run(path: str) -> Run:
@@ -103,52 +95,35 @@ def read_run(path: str) -> Run:
     files = [place / name for name in (RESULTS, LOSSES) if (place / name).is_file()] if place.is_dir() else [place]
     if not files:
         raise LayerSkipError(f"RUNS {path} must be a folder with {RESULTS} (of sweep-exits or bench --output) or {LOSSES}")
-    run = Run(path, {})
+    run = Run(path)
     for file in files:
         if file.suffix == ".jsonl":
             _add_losses(run, file)
         else:
-            _add_record(run, read_record(str(file), named="RUNS"))
+            add_record(run, read_record(str(file), named="RUNS"))
     if not run.figures:
         raise LayerSkipError(f"RUNS {path} has no held-out losses: `finetune` measures them with `validation`")
     return run
 
 
-def run_of(name: str, record: RunRecord) -> Run:
-    """What a sweep has just measured."""
-    run = Run(name, {})
-    _add_record(run, record)
-    return run
+def add_record(run: Run, record: RunRecord) -> Run:
+    """The run, with the figures of a sweep or benchmark.
 
-
-def _add_record(run: Run, record: RunRecord) -> None:
-    for result in record.results:
-        setting = _setting_of(result)
-        for name, value in _figures_of(result):
-            run.figures.setdefault(name, {}).setdefault(setting, value)
+    Where something drafts, its quality is left out: drafts leave the output as it is, so it is that of plain decoding.
+    """
     run.rows[RESULTS] = record.config["task"]
-
-
-def _setting_of(result: Result) -> Setting:
-    drafts = ""
-    if result.strategy == "self-speculative":
-        drafts = f"{result.num_draft_tokens} {result.draft_weights or ''} drafts".replace("  ", " ")
-    fixed = result.strategy in ("early-exit", "self-speculative") and result.exit_confidence is None
-    return Setting(result_name(result), result.exit_layer if fixed else None, drafts)
-
-
-def _figures_of(result: Result) -> Iterator[tuple[str, float]]:
-    """Quality is left out where something drafts: drafts leave the output as it is, so it is that of plain decoding."""
-    drafts = result.acceptance_rate is not None
-    quality = {} if drafts else dict(result.metrics)
-    if not drafts:
-        measured = {"perplexity": result.perplexity, "agreement": result.agreement}
-        quality |= {name: value for name, value in measured.items() if value is not None}
-    yield from quality.items()
-    for name in _OF_DECODING:
-        value = getattr(result, name)
-        if value is not None:
-            yield name, value
+    for result in record.results:
+        drafts = ""
+        if result.strategy == "self-speculative":
+            drafts = f"{result.num_draft_tokens} {result.draft_weights or ''} drafts".replace("  ", " ")
+        fixed = result.strategy in ("early-exit", "self-speculative") and result.exit_confidence is None
+        setting = Setting(result_name(result), result.exit_layer if fixed else None, drafts)
+        plain = result.acceptance_rate is None
+        names = ("perplexity", "agreement", *_OF_DECODING) if plain else _OF_DECODING
+        measured = {name: value for name in names if (value := getattr(result, name)) is not None}
+        for name, value in {**(result.metrics if plain else {}), **measured}.items():
+            run.figures.setdefault(name, {}).setdefault(setting, value)
+    return run
 
 
 @dataclass(frozen=True)
@@ -162,26 +137,22 @@ class _Step:
 
 def _add_losses(run: Run, file: Path) -> None:
     """The losses that `finetune` writes, a line per step; those of the last validation are figures too."""
-    agreement: dict[int, float] = {}
+    last = None
     for number, line in enumerate(read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines(), start=1):
         try:
             step = msgspec.json.decode(line, type=_Step)
         except msgspec.DecodeError as error:
             raise LayerSkipError(f"RUNS {file}:{number} must be a line that finetune wrote: {error}") from None
         if step.validation:
-            run.held_out[step.step], agreement = step.validation, step.agreement
-    if not run.held_out:
+            run.held_out[step.step], last = step.validation, step
+    if last is None:
         return
-    last = run.held_out[max(run.held_out)]
-    run.figures[HELD_OUT] = {_alone(layer): math.exp(loss) for layer, loss in last.items()}
-    if agreement:
-        run.figures["agreement"] = {_alone(layer): share for layer, share in agreement.items()}
+    perplexities = {layer: math.exp(loss) for layer, loss in last.validation.items()}
+    for name, by_exit in ((HELD_OUT, perplexities), ("agreement", last.agreement)):
+        if by_exit:
+            run.figures[name] = {Setting(f"exit {layer} alone", layer): value for layer, value in by_exit.items()}
     if (file.parent / INFO_FILE).is_file():
         run.rows[LOSSES] = read_info(file.parent).details.get("validation_rows")
-
-
-def _alone(exit_layer: int) -> Setting:
-    return Setting(f"exit {exit_layer} alone", exit_layer)
 
 
 @dataclass(frozen=True)
@@ -198,38 +169,27 @@ class Interval:
         return Interval(self.mean, *ends)
 
 
-def mean_of(values: Sequence[float], logarithmic: bool = False) -> Interval:
-    """The mean of one value per run.
-
-    `logarithmic`: the geometric mean, with an interval on the scale of logarithms; all values must be positive.
-    """
-    scaled = _scaled(values, logarithmic)
-    return _interval(fmean(scaled), _error(scaled), len(scaled) - 1, logarithmic)
-
-
-def difference_of(values: Sequence[float], others: Sequence[float], paired: bool, logarithmic: bool = False) -> Interval:
-    """The mean of `values` less that of `others`; `logarithmic`: over it, a ratio.
+def interval_of(
+    values: Sequence[float], others: Sequence[float] = (), paired: bool = False, logarithmic: bool = False
+) -> Interval:
+    """The mean of one value per run, less that of the `others` if there are any.
 
     `paired`: by the differences of run and run, which must be equally many. Otherwise the variances may differ, with the
-    degrees of freedom of Welch and Satterthwaite, rounded down.
+    degrees of freedom of Welch and Satterthwaite, rounded down. `logarithmic`: on the scale of logarithms, so a geometric
+    mean, or a ratio; all values must be positive.
     """
-    mine, theirs = _scaled(values, logarithmic), _scaled(others, logarithmic)
-    if paired:
-        differences = [value - other for value, other in zip(mine, theirs, strict=True)]
-        return _interval(fmean(differences), _error(differences), len(differences) - 1, logarithmic)
-    first, second = _error(mine), _error(theirs)
-    mean, error = fmean(mine) - fmean(theirs), None
-    freedom = float(len(mine) + len(theirs) - 2)
-    if first is not None and second is not None:
-        error = math.hypot(first, second)
-        if error > 0:
-            freedom = error**4 / (first**4 / (len(mine) - 1) + second**4 / (len(theirs) - 1))
-    return _interval(mean, error, int(freedom + 1e-6), logarithmic)  # 2 can be computed as 1.9999999
-
-
-def _error(values: Sequence[float]) -> float | None:
-    """The standard error of a mean."""
-    return math.sqrt(variance(values) / len(values)) if len(values) > 1 else None
+    samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
+    if paired and others:
+        samples = [[value - other for value, other in zip(*samples, strict=True)]]
+    mean = fmean(samples[0]) - sum(map(fmean, samples[1:]))
+    half = 0.0
+    if known := all(len(sample) > 1 for sample in samples):
+        squares = [variance(sample) / len(sample) for sample in samples]  # of the standard error of each mean
+        if total := sum(squares):
+            freedom = total**2 / sum(square**2 / (len(sample) - 1) for square, sample in zip(squares, samples, strict=True))
+            half = t_quantile(int(freedom + 1e-6)) * math.sqrt(total)  # 2 can be computed as 1.9999999
+    ends = (mean, mean - half, mean + half) if known else (mean,)
+    return Interval(*(math.exp(min(end, _LARGEST)) if logarithmic else end for end in ends))
 
 
 def t_quantile(freedom: int) -> float:
@@ -239,20 +199,6 @@ def t_quantile(freedom: int) -> float:
         return _QUANTILES[max(freedom, 1) - 1]
     z = _LEVEL
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def _scaled(values: Sequence[float], logarithmic: bool) -> list[float]:
-    return [math.log(value) for value in values] if logarithmic else list(values)
-
-
-def _interval(mean: float, error: float | None, freedom: int, logarithmic: bool) -> Interval:
-    def shown(value: float) -> float:
-        return math.exp(min(value, _LARGEST)) if logarithmic else value
-
-    if error is None:
-        return Interval(shown(mean))
-    half = t_quantile(freedom) * error
-    return Interval(shown(mean), shown(mean - half), shown(mean + half))
 
 
 @dataclass(frozen=True)
@@ -297,20 +243,9 @@ class Comparison:
 
     paths: dict[str, tuple[str, ...]]
     lines: tuple[Line, ...]
-    points: tuple[Point, ...] = ()
-    paired: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def figures(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(line.figure for line in self.lines))
-
-    def document(self) -> dict[str, Any]:
-        """The comparison as plain values; every float in it is finite."""
-        fields = asdict(self)
-        for line in fields["lines"]:
-            line["setting"] = line["setting"]._asdict()
-        return fields
+    points: tuple[Point, ...]
+    paired: bool
+    notes: tuple[str, ...]
 
 
 def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits: Sequence[int] = ()) -> Comparison:
@@ -321,12 +256,10 @@ def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits
     """
     notes = tuple(_notes(groups))
     paired = not notes and len({len(runs) for runs in groups.values()}) == 1
-    lines = tuple(
-        line
-        for figure in only or _figures_shown(groups)
-        for setting in _settings(groups, figure, exits)
-        if (line := _line(groups, figure, setting, paired)).cells
-    )
+    known = figures_of(groups)
+    hidden = {"mean_accepted_tokens", "tokens_per_second", "identical_outputs", *SHOWN}
+    usual = [name for name in known if name not in hidden] + [name for name in SHOWN if name in known]
+    lines = tuple(line for figure in only or usual for line in _lines(groups, figure, exits, paired))
     paths = {label: tuple(run.path for run in runs) for label, runs in groups.items()}
     return Comparison(paths, lines, tuple(_points(groups, exits)), paired, notes)
 
@@ -346,61 +279,50 @@ def is_percentage(figure: str) -> bool:
     return is_share(figure) and figure not in _NO_SHARES
 
 
-def _figures_shown(groups: Mapping[str, Sequence[Run]]) -> list[str]:
-    known = figures_of(groups)
-    hidden = {"mean_accepted_tokens", "tokens_per_second", "identical_outputs", *SHOWN}
-    return [name for name in known if name not in hidden] + [name for name in SHOWN if name in known]
-
-
-def _settings(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int]) -> list[Setting]:
-    """By exit, then those without one; drafts of different lengths follow each other."""
+def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int], paired: bool) -> Iterator[Line]:
+    """By exit, then the settings without one; drafts of different lengths follow each other."""
     found = dict.fromkeys(setting for runs in groups.values() for run in runs for setting in run.figures.get(figure, {}))
-    chosen = [setting for setting in found if not exits or setting.exit_layer is None or setting.exit_layer in exits]
-    return sorted(chosen, key=lambda setting: (setting.exit_layer is None, setting.drafts, setting.exit_layer or 0))
-
-
-def _line(groups: Mapping[str, Sequence[Run]], figure: str, setting: Setting, paired: bool) -> Line:
-    values = {
-        label: [run.figures[figure][setting] for run in runs]
-        for label, runs in groups.items()
-        if all(setting in run.figures.get(figure, {}) for run in runs)
-    }
-    logarithmic = is_logarithmic(figure) and all(value > 0 for each in values.values() for value in each)
-    first = next(iter(groups))
-    cells = []
-    for label, own in values.items():
-        compared = label != first and first in values
-        mean = mean_of(own, logarithmic)
-        difference = difference_of(own, values[first], paired, logarithmic) if compared else None
-        if is_percentage(figure):
-            mean, difference = mean.within(0, 1), difference and difference.within(-1, 1)
-        cells.append(Cell(label, tuple(own), mean, difference))
-    return Line(figure, setting, tuple(cells))
+    for setting in sorted(found, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)):
+        if exits and setting.exit_layer not in (None, *exits):
+            continue
+        values = {
+            label: [run.figures[figure][setting] for run in runs]
+            for label, runs in groups.items()
+            if all(setting in run.figures.get(figure, {}) for run in runs)
+        }
+        logarithmic = is_logarithmic(figure) and all(min(each) > 0 for each in values.values())
+        first, cells = next(iter(groups)), []
+        for label, own in values.items():
+            mean, difference = interval_of(own, logarithmic=logarithmic), None
+            if label != first and first in values:
+                difference = interval_of(own, values[first], paired, logarithmic)
+            if is_percentage(figure):
+                mean, difference = mean.within(0, 1), difference and difference.within(-1, 1)
+            cells.append(Cell(label, tuple(own), mean, difference))
+        if cells:
+            yield Line(figure, setting, tuple(cells))
 
 
 def _points(groups: Mapping[str, Sequence[Run]], exits: Sequence[int]) -> Iterator[Point]:
     """The held-out perplexity at the steps that all runs of a label validated, of the exits that all of them have."""
     for label, runs in groups.items():
-        steps = sorted(set.intersection(*(set(run.held_out) for run in runs)))
-        for step in steps:
+        for step in sorted(set.intersection(*(set(run.held_out) for run in runs))):
             losses = [run.held_out[step] for run in runs]
             for exit_layer in sorted(set.intersection(*map(set, losses))):
                 if not exits or exit_layer in exits:
                     perplexities = [math.exp(loss[exit_layer]) for loss in losses]
-                    yield Point(label, exit_layer, step, mean_of(perplexities, logarithmic=True))
+                    yield Point(label, exit_layer, step, interval_of(perplexities, logarithmic=True))
 
 
 def _notes(groups: Mapping[str, Sequence[Run]]) -> Iterator[str]:
     """A label whose figures are of other rows than those of the first, run by run."""
-    first, *others = groups
     for file, what in ((RESULTS, "metrics"), (LOSSES, "held-out losses")):
-        for label in others:
-            rows, known = _rows(groups[label], file), _rows(groups[first], file)
-            same = rows == known if len(rows) == len(known) else set(rows) == set(known)
-            if rows and known and not same:
+        rows = {
+            label: [json.dumps(run.rows[file], sort_keys=True) for run in runs if file in run.rows]
+            for label, runs in groups.items()
+        }
+        (first, known), *others = rows.items()
+        for label, own in others:
+            same = own == known if len(own) == len(known) else set(own) == set(known)
+            if own and known and not same:
                 yield f"The {what} of {first} and {label} are of different rows, or of other settings of the task."
-
-
-def _rows(runs: Sequence[Run], file: str) -> list[str]:
-    """What each run was measured on, as one text."""
-    return [json.dumps(run.rows[file], sort_keys=True) for run in runs if file in run.rows]

@@ -1,26 +1,18 @@
 """A comparison as a text table, as CSV and JSON, and as plots: every figure by exit, and perplexity over the training steps."""
 
-import csv
-import io
-import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from itertools import cycle
 
 from matplotlib.figure import Figure
 
+from ..report.documents import csv_text, to_json
 from ..report.plots import SIZE, color, legend_above, logarithmic, new_figure, style, to_png
 from ..report.tables import TextTable
-from .comparison import HELD_OUT, Cell, Comparison, Interval, Line, is_logarithmic, is_percentage
+from .comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
 
-_RATES = ("tokens_per_second",)
 OVER_STEPS = f"{HELD_OUT}_over_steps"
 _PANELS = 4  # exits whose perplexity over the steps is drawn
-_LINE_STYLES = ("-", "--", ":", "-.")
-
-
-def to_json(comparison: Comparison) -> str:
-    return json.dumps(comparison.document(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def compare_files(comparison: Comparison) -> dict[str, bytes]:
@@ -38,67 +30,47 @@ def compare_table(comparison: Comparison) -> TextTable:
     """A row per figure and setting; a column per label, then one per label with its difference to the first."""
     first, *others = comparison.paths
     headers = ("figure", "setting", *comparison.paths, *(f"{label} vs {first}" for label in others))
-    return TextTable(headers, tuple(map(_row_of(comparison), comparison.lines)), _note(comparison), labels=2)
-
-
-def to_csv(comparison: Comparison) -> str:
-    """A row per figure, setting and label."""
-    text = io.StringIO()
-    ends = ("mean", "low", "high")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("figure", "setting", "exit_layer", "label", "runs", *ends, *(f"difference_{end}" for end in ends)))
+    rows = []
     for line in comparison.lines:
-        for cell in line.cells:
-            numbers = [getattr(interval, end, None) for interval in (cell.interval, cell.difference) for end in ends]
-            writer.writerow((line.figure, line.setting.name, line.setting.exit_layer, cell.label, len(cell.runs), *numbers))
-    return text.getvalue()
-
-
-def _row_of(comparison: Comparison) -> Callable[[Line], tuple[str, ...]]:
-    def row(line: Line) -> tuple[str, ...]:
         cells = {cell.label: cell for cell in line.cells}
-        labels = list(comparison.paths)
-        means = [_mean(line.figure, cells.get(label)) for label in labels]
-        differences = [_difference(line.figure, cells.get(label)) for label in labels[1:]]
-        return (line.figure.replace("_", " "), line.setting.name, *means, *differences)
-
-    return row
+        means = [_text(line.figure, cells[label].interval if label in cells else None) for label in comparison.paths]
+        changes = [_text(line.figure, cells[label].difference if label in cells else None, True) for label in others]
+        rows.append((line.figure.replace("_", " "), line.setting.name, *means, *changes))
+    return TextTable(headers, tuple(rows), _note(comparison), labels=2)
 
 
-def _mean(figure: str, cell: Cell | None) -> str:
-    return "-" if cell is None else _with_ends(cell.interval, _form(figure))
-
-
-def _difference(figure: str, cell: Cell | None) -> str:
-    if cell is None or cell.difference is None:
+def _text(figure: str, interval: Interval | None, change: bool = False) -> str:
+    """`50.0% (40.0% to 60.0%)`, the mean and its interval; as a `change` `+5.0 (-1.0 to +11.0)`, or of perplexities `x0.5`."""
+    if interval is None:
         return "-"
+    form: Callable[[float], str]
     if is_logarithmic(figure):
-        return _with_ends(cell.difference, "x{:.3g}".format)
-    if is_percentage(figure):
-        return _with_ends(cell.difference, lambda value: f"{100 * value:+.1f}")
-    return _with_ends(cell.difference, ("{:+.0f}" if figure in _RATES else "{:+.2f}").format)
-
-
-def _form(figure: str) -> Callable[[float], str]:
-    if is_logarithmic(figure):
-        return "{:.3g}".format
-    if is_percentage(figure):
-        return "{:.1%}".format
-    return ("{:.0f}" if figure in _RATES else "{:.2f}").format
-
-
-def _with_ends(interval: Interval, form: Callable[[float], str]) -> str:
+        form = ("x{:.3g}" if change else "{:.3g}").format
+    elif is_percentage(figure):
+        form = (lambda value: f"{100 * value:+.1f}") if change else "{:.1%}".format
+    else:
+        form = f"{{:{'+' if change else ''}.{0 if figure == 'tokens_per_second' else 2}f}}".format
     if interval.low is None or interval.high is None:
         return form(interval.mean)
     return f"{form(interval.mean)} ({form(interval.low)} to {form(interval.high)})"
 
 
+def to_csv(comparison: Comparison) -> str:
+    """A row per figure, setting and label."""
+    rows = []
+    for line in comparison.lines:
+        for cell in line.cells:
+            names = {"figure": line.figure, "setting": line.setting.name, "exit_layer": line.setting.exit_layer}
+            change = {f"difference_{end}": getattr(cell.difference, end, None) for end in vars(cell.interval)}
+            rows.append({**names, "label": cell.label, "runs": len(cell.runs), **vars(cell.interval), **change})
+    return csv_text(rows)
+
+
 def _note(comparison: Comparison) -> str:
     counts = {len(paths) for paths in comparison.paths.values()}
     runs = " or ".join(map(str, sorted(counts)))
-    lines = [f"Means over {runs} run{'' if counts == {1} else 's'} of a label, of perplexities the geometric mean."]
-    if counts != {1}:
-        lines[0] = lines[0][:-1] + ", with 95% intervals (Student t)."
+    spread = "" if counts == {1} else ", with 95% intervals (Student t)"
+    lines = [f"Means over {runs} run{'' if counts == {1} else 's'} of a label, of perplexities the geometric mean{spread}."]
     if len(comparison.paths) > 1:
         how = "paired run by run" if comparison.paired else "not paired"
         lines.append(f"vs: the difference, in points for percentages, of perplexities the ratio (x); {how}.")
@@ -108,7 +80,7 @@ def _note(comparison: Comparison) -> str:
 def plots(comparison: Comparison) -> dict[str, bytes]:
     """PNGs by name: each figure that at least two exits have, and the held-out perplexity over the steps."""
     with style():
-        drawn = {name: _by_exit(comparison, name) for name in comparison.figures}
+        drawn = {line.figure: _by_exit(comparison, line.figure) for line in comparison.lines}
         drawn[OVER_STEPS] = _over_steps(comparison)
     return {re.sub(r"\W", "_", name): to_png(figure) for name, figure in drawn.items() if figure is not None}
 
@@ -119,42 +91,37 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
     exits = sorted({line.setting.exit_layer or 0 for line in lines})
     if len(exits) < 2:
         return None
-    full = next((line for line in comparison.lines if (line.figure, line.setting.name) == (name, "autoregressive")), None)
     kinds = list(dict.fromkeys(line.setting.drafts for line in lines))
-    whole = full if kinds == [""] else None  # what drafts has no figure at full depth
+    ticks = list(map(str, exits))
+    if kinds == [""]:  # what drafts has no figure at full depth
+        full = [line for line in comparison.lines if line.figure == name and line.setting.name == "autoregressive"]
+        lines, ticks = lines + full, [*ticks, *("all" for _ in full)]
     figure, axes = new_figure(name.replace("_", " "))
     labels, scale = list(comparison.paths), 100.0 if is_percentage(name) else 1.0
-    entries = 0
     for number, label in enumerate(labels):
         shift = 0.12 * (number - (len(labels) - 1) / 2) / max(1, len(labels) - 1)  # so that bars do not hide each other
-        for kind in kinds:
-            own = [line for line in lines if line.setting.drafts == kind]
-            places = {line: exits.index(line.setting.exit_layer or 0) for line in own}
-            points = [(place + shift, interval) for line, place in places.items() if (interval := _of(line, label))]
-            if whole is not None and (interval := _of(whole, label)):
-                points.append((len(exits) + shift, interval))
-            if points:
-                text = _plain(f"{label}, {kind}" if len(kinds) > 1 else label)
-                _draw(axes, sorted(points, key=lambda point: point[0]), scale, number, kinds.index(kind), text)
-                entries += 1
-    names = [*map(str, exits), *(["all"] if whole is not None else [])]
-    axes.set_xticks(range(len(names)), names)
-    axes.set(xlabel="exit layer", ylabel=_plain(name.replace("_", " ")) + (" (%)" if is_percentage(name) else ""))
+        for kind, dashes in zip(kinds, cycle(("-", "--", ":", "-."))):
+            own = {
+                ticks.index(str(line.setting.exit_layer or "all")) + shift: cell.interval
+                for line in lines
+                for cell in line.cells
+                if (line.setting.drafts, cell.label) == (kind, label)
+            }
+            means = [scale * interval.mean for interval in own.values()]
+            below = [0.0 if each.low is None else scale * (each.mean - each.low) for each in own.values()]
+            above = [0.0 if each.high is None else scale * (each.high - each.mean) for each in own.values()]
+            if own:
+                text = f"{label}, {kind}" if len(kinds) > 1 else label
+                axes.errorbar(
+                    list(own), means, (below, above), marker="o", markersize=4, capsize=2, linewidth=1.2, elinewidth=0.8,
+                    color=color(number), linestyle=dashes, label=text,
+                )  # fmt: skip
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(xlabel="exit layer", ylabel=name.replace("_", " ") + (" (%)" if is_percentage(name) else ""))
     if is_logarithmic(name):
         logarithmic(axes)
-    legend_above(axes, entries)
+    legend_above(axes)
     return figure
-
-
-def _draw(axes: Any, points: Sequence[tuple[float, Interval]], scale: float, number: int, kind: int, text: str) -> None:
-    intervals = [interval for _, interval in points]
-    means = [scale * interval.mean for interval in intervals]
-    below = [0.0 if interval.low is None else scale * (interval.mean - interval.low) for interval in intervals]
-    above = [0.0 if interval.high is None else scale * (interval.high - interval.mean) for interval in intervals]
-    axes.errorbar(
-        [place for place, _ in points], means, yerr=(below, above), marker="o", markersize=4, capsize=2, linewidth=1.2,
-        elinewidth=0.8, color=color(number), linestyle=_LINE_STYLES[kind % len(_LINE_STYLES)], label=text,
-    )  # fmt: skip
 
 
 def _over_steps(comparison: Comparison) -> Figure | None:
@@ -162,18 +129,19 @@ def _over_steps(comparison: Comparison) -> Figure | None:
     points = [point for point in comparison.points if point.interval.mean > 0]
     if len({point.step for point in points}) < 2:
         return None
-    exits = _spread(sorted({point.exit_layer for point in points}))
+    exits = sorted({point.exit_layer for point in points})
+    if len(exits) > _PANELS:
+        exits = [exits[round(place * len(exits) / _PANELS) - 1] for place in range(1, _PANELS + 1)]
     figure = Figure(figsize=(1.2 + 2.6 * len(exits), SIZE[1]), layout="constrained")
     figure.set_label("held-out perplexity over the steps")
     panels = figure.subplots(1, len(exits), sharey=True, squeeze=False)[0]
     for axes, exit_layer in zip(panels, exits, strict=True):
         for number, label in enumerate(comparison.paths):
-            own = [point for point in points if (point.label, point.exit_layer) == (label, exit_layer)]
-            steps = [point.step for point in own]
-            axes.plot(steps, [point.interval.mean for point in own], marker=".", color=color(number), label=_plain(label))
-            if own and own[0].interval.low is not None:
-                low, high = ([getattr(point.interval, end) for point in own] for end in ("low", "high"))
-                axes.fill_between(steps, low, high, color=color(number), alpha=0.2, linewidth=0)
+            own = {point.step: point.interval for point in points if (point.label, point.exit_layer) == (label, exit_layer)}
+            axes.plot(list(own), [each.mean for each in own.values()], marker=".", color=color(number), label=label)
+            if own and all(each.low is not None for each in own.values()):
+                low, high = ([getattr(each, end) for each in own.values()] for end in ("low", "high"))
+                axes.fill_between(list(own), low, high, color=color(number), alpha=0.2, linewidth=0)
         axes.set_title(f"exit {exit_layer}", fontsize=9)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.25)
@@ -184,19 +152,3 @@ def _over_steps(comparison: Comparison) -> Figure | None:
     panels[0].set_ylabel("held-out perplexity")
     panels[-1].legend(fontsize=7.5)
     return figure
-
-
-def _spread(exits: list[int]) -> list[int]:
-    """At most four of the exits, evenly spread, the last among them."""
-    if len(exits) <= _PANELS:
-        return exits
-    return [exits[round(place * len(exits) / _PANELS) - 1] for place in range(1, _PANELS + 1)]
-
-
-def _of(line: Line, label: str) -> Interval | None:
-    return next((cell.interval for cell in line.cells if cell.label == label), None)
-
-
-def _plain(text: str) -> str:
-    """A text without formulas."""
-    return text.replace("$", r"\$")

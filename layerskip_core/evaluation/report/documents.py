@@ -6,14 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ...config.options import counts_text
 from ...errors import LayerSkipError
-from ...files import text_lines
+from ...files import read_bytes
 from ..results import Answered, RunRecord
 from .pages import ANSWERS_PAGE, answers_page, report_page
-from .tables import PARETO_NOTE, TextTable
+from .tables import PARETO_NOTE, TextTable, flat_rows
 
 ANSWERS_FILE = "answers.jsonl"
 FIGURE_NAMES = (
@@ -25,53 +24,25 @@ REPORT_FILES = (
 )  # fmt: skip
 
 
-class Record(Protocol):
-    def document(self) -> dict[str, Any]:
-        """The record as plain values."""
-
-
-def to_json(record: Record) -> str:
-    return json.dumps(record.document(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def to_json(record: Any) -> str:
+    """The JSON document of a dataclass; answers stay out of a RunRecord's."""
+    fields = record.document() if isinstance(record, RunRecord) else asdict(record)
+    return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_csv(record: RunRecord) -> str:
-    """A row per result, and below it one per category.
+    """A row per result, and below it one per category, with a column for each figure."""
+    return csv_text(flat_rows(record))
 
-    Metrics, times and the ends of intervals have a column each; differences and failures are counted.
-    """
-    rows = []
-    for result in record.document()["results"]:
-        categories = result.pop("categories")
-        setting = {name: result[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
-        rows.append(_flat(result))
-        rows += [_flat({**figures, **setting, "category": name}) for name, figures in categories.items()]
-    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)  # rows can lack columns
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A table with every column that any of the rows has."""
     text = io.StringIO()
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _flat(result: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in result.items():
-        if key == "metrics":
-            flat |= value
-        elif key in flat and value is None:
-            continue  # a metric of that name: the answers' perplexity, where none is measured through an exit
-        elif key in ("intervals", "changes"):
-            part = "_change" if key == "changes" else ""
-            flat |= {f"{name}{part}_{end}": ends[end == "high"] for name, ends in value.items() for end in ("low", "high")}
-        elif isinstance(value, dict):
-            flat |= {f"{key}_{name}": part for name, part in value.items()}
-        elif key == "skip":
-            flat[key] = counts_text(value)
-        elif key == "acceptance_by_position":
-            flat[key] = " ".join(map(str, value or ()))
-        else:
-            flat[key] = len(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    return flat
 
 
 def to_jsonl(answered: Sequence[Answered]) -> str:
@@ -84,21 +55,18 @@ def with_answers(record: RunRecord, saved: str) -> RunRecord:
 
     Raises LayerSkipError for a file that `to_jsonl` did not write for such a record.
     """
-    file = Path(saved).with_name(ANSWERS_FILE)
-    if not file.exists():
-        return record
     import msgspec
 
-    answered, results = [], len(record.results)
-    for number, line in enumerate(text_lines(file, "saved"), start=1):
-        where = f"line {number} of {file}, beside `saved`,"
-        try:
-            row = msgspec.json.decode(line, type=Answered)
-        except msgspec.DecodeError as error:
-            raise LayerSkipError(f"{where} must be one that a measurement wrote: {error}") from None
+    file, results = Path(saved).with_name(ANSWERS_FILE), len(record.results)
+    if not file.exists():
+        return record
+    try:
+        answered = msgspec.json.Decoder(Answered).decode_lines(read_bytes(file, f"`saved` {file}", LayerSkipError))
+    except msgspec.DecodeError as error:
+        raise LayerSkipError(f"{file}, beside `saved`, must be one that a measurement wrote: {error}") from None
+    for row in answered:
         if len(row.answers) != results:
-            raise LayerSkipError(f"{where} must have an answer for each of the {results} results, got {len(row.answers)}")
-        answered.append(row)
+            raise LayerSkipError(f"{file} must have an answer for each of the {results} results, got {len(row.answers)}")
     return replace(record, answered=tuple(answered))
 
 

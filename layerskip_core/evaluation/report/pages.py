@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
@@ -12,19 +12,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...wording import visible
-from ..inspection import Inspection, LayerPrediction, TokenTrace
-from ..metrics import lower_is_better
-from ..results import Answered, RunRecord
-from .tables import result_name
+from ..inspection import Inspection
+from ..metrics import is_share
+from ..results import RunRecord
+from .tables import flat_rows, result_name
 
 ANSWERS_PAGE = "answers.html"
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
 _PERCENT = ("acceptance_rate", "identical_outputs", "agreement", "predicted_acceptance_rate")
 _TWO_DECIMALS = ("speedup", "decode_speedup", "speedup_over_transformers", "predicted_speedup", "mean_accepted_tokens")
-_HIDDEN = (
-    "acceptance_by_position", "pareto", "time_split_ms", "longest_answer", "intervals", "changes", "categories", "stderr",
-    "samples",
-)  # fmt: skip
+_HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|longest_answer|.*_(low|high)|stderr_.*|samples.*")
 _NAMES = {
     "exit_layer": "exit",
     "num_draft_tokens": "drafts",
@@ -35,30 +32,26 @@ _NAMES = {
     "predicted_acceptance_rate": "predicted accepted",
     "identical_outputs": "identical",
     "ttft_ms": "first token (ms)",
-    "time_per_token p50 (ms)": "token p50 (ms)",
-    "time_per_token p95 (ms)": "token p95 (ms)",
+    "time_per_token_ms_p50": "token p50 (ms)",
+    "time_per_token_ms_p95": "token p95 (ms)",
     "peak_memory_mb": "memory (MB)",
-    "speedup_over_transformers": "speedup over transformers",
 }
 
 
 def report_page(record: RunRecord, figures: Mapping[str, str], notes: Sequence[str]) -> str:
     """Sortable tables and figures. `notes` are paragraphs above the tables, the verdict first; `figures`: SVG by caption."""
-    results = record.document()["results"]
-    by_category = [
-        {"strategy": result["strategy"], "category": name, **part}
-        for result in results
-        for name, part in result["categories"].items()
-    ]
-    tables = [_table("", results, answers=bool(record.answered))]
+    machine, rows = record.environment, flat_rows(record)
+    parts = ("dtype", "device_name", "implementation", "threads")
+    tables = {"": [row for row in rows if "category" not in row], "By category": [row for row in rows if "category" in row]}
     return _render(
         "report",
         title=title(record),
-        machine=_machine(record.environment),
+        machine=", ".join(str(machine[part]) for part in parts if part in machine)
+        + (" thread" if machine.get("threads") == 1 else " threads"),
         notes=notes,
-        tables=[*tables, _table("By category", by_category)] if by_category else tables,
+        tables=[_table(caption, own, record) for caption, own in tables.items() if own or not caption],
         figures=[{"caption": caption, "svg": Markup(svg)} for caption, svg in figures.items()],
-        settings=json.dumps({"config": record.config, "environment": record.environment}, indent=2, ensure_ascii=False),
+        settings=json.dumps({"config": record.config, "environment": machine}, indent=2, ensure_ascii=False),
     )
 
 
@@ -69,68 +62,42 @@ def title(record: RunRecord) -> str:
     return f"{Path(record.config['model']).name} on {Path(data or 'a task').name}"
 
 
-def _machine(environment: dict[str, Any]) -> str:
-    threads = "thread" if environment.get("threads") == 1 else "threads"
-    parts = ("dtype", "device_name", "implementation", "threads")
-    return ", ".join(f"{environment[part]}" for part in parts if part in environment) + f" {threads}"
+def _table(caption: str, rows: Sequence[dict[str, Any]], record: RunRecord) -> dict[str, Any]:
+    """With a column for every figure that any row has. Rows of results link to their answers, if the record has them."""
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row if not _HIDDEN.fullmatch(name))
+    # A measured 0.0 is shown; a count of nothing is not.
+    columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
+    columns.sort(key=lambda name: name not in ("strategy", "category"))
+    metrics = {name for result in record.results for name in result.metrics}
+    cells = [
+        [{"text": _text(row, name, name in metrics), "value": "" if row.get(name) is None else row[name]} for name in columns]
+        for row in rows
+    ]
+    headers = [_NAMES.get(name, name.replace("_ms_", "_").replace("_", " ") + " (ms)" * ("_ms_" in name)) for name in columns]
+    return {
+        "caption": caption,
+        "columns": headers,
+        "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
+        "links": bool(record.answered) and not caption,
+    }
 
 
-def _table(caption: str, results: Sequence[dict[str, Any]], answers: bool = False) -> dict[str, Any]:
-    """With a column for every figure that any result has. `answers`: each row links to the answers of its result."""
-    figures = [_figures(result) for result in results]
-    names = dict.fromkeys(name for row in sorted(figures, key=len, reverse=True) for name in row)
-    columns = [name for name in names if any(row.get(name) not in (None, "") for row in figures)]
-    rows = []
-    for number, (result, row) in enumerate(zip(results, figures, strict=True)):
-        cells = []
-        for column in columns:
-            key = column.removeprefix("metrics.")
-            spread = _spread(column, result["intervals"].get(key), result.get("stderr", {}).get(key))
-            value = row.get(column)
-            cells.append({"text": _text(column, value) + spread, "value": "" if value is None else str(value)})
-        link = f"{ANSWERS_PAGE}#setting-{number}" if answers else None
-        rows.append({"cells": cells, "pareto": bool(result.get("pareto")), "answers": link})
-    return {"caption": caption, "columns": [_header(column) for column in columns], "rows": rows}
+def _text(row: Mapping[str, Any], name: str, metric: bool) -> str:
+    """A value with the ends of its interval or its standard error."""
 
+    def shown(value: Any) -> str:
+        if value is None:
+            return "\N{EN DASH}"
+        if name in _PERCENT or (metric and is_share(name)):
+            return f"{value:.1%}"
+        if name in _TWO_DECIMALS:
+            return f"{value:.2f}"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-def _figures(result: dict[str, Any]) -> dict[str, Any]:
-    """A result's figures by column: a column per metric and per time, the number of failures and differences."""
-    figures: dict[str, Any] = {}
-    for key, value in result.items():
-        if key in _HIDDEN:
-            continue
-        if key == "metrics":
-            figures |= {f"metrics.{name}": figure for name, figure in value.items()}
-        elif isinstance(value, dict):
-            unit = " (ms)" if key.endswith("_ms") else ""
-            figures |= {f"{key.removesuffix('_ms')} {name}{unit}": part for name, part in value.items()}
-        elif isinstance(value, list | tuple):
-            figures[key] = len(value) or None
-        else:
-            figures[key] = value
-    return figures
-
-
-def _spread(column: str, ends: Sequence[float] | None, error: float | None) -> str:
-    """What stands behind a value: the ends of its interval, or its standard error."""
-    spread = "" if ends is None else f" ({_text(column, ends[0])}\N{EN DASH}{_text(column, ends[1])})"
-    return spread + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2g}")
-
-
-def _text(column: str, value: Any) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    if column.startswith("metrics.") and " " in column:  # of lm-eval, in its own scale
-        return f"{value:.4g}"
-    if column in _PERCENT or (column.startswith("metrics.") and not lower_is_better(column.removeprefix("metrics."))):
-        return f"{value:.1%}"
-    if column in _TWO_DECIMALS:
-        return f"{value:.2f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _header(column: str) -> str:
-    return _NAMES.get(column, column.removeprefix("metrics.").replace("_", " "))
+    text, error = shown(row.get(name)), row.get(f"stderr_{name}")
+    if f"{name}_low" in row:
+        text += f" ({shown(row[f'{name}_low'])}\N{EN DASH}{shown(row[f'{name}_high'])})"
+    return text if error is None else f"{text} \N{PLUS-MINUS SIGN} {error:.2g}"
 
 
 def answers_page(record: RunRecord) -> str:
@@ -138,29 +105,21 @@ def answers_page(record: RunRecord) -> str:
 
     Words and signs in which another answer differs from the first are marked.
     """
-    names = [result_name(result) for result in record.results]
-    sections = [
-        {"prompt": answered.prompt, "reference": answered.reference, "versions": _versions(answered, names)}
-        for answered in record.answered
-    ]
-    measured = [
-        number for number in range(len(names)) if any(answered.answers[number] is not None for answered in record.answered)
-    ]
-    choices = [(number, names[number]) for number in measured[1:]]
+    names, sections = [result_name(result) for result in record.results], []
+    for answered in record.answered:
+        numbers: dict[str, list[int]] = {}
+        for number, answer in enumerate(answered.answers):
+            if answer is not None:
+                numbers.setdefault(answer, []).append(number)
+        first = next(iter(numbers), "")
+        versions = [
+            {"numbers": given, "names": [names[number] for number in given], "parts": _parts(answer, first)}
+            for answer, given in numbers.items()
+        ]
+        sections.append({"prompt": answered.prompt, "reference": answered.reference, "versions": versions})
+    measured = {number for section in sections for version in section["versions"] for number in version["numbers"]}
+    choices = [(number, names[number]) for number in sorted(measured)[1:]]
     return _render("answers", title=title(record), sections=sections, choices=choices)
-
-
-def _versions(answered: Answered, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Each different answer in parts, and the results that gave it: their numbers and names."""
-    numbers: dict[str, list[int]] = {}
-    for number, answer in enumerate(answered.answers):
-        if answer is not None:
-            numbers.setdefault(answer, []).append(number)
-    first = next(iter(numbers), "")
-    return [
-        {"numbers": given, "names": [names[number] for number in given], "parts": _parts(answer, first)}
-        for answer, given in numbers.items()
-    ]
 
 
 def _parts(answer: str, first: str) -> list[dict[str, Any]]:
@@ -175,38 +134,8 @@ def _parts(answer: str, first: str) -> list[dict[str, Any]]:
 
 
 def inspection_page(inspection: Inspection) -> str:
-    """A row per layer, a column per token, green from the layer on where it stays correct."""
-    return _render(
-        "inspection",
-        model=inspection.model,
-        prompt=inspection.prompt,
-        answer="".join(trace.token for trace in inspection.tokens),
-        mean_layers=f"{inspection.mean_layers:.1f}",
-        num_layers=inspection.num_layers,
-        tokens=[visible(trace.token) for trace in inspection.tokens],
-        rows=list(_layer_rows(inspection)),
-        has_blocks=any(trace.blocks for trace in inspection.tokens),
-        needed=[trace.settled for trace in inspection.tokens],
-    )
-
-
-def _layer_rows(inspection: Inspection) -> Iterator[dict[str, Any]]:
-    """Of every layer, the last one first; that of an exit block is above the layer it follows."""
-    tokens = inspection.tokens
-    for layer in range(inspection.num_layers, 0, -1):
-        name = f"block {layer}"
-        if any(layer in trace.blocks for trace in tokens):
-            yield {"name": name, "cells": [_token_cell(name, trace, trace.blocks[layer], False) for trace in tokens]}
-        where = f"layer {layer}"
-        cells = [_token_cell(where, trace, trace.predictions[layer - 1], layer >= trace.settled) for trace in tokens]
-        yield {"name": str(layer), "cells": cells}
-
-
-def _token_cell(where: str, trace: TokenTrace, prediction: LayerPrediction, stays: bool) -> dict[str, str]:
-    """The prediction for a token after a layer. `kind` is the CSS class, `title` is shown when hovering."""
-    kind = "right" if stays else "early" if prediction.token == trace.token else "wrong"
-    title = f"{where}: {prediction.token!r} {prediction.probability:.0%}"
-    return {"token": visible(prediction.token), "kind": kind, "probability": f"{prediction.probability:.2f}", "title": title}
+    """A row per layer, a column per token, green from the layer on where it stays correct; exit blocks above their layers."""
+    return _render("inspection", inspection=inspection, blocks={layer for trace in inspection.tokens for layer in trace.blocks})
 
 
 def _render(template: str, **values: Any) -> str:
@@ -216,7 +145,7 @@ def _render(template: str, **values: Any) -> str:
 
 @cache
 def _templates() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("layerskip_core.evaluation.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -224,3 +153,5 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"visible": visible, "repr": repr}
+    return environment

@@ -13,29 +13,16 @@ _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 class Points:
     """What was measured: tokens per second and the quality metric, in percent unless a lower value is better.
 
-    `optimal`: the indices of the points on the Pareto frontier.
+    `optimal`: the indices of the points on the Pareto frontier. `strategies`: their names, in the order of the results.
     """
 
     results: list[Result]
     speeds: list[float]
     values: list[float]
     optimal: list[int]
-    metric: str
-
-    @property
-    def lower_is_better(self) -> bool:
-        return lower_is_better(self.metric)
-
-    @property
-    def strategies(self) -> list[str]:
-        """Their names, in the order of the results."""
-        return list(dict.fromkeys(map(strategy_name, self.results)))
-
-    @property
-    def quality_label(self) -> str:
-        return f"Quality: {self.metric.replace('_', ' ')}" + (
-            ", lower is better" if self.lower_is_better else " (%)" if is_share(self.metric) else ""
-        )
+    strategies: list[str]
+    lower_is_better: bool
+    quality_label: str
 
 
 def points_of(record: RunRecord) -> Points | None:
@@ -44,11 +31,12 @@ def points_of(record: RunRecord) -> Points | None:
     shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
     if not shown:
         return None
+    lower, share = lower_is_better(metric), is_share(metric)
     speeds = [result.tokens_per_second or 0.0 for result in shown]
-    scale = 100 if is_share(metric) else 1
-    values = [result.metrics[metric] * scale for result in shown]
+    values = [result.metrics[metric] * (100 if share else 1) for result in shown]
     optimal = frontier([(speed, quality(result.metrics, metric)) for speed, result in zip(speeds, shown, strict=True)])
-    return Points(shown, speeds, values, optimal, metric)
+    label = f"Quality: {metric.replace('_', ' ')}" + (", lower is better" if lower else " (%)" if share else "")
+    return Points(shown, speeds, values, optimal, list(dict.fromkeys(map(strategy_name, shown))), lower, label)
 
 
 def is_wide(values: list[float]) -> bool:

@@ -1,43 +1,42 @@
 """Perplexity of any text through every exit. For speed, passages of the text are continued."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example
-from ...data.records import FILE_ENDINGS, file_ending
+from ...data.records import FILE_ENDINGS, file_ending, file_records, hub_records
 from ...errors import DataError
 from ...files import text_lines
-from .prompts import BARE, file_rows, hub_rows
+from .prompts import BARE
 from .task import Task, TaskLoader
 
 _HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
+_WIKITEXT = f"{_HUB}/{_HUB_NAME}"
 _TEXT_COLUMNS = ("text", "completion", "content")
 _PLAIN = ".txt"  # read as one text, like any file that does not hold rows
 _PROMPT_WORDS = 100  # as in LayerSkip's evaluation of continuations
-_MAX_NEW_TOKENS = 64
 _PASSAGE = 2000  # characters: about the 512 tokens of a perplexity window
 
 
 def language_modelling(config: TaskConfig) -> Task:
-    """A plain text, or the joined texts of rows. The prompts are evenly spaced over it."""
+    """A plain text, or the joined texts of rows. The prompts are evenly spaced over it.
+
+    Continuations are not scored: the text itself is only one of many good ones.
+    """
     text = _text(config)
     most = max(len(text) // _PASSAGE, 1)
     starts = min(config.samples or most, most)
-    passages = (_passage(text, place * len(text) // starts) for place in range(starts))
+    passages = (_passage(text, number * len(text) // starts) for number in range(starts))
     examples = tuple(example for example in passages if example.prompt)  # a passage can be all whitespace
-    limit = config.max_new_tokens or _MAX_NEW_TOKENS
-    resolved = replace(config, data=config.data or f"{_HUB}/{_HUB_NAME}", max_new_tokens=limit)
-    return Task("lm", examples, resolved, "perplexity", _unscored, template=BARE, text=text)
+    return Task(examples, config, "perplexity", lambda predictions: {}, template=BARE, text=text)
 
 
 def _text(config: TaskConfig) -> str:
-    if config.data is None:
-        return "".join(str(row.value("text")) for row in hub_rows(_HUB, config.split, name=_HUB_NAME))
-    path = Path(config.data)
+    path = Path(str(config.data))
+    if config.data == _WIKITEXT:
+        return "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))
     if file_ending(path) in FILE_ENDINGS and file_ending(path) != _PLAIN:
-        rows = file_rows(config.data)
+        rows = list(file_records(path))
         column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
         return "\n\n".join(row.text(column, "completion_column") for row in rows)
     text = "".join(text_lines(path, "data"))
@@ -53,9 +52,4 @@ def _passage(text: str, start: int) -> Example:
     return Example(" ".join(words[:_PROMPT_WORDS]), " " + " ".join(words[_PROMPT_WORDS : 2 * _PROMPT_WORDS]))
 
 
-def _unscored(predictions: Sequence[str]) -> dict[str, list[float]]:
-    """Continuations are not scored: the text itself is only one of many good ones."""
-    return {}
-
-
-LANGUAGE_MODELLING = TaskLoader(language_modelling, accepts=())
+LANGUAGE_MODELLING = TaskLoader(language_modelling, (), _WIKITEXT, max_new_tokens=64)

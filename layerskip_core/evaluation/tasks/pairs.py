@@ -11,12 +11,11 @@ from ...config.evaluation import TaskConfig
 from ...data.examples import Example, is_parsing, load_examples, load_records
 from ...data.records import Record, spread
 from ...errors import DataError
-from ...prompting import RAW
+from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge
-from .prompts import BARE, SHOT_END, forms, framed, shots_and_rest
+from .prompts import BARE, SHOT_END, framed, shots_and_rest
 from .task import Task, TaskLoader
 
-_MAX_NEW_TOKENS = 128  # more than twice the mean parse
 _TURNS = "turns"  # of a user; without the answers between them only the first can be asked
 _PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input", _TURNS)
 _CATEGORY = "category"
@@ -29,23 +28,19 @@ _UNANSWERED = (
 
 def parsing(config: TaskConfig) -> Task:
     """Sentences and their parses. Whitespace is folded, because tokenizers differ in it. Shots are training rows."""
-    name = config.task or "commands"
-    source = config.data or name
-    data = DataConfig(source, config.split, config.prompt_column or "prompt", config.completion_column or "completion")
-    examples = load_examples(replace(data, limit=config.samples, seed=config.seed))
+    columns = config.prompt_column or "prompt", config.completion_column or "completion"
+    data = DataConfig(str(config.data), config.split, *columns, limit=config.samples, seed=config.seed)
+    examples = load_examples(data)
     # Evenly spaced, so that every domain is shown.
-    shots = load_examples(replace(data, split="train", limit=config.shots, seed=config.seed)) if config.shots else []
+    shots = load_examples(replace(data, split="train", limit=config.shots)) if config.shots else []
     shaped, template = _few_shot(config.prompting.asked, examples, shots)
     references = [[example.completion] for example in examples]
-    resolved = replace(
-        config, data=source, max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS, shots=len(shots),
-        prompt_column=data.prompt_column, completion_column=data.completion_column,
-    )  # fmt: skip
+    config = replace(config, shots=len(shots), prompt_column=columns[0], completion_column=columns[1])
 
     def score(predictions: Sequence[str]) -> dict[str, list[float]]:
         return {"exact_match": exact_match(predictions, references, fold_whitespace=True)}
 
-    return Task(name, shaped, resolved, "exact_match", score, (SHOT_END,) if shots else (), template)
+    return Task(shaped, config, "exact_match", score, (SHOT_END,) if shots else (), template)
 
 
 def prompts(config: TaskConfig) -> Task:
@@ -53,7 +48,7 @@ def prompts(config: TaskConfig) -> Task:
 
     Rows without references are scored against the model's own answers. A column `category` divides the rows.
     """
-    source = config.data or ""
+    source = str(config.data)
     every, config = _pairs(source, config)
     shots, rest = shots_and_rest(every, config.shots or 0, source)
     rows = spread(rest, config.samples)
@@ -61,15 +56,22 @@ def prompts(config: TaskConfig) -> Task:
     require(not (shots and unanswered), "shots", f"0 for {source}, which has no references", len(shots))
     asked, solved = ([Example(row.prompt, "".join(row.references[:1])) for row in some] for some in (rows, shots))
     examples, template = _few_shot(config.prompting.asked, asked, solved)
-    resolved = replace(config, shots=len(solved), max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS)
-    stop = (SHOT_END,) if solved else ()
-    name = config.task or source
     metrics = _metrics(config.metric, rows)
-    scorer = partial(text_scores, metrics, [row.references for row in rows])
-    task = Task(name, examples, resolved, metrics[0], scorer, stop, template, categories=_categories(rows))
-    if not unanswered:
-        return task
-    return replace(task, notes=(_UNANSWERED,), against=lambda references: partial(text_scores, metrics, references))
+    categories: dict[str, tuple[int, ...]] = {}
+    for number, row in enumerate(rows):
+        if row.category:
+            categories[row.category] = (*categories.get(row.category, ()), number)
+    return Task(
+        examples,
+        replace(config, shots=len(solved)),
+        metrics[0],
+        partial(text_scores, metrics, [row.references for row in rows]),
+        (SHOT_END,) if solved else (),
+        template,
+        notes=(_UNANSWERED,) if unanswered else (),
+        categories=categories,
+        against=partial(partial, text_scores, metrics) if unanswered else None,
+    )
 
 
 def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
@@ -86,15 +88,6 @@ def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
     return ("rouge2", "exact_match") if longest > 1 else ("exact_match",)
 
 
-def _categories(rows: Sequence["_Pair"]) -> dict[str, tuple[int, ...]]:
-    """The places of the rows of each category."""
-    found: dict[str, tuple[int, ...]] = {}
-    for place, row in enumerate(rows):
-        if row.category:
-            found[row.category] = (*found.get(row.category, ()), place)
-    return found
-
-
 def _few_shot(
     asked: str | None, examples: Sequence[Example], shots: Sequence[Example]
 ) -> tuple[tuple[Example, ...], str | None]:
@@ -102,13 +95,10 @@ def _few_shot(
 
     A completion follows a template of the user's after a space.
     """
-    form, template = forms(asked, BARE, None)
-    shot_form = "{prompt}\n" if form == BARE else form
-    if shots and template == RAW:
-        form = shot_form
-    gap = " " if template == form != BARE and not form[-1].isspace() else ""
+    form = "{prompt}\n" if shots and asked == RAW else BARE
+    gap = "" if asked in (None, CHAT, RAW, BARE) or asked[-1].isspace() else " "
     rows, solved = ([replace(example, completion=gap + example.completion) for example in some] for some in (examples, shots))
-    return framed(form, template, rows, solved, shot_form)
+    return framed(asked, form, None, rows, solved, "{prompt}\n")
 
 
 def text_scores(
@@ -132,16 +122,18 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
     """Every row, and the config with the names of the columns. Without a column of references no row has any."""
     data = DataConfig(source, config.split, seed=config.seed)
     if is_parsing(data):
-        config = _columns(Record(source, {}), config)
-        return [_Pair(example.prompt, [example.completion]) for example in load_examples(data)], config
+        pairs = [_Pair(example.prompt, [example.completion]) for example in load_examples(data)]
+        return pairs, replace(config, prompt_column="prompt", completion_column="completion")
     rows = list(load_records(data))
-    answers = [any(name in row.fields for name in _REFERENCE_COLUMNS) for row in rows]
-    answered = config.completion_column is not None or any(answers)
-    if config.completion_column is None and answered and not answers[0]:
-        needed = f"needed a reference (one of the columns {', '.join(_REFERENCE_COLUMNS)}), which other rows have"
-        raise DataError(f"{rows[0].where}: {needed}")
-    config = _columns(rows[0], config)
-    return [_pair(row, config.prompt_column or "", config.completion_column if answered else None) for row in rows], config
+    first, answer = rows[0], config.completion_column
+    if answer is None and any(name in row.fields for row in rows for name in _REFERENCE_COLUMNS):
+        answer = first.first_column(_REFERENCE_COLUMNS)
+        if answer not in first.fields:
+            columns = ", ".join(_REFERENCE_COLUMNS)
+            raise DataError(f"{first.where}: needed a reference (one of the columns {columns}), which other rows have")
+    prompt = config.prompt_column or first.first_column(_PROMPT_COLUMNS)
+    config = replace(config, prompt_column=prompt, completion_column=answer or _REFERENCE_COLUMNS[0])
+    return [_pair(row, prompt, answer) for row in rows], config
 
 
 def _pair(row: Record, prompt: str, completion: str | None) -> _Pair:
@@ -150,14 +142,6 @@ def _pair(row: Record, prompt: str, completion: str | None) -> _Pair:
     return _Pair(asked, references, row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None)
 
 
-def _columns(first: Record, config: TaskConfig) -> TaskConfig:
-    """The config with both column names: those given, or the first of the usual ones."""
-    return replace(
-        config,
-        prompt_column=config.prompt_column or first.first_column(_PROMPT_COLUMNS),
-        completion_column=config.completion_column or first.first_column(_REFERENCE_COLUMNS),
-    )
-
-
-PARSING = TaskLoader(parsing, accepts=("shots", "template"))
-PROMPTS = TaskLoader(prompts, accepts=("metric", "shots", "template"), needs_data=True)
+COMMANDS = TaskLoader(parsing, ("shots", "template"), "commands")
+TOPV2 = TaskLoader(parsing, ("shots", "template"), "topv2")
+PROMPTS = TaskLoader(prompts, ("metric", "shots", "template"), needs_data=True)

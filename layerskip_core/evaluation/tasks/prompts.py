@@ -15,14 +15,9 @@ SHOT_END = "\n\n"
 Item = TypeVar("Item")
 
 
-def file_rows(path: str) -> list[Record]:
-    """All rows of a file, at least one. Raises DataError."""
-    return list(file_records(Path(path)))
-
-
-def hub_rows(hub_id: str, split: str, most: int | None = None, **keywords: Any) -> list[Record]:
-    """All rows of a data set on the hub, or only its first `most` rows. Raises DataError."""
-    return list(hub_records(hub_id, split, most=most, **keywords))
+def rows_of(data: str, hub_id: str, split: str, most: int | None = None, **keywords: Any) -> list[Record]:
+    """All rows of a file, or of the split of this data set on the hub if `data` is its id. Raises DataError."""
+    return list(hub_records(hub_id, split, most=most, **keywords) if data == hub_id else file_records(Path(data)))
 
 
 def shots_and_rest(rows: list[Item], count: int, source: str) -> tuple[list[Item], list[Item]]:
@@ -31,31 +26,26 @@ def shots_and_rest(rows: list[Item], count: int, source: str) -> tuple[list[Item
     return rows[:count], rows[count:]
 
 
-def forms(template: str | None, form: str, by_default: str | None) -> tuple[str, str | None]:
-    """(the form of a row, the model's template) for a `template` of `raw`, `chat`, a text with {prompt} in it, or None.
-
-    A text is both the form and the model's template. With None the model's template is `by_default`; None there stands for
-    the checkpoint's own.
-    """
-    if template is None:
-        return form, by_default
-    return (form if template in (CHAT, RAW) else template), template
-
-
 def framed(
+    asked: str | None,
     form: str,
     template: str | None,
     examples: Iterable[Example],
     shots: Sequence[Example] = (),
     shot_form: str | None = None,
 ) -> tuple[tuple[Example, ...], str | None]:
-    """(examples, the template to encode them in): each example in `form`, after the shots in `shot_form` or `form`.
+    """(examples, the template to encode them in): each example in its form, after the shots.
 
-    `form` and `template` come from `forms`. A user's own form stays a template, so that special tokens in it are encoded as
-    tokens, and those in the rows as text.
+    `form`, of the shots `shot_form`, is the task's, and a `template` of None the checkpoint's own. A template that was `asked`
+    for replaces the latter; a text with {prompt} in it replaces the forms, too. It stays a template, so that special tokens in
+    it are encoded as tokens, and those in the rows as text.
     """
-    before = "".join((shot_form or form).replace(BARE, shot.prompt) + shot.completion + SHOT_END for shot in shots)
+    template = template if asked is None else asked
+    if asked not in (None, CHAT, RAW):
+        form = asked
     own = template == form != BARE
+    before_form = form if own else shot_form or form
+    before = "".join(before_form.replace(BARE, shot.prompt) + shot.completion + SHOT_END for shot in shots)
     if own and BARE not in before:  # else the template would fill in the {prompt} of a shot, too
         return tuple(examples), before + form
     whole = tuple(Example(before + form.replace(BARE, example.prompt), example.completion) for example in examples)

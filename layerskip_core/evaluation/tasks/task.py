@@ -19,15 +19,19 @@ from ..results import Answered
 
 Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
 """From one prediction per example to the values of each metric, in 0..1: one per prompt."""
-Option = Literal["metric", "shots", "template"]
 
 
 @dataclass(frozen=True)
 class TaskLoader:
-    """Makes a task of its config. `accepts` lists the optional settings that it uses; others are refused."""
+    """Makes a task of its config. `accepts` lists the optional settings that it uses; others are refused.
+
+    `data` and `max_new_tokens` stand in the config if the user gave none.
+    """
 
     load: Callable[[TaskConfig], "Task"]
-    accepts: tuple[Option, ...] = ("template",)
+    accepts: tuple[Literal["metric", "shots", "template"], ...] = ("template",)
+    data: str | None = None
+    max_new_tokens: int = 128
     needs_data: bool = False
 
 
@@ -35,16 +39,15 @@ class TaskLoader:
 class Task:
     """Prompts with references.
 
-    `scorer` returns every metric of the predictions; reports show them under these names. `quality_metric` is the one that
-    ranks settings. An answer ends at the first of the `stop` strings. `template` replaces the checkpoint's own prompt template.
-    If there is a `text`, perplexity is measured on it instead of the references. `notes` are shown to the user before the run.
-    `categories`: the examples of each category of the data. `answers_per_prompt`: how many examples in a row repeat one prompt.
-    `against`: of a task without references, the scorer for references that come later.
+    `config` has every default filled in. `scorer` returns every metric of the predictions; reports show them under these names.
+    `quality_metric` is the one that ranks settings. An answer ends at the first of the `stop` strings. `template` replaces the
+    checkpoint's own prompt template. If there is a `text`, perplexity is measured on it instead of the references. `notes` are
+    shown to the user before the run. `categories`: the examples of each category of the data. `answers_per_prompt`: how many
+    examples in a row repeat one prompt. `against`: of a task without references, the scorer for references that come later.
     """
 
-    name: str
     examples: tuple[Example, ...]
-    config: TaskConfig  # with every default filled in
+    config: TaskConfig
     quality_metric: str
     scorer: Scorer
     stop: tuple[str, ...] = ()
@@ -123,8 +126,14 @@ def load_task(config: TaskConfig) -> Task:
         name = _task_of(name)
     module, _, attribute = TASKS[name].partition(":")
     loader: TaskLoader = vars(import_module(module))[attribute]
-    _refuse_unused(name, loader, config)
-    task = loader.load(replace(config, task=config.task or config.data or name))
+    template = config.prompting.asked
+    for setting, given, needed in (
+        ("metric", config.metric, "left out"), ("shots", config.shots or None, "0"), ("template", template, "left out")
+    ):  # fmt: skip
+        require(given is None or setting in loader.accepts, setting, f"{needed} for `task` {name}", given)
+    require(config.data is not None or not loader.needs_data, "data", f"given for `task` {name}", "none")
+    data, limit = config.data or loader.data, config.max_new_tokens or loader.max_new_tokens
+    task = loader.load(replace(config, task=config.task or config.data or name, data=data, max_new_tokens=limit))
     if not task.examples:
         raise DataError(f"`data` {task.config.data} has no rows in split {config.split}")
     for number, example in enumerate(task.examples, start=1):
@@ -137,12 +146,3 @@ def _task_of(data: str | None) -> str:
     if data is None or data == "commands":
         return "commands"
     return "topv2" if data == "topv2" or Path(data).is_dir() else "jsonl"
-
-
-def _refuse_unused(name: str, loader: TaskLoader, config: TaskConfig) -> None:
-    accepts = loader.accepts
-    require(config.metric is None or "metric" in accepts, "metric", f"left out for `task` {name}", config.metric)
-    require(not config.shots or "shots" in accepts, "shots", f"0 for `task` {name}", config.shots)
-    template = config.prompting.asked
-    require(template is None or "template" in accepts, "template", f"left out for `task` {name}", template)
-    require(config.data is not None or not loader.needs_data, "data", f"given for `task` {name}", "none")

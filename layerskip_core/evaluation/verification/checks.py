@@ -73,14 +73,19 @@ class Subject:
     """A model on some kernels in some precision, with prompts and their plain outputs."""
 
     def __init__(self, loaded: Decoder, names: tuple[str, str], prompts: list[Ids], config: VerifyConfig) -> None:
-        """`names`: of kernels and precision."""
+        """`names`: of kernels and precision. Raises ConfigError for an exit that the model lacks."""
         self.loaded, self.backend, self.names, self.prompts, self.config = loaded, loaded.backend, names, prompts, config
         # Rounding decides between almost equally likely tokens; torch's low-bit kernels take their inputs in bf16.
-        self._near = NEAR_TIE[torch.bfloat16 if names[1] in LOW_BIT else loaded.backend.dtype]
-        self.exits = exits_of(config, loaded)
+        self._near = NEAR_TIE[torch.bfloat16 if names[1] in LOW_BIT else self.backend.dtype]
+        layers, best = self.backend.num_layers, loaded.recommended().exit_layer
+        for exit_layer in config.exits:
+            require_exit_layer(exit_layer, layers, field="exits")
+        usual = {max(1, best // 2), min(best, layers - 1), min(2 * best, layers - 1)} if layers > 1 else set()
+        self.exits = sorted({*(config.exits or usual), *self.backend.exit_blocks})
         self.middle = self.exits[len(self.exits) // 2 :][:1]
-        self.plain = DecodingConfig("autoregressive", max_new_tokens=config.max_new_tokens)
-        self.expected = [self.alone(prompt, self.plain) for prompt in prompts]
+        plain = DecodingConfig("autoregressive", max_new_tokens=config.max_new_tokens)
+        self.usual = {"autoregressive": plain} | {f"exit {each}": self.drafted(each) for each in self.middle}
+        self.expected = self.alone(plain)
 
     def drafted(self, exit_layer: int, drafts: int | None = None) -> DecodingConfig:
         return DecodingConfig("self-speculative", exit_layer, drafts or max(self.config.specs), self.config.max_new_tokens)
@@ -90,42 +95,58 @@ class Subject:
         """Low-bit copies of the weights."""
         return [weights for weights in self.backend.draft_sides if weights is not None]
 
-    @property
-    def usual(self) -> dict[str, DecodingConfig]:
-        """Decoding without drafts, and with those of an exit."""
-        return {"autoregressive": self.plain} | {f"exit {each}": self.drafted(each) for each in self.middle}
+    def alone(
+        self, config: DecodingConfig, prompts: Sequence[Ids] | None = None, prefix: PrefixCache | None = None
+    ) -> list[Ids]:
+        """The outputs of prompts, one at a time."""
+        outputs = []
+        for prompt in self.prompts if prompts is None else prompts:
+            decoding = decode(self.backend, prompt, config, self.loaded.eos_ids, self.loaded.detokenize, prefix=prefix)
+            outputs.append([token.id for tokens in decoding for token in tokens])
+        return outputs
 
-    def alone(self, prompt: Ids, config: DecodingConfig, prefix: PrefixCache | None = None) -> Ids:
-        """The output of one prompt by itself."""
-        decoding = decode(self.backend, prompt, config, self.loaded.eos_ids, self.loaded.detokenize, prefix=prefix)
-        return [token.id for tokens in decoding for token in tokens]
-
-    def each_alone(self, config: DecodingConfig) -> list[Ids]:
-        return [self.alone(prompt, config) for prompt in self.prompts]
-
-    def together(self, prompts: Sequence[Ids], config: DecodingConfig, seeds: Sequence[int] | None = None) -> list[Ids]:
+    def together(
+        self, config: DecodingConfig, prompts: Sequence[Ids] | None = None, seeds: Sequence[int] | None = None
+    ) -> list[Ids]:
         """The outputs of prompts in one batch."""
-        finished = decode_batch(self.backend, prompts, config, self.loaded.eos_ids, self.loaded.detokenize, seeds)
+        rows = self.prompts if prompts is None else prompts
+        finished = decode_batch(self.backend, rows, config, self.loaded.eos_ids, self.loaded.detokenize, seeds)
         return [output.ids for output in sorted(finished, key=lambda output: output.row)]
+
+    def joined(self, config: DecodingConfig) -> list[Ids]:
+        """The outputs of prompts that join a loop one by one, a step apart, as in continuous batching."""
+        outputs: list[Ids] = [[] for _ in self.prompts]
+        owner: dict[int, int] = {}  # the prompt of each row of the loop
+        running, waiting = None, list(enumerate(self.prompts))
+        while waiting or owner:
+            if waiting:
+                number, prompt = waiting.pop(0)
+                loop = loop_of(self.backend, [prompt], config, self.loaded.eos_ids, self.loaded.detokenize)
+                (step,) = next(loop)
+                outputs[number] += [token.id for token in step.tokens]
+                if step.finish_reason is None:
+                    if owner and running is not None:
+                        (row,) = running.join(loop)
+                    else:
+                        running, row = loop, step.row
+                    owner[row] = number
+            for step in next(running) if owner and running is not None else ():
+                outputs[owner[step.row]] += [token.id for token in step.tokens]
+                if step.finish_reason is not None:
+                    del owner[step.row]
+        return outputs
 
     def logits(self, tokens: Tensor, size: int = 0) -> Tensor:
         """(B, T, V) of rows of tokens (B, T), in one pass or in passes of `size` tokens."""
-        model, pieces = self.backend, list[Tensor]()
+        model, pieces, start = self.backend, [], 0
         cache = model.new_cache(len(tokens), tokens.shape[1])
         with torch.inference_mode():
             for part in torch.split(tokens, size or tokens.shape[1], 1):
-                start = sum(piece.shape[1] for piece in pieces)
                 positions = torch.arange(start, start + part.shape[1]).expand(len(tokens), -1)
                 hidden = model.run_layers(model.embed(part.to(model.device)), 0, model.num_layers, positions, cache)
                 pieces.append(model.unembed(hidden))
+                start += part.shape[1]
         return torch.cat(pieces, 1)
-
-    def result(
-        self, check: str, setting: str, promise: Promise, counts: tuple[int, int], mismatches: Sequence[Mismatch]
-    ) -> CheckResult:
-        """`counts`: of prompts and tokens."""
-        kept = all(promise == "near-ties" and place.near_tie for place in mismatches)
-        return CheckResult(check, setting, *self.names, promise, *counts, kept, tuple(mismatches))
 
     def mismatch(self, number: int, position: int, before: Ids, wanted: int | None, found: int | None) -> Mismatch:
         """`before`: the tokens that both tokens follow."""
@@ -153,16 +174,15 @@ class Subject:
                 pair = (ids[position] if position < len(ids) else None for ids in (wanted, found))
                 mismatches.append(self.mismatch(number, position, before, *pair))
         promise = promise or ("tokens" if self.backend.batch_invariant else "near-ties")
-        return self.result(check, setting, promise, (len(expected), sum(map(len, expected))), mismatches)
+        return self.result(check, setting, promise, expected, mismatches)
 
-
-def exits_of(config: VerifyConfig, loaded: Decoder) -> tuple[int, ...]:
-    """The exits asked for, else the recommended one, one below and one above; and those with a block. Raises ConfigError."""
-    layers, best = loaded.backend.num_layers, loaded.recommended().exit_layer
-    for exit_layer in config.exits:
-        require_exit_layer(exit_layer, layers, field="exits")
-    usual = {max(1, best // 2), min(best, layers - 1), min(2 * best, layers - 1)} if layers > 1 else set()
-    return tuple(sorted({*(config.exits or usual), *loaded.backend.exit_blocks}))
+    def result(
+        self, check: str, setting: str, promise: Promise, texts: Sequence[Ids], mismatches: Sequence[Mismatch]
+    ) -> CheckResult:
+        """`texts`: the tokens that were compared, by prompt."""
+        kept = all(promise == "near-ties" and each.near_tie for each in mismatches)
+        tokens = sum(map(len, texts))
+        return CheckResult(check, setting, *self.names, promise, len(texts), tokens, kept, tuple(mismatches))
 
 
 def check_logits(subject: Subject) -> Iterator[CheckResult]:
@@ -170,17 +190,21 @@ def check_logits(subject: Subject) -> Iterator[CheckResult]:
     texts = [[*prompt, *output] for prompt, output in zip(subject.prompts, subject.expected, strict=True)]
     longest, threads = max(map(len, texts)), torch.get_num_threads()
     padded = subject.logits(torch.tensor([text + [text[-1]] * (longest - len(text)) for text in texts]))
+
+    def one_by_one(size: int = 0) -> list[Tensor]:
+        return [subject.logits(torch.tensor([text]), size)[0] for text in texts]
+
     found = {
         (ROWS, f"{len(texts)} rows"): [row[: len(text)] for row, text in zip(padded, texts, strict=True)],
-        (PIECES, "one by one"): [subject.logits(torch.tensor([text]), 1)[0] for text in texts],
-        (PIECES, "in fives"): [subject.logits(torch.tensor([text]), 5)[0] for text in texts],
+        (PIECES, "one by one"): one_by_one(1),
+        (PIECES, "in fives"): one_by_one(5),
     }
-    alone = [subject.logits(torch.tensor([text]))[0] for text in texts]
+    alone = one_by_one()
     if subject.backend.device.type == "cpu":
         other = 2 if threads == 1 else 1
         torch.set_num_threads(other)
         try:
-            found[THREADS, f"{threads} and {other}"] = [subject.logits(torch.tensor([text]))[0] for text in texts]
+            found[THREADS, f"{threads} and {other}"] = one_by_one()
         finally:
             torch.set_num_threads(threads)
     promise: Promise = "bits" if subject.backend.batch_invariant else "near-ties"
@@ -192,13 +216,13 @@ def check_logits(subject: Subject) -> Iterator[CheckResult]:
                 position = int(differs.byte().argmax())
                 pair = (int(each[position].argmax()) for each in (wanted, got))
                 mismatches.append(subject.mismatch(number, position, texts[number][: position + 1], *pair))
-        yield subject.result(check, setting, promise, (len(texts), sum(map(len, texts))), mismatches)
+        yield subject.result(check, setting, promise, texts, mismatches)
 
 
 def check_drafts(subject: Subject) -> Iterator[CheckResult]:
     """Every way to draft gives the tokens of plain decoding."""
     for setting, config in drafting(subject).items():
-        yield subject.compared(DRAFTS, setting, subject.each_alone(config))
+        yield subject.compared(DRAFTS, setting, subject.alone(config))
 
 
 def drafting(subject: Subject) -> dict[str, DecodingConfig]:
@@ -221,7 +245,7 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
         for exit_layer in (layers, *exits[-1:]):
             settings[f"{weights} copy, {exit_layer} layers"] = replace(subject.drafted(exit_layer), draft_weights=weights)
     known = subject.loaded.recommended()
-    adaptive = DecodingConfig("adaptive", None, 32, subject.config.max_new_tokens, exits=known.exits or exits)
+    adaptive = DecodingConfig("adaptive", None, 32, subject.config.max_new_tokens, exits=known.exits or tuple(exits))
     settings["adaptive"] = replace(adaptive, profile=known.profile)
     return settings
 
@@ -229,52 +253,29 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
 def check_batches(subject: Subject) -> Iterator[CheckResult]:
     """Rows of a batch give what they give alone, also where rows join it while it is decoded, as requests to `serve` do."""
     for setting, config in subject.usual.items():
-        yield subject.compared(BATCH, setting, subject.together(subject.prompts, config))
-        yield subject.compared(JOINED, setting, joining(subject, config))
+        yield subject.compared(BATCH, setting, subject.together(config))
+        yield subject.compared(JOINED, setting, subject.joined(config))
     for exit_layer in subject.middle:
         block = subject.backend.exit_blocks.get(exit_layer)
         if block is None or block.stands_alone:
             early = DecodingConfig("early-exit", exit_layer, max_new_tokens=subject.config.max_new_tokens)
-            outputs = subject.together(subject.prompts, early)
-            yield subject.compared(BATCH, f"early exit {exit_layer}", outputs, subject.each_alone(early))
-    yield subject.compared(BATCH, "adaptive", subject.together(subject.prompts, drafting(subject)["adaptive"]))
-
-
-def joining(subject: Subject, config: DecodingConfig) -> list[Ids]:
-    """The outputs of prompts that join a loop one by one, a step apart, as in continuous batching."""
-    outputs: list[Ids] = [[] for _ in subject.prompts]
-    owner: dict[int, int] = {}  # the prompt of each row of the loop
-    running, waiting = None, list(enumerate(subject.prompts))
-    while waiting or owner:
-        if waiting:
-            number, prompt = waiting.pop(0)
-            loop = loop_of(subject.backend, [prompt], config, subject.loaded.eos_ids, subject.loaded.detokenize)
-            (step,) = next(loop)
-            outputs[number] += [token.id for token in step.tokens]
-            if step.finish_reason is None:
-                if owner and running is not None:
-                    (row,) = running.join(loop)
-                else:
-                    running, row = loop, step.row
-                owner[row] = number
-        for step in next(running) if owner and running is not None else ():
-            outputs[owner[step.row]] += [token.id for token in step.tokens]
-            if step.finish_reason is not None:
-                del owner[step.row]
-    return outputs
+            yield subject.compared(BATCH, f"early exit {exit_layer}", subject.together(early), subject.alone(early))
+    yield subject.compared(BATCH, "adaptive", subject.together(drafting(subject)["adaptive"]))
 
 
 def check_turns(subject: Subject) -> Iterator[CheckResult]:
     """A text that begins with the one before, and starts at the entries that it left, gives what it gives afresh."""
     room = subject.backend.max_positions - subject.config.max_new_tokens - 1
     following = [*subject.prompts[1:], subject.prompts[0]]
+    turns = [
+        [*prompt, *output, *more][:room]
+        for prompt, output, more in zip(subject.prompts, subject.expected, following, strict=True)
+    ]
     for setting, config in subject.usual.items():
-        known, turns, reused = PrefixCache(), [], []
-        for prompt, output, more in zip(subject.prompts, subject.expected, following, strict=True):
-            subject.alone(list(prompt), config, known)
-            turns.append([*prompt, *output, *more][:room])
-            reused.append(subject.alone(turns[-1], config, known))
-        yield subject.compared(TURN, setting, reused, [subject.alone(turn, config) for turn in turns], turns)
+        known, reused = PrefixCache(), []
+        for pair in zip(subject.prompts, turns, strict=True):
+            reused.append(subject.alone(config, pair, known)[1])
+        yield subject.compared(TURN, setting, reused, subject.alone(config, turns), turns)
 
 
 def check_sampling(subject: Subject) -> Iterator[CheckResult]:
@@ -283,32 +284,28 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
     With drafts a seed gives other tokens than without, because drafts draw random numbers too. So pairs of first tokens are
     counted, whose probabilities follow from the model's logits.
     """
-    backend, draws = subject.backend, subject.config.draws
+    backend, draws, seed = subject.backend, subject.config.draws, subject.config.seed
     settings = subject.usual | {"lookup": drafting(subject)["lookup"]}
     for weights, exit_layer in zip(subject.copies[-1:], subject.middle, strict=False):
         settings[f"{weights} copy, exit {exit_layer}"] = replace(subject.drafted(exit_layer), draft_weights=weights)
     for setting, config in settings.items():
-        sampled = replace(config, temperature=1.0, seed=subject.config.seed)
-        first = subject.each_alone(sampled)
-        yield subject.compared(SEED, setting, subject.each_alone(sampled), first, promise="tokens")
+        sampled = replace(config, temperature=1.0, seed=seed)
+        first = subject.alone(sampled)
+        yield subject.compared(SEED, setting, subject.alone(sampled), first, promise="tokens")
         if backend.exact:
             continue
         if backend.batch_invariant:
-            seeds = [subject.config.seed] * len(first)
-            yield subject.compared(ROW, setting, subject.together(subject.prompts, sampled, seeds), first)
+            yield subject.compared(ROW, setting, subject.together(sampled, seeds=[seed] * len(first)), first)
         if draws:
             prompt = min(subject.prompts, key=lambda ids: max(_following(subject, ids).values()))
-            p_value = chi_square(_drawn(subject, prompt, config), _pairs(subject, prompt), draws)
-            result = subject.result(DISTRIBUTION, setting, "distribution", (1, draws), ())
-            yield replace(result, passed=p_value >= _LEAST_P, p_value=p_value)
-
-
-def _drawn(subject: Subject, prompt: Ids, config: DecodingConfig) -> Counter[Pair]:
-    """The first two tokens of many sampled outputs."""
-    config = replace(config, max_new_tokens=3, temperature=_COUNTED.temperature, top_k=_COUNTED.top_k)
-    seeds = range(subject.config.seed + 1, subject.config.seed + 1 + subject.config.draws)
-    parts = [seeds[start : start + _AT_ONCE] for start in range(0, len(seeds), _AT_ONCE)]
-    return Counter(tuple(ids[:2]) for part in parts for ids in subject.together([prompt] * len(part), config, part))
+            counted = replace(config, max_new_tokens=3, temperature=_COUNTED.temperature, top_k=_COUNTED.top_k)
+            found: Counter[Pair] = Counter()
+            for start in range(0, draws, _AT_ONCE):
+                seeds = range(seed + 1 + start, seed + 1 + min(start + _AT_ONCE, draws))
+                found.update(tuple(ids[:2]) for ids in subject.together(counted, [prompt] * len(seeds), seeds))
+            p_value = chi_square(found, _pairs(subject, prompt), draws)
+            result = CheckResult(DISTRIBUTION, setting, *subject.names, "distribution", 1, draws, p_value >= _LEAST_P)
+            yield replace(result, p_value=p_value)
 
 
 def _following(subject: Subject, ids: Ids) -> dict[int, float]:
@@ -321,10 +318,10 @@ def _pairs(subject: Subject, prompt: Ids) -> dict[Pair, float]:
     """The probability of each beginning of two tokens; of one, where it ends the output."""
     pairs: dict[Pair, float] = {}
     for token, share in _following(subject, prompt).items():
-        after = {} if token in subject.loaded.eos_ids else _following(subject, [*prompt, token])
-        if not after:
+        if token in subject.loaded.eos_ids:
             pairs[token,] = share
-        pairs |= {(token, second): share * part for second, part in after.items()}
+        else:
+            pairs |= {(token, second): share * part for second, part in _following(subject, [*prompt, token]).items()}
     return pairs
 
 

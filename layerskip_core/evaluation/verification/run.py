@@ -1,7 +1,5 @@
 """A verification: every check on every kernel and precision; its record, as tables and as CSV."""
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from random import Random
@@ -20,18 +18,14 @@ from ...decoding import check_prompt
 from ...errors import ConfigError, DataError, LayerSkipError
 from ...model import TransformersBackend
 from ...model.native.compiled import VARIANTS, requesting
-from ...wording import plural
+from ...wording import number, plural
 from ..measure.figures import environment
 from ..measure.measure import Progress
+from ..report.documents import csv_text
 from ..report.tables import TextTable
 from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Mismatch, Subject, check_drafts, check_sampling
 
-KERNELS = (
-    *VARIANTS,
-    "torch",
-    "exact",
-    "generic",
-)  # torch: on repacked weights; exact: with split calls; generic: transformers'
+KERNELS = (*VARIANTS, "torch", "exact", "generic")  # torch: on repacked weights; exact: split calls; generic: transformers'
 _MOST_RANDOM = 48  # tokens of a random prompt
 _SHOWN = 20  # misses in the table; JSON has all
 _LEGEND = """\
@@ -49,9 +43,6 @@ class VerifyRecord:
     config: dict[str, Any]
     environment: dict[str, Any]
     results: tuple[CheckResult, ...]
-
-    def document(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
@@ -71,8 +62,8 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
     skipped: dict[str, LayerSkipError] = {}
     machine = None
     setups = [(kernels, precision) for precision in config.precisions for kernels in config.kernels or KERNELS]
-    for number, names in enumerate(setups):
-        yield Progress(number, len(setups), " ".join(names))
+    for done, names in enumerate(setups):
+        yield Progress(done, len(setups), " ".join(names))
         try:
             loaded = opened(config, *names)
         except LayerSkipError as error:
@@ -85,7 +76,7 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
         for check in (check_drafts, check_sampling) if loaded.backend.exact else CHECKS:
             for result in check(subject):
                 results.append(result)
-                yield Progress(number, len(setups), " ".join(names))
+                yield Progress(done, len(setups), " ".join(names))
     if machine is None:
         raise next(iter(skipped.values()))
     notes = [
@@ -137,23 +128,33 @@ def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> list[
 
 def tables(record: VerifyRecord) -> list[TextTable]:
     """A table for each precision, with a row per check and a column per kernels; then the mismatches that break a promise."""
-    results, found = record.results, []
-    precisions = list(dict.fromkeys(result.precision for result in results))
-    for precision in precisions:
-        cells: dict[tuple[str, str], list[CheckResult]] = {}
-        for result in results:
+    shown = []
+    for precision in dict.fromkeys(result.precision for result in record.results):
+        cells: dict[str, dict[str, list[CheckResult]]] = {}
+        for result in record.results:
             if result.precision == precision:
-                cells.setdefault((result.check, result.kernels), []).append(result)
-        checks, kernels = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
-        rows = tuple((check, *(_cell(cells.get((check, name), [])) for name in kernels)) for check in checks)
-        found.append(TextTable((precision, *kernels), rows, _note(record) if precision == precisions[-1] else ""))
-    misses = [(result, place) for result in results if not result.passed for place in result.mismatches]
+                cells.setdefault(result.check, {}).setdefault(result.kernels, []).append(result)
+        kernels = list(dict.fromkeys(name for by_kernels in cells.values() for name in by_kernels))
+        rows = tuple((check, *(_cell(row.get(name, [])) for name in kernels)) for check, row in cells.items())
+        shown.append(TextTable((precision, *kernels), rows, ""))
+    shown[-1] = replace(shown[-1], note=_note(record))
+    misses = [
+        (result.check, result.setting, f"{result.kernels} {result.precision}", *_miss(miss))
+        for result in record.results
+        if not result.passed
+        for miss in result.mismatches
+    ]
     if misses:
         headers = ("miss", "setting", "kernels", "prompt", "place", "expected", "found", "gap", "near tie")
-        places = ((result.check, result.setting, f"{result.kernels} {result.precision}", place) for result, place in misses)
-        rows = tuple((*names, *_place(place)) for *names, place in places)
-        found.append(TextTable(headers, rows[:_SHOWN], "gap: by how much the model prefers the expected token, in logits."))
-    return found
+        shown.append(
+            TextTable(headers, tuple(misses[:_SHOWN]), "gap: by how much the model prefers the expected token, in logits.")
+        )
+    return shown
+
+
+def _miss(miss: Mismatch) -> tuple[str, ...]:
+    tokens = ("end" if token is None else str(token) for token in (miss.expected, miss.found))
+    return (str(miss.prompt), str(miss.position), *tokens, number(miss.gap, ".3g"), "yes" if miss.near_tie else "no")
 
 
 def _note(record: VerifyRecord) -> str:
@@ -181,17 +182,6 @@ def _cell(results: list[CheckResult]) -> str:
     return plural(ties, "tie") if ties else "bits" if results[0].promise == "bits" else "same"
 
 
-def _place(place: Mismatch) -> tuple[str, ...]:
-    tokens = ("end" if token is None else str(token) for token in (place.expected, place.found))
-    gap = "-" if place.gap is None else f"{place.gap:.3g}"
-    return (str(place.prompt), str(place.position), *tokens, gap, "yes" if place.near_tie else "no")
-
-
 def to_csv(record: VerifyRecord) -> str:
     """A row per check, setting, kernels and precision; mismatches are counted."""
-    text = io.StringIO()
-    rows = [asdict(result) | {"mismatches": len(result.mismatches)} for result in record.results]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([asdict(result) | {"mismatches": len(result.mismatches)} for result in record.results])
