@@ -93,17 +93,17 @@ def test_no_text_of_a_record_becomes_markup():
 def test_the_table_of_the_page():
     rows = Page(page(FULL)).rows
     head, plain, early, drafted = rows
-    assert head[:6] == ["strategy", "exit", "drafts", "exact match", "perplexity", "accepted"]
-    assert plain[:6] == ["autoregressive", "–", "–", "87.5%", "1.25", "–"]  # noqa: RUF001
-    assert early[1:5] == ["12", "–", "50.0%", "1.235e+04"]  # noqa: RUF001
+    assert head[:6] == ["strategy", "exit layer", "draft tokens", "exact match", "perplexity", "acceptance rate"]
+    assert plain[:6] == ["autoregressive", "-", "-", "87.5%", "1.25", "-"]
+    assert early[1:5] == ["12", "-", "50.0%", "1.235e+04"]
     assert drafted[head.index("predicted tokens/s")] == "190.2"
     assert drafted[head.index("pass times verify (ms)")] == "5"
-    counted = replace(FULL, results=(replace(FULL.results[-1], steps_by_drafter={"exit 4": 66}),))
-    head, row = Page(page(counted)).rows
-    assert row[head.index("steps by drafter exit 4")] == "66"
+    assert drafted[head.index("speedup")] == "1.82 (1.70-1.95)"
     assert len({len(row) for row in rows}) == 1
     assert page(FULL).count('class="mark"') == 2
     assert "rows&lt;.jsonl" in page(TABLES)
+    *_, poem, summed = Page(page(BENCH)).rows
+    assert (poem[:2], summed[:2]) == (["self-speculative", "poem"], ["self-speculative", "sum"])
 
 
 def test_only_figures_with_data():

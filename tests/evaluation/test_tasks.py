@@ -38,7 +38,7 @@ def hub(monkeypatch):
 
 def test_commands_is_the_default_and_a_parsing_task():
     task = load_task(TaskConfig(samples=5))
-    assert (task.name, len(task.examples), task.max_new_tokens, task.quality_metric) == ("commands", 5, 128, "exact_match")
+    assert (len(task.examples), task.max_new_tokens, task.quality_metric) == (5, 128, "exact_match")
     assert all(example.completion.startswith("[IN:") for example in task.examples)
     assert (task.config.task, task.config.data, task.config.completion_column) == ("commands", "commands", "completion")
     references = [example.completion for example in task.examples]
@@ -161,8 +161,8 @@ def test_cnn_dm_from_the_hub_shows_one_article_of_the_training_split(hub):
     prompt = "Article: Rain fell.\nSummary: It rained . A lot .\n\nArticle: Snow fell.\nSummary:"
     assert task.examples == (Example(prompt, " It snowed ."),)
     assert calls == [
-        ("abisee/cnn_dailymail", "train", True, {"name": "3.0.0"}),
         ("abisee/cnn_dailymail", "test", False, {"name": "3.0.0"}),
+        ("abisee/cnn_dailymail", "train", True, {"name": "3.0.0"}),
     ]
     assert (task.quality_metric, task.template, task.max_new_tokens) == ("rouge2", "{prompt}", 128)
     assert score(task, [" It snowed .\nArticle: more"]) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
@@ -327,11 +327,7 @@ def test_code_from_the_hub(hub):
     assert load_task(TaskConfig("humaneval")).examples[0].completion == "\n    return x + 1\n"
     (example,) = load_task(TaskConfig("mbpp", shots=1)).examples
     assert example.prompt == SOLVED.format(2) + SHOT.format(11)
-    assert [call[:2] for call in calls] == [
-        ("openai/openai_humaneval", "test"),
-        ("google-research-datasets/mbpp", "prompt"),
-        ("google-research-datasets/mbpp", "test"),
-    ]
+    assert [call[1] for call in calls] == ["test", "test", "prompt"]
 
 
 def test_lm_takes_passages_of_a_text(tmp_path):

@@ -13,29 +13,12 @@ from markupsafe import Markup
 
 from ...wording import visible
 from ..inspection import Inspection
-from ..metrics import is_share
 from ..results import RunRecord
-from .tables import flat_rows, result_name
+from .tables import FIGURES, Row, cell, flat_rows, form_of, result_name
 
 ANSWERS_PAGE = "answers.html"
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
-_PERCENT = ("acceptance_rate", "identical_outputs", "agreement", "predicted_acceptance_rate")
-_TWO_DECIMALS = ("speedup", "decode_speedup", "speedup_over_transformers", "predicted_speedup", "mean_accepted_tokens")
 _HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|longest_answer|.*_(low|high)|stderr_.*|samples.*")
-_NAMES = {
-    "exit_layer": "exit",
-    "num_draft_tokens": "drafts",
-    "acceptance_rate": "accepted",
-    "mean_accepted_tokens": "accepted per round",
-    "tokens_per_second": "tokens/s",
-    "predicted_tokens_per_second": "predicted tokens/s",
-    "predicted_acceptance_rate": "predicted accepted",
-    "identical_outputs": "identical",
-    "ttft_ms": "first token (ms)",
-    "time_per_token_ms_p50": "token p50 (ms)",
-    "time_per_token_ms_p95": "token p95 (ms)",
-    "peak_memory_mb": "memory (MB)",
-}
 
 
 def report_page(record: RunRecord, figures: Mapping[str, str], notes: Sequence[str]) -> str:
@@ -68,35 +51,28 @@ def _table(caption: str, rows: Sequence[dict[str, Any]], record: RunRecord) -> d
     # A measured 0.0 is shown; a count of nothing is not.
     columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
     columns.sort(key=lambda name: name not in ("strategy", "category"))
-    metrics = {name for result in record.results for name in result.metrics}
+    metrics = {name for result in record.results for metric in result.metrics for name in (metric, f"{metric}_change")}
+    described = {name: FIGURES.get(name, (_label(name), form_of(name) if name in metrics else ".4g")) for name in columns}
     cells = [
-        [{"text": _text(row, name, name in metrics), "value": "" if row.get(name) is None else row[name]} for name in columns]
-        for row in rows
+        [{"text": _text(row, name, form), "value": row.get(name)} for name, (_, form) in described.items()] for row in rows
     ]
-    headers = [_NAMES.get(name, name.replace("_ms_", "_").replace("_", " ") + " (ms)" * ("_ms_" in name)) for name in columns]
     return {
         "caption": caption,
-        "columns": headers,
+        "columns": [label for label, _ in described.values()],
         "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
         "links": bool(record.answered) and not caption,
     }
 
 
-def _text(row: Mapping[str, Any], name: str, metric: bool) -> str:
+def _label(name: str) -> str:
+    """`pass_times_ms_verify`: `pass times verify (ms)`."""
+    return name.replace("_ms_", "_").replace("_", " ") + (" (ms)" if "_ms_" in name else "")
+
+
+def _text(row: Row, name: str, form: str) -> str:
     """A value with the ends of its interval or its standard error."""
-
-    def shown(value: Any) -> str:
-        if value is None:
-            return "\N{EN DASH}"
-        if name in _PERCENT or (metric and is_share(name)):
-            return f"{value:.1%}"
-        if name in _TWO_DECIMALS:
-            return f"{value:.2f}"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    text, error = shown(row.get(name)), row.get(f"stderr_{name}")
-    if f"{name}_low" in row:
-        text += f" ({shown(row[f'{name}_low'])}\N{EN DASH}{shown(row[f'{name}_high'])})"
+    value, error = row.get(name), row.get(f"stderr_{name}")
+    text = cell(row, name, f"({form}") if isinstance(value, float) else cell(row, name, "")
     return text if error is None else f"{text} \N{PLUS-MINUS SIGN} {error:.2g}"
 
 

@@ -1,6 +1,6 @@
 """Records of sweeps and benchmarks as text tables, and as the flat rows of CSV files and pages."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +9,40 @@ from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
 from ...config.options import counts_text
 from ...wording import number, plural
 from ..metrics import is_share, lower_is_better
-from ..results import Bounds, Result, RunRecord
+from ..results import Result, RunRecord
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
 _HALF_NOTE = "±: half-width of the 95% bootstrap interval over prompts."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
-Columns = dict[str, Callable[[Result], str]]
-"""Header -> the cell of a result, in the order shown."""
+# The figures of a result: their label and format where there is room for it.
+FIGURES = {
+    "exit_layer": ("exit layer", ""),
+    "exit_confidence": ("exit confidence", ".3g"),
+    "mean_layers": ("mean layers", ".1f"),
+    "num_draft_tokens": ("draft tokens", ""),
+    "draft_weights": ("draft weights", ""),
+    "skip": ("skipped layers", ""),
+    "identical_outputs": ("identical outputs", ".1%"),
+    "acceptance_rate": ("acceptance rate", ".1%"),
+    "mean_accepted_tokens": ("mean accepted tokens", ".2f"),
+    "tokens_per_second": ("tokens/s", ".1f"),
+    "speedup": ("speedup", ".2f"),
+    "speedup_over_transformers": ("over transformers", ".2f"),
+    "decode_speedup": ("decode speedup", ".2f"),
+    "ttft_ms": ("first token (ms)", ".1f"),
+    "time_per_token_ms_p50": ("token p50 (ms)", ".2f"),
+    "time_per_token_ms_p95": ("token p95 (ms)", ".2f"),
+    "peak_memory_mb": ("peak memory (MB)", ".0f"),
+    "agreement": ("agreement", ".1%"),
+    "predicted_speedup": ("predicted speedup", ".2f"),
+    "predicted_tokens_per_second": ("predicted tokens/s", ".1f"),
+    "predicted_acceptance_rate": ("predicted acceptance rate", ".1%"),
+}
+_SETTING, _MEASURED = list(FIGURES)[:6], list(FIGURES)[6:17]  # the rows of a benchmark, above its metrics and below them
+
+Row = Mapping[str, Any]
+"""One of `flat_rows`: a figure by its name, and the ends of its interval as `NAME_low` and `NAME_high`."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +91,33 @@ def result_name(result: Result) -> str:
     return ", ".join(parts)
 
 
+def form_of(metric: str) -> str:
+    """A share in percent; a perplexity, or a metric of lm-eval with a scale of its own, with four digits."""
+    return ".1%" if is_share(metric) else ".4g"
+
+
 def sweep_table(record: RunRecord) -> TextTable:
     """A row per setting. Fits 80 columns with one metric. A dash marks what was not measured."""
-    results, full = record.results, record.results[0]
-    metrics = [name for name in full.metrics if name != "perplexity"]  # it has its own column
-    ranked = str(record.config.get("quality_metric"))
+    results, ranked = record.results, str(record.config.get("quality_metric"))
+    metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
     changed = is_share(ranked) and any(ranked in result.changes for result in results)
-    columns: Columns = {
-        "strategy": lambda result: strategy_name(result) if result.exit_confidence is None else result_name(result),
-        "exit": lambda result: number(result.exit_layer, "") if result.mean_layers is None else f"{result.mean_layers:.1f}",
-        "spec": lambda result: number(result.num_draft_tokens, ""),
-        **_metric_columns(metrics, 1 if len(metrics) == 1 else 0),  # with two metrics there is no room for decimals
-        **({"change": lambda result: _half(*_change(result, ranked, full), ".0%")} if changed else {}),
-        "ppl": lambda result: _perplexity(result.perplexity),
-        "accept": lambda result: number(result.acceptance_rate, ".1%"),
-        "mean": lambda result: number(result.mean_accepted_tokens, ".1f"),
-        "tok/s": lambda result: number(result.tokens_per_second, ".0f"),
-        "speed": lambda result: _half(*_with_ends(result, "speedup"), ".2f"),
-        "pred": lambda result: number(result.predicted_speedup, ".2f"),
-        "same": lambda result: number(result.identical_outputs, ".0%"),
-        "": lambda result: "*" if result.pareto else "",
-    }
+    columns = [
+        *_metric_columns(metrics, 1 if len(metrics) == 1 else 0),  # with two metrics there is no room for decimals
+        *([("change", f"{ranked}_change", "±.0%")] if changed else []),
+        ("ppl", "perplexity", ""),
+        ("accept", "acceptance_rate", ".1%"),
+        ("mean", "mean_accepted_tokens", ".1f"),
+        ("tok/s", "tokens_per_second", ".0f"),
+        ("speed", "speedup", "±.2f"),
+        ("pred", "predicted_speedup", ".2f"),
+        ("same", "identical_outputs", ".0%"),
+    ]
+    rows = []
+    for result, row in zip(results, _of_results(record), strict=True):
+        setting = strategy_name(result) if result.exit_confidence is None else result_name(result)
+        exit_layer = cell(row, "exit_layer", "") if result.mean_layers is None else cell(row, "mean_layers", ".1f")
+        figures = (cell(row, name, form) if form else _perplexity(row[name]) for _, name, form in columns)
+        rows.append((setting, exit_layer, cell(row, "num_draft_tokens", ""), *figures, "*" if result.pareto else ""))
     notes = [PARETO_NOTE]
     if any(result.exit_confidence is not None for result in results):
         notes.append(
@@ -96,7 +128,8 @@ def sweep_table(record: RunRecord) -> TextTable:
     if changed:
         notes.append(f"change: of {_short(ranked)} from full depth, on the same prompts.")
     notes += [*_settings_notes(record), *_advice(record)]
-    return TextTable(tuple(columns), _rows(columns, results), "\n".join(notes), labels=3)
+    headers = ("strategy", "exit", "spec", *(header for header, _, _ in columns), "")
+    return TextTable(headers, tuple(rows), "\n".join(notes), labels=3)
 
 
 def _advice(record: RunRecord) -> Iterator[str]:
@@ -115,9 +148,18 @@ def _advice(record: RunRecord) -> Iterator[str]:
 
 
 def bench_table(record: RunRecord) -> TextTable:
-    """A column per strategy, a row per figure that any of them has."""
+    """A column per strategy, a row per figure that any of them has; below a metric, by how much it differs from full depth."""
     results, config, machine = record.results, record.config, record.environment
-    rows = ((name, *map(cell, results)) for name, cell in _bench_figures(results[0]).items())
+    figures = [(*FIGURES[name], name) for name in _SETTING]
+    for name in results[0].metrics:
+        label, form = name.replace("_", " "), form_of(name)
+        figures += [(label, f"({form}", name), (f"{label}, change", f"(+{form}", f"{name}_change")]
+    for name in _MEASURED:
+        label, form = FIGURES[name]
+        figures.append((label, f"({form}" if "speedup" in name else form, name))
+    columns = _of_results(record)
+    rows = [(label, *(cell(row, name, form) for row in columns)) for label, form, name in figures]
+    rows.insert(len(_SETTING), ("drafted by", *(_shares(result.steps_by_drafter) for result in results)))
     medians = f"medians of {plural(config['repeats'], 'repeat')}"
     method = medians.capitalize()
     if config.get("batch_size", 1) > 1:
@@ -136,59 +178,26 @@ def bench_table(record: RunRecord) -> TextTable:
     return TextTable(("", *map(strategy_name, results)), known, "\n".join(notes))
 
 
-def _bench_figures(full: Result) -> Columns:
-    """The rows of a benchmark. Below each metric: by how much it differs from that of `full` depth, if any answer does."""
-
-    def metric(name: str) -> Columns:
-        label, form = name.replace("_", " "), ".4g" if lower_is_better(name) else ".1%"
-        return {
-            label: lambda result: _ends(*_with_ends(result, name), form),
-            f"{label}, change": lambda result: _ends(*_change(result, name, full), f"+{form}"),
-        }
-
-    figures = {
-        "exit layer": lambda result: number(result.exit_layer, ""),
-        "exit confidence": lambda result: number(result.exit_confidence, ".3g"),
-        "mean layers": lambda result: number(result.mean_layers, ".1f"),
-        "draft tokens": lambda result: number(result.num_draft_tokens, ""),
-        "draft weights": lambda result: result.draft_weights or "-",
-        "skipped layers": lambda result: counts_text(result.skip) or "-",
-        "drafted by": lambda result: _shares(result.steps_by_drafter),
-    }
-    for name in full.metrics:
-        figures |= metric(name)
-    return figures | {
-        "identical outputs": lambda result: number(result.identical_outputs, ".1%"),
-        "acceptance rate": lambda result: number(result.acceptance_rate, ".1%"),
-        "mean accepted tokens": lambda result: number(result.mean_accepted_tokens, ".2f"),
-        "tokens/s": lambda result: number(result.tokens_per_second, ".1f"),
-        "speedup": lambda result: _ends(*_with_ends(result, "speedup"), ".2f"),
-        "over transformers": lambda result: _ends(*_with_ends(result, "speedup_over_transformers"), ".2f"),
-        "decode speedup": lambda result: _ends(*_with_ends(result, "decode_speedup"), ".2f"),
-        "first token (ms)": lambda result: number(result.ttft_ms, ".1f"),
-        "token p50 (ms)": lambda result: number(result.time_per_token_ms.get("p50"), ".2f"),
-        "token p95 (ms)": lambda result: number(result.time_per_token_ms.get("p95"), ".2f"),
-        "peak memory (MB)": lambda result: number(result.peak_memory_mb, ".0f"),
-    }
-
-
 def category_tables(record: RunRecord) -> list[TextTable]:
     """A row per strategy and category of the data; no table if it has none."""
     categories = [(result, name, figures) for result in record.results for name, figures in result.categories.items()]
     if not categories:
         return []
-    columns: Columns = {
-        "n": lambda result: str(result.samples),
-        **_metric_columns(list(categories[0][2].metrics), 1),
-        "same": lambda result: number(result.identical_outputs, ".0%"),
-        "accept": lambda result: _half(*_with_ends(result, "acceptance_rate"), ".1%"),
-        "mean": lambda result: _half(*_with_ends(result, "mean_accepted_tokens"), ".1f"),
-        "tok/s": lambda result: number(result.tokens_per_second, ".0f"),
-        "speed": lambda result: _half(*_with_ends(result, "speedup"), ".2f"),
-    }
-    cells = _rows(columns, [figures for *_, figures in categories])
-    rows = tuple((strategy_name(result), name, *row) for (result, name, _), row in zip(categories, cells, strict=True))
-    return [TextTable(("strategy", "category", *columns), rows, _HALF_NOTE, labels=2)]
+    columns = [
+        ("n", "samples", ""),
+        *_metric_columns(list(categories[0][2].metrics), 1),
+        ("same", "identical_outputs", ".0%"),
+        ("accept", "acceptance_rate", "±.1%"),
+        ("mean", "mean_accepted_tokens", "±.1f"),
+        ("tok/s", "tokens_per_second", ".0f"),
+        ("speed", "speedup", "±.2f"),
+    ]
+    rows = [row for row in flat_rows(record) if "category" in row]
+    cells = tuple(
+        (strategy_name(result), name, *(cell(row, figure, form) for _, figure, form in columns))
+        for (result, name, _), row in zip(categories, rows, strict=True)
+    )
+    return [TextTable(("strategy", "category", *(header for header, _, _ in columns)), cells, _HALF_NOTE, labels=2)]
 
 
 def has_scores(record: RunRecord) -> bool:
@@ -200,18 +209,15 @@ def score_table(record: RunRecord) -> TextTable:
     """A row per task and metric, a column per setting; below them the figures of generated answers."""
     results, config, machine = record.results, record.config, record.environment
     counts = {task: rows for result in results if isinstance(result.samples, dict) for task, rows in result.samples.items()}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys(name for result in results for name in result.metrics):
         task, _, metric = name.partition(" ")
         rows.append((task, metric, str(counts.get(task, "-")), *(_score(result, name) for result in results)))
-    answers: Columns = {
-        "identical outputs": lambda result: number(result.identical_outputs, ".1%"),
-        "acceptance rate": lambda result: number(result.acceptance_rate, ".1%"),
-        "tokens/s": lambda result: number(result.tokens_per_second, ".0f"),
-        "speedup": lambda result: number(result.speedup, ".2f"),
-    }
-    below = [("all answers", name, "", *map(cell, results)) for name, cell in answers.items()]
-    rows += [row for row in below if set(row[3:]) != {"-"}]
+    for name, form in {"identical_outputs": "", "acceptance_rate": "", "tokens_per_second": ".0f", "speedup": ""}.items():
+        label, usual = FIGURES[name]
+        cells = [cell(row, name, form or usual) for row in _of_results(record)]
+        if set(cells) != {"-"}:
+            rows.append(("all answers", label, "", *cells))
     samples = config["task"].get("samples")
     shown = f"the first {samples} rows of each task" if samples else "all rows of each task"
     note = f"Scores of lm-eval {machine.get('versions', {}).get('lm_eval', '')}, ± its standard error; {shown}."
@@ -236,13 +242,18 @@ def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
 
     Metrics, times and the ends of intervals have a column each; differences and failures are counted.
     """
-    rows = []
+    rows, full = [], record.results[0].metrics if record.results else {}
     for result in record.document()["results"]:
         categories = result.pop("categories")
         setting = {name: result[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
-        rows.append(_flat(result))
+        changes = {f"{name}_change": result["metrics"][name] - full[name] for name in result["changes"]}
+        rows.append({**_flat(result), **changes})
         rows += [_flat({**figures, **setting, "category": name}) for name, figures in categories.items()]
     return rows
+
+
+def _of_results(record: RunRecord) -> list[dict[str, Any]]:
+    return [row for row in flat_rows(record) if "category" not in row]
 
 
 def _flat(result: dict[str, Any]) -> dict[str, Any]:
@@ -266,50 +277,27 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _rows(columns: Columns, results: Sequence[Result]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(cell(result) for cell in columns.values()) for result in results)
+def cell(row: Row, name: str, form: str) -> str:
+    """A figure in this format. `±` before it adds half of its interval, `(` the ends: `2.31±.12`, `81±2%`, `2.31 (2.20-2.44)`.
+
+    A dash for what was not measured. A format with a sign is for differences: `-8.3% (-25 to +8)`.
+    """
+    spread, form = (form[0], form[1:]) if form[:1] in ("±", "(") else ("", form)
+    value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
+    if value in (None, ""):
+        return "-"
+    if not spread or low is None or high is None:
+        return format(value, form)
+    scale, half = (100, 50 * (high - low)) if form.endswith("%") else (1, (high - low) / 2)
+    if spread == "±":
+        return f"{scale * value:.0f}±{half:.0f}%" if scale > 1 else f"{value:{form}}" + f"±{half:{form}}".replace("±0.", "±.")
+    ends = form.replace(".1%", ".0f")
+    return f"{value:{form}} ({scale * low:{ends}}{' to ' if form.startswith('+') else '-'}{scale * high:{ends}})"
 
 
-def _metric_columns(names: Sequence[str], decimals: int) -> Columns:
+def _metric_columns(names: Sequence[str], decimals: int) -> list[tuple[str, str, str]]:
     """Under short names; shares with half of their intervals."""
-
-    def column(name: str) -> Callable[[Result], str]:
-        if lower_is_better(name):
-            return lambda result: number(result.metrics.get(name), ".4g")
-        return lambda result: _half(*_with_ends(result, name), f".{decimals}%")
-
-    return {_short(name): column(name) for name in names}
-
-
-def _with_ends(result: Result, name: str) -> tuple[float | None, Bounds | None]:
-    """A metric or another figure, and its interval."""
-    value = result.metrics[name] if name in result.metrics else getattr(result, name, None)
-    return value, result.intervals.get(name)
-
-
-def _change(result: Result, name: str, full_depth: Result) -> tuple[float | None, Bounds | None]:
-    """By how much a metric differs from full depth; None where no prompt differs."""
-    ends = result.changes.get(name)
-    return (None if ends is None else result.metrics[name] - full_depth.metrics[name]), ends
-
-
-def _half(value: float | None, ends: Bounds | None, form: str) -> str:
-    """`2.31±.12`, `81±2%`: a figure and half the width of its 95% interval."""
-    if value is None or ends is None:
-        return number(value, form)
-    half = (ends.high - ends.low) / 2
-    if form.endswith("%"):
-        return f"{100 * value:.0f}±{100 * half:.0f}%"
-    return f"{value:{form}}" + f"±{half:{form}}".replace("±0.", "±.")
-
-
-def _ends(value: float | None, ends: Bounds | None, form: str) -> str:
-    """`2.31 (2.20-2.44)`, `-8.3% (-25 to +8)`: a figure and its 95% interval."""
-    if ends is None:
-        return number(value, form)
-    scale, shown = (100, form.replace(".1%", ".0f")) if form.endswith("%") else (1, form)  # the figure has the sign
-    between = " to " if form.startswith("+") else "-"
-    return number(value, form) + f" ({scale * ends.low:{shown}}{between}{scale * ends.high:{shown}})"
+    return [(_short(name), name, ".4g" if lower_is_better(name) else f"±.{decimals}%") for name in names]
 
 
 def _settings_notes(record: RunRecord) -> Iterator[str]:
