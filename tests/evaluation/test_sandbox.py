@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile_programs import PROGRAMS
+from hostile_programs import ASKED, ATTEMPTS, PROGRAMS, making
 
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import sandbox
@@ -184,22 +184,6 @@ def test_no_process_survives_the_end_of_the_harness(marker, namespaces, temporar
         shutil.rmtree(path)
 
 
-@needs("files")
-def test_files_of_the_machine_can_neither_be_read_nor_written(tmp_path, namespaces):
-    (tmp_path / "secret").write_text("secret")
-    os.chmod(tmp_path, 0o777)
-    home = os.path.expanduser("~")
-    for attack in (
-        f"assert open({str(tmp_path / 'secret')!r}).read()",
-        f"import os; os.listdir({home!r})",
-        "import os; os.listdir('/proc/1')",
-        f"open({str(tmp_path / 'new')!r}, 'w')",
-        "import os; os.execv('/bin/sh', ['sh', '-c', 'true'])",
-    ):
-        assert not run_tests(attack, "", namespaces=namespaces).passed
-    assert [file.name for file in tmp_path.iterdir()] == ["secret"]
-
-
 def test_a_program_has_a_folder_of_its_own(namespaces):
     own = "import os, tempfile\nassert os.listdir('.') == []\nwith tempfile.TemporaryFile() as file: file.write(b'x')\n"
     own += "os.makedirs('a/b'); open('a/b/c', 'w').write('d')"
@@ -246,24 +230,6 @@ def ring():
     assert run_tests(program, tests, namespaces=namespaces) == sandbox.Verdict(True, "")
 
 
-# Root's files are tried without namespaces, and a plain user's in both ways, below.
-HOSTILE = [
-    pytest.param(one, namespaces, id=f"{one.name}, {'namespaces' if namespaces else 'no namespaces'}")
-    for one in PROGRAMS
-    for namespaces in WAYS
-    if not (namespaces and one.has_victim and os.getuid() == 0)
-]
-
-
-def judged(hostile, home, pid, namespaces):
-    limits = SHORT if "took more than" in hostile.refused else Limits()
-    return run_tests(hostile.against(str(home), pid), "", limits, namespaces)
-
-
-def may_succeed(hostile, namespaces):
-    return hostile.layer is not None and (hostile.layer not in standing_layers() or not namespaces)
-
-
 def of_user(home, pid):
     """The state of a folder and a process that no program may change."""
     files = {}
@@ -302,17 +268,27 @@ def victim(tmp_path_factory):
     process.wait()
 
 
-@pytest.mark.slow
+def attempted(home, pid, namespaces):
+    """The reason why a program that makes all attempts has ended; empty if each of them failed as it must."""
+    return run_tests(making(ATTEMPTS | (ASKED if namespaces else {}), str(home), pid), "", None, namespaces).reason
+
+
 @needs("files")
 @needs("system calls")
-@pytest.mark.parametrize(("hostile", "namespaces"), HOSTILE)
-def test_hostile_programs(hostile, namespaces, victim, temporary_folder):
+def test_every_attempt_to_break_out_fails(namespaces, victim, temporary_folder):
     before = of_user(*victim)
-    verdict = judged(hostile, *victim, namespaces)
+    assert attempted(*victim, namespaces) == ""
     assert of_user(*victim) == before
-    if not may_succeed(hostile, namespaces):
-        assert not verdict.passed, hostile.must_not_happen
-        assert re.match(hostile.refused, verdict.reason), verdict.reason
+    assert os.listdir(tempfile.gettempdir()) == []
+
+
+@needs("files")
+@needs("system calls")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_hostile_programs(name, namespaces, temporary_folder):
+    program, refused = PROGRAMS[name]
+    verdict = run_tests(program, "", SHORT if "took" in refused else None, namespaces)
+    assert not verdict.passed and re.match(refused, verdict.reason), verdict.reason
     assert os.listdir(tempfile.gettempdir()) == []
 
 
@@ -324,23 +300,16 @@ import test_sandbox as tests
 home = Path(os.environ["HOME"])
 tests.make_home(home)
 victim = subprocess.Popen(["sleep", "600"])
-failed = []
-for namespaces in tests.WAYS:
-    for hostile in tests.PROGRAMS:
-        if not hostile.has_victim:
-            continue
-        before = tests.of_user(home, victim.pid)
-        verdict = tests.judged(hostile, home, victim.pid, namespaces)
-        changed = tests.of_user(home, victim.pid) != before or victim.poll() is not None
-        if changed or (verdict.passed and not tests.may_succeed(hostile, namespaces)):
-            failed.append([hostile.name, namespaces, changed, verdict.reason])
+before = tests.of_user(home, victim.pid)
+failed = [tests.attempted(home, victim.pid, way) for way in tests.WAYS]
+unchanged = tests.of_user(home, victim.pid) == before and victim.poll() is None
 right = all(tests.run_tests("def f(x): return x", "assert f(1) == 1", None, way).passed for way in tests.WAYS)
 victim.kill()
-print(json.dumps({"user": os.getuid(), "layers": tests.standing_layers(), "failed": failed, "right": right}))
+layers = tests.standing_layers()
+print(json.dumps({"user": os.getuid(), "layers": layers, "failed": failed, "unchanged": unchanged, "right": right}))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="the other tests run as a plain user already")
 @needs("files")
 @needs("system calls")
@@ -356,7 +325,9 @@ def test_hostile_programs_of_a_plain_user():
             command, user=user, group=user, extra_groups=[], env=environment, cwd="/", capture_output=True, text=True
         )
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout) == {"user": user, "layers": list(standing_layers()), "failed": [], "right": True}
+    found = json.loads(ran.stdout)
+    assert (found["user"], found["layers"]) == (user, list(standing_layers()))
+    assert (found["failed"], found["unchanged"], found["right"]) == ([""] * len(WAYS), True, True)
 
 
 def interpreter_of_all():

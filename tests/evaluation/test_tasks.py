@@ -59,17 +59,14 @@ def test_jsonl_and_csv_with_prompt_and_reference(tmp_path, column):
         assert score(task, ["the cat sat", "b a"]) == pytest.approx({"rouge2": 0.9, "exact_match": 0.5})
 
 
-def test_references_of_one_word_are_scored_by_exact_match(tmp_path):
+def test_references_of_one_word_are_scored_by_exact_match_and_columns_are_chosen_by_flag(tmp_path):
     rows = [{"prompt": "one", "answer": "yes"}, {"prompt": "two", "answer": ["no", "never"]}]
-    task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows)))
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    task = load_task(TaskConfig(data=file))
     assert task.quality_metric == "exact_match"
     assert score(task, ["yes", "never"]) == {"exact_match": 1.0}
-
-
-def test_columns_by_flag(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"q": "one", "a": "two", "prompt": "not this"}\n')
-    assert load_task(TaskConfig(data=str(file), prompt_column="q", completion_column="a")).examples == (Example("one", "two"),)
+    swapped = load_task(TaskConfig(data=file, samples=1, prompt_column="answer", completion_column="prompt"))
+    assert swapped.examples == (Example("yes", "one"),)
 
 
 def test_a_list_is_joined_as_a_prompt_and_a_choice_of_references(tmp_path):
@@ -277,19 +274,12 @@ def test_the_sanitized_form_of_mbpp_has_imports(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "odd", "needed"),
-    [
-        ("text", 5, "text must be a text"),
-        ("code", ["a"], "code must be a text"),
-        ("test_list", "assert 1", "test_list must be a list of texts"),
-        ("test_list", [5], "test_list must be a text"),
-        ("test_setup_code", 5, "test_setup_code must be a text"),
-        ("test_imports", "import math", "test_imports must be a list of texts"),
-    ],
+    ("column", "odd"),
+    [("text", 5), ("code", ["a"]), ("test_list", "assert 1"), ("test_list", [5]), ("test_imports", "import math")],
 )
-def test_rows_of_wrong_types_are_named(tmp_path, column, odd, needed):
+def test_rows_of_wrong_types_are_named(tmp_path, column, odd):
     file = write_lines(tmp_path / "rows.jsonl", [small(1), small(2, **{column: odd})])
-    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {needed}"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {column} must be a "):
         load_task(TaskConfig("mbpp", file, shots=0))
 
 
@@ -302,20 +292,16 @@ def test_shots_leave_a_row_to_ask(tmp_path, hub):
             load_task(TaskConfig(task, write_lines(tmp_path / f"{task}.jsonl", rows), shots=2))
 
 
-def test_columns_of_parquet_and_of_the_hub_are_found_too(tmp_path, hub):
-    rows = [{"question": "one", "answer": "two"}]
-    hub[0]["owner/set", "test"] = rows
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    for source in ("owner/set", str(tmp_path / "rows.parquet")):
-        assert load_task(TaskConfig("jsonl", source)).examples == (Example("one", "two"),)
+def test_rows_of_the_hub_have_columns_too(hub):
+    hub[0]["owner/set", "test"] = [{"question": "one", "answer": "two"}]
+    assert load_task(TaskConfig("jsonl", "owner/set")).examples == (Example("one", "two"),)
 
 
 @pytest.mark.parametrize("text", ["word" * 5000, "one" + " " * 9000 + "two"])
 def test_lm_of_texts_with_few_words(tmp_path, text):
     """Passages that start inside a word, or in whitespace."""
-    file = tmp_path / "text.md"
-    file.write_text(text)
-    examples = load_task(TaskConfig("lm", str(file))).examples
+    (tmp_path / "text.md").write_text(text)
+    examples = load_task(TaskConfig("lm", str(tmp_path / "text.md"))).examples
     assert examples and all(example.prompt for example in examples)
 
 
@@ -357,44 +343,38 @@ def test_lm_of_rows_and_of_the_hub(tmp_path, hub):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("second", "named"),
     [
-        (
-            "rows.jsonl",
-            '{"prompt": "a", "answer": "b"}\n{"prompt": "a"}',
-            r"rows.jsonl:2: no column 'answer' \(`completion_column`\)",
-        ),
-        ("rows.jsonl", '{"prompt": "a", "category": 3}\n', r"rows.jsonl:1: category must be a text that is not empty"),
-        ("rows.jsonl", '{"prompt": "a", "target": [1]}\n', r"rows.jsonl:1: target must be a text that is not empty, or a list"),
-        ("rows.jsonl", "\n", r"rows.jsonl holds no rows"),
+        ({"prompt": "a"}, r"rows.jsonl:2: .*completion_column"),
+        ({"prompt": "a", "answer": "b", "category": 3}, "rows.jsonl:2: category"),
+        ({"prompt": "a", "answer": [1]}, "rows.jsonl:2: answer"),
     ],
 )
-def test_bad_data_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message):
-        load_task(TaskConfig(str(tmp_path / name)))
+def test_bad_data_is_named(tmp_path, second, named):
+    with pytest.raises(DataError, match=named):
+        load_task(TaskConfig(write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": "b"}, second])))
 
 
 def test_a_split_without_rows_is_named(tmp_path):
     (tmp_path / "music_test.tsv").write_text("domain\tutterance\tsemantic_parse\n")
-    with pytest.raises(DataError, match="has no rows in split test"):
+    with pytest.raises(DataError, match="no rows in split test"):
         load_task(TaskConfig(data=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
-    ("keywords", "message"),
+    ("keywords", "named"),
     [
-        ({"task": "nothing-here"}, r"`task` must be one of commands, topv2, jsonl, .*; got nothing-here"),
-        ({"task": "jsonl"}, r"`data` must be given for `task` jsonl"),
-        ({"task": "lm", "data": "nothing.txt"}, r"`data` nothing.txt: there is no such file"),
-        ({"task": "humaneval", "data": "nothing.jsonl"}, r"`data` nothing.jsonl: there is no such file"),
-        ({"task": "humaneval", "shots": 1}, r"`shots` must be 0 for `task` humaneval, got 1"),
-        ({"task": "xsum", "metric": "rouge1"}, r"`metric` must be left out for `task` xsum, got rouge1"),
-        ({"task": "mbpp", "split": "dev"}, r"`split` must be one of test, validation, train for `task` mbpp, got dev"),
+        ({"task": "nothing-here"}, "`task` .*got nothing-here"),
+        ({"task": "jsonl"}, "`data`"),
+        ({"task": "lm", "data": "nothing.txt"}, "`data` nothing.txt"),
+        ({"task": "humaneval", "shots": 1}, "`shots`"),
+        ({"task": "xsum", "metric": "rouge1"}, "`metric`"),
+        ({"task": "lm", "prompting": PromptingConfig("raw")}, "`template`"),
+        ({"task": "mbpp", "split": "dev"}, "`split`"),
     ],
 )
-def test_settings_and_data_that_a_task_lacks_are_named(keywords, message):
-    with pytest.raises((ConfigError, DataError), match=message):
+def test_settings_and_data_that_a_task_lacks_are_named(keywords, named):
+    with pytest.raises((ConfigError, DataError), match=named):
         load_task(TaskConfig(**keywords))
 
 

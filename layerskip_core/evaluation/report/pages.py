@@ -81,7 +81,7 @@ def answers_page(record: RunRecord) -> str:
 
     Words and signs in which another answer differs from the first are marked.
     """
-    names, sections = [result_name(result) for result in record.results], []
+    names, sections = [result_name(result) for result in record.results], list[dict[str, Any]]()
     for answered in record.answered:
         numbers: dict[str, list[int]] = {}
         for number, answer in enumerate(answered.answers):

@@ -8,7 +8,6 @@ and what remains possible.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,9 +53,8 @@ def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces
 
     It gets its own `namespaces` if the kernel allows them (None). Raises LayerSkipError if the sandbox cannot be set up.
     """
-    if namespaces is None:
-        namespaces = "processes" in standing_layers()
-    return _judged(program, tests, limits or Limits(), namespaces)[0]
+    separate = "processes" in standing_layers() if namespaces is None else namespaces
+    return _judged(program, tests, limits or Limits(), separate)[0]
 
 
 @cache
@@ -90,20 +88,12 @@ def _judged(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            _remove(folder)
-        said = os.read(process.stdout.fileno(), 4096).decode(errors="replace")
-        layers, _, reason = said.partition("\n")
+            # Folders in it may be closed to this user, or too deep for Python.
+            for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+                subprocess.run([*command, "--", folder], check=False, capture_output=True)
+        layers, _, reason = os.read(process.stdout.fileno(), 4096).decode(errors="replace").partition("\n")
         if not layers:
             error = process.stderr.read().decode(errors="replace").strip() or "the supervisor has ended"
             raise LayerSkipError(f"the sandbox for generated code cannot be set up: {error.splitlines()[-1]}")
     reason = reason.partition("\n")[0] or "ended, or was ended by a limit, before its tests were through"
     return Verdict(reason == "passed", "" if reason == "passed" else reason), tuple(json.loads(layers))
-
-
-def _remove(folder: str) -> None:
-    """Removes a folder that no process uses any more; folders in it may be closed to this user, or too deep for Python."""
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):
-        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
-            subprocess.run([*command, "--", folder], check=False, capture_output=True)

@@ -6,7 +6,7 @@ import resource
 import signal
 import struct
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +82,18 @@ def _drop_privileges(folder: str, identity: int | None, may_read: bool) -> None:
     `may_read` keeps root's right to read any file, which Landlock must restrict: an interpreter under /root could not load its
     library otherwise.
     """
+    kept = [0]
     if identity is not None:
         os.chown(folder, identity, identity)
         _prctl(_KEEP_CAPABILITIES, 1)
         os.setgroups([])
         os.setresgid(identity, identity, identity)
         os.setresuid(identity, identity, identity)
-        if may_read:
-            with suppress(OSError):  # in a container without this capability
-                _set_capabilities(_READ_ANY_FILE)
-                return
-    _set_capabilities(0)
-
-
-def _set_capabilities(bits: int) -> None:
-    """Sets the effective and permitted capabilities; none are inheritable."""
-    _call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", bits, bits, 0, 0, 0, 0))
+        kept = [_READ_ANY_FILE, 0] if may_read else kept
+    for bits in kept:
+        with suppress(OSError) if bits else nullcontext():  # in a container without this capability
+            _call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", bits, bits, 0, 0, 0, 0))  # none inheritable
+            return
 
 
 def _set_limits(limits: dict[str, Any], others: int) -> None:

@@ -1,10 +1,4 @@
-"""A filter of system calls (seccomp): those that a program may make. All others are refused.
-
-Calls that programs do not need are left out: changing modes, owners, times and attributes of files (Landlock does not cover
-them), locks of files, devices and FIFOs, keys, System V and POSIX message queues and shared memory, sockets by name, priorities
-and processors, other processes' limits and memory, tracing, executing files, namespaces and mounts, new kinds of descriptors
-(userfaultfd, io_uring, bpf, perf, pidfd, memfd, inotify, fanotify), clocks, modules, further filters.
-"""
+"""A filter of system calls (seccomp): those that a program may make. All others are refused; README.md says which, and why."""
 
 import ctypes
 import platform

@@ -45,11 +45,7 @@ def _watched(program: int, folder: str, seconds: float) -> str:
     while os.waitpid(program, os.WNOHANG) == (0, 0):
         if time.monotonic() > deadline:
             return f"took more than {seconds:g} s"
-        try:
-            too_large = _too_large(folder)
-        except (OSError, RecursionError):  # too deep
-            too_large = True
-        if too_large:
+        if _too_large(folder):
             return f"its folder grew beyond {FOLDER_MB} MB or {FOLDER_FILES} files"
         time.sleep(0.005)
     return ""
@@ -58,14 +54,16 @@ def _watched(program: int, folder: str, seconds: float) -> str:
 def _too_large(folder: str) -> bool:
     """Whether a folder on a disk exceeds the size or number of files allowed; with namespaces a file system limits it."""
     files = size = 0
-    for path, folders, names in os.walk(folder):
-        files += len(folders) + len(names)
-        for name in names:
-            with suppress(FileNotFoundError):
-                size += os.lstat(os.path.join(path, name)).st_blocks * 512
-        if files > FOLDER_FILES or size > FOLDER_MB << 20:
-            return True
-    return False
+    with suppress(OSError, RecursionError):  # too deep
+        for path, folders, names in os.walk(folder):
+            files += len(folders) + len(names)
+            for name in names:
+                with suppress(FileNotFoundError):
+                    size += os.lstat(os.path.join(path, name)).st_blocks * 512
+            if files > FOLDER_FILES or size > FOLDER_MB << 20:
+                return True
+        return False
+    return True
 
 
 def _end_all(*_: object) -> None:

@@ -130,12 +130,12 @@ def tables(record: VerifyRecord) -> list[TextTable]:
     """A table for each precision, with a row per check and a column per kernels; then the mismatches that break a promise."""
     shown = []
     for precision in dict.fromkeys(result.precision for result in record.results):
-        cells: dict[str, dict[str, list[CheckResult]]] = {}
-        for result in record.results:
-            if result.precision == precision:
-                cells.setdefault(result.check, {}).setdefault(result.kernels, []).append(result)
-        kernels = list(dict.fromkeys(name for by_kernels in cells.values() for name in by_kernels))
-        rows = tuple((check, *(_cell(row.get(name, [])) for name in kernels)) for check, row in cells.items())
+        own = [result for result in record.results if result.precision == precision]
+        kernels = list(dict.fromkeys(result.kernels for result in own))
+        rows = tuple(
+            (check, *(_cell([result for result in own if (result.check, result.kernels) == (check, name)]) for name in kernels))
+            for check in dict.fromkeys(result.check for result in own)
+        )
         shown.append(TextTable((precision, *kernels), rows, ""))
     shown[-1] = replace(shown[-1], note=_note(record))
     misses = [
