@@ -53,8 +53,7 @@ def test_what_differs_from_the_first_answer_is_marked(answer, marked):
 
 def test_texts_cannot_become_markup():
     page = answers_page(record_of(Answered("<b>", "<i>", ("<script>x", "<script>y", None, None))))
-    assert not re.search(r"<(b|i|script>x|script>y)>", page)
-    assert "&lt;script&gt;" in page
+    assert not re.search(r"<(b|i|script>x|script>y)>", page) and "&lt;script&gt;" in page
 
 
 def test_tables_link_to_the_answers_of_a_setting():
@@ -74,7 +73,7 @@ def test_answers_are_read_from_beside_their_results(tmp_path):
     assert with_answers(record_of(), saved) == record
     assert "answered" not in record.document()
     file.write_text('{"prompt": "p", "reference": "", "answers": ["a"]}\n')
-    with pytest.raises(LayerSkipError, match="an answer for each of the 4 results, got 1"):
+    with pytest.raises(LayerSkipError, match="4 results, got 1"):
         with_answers(record_of(), saved)
 
 
