@@ -1,10 +1,11 @@
 """`layerskip calibrate` on a tiny model."""
 
 import json
-import signal
+import shutil
+from pathlib import Path
 
 import pytest
-from command_line import fails, finish, run, start
+from command_line import fails, run
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -48,23 +49,16 @@ def test_the_same_settings_give_the_same_weights_and_another_seed_others(wide):
     assert (header["texts"], header["length"], header["tuning_steps"], header["seed"]) == ("6", "24", "3", "2")
 
 
-def test_an_embedded_model_is_copied(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = run("calibrate", "--samples", "2", "--length", "8", "--steps", "0")
-    assert done.code == 0 and "saved int4 weights in calibrated-model" in done.err, done.err
-    answer = run("generate", "wake me up at 5", "--model", "calibrated-model", "--quantize", "int4", "--stats")
+def test_an_embedded_model_is_copied(checkpoint):
+    """Also to a folder of its name, which gets the whole model."""
+    Path("embedded").mkdir()
+    done = run("calibrate", "--output", "embedded", "--samples", "2", "--length", "8", "--steps", "0")
+    assert done.code == 0 and "saved int4 weights in embedded" in done.err, done.err
+    assert {"model.safetensors", INT4_FILE} <= {file.name for file in Path("embedded").iterdir()}
+    answer = run("generate", "wake me up at 5", "--model", "./embedded", "--quantize", "int4", "--stats")
     assert answer.code == 0 and "calibrated int4" in answer.err
-    fails(
-        "--output calibrated-model already holds a model; give --overwrite to replace it, or another folder",
-        "calibrate", "--samples", "2", "--length", "8", "--steps", "0",
-    )  # fmt: skip
-
-
-def test_a_folder_of_an_embedded_name_gets_the_whole_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "embedded").mkdir()
-    done = run("calibrate", "--model", "embedded", "--output", "embedded", "--samples", "2", "--length", "8", "--steps", "0")
-    assert done.code == 0 and {"model.safetensors", INT4_FILE} <= {file.name for file in (tmp_path / "embedded").iterdir()}
+    shutil.copytree(checkpoint, "calibrated-model")
+    fails("--output calibrated-model already holds a model; give --overwrite to replace it, or another folder", "calibrate")
 
 
 def test_a_copy_elsewhere_leaves_the_model_as_it_is(wide, tmp_path):
@@ -118,11 +112,11 @@ def test_another_file_of_that_name_is_not_replaced(wide):
     assert identities(wide) == before
 
 
-def test_an_interrupted_calibration_leaves_nothing(wide):
+def test_an_interrupted_calibration_leaves_nothing(wide, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     before = state(wide)
-    process = start("calibrate", "--model", str(wide), "--samples", "6", "--length", "24", "--steps", "100000")
-    while "tuning" not in (line := process.stderr.readline()):
-        assert line
-    process.send_signal(signal.SIGINT)
-    assert finish(process).code == 130
+    monkeypatch.setattr("layerskip_core.calibration.run.tune", interrupt)
+    assert run("calibrate", "--model", str(wide), *QUICK).code == 130
     assert state(wide) == before

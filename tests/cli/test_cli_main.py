@@ -107,7 +107,7 @@ def test_after_two_dashes_debug_is_a_prompt():
 CLOSED, FULL = "standard output cannot be written: it is closed", "standard output cannot be written: No space left on device"
 
 
-@pytest.mark.parametrize("arguments", ["data", "--help", "--version", "generate --help"])
+@pytest.mark.parametrize("arguments", ["data", "--help"])
 @pytest.mark.parametrize(
     ("streams", "code", "error"),
     [
@@ -132,7 +132,7 @@ def test_streams_as_the_shell_left_them(arguments, streams, code, error):
 @pytest.mark.slow
 def test_a_model_is_loaded_and_answers_whatever_the_streams_are(checkpoint):
     command = f'exec "{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint}'
-    for streams, code in (("<&- 2>&-", 0), ("2>/dev/full", 0), ("<&- >&- 2>&-", 1), (">/dev/full", 1)):
+    for streams, code in (("<&- 2>&-", 0), (">/dev/full", 1)):
         result = finish(start("-c", f"{command} {streams}", command=("/bin/sh",)))
         assert (result.code, bool(result.out)) == (code, code == 0)
         assert result.err == ("" if "2>" in streams else f"error: {FULL}\n")
@@ -145,15 +145,14 @@ def test_a_descriptor_that_was_closed_is_taken_by_no_file(tmp_path):
     assert finish(start("-c", command, command=("/bin/sh",))).code > 2
 
 
-def test_a_reader_of_stderr_that_goes_away_ends_nothing(tmp_path):
-    command = f'"{sys.executable}" -m cli import embedded --output {tmp_path}/out 2>&1 >/dev/null | true'
+def test_a_reader_of_stderr_that_goes_away_ends_nothing(checkpoint):
+    command = f'"{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint} 2>&1 >answer | true'
     assert finish(start("-c", command, command=("/bin/sh",))).code == 0
-    assert (tmp_path / "out" / "config.json").is_file()
+    assert Path("answer").read_text()
 
 
-@pytest.mark.parametrize("command", [("inspect", "--max-new-tokens", "2"), ("bench", "--samples", "1", "--repeats", "1")])
-def test_a_table_whose_reader_went_away_is_no_failure(command, checkpoint):
-    process = start(*command, "--model", checkpoint, stdin=subprocess.DEVNULL)
+def test_a_table_whose_reader_went_away_is_no_failure(checkpoint):
+    process = start("inspect", "--max-new-tokens", "2", "--model", checkpoint, stdin=subprocess.DEVNULL)
     process.stdout.close()
     result = Result(process.wait(120), "", process.stderr.read())
     assert (result.code, "error" in result.err) == (0, False)

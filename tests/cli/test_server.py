@@ -336,18 +336,21 @@ async def _ask(client, place, answers):
         answers[place] = prompt, (await client.completions.create(model="tiny", prompt=prompt)).choices[0].text
 
 
+CROWD = 64  # of whom a quarter vanish
+
+
 async def _crowd(url):
     answers = {}
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=300) as client:
-        await asyncio.gather(*(_ask(client, place, answers) for place in range(200)))
+        await asyncio.gather(*(_ask(client, place, answers) for place in range(CROWD)))
     return answers
 
 
-def test_two_hundred_at_once_of_whom_fifty_vanish():
+def test_many_at_once_of_whom_a_quarter_vanish():
     lookups = {"strategy": "lookup", "num_draft_tokens": 4, "max_new_tokens": 6}
     with serving(tiny_loaded(), decoding=lookups) as api:
         answers = asyncio.run(_crowd(api.url))
-        assert sorted(answers) == [place for place in range(200) if place % 4]
+        assert sorted(answers) == [place for place in range(CROWD) if place % 4]
         alone = {prompt: expected(prompt, 6)[0] for prompt, _ in answers.values()}
         assert all(text == alone[prompt] for prompt, text in answers.values())
         state = api.server.server_state
@@ -358,13 +361,16 @@ def test_two_hundred_at_once_of_whom_fifty_vanish():
         assert not (api.engine.held or state.tasks or state.connections)
         counts = api.metrics()
         ended = {key: value for key, value in counts.items() if key.startswith("layerskip_requests_total")}
-        # A streamed answer can be finished before its client, one of 25 that go away after the first piece, is gone.
-        assert 150 <= ended['layerskip_requests_total{endpoint="completions",outcome="finished"}'] <= 175
+        # A streamed answer can be finished before its client, one of those that go away after the first piece, is gone.
+        finished = ended['layerskip_requests_total{endpoint="completions",outcome="finished"}']
+        assert 3 * CROWD // 4 <= finished <= 7 * CROWD // 8
         assert set(ended) <= {
             f'layerskip_requests_total{{endpoint="completions",outcome="{name}"}}' for name in ("finished", "cancelled")
         }
         assert counts["layerskip_answers_running"] == counts["layerskip_answers_waiting"] == 0
-        assert counts['layerskip_tokens_total{kind="generated"}'] < 150 * 6 + 50 * 60  # what was given up was not finished
+        assert (
+            counts['layerskip_tokens_total{kind="generated"}'] < CROWD * (3 * 6 + 60) // 4
+        )  # what was given up was not finished
         gc.collect()
         assert not [kept for kept in gc.get_objects() if type(kept) is Request]
         assert json.loads(httpx.get(f"{api.url}/health").text)["status"] == "ok"
