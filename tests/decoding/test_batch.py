@@ -107,7 +107,7 @@ def test_counts_are_those_of_each_row_alone(eos_place):
     assert everything_together(model, prompts, config, eos_ids) == expected
 
 
-@pytest.mark.parametrize("confidence", [0.06, 0.07, 0.08, 0.1, 0.12, 0.15, 0.9])
+@pytest.mark.parametrize("confidence", [0.06, 0.08, 0.12, 0.9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_stops_drafting_by_its_own_confidence(kind, confidence):
     model, prompts = model_of(kind), [prompt_of(length) for length in (3, 9, 5, 12)]
