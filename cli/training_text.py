@@ -43,10 +43,10 @@ def _recipe_lines(plan: Plan, recipe: Recipe) -> list[str]:
 
 def _step_lines(plan: Plan) -> list[str]:
     """What a step was measured to take."""
-    if plan.step is None:
+    if plan.step_seconds is None:
         return []
-    training = _minutes(plan.step.seconds * plan.total_steps)
-    return [f"a timed step: {plan.step.seconds:.2g} s, so training in about {training}; about {plan.step.memory_mb:.0f} MB"]
+    training = _minutes(plan.step_seconds * plan.total_steps)
+    return [f"a timed step: {plan.step_seconds:.2g} s, so training in about {training}; about {plan.memory_mb:.0f} MB"]
 
 
 def _block_lines(plan: Plan, blocks: Blocks) -> list[str]:

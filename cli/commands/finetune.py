@@ -69,7 +69,7 @@ def finetune(
         if dry_run:
             return
         with reported(drawn, report_text(frozen)) as (report_step, show):
-            info = job.run(report_step, lambda progress: show(progress.stage, progress.done, progress.total, ""))
+            info = job.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
     narrate(result_text(info, job.plan))
     following = "bench" if frozen else "sweep-exits"
     narrate(f"saved {settings.output}; next: layerskip {following} --model {shlex.quote(settings.output)}")

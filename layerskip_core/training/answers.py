@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from ..checkpoint.loaded import Decoder
@@ -20,7 +21,7 @@ from ..config.decoding import DecodingConfig
 from ..config.training import FinetuneConfig
 from ..decoding import decode_batch
 from ..errors import CheckpointError
-from ..losses import IGNORED
+from ..files import append_lines, whole_lines, write_file
 from .checkpoints import checkpoints_folder
 from .data import EncodedData, replayed_rows
 from .encoding import Encoder
@@ -31,22 +32,6 @@ MOST_REPLAYED = 4096  # texts; a run with more rows of replay sees them again: w
 _DIGITS = 16  # of a digest in the name of what a run keeps
 _MEASURED = 256  # tokens of a pass that is timed
 _WAIT = 1.0  # seconds
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token ids, and their labels: the ids of the answer, IGNORED elsewhere and for the first token."""
-
-    ids: list[int]
-    labels: list[int]
-
-    @classmethod
-    def of(cls, prompt: list[int], answer: list[int]) -> "Text":
-        return cls(prompt + answer, [IGNORED] * len(prompt) + answer)
-
-    @property
-    def targets(self) -> int:
-        return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
@@ -64,6 +49,13 @@ class Writing:
     def room(self, prompt: int) -> int:
         """Tokens of an answer to a prompt of so many tokens."""
         return min(self.tokens, self.max_length - prompt)
+
+
+class _Answer(msgspec.Struct):
+    """A line of a journal."""
+
+    row: int
+    ids: list[int]
 
 
 def batches_of(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[list[int]]:
@@ -88,6 +80,8 @@ def write_answers(
     `report` gets the number of answers written so far, and may raise to stop. The prompts must leave room for a token.
     """
     known = read_answers(journal)
+    if journal.exists():
+        write_file(journal, b"".join(whole_lines(journal, CheckpointError)), CheckpointError)
     for batch in batches_of([len(prompt) for prompt in prompts], lambda texts, longest: texts <= BATCH):
         if all(row in known for row in batch):
             continue
@@ -95,10 +89,9 @@ def write_answers(
         room = how.room(len(prompts[batch[0]]))
         config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=how.temperature)
         seeds = [(how.seed + row) % 2**32 for row in batch]
-        asked, written = [prompts[row] for row in batch], {}
-        for output in decode_batch(decoder.backend, asked, config, decoder.eos_ids, seeds=seeds):
-            written[batch[output.row]] = output.ids
-        _append(journal, written)
+        outputs = decode_batch(decoder.backend, [prompts[row] for row in batch], config, decoder.eos_ids, seeds=seeds)
+        written = {batch[output.row]: output.ids for output in outputs}
+        append_lines(journal, ({"row": row, "ids": ids} for row, ids in written.items()), CheckpointError)
         known |= written
     report(len(known))
     return [known[row] for row in range(len(prompts))]
@@ -109,30 +102,11 @@ def read_answers(journal: Path) -> dict[int, list[int]]:
 
     Raises CheckpointError for a line that `write_answers` does not write.
     """
-    if not journal.is_file():
-        return {}
     try:
-        lines = map(json.loads, _whole_lines(journal))
-        return {line["row"]: line["ids"] for line in lines}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        lines = msgspec.json.Decoder(_Answer).decode_lines(b"".join(whole_lines(journal, CheckpointError)))
+    except msgspec.MsgspecError as error:
         raise CheckpointError(f"{journal} is damaged: {error}; remove the file to write the answers again") from None
-
-
-def _whole_lines(journal: Path) -> list[bytes]:
-    return journal.read_bytes().split(b"\n")[:-1]
-
-
-def _append(journal: Path, answers: dict[int, list[int]]) -> None:
-    """Adds a line for each answer in the place of an incomplete last line."""
-    lines = "".join(json.dumps({"row": row, "ids": ids}) + "\n" for row, ids in answers.items())
-    try:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        whole = sum(len(line) + 1 for line in _whole_lines(journal)) if journal.exists() else 0
-        with journal.open("ab") as file:
-            file.truncate(whole)
-            file.write(lines.encode())
-    except OSError as error:
-        raise CheckpointError(f"cannot write {journal}: {error.strerror}") from error
+    return {line.row: line.ids for line in lines}
 
 
 def answers_digest(model: str, prompts: Sequence[list[int]], how: Writing, dtype: str) -> str:
@@ -146,21 +120,9 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:_DIGITS]
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of the model on this machine: of a token in a pass of many, and of a step that decodes a batch."""
-
-    token: float
-    step: float
-
-    def writing(self, prompts: Sequence[list[int]], how: Writing) -> float:
-        """Seconds that answers of the full length take."""
-        return sum(map(len, prompts)) * self.token + math.ceil(len(prompts) / BATCH) * how.tokens * self.step
-
-
 @torch.inference_mode()
-def measured_speed(decoder: Decoder) -> Speed:
-    """Times one pass of each kind."""
+def estimated_seconds(decoder: Decoder, prompts: Sequence[list[int]], how: Writing) -> tuple[float, float]:
+    """(seconds that answers of the full length take on this machine, seconds of a token in a pass of many), by timed passes."""
     backend = decoder.backend
     length = min(_MEASURED, backend.max_positions - 1)
     cache = backend.new_cache(BATCH, length + 1)
@@ -173,8 +135,9 @@ def measured_speed(decoder: Decoder) -> Speed:
         float(backend.unembed(hidden[:, -1:]).sum())  # waits for a device
         return time.perf_counter() - started
 
-    whole = min(seconds(ids[:1].expand(1, length), 0) for _ in range(2))
-    return Speed(whole / length, min(seconds(ids, at) for at in range(min(3, length))))
+    token = min(seconds(ids[:1].expand(1, length), 0) for _ in range(2)) / length
+    step = min(seconds(ids, at) for at in range(min(3, length)))
+    return sum(map(len, prompts)) * token + math.ceil(len(prompts) / BATCH) * how.tokens * step, token
 
 
 @dataclass
@@ -191,8 +154,8 @@ class Replay:
     journal: Path
     packed: bool  # the data's rows are
     decoder: Decoder | None  # until the texts are there
-    written: int = 0
-    seconds: float = 0.0
+    written: int
+    seconds: float
 
     @property
     def longest(self) -> int:
@@ -224,7 +187,7 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
     """
     rows = replayed_rows(config)
     decoder = for_decoding(config.model, device, config.dtype)
-    count, tokens = min(steps * rows, MOST_REPLAYED), config.retention.replay_tokens or round(data.tokens / len(data.rows))
+    count, tokens = min(steps * rows, MOST_REPLAYED), config.retention.replay_tokens or round(data.tokens / len(data.seen))
     how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     first = torch.randint(decoder.backend.vocab_size, (count,), generator=generator).tolist()
@@ -233,10 +196,5 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
     journal = checkpoints_folder(config.output) / f"replay-{answers_digest(original, starts, how, config.dtype)}.jsonl"
     known = read_answers(journal)
     missing = [start for text, start in enumerate(starts) if text not in known]
-    seconds = measured_speed(decoder).writing(missing, how)
+    seconds, _ = estimated_seconds(decoder, missing, how)
     return Replay(rows, starts, how, journal, encoder.pack, decoder, len(known), seconds)
-
-
-def has_replay(output: str) -> bool:
-    """Whether a run left texts there."""
-    return any(checkpoints_folder(output).glob("replay-*.jsonl"))

@@ -14,17 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import nn
 
 from ..checkpoint.folder import open_weights
 from ..checkpoint.swap import files_below
 from ..errors import CheckpointError, ConfigError
-from ..files import discard_folder, listed, publish_folder, read_json_object, remove_leftovers
+from ..files import discard_folder, listed, publish_folder, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
+KEPT = 2  # if the newest is damaged, there is one before it
 _SEAL = "complete.json"
 _PREFIX = "checkpoint-"
-KEPT = 2  # if the newest is damaged, there is one before it
+
+
+class _Seal(msgspec.Struct):
+    files: dict[str, str]  # digests by name
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,12 @@ class ResumePoint:
     """The newest intact checkpoint, the settings of the run that wrote it, and the faults of newer checkpoints."""
 
     folder: Path
-    step: int
     settings: dict[str, Any]
     damaged: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        return _step(self.folder)
 
 
 def checkpoints_folder(output: str) -> Path:
@@ -42,56 +51,52 @@ def checkpoints_folder(output: str) -> Path:
     return Path(output) / "checkpoints"
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """A run's checkpoints by their names; their files are not checked."""
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if re.fullmatch(r".*-[0-9]{1,18}", path.name)), key=_step)[::-1]
+
+
 def require_own(folder: Path) -> None:
-    """Raises ConfigError for files in the way of a run's checkpoints that this program did not write."""
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise ConfigError(f"`output`: {folder} is in the way: it must be a folder, for checkpoints")
-    for path in _numbered(folder):
-        if not _is_own(path):
+    """Raises ConfigError for files in the way of a run's checkpoints that this program did not write.
+
+    Its own have a seal, or the losses of a run: a checkpoint of transformers' own Trainer has neither.
+    """
+    found = [folder] if os.path.lexists(folder) and not folder.is_dir() else newest_first(folder)
+    for path in found:
+        if path.is_symlink() or not any((path / name).is_file() for name in (_SEAL, LOSSES)):
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
 
 
-def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Seals a checkpoint in a staging folder, renames it into `folder`, and removes the oldest ones. Returns its new path."""
-    _seal(written, settings)
+def publish(written: Path, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Seals a checkpoint in a staging folder, renames it into `folder`, and removes the oldest ones."""
+    files = {name: _digest(written / name) for name in files_below(written)}
+    (written / _SEAL).write_text(json.dumps({"files": files, "settings": settings}, indent=2), encoding="utf-8")
     target = folder / written.name
-    if target in _newest_first(folder):  # a damaged checkpoint of the same step
+    if target.exists():  # a damaged checkpoint of the same step
         discard_folder(target)
     publish_folder(written, target)
-    for old in _newest_first(folder)[KEPT:]:
+    for old in newest_first(folder)[KEPT:]:
         with suppress(OSError):
             discard_folder(old)
-    return target
 
 
 def newest_whole(folder: Path) -> ResumePoint:
     """The checkpoint to resume from. Raises CheckpointError if none is intact, with the fault of each."""
     damaged: list[str] = []
-    for checkpoint in _newest_first(folder):
-        fault = _fault(checkpoint)
-        if fault is None:
-            settings = read_json_object(checkpoint / _SEAL, CheckpointError)["settings"]
-            return ResumePoint(checkpoint, _step(checkpoint), settings, tuple(damaged))
-        damaged.append(f"{checkpoint.name}: {fault}")
+    for checkpoint in newest_first(folder):
+        try:
+            return ResumePoint(checkpoint, _whole(checkpoint).settings, tuple(damaged))
+        except CheckpointError as fault:
+            damaged.append(f"{checkpoint.name}: {fault}")
     if damaged:
         raise CheckpointError(f"`resume`: no checkpoint in {folder} is whole: {'; '.join(damaged)}")
     raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; a run writes them with `save_steps` N")
 
 
-def has_checkpoints(folder: Path) -> bool:
-    """Whether a run left checkpoints that must not be overwritten without asking."""
-    return bool(_newest_first(folder))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint, by its name; its files are not checked."""
-    return next(iter(_newest_first(folder)), None)
-
-
 def discard_after(folder: Path, step: int) -> None:
     """Removes checkpoints of later steps than the one that a run resumes from, and staging folders."""
     remove_leftovers(folder)
-    for checkpoint in _newest_first(folder):
+    for checkpoint in newest_first(folder):
         if _step(checkpoint) > step:
             discard_folder(checkpoint)
 
@@ -113,46 +118,25 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} does not fit the model: missing {listed(missing)}; unknown {listed(unknown)}")
 
 
-def _seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    files = {name: _digest(checkpoint / name) for name in files_below(checkpoint)}
-    (checkpoint / _SEAL).write_text(json.dumps({"files": files, "settings": settings}, indent=2), encoding="utf-8")
-
-
-def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file is as it was written."""
+def _whole(checkpoint: Path) -> _Seal:
+    """The seal of a checkpoint. Raises CheckpointError unless every file is as it was written."""
     if not (checkpoint / _SEAL).is_file():
-        return "it was cut short"
+        raise CheckpointError("it was cut short")
     try:
-        sealed = read_json_object(checkpoint / _SEAL, CheckpointError)
-        if not (isinstance(sealed["settings"], dict) and sealed["files"]):
-            return f"{_SEAL} is damaged"
-        for name, digest in sealed["files"].items():
-            file = checkpoint / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if _digest(file) != digest:
-                return f"{name} is damaged"
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{_SEAL} is damaged"
-    return None
+        seal = msgspec.json.decode((checkpoint / _SEAL).read_bytes(), type=_Seal)
+    except ValueError:
+        raise CheckpointError(f"{_SEAL} is damaged") from None
+    for name, digest in seal.files.items():
+        if not (checkpoint / name).is_file():
+            raise CheckpointError(f"{name} is missing")
+        if _digest(checkpoint / name) != digest:
+            raise CheckpointError(f"{name} is damaged")
+    return seal
 
 
 def _digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(filter(_is_own, _numbered(folder)), key=_step, reverse=True)
-
-
-def _numbered(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(f"{_PREFIX}*") if re.fullmatch("[0-9]{1,18}", path.name.removeprefix(_PREFIX))]
-
-
-def _is_own(checkpoint: Path) -> bool:
-    """Whether it has a seal, or the losses of a run: a checkpoint of transformers' own Trainer has neither."""
-    return not checkpoint.is_symlink() and any((checkpoint / name).is_file() for name in (_SEAL, LOSSES))
 
 
 def _step(checkpoint: Path) -> int:

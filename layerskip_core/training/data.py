@@ -2,9 +2,9 @@
 
 import hashlib
 import itertools
+import math
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset
 
 from ..checkpoint.loaded import Trainable
 from ..config.checks import require
 from ..config.data import DataConfig
 from ..config.training import FinetuneConfig
-from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_rows, stream_rows
+from ..data.examples import PARSING_TEMPLATE, Conversation, Example, Row, is_parsing, load_prompts, load_rows, stream_rows
 from ..errors import ConfigError, DataError
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
 from .encoding import Encoder
 from .sharding import process_index, world_size
 
-COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
+_COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
+_FROZEN_COMMANDS_STEPS = 600  # of each exit
+_FROZEN_EPOCHS = 2.0
+_HELD_OUT, _SHARE = 64, 20  # rows of a frozen model's data at most, and one in so many
 _VALIDATION_ROWS = 256
 _SHUFFLED = 10_000  # rows of a stream in the shuffle buffer
-_SAMPLED = 64  # rows of a stream that are read to plan a run, and rows that a step is timed on
+_SAMPLED = 64  # rows of a stream that are read to plan a run
 _COUNTED = 50_000  # rows whose targets are counted, evenly spaced; of a stream the first ones
 _COUNTED_TOKENS = 1_000_000  # of a stream, whose rows are encoded only to be counted
 _POOL = 50  # optimizer steps whose rows are sorted together
@@ -58,14 +62,41 @@ def is_endless(data: DataConfig) -> bool:
     return data.name == "commands" and not data.limit
 
 
-def training_rows(config: FinetuneConfig) -> list[Row]:
-    """The rows to train on; of a stream only the first, to see what its rows are."""
-    data = config.data
+def run_steps(config: FinetuneConfig, rows: int) -> int:
+    """Optimizer steps, of each phase, over so many rows. An epoch sees each once; rows of a replay come on top."""
+    if config.steps is not None:
+        return config.steps
+    if is_endless(config.data):
+        return _FROZEN_COMMANDS_STEPS if config.exit_blocks.frozen else _COMMANDS_STEPS
+    return max(1, math.ceil(rows / data_rows(config) * epochs(config)))
+
+
+def epochs(config: FinetuneConfig) -> float:
+    return config.epochs or (_FROZEN_EPOCHS if config.exit_blocks.frozen else 1.0)
+
+
+def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
+    """(the rows to train on, those held out). Of a stream the former are only the first one, to see what its rows are.
+
+    Held out are the rows of `validation`; else of a frozen model the last twentieth of the rows, at most 64, and otherwise
+    none. Where a frozen model writes the answers itself, the rows need prompts only.
+    """
+    data, frozen = config.data, config.exit_blocks.frozen
+    load: Callable[[DataConfig], Sequence[Row]] = load_rows
+    if frozen and config.exit_blocks.answers != "data":
+        load = load_prompts
+    apart = _HELD_OUT if frozen and config.validation is None else 0
     if config.streaming:
-        return list(itertools.islice(stream_rows(data), 1))
-    if is_endless(data):
-        data = replace(data, limit=(config.steps or COMMANDS_STEPS) * data_rows(config))
-    return load_rows(data)
+        rows = list(itertools.islice(stream_rows(data), 1))
+    elif is_endless(data):
+        seen = run_steps(config, 0) * data_rows(config) / (epochs(config) if frozen else 1.0)
+        rows = list(load(replace(data, limit=max(1, round(seen)) + apart)))
+    else:
+        rows = list(load(data))
+    if config.validation is not None:
+        return rows, list(load(validation_data(config, config.validation)))
+    count = len(rows) - min(apart, len(rows) // _SHARE)
+    return rows[:count], rows[count:]
 
 
 def validation_data(config: FinetuneConfig, name: str) -> DataConfig:
@@ -78,7 +109,7 @@ def validation_data(config: FinetuneConfig, name: str) -> DataConfig:
     return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
 
 
-def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: list[Row], max_length: int) -> Encoder:
+def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row], max_length: int) -> Encoder:
     """Encodes both the rows to train on, of which `rows` are an example, and those to validate on.
 
     Documents are packed by default for plain text, without prompts, in a regime for language-model data.
@@ -88,111 +119,92 @@ def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: list[Row], 
     return Encoder(trainable.tokenizer, _template(config, trainable, rows), max_length, pack)
 
 
-def _template(config: FinetuneConfig, trainable: Trainable, rows: list[Row]) -> PromptTemplate:
-    """The template asked for; else chat for conversations, the parsing template for parsing data, and otherwise what decoding
-    uses by default. Where that is no template, a prompt gets a line end; plain text has none.
+def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
+    """The template asked for; else chat for conversations, and otherwise what decoding uses by default.
+
+    Where that is none, it is the parsing template for parsing data. A model that is not frozen learns this template from such
+    data whatever it has used before, and for other prompts a line end after them; plain text has none.
     """
-    if any(isinstance(row, Conversation) for row in rows):
-        return conversation_template(config)
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
-    template = resolve_template(asked, system, stored, trainable.tokenizer)
+    if any(isinstance(row, Conversation) for row in rows):
+        require(asked in (None, CHAT), "template", "chat for conversations", asked)
+        require(system is None, "system", "left out for conversations, which have system messages of their own", system)
+        return PromptTemplate(CHAT)
+    template, frozen = resolve_template(asked, system, stored, trainable.tokenizer), config.exit_blocks.frozen
     prompts = any(isinstance(row, Example) and row.prompt for row in rows)
-    by_default = is_parsing(config.data) or (stored is None and template.text == RAW and prompts)
-    return PromptTemplate(PARSING_TEMPLATE) if asked is None and system is None and by_default else template
-
-
-def conversation_template(config: FinetuneConfig) -> PromptTemplate:
-    """The template of conversations. Raises ConfigError for settings that they do not use."""
-    asked, system = config.prompting.asked, config.prompting.system
-    require(asked in (None, CHAT), "template", "chat for conversations", asked)
-    require(system is None, "system", "left out for conversations, which have system messages of their own", system)
-    return PromptTemplate(CHAT)
+    parsing = is_parsing(config.data) and (stored is None or not frozen)
+    lines = stored is None and template.text == RAW and prompts and not frozen
+    return PromptTemplate(PARSING_TEMPLATE) if asked is None and system is None and (parsing or lines) else template
 
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Encoded rows. `truncated` counts those cut at the maximum length, `tokens` the tokens after that, and `left_out` the rows
-    whose prompt leaves no room for a token of the completion.
+    """Rows (input_ids, labels and perhaps documents) with a target; `left_out` counts those without room for one.
 
-    `digest` is of all tokens and labels in their order. For a stream the counts are those of its first rows.
+    Of a stream `seen` are the first ones. `digest` is of all tokens and labels in order.
     """
 
-    rows: Any  # datasets.Dataset of input_ids, labels and length; or StreamedRows
-    count: int
-    tokens: int
-    truncated: int
+    rows: "list[dict[str, Any]] | StreamedRows"
+    seen: list[dict[str, Any]]
     left_out: int
-    longest: list[dict[str, Any]]  # some of the rows, the longest first
     digest: str | None = None  # of a stream none
 
     @property
-    def streamed(self) -> bool:
-        return isinstance(self.rows, StreamedRows)
+    def tokens(self) -> int:
+        return sum(len(row["input_ids"]) for row in self.seen)
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> EncodedData:
-    """All rows in memory. Raises DataError if none has a target token within the maximum length."""
-    from datasets import Dataset
-
-    encoded = [_compact(row) for row in encoder.rows(rows)]
-    kept = list(filter(_has_target, encoded))
-    columns = {name: [row[name] for row in kept] for name in kept[0]} if kept else {}
-    data = _counted(Dataset.from_dict(columns) if kept else None, encoded, encoder)
+    """All rows in memory, 4 bytes a number. Raises DataError if none has a target token within the maximum length."""
+    encoded = [
+        {name: np.array(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}
+        for row in encoder.rows(rows)
+    ]
+    kept = _with_targets(encoded, encoder)
     digest = hashlib.sha256()
     for row in kept:
         digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
-    return replace(data, digest=digest.hexdigest()[:16])
-
-
-def _compact(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose lists take 4 bytes for each number instead of 8 and more."""
-    return {name: np.array(value, dtype=np.int32) if isinstance(value, list) else value for name, value in row.items()}
+    return EncodedData(kept, kept, len(encoded) - len(kept), digest.hexdigest()[:16])
 
 
 def encode_stream(config: DataConfig, encoder: Encoder, seed: int) -> EncodedData:
     """An endless stream of rows. Raises DataError like `encode_rows`, judged by the first rows."""
-    stream = StreamedRows(config, encoder, seed, process_index(), world_size())
     sample = list(itertools.islice(encoder.rows(stream_rows(config)), _SAMPLED))
-    return _counted(stream, sample, encoder)
+    kept = _with_targets(sample, encoder)
+    return EncodedData(StreamedRows(config, encoder, seed, process_index(), world_size()), kept, len(sample) - len(kept))
 
 
-def _counted(rows: Any, seen: list[dict[str, Any]], encoder: Encoder) -> EncodedData:
-    kept = list(filter(_has_target, seen))
+def _with_targets(rows: list[dict[str, Any]], encoder: Encoder) -> list[dict[str, Any]]:
+    kept = list(filter(has_target, rows))
     if not kept:
-        raise _no_room(encoder)
-    return EncodedData(
-        rows,
-        count=len(kept),
-        tokens=sum(row["length"] for row in kept),
-        truncated=sum(row["truncated"] for row in kept),
-        left_out=len(seen) - len(kept),
-        longest=sorted(kept, key=lambda row: -row["length"])[:_SAMPLED],
-    )
+        raise no_room(encoder)
+    return kept
 
 
-def _no_room(encoder: Encoder) -> DataError:
+def no_room(encoder: Encoder) -> DataError:
     return DataError(f"no row has room for a completion within `max_length` {encoder.max_length}: every prompt is longer")
 
 
-def _has_target(row: dict[str, Any]) -> bool:
+def has_target(row: dict[str, Any]) -> bool:
     return bool((np.asarray(row["labels"])[1:] != IGNORED).any())  # nothing predicts the first token
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
-    rows, most = data.rows, float("inf")
-    if data.streamed:
-        rows, most = rows.one_pass(0), _COUNTED_TOKENS
+    rows: Iterable[dict[str, Any]]
+    if isinstance(data.rows, StreamedRows):
+        rows, most = itertools.islice(data.rows.one_pass(0), _COUNTED), _COUNTED_TOKENS
     else:
-        rows = rows.select_columns("labels").select(range(0, len(rows), -(-len(rows) // _COUNTED)))
-    counts: Counter[int] = Counter()
-    seen = 0
-    for row in itertools.islice(rows, _COUNTED):
-        counts.update(row["labels"])  # includes IGNORED, which is not a token
-        seen += len(row["labels"])
+        rows, most = data.rows[:: -(-len(data.rows) // _COUNTED)], 1 << 62
+    counts, seen = np.zeros(vocab_size, np.int64), 0
+    for row in rows:
+        labels = np.asarray(row["labels"])
+        np.add.at(counts, labels[labels != IGNORED], 1)
+        seen += len(labels)
         if seen >= most:
             break
-    return sorted(range(vocab_size), key=lambda token: -counts[token])
+    order: list[int] = np.argsort(-counts, kind="stable").tolist()
+    return order
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
@@ -202,11 +214,8 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
     """
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int, process: int = 0, processes: int = 1) -> None:
-        self._config = config
-        self._encoder = encoder
-        self._seed = seed
-        self._process = process
-        self._processes = processes
+        self._config, self._encoder, self._seed = config, encoder, seed
+        self._process, self._processes = process, processes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count():
@@ -216,113 +225,100 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
                 yield row
             if empty:  # the file has changed since the run was planned, or has too few rows
                 fewer = f", or the data has fewer rows than the {self._processes} processes" if self._processes > 1 else ""
-                raise DataError(f"{_no_room(self._encoder)}{fewer}")
+                raise DataError(f"{no_room(self._encoder)}{fewer}")
 
     def one_pass(self, number: int) -> Iterator[dict[str, Any]]:
         """The rows of this process in pass `number` over the data."""
+        own = itertools.islice(self._shuffled(number), self._process, None, self._processes)
+        return filter(has_target, self._encoder.rows(own))
+
+    def _shuffled(self, number: int) -> Iterator[Row]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        shuffled = _shuffled(stream_rows(self._config), generator)
-        yield from filter(_has_target, self._encoder.rows(itertools.islice(shuffled, self._process, None, self._processes)))
+        waiting: list[Row] = []
+        for row in stream_rows(self._config):
+            if len(waiting) < _SHUFFLED:
+                waiting.append(row)
+                continue
+            at = int(torch.randint(_SHUFFLED, (), generator=generator))
+            yield waiting[at]
+            waiting[at] = row
+        yield from (waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist())
 
 
-def _shuffled(rows: Iterable[Row], generator: torch.Generator) -> Iterator[Row]:
-    waiting: list[Row] = []
-    for row in rows:
-        if len(waiting) < _SHUFFLED:
-            waiting.append(row)
-            continue
-        at = int(torch.randint(_SHUFFLED, (), generator=generator))
-        yield waiting[at]
-        waiting[at] = row
-    yield from (waiting[at] for at in torch.randperm(len(waiting), generator=generator).tolist())
-
-
-class OrderedRows(Dataset[Any]):
+class RunRows(Dataset[Any]):
     """The rows of a whole run in sequence: all passes over the data as one long epoch.
 
-    (Trainer's own shuffling depends on global random state, so that a run resumed in a later epoch gets another order.)
+    A row is a function of its position alone, so that resuming needs no history. (Trainer's own shuffling depends on global
+    random state, so that a run resumed in a later epoch gets another order.)
     """
 
-    def __init__(self, rows: Any, order: Iterator[int]) -> None:
-        """`rows`: a datasets.Dataset; `order`: an index into it per row of the run."""
-        self._rows = rows
-        self._order = array("q", order)
+    def __init__(self, count: int, row: Callable[[int], Any]) -> None:
+        self._count, self._row = count, row
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._count
 
     def __getitem__(self, position: int) -> Any:
-        return self._rows[self._order[position]]
+        return self._row(position)
 
 
-class ReplayedRows(Dataset[Any]):
-    """The rows of a whole run in sequence: in each step some texts, at even distances among the rows of the data.
+def ordered_rows(rows: Sequence[Any], rows_per_step: int, steps: int, seed: int) -> RunRows:
+    order = array("q", run_order([len(row["input_ids"]) for row in rows], rows_per_step, steps, seed))
+    return RunRows(len(order), lambda position: rows[order[position]])
 
-    The texts are a function of the position alone, so that resuming needs no history.
-    """
 
-    def __init__(self, rows: OrderedRows, texts: list[dict[str, Any]], replayed: int, per_step: int) -> None:
-        """`rows`: of the data, per_step - replayed in each step."""
-        self._rows, self._texts = rows, texts
-        self._replayed, self._per_step = replayed, per_step
+def with_replay(rows: RunRows, texts: Sequence[Any], replayed: int, per_step: int) -> RunRows:
+    """`replayed` texts in each step of `per_step` rows, at even distances among those of the data."""
+    own = per_step - replayed
 
-    def __len__(self) -> int:
-        return len(self._rows) // (self._per_step - self._replayed) * self._per_step
+    def row(position: int) -> Any:
+        step, index = divmod(position, per_step)
+        before = index * replayed // per_step
+        if (index + 1) * replayed // per_step > before:
+            return texts[(step * replayed + before) % len(texts)]
+        return rows[step * own + index - before]
 
-    def __getitem__(self, position: int) -> Any:
-        step, index = divmod(position, self._per_step)
-        before = index * self._replayed // self._per_step
-        if (index + 1) * self._replayed // self._per_step > before:
-            return self._texts[(step * self._replayed + before) % len(self._texts)]
-        return self._rows[step * (self._per_step - self._replayed) + index - before]
+    return RunRows(len(rows) // own * per_step, row)
 
 
 def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> Iterator[int]:
-    """Row indices of a whole run: pass after pass over the rows, rows of similar length side by side.
-
-    A function of the seed alone, so that resuming needs no history.
+    """Row indices of a whole run, a function of the seed alone: pass after pass over the rows, rows of similar length side by
+    side. For that, _POOL steps at a time are sorted by length, and their steps shuffled.
     """
     waiting: list[int] = []
-    left = rows_per_step * steps
+    left = steps
     for number in itertools.count():
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         waiting += torch.randperm(len(lengths), generator=generator).tolist()
-        for pool in _pools(waiting, lengths, rows_per_step):
-            for at in torch.randperm(len(pool), generator=generator).tolist():
+        whole = len(waiting) // rows_per_step * rows_per_step
+        for start in range(0, whole, rows_per_step * _POOL):
+            pool = sorted(waiting[start : min(whole, start + rows_per_step * _POOL)], key=lambda row: -lengths[row])
+            for at in torch.randperm(len(pool) // rows_per_step, generator=generator).tolist():
                 if not left:
                     return
-                yield from pool[at]
-                left -= len(pool[at])
-        waiting = waiting[len(waiting) // rows_per_step * rows_per_step :]  # too few for a step: the next pass takes them
+                yield from pool[at * rows_per_step : (at + 1) * rows_per_step]
+                left -= 1
+        waiting = waiting[whole:]  # too few for a step: the next pass takes them
 
 
-def _pools(rows: list[int], lengths: Sequence[int], size: int) -> Iterator[list[list[int]]]:
-    """Whole steps of `size` rows of similar length, _POOL steps at a time."""
-    whole = rows[: len(rows) // size * size]
-    for start in range(0, len(whole), size * _POOL):
-        pool = sorted(whole[start : start + size * _POOL], key=lambda row: -lengths[row])
-        yield [pool[at : at + size] for at in range(0, len(pool), size)]
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of rows, padded at the right, where causality alone keeps real tokens from seeing padding.
 
-
-@dataclass(frozen=True)
-class Collator:
-    """Makes a batch (B, T) of rows, padded at the right, where causality alone keeps real tokens from seeing padding.
-    `lengths` (B,) are those without padding.
-
-    Packed rows add `documents` (B, T), -1 in the padding.
+    It has `input_ids` and `labels` (B, T), and `lengths` (B,) without padding. Packed rows add `documents` (B, T), -1 in the
+    padding; rows with states (see exit_blocks.py) `states` (X, B, T, D), `finals` (B, T, D) and `exits` (X,).
     """
 
-    pad_id: int
+    def padded(name: str, filler: int) -> Tensor:
+        return pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True, padding_value=filler).long()
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = {"input_ids": _padded(rows, "input_ids", self.pad_id), "labels": _padded(rows, "labels", IGNORED)}
-        batch["lengths"] = torch.tensor([len(row["input_ids"]) for row in rows])
-        batch["labels"][:, 0] = IGNORED  # nothing predicts a row's first token; it must not count as a target either
-        if "documents" in rows[0]:
-            batch["documents"] = _padded(rows, "documents", -1)
-        return batch
-
-
-def _padded(rows: list[dict[str, Any]], name: str, filler: int) -> Tensor:
-    length = max(len(row[name]) for row in rows)
-    return torch.tensor([[*row[name], *[filler] * (length - len(row[name]))] for row in rows], dtype=torch.long)
+    batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
+    batch["labels"][:, 0] = IGNORED  # nothing predicts a row's first token; it must not count as a target either
+    batch["lengths"] = torch.tensor([len(row["input_ids"]) for row in rows])
+    if "documents" in rows[0]:
+        batch["documents"] = padded("documents", -1)
+    if "states" in rows[0]:
+        states = zip(*(row["states"] for row in rows), strict=True)
+        batch["states"] = torch.stack([pad_sequence(list(state), batch_first=True) for state in states])
+        batch["finals"] = pad_sequence([row["finals"] for row in rows], batch_first=True)
+        batch["exits"] = torch.tensor(rows[0]["exits"])
+    return batch

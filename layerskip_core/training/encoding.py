@@ -28,52 +28,48 @@ class Encoder:
     pack: bool = False
 
     def rows(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-        """Rows of input_ids, labels (IGNORED where there is no target) and length, at most `max_length` tokens each.
+        """Rows of input_ids and labels (IGNORED where there is no target), at most `max_length` tokens each.
 
         `truncated` tells whether a row was cut, perhaps before its first target.
         """
+        encoded = map(self._encoded, rows)
         if self.pack:
-            yield from ({**row, "truncated": False} for row in packed(map(self._document, rows), self.max_length))
+            yield from ({**row, "truncated": False} for row in packed((ids for ids, _ in encoded), self.max_length))
             return
-        for row in rows:
-            ids, labels = self._encoded(row)
-            truncated = len(ids) > self.max_length
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
-            yield {"input_ids": ids, "labels": labels, "length": len(ids), "truncated": truncated}
+        for ids, labels in encoded:
+            cut = slice(self.max_length)
+            yield {"input_ids": ids[cut], "labels": labels[cut], "truncated": len(ids) > self.max_length}
 
-    def prompts(self, rows: Iterable[Example]) -> Iterator[list[int]]:
-        """The rows' prompts alone, as ids."""
+    def prompts(self, rows: Iterable[Row]) -> Iterator[list[int]]:
+        """The prompts of examples alone, as ids."""
         for row in rows:
-            with _naming(row):
-                ids = encode_prompt(self.tokenizer, self.template, row.prompt)
-            yield ids
-
-    def _document(self, row: Row) -> list[int]:
-        if isinstance(row, Conversation) or row.prompt:
-            raise DataError("`pack` is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
-        return self._encoded(row)[0]
+            if isinstance(row, Example):
+                with _naming(row):
+                    ids = encode_prompt(self.tokenizer, self.template, row.prompt)
+                yield ids
 
     def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
-        """Ids and labels of a row."""
+        if self.pack and (isinstance(row, Conversation) or row.prompt):
+            raise DataError("`pack` is for plain text: a row with a prompt, or a conversation, would be cut anywhere")
         with _naming(row):
             return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
-        """Prompt, completion and end of text as ids; the prompt's labels are masked."""
+        """Prompt, completion and end of text; only the latter two have labels.
+
+        In a completion the text of a special token stays text after a prompt in a template; in raw text it becomes the token.
+        """
         prompt = encode_prompt(self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt)
-        completion = self._completion(row)
+        special = None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
+        if special is None or not special.in_prompt(row.completion):
+            completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+        else:
+            completion = list(special.encode(special.sealed(special.masked(row.completion)), add_special_tokens=False).ids)
         completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return prompt + completion, [IGNORED] * len(prompt) + completion
 
-    def _completion(self, row: Example) -> list[int]:
-        """The text of a special token stays text after a prompt in a template; in raw text it becomes the token."""
-        special = None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
-        if special is None or not special.in_prompt(row.completion):
-            return list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
-        return list(special.encode(special.sealed(special.masked(row.completion)), add_special_tokens=False).ids)
-
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
-        """A conversation in the tokenizer's chat template. Only the assistant's turns have labels, with their end of turn."""
+        """Only the assistant's turns have labels, with their end of turn."""
         if not has_chat_template(self.tokenizer):
             raise DataError("`data` holds conversations (messages), but the model's tokenizer has no chat template for them")
         special = special_text(self.tokenizer)
@@ -91,14 +87,14 @@ class Encoder:
         spans = [
             (text_of(at, True), text_of(at + 1, False)) for at, (role, _) in enumerate(row.messages) if role == "assistant"
         ]
-        for before, through in spans:
-            if not (text.startswith(through) and through.startswith(before)):
-                raise DataError("the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart")
+        if not all(text.startswith(through) and through.startswith(before) for before, through in spans):
+            raise DataError("the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart")
         if special is None:
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+            ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         else:
-            ids, offsets = encoded(lambda: _with_offsets(special.encode(text, add_special_tokens=False)))
+            encoding = encoded(lambda: special.encode(text, add_special_tokens=False))
+            ids, offsets = list(encoding.ids), encoding.offsets
         targets = [any(len(before) <= start < len(through) for before, through in spans) for start, _ in offsets]
         return ids, [token if target else IGNORED for token, target in zip(ids, targets, strict=True)]
 
@@ -112,10 +108,6 @@ def _naming(row: Row) -> Iterator[None]:
         raise DataError(f"{row.where}: {error}" if row.where else str(error)) from None
     except Exception as error:  # a chat template is a program, and tokenizers raise many kinds
         raise DataError(f"{row.where or 'a row'} cannot be encoded: {first_line(error)}") from error
-
-
-def _with_offsets(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    return list(encoding.ids), list(encoding.offsets)
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
@@ -137,10 +129,10 @@ def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, An
             numbers += [number] * len(part)
             at += len(part)
             if len(ids) == length:
-                yield {"input_ids": ids, "labels": labels, "documents": numbers, "length": length}
+                yield {"input_ids": ids, "labels": labels, "documents": numbers}
                 ids, labels, numbers = [], [], []
     if any(label != IGNORED for label in labels):
-        yield {"input_ids": ids, "labels": labels, "documents": numbers, "length": len(ids)}
+        yield {"input_ids": ids, "labels": labels, "documents": numbers}
 
 
 def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:

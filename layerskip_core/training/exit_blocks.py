@@ -5,7 +5,7 @@ after the final norm, in bf16. Each file is written from its start to its end, s
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..config.training import BlockLoss
 from ..errors import CheckpointError
@@ -22,7 +21,7 @@ from ..files import synchronise
 from ..losses import IGNORED, summed_divergences
 from ..model import Backend, SpanInputs, TransformersBackend
 from ..model.exit_blocks import ExitBlock, features_of
-from .answers import Text, batches_of
+from .answers import batches_of
 from .recipe import RunStep
 
 _TOKENS = 2048  # of a pass
@@ -73,7 +72,7 @@ class FrozenExits(nn.Module):
         self.exits = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
         self.measured_exits = tuple(block.exit_layer for block in blocks)
         self.vocab_size = backend.vocab_size
-        self._backend = backend
+        self.backend = backend
         self.width = backend.hidden_size
         self._head = (model.get_output_embeddings().requires_grad_(False),)  # in a tuple it is no part of this module
         self._total_variation = loss == "tv"
@@ -81,7 +80,7 @@ class FrozenExits(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, states: Tensor, finals: Tensor, exits: Tensor, step: RunStep | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
-        """A batch of `states.collate`. Sums are over the targets, the tokens with labels.
+        """A batch of rows with states, see `collate`. Sums are over the targets, the tokens with labels.
 
         With the feature `final` a block runs twice: on the true final states of the tokens before, as in the first draft of a
         round, and on its own, as in later drafts (as HASS, Zhang et al., 2025, with two steps); the loss is the mean of both.
@@ -93,10 +92,14 @@ class FrozenExits(nn.Module):
         finals = finals.float()
         teacher = finals[:, :-1][is_target]
         exit_layers = tuple(exits.tolist())
-        inputs = self._backend.prepare(finals, torch.arange(finals.shape[1])[None])
+        inputs, kind = self.backend.prepare(finals, torch.arange(finals.shape[1])[None]), self.backend.spec.kinds[-1]
         results = []
         for exit_layer, state in zip(exit_layers, states.float(), strict=True):
-            runs = [run[:, :-1][is_target] for run in self._runs(exit_layer, state, finals, inputs)]
+            block = self.exits[str(exit_layer)]
+            runs = [block(state, features_of(finals), inputs, kind)]
+            if block.input is not None:
+                runs.append(block(state, features_of(runs[0]), inputs, kind))
+            runs = [run[:, :-1][is_target] for run in runs]
             results.append(summed_divergences(self._logits, runs, teacher, self.vocab_size, self._total_variation))
         return {
             "loss": torch.stack([torch.stack(losses).mean() for losses, _ in results]).sum(),
@@ -119,15 +122,10 @@ class FrozenExits(nn.Module):
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the exits: {error}") from error
 
-    def _runs(self, exit_layer: int, states: Tensor, finals: Tensor, inputs: SpanInputs) -> list[Tensor]:
-        block, kind = self.exits[str(exit_layer)], self._backend.spec.kinds[-1]
-        first = block(states, features_of(finals), inputs, kind)
-        return [first] if block.input is None else [first, block(states, features_of(first), inputs, kind)]
-
     def _logits(self, normed: Tensor) -> Tensor:
         head = self._head[0]
         logits: Tensor = head(normed.to(head.weight.dtype))
-        return self._backend.spec.scaled_logits(logits)
+        return self.backend.spec.scaled_logits(logits)
 
 
 def states_bytes(tokens: int, width: int, exits: int) -> int:
@@ -139,18 +137,17 @@ def states_bytes(tokens: int, width: int, exits: int) -> int:
 def write_states(
     backend: Backend,
     final_norm: Callable[[Tensor], Tensor],
-    texts: Sequence[Text],
+    texts: Sequence[Mapping[str, Any]],
     exits: Sequence[int],
     folder: Path,
     report: Callable[[int], None],
 ) -> None:
-    """Writes the states of all texts, in the order of `_batches`, after those that are there.
+    """Writes the states of all texts (encoded rows), in the order of `_batches`, after those that are there.
 
     `exits` ascend. `report` gets the number of texts that are done, and may raise to end it.
     """
-    batches = _batches(texts)
-    ends = [0, *accumulate(sum(len(texts[row].ids) for row in batch) for batch in batches)]  # in tokens
-    paths = [folder / name for name in _names(exits)]
+    batches, paths = _batches(texts), _files(folder, exits)
+    ends = [0, *accumulate(sum(len(texts[row]["input_ids"]) for row in batch) for batch in batches)]  # in tokens
     size = backend.hidden_size * _BYTES  # of a token's state
     written = min(path.stat().st_size // size if path.is_file() else 0 for path in paths)
     done = sum(end <= written for end in ends) - 1
@@ -162,7 +159,7 @@ def write_states(
             os.truncate(path, ends[done] * size)
         for batch in batches[done:]:
             report(rows)
-            states = _states(backend, final_norm, [texts[row].ids for row in batch], exits)
+            states = _states(backend, final_norm, [texts[row]["input_ids"] for row in batch], exits)
             for path, state in zip(paths, states, strict=True):
                 with path.open("ab") as file:
                     file.write(state.cpu().view(torch.int16).numpy().tobytes())
@@ -193,72 +190,31 @@ def _states(
     return found
 
 
-def _batches(texts: Sequence[Text]) -> list[list[int]]:
-    return batches_of([len(text.ids) for text in texts], lambda count, longest: count * longest <= _TOKENS)
+def _batches(texts: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    return batches_of([len(text["input_ids"]) for text in texts], lambda count, longest: count * longest <= _TOKENS)
 
 
-def _names(exits: Sequence[int]) -> list[str]:
-    """Of the files: one of each exit, and of the last layer."""
-    return [*(f"exit-{exit_layer}.bf16" for exit_layer in exits), "final.bf16"]
+def _files(folder: Path, exits: Sequence[int]) -> list[Path]:
+    """One of each exit, and of the last layer."""
+    return [folder / name for name in (*(f"exit-{exit_layer}.bf16" for exit_layer in exits), "final.bf16")]
 
 
 class States:
-    """The states of all texts, read from disk as they are needed."""
+    """The texts (encoded rows) of `write_states`, with their states, read from disk as they are needed."""
 
-    def __init__(self, texts: Sequence[Text], exits: Sequence[int], width: int, folder: Path) -> None:
-        self.texts = texts
-        self.exits = tuple(exits)
+    def __init__(self, texts: Sequence[Mapping[str, Any]], exits: Sequence[int], width: int, folder: Path) -> None:
+        self._texts, self._exits = texts, tuple(exits)
         order = [row for batch in _batches(texts) for row in batch]
-        ends = list(accumulate(len(texts[row].ids) for row in order))
-        self._starts = {row: end - len(texts[row].ids) for row, end in zip(order, ends, strict=True)}
-        *states, self._finals = (_mapped(folder / name, ends[-1], width) for name in _names(self.exits))
-        self._states = dict(zip(self.exits, states, strict=True))
+        ends = list(accumulate(len(texts[row]["input_ids"]) for row in order))
+        self._ends = dict(zip(order, ends, strict=True))
+        self._states = [
+            torch.from_file(str(path), size=ends[-1] * width, dtype=torch.bfloat16).view(ends[-1], width)
+            for path in _files(folder, exits)
+        ]
 
     def row(self, row: int, exits: Sequence[int]) -> dict[str, Any]:
-        """`input_ids` and `labels` of a text, `states` (X, T, D) after the `exits` and the `finals` (T, D)."""
-        text, start = self.texts[row], self._starts[row]
-        span = slice(start, start + len(text.ids))
-        states, finals = torch.stack([self._states[exit_layer][span] for exit_layer in exits]), self._finals[span]
-        return {"input_ids": text.ids, "labels": text.labels, "exits": exits, "states": states, "finals": finals}
-
-
-def _mapped(path: Path, tokens: int, width: int) -> Tensor:
-    return torch.from_file(str(path), size=tokens * width, dtype=torch.bfloat16).view(tokens, width)
-
-
-class StateRows(Dataset[Any]):
-    """Texts in an order, with the states of all exits; or all of them with those of the first exit, then of the next."""
-
-    def __init__(self, states: States, order: Sequence[int], one_by_one: bool) -> None:
-        self._states, self._order = states, order
-        self._exits = [(exit_layer,) for exit_layer in states.exits] if one_by_one else [states.exits]
-
-    def __len__(self) -> int:
-        return len(self._order) * len(self._exits)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        phase, place = divmod(position, len(self._order))
-        return self._states.row(self._order[place], self._exits[phase])
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of `States.row`, padded at the right.
-
-    It has ids and labels (B, T), states (X, B, T, D), finals (B, T, D), exits (X,) and lengths (B,).
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(tokens: list[int], filler: int) -> list[int]:
-        return tokens + [filler] * (longest - len(tokens))
-
-    def filled(states: Tensor) -> Tensor:
-        return torch.nn.functional.pad(states, (0, 0, 0, longest - states.shape[-2]))
-
-    return {
-        "input_ids": torch.tensor([padded(row["input_ids"], 0) for row in rows]),
-        "labels": torch.tensor([padded([IGNORED, *row["labels"][1:]], IGNORED) for row in rows]),
-        "states": torch.stack([filled(row["states"]) for row in rows], dim=1),
-        "finals": torch.stack([filled(row["finals"]) for row in rows]),
-        "exits": torch.tensor(rows[0]["exits"]),
-        "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
-    }
+        """A text with the `exits` (X,), its `states` (X, T, D) after them and its `finals` (T, D)."""
+        text, end = self._texts[row], self._ends[row]
+        span = slice(end - len(text["input_ids"]), end)
+        states = torch.stack([self._states[self._exits.index(exit_layer)][span] for exit_layer in exits])
+        return {**text, "exits": exits, "states": states, "finals": self._states[-1][span]}

@@ -4,7 +4,6 @@ Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act
 processes drift apart.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint.locate import adapters_of
 from ..checkpoint.save import write_model
 from ..checkpoint.transformers_read import quiet_transformers
 from ..config.checks import require
@@ -80,7 +78,7 @@ class RecipeModule(nn.Module):
         original = None if anchor is None else anchor.teacher(input_ids, labels, documents)
         total = rows[layers][0].new_zeros((), dtype=torch.float32)
         per_exit = []
-        for weight, exit_layer in zip(self._weights(exits), exits, strict=True):
+        for weight, exit_layer in zip(exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights), exits, strict=True):
             teacher = last_layer if exit_layer < layers else original
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):  # the paper's first exit weighs nothing
                 cross_entropy, divergence = summed_losses(
@@ -107,10 +105,16 @@ class RecipeModule(nn.Module):
 
     def _states(self, input_ids: Tensor, exits: tuple[int, ...], step: RunStep, documents: Tensor | None) -> dict[int, Tensor]:
         """The hidden states (B, T, D) after each exit layer that is on."""
+        recipe, layers = self.recipe, self.backend.num_layers
+        rates = [0.0] * layers
+        if self.training and recipe.p_max:
+            rates = dropout_rates(
+                recipe.p_max, layers, time_scale(step.done, step.total, self.from_scratch), recipe.dropout_profile
+            )
         hidden = self.backend.embed(input_ids)
         inputs = span_inputs(self.backend, hidden, documents)
         states = {}
-        for layer, rate in enumerate(self._rates(step)):
+        for layer, rate in enumerate(rates):
             kept = kept_rows(rate, hidden.shape[0], self.seed, step.done, step.first_row, layer)
             if self.recompute and self.training:
                 hidden = checkpoint(run_layer_on, self.backend, layer, hidden, inputs, kept, use_reentrant=False)
@@ -119,16 +123,6 @@ class RecipeModule(nn.Module):
             if layer + 1 in exits:
                 states[layer + 1] = hidden
         return states
-
-    def _weights(self, exits: tuple[int, ...]) -> list[float]:
-        return exit_weights(exits, self.backend.num_layers, self.recipe.e_scale, self.recipe.exit_weights)
-
-    def _rates(self, step: RunStep) -> list[float]:
-        layers = self.backend.num_layers
-        if not self.training or self.recipe.p_max == 0:
-            return [0.0] * layers
-        scale = time_scale(step.done, step.total, self.from_scratch)
-        return dropout_rates(self.recipe.p_max, layers, scale, self.recipe.dropout_profile)
 
 
 def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> int | None:
@@ -171,13 +165,3 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
         return get_peft_model(model, lora)
     except ValueError as error:
         raise ConfigError(f"`lora_targets` {config.lora_targets}: {first_line(error)}") from error
-
-
-def require_base_kept(config: FinetuneConfig) -> None:
-    """Raises ConfigError when an adapter would replace the model that it belongs to."""
-    if not config.lora_keep:
-        return
-    adapters, below = adapters_of(config.model)
-    for base in (*adapters, below):
-        if Path(base).is_dir() and Path(config.output).is_dir() and os.path.samefile(base, config.output):
-            raise ConfigError(f"`lora_keep`: the adapter needs its base {base}, which `output` {config.output} would replace")

@@ -1,27 +1,36 @@
 """A run with all of its defaults resolved, and what it will take on this machine."""
 
+import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from math import cos, pi
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.loaded import pick_dtype
 from ..config.training import Answers, BlockLoss, Feature, FinetuneConfig
 from ..errors import ConfigError
-from ..model.exit_blocks import ExitBlock
+from ..model import ModelSpec
 from .answers import Replay
 from .checkpoints import ResumePoint
-from .recipe import Recipe, RunStep, sequence_length
+from .data import collate
+from .recipe import Recipe, RunStep
+from .sharding import world_size
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 _BRIEF = 2.0  # seconds; a step that takes less is timed again, without what only a first one does
+
+# May differ between a run and its resumption: none of it changes the steps that follow.
+_FREE = (
+    *("model", "data", "output", "resume", "overwrite", "save_steps", "report_to", "epochs", "device"),
+    *("validation", "validation_samples", "eval_steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,25 +40,11 @@ class Blocks:
     exits: tuple[int, ...]  # ascending
     feature: Feature
     answers: Answers
-    answer_tokens: int
-    answer_temperature: float
     loss: BlockLoss
     answered: int  # of the rows and those held out, those whose answers an earlier run has left
     answer_seconds: float
     state_seconds: float
     disk_mb: float  # of states
-
-    @property
-    def placed(self) -> list[ExitBlock]:
-        return [ExitBlock(exit_layer, self.feature) for exit_layer in self.exits]
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """What one step was measured to take in each process, and its peak memory with the optimizer's moments, in MB."""
-
-    seconds: float
-    memory_mb: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,8 @@ class Plan:
     adapted_layers: int | None = None  # the first ones, to which LoRA is confined
     replay: Replay | None = None
     blocks: Blocks | None = None
-    step: StepCost | None = None  # None under FSDP
+    step_seconds: float | None = None  # what one step was measured to take in each process; None under FSDP
+    memory_mb: float = 0.0  # at its peak, with the optimizer's moments
     notes: tuple[str, ...] = ()  # what the user should know before it starts
 
     @property
@@ -111,17 +107,74 @@ class Plan:
         return (1 + cos(pi * (index - self.warmup_steps) / max(1, self.steps - self.warmup_steps))) / 2
 
 
+def make_plan(
+    config: FinetuneConfig,
+    device: torch.device,
+    spec: ModelSpec,
+    resume: ResumePoint | None,
+    resolved: Mapping[str, Any],
+    notes: tuple[str, ...],
+    **fields: Any,
+) -> Plan:
+    """A plan with the `fields` that are given, sealed with the config as it was `resolved`.
+
+    Raises ConfigError where the checkpoint to resume from was sealed with other settings.
+    """
+    autocast = autocasts(config, device, spec.parameters)
+    sealed = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    sealed |= sealed.pop("recipe") | sealed.pop("retention") | sealed.pop("exit_blocks") | resolved
+    sealed |= {name: fields[name] for name in ("lr", "max_length", "steps", "rows")}
+    sealed |= {"dtype": dtype_name(autocast), "processes": world_size()}
+    sealed = json.loads(json.dumps(sealed))
+    if resume is not None:
+        for name, value in sealed.items():
+            if name in resume.settings and resume.settings[name] != value:
+                raise ConfigError(
+                    f"`resume`: {name} was {resume.settings[name]} in the run to go on with, and is {value} now; a run is "
+                    "resumed with the same settings on the same data"
+                )
+        notes += (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
+    return Plan(
+        config, str(device), autocast, parameters=spec.parameters, num_layers=spec.layers, sealed=sealed, notes=notes, **fields
+    )
+
+
+def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_tokens: float) -> Plan:
+    """A plan with what a step in the middle of its run was measured to take: forward and backward on one batch of `rows`.
+
+    The run's rows have `mean_tokens` each.
+    """
+    trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+    if plan.config.fsdp:
+        return replace(plan, trained=trained)
+    device = torch.device(plan.device)
+    module.to(device).train()
+    batch = collate(list(islice(cycle(rows), plan.config.batch_size)))
+    batch = {name: value.to(device) for name, value in batch.items()}
+    measured = int(batch.pop("lengths").sum())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.autocast):
+            loss = module(**batch, step=RunStep(plan.steps // 2, plan.steps))["loss"]
+        torch.autograd.backward(loss)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        module.zero_grad(set_to_none=True)
+        if seconds > _BRIEF:
+            break
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    share = plan.config.batch_size * plan.config.accumulation * mean_tokens / measured
+    return replace(plan, trained=trained, step_seconds=seconds * share, memory_mb=(peak + 8 * trained) / 2**20)
+
+
 def dtype_name(autocast: bool) -> str:
     return "bf16 autocast" if autocast else "fp32"
-
-
-def tokens_per_row(config: FinetuneConfig, context: int) -> int:
-    """Tokens per row: what was asked for, or the regime's length within the model's context."""
-    if config.max_length is None:
-        return sequence_length(config.regime, context)
-    if config.max_length > context:
-        raise ConfigError(f"`max_length` must be at most the model's context of {context} tokens, got {config.max_length}")
-    return config.max_length
 
 
 def autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:
@@ -131,51 +184,3 @@ def autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> 
     if config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return True
     return pick_dtype(config.dtype, device, parameters) == torch.bfloat16
-
-
-def resumed_notes(resume: ResumePoint | None, sealed: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to say of the checkpoint that a run goes on from. Raises ConfigError where its settings were others."""
-    if resume is None:
-        return ()
-    for name, value in sealed.items():
-        if name in resume.settings and resume.settings[name] != value:
-            raise ConfigError(
-                f"`resume`: {name} was {resume.settings[name]} in the run to go on with, and is {value} now; a run is resumed "
-                "with the same settings on the same data"
-            )
-    return (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
-
-
-def timed_step(
-    module: nn.Module, batch: Mapping[str, Tensor], device: torch.device, autocast: bool, steps: int, tokens: float
-) -> StepCost:
-    """Runs forward and backward on one batch in the middle of a run of `steps`. A step has so many `tokens` in this process."""
-    module.to(device).train()
-    moved = {name: value.to(device) for name, value in batch.items()}
-    own = int(moved.pop("lengths").sum())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = module(**moved, step=RunStep(steps // 2, steps))["loss"]
-        torch.autograd.backward(loss)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        module.zero_grad(set_to_none=True)
-        if seconds > _BRIEF:
-            break
-    moments = 8 * sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-    return StepCost(seconds * tokens / own, (_peak_bytes(device) + moments) / 2**20)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def repeated(rows: list[Any], count: int) -> list[Any]:
-    """So many rows, the same again where there are fewer."""
-    return list(islice(cycle(rows), count))

@@ -1,20 +1,15 @@
-"""The progress of a run: the sums of a step, the report of each step, the history of losses, and its plot."""
+"""The progress of a run: the report of each step, the history of losses, and its plot."""
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import msgspec
+import numpy as np
 
-_EXIT = "exit_"
-_VALIDATION = "eval_exit_"
-_LOSS = "_loss"
-_AGREEMENT = "_agreement"
-_DIVERGENCE = "divergence"
-_RARE: dict[str, Any] = {"agreement": {}, _DIVERGENCE: None}  # what stands there if it is not measured
+_RARE: dict[str, Any] = {"agreement": {}, "divergence": None}  # what stands there if it is not measured
 _POINTS = 200  # per curve: a long run is drawn as means over segments of its steps
 
 
@@ -32,38 +27,6 @@ class StepReport:
     validation_losses: dict[int, float]  # of every exit at the last validation; empty before the first
     agreement: dict[int, float] = field(default_factory=dict)  # of frozen exits there: the share of first drafts accepted
     divergence: float | None = None  # from the original, with an anchor
-
-
-@dataclass(frozen=True)
-class StageProgress:
-    """What is done of a stage before the training, such as `answers`."""
-
-    stage: str
-    done: int
-    total: int
-
-
-@dataclass
-class StepSums:
-    """Sums over the micro-batches of one optimizer step. They stay on the device: reading them would wait for it."""
-
-    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    per_exit: Tensor = field(default_factory=lambda: torch.zeros(()))  # (exits,) from the first micro-batch on
-    exit_layers: tuple[int, ...] = ()
-    divergence: Tensor | None = None  # from the original, with an anchor
-    tokens: Tensor = field(default_factory=lambda: torch.zeros(()))  # without padding
-    micro_batches: int = 0
-    targets: Tensor | int = 1  # target tokens of the whole step, over all micro-batches and processes
-
-    def add(self, output: dict[str, Any], tokens: Tensor, targets: Tensor | int) -> None:
-        self.loss = self.loss + output["loss"].detach()
-        self.per_exit = self.per_exit + output["per_exit"]
-        self.exit_layers = output["exit_layers"]
-        if "divergence" in output:
-            self.divergence = output["divergence"] + (0 if self.divergence is None else self.divergence)
-        self.tokens = self.tokens + tokens
-        self.micro_batches += 1
-        self.targets = targets
 
 
 @dataclass(frozen=True)
@@ -89,41 +52,30 @@ class StepLosses:
 
 @dataclass
 class LossHistory:
-    """The losses of every step since the first, across interruptions."""
+    """All steps of a run, the latest loss of every exit (ascending), and the last values measured on held-out rows."""
 
     steps: list[StepLosses] = field(default_factory=list)
-    latest: dict[int, float] = field(default_factory=dict)  # of every exit seen, by exit layer
-    validated: dict[int, float] = field(default_factory=dict)  # of every exit at the last validation
-    agreement: dict[int, float] = field(default_factory=dict)  # likewise
+    latest: dict[int, float] = field(default_factory=dict)
+    validated: dict[int, float] = field(default_factory=dict)
+    agreement: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of_log(cls, log: Iterable[Mapping[str, float]]) -> "LossHistory":
-        """The history in `TrainerState.log_history`, which each checkpoint keeps; see `step_log` and `validation_log`."""
+    def read(cls, file: Path) -> "LossHistory":
+        """What `to_jsonl` has written."""
         history = cls()
-        for entry in log:
-            if "loss" in entry:
-                exits, divergence = _by_exit(entry, _EXIT, _LOSS), entry.get(_DIVERGENCE)
-                history.add(StepLosses(int(entry["step"]), entry["loss"], exits, divergence=divergence))
-            elif "eval_loss" in entry:
-                history.validate(entry)
+        for line in file.read_text(encoding="utf-8").splitlines():
+            history.add(msgspec.convert(json.loads(line), StepLosses, str_keys=True))
         return history
 
     def add(self, losses: StepLosses) -> None:
         self.steps.append(losses)
         self.latest = dict(sorted({**self.latest, **losses.exits}.items()))
+        if losses.validation:
+            self.validated, self.agreement = losses.validation, losses.agreement
 
-    def validate(self, log: Mapping[str, float]) -> None:
-        """Adds the losses and the agreement of every exit on held-out rows, measured after the last step."""
-        self.validated, self.agreement = _by_exit(log, _VALIDATION, _LOSS), _by_exit(log, _VALIDATION, _AGREEMENT)
-        self.steps[-1] = replace(self.steps[-1], validation=self.validated, agreement=self.agreement)
-
-    def report(self, total_steps: int, learning_rate: float, tokens_per_second: float) -> StepReport:
-        """Of the last step."""
-        last = self.steps[-1]
-        return StepReport(
-            last.step, total_steps, last.loss, last.final, self.latest, learning_rate, tokens_per_second,
-            self.validated, self.agreement, last.divergence,
-        )  # fmt: skip
+    def validate(self, losses: dict[int, float], agreement: dict[int, float]) -> None:
+        """Adds what was measured on held-out rows after the last step."""
+        self.add(replace(self.steps.pop(), validation=losses, agreement=agreement))
 
     def to_jsonl(self) -> str:
         """One JSON line per step, without what the run does not measure."""
@@ -132,26 +84,6 @@ class LossHistory:
             for step in self.steps
         )
         return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def step_log(losses: StepLosses, learning_rate: float, grad_norm: float) -> dict[str, float]:
-    """A step as Trainer logs it: the entry of `log_history` and what the trackers of `report_to` receive."""
-    exits = {f"{_EXIT}{layer}{_LOSS}": loss for layer, loss in losses.exits.items()}
-    exits |= {} if losses.divergence is None else {_DIVERGENCE: losses.divergence}
-    return {"loss": losses.loss, "grad_norm": grad_norm, "learning_rate": learning_rate, **exits}
-
-
-def validation_log(losses: dict[int, float], agreement: Mapping[int, float]) -> dict[str, float]:
-    """A validation as Trainer logs it; `eval_loss` is that of the deepest exit."""
-    exits = {f"{_VALIDATION}{layer}{_LOSS}": loss for layer, loss in losses.items()}
-    exits |= {f"{_VALIDATION}{layer}{_AGREEMENT}": share for layer, share in agreement.items()}
-    return {**exits, "eval_loss": losses[max(losses)]}
-
-
-def _by_exit(log: Mapping[str, float], prefix: str, suffix: str) -> dict[int, float]:
-    """Exit layer -> value, of the names PREFIX<layer>SUFFIX in a log entry."""
-    named = {name: name.removeprefix(prefix) for name in log if name.startswith(prefix) and name.endswith(suffix)}
-    return {int(layer.removesuffix(suffix)): log[name] for name, layer in named.items()}
 
 
 def loss_plot(history: LossHistory) -> bytes:
@@ -171,13 +103,14 @@ def loss_plot(history: LossHistory) -> bytes:
     axes = figure.add_subplot()
     colours = colormaps["viridis"]
     for layer in layers:
-        seen = [(step.step, step.exits[layer]) for step in history.steps if layer in step.exits]
+        seen = np.array([(step.step, step.exits[layer]) for step in history.steps if layer in step.exits])
+        means = [part.mean(0) for part in np.array_split(seen, min(len(seen), _POINTS))]
         held_out = [(step.step, step.validation[layer]) for step in history.steps if step.validation]
         last = layer == layers[-1]
         colour = "black" if last else colours((layer - 1) / max(layers))
         axes.plot([step for step, _ in held_out], [loss for _, loss in held_out], ".", color=colour)
         axes.plot(
-            *_thinned(seen), color=colour, linewidth=2 if last else 1,
+            *np.transpose(means), color=colour, linewidth=2 if last else 1,
             marker="." if len(seen) == 1 else None, label=f"last layer ({layer})" if last else None,
         )  # fmt: skip
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
@@ -187,11 +120,3 @@ def loss_plot(history: LossHistory) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
-    """Steps and losses, as means over at most _POINTS segments."""
-    width = -(-len(points) // _POINTS)
-    segments = [points[start : start + width] for start in range(0, len(points), width)]
-    means = [[sum(values) / len(segment) for values in zip(*segment, strict=True)] for segment in segments]
-    return [step for step, _ in means], [loss for _, loss in means]

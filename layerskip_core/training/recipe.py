@@ -70,9 +70,13 @@ def learning_rate(regime: Regime, parameters: int) -> float:
     return (_SMALL_LEARNING_RATES if parameters < _SMALL_MODEL else _LEARNING_RATES)[regime]
 
 
-def sequence_length(regime: Regime, context: int) -> int:
-    """Tokens per row: 512 for tasks, 2048 for plain text (our values: the paper's table has none), within the context."""
-    return min(_LENGTHS[regime], context)
+def sequence_length(asked: int | None, regime: Regime, context: int) -> int:
+    """Tokens per row: what was asked for, or 512 for tasks and 2048 for plain text (our values: the paper's table has none),
+    within the context. Raises ConfigError above it.
+    """
+    if asked is not None and asked > context:
+        raise ConfigError(f"`max_length` must be at most the model's context of {context} tokens, got {asked}")
+    return min(_LENGTHS[regime], context) if asked is None else asked
 
 
 def resolve_recipe(asked: RecipeSettings, regime: Regime, parameters: int, num_layers: int, vocab_size: int) -> Recipe:
@@ -86,24 +90,20 @@ def resolve_recipe(asked: RecipeSettings, regime: Regime, parameters: int, num_l
     recipe = Recipe(**recipe_preset(regime, parameters) | given)
     for exit_layer in recipe.exits:
         require_exit_layer(exit_layer, num_layers, field="exits")
-    _require_used(recipe, num_layers)
+    if recipe.curriculum == "none":
+        for name in ("exits", "distill"):
+            require(not getattr(recipe, name), name, "left out with `curriculum` none", getattr(recipe, name))
+    else:
+        require(recipe.e_scale > 0, "e_scale", "above 0 unless `curriculum` is none", recipe.e_scale)
+        scales = exit_scales(num_layers, recipe.e_scale, recipe.exit_weights)
+        weighs = not recipe.exits or any(scales[exit_layer - 1] > 0 for exit_layer in recipe.exits)
+        needed = f"exits that `exit_weights` {recipe.exit_weights} gives a weight above 0"
+        require(weighs, "exits", needed, ",".join(map(str, recipe.exits)))
     rotation = 0
     if recipe.curriculum == "rotational":
         count = len(recipe.exits) or num_layers
         rotation = recipe.rotation or max(1, count - 1 if vocab_size > _LARGE_VOCABULARY else count // 3)
     return replace(recipe, rotation=rotation, exits=tuple(sorted(recipe.exits)))
-
-
-def _require_used(recipe: Recipe, num_layers: int) -> None:
-    if recipe.curriculum == "none":
-        for name in ("exits", "distill"):
-            require(not getattr(recipe, name), name, "left out with `curriculum` none", getattr(recipe, name))
-        return
-    require(recipe.e_scale > 0, "e_scale", "above 0 unless `curriculum` is none", recipe.e_scale)
-    scales = exit_scales(num_layers, recipe.e_scale, recipe.exit_weights)
-    weighs = not recipe.exits or any(scales[exit_layer - 1] > 0 for exit_layer in recipe.exits)
-    needed = f"exits that `exit_weights` {recipe.exit_weights} gives a weight above 0"
-    require(weighs, "exits", needed, ",".join(map(str, recipe.exits)))
 
 
 def depth_scale(layer: int, num_layers: int) -> float:
@@ -178,14 +178,13 @@ def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tu
     """
     exits = recipe.exits or tuple(range(1, num_layers + 1))
     count = len(exits)
+    chosen: Sequence[int] = ()
     if recipe.curriculum == "rotational":
         chosen = [exit_layer for i, exit_layer in enumerate(exits) if i % recipe.rotation == step % recipe.rotation]
     elif recipe.curriculum == "gradual":
         chosen = [exit_layer for i, exit_layer in enumerate(exits) if 2 * count * step >= total_steps * (count - i)]
     elif recipe.curriculum == "all":
-        chosen = list(exits)
-    else:
-        chosen = []
+        chosen = exits
     return tuple(sorted({*chosen, num_layers}))
 
 

@@ -22,22 +22,13 @@ from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line
 from ..files import run_staging
 from ..interruption import Interruption
-from .answers import has_replay
-from .checkpoints import (
-    ResumePoint,
-    checkpoints_folder,
-    discard_after,
-    has_checkpoints,
-    last_checkpoint,
-    newest_whole,
-    require_own,
-)
-from .frozen_model import FrozenModel, load_frozen_model
+from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest_first, newest_whole, require_own
+from .frozen_model import FrozenModel
 from .plan import Plan
-from .progress import LossHistory, StageProgress, StepReport
+from .progress import LossHistory, StepReport
 from .sharding import process_index, resolve_sharding
-from .trainer import RunTrainer, make_trainer, require_trackers
-from .whole_model import WholeModel, load_whole_model
+from .trainer import RunCallback, RunTrainer, require_trackers
+from .whole_model import WholeModel
 
 
 @dataclass(frozen=True)
@@ -52,13 +43,13 @@ class Job:
         return self.trained.plan
 
     def run(
-        self, on_step: Callable[[StepReport], None], on_progress: Callable[[StageProgress], None] = lambda _: None
+        self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
     ) -> CheckpointInfo:
         """Train to the end and write the result to the config's `output`.
 
         Args:
             on_step: called after each optimizer step; an exception of it ends the run.
-            on_progress: called after each part of what comes before, such as answers that are written.
+            on_progress: called with a stage before the training, such as "answers", and how many of how many are done.
 
         Returns:
             The info of the saved model, with the last losses of every exit, or how each block was trained.
@@ -79,16 +70,28 @@ class Job:
     def _run(
         self,
         on_step: Callable[[StepReport], None],
-        on_progress: Callable[[StageProgress], None],
+        on_progress: Callable[[str, int, int], None],
         interruption: Interruption,
     ) -> tuple[CheckpointInfo, list[str]]:
+        def stage(name: str, total: int) -> Callable[[int], None]:
+            """Reports what is done of a stage before the training, and ends the run after a signal."""
+
+            def report(done: int) -> None:
+                if interruption.signal is not None:
+                    kept = f"interrupted after {done} of {total} {name}, which are kept"
+                    raise TrainingInterrupted(kept, interruption.signal, 0)
+                on_progress(name, done, total)
+
+            return report
+
         plan, trained = self.plan, self.trained
-        rows, held_out = trained.rows(lambda stage, total: _stage(stage, total, on_progress, interruption))
-        trainer = make_trainer(
-            trained.module, plan, rows, held_out, trained.collate, on_step, interruption, trained.sharded_layers
-        )
+        layers = trained.module.backend.layers if plan.config.fsdp else ()
+        sharded = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # one by one
+        history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
+        trainer = RunTrainer(trained.module, plan, *trained.rows(stage), history, sharded)
+        trainer.add_callback(RunCallback(trainer, on_step, interruption))
         self._train(trainer, interruption)
-        return trained.save(LossHistory.of_log(trainer.state.log_history), trainer.is_world_process_zero())
+        return trained.save(history, trainer.is_world_process_zero())
 
     def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
         """Trains to the end, or raises what stopped it."""
@@ -109,7 +112,7 @@ class Job:
                     folder.rmdir()  # Trainer makes it even for a run that writes no checkpoints
         step = trainer.state.global_step
         if step < steps:
-            saved = f"interrupted after step {step} of {steps}; saved {last_checkpoint(folder)}"
+            saved = f"interrupted after step {step} of {steps}; saved {newest_first(folder)[0]}"
             raise TrainingInterrupted(saved, interruption.signal or 0, step)
 
 
@@ -120,8 +123,7 @@ def prepare(config: FinetuneConfig) -> Job:
     require_trackers(config.report_to)
     config = resolve_sharding(config, device)
     resume = _resume_point(config)
-    load = load_frozen_model if config.exit_blocks.frozen else load_whole_model
-    return Job(load(config, device, resume), resume)
+    return Job((FrozenModel if config.exit_blocks.frozen else WholeModel)(config, device, resume), resume)
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:
@@ -152,9 +154,9 @@ def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
     """
     folder = checkpoints_folder(config.output)
     require_own(folder)
-    there = has_checkpoints(folder)
+    there = newest_first(folder)
     if config.resume:
-        texts = config.exit_blocks.frozen or (config.retention.replay and has_replay(config.output))
+        texts = config.exit_blocks.frozen or (config.retention.replay and any(folder.glob("replay-*.jsonl")))
         return None if texts and not there else newest_whole(folder)
     if there and not config.overwrite:
         raise ConfigError(
@@ -163,28 +165,13 @@ def _resume_point(config: FinetuneConfig) -> ResumePoint | None:
     return None
 
 
-def _stage(
-    stage: str, total: int, on_progress: Callable[[StageProgress], None], interruption: Interruption
-) -> Callable[[int], None]:
-    """Reports what is done of a stage before the training, and ends the run after a signal."""
-
-    def report(done: int) -> None:
-        if interruption.signal is not None:
-            kept = f"interrupted after {done} of {total} {stage}, which are kept"
-            raise TrainingInterrupted(kept, interruption.signal, 0)
-        on_progress(StageProgress(stage, done, total))
-
-    return report
-
-
 def _explained(error: Exception, trainer: RunTrainer, folder: Path, resume: ResumePoint | None) -> Exception:
     """An error of the libraries as one for the user, if it came while a checkpoint was read or written."""
     if trainer.phase == "loading" and resume is not None:
         return CheckpointError(f"cannot resume from {resume.folder}: {first_line(error)}")
     if trainer.phase != "saving":
         return error
-    last = last_checkpoint(folder)
-    kept = "" if last is None else f"; {last} before it is whole: go on from it with `resume`"
+    kept = "".join(f"; {last} before it is whole: go on from it with `resume`" for last in newest_first(folder)[:1])
     free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB are free there"
     step = trainer.state.global_step
     return CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {first_line(error)} ({free}){kept}")

@@ -5,7 +5,7 @@ whole model at the end.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,28 +36,24 @@ def process_index() -> int:
 def resolve_sharding(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
     """The config with `fsdp` on where a config of `accelerate launch` turns it on.
 
-    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for settings of accelerate that a run cannot
-    keep.
+    Raises ConfigError for one process, for a device other than GPUs and CPUs, and for what that config asks of FSDP and the run
+    would do otherwise.
     """
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE
+    given = {name: value.lower() for name, value in os.environ.items()}
+    launched = given.get("ACCELERATE_USE_FSDP") in _TRUE
     if not (config.fsdp or launched):
         return config
     if launched:
-        _require_launch(os.environ)
+        version = given.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise ConfigError(f"accelerate's config must have fsdp_version 2, got {version}; or start torchrun with `fsdp`")
+        for name, instead in (("offload_params", "more processes"), ("activation_checkpointing", "`gradient_checkpointing`")):
+            if given.get(f"FSDP_{name.upper()}") in _TRUE:
+                raise ConfigError(f"accelerate's config must have fsdp_{name} false, got true; give {instead} instead")
     processes = world_size()
     require(processes > 1, "fsdp", "used under torchrun with at least 2 processes (--nproc-per-node)", processes)
     require(device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device)
     return replace(config, fsdp=True)
-
-
-def _require_launch(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError for what a config of accelerate asks of FSDP and the run would do otherwise."""
-    version = environment.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise ConfigError(f"accelerate's config must have fsdp_version 2, got {version}; or start torchrun with `fsdp`")
-    for name, instead in (("OFFLOAD_PARAMS", "more processes"), ("ACTIVATION_CHECKPOINTING", "`gradient_checkpointing`")):
-        if environment.get(f"FSDP_{name}", "").lower() in _TRUE:
-            raise ConfigError(f"accelerate's config must have fsdp_{name.lower()} false, got true; give {instead} instead")
 
 
 def use_fsdp(accelerator: Any, layers: tuple[str, ...]) -> None:

@@ -7,9 +7,9 @@ version of transformers changes these, tests/training/test_resume.py fails.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ from ..errors import ConfigError, TrainingError
 from ..files import run_staging
 from ..interruption import Interruption
 from ..losses import IGNORED
-from .checkpoints import LOSSES, checkpoints_folder, last_checkpoint, publish
-from .data import StreamedRows
+from .checkpoints import LOSSES, checkpoints_folder, newest_first, publish
+from .data import StreamedRows, collate
+from .exit_blocks import FrozenExits
+from .module import RecipeModule
 from .plan import Plan
-from .progress import LossHistory, StepLosses, StepReport, StepSums, step_log, validation_log
+from .progress import LossHistory, StepLosses, StepReport
 from .recipe import RunStep
 from .sharding import read_shard, use_fsdp, write_shard
 
@@ -34,24 +36,6 @@ _BETAS = (0.9, 0.95)
 _MAX_NORM = 1.0  # of the gradient
 _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
 _SCHEDULER = "scheduler.pt"
-
-
-class TrainedModule(Protocol):
-    """What a run trains: an nn.Module that knows what a checkpoint keeps of it.
-
-    Its forward returns `loss`, `per_exit` and `exit_layers` as RecipeModule's does, and perhaps its `divergence`, or `agreeing`
-    (exits,), the counts of targets where an exit's best token is the last layer's. `measured_exits` are the exits of `per_exit`
-    in evaluation mode.
-    """
-
-    vocab_size: int
-    measured_exits: tuple[int, ...]
-
-    def save(self, folder: Path) -> None:
-        """Writes what `load` reads."""
-
-    def load(self, folder: Path) -> None:
-        """Raises CheckpointError for a folder that does not fit."""
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]
@@ -66,12 +50,24 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     lr_scheduler: Any
     is_fsdp_enabled: bool
 
-    def __init__(self, module: TrainedModule, plan: Plan, sharded_layers: tuple[str, ...], **keywords: Any) -> None:
-        self.sharded_layers = sharded_layers
+    def __init__(
+        self,
+        module: RecipeModule | FrozenExits,
+        plan: Plan,
+        rows: Any,
+        held_out: Any,
+        history: LossHistory,
+        sharded_layers: tuple[str, ...] = (),
+    ) -> None:
+        """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
+        self.plan, self.history, self.sharded_layers = plan, history, sharded_layers
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
-        self.sums = StepSums()
-        self._plan = plan
-        super().__init__(model=module, **keywords)
+        self.sums: Tensor | None = None  # of loss, divergence and tokens of a step, and of its exits; on the device
+        self.micro_batches = 0
+        self.exit_layers: tuple[int, ...] = ()
+        self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
+        arguments = _arguments(plan, bool(sharded_layers))
+        super().__init__(module, arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate)
         self.remove_callback(PrinterCallback)  # it writes to stdout
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -82,8 +78,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's own for a run of one phase."""
-        if self.lr_scheduler is None and self._plan.phases > 1:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._plan.lr_share)
+        if self.lr_scheduler is None and self.plan.phases > 1:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.plan.lr_share)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> Any:
@@ -101,19 +97,23 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         # Processes take the batches of a step in turns.
-        number = self.sums.micro_batches * self.args.world_size + self.args.process_index
+        number = self.micro_batches * self.args.world_size + self.args.process_index
         step = RunStep(self.state.global_step, self.state.max_steps, number * self.args.train_batch_size)
         batch: dict[str, Any] = dict(inputs)
         tokens = batch.pop("lengths").sum()
         output = model(**batch, step=step)
-        targets = _targets(inputs) if num_items_in_batch is None else num_items_in_batch
-        self.sums.add(output, tokens, targets)
+        loss = output["loss"].detach()
+        step_sums = (loss, output.get("divergence", torch.zeros_like(loss)), tokens.to(loss.dtype))
+        values = torch.cat((torch.stack(step_sums), output["per_exit"]))
+        self.sums = values if self.sums is None else self.sums + values
+        self.micro_batches, self.exit_layers = self.micro_batches + 1, output["exit_layers"]
+        self.targets = _targets(inputs) if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over processes, while `targets` counts the tokens of all of them.
-        loss = output["loss"] / targets * self.accelerator.num_processes
-        return (loss, output) if return_outputs else loss
+        scaled = output["loss"] / self.targets * self.accelerator.num_processes
+        return (scaled, output) if return_outputs else scaled
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss of every exit over the held-out rows, into the log and to the trackers."""
+        """Mean loss of every exit over the held-out rows, into the history, the log and the trackers."""
         inner: Any = self.accelerator.unwrap_model(self.model)
         inner.eval()
         exits: tuple[int, ...] = inner.measured_exits
@@ -136,11 +136,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                     sums[len(exits) : -1] += output["agreeing"]
         inner.train()
         *parts, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
-        losses, agreement = (
-            {layer: part / targets for layer, part in zip(exits, half, strict=True)}
-            for half in (parts[: len(exits)], parts[len(exits) :])
-        )
-        metrics = validation_log(losses, agreement if "agreeing" in output else {})
+        shares = [part / targets for part in parts]
+        losses = dict(zip(exits, shares, strict=False))
+        agreement = dict(zip(exits, shares[len(exits) :], strict=True)) if "agreeing" in output else {}
+        self.history.validate(losses, agreement)
+        metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()}
+        metrics |= {f"eval_exit_{layer}_agreement": share for layer, share in agreement.items()}
+        metrics["eval_loss"] = losses[max(losses)]
         self.log(dict(metrics))  # which adds to it
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -180,21 +182,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     Raises TrainingError for a gradient that is not finite, before the optimizer applies it, and for a loss that explodes.
     """
 
-    def __init__(
-        self, trainer: RunTrainer, plan: Plan, on_step: Callable[[StepReport], None], interruption: Interruption
-    ) -> None:
-        self._trainer = trainer
-        self._plan = plan
-        self._on_step = on_step
-        self._interruption = interruption
-        self._checkpoints = checkpoints_folder(plan.config.output)
-        self._history = LossHistory()
-        self._learning_rate = 0.0
-        self._grad_norm = 0.0
+    def __init__(self, trainer: RunTrainer, on_step: Callable[[StepReport], None], interruption: Interruption) -> None:
+        self._trainer, self._on_step, self._interruption = trainer, on_step, interruption
+        self._checkpoints = checkpoints_folder(trainer.plan.config.output)
+        self._learning_rate = self._grad_norm = 0.0
         self._started = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._history = LossHistory.of_log(state.log_history)
         state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it
         # From now on Trainer writes checkpoints into a staging folder; on_save moves them. Trackers have already set up their
         # files in the run's own folder, because this callback is the last one.
@@ -209,31 +203,42 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         norm = self._trainer.accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM)
         self._grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(self._grad_norm):
-            loss = float(self._trainer.sums.loss)
+            assert self._trainer.sums is not None
+            loss = float(self._trainer.sums[0])
             what = "norm of the gradient" if math.isfinite(loss) else "loss"
-            value = self._grad_norm if math.isfinite(loss) else loss
-            raise self._failure(f"the {what} of step {state.global_step + 1} is {value}")
+            raise self._failure(
+                f"the {what} of step {state.global_step + 1} is {self._grad_norm if math.isfinite(loss) else loss}"
+            )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any) -> None:
         self._learning_rate = float(lr_scheduler.get_last_lr()[0])  # on_step_end comes after the scheduler has moved on
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        sums, self._trainer.sums = self._trainer.sums, StepSums()
-        losses, tokens, stops = self._reduced(sums, state.global_step)
-        self._require_sane(losses)
-        self._history.add(losses)
-        self._trainer.log(step_log(losses, self._learning_rate, self._grad_norm))
+        trainer, history = self._trainer, self._trainer.history
+        losses, tokens, stops = self._reduced(state.global_step)
+        first = (history.steps or [losses])[0].final
+        if not losses.final <= _EXPLODED * max(math.log(trainer.model.vocab_size), first):  # NaN is not either
+            exploded = f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, first {first:.1f}"
+            raise self._failure(exploded)
+        history.add(losses)
+        log = {"loss": losses.loss, "grad_norm": self._grad_norm, "learning_rate": self._learning_rate}
+        log |= {f"exit_{layer}_loss": loss for layer, loss in losses.exits.items()}
+        trainer.log(log | ({} if losses.divergence is None else {"divergence": losses.divergence}))
         now = time.perf_counter()
         elapsed, self._started = now - self._started, now
-        self._on_step(self._history.report(state.max_steps, self._learning_rate, tokens / elapsed))
+        self._on_step(
+            StepReport(
+                losses.step, state.max_steps, losses.loss, losses.final, history.latest, self._learning_rate, tokens / elapsed,
+                history.validated, history.agreement, losses.divergence,
+            )
+        )  # fmt: skip
         last = state.global_step >= state.max_steps
         if stops and not last:
             control.should_save = control.should_training_stop = True
-        every = self._plan.eval_steps
+        every = trainer.plan.eval_steps
         control.should_evaluate = every > 0 and (last or state.global_step % every == 0)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
-        self._history.validate(metrics)
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = time.perf_counter()  # validation does not count in the speed of the next step
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -241,61 +246,30 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (written / LOSSES).write_text(self._history.to_jsonl(), encoding="utf-8")
-            publish(written, self._checkpoints, self._plan.sealed)
+            (written / LOSSES).write_text(self._trainer.history.to_jsonl(), encoding="utf-8")
+            publish(written, self._checkpoints, self._trainer.plan.sealed)
         self._trainer.phase = "training"
         self._started = time.perf_counter()
 
-    def _reduced(self, sums: StepSums, step: int) -> tuple[StepLosses, float, bool]:
+    def _reduced(self, step: int) -> tuple[StepLosses, float, bool]:
         """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
-        signalled = torch.tensor(float(self._interruption.signal is not None), device=sums.loss.device)
-        divergence = torch.zeros_like(sums.loss) if sums.divergence is None else sums.divergence
-        values = torch.cat([torch.stack([sums.loss, divergence, sums.tokens, signalled]), sums.per_exit])
-        loss, diverged, tokens, stops, *per_exit = self._trainer.accelerator.reduce(values, reduction="sum").tolist()
-        targets = float(sums.targets)
-        exits = {layer: part / targets for layer, part in zip(sums.exit_layers, per_exit, strict=True)}
-        anchored = None if sums.divergence is None else diverged / targets
+        trainer = self._trainer
+        assert trainer.sums is not None
+        signalled = torch.tensor([float(self._interruption.signal is not None)], device=trainer.sums.device)
+        sums = trainer.accelerator.reduce(torch.cat((signalled, trainer.sums)), reduction="sum").tolist()
+        stops, loss, divergence, tokens, *per_exit = sums
+        targets = float(trainer.targets)
+        exits = {layer: part / targets for layer, part in zip(trainer.exit_layers, per_exit, strict=True)}
+        anchored = divergence / targets if trainer.plan.config.retention.anchor else None
+        trainer.sums, trainer.micro_batches = None, 0
         return StepLosses(step, loss / targets, exits, divergence=anchored), tokens, bool(stops)
 
-    def _require_sane(self, losses: StepLosses) -> None:
-        """Raises TrainingError when the last layer's loss is above what any start explains."""
-        first = (self._history.steps or [losses])[0].final
-        limit = _EXPLODED * max(math.log(self._trainer.model.vocab_size), first)
-        if not losses.final <= limit:  # NaN is not either
-            raise self._failure(
-                f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, first {first:.1f}"
-            )
-
     def _failure(self, what: str) -> TrainingError:
-        last = last_checkpoint(self._checkpoints)
-        if last is None:
+        saved = newest_first(self._checkpoints)
+        if not saved:
             return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
-        again = "" if self._trainer.is_fsdp_enabled else f": start from it with `model` {last} and a lower `lr`"
-        return TrainingError(f"{what}; the last good checkpoint is {last}{again}")
-
-
-def make_trainer(
-    module: TrainedModule,
-    plan: Plan,
-    rows: Any,
-    held_out: Any,
-    collator: Callable[[list[Any]], dict[str, Tensor]],
-    on_step: Callable[[StepReport], None],
-    interruption: Interruption,
-    sharded_layers: tuple[str, ...] = (),
-) -> RunTrainer:
-    """A Trainer for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
-    trainer = RunTrainer(
-        module,
-        plan,
-        sharded_layers,
-        args=_arguments(plan, bool(sharded_layers)),
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=collator,
-    )
-    trainer.add_callback(RunCallback(trainer, plan, on_step, interruption))
-    return trainer
+        again = "" if self._trainer.is_fsdp_enabled else f": start from it with `model` {saved[0]} and a lower `lr`"
+        return TrainingError(f"{what}; the last good checkpoint is {saved[0]}{again}")
 
 
 def require_trackers(report_to: str) -> None:
@@ -329,7 +303,7 @@ def _arguments(plan: Plan, sharded: bool) -> TrainingArguments:
         seed=config.seed,
         bf16=plan.autocast,
         use_cpu=plan.device == "cpu",
-        num_train_epochs=1,  # OrderedRows makes one epoch of all passes
+        num_train_epochs=1,  # RunRows makes one epoch of all passes
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # a layer without rows and an exit that is off leave no parameter unused
@@ -347,5 +321,5 @@ def _arguments(plan: Plan, sharded: bool) -> TrainingArguments:
     return arguments
 
 
-def _targets(inputs: Mapping[str, Tensor]) -> Tensor:
+def _targets(inputs: dict[str, Tensor]) -> Tensor:
     return (inputs["labels"] != IGNORED).sum()

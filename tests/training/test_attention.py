@@ -1,11 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model
 from test_recipe_module import batch
-from training_runs import recipe_module, saved_base, settings_on
+from training_runs import recipe_module
 
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.training.data import Collator
+from layerskip_core.training.data import collate
 from layerskip_core.training.encoding import packed
 from layerskip_core.training.layers import use_fp32_attention
 from layerskip_core.training.recipe import RunStep
@@ -22,7 +24,7 @@ def gradients(model, *, autocast, **inputs):
 def inputs(kind):
     ids, labels = batch()
     if kind == "packed":
-        collated = Collator(0)(list(packed([ids[0].tolist(), ids[1, :4].tolist(), ids[2].tolist()], 18)))
+        collated = collate(list(packed([ids[0].tolist(), ids[1, :4].tolist(), ids[2].tolist()], 18)))
         return {name: collated[name] for name in ("input_ids", "labels", "documents")}
     return {"input_ids": ids, "labels": labels}
 
@@ -53,12 +55,13 @@ def test_a_model_with_another_attention_keeps_it():
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize(("multiplies_bf16", "dtype"), [(True, "bf16 autocast"), (False, "fp32")])
-def test_auto_is_bf16_where_the_cpu_multiplies_it(multiplies_bf16, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("multiplies_bf16", "dtype", "attention"), [(True, "bf16 autocast", "sdpa_fp32"), (False, "fp32", "sdpa")]
+)
+def test_auto_is_bf16_where_the_cpu_multiplies_it(settings, monkeypatch, multiplies_bf16, dtype, attention):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies_bf16)
-    job = prepare(settings_on(saved_base(tmp_path / "base"), tmp_path)(dtype="auto", steps=2))
-    assert job.plan.dtype == dtype
+    config = settings(dtype="auto", steps=1)
+    job = prepare(config)
     job.run(lambda report: None)
-    kind = job.trained.trainable.model.config._attn_implementation
-    assert kind == ("sdpa_fp32" if multiplies_bf16 else "sdpa")
-    assert "sdpa" not in (tmp_path / "out" / "config.json").read_text()
+    assert (job.plan.dtype, job.trained.trainable.model.config._attn_implementation) == (dtype, attention)
+    assert "sdpa" not in Path(config.output, "config.json").read_text()

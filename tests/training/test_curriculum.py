@@ -21,40 +21,36 @@ def test_gradual_adds_one_layer_every_t_over_2l_steps_from_the_top():
     assert on == [(4,), (4,), (4,), (4,), (3, 4), (2, 3, 4), (2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize(("curriculum", "expected"), [("all", (1, 2, 3)), ("none", (3,))])
-def test_constant_curricula(curriculum, expected):
-    assert exits_on(recipe(curriculum=curriculum), 5, 9, 3) == expected
-
-
 @pytest.mark.parametrize(
     ("curriculum", "expected"),
     [
         ("rotational", [(6, 15, 30), (8, 30), (10, 30), (6, 15, 30)]),
         ("gradual", [(30,), (30,), (15, 30), (6, 8, 10, 15, 30)]),
         ("all", [(6, 8, 10, 15, 30)] * 4),
+        ("none", [(30,)] * 4),
     ],
 )
 def test_named_exits_are_the_only_ones_besides_the_last(curriculum, expected):
     rotation = 3 if curriculum == "rotational" else None
-    named = recipe(curriculum=curriculum, rotation=rotation, exits=(10, 6, 8, 15))
+    named = recipe(curriculum=curriculum, rotation=rotation, exits=() if curriculum == "none" else (10, 6, 8, 15))
     steps = (0, 1, 2, 3) if curriculum == "rotational" else (0, 1, 2, 15)
     assert [exits_on(named, step, 16, 30) for step in steps] == expected
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("asked", "field"),
     [
-        ({"curriculum": "none", "exits": (6,)}, "`exits` must be left out with `curriculum` none, got"),
-        ({"curriculum": "none", "distill": 0.5}, "`distill` must be left out with `curriculum` none, got 0.5"),
-        ({"curriculum": "all", "e_scale": 0.0}, "`e_scale` must be above 0 unless `curriculum` is none, got 0"),
-        ({"exits": (1,)}, "`exits` must be exits that `exit_weights` paper gives a weight above 0, got 1"),
+        ({"curriculum": "none", "exits": (6,)}, "exits"),
+        ({"curriculum": "none", "distill": 0.5}, "distill"),
+        ({"curriculum": "all", "e_scale": 0.0}, "e_scale"),
+        ({"exits": (1,)}, "exits"),  # which the paper's formula gives no weight
+        ({"curriculum": "all", "rotation": 3}, "rotation"),
     ],
 )
-def test_settings_that_would_train_no_early_exit(asked, message):
-    with pytest.raises(ConfigError, match=message):
+def test_settings_that_would_train_no_early_exit(asked, field):
+    with pytest.raises(ConfigError) as refused:
         recipe(**asked)
-    with pytest.raises(ConfigError, match="`rotation` must be used with `curriculum` rotational, got all"):
-        RecipeSettings(curriculum="all", rotation=3)
+    assert refused.value.field == field
     assert recipe(exits=(1, 2)).exits == recipe(exits=(1, 2), exit_weights="uniform").exits == (1, 2)
 
 

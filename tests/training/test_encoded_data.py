@@ -10,7 +10,7 @@ from layerskip_core.errors import DataError
 from layerskip_core.losses import IGNORED
 from layerskip_core.prompting import PromptTemplate
 from layerskip_core.training import data as encoded_data
-from layerskip_core.training.data import Collator, StreamedRows, encode_rows
+from layerskip_core.training.data import StreamedRows, collate, encode_rows
 from layerskip_core.training.encoding import Encoder, packed, train_tokenizer
 from layerskip_core.training.run import prepare
 from layerskip_core.training.trainer import RunTrainer
@@ -42,30 +42,27 @@ def test_prompts_are_masked_and_rows_end(tokenizer):
     encoded = encoded_rows([Example("hi", "[IN:A ]"), Example("", "go")], tokenizer, PARSING_TEMPLATE, 64)
     prompt, completion = tokenizer("hi\n")["input_ids"], tokenizer("[IN:A ]")["input_ids"]
     plain = tokenizer("go")["input_ids"]  # no prompt, no template
-    assert encoded.rows[0] == {
-        "input_ids": [*prompt, *completion, 2],
-        "labels": [IGNORED] * len(prompt) + [*completion, 2],
-        "length": len(prompt) + len(completion) + 1,
-        "truncated": False,
-    }
-    assert encoded.rows[1]["input_ids"] == encoded.rows[1]["labels"] == [*plain, 2]
+    first, second = encoded.rows
+    assert first["input_ids"].tolist() == [*prompt, *completion, 2]
+    assert first["labels"].tolist() == [IGNORED] * len(prompt) + [*completion, 2]
+    assert second["input_ids"].tolist() == second["labels"].tolist() == [*plain, 2]
     assert encoded.tokens == len(prompt) + len(completion) + len(plain) + 2
-    assert encoded.truncated == 0
+    assert not first["truncated"]
 
 
 def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
     long = Example("hi", "go " * 50)
     encoded = encoded_rows([long, Example("hi " * 50, "go"), Example("hi", "go")], tokenizer, PARSING_TEMPLATE, 20)
-    assert (encoded.truncated, encoded.left_out, len(encoded.rows)) == (1, 1, 2)
+    assert ([row["truncated"] for row in encoded.rows], encoded.left_out) == ([True, False], 1)
     whole = tokenizer("hi\n")["input_ids"] + tokenizer(long.completion)["input_ids"]
-    assert encoded.rows[0]["input_ids"] == whole[:20]
+    assert encoded.rows[0]["input_ids"].tolist() == whole[:20]
     with pytest.raises(DataError, match="no row has room for a completion within `max_length` 3"):
         encoded_rows([long], tokenizer, "a prompt of many tokens: {prompt}\n", 3)
 
 
 def test_batches_are_padded_at_the_right_and_their_first_label_does_not_count():
     rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
-    batch = Collator(pad_id=0)(rows)
+    batch = collate(rows)
     torch.testing.assert_close(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 0]]))
     torch.testing.assert_close(batch["labels"], torch.tensor([[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]))
 
@@ -90,7 +87,7 @@ def test_conversations_that_cannot_be_encoded(tokenizer, chat_tokenizer):
         list(Encoder(tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS)]))
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{% for %}", "{{ nothing.at.all }}"])
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% for %}"])
 def test_a_template_that_fails_is_an_error_of_the_row(chat_tokenizer, template):
     chat_tokenizer.chat_template = template
     with pytest.raises(DataError, match=r"^a\.jsonl:7.*") as error:
@@ -102,15 +99,6 @@ def test_a_tokenizer_that_fails_is_an_error_of_the_row():
     encoder = Encoder(lambda *_, **__: 1 / 0, PromptTemplate("{prompt}"), 128)
     with pytest.raises(DataError, match=r"^a\.csv:3: the model's tokenizer cannot encode the prompt: division by zero"):
         list(encoder.rows([Example("", "b", "a.csv:3")]))
-
-
-def test_without_an_end_of_text_a_row_ends_with_its_completion(tokenizer):
-    tokenizer.eos_token = None
-    try:
-        (row,) = Encoder(tokenizer, PromptTemplate(), 64).rows([Example("", "go")])
-    finally:
-        tokenizer.eos_token = "<|eos|>"
-    assert row["input_ids"] == tokenizer("go")["input_ids"]
 
 
 def test_documents_fill_rows_and_lose_nothing():
@@ -129,8 +117,8 @@ def written(tmp_path, count=50):
 def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_path):
     data = DataConfig(name=written(tmp_path))
     job = prepare(settings(data=data, regime="continual", max_length=32))
-    assert set(job.trained.data.rows["length"][:-1]) == {32} and "packed into whole rows" in job.plan.notes[0]
-    assert job.plan.truncated == 0 and job.plan.tokens == sum(prepare(settings(data=data)).trained.data.rows["length"])
+    assert {len(row["labels"]) for row in job.trained.data.rows[:-1]} == {32} and "packed into whole rows" in job.plan.notes[0]
+    assert job.plan.truncated == 0 and job.plan.tokens == prepare(settings(data=data)).plan.tokens
     for changes in ({"regime": "finetune"}, {"regime": "continual", "pack": False}):
         job = prepare(settings(data=data, **changes))
         assert job.plan.rows == 50 and not job.plan.notes
@@ -178,13 +166,14 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     """Every two steps and at the end; after no training at all that is the loss of the base model's own exits."""
     changes = {"validation": validation, "validation_samples": 6, "eval_steps": 2, "steps": 5}
     job = prepare(settings(**changes))
-    assert job.trained.held_out.rows["input_ids"] == prepare(settings(**changes)).trained.held_out.rows["input_ids"]
-    assert not set(map(tuple, job.trained.held_out.rows["input_ids"])) & set(map(tuple, job.trained.data.rows["input_ids"]))
+    assert job.trained.held_out.digest == prepare(settings(**changes)).trained.held_out.digest
+    held_out, own = ({tuple(row["input_ids"]) for row in each.rows} for each in (job.trained.held_out, job.trained.data))
+    assert not held_out & own
     reports = []
     info = job.run(reports.append)
     assert [sorted(report.validation_losses) for report in reports] == [[], [], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
-    batch = Collator(0)([job.trained.held_out.rows[at] for at in range(6)])
+    batch = collate([job.trained.held_out.rows[at] for at in range(6)])
     logits = job.trained.trainable.model.eval()(batch["input_ids"]).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)

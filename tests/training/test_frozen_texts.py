@@ -14,8 +14,9 @@ from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training import answers as answering
 from layerskip_core.training import exit_blocks as keeping
-from layerskip_core.training.answers import Text, Writing, write_answers
-from layerskip_core.training.exit_blocks import StateRows, States, collate, write_states
+from layerskip_core.training.answers import Writing, write_answers
+from layerskip_core.training.data import collate
+from layerskip_core.training.exit_blocks import States, write_states
 
 PROMPTS = [[5, 6, 7], [8] * 9, [9, 10], [11, 12, 13, 14], [15] * 5]
 GREEDY = Writing(6, 64, 0.0, 0)
@@ -97,7 +98,10 @@ def test_a_damaged_journal_is_refused(loaded, tmp_path, line):
         write_answers(loaded, PROMPTS, GREEDY, tmp_path / "journal", ignored)
 
 
-TEXTS = [Text.of(prompt, [1, 2, 3][: 1 + row % 3]) for row, prompt in enumerate(PROMPTS)]
+TEXTS = [
+    {"input_ids": [*prompt, *[1, 2, 3][: 1 + row % 3]], "labels": [IGNORED] * len(prompt) + [1, 2, 3][: 1 + row % 3]}
+    for row, prompt in enumerate(PROMPTS)
+]
 
 
 @pytest.fixture
@@ -112,15 +116,15 @@ def test_states_are_those_of_each_text_alone(backend, tmp_path):
     states = States(TEXTS, (2, 5), backend.hidden_size, tmp_path)
     assert reports[0] == 0 and reports[-1] == len(TEXTS) and len(reports) > 3
     for row, text in enumerate(TEXTS):
-        positions = torch.arange(len(text.ids))[None]
+        positions = torch.arange(len(text["input_ids"]))[None]
         found = states.row(row, (2, 5))
-        hidden = backend.embed(torch.tensor([text.ids]))
+        hidden = backend.embed(torch.tensor([text["input_ids"]]))
         expected = [backend.run_layers(hidden, 0, stop, positions)[0] for stop in (2, 5, 6)]
         for state, wanted in zip(
             (*found["states"], found["finals"]), (*expected[:2], backend.normed(expected[2])), strict=True
         ):
             torch.testing.assert_close(state.float(), wanted, rtol=1e-2, atol=1e-3)  # bf16
-        assert (found["input_ids"], found["labels"]) == (text.ids, text.labels)
+        assert (found["input_ids"], found["labels"]) == (text["input_ids"], text["labels"])
 
 
 def test_states_go_on_from_what_is_on_disk_bit_by_bit(backend, tmp_path):
@@ -136,18 +140,16 @@ def test_states_go_on_from_what_is_on_disk_bit_by_bit(backend, tmp_path):
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_batch_is_padded_at_the_right_and_rows_come_exit_by_exit(backend, tmp_path):
+def test_a_batch_is_padded_at_the_right(backend, tmp_path):
     write_states(backend, backend.normed, TEXTS, (2, 5), tmp_path, ignored)
     states = States(TEXTS, (2, 5), backend.hidden_size, tmp_path)
-    rows = StateRows(states, [1, 3], one_by_one=True)
-    assert len(rows) == 4 and [rows[place]["exits"] for place in range(4)] == [(2,), (2,), (5,), (5,)]
-    assert torch.equal(rows[3]["states"][0], states.row(3, (5,))["states"][0])
-    batch = collate([StateRows(states, [1, 3], one_by_one=False)[place] for place in range(2)])
+    batch = collate([states.row(row, (2, 5)) for row in (1, 3)])
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
         "input_ids": (2, 11), "labels": (2, 11), "states": (2, 2, 11, 32), "finals": (2, 11, 32), "exits": (2,),
         "lengths": (2,),
     }  # fmt: skip
-    short = len(TEXTS[3].ids)
-    assert batch["labels"][1].tolist() == [*TEXTS[3].labels, *[IGNORED] * (11 - short)]
+    short = len(TEXTS[3]["input_ids"])
+    assert batch["labels"][1].tolist() == [*TEXTS[3]["labels"], *[IGNORED] * (11 - short)]
     assert not batch["states"][:, 1, short:].any()
     assert torch.equal(batch["finals"][1, :short], states.row(3, (2,))["finals"])
+    assert torch.equal(batch["states"][1, 1, :short], states.row(3, (5,))["states"][0])

@@ -25,4 +25,5 @@ def test_the_papers_values(regime, parameters, layers, p_max, e_scale, rotation,
 
 
 def test_lengths():
-    assert [sequence_length(*asked) for asked in (("finetune", 4096), ("code", 4096), ("code", 256))] == [512, 2048, 256]
+    asked = ((None, "finetune", 4096), (None, "code", 4096), (None, "code", 256), (100, "code", 256))
+    assert [sequence_length(*each) for each in asked] == [512, 2048, 256, 100]

@@ -9,7 +9,7 @@ from training_runs import recipe_module
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
-from layerskip_core.training.data import Collator
+from layerskip_core.training.data import collate
 from layerskip_core.training.encoding import packed
 from layerskip_core.training.recipe import RunStep, exit_weights
 
@@ -40,12 +40,8 @@ def layer_rows(model):
 @pytest.mark.parametrize(
     ("curriculum", "step", "exits"),
     [
-        ("rotational", 0, (1, 4, 6)),  # R = 3: layer indices 0 and 3, and the last
-        ("rotational", 1, (2, 5, 6)),
-        ("rotational", 2, (3, 6)),
-        ("gradual", 0, (6,)),
+        ("rotational", 1, (2, 5, 6)),  # R = 3: layer indices 1 and 4, and the last
         ("gradual", 2, (5, 6)),  # T = 12, L = 6: one more exit a step from t = 1 on
-        ("gradual", 6, (1, 2, 3, 4, 5, 6)),
         ("none", 3, (6,)),
     ],
 )
@@ -96,19 +92,7 @@ def test_constant_dropout_drops_as_much_at_the_first_layer_as_at_the_last():
     assert rows == pytest.approx([24] * 6, abs=9)  # 3 standard deviations
 
 
-def test_dropout_is_a_function_of_seed_and_moment(llama):
-    ids, labels = batch()
-    recipe = RecipeSettings(p_max=0.9, curriculum="none")
-    first = run(llama, recipe, RunStep(3, 10, 1), ids, labels, seed=7)["loss"]
-    torch.manual_seed(99)
-    torch.testing.assert_close(run(llama, recipe, RunStep(3, 10, 1), ids, labels, seed=7)["loss"], first, rtol=0, atol=0)
-    others = [(RunStep(4, 10, 1), 7), (RunStep(3, 10, 2), 7), (RunStep(3, 10, 1), 8)]
-    losses = [run(llama, recipe, step, ids, labels, seed=seed)["loss"].item() for step, seed in others]
-    assert first.item() not in losses
-
-
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp64", "bf16 autocast"])
-@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize(("bf16", "lora"), [(False, True), (True, False)], ids=["fp64, LoRA", "bf16 autocast, all weights"])
 def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf16, lora):
     """The backward pass runs layers and heads again: dropping the same rows, with taps, in the same precision."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * 67)
@@ -148,7 +132,7 @@ def test_packed_documents_give_the_losses_of_each_alone():
             alone.append(module(part, part, RunStep(0, 1))["per_exit"])
         (row,) = packed([ids[0, :5].tolist(), ids[0, 5:14].tolist(), ids[0, 14:].tolist()], 18)
         (short,) = packed([ids[0, :5].tolist()], 18)
-        collated = Collator(0)([row, short])
+        collated = collate([row, short])
         assert collated["documents"][1].tolist() == [0] * 5 + [-1] * 13
         collated.pop("lengths")
         together = module(**collated, step=RunStep(0, 1))["per_exit"]

@@ -17,7 +17,7 @@ from layerskip_core.config.training import RetentionSettings
 from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED
 from layerskip_core.training import answers
-from layerskip_core.training.data import Collator, ReplayedRows
+from layerskip_core.training.data import RunRows, collate, with_replay
 from layerskip_core.training.run import prepare
 
 QUARTER = RetentionSettings(replay=0.25, replay_tokens=12)
@@ -43,7 +43,7 @@ def rows_of(job):
 )
 def test_the_places_of_the_texts_are_a_function_of_the_position(replayed, per_step, places):
     own, texts = [f"row {row}" for row in range(3 * (per_step - replayed))], ["a", "b", "c", "d"]
-    rows = ReplayedRows(own, texts, replayed, per_step)
+    rows = with_replay(RunRows(len(own), own.__getitem__), texts, replayed, per_step)
     found = [rows[position] for position in range(len(rows))]
     assert len(found) == 3 * per_step
     assert [place for place, row in enumerate(found) if row in texts] == places
@@ -60,38 +60,32 @@ def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
     rows = rows_of(job)
     texts = rows[3::4]
     own = Counter(tuple(row["input_ids"]) for place, row in enumerate(rows) if place % 4 < 3)
-    assert own == Counter(map(tuple, job.trained.data.rows["input_ids"]))
+    assert own == Counter(tuple(row["input_ids"]) for row in job.trained.data.rows)
     assert all(row["labels"] == row["input_ids"] for row in texts)
     assert len({tuple(row["input_ids"]) for row in texts}) == 10
     lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, job.plan.replay.starts, strict=True)}
     assert lengths == {12} and job.plan.replay.longest == max(len(row["input_ids"]) for row in texts)
-    batch = Collator(0)(rows[:4])
+    batch = collate(rows[:4])
     assert (batch["labels"][3] != IGNORED).sum() == len(texts[0]["input_ids"]) - 1  # nothing predicts the first
 
 
-def test_texts_are_sampled_by_the_seed(settings, base, tmp_path):
-    job = prepare(settings(retention=QUARTER, steps=40))
-    starts, templated = job.plan.replay.starts, for_decoding(base).prompt_start()
-    assert len({tuple(start) for start in starts[0::2]}) > 10 and {len(start) for start in starts[0::2]} == {1}
-    assert {tuple(start) for start in starts[1::2]} == {tuple(templated)} if templated else len(starts[1]) == 1
-    elsewhere = prepare(settings(retention=QUARTER, steps=40, output=str(tmp_path / "elsewhere")))
+def test_texts_are_sampled_by_the_seed(settings, tmp_path):
+    job = prepare(settings(retention=QUARTER, steps=20))
+    starts = job.plan.replay.starts
+    assert len(set(map(tuple, starts))) > 10 and {len(start) for start in starts} == {1}
+    elsewhere = prepare(settings(retention=QUARTER, steps=20, output=str(tmp_path / "elsewhere")))
     assert rows_of(elsewhere) == rows_of(job)
-    other = prepare(settings(retention=QUARTER, steps=40, seed=1))
+    other = prepare(settings(retention=QUARTER, steps=20, seed=1))
     assert other.plan.replay.journal != job.plan.replay.journal
     assert other.plan.replay.starts != starts
 
 
 def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings, tmp_path):
-    base = trained_with_template(settings, tmp_path)
-    job = prepare(settings(model=base, retention=QUARTER, output=str(tmp_path / "next"), overwrite=True))
+    base = str(tmp_path / "templated")
+    train(settings(output=base, steps=1, prompting=PromptingConfig("Question: {prompt}")))
+    starts = prepare(settings(model=base, retention=QUARTER)).plan.replay.starts
     templated = for_decoding(base).prompt_start()
-    assert len(templated) > 1 and job.plan.replay.starts[1] == templated and len(job.plan.replay.starts[0]) == 1
-
-
-def trained_with_template(settings, tmp_path):
-    folder = str(tmp_path / "templated")
-    train(settings(output=folder, steps=1, prompting=PromptingConfig("Question: {prompt}")))
-    return folder
+    assert len(templated) > 1 and starts[1::2] == [templated] * 2 and [len(start) for start in starts[0::2]] == [1, 1]
 
 
 def test_the_length_is_the_mean_rows_unless_it_is_asked_for(settings):
@@ -104,11 +98,13 @@ def test_the_length_is_the_mean_rows_unless_it_is_asked_for(settings):
 def test_packed_rows_have_packed_texts(settings, tmp_path):
     file = tmp_path / "plain.txt"
     file.write_text("some words in a row\n\n" * 40)
-    job = prepare(settings(data=DataConfig(str(file)), regime="continual", retention=QUARTER, max_length=32))
+    job = prepare(settings(data=DataConfig(str(file)), regime="continual", retention=QUARTER, max_length=32, steps=1))
     rows = rows_of(job)
     assert rows[3]["documents"] == [0] * len(rows[3]["input_ids"])
-    assert Collator(0)(rows[:4])["documents"].shape == (4, 32)
-    assert train(settings(data=DataConfig(str(file)), regime="continual", retention=QUARTER, max_length=32))[-1].step == 4
+    assert collate(rows[:4])["documents"].shape == (4, 32)
+    reports = []
+    job.run(reports.append)
+    assert len(reports) == 1
 
 
 def test_more_rows_than_texts_see_them_again(settings, monkeypatch):
@@ -136,9 +132,9 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
     config = settings(retention=QUARTER, steps=8)
     stages = []
 
-    def interrupting(progress):
-        stages.append(progress.done)
-        if progress.done >= 4:
+    def interrupting(stage, done, total):
+        stages.append(done)
+        if done >= 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(TrainingInterrupted, match="interrupted after 6 of 8 replay texts, which are kept"):
@@ -146,8 +142,8 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
     assert stages == [0, 2, 4]
     job = prepare(replace(config, resume=True))
     assert (job.plan.replay.written, job.resume) == (6, None)
-    job.run(ignored, stages.append)
-    assert [progress.done for progress in stages[3:]] == [6, 8]
+    job.run(ignored, lambda stage, done, total: stages.append(done))
+    assert stages[3:] == [6, 8]
     assert prepare(replace(config, overwrite=True)).plan.replay.written == 8
 
 
@@ -155,6 +151,7 @@ def test_another_process_waits_for_the_texts(settings, monkeypatch):
     """Of two processes the second writes nothing: it reads what the first has written."""
     config = settings(retention=QUARTER, steps=4)
     plan = prepare(config).plan
+    assert plan.replay.written == 0 and plan.replay.seconds > 0 and not Path(config.output).exists()  # a plan writes nothing
     with monkeypatch.context() as second:
         second.setenv("RANK", "1")
         second.setattr(answers, "_WAIT", 0.0)
@@ -169,9 +166,3 @@ def test_another_process_waits_for_the_texts(settings, monkeypatch):
 
         texts = plan.replay.texts(first_writes)
     assert waited == [0, 0, 0] and len(texts) == 4
-
-
-def test_a_dry_run_writes_no_text(settings, tmp_path):
-    plan = prepare(settings(retention=QUARTER)).plan
-    assert plan.replay.written == 0 and plan.replay.seconds > 0
-    assert not Path(tmp_path / "out").exists()

@@ -41,18 +41,14 @@ def test_templates():
 
 
 @pytest.mark.parametrize(
-    ("prompting", "rows", "message"),
+    ("prompting", "row", "message"),
     [
-        (PromptingConfig("Q: {prompt}"), [CONVERSATION], "`template` must be chat for conversations, got Q: {prompt}"),
-        (
-            PromptingConfig(system="Hi."),
-            [CONVERSATION],
-            "`system` must be left out for conversations, which have system messag",
-        ),
-        (PromptingConfig("chat"), [EXAMPLE], "a chat template was asked for, but the model's tokenizer has none"),
-        (PromptingConfig(system="Hi."), [EXAMPLE], "`system` must be given with the chat template only, got the template raw"),
+        (PromptingConfig("Q: {prompt}"), CONVERSATION, "`template` must be chat for conversations"),
+        (PromptingConfig(system="Hi."), CONVERSATION, "`system` must be left out for conversations"),
+        (PromptingConfig("chat"), EXAMPLE, "a chat template was asked for, but the model's tokenizer has none"),
+        (PromptingConfig(system="Hi."), EXAMPLE, "`system` must be given with the chat template only"),
     ],
 )
-def test_templates_that_cannot_be_used(prompting, rows, message):
+def test_templates_that_cannot_be_used(prompting, row, message):
     with pytest.raises(ConfigError, match=message):
-        template_of(prompting, rows=rows)
+        template_of(prompting, rows=[row])

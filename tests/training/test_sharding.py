@@ -12,7 +12,7 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data
-from layerskip_core.training.data import Collator
+from layerskip_core.training import trainer
 from layerskip_core.training.run import prepare, require_device
 
 WHOLE = {
@@ -40,8 +40,8 @@ def sharded_runs(rank, base, folder):
     run_quietly(settings(**resumed, resume=True))
     run_quietly(settings(**ADAPTERS, fsdp=True, output=f"{folder}/adapters", save_steps=4))
     running_data._COUNTED = 8  # rows of a stream, for the order of the tokens
-    seen, collate = [], Collator.__call__
-    Collator.__call__ = lambda self, rows: seen.extend(row["input_ids"] for row in rows) or collate(self, rows)
+    seen = []
+    trainer.collate = lambda rows: seen.extend(row["input_ids"] for row in rows) or running_data.collate(rows)
     streamed = {"data": DataConfig(name=f"{folder}/rows.jsonl"), "streaming": True, "steps": 2, "batch_size": 2}
     run_quietly(settings(**streamed, fsdp=True, output=f"{folder}/streamed"))
     Path(f"{folder}/seen-{rank}.json").write_text(json.dumps(seen))
