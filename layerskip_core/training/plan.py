@@ -122,10 +122,9 @@ def make_plan(
     """
     autocast = autocasts(config, device, spec.parameters)
     sealed = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    sealed |= sealed.pop("recipe") | sealed.pop("retention") | sealed.pop("exit_blocks") | resolved
+    sealed |= sealed.pop("recipe") | sealed.pop("retention") | sealed.pop("exit_blocks")
     sealed |= {name: fields[name] for name in ("lr", "max_length", "steps", "rows")}
-    sealed |= {"dtype": dtype_name(autocast), "processes": world_size()}
-    sealed = json.loads(json.dumps(sealed))
+    sealed = json.loads(json.dumps(sealed | resolved | {"dtype": dtype_name(autocast), "processes": world_size()}))
     if resume is not None:
         for name, value in sealed.items():
             if name in resume.settings and resume.settings[name] != value:

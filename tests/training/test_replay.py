@@ -74,7 +74,8 @@ def test_texts_are_sampled_by_the_seed(settings, tmp_path):
     starts = job.plan.replay.starts
     assert len(set(map(tuple, starts))) > 10 and {len(start) for start in starts} == {1}
     elsewhere = prepare(settings(retention=QUARTER, steps=20, output=str(tmp_path / "elsewhere")))
-    assert rows_of(elsewhere) == rows_of(job)
+    ids, other = ([list(row["input_ids"]) for row in rows_of(each)] for each in (elsewhere, job))
+    assert ids == other
     other = prepare(settings(retention=QUARTER, steps=20, seed=1))
     assert other.plan.replay.journal != job.plan.replay.journal
     assert other.plan.replay.starts != starts
