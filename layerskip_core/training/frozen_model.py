@@ -66,6 +66,7 @@ class FrozenModel:
         self.writing = Writing(asked.answer_tokens or _ANSWER_TOKENS, max_length, asked.answer_temperature or 0.0, config.seed)
         self.prompts: list[list[int]] = []  # for the model to answer
         self.texts: list[dict[str, Any]] = []  # encoded rows: prompts with their answers, once these are written
+        encoded: list[list[Any]]
         if asked.answers == "data":
             encoded = [list(filter(has_target, encoder.rows(rows))) for rows in given]
             self.texts = encoded[0] + encoded[1]

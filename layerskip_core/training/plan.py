@@ -112,7 +112,7 @@ def make_plan(
     device: torch.device,
     spec: ModelSpec,
     resume: ResumePoint | None,
-    resolved: Mapping[str, Any],
+    resolved: dict[str, Any],
     notes: tuple[str, ...],
     **fields: Any,
 ) -> Plan:
