@@ -103,7 +103,7 @@ def configs(draw, model, known):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@examples(5)
+@examples(3)
 @given(data=st.data())
 def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     model = data.draw(models(kind))
@@ -180,7 +180,7 @@ def joined(data, model, prompts, config, ends):
 
 
 @pytest.mark.parametrize("kind", ["generic", "packed", "native", "native bf16"])
-@examples(4)
+@examples(2)
 @given(data=st.data())
 def test_depth_by_confidence_is_between_early_exit_and_plain_decoding(kind, data):
     """Where no exit is ever confident it equals plain decoding; where the first always is, early exit at that one."""

@@ -135,7 +135,7 @@ def held(port):
 
 
 @pytest.mark.slow
-@examples(20)
+@examples(10)
 @given(sent=st.lists(requests(), min_size=1, max_size=4), left=st.lists(requests(), max_size=2), after=st.floats(0, 0.1))
 def test_hostile_clients_are_refused_and_honest_ones_served(port, sent, left, after):
     for request in left:
