@@ -118,8 +118,8 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
             stored = names.get_name(weight_name, try_suffixes=(".weight", ".bias"))
             assert stored is not None, weight_name
             add(stored, weight, stored_kind)
-        if (factors := rope_factors(spec)) is not None:
-            add("rope_freqs.weight", factors, "f32")
+        if (rope := _full_rope(spec)).type == "llama3":
+            add("rope_freqs.weight", llama3_factors(rope.parameters, spec.head_dim), "f32")  # which divide the frequencies
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -180,12 +180,6 @@ def _as_stored(name: str, weight: Tensor, spec: ModelSpec) -> Tensor:
     if spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight"):
         return weight + 1
     return weight
-
-
-def rope_factors(spec: ModelSpec) -> Tensor | None:
-    """What llama.cpp divides the frequencies of a Llama 3 by, (head_dim / 2,); None for other ropes."""
-    rope = _full_rope(spec)
-    return llama3_factors(rope.parameters, spec.head_dim) if rope.type == "llama3" else None
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:

@@ -23,10 +23,6 @@ def aim(given, original=None):
     return Aim.of(weight(), moments(given, original))
 
 
-def plain_aim():
-    return Aim(weight(), torch.eye(INPUTS))
-
-
 def moments(given, original=None):
     made = Moments(INPUTS)
     for part, reference in zip(given.chunk(3), (given if original is None else original).chunk(3), strict=True):
@@ -55,7 +51,7 @@ def test_with_inputs_that_do_not_depend_on_each_other_it_rounds_to_nearest():
 
 
 def test_the_searched_range_is_better_than_the_whole_one():
-    whole, made = int4_of(weight()), gptq(plain_aim())
+    whole, made = int4_of(weight()), gptq(Aim(weight(), torch.eye(INPUTS)))
     assert (made.weight - weight()).square().sum() < 0.95 * (whole.weight - weight()).square().sum()
     assert torch.equal(made.scale.bfloat16().float(), made.scale) and torch.equal(made.low.bfloat16().float(), made.low)
 
@@ -106,9 +102,6 @@ def test_a_weight_without_an_error_stays_as_it_is():
     exact = int4_of(weight())
     goal = Aim(exact.weight, aim(inputs()).square)
     assert all(torch.equal(before, after) for before, after in zip(exact, descended(exact, goal), strict=True))
-
-
-def test_groups_of_equal_weights_do_no_harm():
-    constant = torch.full((3, 64), 0.5)
+    constant = torch.full((3, 64), 0.5)  # groups of equal weights
     goal = Aim(constant, torch.eye(64))
     assert torch.equal(descended(gptq(goal), goal).weight, constant)
