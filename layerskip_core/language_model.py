@@ -10,9 +10,8 @@ from .config.decoding import DecodingConfig, DecodingOptions
 from .config.machine import DType
 from .config.options import checked
 from .config.packing import PackingConfig, Quantization
-from .decoding import Answer
-from .decoding.dialogue import Dialogue, TextStream, answer_together
-from .errors import LayerSkipError
+from .decoding import Answer, check_prompt, decode_batch
+from .decoding.dialogue import Dialogue, TextStream
 
 
 class LanguageModel:
@@ -36,10 +35,15 @@ class LanguageModel:
 
     def generate_batch(self, prompts: Sequence[str], **options: Unpack[DecodingOptions]) -> list[Answer]:
         """Answers to several prompts, decoded together. Raises as `generate` does, for the first prompt that does not fit."""
-        answers, _ = answer_together(self.decoder, prompts, self._resolved(options))
-        if errors := [answer for answer in answers if isinstance(answer, LayerSkipError)]:
-            raise errors[0]
-        return [answer for answer in answers if isinstance(answer, Answer)]
+        decoder, config = self.decoder, self._resolved(options)
+        encoded: list[list[int]] = []
+        for prompt in prompts:
+            encoded.append(decoder.encode_prompt(prompt))
+            check_prompt(encoded[-1], decoder.backend.max_positions)
+        if not encoded:
+            return []
+        answers = decode_batch(decoder.backend, encoded, config, decoder.ends(config.stop), decoder.detokenize)
+        return sorted(answers, key=lambda answer: answer.row)
 
     def dialogue(self, *, system: str | None = None, **options: Unpack[DecodingOptions]) -> Dialogue:
         """A conversation, of which every answer sees the turns before it and computes only what is new.

@@ -10,14 +10,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from .checkpoint.loaded import Decoder
 from .config.decoding import DecodingConfig
-from .decoding import DecodeStats, DecodingLoop, Stopping, StopReason, check_prompt, loop_of
+from .decoding import DecodeStats, DecodingLoop, StopReason, check_prompt, loop_of
 from .decoding.engine import RowStep
-from .decoding.output import ShownText
+from .decoding.output import OutputText
 from .errors import LayerSkipError
 
 _PREFILLED = 256  # tokens, padding included, of prompts between two steps, and of those in one pass: so many fill the kernels
@@ -60,32 +61,27 @@ class Request:
     stats: DecodeStats = field(default_factory=DecodeStats)
 
 
-class _Group:
-    """The requests that one loop decodes, by their rows."""
-
-    def __init__(self, loop: DecodingLoop) -> None:
-        self.loop = loop
-        self.answers: dict[int, _Answer] = {}
-
-
 class _Answer:
     """A request that is being decoded."""
 
     def __init__(self, decoder: Decoder, request: Request) -> None:
+        check_prompt(request.ids, decoder.backend.max_positions)
         self.request = request
         request.stats = DecodeStats(sequences=1, prompt_tokens=len(request.ids))
-        stopping = Stopping(decoder.ends(request.config.stop), request.config.stop, request.config.max_new_tokens)
-        self._shown = ShownText(stopping, decoder.detokenize)
+        self._text = OutputText(decoder.detokenize, decoder.ends(request.config.stop), request.config.stop)
         self._ids: list[int] = []  # that no text was made of yet
 
     def add(self, step: RowStep) -> Update:
-        request, finished = self.request, step.finish_reason is not None
-        request.stats += step.counts
+        finished = step.finish_reason is not None
+        self.request.stats += step.counts
         self._ids += [token.id for token in step.tokens]
-        if not (request.streams or finished):
+        if not (self.request.streams or finished):
             return Update("")
         ids, self._ids = self._ids, []
-        return Update(self._shown.add(ids, finished), step.finish_reason)
+        return Update(self._text.add(ids, finished), step.finish_reason)
+
+
+_Group = tuple[DecodingLoop, dict[int, _Answer]]  # a loop, and what it decodes by its rows
 
 
 class Scheduler:
@@ -100,16 +96,12 @@ class Scheduler:
     @property
     def running(self) -> int:
         """How many requests are being decoded."""
-        return sum(len(group.answers) for group in self._groups.values())
+        return sum(len(answers) for _, answers in self._groups.values())
 
     @property
     def held(self) -> int:
         """How many requests wait or are being decoded."""
         return len(self._waiting) + self.running
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._waiting and not self._groups
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)
@@ -119,11 +111,11 @@ class Scheduler:
         if request in self._waiting:
             self._waiting.remove(request)
             return True
-        for key, group in self._groups.items():
-            for row, answer in group.answers.items():
+        for key, (loop, answers) in self._groups.items():
+            for row, answer in answers.items():
                 if answer.request is request:
-                    group.loop.drop(row)
-                    self._remove(key, group, row)
+                    loop.drop(row)
+                    self._remove(key, row)
                     return True
         return False
 
@@ -137,16 +129,15 @@ class Scheduler:
         while self._waiting and self.running < self._batch_size and (requests := self._next(room)):
             room -= len(requests) * max(len(request.ids) for request in requests)
             done += self._begin(requests)
-        for key, group in list(self._groups.items()):
-            done += self._advance(key, group)
+        for key in list(self._groups):
+            done += self._advance(key)
         return done
 
     def fail_all(self, error: BaseException) -> list[Request]:
         """Ends all requests with an error, and returns them."""
-        left = [*self._waiting, *(answer.request for group in self._groups.values() for answer in group.answers.values())]
+        waiting, groups = list(self._waiting), list(self._groups)
         self._waiting.clear()
-        self._groups.clear()
-        return [_failed(request, error) for request in left]
+        return _failed(waiting, error) + [request for key in groups for request in self._end(key, error)]
 
     def _next(self, room: int) -> list[Request]:
         """Takes the first request that waits, and those after it that are prefilled with it: `room` tokens, padding included.
@@ -168,14 +159,14 @@ class Scheduler:
 
     def _begin(self, requests: list[Request]) -> list[Request]:
         """Prefills requests that differ in their seeds at most, and lets them join the loop with their settings."""
-        decoder, done = self._decoder, []
-        answers = []
+        decoder = self._decoder
+        answers: list[_Answer] = []
+        done: list[Request] = []
         for request in requests:
             try:
-                check_prompt(request.ids, decoder.backend.max_positions)
                 answers.append(_Answer(decoder, request))
             except LayerSkipError as error:
-                done.append(_failed(request, error))
+                done += _failed([request], error)
         if not answers:
             return done
         fitting, first = [answer.request for answer in answers], answers[0].request
@@ -185,58 +176,53 @@ class Scheduler:
             loop = loop_of(decoder.backend, prompts, first.config, ends, decoder.detokenize, seeds=seeds)
             updates = [answer.add(step) for answer, step in zip(answers, next(loop), strict=True)]
         except BaseException as error:  # a panic of the tokenizers library is not an Exception
-            return done + [_failed(request, error) for request in fitting]
+            return done + _failed(fitting, error)
         for request, update in zip(fitting, updates, strict=True):
             request.deliver(update)
-            if update.is_last:
-                done.append(request)
+        done += [request for request, update in zip(fitting, updates, strict=True) if update.is_last]
         staying = {row: answers[row] for row, update in enumerate(updates) if not update.is_last}
-        return done + self._join(self._key(first), loop, staying) if staying else done
-
-    def _join(self, key: Hashable, loop: DecodingLoop, answers: dict[int, _Answer]) -> list[Request]:
-        """Decodes these rows of a loop with those of the same settings. Returns the requests that a failure has ended."""
-        group = self._groups.get(key)
-        if group is None:
-            self._groups[key] = group = _Group(loop)
-            group.answers = answers
-            return []
+        if not staying:
+            return done
+        # Equal for requests that can share a loop: limits, stop strings and seeds are a row's own.
+        key = first if self._is_single(first) else replace(_settings(first), max_new_tokens=1, stop=())
+        if key not in self._groups:
+            self._groups[key] = loop, staying
+            return done
+        group, others = self._groups[key]
         try:
-            rows = group.loop.join(loop)
+            others |= zip(group.join(loop), staying.values(), strict=True)
         except BaseException as error:  # the group's own loop may have been changed in part
-            return self._end(key, error) + [_failed(answer.request, error) for answer in answers.values()]
-        group.answers |= zip(rows, answers.values(), strict=True)
-        return []
+            return done + self._end(key, error) + _failed([answer.request for answer in staying.values()], error)
+        return done
 
-    def _advance(self, key: Hashable, group: _Group) -> list[Request]:
+    def _advance(self, key: Hashable) -> list[Request]:
+        loop, answers = self._groups[key]
         try:
-            updates = [(step.row, group.answers[step.row].add(step)) for step in next(group.loop) if step.row in group.answers]
+            updates = [(step.row, answers[step.row].add(step)) for step in next(loop) if step.row in answers]
         except BaseException as error:
             return self._end(key, error)
         done = []
         for row, update in updates:
-            request = group.answers[row].request
+            request = answers[row].request
             if update.is_last:
-                self._remove(key, group, row)
+                self._remove(key, row)
                 done.append(request)
             request.deliver(update)
         return done
 
     def _end(self, key: Hashable, error: BaseException) -> list[Request]:
         """Ends the requests of a loop that failed."""
-        return [_failed(answer.request, error) for answer in self._groups.pop(key).answers.values()]
+        return _failed([answer.request for answer in self._groups.pop(key)[1].values()], error)
 
-    def _remove(self, key: Hashable, group: _Group, row: int) -> None:
-        del group.answers[row]
-        if not group.answers:
+    def _remove(self, key: Hashable, row: int) -> None:
+        _, answers = self._groups[key]
+        del answers[row]
+        if not answers:
             del self._groups[key]
 
     def _is_single(self, request: Request) -> bool:
         """Whether no other can share its loop."""
         return request.isolated or bool(request.config.exit_confidence) or self._decoder.backend.exact
-
-    def _key(self, request: Request) -> Hashable:
-        """Equal for requests that can share a loop. Limits, stop strings and seeds are a row's own."""
-        return request if self._is_single(request) else replace(_settings(request), max_new_tokens=1, stop=())
 
 
 def _settings(request: Request) -> DecodingConfig:
@@ -244,40 +230,32 @@ def _settings(request: Request) -> DecodingConfig:
     return replace(request.config, seed=0)
 
 
-def _failed(request: Request, error: BaseException) -> Request:
-    request.deliver(Update("", error=error))
-    return request
+def _failed(requests: list[Request], error: BaseException) -> list[Request]:
+    """Tells requests that an error has ended them, and returns them."""
+    for request in requests:
+        request.deliver(Update("", error=error))
+    return requests
 
 
 class Engine:
-    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread."""
+    """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread.
+
+    Attributes:
+        held: how many requests wait or are being decoded.
+        running: how many of them are being decoded.
+        is_stopped: whether it was stopped, or failed: it takes no requests any more.
+    """
 
     def __init__(self, decoder: Decoder, batch_size: int, queue_size: int) -> None:
         """`batch_size`: requests that are decoded at once. `queue_size`: those that may wait besides."""
+        self.held = self.running = 0
+        self.is_stopped = False
         self._scheduler = Scheduler(decoder, batch_size)
         self._most = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._held = 0  # requests that are neither finished nor given up
-        self._running = 0
-        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="layerskip-engine", daemon=True)
         self._thread.start()
-
-    @property
-    def held(self) -> int:
-        """How many requests wait or are being decoded."""
-        return self._held
-
-    @property
-    def running(self) -> int:
-        """How many of them are being decoded."""
-        return self._running
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether it was stopped, or failed: it takes no requests any more."""
-        return self._stopping
 
     def hold(self, requests: int) -> None:
         """Holds places for requests that will be submitted, before any work is done for them.
@@ -286,21 +264,21 @@ class Engine:
         """
         with self._lock:
             self._require_running()
-            if self._held + requests > self._most:
-                raise QueueFull(f"{self._held} requests wait or are being answered, and this server holds {self._most}")
-            self._held += requests
+            if self.held + requests > self._most:
+                raise QueueFull(f"{self.held} requests wait or are being answered, and this server holds {self._most}")
+            self.held += requests
 
     def release(self, requests: int) -> None:
         """Gives up places of requests that will not be submitted."""
         with self._lock:
-            self._held -= requests
+            self.held -= requests
 
     def submit(self, *requests: Request) -> None:
         """Takes requests whose places are held. Raises Stopped after `stop`, and takes none then."""
         with self._lock:
             self._require_running()
             for request in requests:
-                self._commands.put(lambda request=request: self._scheduler.add(request))  # type: ignore[misc]
+                self._commands.put(partial(self._scheduler.add, request))
 
     def cancel(self, request: Request) -> None:
         """Gives up a request after the step that is being computed; without effect on one that is finished."""
@@ -309,26 +287,26 @@ class Engine:
     def stop(self) -> None:
         """Ends all requests with the error Stopped, and waits for the thread."""
         with self._lock:
-            self._stopping = True
+            self.is_stopped = True
         self._commands.put(lambda: None)
         self._thread.join()
 
     def _run(self) -> None:
         scheduler, reason = self._scheduler, Stopped("the server is shutting down")
         try:
-            while not self._stopping:
-                self._obey(wait=scheduler.is_idle)
+            while not self.is_stopped:
+                self._obey(wait=not scheduler.held)
                 self.release(len(scheduler.step()))
-                self._running = scheduler.running
+                self.running = scheduler.running
         except BaseException:  # a fault of the scheduler: nobody waits for an answer that will not come
             reason = Stopped("the server has failed and must be started again")
             with self._lock:
-                self._stopping = True
+                self.is_stopped = True
             raise  # the traceback goes to stderr
         finally:
             self._obey(wait=False)
             self.release(len(scheduler.fail_all(reason)))
-            self._running = 0
+            self.running = 0
 
     def _obey(self, wait: bool) -> None:
         """Runs the commands that have come; waits for the first if there is nothing to decode."""
@@ -340,5 +318,5 @@ class Engine:
             pass
 
     def _require_running(self) -> None:
-        if self._stopping:
+        if self.is_stopped:
             raise Stopped("the server answers nothing any more")

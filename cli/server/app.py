@@ -3,12 +3,11 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.serving import ServeConfig
-from layerskip_core.decoding import DecodeStats, check_prompt
+from layerskip_core.decoding import check_prompt
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.prompting import CHAT, RAW, encode_conversation
 from layerskip_core.serving import Engine, Update
@@ -32,18 +31,10 @@ from .streams import DONE, Document, Gone, Updates, event, usage_of
 
 _BODY_SECONDS = 30.0  # for a body to arrive
 _STARTED = int(time.time())
-
-
-class _Submitted(NamedTuple):
-    """A request that the engine has, and the number of tokens of its prompts."""
-
-    asked: Asked
-    jobs: list[Job]
-    prompt_tokens: int
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        return usage_of(self.prompt_tokens, sum((job.stats for job in self.jobs), DecodeStats()))
+_STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+# The rest of a body that is too long or too slow is not read: the connection cannot be used again.
+_CLOSE = {"Connection": "close"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 408: _CLOSE, 413: _CLOSE}
 
 
 class Service:
@@ -59,6 +50,7 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, "layerskip-encoding")
         self._packing, self._config, self._engine, self.name = packing, config, engine, name
         self._key = None if key is None else key.encode()
+        self._listed = {"id": name, "object": "model", "created": _STARTED, "owned_by": "layerskip"}
         self.metrics = Metrics(engine)
 
     def app(self) -> Starlette:
@@ -66,11 +58,11 @@ class Service:
             Route("/v1/completions", _Endpoint(self, is_chat=False), methods=["POST"]),
             Route("/v1/chat/completions", _Endpoint(self, is_chat=True), methods=["POST"]),
             Route("/v1/models", self._models),
-            Route("/v1/models/{model:path}", self._model),
+            Route("/v1/models/{model:path}", self._models),
             Route("/metrics", self._metrics),
             Route("/health", self._health),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _of_starlette, ApiError: _of_api, 500: _unexpected})
+        app = Starlette(routes=routes, exception_handlers=dict.fromkeys((HTTPException, ApiError, 500), _refusal))
         app.router.redirect_slashes = False  # to an address that the client's Host header names
         return app
 
@@ -95,10 +87,11 @@ class Service:
             raise invalid(f"the body did not arrive within {_BODY_SECONDS:g} seconds", status=408) from None
         return bytes(body)
 
-    async def submitted(self, body: bytes, is_chat: bool, deliver: Callable[[int, Update], None]) -> _Submitted:
-        """What a body asks for, handed to the engine. Its answers have places in the queue before any work is done for them.
+    async def submit(self, body: bytes, is_chat: bool, deliver: Callable[[int, Update], None]) -> tuple[Asked, list[Job]]:
+        """Hands the engine what a body asks for: one job per answer, whose updates are delivered with its number.
 
-        Raises QueueFull, ApiError and LayerSkipError for what is wrong or does not fit.
+        The answers have places in the queue before any work is done for them. Raises QueueFull, ApiError and LayerSkipError for
+        what is wrong or does not fit.
         """
         engine, config, held = self._engine, self._config, 1
         engine.hold(held)
@@ -117,7 +110,7 @@ class Service:
         except BaseException:
             engine.release(held)
             raise
-        return _Submitted(request, jobs, sum(map(len, prompts)))
+        return request, jobs
 
     def cancel(self, jobs: list[Job]) -> None:
         """Without effect on those that are finished."""
@@ -142,18 +135,14 @@ class Service:
         return ids
 
     async def _models(self, request: Request) -> Response:
+        """All models, which is one, or that of the path."""
         self.authorize(request)
-        return JSONResponse({"object": "list", "data": [self._listed]})
-
-    async def _model(self, request: Request) -> Response:
-        self.authorize(request)
-        if request.path_params["model"] != self.name:
+        name = request.path_params.get("model")
+        if name is None:
+            return JSONResponse({"object": "list", "data": [self._listed]})
+        if name != self.name:
             raise invalid(f"this server has no such model, only {self.name}", "model", "model_not_found", 404)
         return JSONResponse(self._listed)
-
-    @property
-    def _listed(self) -> Mapping[str, Any]:
-        return {"id": self.name, "object": "model", "created": _STARTED, "owned_by": "layerskip"}
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
@@ -187,59 +176,42 @@ class _Endpoint:
             self._service.metrics.ended("chat" if self._is_chat else "completions", outcome)
 
     async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
+        """As one document, or as server-sent events. Their status is sent with the first token, so that an error before it is
+        one of HTTP.
+        """
         service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
-        submitted = await service.submitted(await service.body(request), self._is_chat, updates.deliver)
+        asked, jobs = await service.submit(await service.body(request), self._is_chat, updates.deliver)
         watch = asyncio.create_task(_watch(receive, updates))
+        document, begun = Document(self._is_chat, service.name), False
         try:
-            arriving = self._timed(updates.all(len(submitted.jobs)), started)
-            document = Document(self._is_chat, service.name)
-            if submitted.asked.stream:
-                await _stream(arriving, document, submitted, send)
+            async for number, update in updates.all(len(jobs)):
+                if not begun:
+                    begun = True
+                    service.metrics.first_token(time.monotonic() - started)
+                    if asked.stream:
+                        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                if not asked.stream:
+                    document.add(number, update)
+                elif update.text or update.is_last:
+                    await _send_part(send, document.chunk(number, update))
+            usage = usage_of(jobs, asked.n)
+            if not asked.stream:
+                await JSONResponse(document.whole(usage))(request.scope, receive, send)
             else:
-                texts, reasons = [""] * len(submitted.jobs), [""] * len(submitted.jobs)
-                async for number, update in arriving:
-                    texts[number] += update.text
-                    reasons[number] = update.finish_reason or ""
-                await JSONResponse(document.whole(texts, reasons, submitted.usage))(request.scope, receive, send)
+                await _send_part(send, (document.usage_chunk(usage) if asked.include_usage else b"") + DONE, is_last=True)
+        except ApiError as error:
+            if not (begun and asked.stream):
+                raise
+            await _send_part(send, event(error.document), is_last=True)
         finally:
             watch.cancel()
-            service.cancel(submitted.jobs)
+            service.cancel(jobs)
         service.metrics.finished(time.monotonic() - started)
 
-    async def _timed(self, arriving: AsyncIterator[tuple[int, Update]], started: float) -> AsyncIterator[tuple[int, Update]]:
-        """Notes when the first token came."""
-        is_first = True
-        async for item in arriving:
-            if is_first:
-                is_first = False
-                self._service.metrics.first_token(time.monotonic() - started)
-            yield item
 
-
-async def _stream(arriving: AsyncIterator[tuple[int, Update]], document: Document, submitted: _Submitted, send: Send) -> None:
-    """As server-sent events. The status is sent with the first token, so that an error before it is one of HTTP."""
-
-    async def send_part(body: bytes) -> None:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-
-    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-    begun = False
-    try:
-        async for number, update in arriving:
-            if not begun:
-                begun = True
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-            if update.text or update.is_last:
-                await send_part(document.chunk(number, update.text, update.finish_reason))
-        if submitted.asked.include_usage:
-            await send_part(document.usage_chunk(submitted.usage))
-        await send_part(DONE)
-    except ApiError as error:
-        if not begun:
-            raise
-        await send_part(event(error.document))
-    await send({"type": "http.response.body", "body": b""})
+async def _send_part(send: Send, body: bytes, is_last: bool = False) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
 
 async def _watch(receive: Receive, updates: Updates) -> None:
@@ -249,20 +221,10 @@ async def _watch(receive: Receive, updates: Updates) -> None:
     updates.disconnect()
 
 
-async def _of_api(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Retry-After": "1"} if error.status == 429 else {}
-    # The rest of a body that is too long is not read: the connection cannot be used again.
-    headers |= {"Connection": "close"} if error.status in (408, 413) else {}
-    return JSONResponse(error.document, error.status, headers)
-
-
-async def _of_starlette(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    refused = invalid(f"{request.method} {request.url.path:.200}: {error.detail}", status=error.status_code)
-    return JSONResponse(refused.document, error.status_code, error.headers)
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
+async def _refusal(request: Request, error: Exception) -> Response:
+    """Any error in OpenAI's form."""
+    if isinstance(error, HTTPException):  # of starlette
+        refused = invalid(f"{request.method} {request.url.path:.200}: {error.detail}", status=error.status_code)
+        return JSONResponse(refused.document, error.status_code, error.headers)
     refused = api_error(error)
-    return JSONResponse(refused.document, refused.status)
+    return JSONResponse(refused.document, refused.status, _HEADERS.get(refused.status))

@@ -2,11 +2,12 @@
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict, cast
+from typing import Annotated, Any, Literal, TypedDict, cast
 
-from msgspec import Meta
+import msgspec
+from msgspec import Meta, Struct
 
 from layerskip_core.config.decoding import MAX_NEW_TOKENS, DecodingOptions, changed
 from layerskip_core.config.options import checked
@@ -14,16 +15,31 @@ from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSki
 from layerskip_core.files import parse_json
 from layerskip_core.serving import QueueFull, Stopped
 
-Turn = tuple[str, str]
-Prompt = str | list[int] | tuple[Turn, ...]
-"""A text, token ids, or the turns (role, text) of a conversation."""
-
 _SEEDS = 2**32
 _MOST_ANSWERS = 128
 _MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
-_ROLES = ("system", "developer", "user", "assistant")
 _NAMES = {"max_new_tokens": "max_tokens"}  # options that have another name in the API
+
+Turn = tuple[str, str]
+Prompt = str | list[int] | tuple[Turn, ...]
+"""A text, token ids, or the turns (role, text) of a conversation."""
 _Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
+_Ids = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
+
+
+class _Part(Struct):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(Struct):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+
+    @property
+    def turn(self) -> Turn:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return ("system" if self.role == "developer" else self.role), content
 
 
 class _Body(TypedDict, total=False):
@@ -101,8 +117,18 @@ def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_
 
     Raises ApiError, and ConfigError for an option outside its range.
     """
-    document = _document(body)
-    prompts = (_turns(document.get("messages")),) if is_chat else _prompts(document.get("prompt"))
+    try:
+        document = parse_json(body, "the body", DataError)
+    except DataError as error:
+        raise invalid(str(error)) from None
+    if not isinstance(document, dict):
+        raise invalid("the body must be a JSON object")
+    for key, harmless in _UNSUPPORTED.items():
+        value = document.get(key)
+        changes_nothing = any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in harmless)
+        if value is not None and not changes_nothing:
+            raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
+    prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
     given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
     if "model" not in given:
         raise invalid(f"model is missing; this server has {model}", "model")
@@ -123,55 +149,21 @@ def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_
     return Asked(prompts, decoding, n, given.get("seed"), given.get("stream", False), include_usage)
 
 
-def _document(body: bytes) -> Mapping[str, Any]:
+def _conversation(messages: Any) -> tuple[Prompt, ...]:
     try:
-        document = parse_json(body, "the body", DataError)
-    except DataError as error:
-        raise invalid(str(error)) from None
-    if not isinstance(document, dict):
-        raise invalid("the body must be a JSON object")
-    for key, harmless in _UNSUPPORTED.items():
-        value = document.get(key)
-        changes_nothing = any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in harmless)
-        if value is not None and not changes_nothing:
-            raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
-    return document
+        turns = msgspec.convert(messages, Annotated[list[_Message], Meta(min_length=1)])
+    except msgspec.ValidationError as error:
+        raise invalid(f"messages must be a list of messages with a role and a text: {error}", "messages") from None
+    return (tuple(message.turn for message in turns),)
 
 
 def _prompts(prompt: Any) -> tuple[Prompt, ...]:
     """One prompt or several, each a text or token ids."""
-    if _is_prompt(prompt):
-        return (prompt,)
-    if isinstance(prompt, list) and prompt and all(map(_is_prompt, prompt)):
-        return tuple(prompt)
-    raise invalid("prompt must be a text, a list of token ids, or a list of several of these", "prompt")
-
-
-def _is_prompt(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(type(token) is int and 0 <= token < 2**31 for token in value)
-    return isinstance(value, str)
-
-
-def _turns(messages: Any) -> tuple[Turn, ...]:
-    if not isinstance(messages, list) or not messages:
-        raise invalid("messages must be a list with at least one message", "messages")
-    return tuple(_turn(message, f"messages[{place}]") for place, message in enumerate(messages))
-
-
-def _turn(message: Any, where: str) -> Turn:
-    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    if role not in _ROLES:
-        raise invalid(f"{where}.role must be one of {', '.join(_ROLES)}", "messages")
-    if isinstance(content, list) and all(_is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise invalid(f"{where}.content must be a text, or a list of parts of the type text", "messages")
-    return ("system" if role == "developer" else role), content
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    try:
+        return tuple(msgspec.convert(one, str | _Ids) for one in (prompt if several else [prompt]))
+    except msgspec.ValidationError:
+        raise invalid("prompt must be a text, a list of token ids, or a list of several of these", "prompt") from None
 
 
 def only_user_turn(turns: Sequence[Turn]) -> str:

@@ -4,17 +4,16 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.serving import Update
+from layerskip_core.serving import Request, Update
 
 from ..failure import tell
 from .bodies import api_error
 
-_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 DONE = b"data: [DONE]\n\n"
 
 
@@ -58,27 +57,33 @@ class Document:
     """Makes the document or the chunks of one response."""
 
     def __init__(self, is_chat: bool, model: str) -> None:
-        prefix = "chatcmpl" if is_chat else "cmpl"
         self._is_chat = is_chat
+        prefix = "chatcmpl" if is_chat else "cmpl"
         self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self._begun: set[int] = set()
+        self._texts: dict[int, str] = {}  # by answer
+        self._reasons: dict[int, str | None] = {}
 
-    def whole(self, texts: Iterable[str], reasons: Iterable[str | None], usage: dict[str, Any]) -> dict[str, Any]:
+    def add(self, number: int, update: Update) -> None:
+        """The next piece of the answer with this number, for `whole`."""
+        self._texts[number] = self._texts.get(number, "") + update.text
+        self._reasons[number] = update.finish_reason
+
+    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
         choices = []
-        for number, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
+        for number, text in sorted(self._texts.items()):
             message = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append(_choice(number, message if self._is_chat else {"text": text}, reason))
+            choices.append(_choice(number, message if self._is_chat else {"text": text}, self._reasons[number]))
         name = "chat.completion" if self._is_chat else "text_completion"
         return {**self._common, "object": name, "choices": choices, "usage": usage}
 
-    def chunk(self, number: int, text: str, reason: str | None) -> bytes:
+    def chunk(self, number: int, update: Update) -> bytes:
         """A server-sent event with the next piece of the answer with this number."""
-        content: dict[str, Any] = {"text": text}
+        content: dict[str, Any] = {"text": update.text}
         if self._is_chat:
-            role = {} if number in self._begun else {"role": "assistant"}
-            content = {"delta": {**role, "content": text} if text or role else {}}
-        self._begun.add(number)
-        return self._event([_choice(number, content, reason)])
+            role = {} if number in self._texts else {"role": "assistant"}
+            content = {"delta": {**role, "content": update.text} if update.text or role else {}}
+        self._texts[number] = ""  # has begun
+        return self._event([_choice(number, content, update.finish_reason)])
 
     def usage_chunk(self, usage: dict[str, Any]) -> bytes:
         return self._event([], usage=usage)
@@ -93,8 +98,9 @@ def event(document: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n".encode()
 
 
-def usage_of(prompt_tokens: int, stats: DecodeStats) -> dict[str, Any]:
-    """`prompt_tokens`: of the request's prompts. `stats`: of all its answers. Drafts are what OpenAI calls predictions."""
+def usage_of(jobs: Sequence[Request], n: int) -> dict[str, Any]:
+    """The tokens of `n` answers to each prompt. Drafts are what OpenAI calls predictions."""
+    stats, prompt_tokens = sum((job.stats for job in jobs), DecodeStats()), sum(len(job.ids) for job in jobs[::n])
     details = {
         "accepted_prediction_tokens": stats.accepted,
         "rejected_prediction_tokens": stats.drafted - stats.accepted,
@@ -110,5 +116,5 @@ def usage_of(prompt_tokens: int, stats: DecodeStats) -> dict[str, Any]:
 
 
 def _choice(number: int, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
-    finish_reason = None if reason is None else _REASONS[reason]
+    finish_reason = "length" if reason == "context" else "stop" if reason == "eos" else reason
     return {"index": number, **content, "logprobs": None, "finish_reason": finish_reason}

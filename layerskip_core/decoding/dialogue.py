@@ -1,16 +1,13 @@
-"""From prompts to text: one answer as it comes, several together, and conversations."""
+"""From prompts to text: one answer as it comes, and conversations."""
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
-from ..errors import LayerSkipError
 from ..prompting import CHAT
-from .engine import check_prompt, decode, decode_batch
-from .output import Answer, DecodeStats, Segment, ShownText, Stopping, StopReason, Token
+from .engine import check_prompt, decode
+from .output import Answer, DecodeStats, OutputText, Segment, StopReason, Token
 from .target import PrefixCache
 
 
@@ -30,7 +27,7 @@ class TextStream:
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends(config.stop)
         self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefix=prefix)
-        self._shown = ShownText(Stopping(ends, config.stop, config.max_new_tokens), loaded.detokenize)
+        self._output = OutputText(loaded.detokenize, ends, config.stop)
         self._ids: list[int] = []
         self.broken_off = False
 
@@ -43,7 +40,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        return self._shown.text
+        return self._output.text
 
     @property
     def stats(self) -> DecodeStats:
@@ -66,19 +63,20 @@ class TextStream:
 
     def __iter__(self) -> Iterator[str]:
         for tokens in self._steps():
-            if piece := self._shown.add([token.id for token in tokens], self.finish_reason is not None):
+            if piece := self._output.add([token.id for token in tokens], self.finish_reason is not None):
                 yield piece
 
     def segments(self) -> Iterator[list[Segment]]:
         """The same text, as one list per step that may be empty. A character belongs to the token that completes it."""
+        output = self._output
         ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
         for tokens in self._steps():
-            decoded, finished = "", self.finish_reason is not None
+            finished, start = self.finish_reason is not None, len(self.text)
             for count, token in enumerate(tokens, start=1):
-                decoded = self._shown.decode([token.id], finished and count == len(tokens))
-                ends.append((len(decoded), token.from_draft))
+                output.decode([token.id], finished and count == len(tokens))
+                ends.append((len(output.decoded), token.from_draft))
+            stop = start + len(output.show(finished))
             segments: list[Segment] = []
-            start, stop = len(self.text), len(self.text) + len(self._shown.show(decoded, finished))
             for end, from_draft in ends:
                 if (shown := min(end, stop)) > start:
                     before = segments.pop().text if segments and segments[-1].from_draft == from_draft else ""
@@ -97,28 +95,6 @@ class TextStream:
         except BaseException:
             self.broken_off = True
             raise
-
-
-def answer_together(
-    loaded: Decoder, prompts: Sequence[str], config: DecodingConfig
-) -> tuple[list[Answer | LayerSkipError], DecodeStats]:
-    """Answers in the order of the prompts, an error in the place of a prompt that does not fit; and the stats of all."""
-    started = time.perf_counter()
-    answers: dict[int, Answer | LayerSkipError] = {}
-    encoded: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        try:
-            ids = loaded.encode_prompt(prompt)
-            check_prompt(ids, loaded.backend.max_positions)
-            encoded[row] = ids
-        except LayerSkipError as error:
-            answers[row] = error
-    rows, total = list(encoded), DecodeStats()
-    if rows:
-        for answer in decode_batch(loaded.backend, list(encoded.values()), config, loaded.ends(config.stop), loaded.detokenize):
-            answers[rows[answer.row]] = replace(answer, row=rows[answer.row])
-            total += answer.stats
-    return [answers[row] for row in range(len(prompts))], replace(total, total_seconds=time.perf_counter() - started)
 
 
 class Turn(NamedTuple):

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from ..config.checks import require
 from ..config.decoding import DRAFTERS, DecodingConfig
+from ..config.packing import EXACT_TOKENS
 from ..errors import ContextError
 from ..model.backend import Backend
 from ..model.cache import KVCache
 from .drafters import Context, Draft, Drafter, DrafterSetup
 from .drafters.lookup import LookupDrafter
-from .graphs import RecordedTarget, Recorder, Stopwatch, recorded_sides
-from .output import Answer, DecodeStats, Detokenize, ShownText, Stopping, StopReason, StopScanner, Token, step_counts
-from .sampling import Sampler, Verdict, accepted_choices, sampler_for
-from .target import ExitBlockCache, FixedTarget, PrefixCache, Target, TargetOutput, exit_block_cache, target_for
+from .graphs import Recorder, Stopwatch, recorded_sides
+from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, Token, step_counts
+from .sampling import Sampler, accepted_choices
+from .target import ExitBlockCache, PrefixCache, Target, TargetOutput, exit_block_cache, target_for
 
 
 class Decoding:
@@ -32,6 +33,7 @@ class Decoding:
         """`loop`: of one row."""
         self._loop = loop
         self.finish_reason: StopReason | None = None
+        self.reused_tokens = loop.reused_tokens  # how many of the prompt's first tokens needed no pass
 
     @property
     def stats(self) -> DecodeStats:
@@ -42,11 +44,6 @@ class Decoding:
     def drafter(self) -> str | None:
         """What drafted in the last step, as in `DecodeStats.steps_by_drafter`; None if nothing could, as in the prefill."""
         return next(iter(self._loop.last_step(0).steps_by_drafter), None)
-
-    @property
-    def reused_tokens(self) -> int:
-        """How many of the prompt's first tokens needed no pass."""
-        return self._loop.reused_tokens
 
     def __iter__(self) -> Iterator[list[Token]]:
         return self
@@ -107,13 +104,12 @@ def decode_batch(
     require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
     require(single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts))
     loop = loop_of(model, prompts, config, eos_ids, detokenize, seeds=seeds)
-    stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
     ids: list[list[int]] = [[] for _ in prompts]
     for steps in loop:
         for row, tokens, reason, _ in steps:
             ids[row] += [token.id for token in tokens]
             if reason is not None:
-                text = "" if detokenize is None else ShownText(stopping, detokenize).add(ids[row], finished=True)
+                text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(ids[row], finished=True)
                 yield Answer(text, reason, loop.counts(row), ids[row], row)
 
 
@@ -132,36 +128,43 @@ def loop_of(
 
     `isolated`: it has one row, and no others will join. Its passes are recorded where the model allows it.
     """
-    sampler = sampler_for(config, model.device, len(prompts), seeds)
+    sampler = Sampler(config, model.device, len(prompts), seeds)
     exit_cache = exit_block_cache(model, config)
-    target = target_for(model, config, exit_cache)
     recorder = sides = drafter = None
     carries = exit_cache is not None and exit_cache.needs_finals
-    if isolated and model.recordable and prefix is None and not carries and isinstance(target, FixedTarget):
+    if isolated and model.recordable and prefix is None and not carries and not config.exit_confidence:
         recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.max_positions))
-        target, sides = RecordedTarget(target, recorder), recorded_sides(model, recorder)
+        sides = recorded_sides(model, recorder)
+    target = target_for(model, config, exit_cache, recorder)
     if config.strategy in DRAFTERS:
         drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states, sides))
-    stopping = Stopping(eos_ids, config.stop, config.max_new_tokens)
-    if prefix is not None:
-        prefix.suit(model, config)
-    return DecodingLoop(
-        *(model, prompts, stopping, sampler, target, drafter, config.num_draft_tokens, detokenize),
-        exit_cache=exit_cache,
-        prefix=prefix,
-        recorder=recorder,
-    )
+    parts = exit_cache, prefix, recorder
+    return DecodingLoop(model, prompts, config, sampler, target, drafter, eos_ids, detokenize, *parts)
 
 
 def drafter_for(setup: DrafterSetup) -> Drafter:
-    """The drafter of the config's strategy. Raises ConfigError if it needs weights that were not loaded.
+    """The drafter of the config's strategy.
 
     With a `lookup` in the config it drafts only where nothing is found. A lookup itself and adaptive drafting include that.
+    Raises ConfigError if it needs weights that were not loaded, and for drafts too long to be verified exactly.
     """
     config = setup.config
+    fits = not setup.model.exact or config.num_draft_tokens < EXACT_TOKENS
+    require(fits, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
     drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
     apart = config.lookup and config.strategy not in ("lookup", "adaptive")
     return LookupDrafter(config.lookup, setup.eos_ids, drafter) if apart else drafter
+
+
+def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:
+    """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in a context of
+    `limit` tokens. `what`: its name in the error.
+    """
+    require(bool(prompt_ids), what, "at least 1 token", "none")
+    if len(prompt_ids) >= limit:
+        raise ContextError(
+            f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
+        )
 
 
 class RowStep(NamedTuple):
@@ -195,13 +198,12 @@ class DecodingLoop:
         self,
         model: Backend,
         prompts: Sequence[list[int]],
-        stopping: Stopping,
+        config: DecodingConfig,
         sampler: Sampler,
         target: Target,
         drafter: Drafter | None = None,
-        num_draft_tokens: int = 0,
+        eos_ids: frozenset[int] = frozenset(),
         detokenize: Detokenize | None = None,
-        *,
         exit_cache: ExitBlockCache | None = None,
         prefix: PrefixCache | None = None,
         recorder: Recorder | None = None,
@@ -210,19 +212,20 @@ class DecodingLoop:
 
         Raises ConfigError for a prompt that is empty or leaves no room.
         """
-        self._model, self._sampler, self._target = model, sampler, target
-        self._drafter, self._num_draft_tokens = drafter, num_draft_tokens
+        self._model, self._sampler, self._target, self._drafter = model, sampler, target, drafter
+        self._num_draft_tokens = config.num_draft_tokens
         self._exit_cache, self._prefix, self._recorder = exit_cache, prefix, recorder
         self._rows = []
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, model.max_positions)
-            self._rows.append(_Row(number, prompt, StopScanner(stopping, model.max_positions - len(prompt), detokenize)))
+            limits = config.max_new_tokens, model.max_positions - len(prompt)
+            self._rows.append(_Row(number, prompt, StopScanner(eos_ids, config.stop, *limits, detokenize)))
         end = max(len(row.ids) + row.scanner.room for row in self._rows)
         self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
         self._cache: KVCache
         if prefix is not None:
-            rerun = 0 if exit_cache is None else exit_cache.rerun
-            self._cache, self.reused_tokens = prefix.begin(prompts[0], rerun)
+            rerun = int(exit_cache is not None and exit_cache.needs_finals)
+            self._cache, self.reused_tokens = prefix.begin(model, config, prompts[0], rerun)
         else:
             self._cache = model.new_cache(len(prompts), end) if recorder is None else recorder.cache
         self._positions = torch.arange(end)[None]
@@ -307,7 +310,11 @@ class DecodingLoop:
             if has_drafts:
                 self._drafting.stop()
             output = self._target.verify(draft, self._next_positions(draft.tokens.shape[1]), self._cache)
-        verified, following = self._verified(draft, output)
+        if output.choices is not None:
+            verified, following = accepted_choices(draft.tokens[:, 1:], draft.counts, output.choices)
+        else:
+            assert output.logits is not None
+            verified, following = self._sampler.verify(draft.tokens[:, 1:], draft.counts, draft.probs, output.logits)
         verified_at = time.perf_counter()
         source = draft.source if newest is not None and self._drafter is not None else None
         # The indices, in this pass, whose logits gave each row's newest token.
@@ -315,7 +322,7 @@ class DecodingLoop:
         steps = []
         for row, count, ids in zip(rows, draft.counts, verified, strict=True):
             if drafter is not None:
-                drafter.observe(Verdict(row.number, count, ids))
+                drafter.observe(row.number, count, ids)
             steps.append(_commit(row, count, ids, source, output.layers))
         self._go_on(following, last)
         if self._prefix is not None:
@@ -359,14 +366,6 @@ class DecodingLoop:
         # Only padding can reach the context's last position, where no token is read that is followed by another.
         return (starts[:, None] + self._positions[:, :count]).clamp_max(self._cache.max_positions - 1)
 
-    def _verified(self, draft: Draft, output: TargetOutput) -> tuple[list[list[int]], Tensor]:
-        """By row the accepted drafts and the target's own token after them; and that last token, (B, 1)."""
-        drafts = draft.tokens[:, 1:]
-        if output.choices is not None:
-            return accepted_choices(drafts, draft.counts, output.choices)
-        assert output.logits is not None
-        return self._sampler.verify(drafts, draft.counts, draft.probs, output.logits)
-
     def _go_on(self, newest: Tensor, last: list[int]) -> None:
         """With the rows that are not finished. Later tokens overwrite the rejected drafts in the cache."""
         staying = [index for index, row in enumerate(self._rows) if row.scanner.reason is None and not row.is_dropped]
@@ -392,14 +391,3 @@ def _commit(row: _Row, drafted: int, verified: list[int], source: str | None, la
     row.steps.append(step)
     tokens = [Token(token, index < step.accepted) for index, token in enumerate(verified[:count])]
     return RowStep(row.number, tokens, reason, step)
-
-
-def check_prompt(prompt_ids: list[int], limit: int, what: str = "the prompt") -> None:
-    """Raises ConfigError for a prompt that is empty, ContextError for one that leaves no room for a token in a context of
-    `limit` tokens. `what`: its name in the error.
-    """
-    require(bool(prompt_ids), what, "at least 1 token", "none")
-    if len(prompt_ids) >= limit:
-        raise ContextError(
-            f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} (the model's context is {limit} tokens)"
-        )

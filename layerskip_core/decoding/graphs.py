@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,19 +24,13 @@ from ..errors import first_line
 from ..model.backend import Backend, DraftEnds, DraftSide, GreedyDraft, Submodel
 from ..model.cache import KVCache, WholeCache
 from ..model.drafting import LayeredDraftSide
-from .drafters import Draft
-from .target import FixedTarget, TargetOutput
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
 _LEAST_PLACES = 256
 
-_IDLE: WeakKeyDictionary[Backend, list["Recorder"]] = WeakKeyDictionary()
+_IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()  # of decodings that are over
 
-
-class _Recording(NamedTuple):
-    inputs: tuple[Tensor, ...]  # what the pass reads
-    replay: Callable[[], None]
-    outputs: tuple[Tensor, ...]  # what it writes
+Tensors = tuple[Tensor, ...]
 
 
 class Recorder:
@@ -50,22 +44,21 @@ class Recorder:
         self.cache.reserve(self.places)
         self.whole = WholeCache(self.cache)
         self._runs: Counter[Hashable] = Counter()
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}  # inputs, replay, outputs
         self._pool: Any = None  # memory of all recordings
         self._records = True
 
     @classmethod
     def of(cls, model: Backend, end: int) -> "Recorder":
         """That of the model's last decoding, if it is over and there is room for `end` positions; else a new one."""
-        idle = _IDLE.setdefault(model, [])
-        last = idle.pop() if idle else None
+        last = _IDLE.pop(model, None)
         return last if last is not None and last.places >= end else cls(model, end)
 
     def give_back(self, model: Backend) -> None:
         """The decoding is over."""
-        _IDLE.setdefault(model, [])[:] = [self]
+        _IDLE[model] = self
 
-    def run(self, name: Hashable, work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def run(self, name: Hashable, work: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
         """What `work` makes of the inputs on the device; it is replayed if it was recorded for inputs of these shapes.
 
         `name` is equal for work that differs in nothing but its inputs. It runs over `whole` and never waits for the device.
@@ -78,47 +71,22 @@ class Recorder:
             except RuntimeError as error:
                 self._records = False
                 warnings.warn(f"decoding goes on without CUDA graphs: {first_line(error)}", RuntimeWarning, stacklevel=2)
-        recording = self._recordings.get(key)
-        if recording is None:
+        if key not in self._recordings:
             return work(*(tensor.to(self._device, non_blocking=True) for tensor in inputs))
-        for held, given in zip(recording.inputs, inputs, strict=True):
-            held.copy_(given, non_blocking=True)
-        recording.replay()
-        return tuple(output.clone() for output in recording.outputs)  # the next replay may write there
+        held, replay, outputs = self._recordings[key]
+        for tensor, given in zip(held, inputs, strict=True):
+            tensor.copy_(given, non_blocking=True)
+        replay()
+        return tuple(output.clone() for output in outputs)  # the next replay may write there
 
-    def _recorded(self, work: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> _Recording:
+    def _recorded(self, work: Callable[..., Tensors], inputs: Tensors) -> tuple[Tensors, Callable[[], None], Tensors]:
         held = tuple(tensor.to(self._device, non_blocking=True, copy=True) for tensor in inputs)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=stream):
             outputs = work(*held)
-        return _Recording(held, graph.replay, outputs)
-
-
-class RecordedTarget:
-    """A fixed number of layers, whose passes over drafts are recorded."""
-
-    decodes_like_prefill = True
-
-    def __init__(self, target: FixedTarget, recorder: Recorder) -> None:
-        self._target, self._recorder = target, recorder
-
-    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
-        return self._target.prefill(tokens, last, positions, cache)
-
-    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
-        stops = tuple(draft.exit_states)
-
-        def work(tokens: Tensor, places: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-            known = replace(draft, tokens=tokens, exit_states=dict(zip(stops, states, strict=True)))
-            logits = self._target.verify(known, places, self._recorder.whole).logits
-            assert logits is not None  # backends whose passes are recorded have no chooser
-            return (logits,)
-
-        name = "pass", self._target.name, stops
-        (logits,) = self._recorder.run(name, work, draft.tokens, positions, *draft.exit_states.values())
-        return TargetOutput(logits, self._target.layers)
+        return held, graph.replay, outputs
 
 
 def recorded_sides(model: Backend, recorder: Recorder) -> Mapping[Quantization | None, DraftSide]:
@@ -132,7 +100,7 @@ def recorded_sides(model: Backend, recorder: Recorder) -> Mapping[Quantization |
         if ends.needs_probs or ends.ids or feature is not None:
             return own.draft_greedily(token, submodel, positions, cache, ends, feature)
 
-        def work(token: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+        def work(token: Tensor, places: Tensor) -> Tensors:
             made = own.draft_greedily(token, submodel, places, recorder.whole, ends)
             return (made.tokens, *made.states.values())
 
@@ -148,27 +116,25 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_gpu = device, device.type == "cuda"
-        self._events: list[Any] = []
         self._seconds = 0.0
+        self._first: Any = None
+        self._last: Any = None
 
     def start(self, now: float) -> None:
         """`now`: by the host's clock."""
-        if self._is_gpu:
-            self._events = [self._event()]
         self._seconds = -now
+        if self._is_gpu:
+            self._first = self._event()
 
     def stop(self) -> None:
-        if self._is_gpu:
-            self._events.append(self._event())
         self._seconds += time.perf_counter()
+        if self._is_gpu:
+            self._last = self._event()
 
     @property
     def seconds(self) -> float:
         """Of the last pair. On a GPU its work must be done: the host has waited for something after it."""
-        if not self._is_gpu:
-            return self._seconds
-        first, last = self._events
-        return float(first.elapsed_time(last)) / 1e3
+        return float(self._first.elapsed_time(self._last)) / 1e3 if self._is_gpu else self._seconds
 
     def _event(self) -> Any:
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -70,7 +70,7 @@ def step_counts(
 ) -> DecodeStats:
     """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
 
-    `drafter` names what drafted, or would have; None where nothing could. `layers` of the target; None where they are unknown.
+    `drafter`: what drafted, or would have; None where nothing could. `layers`: of the target; None where they are unknown.
     """
     accepted = min(accepted, new_tokens)
     return DecodeStats(
@@ -130,111 +130,67 @@ class Segment(NamedTuple):
     from_draft: bool
 
 
-class GrowingText:
-    """Each text extends the one before. Only the end is decoded again: a token's text can depend on the one before it."""
+class OutputText:
+    """The text of an output that grows token by token.
 
-    def __init__(self, detokenize: Detokenize) -> None:
-        self.text = ""  # of the tokens so far, without an incomplete character at its end
-        self._detokenize = detokenize
+    Only its end is decoded again for each token, whose text can depend on the one before it.
+
+    Attributes:
+        decoded: the text of all tokens so far, without an incomplete character at its end.
+        text: what may be shown of it: nothing from a stop string on. Each text extends the one before.
+    """
+
+    def __init__(self, detokenize: Detokenize, eos_ids: frozenset[int] = frozenset(), stop: Sequence[str] = ()) -> None:
+        self.text = self.decoded = ""
+        self._detokenize, self._eos_ids, self._stop = detokenize, eos_ids, stop
         self._ids: list[int] = []  # the last settled chunk (context), then unsettled ids
-        self._settled = 0  # ids[:settled] are in `text`
+        self._settled = 0  # ids[:settled] are in `decoded`
 
-    def add(self, ids: Sequence[int]) -> str:
-        """Takes new tokens and returns the text so far."""
-        if len(ids) > 1 and _INCOMPLETE not in self._decode([*self._ids, *ids]):
+    def add(self, ids: Sequence[int], finished: bool) -> str:
+        """Takes new tokens and returns the text that can be shown now and could not before."""
+        self.decode(ids, finished)
+        return self.show(finished)
+
+    def decode(self, ids: Sequence[int], finished: bool = False) -> None:
+        """Takes new tokens into `decoded`; at the end of the output, with U+FFFD for bytes that make no character."""
+        ids = [token for token in ids if token not in self._eos_ids]
+        if len(ids) > 1 and _INCOMPLETE not in self._detokenize([*self._ids, *ids]):
             self._take(ids)
         else:  # some tokenizers turn a whole run of bytes into U+FFFD if one is wrong: those before it are settled first
             for token in ids:
                 self._take([token])
-        return self.text
+        if finished:
+            self.decoded += self._unsettled()
+            self._ids, self._settled = [], 0
 
-    def finish(self) -> str:
-        """The text at the end of the output, with U+FFFD for bytes that make no character."""
-        self.text += self._new()
-        self._ids, self._settled = [], 0
-        return self.text
+    def show(self, finished: bool) -> str:
+        """The part of `decoded` that can be shown now and could not before.
+
+        Unless the output is finished, an end that may be the start of a stop string is held back too.
+        """
+        visible = before_stop(self.decoded, self._stop)
+        if not finished and len(visible) == len(self.decoded):
+            visible = visible[: len(visible) - max((_overlap(visible, stop) for stop in self._stop), default=0)]
+        piece, self.text = visible[len(self.text) :], visible
+        return piece
 
     def _take(self, ids: Sequence[int]) -> None:
         self._ids += ids
-        new = self._new()
+        new = self._unsettled()
         if new and not new.endswith(_INCOMPLETE):  # ids without text would be no context
-            self.text += new
+            self.decoded += new
             self._ids, self._settled = self._ids[self._settled :], len(self._ids) - self._settled
 
-    def _new(self) -> str:
+    def _unsettled(self) -> str:
         """The text of the ids that are not settled."""
-        before, now = self._decode(self._ids[: self._settled]), self._decode(self._ids)
-        return now[len(before) :] if now.startswith(before) else self._decode(self._ids[self._settled :])
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._detokenize(ids) if ids else ""
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """What ends an output. Its tokens include the EOS token, or those that complete a stop string; its text does not."""
-
-    eos_ids: frozenset[int]
-    stop: tuple[str, ...]
-    max_new_tokens: int
-
-    def visible(self, text: str, finished: bool) -> str:
-        """The part of the `text` decoded so far that may be shown: nothing from a stop string on.
-
-        Unless the output is finished, an end of the text that may be the start of a stop string is held back too. So each
-        result extends the one before, and the text can be streamed.
-        """
-        before = before_stop(text, self.stop)
-        if len(before) < len(text):
-            return before
-        held = 0 if finished else max((_overlap(text, stop) for stop in self.stop), default=0)
-        return text[: len(text) - held]
-
-
-class StopScanner:
-    """Reads an output token by token and finds its end, whether tokens arrive one by one or several per round."""
-
-    def __init__(self, stopping: Stopping, context_room: int, detokenize: Detokenize | None = None) -> None:
-        """`context_room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
-        require(not stopping.stop or detokenize is not None, "stop", "used with a detokenizer", "none")
-        self._stopping = stopping
-        self._context_room = context_room
-        self.reason: StopReason | None = None  # why the output ended, once it has
-        self._read = 0
-        self._growing = GrowingText(detokenize) if stopping.stop and detokenize is not None else None
-
-    @property
-    def room(self) -> int:
-        """How many tokens may still come."""
-        return min(self._stopping.max_new_tokens, self._context_room) - self._read
-
-    def cut(self, ids: list[int]) -> tuple[int, StopReason | None]:
-        """Reads new tokens up to the first that ends the output. Returns how many it read, and the reason if one did."""
-        for count, token in enumerate(ids, start=1):
-            self._read += 1
-            self.reason = self._reason(token)
-            if self.reason is not None:
-                return count, self.reason
-        return len(ids), None
-
-    def _reason(self, token: int) -> StopReason | None:
-        if token in self._stopping.eos_ids:
-            return "eos"
-        if self._growing is not None and self._completes_stop(self._growing, token):
-            return "stop"
-        if self._read >= self._stopping.max_new_tokens:
-            return "length"
-        return "context" if self._read >= self._context_room else None
-
-    def _completes_stop(self, growing: GrowingText, token: int) -> bool:
-        before = len(growing.text)
-        text = growing.add([token])
-        return any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stopping.stop)
+        before = self._detokenize(self._ids[: self._settled]) if self._settled else ""
+        now = self._detokenize(self._ids) if self._ids else ""
+        return now[len(before) :] if now.startswith(before) else self._detokenize(self._ids[self._settled :])
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first occurrence of a stop string."""
-    return text[: min((place for string in stop if (place := text.find(string)) >= 0), default=len(text))]
+    return text[: min((start for string in stop if (start := text.find(string)) >= 0), default=len(text))]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -242,25 +198,43 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-class ShownText:
-    """The part of a growing answer that may be shown: whole characters, and nothing from a stop string on."""
+class StopScanner:
+    """Reads an output and finds its end, whether tokens come one by one or several per round.
 
-    def __init__(self, stopping: Stopping, detokenize: Detokenize) -> None:
-        self.text = ""
-        self._stopping = stopping
-        self._growing = GrowingText(detokenize)
+    The tokens of an output include the EOS token, or those that complete a stop string; its text does not.
+    """
 
-    def add(self, ids: Sequence[int], finished: bool) -> str:
-        """Takes new tokens of the output and returns the text that can be shown now and could not before."""
-        return self.show(self.decode(ids, finished), finished)
+    def __init__(
+        self,
+        eos_ids: frozenset[int],
+        stop: Sequence[str],
+        max_new_tokens: int,
+        context_room: int,
+        detokenize: Detokenize | None = None,
+    ) -> None:
+        """`context_room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
+        require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
+        self._eos_ids, self._stop = eos_ids, stop
+        self._text = OutputText(detokenize) if stop and detokenize is not None else None
+        self.room = min(max_new_tokens, context_room)  # how many tokens may still come
+        self._last: StopReason = "length" if max_new_tokens <= context_room else "context"
+        self.reason: StopReason | None = None  # why the output ended, once it has
 
-    def decode(self, ids: Sequence[int], finished: bool) -> str:
-        """Takes new tokens and returns the text of all, whether it can be shown or not."""
-        text = self._growing.add([token for token in ids if token not in self._stopping.eos_ids])
-        return self._growing.finish() if finished else text
+    def cut(self, ids: Sequence[int]) -> tuple[int, StopReason | None]:
+        """Reads new tokens up to the first that ends the output. Returns how many it read, and the reason if one did."""
+        for count, token in enumerate(ids, start=1):
+            self.room -= 1
+            if token in self._eos_ids:
+                self.reason = "eos"
+            elif self._text is not None and self._completes_stop(self._text, token):
+                self.reason = "stop"
+            elif self.room <= 0:
+                self.reason = self._last
+            if self.reason is not None:
+                return count, self.reason
+        return len(ids), None
 
-    def show(self, decoded: str, finished: bool) -> str:
-        """The part of that text that can be shown now and could not before."""
-        visible = self._stopping.visible(decoded, finished)
-        piece, self.text = visible[len(self.text) :], visible
-        return piece
+    def _completes_stop(self, text: OutputText, token: int) -> bool:
+        before = len(text.decoded)
+        text.decode([token])
+        return any(text.decoded.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stop)

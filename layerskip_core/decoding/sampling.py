@@ -1,8 +1,6 @@
 """From logits to tokens: greedy, or drawn after temperature, top-k and top-p; and the lossless verification of drafts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,91 +10,28 @@ from ..config.decoding import DecodingConfig
 from ..model.drafting import most_probable
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the target made of one row's draft: the accepted drafts, then one token of its own."""
+class Sampler:
+    """Chooses the tokens of B rows, in the same way for drafts and for the target: greedily at temperature 0, else drawn.
 
-    row: int  # which prompt it is about
-    drafted: int
-    ids: list[int]
+    Each row draws from a generator of its own: it gets the tokens that it gets alone.
+    """
 
-    @property
-    def accepted(self) -> int:
-        return len(self.ids) - 1
-
-
-class Sampler(Protocol):
-    """How the tokens of B rows are chosen, in the same way for drafts and for the target."""
+    def __init__(self, config: DecodingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> None:
+        """`seeds`: one per row; None: the config's for all."""
+        self.is_greedy = config.temperature == 0
+        self._config = config
+        seeds = () if self.is_greedy else seeds or [config.seed] * rows
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def probs(self, logits: Tensor) -> Tensor | None:
         """The distribution (..., V) that `choose` draws from; None if nothing is drawn."""
+        return None if self.is_greedy else probabilities(logits, self._config)
 
     def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
         """Token ids (B, T) from logits (B, T, V) and their `probs`. Only `rows` of the batch need one: others may be any id."""
-
-    def verify(
-        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
-    ) -> tuple[list[list[int]], Tensor]:
-        """Judges drafts (B, K), `counts` of them by row, by the target's logits (B, K+1, V). Waits once for the device.
-
-        `draft_probs` (B, K, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row,
-        the accepted drafts and the target's own token after them; and that last token of each row, (B, 1), on the device.
-        """
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forgets every row but those at `rows`."""
-
-    def join(self, other: Any) -> None:
-        """Adds the rows of a sampler that chooses in the same way after its own."""
-
-
-class Greedy:
-    """The most probable token, by argmax of the logits."""
-
-    def probs(self, logits: Tensor) -> None:
-        return None
-
-    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
-        return most_probable(logits)
-
-    def verify(
-        self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
-    ) -> tuple[list[list[int]], Tensor]:
-        return accepted_choices(draft_ids, counts, most_probable(logits))
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        pass
-
-    def join(self, other: "Greedy") -> None:
-        pass
-
-
-def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> tuple[list[list[int]], Tensor]:
-    """Accepts the longest prefix of each row's drafts (B, K) that are the target's choices (B, K+1); returns as `verify`."""
-    most = draft_ids.shape[1]
-    verified: list[list[int]] = []
-    for ids, count in zip((torch.cat((draft_ids, choices), 1) if most else choices).tolist(), counts, strict=True):
-        chosen = ids[most:]
-        accepted = next((place for place in range(count) if ids[place] != chosen[place]), count)
-        verified.append(chosen[: accepted + 1])
-    if len(verified) == 1:
-        return verified, choices[:, len(verified[0]) - 1 : len(verified[0])]
-    return verified, torch.tensor([[ids[-1]] for ids in verified]).to(choices.device, non_blocking=True)
-
-
-class Stochastic:
-    """Tokens drawn by a generator for each row; verification keeps the target's distribution exactly."""
-
-    def __init__(self, config: DecodingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> None:
-        """Every row has a generator, with its own of `seeds` or else the config's: it draws what it would draw alone."""
-        self._config = config
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds or [config.seed] * rows]
-
-    def probs(self, logits: Tensor) -> Tensor:
-        return probabilities(logits, self._config)
-
-    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence[int]) -> Tensor:
-        probs = self.probs(logits) if probs is None else probs
+        if self.is_greedy:
+            return most_probable(logits)
+        probs = probabilities(logits, self._config) if probs is None else probs
         if len(self._generators) == 1:
             return draw(probs, self._generators[0])
         chosen = torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
@@ -107,7 +42,14 @@ class Stochastic:
     def verify(
         self, draft_ids: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor
     ) -> tuple[list[list[int]], Tensor]:
-        target_probs = self.probs(logits)
+        """Judges drafts (B, K), `counts` of them by row, by the target's logits (B, K+1, V). Waits once for the device.
+
+        `draft_probs` (B, K, V) are what the drafts were drawn from; None if they were chosen without chance. Returns, by row,
+        the accepted drafts and the target's own token after them; and that last token of each row, (B, 1), on the device.
+        """
+        if self.is_greedy:
+            return accepted_choices(draft_ids, counts, most_probable(logits))
+        target_probs = probabilities(logits, self._config)
         if draft_ids.shape[1] == 0:
             pairs = zip(target_probs, self._generators, strict=True)
             newest = torch.stack([draw(probs, generator) for probs, generator in pairs])
@@ -120,21 +62,30 @@ class Stochastic:
                 for row, (count, generator) in enumerate(zip(counts, self._generators, strict=True))
             ]
         )
-        verified = []
-        for *drafts, accepted, last in torch.cat((draft_ids, judged), 1).tolist():
-            verified.append([*drafts[:accepted], last])
+        verified = [[*drafts[:accepted], last] for *drafts, accepted, last in torch.cat((draft_ids, judged), 1).tolist()]
         return verified, judged[:, 1:]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self._generators = [self._generators[row] for row in rows]
+        """Forgets every row but those at `rows`."""
+        if not self.is_greedy:
+            self._generators = [self._generators[row] for row in rows]
 
-    def join(self, other: "Stochastic") -> None:
+    def join(self, other: "Sampler") -> None:
+        """Adds the rows of a sampler that chooses in the same way after its own."""
         self._generators = self._generators + other._generators
 
 
-def sampler_for(config: DecodingConfig, device: torch.device, rows: int = 1, seeds: Sequence[int] | None = None) -> Sampler:
-    """Greedy at temperature 0, else drawn with the config's seed, or with one of `seeds` for each row."""
-    return Greedy() if config.temperature == 0 else Stochastic(config, device, rows, seeds)
+def accepted_choices(draft_ids: Tensor, counts: Sequence[int], choices: Tensor) -> tuple[list[list[int]], Tensor]:
+    """Accepts the longest prefix of each row's drafts (B, K) that are the target's choices (B, K+1); returns as `verify`."""
+    most = draft_ids.shape[1]
+    verified: list[list[int]] = []
+    for ids, count in zip((torch.cat((draft_ids, choices), 1) if most else choices).tolist(), counts, strict=True):
+        chosen = ids[most:]
+        accepted = next((index for index in range(count) if ids[index] != chosen[index]), count)
+        verified.append(chosen[: accepted + 1])
+    if len(verified) == 1:
+        return verified, choices[:, len(verified[0]) - 1 : len(verified[0])]
+    return verified, torch.tensor([[ids[-1]] for ids in verified]).to(choices.device, non_blocking=True)
 
 
 def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
@@ -151,7 +102,12 @@ def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
         top_probs, top_ids = probs.topk(min(config.top_k, probs.shape[-1]))
         top_probs = top_probs / top_probs.sum(-1, keepdim=True)
     elif config.top_p < 1:
-        top_probs, top_ids = probs.topk(_top_p_bound(probs, config.top_p))
+        # Tokens under (1 - top_p) / V have less than 1 - top_p together, so the others reach top_p without them. Counting these
+        # saves the CPU a sort of the whole vocabulary. Other devices sort fast, and reading a count would wait for them.
+        kept = vocabulary = probs.shape[-1]
+        if probs.device.type == "cpu":  # the count is 0 if all tokens are equally probable and rounded down
+            kept = max(1, int((probs >= (1 - config.top_p) / vocabulary).sum(-1).max()))
+        top_probs, top_ids = probs.topk(kept)
     else:
         return probs
     if config.top_p < 1:
@@ -159,19 +115,6 @@ def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
         top_probs = top_probs.masked_fill(mass_before >= max(config.top_p, least), 0)
         top_probs = top_probs / top_probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, top_ids, top_probs)
-
-
-def _top_p_bound(probs: Tensor, top_p: float) -> int:
-    """At least as many as the tokens that top-p keeps in any row of (..., V).
-
-    Tokens under (1 - top_p) / V have less than 1 - top_p together, so the others reach top_p without them. Counting the
-    others saves the CPU a sort of the whole vocabulary. Other devices sort fast, and reading a count would wait for them.
-    """
-    vocabulary = probs.shape[-1]
-    if probs.device.type != "cpu":
-        return vocabulary
-    largest = int((probs >= (1 - top_p) / vocabulary).sum(-1).max())
-    return max(1, largest)  # 0 if all tokens are equally probable and rounded down
 
 
 def draw(probs: Tensor, generator: torch.Generator) -> Tensor:

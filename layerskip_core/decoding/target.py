@@ -1,7 +1,8 @@
 """The target: the layers that verify drafts and choose tokens, a fixed number or as many as a token needs; and their caches."""
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from ..model.cache import KVCache
 from ..model.exit_blocks import PlacedBlock, target_block
 from ..model.spans import joined, states_at
 from .drafters import Draft
+from .graphs import Recorder
 
 
 class TargetOutput(NamedTuple):
@@ -26,9 +28,7 @@ class TargetOutput(NamedTuple):
 class Target(Protocol):
     """The layers of the target, for the steps of one decoding."""
 
-    @property
-    def decodes_like_prefill(self) -> bool:
-        """True if decoding writes the same KV entries as prefilling the same tokens."""
+    decodes_like_prefill: bool  # whether decoding writes the same KV entries as prefilling the same tokens
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
@@ -40,15 +40,17 @@ class Target(Protocol):
         """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
 
 
-def target_for(model: Backend, config: DecodingConfig, exit_cache: "ExitBlockCache | None") -> Target:
+def target_for(
+    model: Backend, config: DecodingConfig, exit_cache: "ExitBlockCache | None", recorder: Recorder | None = None
+) -> Target:
     """The target of the config's strategy. Raises ConfigError for an exit that can only draft."""
-    greedy = config.temperature == 0
-    if config.strategy != "early-exit":
-        return FixedTarget(model, model.num_layers, exit_cache, greedy=greedy)
-    if config.exit_confidence:
+    if config.strategy == "early-exit" and config.exit_confidence:
         return CalmTarget(model, tuple(sorted(set(config.exits))), config.exit_confidence)
-    assert config.exit_layer is not None
-    return FixedTarget(model, config.exit_layer, block=target_block(model.exit_blocks, config.exit_layer), greedy=greedy)
+    layers, block = model.num_layers, None
+    if config.strategy == "early-exit":
+        assert config.exit_layer is not None
+        layers, block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
+    return FixedTarget(model, layers, exit_cache, block, config.temperature == 0, recorder)
 
 
 class FixedTarget:
@@ -63,40 +65,52 @@ class FixedTarget:
         exit_cache: "ExitBlockCache | None" = None,
         block: PlacedBlock | None = None,
         greedy: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`exit_cache`: of the blocks that draft. `block`: that of exit E. `greedy`: logits are needed for choices only."""
-        self._model, self.layers = model, layers
-        self._only_chooses = greedy and exit_cache is None and block is None
-        self._exit_cache, self._block = exit_cache, block
-        self._taps = () if exit_cache is None else exit_cache.taps
+        """`exit_cache`: of the blocks that draft. `block`: that of exit E. `greedy`: logits are needed for choices only.
 
-    @property
-    def name(self) -> Hashable:
-        """Equal for two of one model whose passes differ in nothing but their inputs."""
-        return self.layers, self._block is not None, self._taps
+        `recorder`: records the passes over drafts.
+        """
+        self._model, self._layers = model, layers
+        self._only_chooses = greedy and exit_cache is None and block is None
+        self._exit_cache, self._block, self._recorder = exit_cache, block, recorder
+        self._taps = () if exit_cache is None else exit_cache.taps
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
         return self._output(_at(self._run({0: self._model.embed(tokens)}, positions, cache), last))
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
-        """One pass, from the draft's exit states on."""
-        tokens, states = draft.tokens, draft.exit_states
+        recorder, stops = self._recorder, tuple(draft.exit_states)
+        if recorder is None:
+            return self._pass(draft.tokens, draft.exit_states, positions, cache)
+
+        def work(tokens: Tensor, places: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            logits = self._pass(tokens, dict(zip(stops, states, strict=True)), places, recorder.whole).logits
+            assert logits is not None  # backends whose passes are recorded have no chooser
+            return (logits,)
+
+        name = "pass", self._layers, self._block is not None, self._taps, stops
+        (logits,) = recorder.run(name, work, draft.tokens, positions, *draft.exit_states.values())
+        return TargetOutput(logits, self._layers)
+
+    def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> TargetOutput:
+        """One pass over tokens (B, T), from their exit states on, which may lack those of the last token."""
         if states and (known := states[max(states)].shape[1]) < tokens.shape[1]:
             last = states_at(self._model, self._model.embed(tokens[:, known:]), sorted(states), positions[:, known:], cache)
             states = joined((states, last))
         if self._only_chooses and self._model.chooser is not None:
             start = max(states, default=0)
-            choices = self._model.chooser(tokens, states.get(start), start, self.layers, positions, cache)
+            choices = self._model.chooser(tokens, states.get(start), start, self._layers, positions, cache)
             if choices is not None:
-                return TargetOutput(None, self.layers, choices)
+                return TargetOutput(None, self._layers, choices)
         return self._output(self._run(states or {0: self._model.embed(tokens)}, positions, cache))
 
     def _run(self, states: Mapping[int, Tensor], positions: Tensor, cache: KVCache) -> Tensor:
         """The layers after the highest of the `states`, and the exit's block."""
         start = max(states)
-        stops = (*(tap for tap in self._taps if tap > start), self.layers)
+        stops = (*(tap for tap in self._taps if tap > start), self._layers)
         states = {**states, **states_at(self._model, states[start], stops, positions, cache, start)}
-        hidden = states[self.layers]
+        hidden = states[self._layers]
         if self._exit_cache is not None:
             self._exit_cache.write([states[tap] for tap in self._taps], hidden, positions, cache)
         if self._block is not None:
@@ -104,8 +118,7 @@ class FixedTarget:
         return hidden
 
     def _output(self, hidden: Tensor) -> TargetOutput:
-        logits = self._model.unembed(hidden) if self._block is None else self._block.head(hidden)
-        return TargetOutput(logits, self.layers)
+        return TargetOutput(self._model.unembed(hidden) if self._block is None else self._block.head(hidden), self._layers)
 
 
 class CalmTarget:
@@ -124,42 +137,40 @@ class CalmTarget:
 
     def __init__(self, model: Backend, exits: tuple[int, ...], confidence: float) -> None:
         """`exits`: ascending counts of layers below L. Raises ConfigError for an exit that can only draft."""
-        self._model, self._draft_side = model, model.draft_sides[None]
-        self._confidence = confidence
-        self._stops = (*exits, model.num_layers)  # of the spans between exits
-        self._blocks = {stop: target_block(model.exit_blocks, stop) for stop in self._stops}
+        self._model, self._draft_side, self._confidence = model, model.draft_sides[None], confidence
+        self._spans = tuple(pairwise((0, *exits, model.num_layers)))
+        self._blocks = {stop: target_block(model.exit_blocks, stop) for _, stop in self._spans}
         self._begin = 0  # position of the first token after the prompt
         self._left: list[Tensor] = []  # the state (1, 1, D) that each token after the prompt left with
-        self._written = [0] * len(self._stops)  # by span: how many of these tokens have KV entries there
+        self._written = [0] * len(self._spans)  # by span: how many of these tokens have KV entries there
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
-        hidden, start, chosen = self._model.embed(tokens), 0, None
-        for stop in self._stops:
+        hidden, chosen = self._model.embed(tokens), None
+        for start, stop in self._spans:
             hidden = self._model.run_layers(hidden, start, stop, positions, cache)
             scored = self._through_block(hidden, stop, positions, cache)
-            chosen, start = chosen or self._leaving(_at(scored, last), stop), stop
+            chosen = chosen or self._leaving(_at(scored, last), stop)
         self._begin = int(positions[0, -1]) + 1
         assert chosen is not None
         return chosen
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
         count = int(positions[0, 0]) - self._begin  # of the tokens between the prompt and this one
-        hidden, start = self._model.embed(draft.tokens), 0
-        for span, stop in enumerate(self._stops):
-            self._propagate(span, start, stop, count, cache)
+        hidden, chosen = self._model.embed(draft.tokens), None
+        for span, (start, stop) in enumerate(self._spans):
+            self._propagate(span, count, cache)
             hidden = self._model.run_layers(hidden, start, stop, positions, cache)
             self._written[span] = count + 1
             chosen = self._leaving(self._through_block(hidden, stop, positions, cache), stop)
             if chosen is not None:
                 break
-            start = stop
         assert chosen is not None
         self._left.append(hidden)
         return chosen
 
-    def _propagate(self, span: int, start: int, stop: int, count: int, cache: KVCache) -> None:
+    def _propagate(self, span: int, count: int, cache: KVCache) -> None:
         """Writes the span's KV entries of those of the first `count` tokens that left below it."""
-        written = self._written[span]
+        written, (start, stop) = self._written[span], self._spans[span]
         if written < count:
             positions = torch.arange(self._begin + written, self._begin + count)[None]
             left = torch.cat(self._left[written:count], dim=1)
@@ -176,8 +187,7 @@ class CalmTarget:
         """The logits (1, 1, V) after `layers` layers, and perhaps a block, if a token leaves with them."""
         block = self._blocks[layers]
         if layers < self._model.num_layers:
-            drafting = self._draft_side.unembed if block is None else self._draft_side.exit_blocks[layers].head
-            logits = drafting(hidden)
+            logits = (self._draft_side.unembed if block is None else self._draft_side.exit_blocks[layers].head)(hidden)
             if float(logits.float().softmax(-1).amax()) <= self._confidence:
                 return None
             if self._draft_side.vocabulary is None:
@@ -209,7 +219,6 @@ class ExitBlockCache:
         self._blocks = {block.block.exit_layer: block for block in blocks}
         self.taps = tuple(sorted(self._blocks))  # the exits
         self.needs_finals = any(block.join is not None for block in blocks)  # which one pass leaves to the next
-        self.rerun = int(self.needs_finals)  # tokens before its own that a first pass in the middle of a text needs
         self.features: Tensor | None = None  # (B, 1, D), the final norm's output for the token before each row's newest
         self._finals = torch.empty(0)  # (B, T, D), the final norm's output for the tokens of the last pass
 
@@ -257,19 +266,15 @@ class PrefixCache:
         self._ids: list[int] = []  # of the last text
         self._count = 0  # of its first tokens have KV entries
 
-    def suit(self, model: Backend, config: DecodingConfig) -> None:
-        """Forgets what another model computed, or other settings: they decide which layers have KV entries."""
-        made_for = model, replace(config, max_new_tokens=1, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0)
-        if self._made_for != made_for or model.exact:
-            self._made_for, self._cache = made_for, model.new_cache()
-            self._ids, self._count = [], 0
-
-    def begin(self, prompt: list[int], rerun: int = 0) -> tuple[KVCache, int]:
+    def begin(self, model: Backend, config: DecodingConfig, prompt: list[int], rerun: int = 0) -> tuple[KVCache, int]:
         """The cache of one row, and how many of the prompt's first tokens need no pass; at least one does.
 
-        `rerun`: how many of the known tokens the pass needs again. `suit` comes first.
+        `rerun`: how many of the known tokens the pass needs again. What another model computed, or other settings, is
+        forgotten: they decide which layers have KV entries.
         """
-        assert self._cache is not None
+        made_for = model, replace(config, max_new_tokens=1, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0)
+        if self._cache is None or self._made_for != made_for or model.exact:
+            self._made_for, self._cache, self._count = made_for, model.new_cache(), 0
         most = min(self._count, len(prompt) - 1)
         same = next((index for index in range(most) if self._ids[index] != prompt[index]), most)
         self.keep(list(prompt), max(same - rerun, 0))

@@ -73,6 +73,6 @@ def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[i
         return _USUAL_TOKENS, "the usual number; nothing is known of this exit's acceptance"
     layer, head = sum(map(prod, spec.layer_shapes.values())), prod(spec.shapes[EMBEDDING])
     share = (layers * layer + head) / (spec.layers * layer + head)
-    _, tokens = best_length(acceptance, acceptance, LinearTime(0.0, share), 0, LinearTime(1.0, 0.0), 1, _MOST_TOKENS)
+    _, tokens = best_length((acceptance, acceptance), LinearTime(0.0, share), 0, LinearTime(1.0, 0.0), 1, _MOST_TOKENS)
     why = f"the best if {acceptance:.0%} of the drafts are accepted and a draft takes {share:.0%} of the time of a full pass"
     return max(tokens, 1), why

@@ -180,9 +180,9 @@ def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, status, para
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "at least one message"),
-        ([{"role": "tool", "content": "x"}], r"messages[0].role must be one of"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages[0].content must be a text"),
+        ([], "a list of messages"),
+        ([{"role": "tool", "content": "x"}], "$[0].role"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "$[0].content"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "this model has no chat template"),
     ],
 )

@@ -3,14 +3,13 @@
 from torch import tensor
 
 from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup
-from layerskip_core.decoding.sampling import Verdict
 
 
 class RepeatingDrafter:
     """Without exit states and probabilities: the target starts at layer 0, and a draft is certain."""
 
     def __init__(self) -> None:
-        self.verdicts: dict[int, list[Verdict]] = {}
+        self.verdicts: dict[int, list[tuple[int, int]]] = {}  # by row: how many tokens were drafted, and accepted
 
     def draft(self, context: Context, limits: list[int]) -> Draft:
         drafts = [repetition(ids)[:limit] for ids, limit in zip(context.ids, limits, strict=True)]
@@ -18,8 +17,8 @@ class RepeatingDrafter:
         tokens = [[ids[-1], *row, *[0] * (longest - len(row))] for ids, row in zip(context.ids, drafts, strict=True)]
         return Draft(tensor(tokens, device=context.newest.device), tuple(map(len, drafts)))
 
-    def observe(self, verdict: Verdict) -> None:
-        self.verdicts.setdefault(verdict.row, []).append(verdict)
+    def observe(self, row: int, drafted: int, verified: list[int]) -> None:
+        self.verdicts.setdefault(row, []).append((drafted, len(verified) - 1))
 
 
 def repetition(ids: list[int]) -> list[int]:

@@ -1,8 +1,11 @@
 """Adaptive drafting: what it chooses, and that it changes no output."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,43 +14,22 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
-from layerskip_core.decoding.drafters.knowledge import (
-    Acceptance,
-    Calibration,
-    Chance,
-    Drafting,
-    LinearTime,
-    best_length,
-    knowledge_of,
-)
+from layerskip_core.decoding.drafters.knowledge import Acceptance, LinearTime, best_length, knowledge_of
 from layerskip_core.decoding.engine import drafter_for
-from layerskip_core.decoding.sampling import Greedy, Verdict
-from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
+from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 
-WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 EXITS = (2, 4)
 
 
+@cache
 def backend_of(kind):
     if kind == "generic":
         return TransformersBackend(tiny_model())
-    model, packing = (
-        tiny_model("llama", torch.float32 if kind == "native" else torch.float64, **WIDE),
-        PackingConfig(draft_weights=("int8",)),
-    )
+    packing = PackingConfig(draft_weights=("int8",))
     if kind == "packed":
-        return TorchBackend.of(model, packing)
-    if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
-        pytest.skip("no kernels were built here")
-    return NativeBackend.of(model, packing)
-
-
-def ids_of(decoding):
-    return [token.id for tokens in decoding for token in tokens]
-
-
-def prompt_of(length):
-    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        return TorchBackend.of(tiny_model("llama", torch.float64, **WIDE), packing)
+    return native_or_skip(tiny_model("llama", torch.float32, **WIDE), packing)
 
 
 # --- the output ----------------------------------------------------------------------------------------------------------
@@ -58,7 +40,7 @@ def test_the_output_is_that_of_plain_decoding(kind):
     backend = backend_of(kind)
     for length in (1, 3, 30):
         for limit in (1, 2, 40):
-            plain = ids_of(decode(backend, prompt_of(length), DecodingConfig("autoregressive", max_new_tokens=limit)))
+            plain = plainly(backend, prompt_of(length), limit)
             config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=9, exits=EXITS)
             decoding = decode(backend, prompt_of(length), config)
             assert ids_of(decoding) == plain
@@ -88,9 +70,9 @@ class Scheduled(AdaptiveDrafter):
 def test_no_schedule_of_drafters_changes_the_output(kind, schedule, length, limit, eos_place):
     """Exits, low-bit copies and lookups take turns on one cache."""
     backend, prompt = backend_of(kind), prompt_of(length)
-    plain = ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=25)))
+    plain = plainly(backend, prompt, 25)
     eos_ids = frozenset() if eos_place is None else frozenset({plain[eos_place]})
-    expected = ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
+    expected = plainly(backend, prompt, limit, eos_ids)
     config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS)
     decoding = decode(backend, prompt, config, eos_ids)
     drafter = decoding._loop._drafter
@@ -103,7 +85,7 @@ def test_no_schedule_of_drafters_changes_the_output(kind, schedule, length, limi
 def test_rows_decoded_together_give_the_tokens_that_each_gives_alone(kind):
     backend, prompts = backend_of(kind), [prompt_of(length) for length in (3, 9, 5)]
     config = DecodingConfig("adaptive", max_new_tokens=20, num_draft_tokens=5, exits=EXITS)
-    expected = [ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=20))) for prompt in prompts]
+    expected = [plainly(backend, prompt, 20) for prompt in prompts]
     together = sorted((one.row, one.ids) for one in decode_batch(backend, prompts, config))
     assert together == list(enumerate(expected))
 
@@ -124,41 +106,32 @@ def test_a_seed_gives_the_same_sample_however_long_passes_take(kind, monkeypatch
 # --- the choice ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_chance_moves_from_its_prior_to_what_was_seen_and_back():
-    chance = Chance(0.5)
-    assert chance.mean == 0.5
-    chance.observe(True)
-    assert chance.mean == pytest.approx(3 / 5)  # the prior counts as four observations
-    for _ in range(200):
-        chance.observe(True)
-    seen = chance.mean
-    assert seen > 0.95
-    chance.forget(6000)
-    assert 0.5 < chance.mean < 0.6 < seen
-
-
-def test_acceptance_counts_the_drafts_that_were_tested():
-    first, later = Chance(0.5), Chance(0.5)
-    acceptance = Acceptance(first, later)
+def test_acceptance_moves_from_its_prior_to_what_was_seen_and_back():
+    acceptance = Acceptance(0.5, 0.5)
     acceptance.observe(drafted=4, accepted=1)  # the second was wrong, the others were not tested
-    assert (first.mean, later.mean) == (pytest.approx(3 / 5), pytest.approx(2 / 5))
+    assert acceptance.chances == (pytest.approx(3 / 5), pytest.approx(2 / 5))  # the prior counts as four observations
     acceptance.compare([7, 8, 9], [7, 9])  # the same, by what the target said
-    other = Acceptance(Chance(0.5), Chance(0.5))
+    other = Acceptance(0.5, 0.5)
     other.observe(4, 1)
     other.observe(2, 1)
-    assert (acceptance.first, acceptance.later) == (other.first, other.later)
+    assert acceptance.chances == other.chances
+    for _ in range(200):
+        acceptance.observe(2, 2)
+    assert min(acceptance.chances) > 0.95
+    acceptance.forget(6000)
+    assert 0.5 < min(acceptance.chances) <= max(acceptance.chances) < 0.6
 
 
-def test_calibration_learn_how_far_to_trust_a_probability():
-    calibration = Calibration(1.0, 1)
+def test_an_option_learns_how_far_to_trust_a_probability():
+    option = knowing(backend_of("generic"))._known.options["exit 2"]
     for _ in range(300):
-        calibration.observe([0.5, 0.5], accepted=2)
-    assert calibration.scale < 0.05
+        option.observe(2, 2, [0.5, 0.5])
+    assert option.doubt < 0.05
     for _ in range(300):
-        calibration.observe([0.5], accepted=0)
-    assert calibration.scale == pytest.approx(2.0, rel=0.05)
-    calibration.observe([], accepted=0)
-    assert calibration.scale == pytest.approx(2.0, rel=0.05)
+        option.observe(1, 0, [0.5])
+    assert option.doubt == pytest.approx(2.0, rel=0.05)
+    option.observe(1, 0, [])
+    assert option.doubt == pytest.approx(2.0, rel=0.05)
 
 
 def test_times_are_fitted_by_a_line_that_follows_the_machine():
@@ -218,7 +191,7 @@ def test_the_best_length_maximises_tokens_per_time(first, later, draft, ahead, b
         for length in range(1, 17)
     }
     best = max(rates, key=rates.__getitem__)
-    assert best_length(first, later, drafts, ahead, verify, batch, 16) == (pytest.approx(rates[best]), best)
+    assert best_length((first, later), drafts, ahead, verify, batch, 16) == (pytest.approx(rates[best]), best)
 
 
 def test_times_of_drafts_for_several_rows_count_as_those_for_one():
@@ -230,11 +203,15 @@ def test_times_of_drafts_for_several_rows_count_as_those_for_one():
     assert option.draft.of(4) == pytest.approx(4 * 0.2, rel=0.05)
 
 
+def adaptive(backend, exits=EXITS):
+    config = DecodingConfig("adaptive", exits=exits)
+    return drafter_for(DrafterSetup(backend, Sampler(config, backend.device), config))
+
+
 def knowing(backend, **profile):
-    drafters = {f"exit {exit_layer}": Drafting(None, exit_layer) for exit_layer in EXITS}
+    drafters = {f"exit {exit_layer}": (None, Submodel(exit_layer)) for exit_layer in EXITS}
     known = knowledge_of(backend, drafters, DraftProfile(**profile), remembered=False)
-    setup = DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset())
-    drafter = drafter_for(setup)
+    drafter = adaptive(backend)
     drafter._known, drafter._by_clock = known, False
     return drafter
 
@@ -249,28 +226,23 @@ def source_of(drafter, backend, ids):
     return draft.source if draft.counts[0] else "plain"
 
 
-def test_it_drafts_by_what_promises_most():
-    backend = backend_of("generic")
-    fast, flat = {"exit 2": 0.1, "exit 4": 0.2}, (1.0, 1.0)
-    assert (
-        source_of(knowing(backend, acceptance={"exit 2": 0.5, "exit 4": 0.99}, drafts=fast, passes=flat), backend, [5, 6, 7])
-        == "exit 4"
-    )
-    assert (
-        source_of(knowing(backend, acceptance={"exit 2": 0.99, "exit 4": 0.99}, drafts=fast, passes=flat), backend, [5, 6, 7])
-        == "exit 2"
-    )
-    assert (
-        source_of(knowing(backend, acceptance={"exit 2": 0.1, "exit 4": 0.1}, drafts=fast, passes=(1, 2)), backend, [5, 6, 7])
-        == "plain"
-    )
-    repeated = [5, 6, 7, 8, 9, 10] * 4
-    assert (
-        source_of(knowing(backend, acceptance={"exit 2": 0.1, "exit 4": 0.1}, drafts=fast, passes=flat), backend, repeated)
-        == "lookup"
-    )
-    expensive = knowing(backend, acceptance={"exit 2": 0.1, "exit 4": 0.1}, drafts=fast, passes=(1, 9))
-    assert source_of(expensive, backend, repeated) == "plain"
+REPEATED = [5, 6, 7, 8, 9, 10] * 4
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "passes", "ids", "expected"),
+    [
+        ((0.5, 0.99), (1.0, 1.0), [5, 6, 7], "exit 4"),
+        ((0.99, 0.99), (1.0, 1.0), [5, 6, 7], "exit 2"),
+        ((0.1, 0.1), (1, 2), [5, 6, 7], "plain"),
+        ((0.1, 0.1), (1.0, 1.0), REPEATED, "lookup"),
+        ((0.1, 0.1), (1, 9), REPEATED, "plain"),
+    ],
+)
+def test_it_drafts_by_what_promises_most(acceptance, passes, ids, expected):
+    backend, drafts = backend_of("generic"), {"exit 2": 0.1, "exit 4": 0.2}
+    by_exit = dict(zip(drafts, acceptance, strict=True))
+    assert source_of(knowing(backend, acceptance=by_exit, drafts=drafts, passes=passes), backend, ids) == expected
 
 
 def test_a_profile_may_hold_exits_that_are_never_right_and_passes_whose_rows_are_free():
@@ -293,7 +265,7 @@ def test_it_turns_away_from_what_is_rejected():
     seen = []
     for _ in range(60):
         seen.append(source_of(drafter, backend, [5, 6, 7]))
-        drafter.observe(Verdict(0, drafter._drafted, [1]))  # nothing is ever accepted
+        drafter.observe(0, drafter._draft.counts[0], [1])  # nothing is ever accepted
     assert seen[0] == "exit 2" and "exit 4" in seen and seen[-1] == "plain"
 
 
@@ -325,13 +297,12 @@ def test_lookups_learn_without_being_used():
     drafter = knowing(
         backend, acceptance={"exit 2": 0.99, "exit 4": 0.1}, drafts={"exit 2": 0.01, "exit 4": 0.2}, passes=(1.0, 1.0)
     )
-    repeated = [5, 6, 7, 8, 9, 10] * 4
     acceptance = drafter._known.acceptance_of_lookup(16)
-    before = acceptance.first
+    before = acceptance.chances[0]
     for _ in range(5):
-        assert source_of(drafter, backend, repeated) in ("exit 2", "lookup")
-        drafter.observe(Verdict(0, drafter._drafted, [66]))  # the repetition does not go on
-    assert acceptance.first < before
+        assert source_of(drafter, backend, REPEATED) in ("exit 2", "lookup")
+        drafter.observe(0, drafter._draft.counts[0], [66])  # the repetition does not go on
+    assert acceptance.chances[0] < before
 
 
 def test_a_lookup_counts_little_where_the_text_went_on_in_several_ways():
@@ -344,22 +315,22 @@ def test_a_lookup_counts_little_where_the_text_went_on_in_several_ways():
 
 def test_what_was_learnt_is_kept_for_the_next_greedy_output_only():
     backend = backend_of("native")
-    first = drafter_for(DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset()))
-    second = drafter_for(DrafterSetup(backend, Greedy(), DecodingConfig("adaptive", exits=EXITS), frozenset()))
+    first, second = adaptive(backend), adaptive(backend)
     assert first._known is second._known
     assert set(first._known.options) == {"exit 2", "exit 4", "int8 exit 2", "int8 exit 4", "int8"}
     generic = backend_of("generic")  # its outputs could depend on what drafts, so that they must not depend on the clock
-    others = [drafter_for(DrafterSetup(generic, Greedy(), DecodingConfig("adaptive"), frozenset())) for _ in range(2)]
+    others = [adaptive(generic, ()) for _ in range(2)]
     assert others[0]._known is not others[1]._known and not others[0]._by_clock
 
 
 def test_a_copy_at_an_exit_is_expected_to_be_right_nearly_as_often_as_the_exit():
     backend, profile = backend_of("packed"), DraftProfile({"exit 2": 0.4, "int8 exit 4": 0.7})
-    drafters = {"int8": Drafting("int8", 6), "int8 exit 2": Drafting("int8", 2), "int8 exit 4": Drafting("int8", 4)}
+    exits = {"int8": 6, "int8 exit 2": 2, "int8 exit 4": 4}
+    drafters = {name: ("int8", Submodel(exit_layer)) for name, exit_layer in exits.items()}
     options = knowledge_of(backend, drafters, profile, remembered=False).options
-    found = {name: option.acceptance.first for name, option in options.items()}
+    found = {name: option.acceptance.chances[0] for name, option in options.items()}
     assert found == {"int8": 0.95, "int8 exit 2": pytest.approx(0.38), "int8 exit 4": 0.7}
-    assert {name: option.calibration.power for name, option in options.items()} == {
+    assert {name: option.power for name, option in options.items()} == {
         "int8": 3,
         "int8 exit 2": 1,
         "int8 exit 4": 1,
@@ -368,5 +339,4 @@ def test_a_copy_at_an_exit_is_expected_to_be_right_nearly_as_often_as_the_exit()
 
 def test_without_trained_exits_a_copy_drafts_with_all_its_layers():
     backend = backend_of("native")
-    drafter = drafter_for(DrafterSetup(backend, Greedy(), DecodingConfig("adaptive"), frozenset()))
-    assert list(drafter._known.options) == ["int8"]
+    assert list(adaptive(backend, ())._known.options) == ["int8"]

@@ -6,12 +6,12 @@ from itertools import chain
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import DecodeStats, decode, decode_batch
+from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.target import TargetOutput
-from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.native.compiled import kernels
 
@@ -32,10 +32,6 @@ BACKENDS = [TransformersBackend, TorchBackend.of, *([NativeBackend.of] if kernel
 def model_of(backend, model_type="llama"):
     dtype = torch.float32 if backend == NativeBackend.of else torch.float64
     return backend(tiny_model(model_type, dtype, **MODELS[model_type]))
-
-
-def prompt_of(length: int) -> list[int]:
-    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
 def run(model, prompt, count=24, **settings):
@@ -105,25 +101,14 @@ def test_the_ends_are_plain_decoding_and_early_exit_at_the_first_exit(backend):
         assert stats.tokens_by_layers == (24,) and stats.mean_layers == 1
 
 
-def test_sampling_at_full_depth_draws_the_tokens_of_plain_sampling():
-    model, sampling = model_of(TransformersBackend), {"temperature": 1.0, "seed": 3}
-    expected = run(model, prompt_of(9), strategy="autoregressive", **sampling)[0]
-    assert dynamic(model, prompt_of(9), 1.0, **sampling)[0] == expected
-
-
-def test_the_temperature_moves_no_exit():
-    """Tokens are drawn from what the exit gives; whether a token leaves is decided before, by the probabilities without it."""
+def test_sampling_draws_at_the_exits_that_the_probabilities_without_temperature_choose():
     model, hot = model_of(TransformersBackend), {"temperature": 2.0, "seed": 5}
-    ids, stats = dynamic(model, prompt_of(9), 0.1, **hot)
-    hidden = model.embed(torch.tensor([prompt_of(9)]))
-    with torch.no_grad():
-        for layer in range(LAYERS):
-            hidden = model.run_layers(hidden, layer, layer + 1, torch.arange(9)[None])
-            if layer + 1 in EXITS and model.unembed(hidden[0, -1]).softmax(-1).max() > 0.1:
-                break
-    first = next(decode(model, prompt_of(9), DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.1, **hot)))
-    assert [token.id for token in first] == ids[:1]
-    assert stats.tokens_by_layers[layer] > 0
+    expected = run(model, prompt_of(9), strategy="autoregressive", **hot)[0]
+    assert dynamic(model, prompt_of(9), 1.0, **hot)[0] == expected  # all at full depth
+    assert (
+        dynamic(model, prompt_of(9), 0.1, 1, **hot)[1].tokens_by_layers
+        == dynamic(model, prompt_of(9), 0.1, 1)[1].tokens_by_layers
+    )
 
 
 def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
@@ -181,9 +166,3 @@ def test_fixed_depths_are_counted_too():
     both = stats + run(model, prompt_of(9), 15, strategy="early-exit", exit_layer=2)[1]
     assert both.tokens_by_layers == (0, 15, 0, 0, 0, 5) and both.mean_layers == 3
     assert DecodeStats().mean_layers == 0
-
-
-def test_batches_are_refused():
-    config = DecodingConfig("early-exit", exits=EXITS, exit_confidence=0.5)
-    with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exit_confidence`, got 2"):
-        next(decode_batch(model_of(TransformersBackend), [prompt_of(9), prompt_of(2)], config))

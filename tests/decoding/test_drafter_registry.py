@@ -5,12 +5,13 @@ from collections import Counter
 import pytest
 import torch
 from conftest import tiny_model
-from repeating_drafter import RepeatingDrafter, repetition
+from decodings import ids_of, plainly
+from repeating_drafter import RepeatingDrafter
 
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
-from layerskip_core.decoding import Decoding, DecodingLoop, Stopping, decode, decode_batch
+from layerskip_core.decoding import Decoding, DecodingLoop, decode, decode_batch
 from layerskip_core.decoding.drafters import Draft
-from layerskip_core.decoding.sampling import Stochastic, probabilities
+from layerskip_core.decoding.sampling import Sampler, probabilities
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.model import TransformersBackend
 
@@ -27,21 +28,12 @@ def backend():
     return TransformersBackend(tiny_model())
 
 
-def ids_of(decoding):
-    return [token.id for tokens in decoding for token in tokens]
-
-
-def test_what_is_repeated():
-    assert repetition([5, 6, 7, 5]) == [6, 7, 5]
-    assert repetition([5, 6, 7]) == []
-
-
 def test_it_is_a_strategy_with_the_tokens_of_autoregressive_decoding(registered, backend):
     config = DecodingConfig("repeating", 1, 4, 40)
     drafted = accepted = 0
     for prompt in PROMPTS:
         decoding = decode(backend, prompt, config)
-        assert ids_of(decoding) == ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=40)))
+        assert ids_of(decoding) == plainly(backend, prompt)
         drafted, accepted = drafted + decoding.stats.drafted, accepted + decoding.stats.accepted
     assert 0 < accepted < drafted
 
@@ -52,24 +44,20 @@ def test_a_batch_gives_what_each_prompt_gives_alone(registered, backend):
     for row, prompt in enumerate(PROMPTS):
         alone = decode(backend, prompt, config)
         assert together[row].ids == ids_of(alone)
-        counts = together[row].stats
-        assert (counts.drafted, counts.accepted, counts.rounds) == (
-            alone.stats.drafted,
-            alone.stats.accepted,
-            alone.stats.rounds,
-        )
+        for count in ("drafted", "accepted", "rounds"):
+            assert getattr(together[row].stats, count) == getattr(alone.stats, count)
 
 
 def test_it_hears_of_every_verdict(backend):
-    drafter, stopping = RepeatingDrafter(), Stopping(frozenset(), (), 30)
-    sampler = Stochastic(DecodingConfig(temperature=1), torch.device("cpu"), rows=len(PROMPTS))
-    loop = DecodingLoop(backend, PROMPTS, stopping, sampler, FixedTarget(backend, backend.num_layers), drafter, 3)
+    drafter, config = RepeatingDrafter(), DecodingConfig(temperature=1, num_draft_tokens=3, max_new_tokens=30)
+    sampler = Sampler(config, torch.device("cpu"), rows=len(PROMPTS))
+    loop = DecodingLoop(backend, PROMPTS, config, sampler, FixedTarget(backend, backend.num_layers), drafter)
     list(loop)
     for row in range(len(PROMPTS)):
         stats, verdicts = loop.counts(row), drafter.verdicts.get(row, [])
-        assert sum(verdict.drafted > 0 for verdict in verdicts) == stats.rounds
-        assert sum(verdict.drafted for verdict in verdicts) == stats.drafted
-        assert sum(verdict.accepted for verdict in verdicts[:-1]) <= stats.accepted
+        assert sum(drafted > 0 for drafted, _ in verdicts) == stats.rounds
+        assert sum(drafted for drafted, _ in verdicts) == stats.drafted
+        assert sum(accepted for _, accepted in verdicts[:-1]) <= stats.accepted
 
 
 class Certain:
@@ -78,17 +66,17 @@ class Certain:
     def draft(self, context, most):
         return Draft(torch.tensor([[int(context.newest), 1]]), (1,))
 
-    def observe(self, verdict):
+    def observe(self, row, drafted, verified):
         pass
 
 
 def test_sampling_with_a_certain_drafter_keeps_the_target_s_distribution():
     """Three tokens, of which the second is drafted: 1,000 draws against the exact joint, by chi-square."""
     model = tiny_model(vocab_size=3, num_hidden_layers=2)
-    backend, config, prompt = TransformersBackend(model), DecodingConfig(temperature=4.0), [2, 1, 0]
-    sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), 3)
-    draws = 1000
-    loops = (DecodingLoop(backend, [prompt], stopping, sampler, FixedTarget(backend, 2), Certain(), 1) for _ in range(draws))
+    backend, prompt = TransformersBackend(model), [2, 1, 0]
+    config = DecodingConfig(temperature=4.0, num_draft_tokens=1, max_new_tokens=3)
+    sampler, draws = Sampler(config, torch.device("cpu")), 1000
+    loops = (DecodingLoop(backend, [prompt], config, sampler, FixedTarget(backend, 2), Certain()) for _ in range(draws))
     outputs = Counter(tuple(ids_of(Decoding(loop))) for loop in loops)
 
     def next_probs(ids):

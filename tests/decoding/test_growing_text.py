@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_bpe import text_bpe
 
-from layerskip_core.decoding.output import GrowingText
+from layerskip_core.decoding.output import OutputText
 
 SPECIAL = -1
 WORDS = ["▁", "▁a", "b", "▁▁", "c▁"]
@@ -25,8 +25,11 @@ def pieces_to_text(ids):
 
 def stream(chunks, detokenize):
     """The text after each chunk, and after the end."""
-    growing = GrowingText(detokenize)
-    return [growing.add(list(chunk)) for chunk in chunks] + [growing.finish()]
+    output, shown = OutputText(detokenize), []
+    for chunk, finished in [*((chunk, False) for chunk in chunks), ([], True)]:
+        output.decode(list(chunk), finished)
+        shown.append(output.decoded)
+    return shown
 
 
 def test_a_character_waits_for_its_last_byte():

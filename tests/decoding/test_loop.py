@@ -1,21 +1,23 @@
 """The loop's invariants: on tiny random transformers models, and on a table of known probabilities."""
 
 import time
+from dataclasses import replace
 from functools import cache
-from itertools import chain, count, product
+from itertools import count, product
 
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import ids_of, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding import DecodeStats, Decoding, DecodingLoop, Stopping, Token, decode, sampling
-from layerskip_core.decoding.drafters import Draft
+from layerskip_core.decoding import DecodeStats, Decoding, DecodingLoop, decode, sampling
+from layerskip_core.decoding.drafters import Draft, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.sampling import Greedy, Stochastic, probabilities
+from layerskip_core.decoding.sampling import Sampler, probabilities
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import KVCache, Submodel, TransformersBackend
@@ -34,18 +36,13 @@ def backend(llama):
     return TransformersBackend(llama)
 
 
-def prompt_of(length: int) -> list[int]:
-    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
 def run(model, prompt, eos_ids=(), reuse_exit_states=True, **settings):
     """Ids, finish reason and stats of a decoding."""
     stops = {"detokenize": letters} if "stop" in settings else {}
     decoding = decode(
         model, prompt, DecodingConfig(**settings), frozenset(eos_ids), reuse_exit_states=reuse_exit_states, **stops
     )
-    ids = [token.id for token in chain.from_iterable(decoding)]
-    return ids, decoding.finish_reason, decoding.stats
+    return ids_of(decoding), decoding.finish_reason, decoding.stats
 
 
 def letters(ids):
@@ -66,7 +63,7 @@ def test_self_speculation_equals_autoregressive_decoding(models, model_type):
     for length in (1, 2, 9):
         prompt = prompt_of(length)
         expected, _, _ = plain(model, prompt, max_new_tokens=13)
-        for exit_layer, num_draft_tokens, max_new_tokens in product((1, 3, 5), (1, 2, 5), (1, 2, 13)):
+        for exit_layer, num_draft_tokens, max_new_tokens in product((1, 5), (1, 2, 5), (1, 2, 13)):
             ids, reason, stats = run(
                 model, prompt, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens
             )
@@ -114,14 +111,6 @@ def test_in_fp32_every_token_is_the_most_probable_but_for_near_ties():
             chosen = logits.gather(1, tensor(ids)[:, None])[:, 0]
             assert len(ids) == 30
             assert (logits.amax(1) - chosen).max() < 1e-3
-
-
-def test_recomputing_the_first_layers_changes_no_token(backend):
-    for exit_layer, num_draft_tokens in product((1, 3, 5), (1, 4)):
-        settings = {"exit_layer": exit_layer, "num_draft_tokens": num_draft_tokens, "max_new_tokens": 17}
-        ids, _, stats = run(backend, prompt_of(9), **settings)
-        again, _, recomputed = run(backend, prompt_of(9), reuse_exit_states=False, **settings)
-        assert (ids, stats.drafted, stats.accepted) == (again, recomputed.drafted, recomputed.accepted)
 
 
 @cache
@@ -191,9 +180,6 @@ def test_a_round_runs_the_first_layers_once_a_token_and_the_others_once(backend)
     decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3))
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[9]] * 6
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1, 1, 1]] * 2 + [[4]] * 4
-
-
-def test_without_reuse_the_target_runs_every_layer(backend):
     decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3), reuse_exit_states=False)
     next(decoding)
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1, 1, 4]] * 2 + [[4]] * 4
@@ -239,8 +225,8 @@ class Recording(TransformersBackend):
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_rejected_drafts_leave_no_trace_in_the_logits(models, model_type):
     model, prompt = Recording(models[model_type]), prompt_of(7)
-    decoding = single(model, prompt, Stopping(frozenset(), (), 9), Greedy(), LAYERS, Scripted(lambda *_: 66), 3)
-    ids = [token.id for token in chain.from_iterable(decoding)]
+    decoding = single(model, prompt, DecodingConfig(num_draft_tokens=3, max_new_tokens=9), LAYERS, Scripted(lambda *_: 66))
+    ids = ids_of(decoding)
     assert 66 not in ids
     with torch.no_grad():
         expected = models[model_type](tensor([prompt + ids])).logits[0, 6:-1]
@@ -296,7 +282,7 @@ class TableModel:
     """
 
     num_layers, device, exact = 2, torch.device("cpu"), False
-    shares_states, vocabulary = True, None  # of its draft side, which is the model itself
+    shares_states, vocabulary, exit_blocks = True, None, {}  # of its draft side, which is the model itself
 
     def __init__(self, table):
         self.table, self.max_positions, self.draft_sides = table, table.shape[1], {None: self}
@@ -331,12 +317,13 @@ class Scripted:
             ids.append(self.choose(place, ids[-1]))
         return Draft(tensor([ids]), counts=(len(ids) - 1,))
 
-    def observe(self, verdict):
-        self.calls.append(("observe", verdict.drafted))
+    def observe(self, row, drafted, verified):
+        self.calls.append(("observe", drafted))
 
 
-def single(model, prompt, stopping, sampler, layers, *settings):
-    return Decoding(DecodingLoop(model, [prompt], stopping, sampler, FixedTarget(model, layers), *settings))
+def single(model, prompt, config, layers, drafter, eos_ids=(), sampler=None):
+    sampler, target = sampler or Sampler(config, model.device), FixedTarget(model, layers)
+    return Decoding(DecodingLoop(model, [prompt], config, sampler, target, drafter, frozenset(eos_ids), letters))
 
 
 def counting_model(limit=100):
@@ -345,8 +332,8 @@ def counting_model(limit=100):
 
 
 def scripted_decoding(choose, max_new_tokens=9, eos_ids=(), stop=(), limit=100):
-    stopping = Stopping(frozenset(eos_ids), stop, max_new_tokens)
-    return single(counting_model(limit), [3, 4], stopping, Greedy(), 2, Scripted(choose), 3, letters)
+    config = DecodingConfig(num_draft_tokens=3, max_new_tokens=max_new_tokens, stop=stop)
+    return single(counting_model(limit), [3, 4], config, 2, Scripted(choose), eos_ids)
 
 
 def written(decoding):
@@ -388,7 +375,7 @@ def test_never_accepted_drafts():
 def test_a_drafter_hears_of_its_own_drafts_only():
     """The last token of the output leaves no room for a draft: nothing is drafted, and nothing was rejected."""
     drafter = Scripted(never)
-    list(single(counting_model(), [3, 4], Stopping(frozenset(), (), 5), Greedy(), 2, drafter, 3, letters))
+    list(single(counting_model(), [3, 4], DecodingConfig(num_draft_tokens=3, max_new_tokens=5), 2, drafter))
     assert drafter.calls == [(call, count) for count in (3, 2, 1) for call in ("draft", "observe")]
 
 
@@ -424,15 +411,9 @@ def test_the_first_token_can_end_the_output():
 def test_the_context_ends_the_output(choose):
     """A prompt of 2 tokens and 5 new ones fill a context of 7."""
     decoding = scripted_decoding(choose, limit=7)
-    assert [abs(token) for token in chain.from_iterable(written(decoding))] == [5, 6, 7, 8, 9]
-    assert decoding.finish_reason == "context"
-    assert scripted_finish(choose, max_new_tokens=5, limit=7) == "length"
-
-
-def scripted_finish(choose, **settings):
-    decoding = scripted_decoding(choose, **settings)
-    list(decoding)
-    return decoding.finish_reason
+    assert (ids_of(decoding), decoding.finish_reason) == ([5, 6, 7, 8, 9], "context")
+    limited = scripted_decoding(choose, max_new_tokens=5, limit=7)
+    assert (ids_of(limited), limited.finish_reason) == ([5, 6, 7, 8, 9], "length")
 
 
 def test_the_last_position_of_a_real_context(backend):
@@ -463,9 +444,9 @@ def test_stats_add_exactly():
 
 
 def test_bad_settings_are_refused(backend):
-    with pytest.raises(ConfigError, match="the prompt must be at least 1 token, got none"):
+    with pytest.raises(ConfigError, match="the prompt must be at least 1 token"):
         run(backend, [], exit_layer=3)
-    with pytest.raises(ConfigError, match=r"at most 127 tokens, got 128 \(the model's context is 128 tokens\)"):
+    with pytest.raises(ConfigError, match="at most 127 tokens, got 128"):
         run(backend, [5] * 128, exit_layer=3)
     with pytest.raises(ConfigError, match="`stop` must be used with a detokenizer"):
         decode(backend, [5], DecodingConfig(strategy="autoregressive", stop=("x",)))
@@ -507,23 +488,17 @@ def joint_of(next_probs, length, vocabulary):
 
 
 VOCABULARY, NEW = 5, 4
-COMBINATIONS = [
-    DecodingConfig(temperature=1.0),
-    DecodingConfig(temperature=0.7, top_k=3),
-    DecodingConfig(temperature=1.5, top_p=0.8),
-    DecodingConfig(temperature=1.2, top_k=4, top_p=0.9),
-]
+COMBINATIONS = [DecodingConfig(temperature=1.0), DecodingConfig(temperature=1.2, top_k=4, top_p=0.9)]
 
 
 def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
     table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
-    model, sampler, stopping = TableModel(table), Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
-    drafter = ExitDrafter(model.draft_sides[None], sampler, Submodel(1))
-    outputs = [
-        tuple(token.id for token in chain.from_iterable(single(model, [3], stopping, sampler, 2, drafter, num_draft_tokens)))
-        for _ in range(draws)
-    ]
+    config = replace(config, num_draft_tokens=num_draft_tokens, max_new_tokens=NEW)
+    model, sampler = TableModel(table), Sampler(config, torch.device("cpu"))
+    drafter = ExitDrafter(DrafterSetup(model, sampler, config), None, Submodel(1))
+    loops = (single(model, [3], config, 2, drafter, sampler=sampler) for _ in range(draws))
+    outputs = [tuple(ids_of(loop)) for loop in loops]
     joint = joint_of(lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config), NEW, VOCABULARY)
     return p_value_of(outputs, joint)
 
@@ -557,14 +532,13 @@ def test_the_chi_square_test_finds_a_wrong_verification(monkeypatch, wrong):
 def test_sampled_output_of_a_real_model_follows_its_joint_distribution():
     """The target's probabilities depend on the whole prefix here, through the cache that rejected drafts have written."""
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
-    config, prompt = DecodingConfig(temperature=4.0, top_k=2), [3, 1, 4]
-    backend = TransformersBackend(model)
-    sampler, stopping = Stochastic(config, torch.device("cpu")), Stopping(frozenset(), (), NEW)
-    drafter = ExitDrafter(backend.draft_sides[None], sampler, Submodel(1))
+    config, prompt = DecodingConfig(temperature=4.0, top_k=2, num_draft_tokens=2, max_new_tokens=NEW), [3, 1, 4]
+    backend, sampler = TransformersBackend(model), Sampler(config, torch.device("cpu"))
+    drafter = ExitDrafter(DrafterSetup(backend, sampler, config), None, Submodel(1))
     stats, outputs = DecodeStats(), []
     for _ in range(300):
-        decoding = single(backend, prompt, stopping, sampler, 2, drafter, 2)
-        outputs.append(tuple(token.id for token in chain.from_iterable(decoding)))
+        decoding = single(backend, prompt, config, 2, drafter, sampler=sampler)
+        outputs.append(tuple(ids_of(decoding)))
         stats += decoding.stats
 
     def next_probs(ids):
@@ -582,7 +556,3 @@ def test_sampling_is_repeatable_by_its_seed(backend):
         return run(backend, prompt_of(9), exit_layer=4, num_draft_tokens=3, max_new_tokens=17, **sampling)[0]
 
     assert sampled(1) == sampled(1) != sampled(2)
-
-
-def test_tokens_say_whether_they_were_drafted():
-    assert next(scripted_decoding(always)) == [Token(5, from_draft=False)]

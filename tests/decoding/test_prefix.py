@@ -5,15 +5,16 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import WIDE, ids_of, native_or_skip, prompt_of
 from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import PrefixCache, decode
-from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
+from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 256}
+SHAPE = {**WIDE, "max_position_embeddings": 256}
 STRATEGIES = {
     "autoregressive": {"strategy": "autoregressive"},
     "exit": {"strategy": "self-speculative", "exit_layer": 3, "num_draft_tokens": 4},
@@ -31,25 +32,11 @@ def settings_of(name, limit=12):
     return DecodingConfig(max_new_tokens=limit, **STRATEGIES[name])
 
 
-def prompt_of(length, seed=0):
-    return torch.randint(3, 67, (length,), generator=torch.Generator().manual_seed(length + seed)).tolist()
-
-
-def ids_of(decoding):
-    return [token.id for step in decoding for token in step]
-
-
-def native_or_skip(model, packing, **blocks):
-    if not can_run_native(ModelSpec.of(model.config), next(model.parameters()).dtype, torch.device("cpu"), packing):
-        pytest.skip("no kernels were built here")
-    return NativeBackend.of(model, packing, **blocks)
-
-
 @cache
 def native(precision="fp32", model_type="llama", **changes):
     dtype, quantize = PRECISIONS[precision]
     packing = PackingConfig(quantize) if quantize else PackingConfig(draft_weights=("int8",))
-    return native_or_skip(tiny_model(model_type, dtype, **WIDE, **changes), packing)
+    return native_or_skip(tiny_model(model_type, dtype, **SHAPE, **changes), packing)
 
 
 def conversation(backend, config, prefix):
@@ -96,7 +83,7 @@ def test_so_in_every_precision_and_with_windows(precision, kind):
 @pytest.mark.parametrize("strategy", ["adaptive", "exit 2", "exit 4"])
 def test_exit_blocks_go_on_too(features, strategy):
     """Their keys and values come from true states; with the feature `final` from those of the token before, too."""
-    model = tiny_model("llama", torch.float32, **WIDE)
+    model = tiny_model("llama", torch.float32, **SHAPE)
     blocks = random_blocks(model, *map(ExitBlock, (2, 4), features))
     backend = native_or_skip(model, PackingConfig(), exit_blocks=blocks)
     exit_layer = int(strategy[-1]) if strategy.startswith("exit") else None
@@ -110,14 +97,14 @@ def test_exit_blocks_go_on_too(features, strategy):
 @pytest.mark.parametrize("strategy", ["autoregressive", "exit", "depth per token"])
 def test_turns_have_the_tokens_of_whole_prefills_on_pytorchs_kernels(kind, strategy):
     """In fp64, where near-ties are far apart."""
-    backend = kind(tiny_model("llama", torch.float64, **WIDE))
+    backend = kind(tiny_model("llama", torch.float64, **SHAPE))
     outputs, reused, _ = conversation(backend, settings_of(strategy), PrefixCache())
     assert outputs == conversation(backend, settings_of(strategy), None)[0]
     assert 0 < reused[1] < reused[2]
 
 
 def test_exact_weights_reuse_nothing():
-    backend = TorchBackend.of(tiny_model("llama", torch.bfloat16, **WIDE), PackingConfig(exact=True))
+    backend = TorchBackend.of(tiny_model("llama", torch.bfloat16, **SHAPE), PackingConfig(exact=True))
     outputs, reused, _ = conversation(backend, settings_of("exit"), PrefixCache())
     assert outputs == conversation(backend, settings_of("exit"), None)[0] and reused == [0, 0, 0]
 

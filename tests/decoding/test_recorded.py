@@ -6,6 +6,7 @@ from itertools import zip_longest
 import pytest
 import torch
 from conftest import tiny_model
+from decodings import ids_of
 from simulated_cuda import simulated_cuda
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -47,10 +48,6 @@ def recordings(monkeypatch):
 
 def on_gpu(**packing):
     return TorchBackend.of(tiny_model().to("cuda"), PackingConfig(**packing))
-
-
-def ids_of(decoding):
-    return [token.id for step in decoding for token in step]
 
 
 def on_cpu(prompt, config=PLAIN):

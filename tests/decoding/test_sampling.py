@@ -4,7 +4,7 @@ from torch import tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding.sampling import Greedy, Stochastic, draw, probabilities, sampler_for, verify
+from layerskip_core.decoding.sampling import Sampler, draw, probabilities, verify
 from layerskip_core.model.drafting import most_probable
 
 CPU = torch.device("cpu")
@@ -44,11 +44,11 @@ def test_probabilities_after_temperature_top_k_and_top_p(config, expected):
     torch.testing.assert_close(probabilities(LOGITS, config), tensor(expected, dtype=torch.float32))
 
 
-SMALL = (1e-3, 1e-6, 1e-30, 1e-38, 1e-45, 1e-50, 1e-300, 5e-324)
+SMALL = (1e-3, 1e-30, 1e-45, 5e-324)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("temperature", [0.1, 1e-2, *SMALL])
+@pytest.mark.parametrize("temperature", [0.1, *SMALL])
 def test_a_small_temperature_gives_the_exact_distribution(temperature, dtype):
     """Logits a few temperatures apart, so that more than one token has mass; held against exact arithmetic."""
     from decimal import Decimal, getcontext
@@ -74,10 +74,10 @@ def test_the_limit_of_a_small_temperature_or_top_p_is_greedy(config, top_k, voca
     found = probabilities(logits, settings)
     if config["temperature"] < 1e-3 or "top_p" in config:
         assert torch.equal(found, torch.nn.functional.one_hot(logits.argmax(-1), vocabulary).float())
-    assert torch.equal(sampler_for(settings, CPU).choose(logits, None, [0]), logits.argmax(-1))
+    assert torch.equal(Sampler(settings, CPU).choose(logits, None, [0]), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("vocabulary", [3, 7, 49, 1000, 49152])
+@pytest.mark.parametrize("vocabulary", [3, 49, 49152])
 def test_top_p_among_equals_keeps_one_at_least(vocabulary):
     found = probabilities(torch.zeros(2, vocabulary), DecodingConfig(temperature=1, top_p=1e-50))
     assert (found > 0).sum(-1).tolist() == [1, 1] and found.sum(-1).tolist() == [1, 1]
@@ -95,10 +95,6 @@ def test_probabilities_equal_the_warpers_of_transformers(temperature, top_k, top
     torch.testing.assert_close(
         probabilities(logits, DecodingConfig(temperature=temperature, top_k=top_k, top_p=top_p)), expected
     )
-
-
-def test_half_precision_logits_give_fp32_probabilities():
-    assert probabilities(LOGITS.bfloat16(), DecodingConfig(temperature=1)).dtype == torch.float32
 
 
 def test_draws_follow_their_weights_and_never_fall_on_zero():
@@ -156,7 +152,9 @@ def one_hot(*ids: int) -> torch.Tensor:
     ],
 )
 def test_greedy_keeps_the_drafts_that_the_target_would_choose(drafts, choices, output):
-    verified, newest = Greedy().verify(tensor([drafts], dtype=torch.long), [len(drafts)], None, one_hot(*choices)[None])
+    verified, newest = Sampler(DecodingConfig(), CPU).verify(
+        tensor([drafts], dtype=torch.long), [len(drafts)], None, one_hot(*choices)[None]
+    )
     assert verified == [output]
     assert newest.tolist() == [output[-1:]]
 
@@ -164,13 +162,13 @@ def test_greedy_keeps_the_drafts_that_the_target_would_choose(drafts, choices, o
 def test_greedy_verifies_each_row_by_its_own_count():
     """The second row has one draft: what stands behind it is padding, even where the target would have chosen it."""
     drafts, logits = tensor([[7, 8], [7, 8]]), torch.stack([one_hot(7, 8, 9), one_hot(7, 8, 9)])
-    verified, newest = Greedy().verify(drafts, [2, 1], None, logits)
+    verified, newest = Sampler(DecodingConfig(), CPU).verify(drafts, [2, 1], None, logits)
     assert verified == [[7, 8, 9], [7, 8]]
     assert newest.tolist() == [[9], [8]]
 
 
 def test_stochastic_verification_gives_drafts_and_then_the_next_token():
-    sampler = Stochastic(DecodingConfig(temperature=1e-6), CPU)
+    sampler = Sampler(DecodingConfig(temperature=1e-6), CPU)
     sure = one_hot(7, 8, 9)
 
     def verify_row(drafts, logits, certain):
@@ -189,10 +187,10 @@ def test_the_seed_decides_what_is_drawn():
     logits = torch.zeros(40, 1000)
 
     def drawn(seed):
-        return sampler_for(DecodingConfig(temperature=1, seed=seed), CPU).choose(logits, None, [0]).tolist()
+        return Sampler(DecodingConfig(temperature=1, seed=seed), CPU).choose(logits, None, [0]).tolist()
 
     assert drawn(3) == drawn(3) != drawn(4)
-    assert sampler_for(DecodingConfig(), CPU).choose(LOGITS, None, [0]).item() == 0
+    assert Sampler(DecodingConfig(), CPU).choose(LOGITS, None, [0]).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 import pytest
 
-from layerskip_core.decoding import Stopping, StopScanner
+from layerskip_core.decoding import StopScanner
+from layerskip_core.decoding.output import OutputText
 from layerskip_core.errors import ConfigError
 
 EOS, OTHER_EOS = 0, 1
@@ -17,7 +18,7 @@ def ids_of(text: str) -> list[int]:
 
 def scan(ids, stop=(), eos=(EOS, OTHER_EOS), max_new_tokens=500, context_room=500, chunk=1):
     """Tokens kept and the reason, feeding `chunk` tokens at once, as a round of accepted drafts would."""
-    scanner = StopScanner(Stopping(frozenset(eos), tuple(stop), max_new_tokens), context_room, detokenize)
+    scanner = StopScanner(frozenset(eos), stop, max_new_tokens, context_room, detokenize)
     kept: list[int] = []
     for start in range(0, len(ids), chunk):
         count, reason = scanner.cut(ids[start : start + chunk])
@@ -65,14 +66,14 @@ def test_a_long_output_is_not_decoded_again_and_again():
         longest = max(longest, len(ids))
         return detokenize(ids)
 
-    scanner = StopScanner(Stopping(frozenset(), ("zz",), 10_000), 10_000, watched)
+    scanner = StopScanner(frozenset(), ("zz",), 10_000, 10_000, watched)
     assert scanner.cut(ids_of("xy" * 1000)) == (2000, None)
     assert longest < 100
     assert scanner.cut(ids_of("zz")) == (2, "stop")
 
 
 def test_room_is_what_the_tighter_limit_leaves():
-    scanner = StopScanner(Stopping(frozenset(), (), 7), 5)
+    scanner = StopScanner(frozenset(), (), 7, 5)
     assert scanner.room == 5
     scanner.cut([5, 6])
     assert scanner.room == 3
@@ -80,7 +81,11 @@ def test_room_is_what_the_tighter_limit_leaves():
 
 def test_stop_strings_need_a_detokenizer():
     with pytest.raises(ConfigError, match="`stop` must be used with a detokenizer, got none"):
-        StopScanner(Stopping(frozenset(), ("x",), 5), 5)
+        StopScanner(frozenset(), ("x",), 5, 5)
+
+
+def characters(ids):
+    return "".join(map(chr, ids))
 
 
 @pytest.mark.parametrize(
@@ -97,11 +102,12 @@ def test_stop_strings_need_a_detokenizer():
     ],
 )
 def test_no_part_of_a_stop_string_is_shown(text, finished, shown):
-    assert Stopping(frozenset(), ("END", "\n\n"), 5).visible(text, finished) == shown
+    assert OutputText(characters, stop=("END", "\n\n")).add(list(map(ord, text)), finished) == shown
 
 
 def test_shown_text_only_grows():
-    stopping = Stopping(frozenset(), ("aab",), 5)
-    text = "xaaxaaaabz"
-    shown = [stopping.visible(text[:end], False) for end in range(len(text) + 1)]
-    assert shown == ["", "x", "x", "x", "xaax", "xaax", "xaax", "xaaxa", "xaaxaa", "xaaxaa", "xaaxaa"]
+    output, shown = OutputText(characters, stop=("aab",)), []
+    for letter in "xaaxaaaabz":
+        output.add([ord(letter)], False)
+        shown.append(output.text)
+    assert shown == ["x", "x", "x", "xaax", "xaax", "xaax", "xaaxa", "xaaxaa", "xaaxaa", "xaaxaa"]

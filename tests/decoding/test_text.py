@@ -8,9 +8,11 @@ import pytest
 from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import Token, decode, dialogue
-from layerskip_core.decoding.dialogue import TextStream, answer_together
+from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import ConfigError
+from layerskip_core.language_model import LanguageModel
 
 EOS = 256
 
@@ -106,5 +108,6 @@ def test_a_stop_string_that_is_a_special_token_stops_as_a_token():
         config = DecodingConfig(strategy, exit_layer, stop=("never", name))
         answer = TextStream(replace(loaded, eos_ids=frozenset()), "wake me up at 7", config).finish()
         assert (answer.text, answer.finish_reason) == (ended.text, "eos")
-    answers, _ = answer_together(replace(loaded, eos_ids=frozenset()), ["wake me up at 7"], config)
-    assert answers[0].text == ended.text
+    model = LanguageModel(replace(loaded, eos_ids=frozenset()), PackingConfig())
+    (answer,) = model.generate_batch(["wake me up at 7"], strategy="self-speculative", exit_layer=8, stop=("never", name))
+    assert answer.text == ended.text

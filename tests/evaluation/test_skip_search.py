@@ -21,7 +21,7 @@ from layerskip_core.data.examples import load_examples
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
-from layerskip_core.decoding.sampling import Greedy
+from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import CheckpointError, ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import cost_model, skip_search
 from layerskip_core.evaluation.measure.bench import bench
@@ -82,7 +82,7 @@ def test_choices_are_the_drafts_of_rounds_that_start_where_blocks_do(kind, block
     for skip in ((1,), (3, 5), (6,), (3,), (2, 3, 4, 5, 6)):
         choices = probe.choices(skip)
         config = DecodingConfig("draft-and-verify", skip=skip, draft_weights=weights)
-        drafter = drafter_for(DrafterSetup(model, Greedy(), config, frozenset()))
+        drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config))
         for start in range(0, 20, block):
             known = ids[: len(prompt) + start]
             cache, last = model.new_cache(), len(known) - 1

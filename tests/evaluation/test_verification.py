@@ -13,7 +13,7 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.verification import VerifyConfig
 from layerskip_core.decoding import PrefixCache, engine, sampling
 from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.sampling import Stochastic, accepted_choices
+from layerskip_core.decoding.sampling import Sampler, accepted_choices
 from layerskip_core.evaluation.verification import run as verification
 from layerskip_core.evaluation.verification.checks import (
     BATCH,
@@ -133,15 +133,15 @@ def _stale_turns(monkeypatch):
 
 def _biased_sampling(monkeypatch):
     """Sampled drafts that are always accepted."""
-    honest = Stochastic.verify
+    honest = Sampler.verify
 
     def careless(self, draft_ids, counts, draft_probs, logits):
-        if draft_ids.shape[1] == 0:
+        if self.is_greedy or draft_ids.shape[1] == 0:
             return honest(self, draft_ids, counts, draft_probs, logits)
         ids = [[*row[:count], 5] for row, count in zip(draft_ids.tolist(), counts, strict=True)]
         return ids, torch.full((len(ids), 1), 5)
 
-    monkeypatch.setattr(Stochastic, "verify", careless)
+    monkeypatch.setattr(Sampler, "verify", careless)
     return {DISTRIBUTION}
 
 

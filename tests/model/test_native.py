@@ -18,7 +18,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
-from layerskip_core.decoding.sampling import Greedy
+from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.model import (
@@ -290,13 +290,12 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
 
     def drafted(ends, one_call):
         config = DecodingConfig("self-speculative", 4, 6, draft_weights=weights)
-        drafter = drafter_for(DrafterSetup(model, Greedy(), config, frozenset(ends)))
-        if not one_call:
-            drafter._is_greedy = False
+        drafter = drafter_for(DrafterSetup(model, Sampler(config, model.device), config, frozenset(ends)))
         with torch.inference_mode():
             cache = model.new_cache()
             model.run_layers(model.embed(prompt[:, :29]), 0, 6, torch.arange(29)[None], cache)
-            draft = drafter.draft(Context([0], prompt.tolist(), prompt[:, 29:], positions, cache), [6])
+            context = Context([0], prompt.tolist(), prompt[:, 29:], positions, cache)
+            draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6])
             return draft, FixedTarget(model, 6).verify(draft, positions[:, : draft.tokens.shape[1]], cache).logits
 
     chosen = drafted((), False)[0].tokens[0].tolist()

@@ -72,7 +72,7 @@ def test_requests_of_several_threads_are_answered(engine):
 
 def test_more_than_fit_are_refused_whole(engine):
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(7)]
-    with pytest.raises(QueueFull, match="7 requests wait or are being answered, and this server holds 8"):
+    with pytest.raises(QueueFull, match="this server holds 8"):
         engine.hold(2)
     engine.hold(1)
     engine.release(1)

@@ -22,7 +22,7 @@ from layerskip_core.config.packing import PackingConfig
 from layerskip_core.config.training import ExitBlockSettings, FinetuneConfig, RecipeSettings
 from layerskip_core.decoding.drafters import DrafterSetup
 from layerskip_core.decoding.engine import drafter_for
-from layerskip_core.decoding.sampling import Greedy
+from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
 from layerskip_core.training import frozen_model
 from layerskip_core.training.run import prepare
@@ -139,7 +139,7 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     decoding = decoder.resolve({}, asked)
     assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
     assert decoding.profile == DraftProfile({"exit 2": trained["2"]["agreement"]}, (2.0, 2.1))
-    drafter = drafter_for(DrafterSetup(decoder.backend, Greedy(), decoding, decoder.eos_ids))
+    drafter = drafter_for(DrafterSetup(decoder.backend, Sampler(decoding, decoder.backend.device), decoding))
     assert "exit 2" in drafter._known.options
     assert in_place or read_info(model) == saved
     assert prepare(replace(config, overwrite=True)).plan.notes == (() if in_place else job.plan.notes)

@@ -13,7 +13,7 @@ from ...config.decoding import DecodingConfig
 from ...config.packing import Quantization
 from ...model.backend import Backend, DraftSide
 from ...model.cache import KVCache
-from ..sampling import Sampler, Verdict
+from ..sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,25 @@ class Draft:
 class DrafterSetup:
     """What a drafter is made for. `reuse_exit_states`: whether the target may go on from the drafter's hidden states.
 
-    `recorded_sides`: the model's draft sides, those with recorded drafts among them; None for the model's own.
+    `draft_sides`: see `Backend.draft_sides`; None for the model's own.
     """
 
     model: Backend
     sampler: Sampler
     config: DecodingConfig
-    eos_ids: frozenset[int]
+    eos_ids: frozenset[int] = frozenset()
     reuse_exit_states: bool = True
-    recorded_sides: Mapping[Quantization | None, DraftSide] | None = None
-
-    @property
-    def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
-        """See `Backend.draft_sides`."""
-        return self.model.draft_sides if self.recorded_sides is None else self.recorded_sides
+    draft_sides: Mapping[Quantization | None, DraftSide] | None = None
 
 
 class Drafter(Protocol):
-    """Proposes tokens for the rows of a batch, and may learn from the target's verdicts."""
+    """Proposes tokens for the rows of a batch, and may learn from what the target made of them."""
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         """Up to `limits[row]` drafts for each row; at least one of the limits is positive."""
 
-    def observe(self, verdict: Verdict) -> None:
-        """Takes note of what the target made of one row's draft. Called for every row after each `draft`, and not otherwise."""
+    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
+        """Hears what became of the drafts of one prompt; called for every row after each `draft`, and not otherwise.
+
+        `verified`: the drafts that were accepted, then one token of the target's own.
+        """

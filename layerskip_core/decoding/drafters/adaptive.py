@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ...config.packing import Quantization
 from ...model.backend import DraftEnds, Submodel
-from ..sampling import Greedy, Verdict
 from . import Context, Draft, DrafterSetup
-from .exit import ExitDrafter, drafter_name, exit_drafter, require_exact_length
-from .knowledge import Acceptance, Drafting, Knowledge, LinearTime, Option, best_length, knowledge_of
+from .exit import ExitDrafter, drafter_name
+from .knowledge import Acceptance, Knowledge, LinearTime, Option, best_length, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
 _FREE = LinearTime(0.0, 0.0)  # a lookup takes no time
@@ -30,23 +30,22 @@ class AdaptiveDrafter:
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, ExitDrafter], known: Knowledge, by_clock: bool) -> None:
         """`drafters` by the names of `known.options`."""
-        self._drafters = drafters
-        self._known = known
-        self._by_clock = by_clock
-        self._is_greedy = isinstance(setup.sampler, Greedy)
+        self._drafters, self._known, self._by_clock = drafters, known, by_clock
+        self._is_greedy = setup.sampler.is_greedy
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids)
         self._found: dict[int, tuple[list[int], Acceptance]] = {}  # by row: the continuation in its text, and how likely it is
         self._preferred: Option | None = None  # of the options, whether a lookup was better or not
         self._chosen: Option | None = None  # what drafted this round; None for a lookup and for plain decoding
         self._rounds = 0
-        self._drafted = 0  # tokens of the longest draft of the round
+        self._draft: Draft | None = None  # of the round; None once its times were observed
         self._confidence: Sequence[float] = ()
-        self._rows = 0  # of the pass that verifies; 0 once it was timed
         self._started = self._ended = 0.0  # of the draft
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         batch = len(limits)
-        self._look_up(context, limits)
+        for row, (tokens, evidence) in zip(context.rows, self._lookup.find(context, limits), strict=True):
+            if tokens:  # the target's verdict judges them whether they are used or not
+                self._found[row] = tokens, self._known.acceptance_of_lookup(evidence)
         option, length, rate = self._plan(batch, max(limits))
         self._chosen = None
         self._started = time.perf_counter()
@@ -58,33 +57,23 @@ class AdaptiveDrafter:
             elif option is not None:
                 self._chosen = option
                 draft = self._drafted_by(option, context, limits, length, rate)
-        self._drafted, self._confidence = draft.tokens.shape[1] - 1, draft.confidence
-        self._rows = batch * (self._drafted + 1)
+        self._draft, self._confidence = draft, draft.confidence
         self._ended = time.perf_counter()
         return draft
 
-    def observe(self, verdict: Verdict) -> None:
-        """Learns from a row's verdict; from the first row of a round also how long the round took."""
-        if self._rows:
+    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
+        """Learns from what became of a row's drafts; from the first row of a round also how long the round took."""
+        if self._draft is not None:
+            rows, tokens = self._draft.tokens.shape
+            self._draft = None
             if self._by_clock:
-                self._known.observe_round(
-                    self._chosen, self._drafted, self._ended - self._started, self._rows, time.perf_counter() - self._ended
-                )
-            self._rows = 0
-        tokens, acceptance = self._found.pop(verdict.row, ([], None))
+                seconds = self._ended - self._started, time.perf_counter() - self._ended
+                self._known.observe_round(self._chosen, tokens - 1, seconds[0], rows * tokens, seconds[1])
+        found, acceptance = self._found.pop(row, ([], None))
         if acceptance is not None:
-            acceptance.compare(tokens, verdict.ids)
+            acceptance.compare(found, verified)
         if self._chosen is not None:
-            self._chosen.acceptance.observe(verdict.drafted, verdict.accepted)
-            self._chosen.calibration.observe(self._confidence, verdict.accepted)
-
-    def _look_up(self, context: Context, limits: Sequence[int]) -> None:
-        """Finds each row's continuation in its text. The target's verdict judges it whether it is used or not."""
-        self._lookup.keep_rows(context.rows)
-        for row, ids, limit in zip(context.rows, context.ids, limits, strict=True):
-            tokens, evidence = self._lookup.find(row, ids, limit)
-            if tokens:
-                self._found[row] = tokens, self._known.acceptance_of_lookup(evidence)
+            self._chosen.observe(drafted, len(verified) - 1, self._confidence)
 
     def _plan(self, batch: int, most: int) -> tuple[Option | None, int, float]:
         """The option that promises most, None for plain decoding, with its length and its tokens per unit of time and row.
@@ -111,42 +100,42 @@ class AdaptiveDrafter:
         if not self._found:
             return None
         batch, plain = len(context.rows), self._known.plain
+        alone = 1 / plain.of(batch)
         drafts: list[list[int]] = []
         promised = 0.0
         for row in context.rows:
-            tokens, chance = self._found.get(row, ([], None))
+            tokens, acceptance = self._found.get(row, ([], None))
             of_row, length = 0.0, 0
-            if chance is not None:
-                of_row, length = best_length(chance.first, chance.later, _FREE, 0, plain, batch, len(tokens))
-            promised += max(of_row, 1 / plain.of(batch))
-            drafts.append(tokens[:length] if of_row > 1 / plain.of(batch) else [])
+            if acceptance is not None:
+                of_row, length = best_length(acceptance.chances, _FREE, 0, plain, batch, len(tokens))
+            promised += max(of_row, alone)
+            drafts.append(tokens[:length] if of_row > alone else [])
         return copied(context, drafts) if any(drafts) and promised > batch * rate else None
 
     def _drafted_by(self, option: Option, context: Context, limits: Sequence[int], length: int, rate: float) -> Draft:
         ends = DraftEnds()
         # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
         if self._is_greedy and len(limits) == 1 and context.newest.device.type == "cpu":
-            ends = option.ends(rate)
-            length = min(_LONGER * length, limits[0])
+            ends, length = option.ends(rate), min(_LONGER * length, limits[0])
         context = replace(context, positions=context.positions[:, : length + 1])
         return self._drafters[option.name].draft(context, [min(length, limit) for limit in limits], ends)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
-    """Drafts by the trained exits, and by low-bit copies with as many layers and with all. Raises ConfigError as they do."""
-    require_exact_length(setup)  # of lookups too
+    """Drafts by the trained exits, and by low-bit copies with as many layers and with all."""
     model, config = setup.model, setup.config
     drafters: dict[str, ExitDrafter] = {}
-    options: dict[str, Drafting] = {}
+    drafting: dict[str, tuple[Quantization | None, Submodel]] = {}
     with_blocks = sorted(exit_layer for exit_layer in model.exit_blocks if exit_layer in config.exits)
-    for weights, side in setup.draft_sides.items():
+    for weights, side in model.draft_sides.items():
         exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
         if weights is not None and (side.num_layers == model.num_layers or not exits):
             exits.append(side.num_layers)
         for exit_layer in exits:
-            name = drafter_name(weights, exit_layer, model.num_layers)
             taps = tuple(lower for lower in with_blocks if lower < exit_layer) if side.shares_states else ()
-            options[name] = Drafting(weights, exit_layer, exit_layer in side.exit_blocks)
-            drafters[name] = exit_drafter(setup, weights, Submodel(exit_layer, taps=taps), name)
-    by_clock = isinstance(setup.sampler, Greedy) and model.batch_invariant
-    return AdaptiveDrafter(setup, drafters, knowledge_of(model, options, config.profile, remembered=by_clock), by_clock)
+            submodel = Submodel(exit_layer, block=side.exit_blocks.get(exit_layer), taps=taps)
+            name = drafter_name(weights, exit_layer, model.num_layers)
+            drafting[name] = weights, submodel
+            drafters[name] = ExitDrafter(setup, weights, submodel, name)
+    by_clock = setup.sampler.is_greedy and model.batch_invariant
+    return AdaptiveDrafter(setup, drafters, knowledge_of(model, drafting, config.profile, remembered=by_clock), by_clock)

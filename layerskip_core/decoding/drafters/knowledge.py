@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
-from ...model.backend import Backend, DraftEnds
+from ...config.packing import Quantization
+from ...model.backend import Backend, DraftEnds, Submodel
 
 _MEMORY = 0.98  # weight of what was known, per new observation
 _FADING = 0.999  # weight of how often drafts were accepted, per round in which none was tried
@@ -31,75 +31,43 @@ _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count 
 _PLAIN_AT, _PLAIN_EVERY = 4, 128
 
 
-class Chance:
-    """A probability, estimated from what was seen lately and from a prior that counts as a few observations."""
-
-    def __init__(self, prior: float, strength: float = _STRENGTH) -> None:
-        self._prior, self._strength = prior, strength
-        self._tested = self._accepted = 0.0
-
-    @property
-    def mean(self) -> float:
-        return (self._accepted + self._strength * self._prior) / (self._tested + self._strength)
-
-    def observe(self, accepted: bool) -> None:
-        self._tested = _MEMORY * self._tested + 1
-        self._accepted = _MEMORY * self._accepted + accepted
-
-    def forget(self, rounds: int) -> None:
-        """Moves towards the prior: what has not been tried for long is worth another try."""
-        kept = _FADING**rounds
-        self._tested *= kept
-        self._accepted *= kept
-
-
 class Acceptance:
-    """The chance that a draft is accepted given that all before it were: of the first in a round, and of later ones."""
+    """The chance that a draft is accepted given that all before it were: of the first in a round, and of later ones.
 
-    def __init__(self, first: Chance, later: Chance) -> None:
-        self._first, self._later = first, later
+    Estimated from what was seen lately, and from priors that count as `strength` observations each.
+    """
+
+    def __init__(self, first: float, later: float, strength: float = _STRENGTH) -> None:
+        self._priors, self._strength = (first, later), strength
+        self._tested, self._accepted = [0.0, 0.0], [0.0, 0.0]  # of first drafts, of later ones
 
     @property
-    def first(self) -> float:
-        return self._first.mean
-
-    @property
-    def later(self) -> float:
-        return self._later.mean
+    def chances(self) -> tuple[float, float]:
+        """Of the first draft and of later ones."""
+        first, later = (
+            (accepted + self._strength * prior) / (tested + self._strength)
+            for tested, accepted, prior in zip(self._tested, self._accepted, self._priors, strict=True)
+        )
+        return first, later
 
     def observe(self, drafted: int, accepted: int) -> None:
         """Of `drafted` tokens the first `accepted` were right, and the next one, if there is one, was wrong."""
-        for place in range(min(accepted + 1, drafted)):
-            (self._later if place else self._first).observe(place < accepted)
+        for index in range(min(accepted + 1, drafted)):
+            of = int(index > 0)
+            self._tested[of] = _MEMORY * self._tested[of] + 1
+            self._accepted[of] = _MEMORY * self._accepted[of] + (index < accepted)
 
     def compare(self, draft: Sequence[int], said: Sequence[int]) -> None:
         """Observes a draft that was not verified itself, by what the target said in its place."""
         known = list(zip(draft, said, strict=False))
-        accepted = next((place for place, (drafted, token) in enumerate(known) if drafted != token), len(known))
+        accepted = next((index for index, (drafted, token) in enumerate(known) if drafted != token), len(known))
         self.observe(min(accepted + 1, len(known)), accepted)
 
     def forget(self, rounds: int) -> None:
-        self._first.forget(rounds)
-        self._later.forget(rounds)
-
-
-class Calibration:
-    """The probability that a draft is rejected, from the probability p that its drafter gave it: scale * (1 - p)^power."""
-
-    def __init__(self, scale: float, power: int) -> None:
-        self.power = power
-        self._rejected, self._doubted = _STRENGTH * scale, _STRENGTH
-
-    @property
-    def scale(self) -> float:
-        return self._rejected / self._doubted
-
-    def observe(self, confidence: Sequence[float], accepted: int) -> None:
-        """Of drafts with these probabilities the first `accepted` were right, and the next one, if there is one, was wrong."""
-        if confidence:
-            tested = confidence[: accepted + 1]
-            self._rejected = _MEMORY * self._rejected + (len(tested) > accepted)
-            self._doubted = _MEMORY * self._doubted + sum((1 - prob) ** self.power for prob in tested)
+        """Moves towards the priors: what has not been tried for long is worth another try."""
+        kept = _FADING**rounds
+        self._tested = [kept * tested for tested in self._tested]
+        self._accepted = [kept * accepted for accepted in self._accepted]
 
 
 class LinearTime:
@@ -158,22 +126,17 @@ def _in_unit(sums: Sequence[float], factor: float) -> list[float]:
     return [*sums[:3], factor * sums[3], factor * sums[4]]
 
 
-def slowdown(verify: LinearTime, batch: int) -> float:
-    """How many times as long a pass of any layers takes for one token of each of `batch` rows as for one row."""
-    return verify.of(batch) / verify.of(1)
-
-
 def best_length(
-    first: float, later: float, draft: LinearTime, ahead: int, verify: LinearTime, batch: int, most: int
+    chances: tuple[float, float], draft: LinearTime, ahead: int, verify: LinearTime, batch: int, most: int
 ) -> tuple[float, int]:
     """The most expected tokens per unit of time for one row, and the number of drafts, 1..most, that gives them.
 
     A round of d drafts takes d + `ahead` passes of the draft side, and a pass of d + 1 tokens for each of `batch` rows. It
-    gives a token of the target's and each draft that survives: 1 + a + a a' + ... (Leviathan et al., 2023, section 3.1).
-    `draft` is for one row; `slowdown` says how much longer more of them take.
+    gives a token of the target's and each draft that survives: 1 + a + a a' + ... (Leviathan et al., 2023, section 3.1), a and
+    a' being the `chances` of `Acceptance`. `draft` is for one row; more of them take longer as a pass of the target does.
     """
-    best_rate, best, tokens, survival = 0.0, 0, 1.0, first
-    slower = slowdown(verify, batch)
+    best_rate, best, tokens, (survival, later) = 0.0, 0, 1.0, chances
+    slower = verify.of(batch) / verify.of(1)
     once, each = slower * draft.of(ahead) + verify.of(batch), slower * draft.each + batch * verify.each
     for length in range(1, most + 1):
         tokens += survival
@@ -187,37 +150,48 @@ def best_length(
 
 @dataclass
 class Option:
-    """One way to draft, and what is known about it. All times are in the same unit."""
+    """One way to draft, and what is known about it. All times are in the same unit.
+
+    A draft of probability p by its drafter is taken to be rejected with probability doubt * (1 - p)^power.
+    """
 
     name: str
     acceptance: Acceptance
     draft: LinearTime  # by passes of the draft's layers, of one row
     ahead: int  # passes besides one per token: 1 where the target needs the last draft's state
     verify: LinearTime  # by rows
-    calibration: Calibration
+    rejected: float  # lately, and so the sum of (1 - p)^power over the drafts that were tested
+    doubted: float
+    power: int
+
+    @property
+    def doubt(self) -> float:
+        return self.rejected / self.doubted
 
     def plan(self, batch: int, most: int) -> tuple[float, int]:
         """Expected tokens per unit of time and row, and the length that gives them."""
-        chance = self.acceptance
-        return best_length(chance.first, chance.later, self.draft, self.ahead, self.verify, batch, most)
+        return best_length(self.acceptance.chances, self.draft, self.ahead, self.verify, batch, most)
 
     def ends(self, rate: float) -> DraftEnds:
         """Where the probability of all drafts so far is so low that one more does not pay at this rate."""
-        cost, gain = rate * (self.draft.each + self.verify.each), self.acceptance.later  # in tokens, if all so far are right
-        survival = cost / gain if cost < gain else 1.0
-        return DraftEnds(survival=survival, doubt=self.calibration.scale, power=self.calibration.power)
+        cost, gain = rate * (self.draft.each + self.verify.each), self.acceptance.chances[1]  # in tokens, if all were right
+        return DraftEnds(survival=cost / gain if cost < gain else 1.0, doubt=self.doubt, power=self.power)
+
+    def observe(self, drafted: int, accepted: int, probs: Sequence[float]) -> None:
+        """The first `accepted` of `drafted` tokens, perhaps with these probabilities, were right, and the next one wrong."""
+        self.acceptance.observe(drafted, accepted)
+        if probs:
+            tested = probs[: accepted + 1]
+            self.rejected = _MEMORY * self.rejected + (len(tested) > accepted)
+            self.doubted = _MEMORY * self.doubted + sum((1 - prob) ** self.power for prob in tested)
 
 
 class Knowledge:
     """What is known of one model. Times are in passes of one row until the first is measured, then in seconds."""
 
     def __init__(self, plain: LinearTime, options: dict[str, Option]) -> None:
-        self.plain = plain
-        self.options = options
-        self._lookups = [
-            (least, Acceptance(Chance(first, _LOOKUP_STRENGTH), Chance(later, _LOOKUP_STRENGTH)))
-            for least, first, later in _LOOKUPS
-        ]
+        self.plain, self.options = plain, options
+        self._lookups = [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in _LOOKUPS]
         self._first_pass = plain.of(1)
         self._steps = 0
         self._is_measured = False
@@ -235,63 +209,64 @@ class Knowledge:
         """What has not been tried for long is worth another try: it may have been unlucky, or its times disturbed."""
         unit = self.plain.of(1) / self._first_pass
         option.acceptance.forget(rounds)
-        option.draft.forget(rounds, unit)
-        if option.verify is not self.plain:
-            option.verify.forget(rounds, unit)
+        for times in (option.draft, option.verify):
+            if times is not self.plain:
+                times.forget(rounds, unit)
 
     def observe_round(self, option: Option | None, drafted: int, draft_time: float, rows: int, verify_time: float) -> None:
         """`option` drafted, or, if None, a lookup or nothing; then a pass of `rows` verified. Times are in seconds."""
         verify = self.plain if option is None else option.verify
         if not self._is_measured:
             self._is_measured = True
-            times = [self.plain, *(option.draft for option in self.options.values())]
-            times += [option.verify for option in self.options.values() if option.verify is not self.plain]
             factor = verify_time / verify.of(rows)
-            for each in times:
-                each.scale(factor)
+            known = [self.plain, *(times for one in self.options.values() for times in (one.draft, one.verify))]
+            for times in {id(times): times for times in known}.values():
+                times.scale(factor)
         verify.observe(rows, verify_time)
         if option is not None and drafted:
-            option.draft.observe(drafted + option.ahead, draft_time / slowdown(verify, rows // (drafted + 1)))
-
-
-class Drafting(NamedTuple):
-    """What drafts: the layers up to an exit, and perhaps its block, by a low-bit copy or, if None, by the target's own."""
-
-    weights: str | None
-    exit_layer: int
-    has_block: bool = False
+            slower = verify.of(rows // (drafted + 1)) / verify.of(1)
+            option.draft.observe(drafted + option.ahead, draft_time / slower)
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Knowledge]] = WeakKeyDictionary()
+Drafting = Mapping[str, tuple[Quantization | None, Submodel]]
+"""By name: the precision of the layers that draft, None for the target's own, and which layers these are."""
 
 
-def knowledge_of(model: Backend, drafters: Mapping[str, Drafting], profile: DraftProfile, remembered: bool) -> Knowledge:
-    """What is known of these drafters, by name.
+def knowledge_of(model: Backend, drafting: Drafting, profile: DraftProfile, remembered: bool) -> Knowledge:
+    """What is known of these drafters.
 
     `remembered`: with all that was learnt from the model's earlier outputs in this process. Otherwise every output starts from
     the profile, and from usual values for what that lacks.
     """
     if not remembered:
-        return _at_first(model, drafters, profile)
+        return _at_first(model, drafting, profile)
     by_drafters = _REMEMBERED.setdefault(model, {})
-    key = ", ".join(drafters)
+    key = ", ".join(drafting)
     if key not in by_drafters:
-        by_drafters[key] = _at_first(model, drafters, profile)
+        by_drafters[key] = _at_first(model, drafting, profile)
     return by_drafters[key]
 
 
-def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftProfile) -> Knowledge:
-    spec = model.spec
+def _at_first(model: Backend, drafting: Drafting, profile: DraftProfile) -> Knowledge:
+    spec, passes = model.spec, profile.passes
     embedding = spec.vocab * spec.hidden
     head = embedding / (spec.parameters - (0 if spec.tied else embedding))  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
-    plain = _passes(model, profile)
+    if len(passes) > 1:
+        # Where rows cost nothing, as on a GPU, the last time may be below the first; many rows must not take less than no time.
+        each = max(passes[-1] - passes[0], 0.0) / (len(passes) - 1)
+        plain = LinearTime(passes[0] - each, each)
+    else:
+        each = _SLOW_ROW if model.implementation == "generic" and model.device.type == "cpu" else _ROW
+        plain = LinearTime(1 - each, each)
     step = plain.of(1)
     options: dict[str, Option] = {}
-    for name, (weights, exit_layer, has_block) in drafters.items():
-        known = profile.drafts if profile.passes else {}  # without both the units would differ
-        draft = known.get(name, ((exit_layer + has_block) * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
-        is_exit = exit_layer < spec.layers
+    for name, (weights, submodel) in drafting.items():
+        exit_layer, is_exit = submodel.exit_layer, submodel.exit_layer < spec.layers
+        known = profile.drafts if passes else {}  # without both the units would differ
+        layers = exit_layer + (submodel.block is not None)
+        draft = known.get(name, (layers * layer + head) * step * _COPY_COST.get(weights or "", 1.0))
         acceptance = profile.acceptance.get(name)
         if acceptance is None:
             of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
@@ -300,17 +275,9 @@ def _at_first(model: Backend, drafters: Mapping[str, Drafting], profile: DraftPr
         if weights is None:
             rest = 1 - exit_layer * layer  # of a pass: the target goes on from the exit
             verify = LinearTime(rest * plain.fixed, rest * plain.each)
-        times, ahead = LinearTime(_CALL * step, draft), int(weights is None)
-        calibration = Calibration(*_CALIBRATIONS[None if is_exit else weights])
-        options[name] = Option(name, Acceptance(Chance(acceptance), Chance(acceptance)), times, ahead, verify, calibration)
+        doubt, power = _CALIBRATIONS[None if is_exit else weights]
+        options[name] = Option(
+            *(name, Acceptance(acceptance, acceptance), LinearTime(_CALL * step, draft), int(weights is None), verify),
+            *(_STRENGTH * doubt, _STRENGTH, power),
+        )
     return Knowledge(plain, options)
-
-
-def _passes(model: Backend, profile: DraftProfile) -> LinearTime:
-    """Times of a pass by its rows: those of the profile, or usual ones in passes of one row."""
-    if len(profile.passes) > 1:
-        # Where rows cost nothing, as on a GPU, the last time may be below the first; many rows must not take less than no time.
-        each = max(profile.passes[-1] - profile.passes[0], 0.0) / (len(profile.passes) - 1)
-        return LinearTime(profile.passes[0] - each, each)
-    each = _SLOW_ROW if model.implementation == "generic" and model.device.type == "cpu" else _ROW
-    return LinearTime(1 - each, each)

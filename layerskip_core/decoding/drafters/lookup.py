@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import tensor
 
-from ..sampling import Verdict
 from . import Context, Draft, Drafter, DrafterSetup
 
 SHORTEST = 2  # tokens that must match, unless told otherwise
@@ -45,7 +44,7 @@ class History:
             return [], 0
         del by_next[ids[start]]
         period = end - start
-        return [ids[start + place % period] for place in range(most)], longest - max(by_next.values(), default=0)
+        return [ids[start + index % period] for index in range(most)], longest - max(by_next.values(), default=0)
 
 
 class LookupDrafter:
@@ -54,52 +53,43 @@ class LookupDrafter:
     Where no row has a match, the drafter `otherwise` drafts, if there is one.
     """
 
-    source = "lookup"
-
     def __init__(self, shortest: int, eos_ids: frozenset[int] = frozenset(), otherwise: Drafter | None = None) -> None:
         """`shortest`: how many tokens must match."""
-        self._shortest = shortest
-        self._eos_ids = eos_ids
-        self._otherwise = otherwise
+        self._shortest, self._eos_ids, self._otherwise = shortest, eos_ids, otherwise
         self._histories: dict[int, History] = {}
-        self._otherwise_drafted = False
+        self._drafted_last: Drafter | None = None  # `otherwise`, if it drafted last
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        self.keep_rows(context.rows)
-        found = [self.find(row, ids, limit)[0] for row, ids, limit in zip(context.rows, context.ids, limits, strict=True)]
-        self._otherwise_drafted = self._otherwise is not None and not any(found)
-        if self._otherwise is not None and self._otherwise_drafted:
-            return self._otherwise.draft(context, limits)
-        return copied(context, found)
+        found = [tokens for tokens, _ in self.find(context, limits)]
+        self._drafted_last = None if any(found) else self._otherwise
+        return copied(context, found) if self._drafted_last is None else self._drafted_last.draft(context, limits)
 
-    def find(self, row: int, ids: Sequence[int], most: int) -> tuple[list[int], int]:
-        """A row's draft, which ends after an EOS, and its evidence, see `History.continuation`."""
-        history = self._histories.setdefault(row, History(self._shortest))
-        tokens, evidence = history.continuation(ids, max(most, 0))
-        if self._eos_ids:
-            end = next((place for place, token in enumerate(tokens, start=1) if token in self._eos_ids), len(tokens))
-            tokens = tokens[:end]
-        return tokens, evidence
+    def find(self, context: Context, limits: Sequence[int]) -> list[tuple[list[int], int]]:
+        """By row a draft, which ends after an EOS, and its evidence, see `History.continuation`."""
+        if len(self._histories) > len(context.rows):  # a loop that others join has ever new rows
+            self._histories = {row: self._histories[row] for row in context.rows if row in self._histories}
+        found = []
+        for row, ids, limit in zip(context.rows, context.ids, limits, strict=True):
+            history = self._histories.setdefault(row, History(self._shortest))
+            tokens, evidence = history.continuation(ids, max(limit, 0))
+            if self._eos_ids:
+                end = next((count for count, token in enumerate(tokens, start=1) if token in self._eos_ids), len(tokens))
+                tokens = tokens[:end]
+            found.append((tokens, evidence))
+        return found
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forgets the texts of all rows but these: a loop that others join has ever new ones."""
-        if len(self._histories) > len(rows):
-            self._histories = {row: self._histories[row] for row in rows if row in self._histories}
-
-    def observe(self, verdict: Verdict) -> None:
-        if self._otherwise is not None and self._otherwise_drafted:
-            self._otherwise.observe(verdict)
+    def observe(self, row: int, drafted: int, verified: Sequence[int]) -> None:
+        if self._drafted_last is not None:
+            self._drafted_last.observe(row, drafted, verified)
 
 
 def copied(context: Context, drafts: Sequence[list[int]]) -> Draft:
     """Token lists as a draft, padded to the longest."""
-    source = LookupDrafter.source
     longest = max(map(len, drafts))
     if longest == 0:
-        return Draft(context.newest, (0,) * len(drafts), source=source)
-    padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in drafts]
-    rows = [[ids[-1], *tokens] for ids, tokens in zip(context.ids, padded, strict=True)]
-    return Draft(tensor(rows).to(context.newest.device, non_blocking=True), tuple(map(len, drafts)), source=source)
+        return Draft(context.newest, (0,) * len(drafts), source="lookup")
+    rows = [[ids[-1], *tokens, *[0] * (longest - len(tokens))] for ids, tokens in zip(context.ids, drafts, strict=True)]
+    return Draft(tensor(rows).to(context.newest.device, non_blocking=True), tuple(map(len, drafts)), source="lookup")
 
 
 def drafter(setup: DrafterSetup) -> LookupDrafter:

@@ -9,15 +9,15 @@ from itertools import pairwise
 
 from ...model.backend import Spans, Submodel
 from . import DrafterSetup
-from .exit import ExitDrafter, exit_drafter
+from .exit import ExitDrafter
 
 
 def drafter(setup: DrafterSetup) -> ExitDrafter:
-    """Raises ConfigError as `exit_drafter` does."""
+    """Raises ConfigError as `ExitDrafter` does."""
     config, num_layers = setup.config, setup.model.num_layers
     name = f"{num_layers - len(set(config.skip))} of {num_layers} layers"
     source = f"{config.draft_weights} {name}" if config.draft_weights else name
-    return exit_drafter(setup, config.draft_weights, Submodel(*kept_layers(config.skip, num_layers)), source)
+    return ExitDrafter(setup, config.draft_weights, Submodel(*kept_layers(config.skip, num_layers)), source)
 
 
 def kept_layers(skip: tuple[int, ...], num_layers: int) -> tuple[int, Spans]:

@@ -18,7 +18,7 @@ from ...checkpoint.open import for_training
 from ...checkpoint.transformers_read import quiet_transformers
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
-from ...decoding import DecodeStats, Stopping, StopScanner, step_counts
+from ...decoding import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
 from ..outputs import Output
@@ -90,7 +90,7 @@ class TransformersGenerate:
     def __call__(self, loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
         """Raises LayerSkipError when transformers fails."""
         ends, room = loaded.ends(setting.stop), loaded.backend.max_positions - len(prompt_ids)
-        scanner = StopScanner(Stopping(ends, setting.stop, setting.max_new_tokens), room, loaded.detokenize)
+        scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, room, loaded.detokenize)
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=scanner.room,
@@ -261,8 +261,8 @@ class LlamaCpp:
         room = self._context - len(prompt_ids)
         if room < 1:
             raise LayerSkipError(f"the prompt must be at most {self._context - 1} tokens for llama.cpp, got {len(prompt_ids)}")
-        stopping = Stopping(loaded.ends(setting.stop), setting.stop, setting.max_new_tokens)
-        scanner = StopScanner(stopping, room, loaded.detokenize)
+        ends = loaded.ends(setting.stop)
+        scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, room, loaded.detokenize)
         request = {
             "prompt": prompt_ids, "max_tokens": scanner.room, "temperature": 0, "samplers": ["temperature"],
             "stop": list(setting.stop), "cache_prompt": False, "return_tokens": True, "verbose": True,
