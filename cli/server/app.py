@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -27,7 +28,7 @@ from layerskip_core.serving import Request as Job
 
 from .bodies import ApiError, Asked, Prompt, api_error, asked, invalid, only_user_turn
 from .metrics import CONTENT_TYPE, Metrics
-from .streams import DONE, Document, Gone, Updates, event, usage_of
+from .streams import DONE, Document, Updates, event, usage_of
 
 _BODY_SECONDS = 30.0  # for a body to arrive
 _STARTED = int(time.time())
@@ -145,7 +146,7 @@ class Service:
         return JSONResponse(self._listed)
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE)
 
     async def _health(self, request: Request) -> Response:
         stopped = self._engine.is_stopped
@@ -163,7 +164,7 @@ class _Endpoint:
         try:
             await self._answer(Request(scope, receive), receive, send)
             outcome = "finished"
-        except (Gone, ClientDisconnect, OSError):
+        except (ClientDisconnect, OSError):
             pass
         except (ApiError, LayerSkipError) as error:
             refused = api_error(error)
@@ -173,7 +174,7 @@ class _Endpoint:
             outcome = "failed"
             raise
         finally:
-            self._service.metrics.ended("chat" if self._is_chat else "completions", outcome)
+            self._service.metrics.requests.labels("chat" if self._is_chat else "completions", outcome).inc()
 
     async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
         """As one document, or as server-sent events. Their status is sent with the first token, so that an error before it is
@@ -188,7 +189,7 @@ class _Endpoint:
             async for number, update in updates.all(len(jobs)):
                 if not begun:
                     begun = True
-                    service.metrics.first_token(time.monotonic() - started)
+                    service.metrics.first_token.observe(time.monotonic() - started)
                     if asked.stream:
                         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                 if not asked.stream:
@@ -207,7 +208,7 @@ class _Endpoint:
         finally:
             watch.cancel()
             service.cancel(jobs)
-        service.metrics.finished(time.monotonic() - started)
+        service.metrics.seconds.observe(time.monotonic() - started)
 
 
 async def _send_part(send: Send, body: bytes, is_last: bool = False) -> None:

@@ -19,6 +19,15 @@ _SEEDS = 2**32
 _MOST_ANSWERS = 128
 _MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
 _NAMES = {"max_new_tokens": "max_tokens"}  # options that have another name in the API
+# Keys that would change the answer and that this server does not know, with the value that changes nothing.
+_UNSUPPORTED: dict[str, Any] = {
+    **dict.fromkeys(("frequency_penalty", "min_p", "min_tokens", "presence_penalty", "top_logprobs"), 0),
+    **dict.fromkeys(("best_of", "length_penalty", "repetition_penalty", "typical_p"), 1),
+    **dict.fromkeys(("echo", "ignore_eos", "logprobs", "use_beam_search"), False),  # `logprobs` 0 asks for the chosen tokens'
+    **{key: [] for key in ("functions", "guided_choice", "stop_token_ids", "tools")},
+    **dict.fromkeys(("guided_grammar", "guided_regex", "suffix"), ""),
+    **{"guided_json": None, "logit_bias": {}, "modalities": ["text"], "response_format": {"type": "text"}},
+}
 
 Turn = tuple[str, str]
 Prompt = str | list[int] | tuple[Turn, ...]
@@ -43,14 +52,9 @@ class _Message(Struct):
 
 
 class _Body(TypedDict, total=False):
-    """The keys that change an answer, beside the prompt; null is the same as nothing. Ranges are DecodingOptions'."""
+    """Keys beside the prompt and the DecodingOptions; null is the same as nothing."""
 
     model: str
-    max_tokens: int
-    max_completion_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
     seed: int
     stop: Annotated[
         _Stop | Annotated[list[_Stop], Meta(max_length=_MOST_STOPS)],
@@ -59,35 +63,6 @@ class _Body(TypedDict, total=False):
     n: int
     stream: bool
     stream_options: Annotated[dict[str, bool | None], Meta(description="an object, such as include_usage: true")]
-
-
-# Keys that would change the answer and that this server does not know, with the values that change nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "functions": ([],),
-    "guided_choice": ([],),
-    "guided_grammar": ("",),
-    "guided_json": (),
-    "guided_regex": ("",),
-    "ignore_eos": (False,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),  # of completions, 0 asks for those of the chosen tokens
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "stop_token_ids": ([],),
-    "suffix": ("",),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-}
 
 
 @dataclass(frozen=True)
@@ -123,10 +98,10 @@ def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_
         raise invalid(str(error)) from None
     if not isinstance(document, dict):
         raise invalid("the body must be a JSON object")
-    for key, harmless in _UNSUPPORTED.items():
-        value = document.get(key)
-        changes_nothing = any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in harmless)
-        if value is not None and not changes_nothing:
+    document = {key: value for key, value in document.items() if value is not None}
+    for key in document.keys() & _UNSUPPORTED.keys():
+        value, harmless = document[key], _UNSUPPORTED[key]
+        if value != harmless or isinstance(value, bool) != isinstance(harmless, bool):
             raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
     prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
     given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
@@ -138,15 +113,14 @@ def asked(body: bytes, is_chat: bool, model: str, flags: DecodingOptions, token_
     n = given.get("n", 1)
     if not 1 <= n * len(prompts) <= _MOST_ANSWERS:
         raise invalid(f"n times the number of prompts must be in 1..{_MOST_ANSWERS}, got {n * len(prompts)}", "n")
-    options: dict[str, Any] = {name: given[name] for name in ("temperature", "top_p", "top_k", "stop") if name in given}
-    limit = given.get("max_completion_tokens", given.get("max_tokens"))
-    if limit is not None and limit > token_limit:
-        raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
+    options = {name: document[name] for name in ("temperature", "top_p", "top_k", "stop") if name in document}
     usual = flags.get("max_new_tokens") or min(token_limit, MAX_NEW_TOKENS)
-    options["max_new_tokens"] = usual if limit is None else limit
-    decoding = changed(flags, cast(DecodingOptions, checked(DecodingOptions, options)))
+    options["max_new_tokens"] = document.get("max_completion_tokens", document.get("max_tokens", usual))
+    decoding = cast(DecodingOptions, checked(DecodingOptions, options))
+    if (limit := decoding["max_new_tokens"]) > token_limit:
+        raise invalid(f"max_tokens must be at most {token_limit}, the limit of this server, got {limit}", "max_tokens")
     include_usage = bool(given.get("stream_options", {}).get("include_usage"))
-    return Asked(prompts, decoding, n, given.get("seed"), given.get("stream", False), include_usage)
+    return Asked(prompts, changed(flags, decoding), n, given.get("seed"), given.get("stream", False), include_usage)
 
 
 def _conversation(messages: Any) -> tuple[Prompt, ...]:

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.serving import Request, Update
 
@@ -15,10 +17,6 @@ from ..failure import tell
 from .bodies import api_error
 
 DONE = b"data: [DONE]\n\n"
-
-
-class Gone(Exception):
-    """The client went away."""
 
 
 class Updates:
@@ -38,11 +36,11 @@ class Updates:
         self._queue.put_nowait(None)
 
     async def all(self, count: int) -> AsyncIterator[tuple[int, Update]]:
-        """Until `count` answers are finished. Raises Gone if the client goes away, ApiError if one of them fails."""
+        """Until `count` answers are finished. Raises ClientDisconnect, and ApiError if one of them fails."""
         while count:
             item = await self._queue.get()
             if item is None:
-                raise Gone
+                raise ClientDisconnect
             number, update = item
             if update.error is not None:
                 refused = api_error(update.error)

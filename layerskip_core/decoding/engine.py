@@ -38,12 +38,12 @@ class Decoding:
     @property
     def stats(self) -> DecodeStats:
         """Counts and seconds of the steps so far."""
-        return self._loop.counts(0) + self._loop.seconds
+        return sum(self._loop.steps(0), self._loop.seconds)
 
     @property
     def drafter(self) -> str | None:
         """What drafted in the last step, as in `DecodeStats.steps_by_drafter`; None if nothing could, as in the prefill."""
-        return next(iter(self._loop.last_step(0).steps_by_drafter), None)
+        return next(iter(self._loop.steps(0)[-1].steps_by_drafter), None)
 
     def __iter__(self) -> Iterator[list[Token]]:
         return self
@@ -110,7 +110,7 @@ def decode_batch(
             ids[row] += [token.id for token in tokens]
             if reason is not None:
                 text = "" if detokenize is None else OutputText(detokenize, eos_ids, config.stop).add(ids[row], finished=True)
-                yield Answer(text, reason, loop.counts(row), ids[row], row)
+                yield Answer(text, reason, sum(loop.steps(row), DecodeStats()), ids[row], row)
 
 
 def loop_of(
@@ -184,8 +184,17 @@ class _Row:
         self.ids = list(prompt)  # and the output
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
-        self.steps: list[DecodeStats] = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]
+        self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]
         self.is_dropped = False
+
+    def commit(self, drafted: int, verified: list[int], source: str | None, layers: int) -> RowStep:
+        """Adds verified tokens to the output, up to the first that ends it. `source`: Draft's, None in a prefill."""
+        count, reason = self.scanner.cut(verified)
+        self.ids += verified[:count]
+        step = step_counts(drafted, len(verified) - 1, count, source, layers)
+        self.steps.append(step)
+        tokens = [Token(token, index < step.accepted) for index, token in enumerate(verified[:count])]
+        return RowStep(self.number, tokens, reason, step)
 
 
 class DecodingLoop:
@@ -277,13 +286,9 @@ class DecodingLoop:
             if kept.number == row:
                 kept.is_dropped = True
 
-    def counts(self, row: int) -> DecodeStats:
+    def steps(self, row: int) -> list[DecodeStats]:
         """The counts of one prompt's steps so far, without seconds. Of the prompts that the loop was made with."""
-        return sum(self._first_rows[row].steps, DecodeStats())
-
-    def last_step(self, row: int) -> DecodeStats:
-        """The counts of one prompt's last step."""
-        return self._first_rows[row].steps[-1]
+        return self._first_rows[row].steps
 
     @property
     def seconds(self) -> DecodeStats:
@@ -323,7 +328,7 @@ class DecodingLoop:
         for row, count, ids in zip(rows, draft.counts, verified, strict=True):
             if drafter is not None:
                 drafter.observe(row.number, count, ids)
-            steps.append(_commit(row, count, ids, source, output.layers))
+            steps.append(row.commit(count, ids, source, output.layers))
         self._go_on(following, last)
         if self._prefix is not None:
             row = rows[0]
@@ -381,13 +386,3 @@ class DecodingLoop:
         if self._exit_cache is not None:
             self._exit_cache.go_on([last[index] for index in staying], staying)
         self._newest = newest
-
-
-def _commit(row: _Row, drafted: int, verified: list[int], source: str | None, layers: int) -> RowStep:
-    """Adds a row's verified tokens to its output, up to the first that ends it. `source`: Draft's, None in a prefill."""
-    count, reason = row.scanner.cut(verified)
-    row.ids += verified[:count]
-    step = step_counts(drafted, len(verified) - 1, count, source, layers)
-    row.steps.append(step)
-    tokens = [Token(token, index < step.accepted) for index, token in enumerate(verified[:count])]
-    return RowStep(row.number, tokens, reason, step)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,24 +25,9 @@ class TargetOutput(NamedTuple):
     choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if nothing else needs these
 
 
-class Target(Protocol):
-    """The layers of the target, for the steps of one decoding."""
-
-    decodes_like_prefill: bool  # whether decoding writes the same KV entries as prefilling the same tokens
-
-    def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
-        """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
-
-        The cache already has the KV entries before `positions`.
-        """
-
-    def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
-        """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
-
-
 def target_for(
     model: Backend, config: DecodingConfig, exit_cache: "ExitBlockCache | None", recorder: Recorder | None = None
-) -> Target:
+) -> "Target":
     """The target of the config's strategy. Raises ConfigError for an exit that can only draft."""
     if config.strategy == "early-exit" and config.exit_confidence:
         return CalmTarget(model, tuple(sorted(set(config.exits))), config.exit_confidence)
@@ -56,7 +41,7 @@ def target_for(
 class FixedTarget:
     """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
 
-    decodes_like_prefill = True
+    decodes_like_prefill = True  # decoding writes the same KV entries as prefilling the same tokens
 
     def __init__(
         self,
@@ -77,9 +62,14 @@ class FixedTarget:
         self._taps = () if exit_cache is None else exit_cache.taps
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
+        """Logits (B, 1, V) after each of the prompts (B, T), whose last tokens have the indices `last` (B,).
+
+        The cache already has the KV entries before `positions`.
+        """
         return self._output(_at(self._run({0: self._model.embed(tokens)}, positions, cache), last))
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
+        """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
         recorder, stops = self._recorder, tuple(draft.exit_states)
         if recorder is None:
             return self._pass(draft.tokens, draft.exit_states, positions, cache)
@@ -193,6 +183,10 @@ class CalmTarget:
             if self._draft_side.vocabulary is None:
                 return TargetOutput(logits, layers)
         return TargetOutput(self._model.unembed(hidden) if block is None else block.head(hidden), layers)
+
+
+Target = FixedTarget | CalmTarget
+"""The layers that verify, for the steps of one decoding."""
 
 
 def _at(hidden: Tensor, indices: Tensor) -> Tensor:

@@ -46,14 +46,8 @@ def test_an_address_that_cannot_be_used(extras):
 
 def test_wrong_settings(extras, monkeypatch):
     fails("--port must be a whole number in 0..65535, got 70000", "serve", "--port", "70000")
-    fails(
-        "--max-new-tokens must be at most --token-limit, 100, got 200",
-        "serve",
-        "--token-limit",
-        "100",
-        "--max-new-tokens",
-        "200",
-    )
+    limits = ("--token-limit", "100", "--max-new-tokens", "200")
+    fails("--max-new-tokens must be at most --token-limit, 100, got 200", "serve", *limits)
     monkeypatch.setenv("LAYERSKIP_API_KEY", "")
     fails("LAYERSKIP_API_KEY must be a text that is not empty, got an empty one", "serve")
 

@@ -87,7 +87,7 @@ def test_each_row_ends_as_it_does_alone(
     assert found == [alone(model, prompt, config, eos_ids)[:2] for prompt in prompts]
 
 
-@pytest.mark.parametrize("confidence", [0.06, 0.08, 0.12])
+@pytest.mark.parametrize("confidence", [0.06, 0.08, 0.12, 0.9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_stops_drafting_by_its_own_confidence(kind, confidence):
     model, prompts = model_of(kind), [prompt_of(length) for length in (3, 9, 5, 12)]

@@ -9,7 +9,7 @@ from decodings import ids_of, plainly
 from repeating_drafter import RepeatingDrafter
 
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
-from layerskip_core.decoding import Decoding, DecodingLoop, decode, decode_batch
+from layerskip_core.decoding import DecodeStats, Decoding, DecodingLoop, decode, decode_batch
 from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.sampling import Sampler, probabilities
 from layerskip_core.decoding.target import FixedTarget
@@ -54,7 +54,7 @@ def test_it_hears_of_every_verdict(backend):
     loop = DecodingLoop(backend, PROMPTS, config, sampler, FixedTarget(backend, backend.num_layers), drafter)
     list(loop)
     for row in range(len(PROMPTS)):
-        stats, verdicts = loop.counts(row), drafter.verdicts.get(row, [])
+        stats, verdicts = sum(loop.steps(row), DecodeStats()), drafter.verdicts.get(row, [])
         assert sum(drafted > 0 for drafted, _ in verdicts) == stats.rounds
         assert sum(drafted for drafted, _ in verdicts) == stats.drafted
         assert sum(accepted for _, accepted in verdicts[:-1]) <= stats.accepted
