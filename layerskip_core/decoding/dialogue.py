@@ -14,7 +14,7 @@ from .target import PrefixCache
 class TextStream:
     """Iterates over the pieces of one answer as they are verified.
 
-    `text`, `stats` and `finish_reason` describe what has come so far. `broken_off`: an exception, as of Ctrl-C, ended a step.
+    `text`, `stats` and `finish_reason` describe what has come so far.
     """
 
     def __init__(
@@ -29,7 +29,6 @@ class TextStream:
         self._decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, prefix=prefix)
         self._output = OutputText(loaded.detokenize, ends, config.stop)
         self._ids: list[int] = []
-        self.broken_off = False
 
     @property
     def answer(self) -> Answer:
@@ -86,15 +85,9 @@ class TextStream:
             yield segments
 
     def _steps(self) -> Iterator[list[Token]]:
-        try:
-            for tokens in self._decoding:
-                self._ids += [token.id for token in tokens]
-                yield tokens
-        except GeneratorExit:  # the stream was left between two steps
-            raise
-        except BaseException:
-            self.broken_off = True
-            raise
+        for tokens in self._decoding:
+            self._ids += [token.id for token in tokens]
+            yield tokens
 
 
 class Turn(NamedTuple):
@@ -139,8 +132,6 @@ class Dialogue:
         CheckpointError for a chat template that refuses them. The turns are then as before.
         """
         turns, limit = self.turns, self._loaded.backend.max_positions
-        if self._asked is not None and self._asked[1].broken_off:
-            self._prefix = PrefixCache()  # the pass may have left it in disorder
         ids = self._loaded.encode_prompt(message, turns)
         check_prompt(ids, limit, "the conversation with this message" if turns else "the prompt")
         stream = TextStream(self._loaded, ids, self._config, self._prefix)

@@ -256,6 +256,8 @@ class DecodingLoop:
                 return self._step()
         except BaseException:  # the rows may be changed in part
             self._rows = []
+            if self._prefix is not None:
+                self._prefix.forget()
             raise
 
     def join(self, other: "DecodingLoop") -> list[int]:

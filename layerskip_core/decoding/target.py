@@ -275,6 +275,10 @@ class PrefixCache:
         self._cache.clear(self._count)
         return self._cache, self._count
 
+    def forget(self) -> None:
+        """For a pass that was broken off and may have left the cache in disorder."""
+        self._cache = None
+
     def keep(self, ids: list[int], count: int) -> None:
         """The cache now has KV entries of the first `count` tokens of this text."""
         self._ids, self._count = ids, count
