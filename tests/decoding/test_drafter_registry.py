@@ -1,7 +1,5 @@
 """A drafter of one module and one line: it decodes, in batches and sampled too, and its name is a strategy everywhere."""
 
-from collections import Counter
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -9,9 +7,8 @@ from decodings import ids_of, plainly
 from repeating_drafter import RepeatingDrafter
 
 from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
-from layerskip_core.decoding import DecodeStats, Decoding, DecodingLoop, decode, decode_batch
-from layerskip_core.decoding.drafters import Draft
-from layerskip_core.decoding.sampling import Sampler, probabilities
+from layerskip_core.decoding import DecodeStats, DecodingLoop, decode, decode_batch
+from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.model import TransformersBackend
 
@@ -58,37 +55,3 @@ def test_it_hears_of_every_verdict(backend):
         assert sum(drafted > 0 for drafted, _ in verdicts) == stats.rounds
         assert sum(drafted for drafted, _ in verdicts) == stats.drafted
         assert sum(accepted for _, accepted in verdicts[:-1]) <= stats.accepted
-
-
-class Certain:
-    """Always drafts token 1, without probabilities."""
-
-    def draft(self, context, most):
-        return Draft(torch.tensor([[int(context.newest), 1]]), (1,))
-
-    def observe(self, row, drafted, verified):
-        pass
-
-
-def test_sampling_with_a_certain_drafter_keeps_the_target_s_distribution():
-    """Three tokens, of which the second is drafted: 1,000 draws against the exact joint, by chi-square."""
-    model = tiny_model(vocab_size=3, num_hidden_layers=2)
-    backend, prompt = TransformersBackend(model), [2, 1, 0]
-    config = DecodingConfig(temperature=4.0, num_draft_tokens=1, max_new_tokens=3)
-    sampler, draws = Sampler(config, torch.device("cpu")), 1000
-    loops = (DecodingLoop(backend, [prompt], config, sampler, FixedTarget(backend, 2), Certain()) for _ in range(draws))
-    outputs = Counter(tuple(ids_of(Decoding(loop))) for loop in loops)
-
-    def next_probs(ids):
-        return probabilities(model(torch.tensor([[*prompt, *ids]])).logits[0, -1], config).tolist()
-
-    expected = {}
-    with torch.no_grad():
-        for first, mass in enumerate(next_probs([])):
-            for second, given_first in enumerate(next_probs([first])):
-                for third, given_both in enumerate(next_probs([first, second])):
-                    expected[first, second, third] = draws * mass * given_first * given_both
-    assert min(expected.values()) > 5
-    statistic = sum((outputs[ids] - count) ** 2 / count for ids, count in expected.items())
-    p_value = float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2), torch.tensor(statistic / 2)))
-    assert p_value > 1e-3

@@ -142,29 +142,15 @@ def one_hot(*ids: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(tensor(ids), 10).float()
 
 
-@pytest.mark.parametrize(
-    ("drafts", "choices", "output"),
-    [
-        ([], [7], [7]),
-        ([7, 8], [7, 8, 9], [7, 8, 9]),
-        ([7, 8], [7, 5, 9], [7, 5]),
-        ([7, 8], [6, 8, 9], [6]),
-    ],
-)
-def test_greedy_keeps_the_drafts_that_the_target_would_choose(drafts, choices, output):
-    verified, newest = Sampler(DecodingConfig(), CPU).verify(
-        tensor([drafts], dtype=torch.long), [len(drafts)], None, one_hot(*choices)[None]
-    )
-    assert verified == [output]
-    assert newest.tolist() == [output[-1:]]
-
-
-def test_greedy_verifies_each_row_by_its_own_count():
-    """The second row has one draft: what stands behind it is padding, even where the target would have chosen it."""
-    drafts, logits = tensor([[7, 8], [7, 8]]), torch.stack([one_hot(7, 8, 9), one_hot(7, 8, 9)])
-    verified, newest = Sampler(DecodingConfig(), CPU).verify(drafts, [2, 1], None, logits)
-    assert verified == [[7, 8, 9], [7, 8]]
-    assert newest.tolist() == [[9], [8]]
+def test_greedy_keeps_each_row_s_drafts_that_the_target_would_choose():
+    """What stands behind a row's own drafts is padding, even where the target would have chosen it."""
+    drafts, choices = [[7, 8], [7, 8], [7, 8], [7, 8], [7, 8]], [[7, 8, 9], [7, 5, 9], [6, 8, 9], [7, 8, 9], [7, 8, 9]]
+    logits = torch.stack([one_hot(*row) for row in choices])
+    verified, newest = Sampler(DecodingConfig(), CPU).verify(tensor(drafts), [2, 2, 2, 1, 0], None, logits)
+    assert verified == [[7, 8, 9], [7, 5], [6], [7, 8], [7]]
+    assert newest.tolist() == [[9], [5], [6], [8], [7]]
+    alone, newest = Sampler(DecodingConfig(), CPU).verify(tensor(drafts[:1]), [2], None, logits[1:2])
+    assert (alone, newest.tolist()) == ([[7, 5]], [[5]])
 
 
 def test_stochastic_verification_gives_drafts_and_then_the_next_token():

@@ -239,9 +239,7 @@ def knowledge_of(model: Backend, drafting: Drafting, profile: DraftProfile, reme
     `remembered`: with all that was learnt from the model's earlier outputs in this process. Otherwise every output starts from
     the profile, and from usual values for what that lacks.
     """
-    if not remembered:
-        return _at_first(model, drafting, profile)
-    by_drafters = _REMEMBERED.setdefault(model, {})
+    by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
     key = ", ".join(drafting)
     if key not in by_drafters:
         by_drafters[key] = _at_first(model, drafting, profile)

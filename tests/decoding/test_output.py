@@ -1,13 +1,105 @@
+"""The text of growing outputs: whole characters, the same however the tokens come; and where an output ends."""
+
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from text_bpe import text_bpe
 
 from layerskip_core.decoding import StopScanner
 from layerskip_core.decoding.output import OutputText
-from layerskip_core.errors import ConfigError
+
+SPECIAL = -1
+WORDS = ["▁", "▁a", "b", "▁▁", "c▁"]
+
+
+def bytes_to_text(ids):
+    """A byte-level tokenizer: an id is a byte."""
+    return bytes(ids).decode(errors="replace")
+
+
+def pieces_to_text(ids):
+    """As SentencePiece: special ids have no text, and the first space of a text is left out."""
+    return "".join(WORDS[i] for i in ids if i != SPECIAL).replace("▁", " ").removeprefix(" ")
+
+
+def stream(chunks, detokenize):
+    """The text after each chunk, and after the end."""
+    output, shown = OutputText(detokenize), []
+    for chunk, finished in [*((chunk, False) for chunk in chunks), ([], True)]:
+        output.decode(list(chunk), finished)
+        shown.append(output.decoded)
+    return shown
+
+
+def test_a_character_waits_for_its_last_byte():
+    house, euro = "🏠".encode(), "€".encode()
+    chunks = [b"a", house[:1], house[1:3], house[3:] + euro[:2], euro[2:], b"z"]
+    assert stream(chunks, bytes_to_text) == ["a", "a", "a", "a🏠", "a🏠€", "a🏠€z", "a🏠€z"]
+
+
+def test_bytes_that_are_no_character_come_with_what_follows():
+    assert stream([b"a", b"\xff", b"b"], bytes_to_text) == ["a", "a", "a\ufffdb", "a\ufffdb"]
+    assert stream([b"a", b"\xe2\x82"], bytes_to_text) == ["a", "a", "a\ufffd"]  # the end: nothing follows
+
+
+def test_the_space_before_a_word_survives_ids_without_text():
+    assert stream([[1], [SPECIAL], [SPECIAL], [1], [2]], pieces_to_text) == ["a", "a", "a", "a a", "a ab", "a ab"]
+
+
+CHARACTERS = st.lists(st.sampled_from(["é".encode(), "€".encode(), "🏠".encode(), b"a", b"\xff", b"\xe2"]))
+
+
+@given(CHARACTERS.map(b"".join), st.data())
+def test_byte_streams_add_up_and_never_end_in_half_a_character(content, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)))))
+    chunks = [content[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+    *shown, whole = stream(chunks, bytes_to_text)
+    assert whole == bytes_to_text(content)
+    assert all(whole.startswith(part) and not part.endswith("\ufffd") for part in shown)
+
+
+@given(st.lists(st.lists(st.integers(SPECIAL, len(WORDS) - 1))))
+def test_word_streams_add_up(chunks):
+    shown = stream(chunks, pieces_to_text)
+    assert shown[-1] == pieces_to_text([token for chunk in chunks for token in chunk])
+    assert all(after.startswith(before) for before, after in pairwise(shown))
+
+
+BYTES = [*"é€🏠".encode(), 0xFF, *b"a "]
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """As of Llama 2 and Gemma: if one byte of a run of byte tokens is wrong, the whole run becomes U+FFFD."""
+    tokenizer = text_bpe()
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    return lambda content: str(tokenizer.decode([ids[byte] for byte in content]))
+
+
+def test_bytes_of_half_a_character_leave_the_text_before_them(byte_fallback):
+    assert byte_fallback("é€".encode()[:-1]) == "\ufffd" * 4
+    expected = ["", "é", "é", "é", "é\ufffd\ufffd"]
+    assert stream([[byte] for byte in "é€".encode()[:-1]], byte_fallback) == expected
+    assert stream(["é€".encode()[:-1]], byte_fallback)[-1] == expected[-1]
+
+
+@given(content=st.lists(st.sampled_from(BYTES)), data=st.data())
+def test_the_text_does_not_depend_on_how_tokens_come(byte_fallback, content, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)))))
+    chunks = [content[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+    shown = stream(chunks, byte_fallback)
+    assert shown[-1] == stream([content], byte_fallback)[-1]
+    assert all(after.startswith(before) for before, after in pairwise(shown))
+
+
+# --- where an output ends ---------------------------------------------------------------------------------------
 
 EOS, OTHER_EOS = 0, 1
 
 
-def detokenize(ids: list[int]) -> str:
+def letters(ids):
     """Ids 2..27 are the letters a..z, 28 is 'ab', 29 has no text, EOS ids are special and have none either."""
     return "".join({28: "ab", 29: ""}.get(i, chr(ord("a") + i - 2)) for i in ids if i > 1)
 
@@ -18,7 +110,7 @@ def ids_of(text: str) -> list[int]:
 
 def scan(ids, stop=(), eos=(EOS, OTHER_EOS), max_new_tokens=500, context_room=500, chunk=1):
     """Tokens kept and the reason, feeding `chunk` tokens at once, as a round of accepted drafts would."""
-    scanner = StopScanner(frozenset(eos), stop, max_new_tokens, context_room, detokenize)
+    scanner = StopScanner(frozenset(eos), stop, max_new_tokens, context_room, letters)
     kept: list[int] = []
     for start in range(0, len(ids), chunk):
         count, reason = scanner.cut(ids[start : start + chunk])
@@ -51,7 +143,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
 @pytest.mark.parametrize("case", CASES)
 def test_the_earliest_token_that_ends_the_output_decides(case, chunk):
     ids, settings, (count, reason) = CASES[case]
@@ -64,7 +156,7 @@ def test_a_long_output_is_not_decoded_again_and_again():
     def watched(ids):
         nonlocal longest
         longest = max(longest, len(ids))
-        return detokenize(ids)
+        return letters(ids)
 
     scanner = StopScanner(frozenset(), ("zz",), 10_000, 10_000, watched)
     assert scanner.cut(ids_of("xy" * 1000)) == (2000, None)
@@ -77,11 +169,6 @@ def test_room_is_what_the_tighter_limit_leaves():
     assert scanner.room == 5
     scanner.cut([5, 6])
     assert scanner.room == 3
-
-
-def test_stop_strings_need_a_detokenizer():
-    with pytest.raises(ConfigError, match="`stop` must be used with a detokenizer, got none"):
-        StopScanner(frozenset(), ("x",), 5, 5)
 
 
 def characters(ids):
