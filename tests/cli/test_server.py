@@ -83,12 +83,9 @@ def expected(prompt, limit=12, decoder=None, **changes):
     return "".join(stream), stream.stats
 
 
-def test_the_model_is_listed(client):
+def test_a_completion_is_the_model_s_answer_with_its_counts(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "layerskip"
-
-
-def test_a_completion_is_the_model_s_answer_with_its_counts(client):
     text, stats = expected(PROMPT, 60)
     answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=60)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "length")
@@ -182,15 +179,15 @@ def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, param):
     ("messages", "message"),
     [
         ([], "a list of messages"),
-        ([{"role": "tool", "content": "x"}], "$[0].role"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "$[0].content"),
+        ([{"role": "tool", "content": "x"}], r"\[0\].role"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"\[0\].content"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "this model has no chat template"),
     ],
 )
 def test_wrong_messages(client, messages, message):
-    with pytest.raises(openai.BadRequestError) as failed:
+    with pytest.raises(openai.BadRequestError, match=message) as failed:
         client.chat.completions.create(model="tiny", messages=messages)
-    assert message in failed.value.body["message"] and failed.value.param == "messages"
+    assert failed.value.param == "messages"
 
 
 def test_what_is_no_request_at_all(api):
@@ -210,7 +207,7 @@ def test_what_is_no_request_at_all(api):
         assert small.engine.held == 0
 
 
-def test_an_api_key_keeps_others_out():
+def test_an_api_key_keeps_others_out_and_a_stopped_engine_is_not_healthy():
     with serving(tiny_loaded(), key="sésame") as api:
         for key in ("wrong", "none"):
             with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
@@ -219,14 +216,11 @@ def test_an_api_key_keeps_others_out():
         right = {"authorization": "Bearer sésame".encode()}
         assert httpx.get(f"{api.url}/v1/models", headers=right).status_code == 200
         assert httpx.get(f"{api.url}/health").json() == {"status": "ok"}
-
-
-def test_a_stopped_engine_is_not_healthy():
-    with serving(tiny_loaded()) as api:
         api.engine.stop()
         health = httpx.get(f"{api.url}/health")
         assert (health.status_code, health.json()) == (503, {"status": "stopped"})
-        assert httpx.post(f"{api.url}/v1/completions", json={"model": "tiny", "prompt": "a"}).status_code == 503
+        request = {"model": "tiny", "prompt": "a"}
+        assert httpx.post(f"{api.url}/v1/completions", json=request, headers=right).status_code == 503
 
 
 class Watched:
@@ -249,9 +243,13 @@ class Watched:
         return self.__getattr__("__call__")(*arguments, **keywords)
 
 
-def test_no_tokenizer_is_used_by_two_threads():
+def watched():
     users = {}
-    decoder = replace(tiny_loaded(), tokenizer=Watched(tiny_loaded().tokenizer, users))
+    return users, replace(tiny_loaded(), tokenizer=Watched(tiny_loaded().tokenizer, users))
+
+
+def test_no_tokenizer_is_used_by_two_threads():
+    users, decoder = watched()
     with serving(decoder) as api:
         users.clear()  # so far it was used by this thread alone
         choice = api.client().completions.create(model="tiny", prompt=PROMPT, stop=["never there"]).choices[0]
@@ -261,8 +259,7 @@ def test_no_tokenizer_is_used_by_two_threads():
 
 def test_a_full_queue_refuses_before_any_work():
     """Nothing of the prompt is encoded, and the queue is as before."""
-    users = {}
-    decoder = replace(tiny_loaded(), tokenizer=Watched(tiny_loaded().tokenizer, users))
+    users, decoder = watched()
     with serving(decoder, batch_size=1, queue_size=1) as api:
         users.clear()
         with pytest.raises(openai.RateLimitError, match="this server holds 2; try again later"):

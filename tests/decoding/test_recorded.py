@@ -115,7 +115,7 @@ def test_what_the_environment_asks_for(gpu, monkeypatch):
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "off")
     assert not on_gpu().recordable and on_gpu().implementation == "packed"
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "yes")
-    with pytest.raises(ConfigError, match="LAYERSKIP_CUDA_GRAPHS must be one of on, off, got yes"):
+    with pytest.raises(ConfigError, match="LAYERSKIP_CUDA_GRAPHS"):
         on_gpu()
 
 
