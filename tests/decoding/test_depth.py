@@ -6,13 +6,15 @@ from itertools import chain
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import prompt_of
+from decodings import WIDE, prompt_of
+from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import DecodeStats, decode
 from layerskip_core.decoding.target import TargetOutput
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
+from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native.compiled import kernels
 
 LAYERS = 6
@@ -44,21 +46,29 @@ def dynamic(model, prompt, confidence, count=24, **settings):
     return run(model, prompt, count, strategy="early-exit", exits=EXITS, exit_confidence=confidence, **settings)
 
 
-def reference(model, prompt, confidence, count=24, draft_vocab=67):
+@torch.no_grad()
+def reference(backend, prompt, confidence, count=24, draft_vocab=67, possible=EXITS):
     """The whole sequence again for each token, layer by layer: above its exit a token stays as it was at its exit."""
-    backend, ids, exits = TransformersBackend(model), list(prompt), []
+    ids, exits = list(prompt), []
     for _ in range(count):
         positions, hidden = torch.arange(len(ids))[None], backend.embed(torch.tensor([ids]))
         ran = torch.tensor([LAYERS] * len(prompt) + exits[1:] + [LAYERS] * (len(ids) > len(prompt)))
         for layer in range(LAYERS):
             after = backend.run_layers(hidden, layer, layer + 1, positions)
             hidden = torch.where((ran > layer)[None, :, None], after, hidden)
-            logits = backend.unembed(hidden[0, -1])
-            if layer + 1 == LAYERS or (layer + 1 in EXITS and logits[:draft_vocab].softmax(-1).max() > confidence):
+            if (block := backend.exit_blocks.get(layer + 1)) is None:
+                logits = backend.unembed(hidden[0, -1])
+            else:
+                logits = block.head(backend.run_layers(hidden, block.layer, block.layer + 1, positions)[0, -1])
+            if layer + 1 == LAYERS or (layer + 1 in possible and logits[:draft_vocab].softmax(-1).max() > confidence):
                 break
         exits.append(layer + 1)
         ids.append(int(logits.argmax()))
     return ids[len(prompt) :], exits
+
+
+def by_layers(exits):
+    return tuple(exits.count(layers) for layers in range(1, max(exits) + 1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -66,11 +76,11 @@ def reference(model, prompt, confidence, count=24, draft_vocab=67):
 def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_type):
     model, seen = model_of(backend, model_type), Counter()
     for length in (1, 2, 9):
-        with torch.no_grad():
-            expected, exits = reference(tiny_model(model_type, **MODELS[model_type]), prompt_of(length), CONFIDENCE)
+        plain = TransformersBackend(tiny_model(model_type, **MODELS[model_type]))
+        expected, exits = reference(plain, prompt_of(length), CONFIDENCE)
         ids, stats = dynamic(model, prompt_of(length), CONFIDENCE)
         assert ids == expected
-        assert stats.tokens_by_layers == tuple(exits.count(layers) for layers in range(1, max(exits) + 1))
+        assert stats.tokens_by_layers == by_layers(exits)
         assert stats.mean_layers == pytest.approx(sum(exits) / len(exits))
         assert stats.new_tokens == 24
         seen.update(exits)
@@ -79,13 +89,25 @@ def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_typ
 
 def test_exits_are_tested_with_the_head_that_drafts():
     """Over the first 40 of 67 tokens more tokens leave early; which token it is decide all."""
-    model, prompt = TorchBackend.of(tiny_model(), PackingConfig(draft_vocab=40)), prompt_of(9)
-    with torch.no_grad():
-        expected, exits = reference(tiny_model(), prompt, 0.12, draft_vocab=40)
+    model, plain, prompt = (
+        TorchBackend.of(tiny_model(), PackingConfig(draft_vocab=40)),
+        model_of(TransformersBackend),
+        prompt_of(9),
+    )
+    expected, exits = reference(plain, prompt, 0.12, draft_vocab=40)
     ids, stats = dynamic(model, prompt, 0.12)
     assert ids == expected and max(ids) >= 40
-    assert stats.tokens_by_layers == tuple(exits.count(layers) for layers in range(1, max(exits) + 1))
-    assert exits != reference(tiny_model(), prompt, 0.12)[1]
+    assert stats.tokens_by_layers == by_layers(exits)
+    assert exits != reference(plain, prompt, 0.12)[1]
+
+
+def test_blocks_decide_and_attend_to_tokens_that_left_below_them():
+    model = tiny_model("llama", torch.float64, **WIDE)
+    backend = TransformersBackend(model, random_blocks(model, ExitBlock(2), ExitBlock(4)))
+    expected, exits = reference(backend, prompt_of(8), 0.3, 20, possible=(2, 4))
+    ids, stats = run(backend, prompt_of(8), 20, strategy="early-exit", exits=(2, 4), exit_confidence=0.3)
+    assert len(set(exits)) > 1
+    assert (ids, stats.tokens_by_layers) == (expected, by_layers(exits))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

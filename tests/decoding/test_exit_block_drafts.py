@@ -195,52 +195,6 @@ def test_early_exit_runs_the_block(kind):
     assert ids_of(decode(backend, prompt, plain_exit)) != expected[8:]
 
 
-def test_tokens_that_left_earlier_have_keys_and_values_in_later_blocks():
-    """Against a cache that is filled from the start for each token: one that left at exit E passes its state upward."""
-    model = tiny_model("llama", torch.float64, **SHAPE)
-    backend = TransformersBackend(model, random_blocks(model, ExitBlock(2), ExitBlock(4)))
-    prompt, confidence = prompt_of(8), 0.3
-    decoding = decode(backend, prompt, DecodingConfig("early-exit", exits=EXITS, exit_confidence=confidence, max_new_tokens=20))
-    found = ids_of(decoding)
-    layers = [count for count in decoding.stats.tokens_by_layers if count]
-    assert len(layers) > 1  # tokens left at different exits
-    ids, left = list(prompt), []
-    for token in found:
-        cache = backend.new_cache()
-        with torch.inference_mode():
-            hidden, places = backend.embed(torch.tensor([prompt])), torch.arange(8)[None]
-            states = {0: hidden}
-            for start, stop in ((0, 2), (2, 4), (4, 6)):
-                states[stop] = backend.run_layers(states[start], start, stop, places, cache)
-                if (block := backend.exit_blocks.get(stop)) is not None:
-                    through = backend.run_layers(states[stop], block.layer, block.layer + 1, places, cache)
-                    states[-stop] = through
-            for number in range(len(ids) - 8):
-                place = torch.tensor([[8 + number]])
-                hidden, last = backend.embed(torch.tensor([[ids[8 + number]]])), number == len(ids) - 9
-                for start, stop in ((0, 2), (2, 4), (4, 6)):
-                    block, reached = backend.exit_blocks.get(stop), last or start < left[number][0]
-                    if reached:
-                        hidden = backend.run_layers(hidden, start, stop, place, cache)
-                        states[stop] = hidden
-                        if block is not None:
-                            states[-stop] = backend.run_layers(hidden, block.layer, block.layer + 1, place, cache)
-                    else:
-                        backend.write_kv(left[number][1], start, stop, place, cache)
-                        if block is not None:
-                            backend.write_kv(left[number][1], block.layer, block.layer + 1, place, cache)
-            for stop in (2, 4, 6):
-                scored = (
-                    backend.unembed(states[6][:, -1]) if stop == 6 else backend.exit_blocks[stop].head(states[-stop][:, -1])
-                )
-                if stop == 6 or float(scored.softmax(-1).amax()) > confidence:
-                    break
-        assert token == int(scored.argmax())
-        if len(ids) > 8:
-            left.append((stop, states[stop]))
-        ids.append(token)
-
-
 def test_an_exit_whose_block_reads_final_states_can_only_draft():
     backend = backend_of("generic")
     for config in (
