@@ -1,13 +1,13 @@
 """Continuous batching: whoever joins and leaves, every request gets the answer that it gets alone."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from random import Random
 
+import decodings
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, native_or_skip, prompt_of
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
@@ -21,10 +21,11 @@ from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.serving import Request, Scheduler
 
-SHAPE = {**WIDE, "vocab_size": 300}
+SHAPE = {**decodings.WIDE, "vocab_size": 300}
 SPECULATIVE = DecodingConfig("self-speculative", 2, 4)
 ADAPTIVE = DecodingConfig("adaptive", exits=(2, 4), num_draft_tokens=6)
 HOT = 0.9
+prompt_of = partial(decodings.prompt_of, vocabulary=300)
 
 
 @cache
@@ -38,7 +39,7 @@ def decoder_of(kind):
     elif kind == "packed":
         backend = TorchBackend.of(model, packing, exit_blocks=blocks)
     else:
-        backend = native_or_skip(model, packing, exit_blocks=blocks)
+        backend = decodings.native_or_skip(model, packing, exit_blocks=blocks)
     return replace(tiny_loaded(), backend=backend)
 
 
