@@ -123,9 +123,9 @@ def _stale_turns(monkeypatch):
     """Keys and values of the turn before that are taken for those of other tokens."""
     honest = PrefixCache.begin
 
-    def stale(self, prompt, rerun=0):
+    def stale(self, model, config, prompt, rerun=0):
         self._ids = (prompt + self._ids)[: len(self._ids)]
-        return honest(self, prompt, rerun)
+        return honest(self, model, config, prompt, rerun)
 
     monkeypatch.setattr(PrefixCache, "begin", stale)
     return {TURN}
