@@ -28,7 +28,6 @@ NEEDED = "needs the extras dev and serve"
 httpx, openai, uvicorn = (pytest.importorskip(name, reason=NEEDED) for name in ("httpx", "openai", "uvicorn"))
 Service = pytest.importorskip("cli.server.app", reason=NEEDED).Service
 PROMPT = "wake me at 7"
-CROWD = 80
 EXIT = 5  # whose drafts are sometimes right
 FLAGS = {"strategy": "self-speculative", "exit_layer": EXIT, "num_draft_tokens": 4, "max_new_tokens": 12}
 
