@@ -105,14 +105,6 @@ def test_rows_of_which_some_have_no_reference_are_refused(tmp_path):
             load_task(TaskConfig("jsonl", write_lines(tmp_path / "rows.jsonl", rows[::order])))
 
 
-def test_categories_of_rows_with_references(tmp_path):
-    rows = [{"prompt": prompt, "answer": prompt, "category": "ab"[prompt > "q"]} for prompt in ("one", "two", "three", "pi")]
-    task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows), metric="exact_match", samples=2))
-    assert [example.prompt for example in task.examples] == ["one", "three"]
-    assert task.categories == {"a": (0,), "b": (1,)}
-    assert task.referring_to(["x", "y"]) is task
-
-
 @pytest.mark.parametrize(
     ("template", "prompt", "completion", "model_template"),
     [
@@ -253,22 +245,16 @@ def test_mbpp_has_problems_2_to_4_as_shots_and_asks_those_of_the_split(tmp_path)
     assert only.prompt == SHOT.format(511)
 
 
-def test_the_setup_of_mbpp_can_use_the_answer(tmp_path):
-    row = small(367, test_setup_code="root = Node(1)\r\n", test_list=["assert root.value == 1"])
-    task = load_task(TaskConfig("mbpp", write_lines(tmp_path / "mbpp.jsonl", [row]), shots=0, allow_code_execution=True))
+def test_the_tests_of_mbpp_have_a_setup_that_uses_the_answer_or_imports(tmp_path):
+    full = small(367, test_setup_code="root = Node(1)\r\n", test_list=["assert root.value == 1"])
+    task = load_task(TaskConfig("mbpp", write_lines(tmp_path / "mbpp.jsonl", [full]), shots=0, allow_code_execution=True))
     answer = "class Node:\n  def __init__(self, value):\n    self.value = value"
-    assert score(task, [answer])["pass@1"] == 1.0
-    assert score(task, ["def f(): pass"])["pass@1"] == 0.0
-
-
-def test_the_sanitized_form_of_mbpp_has_imports(tmp_path):
-    rows = [small(7), small(8, test_imports=["import math"], test_list=["assert math.floor(f8()) == 8"])]
-    for row in rows:
+    assert (score(task, [answer])["pass@1"], score(task, ["def f(): pass"])["pass@1"]) == (1.0, 0.0)
+    sanitized = [small(7), small(8, test_imports=["import math"], test_list=["assert math.floor(f8()) == 8"])]
+    for row in sanitized:
         row["prompt"] = row.pop("text")
         del row["test_setup_code"]
-    file = tmp_path / "sanitized.json"
-    file.write_text(json.dumps(rows, indent=1))
-    task = load_task(TaskConfig("mbpp", str(file), shots=1, allow_code_execution=True))
+    task = load_task(TaskConfig("mbpp", write_lines(tmp_path / "b.json", sanitized), shots=1, allow_code_execution=True))
     assert [example.prompt.count("[BEGIN]") for example in task.examples] == [2]
     assert score(task, ["def f8(): return 8"])["pass@1"] == 1.0
 

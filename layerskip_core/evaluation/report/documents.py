@@ -15,13 +15,11 @@ from .pages import ANSWERS_PAGE, answers_page, report_page
 from .tables import PARETO_NOTE, TextTable, flat_rows
 
 ANSWERS_FILE = "answers.jsonl"
-FIGURE_NAMES = (
+_FIGURES = (
     "pareto", "acceptance_by_exit", "acceptance_by_position", "perplexity", "prediction", "speed_within_an_answer",
     "time_split", "scores_by_exit", "lower_scores_by_exit",
 )  # fmt: skip
-REPORT_FILES = (
-    "report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, *(f"{name}.png" for name in FIGURE_NAMES)
-)  # fmt: skip
+REPORT_FILES = ("report.html", "results.json", "results.csv", ANSWERS_PAGE, ANSWERS_FILE, *(f"{name}.png" for name in _FIGURES))
 
 
 def to_json(record: Any) -> str:

@@ -5,7 +5,6 @@ import platform
 import struct
 import sys
 from collections.abc import Iterator
-from itertools import chain
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's AUDIT_ARCH_ constants
 _NEWEST = 450  # the last call of the kernel that this table describes; later ones fail with ENOSYS
@@ -108,16 +107,19 @@ def _program(machine: str, checked: dict[str, Checks]) -> list[bytes]:
         for number in _numbers(calls, machine):
             steps += [_step(_EQUAL, number, false=1), _step(_GIVE, verdict)]
     for calls, checks in checked.items():
-        block = [*chain.from_iterable(_test(*check) for check in checks), _step(_GIVE, _ALLOW)]
+        block = []
+        for (
+            argument,
+            mask,
+            values,
+        ) in checks:  # refused unless the argument's lower half, which the kernel reads, is one of these
+            block += [_step(_LOAD, _ARGUMENTS + 8 * argument), _step(_AND, mask)]
+            block += [_step(_EQUAL, value, true=len(values) - index) for index, value in enumerate(values)]
+            block.append(_step(_GIVE, _REFUSE))
+        block.append(_step(_GIVE, _ALLOW))
         for number in _numbers(calls, machine):
             steps += [_step(_EQUAL, number, false=len(block)), *block]
     return [*steps, _step(_MORE_THAN, _NEWEST, false=1), _step(_GIVE, _NOT_THERE), _step(_GIVE, _REFUSE)]
-
-
-def _test(argument: int, mask: int, values: tuple[int, ...]) -> list[bytes]:
-    """Refuses the call unless the argument has one of the values. The kernel reads the lower half of these arguments only."""
-    matches = [_step(_EQUAL, value, true=len(values) - index) for index, value in enumerate(values)]
-    return [_step(_LOAD, _ARGUMENTS + 8 * argument), _step(_AND, mask), *matches, _step(_GIVE, _REFUSE)]
 
 
 def _step(code: int, value: int, true: int = 0, false: int = 0) -> bytes:

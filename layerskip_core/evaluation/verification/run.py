@@ -23,7 +23,7 @@ from ..measure.figures import environment
 from ..measure.measure import Progress
 from ..report.documents import csv_text
 from ..report.tables import TextTable
-from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Mismatch, Subject, check_drafts, check_sampling
+from .checks import CHECKS, LOW_BIT, CheckResult, Ids, Subject, check_drafts, check_sampling
 
 KERNELS = (*VARIANTS, "torch", "exact", "generic")  # torch: on repacked weights; exact: split calls; generic: transformers'
 _MOST_RANDOM = 48  # tokens of a random prompt
@@ -128,46 +128,35 @@ def prompts_of(config: VerifyConfig, loaded: Decoder, texts: list[str]) -> list[
 
 def tables(record: VerifyRecord) -> list[TextTable]:
     """A table for each precision, with a row per check and a column per kernels; then the mismatches that break a promise."""
-    shown = []
-    for precision in dict.fromkeys(result.precision for result in record.results):
-        own = [result for result in record.results if result.precision == precision]
+    results, machine, shown = record.results, record.environment, []
+    for precision in dict.fromkeys(result.precision for result in results):
+        own = [result for result in results if result.precision == precision]
         kernels = list(dict.fromkeys(result.kernels for result in own))
         rows = tuple(
             (check, *(_cell([result for result in own if (result.check, result.kernels) == (check, name)]) for name in kernels))
             for check in dict.fromkeys(result.check for result in own)
         )
         shown.append(TextTable((precision, *kernels), rows, ""))
-    shown[-1] = replace(shown[-1], note=_note(record))
-    misses = [
-        (result.check, result.setting, f"{result.kernels} {result.precision}", *_miss(miss))
-        for result in record.results
-        if not result.passed
-        for miss in result.mismatches
-    ]
-    if misses:
-        headers = ("miss", "setting", "kernels", "prompt", "place", "expected", "found", "gap", "near tie")
-        shown.append(
-            TextTable(headers, tuple(misses[:_SHOWN]), "gap: by how much the model prefers the expected token, in logits.")
-        )
-    return shown
-
-
-def _miss(miss: Mismatch) -> tuple[str, ...]:
-    tokens = ("end" if token is None else str(token) for token in (miss.expected, miss.found))
-    return (str(miss.prompt), str(miss.position), *tokens, number(miss.gap, ".3g"), "yes" if miss.near_tie else "no")
-
-
-def _note(record: VerifyRecord) -> str:
-    results, machine, broken = record.results, record.environment, sum(not result.passed for result in record.results)
+    broken = [result for result in results if not result.passed]
     prompts, tokens = max(result.prompts for result in results), sum(result.tokens for result in results)
-    threads = plural(machine["threads"], "thread")
-    lines = [
-        f"{len(results)} comparisons of up to {prompts} prompts, {tokens} tokens in all; {machine['device_name']}, {threads}.",
+    where = f"{machine['device_name']}, {plural(machine['threads'], 'thread')}"
+    notes = [
+        f"{len(results)} comparisons of up to {prompts} prompts, {tokens} tokens in all; {where}.",
         _LEGEND,
         *machine["skipped"],
-        f"{broken} of {len(results)} comparisons broke their promise." if broken else "Every promise was kept.",
+        f"{len(broken)} of {len(results)} comparisons broke their promise." if broken else "Every promise was kept.",
     ]
-    return "\n".join(lines)
+    shown[-1] = replace(shown[-1], note="\n".join(notes))
+    if misses := [(result, miss) for result in broken for miss in result.mismatches][:_SHOWN]:
+        headers = ("miss", "setting", "kernels", "prompt", "place", "expected", "found", "gap", "near tie")
+        cells = (
+            (result.check, result.setting, f"{result.kernels} {result.precision}", str(miss.prompt), str(miss.position),
+             number(miss.expected, ""), number(miss.found, ""), number(miss.gap, ".3g"), "yes" if miss.near_tie else "no")
+            for result, miss in misses
+        )  # fmt: skip
+        note = "gap: by how much the model prefers the expected token, in logits. -: past an end."
+        shown.append(TextTable(headers, tuple(cells), note))
+    return shown
 
 
 def _cell(results: list[CheckResult]) -> str:
