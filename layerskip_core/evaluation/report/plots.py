@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
@@ -40,6 +40,7 @@ _COLORS = ("#3b82c4", "#e07b39", "#3f9b5f", "#b0579b", "#c9a227", "#8a6fd1", "#d
 _PHASES = ("prefill", "draft", "verify", "other")
 _PLAIN = "plain"  # steps without drafts
 _WINDOW = 8  # steps
+Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
 # Where a label stands from its point: points to the right and up, in order of preference, with the alignment of the text.
 _OFFSETS = (
@@ -131,8 +132,20 @@ def figures(record: RunRecord) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _plot(axes: Any, number: int, points: Sequence[tuple[Any, Any]], label: str) -> None:
-    axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color(number), label=label)
+def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves, shares: bool = False) -> Figure | None:
+    """A line with markers for each of the `curves`, and grey `dashed` ones to compare with; `shares`: in percent."""
+    if not curves:
+        return None
+    figure, axes = new_figure(title, xlabel, ylabel)
+    for number, (label, points) in enumerate(curves.items()):
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color(number), label=label)
+    for label, points in dashed.items():
+        axes.plot(*zip(*points, strict=True), linestyle="--", color=GREY, label=label)
+    if shares:
+        axes.set_ylim(0, 105)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=7)
+    return figure
 
 
 def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None:
@@ -160,44 +173,30 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
 
 
 def _acceptance_by_exit(record: RunRecord) -> Figure | None:
-    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}  # by weights and number of drafts
+    curves: dict[str, list[tuple[int, float]]] = {}
     agreeing = []
-    for result in record.results:
+    for result in sorted(record.results, key=lambda result: (result.draft_weights or "", result.num_draft_tokens or 0)):
         if result.strategy == "self-speculative" and result.acceptance_rate is not None:
-            kind = result.draft_weights or "", result.num_draft_tokens or 0
-            lines.setdefault(kind, []).append((result.exit_layer or 0, 100 * result.acceptance_rate))
+            name = f"{result.num_draft_tokens} {result.draft_weights or ''} drafts".replace("  ", " ")
+            curves.setdefault(name, []).append((result.exit_layer or 0, 100 * result.acceptance_rate))
         if result.strategy == "early-exit" and result.agreement is not None:
             agreeing.append((result.exit_layer, 100 * result.agreement))
-    if len({exit_layer for line in lines.values() for exit_layer, _ in line}) < 2:
+    if len({exit_layer for points in curves.values() for exit_layer, _ in points}) < 2:
         return None
-    figure, axes = new_figure("Accepted drafts by exit", "exit layer", "accepted drafts (%)")
-    for number, ((weights, drafts), line) in enumerate(sorted(lines.items())):
-        _plot(axes, number, line, f"{drafts} {weights} drafts".replace("  ", " "))
-    if agreeing:
-        axes.plot(*zip(*agreeing, strict=True), linestyle="--", color=GREY, label="agreement with the full model")
-    axes.set_ylim(0, 105)
-    axes.legend(fontsize=7)
-    return figure
+    dashed = {"agreement with the full model": agreeing} if agreeing else {}
+    return _curves("Accepted drafts by exit", "exit layer", "accepted drafts (%)", curves, dashed, shares=True)
 
 
 def _acceptance_by_position(record: RunRecord) -> Figure | None:
     drafted = [result for result in record.results if result.acceptance_by_position]
-    if not drafted:
-        return None
     drafted.sort(key=lambda result: result.num_draft_tokens or 0)
     longest = {(result.strategy, result.draft_weights, result.exit_layer): result for result in drafted}  # of each drafter
-    figure, axes = new_figure(
-        "Accepted drafts by position in the round",
-        "position of the draft in its round",
-        "accepted (%), if all before it were",
-    )
-    for number, result in enumerate(longest.values()):
-        shares = [100 * share for share in result.acceptance_by_position or ()]
-        _plot(axes, number, list(enumerate(shares, start=1)), result_name(result))
-    axes.set_ylim(0, 105)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=7)
-    return figure
+    curves = {
+        result_name(result): [(place, 100 * share) for place, share in enumerate(result.acceptance_by_position or (), start=1)]
+        for result in longest.values()
+    }
+    xlabel, ylabel = "position of the draft in its round", "accepted (%), if all before it were"
+    return _curves("Accepted drafts by position in the round", xlabel, ylabel, curves, {}, shares=True)
 
 
 def _time_split(record: RunRecord) -> Figure | None:
@@ -247,16 +246,11 @@ def _speed_within_an_answer(record: RunRecord) -> Figure | None:
 def _perplexity(record: RunRecord) -> Figure | None:
     measured = [(result.exit_layer, result.perplexity) for result in record.results if result.perplexity is not None]
     line = [(exit_layer, value) for exit_layer, value in measured if exit_layer is not None]
-    if not line:
-        return None
-    figure, axes = new_figure("Perplexity of the reference by exit", "exit layer", "perplexity (lower is better)")
-    _plot(axes, 0, line, "early exit")
-    for exit_layer, value in measured:
-        if exit_layer is None:
-            axes.axhline(value, linestyle="--", color=GREY, label="all layers")
-    if min(value for _, value in line) > 0:
-        logarithmic(axes)
-    axes.legend(fontsize=7)
+    full = [(line[end][0], value) for exit_layer, value in measured if exit_layer is None and line for end in (0, -1)]
+    curves, dashed = {"early exit": line} if line else {}, {"all layers": full} if full else {}
+    figure = _curves("Perplexity of the reference by exit", "exit layer", "perplexity (lower is better)", curves, dashed)
+    if figure is not None and min(value for _, value in line) > 0:
+        logarithmic(figure.axes[0])
     return figure
 
 

@@ -9,12 +9,12 @@ from ...config.checks import require
 from ...config.data import DataConfig
 from ...config.evaluation import TaskConfig
 from ...data.examples import Example, is_parsing, load_examples, load_records
-from ...data.records import Record, spread
+from ...data.records import spread
 from ...errors import DataError
 from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge
 from .prompts import BARE, SHOT_END, framed, shots_and_rest
-from .task import Task, TaskLoader
+from .task import Scorer, Task, TaskLoader
 
 _TURNS = "turns"  # of a user; without the answers between them only the first can be asked
 _PROMPT_COLUMNS = ("prompt", "article", "document", "source", "question", "input", _TURNS)
@@ -33,14 +33,10 @@ def parsing(config: TaskConfig) -> Task:
     examples = load_examples(data)
     # Evenly spaced, so that every domain is shown.
     shots = load_examples(replace(data, split="train", limit=config.shots)) if config.shots else []
-    shaped, template = _few_shot(config.prompting.asked, examples, shots)
+    config = replace(config, prompt_column=columns[0], completion_column=columns[1])
     references = [[example.completion] for example in examples]
-    config = replace(config, shots=len(shots), prompt_column=columns[0], completion_column=columns[1])
-
-    def score(predictions: Sequence[str]) -> dict[str, list[float]]:
-        return {"exact_match": exact_match(predictions, references, fold_whitespace=True)}
-
-    return Task(shaped, config, "exact_match", score, (SHOT_END,) if shots else (), template)
+    scorer = partial(text_scores, ("exact_match",), references, fold_whitespace=True)
+    return _few_shot(config, "exact_match", scorer, examples, shots)
 
 
 def prompts(config: TaskConfig) -> Task:
@@ -54,24 +50,15 @@ def prompts(config: TaskConfig) -> Task:
     rows = spread(rest, config.samples)
     unanswered = not rows[0].references
     require(not (shots and unanswered), "shots", f"0 for {source}, which has no references", len(shots))
-    asked, solved = ([Example(row.prompt, "".join(row.references[:1])) for row in some] for some in (rows, shots))
-    examples, template = _few_shot(config.prompting.asked, asked, solved)
     metrics = _metrics(config.metric, rows)
+    scorer = partial(text_scores, metrics, [row.references for row in rows])
+    task = _few_shot(config, metrics[0], scorer, [row.example for row in rows], [row.example for row in shots])
     categories: dict[str, tuple[int, ...]] = {}
     for number, row in enumerate(rows):
         if row.category:
             categories[row.category] = (*categories.get(row.category, ()), number)
-    return Task(
-        examples,
-        replace(config, shots=len(solved)),
-        metrics[0],
-        partial(text_scores, metrics, [row.references for row in rows]),
-        (SHOT_END,) if solved else (),
-        template,
-        notes=(_UNANSWERED,) if unanswered else (),
-        categories=categories,
-        against=partial(partial, text_scores, metrics) if unanswered else None,
-    )
+    task = replace(task, categories=categories)
+    return replace(task, notes=(_UNANSWERED,), against=partial(partial, text_scores, metrics)) if unanswered else task
 
 
 def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
@@ -88,32 +75,32 @@ def _metrics(asked: str | None, rows: Sequence["_Pair"]) -> tuple[str, ...]:
     return ("rouge2", "exact_match") if longest > 1 else ("exact_match",)
 
 
-def _few_shot(
-    asked: str | None, examples: Sequence[Example], shots: Sequence[Example]
-) -> tuple[tuple[Example, ...], str | None]:
-    """(examples, their template) for the template that was `asked` for, with solved rows before each prompt.
-
-    A completion follows a template of the user's after a space.
-    """
+def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequence[Example], shots: Sequence[Example]) -> Task:
+    """A task with solved rows before each prompt. A completion follows a template of the user's after a space."""
+    asked = config.prompting.asked
     form = "{prompt}\n" if shots and asked == RAW else BARE
     gap = "" if asked in (None, CHAT, RAW, BARE) or asked[-1].isspace() else " "
     rows, solved = ([replace(example, completion=gap + example.completion) for example in some] for some in (examples, shots))
-    return framed(asked, form, None, rows, solved, "{prompt}\n")
+    shaped, template = framed(asked, form, None, rows, solved, "{prompt}\n")
+    return Task(shaped, replace(config, shots=len(shots)), metric, scorer, (SHOT_END,) if shots else (), template)
 
 
 def text_scores(
-    metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str]
+    metrics: Sequence[str],
+    references: Sequence[Sequence[str]],
+    predictions: Sequence[str],
+    fold_whitespace: bool = False,
 ) -> dict[str, list[float]]:
     """Exact match and ROUGE, as far as they are among the `metrics`. With several references the best counts."""
     kinds = [kind for kind in ROUGES if kind in metrics]
     scores = rouge(predictions, references, kinds) if kinds else {}
     if "exact_match" in metrics:
-        scores["exact_match"] = exact_match(predictions, references)
+        scores["exact_match"] = exact_match(predictions, references, fold_whitespace)
     return scores
 
 
 class _Pair(NamedTuple):
-    prompt: str
+    example: Example
     references: list[str]
     category: str | None = None
 
@@ -122,7 +109,7 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
     """Every row, and the config with the names of the columns. Without a column of references no row has any."""
     data = DataConfig(source, config.split, seed=config.seed)
     if is_parsing(data):
-        pairs = [_Pair(example.prompt, [example.completion]) for example in load_examples(data)]
+        pairs = [_Pair(example, [example.completion]) for example in load_examples(data)]
         return pairs, replace(config, prompt_column="prompt", completion_column="completion")
     rows = list(load_records(data))
     first, answer = rows[0], config.completion_column
@@ -131,15 +118,14 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
         if answer not in first.fields:
             columns = ", ".join(_REFERENCE_COLUMNS)
             raise DataError(f"{first.where}: needed a reference (one of the columns {columns}), which other rows have")
-    prompt = config.prompt_column or first.first_column(_PROMPT_COLUMNS)
-    config = replace(config, prompt_column=prompt, completion_column=answer or _REFERENCE_COLUMNS[0])
-    return [_pair(row, prompt, answer) for row in rows], config
-
-
-def _pair(row: Record, prompt: str, completion: str | None) -> _Pair:
-    asked = row.texts(prompt, "prompt_column")[0] if prompt == _TURNS else row.text(prompt, "prompt_column")
-    references = row.texts(completion, "completion_column") if completion is not None else []
-    return _Pair(asked, references, row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None)
+    asked = config.prompt_column or first.first_column(_PROMPT_COLUMNS)
+    pairs = []
+    for row in rows:
+        prompt = row.texts(asked, "prompt_column")[0] if asked == _TURNS else row.text(asked, "prompt_column")
+        references = row.texts(answer, "completion_column") if answer is not None else []
+        category = row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None
+        pairs.append(_Pair(Example(prompt, "".join(references[:1])), references, category))
+    return pairs, replace(config, prompt_column=asked, completion_column=answer or _REFERENCE_COLUMNS[0])
 
 
 COMMANDS = TaskLoader(parsing, ("shots", "template"), "commands")
