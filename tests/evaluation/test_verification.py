@@ -50,7 +50,7 @@ def model(tmp_path_factory):
 
 
 def settings(model, **changes):
-    usual = {"samples": 4, "max_new_tokens": 8, "precisions": ("fp32",), "kernels": (OWN,), "specs": (3,), "draws": 60}
+    usual = {"samples": 4, "max_new_tokens": 8, "precisions": ("fp32",), "kernels": (OWN,), "specs": (3,), "draws": 0}
     return VerifyConfig(model, **{**usual, **changes})
 
 
@@ -67,7 +67,7 @@ def missed(record):
 def whole(model):
     """Every check on every kind of kernels."""
     kernels = tuple(filter(None, (VARIANT, "torch", "exact", "generic")))
-    return verified(settings(model, kernels=kernels, precisions=("fp32", "int8")))
+    return verified(settings(model, kernels=kernels, precisions=("fp32", "int8"), draws=60))
 
 
 def test_every_promise_is_kept(whole):
@@ -148,20 +148,15 @@ def _biased_sampling(monkeypatch):
 @pytest.mark.parametrize("break_it", [_wrong_tokens, _bits_of_a_batch, _stale_turns, _biased_sampling])
 def test_what_is_broken_is_found(model, monkeypatch, break_it):
     expected = break_it(monkeypatch)
-    record = verified(settings(model))
+    record = verified(settings(model, draws=60 if break_it is _biased_sampling else 0))
     assert expected <= missed(record)
-
-
-def test_a_miss_has_its_place_its_tokens_and_their_gap(model, monkeypatch):
-    _wrong_tokens(monkeypatch)
-    record = verified(settings(model, draws=0))
-    result = next(result for result in record.results if result.check == DRAFTS and not result.passed)
-    miss = result.mismatches[0]
-    assert miss.expected != miss.found
-    assert miss.gap is not None and miss.gap > 1e-3 and not miss.near_tie
-    check, setting, kernels, prompt, place, *_, gap, near = tables(record)[1].rows[0]
-    assert (check, setting, kernels) == (DRAFTS, result.setting, f"{OWN} fp32")
-    assert (prompt, place, gap, near) == (str(miss.prompt), str(miss.position), f"{miss.gap:.3g}", "no")
+    if break_it is _wrong_tokens:
+        result = next(result for result in record.results if result.check == DRAFTS and not result.passed)
+        miss = result.mismatches[0]
+        assert miss.expected != miss.found and miss.gap > 1e-3 and not miss.near_tie
+        check, setting, kernels, prompt, place, *_, gap, near = tables(record)[1].rows[0]
+        assert (check, setting, kernels) == (DRAFTS, result.setting, f"{OWN} fp32")
+        assert (prompt, place, gap, near) == (str(miss.prompt), str(miss.position), f"{miss.gap:.3g}", "no")
 
 
 def test_the_command(model, tmp_path):
