@@ -103,7 +103,7 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     if not other and Path(data.name).is_file():
         raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
     limit = _VALIDATION_ROWS if config.validation_samples is None else config.validation_samples
-    chosen = {"name": name, "split": "validation"} if other else {"split": name}
+    chosen: dict[str, Any] = {"name": name, "split": "validation"} if other else {"split": name}
     return rows, list(load(replace(data, limit=limit, setting="validation", **chosen)))
 
 
