@@ -67,17 +67,15 @@ def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     """
     named: list[tuple[str, str]] = []  # label, empty for none, and path
     for argument in arguments:
-        if argument and Path(argument).exists():  # with commas and equals signs in its name
-            named.append(("", argument))
-            continue
-        label, equals, paths = argument.partition("=") if "=" in argument else ("", "", argument)
-        if (equals and not label) or not all(paths.split(",")):
+        whole = bool(argument) and Path(argument).exists()  # the name of a file may have commas and equals signs
+        label, equals, paths = argument.partition("=") if "=" in argument and not whole else ("", "", argument)
+        listed = [argument] if whole else paths.split(",")
+        if (equals and not label) or not all(listed):
             raise refused("RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
-        named += [(label, path) for path in paths.split(",")]
+        named += [(label, path) for path in listed]
     seen = [Path(path).absolute() for _, path in named]
-    for run in seen:
-        if seen.count(run) > 1:
-            raise ConfigError(f"RUNS must name every run once, found {run} twice")
+    if twice := [run for run in seen if seen.count(run) > 1]:
+        raise ConfigError(f"RUNS must name every run once, found {twice[0]} twice")
     folders = {path: str(Path(path).parent if Path(path).name in (RESULTS, LOSSES) else path) for _, path in named}
     stems = {path: _SEED.sub("", folder) or folder for path, folder in folders.items()}
     unlabelled = dict.fromkeys(stems[path] for label, path in named if not label)
@@ -186,7 +184,8 @@ def interval_of(
     if known := all(len(sample) > 1 for sample in samples):
         squares = [variance(sample) / len(sample) for sample in samples]  # of the standard error of each mean
         if total := sum(squares):
-            freedom = total**2 / sum(square**2 / (len(sample) - 1) for square, sample in zip(squares, samples, strict=True))
+            parts = zip(squares, samples, strict=True)
+            freedom = 1 / sum((square / total) ** 2 / (len(sample) - 1) for square, sample in parts)
             half = t_quantile(int(freedom + 1e-6)) * math.sqrt(total)  # 2 can be computed as 1.9999999
     ends = (mean, mean - half, mean + half) if known else (mean,)
     return Interval(*(math.exp(min(end, _LARGEST)) if logarithmic else end for end in ends))

@@ -101,8 +101,8 @@ def _task(
 ) -> Task:
     """A task with `problem_samples` answers to each problem."""
     problems, count = list(rows), config.problem_samples
-    framed_, template = framed(config.prompting.asked, form, BARE, (problem.example for problem in problems), solved)
-    examples = tuple(example for example in framed_ for _ in range(count))
+    prompts, template = framed(config.prompting.asked, form, BARE, (problem.example for problem in problems), solved)
+    examples = tuple(example for example in prompts for _ in range(count))
     references = [[example.completion] for example in examples]
 
     @cache  # strategies often give the same answer
