@@ -67,7 +67,7 @@ def missed(record):
 def whole(model):
     """Every check on every kind of kernels."""
     kernels = tuple(filter(None, (VARIANT, "torch", "exact", "generic")))
-    return verified(settings(model, kernels=kernels, precisions=("fp32", "int8"), draws=60))
+    return verified(settings(model, samples=2, kernels=kernels, precisions=("fp32", "int8"), draws=40))
 
 
 def test_every_promise_is_kept(whole):
