@@ -2,6 +2,7 @@
 
 import ast
 import tomllib
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "layerskip_core"
@@ -41,6 +42,7 @@ def imports(name, tree, file, known):
                 yield target if target in known else ".".join(base)
 
 
+@cache
 def graph():
     trees = modules()
     return {name: set(imports(name, tree, file, trees)) - {name} for name, (tree, file) in trees.items()}
