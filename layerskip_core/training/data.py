@@ -24,6 +24,7 @@ from ..errors import ConfigError, DataError
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
 from .encoding import Encoder
+from .recipe import sequence_length
 from .sharding import process_index, world_size
 
 _COMMANDS_STEPS = 300  # of a run on `commands` without `steps`: about five minutes on two cores
@@ -107,21 +108,22 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     return rows, list(load(replace(data, limit=limit, setting="validation", **chosen)))
 
 
-def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row], max_length: int) -> Encoder:
+def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
     """Encodes both the rows to train on, of which `rows` are an example, and those to validate on.
 
     Documents are packed by default for plain text, without prompts, in a regime for language-model data.
     """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
     pack = config.regime != "finetune" and plain if config.pack is None else config.pack
+    max_length = sequence_length(config.max_length, config.regime, trainable.backend.max_positions)
     return Encoder(trainable.tokenizer, _template(config, trainable, rows), max_length, pack)
 
 
 def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
     """The template asked for; else chat for conversations, and otherwise what decoding uses by default.
 
-    Where that is none, it is the parsing template for parsing data. A model that is not frozen learns this template from such
-    data whatever it has used before, and for other prompts a line end after them; plain text has none.
+    Two defaults differ. Parsing data has the parsing template, even if the model was trained with another one, unless it is
+    frozen. Prompts for a model without a template get a line end.
     """
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):
@@ -137,9 +139,10 @@ def _template(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row])
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Rows (input_ids, labels and perhaps documents) with a target; `left_out` counts those without room for one.
+    """Encoded rows that have a target: input_ids, labels, whether they were truncated, and for packed rows documents.
 
-    Of a stream `seen` are the first ones. `digest` is of all tokens and labels in order.
+    `seen` are all of them, or the first ones of a stream; `left_out` counts the rows among these whose prompts leave no room
+    for a target. `digest` is of all tokens and labels in order.
     """
 
     rows: "list[dict[str, Any]] | StreamedRows"

@@ -32,7 +32,6 @@ from .exit_blocks import FrozenExits, States, states_bytes, write_states
 from .layers import use_fp32_attention
 from .plan import Blocks, Plan, make_plan, timed
 from .progress import LossHistory
-from .recipe import sequence_length
 from .sharding import world_size
 
 _ANSWER_TOKENS = 128
@@ -62,8 +61,8 @@ class FrozenModel:
                 )
 
         asked, given = config.exit_blocks, read_rows(config)
-        max_length = sequence_length(config.max_length, config.regime, self.trainable.backend.max_positions)
-        encoder = make_encoder(config, self.trainable, given[0], max_length)
+        encoder = make_encoder(config, self.trainable, given[0])
+        max_length = encoder.max_length
         self.template = encoder.template
         self.writing = Writing(asked.answer_tokens or _ANSWER_TOKENS, max_length, asked.answer_temperature or 0.0, config.seed)
         self.prompts: list[list[int]] = []  # for the model to answer

@@ -45,7 +45,7 @@ from .layers import use_fp32_attention
 from .module import RecipeModule, adapted_layers, with_lora
 from .plan import Plan, make_plan, timed
 from .progress import LossHistory, loss_plot
-from .recipe import learning_rate, mean_exits, resolve_recipe, sequence_length
+from .recipe import learning_rate, mean_exits, resolve_recipe
 from .sharding import gather_whole
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
@@ -65,10 +65,8 @@ class WholeModel:
             self.trainable = blank(config.model, config.seed, tokenizer)
         else:
             self.trainable = for_training(config.model, "cpu", "fp32")
-        backend, self.dtype = self.trainable.backend, stored_dtype(config.model)  # of the saved weights
-        encoder = make_encoder(
-            config, self.trainable, rows, sequence_length(config.max_length, config.regime, backend.max_positions)
-        )
+        self.dtype = stored_dtype(config.model)  # of the saved weights
+        encoder = make_encoder(config, self.trainable, rows)
         self.template = encoder.template
         self.data = encode_stream(config.data, encoder, config.seed) if config.streaming else encode_rows(rows, encoder)
         self.held_out = None if config.validation is None else encode_rows(held_out, encoder)
@@ -78,7 +76,7 @@ class WholeModel:
         seen = self.data.seen
         longest = sorted(seen, key=lambda row: -len(row["input_ids"]))[: config.batch_size]
         self.plan = timed(self.plan, self.module, longest, self.data.tokens / len(seen))
-        self.order = token_order(self.data, backend.spec.vocab)
+        self.order = token_order(self.data, self.trainable.backend.spec.vocab)
 
     def _planned(self, config: FinetuneConfig, device: torch.device, encoder: Encoder, resume: ResumePoint | None) -> Plan:
         spec, data, kept = self.trainable.backend.spec, self.data, config.retention

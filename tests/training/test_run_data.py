@@ -24,7 +24,7 @@ def template_of(prompting=None, data=FILE, rows=(EXAMPLE,), stored=None, chat=No
     tokenizer = type("WithChat", (), {"chat_template": chat})()
     trainable = Trainable("tiny", decoder.backend.model, decoder.backend, tokenizer, stored or CheckpointInfo())
     config = replace(FinetuneConfig(data=data), prompting=prompting or PromptingConfig())
-    return make_encoder(config, trainable, list(rows), 64).template
+    return make_encoder(config, trainable, list(rows)).template
 
 
 def test_templates():
