@@ -180,23 +180,17 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     assert info.details["validation_rows"] == job.trained.held_out.digest != job.trained.data.digest
 
 
-def test_every_validation_happens_once(settings, monkeypatch):
+def test_every_validation_happens_once_and_changes_nothing(settings, tmp_path, monkeypatch):
     """At the end too, where Trainer asks again when the epoch is over."""
-    done = []
-    evaluate = RunTrainer.evaluate
+    plain, done, evaluate = train(settings(steps=5, output=str(tmp_path / "plain"))), [], RunTrainer.evaluate
 
     def noting(trainer, *arguments, **keywords):
         done.append(trainer.state.global_step)
         return evaluate(trainer, *arguments, **keywords)
 
     monkeypatch.setattr(RunTrainer, "evaluate", noting)
-    train(settings(validation="test", eval_steps=2, validation_samples=2, steps=5))
+    measured = train(settings(validation="test", eval_steps=2, validation_samples=2, steps=5))
     assert done == [2, 4, 5]
-
-
-def test_validation_changes_nothing_in_training(settings, tmp_path):
-    plain = train(settings(output=str(tmp_path / "plain")))
-    measured = train(settings(validation="test", eval_steps=1, validation_samples=5, output=str(tmp_path / "measured")))
     assert [report.loss for report in measured] == [report.loss for report in plain]
 
 
