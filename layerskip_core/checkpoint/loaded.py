@@ -25,7 +25,6 @@ from ..config.machine import DTYPES
 from ..config.packing import PackingConfig, Quantization
 from ..errors import CheckpointError, ConfigError
 from ..model import Backend, TransformersBackend
-from ..model.config_values import tokens_of
 from ..model.exit_blocks import target_block
 from ..prompting import PromptTemplate, Tokenizer, encode_prompt, resolve_template, special_ids
 from .info import CheckpointInfo
@@ -207,7 +206,8 @@ def end_ids(*sources: object) -> frozenset[int]:
 
     Raises CheckpointError for one that is no id.
     """
-    ids = frozenset(token for source in sources for token in tokens_of(getattr(source, "eos_token_id", None)))
+    stored = [getattr(source, "eos_token_id", None) for source in sources]
+    ids = frozenset(token for ids in stored if ids is not None for token in (ids if isinstance(ids, list) else [ids]))
     if wrong := [token for token in ids if type(token) is not int]:
         raise CheckpointError(f"eos_token_id must be a token id, a list of them, or null, got {wrong[0]!r}")
     return ids

@@ -2,25 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from ..config.checks import shown
 from ..errors import CheckpointError
-from .config_values import shortened
 
-
-class BlockNorms(NamedTuple):
-    """Names of the norms around a block (attention or MLP); None where there is none. Both act inside the residual branch."""
-
-    before: str | None
-    after: str | None
-
-
-_BEFORE = BlockNorms("input_layernorm", None), BlockNorms("post_attention_layernorm", None)
-_AROUND = (
-    BlockNorms("input_layernorm", "post_attention_layernorm"),
-    BlockNorms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+# Names of the norms before and after attention, and before and after the MLP; None where there is none. All act inside the
+# residual branch.
+Norms = tuple[str | None, str | None, str | None, str | None]
+_BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
+_AFTER: Norms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_AROUND: Norms = (
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
-_AFTER = BlockNorms(None, "post_attention_layernorm"), BlockNorms(None, "post_feedforward_layernorm")
 
 
 @dataclass(frozen=True)
@@ -34,8 +29,7 @@ class Architecture:
     `use_sliding_window` says so ("optional"), or always those ("listed").
     """
 
-    attention_norms: BlockNorms = _BEFORE[0]
-    mlp_norms: BlockNorms = _BEFORE[1]
+    norms: Norms = _BEFORE
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     norm_eps: str = "rms_norm_eps"
     query_key_norms: Literal["none", "head", "projection"] = "none"
@@ -58,7 +52,6 @@ class Architecture:
     drops_embeddings: bool = False  # `embedding_dropout`, in training
 
 
-_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 _GELU = "gelu_pytorch_tanh"
 
 # Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
@@ -70,7 +63,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(query_key_norms="head", windows="optional", own_head_dim=True),
     "gemma": Architecture(norm="rms_plus_one", default_activation=_GELU, own_head_dim=True, scales_embeddings=True),
     "gemma2": Architecture(
-        *_AROUND,
+        _AROUND,
         norm="rms_plus_one",
         activation="hidden_activation",
         default_activation=_GELU,
@@ -82,7 +75,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         caps_logits=True,
     ),
     "gemma3_text": Architecture(
-        *_AROUND,
+        _AROUND,
         norm="rms_plus_one",
         query_key_norms="head",
         activation="hidden_activation",
@@ -94,8 +87,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         caps_logits=True,
     ),
     "smollm3": Architecture(mlp_bias="mlp_bias", windows="optional", skips_rope=True),
-    "olmo2": Architecture(*_AFTER, query_key_norms="projection"),
-    "olmo3": Architecture(*_AFTER, query_key_norms="projection", windows="listed"),
+    "olmo2": Architecture(_AFTER, query_key_norms="projection"),
+    "olmo3": Architecture(_AFTER, query_key_norms="projection", windows="listed"),
     "granite": Architecture(mlp_bias="mlp_bias", multipliers=True),
     "phi3": Architecture(
         attention_projections=("qkv_proj", "o_proj"),
@@ -121,35 +114,39 @@ SUPPORTED = tuple(ARCHITECTURES)
 
 def architecture_of(model_type: Any) -> Architecture:
     """Raises CheckpointError for a model type that is not supported."""
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {shortened(model_type)}")
+    if model_type not in SUPPORTED:
+        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {shown(model_type)}")
     return ARCHITECTURES[model_type]
 
 
-_ALWAYS_NEEDED = (
+# The values of config.json that are always read, and those that a field of Architecture asks for.
+_ALWAYS_READ = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "vocab_size"),
 )
+_READ_WITH = {
+    "own_head_dim": ("head_dim",),
+    "skips_rope": ("no_rope_layers",),
+    "scales_queries": ("query_pre_attn_scalar",),
+    "multipliers": ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    "caps_scores": ("attn_logit_softcapping",),
+    "caps_logits": ("final_logit_softcapping",),
+}
+_READ_FOR_WINDOWS = {
+    "none": (),
+    "all": ("sliding_window",),
+    "optional": ("sliding_window", "use_sliding_window"),
+    "listed": ("sliding_window", "layer_types"),
+}
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:
     """Whether a config.json leaves no default to transformers, so that `ModelSpec.of` can read it."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    if config.get("model_type") not in SUPPORTED:
         return False
-    architecture = ARCHITECTURES[model_type]
+    architecture = ARCHITECTURES[config["model_type"]]
     switches = (architecture.attention_bias, architecture.mlp_bias, architecture.norm_eps, architecture.activation)
-    needed = {*_ALWAYS_NEEDED, *(name for name in switches if isinstance(name, str))}
-    for names, used in (
-        (("head_dim",), architecture.own_head_dim),
-        (("sliding_window",), architecture.windows != "none"),
-        (("layer_types",), architecture.windows == "listed"),
-        (("use_sliding_window",), architecture.windows == "optional"),
-        (("no_rope_layers",), architecture.skips_rope),
-        (("query_pre_attn_scalar",), architecture.scales_queries),
-        (_MULTIPLIERS, architecture.multipliers),
-        (("attn_logit_softcapping",), architecture.caps_scores),
-        (("final_logit_softcapping",), architecture.caps_logits),
-    ):
-        needed.update(names if used else ())
-    return config.keys() >= needed
+    read = {*_ALWAYS_READ, *_READ_FOR_WINDOWS[architecture.windows], *(name for name in switches if isinstance(name, str))}
+    for field, names in _READ_WITH.items():
+        read.update(names if getattr(architecture, field) else ())
+    return config.keys() >= read

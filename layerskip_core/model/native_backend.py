@@ -78,7 +78,7 @@ class NativeBackend:
         with torch.inference_mode():
             embedding = matrices.embedding(spec.shapes[EMBEDDING], lambda: weights.of(EMBEDDING))
             shape = shape_of(spec, embedding.dtype)
-            pool = BufferPool(shape, spec.norms_blocks)
+            pool = BufferPool(shape, any(spec.architecture.norms[1::2]))
             packer = _Packer(compiled, matrices, self._chain_spec, shape, pool, embedding.dtype)
             packed = repack(weights, embedding, spec, packing, token_order, packer, int4, exit_blocks)
             layers_of = partial(NativeLayers, compiled, shape, pool, spec, embedding, RopeTables(spec))

@@ -2,22 +2,82 @@
 backend is built from its ModelSpec.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
+
+from ..config.checks import shown
+from ..config.options import hints_of, needed
 from ..errors import CheckpointError
 from .architectures import Architecture, architecture_of
-from .config_values import LAYER_KINDS, MOST_WIDTH, check_values, rope_types
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
-FULL, SLIDING = LAYER_KINDS
+LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 EMBEDDING = "model.embed_tokens.weight"
+_MOST_WIDTH = 1 << 20  # of hidden states, all heads together and the MLP: the kernels count in 32 bits
+_Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
+_Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
+_Window = Annotated[int, Meta(ge=0, le=1 << 31)]
+_TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
+_Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # what is computed from it is finite in fp32
+_Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The values of config.json that are read here, with their types and ranges. Null stands for the architecture's default."""
+
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=1024)]
+    vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
+    hidden_size: _Width
+    intermediate_size: _Width
+    num_attention_heads: _Width
+    num_key_value_heads: _Width | None
+    head_dim: Annotated[int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")] | None
+    max_position_embeddings: _Positions
+    rms_norm_eps: _Epsilon | None
+    norm_epsilon: _Epsilon | None
+    tie_word_embeddings: bool
+    attention_bias: bool | None
+    mlp_bias: bool | None
+    use_bias: bool | None
+    hidden_act: str | None
+    hidden_activation: str | None
+    use_sliding_window: bool | None
+    sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None
+    max_window_layers: _Window | None
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None
+    no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None  # 1 where a layer does rotate, whatever the name says
+    no_rope_layer_interval: Annotated[int, Meta(ge=1)] | None
+    query_pre_attn_scalar: _Positive | None
+    embedding_multiplier: _Positive | None
+    attention_multiplier: _Positive | None
+    residual_multiplier: _Positive | None
+    logits_scaling: _Positive | None
+    attn_logit_softcapping: _Positive | None
+    final_logit_softcapping: _Positive | None
+    embedding_dropout: Annotated[float, Meta(ge=0, le=1)] | None
+    eos_token_id: _TokenId | list[_TokenId] | None
+
+
+@dataclass(frozen=True)
+class _RopeValues:
+    """Those of rope_parameters that are checked here; transformers computes the rarer types and reads the others."""
+
+    rope_type: str | None
+    type: str | None
+    rope_theta: Annotated[float, Meta(ge=1, le=1e15)] | None
+    factor: _Positive | None
+    partial_rotary_factor: Annotated[float, Meta(ge=1e-3, le=1)] | None
+    original_max_position_embeddings: _Positions | None
 
 
 @dataclass(frozen=True)
@@ -74,24 +134,36 @@ class ModelSpec:
     def of(cls, config: Any) -> "ModelSpec":
         """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
         architecture = architecture_of(config.model_type)
-        check_values(vars(config))
-        layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-        kv_heads = _value(config, "num_key_value_heads", heads)
-        head_dim = _head_dim(config)
+        values: _Values = _read(_Values, lambda name: getattr(config, name, None))
+        bidirectional = getattr(config, "use_bidirectional_attention", None)
+        _require(not bidirectional, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
+        layers, hidden, heads = values.num_hidden_layers, values.hidden_size, values.num_attention_heads
+        kv_heads, head_dim = values.num_key_value_heads or heads, values.head_dim
+        if head_dim is None:
+            _require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads, {heads}", hidden)
+            head_dim = hidden // heads
+            _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
         _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", heads)
-        _require(heads * head_dim <= MOST_WIDTH, "num_attention_heads * head_dim", f"at most {MOST_WIDTH}", heads * head_dim)
+        _require(heads * head_dim <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", heads * head_dim)
+        eps = getattr(values, architecture.norm_eps)
+        _require(eps is not None, architecture.norm_eps, "a number", eps)
         biases = architecture.attention_bias
         if isinstance(biases, str):
-            biases = architecture.attention_projections if _value(config, biases, False) else ()
-        rotates = _rotates(config, layers) if architecture.skips_rope else (True,) * layers
-        kinds, window = _windows(config, architecture, rotates)
-        ropes = _ropes(config, kinds)
-        _check_longropes(ropes, head_dim)
+            biases = architecture.attention_projections if getattr(values, biases) else ()
+        rotates = _rotates(values) if architecture.skips_rope else (True,) * layers
+        kinds, window = _kinds_and_window(values, architecture, rotates)
+        ropes = _ropes(getattr(config, "rope_parameters", None) or {}, kinds)
         rope_indices = {rope.kind: index for index, rope in enumerate(ropes)}
-        multipliers = architecture.multipliers
-        scale = head_dim**-0.5
+        rotary = int(head_dim * min(rope.share for rope in ropes)) if architecture.partial_rope else head_dim
+        _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
+        attention_scale, embedding_scale, residual_scale, logits_divisor = head_dim**-0.5, 1.0, 1.0, 1.0
         if architecture.scales_queries:
-            scale = _value(config, "query_pre_attn_scalar", 256) ** -0.5
+            attention_scale = (values.query_pre_attn_scalar or 256) ** -0.5
+        if architecture.scales_embeddings:
+            embedding_scale = sqrt(hidden)
+        if architecture.multipliers:
+            attention_scale, embedding_scale = values.attention_multiplier or 1.0, values.embedding_multiplier or 1.0
+            residual_scale, logits_divisor = values.residual_multiplier or 1.0, values.logits_scaling or 1.0
         return cls(
             model_type=config.model_type,
             architecture=architecture,
@@ -100,28 +172,28 @@ class ModelSpec:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            inner=config.intermediate_size,
-            vocab=config.vocab_size,
-            context=_context(config, ropes),
-            eps=float(getattr(config, architecture.norm_eps)),
-            activation=_value(config, architecture.activation, architecture.default_activation),
+            inner=values.intermediate_size,
+            vocab=values.vocab_size,
+            context=min([values.max_position_embeddings, *map(_longrope_context, ropes)]),
+            eps=eps,
+            activation=getattr(values, architecture.activation) or architecture.default_activation,
             kinds=kinds,
             window=window,
             ropes=ropes,
             rope_of=tuple(
                 rope_indices.get(kind, 0) if rotating else None for kind, rotating in zip(kinds, rotates, strict=True)
             ),
-            rotary=_rotary(head_dim, ropes) if architecture.partial_rope else head_dim,
+            rotary=rotary,
             attention_bias=biases or (),
-            mlp_bias=architecture.mlp_bias is not None and bool(_value(config, architecture.mlp_bias, False)),
-            tied=config.tie_word_embeddings,
-            attention_scale=float(_value(config, "attention_multiplier", 1.0)) if multipliers else scale,
-            embedding_scale=_embedding_scale(config, architecture),
-            residual_scale=float(_value(config, "residual_multiplier", 1.0)) if multipliers else 1.0,
-            logits_divisor=float(_value(config, "logits_scaling", 1.0)) if multipliers else 1.0,
-            embedding_dropout=float(_value(config, "embedding_dropout", 0.0)) if architecture.drops_embeddings else 0.0,
-            score_cap=_value(config, "attn_logit_softcapping", None) if architecture.caps_scores else None,
-            logits_cap=_value(config, "final_logit_softcapping", None) if architecture.caps_logits else None,
+            mlp_bias=architecture.mlp_bias is not None and bool(getattr(values, architecture.mlp_bias)),
+            tied=values.tie_word_embeddings,
+            attention_scale=attention_scale,
+            embedding_scale=embedding_scale,
+            residual_scale=residual_scale,
+            logits_divisor=logits_divisor,
+            embedding_dropout=values.embedding_dropout or 0.0 if architecture.drops_embeddings else 0.0,
+            score_cap=values.attn_logit_softcapping if architecture.caps_scores else None,
+            logits_cap=values.final_logit_softcapping if architecture.caps_logits else None,
             config=config,
         )
 
@@ -129,11 +201,6 @@ class ModelSpec:
     def head_name(self) -> str:
         """The name of the head's weight; the embedding's where that is the head."""
         return EMBEDDING if self.tied else "lm_head.weight"
-
-    @property
-    def norms_blocks(self) -> bool:
-        """Whether a norm comes after attention or the MLP, before their output is added."""
-        return self.architecture.attention_norms.after is not None or self.architecture.mlp_norms.after is not None
 
     @property
     def queries(self) -> int:
@@ -153,20 +220,49 @@ class ModelSpec:
             **self.norm_shapes("model.norm", self.hidden),
             **({} if self.tied else {self.head_name: (self.vocab, self.hidden)}),
         }
-        layer = self.layer_shapes
         for index in range(self.layers):
-            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in self.layer_shapes.items()}
         return shapes
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(prod, self.shapes.values()))
+
+    @cached_property
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of one layer, after its prefix."""
+        architecture, hidden = self.architecture, self.hidden
+        projections: dict[str, tuple[int, int]] = {}
+        for prefix, names, outputs in (
+            ("self_attn.", architecture.attention_projections, (self.queries, self.keys, self.keys)),
+            ("mlp.", architecture.mlp_projections, (self.inner,) * (1 + architecture.gated)),
+        ):
+            *inward, back = names
+            widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
+            projections |= {prefix + name: (width, hidden) for name, width in zip(inward, widths, strict=True)}
+            projections[prefix + back] = (hidden, outputs[0])
+        biased = {f"self_attn.{name}" for name in self.attention_bias}
+        biased |= {name for name in projections if self.mlp_bias and name.startswith("mlp.")}
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in projections.items()}
+        shapes |= {f"{name}.bias": (shape[0],) for name, shape in projections.items() if name in biased}
+        for name in filter(None, architecture.norms):
+            shapes |= self.norm_shapes(name, hidden)
+        if architecture.query_key_norms != "none":
+            per_head = architecture.query_key_norms == "head"
+            shapes |= self.norm_shapes("self_attn.q_norm", self.head_dim if per_head else self.queries)
+            shapes |= self.norm_shapes("self_attn.k_norm", self.head_dim if per_head else self.keys)
+        return shapes
+
+    def norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of a norm over `size` numbers."""
+        parts = ("weight", "bias") if self.architecture.norm == "layer" else ("weight",)
+        return {f"{name}.{part}": (size,) for part in parts}
 
     def scaled_logits(self, logits: "Tensor") -> "Tensor":
         """The output of the head after the division and the soft cap of an architecture, if it has them."""
         if self.logits_divisor != 1:
             logits = logits / self.logits_divisor
         return logits if self.logits_cap is None else (logits / self.logits_cap).tanh() * self.logits_cap
-
-    @property
-    def parameters(self) -> int:
-        return sum(map(prod, self.shapes.values()))
 
     def window_of(self, layer: int) -> int | None:
         """How many positions a layer sees; None for all."""
@@ -182,32 +278,6 @@ class ModelSpec:
         for name, shape in self.shapes.items():
             check_shape(name, shape, stored[name])
 
-    @cached_property
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights of one layer, after its prefix."""
-        architecture = self.architecture
-        projections = {
-            **_projections("self_attn.", architecture.attention_projections, (self.queries, self.keys, self.keys), self.hidden),
-            **_projections("mlp.", architecture.mlp_projections, (self.inner,) * (1 + architecture.gated), self.hidden),
-        }
-        biased = {f"self_attn.{name}" for name in self.attention_bias}
-        biased |= {name for name in projections if self.mlp_bias and name.startswith("mlp.")}
-        norms = {name: self.hidden for name in (*architecture.attention_norms, *architecture.mlp_norms) if name is not None}
-        if architecture.query_key_norms == "head":
-            norms |= {"self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim}
-        elif architecture.query_key_norms == "projection":
-            norms |= {"self_attn.q_norm": self.queries, "self_attn.k_norm": self.keys}
-        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in projections.items()}
-        shapes |= {f"{name}.bias": (shape[0],) for name, shape in projections.items() if name in biased}
-        for name, size in norms.items():
-            shapes |= self.norm_shapes(name, size)
-        return shapes
-
-    def norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights of a norm over `size` numbers."""
-        parts = ("weight", "bias") if self.architecture.norm == "layer" else ("weight",)
-        return {f"{name}.{part}": (size,) for part in parts}
-
 
 def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> None:
     """Raises CheckpointError for a weight of another shape than is needed."""
@@ -215,83 +285,44 @@ def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> 
         raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}")
 
 
-def _projections(prefix: str, names: tuple[str, ...], outputs: tuple[int, ...], hidden: int) -> dict[str, tuple[int, int]]:
-    """Shapes (out, in) of a block's projections, the last of which leads back to the hidden states."""
-    *inward, back = names
-    widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
-    inner = outputs[0]
-    shapes = {prefix + name: (width, hidden) for name, width in zip(inward, widths, strict=True)}
-    return {**shapes, prefix + back: (hidden, inner)}
+def _read(kind: Any, value_of: Callable[[str], Any], where: str = "") -> Any:
+    """An object of `kind`. Raises CheckpointError for the first value of another type or out of range."""
+    values = {}
+    for name, hint in hints_of(kind).items():
+        value = value_of(name)
+        try:
+            values[name] = msgspec.convert(value, hint)
+        except msgspec.ValidationError:
+            raise CheckpointError(f"{where}{name} must be {needed(hint)}, got {shown(value)}") from None
+    return kind(**values)
 
 
-def _value(config: Any, name: str, default: Any) -> Any:
-    """A value that a configuration may leave out or set to null."""
-    value = getattr(config, name, None)
-    return default if value is None else value
+def _ropes(parameters: Any, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
+    """One rotary embedding for all layers, or one for each kind of layer (as in Gemma 3)."""
+    by_kind: dict[str | None, Any] = {None: parameters}
+    if isinstance(parameters, Mapping) and any(kind in parameters for kind in LAYER_KINDS):
+        by_kind = {kind: parameters.get(kind) or {} for kind in dict.fromkeys(kinds)}
+    for kind, values in by_kind.items():
+        where = "rope_parameters" if kind is None else f"rope_parameters.{kind}"
+        _require(isinstance(values, Mapping), where, "an object", values)
+        _read(_RopeValues, values.get, f"{where}.")
+    return tuple(RopeSpec(values, kind) for kind, values in by_kind.items())
 
 
-def _head_dim(config: Any) -> int:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim: int | None = _value(config, "head_dim", None)
-    if head_dim is None:
-        _require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads, {heads}", hidden)
-        head_dim = hidden // heads
-        _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
-    # The base of a dynamic rope is raised to head_dim / (head_dim - 2).
-    _require(head_dim > 2 or "dynamic" not in rope_types(vars(config)), "head_dim", "above 2 for a dynamic rope", head_dim)
-    return head_dim
+def _longrope_context(rope: RopeSpec) -> int:
+    """Positions after which a longrope changes the frequencies of all positions, so that cached keys would no longer fit."""
+    original = rope.parameters.get("original_max_position_embeddings") if rope.type == "longrope" else None
+    return original or 1 << 27
 
 
-def _embedding_scale(config: Any, architecture: Architecture) -> float:
-    if architecture.multipliers:
-        return float(_value(config, "embedding_multiplier", 1.0))
-    return sqrt(config.hidden_size) if architecture.scales_embeddings else 1.0
-
-
-def _ropes(config: Any, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
-    parameters = _value(config, "rope_parameters", {})
-    if not any(kind in parameters for kind in LAYER_KINDS):
-        return (RopeSpec(parameters, None),)
-    return tuple(RopeSpec(parameters.get(kind) or {}, kind) for kind in dict.fromkeys(kinds))
-
-
-def _check_longropes(ropes: tuple[RopeSpec, ...], head_dim: int) -> None:
-    for rope in ropes:
-        pairs = int(head_dim * rope.share) // 2
-        for name in ("short_factor", "long_factor"):
-            factors = rope.parameters.get(name)
-            if rope.type == "longrope" and factors is not None:
-                _require(len(factors) == pairs, f"rope_parameters.{name}", f"a list of {pairs} entries", len(factors))
-
-
-def _rotary(head_dim: int, ropes: tuple[RopeSpec, ...]) -> int:
-    rotary = int(head_dim * min(rope.share for rope in ropes))
-    _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
-    return rotary
-
-
-def _context(config: Any, ropes: tuple[RopeSpec, ...]) -> int:
-    """Positions that a model can have.
-
-    A longrope changes the frequencies of all positions when a text outgrows the original context, so keys that are cached
-    would no longer fit: such a model ends there.
-    """
-    limits: list[int] = [config.max_position_embeddings]
-    for rope in ropes:
-        if rope.type == "longrope" and (original := rope.parameters.get("original_max_position_embeddings")) is not None:
-            limits.append(original)
-    return min(limits)
-
-
-def _windows(config: Any, architecture: Architecture, rotates: tuple[bool, ...]) -> tuple[tuple[str, ...], int | None]:
+def _kinds_and_window(
+    values: _Values, architecture: Architecture, rotates: tuple[bool, ...]
+) -> tuple[tuple[str, ...], int | None]:
     """The kind of each layer, and how many positions the sliding ones see."""
-    layers = len(rotates)
-    window = _value(config, "sliding_window", None)
-    listed = _value(config, "layer_types", None)
+    layers, window, listed = values.num_hidden_layers, values.sliding_window, values.layer_types
     if listed is not None:
         _require(len(listed) == layers, "layer_types", f"a list of num_hidden_layers, {layers}, entries", len(listed))
-    optional = architecture.windows == "optional"
-    unused = window is None or (optional and not _value(config, "use_sliding_window", False))
+    unused = window is None or (architecture.windows == "optional" and not values.use_sliding_window)
     if architecture.windows == "none" or (architecture.windows != "listed" and unused):
         return (FULL,) * layers, None
     if architecture.windows == "all":
@@ -301,21 +332,20 @@ def _windows(config: Any, architecture: Architecture, rotates: tuple[bool, ...])
     elif architecture.skips_rope:
         slides = [not rotating for rotating in rotates]
     else:
-        first = _value(config, "max_window_layers", 0)
-        slides = [layer >= first for layer in range(layers)]
+        slides = [layer >= (values.max_window_layers or 0) for layer in range(layers)]
     _require(window is not None or not any(slides), "sliding_window", "given for layers of sliding_attention", "null")
     return tuple(SLIDING if sliding else FULL for sliding in slides), window
 
 
-def _rotates(config: Any, layers: int) -> tuple[bool, ...]:
-    listed = _value(config, "no_rope_layers", None)  # 1 where a layer does rotate, whatever the name says
+def _rotates(values: _Values) -> tuple[bool, ...]:
+    """Which layers have rotary positions."""
+    layers, listed = values.num_hidden_layers, values.no_rope_layers
     if listed is None:
-        interval = _value(config, "no_rope_layer_interval", 4)
-        return tuple((layer + 1) % interval != 0 for layer in range(layers))
+        return tuple((layer + 1) % (values.no_rope_layer_interval or 4) != 0 for layer in range(layers))
     _require(len(listed) >= layers, "no_rope_layers", f"a list of at least num_hidden_layers, {layers}, entries", len(listed))
     return tuple(map(bool, listed[:layers]))
 
 
 def _require(condition: bool, name: str, needed: str, found: object) -> None:
     if not condition:
-        raise CheckpointError(f"{name} must be {needed}, got {found}")
+        raise CheckpointError(f"{name} must be {needed}, got {shown(found)}")

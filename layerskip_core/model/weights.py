@@ -140,7 +140,7 @@ def mlp_output(weights: Weights, spec: ModelSpec) -> Projection:
 
 def layer_norms(weights: Weights, spec: ModelSpec) -> LayerNorms:
     architecture, attention = spec.architecture, weights.below("self_attn.")
-    around = [_optional_norm(weights, name, spec) for name in (*architecture.attention_norms, *architecture.mlp_norms)]
+    around = [_optional_norm(weights, name, spec) for name in architecture.norms]
     normed = architecture.query_key_norms != "none"
     return LayerNorms(*around, *(_optional_norm(attention, name if normed else None, spec) for name in ("q_norm", "k_norm")))
 

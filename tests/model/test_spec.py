@@ -151,69 +151,35 @@ def test_a_configuration_is_complete_by_architecture():
     assert is_complete({**document, "model_type": "mistral", "sliding_window": None})
 
 
-WHOLE = "must be a whole number in"
+LINEAR, LONG = {"rope_type": "linear", "rope_theta": 1e4}, {"rope_theta": 1e4, "partial_rotary_factor": 0.4}
 BAD = [
-    ({"model_type": "gpt2"}, "model_type must be one of llama, .*, starcoder2, got 'gpt2'"),
-    ({"model_type": ["llama"]}, r"model_type must be one of .*, got \['llama'\]"),
-    ({"num_hidden_layers": 0}, rf"num_hidden_layers {WHOLE} 1..1024, got 0"),
-    ({"num_hidden_layers": 10**7}, rf"num_hidden_layers {WHOLE} 1..1024, got 10000000"),
-    ({"num_hidden_layers": True}, rf"num_hidden_layers {WHOLE} 1..1024, got True"),
-    ({"hidden_size": 10**12}, rf"hidden_size {WHOLE}"),
-    ({"intermediate_size": -48}, rf"intermediate_size {WHOLE}"),
-    ({"vocab_size": 10**12}, rf"vocab_size {WHOLE}"),
-    ({"vocab_size": "67"}, rf"vocab_size {WHOLE} 1..16777216, got '67'"),
-    ({"num_attention_heads": 0}, rf"num_attention_heads {WHOLE}"),
-    ({"num_key_value_heads": 0}, rf"num_key_value_heads {WHOLE}"),
+    ({"model_type": "gpt2"}, "model_type must be one of llama, .*, starcoder2, got gpt2"),
+    *(({"num_hidden_layers": value}, r"num_hidden_layers must be a whole number in 1\.\.1024") for value in (0, 10**7, True)),
+    ({"hidden_size": 10**12}, "hidden_size must be a whole number in"),
+    ({"vocab_size": "67"}, r"vocab_size must be a whole number in 1\.\.16777216, got 67"),
     ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, 3, got 4"),
-    ({"num_key_value_heads": 8}, "num_attention_heads must be a multiple of num_key_value_heads, 8, got 4"),
-    *(({"head_dim": value}, rf"head_dim must be an even number .*, got {value}") for value in (0, -8, 7, 2048)),
+    *(({"head_dim": value}, f"head_dim must be an even number .*, got {value}") for value in (0, 7, 2048)),
     ({"head_dim": None, "hidden_size": 36}, "hidden_size / num_attention_heads must be an even number, got 9"),
-    (
-        {"head_dim": 2, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        "head_dim must be above 2 for a dynamic rope, got 2",
-    ),
     ({"head_dim": None, "num_attention_heads": 6}, "hidden_size must be a multiple of num_attention_heads, 6, got 32"),
     ({"num_attention_heads": 4096, "head_dim": 1024}, r"num_attention_heads \* head_dim must be at most 1048576, got 4194304"),
-    *(({"max_position_embeddings": value}, rf"max_position_embeddings {WHOLE}") for value in (None, "9", 9.5, 0, -1, 10**18)),
-    *(({"rms_norm_eps": value}, r"rms_norm_eps must be a number in 1e-30\.\.1, got") for value in (-1, 0, nan, inf, "x", None)),
-    *(({"sliding_window": value}, rf"sliding_window {WHOLE} .*, or null, got") for value in (-5, 0, 5.0, "5", True)),
+    *(({"max_position_embeddings": value}, "max_position_embeddings must be") for value in (None, 9.5, 10**18)),
+    *(({"rms_norm_eps": value}, "rms_norm_eps must be a number") for value in (0, nan, inf, "x", None)),
+    ({"sliding_window": 0}, "sliding_window must be"),
     ({"layer_types": [FULL] * 5}, "layer_types must be a list of num_hidden_layers, 6, entries, got 5"),
-    ({"layer_types": [FULL] * 5 + ["other"]}, "layer_types must be a list .*full_attention, sliding_attention, or null, got"),
-    ({"layer_types": FULL}, "layer_types must be a list"),
+    ({"layer_types": [FULL] * 5 + ["other"]}, "layer_types must be a list, each one of full_attention, sliding_attention, got"),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of at least num_hidden_layers, 6"),
-    ({"model_type": "smollm3", "no_rope_layers": [1, 2, 1, 1, 1, 1]}, "no_rope_layers must be a list"),
     ({"model_type": "gemma2", "layer_types": [SLIDING] * 6}, "sliding_window must be given for layers of sliding_attention"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
-    ({"attention_bias": 1}, "attention_bias must be true or false, or null, got 1"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got yes"),
+    ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
-    ({"rope_parameters": [1]}, r"rope_parameters must be an object, or null, got \[1\]"),
-    *(
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": value}}, r"rope_parameters\.rope_theta must be a number")
-        for value in (0, -1, "1", None, nan, inf)
-    ),
-    ({"rope_parameters": {"rope_type": 3}}, r"rope_parameters\.rope_type must be a text"),
-    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, r"rope_parameters\.factor is missing"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, r"rope_parameters\.factor must be a number"),
-    ({"rope_parameters": {SLIDING: {"rope_theta": 0}, FULL: {}}}, r"rope_parameters\.sliding_attention\.rope_theta must be"),
-    (
-        {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
-                             "original_max_position_embeddings": 64}},
-        "high_freq_factor must be above low_freq_factor, 4, got 4",
-    ),
-    *(({"eos_token_id": value}, "eos_token_id must be a token id, a list") for value in (True, 2.0, "2", [[2]], -1, [2, None])),
-    (
-        {"model_type": "phi3", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}},
-        r"head_dim \* partial_rotary_factor must be an even number above 0, got 3",
-    ),
-    (
-        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [1.0] * 4}},
-        r"rope_parameters\.short_factor must be a list of 4 entries, got 3",
-    ),
-    ({"norm_epsilon": 0}, r"norm_epsilon must be a number in 1e-30\.\.1, got 0"),
-    ({"use_bias": "no"}, "use_bias must be true or false, or null, got 'no'"),
-    ({"embedding_dropout": 2}, r"embedding_dropout must be a number in 0\.\.1, or null, got 2"),
+    ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
+    *(({"rope_parameters": {"rope_theta": value}}, r"rope_parameters\.rope_theta must be") for value in (0, "1", nan, inf)),
+    ({"rope_parameters": {**LINEAR, "factor": "2"}}, r"rope_parameters\.factor must be a number"),
+    ({"rope_parameters": {SLIDING: {"rope_theta": 0}, FULL: {}}, "layer_types": [SLIDING] * 6, "sliding_window": 5,
+      "model_type": "gemma3_text"}, r"rope_parameters\.sliding_attention\.rope_theta must be"),
+    *(({"eos_token_id": value}, "eos_token_id must be a whole number .* or a list") for value in (True, "2", -1, [2, None])),
+    ({"model_type": "phi3", "rope_parameters": LONG}, r"head_dim \* partial_rotary_factor must be an even number above 0"),
     ({"logits_scaling": 0}, "logits_scaling must be a number in"),
-    ({"dtype": "int8"}, "dtype must be one of auto, float64, float32"),
 ]  # fmt: skip
 
 
