@@ -21,7 +21,7 @@ from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.model import Backend
-from layerskip_core.model.backend import DraftSide
+from layerskip_core.model.drafting import DraftSide
 from layerskip_core.model.exit_blocks import PlacedBlock, features_of
 
 Predict = Callable[[Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import read_json_object
-from ..model import ModelSpec, can_repack
+from ..model import ModelSpec, missing_feature
 from ..model.architectures import is_complete
 from ..model.weights import Take
 from ..prompting import Tokenizer, special_ids
@@ -54,7 +54,7 @@ def lean_spec(folder: str) -> ModelSpec | None:
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
     simple = all(rope.type == "default" and "rope_theta" in rope.parameters for rope in spec.ropes)
-    return spec if simple and can_repack(spec) else None
+    return spec if simple and missing_feature(spec) is None else None
 
 
 def generation_config(folder: str) -> SimpleNamespace:

@@ -22,7 +22,7 @@ from ..model import (
     missing_feature,
     suits_kernels,
 )
-from ..model.draft_vocabulary import token_order
+from ..model.drafting import token_order
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
 from ..model.low_bit import named_int4
 from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
@@ -276,7 +276,7 @@ def _mapped_decoder(
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
     tokenizer, order = _tokenizer(path, spec), _token_order(path, spec, packing)
-    backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file)
+    backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file.matrix, file.embedding(spec))
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return _with_files(name, path, info, backend, tokenizer)
 

@@ -20,13 +20,12 @@ from torch import Tensor
 from ..config.packing import PackingConfig, Quantization
 from ..config.training import Feature
 from ..errors import CheckpointError, ConfigError, first_line
-from ..model.draft_vocabulary import DraftVocabulary
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.low_bit import GROUP_SIZE
 from ..model.native.compiled import Kernels
-from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix, Packer
-from ..model.spec import EMBEDDING, Shapes
-from ..model.weights import Projection
+from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
+from ..model.spec import EMBEDDING, ModelSpec, Shapes
+from ..model.weights import Affine
 from .beside import open_formed
 from .folder import PACKED_FILE
 
@@ -76,7 +75,7 @@ class Content:
 
 
 class PackedFile:
-    """The file of a folder, whose `Matrices` are parts of the mapped file."""
+    """The file of a folder, whose matrices are parts of the mapped file."""
 
     def __init__(self, folder: str | Path) -> None:
         """Reads the header and what the fingerprint needs. Raises CheckpointError for a file that is damaged or foreign."""
@@ -105,17 +104,12 @@ class PackedFile:
         features = sorted((int(exit_layer), feature) for exit_layer, feature in self.content.blocks.items())
         return ExitBlocks(tuple(ExitBlock(exit_layer, feature) for exit_layer, feature in features), self.norm)
 
-    def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
-        return self._part(EMBEDDING, self.dtype, shape)
+    def embedding(self, spec: ModelSpec) -> Tensor:
+        return self._part(EMBEDDING, self.dtype, spec.shapes[EMBEDDING])
 
-    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
+    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
         prefix = _prefix(name, form)
         return NativeMatrix(form, {part: self._part(prefix + part, *kind) for part, kind in form.parts.items()})
-
-    def rows(
-        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]], vocabulary: DraftVocabulary
-    ) -> NativeMatrix:
-        return self.matrix(name, form, read).rows_of(vocabulary)
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Raises CheckpointError for a tensor that is missing, or has another type or shape than the model needs."""
@@ -133,11 +127,11 @@ class PackedFile:
 
 
 class PackedWriter:
-    """Writes the file while a backend is built: as its `Matrices` it packs each, writes it, and keeps none in memory."""
+    """Writes the file while a backend is built: it packs each matrix, writes it, and keeps none in memory."""
 
     def __init__(self, file: BinaryIO, kernels: Kernels, most: int) -> None:
         """`file` is open and empty. `most`: of tensors, for which the header has room."""
-        self._packer, self._file = Packer(kernels), file
+        self._kernels, self._file = kernels, file
         self._start = self._end = -(-(most + 16) * _ENTRY // _PAGE) * _PAGE  # of what follows the header
         self._file.seek(self._start)
         self._entries: dict[str, object] = {}
@@ -150,25 +144,15 @@ class PackedWriter:
         offsets = [begin, self._end - self._start]
         self._entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
 
-    def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
-        embedding = read()
-        self.add(EMBEDDING, embedding)
-        return embedding
-
-    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
+    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
         """A matrix without memory: the backend cannot run."""
         prefix = _prefix(name, form)
         if f"{prefix}weight" not in self._entries:
-            for part, tensor in self._packer.matrix(name, form, read).parts.items():
+            for part, tensor in NativeMatrix.packed(self._kernels, name, form, read).parts.items():
                 self.add(prefix + part, tensor)
         return NativeMatrix(
             form, {part: torch.empty(shape, dtype=dtype, device="meta") for part, (dtype, shape) in form.parts.items()}
         )
-
-    def rows(
-        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]], vocabulary: DraftVocabulary
-    ) -> NativeMatrix:
-        raise AssertionError("heads are packed whole")
 
     def finish(self, content: Content) -> None:
         """Writes the header. Without it the file is none of safetensors."""

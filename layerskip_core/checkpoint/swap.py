@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from ..errors import CheckpointError, LayerSkipError, LockedError
 from ..files import discard_folder, hold, publish_folder, read_json_object, synchronise
-from ..model.draft_vocabulary import ORDER_FILE
+from ..model.drafting import ORDER_FILE
 from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, read_info, require_inside
 
 RUN_FILES = ("losses.jsonl", "losses.png", ORDER_FILE)  # finetune writes them with a model

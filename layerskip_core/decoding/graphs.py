@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..config.packing import Quantization
 from ..errors import first_line
-from ..model.backend import Backend, DraftEnds, DraftSide, GreedyDraft, Submodel
+from ..model.backend import Backend, DraftEnds, GreedyDraft, Submodel
 from ..model.cache import KVCache, WholeCache
-from ..model.drafting import LayeredDraftSide
+from ..model.drafting import DraftSide
 
 _AS_USUAL = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
 _LEAST_PLACES = 256
@@ -92,7 +92,6 @@ class Recorder:
 def recorded_sides(model: Backend, recorder: Recorder) -> Mapping[Quantization | None, DraftSide]:
     """The model's draft sides, with recorded drafts by its own layers."""
     own = model.draft_sides[None]
-    assert isinstance(own, LayeredDraftSide)
 
     def draft(
         token: Tensor, submodel: Submodel, positions: Tensor, cache: KVCache, ends: DraftEnds, feature: Tensor | None

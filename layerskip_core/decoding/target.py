@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
-from ..model.backend import Backend
+from ..model.backend import Backend, joined, states_at
 from ..model.cache import KVCache
 from ..model.exit_blocks import PlacedBlock, target_block
-from ..model.spans import joined, states_at
 from .drafters import Draft
 from .graphs import Recorder
 

@@ -18,9 +18,10 @@ from ..config.export import ExportConfig
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
 from ..model import NativeBackend, can_run_native
-from ..model.draft_vocabulary import ORDER_FILE
+from ..model.drafting import ORDER_FILE
 from ..model.low_bit import named_int4
 from ..model.native.compiled import kernels, why_no_kernels
+from ..model.spec import EMBEDDING
 from ..model.weights import Weights
 
 _CPU = torch.device("cpu")
@@ -96,7 +97,9 @@ def _write_weights(source: Unpacked, path: Path) -> str:
     most = 3 * (1 + len(packing.draft_weights)) * (len(spec.shapes) + len(block_shapes) + 1)
     with path.open("wb") as file, torch.inference_mode():
         writer = PackedWriter(file, compiled, most)
-        NativeBackend(spec, source.take, packing, None, source.int4, blocks, writer)
+        embedding = Weights(source.take, spec.shapes).of(EMBEDDING)
+        writer.add(EMBEDDING, embedding)
+        NativeBackend(spec, source.take, packing, None, source.int4, blocks, writer.matrix, embedding)
         of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
         for weights, shapes in ((Weights(source.take, spec.shapes), spec.shapes), (of_blocks, block_shapes)):
             for name in norm_names(shapes):

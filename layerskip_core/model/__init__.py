@@ -4,35 +4,25 @@ Shape letters, used everywhere: B batch rows, T tokens of this call, S key posit
 E exit layer (a count, 1..L), K drafted tokens per round.
 """
 
-from typing import TYPE_CHECKING
-
-from .backend import Backend, DraftEnds, DraftSide, GreedyDraft, Layers, Spans, Submodel
+from .backend import Backend, DraftEnds, Submodel
 from .cache import KVCache
 from .native_backend import NativeBackend, can_run_native, suits_kernels
 from .spec import ModelSpec
-from .torch_backend import TorchBackend, can_repack
+from .torch_backend import TorchBackend
 from .torch_layer import missing_feature
 from .transformers_backend import SpanInputs, TransformersBackend
 
 __all__ = [
     "Backend",
     "DraftEnds",
-    "DraftSide",
-    "GreedyDraft",
     "KVCache",
-    "Layers",
     "ModelSpec",
     "NativeBackend",
     "SpanInputs",
-    "Spans",
     "Submodel",
     "TorchBackend",
     "TransformersBackend",
-    "can_repack",
     "can_run_native",
     "missing_feature",
     "suits_kernels",
 ]
-
-if TYPE_CHECKING:  # mypy proves that each is a complete backend
-    _BACKENDS: tuple[type[Backend], ...] = (TransformersBackend, TorchBackend, NativeBackend)

@@ -1,10 +1,9 @@
 """How architectures differ: one entry of ARCHITECTURES each. `ModelSpec.of` in spec.py reads a configuration by them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..config.checks import shown
 from ..errors import CheckpointError
 
 # Names of the norms before and after attention, and before and after the MLP; None where there is none. All act inside the
@@ -53,6 +52,10 @@ class Architecture:
 
 
 _GELU = "gelu_pytorch_tanh"
+_GEMMA = Architecture(norm="rms_plus_one", default_activation=_GELU, own_head_dim=True, scales_embeddings=True)
+_GEMMA2 = replace(
+    _GEMMA, norms=_AROUND, activation="hidden_activation", windows="listed", scales_queries=True, caps_logits=True
+)
 
 # Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
 ARCHITECTURES: dict[str, Architecture] = {
@@ -61,31 +64,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ministral": Architecture(attention_bias=None, windows="listed"),
     "qwen2": Architecture(attention_bias=("q_proj", "k_proj", "v_proj"), windows="optional"),
     "qwen3": Architecture(query_key_norms="head", windows="optional", own_head_dim=True),
-    "gemma": Architecture(norm="rms_plus_one", default_activation=_GELU, own_head_dim=True, scales_embeddings=True),
-    "gemma2": Architecture(
-        _AROUND,
-        norm="rms_plus_one",
-        activation="hidden_activation",
-        default_activation=_GELU,
-        windows="listed",
-        own_head_dim=True,
-        scales_embeddings=True,
-        scales_queries=True,
-        caps_scores=True,
-        caps_logits=True,
-    ),
-    "gemma3_text": Architecture(
-        _AROUND,
-        norm="rms_plus_one",
-        query_key_norms="head",
-        activation="hidden_activation",
-        default_activation=_GELU,
-        windows="listed",
-        own_head_dim=True,
-        scales_embeddings=True,
-        scales_queries=True,
-        caps_logits=True,
-    ),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA2, caps_scores=True),
+    "gemma3_text": replace(_GEMMA2, query_key_norms="head"),
     "smollm3": Architecture(mlp_bias="mlp_bias", windows="optional", skips_rope=True),
     "olmo2": Architecture(_AFTER, query_key_norms="projection"),
     "olmo3": Architecture(_AFTER, query_key_norms="projection", windows="listed"),
@@ -115,7 +96,7 @@ SUPPORTED = tuple(ARCHITECTURES)
 def architecture_of(model_type: Any) -> Architecture:
     """Raises CheckpointError for a model type that is not supported."""
     if model_type not in SUPPORTED:
-        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {shown(model_type)}")
+        raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {model_type!r:.60}")
     return ARCHITECTURES[model_type]
 
 

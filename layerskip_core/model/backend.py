@@ -1,17 +1,22 @@
 """What decoding needs of a model. The protocols are complete: nothing about a backend is looked up at run time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..config.packing import Quantization
 from .cache import KVCache
-from .draft_vocabulary import DraftVocabulary
 from .exit_blocks import PlacedBlock
 from .spec import ModelSpec
+
+if TYPE_CHECKING:
+    from .drafting import DraftSide
+
+Spans = tuple[tuple[int, int], ...]
+"""Spans of layers (start, stop), in ascending order."""
 
 
 class Layers(Protocol):
@@ -37,16 +42,27 @@ class Layers(Protocol):
         """
 
 
-class GreedyDraft(NamedTuple):
-    """K drafts for one prompt, chosen by argmax."""
+def states_at(
+    layers: Layers, hidden: Tensor, stops: Iterable[int], positions: Tensor, cache: KVCache, start: int = 0
+) -> dict[int, Tensor]:
+    """The hidden states after each of some ascending counts of layers, from those after `start`; see `Layers.run_layers`."""
+    states = {}
+    for stop in stops:
+        states[stop] = hidden = layers.run_layers(hidden, start, stop, positions, cache)
+        start = stop
+    return states
 
-    tokens: Tensor  # (1, K+1), the newest token first
-    states: dict[int, Tensor]  # (1, K+1 or K, D) after each of the submodel's stops, of all tokens or of all but the last
-    probs: list[float]  # of each draft, by the draft side's own head; empty if not asked for
+
+def joined(parts: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """The states of all tokens, from those of the first, of the next, and so on."""
+    return {stop: torch.cat([states[stop] for states in parts], dim=1) for stop in parts[0]}
 
 
-Spans = tuple[tuple[int, int], ...]
-"""Spans of layers (start, stop), in ascending order."""
+def run_spans(layers: Layers, hidden: Tensor, spans: Spans, positions: Tensor, cache: KVCache) -> Tensor:
+    """Several spans of layers, one after the other; arguments as for `Layers.run_layers`."""
+    for start, stop in spans:
+        hidden = layers.run_layers(hidden, start, stop, positions, cache)
+    return hidden
 
 
 @dataclass(frozen=True)
@@ -54,8 +70,8 @@ class Submodel:
     """What drafts: layers 0..exit_layer-1 and what follows them (a sub-model: Elhoushi et al., 2024).
 
     An exit of the model ends with the draft side's head. Draft & Verify runs further spans of layers, `beyond`, before it. An
-    exit block (`block`, one of `DraftSide.exit_blocks`) has a head of its own. `taps`: ascending exits below `exit_layer`
-    whose hidden states are returned too.
+    exit block (`block`, one of the draft side's) has a head of its own. `taps`: ascending exits below `exit_layer` whose
+    hidden states are returned too.
     """
 
     exit_layer: int
@@ -67,6 +83,14 @@ class Submodel:
     def stops(self) -> tuple[int, ...]:
         """All counts of layers after which states are kept, ascending."""
         return (*self.taps, self.exit_layer)
+
+
+class GreedyDraft(NamedTuple):
+    """K drafts for one prompt, chosen by argmax."""
+
+    tokens: Tensor  # (1, K+1), the newest token first
+    states: dict[int, Tensor]  # (1, K+1 or K, D) after each of the submodel's stops, of all tokens or of all but the last
+    probs: list[float]  # of each draft, by the draft side's own head; empty if not asked for
 
 
 class DraftEnds(NamedTuple):
@@ -103,39 +127,6 @@ class DraftEnds(NamedTuple):
         return None
 
 
-class DraftSide(Layers, Protocol):
-    """Layers and a head that draft for a backend; each is shared with the backend or a cheaper copy."""
-
-    @property
-    def shares_states(self) -> bool:
-        """Whether its hidden states equal the backend's, so that verification can continue from them."""
-
-    @property
-    def vocabulary(self) -> DraftVocabulary | None:
-        """The tokens that its head scores; None for all."""
-
-    @property
-    def exit_blocks(self) -> Mapping[int, PlacedBlock]:
-        """Its exit blocks by exit. Their heads score the tokens of `vocabulary`."""
-
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: (..., D) to logits (..., N), in the order of `vocabulary`."""
-
-    def draft_greedily(
-        self,
-        token: Tensor,
-        submodel: Submodel,
-        positions: Tensor,
-        cache: KVCache,
-        ends: DraftEnds,
-        feature: Tensor | None = None,
-    ) -> GreedyDraft:
-        """Drafts at most d tokens after `token` (1, 1), whose position is the first of `positions` (1, d).
-
-        `feature` (1, 1, D): the token's, if the exit block reads one. The cache needs room for d + 1 positions.
-        """
-
-
 Chooser = Callable[[Tensor, Tensor | None, int, int, Tensor, KVCache], Tensor | None]
 """Takes tokens (B, T), their states (B, T, D) after `start` layers or None for 0, and what follows `hidden` in `run_layers`.
 
@@ -144,51 +135,43 @@ Returns the tokens (B, T) with the largest of the logits after `stop` layers; No
 
 
 class Backend(Layers, Protocol):
-    """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, positions))` gives its logits."""
+    """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, positions))` gives its logits.
+
+    Attributes:
+        spec: what the model is; `hidden_size`, `vocab_size` and the context limit `max_positions`, in tokens, are its own.
+        implementation: which kernels run, for reports.
+        exact: whether calls are split to be batch-invariant. Such a backend takes one row.
+        batch_invariant: whether a token has the same bits alone as among others, so that drafts change no greedy output.
+        recordable: whether passes over a WholeCache can be recorded as CUDA graphs: no weight ever moves.
+        chooser: a kernel for layers, head and choice in one call; None if there is none.
+        exit_blocks: the blocks of its exits, by their exits.
+        draft_sides: what can draft, by the precision of its layers; None stands for the backend's own layers.
+    """
 
     @property
     def spec(self) -> ModelSpec: ...
-
-    @property
-    def implementation(self) -> str:
-        """Which kernels run, for reports."""
-
     @property
     def hidden_size(self) -> int: ...
-
     @property
     def vocab_size(self) -> int: ...
-
     @property
-    def max_positions(self) -> int:
-        """The context limit, in tokens."""
-
+    def max_positions(self) -> int: ...
     @property
     def dtype(self) -> torch.dtype: ...
-
     @property
-    def exact(self) -> bool:
-        """Whether calls are split to be batch-invariant. Such a backend takes one row."""
-
+    def implementation(self) -> str: ...
     @property
-    def batch_invariant(self) -> bool:
-        """Whether a token has the same bits alone as among others, so that drafts change no greedy output."""
-
+    def exact(self) -> bool: ...
     @property
-    def recordable(self) -> bool:
-        """Whether passes over a WholeCache can be recorded as CUDA graphs: no weight ever moves."""
-
+    def batch_invariant(self) -> bool: ...
     @property
-    def chooser(self) -> Chooser | None:
-        """A kernel for layers, head and choice in one call; None if there is none."""
-
+    def recordable(self) -> bool: ...
     @property
-    def exit_blocks(self) -> Mapping[int, PlacedBlock]:
-        """The blocks of its exits, by their exits."""
-
+    def chooser(self) -> Chooser | None: ...
     @property
-    def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
-        """What can draft, by the precision of its layers; None stands for the backend's own layers."""
+    def exit_blocks(self) -> Mapping[int, PlacedBlock]: ...
+    @property
+    def draft_sides(self) -> "Mapping[Quantization | None, DraftSide]": ...
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for all layers. `max_positions` can only lower the context limit."""

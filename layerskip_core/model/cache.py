@@ -28,12 +28,12 @@ class KVCache:
         self.max_positions = max_positions
         self.rows = batch_size
         self.slots = torch.arange(batch_size)
+        self.written = 0  # nothing was ever written from this position on
+        self.matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # by layer, the first three of LayerSlots
         self._num_layers = num_layers
         self._reserved = 0
-        self._written = 0  # nothing was ever written from this position on
         self._spares = False  # whether its readers find rows by their slots, so that there may be slots without a row
         self._storage: Tensor | None = None  # (L, 2 for key and value, slots, kv heads, capacity, head dim)
-        self._matrices: list[tuple[Tensor, Tensor, Tensor]] = []  # views of it, see LayerSlots
 
     @classmethod
     def of(cls, spec: ModelSpec, batch_size: int = 1, max_positions: int | None = None) -> "KVCache":
@@ -51,10 +51,9 @@ class KVCache:
 
     def keep_rows(self, rows: list[int]) -> None:
         """Keeps only the rows at the indices `rows`, in that order. One that is there several times is copied."""
-        self.rows = len(rows)
-        self.slots = self.slots[rows]
-        if len(set(rows)) < len(rows):
-            self._settle()
+        self.rows, self.slots = len(rows), self.slots[rows]
+        if self._storage is not None and len(set(rows)) < len(rows):
+            self._move(self._storage, self.rows, self.capacity)
 
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own. Both have keys and values."""
@@ -63,13 +62,13 @@ class KVCache:
         rows = self.rows + other.rows
         capacity = max(held.shape[4], added.shape[4])
         if held.shape[2] < rows or held.shape[4] < capacity:
-            held = self._grow(held, max(rows, 2 * held.shape[2]) if self._spares else rows, capacity)
+            held = self._move(held, max(rows, 2 * held.shape[2]) if self._spares else rows, capacity)
         used = set(self.slots.tolist())
         free = [slot for slot in range(held.shape[2]) if slot not in used][: other.rows]
         for slot, source in zip(free, other.slots.tolist(), strict=True):
             held[:, :, slot, :, : added.shape[4]] = added[:, :, source]
-            held[:, :, slot, :, added.shape[4] : self._written] = 0
-        self.rows, self._written = rows, max(self._written, other._written)
+            held[:, :, slot, :, added.shape[4] : self.written] = 0
+        self.rows, self.written = rows, max(self.written, other.written)
         self.max_positions = max(self.max_positions, other.max_positions)
         self.slots = torch.cat((self.slots, torch.tensor(free)))
 
@@ -78,13 +77,9 @@ class KVCache:
 
         The compiled kernels need no clearing: they keep finite values only, in an order of their own.
         """
-        if self._storage is not None and start < self._written and not self._spares:
+        if self._storage is not None and start < self.written and not self._spares:
             with torch.inference_mode():  # which it may have been written in
-                self._storage[..., start : self._written, :] = 0
-
-    def note_written(self, stop: int) -> None:
-        """That a call writes positions before `stop`."""
-        self._written = max(self._written, stop)
+                self._storage[..., start : self.written, :] = 0
 
     def writer(self, positions: Tensor) -> "SpanWriter":
         """Where a span of layers writes its keys and values, for tokens at `positions` (B, T), on the host."""
@@ -97,7 +92,9 @@ class KVCache:
         blocks, the last of them partly filled, so that kernels can read all and mask the rest. Within a block, a head's numbers
         may stand in an order of the backend's own.
         """
-        self._settle()
+        held, rows = self._storage, self.rows
+        if held is not None and (held.shape[2] != rows or not torch.equal(self.slots, torch.arange(rows))):
+            self._move(held, rows, held.shape[4])
         return self._reaching(stop, kv_heads, head_dim, like)
 
     def scattered(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
@@ -105,84 +102,30 @@ class KVCache:
         self._spares = True
         return self._reaching(stop, kv_heads, head_dim, like)
 
-    def matrices(self, start: int, stop: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The `all`, `keys` and `values` of layers start..stop-1, see LayerSlots."""
-        return self._matrices[start:stop]
-
     def _reaching(self, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
         held = self._storage
         if held is not None and held.shape[4] >= stop:
             return held
         capacity = -(-max(stop, self._reserved) // _BLOCK) * _BLOCK
         if held is not None:
-            return self._grow(held, held.shape[2], capacity)
+            return self._move(held, held.shape[2], capacity)
         self.slots = torch.arange(self.rows)
         return self._keep(like.new_zeros(self._num_layers, 2, self.rows, kv_heads, capacity, head_dim))
 
-    def _grow(self, held: Tensor, slots: int, capacity: int) -> Tensor:
-        """Moves the rows to the first slots of a larger storage."""
-        grown = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
+    def _move(self, held: Tensor, slots: int, capacity: int) -> Tensor:
+        """Moves the rows to the first slots of another storage."""
+        moved = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
         for row, slot in enumerate(self.slots.tolist()):
-            grown[:, :, row, :, : held.shape[4]] = held[:, :, slot]
+            moved[:, :, row, :, : held.shape[4]] = held[:, :, slot]
         self.slots = torch.arange(self.rows)
-        return self._keep(grown)
-
-    def _settle(self) -> None:
-        """Moves the rows to slots that are their numbers, with no others."""
-        held, rows = self._storage, self.rows
-        if held is not None and (held.shape[2] != rows or not torch.equal(self.slots, torch.arange(rows))):
-            self._keep(held[:, :, self.slots.to(held.device, non_blocking=True)].contiguous())
-        self.slots = torch.arange(rows)
+        return self._keep(moved)
 
     def _keep(self, storage: Tensor) -> Tensor:
         self._storage = storage
         rows = storage.flatten(2, 3)
         keys, values = rows[:, 0].transpose(2, 3), rows[:, 1]
-        self._matrices = list(zip(storage.unbind(), keys.unbind(), values.unbind(), strict=True))
+        self.matrices = list(zip(storage.unbind(), keys.unbind(), values.unbind(), strict=True))
         return storage
-
-
-class SpanWriter:
-    """Where a call writes its tokens. transformers' attention takes it for a cache, of which it calls only `update`."""
-
-    def __init__(self, cache: KVCache, positions: Tensor) -> None:
-        self._cache = cache
-        self._positions = positions
-        rows: list[list[int]] = positions.tolist()
-        self.start, self.stop = rows[0][0], max(map(max, rows)) + 1
-        if self.stop > cache.max_positions:
-            raise ConfigError(
-                f"the context limit of {cache.max_positions} tokens is reached: position {self.stop - 1} was requested"
-            )
-        cache.note_written(self.stop)
-        # Rows at the same consecutive positions (always so for a single row) are written as one slice.
-        span = list(range(self.start, self.start + positions.shape[1]))
-        self.contiguous = all(row == span for row in rows)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Writes (B, kv heads, T, head dim) of one layer; returns views of the filled part, (B, kv heads, S, head dim)."""
-        held = self._cache.room(self.stop, keys.shape[1], keys.shape[3], keys)[layer_idx]
-        for kept, new in zip(held, (keys, values), strict=True):
-            if self.contiguous:
-                kept[:, :, self.start : self.stop] = new
-            else:
-                rows, columns = self.indices(keys.device)
-                kept[rows, :, columns] = new.transpose(1, 2)
-        filled = held[..., : self.stop, :]
-        return filled[0], filled[1]
-
-    def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
-        """Where each layer of a span writes and reads. All views are made in one call: one call per layer is slower."""
-        held = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop]
-        indices = None if self.contiguous else self.indices(like.device)
-        slots = (held[..., self.start : self.stop, :] if self.contiguous else held).unbind()
-        matrices = self._cache.matrices(start, stop)
-        return [LayerSlots(*views, into, indices) for views, into in zip(matrices, slots, strict=True)]
-
-    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Row and column indices of all tokens, (B, 1) and (B, T)."""
-        rows = torch.arange(self._positions.shape[0], device=device)[:, None]
-        return rows, self._positions.to(device, non_blocking=True)
 
 
 class WholeCache(KVCache):
@@ -198,14 +141,50 @@ class WholeCache(KVCache):
         self._cache = cache
 
     def writer(self, positions: Tensor) -> "SpanWriter":
-        return _WholeWriter(self._cache, positions)
+        return SpanWriter(self._cache, positions, whole=True)
 
 
-class _WholeWriter(SpanWriter):
-    def __init__(self, cache: KVCache, positions: Tensor) -> None:
+class SpanWriter:
+    """Where a call writes its tokens. transformers' attention takes it for a cache, of which it calls only `update`."""
+
+    def __init__(self, cache: KVCache, positions: Tensor, whole: bool = False) -> None:
+        """`whole`: the call attends to all places, and its positions are on the device."""
         self._cache, self._positions = cache, positions
-        self.start, self.stop, self.contiguous = 0, cache.capacity, False
-        cache.note_written(self.stop)
+        if whole:
+            self.start, self.stop, self.contiguous = 0, cache.capacity, False
+        else:
+            rows: list[list[int]] = positions.tolist()
+            self.start, self.stop = rows[0][0], max(map(max, rows)) + 1
+            if self.stop > (limit := cache.max_positions):
+                raise ConfigError(f"the context limit of {limit} tokens is reached: position {self.stop - 1} was requested")
+            # Rows at the same consecutive positions (always so for a single row) are written as one slice.
+            span = list(range(self.start, self.start + positions.shape[1]))
+            self.contiguous = all(row == span for row in rows)
+        cache.written = max(cache.written, self.stop)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Writes (B, kv heads, T, head dim) of one layer; returns views of the filled part, (B, kv heads, S, head dim)."""
+        held = self._cache.room(self.stop, keys.shape[1], keys.shape[3], keys)[layer_idx]
+        for kept, new in zip(held, (keys, values), strict=True):
+            if self.contiguous:
+                kept[:, :, self.start : self.stop] = new
+            else:
+                rows, columns = self._indices(keys.device)
+                kept[rows, :, columns] = new.transpose(1, 2)
+        filled = held[..., : self.stop, :]
+        return filled[0], filled[1]
+
+    def layers(self, start: int, stop: int, kv_heads: int, head_dim: int, like: Tensor) -> list["LayerSlots"]:
+        """Where each layer of a span writes and reads. All views are made in one call: one call per layer is slower."""
+        held = self._cache.room(self.stop, kv_heads, head_dim, like)[start:stop]
+        indices = None if self.contiguous else self._indices(like.device)
+        slots = (held[..., self.start : self.stop, :] if self.contiguous else held).unbind()
+        return [LayerSlots(*views, into, indices) for views, into in zip(self._cache.matrices[start:stop], slots, strict=True)]
+
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row and column indices of all tokens, (B, 1) and (B, T)."""
+        rows = torch.arange(self._positions.shape[0], device=device)[:, None]
+        return rows, self._positions.to(device, non_blocking=True)
 
 
 class LayerSlots(NamedTuple):

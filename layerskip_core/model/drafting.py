@@ -2,34 +2,78 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import DraftEnds, DraftSide, GreedyDraft, Layers, Submodel
+from ..errors import CheckpointError
+from ..files import read_json
+from .backend import DraftEnds, GreedyDraft, Layers, Submodel, joined, run_spans, states_at
 from .cache import KVCache
-from .draft_vocabulary import DraftVocabulary
 from .exit_blocks import PlacedBlock
-from .spans import joined, run_spans, states_at
 
+ORDER_FILE = "token_order.json"
 _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
 
 
-# The arguments of `DraftSide.draft_greedily`.
+class DraftVocabulary:
+    """The tokens that drafts are chosen from; the target scores all of them, so outputs stay the same.
+
+    They are the first N of V tokens in some order, the most frequent first. Logits of drafts are in that order.
+    """
+
+    def __init__(self, total: int, count: int, order: list[int] | None = None) -> None:
+        """`order`: distinct ids below V. Ids that it lacks follow in the order of their numbers, as they do without it."""
+        self._left_out = max(0, total - count)
+        self.ids: Tensor | None = None  # of the N tokens; None for 0..N-1
+        if order is not None:
+            known = set(order)
+            self.ids = torch.tensor([*order, *(token for token in range(total) if token not in known)][:count])
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """(V, ...) to (N, ...)."""
+        return weight[: len(weight) - self._left_out] if self.ids is None else weight[self.ids.to(weight.device)]
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        """Token ids (...) of indices (...) into the N tokens."""
+        if self.ids is None:
+            return indices
+        self.ids = self.ids.to(indices.device, non_blocking=True)
+        return self.ids[indices]
+
+    def spread(self, probs: Tensor) -> Tensor:
+        """Probabilities (..., N) as (..., V), with 0 for all other tokens."""
+        padded = F.pad(probs, (0, self._left_out))
+        if self.ids is None:
+            return padded
+        self.ids = self.ids.to(probs.device, non_blocking=True)
+        return torch.zeros_like(padded).index_copy(-1, self.ids, probs)
+
+
 DraftKernel = Callable[[Tensor, Submodel, Tensor, KVCache, DraftEnds, Tensor | None], GreedyDraft]
+"""Makes a whole greedy draft in one call, from the arguments of `DraftSide.draft_greedily`."""
 
 
 @dataclass(frozen=True)
-class LayeredDraftSide:
-    """Layers and a head that draft, see `DraftSide`. `shares_states`: the layers are the backend's own.
+class DraftSide:
+    """Layers and a head that draft for a backend; each is shared with the backend or a cheaper copy.
 
-    `kernel` makes a whole greedy draft in one call; without it a draft goes step by step.
+    Attributes:
+        layers: may be followed by those of exit blocks.
+        num_layers: without those of exit blocks.
+        unembed: final norm and head, (..., D) to logits (..., N) in the order of `vocabulary`.
+        exit_blocks: by exit. Their heads score the tokens of `vocabulary`.
+        vocabulary: the tokens that the heads score; None for all.
+        shares_states: whether hidden states equal the backend's, so that verification can continue from them.
+        kernel: makes a whole greedy draft in one call; without it a draft goes step by step.
     """
 
     layers: Layers
-    num_layers: int  # without those of exit blocks
-    head: Callable[[Tensor], Tensor]  # (..., D) to logits (..., N)
+    num_layers: int
+    unembed: Callable[[Tensor], Tensor]
     exit_blocks: Mapping[int, PlacedBlock] = field(default_factory=dict)
     vocabulary: DraftVocabulary | None = None
     shares_states: bool = True
@@ -45,9 +89,6 @@ class LayeredDraftSide:
     def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.layers.run_layers(hidden, start, stop, positions, cache)
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
-
     def draft_greedily(
         self,
         token: Tensor,
@@ -57,7 +98,10 @@ class LayeredDraftSide:
         ends: DraftEnds,
         feature: Tensor | None = None,
     ) -> GreedyDraft:
-        """As `DraftSide` says. Step by step the hidden states are those of all tokens that were run."""
+        """Drafts at most d tokens after `token` (1, 1), whose position is the first of `positions` (1, d).
+
+        `feature` (1, 1, D): the token's, if the exit block reads one. The cache needs room for d + 1 positions.
+        """
         if self.kernel is not None:
             return self.kernel(token, submodel, positions, cache, ends, feature)
         looks = token.device.type == "cpu"  # elsewhere a look at a token waits for the device: all are looked at in the end
@@ -110,3 +154,18 @@ def most_probable(logits: Tensor) -> Tensor:
     rows = logits.view(*logits.shape[:-1], -1, _COLUMNS)
     row = rows.amax(-1).argmax(-1, keepdim=True)
     return row[..., 0] * _COLUMNS + rows.take_along_dim(row[..., None], -2).argmax(-1)[..., 0]
+
+
+def token_order(folder: str | Path, vocab_size: int) -> list[int] | None:
+    """The content of a checkpoint's ORDER_FILE: distinct token ids, the most frequent of its training data first.
+
+    None if there is no such file. Raises CheckpointError if it holds anything else.
+    """
+    path = Path(folder) / ORDER_FILE
+    if not path.is_file():
+        return None
+    order = read_json(path, CheckpointError)
+    ids = {id for id in order if type(id) is int and 0 <= id < vocab_size} if isinstance(order, list) else set()
+    if not isinstance(order, list) or len(ids) < len(order):
+        raise CheckpointError(f"{path} must be a list of distinct token ids below {vocab_size}")
+    return order

@@ -6,6 +6,7 @@ token before (as EAGLE, Li et al., 2024): the target's own for the first draft o
 0 for the first token of a text.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,9 +18,6 @@ from ..errors import CheckpointError, ConfigError
 from .spec import ModelSpec, Shapes
 from .weights import Take, Weights, checked
 
-_PREFIX = "exits."
-_INPUT = "input.weight"
-
 
 @dataclass(frozen=True)
 class ExitBlock:
@@ -30,18 +28,13 @@ class ExitBlock:
 
     @property
     def prefix(self) -> str:
-        return f"{_PREFIX}{self.exit_layer}."
-
-    @property
-    def input_name(self) -> str:
-        """The map W (D, 2D) of the feature `final`."""
-        return self.prefix + _INPUT
+        return f"exits.{self.exit_layer}."
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, `exits.E.input.weight`."""
+        """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, a map `exits.E.input.weight`."""
         shapes = {f"{self.prefix}layer.{name}": shape for name, shape in spec.layer_shapes.items()}
         shapes |= spec.norm_shapes(f"{self.prefix}norm", spec.hidden)
-        return {**shapes, self.input_name: (spec.hidden, 2 * spec.hidden)} if self.feature == "final" else shapes
+        return shapes | ({f"{self.prefix}input.weight": (spec.hidden, 2 * spec.hidden)} if self.feature == "final" else {})
 
     def initial(self, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Its weights before training: copies of the last layer and of the final norm, and [I, 0] for the map.
@@ -50,12 +43,13 @@ class ExitBlock:
         """
         weights = {}
         for name, shape in self.shapes(spec).items():
-            if name == self.input_name:
+            part = name.removeprefix(self.prefix)
+            if part == "input.weight":
                 weights[name] = torch.eye(*shape)
-            else:
-                source = name.removeprefix(self.prefix).replace("layer.", f"model.layers.{spec.layers - 1}.", 1)
-                source = source.replace("norm.", "model.norm.", 1) if source.startswith("norm.") else source
-                weights[name] = weight_of(source).detach().clone()
+                continue
+            last = f"model.layers.{spec.layers - 1}."
+            source = last + part.removeprefix("layer.") if part.startswith("layer.") else f"model.{part}"
+            weights[name] = weight_of(source).detach().clone()
         return weights
 
 
@@ -128,14 +122,14 @@ def features_of(finals: Tensor) -> Tensor:
 
 def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:
     """The blocks that weights of these names belong to. Raises CheckpointError for a name that is none of a block's."""
-    inputs: dict[int, set[str]] = {}
+    features: dict[int, Feature] = {}
     for name in names:
-        exit_layer, _, rest = name.removeprefix(_PREFIX).partition(".")
-        known = name.startswith(_PREFIX) and (rest == _INPUT or rest.startswith(("layer.", "norm.")))
-        if not (known and exit_layer.isdecimal() and 1 <= int(exit_layer) < num_layers and exit_layer[0] != "0"):
+        known = re.fullmatch(r"exits\.([1-9]\d{0,3})\.(input\.weight|(?:layer|norm)\..*)", name)
+        if known is None or int(known[1]) >= num_layers:
             raise CheckpointError(f"{name!r:.100} is no weight of a block at an exit in 1..{num_layers - 1}")
-        inputs.setdefault(int(exit_layer), set()).add(rest)
-    return tuple(ExitBlock(exit_layer, "final" if _INPUT in inputs[exit_layer] else "none") for exit_layer in sorted(inputs))
+        exit_layer = int(known[1])
+        features[exit_layer] = "final" if known[2] == "input.weight" else features.get(exit_layer, "none")
+    return tuple(ExitBlock(*block) for block in sorted(features.items()))
 
 
 def with_blocks(spec: ModelSpec, blocks: Sequence[ExitBlock]) -> ModelSpec:

@@ -19,11 +19,9 @@ class Rope:
     """
 
     def __init__(self, spec: ModelSpec, like: Tensor) -> None:
-        self._frequencies = [rope_frequencies(spec, rope) for rope in spec.ropes]
+        self._spec = spec
         self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        self._fixed = (spec.head_dim - spec.rotary) // 2  # pairs that do not rotate
-        groups = spec.heads // spec.kv_heads
-        self._lengths = self._like.new_tensor([spec.attention_scale] * groups + [1.0])[:, None]
+        self._lengths = self._like.new_tensor([spec.attention_scale] * spec.groups + [1.0])[:, None]
         ones = torch.ones(1, spec.head_dim // 2, dtype=self._lengths.dtype.to_complex(), device=like.device)
         self.still = self._slots(ones)  # (T = 1, 1, G+2, half a head), of layers without rope
         self._tables = self._grown(0)
@@ -40,11 +38,9 @@ class Rope:
 
     def _grown(self, count: int) -> list[Tensor]:
         """The tables of the first positions."""
-        tables = []
-        for frequencies, scaling in self._frequencies:
-            rotations = torch.complex(*cos_and_sin(frequencies, scaling, count, self._like))
-            tables.append(self._slots(torch.cat([rotations, rotations.new_ones(count, self._fixed)], dim=1)))
-        return tables
+        rotations = [torch.complex(*pair) for pair in cosines_and_sines(self._spec, count, self._like)]
+        fixed = (self._spec.head_dim - self._spec.rotary) // 2  # pairs that do not rotate
+        return [self._slots(torch.cat([table, table.new_ones(count, fixed)], dim=1)) for table in rotations]
 
     def _slots(self, rotations: Tensor) -> Tensor:
         """Rotations (positions, half a head) as (positions, 1, G+2, half a head)."""
@@ -52,28 +48,14 @@ class Rope:
         return torch.cat([rotating, torch.ones_like(rotating[:, :, :1])], dim=2)
 
 
-class RopeTables:
-    """Cosines and sines of the first positions in fp32, as the C kernels read them, one pair for each of `spec.ropes`."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self._frequencies = [rope_frequencies(spec, rope) for rope in spec.ropes]
-        self._like = torch.empty(0, spec.rotary // 2)
-        self._length = 0
-        self.cos = self.sin = [self._like for _ in spec.ropes]
-
-    def grow(self, stop: int) -> None:
-        """Makes room for positions before `stop`."""
-        if self._length < stop:
-            self._length = 2 * stop
-            pairs = [cos_and_sin(*rope, self._length, self._like) for rope in self._frequencies]
-            self.cos, self.sin = [cos for cos, _ in pairs], [sin for _, sin in pairs]
-
-
-def cos_and_sin(frequencies: Tensor, scaling: float, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the angles of the first positions, each (positions, rotary / 2), times `scaling`."""
-    angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies)
-    cos, sin = ((values * scaling).to(like, non_blocking=True) for values in (angles.cos(), angles.sin()))
-    return cos, sin
+def cosines_and_sines(spec: ModelSpec, count: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of the first positions, each (positions, rotary / 2) in the precision of `like`, for each of `spec.ropes`."""
+    tables = []
+    for frequencies, scaling in (rope_frequencies(spec, rope) for rope in spec.ropes):
+        angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies)
+        cos, sin = ((values * scaling).to(like, non_blocking=True) for values in (angles.cos(), angles.sin()))
+        tables.append((cos, sin))
+    return tables
 
 
 def rope_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:

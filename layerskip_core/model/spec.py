@@ -19,6 +19,7 @@ from .architectures import Architecture, architecture_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+Block = Literal["self_attn.", "mlp."]
 Shapes = Mapping[str, tuple[int, ...]]
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 EMBEDDING = "model.embed_tokens.weight"
@@ -153,6 +154,10 @@ class ModelSpec:
         rotates = _rotates(values) if architecture.skips_rope else (True,) * layers
         kinds, window = _kinds_and_window(values, architecture, rotates)
         ropes = _ropes(getattr(config, "rope_parameters", None) or {}, kinds)
+        context = values.max_position_embeddings
+        for rope in ropes:  # a longrope changes all frequencies after its original context: cached keys would no longer fit
+            original = rope.parameters.get("original_max_position_embeddings") if rope.type == "longrope" else None
+            context = min(context, original or context)
         rope_indices = {rope.kind: index for index, rope in enumerate(ropes)}
         rotary = int(head_dim * min(rope.share for rope in ropes)) if architecture.partial_rope else head_dim
         _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
@@ -174,7 +179,7 @@ class ModelSpec:
             head_dim=head_dim,
             inner=values.intermediate_size,
             vocab=values.vocab_size,
-            context=min([values.max_position_embeddings, *map(_longrope_context, ropes)]),
+            context=context,
             eps=eps,
             activation=getattr(values, architecture.activation) or architecture.default_activation,
             kinds=kinds,
@@ -203,6 +208,11 @@ class ModelSpec:
         return EMBEDDING if self.tied else "lm_head.weight"
 
     @property
+    def groups(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads
+
+    @property
     def queries(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_dim
@@ -228,19 +238,25 @@ class ModelSpec:
     def parameters(self) -> int:
         return sum(map(prod, self.shapes.values()))
 
+    @property
+    def projections(self) -> dict[Block, tuple[tuple[str, ...], tuple[int, ...]]]:
+        """The projections of each block, as `Architecture` names them, and the widths of what those before the last give."""
+        gates = 1 + self.architecture.gated
+        return {
+            "self_attn.": (self.architecture.attention_projections, (self.queries, self.keys, self.keys)),
+            "mlp.": (self.architecture.mlp_projections, (self.inner,) * gates),
+        }
+
     @cached_property
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of one layer, after its prefix."""
         architecture, hidden = self.architecture, self.hidden
         projections: dict[str, tuple[int, int]] = {}
-        for prefix, names, outputs in (
-            ("self_attn.", architecture.attention_projections, (self.queries, self.keys, self.keys)),
-            ("mlp.", architecture.mlp_projections, (self.inner,) * (1 + architecture.gated)),
-        ):
+        for block, (names, outputs) in self.projections.items():
             *inward, back = names
             widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
-            projections |= {prefix + name: (width, hidden) for name, width in zip(inward, widths, strict=True)}
-            projections[prefix + back] = (hidden, outputs[0])
+            projections |= {block + name: (width, hidden) for name, width in zip(inward, widths, strict=True)}
+            projections[block + back] = (hidden, outputs[0])
         biased = {f"self_attn.{name}" for name in self.attention_bias}
         biased |= {name for name in projections if self.mlp_bias and name.startswith("mlp.")}
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in projections.items()}
@@ -307,12 +323,6 @@ def _ropes(parameters: Any, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
         _require(isinstance(values, Mapping), where, "an object", values)
         _read(_RopeValues, values.get, f"{where}.")
     return tuple(RopeSpec(values, kind) for kind, values in by_kind.items())
-
-
-def _longrope_context(rope: RopeSpec) -> int:
-    """Positions after which a longrope changes the frequencies of all positions, so that cached keys would no longer fit."""
-    original = rope.parameters.get("original_max_position_embeddings") if rope.type == "longrope" else None
-    return original or 1 << 27
 
 
 def _kinds_and_window(

@@ -13,17 +13,7 @@ from ..config.packing import Quantization
 from .cache import LayerSlots, SpanWriter
 from .spec import ModelSpec
 from .torch_linear import Linear, Norm, SlotNorm, linear
-from .weights import (
-    NormWeights,
-    Projection,
-    Weights,
-    attention_inputs,
-    attention_output,
-    layer_norms,
-    mlp_inputs,
-    mlp_output,
-    stacked,
-)
+from .weights import Affine, Weights, block_inputs, block_output, layer_norms, stacked
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -63,8 +53,8 @@ class Step(NamedTuple):
 class Workspace:
     """Buffers of the layers for calls over B*T tokens, and their views, which are made once."""
 
-    def __init__(self, batch: int, count: int, layer: "TorchLayer", like: Tensor) -> None:
-        groups, heads, size = layer.groups, layer.kv_heads, layer.head_dim
+    def __init__(self, batch: int, count: int, spec: ModelSpec, like: Tensor) -> None:
+        groups, heads, size = spec.groups, spec.kv_heads, spec.head_dim
         wide = torch.promote_types(like.dtype, torch.float32)
         self.rows, self.single = batch * count, count == 1
         self.qkv = like.new_empty(batch * count, heads * (groups + 2) * size, dtype=wide)
@@ -76,9 +66,10 @@ class Workspace:
         self.queries = like.new_empty(self.rotated.shape)  # where they are copied, T*G rows per head
         self.query_rows = self.queries.view(batch * heads, count * groups, size)
         self.scored = (batch, heads, count, groups, -1)  # the shape of their scores
-        self.inside = like.new_empty(batch * count, layer.inside)
-        self.gate = self.inside[:, : layer.inside // 2] if layer.gated else None
-        self.up = self.inside[:, layer.inside // 2 :] if layer.gated else self.inside
+        gated = spec.architecture.gated
+        self.inside = like.new_empty(batch * count, spec.inner * (1 + gated))
+        self.gate = self.inside[:, : spec.inner] if gated else None
+        self.up = self.inside[:, spec.inner :] if gated else self.inside
 
 
 class TorchLayer:
@@ -91,27 +82,34 @@ class TorchLayer:
     """
 
     def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None, exact: bool) -> None:
-        self.head_dim, self.kv_heads = spec.head_dim, spec.kv_heads
-        self.groups = spec.heads // spec.kv_heads
-        self.gated = spec.architecture.gated
-        self.inside = spec.inner * (1 + self.gated)
-        self._rope, self._rotary = spec.rope_of[index], spec.rotary
+        self._rope, self._groups = spec.rope_of[index], spec.groups
         self._score_cap, self._residual_scale = spec.score_cap, spec.residual_scale
         self._activation = ACTIVATIONS[spec.activation]
-        norms, qkv = layer_norms(weights, spec), attention_inputs(weights, spec)
+        qkv = list(block_inputs(weights, spec, "self_attn."))
         folds = quantization is None and qkv[0].weight.dtype.itemsize >= 4
-        self._before_attention = _norm(norms.before_attention, spec.eps, folds)
-        self._after_attention = _norm(norms.after_attention, spec.eps, False)
-        self._before_mlp = _norm(norms.before_mlp, spec.eps, folds)
-        self._after_mlp = _norm(norms.after_mlp, spec.eps, False)
-        self._query_key_norm = self._norm_of_slots(norms.query, norms.key, spec)
-        packed = partial(_packed, quantization=quantization, exact=exact)
+        before_attention, after_attention, before_mlp, after_mlp, query, key = layer_norms(weights, spec)
+        self._before_attention = before_attention and Norm(before_attention, spec.eps, folds)
+        self._after_attention = after_attention and Norm(after_attention, spec.eps)
+        self._before_mlp = before_mlp and Norm(before_mlp, spec.eps, folds)
+        self._after_mlp = after_mlp and Norm(after_mlp, spec.eps)
+        self._query_key_norm = None
+        if query is not None and key is not None:
+            per_head = spec.architecture.query_key_norms == "head"
+            heads = (spec.heads, spec.kv_heads) if per_head else (1, 1)
+            queries, keys = query.weight.repeat(heads[0]), key.weight.repeat(heads[1])
+            self._query_key_norm = SlotNorm(_slots(spec, queries, keys), spec.eps, per_head)
+
+        def packed(part: Affine, norm: Norm | None = None) -> Linear:
+            weight = part.weight if norm is None else norm.folded_into(part.weight)
+            return linear(weight, part.bias, quantization, exact)
+
         biases = [part.bias for part in qkv if part.bias is not None]
-        slots = Projection(self._slots(*(part.weight for part in qkv)), self._slots(*biases) if biases else None)
-        self._qkv = packed(slots, self._before_attention)
-        self._output = packed(attention_output(weights, spec), None)
-        self._up = packed(stacked([*mlp_inputs(weights, spec)]), self._before_mlp)
-        self._down = packed(mlp_output(weights, spec), None)
+        slots = _slots(spec, *(part.weight for part in qkv)).flatten(0, 2)
+        slot_bias = _slots(spec, *biases).flatten() if biases else None
+        self._qkv = packed(Affine(slots, slot_bias), self._before_attention)
+        self._output = packed(block_output(weights, spec, "self_attn."))
+        self._up = packed(stacked(block_inputs(weights, spec, "mlp.")), self._before_mlp)
+        self._down = packed(block_output(weights, spec, "mlp."))
         self.linears = (self._qkv, self._output, self._up, self._down)
 
     def run_(self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace) -> None:
@@ -153,12 +151,12 @@ class TorchLayer:
         else:
             queries, (keys, values) = space.queries.flatten(2, 3), held.filled(step.stop)
             if step.spans is None:
-                mask = None if mask is None else mask.expand(-1, -1, -1, self.groups, -1).flatten(2, 3)
+                mask = None if mask is None else mask.expand(-1, -1, -1, self._groups, -1).flatten(2, 3)
                 mixed = self._attention(queries, keys, values, mask)
             else:
                 tokens = [
                     self._attention(token, keys[:, :, start:stop], values[:, :, start:stop], None)
-                    for token, (start, stop) in zip(torch.split(queries, self.groups, 2), step.spans[kind], strict=True)
+                    for token, (start, stop) in zip(torch.split(queries, self._groups, 2), step.spans[kind], strict=True)
                 ]
                 mixed = torch.cat(tokens, dim=2)
         return mixed.view(space.queries.shape).transpose(1, 2).reshape(space.rows, -1)
@@ -173,37 +171,18 @@ class TorchLayer:
         """In place."""
         return scores if self._score_cap is None else scores.div_(self._score_cap).tanh_().mul_(self._score_cap)
 
-    def _slots(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Weights (out, D) or biases (out,) of the three projections as those of one, by kv head and slot."""
-        rest = query.shape[1:]
-        queries = self._interleaved(query.view(self.kv_heads, self.groups, self.head_dim, *rest), dim=2)
-        keys = self._interleaved(key.view(self.kv_heads, 1, self.head_dim, *rest), dim=2)
-        return torch.cat([queries, keys, value.view_as(keys)], dim=1).reshape(-1, *rest)
 
-    def _norm_of_slots(self, query: NormWeights | None, key: NormWeights | None, spec: ModelSpec) -> SlotNorm | None:
-        if query is None or key is None:
-            return None
-        per_head = spec.architecture.query_key_norms == "head"
-        shape = (self.kv_heads, self.groups, self.head_dim)
-        queries = query.weight.expand(shape) if per_head else query.weight.view(shape)
-        keys = key.weight.expand(self.kv_heads, 1, -1) if per_head else key.weight.view(self.kv_heads, 1, -1)
-        return SlotNorm(self._interleaved(torch.cat([queries, keys], dim=1), dim=2), spec.eps, per_head)
+def _slots(spec: ModelSpec, query: Tensor, key: Tensor, value: Tensor | None = None) -> Tensor:
+    """What belongs to the outputs of three projections, (heads * head dim, ...) each, as (kv heads, G+2 slots, head dim, ...).
 
-    def _interleaved(self, tensor: Tensor, dim: int) -> Tensor:
-        """The halves of the rotating part of a head, which rope pairs, alternate along `dim`; the rest follows."""
-        rotating, rest = torch.split(tensor, [self._rotary, self.head_dim - self._rotary], dim)
-        halves = torch.stack(rotating.chunk(2, dim), dim + 1)
-        return torch.cat([halves.flatten(dim, dim + 1), rest], dim)
-
-
-def _norm(weights: NormWeights | None, eps: float, folds: bool) -> Norm | None:
-    return None if weights is None else Norm(weights, eps, folds)
-
-
-def _packed(part: Projection, norm: Norm | None, quantization: Quantization | None, exact: bool) -> Linear:
-    """The linear layer of a projection, after `norm` if there is one."""
-    weight = part.weight if norm is None else norm.folded_into(part.weight)
-    return linear(weight, part.bias, quantization, exact)
+    In queries and keys the two halves of the rotating part of a head alternate; the rest follows.
+    """
+    shape = (spec.kv_heads, -1, spec.head_dim, *query.shape[1:])
+    rotating, rest = torch.split(
+        torch.cat([query.view(shape), key.view(shape)], dim=1), [spec.rotary, spec.head_dim - spec.rotary], 2
+    )
+    slots = torch.cat([torch.stack(rotating.chunk(2, 2), 3).flatten(2, 3), rest], dim=2)
+    return slots if value is None else torch.cat([slots, value.view(shape)], dim=1)
 
 
 class Masks:

@@ -3,41 +3,39 @@
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.packing import Quantization
-from .low_bit import quantized
-from .weights import NormWeights
+from ..errors import ConfigError
+from .low_bit import GROUP_SIZE, inputs_of, int4_of, int8_levels
+from .weights import Affine
 
 _PREPACKED_SIZE = 1 << 18  # elements; a call of oneDNN costs 9 us, which a smaller fp32 matrix does not regain at one row
 _TYPICAL_ROWS = 8  # oneDNN chooses its layout for this row count: a round of speculation, and good at one row too
 _MOST_EXACT_ROWS = 8
+_MANY_ROWS = 16  # from here on the bf16 kernel, on levels converted for the call, is faster than int8's: 2.4 times at 64
+_STEP = 16  # inputs per step of torch's int8 kernel, and outputs per step of the int4 kernel
 
-
-class Linear(Protocol):
-    def __call__(self, rows: Tensor) -> Tensor:
-        """(rows, in) to a new tensor (rows, out)."""
-
-    def write(self, rows: Tensor, out: Tensor) -> None:
-        """(rows, in) to `out` (rows, out), which may have another precision."""
-
-    def add(self, rows: Tensor, residual: Tensor) -> None:
-        """Adds the layer's output for (rows, in) to `residual` (rows, out)."""
+Multiply = Callable[[Tensor], Tensor]
+"""Rows (rows, in) to a new tensor (rows, out), whose precision may differ."""
 
 
 class PlainLinear:
+    """A linear layer by torch.mm."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight.t().contiguous()  # (in, out) is about 10% faster than (out, in) for one row in fp32
         self._bias = None if bias is None else bias.detach()
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(rows, in) to a new tensor (rows, out)."""
         return torch.mm(rows, self._weight) if self._bias is None else torch.addmm(self._bias, rows, self._weight)
 
     def write(self, rows: Tensor, out: Tensor) -> None:
+        """(rows, in) to `out` (rows, out), which may have another precision."""
         if out.dtype != rows.dtype:
             out.copy_(self(rows))
         elif self._bias is None:
@@ -46,15 +44,16 @@ class PlainLinear:
             torch.addmm(self._bias, rows, self._weight, out=out)
 
     def add(self, rows: Tensor, residual: Tensor) -> None:
+        """Adds the layer's output for (rows, in) to `residual` (rows, out)."""
         residual.addmm_(rows, self._weight)
         if self._bias is not None:
             residual.add_(self._bias)
 
 
 class KernelLinear:
-    """A layer whose kernel, `multiply`, returns a new tensor, whose precision may differ from that of the rows."""
+    """The same operations by a kernel."""
 
-    def __init__(self, multiply: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, multiply: Multiply) -> None:
         self._multiply = multiply
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -67,6 +66,9 @@ class KernelLinear:
         residual.add_(self._multiply(rows))
 
 
+Linear = PlainLinear | KernelLinear
+
+
 def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None, exact: bool = False) -> Linear:
     """A linear layer (out, in) by the best kernel for its device, precision and size.
 
@@ -76,21 +78,16 @@ def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | Non
         return KernelLinear(quantized(weight, bias, quantization))
     worthwhile = exact or weight.dtype == torch.bfloat16 or weight.numel() >= _PREPACKED_SIZE
     if weight.device.type == "cpu" and worthwhile and prepacks(weight.dtype):
-        return KernelLinear(_OneDnn(weight, bias))
+        return KernelLinear(_one_dnn(weight, bias))
     return PlainLinear(weight, bias)
 
 
-class _OneDnn:
+def _one_dnn(weight: Tensor, bias: Tensor | None) -> Multiply:
     """In oneDNN's blocked layout: bound by memory, and nearly as fast for several rows as for one."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        # Looked up here, because not every build of torch has it.
-        self._pointwise: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
-        self._bias = None if bias is None else bias.detach()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self._pointwise(rows, self._weight, self._bias, "none", [], "")
+    pointwise: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default  # not every build of torch has it
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
+    bias = None if bias is None else bias.detach()
+    return lambda rows: pointwise(rows, packed, bias, "none", [], "")
 
 
 @cache
@@ -99,25 +96,84 @@ def prepacks(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
-        _OneDnn(torch.zeros(16, 16, dtype=dtype), None)(torch.zeros(1, 16, dtype=dtype))
+        _one_dnn(torch.zeros(16, 16, dtype=dtype), None)(torch.zeros(1, 16, dtype=dtype))
     except (RuntimeError, AttributeError):
         return False
     return True
 
 
-class ExactRows:
-    """How many rows a kernel may take so that each has the bits that it has alone: measured once per number of threads."""
+def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Multiply:
+    """Low-bit weights (out, in) over rows that are rounded to bf16: torch's kernels take ten times as long for fp32 rows
+    without AVX-512. Outputs are in bf16, or in the precision of the bias.
 
-    def __init__(self) -> None:
-        self._known: dict[int, int] = {}
+    Raises ConfigError if no kernel supports them.
+    """
+    if weight.device.type != "cpu":
+        raise ConfigError(f"{quantization} weights need `device` cpu, got {weight.device.type}")
+    if not _works(quantization):
+        raise ConfigError(f"{quantization} weights need a kernel that torch {torch.__version__} does not have for this CPU")
+    multiply = _LOW_BIT[quantization](weight)
+    if bias is None:
+        return multiply
+    added = bias.detach()
+    return lambda rows: multiply(rows) + added
 
-    def at_once(self, same_alone: Callable[[int], bool]) -> int:
-        """`same_alone(n)`: whether n rows together give what each of them gives alone."""
-        threads = torch.get_num_threads()
-        if threads not in self._known:
-            counts = range(1, _MOST_EXACT_ROWS)
-            self._known[threads] = next((rows for rows in counts if not same_alone(rows + 1)), _MOST_EXACT_ROWS)
-        return self._known[threads]
+
+def _int8(weight: Tensor) -> Multiply:
+    """Rounded to nearest."""
+    if weight.shape[1] % _STEP:  # torch's kernel reads past the end of such rows
+        raise ConfigError(f"int8 weights need layer widths that {_STEP} divides, got {weight.shape[1]}")
+    levels, scale = int8_levels(weight)
+    scale = scale.to(torch.bfloat16)
+    kernel: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
+
+    def multiply(rows: Tensor) -> Tensor:
+        rows = rows.to(torch.bfloat16)
+        if len(rows) < _MANY_ROWS:
+            return kernel(rows, levels, scale)
+        return F.linear(rows, levels.to(torch.bfloat16)).mul_(scale)
+
+    return multiply
+
+
+def _int4(weight: Tensor) -> Multiply:
+    """Rounded to nearest, or stored as rows of bytes."""
+    outputs, inputs = len(weight), inputs_of(weight)
+    if inputs % GROUP_SIZE:
+        raise ConfigError(f"int4 weights need layer widths that the group size {GROUP_SIZE} divides, got {inputs}")
+    levels, scale, low = int4_of(F.pad(weight, (0, 0, 0, -outputs % _STEP)))
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.to(torch.int32), 2)
+    zero = low + 8 * scale  # the kernel computes a weight as (level - 8) * scale + zero
+    scale_and_zero = torch.stack([scale, zero], dim=-1).to(torch.bfloat16).transpose(0, 1).contiguous()
+    kernel: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    return lambda rows: kernel(rows.to(torch.bfloat16), packed, GROUP_SIZE, scale_and_zero)[:, :outputs]
+
+
+_LOW_BIT: dict[Quantization, Callable[[Tensor], Multiply]] = {"int8": _int8, "int4": _int4}
+
+
+@cache
+def _works(quantization: Quantization) -> bool:
+    """Whether the kernel exists and is correct: weights that are levels must come out unchanged."""
+    weight = (torch.arange(64 * 64).view(64, 64) * 7 % 16).float()
+    weight[:, ::GROUP_SIZE], weight[:, 1::GROUP_SIZE] = 0, 15
+    expected = weight.sum(1)
+    try:
+        actual = _LOW_BIT[quantization](weight)(torch.ones(1, 64))[0].float()
+    except (RuntimeError, AttributeError):
+        return False
+    return bool(((actual - expected).abs() <= 0.02 * expected).all())
+
+
+def exact_rows(known: dict[int, int], same_alone: Callable[[int], bool]) -> int:
+    """How many rows a kernel may take so that each has the bits that it has alone: measured once per number of threads.
+
+    `known`: what was measured. `same_alone(n)`: whether n rows together give what each of them gives alone.
+    """
+    threads = torch.get_num_threads()
+    if threads not in known:
+        known[threads] = next((rows for rows in range(1, _MOST_EXACT_ROWS) if not same_alone(rows + 1)), _MOST_EXACT_ROWS)
+    return known[threads]
 
 
 class Norm:
@@ -128,7 +184,7 @@ class Norm:
     negative, whose mean is 0 and whose mean square is the row's.
     """
 
-    def __init__(self, weights: NormWeights, eps: float, folds: bool) -> None:
+    def __init__(self, weights: Affine, eps: float, folds: bool = False) -> None:
         self._weight, self._bias, self._eps = weights.weight, weights.bias, eps
         size = self._weight.numel()
         self._on_cpu = self._weight.device.type == "cpu"

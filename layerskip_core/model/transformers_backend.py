@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.packing import Quantization
-from .backend import DraftSide
 from .cache import KVCache, SpanWriter
-from .drafting import LayeredDraftSide
+from .drafting import DraftSide
 from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
 from .spec import ModelSpec
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SpanInputs:
     positions: Tensor
     rope: dict[str, tuple[Tensor, Tensor]]
     mask: dict[str, Tensor | None]
-    writer: "SpanWriter | _KeysOnly | None" = None
+    writer: SpanWriter | None = None
 
     def rows(self, index: Tensor) -> "SpanInputs":
         """Only the batch rows at `index` (kept,)."""
@@ -39,26 +39,20 @@ class SpanInputs:
         def select(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 else tensor.index_select(0, index)
 
-        return SpanInputs(
-            positions=select(self.positions),
-            rope={kind: (select(cos), select(sin)) for kind, (cos, sin) in self.rope.items()},
-            mask={kind: None if mask is None else select(mask) for kind, mask in self.mask.items()},
-            writer=self.writer,
-        )
+        rope = {kind: (select(cos), select(sin)) for kind, (cos, sin) in self.rope.items()}
+        mask = {kind: None if mask is None else select(mask) for kind, mask in self.mask.items()}
+        return SpanInputs(select(self.positions), rope, mask, self.writer)
 
 
 class _KeysWritten(Exception):
     """Ends a layer that had to write its keys and values only."""
 
 
-class _KeysOnly:
-    """In the place of a SpanWriter: the attention module does not go on after its call of `update`."""
-
-    def __init__(self, writer: SpanWriter) -> None:
-        self._writer = writer
+class _KeysOnly(SpanWriter):
+    """The attention module does not go on after its call of `update`."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> NoReturn:
-        self._writer.update(keys, values, layer_idx)
+        super().update(keys, values, layer_idx)
         raise _KeysWritten
 
 
@@ -82,60 +76,46 @@ class TransformersBackend:
 
         `exit_blocks`: those of the model's exits, which decode only. `spec`: the model's, if it is known already.
         """
-        self.spec = spec or ModelSpec.of(model.config)
+        self.spec = spec = spec or ModelSpec.of(model.config)
         self.model = model
         transformers_model: Any = model
         self.config: Any = model.config
         self._decoder: Any = transformers_model.model
         self._head: Any = transformers_model.get_output_embeddings()
         self.layers: nn.ModuleList = self._decoder.layers
-        parameters = inspect.signature(type(self.layers[0]).forward).parameters
+        self.num_layers, self.hidden_size, self.vocab_size, self.max_positions = (
+            spec.layers,
+            spec.hidden,
+            spec.vocab,
+            spec.context,
+        )
         # transformers 5.24 renamed past_key_values; layers swallow a wrong keyword in **kwargs without an error.
+        parameters = inspect.signature(type(self.layers[0]).forward).parameters
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
         self._rope_by_type = "layer_type" in inspect.signature(self._decoder.rotary_emb.forward).parameters
-        self._chain_spec = with_blocks(self.spec, exit_blocks.blocks)
+        self._chain_spec = with_blocks(spec, exit_blocks.blocks)
         self._kinds = self._chain_spec.kinds
         self._block_layers: list[nn.Module] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:
-            self._add_block(block, exit_blocks)
+            self._add_block(block, exit_blocks.weights(spec, self._head.weight))
         # Gemma's embed_tokens scales its output itself.
-        self._embedding_scale = 1.0 if self.spec.architecture.scales_embeddings else self.spec.embedding_scale
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.spec.hidden
-
-    @property
-    def vocab_size(self) -> int:
-        return self.spec.vocab
-
-    @property
-    def max_positions(self) -> int:
-        return self.spec.context
-
-    @property
-    def _weight(self) -> Tensor:
-        """The head's, which training may replace, as FSDP does."""
-        weight: Tensor = self._head.weight
-        return weight
+        self._embedding_scale = 1.0 if spec.architecture.scales_embeddings else spec.embedding_scale
 
     @property
     def device(self) -> torch.device:
-        return self._weight.device
+        device: torch.device = self._head.weight.device  # of a weight that training may replace, as FSDP does
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._weight.dtype
+        dtype: torch.dtype = self._head.weight.dtype
+        return dtype
 
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
         """The model itself."""
-        return {None: LayeredDraftSide(self, self.num_layers, self.unembed, self.exit_blocks)}
+        return {None: DraftSide(self, self.num_layers, self.unembed, self.exit_blocks)}
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         return KVCache.of(self._chain_spec, batch_size, max_positions)
@@ -166,9 +146,7 @@ class TransformersBackend:
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
         """As `Backend.write_kv`. Each layer ends where its attention module has given its keys and values to the cache."""
-        inputs = self.prepare(hidden, positions, cache)
-        assert isinstance(inputs.writer, SpanWriter)
-        inputs = replace(inputs, writer=_KeysOnly(inputs.writer))
+        inputs = replace(self.prepare(hidden, positions, cache), writer=_KeysOnly(cache, positions))
         for layer in range(start, stop):
             with suppress(_KeysWritten):
                 self.run_layer(layer, hidden, inputs)
@@ -189,11 +167,7 @@ class TransformersBackend:
         return output[0] if isinstance(output, tuple) else output
 
     def prepare(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        cache: KVCache | None = None,
-        key_mask: Tensor | None = None,
+        self, hidden: Tensor, positions: Tensor, cache: KVCache | None = None, key_mask: Tensor | None = None
     ) -> SpanInputs:
         """Rotary embeddings and masks of a call, once for all layers. Arguments as for `run_layers`."""
         writer = None if cache is None else cache.writer(positions)
@@ -207,13 +181,16 @@ class TransformersBackend:
         rope: dict[str, tuple[Tensor, Tensor]] = {}
         mask: dict[str, Tensor | None] = {}
         for kind in dict.fromkeys(self._kinds):
-            rope[kind] = self._rope(hidden, on_device, kind)
+            cos, sin = self._decoder.rotary_emb(hidden, on_device, *((kind,) if self._rope_by_type else ()))
+            rope[kind] = cos, sin
             window = self.spec.window_of_kind(kind)
             if (causal_kernel or single_token) and (window is None or key_count <= window):
                 mask[kind] = None
             else:
                 seen = _seen(on_device, None if writer is None else writer.stop, window, key_mask)
-                mask[kind] = seen if boolean else _added(seen, hidden.dtype)
+                if not boolean:  # then it is added to the scores
+                    seen = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+                mask[kind] = seen
         return SpanInputs(on_device, rope, mask, writer)
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -226,9 +203,8 @@ class TransformersBackend:
         normed: Tensor = self._decoder.norm(hidden)
         return normed
 
-    def _add_block(self, block: ExitBlock, stored: ExitBlocks) -> None:
+    def _add_block(self, block: ExitBlock, weights: Weights) -> None:
         """As copies of the last layer and of the final norm with the block's weights."""
-        weights = stored.weights(self.spec, self._weight)
         layer, norm = deepcopy(self.layers[-1]), deepcopy(self._decoder.norm)
         for module, prefix in ((layer, f"{block.prefix}layer."), (norm, f"{block.prefix}norm.")):
             for name, parameter in module.named_parameters():
@@ -240,18 +216,12 @@ class TransformersBackend:
             if hasattr(part, "layer_idx"):  # by which attention addresses the cache
                 part.layer_idx = place
         self._block_layers.append(layer.eval())
-        join = None
-        if block.feature == "final":
-            join = partial(F.linear, weight=weights.of(block.input_name))
+        join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight")) if block.feature == "final" else None
 
         def head(hidden: Tensor) -> Tensor:
             return self.spec.scaled_logits(self._head(norm(hidden)))
 
         self.exit_blocks[block.exit_layer] = PlacedBlock(block, place, head, norm, join)
-
-    def _rope(self, hidden: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        cos, sin = self._decoder.rotary_emb(hidden, positions, *((kind,) if self._rope_by_type else ()))
-        return cos, sin
 
 
 def _takes_boolean_masks(attention: str) -> bool:
@@ -276,8 +246,3 @@ def _seen(positions: Tensor, key_count: int | None, window: int | None, key_mask
         itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
         seen = seen & key_mask[:, None, :].to(torch.bool) | itself
     return seen[:, None]
-
-
-def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as numbers to add to the scores."""
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

@@ -2,16 +2,17 @@
 weights never exist. Only this module and spec.py know the names under which architectures store weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .low_bit import is_stored, stored_shape
-from .spec import ModelSpec, Shapes, check_shape
+from .spec import Block, ModelSpec, Shapes, check_shape
 
 Take = Callable[[str], Tensor | None]  # the weight of a name, or None
 
@@ -39,10 +40,6 @@ class Weights:
             return self.take(name) if weight is None else weight
 
         return Weights(take, self.shapes, self.prefix)
-
-    def get(self, name: str) -> Tensor | None:
-        """None if the architecture has no such weight. Raises CheckpointError as `of` does."""
-        return self.of(name) if self.prefix + name in self.shapes else None
 
     def of(self, name: str) -> Tensor:
         """Raises CheckpointError if the weight is missing, and as `checked` does."""
@@ -90,91 +87,61 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise CheckpointError(f"the weight {name} holds {what}: it is damaged, or its training diverged")
 
 
-@dataclass(frozen=True)
-class Projection:
-    weight: Tensor  # (out, in)
-    bias: Tensor | None  # (out,)
+class Affine(NamedTuple):
+    """A projection (out, in), or the factors (D,) of a norm; and what is added, if anything.
 
+    A norm with a bias is a LayerNorm, one without an RMSNorm.
+    """
 
-@dataclass(frozen=True)
-class NormWeights:
-    """RMSNorm, or LayerNorm where there is a bias. In fp32 where the factors are not stored as they are, see `norm_weights`."""
-
-    weight: Tensor  # (D,), the factors
+    weight: Tensor
     bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class LayerNorms:
-    before_attention: NormWeights | None
-    after_attention: NormWeights | None
-    before_mlp: NormWeights | None
-    after_mlp: NormWeights | None
-    query: NormWeights | None  # (head dim,), or (queries,) and (keys,) where the norms are over projections
-    key: NormWeights | None
 
 
 # In the functions below `weights` are those of a layer. They raise CheckpointError as `Weights.of` does, and read only what
 # they return, so that a layer's weights need not all be in memory at once.
 
 
-def attention_inputs(weights: Weights, spec: ModelSpec) -> list[Projection]:
-    """Query, key and value."""
-    *inward, _ = spec.architecture.attention_projections
-    return list(_split(weights.below("self_attn."), inward, (spec.queries, spec.keys, spec.keys)))
+def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Affine]:
+    """Query, key and value, or gate and up, each read when it is its turn; up alone where the MLP is act(up)."""
+    (*names, _), outputs = spec.projections[block]
+    if len(names) == len(outputs):
+        yield from (_affine(weights, block + name) for name in names)
+        return
+    fused = _affine(weights, block + names[0])  # they are stored one after the other
+    biases = [None] * len(outputs) if fused.bias is None else torch.split(fused.bias, [*outputs])
+    yield from map(Affine, torch.split(fused.weight, [*outputs]), biases)
 
 
-def attention_output(weights: Weights, spec: ModelSpec) -> Projection:
-    return _projection(weights.below("self_attn."), spec.architecture.attention_projections[-1])
+def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
+    return _affine(weights, block + spec.projections[block][0][-1])
 
 
-def mlp_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Projection]:
-    """Gate and up, each read when it is its turn; up alone where the MLP is act(up)."""
-    *inward, _ = spec.architecture.mlp_projections
-    return _split(weights.below("mlp."), inward, (spec.inner,) * (1 + spec.architecture.gated))
+def layer_norms(weights: Weights, spec: ModelSpec) -> list[Affine | None]:
+    """Before and after attention, before and after the MLP, of queries and of keys; None where there is none.
+
+    The last two are over each head (head dim,), or over all heads together (queries,) and (keys,).
+    """
+    normed = spec.architecture.query_key_norms != "none"
+    names = (*spec.architecture.norms, *(f"self_attn.{name}_norm" if normed else None for name in "qk"))
+    return [None if name is None else norm_weights(weights, name, spec) for name in names]
 
 
-def mlp_output(weights: Weights, spec: ModelSpec) -> Projection:
-    return _projection(weights.below("mlp."), spec.architecture.mlp_projections[-1])
-
-
-def layer_norms(weights: Weights, spec: ModelSpec) -> LayerNorms:
-    architecture, attention = spec.architecture, weights.below("self_attn.")
-    around = [_optional_norm(weights, name, spec) for name in architecture.norms]
-    normed = architecture.query_key_norms != "none"
-    return LayerNorms(*around, *(_optional_norm(attention, name if normed else None, spec) for name in ("q_norm", "k_norm")))
-
-
-def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> NormWeights:
+def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> Affine:
     """A norm's factors. Those that are stored as w for 1 + w are added up in fp32, because bf16 would round them again."""
-    weight = weights.of(f"{name}.weight")
+    weight, bias = _affine(weights, name)
     if spec.architecture.norm == "rms_plus_one":
         weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return NormWeights(weight, weights.get(f"{name}.bias"))
+    return Affine(weight, bias)
 
 
-def _optional_norm(weights: Weights, name: str | None, spec: ModelSpec) -> NormWeights | None:
-    return None if name is None else norm_weights(weights, name, spec)
+def _affine(weights: Weights, name: str) -> Affine:
+    bias = f"{name}.bias"
+    return Affine(weights.of(f"{name}.weight"), weights.of(bias) if weights.prefix + bias in weights.shapes else None)
 
 
-def _projection(weights: Weights, name: str) -> Projection:
-    return Projection(weights.of(f"{name}.weight"), weights.get(f"{name}.bias"))
-
-
-def _split(weights: Weights, names: list[str], outputs: tuple[int, ...]) -> Iterator[Projection]:
-    """Projections with these outputs, of as many names or of one name under which they are stored one after the other."""
-    if len(names) == len(outputs):
-        yield from (_projection(weights, name) for name in names)
-        return
-    fused = _projection(weights, *names)
-    parts = torch.split(fused.weight, [*outputs])
-    biases = [None] * len(outputs) if fused.bias is None else torch.split(fused.bias, [*outputs])
-    yield from (Projection(weight, bias) for weight, bias in zip(parts, biases, strict=True))
-
-
-def stacked(projections: list[Projection]) -> Projection:
+def stacked(projections: Iterable[Affine]) -> Affine:
     """Several projections of the same input as one. Either all or none of them have a bias."""
-    if len(projections) == 1:
-        return projections[0]
-    biases = [projection.bias for projection in projections if projection.bias is not None]
-    return Projection(torch.cat([projection.weight for projection in projections]), torch.cat(biases) if biases else None)
+    weights, biases = zip(*projections, strict=True)
+    if len(weights) == 1:
+        return Affine(weights[0], biases[0])
+    return Affine(torch.cat(weights), None if biases[0] is None else torch.cat(biases))

@@ -22,7 +22,7 @@ from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
 from ..files import require_disk
-from ..model.draft_vocabulary import ORDER_FILE
+from ..model.drafting import ORDER_FILE
 from .anchor import anchor_of
 from .answers import plan_replay
 from .checkpoints import KEPT, ResumePoint, checkpoints_folder

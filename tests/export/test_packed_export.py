@@ -23,7 +23,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.export.packed import export_packed
 from layerskip_core.model import NativeBackend
 from layerskip_core.model import native_backend as native
-from layerskip_core.model.draft_vocabulary import ORDER_FILE
+from layerskip_core.model.drafting import ORDER_FILE
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.compiled import VARIANTS

@@ -14,9 +14,6 @@ from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.training.recipe import RunStep
 
-NEW = ("--max-new-tokens", "3")
-ONE = ("--samples", "1", "--device", "cpu")
-
 
 @pytest.fixture(scope="module", params=SUPPORTED)
 def folder(request, tmp_path_factory):
@@ -28,23 +25,17 @@ def folder(request, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("chosen", [(), ("--exit", "2", "--spec", "2")], ids=["default", "exit"])
-def test_generate(folder, chosen):
-    result = run("generate", "wake me up", *chosen, *NEW, "--stats", "--model", folder)
-    assert result.code == 0 and "error" not in result.err
-    plain = run("generate", "wake me up", "--strategy", "autoregressive", *NEW, "--model", folder)
-    assert result.out == plain.out and "3 tokens" in result.err
-
-
-@pytest.mark.parametrize("chosen", [(), ("--exit", "2", "--spec", "2")], ids=["default", "exit"])
-def test_bench(folder, chosen):
-    result = run("bench", *chosen, *ONE, *NEW, "--repeats", "1", "--format", "csv", "--model", folder)
+def test_commands(folder):
+    """As they are started without any flags, and with an exit."""
+    fixed = ("--model", folder, "--max-new-tokens", "3")
+    plain = run("generate", "wake me up", "--strategy", "autoregressive", *fixed)
+    for chosen in ((), ("--exit", "2", "--spec", "2")):
+        result = run("generate", "wake me up", *chosen, "--stats", *fixed)
+        assert (result.code, result.out) == (0, plain.out) and "3 tokens" in result.err
+    one = ("--samples", "1", "--device", "cpu", "--format", "csv")
+    result = run("bench", *one, *fixed, "--repeats", "1")
     assert result.code == 0 and len(result.out.splitlines()) == 6, result.err  # five strategies
-
-
-@pytest.mark.parametrize("chosen", [(), ("--exits", "2")], ids=["default", "exit"])
-def test_sweep_exits(folder, chosen):
-    result = run("sweep-exits", *chosen, "--specs", "2", *ONE, *NEW, "--format", "csv", "--model", folder)
+    result = run("sweep-exits", "--exits", "2", "--specs", "2", *one, *fixed)
     assert result.code == 0 and len(result.out.splitlines()) > 2, result.err
 
 
@@ -80,10 +71,9 @@ def test_embedding_dropout_acts_in_training():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", [(), ("--exits", "2")], ids=["default", "exit"])
-def test_finetune(folder, chosen, tmp_path):
+def test_finetune(folder, tmp_path):
     settings = ("--steps", "1", "--batch-size", "2", "--samples", "4", "--max-length", "48", "--dtype", "fp32")
     output = str(tmp_path / "out")
-    result = run("finetune", "--model", folder, *settings, *chosen, "--device", "cpu", "--output", output)
+    result = run("finetune", "--model", folder, *settings, "--device", "cpu", "--output", output)
     assert result.code == 0, result.err
-    assert run("generate", "wake me up", *NEW, "--exit", "2", "--model", output).code == 0
+    assert run("generate", "wake me up", "--max-new-tokens", "3", "--exit", "2", "--model", output).code == 0

@@ -42,16 +42,12 @@ def test_merges_come_from_the_examples(tokenizer, examples):
     assert len(data["model"]["merges"]) == 300 - 256 - 3
 
 
-def test_it_is_deterministic(examples, tokenizer):
-    assert train_tokenizer(examples, 300).get_vocab() == tokenizer.get_vocab()
-
-
 def test_few_examples_give_fewer_entries(examples):
     assert 259 < len(train_tokenizer(examples[:1], 2000)) < 500
 
 
-@pytest.mark.parametrize("size", [260, 10**9, 2**62])
-@pytest.mark.parametrize("text", ["a", "\0", "<|eos|>", "a" * 300_000, " " * 300_000])
+@pytest.mark.parametrize("size", [260, 2**62])
+@pytest.mark.parametrize("text", ["\0", "<|eos|>", "a" * 300_000])
 def test_any_text_and_any_size(size, text):
     """The trainer makes room for all entries at once, and takes a minute for a word of so many letters."""
     assert 259 <= len(train_tokenizer([Example("", text)], size)) < 300

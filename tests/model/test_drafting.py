@@ -1,21 +1,15 @@
 """The draft side of every backend, against the same layers and head without a cache."""
 
+from functools import cache
 from math import prod
 
 import pytest
 import torch
 from conftest import tiny_model
+from test_generic import native_backend
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import (
-    DraftEnds,
-    ModelSpec,
-    NativeBackend,
-    Submodel,
-    TorchBackend,
-    TransformersBackend,
-    can_run_native,
-)
+from layerskip_core.model import DraftEnds, Submodel, TorchBackend, TransformersBackend
 
 STOPS, EXIT, MOST = (1, 3), 3, 5
 SUBMODEL = Submodel(EXIT, taps=STOPS[:-1])
@@ -30,19 +24,13 @@ PACKINGS = {
 PROMPT = torch.randint(3, 67, (1, 9), generator=torch.Generator().manual_seed(9))
 
 
+@cache
 def backend_of(kind, packing=None):
-    if kind == "native":
-        model, packing = tiny_model("llama", torch.float32, **WIDE), PackingConfig(**(packing or {}))
-        if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), packing):
-            pytest.skip("no kernels were built here")
-        return NativeBackend.of(model, packing, ORDER)
-    if kind == "gemma2 native":  # with capped logits
-        model = tiny_model("gemma2", torch.float32, **WIDE)
-        if not can_run_native(ModelSpec.of(model.config), torch.float32, torch.device("cpu"), None):
-            pytest.skip("no kernels were built here")
-        return NativeBackend.of(model)
+    packing = PackingConfig(**PACKINGS.get(packing, {}))
     if kind == "packed":
-        return TorchBackend.of(tiny_model("llama", torch.float64, **WIDE), PackingConfig(**(packing or {})), ORDER)
+        return TorchBackend.of(tiny_model("llama", torch.float64, **WIDE), packing, ORDER)
+    if kind.endswith("native"):  # that of gemma2 with capped logits
+        return native_backend(tiny_model(kind.split()[0], torch.float32, **WIDE), packing, ORDER)
     return TransformersBackend(tiny_model(kind))
 
 
@@ -61,6 +49,7 @@ def drafted(backend, **ends):
         return side.draft_greedily(PROMPT[:, last:], SUBMODEL, positions[:, last:], cache, DraftEnds(**ends))
 
 
+@cache
 def expected(backend):
     """The same by the whole sequence for each token, without a cache: MOST + 1 tokens, and their states by stop."""
     side, ids = side_of(backend), PROMPT
@@ -79,13 +68,13 @@ CASES = [
     ("llama", None),
     ("gemma2", None),
     *(("packed", name) for name in PACKINGS),
-    *(("native", name) for name in PACKINGS),
+    *(("llama native", name) for name in PACKINGS),
 ]
 
 
 @pytest.mark.parametrize(("kind", "packing"), CASES)
 def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
-    backend = backend_of(kind, PACKINGS.get(packing))
+    backend = backend_of(kind, packing)
     tokens, states, probs = drafted(backend)
     assert probs == []
     known_tokens, known_states = expected(backend)
@@ -95,12 +84,12 @@ def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
         assert reached.shape[1] in (MOST, MOST + 1)
         error = (reached - known_states[stop][:, : reached.shape[1]]).abs().max() / known_states[stop].std()
         # torch's low-bit kernels round differently by row count
-        assert error < {"packed": 1e-2, "native": 1e-4}.get(kind, 1e-10)
+        assert error < {"packed": 1e-2, "llama native": 1e-4}.get(kind, 1e-10)
 
 
 @pytest.mark.parametrize(("kind", "packing"), CASES)
 def test_a_draft_ends_after_an_end_token(kind, packing):
-    backend = backend_of(kind, PACKINGS.get(packing))
+    backend = backend_of(kind, packing)
     known, _ = expected(backend)
     end = next(place for place in range(2, MOST + 1) if known[place] not in known[1:place])
     other = next(token for token in range(67) if token not in known)
@@ -110,7 +99,7 @@ def test_a_draft_ends_after_an_end_token(kind, packing):
 
 @pytest.mark.parametrize(("kind", "packing"), CASES)
 def test_the_states_of_a_draft_are_shared_unless_its_layers_are_copies(kind, packing):
-    backend = backend_of(kind, PACKINGS.get(packing))
+    backend = backend_of(kind, packing)
     with torch.inference_mode():
         target, draft = (
             layers.run_layers(layers.embed(PROMPT), 0, EXIT, torch.arange(PROMPT.shape[1])[None])
@@ -125,7 +114,7 @@ def test_the_states_of_a_draft_are_shared_unless_its_layers_are_copies(kind, pac
 @pytest.mark.parametrize(("kind", "packing"), [*CASES, ("gemma2 native", None)])
 def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
     """Before a token below `confidence`, and after one that brings the product below `survival`."""
-    backend = backend_of(kind, PACKINGS.get(packing))
+    backend = backend_of(kind, packing)
     known, states = expected(backend)
     with torch.inference_mode():
         logits = side_of(backend).unembed(states[EXIT][0, :MOST].to(backend.embed(PROMPT).dtype))

@@ -6,18 +6,11 @@ import pytest
 import torch
 from conftest import tiny_model
 from exit_block_models import random_blocks
+from test_generic import logits_of, native_backend
 
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.model import (
-    DraftEnds,
-    ModelSpec,
-    NativeBackend,
-    Submodel,
-    TorchBackend,
-    TransformersBackend,
-    can_run_native,
-)
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+from layerskip_core.model import DraftEnds, Submodel, TorchBackend, TransformersBackend
+from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, features_of
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
@@ -27,10 +20,7 @@ MODELS = ["llama", "gemma2", "starcoder2", "phi3", "smollm3"]
 
 
 def native(model, packing=None, blocks=NO_BLOCKS):
-    dtype = next(model.parameters()).dtype
-    if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
-        pytest.skip("no kernels were built here")
-    return NativeBackend.of(model, packing, ORDER, exit_blocks=blocks)
+    return native_backend(model, packing, ORDER, exit_blocks=blocks)
 
 
 def packed(model, packing=None, blocks=NO_BLOCKS):
@@ -53,9 +43,8 @@ def shortened(model, blocks, block):
     short = deepcopy(model)
     layer = deepcopy(model.model.layers[-1])
     layer.load_state_dict({name: blocks.take(f"{block.prefix}layer.{name}") for name in layer.state_dict()})
-    short.model.norm.load_state_dict(
-        {name: blocks.take(f"{block.prefix}norm.{name}") for name in short.model.norm.state_dict()}
-    )
+    norm = short.model.norm
+    norm.load_state_dict({name: blocks.take(f"{block.prefix}norm.{name}") for name in norm.state_dict()})
     short.model.layers = torch.nn.ModuleList([*short.model.layers[: block.exit_layer], layer])
     short.config.num_hidden_layers = block.exit_layer + 1
     if (kinds := getattr(model.config, "layer_types", None)) is not None:
@@ -102,8 +91,7 @@ def test_a_block_with_a_feature_reads_the_final_states_of_the_tokens_before(kind
         known = short.unembed(short.run_layers(entered, 3, 4, places(IDS)))
         own = backend.normed(backend.run_layers(backend.embed(IDS), 0, 6, places(IDS)))
         torch.testing.assert_close(own, finals, rtol=1e-4, atol=1e-4, check_dtype=False)
-        features = torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], dim=1)
-        found = block_logits(backend, backend.exit_blocks[3], IDS, features)
+        found = block_logits(backend, backend.exit_blocks[3], IDS, features_of(own))
     torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
@@ -118,9 +106,7 @@ def test_full_depth_logits_keep_their_bits(kind, dtype, packing):
     for given in ((), BLOCKS):
         model = tiny_model("llama", dtype, **WIDE)
         backend = make(model, packing, random_blocks(model, *given))
-        with torch.inference_mode():
-            cache = backend.new_cache(2)
-            logits.append(backend.unembed(backend.run_layers(backend.embed(IDS), 0, 6, places(IDS), cache)))
+        logits.append(logits_of(backend, IDS))
     assert torch.equal(*logits)
 
 
@@ -146,7 +132,7 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
     block, ids, last, most = side.exit_blocks[exit_layer], IDS[:1], IDS.shape[1] - 1, 5
     with torch.inference_mode():
         finals = backend.normed(backend.run_layers(backend.embed(ids), 0, 6, places(ids)))
-        features = torch.cat([torch.zeros_like(finals[:, :1]), finals[:, :-1]], dim=1)
+        features = features_of(finals)
         given = features[:, -1:] if block.join is not None else None
         cache, positions = backend.new_cache(), torch.arange(last + most)[None]
         states = side.run_layers(side.embed(ids[:, :last]), 0, exit_layer, positions[:, :last], cache)
@@ -202,12 +188,3 @@ def test_copies_have_the_blocks_of_the_exits_that_they_reach():
         with pytest.raises(AssertionError):
             side.run_layers(hidden, start, start + 1, places(IDS))
     side.run_layers(hidden, 6, 7, places(IDS))
-
-
-def test_the_head_s_matrix_is_shared():
-    model = tiny_model("llama", torch.bfloat16, **WIDE)
-    backend = packed(model, None, random_blocks(model, *BLOCKS))
-    assert backend.exit_blocks[2].head.linear is backend._head.linear
-    model = tiny_model("llama", torch.float32, **WIDE)
-    backend = native(model, None, random_blocks(model, *BLOCKS))
-    assert backend.exit_blocks[2].head.product.matrix is backend._head.product.matrix

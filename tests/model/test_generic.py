@@ -1,9 +1,11 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import CHANGES, tiny_model
 
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import TransformersBackend
+from layerskip_core.model import ModelSpec, NativeBackend, TransformersBackend, can_run_native
 from layerskip_core.model.architectures import SUPPORTED
 
 
@@ -13,6 +15,24 @@ def ids_of(batch: int, length: int) -> torch.Tensor:
 
 def positions_of(start: int, stop: int, batch: int = 1) -> torch.Tensor:
     return torch.arange(start, stop).expand(batch, -1)
+
+
+def logits_of(model, ids, edges=(), side=None):
+    """Logits (B, T, V) of tokens that run in pieces between the edges, through one cache. `side`: one that drafts."""
+    layers, cache, pieces = side or model, model.new_cache(len(ids)), []
+    with torch.inference_mode():
+        for start, stop in pairwise([0, *edges, ids.shape[1]]):
+            hidden, positions = layers.embed(ids[:, start:stop]), positions_of(start, stop, len(ids))
+            hidden = layers.run_layers(hidden, 0, 1, positions, cache)
+            pieces.append(layers.unembed(layers.run_layers(hidden, 1, layers.num_layers, positions, cache)))
+    return torch.cat(pieces, dim=1)
+
+
+def native_backend(model, packing=None, *args, **options):
+    """On the C kernels; the test is skipped where there are none."""
+    if not can_run_native(ModelSpec.of(model.config), model.dtype, torch.device("cpu"), packing):
+        pytest.skip("no kernels were built here, or the CPU lacks what they need")
+    return NativeBackend.of(model, packing, *args, **options)
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
@@ -29,22 +49,16 @@ def test_spans_equal_the_model_itself(model_type):
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_cached_spans_equal_the_model_itself(model_type, monkeypatch):
-    """Prefill 7 tokens, then three spans of 1, 3 and 2 tokens, each split at layer 2."""
+    """Prefill 7 tokens, then three spans of 1, 3 and 2 tokens."""
     if model_type == "gemma2":
         # Its attention, the only eager one, computes the softmax in fp32 even here. Without AVX-512 the last bit of its sum
         # depends on how many masked keys follow the others. In fp64 it is as near as the rest.
         softmax = torch.nn.functional.softmax
         monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
-    model = tiny_model(model_type, **CHANGES.get(model_type, {}))
-    backend, ids = TransformersBackend(model), ids_of(1, 13)
-    cache, rows = backend.new_cache(), []
+    model, ids = tiny_model(model_type, **CHANGES.get(model_type, {})), ids_of(1, 13)
     with torch.no_grad():
         expected = model(ids).logits
-        for start, stop in [(0, 7), (7, 8), (8, 11), (11, 13)]:
-            positions = positions_of(start, stop)
-            early = backend.run_layers(backend.embed(ids[:, start:stop]), 0, 2, positions, cache)
-            rows.append(backend.unembed(backend.run_layers(early, 2, 6, positions, cache)))
-    torch.testing.assert_close(torch.cat(rows, dim=1), expected)
+    torch.testing.assert_close(logits_of(TransformersBackend(model), ids, [7, 8, 11]), expected)
 
 
 def test_an_exit_equals_the_truncated_model(llama):
@@ -54,24 +68,6 @@ def test_an_exit_equals_the_truncated_model(llama):
     with torch.no_grad():
         actual = backend.unembed(backend.run_layers(backend.embed(ids), 0, 2, positions_of(0, 9, 2)))
         torch.testing.assert_close(actual, truncated(ids).logits)
-
-
-def test_overwritten_positions_leave_no_trace(llama):
-    """Positions 5..8 are written with other tokens first, as by rejected drafts, in a ragged batch of two rows."""
-    backend, ids, wrong = TransformersBackend(llama), ids_of(2, 9), ids_of(2, 4)
-    cache = backend.new_cache(batch_size=2)
-
-    def run(tokens, positions):
-        return backend.unembed(backend.run_layers(backend.embed(tokens), 0, 6, positions, cache))
-
-    with torch.no_grad():
-        run(ids[:, :5], positions_of(0, 5, 2))
-        run(wrong, positions_of(5, 9, 2))
-        ragged = torch.tensor([[5, 6], [4, 5]])
-        actual = run(torch.stack([ids[0, 5:7], ids[1, 4:6]]), ragged)
-        expected = llama(ids).logits
-    torch.testing.assert_close(actual[0], expected[0, 5:7])
-    torch.testing.assert_close(actual[1], expected[1, 4:6])
 
 
 def test_left_padded_rows_equal_unpadded_ones(llama):

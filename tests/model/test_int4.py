@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_model
+from test_generic import logits_of
 
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.errors import CheckpointError
@@ -28,11 +29,7 @@ def rows_of_bytes(model, change=lambda weight: weight):
     return made.get
 
 
-def logits_of(model, layers=None):
-    ids, positions = torch.tensor([[5, 9, 33, 61, 2, 17, 40]]), torch.arange(7)[None]
-    side = model if layers is None else layers
-    with torch.inference_mode():
-        return side.unembed(side.run_layers(side.embed(ids), 0, 6, positions, model.new_cache()))
+IDS = torch.tensor([[5, 9, 33, 61, 2, 17, 40]])
 
 
 def test_rows_of_bytes_hold_the_same_numbers():
@@ -68,10 +65,10 @@ def test_stored_weights_decode_to_the_bits_of_weights_rounded_now(backend, model
 
     for packing in (PackingConfig("int4"), PackingConfig("int4", draft_vocab=20)):
         rounded, calibrated = backend.of(model(), packing), backend.of(model(), packing, None, rows_of_bytes(model()))
-        assert torch.equal(logits_of(rounded), logits_of(calibrated))
+        assert torch.equal(logits_of(rounded, IDS), logits_of(calibrated, IDS))
         assert calibrated.implementation == rounded.implementation.replace("int4", "calibrated int4")
     doubled = backend.of(model(), packing, None, rows_of_bytes(model(), lambda weight: 2 * weight))
-    assert not torch.equal(logits_of(doubled), logits_of(calibrated))
+    assert not torch.equal(logits_of(doubled, IDS), logits_of(calibrated, IDS))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,9 +76,9 @@ def test_only_int4_copies_have_the_stored_weights(backend):
     packing = PackingConfig(draft_weights=("int8", "int4"))
     rows = rows_of_bytes(tiny_model(dtype=torch.float32, **WIDE), lambda weight: weight.flip(0))
     plain, calibrated = (backend.of(tiny_model(dtype=torch.float32, **WIDE), packing, None, int4) for int4 in (None, rows))
-    assert torch.equal(logits_of(plain), logits_of(calibrated))
+    assert torch.equal(logits_of(plain, IDS), logits_of(calibrated, IDS))
     sides = [(plain.draft_sides[kind], calibrated.draft_sides[kind]) for kind in ("int8", "int4")]
-    same = [torch.equal(logits_of(plain, one), logits_of(calibrated, other)) for one, other in sides]
+    same = [torch.equal(logits_of(plain, IDS, side=one), logits_of(calibrated, IDS, side=other)) for one, other in sides]
     assert same == [True, False]
     assert calibrated.implementation.endswith(", int8 and calibrated int4 drafts")
 

@@ -5,12 +5,12 @@ import ctypes
 import pytest
 import torch
 import torch.nn.functional as F
-from test_native import BUILT, needs_kernels
+from test_native import BUILT
 
 from layerskip_core.model.low_bit import GROUP_SIZE, inputs_of, int4_of, int8_levels, stored
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.matrix import MatrixForm, NativeMatrix
-from layerskip_core.model.weights import Projection
+from layerskip_core.model.weights import Affine
 
 PANEL = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,7 +71,7 @@ def packed_by(variant, weights, quantization=None):
     assert kernels is not None
     kind = quantization or ("bf16" if weights[0].dtype == torch.bfloat16 else "fp32")
     form = MatrixForm(kind, inputs_of(weights[0]), len(weights[0]), len(weights))
-    matrix = NativeMatrix.packed(kernels, form, [Projection(weight, None) for weight in weights])
+    matrix = NativeMatrix.packed(kernels, "", form, lambda: [Affine(weight, None) for weight in weights])
     held = matrix.parts.get("scale")
     assert held is None or matrix.structure.scale == held.data_ptr()
     data = bytearray(ctypes.string_at(matrix.structure.weight, matrix.parts["weight"].nbytes))
@@ -100,24 +100,16 @@ def threads(request):
 SHAPES = [(1, 32), (31, 64), (32, 96), (100, 32), (257, 544)]
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantization", EXPECTED)
 @pytest.mark.parametrize("variant", BUILT)
 def test_panels_are_those_of_torch(variant, quantization, dtype, threads):
     for outputs, inputs in SHAPES:
         assert_packed(variant, [random_weight(outputs, inputs, DTYPES[dtype])], quantization)
+    for inputs in () if quantization else (2, 14, 30, 34, 62):  # unrounded weights have any even width
+        assert_packed(variant, [random_weight(40, inputs, DTYPES[dtype])])
 
 
-@needs_kernels
-@pytest.mark.parametrize("variant", BUILT)
-def test_unrounded_weights_of_any_even_width(variant):
-    for inputs in (2, 14, 30, 34, 62):
-        for dtype in DTYPES.values():
-            assert_packed(variant, [random_weight(40, inputs, dtype)])
-
-
-@needs_kernels
 @pytest.mark.parametrize("quantization", EXPECTED)
 @pytest.mark.parametrize("variant", BUILT)
 def test_panels_of_two_weights_alternate(variant, quantization):
@@ -126,7 +118,6 @@ def test_panels_of_two_weights_alternate(variant, quantization):
     assert_packed(variant, [both[::2], both[1::2]], quantization)  # rows that do not follow each other
 
 
-@needs_kernels
 @pytest.mark.parametrize("variant", BUILT)
 def test_stored_int4_weights(variant, threads):
     """Their padding differs from that of rounded weights: rows of zero bytes."""
@@ -134,7 +125,6 @@ def test_stored_int4_weights(variant, threads):
     assert_packed(variant, weights, "int4")
 
 
-@needs_kernels
 @pytest.mark.parametrize("variant", BUILT)
 def test_every_finite_bf16_value_rounds_as_in_torch(variant):
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
-from test_native import BUILT, variant  # noqa: F401  a fixture
+from test_native import variant  # noqa: F401  a fixture
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
@@ -53,16 +53,14 @@ def check(model):
     assert bool(expected.isfinite().all()) and torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("kind", [TransformersBackend, TorchBackend])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [(TransformersBackend, "fp32"), *((TorchBackend, precision) for precision in PRECISIONS)]
+)
 def test_the_next_row_of_a_slot_decodes_as_alone(kind, precision):
-    if kind is TransformersBackend and precision == "int8":
-        pytest.skip("transformers' layers have no low bits")
     check(backend_of(kind, precision))
 
 
-@pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_next_row_of_a_slot_decodes_as_alone_on_our_kernels(variant, precision):  # noqa: F811
     check(backend_of(NativeBackend, precision))
 
@@ -86,7 +84,6 @@ def test_the_next_text_of_a_prefix_decodes_as_alone(kind):
     assert bool(logits[0].isfinite().all()) and torch.equal(*logits)
 
 
-@pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_rejected_draft_changes_no_bit_on_our_kernels(variant, precision):  # noqa: F811
     """Neither of tokens of its own pass nor later; only what sees it is NaN."""

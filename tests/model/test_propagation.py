@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_generic import CHANGES, ids_of, positions_of
-from test_native import BUILT, KINDS, PRECISIONS, WIDE, model_of, needs_kernels, threads, variant  # noqa: F401  fixtures
+from test_native import KINDS, PRECISIONS, model_of, threads, variant  # noqa: F401  fixtures
 
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
@@ -14,7 +14,7 @@ LAYERS = 6
 
 def kept(cache, layer):
     """Keys and values of a layer, (2, B, kv heads, capacity, head dim)."""
-    return cache.matrices(layer, layer + 1)[0][0].clone()
+    return cache.matrices[layer][0].clone()
 
 
 def assert_propagates(model, positions):
@@ -39,34 +39,31 @@ def assert_propagates(model, positions):
             assert torch.equal(now[..., : before[layer].shape[-2], :], before[layer])  # the cache may have grown
 
 
-PLACES = {"a row": torch.tensor([[9]]), "rows at different places": torch.tensor([[9, 10, 11], [7, 8, 9]])}
+PLACES = torch.tensor([[9, 10, 11], [7, 8, 9]])
 
 
-@pytest.mark.parametrize("positions", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("backend", [TransformersBackend, TorchBackend.of], ids=["generic", "packed"])
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_keys_and_values_are_those_of_the_layers(model_type, backend, positions):
-    assert_propagates(backend(tiny_model(model_type, **CHANGES.get(model_type, {}))), positions)
+def test_keys_and_values_are_those_of_the_layers(model_type, backend):
+    assert_propagates(backend(tiny_model(model_type, **CHANGES.get(model_type, {}))), PLACES)
 
 
-@needs_kernels
-@pytest.mark.parametrize("positions", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model_type", KINDS)
-def test_those_of_the_kernels_too(variant, threads, model_type, precision, positions):  # noqa: F811  fixtures
+def test_those_of_the_kernels_too(variant, threads, model_type, precision):  # noqa: F811  fixtures
     threads(2)
-    assert_propagates(model_of(precision, model_type, **KINDS[model_type]), positions)
+    assert_propagates(model_of(precision, model_type, **KINDS[model_type]), PLACES)
 
 
-@needs_kernels
 @pytest.mark.parametrize("heads", [1, 3, 5])
 def test_queries_that_end_within_a_panel_of_the_weights(variant, heads):  # noqa: F811  a fixture
     """The kernels compute the panels of 32 outputs that hold keys and values: the first also has 8, 24 or 8 queries."""
     model = tiny_model(dtype=torch.float32, hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=1)
-    assert_propagates(NativeBackend.of(model), PLACES["rows at different places"])
+    assert_propagates(NativeBackend.of(model), PLACES)
 
 
-def test_a_long_text_in_parts():
+def test_one_token_and_a_long_text_in_parts():
     """300 tokens are more than the part that a call of the packed layers has."""
+    assert_propagates(TorchBackend.of(tiny_model()), torch.tensor([[9]]))
     model = TorchBackend.of(tiny_model(max_position_embeddings=400))
     assert_propagates(model, positions_of(9, 309))

@@ -9,8 +9,7 @@ from conftest import tiny_model
 from test_generic import CHANGES
 from test_packed import BIASES
 
-from layerskip_core.config.packing import PackingConfig
-from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.errors import CheckpointError
 from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
 from layerskip_core.model.architectures import ARCHITECTURES, SUPPORTED, is_complete
 
@@ -51,37 +50,26 @@ def test_default_sizes():
     assert (spec.head_dim, spec.kv_heads, spec.queries, spec.keys) == (8, 4, 32, 32)
 
 
+USED = {"sliding_window": 5, "use_sliding_window": True}
+
+
 @pytest.mark.parametrize(
-    ("changes", "kinds", "window"),
+    ("model_type", "changes", "kinds"),
     [
-        ({"model_type": "llama", "sliding_window": 5}, [FULL] * 6, None),  # Llama has none
-        ({"model_type": "mistral", "sliding_window": 5}, [SLIDING] * 6, 5),
-        ({"model_type": "mistral", "sliding_window": None}, [FULL] * 6, None),
-        ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": False}, [FULL] * 6, None),
-        ({"model_type": "qwen2", "sliding_window": 5}, [FULL] * 6, None),
-        (
-            {"model_type": "qwen3", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 4},
-            [FULL] * 4 + [SLIDING] * 2,
-            5,
-        ),
-        (
-            {"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": True, "layer_types": [SLIDING, FULL] * 3},
-            [SLIDING, FULL] * 3,
-            5,
-        ),
-        (
-            {"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": False, "layer_types": [SLIDING] * 6},
-            [FULL] * 6,
-            None,
-        ),
-        ({"model_type": "gemma2", "sliding_window": 5, "layer_types": [SLIDING, FULL] * 3}, [SLIDING, FULL] * 3, 5),
+        ("llama", {"sliding_window": 5}, [FULL] * 6),  # Llama has none
+        ("mistral", {"sliding_window": 5}, [SLIDING] * 6),
+        ("mistral", {"sliding_window": None}, [FULL] * 6),
+        ("qwen2", {"sliding_window": 5, "use_sliding_window": False}, [FULL] * 6),
+        ("qwen3", {**USED, "max_window_layers": 4}, [FULL] * 4 + [SLIDING] * 2),
+        ("qwen2", {**USED, "layer_types": [SLIDING, FULL] * 3}, [SLIDING, FULL] * 3),
+        ("gemma2", {"sliding_window": 5, "layer_types": [SLIDING, FULL] * 3}, [SLIDING, FULL] * 3),
     ],
     ids=str,
 )
-def test_windows(changes, kinds, window):
-    spec = spec_of(**changes)
-    assert (list(spec.kinds), spec.window) == (kinds, window)
-    assert [spec.window_of(layer) for layer in range(6)] == [window if kind == SLIDING else None for kind in kinds]
+def test_windows(model_type, changes, kinds):
+    spec = spec_of(model_type=model_type, **changes)
+    assert list(spec.kinds) == kinds
+    assert [spec.window_of(layer) for layer in range(6)] == [5 if kind == SLIDING else None for kind in kinds]
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral"])
@@ -143,17 +131,9 @@ def test_a_complete_configuration_gives_the_same_spec_without_transformers(model
     assert not is_complete({**document, "model_type": "gpt2"})
 
 
-def test_a_configuration_is_complete_by_architecture():
-    document = {**LLAMA, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    assert is_complete(document)
-    assert not is_complete({**document, "model_type": "granite"})  # its multipliers
-    assert not is_complete({**document, "model_type": "mistral"})  # sliding_window
-    assert is_complete({**document, "model_type": "mistral", "sliding_window": None})
-
-
 LINEAR, LONG = {"rope_type": "linear", "rope_theta": 1e4}, {"rope_theta": 1e4, "partial_rotary_factor": 0.4}
 BAD = [
-    ({"model_type": "gpt2"}, "model_type must be one of llama, .*, starcoder2, got gpt2"),
+    ({"model_type": "gpt2"}, "model_type must be one of llama, .*, starcoder2, got 'gpt2'"),
     *(({"num_hidden_layers": value}, r"num_hidden_layers must be a whole number in 1\.\.1024") for value in (0, 10**7, True)),
     ({"hidden_size": 10**12}, "hidden_size must be a whole number in"),
     ({"vocab_size": "67"}, r"vocab_size must be a whole number in 1\.\.16777216, got 67"),
@@ -214,18 +194,10 @@ def pack(implementation, change, model_type="llama", dtype=torch.float32, packin
 
 
 WEIGHTS = [
-    "model.embed_tokens.weight",
-    "model.norm.weight",
-    "lm_head.weight",
-    *(
-        f"model.layers.3.{name}"
-        for name in (
-            "input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_proj.bias", "self_attn.k_proj.bias",
-            "self_attn.v_proj.bias", "self_attn.o_proj.bias", "self_attn.q_norm.weight", "self_attn.k_norm.weight",
-            "mlp.gate_proj.weight", "mlp.down_proj.weight",
-        )
-    ),
-]  # fmt: skip
+    *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.3.input_layernorm.weight"),
+    *(f"model.layers.3.{name}.weight" for name in ("self_attn.k_norm", "self_attn.o_proj", "mlp.down_proj")),
+    "model.layers.3.self_attn.q_proj.bias",
+]
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -253,19 +225,3 @@ def test_weights_that_an_architecture_lacks_are_ignored(implementation):
     """As transformers does. The kernels once read a bias of the head, whatever its length."""
     extra = {"lm_head.bias": torch.zeros(1), "model.layers.0.self_attn.q_proj.bias": torch.full((1,), nan)}
     pack(implementation, lambda weights: weights.update(extra))
-
-
-def test_infinity_and_sums_beyond_fp32():
-    def change(value):
-        return lambda weights: weights["model.norm.weight"].data.fill_(value)
-
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds infinity: it is damaged"):
-        pack(TorchBackend, change(inf))
-    pack(TorchBackend, change(3e38))  # finite, though their sum is not
-
-
-@pytest.mark.parametrize("width", [8, 24, 40])
-def test_torchs_int8_kernel_takes_widths_of_sixteens(width):
-    """With other widths it reads past the end of the rows."""
-    with pytest.raises(ConfigError, match=f"int8 weights need layer widths that 16 divides, got {width}"):
-        pack(TorchBackend, lambda weights: None, packing=PackingConfig("int8"), intermediate_size=width)

@@ -15,7 +15,7 @@ from layerskip_core.config.data import DataConfig
 from layerskip_core.config.prompting import PromptingConfig
 from layerskip_core.config.training import ExitBlockSettings, RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError, TrainingError
-from layerskip_core.model.draft_vocabulary import token_order
+from layerskip_core.model.drafting import token_order
 from layerskip_core.training import run as running
 from layerskip_core.training import trainer
 from layerskip_core.training.data import run_order

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...config.decoding import DecodingConfig
 from ...config.packing import Quantization
-from ...model.backend import Backend, DraftSide
+from ...model.backend import Backend
 from ...model.cache import KVCache
+from ...model.drafting import DraftSide
 from ..sampling import Sampler
 
 

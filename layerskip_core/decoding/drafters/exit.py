@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ...config.checks import require
 from ...config.packing import Quantization
-from ...model.backend import DraftEnds, Submodel
+from ...model.backend import DraftEnds, Submodel, joined, states_at
 from ...model.drafting import beyond_exit
-from ...model.spans import joined, states_at
 from . import Context, Draft, DrafterSetup
 
 _NO_ENDS = DraftEnds()
@@ -76,7 +75,7 @@ class ExitDrafter:
             token = self._sampler.choose(logits, draft_probs, going)
             if vocabulary is not None:
                 token = vocabulary.tokens(token)
-                draft_probs = None if draft_probs is None else vocabulary.spread(draft_probs, 0.0)
+                draft_probs = None if draft_probs is None else vocabulary.spread(draft_probs)
             tokens.append(token)
             if draft_probs is not None:
                 probs.append(draft_probs)

@@ -19,7 +19,7 @@ from ...data.records import spread
 from ...decoding import DecodeStats
 from ...decoding.drafters.skipping import kept_layers
 from ...errors import ConfigError, DataError, LayerSkipError
-from ...model.spans import run_spans
+from ...model.backend import run_spans
 from ..outputs import require_outputs
 from ..tasks.task import Task, load_task
 from .cost_model import PassTimes, Prediction, TimedPart, averages, prediction_of, simulate, timed_visits

@@ -4,11 +4,12 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ...config.checks import require_choice
 from ...errors import LayerSkipError
@@ -32,86 +33,87 @@ _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", (
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
 INTERFACE = 13  # of kernels.c: the version of its functions and structures that this file uses
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
+_FALLBACK = (
+    "decoding uses torch's, which are slower. `pip install -e .` in a checkout, or `pip install .`, builds them if there is a "
+    f"C compiler; {SWITCH}=torch hides this message"
+)
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
 
 
 class CMatrix(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("kind", "inputs", "outputs", "panels")),
-        *((name, c_void_p) for name in ("weight", "scale", "bias")),
-    ]
+    _fields_ = [*_fields(c_int32, "kind inputs outputs panels"), *_fields(c_void_p, "weight scale bias")]
 
 
 class CNorm(Structure):
-    _fields_ = [(name, c_void_p) for name in ("weight", "bias")]
+    _fields_ = _fields(c_void_p, "weight bias")
 
 
 class CLayer(Structure):
     _fields_ = [
-        *((name, CMatrix) for name in ("qkv", "output", "up", "down")),
-        *((name, CNorm) for name in ("before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key")),
-        *((name, c_int32) for name in ("rope", "window")),
+        *_fields(CMatrix, "qkv output up down"),
+        *_fields(CNorm, "before_attention after_attention before_mlp after_mlp query key"),
+        *_fields(c_int32, "rope window"),
     ]
 
 
 class CShape(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "rotary", "inner")),
-        *((name, c_int32) for name in ("bf16_cache", "activation", "gated", "norms_projections")),
-        *((name, c_float) for name in ("eps", "attention_scale", "score_cap", "embedding_scale", "residual_scale")),
+        *_fields(c_int32, "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections"),
+        *_fields(c_float, "eps attention_scale score_cap embedding_scale residual_scale"),
     ]
 
 
 class CCall(Structure):
     _fields_ = [
-        ("positions", c_void_p),
-        *((name, c_int32) for name in ("rows", "rows_per_sequence")),
-        *((name, c_void_p * MOST_ROPES) for name in ("cos", "sin")),
-        *((name, c_void_p) for name in ("cache", "row_slots")),
-        *((name, c_int64) for name in ("places", "slots")),
-        *((name, c_void_p) for name in ("hidden", "qkv", "mixed", "inside", "block", "scratch")),
-        ("scratch_bytes", c_int64),
+        *_fields(c_void_p, "positions"),
+        *_fields(c_int32, "rows rows_per_sequence"),
+        *_fields(c_void_p * MOST_ROPES, "cos sin"),
+        *_fields(c_void_p, "cache row_slots"),
+        *_fields(c_int64, "places slots"),
+        *_fields(c_void_p, "hidden qkv mixed inside block scratch"),
+        *_fields(c_int64, "scratch_bytes"),
     ]
 
 
 class CDraft(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("embedding", "vocabulary", "ends", "order", "stops", "probs")),
-        *((name, c_int32) for name in ("layer_count", "stop_count", "end_count", "most", "runs_last", "power")),
-        *((name, c_float) for name in ("logits_scale", "logits_cap", "confidence", "survival", "doubt")),
-        *((name, c_void_p) for name in ("join", "joined", "tokens", "states", "beyond", "logits")),
-        ("drafted", c_int32),
+        *_fields(c_void_p, "embedding vocabulary ends order stops probs"),
+        *_fields(c_int32, "layer_count stop_count end_count most runs_last power"),
+        *_fields(c_float, "logits_scale logits_cap confidence survival doubt"),
+        *_fields(c_void_p, "join joined tokens states beyond logits"),
+        *_fields(c_int32, "drafted"),
     ]
 
 
 class CChoice(Structure):
-    _fields_ = [(name, c_void_p) for name in ("embedding", "tokens", "logits", "chosen")]
+    _fields_ = _fields(c_void_p, "embedding tokens logits chosen")
 
 
 STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice)  # as layerskip_size_of in kernels.c numbers them
 
 
 class Kernels:
-    """The functions of one variant."""
+    """The functions of one variant. Structures are passed by their address."""
 
     def __init__(self, variant: str, library: ctypes.CDLL) -> None:
+        def function(name: str, *parameters: Any) -> Callable[..., None]:
+            found = library[f"layerskip_{name}"]
+            found.argtypes = [POINTER(kind) if issubclass(kind, Structure) else kind for kind in parameters]
+            found.restype = None
+            return found
+
         self.variant = variant
-        self.span, self.write = library.layerskip_span, library.layerskip_write
-        self.score, self.draft, self.choose = library.layerskip_score, library.layerskip_draft, library.layerskip_choose
-        self.pack = library.layerskip_pack
-        self.span.argtypes = self.write.argtypes = [POINTER(CShape), c_void_p, c_int, POINTER(CCall), c_int]
-        self.score.argtypes = [POINTER(CShape), POINTER(CNorm), POINTER(CMatrix), POINTER(CCall), c_void_p, c_int]
-        self.draft.argtypes = [
-            *(POINTER(CShape), c_void_p, POINTER(CNorm), POINTER(CMatrix)),
-            *(POINTER(CCall), POINTER(CDraft), c_int),
-        ]
-        self.choose.argtypes = [
-            *(POINTER(CShape), c_void_p, c_int, POINTER(CNorm), POINTER(CMatrix)),
-            *(POINTER(CCall), POINTER(CChoice), c_int),
-        ]
-        self.pack.argtypes = [POINTER(CMatrix), c_void_p, *[c_int] * 5]
-        for function in (self.span, self.write, self.score, self.draft, self.choose, self.pack):
-            function.restype = None
+        self.span = function("span", CShape, c_void_p, c_int, CCall, c_int)
+        self.write = function("write", CShape, c_void_p, c_int, CCall, c_int)
+        self.score = function("score", CShape, CNorm, CMatrix, CCall, c_void_p, c_int)
+        self.draft = function("draft", CShape, c_void_p, CNorm, CMatrix, CCall, CDraft, c_int)
+        self.choose = function("choose", CShape, c_void_p, c_int, CNorm, CMatrix, CCall, CChoice, c_int)
+        self.pack = function("pack", CMatrix, c_void_p, *[c_int] * 5)
         openmp = _openmp()
         self.has_threads = bool(openmp)  # else calls run on one thread
         if openmp:
@@ -133,14 +135,17 @@ def kernel_note() -> str | None:
         return None
     compiled, unloadable = _load(requested)
     slower = _FALLBACK if compiled is None else f"decoding uses the {compiled.variant} kernels, which are slower"
-    for name, reason in unloadable.items():
-        if _NEEDS[name] <= _cpu_flags():
-            return f"the compiled {name} kernels cannot be loaded ({reason}): {slower}"
+    runnable = [name for name in VARIANTS if _NEEDS[name] <= _cpu_flags()]
+    for name in runnable:
+        if name in unloadable:
+            return f"the compiled {name} kernels cannot be loaded ({unloadable[name]}): {slower}"
     if compiled is not None:
-        return None if compiled.has_threads else _ONE_THREAD
-    if any(flags <= _cpu_flags() for name, flags in _NEEDS.items() if requested in (None, name)):
-        return f"the compiled kernels are missing: {_FALLBACK}"
-    return None if requested is None else f"this CPU lacks instructions of the {requested} kernels: {_FALLBACK}"
+        no_runtime = "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
+        return None if compiled.has_threads else no_runtime
+    if requested is None:
+        return f"the compiled kernels are missing: {_FALLBACK}" if runnable else None
+    lacks = f"this CPU lacks instructions of the {requested} kernels"
+    return f"{'the compiled kernels are missing' if requested in runnable else lacks}: {_FALLBACK}"
 
 
 def why_no_kernels() -> str:
@@ -157,14 +162,6 @@ def _cpu_flags() -> set[str]:
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
 
 
-_FALLBACK = (
-    "decoding uses torch's, which are slower. `pip install -e .` in a checkout, or `pip install .`, builds them if there is a "
-    f"C compiler; {SWITCH}=torch hides this message"
-)
-_ONE_THREAD = "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
-_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-
-
 def kernels(variant: str | None = None) -> Kernels | None:
     """A variant that was built and that this CPU can run: the given one, else the requested one, else the best; else None.
 
@@ -176,15 +173,12 @@ def kernels(variant: str | None = None) -> Kernels | None:
 @contextmanager
 def requesting(variant: str) -> Iterator[None]:
     """Models that are loaded meanwhile run on these kernels, `torch` or a variant, as if the environment asked for them."""
-    before = os.environ.get(SWITCH)
+    before = os.environ.get(SWITCH, "")  # empty is as if unset
     os.environ[SWITCH] = variant
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[SWITCH]
-        else:
-            os.environ[SWITCH] = before
+        os.environ[SWITCH] = before
 
 
 @cache

@@ -7,33 +7,78 @@ import torch
 from torch import Tensor
 
 from ..cache import KVCache
-from ..rope import RopeTables
-from ..spans import rows_at_once, run_in_parts, tokens_at_once
+from ..repacked import RepackedLayers, rows_at_once
+from ..rope import cosines_and_sines
 from ..spec import ModelSpec
-from ..weights import (
-    NormWeights,
-    Projection,
-    Weights,
-    attention_inputs,
-    attention_output,
-    layer_norms,
-    mlp_inputs,
-    mlp_output,
-    stacked,
-)
+from ..weights import Affine, Weights, block_inputs, block_output, layer_norms, stacked
 from .compiled import ACTIVATIONS, CCall, CLayer, CNorm, CShape, Kernels
-from .matrix import Matrices, MatrixForm, NativeMatrix
+from .matrix import MatrixForm, NativeMatrix, PackMatrix
 
 _KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
 _KEPT = 16  # row counts whose buffers are kept
 
 
+class Engine:
+    """The kernels, a model's sizes as they read them, and the buffers of its calls."""
+
+    def __init__(self, kernels: Kernels, spec: ModelSpec, dtype: torch.dtype) -> None:
+        """`dtype`: of the embedding and the cache."""
+        self.kernels = kernels
+        self.shape = CShape(
+            hidden=spec.hidden,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            rotary=spec.rotary,
+            inner=spec.inner,
+            bf16_cache=dtype == torch.bfloat16,
+            activation=ACTIVATIONS.index(spec.activation),
+            gated=spec.architecture.gated,
+            norms_projections=spec.architecture.query_key_norms == "projection",
+            eps=spec.eps,
+            attention_scale=spec.attention_scale,
+            score_cap=spec.score_cap or 0.0,
+            embedding_scale=float(torch.tensor(spec.embedding_scale).to(dtype)),  # as transformers rounds it
+            residual_scale=spec.residual_scale,
+        )
+        block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0  # where norms follow blocks
+        self.widths = (spec.queries + 2 * spec.keys, spec.queries, spec.inner, block_output)  # of rows that threads share
+        # At most what a row takes in the form that the kernel of a matrix reads; a block's map reads two states.
+        self.formed_bytes = 4 * max(2 * spec.hidden, spec.queries, spec.inner) + 64
+        self._kept: dict[tuple[int, int], Buffers] = {}
+        self._spec, self._rope_length = spec, 0
+        self._rope: list[tuple[Tensor, Tensor]] = []
+
+    def rope(self, stop: int) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines in fp32 of the positions before `stop`, and of more."""
+        if self._rope_length < stop:
+            self._rope_length = 2 * stop
+            self._rope = cosines_and_sines(self._spec, self._rope_length, torch.empty(0))
+        return self._rope
+
+    def buffers(self, rows: int) -> "Buffers":
+        """Those for this many rows and the threads of now. The next call with as many overwrites what is in them."""
+        threads = torch.get_num_threads()
+        buffers = self._kept.get((rows, threads))
+        if buffers is None:
+            buffers = Buffers(rows, threads, self)
+            if rows <= _KEPT_ROWS:
+                if len(self._kept) >= _KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[rows, threads] = buffers
+        return buffers
+
+    def row_bytes(self) -> int:
+        """About what the activations of a row take."""
+        return 4 * (sum(self.widths) + 2 * int(self.shape.hidden)) + torch.get_num_threads() * self.formed_bytes
+
+
 class Buffers:
     """Those of a call over `rows` rows, and the call's structure with everything that stays the same."""
 
-    def __init__(self, rows: int, threads: int, shape: CShape, norms_blocks: bool) -> None:
-        self._shared = [torch.empty(rows, width) for width in _widths(shape, norms_blocks)]
-        own = -(-(4 * (shape.hidden + 16) + rows * _formed_bytes(shape)) // 64) * 64  # a hidden state and all formed rows
+    def __init__(self, rows: int, threads: int, engine: Engine) -> None:
+        self._shared = [torch.empty(rows, width) for width in engine.widths]
+        own = -(-(4 * (engine.shape.hidden + 16) + rows * engine.formed_bytes) // 64) * 64  # a hidden state, all formed rows
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows, rows_per_sequence=rows)
@@ -47,126 +92,60 @@ class Buffers:
             self._logits = torch.empty(self.call.rows, outputs)
         return self._logits
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self._shared, self._scratch))
 
+class NativeNorm:
+    """A norm's weights in fp32, or none, and the C structure with their addresses."""
 
-class BufferPool:
-    """The buffers of all calls of one model."""
-
-    def __init__(self, shape: CShape, norms_blocks: bool) -> None:
-        """`norms_blocks`: whether norms come after blocks."""
-        self._shape, self._norms_blocks = shape, norms_blocks
-        self._kept: dict[tuple[int, int], Buffers] = {}
-
-    def of(self, rows: int) -> Buffers:
-        """Those for this many rows and the threads of now. The next call with as many overwrites what is in them."""
-        threads = torch.get_num_threads()
-        buffers = self._kept.get((rows, threads))
-        if buffers is None:
-            buffers = Buffers(rows, threads, self._shape, self._norms_blocks)
-            if rows <= _KEPT_ROWS:
-                if len(self._kept) >= _KEPT:
-                    self._kept.pop(next(iter(self._kept)))
-                self._kept[rows, threads] = buffers
-        return buffers
-
-    def row_bytes(self) -> int:
-        """About what the activations of a row take."""
-        shared = 4 * (sum(_widths(self._shape, self._norms_blocks)) + 2 * int(self._shape.hidden))
-        return shared + torch.get_num_threads() * _formed_bytes(self._shape)
+    def __init__(self, norm: Affine | None) -> None:
+        self._parts = [None if part is None else part.float().contiguous() for part in norm or (None, None)]
+        self.structure = CNorm(*(None if part is None else part.data_ptr() for part in self._parts))
 
 
 class NativeLayer:
     """A layer's weights and the C structure with their addresses."""
 
-    def __init__(self, matrices: Matrices, weights: Weights, spec: ModelSpec, index: int, kind: str) -> None:
-        """`weights` are those of the layer; of its matrices only those that `matrices` asks for are read."""
-        architecture = spec.architecture
-        biased, gates = spec.attention_bias, 1 + architecture.gated
-        first, *_, last = architecture.attention_projections
-
-        def matrix(name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
-            return matrices.matrix(f"layers.{index}.{name}", form, read)
-
-        self._matrices = [
-            matrix(
-                "qkv",
-                MatrixForm(kind, spec.hidden, spec.queries + 2 * spec.keys, biased=first in biased),
-                lambda: [stacked(attention_inputs(weights, spec))],
-            ),
-            matrix(
-                "output",
-                MatrixForm(kind, spec.queries, spec.hidden, biased=last in biased),
-                lambda: [attention_output(weights, spec)],
-            ),
-            matrix("up", MatrixForm(kind, spec.hidden, spec.inner, gates, spec.mlp_bias), lambda: mlp_inputs(weights, spec)),
-            matrix(
-                "down", MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias), lambda: [mlp_output(weights, spec)]
-            ),
+    def __init__(self, pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str) -> None:
+        """`weights` are those of the layer; of its matrices only those that `pack` asks for are read."""
+        first, *_, last = spec.architecture.attention_projections
+        biased, gates = spec.attention_bias, 1 + spec.architecture.gated
+        qkv = MatrixForm(kind, spec.hidden, spec.queries + 2 * spec.keys, biased=first in biased)
+        output = MatrixForm(kind, spec.queries, spec.hidden, biased=last in biased)
+        up = MatrixForm(kind, spec.hidden, spec.inner, gates, spec.mlp_bias)
+        down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
+        self.matrices = [
+            pack(f"layers.{index}.qkv", qkv, lambda: [stacked(block_inputs(weights, spec, "self_attn."))]),
+            pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, "self_attn.")]),
+            pack(f"layers.{index}.up", up, lambda: block_inputs(weights, spec, "mlp.")),
+            pack(f"layers.{index}.down", down, lambda: [block_output(weights, spec, "mlp.")]),
         ]
-        norms = layer_norms(weights, spec)
-        around = (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp)
-        self._norms = [NativeNorm(norm) for norm in (*around, norms.query, norms.key)]
+        self._norms = [NativeNorm(norm) for norm in layer_norms(weights, spec)]
         rope = spec.rope_of[index]
         self.structure = CLayer(
-            *(matrix.structure for matrix in self._matrices),
+            *(matrix.structure for matrix in self.matrices),
             *(norm.structure for norm in self._norms),
             -1 if rope is None else rope,
             spec.window_of(index) or 0,
         )
 
 
-class NativeNorm:
-    """A norm's weights in fp32, or none, and the C structure with their addresses."""
+class NativeLayers(RepackedLayers[NativeLayer]):
+    """Layers with fp32 hidden states for weights in any precision."""
 
-    def __init__(self, norm: NormWeights | None) -> None:
-        stored = (None, None) if norm is None else (norm.weight, norm.bias)
-        self._parts = [None if part is None else part.float().contiguous() for part in stored]
-        self.structure = CNorm(*(None if part is None else part.data_ptr() for part in self._parts))
-
-
-class NativeLayers:
-    """`Layers` with fp32 hidden states for weights in any precision. Not for two threads at once."""
-
-    def __init__(
-        self,
-        kernels: Kernels,
-        shape: CShape,
-        pool: BufferPool,
-        spec: ModelSpec,
-        embedding: Tensor,
-        rope: RopeTables,
-        layers: list[NativeLayer | None],
-    ) -> None:
-        """`layers`: None where this copy lacks one."""
-        self.num_layers, self.max_positions = len(layers), spec.context
-        self.device, self.embedding = embedding.device, embedding
-        self.kernels, self.shape, self.pool = kernels, shape, pool
-        self._rope, self._layers = rope, layers
+    def __init__(self, engine: Engine, spec: ModelSpec, embedding: Tensor, layers: list[NativeLayer | None]) -> None:
+        super().__init__(spec, embedding, layers, torch.float32)
+        self.engine = engine
         self._array = (CLayer * len(layers))(*(CLayer() if layer is None else layer.structure for layer in layers))
 
-    def embed(self, ids: Tensor) -> Tensor:
-        hidden = torch.embedding(self.embedding, ids).float()
-        return hidden if self.shape.embedding_scale == 1 else hidden.mul_(self.shape.embedding_scale)
-
-    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        return run_in_parts(self, hidden, start, stop, positions, cache)
-
-    def tokens_at_once(self, batch: int, count: int) -> int:
-        """How many of each row's `count` tokens run at once."""
-        return tokens_at_once(batch, count, self.pool.row_bytes)
+    def row_bytes(self) -> int:
+        return self.engine.row_bytes()
 
     def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
-        """As `run_layers`, in one part."""
         rows = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # changed in place
-        self._call(self.kernels.span, rows, start, stop, positions, cache)
+        self._call(self.engine.kernels.span, rows, start, stop, positions, cache)
         return rows
 
-    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
-        """As `Backend.write_kv`, in one part."""
-        self._call(self.kernels.write, hidden.to(torch.float32).contiguous(), start, stop, positions, cache)
+    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        self._call(self.engine.kernels.write, hidden.to(torch.float32).contiguous(), start, stop, positions, cache)
 
     def _call(
         self, kernel: Callable[..., None], rows: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
@@ -174,119 +153,60 @@ class NativeLayers:
         """A kernel over layers start..stop-1 and contiguous hidden states, which it knows by their address."""
         assert self.has(range(start, stop))
         batch, count, _ = rows.shape
-        buffers, places = self.pool.of(batch * count), positions.contiguous()
-        self.place(buffers, cache, cache.writer(positions).stop, places, start, stop)
+        buffers, places = self.engine.buffers(batch * count), positions.contiguous()
+        self.place(buffers.call, cache, cache.writer(positions).stop, places, start, stop)
         buffers.call.rows_per_sequence = count
         buffers.call.hidden = rows.data_ptr()
-        kernel(self.shape, self.address(start), stop - start, buffers.call, buffers.threads)
+        kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
 
     def has(self, layers: Iterable[int]) -> bool:
-        """Whether these places all have a layer."""
-        return all(0 <= layer < self.num_layers and self._layers[layer] is not None for layer in layers)
+        """Whether this copy has all of these layers."""
+        return all(0 <= layer < self.num_layers and self.layers[layer] is not None for layer in layers)
 
     def address(self, layer: int) -> int:
         """The address of a layer's structure; those of the next layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
-    def place(self, buffers: Buffers, cache: KVCache, end: int, positions: Tensor, start: int, stop: int) -> None:
+    def place(self, call: CCall, cache: KVCache, end: int, positions: Tensor, start: int, stop: int) -> None:
         """Sets where the call's rows stand, all before position `end`, and where layers start..stop-1 keep keys and values."""
-        shape = self.shape
-        storage = cache.scattered(end, shape.kv_heads, shape.head_dim, self.embedding)
+        shape, like = self.engine.shape, self.embedding
+        storage = cache.scattered(end, shape.kv_heads, shape.head_dim, like)
         layers, _, slots, kv_heads, places, head_dim = storage.shape
-        assert layers >= stop and (kv_heads, head_dim, storage.dtype) == (shape.kv_heads, shape.head_dim, self.embedding.dtype)
-        self._rope.grow(end)
-        call = buffers.call
+        assert layers >= stop and (kv_heads, head_dim, storage.dtype) == (shape.kv_heads, shape.head_dim, like.dtype)
         call.positions = positions.data_ptr()
-        for index, (cos, sin) in enumerate(zip(self._rope.cos, self._rope.sin, strict=True)):
+        for index, (cos, sin) in enumerate(self.engine.rope(end)):
             call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
         call.cache = storage.data_ptr() + start * storage.stride(0) * storage.element_size()
         call.row_slots, call.slots, call.places = cache.slots.data_ptr(), slots, places
 
 
-class NativeProduct:
-    """A matrix, after a norm if there is one."""
+class NativeLinear:
+    """A matrix, after a norm if there is one; of a head the logits are scaled and capped as `spec` says."""
 
-    def __init__(
-        self, kernels: Kernels, shape: CShape, pool: BufferPool, norm: NormWeights | None, matrix: NativeMatrix
-    ) -> None:
-        self._kernels, self._shape, self._pool = kernels, shape, pool
-        self.norm, self.matrix = NativeNorm(norm), matrix
+    def __init__(self, engine: Engine, matrix: NativeMatrix, norm: Affine | None = None, spec: ModelSpec | None = None) -> None:
+        self._engine, self.matrix, self.norm, self._spec = engine, matrix, NativeNorm(norm), spec
 
-    def with_norm(self, norm: NormWeights) -> "NativeProduct":
+    def with_norm(self, norm: Affine) -> "NativeLinear":
         """The same matrix after another norm."""
-        return NativeProduct(self._kernels, self._shape, self._pool, norm, self.matrix)
+        return NativeLinear(self._engine, self.matrix, norm, self._spec)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs) in fp32."""
         *shape, size = hidden.shape
         rows = hidden.reshape(-1, size).to(torch.float32).contiguous()
-        count = len(rows)
-        outputs = torch.empty(count, self.matrix.outputs)
-        most = rows_at_once(count, self._pool.row_bytes)
-        if count <= most:
+        outputs = torch.empty(len(rows), self.matrix.outputs)
+        most = rows_at_once(len(rows), self._engine.row_bytes)
+        if len(rows) <= most:
             self._score(rows, outputs)
         else:
             for part, out in zip(torch.split(rows, most), torch.split(outputs, most), strict=True):
                 self._score(part, out)
-        return outputs.view(*shape, self.matrix.outputs)
+        outputs = outputs.view(*shape, self.matrix.outputs)
+        return outputs if self._spec is None else self._spec.scaled_logits(outputs)
 
     def _score(self, rows: Tensor, out: Tensor) -> None:
-        buffers = self._pool.of(len(rows))
+        engine, buffers = self._engine, self._engine.buffers(len(rows))
         buffers.call.hidden = rows.data_ptr()
-        self._kernels.score(
-            self._shape, self.norm.structure, self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
+        engine.kernels.score(
+            engine.shape, self.norm.structure, self.matrix.structure, buffers.call, out.data_ptr(), buffers.threads
         )
-
-
-class NativeHead:
-    """Final norm and head (N, D)."""
-
-    def __init__(self, product: NativeProduct, spec: ModelSpec) -> None:
-        self.product, self._spec = product, spec
-        self.logits_scale, self.logits_cap = 1 / spec.logits_divisor, spec.logits_cap or 0.0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the logits are the product itself: rounding in a scale or a cap could make two of them equal."""
-        return self.logits_scale == 1 and not self.logits_cap
-
-    def with_norm(self, norm: NormWeights) -> "NativeHead":
-        """The same matrix after another norm."""
-        return NativeHead(self.product.with_norm(norm), self._spec)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(..., D) to logits (..., N) in fp32."""
-        return self._spec.scaled_logits(self.product(hidden))
-
-
-def shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
-    """The sizes that the kernels need, of a model with weights in `dtype`, which is that of its cache."""
-    architecture = spec.architecture
-    return CShape(
-        hidden=spec.hidden,
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        rotary=spec.rotary,
-        inner=spec.inner,
-        bf16_cache=dtype == torch.bfloat16,
-        activation=ACTIVATIONS.index(spec.activation),
-        gated=architecture.gated,
-        norms_projections=architecture.query_key_norms == "projection",
-        eps=spec.eps,
-        attention_scale=spec.attention_scale,
-        score_cap=spec.score_cap or 0.0,
-        embedding_scale=float(torch.tensor(spec.embedding_scale).to(dtype)),  # as transformers rounds it
-        residual_scale=spec.residual_scale,
-    )
-
-
-def _widths(shape: CShape, norms_blocks: bool) -> tuple[int, int, int, int]:
-    """Of the rows that threads share: queries with keys and values, mixed values, the inside of the MLP, a block's output."""
-    mixed = shape.heads * shape.head_dim
-    return mixed + 2 * shape.kv_heads * shape.head_dim, mixed, shape.inner, shape.hidden if norms_blocks else 0
-
-
-def _formed_bytes(shape: CShape) -> int:
-    """At most what a row takes in the form that the kernel of a matrix reads."""
-    return 4 * int(max(2 * shape.hidden, shape.heads * shape.head_dim, shape.inner)) + 64  # a block's map reads two states

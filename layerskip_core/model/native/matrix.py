@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..draft_vocabulary import DraftVocabulary
+from ..drafting import DraftVocabulary
 from ..low_bit import GROUP_SIZE, is_stored
-from ..weights import Projection
+from ..weights import Affine
 from .compiled import KINDS, CMatrix, Kernels
 
 LAYOUT = 1  # the version of the panels below: files of panels say which they have
@@ -49,22 +48,16 @@ class MatrixForm:
         A bias is (P, 32) in fp32.
         """
         panels, inputs, groups = self.panels, self.inputs, self.inputs // GROUP_SIZE
-        weight: dict[str, Part] = {
-            "fp32": (torch.float32, (panels, inputs, _PANEL)),
-            "bf16": (torch.bfloat16, (panels, inputs // 2, _PANEL, 2)),
-            "int8": (torch.uint8, (panels, inputs // 4, _PANEL, 4)),
-            "int4": (torch.uint8, (panels, groups, 4, _PANEL, 4)),
+        by_kind: dict[str, dict[str, Part]] = {
+            "fp32": {"weight": (torch.float32, (panels, inputs, _PANEL))},
+            "bf16": {"weight": (torch.bfloat16, (panels, inputs // 2, _PANEL, 2))},
+            "int8": {"weight": (torch.uint8, (panels, inputs // 4, _PANEL, 4)), "scale": (torch.float32, (panels, _PANEL))},
+            "int4": {
+                "weight": (torch.uint8, (panels, groups, 4, _PANEL, 4)),
+                "scale": (torch.bfloat16, (panels, groups, 2, _PANEL)),
+            },
         }
-        scale: dict[str, Part] = {
-            "int8": (torch.float32, (panels, _PANEL)),
-            "int4": (torch.bfloat16, (panels, groups, 2, _PANEL)),
-        }
-        parts = {"weight": weight[self.kind]}
-        if self.kind in scale:
-            parts["scale"] = scale[self.kind]
-        if self.biased:
-            parts["bias"] = (torch.float32, (panels, _PANEL))
-        return parts
+        return by_kind[self.kind] | ({"bias": (torch.float32, (panels, _PANEL))} if self.biased else {})
 
 
 class NativeMatrix:
@@ -78,11 +71,13 @@ class NativeMatrix:
         self.structure = CMatrix(KINDS.index(form.kind), form.inputs, self.outputs, form.panels, *pointers)
 
     @classmethod
-    def packed(cls, kernels: Kernels, form: MatrixForm, projections: Iterable[Projection]) -> "NativeMatrix":
-        """Of `count` projections (outputs, inputs), rounded where the form has low bits, or stored in int4."""
+    def packed(cls, kernels: Kernels, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> "NativeMatrix":
+        """A `PackMatrix`, after the kernels. `read` gives `count` projections (outputs, inputs), which are rounded where the
+        form has low bits, or stored in int4.
+        """
         parts = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in form.parts.items()}
         matrix = cls(form, parts)
-        rest = iter(projections)
+        rest = iter(read())
         for index in range(form.count):
             projection = next(rest)
             rows = projection.weight.contiguous()
@@ -108,36 +103,5 @@ class NativeMatrix:
         return NativeMatrix(form, parts)
 
 
-class Matrices(Protocol):
-    """Where a backend gets its matrices from, and the embedding; see `Packer`. `read` gives the weights, if they are needed."""
-
-    def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor: ...
-
-    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
-        """The matrix of this name, which with the form's kind is unique in a model."""
-        ...
-
-    def rows(
-        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]], vocabulary: DraftVocabulary
-    ) -> NativeMatrix:
-        """The rows of some tokens, of the head of this name and form."""
-        ...
-
-
-@dataclass(frozen=True)
-class Packer:
-    """Packs weights into memory."""
-
-    kernels: Kernels
-
-    def embedding(self, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
-        return read()
-
-    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]]) -> NativeMatrix:
-        return NativeMatrix.packed(self.kernels, form, read())
-
-    def rows(
-        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Projection]], vocabulary: DraftVocabulary
-    ) -> NativeMatrix:
-        kept = [Projection(vocabulary.rows_of(projection.weight), None) for projection in read()]
-        return NativeMatrix.packed(self.kernels, replace(form, outputs=len(kept[0].weight)), kept)
+PackMatrix = Callable[[str, MatrixForm, Callable[[], Iterable[Affine]]], NativeMatrix]
+"""Gives a matrix by its name, which with the form's kind is unique in a model, from weights that it reads if it needs them."""

@@ -1,0 +1,275 @@
+"""What the backends on repacked weights share: how weights become layers, heads and cheaper copies, and calls in parts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config.packing import PackingConfig, Quantization
+from .backend import Chooser
+from .cache import KVCache
+from .drafting import DraftKernel, DraftSide, DraftVocabulary
+from .exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks, PlacedBlock, with_blocks
+from .low_bit import named_int4
+from .spec import EMBEDDING, ModelSpec
+from .weights import Affine, Take, Weights, checked, norm_weights, taken_from
+
+CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
+MOST_BYTES = 1 << 28  # of activations, where a call has several prompts: its parts then have fewer tokens of each
+
+
+class Head(Protocol):
+    """A norm and a matrix: (..., D) to logits (..., N)."""
+
+    def __call__(self, hidden: Tensor) -> Tensor: ...
+
+    def with_norm(self, norm: Affine) -> Self:
+        """The same matrix after another norm."""
+
+
+LayerT = TypeVar("LayerT")
+LayersT = TypeVar("LayersT", bound="RepackedLayers[Any]")
+HeadT = TypeVar("HeadT", bound=Head)
+
+
+def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:
+    """How many of a call's rows one part has. `row_bytes`: about what the activations of a row take."""
+    return CHUNK if rows <= CHUNK else max(CHUNK, MOST_BYTES // row_bytes())
+
+
+class RepackedLayers(ABC, Generic[LayerT]):
+    """`Layers` by kernels that run a span of layers, for inference only. Not for two threads at once.
+
+    The activations of a part of a call take about 256 MB at most, or those of 256 tokens or of one token of each row, if that
+    is more.
+    """
+
+    def __init__(self, spec: ModelSpec, embedding: Tensor, layers: list[LayerT | None], dtype: torch.dtype) -> None:
+        """`layers`, with those of exit blocks: None where this copy lacks one. `dtype`: of hidden states."""
+        self.num_layers, self.max_positions = len(layers), spec.context
+        self.device, self.embedding = embedding.device, embedding
+        self.spec, self.layers, self.dtype = spec, layers, dtype
+        self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))  # as transformers rounds it
+
+    def embed(self, ids: Tensor) -> Tensor:
+        hidden = torch.embedding(self.embedding, ids).to(self.dtype)
+        return hidden if self._scale == 1 else hidden * self._scale
+
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """About what the activations of a token take in a layer."""
+
+    @abstractmethod
+    def run(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> Tensor:
+        """As `run_layers`, for at least one token and one layer, in one part."""
+
+    @abstractmethod
+    def write(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        """As `Backend.write_kv`, for at least one token and one layer, in one part."""
+
+    def tokens_at_once(self, batch: int, count: int) -> int:
+        """How many of each row's `count` tokens one part has."""
+        return max(1, min(CHUNK, rows_at_once(batch * count, self.row_bytes) // batch))
+
+    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self.run_layers(hidden, start, stop, positions, cache)
+        if cache is None:
+            cache = KVCache(self.num_layers, len(hidden), self.max_positions)
+        parts = self._parts(hidden, start, stop, positions, cache)
+        outputs = [self.run(part, start, stop, places, cache) for part, places in parts]
+        if len(outputs) < 2:
+            return outputs[0] if outputs else hidden
+        return torch.cat(outputs, dim=1)
+
+    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        with torch.inference_mode():
+            for part, places in self._parts(hidden, start, stop, positions, cache):
+                self.write(part, start, stop, places, cache)
+
+    def _parts(
+        self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """The hidden states and positions of a call, as those of calls that are small enough; none if there is no work."""
+        batch, count, _ = hidden.shape
+        assert 0 <= start <= stop <= self.num_layers and cache.rows == batch and positions.shape == (batch, count)
+        if start == stop or batch * count == 0:
+            return ()
+        if count == 1 or count <= (most := self.tokens_at_once(batch, count)):
+            return ((hidden, positions),)
+        return zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)
+
+
+@dataclass(frozen=True)
+class _Chain(Generic[LayerT, HeadT]):
+    """Layers in one precision, the first `depth` of the model's own and those of exit blocks; None where this copy lacks one.
+
+    Of its `heads` the first verifies and the last drafts; `blocks` are those of each head, by exit.
+    """
+
+    low_bits: Quantization | None
+    exact: bool
+    depth: int
+    heads: list[HeadT]
+    blocks: list[dict[int, PlacedBlock]]
+    layers: list[LayerT | None] = field(default_factory=list)
+
+
+class RepackedBackend(ABC, Generic[LayerT, LayersT, HeadT]):
+    """The operations and results of `TransformersBackend`, for inference only. Not for two threads at once."""
+
+    chooser: Chooser | None = None
+    exact = batch_invariant = recordable = False
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        take: Take,
+        packing: PackingConfig | None = None,
+        token_order: list[int] | None = None,
+        int4: Take | None = None,
+        exit_blocks: ExitBlocks = NO_BLOCKS,
+        embedding: Tensor | None = None,
+    ) -> None:
+        """Repacks the weights of an architecture that the backend's kernels support.
+
+        Args:
+            spec: of the model.
+            take: gives its weights by their names in a checkpoint; each is taken once.
+            packing: low bits, and what drafts.
+            token_order: ids, the most frequent first, which `draft_vocab` counts; None for the tokenizer's order.
+            int4: calibrated weights as rows of bytes, for int4 layers and heads; the others are rounded to nearest.
+            exit_blocks: those of the model's exits.
+            embedding: instead of the one that `take` gives.
+
+        Raises:
+            CheckpointError: a weight is missing, has another shape, or is not finite.
+            ConfigError: no kernel does what `packing` asks for.
+        """
+        packing = packing or PackingConfig()
+        self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks.blocks)
+        self._calibrated = None if int4 is None else checked(int4, spec.shapes)
+        weights = Weights(checked(take, spec.shapes), spec.shapes)
+        with torch.inference_mode():
+            self._embedding = embedding = weights.of(EMBEDDING) if embedding is None else embedding
+            self._has_blocks = bool(exit_blocks.blocks)  # whose norms come before the head too
+            self._prepare(packing)
+            norm = norm_weights(weights, "model.norm", spec)
+            vocabulary = DraftVocabulary(spec.vocab, packing.draft_vocab, token_order) if packing.draft_vocab else None
+            chains = self._headed_chains(weights, norm, packing, vocabulary)
+            self._add_layers(chains, weights, exit_blocks)
+            runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
+            self._layers, self._head, self.exit_blocks = runners[0], chains[0].heads[0], chains[0].blocks[0]
+            self.normed = self._norm(norm)
+        self.draft_sides: dict[Quantization | None, DraftSide] = {}
+        for chain, layers in zip(chains, runners, strict=True):
+            head, own = chain.heads[-1], layers is self._layers
+            kernel = self._draft_kernel(layers, head, vocabulary, own)
+            side = DraftSide(layers, chain.depth, head, chain.blocks[-1], vocabulary, own, kernel)
+            self.draft_sides[None if own else chain.low_bits] = side
+        self.num_layers, self.hidden_size, self.vocab_size = spec.layers, spec.hidden, spec.vocab
+        self.max_positions, self.device, self.dtype = spec.context, embedding.device, embedding.dtype
+        self.implementation = named_int4(self._described(packing), int4 is not None)
+
+    @classmethod
+    def of(cls, model: nn.Module, *args: Any, **options: Any) -> Self:
+        """Takes the weights of a transformers model, which can no longer run afterwards."""
+        return cls(ModelSpec.of(model.config), taken_from(model), *args, **options)
+
+    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
+        return KVCache.of(self._chain_spec, batch_size, max_positions)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self._layers.embed(ids)
+
+    def run_layers(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self._layers.run_layers(hidden, start, stop, positions, cache)
+
+    def write_kv(self, hidden: Tensor, start: int, stop: int, positions: Tensor, cache: KVCache) -> None:
+        self._layers.write_kv(hidden, start, stop, positions, cache)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden)
+
+    # What the kernels of a backend do. Matrices have the precision of the weights, or `low_bits`. Weights are read when they
+    # are needed. `exact`: rows keep the bits that they have alone.
+
+    @abstractmethod
+    def _prepare(self, packing: PackingConfig) -> None:
+        """Sets what all parts share, once there is the embedding."""
+
+    @abstractmethod
+    def _described(self, packing: PackingConfig) -> str:
+        """Which kernels run, once there are layers."""
+
+    @abstractmethod
+    def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> LayerT: ...
+
+    @abstractmethod
+    def _head_of(
+        self, norm: Affine, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
+    ) -> HeadT: ...
+
+    @abstractmethod
+    def _join(self, weights: Weights, block: ExitBlock, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
+
+    @abstractmethod
+    def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]: ...
+
+    @abstractmethod
+    def _layers_of(self, layers: list[LayerT | None], exact: bool) -> LayersT: ...
+
+    def _draft_kernel(self, layers: LayersT, head: HeadT, vocabulary: DraftVocabulary | None, own: bool) -> DraftKernel | None:
+        """For whole drafts in one call, if there is one. `own`: the layers are those that verify."""
+        return None
+
+    def _headed_chains(
+        self, weights: Weights, norm: Affine, packing: PackingConfig, vocabulary: DraftVocabulary | None
+    ) -> list[_Chain[LayerT, HeadT]]:
+        """The model's own chain and the copies that draft, with their heads and without layers."""
+        quantize, exact, layers = packing.quantize, packing.exact, self.spec.layers
+        weights = weights.remembered("").after({EMBEDDING: self._embedding}.get)
+
+        def head(kind: Quantization | None, rows: DraftVocabulary | None, exact: bool = False) -> HeadT:
+            return self._head_of(norm, self._source(weights, kind), rows, kind, exact)
+
+        heads = [head(quantize, None, exact)]
+        if vocabulary is not None:
+            heads.append(head(quantize, vocabulary))
+        chains: list[_Chain[LayerT, HeadT]] = [_Chain(quantize, exact, layers, heads, [{} for _ in heads])]
+        if packing.draft_weights:
+            kind = packing.draft_head or "int8"
+            cheap = heads[-1] if kind == quantize and not exact else head(kind, vocabulary)
+            depth = packing.draft_layers or layers
+            chains += [_Chain(copy, False, depth, [cheap], [{}]) for copy in packing.draft_weights]
+        return chains
+
+    def _add_layers(self, chains: list[_Chain[LayerT, HeadT]], weights: Weights, exit_blocks: ExitBlocks) -> None:
+        """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are several chains."""
+        of_blocks = exit_blocks.weights(self.spec, self._embedding)
+        parts: list[tuple[int, Weights, ExitBlock | None]] = []
+        for index in range(self.spec.layers):
+            parts.append((index + 1, weights.below(f"model.layers.{index}."), None))
+        for block in exit_blocks.blocks:
+            parts.append((block.exit_layer, of_blocks.below(block.prefix), block))
+        for place, (depth, stored, added) in enumerate(parts):
+            own = stored.remembered("") if added is not None or len(chains) > 1 else stored
+            for chain in chains:
+                if depth > chain.depth:
+                    chain.layers.append(None)
+                    continue
+                of_layer = self._source(own if added is None else own.below("layer."), chain.low_bits)
+                chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
+                if added is not None:
+                    norm = norm_weights(own, "norm", self.spec)
+                    join = self._join(own, added, chain.low_bits) if added.feature == "final" else None
+                    for head, placed in zip(chain.heads, chain.blocks, strict=True):
+                        placed[depth] = PlacedBlock(added, place, head.with_norm(norm), self._norm(norm), join)
+
+    def _source(self, weights: Weights, kind: Quantization | None) -> Weights:
+        """The calibrated weights where int4 is to be packed and there are any."""
+        return weights.after(self._calibrated) if kind == "int4" and self._calibrated is not None else weights
