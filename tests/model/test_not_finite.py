@@ -72,13 +72,12 @@ def test_the_next_text_of_a_prefix_decodes_as_alone(kind):
     logits = []
     for nan in ((), (0,)):
         prefix = PrefixCache()
-        prefix.suit(model, config)
-        cache, _ = prefix.begin([5] * 41)
+        cache, _ = prefix.begin(model, config, [5] * 41)
         with torch.inference_mode():
             run(model, cache, [[5, 5]], 0)
             run(model, cache, [[5] * 39], 2, nan)
             prefix.keep([5] * 41, 41)
-            cache, count = prefix.begin([5, 5, 6, 7])
+            cache, count = prefix.begin(model, config, [5, 5, 6, 7])
             assert count == 2
             logits.append(run(model, cache, [[6, 7]], 2))
     assert bool(logits[0].isfinite().all()) and torch.equal(*logits)
