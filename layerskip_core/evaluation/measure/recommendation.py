@@ -39,58 +39,63 @@ def recommend(
     Args:
         results: the first is full depth.
         drift: by how much the time of full depth changed, see `Recommendation`.
-        times: of each result on the same prompts, seconds and tokens (2, 1, prompts), None if it was not measured. If given,
-            they tell which settings may be as fast.
+        times: of each result on the same prompts, see `repeated_times`, None if it was not measured. If given, they tell which
+            settings may be as fast.
         margins: by how much each result keeps its quality, None if that was not measured.
     """
-    plain = results[0]
-    measured = [result for result in results if result.strategy in DRAFTERS and result.metrics]
-    faithful = [result for result in measured if _is_faithful(result, plain, near_tie)]
-    best = max(faithful, key=_speed, default=None)
-    pays, rank = best is not None and _speed(best) >= _WORTHWHILE, "the fastest"
-    adaptive = next((result for result in faithful if result.strategy == "adaptive"), None)
-    if best is not None and adaptive is not None and _speed(adaptive) >= max(1.0, _speed(best) / _CLOSE):
-        rank = rank if best is adaptive else f"close to the fastest ({_speed(best):.2f}x)"
-        best, pays = adaptive, True
-    exact = policy_of(best if best is not None and pays else plain, plain, quality_metric, config)
+    policies = [policy_of(result, results[0], quality_metric, config) for result in results]
+    measured = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
+    faithful = [place for place in measured if _is_faithful(results[place], results[0], near_tie)]
+    speeds, rank = [result.speedup or 0.0 for result in results], "the fastest"
+    best = max(faithful, key=speeds.__getitem__, default=0)
+    chosen = best if speeds[best] >= _WORTHWHILE else 0
+    adaptive = next((place for place in faithful if results[place].strategy == "adaptive"), 0)
+    if adaptive and speeds[adaptive] >= max(1.0, speeds[best] / _CLOSE):
+        rank = rank if best == adaptive else f"close to the fastest ({speeds[best]:.2f}x)"
+        best = chosen = adaptive
     exits = [
-        (policy_of(result, plain, quality_metric, config), found)
-        for result, found in zip(results, margins, strict=False)
-        if result.strategy == "early-exit" and found is not None
+        (policies[place], found)
+        for place, found in enumerate(margins)
+        if results[place].strategy == "early-exit" and found is not None
     ]
-    fast, fast_reason = fast_policy(exits, exact, quality_metric, config.keep)
-    if best is None:
+    fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
+    name = policy_text(policies[best])
+    if not faithful:
         reason = "no setting that drafts kept the autoregressive outputs"
-    elif not pays:
-        name = policy_text(policy_of(best, plain, quality_metric, config))
-        reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {_speed(best):.2f}x"
+    elif not chosen:
+        reason = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {speeds[best]:.2f}x"
     else:
-        differing = len(best.differences)
-        ties = f" ({differing} {'differs at a near-tie' if differing == 1 else 'differ at near-ties'})" if differing else ""
-        reason = (
-            f"{policy_text(exact)} is {rank} of {len(faithful)} settings: {_speed(best):.2f}x the speed of autoregressive "
-            f"decoding ({best.tokens_per_second:.0f} vs. {plain.tokens_per_second:.0f} tokens/s), "
-            f"{best.acceptance_rate or 0.0:.0%} of drafts accepted, {best.identical_outputs or 0.0:.0%} of outputs "
-            f"identical{ties}"
-        )
-        own = dict(zip(map(id, results), times, strict=False))
-        alike = [
-            policy_text(policy_of(result, plain, quality_metric, config))
-            for result in faithful
-            if result is not best and _may_be_as_fast(own.get(id(result)), own.get(id(best)))
-        ]
+        reason = f"{name} is {rank} of {len(faithful)} settings: {_figures(results[best], results[0])}"
+        alike = [place for place in faithful if place != best and times and _may_be_as_fast(times[place], times[best])]
         if alike:
+            names = ", ".join(policy_text(policies[place]) for place in alike[:_NAMED])
             more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
-            reason += f"; on these prompts it cannot be told from {', '.join(alike[:_NAMED])}{more}"
+            reason += f"; on these prompts it cannot be told from {names}{more}"
     if len(faithful) < len(measured):
         reason += f"; {len(measured) - len(faithful)} of {len(measured)} settings changed the output and were excluded"
     if skipped := sum(1 for result in results if result.predicted_speedup and not result.metrics):
         reason += f"; not measured because of a lower predicted speed: {skipped}"
     if drift > _NOISY:
         reason += f"; the autoregressive baseline itself varied by {drift:.0%}, so measure again on a quieter machine"
-    policies = {EXACT: exact} | ({} if fast is None else {FAST: fast})
-    chosen = (best.exit_layer, best.num_draft_tokens) if best is not None and pays else (None, None)
-    return Recommendation(*chosen, None if best is None else best.speedup, drift, reason, fast_reason, policies)
+    return Recommendation(
+        results[chosen].exit_layer,
+        results[chosen].num_draft_tokens,
+        results[best].speedup if faithful else None,
+        drift,
+        reason,
+        fast_reason,
+        {EXACT: policies[chosen]} | ({} if fast is None else {FAST: fast}),
+    )
+
+
+def _figures(best: Result, plain: Result) -> str:
+    count = len(best.differences)
+    ties = f" ({count} {'differs at a near-tie' if count == 1 else 'differ at near-ties'})" if count else ""
+    return (
+        f"{best.speedup:.2f}x the speed of autoregressive decoding ({best.tokens_per_second:.0f} vs. "
+        f"{plain.tokens_per_second:.0f} tokens/s), {best.acceptance_rate or 0.0:.0%} of drafts accepted, "
+        f"{best.identical_outputs or 0.0:.0%} of outputs identical{ties}"
+    )
 
 
 def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepConfig) -> Policy:
@@ -110,7 +115,7 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
         "metric": quality_metric,
         "value": result.metrics.get(quality_metric, 0.0),
         "full_depth": plain.metrics.get(quality_metric, 0.0),
-        "speedup": _speed(result),
+        "speedup": result.speedup or 0.0,
     }
     return cast(Policy, said)
 
@@ -181,12 +186,8 @@ def baseline_drift(first: Tensor, second: Tensor) -> float:
 
 def _may_be_as_fast(times: Tensor | None, of_best: Tensor | None) -> bool:
     """Whether the interval of their ratio contains 1."""
-    ends = None if times is None or of_best is None else speed_ratio(times, of_best).bounds
+    ends = None if times is None or of_best is None else speed_ratio(times[:2], of_best[:2]).bounds
     return ends is not None and ends.low <= 1 <= ends.high
-
-
-def _speed(result: Result) -> float:
-    return result.speedup or 0.0
 
 
 def _is_faithful(result: Result, plain: Result, near_tie: float) -> bool:

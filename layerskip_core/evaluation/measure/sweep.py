@@ -12,13 +12,14 @@ from ...config.checks import require, require_exit_layer, require_skip
 from ...config.decoding import DecodingConfig, DecodingOptions, decoding, default_exits, resolve_as, spread_exits
 from ...config.evaluation import SweepConfig
 from ...config.packing import Quantization
-from ..bootstrap import Margin, estimate, margin, metric
+from ..bootstrap import estimate, margin, metric
+from ..metrics import Scores
 from ..outputs import finite
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks.task import Task
 from .cost_model import Predictions, draft_profile, predict, side_of
-from .figures import environment, repeated_times, result_of, scored, setting_of
+from .figures import depth_of, drafts_tokens, environment, repeated_times, result_of, scored, setting_of
 from .measure import NEAR_TIE, Measured, Progress, default_timed, measure, timed_examples
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from .skip_search import search_skips
@@ -58,28 +59,31 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     measured = yield from measure(loaded, task.examples, methods, config)
     full, *others = scored(task, measured, perplexity, layers)
     again = others.pop(half)
-    rows = {plain: full} | dict(zip(chosen, others, strict=True))
+    rows, every, name = {plain: full} | dict(zip(chosen, others, strict=True)), [plain, *settings], task.quality_metric
     times = {setting: repeated_times(row.repeats, task.answers_per_prompt) for setting, row in rows.items()}
     second = repeated_times(again.repeats, task.answers_per_prompt)
     drift = baseline_drift(times[plain][:2, 0], second[:2, 0])
-    times[plain] += second
-    by_depth = {depth: metric(each).value for depth, each in perplexity.items()}
-    results = _results([plain, *settings], rows, times[plain], task.answers_per_prompt, by_depth, predictions)
-    results[0] = replace(results[0], perplexity=by_depth.get(layers))
+    times[plain] = times[plain] + second
+    through = {setting: perplexity.get(depth_of(setting, layers) or 0) for setting in every if not drafts_tokens(setting)}
+    results = _results(every, rows, times[plain], task.answers_per_prompt, through, predictions)
     if searched is not None:
         results[-1] = replace(results[-1], agreement=searched.agreement)
-    results = mark_pareto(results, task.quality_metric)
-    margins = [_margin(rows.get(setting), full, task.quality_metric, config.keep) for setting in (plain, *settings)]
-    compared = [times[setting][:2] if setting in times else None for setting in (plain, *settings)]
+    results = mark_pareto(results, name)
+    margins = [
+        margin(row.scores[name], full.scores[name], config.keep, name)
+        if (row := rows.get(setting)) is not None and name in row.scores and name in full.scores
+        else None
+        for setting in every
+    ]
     near_tie = NEAR_TIE[loaded.backend.dtype]
     yield RunRecord(
-        asdict(config) | {"quality_metric": task.quality_metric, "prompt_template": loaded.template.name},
+        asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name},
         machine,
         tuple(results),
-        recommend(results, near_tie, drift, task.quality_metric, config, compared, margins),
+        recommend(results, near_tie, drift, name, config, [times.get(setting) for setting in every], margins),
         prediction_error(results),
         draft_profile(loaded, results, config.packing, predictions.context),
-        task.answered([rows[setting].texts if setting in rows else None for setting in (plain, *settings)]),
+        task.answered([rows[setting].texts if setting in rows else None for setting in every]),
     )
 
 
@@ -169,44 +173,27 @@ def _results(
     rows: Mapping[DecodingConfig, Measured],
     base: Tensor,
     answers_per_prompt: int,
-    perplexity: Mapping[int, float | None],
+    perplexity: Mapping[DecodingConfig, Scores | None],
     predictions: Predictions,
 ) -> list[Result]:
-    """The figures of each setting, of which the first is full depth; those that were not measured have predictions."""
-    full, results = rows[settings[0]], []
+    """The figures of each setting, of which the first is full depth, and what is known without decoding by the setting."""
+    results = []
     for setting in settings:
-        result = setting_of(setting)
+        result, losses, prediction = setting_of(setting), perplexity.get(setting), predictions.settings.get(setting)
         if setting in rows:
-            result = result_of(rows[setting], full, None, answers_per_prompt, base)
-        results.append(_with_predictions(result, setting, perplexity, predictions))
+            result = result_of(rows[setting], rows[settings[0]], None, answers_per_prompt, base)
+        if setting.strategy == "early-exit" or setting.draft_weights is not None:
+            result = replace(result, agreement=predictions.agreement.get(side_of(setting)))
+        if prediction is not None:
+            result = replace(
+                result,
+                predicted_speedup=prediction.speedup,
+                predicted_tokens_per_second=finite(prediction.tokens_per_second),
+                predicted_acceptance_rate=prediction.rounds.acceptance_rate,
+                pass_times_ms={name: 1000 * seconds for name, seconds in prediction.times._asdict().items()},
+            )
+        results.append(replace(result, perplexity=None if losses is None else metric(losses).value))
     intervals = {name: ends for name, ends in results[0].intervals.items() if not name.endswith("speedup")}  # they are the unit
     speed = estimate(torch.div, base[[1, 0]]).value
     results[0] = replace(results[0], speedup=1.0, decode_speedup=1.0, tokens_per_second=speed, intervals=intervals)
     return results
-
-
-def _with_predictions(
-    result: Result, setting: DecodingConfig, perplexity: Mapping[int, float | None], predictions: Predictions
-) -> Result:
-    """Adds what is known without decoding by the setting: perplexity and agreement of an exit, and a predicted speedup."""
-    agreement = predictions.agreement.get(side_of(setting))
-    if setting.strategy == "early-exit" and setting.exit_layer is not None:
-        return replace(result, perplexity=perplexity.get(setting.exit_layer), agreement=agreement)
-    prediction = predictions.settings.get(setting)
-    if prediction is None:
-        return result
-    return replace(
-        result,
-        agreement=agreement if setting.draft_weights else None,
-        predicted_speedup=prediction.speedup,
-        predicted_tokens_per_second=finite(prediction.tokens_per_second),
-        predicted_acceptance_rate=prediction.rounds.acceptance_rate,
-        pass_times_ms={name: 1000 * seconds for name, seconds in prediction.times._asdict().items()},
-    )
-
-
-def _margin(row: Measured | None, plain: Measured, name: str, keep: float) -> Margin | None:
-    """By how much an early exit keeps its share of full depth's quality; None where that was not measured."""
-    if row is None or row.setting.strategy != "early-exit" or name not in row.scores or name not in plain.scores:
-        return None
-    return margin(row.scores[name], plain.scores[name], keep, name)
