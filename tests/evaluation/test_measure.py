@@ -76,8 +76,7 @@ def test_the_samples_of_the_largest_seed_have_seeds_of_their_own():
     assert measured.texts[1] == measure_prompt(loaded, example.prompt, replace(drawn, seed=0)).text
 
 
-@pytest.mark.parametrize("stop", [(), "of an answer"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("dtype", "stop"), [(torch.float64, "of an answer"), (torch.float32, ())])
 def test_every_setting_answers_in_a_batch_as_it_does_alone(dtype, stop):
     loaded, examples = tiny_loaded(dtype), own_answers(5).examples
     if stop:

@@ -144,18 +144,10 @@ def test_a_sweep_of_the_tiny_model():
     phases = (("perplexity", 3), ("prediction", 6), ("prompts", 3))  # 3 prompts, and all settings timed thrice
     assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
     settings = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
-    assert settings == [
-        ("autoregressive", None, None),
-        ("early-exit", 2, None),
-        ("early-exit", 5, None),
-        ("self-speculative", 2, 2),
-        ("self-speculative", 2, 4),
-        ("self-speculative", 5, 2),
-        ("self-speculative", 5, 4),
-        ("lookup", None, 2),
-        ("lookup", None, 4),
-        ("adaptive", None, None),
-    ]
+    exits = [("early-exit", layer, None) for layer in (2, 5)]
+    drafting = [("self-speculative", layer, drafts) for layer in (2, 5) for drafts in (2, 4)]
+    lookups = [("lookup", None, drafts) for drafts in (2, 4)]
+    assert settings == [("autoregressive", None, None), *exits, *drafting, *lookups, ("adaptive", None, None)]
     plain, *early_exits = record.results[:3]
     drafted, others = record.results[3:7], record.results[7:]
     shares = [early_exit_share(loaded, task, layer) for layer in (2, 5)]
