@@ -4,6 +4,7 @@ The passes are timed in use, along answers; for adaptive drafting also by their 
 """
 
 import time
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice, pairwise
@@ -248,28 +249,18 @@ def predict(
 
     Settings that draft with the same layers stand together. Raises LayerSkipError when no prompt could be answered.
     """
-    total, plain, ends = len(examples) + _MOST, replace(plain, temperature=0.0), loaded.ends(plain.stop)
-    rounds, agreeing = dict.fromkeys(settings, DecodeStats()), dict.fromkeys(map(side_of, settings), 0)
-    exits: dict[Quantization | None, list[int]] = {}
-    for weights, exit_layer in agreeing:
-        exits.setdefault(weights, []).append(exit_layer)
+    total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
+    agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())
     measure_prompt(loaded, examples[0].prompt, plain)  # warm-up
     outputs: list[Output] = []
     answered: list[tuple[list[int], Output]] = []  # with the prompt's tokens
     for number, example in enumerate(examples, start=1):
         outputs.append(output := measure_prompt(loaded, example.prompt, plain))
         if output.error is None:
-            prompt_ids = loaded.encode_prompt(example.prompt)
-            answered.append((prompt_ids, output))
-            room = min(plain.max_new_tokens, loaded.backend.max_positions - len(prompt_ids))
-            choices: dict[Side, list[int]] = {}
-            for weights, layers in exits.items():
-                found = agreement(loaded, prompt_ids, output.ids, layers, weights)
-                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
-            for side, chosen in choices.items():
-                agreeing[side] += sum(map(eq, chosen, output.ids))
-            for setting in settings:
-                rounds[setting] += simulate(choices[side_of(setting)], output.ids, setting.num_draft_tokens, room, ends)
+            answered.append((loaded.encode_prompt(example.prompt), output))
+            right, of_settings = _along(loaded, *answered[-1], settings, plain)
+            agreeing.update(right)
+            rounds = {setting: rounds[setting] + new for setting, new in of_settings.items()}
         yield Progress(number, total, "prediction")
     require_outputs(outputs)
     # From the answer of median length with its prompt to the longest and the shortest.
@@ -291,6 +282,21 @@ def predict(
     prompt_ids, output = typical[0]
     context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # the average one of its steps
     return Predictions({side: count / tokens for side, count in agreeing.items()}, predictions, context)
+
+
+def _along(
+    loaded: Decoder, prompt_ids: list[int], output: Output, settings: Sequence[DecodingConfig], plain: DecodingConfig
+) -> tuple[dict[Side, int], dict[DecodingConfig, DecodeStats]]:
+    """How many tokens of an output each exit and copy would also have chosen, and the rounds of each setting."""
+    choices: dict[Side, list[int]] = {}
+    for weights, sides in groupby(dict.fromkeys(map(side_of, settings)), key=lambda side: side[0]):
+        found = agreement(loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights)
+        choices |= {(weights, exit_layer): chosen for exit_layer, chosen in found.items()}
+    room = min(plain.max_new_tokens, loaded.backend.max_positions - len(prompt_ids))
+    ends = loaded.ends(plain.stop)
+    return {side: sum(map(eq, chosen, output.ids)) for side, chosen in choices.items()}, {
+        setting: simulate(choices[side_of(setting)], output.ids, setting.num_draft_tokens, room, ends) for setting in settings
+    }
 
 
 def _parts(loaded: Decoder, answered: Sequence[tuple[list[int], Output]]) -> Iterator[TimedPart]:

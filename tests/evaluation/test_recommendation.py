@@ -1,16 +1,19 @@
-"""The policies of a sweep, from known tables."""
+"""What a sweep advises, from known tables: Pareto marks, the recommendation and the policies."""
 
 from dataclasses import replace
 
 import pytest
+import torch
+from evaluating import outputs_of
 
 from layerskip_core.config.decoding import policy_packing
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.evaluation.bootstrap import Margin, margin
-from layerskip_core.evaluation.measure.recommendation import recommend
+from layerskip_core.evaluation.measure.recommendation import baseline_drift, mark_pareto, prediction_error, recommend
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.results import Difference, Result
+from layerskip_core.evaluation.outputs import times_of
+from layerskip_core.evaluation.results import Difference, Failure, Result
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, **changes):
@@ -19,6 +22,10 @@ def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, **chan
 
 
 PLAIN = row("autoregressive")
+
+
+def advise(table, drift=0.0, times=(), **config):
+    return recommend(table, 1e-3, drift, "exact_match", SweepConfig(task=TaskConfig("known"), **config), times)
 
 
 def policies(*table, **config):
@@ -38,6 +45,84 @@ def kept(prompts, wrong=0, share=0.98):
 
 def measured(value, speedup):
     return {"task": "known", "metric": "exact_match", "value": value, "full_depth": 0.9, "speedup": speedup}
+
+
+def test_pareto_marks_of_a_known_table():
+    table = [
+        PLAIN,  # as good as the drafted ones, but slower
+        row("early-exit", 3, quality=0.2, speedup=4),  # the fastest
+        row("early-exit", 6, quality=0.1, speedup=3),  # beaten by exit 3 in both
+        row("early-exit", 12, quality=0.8, speedup=1.9),  # slower and worse than exit 6 with drafts
+        row("early-exit", 8, quality=0.8, speedup=2.5),
+        row("self-speculative", 6, 4, speedup=2),
+        row("self-speculative", 6, 8, speedup=2),  # the same point: neither beats the other
+        row("self-speculative", 8, 8, speedup=1.5),
+    ]
+    marks = [result.pareto for result in mark_pareto(table, "exact_match")]
+    assert marks == [False, True, False, False, True, True, True, False]
+
+
+def test_the_fastest_faithful_setting_is_recommended():
+    slower, best = row("self-speculative", 6, 4, speedup=1.7), row("self-speculative", 8, 6, speedup=1.82)
+    table = [PLAIN, row("early-exit", 3, speedup=9), slower, best]
+    advice = advise(table, drift=0.02)
+    assert (advice.exit_layer, advice.num_draft_tokens, advice.speedup, advice.baseline_drift) == (8, 6, 1.82, 0.02)
+    assert advice.reason == (
+        "exit 8 with 6 draft tokens is the fastest of 2 settings: 1.82x the speed of autoregressive decoding "
+        "(182 vs. 100 tokens/s), 70% of drafts accepted, 100% of outputs identical"
+    )
+
+
+def test_adaptive_drafting_is_preferred_to_a_fixed_setting_that_is_hardly_faster():
+    adaptive, fixed = row("adaptive", speedup=1.8), row("self-speculative", 8, 6, speedup=1.88)
+    advice = advise([PLAIN, fixed, adaptive])
+    assert (advice.exit_layer, advice.speedup, advice.policies["exact"]["strategy"]) == (None, 1.8, "adaptive")
+    assert advice.reason.startswith("adaptive is close to the fastest (1.88x) of 2 settings: 1.80x the speed")
+    assert advise([PLAIN, replace(fixed, speedup=1.9), adaptive]).exit_layer == 8
+    assert advise([PLAIN, replace(fixed, speedup=1.7), adaptive]).reason.startswith("adaptive is the fastest of 2 settings")
+
+
+def test_settings_that_may_be_as_fast_are_named():
+    """One is slower on every prompt, another is as often faster as slower, and a third was not timed."""
+    best, slow, close, untimed = (row("self-speculative", 8, drafts, speedup=1 + drafts / 100) for drafts in (80, 20, 79, 78))
+    seconds = ((9.0,) * 4, (2.0, 2.1, 1.9, 2.0), (4.0,) * 4, (2.2, 1.9, 2.0, 2.1))
+    times = [torch.tensor([[each], [(10.0,) * 4]]) for each in seconds]
+    reason = advise([PLAIN, best, slow, close, untimed], times=[*times, None]).reason
+    assert reason.endswith("; on these prompts it cannot be told from exit 8 with 79 draft tokens")
+    assert "cannot be told" not in advise([PLAIN, best, slow], times=times[:3]).reason
+
+
+def test_settings_that_change_the_output_are_excluded_unless_at_near_ties():
+    wrong = row("self-speculative", 6, 4, speedup=3, differences=(Difference(0, 3, 0.5),))
+    failed = row("self-speculative", 6, 6, speedup=3, failures=(Failure(0, "out of memory"),))
+    tied = replace(row("self-speculative", 8, 6, speedup=1.82), identical_outputs=0.9, differences=(Difference(1, 3, 1e-4),))
+    advice = advise([PLAIN, wrong, failed, tied])
+    assert (advice.exit_layer, advice.num_draft_tokens) == (8, 6)
+    assert advice.reason.endswith(
+        "90% of outputs identical (1 differs at a near-tie); 2 of 3 settings changed the output and were excluded"
+    )
+    nothing = advise([PLAIN, wrong])
+    assert (nothing.exit_layer, nothing.num_draft_tokens, nothing.speedup) == (None, None, None)
+    assert nothing.reason.startswith("no setting that drafts kept the autoregressive outputs")
+
+
+def test_speculation_that_does_not_pay_is_not_recommended_and_a_noisy_machine_is_reported():
+    advice = advise([PLAIN, row("self-speculative", 8, 6, speedup=1.04)], drift=0.25)
+    assert (advice.exit_layer, advice.num_draft_tokens, advice.speedup) == (None, None, 1.04)
+    assert advice.reason.startswith("speculation does not pay on this model and machine: exit 8 with 6 draft tokens")
+    assert "the autoregressive baseline itself varied by 25%" in advice.reason
+
+
+def test_drift_is_the_median_change_of_the_baseline():
+    first, second = outputs_of([(1, 1.0)], [(2, 1.0)], [(1, 1.0)]), outputs_of([(1, 1.1)], [(2, 0.8)], [(1, 3.0)])
+    assert baseline_drift(times_of(first)[:2], times_of(second)[:2]) == pytest.approx(0.2)
+
+
+def test_prediction_error_of_known_figures():
+    table = [replace(row("self-speculative", 2, 2, speedup=1), predicted_speedup=x) for x in (0.9, 1.04, 1.01)]
+    error = prediction_error([PLAIN, *table])
+    assert (error.settings, error.median, error.largest, error.mean) == pytest.approx((3, 0.04, 0.1, -0.05 / 3))
+    assert prediction_error([PLAIN]) is None
 
 
 def test_exact_is_the_recommendation_and_fast_the_fastest_exit_that_keeps_the_quality():
