@@ -125,10 +125,10 @@ def known_times(monkeypatch):
 
 def test_the_search_finds_redundant_layers(known_times):
     loaded = silenced(2, 3, 5)
-    progress, found = collect(search_skips(loaded, own_answers(), GENERATION))
-    assert set(found.choice["skip"]) == {2, 3, 5}
-    assert found.agreement == 1.0 and found.choice["num_draft_tokens"] >= 2
-    assert found.prediction.rounds.acceptance_rate == 1.0
+    progress, (choice, agreement, prediction) = collect(search_skips(loaded, own_answers(), GENERATION))
+    assert set(choice["skip"]) == {2, 3, 5}
+    assert agreement == 1.0 and choice["num_draft_tokens"] >= 2
+    assert prediction.rounds.acceptance_rate == 1.0
     assert progress[-1] == Progress(LAYERS - 1, LAYERS - 1, "layers to skip")
 
 

@@ -39,7 +39,7 @@ def bench(
         searched = found_skip(folder) if folder is not None and resume else None
         if searched is None:
             weights = config.packing.draft_weights
-            searched = (yield from search_skips(loaded, task, generation, weights[0] if weights else None)).choice
+            searched, *_ = yield from search_skips(loaded, task, generation, weights[0] if weights else None)
         recommended = replace(recommended, skip=searched)
     settings = strategies_of(loaded, config, asked, recommended)
     speculative = resolve_as("self-speculative", asked, recommended, layers, config.packing)

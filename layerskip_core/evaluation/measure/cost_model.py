@@ -18,7 +18,7 @@ from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingConfig, DraftProfile
 from ...config.packing import PackingConfig, Quantization
 from ...data.examples import Example
-from ...decoding import DecodeStats, Decoding, decode
+from ...decoding import DecodeStats, decode
 from ...decoding.drafters.exit import drafter_name
 from ...model.backend import Submodel
 from ...model.drafting import beyond_exit, most_probable
@@ -77,8 +77,7 @@ def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[
 
 def plain_seconds(loaded: Decoder, part: TimedPart) -> float | None:
     """Mean time of an autoregressive step along an answer. None if the answer has one token, which the prefill gives."""
-    config = DecodingConfig("autoregressive", max_new_tokens=part.limit)
-    steps = list(islice(_step_times(decode(loaded.backend, part.ids, config)), 1, 1 + _STEPS))
+    steps = _steps(loaded, part, DecodingConfig("autoregressive"), _STEPS)
     return fmean(total for *_, total in steps) if steps else None
 
 
@@ -88,13 +87,24 @@ def pass_times(loaded: Decoder, part: TimedPart, setting: DecodingConfig, plain:
     So no part of a round is left out, and the first rounds count as much as they do in use, as do the short ones at the end.
     `plain`: `plain_seconds` of the same answer. None if the answer has no room for a round.
     """
-    greedy = replace(setting, max_new_tokens=part.limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
-    decoding = decode(loaded.backend, part.ids, greedy)  # the answer's end is known, so EOS ids are not needed
-    rounds = [step for step in islice(_step_times(decoding), 1 + _ROUNDS) if step[0]]
+    rounds = [step for step in _steps(loaded, part, setting, _ROUNDS) if step[0]]
     if not rounds:
         return None
     drafted, draft, verify, total = map(sum, zip(*rounds, strict=True))
     return PassTimes(draft / drafted, verify / len(rounds), (total - draft - verify) / len(rounds), plain)
+
+
+def _steps(loaded: Decoder, part: TimedPart, setting: DecodingConfig, most: int) -> list[tuple[int, float, float, float]]:
+    """The drafts of each step after the prefill, and its seconds for drafting, verifying and in total."""
+    greedy = replace(setting, max_new_tokens=part.limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0)
+    decoding = decode(loaded.backend, part.ids, greedy)  # the answer's end is known, so EOS ids are not needed
+    steps, before, started = [], DecodeStats(), time.perf_counter()
+    for _ in islice(decoding, 1 + most):
+        total, now = time.perf_counter() - started, decoding.stats
+        draft, verify = now.draft_seconds - before.draft_seconds, now.verify_seconds - before.verify_seconds
+        steps.append((now.drafted - before.drafted, draft, verify, total))
+        before, started = now, time.perf_counter()
+    return steps[1:]
 
 
 def timed_visits(
@@ -125,16 +135,6 @@ def averages(times: Sequence[PassTimes]) -> PassTimes:
     """
     left_out = len(times) // 10
     return PassTimes(*(fmean(sorted(seconds)[left_out : len(times) - left_out]) for seconds in zip(*times, strict=True)))
-
-
-def _step_times(decoding: Decoding) -> Iterator[tuple[int, float, float, float]]:
-    """Of each step the number of its drafts, and its seconds for drafting, verifying and in total."""
-    before, started = DecodeStats(), time.perf_counter()
-    for _ in decoding:
-        total, now = time.perf_counter() - started, decoding.stats
-        draft, verify = now.draft_seconds - before.draft_seconds, now.verify_seconds - before.verify_seconds
-        yield now.drafted - before.drafted, draft, verify, total
-        before, started = now, time.perf_counter()
 
 
 @torch.inference_mode()

@@ -37,17 +37,6 @@ _FINALISTS = 3  # sets whose pass times are measured, with the best draft length
 _VISITS = 3  # to each of them
 
 
-class FoundSkip(NamedTuple):
-    """The layers to skip, and the prediction for them on the rows of the search.
-
-    `agreement`: the share of the autoregressive tokens that the drafts would also have chosen.
-    """
-
-    choice: DecodingOptions  # `skip` and `num_draft_tokens`
-    agreement: float
-    prediction: Prediction
-
-
 class Probe:
     """A prompt with the model's own greedy output: tells what drafts without some layers would be along it."""
 
@@ -98,8 +87,11 @@ class SkipSet(NamedTuple):
 
 def search_skips(
     loaded: Decoder, task: Task, generation: DecodingOptions, weights: Quantization | None = None
-) -> Generator[Progress, None, FoundSkip]:
-    """Yields progress. `weights`: the low-bit copy that drafts.
+) -> Generator[Progress, None, tuple[DecodingOptions, float, Prediction]]:
+    """Yields progress; returns `skip` with `num_draft_tokens`, their agreement and the prediction for them on the search's rows.
+
+    Agreement is the share of the autoregressive tokens that the drafts would also have chosen. `weights`: the low-bit copy that
+    drafts.
 
     Raises:
         ConfigError: the model has a single layer.
@@ -146,7 +138,7 @@ def search_skips(
     predictions = [predicted(*finalist, times, prefill) for finalist, times in zip(finalists, measured, strict=True)]
     best = max(range(len(finalists)), key=lambda place: predictions[place].speedup)
     found, drafts = finalists[best]
-    return FoundSkip({"skip": found.skip, "num_draft_tokens": drafts}, found.agreeing / tokens, predictions[best])
+    return {"skip": found.skip, "num_draft_tokens": drafts}, found.agreeing / tokens, predictions[best]
 
 
 def eliminated(probes: Sequence[Probe], num_layers: int) -> Generator[SkipSet, None, None]:

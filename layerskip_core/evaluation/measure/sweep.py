@@ -50,8 +50,9 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
     predictions = yield from predict(loaded, timed_examples(task.examples, config.timed), predictable, plain)
     if searched is not None:
-        settings.append(_skipping(config, searched.choice))
-        predictions.settings[settings[-1]] = searched.prediction
+        choice, share, prediction = searched
+        settings.append(_skipping(config, choice))
+        predictions.settings[settings[-1]] = prediction
     chosen = _promising(settings, predictions) if config.quick else settings
     # The baseline runs twice, first and in the middle. The others are compared with both; their difference shows the noise.
     half = len(chosen) // 2
@@ -67,7 +68,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     through = {setting: perplexity.get(depth_of(setting, layers) or 0) for setting in every if not drafts_tokens(setting)}
     results = _results(every, rows, times[plain], task.answers_per_prompt, through, predictions)
     if searched is not None:
-        results[-1] = replace(results[-1], agreement=searched.agreement)
+        results[-1] = replace(results[-1], agreement=share)
     results = mark_pareto(results, name)
     margins = [
         margin(row.scores[name], full.scores[name], config.keep, name)
