@@ -88,7 +88,7 @@ class SkipSet(NamedTuple):
 def search_skips(
     loaded: Decoder, task: Task, generation: DecodingOptions, weights: Quantization | None = None
 ) -> Generator[Progress, None, tuple[DecodingOptions, float, Prediction]]:
-    """Yields progress; returns `skip` with `num_draft_tokens`, their agreement and the prediction for them on the search's rows.
+    """Yields progress; returns `skip` and `num_draft_tokens`, the drafts' agreement and the prediction, on the search's rows.
 
     Agreement is the share of the autoregressive tokens that the drafts would also have chosen. `weights`: the low-bit copy that
     drafts.

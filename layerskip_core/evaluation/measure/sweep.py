@@ -18,7 +18,7 @@ from ..outputs import finite
 from ..perplexity import scores_by_exit
 from ..results import Result, RunRecord
 from ..tasks.task import Task
-from .cost_model import Predictions, draft_profile, predict, side_of
+from .cost_model import Prediction, Predictions, draft_profile, predict, side_of
 from .figures import depth_of, drafts_tokens, environment, repeated_times, result_of, scored, setting_of
 from .measure import NEAR_TIE, Measured, Progress, default_timed, measure, timed_examples
 from .recommendation import baseline_drift, mark_pareto, prediction_error, recommend
@@ -44,15 +44,14 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     perplexity = scores_by_exit(losses)
     plain, settings = decoding("autoregressive", generation), _settings(loaded, config)
-    searched = None
-    if config.search_skips:
-        searched = yield from search_skips(loaded, task, generation, _weights(config))
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
+    searched: dict[DecodingConfig, Prediction] = {}
+    if config.search_skips:
+        choice, share, prediction = yield from search_skips(loaded, task, generation, _weights(config))
+        searched[_skipping(config, choice)] = prediction
     predictions = yield from predict(loaded, timed_examples(task.examples, config.timed), predictable, plain)
-    if searched is not None:
-        choice, share, prediction = searched
-        settings.append(_skipping(config, choice))
-        predictions.settings[settings[-1]] = prediction
+    predictions.settings.update(searched)
+    settings += searched
     chosen = _promising(settings, predictions) if config.quick else settings
     # The baseline runs twice, first and in the middle. The others are compared with both; their difference shows the noise.
     half = len(chosen) // 2
@@ -67,7 +66,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     times[plain] = times[plain] + second
     through = {setting: perplexity.get(depth_of(setting, layers) or 0) for setting in every if not drafts_tokens(setting)}
     results = _results(every, rows, times[plain], task.answers_per_prompt, through, predictions)
-    if searched is not None:
+    if searched:
         results[-1] = replace(results[-1], agreement=share)
     results = mark_pareto(results, name)
     margins = [
