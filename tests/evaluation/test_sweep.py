@@ -54,7 +54,7 @@ def test_default_exits(layers, exits):
 def test_a_sweep_of_the_tiny_model():
     loaded, task = tiny_loaded(), own_answers()
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
-    phases = (("perplexity", 3), ("prediction", 6), ("prompts", 3))  # 3 prompts, and all settings timed thrice
+    phases = (("perplexity", 3), ("prediction", 4), ("prompts", 3))  # 3 prompts, and all settings timed once
     assert progress == [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
     settings = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]
     exits = [("early-exit", layer, None) for layer in (2, 5)]
