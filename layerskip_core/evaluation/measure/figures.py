@@ -17,7 +17,7 @@ from torch import Tensor
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import STRATEGIES, DecodingConfig
 from ...decoding import DecodeStats
-from ..bootstrap import change, estimate, metric, speed_ratio
+from ..bootstrap import Estimate, change, estimate, metric, speed_ratio
 from ..metrics import Scores
 from ..outputs import Output, finite, times_of
 from ..results import Failure, Result
@@ -81,15 +81,7 @@ def result_of(
     answers, repeats, scores = measured.answers, measured.repeats, measured.scores
     result, stats = setting_of(measured.setting), sum((output.stats for output in answers), DecodeStats())
     accepted_at = (*stats.accepted_by_position, *[0] * len(stats.tested_by_position))
-    known = [output.error is None for output in full.answers]
-    same = [there and mine.ids == other.ids for there, mine, other in zip(known, answers, full.answers, strict=True)]
-    figures = {"identical_outputs": estimate(torch.div, [same, known], answers_per_prompt)}
-    if drafts := drafts_tokens(measured.setting):
-        accepted = [output.stats.accepted for output in answers]
-        for name, count in (("acceptance_rate", "drafted"), ("mean_accepted_tokens", "rounds")):
-            counts = [getattr(output.stats, count) for output in answers]
-            found = estimate(torch.div, [accepted, counts], answers_per_prompt)
-            figures[name] = found._replace(value=getattr(stats, name))  # 0 without drafts
+    figures: dict[str, Estimate] = {}
     if repeats:
         times = repeated_times(repeats, answers_per_prompt)
         base = repeated_times(full.repeats, answers_per_prompt) if base is None else base
@@ -103,6 +95,15 @@ def result_of(
             **_speeds(repeats, result.strategy == "adaptive"),
             tokens_per_second=estimate(torch.div, times[[1, 0]]).value,
         )
+    known = [output.error is None for output in full.answers]
+    same = [there and mine.ids == other.ids for there, mine, other in zip(known, answers, full.answers, strict=True)]
+    figures["identical_outputs"] = estimate(torch.div, [same, known], answers_per_prompt)
+    if drafts := drafts_tokens(measured.setting):
+        accepted = [output.stats.accepted for output in answers]
+        for name, count in (("acceptance_rate", "drafted"), ("mean_accepted_tokens", "rounds")):
+            counts = [getattr(output.stats, count) for output in answers]
+            found = estimate(torch.div, [accepted, counts], answers_per_prompt)
+            figures[name] = found._replace(value=getattr(stats, name))  # 0 without drafts
     metrics = {name: metric(each) for name, each in scores.items()}
     values: dict[str, Any] = {name: found.value for name, found in figures.items()}
     changes = {name: change(each, full.scores[name]).bounds for name, each in scores.items() if name in full.scores}
