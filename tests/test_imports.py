@@ -55,6 +55,19 @@ def test_no_package_imports_a_package_above_it():
     assert {"data", "model", "checkpoint"} <= {other for top, other, _ in tops if top == "training"}  # edges are found at all
 
 
+def test_measurements_and_reports_know_each_other_only_through_the_results_below_both():
+    beside = {
+        "sandbox": {"tasks", "measure", "report", "output_folder"},
+        "tasks": {"measure", "report", "output_folder"},
+        "measure": {"report", "output_folder"},
+        "report": {"tasks", "measure", "sandbox", "output_folder"},
+    }
+    inside = [(name, target) for name, targets in graph().items() for target in targets if name.startswith("evaluation.")]
+    parts = [(name.split(".")[1], target.split(".")[1]) for name, target in inside if target.startswith("evaluation.")]
+    assert [(part, other) for part, other in parts if other in beside.get(part, ())] == []
+    assert {("measure", "results"), ("report", "results"), ("tasks", "sandbox")} <= set(parts)  # edges are found at all
+
+
 def circle(edges):
     """What is left of a graph (node -> nodes) after all that leads into no circle is taken away."""
     left = dict(edges)

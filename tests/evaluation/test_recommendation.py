@@ -146,6 +146,8 @@ def test_keep_decides_which_exit_is_good_enough():
     found, reason = policies(*exits, keep=0.99)
     assert list(found) == ["exact"]
     assert reason.startswith("none, because no early exit keeps more than 0.99 of exact_match")
+    never_right = advise([replace(PLAIN, metrics={"exact_match": 0.0}), row("early-exit", 1, quality=0.0, speedup=5.0)])
+    assert (list(never_right.policies), never_right.fast_reason) == (["exact"], "none, because exact_match is 0 at full depth")
 
 
 def test_an_early_exit_that_is_no_faster_than_exact_is_not_saved():
@@ -155,13 +157,6 @@ def test_an_early_exit_that_is_no_faster_than_exact_is_not_saved():
     found, reason = policies(row("early-exit", 4, speedup=0.9), row("self-speculative", 4, 6, speedup=0.8))
     assert found == {"exact": {"strategy": "autoregressive", "measured": measured(0.9, 1.0)}}
     assert reason.endswith("is not faster than the policy exact (1.00x)")
-
-
-def test_a_model_that_never_answers_right_has_no_quality_to_keep():
-    wrong = replace(PLAIN, metrics={"exact_match": 0.0})
-    advice = recommend([wrong, row("early-exit", 1, quality=0.0, speedup=5.0)], 1e-3, 0.0, "exact_match", SweepConfig())
-    assert list(advice.policies) == ["exact"]
-    assert advice.fast_reason == "none, because exact_match is 0 at full depth"
 
 
 def test_a_dozen_equal_prompts_do_not_show_that_an_exit_keeps_the_quality():
