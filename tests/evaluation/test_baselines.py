@@ -40,13 +40,14 @@ def test_every_baseline_gives_the_autoregressive_tokens(name):
 
 def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
     """Its first round drafts after the prompt, as our early exit answers; each round adds its accepted drafts and one token."""
-    loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
-    expected = measure_prompt(loaded, prompt, PLAIN).ids
-    drafts = measure_prompt(loaded, prompt, DecodingConfig("early-exit", 5, max_new_tokens=3)).ids
-    output = answer("assistant-early-exit", prompt)
-    assert output.steps[0].tokens == 1 + next((place for place in range(3) if drafts[place] != expected[place]), 3)
-    stats = output.stats
-    assert 0 < stats.accepted == stats.new_tokens - stats.rounds < stats.drafted <= 3 * stats.rounds
+    loaded, early = tiny_loaded(), DecodingConfig("early-exit", 5, max_new_tokens=3)
+    for example in own_answers().examples:
+        expected = measure_prompt(loaded, example.prompt, PLAIN).ids
+        drafts = measure_prompt(loaded, example.prompt, early).ids
+        output = answer("assistant-early-exit", example.prompt)
+        assert output.steps[0].tokens == 1 + next((place for place in range(3) if drafts[place] != expected[place]), 3)
+        stats = output.stats
+        assert 0 < stats.accepted == stats.new_tokens - stats.rounds <= stats.drafted <= 3 * stats.rounds
 
 
 def test_without_reuse_only_the_time_changes():
