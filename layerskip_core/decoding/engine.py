@@ -23,7 +23,7 @@ from .drafters.lookup import LookupDrafter
 from .graphs import Recorder, Stopwatch, recorded_sides
 from .output import Answer, DecodeStats, Detokenize, OutputText, StopReason, StopScanner, Token, step_counts
 from .sampling import Sampler, accepted_choices
-from .target import ExitBlockCache, PrefixCache, Target, TargetOutput, exit_block_cache, target_for
+from .target import FixedTarget, PrefixCache, Target, TargetOutput, target_for
 
 
 class Decoding:
@@ -128,18 +128,15 @@ def loop_of(
 
     `isolated`: it has one row, and no others will join. Its passes are recorded where the model allows it.
     """
-    sampler = Sampler(config, model.device, len(prompts), seeds)
-    exit_cache = exit_block_cache(model, config)
-    recorder = sides = drafter = None
-    carries = exit_cache is not None and exit_cache.needs_finals
-    if isolated and model.recordable and prefix is None and not carries and not config.exit_confidence:
-        recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.max_positions))
-        sides = recorded_sides(model, recorder)
-    target = target_for(model, config, exit_cache, recorder)
+    sampler, target = Sampler(config, model.device, len(prompts), seeds), target_for(model, config)
+    sides = drafter = None
+    carries = target.exit_cache is not None and target.exit_cache.needs_finals
+    if isolated and model.recordable and prefix is None and not carries and isinstance(target, FixedTarget):
+        target.recorder = Recorder.of(model, min(len(prompts[0]) + config.max_new_tokens, model.max_positions))
+        sides = recorded_sides(model, target.recorder)
     if config.strategy in DRAFTERS:
         drafter = drafter_for(DrafterSetup(model, sampler, config, eos_ids, reuse_exit_states, sides))
-    parts = exit_cache, prefix, recorder
-    return DecodingLoop(model, prompts, config, sampler, target, drafter, eos_ids, detokenize, *parts)
+    return DecodingLoop(model, prompts, config, sampler, target, drafter, eos_ids, detokenize, prefix)
 
 
 def drafter_for(setup: DrafterSetup) -> Drafter:
@@ -213,17 +210,14 @@ class DecodingLoop:
         drafter: Drafter | None = None,
         eos_ids: frozenset[int] = frozenset(),
         detokenize: Detokenize | None = None,
-        exit_cache: ExitBlockCache | None = None,
         prefix: PrefixCache | None = None,
-        recorder: Recorder | None = None,
     ) -> None:
-        """`exit_cache`: of the blocks that draft, which `target` fills. `prefix` and `recorder` are for loops of one row.
+        """`prefix` and a target that is recorded are for loops of one row.
 
         Raises ConfigError for a prompt that is empty or leaves no room.
         """
         self._model, self._sampler, self._target, self._drafter = model, sampler, target, drafter
-        self._num_draft_tokens = config.num_draft_tokens
-        self._exit_cache, self._prefix, self._recorder = exit_cache, prefix, recorder
+        self._num_draft_tokens, self._prefix = config.num_draft_tokens, prefix
         self._rows = []
         for number, prompt in enumerate(prompts):
             check_prompt(prompt, model.max_positions)
@@ -233,10 +227,10 @@ class DecodingLoop:
         self.reused_tokens = 0  # of the prompt, whose KV entries the text before left
         self._cache: KVCache
         if prefix is not None:
-            rerun = int(exit_cache is not None and exit_cache.needs_finals)
+            rerun = int(target.exit_cache is not None and target.exit_cache.needs_finals)
             self._cache, self.reused_tokens = prefix.begin(model, config, prompts[0], rerun)
         else:
-            self._cache = model.new_cache(len(prompts), end) if recorder is None else recorder.cache
+            self._cache = model.new_cache(len(prompts), end) if target.recorder is None else target.recorder.cache
         self._positions = torch.arange(end)[None]
         self._drafting = Stopwatch(model.device)
         self._newest: Tensor | None = None  # (B, 1), each row's newest token; None before the prefill
@@ -276,8 +270,8 @@ class DecodingLoop:
         self._sampler.join(other._sampler)
         with torch.inference_mode():  # which the cache was written in
             self._cache.join(other._cache)
-        if self._exit_cache is not None and other._exit_cache is not None:
-            self._exit_cache.join(other._exit_cache)
+        if self._target.exit_cache is not None and other._target.exit_cache is not None:
+            self._target.exit_cache.join(other._target.exit_cache)
         self._positions = max(self._positions, other._positions, key=lambda positions: positions.shape[1])
         other._rows = []
         return numbers
@@ -360,7 +354,7 @@ class DecodingLoop:
 
     def _context(self, newest: Tensor, limits: list[int]) -> Context:
         rows = self._rows
-        features = None if self._exit_cache is None else self._exit_cache.features
+        features = None if self._target.exit_cache is None else self._target.exit_cache.features
         positions = self._next_positions(max(limits) + 1)
         return Context([row.number for row in rows], [row.ids for row in rows], newest, positions, self._cache, features)
 
@@ -379,12 +373,12 @@ class DecodingLoop:
         if len(staying) < len(self._rows):
             self._rows = [self._rows[index] for index in staying]
             if not staying:
-                if self._recorder is not None:
-                    self._recorder.give_back(self._model)
+                if self._target.recorder is not None:
+                    self._target.recorder.give_back(self._model)
                 return
             newest = newest[staying]
             self._sampler.keep_rows(staying)
             self._cache.keep_rows(staying)
-        if self._exit_cache is not None:
-            self._exit_cache.go_on([last[index] for index in staying], staying)
+        if self._target.exit_cache is not None:
+            self._target.exit_cache.go_on([last[index] for index in staying], staying)
         self._newest = newest

@@ -24,9 +24,7 @@ class TargetOutput(NamedTuple):
     choices: Tensor | None = None  # (B, T), the most probable tokens, instead of logits if nothing else needs these
 
 
-def target_for(
-    model: Backend, config: DecodingConfig, exit_cache: "ExitBlockCache | None", recorder: Recorder | None = None
-) -> "Target":
+def target_for(model: Backend, config: DecodingConfig) -> "Target":
     """The target of the config's strategy. Raises ConfigError for an exit that can only draft."""
     if config.strategy == "early-exit" and config.exit_confidence:
         return CalmTarget(model, tuple(sorted(set(config.exits))), config.exit_confidence)
@@ -34,13 +32,23 @@ def target_for(
     if config.strategy == "early-exit":
         assert config.exit_layer is not None
         layers, block = config.exit_layer, target_block(model.exit_blocks, config.exit_layer)
-    return FixedTarget(model, layers, exit_cache, block, config.temperature == 0, recorder)
+    exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
+    drafting = exits.get(config.strategy, ())
+    blocks = [of_exit for exit_layer, of_exit in model.exit_blocks.items() if exit_layer in drafting]
+    return FixedTarget(model, layers, ExitBlockCache(model, blocks) if blocks else None, block, config.temperature == 0)
 
 
 class FixedTarget:
-    """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one."""
+    """Layers 0..E-1 for every token; E = L is the whole model. The exit's block follows if it has one.
 
-    decodes_like_prefill = True  # decoding writes the same KV entries as prefilling the same tokens
+    Attributes:
+        decodes_like_prefill: whether decoding writes the same KV entries as prefilling the same tokens.
+        exit_cache: of the blocks that draft; None without.
+        recorder: records the passes over drafts, if it is set.
+    """
+
+    decodes_like_prefill = True
+    recorder: Recorder | None = None
 
     def __init__(
         self,
@@ -49,15 +57,11 @@ class FixedTarget:
         exit_cache: "ExitBlockCache | None" = None,
         block: PlacedBlock | None = None,
         greedy: bool = False,
-        recorder: Recorder | None = None,
     ) -> None:
-        """`exit_cache`: of the blocks that draft. `block`: that of exit E. `greedy`: logits are needed for choices only.
-
-        `recorder`: records the passes over drafts.
-        """
+        """`block`: that of exit E. `greedy`: logits are needed for choices only."""
         self._model, self._layers = model, layers
         self._only_chooses = greedy and exit_cache is None and block is None
-        self._exit_cache, self._block, self._recorder = exit_cache, block, recorder
+        self.exit_cache, self._block = exit_cache, block
         self._taps = () if exit_cache is None else exit_cache.taps
 
     def prefill(self, tokens: Tensor, last: Tensor, positions: Tensor, cache: KVCache) -> TargetOutput:
@@ -69,7 +73,7 @@ class FixedTarget:
 
     def verify(self, draft: Draft, positions: Tensor, cache: KVCache) -> TargetOutput:
         """Logits (B, K+1, V), or choices, after each of the draft's tokens at `positions` (B, K+1)."""
-        recorder, stops = self._recorder, tuple(draft.exit_states)
+        recorder, stops = self.recorder, tuple(draft.exit_states)
         if recorder is None:
             return self._pass(draft.tokens, draft.exit_states, positions, cache)
 
@@ -100,8 +104,8 @@ class FixedTarget:
         stops = (*(tap for tap in self._taps if tap > start), self._layers)
         states = {**states, **states_at(self._model, states[start], stops, positions, cache, start)}
         hidden = states[self._layers]
-        if self._exit_cache is not None:
-            self._exit_cache.write([states[tap] for tap in self._taps], hidden, positions, cache)
+        if self.exit_cache is not None:
+            self.exit_cache.write([states[tap] for tap in self._taps], hidden, positions, cache)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, positions, cache)
         return hidden
@@ -123,6 +127,7 @@ class CalmTarget:
     """
 
     decodes_like_prefill = False  # a prompt runs through all layers
+    exit_cache, recorder = None, None
 
     def __init__(self, model: Backend, exits: tuple[int, ...], confidence: float) -> None:
         """`exits`: ascending counts of layers below L. Raises ConfigError for an exit that can only draft."""
@@ -191,14 +196,6 @@ Target = FixedTarget | CalmTarget
 def _at(hidden: Tensor, indices: Tensor) -> Tensor:
     """The hidden states (B, 1, D) of one token of each row, at `indices` (B,)."""
     return hidden[torch.arange(len(hidden), device=hidden.device), indices][:, None]
-
-
-def exit_block_cache(model: Backend, config: DecodingConfig) -> "ExitBlockCache | None":
-    """For the blocks of the exits that draft; None if there are none."""
-    exits: dict[str, Collection[int | None]] = {"self-speculative": (config.exit_layer,), "adaptive": config.exits}
-    drafting = exits.get(config.strategy, ())
-    blocks = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in drafting]
-    return ExitBlockCache(model, blocks) if blocks else None
 
 
 class ExitBlockCache:
