@@ -9,7 +9,7 @@ from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.knowledge import Acceptance, LinearTime, best_length, knowledge_of
 from layerskip_core.decoding.engine import drafter_for
@@ -43,15 +43,6 @@ def test_the_output_is_that_of_plain_decoding(kind):
             assert ids_of(decoding) == plain
             # The prompt's pass gives the first token; every later step gives its accepted drafts and one more.
             assert sum(decoding.stats.steps_by_drafter.values()) + decoding.stats.accepted == len(plain) - 1
-
-
-@pytest.mark.parametrize("kind", ["generic", "packed"])
-def test_rows_decoded_together_give_the_tokens_that_each_gives_alone(kind):
-    backend, prompts = backend_of(kind), [prompt_of(length) for length in (3, 9, 5)]
-    config = DecodingConfig("adaptive", max_new_tokens=20, num_draft_tokens=5, exits=EXITS)
-    expected = [plainly(backend, prompt, 20) for prompt in prompts]
-    together = sorted((one.row, one.ids) for one in decode_batch(backend, prompts, config))
-    assert together == list(enumerate(expected))
 
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
@@ -223,9 +214,8 @@ def test_few_steps_are_without_drafts_and_not_the_first():
 
 def test_it_turns_away_from_what_is_rejected():
     backend = backend_of("generic")
-    drafter = knowing(
-        backend, acceptance={"exit 2": 0.9, "exit 4": 0.7}, drafts={"exit 2": 0.2, "exit 4": 0.3}, passes=(1.0, 1.3)
-    )
+    acceptance, drafts = {"exit 2": 0.9, "exit 4": 0.7}, {"exit 2": 0.2, "exit 4": 0.3}
+    drafter = knowing(backend, acceptance=acceptance, drafts=drafts, passes=(1.0, 1.3))
     seen = []
     for _ in range(60):
         seen.append(source_of(drafter, backend, [5, 6, 7]))
@@ -258,9 +248,8 @@ def test_a_disturbance_does_not_end_drafting_for_good():
 
 def test_lookups_learn_without_being_used():
     backend = backend_of("generic")
-    drafter = knowing(
-        backend, acceptance={"exit 2": 0.99, "exit 4": 0.1}, drafts={"exit 2": 0.01, "exit 4": 0.2}, passes=(1.0, 1.0)
-    )
+    acceptance, drafts = {"exit 2": 0.99, "exit 4": 0.1}, {"exit 2": 0.01, "exit 4": 0.2}
+    drafter = knowing(backend, acceptance=acceptance, drafts=drafts, passes=(1.0, 1.0))
     acceptance = drafter._known.acceptance_of_lookup(16)
     before = acceptance.chances[0]
     for _ in range(5):

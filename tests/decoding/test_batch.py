@@ -130,14 +130,6 @@ def test_whatever_ends_a_row_s_drafts_ends_those_of_no_other(
     assert together(model, prompts, config, eos_ids) == [alone(model, prompt, config, eos_ids) for prompt in prompts]
 
 
-def test_rows_near_the_end_of_the_context_do_not_stop_the_others():
-    model, prompts = model_of("packed"), [prompt_of(122), prompt_of(4)]
-    config = DecodingConfig(exit_layer=3, num_draft_tokens=6, max_new_tokens=30)
-    found = together(model, prompts, config)
-    assert found == [alone(model, prompt, config) for prompt in prompts]
-    assert [row[1] for row in found] == ["context", "length"]
-
-
 def test_what_cannot_be_batched_is_refused():
     exact = TorchBackend.of(tiny_model(), PackingConfig(exact=True))
     with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exact`"):

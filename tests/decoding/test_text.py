@@ -11,7 +11,6 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.packing import PackingConfig
 from layerskip_core.decoding import Token, decode, dialogue
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.errors import ConfigError
 from layerskip_core.language_model import LanguageModel
 
 EOS = 256
@@ -91,11 +90,6 @@ def test_an_answer_is_the_text_of_its_tokens(loaded):
     assert "".join(pieces) == answer.text == loaded.detokenize(tokens)
     assert len(pieces) > 1 and answer.stats.new_tokens == len(tokens) == 60
     assert answer.stats.accepted > 0
-
-
-def test_a_prompt_that_is_no_unicode(loaded):
-    with pytest.raises(ConfigError, match=r"the prompt must be valid Unicode, got '\\ud800' in it"):
-        TextStream(loaded, "wake \ud800 up", DecodingConfig("autoregressive"))
 
 
 def test_a_stop_string_that_is_a_special_token_stops_as_a_token():
