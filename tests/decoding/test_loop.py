@@ -491,7 +491,7 @@ VOCABULARY, NEW = 5, 4
 COMBINATIONS = [DecodingConfig(temperature=1.0), DecodingConfig(temperature=1.2, top_k=4, top_p=0.9)]
 
 
-def sampled_table_p_value(config, draws=600, num_draft_tokens=3):
+def sampled_table_p_value(config, draws=800, num_draft_tokens=3):
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
     table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     config = replace(config, num_draft_tokens=num_draft_tokens, max_new_tokens=NEW)
