@@ -60,23 +60,18 @@ def export_packed(config: ExportConfig) -> PackedModel:
     info = replace(info, details={**info.details, "packed_from": config.model})
     written: list[str] = []
 
+    @quiet_transformers()
     def write(staging: Path) -> None:
-        _write_files(Path(source), staging)
+        files, folder = open_model(Location(source)), Path(source)
+        files.config.save_pretrained(staging)  # as transformers writes it, so that loading needs no transformers
+        files.tokenizer().save_pretrained(staging)
+        for name in (GENERATION_FILE, ORDER_FILE):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, staging / name)
         written.append(_write_weights(unpacked, staging / PACKED_FILE))
 
     save_files(write, info, config.output)
     return PackedModel(written[0], (Path(config.output) / PACKED_FILE).stat().st_size)
-
-
-@quiet_transformers()
-def _write_files(source: Path, staging: Path) -> None:
-    """Config and tokenizer as transformers writes them, so that loading needs no transformers; other files as they are."""
-    files = open_model(Location(str(source)))
-    files.config.save_pretrained(staging)
-    files.tokenizer().save_pretrained(staging)
-    for name in (GENERATION_FILE, ORDER_FILE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, staging / name)
 
 
 def _write_weights(source: Unpacked, path: Path) -> str:

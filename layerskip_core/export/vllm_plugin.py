@@ -51,32 +51,28 @@ class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
             model: nn.Module = super().load_model(vllm_config, model_config, prefix)
             _last_target = ref(model)
             return model
-        target = _last_target and _last_target()
+        target: Any = _last_target and _last_target()
         assert target is not None
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("load format layerskip needs one pipeline stage, got several")
         exit_layer = exported_exit(model_config, target)
         with set_default_torch_dtype(model_config.dtype), torch.device(vllm_config.device_config.device):
             draft = self.create_model(vllm_config, model_config, prefix)
-        own = self.share(draft, target, exit_layer)
-        if len(own):
+        for layer in range(exit_layer):
+            share_all_but_attention(draft.model.layers[layer], target.model.layers[layer])
+        draft.model.embed_tokens, draft.lm_head = target.model.embed_tokens, target.lm_head
+        own: list[nn.Module] = list(draft.model.layers[exit_layer:])  # an exit block, with a norm of its own
+        if own:
+            own.append(draft.model.norm)
             names = (f"model.layers.{exit_layer}.", "model.norm.")
             weights = self.get_all_weights(model_config, draft)
             draft.load_weights((name, weight) for name, weight in weights if name.startswith(names))
+        else:
+            draft.model.norm = target.model.norm
         attention = [module for module in draft.modules() if isinstance(module, Attention)]
         process_weights_after_loading(nn.ModuleList([*own, *attention]), model_config, vllm_config.device_config.device)
         evaluated: nn.Module = draft.eval()
         return evaluated
-
-    def share(self, draft: Any, target: Any, exit_layer: int) -> nn.ModuleList:
-        """Puts the target's modules into the draft, and returns those that stay the draft's own: an exit block and its norm."""
-        for layer in range(exit_layer):
-            share_all_but_attention(draft.model.layers[layer], target.model.layers[layer])
-        draft.model.embed_tokens, draft.lm_head = target.model.embed_tokens, target.lm_head
-        if len(draft.model.layers) == exit_layer:
-            draft.model.norm = target.model.norm
-            return nn.ModuleList()
-        return nn.ModuleList([*draft.model.layers[exit_layer:], draft.model.norm])
 
 
 def exported_exit(draft: ModelConfig, target: Any) -> int:
