@@ -14,11 +14,23 @@ from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.data import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.data.examples import load_examples
+from layerskip_core.training import whole_model
 from layerskip_core.training.encoding import train_tokenizer
 from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.recipe import resolve_recipe
 from layerskip_core.training.run import prepare
 
+# A picture takes as long as the few steps of a run: the first run of a process draws one for all.
+_drawn, _draw = [], whole_model.loss_plot
+
+
+def _drawn_once(history):
+    if not _drawn:
+        _drawn.append(_draw(history))
+    return _drawn[0]
+
+
+whole_model.loss_plot = _drawn_once
 RECIPE = RecipeSettings(p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
 
 
