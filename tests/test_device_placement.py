@@ -81,7 +81,7 @@ def gpu_backend(kind, monkeypatch):
 
 def answers(model, name, gpu=None):
     """The tokens of a prompt alone, then those of several in a batch, by their number and the row."""
-    config = DecodingConfig(**{"max_new_tokens": 10, **SETTINGS[name]})
+    config = DecodingConfig(**{"max_new_tokens": 8, **SETTINGS[name]})
     found = {}
     for prompts in (PROMPTS[:1], PROMPTS)[: 1 if config.exit_confidence else 2]:
         loop = loop_of(model, prompts, config, ENDS.get(name, frozenset()), None, isolated=len(prompts) == 1)

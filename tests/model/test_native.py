@@ -79,17 +79,15 @@ def model_of(precision, model_type="llama", **changes):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fp32_spans_equal_the_generic_ones(variant, pair, case, threads):  # noqa: F811
-    threads(2)
+def test_fp32_spans_equal_the_generic_ones(variant, pair, case):  # noqa: F811
     generic, fast = pair(case, torch.float32, NativeBackend)
     assert fast.implementation == f"native ({variant})"
     assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], torch.float32)
 
 
 @pytest.mark.parametrize("case", EACH_PART)
-def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case, threads):  # noqa: F811
+def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case):  # noqa: F811
     """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round less."""
-    threads(2)
     generic, fast = pair(case, torch.bfloat16, NativeBackend)
     ids, edges = ids_of(2, 17), [0, 9, 10, 17]
     ours, transformers = spans(fast, ids, edges), spans(generic, ids, edges)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_generic import CHANGES, ids_of, positions_of
-from test_native import KINDS, PRECISIONS, model_of, threads, variant  # noqa: F401  fixtures
+from test_native import KINDS, PRECISIONS, model_of, variant  # noqa: F401  fixtures
 
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
