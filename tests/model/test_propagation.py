@@ -50,8 +50,7 @@ def test_keys_and_values_are_those_of_the_layers(model_type, backend):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model_type", KINDS)
-def test_those_of_the_kernels_too(variant, threads, model_type, precision):  # noqa: F811  fixtures
-    threads(2)
+def test_those_of_the_kernels_too(variant, model_type, precision):  # noqa: F811  a fixture
     assert_propagates(model_of(precision, model_type, **KINDS[model_type]), PLACES)
 
 
