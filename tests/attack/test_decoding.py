@@ -20,7 +20,7 @@ from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "adaptive", "lookup", "draft-and-verify")
 KINDS = (
-    *("generic", "generic gemma3_text", "packed", "packed mistral", "packed smollm3", "packed qwen2", "native", "native bf16"),
+    *("generic", "packed", "packed mistral", "packed smollm3", "packed qwen2", "native", "native bf16"),
     *("native int8", "native int4", "native int8 drafts", "native few drafts", "native gemma2", "native gemma3_text"),
     *("native granite", "native olmo3", "native phi3", "native starcoder2", "native qwen3", "native smollm3"),
 )

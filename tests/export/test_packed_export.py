@@ -16,10 +16,8 @@ from layerskip_core.checkpoint.folder import PACKED_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_beside, save_checkpoint
-from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.export import ExportConfig
 from layerskip_core.config.packing import PackingConfig
-from layerskip_core.decoding import decode
 from layerskip_core.export.packed import export_packed
 from layerskip_core.model import NativeBackend
 from layerskip_core.model import native_backend as native
@@ -226,11 +224,3 @@ def test_an_interrupted_export_leaves_nothing(wide, tmp_path):
 def test_a_folder_with_weights_is_not_packed(packed, wide):
     shutil.copy(packed / PACKED_FILE, wide / PACKED_FILE)
     assert "int4" not in for_decoding(str(wide), "cpu").backend.implementation
-
-
-def test_speculation_from_a_packed_folder_gives_the_answers_of_plain_decoding(packed):
-    backend = for_decoding(str(packed)).backend
-    plain = DecodingConfig("autoregressive", max_new_tokens=12)
-    drafted = DecodingConfig("self-speculative", exit_layer=2, num_draft_tokens=3, max_new_tokens=12)
-    answers = [[token.id for step in decode(backend, IDS[0].tolist(), each) for token in step] for each in (plain, drafted)]
-    assert answers[0] == answers[1] and len(answers[0]) == 12
