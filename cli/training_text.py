@@ -121,7 +121,7 @@ def _block_report(report: StepReport) -> str:
 def result_text(info: CheckpointInfo, plan: Plan) -> str:
     """The last loss of every exit, and of those on held-out rows if there are any; or what each block ended with."""
     if plan.blocks is not None:
-        trained = {exit_layer: info.exit_blocks[str(exit_layer)] for exit_layer in plan.blocks.exits}
+        trained = {exit_layer: info.details["exit_blocks"][str(exit_layer)] for exit_layer in plan.blocks.exits}
         return "\n".join(
             f"exit {exit_layer}: divergence {block['divergence']:.3f}"
             + (f", first drafts agree {block['agreement']:.1%} on held-out rows" if "agreement" in block else "")

@@ -9,7 +9,6 @@ import shutil
 import socket
 import stat
 import sys
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,12 +19,9 @@ import msgspec
 
 from .errors import CheckpointError, DataError, LayerSkipError, LockedError, first_line
 
-_QUOTED = 80  # characters of a value in an error
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LOCK = ".layerskip.lock"
 _STAGING = ".layerskip-staging-"  # a folder being written; only the holder of the parent folder's lock makes one
-_TEMPORARY = ".layerskip-writing-"  # a file being written
-_ABANDONED = 3600.0  # seconds; writing content from memory takes less, so an older temporary file is a killed process's
 
 
 # Reading
@@ -69,43 +65,27 @@ def text_lines(path: Path, setting: str) -> Iterator[str]:
         raise DataError(f"`{setting}` {path} cannot be read{place}: {reason}") from None
 
 
-def quoted(value: Any) -> str:
-    """A value for an error message: on one line, at most 80 characters."""
-    return _cut(repr(value[: 2 * _QUOTED] if isinstance(value, str | bytes | list) else value))
-
-
 def listed(names: Iterable[str]) -> str:
     """Names for an error message: on one line, at most 80 characters."""
-    return _cut(", ".join(name if name.isprintable() else repr(name) for name in names) or "none")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+    text = ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 # JSON
 
 
-def parse_json(text: str | bytes, where: str, error: type[LayerSkipError]) -> Any:
-    """The value of a JSON text. Raises `error`, whose message begins with `where`, for anything but valid JSON in UTF-8."""
+def parse_json(text: str | bytes, where: str, error: type[LayerSkipError], kind: Any = Any) -> Any:
+    """The value of a JSON text, of the type `kind`. Raises `error`, whose message begins with `where`, for all else."""
     try:
         content = text.encode() if isinstance(text, str) else text
-        return msgspec.json.decode(content.removeprefix(_BYTE_ORDER_MARK))
+        return msgspec.json.decode(content.removeprefix(_BYTE_ORDER_MARK), type=kind)
     except (ValueError, RecursionError) as reason:
         raise error(f"{where}: not valid JSON: {reason}") from None
 
 
-def read_json(path: Path, error: type[LayerSkipError]) -> Any:
-    """The value of a JSON file. Raises `error` as `parse_json` does, and for a file that cannot be read."""
-    return parse_json(read_bytes(path, str(path), error), str(path), error)
-
-
-def read_json_object(path: Path, error: type[LayerSkipError]) -> dict[str, Any]:
-    """The object in a JSON file. Raises `error` as `read_json` does, and for any other value."""
-    value = read_json(path, error)
-    if not isinstance(value, dict):
-        raise error(f"{path}: needed a JSON object, found {type(value).__name__}")
-    return value
+def read_json(path: Path, error: type[LayerSkipError], kind: Any = dict[str, Any]) -> Any:
+    """The value of a JSON file, of the type `kind`. Raises `error` as `parse_json` does, and if the file cannot be read."""
+    return parse_json(read_bytes(path, str(path), error), str(path), error, kind)
 
 
 def whole_lines(path: Path, error: type[LayerSkipError]) -> list[bytes]:
@@ -134,13 +114,24 @@ def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
 
     Raises `error` if it fails; the file is then unchanged.
     """
-    require_writable(path, error)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".layerskip-writing-{target.name}")  # of a killed process it is written over
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(content)
-        else:
-            _replace(Path(os.path.realpath(path)), content)
-    except OSError as reason:
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)
+            return
+        with open(temporary, "wb") as file:
+            with suppress(FileNotFoundError):
+                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        synchronise(target.parent)
+    except BaseException as reason:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(reason, OSError):
+            raise
         raise error(f"cannot write {path}: {reason.strerror}") from reason
 
 
@@ -176,13 +167,9 @@ def run_staging(folder: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files and folders of processes that were killed while writing. Needs the lock of `folder`."""
+    """Removes the staging folders of processes that were killed while writing. Needs the lock of `folder`."""
     for staging in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(staging, ignore_errors=True)
-    for temporary in folder.glob(f"{_TEMPORARY}*"):
-        with suppress(OSError):
-            if time.time() - temporary.lstat().st_mtime > _ABANDONED:
-                temporary.unlink()
 
 
 def publish_folder(written: Path, target: Path) -> None:
@@ -214,22 +201,6 @@ def synchronise(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(4)}"
-    try:
-        with open(temporary, "xb") as file:
-            with suppress(FileNotFoundError):
-                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    synchronise(path.parent)
-
-
 # Locking
 
 
@@ -255,14 +226,15 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     file = folder / _LOCK
     lock = FileLock(file, is_singleton=True)
-    first = not lock.is_locked
+    first, holder = not lock.is_locked, "another process"
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=wait)
         except Timeout:
-            message = f"{folder} is being written by {_holder(file)}; wait until it ends, or give another folder"
-            raise LockedError(message) from None
+            with suppress(OSError):
+                holder = file.read_text(encoding="utf-8", errors="replace").strip() or holder
+            raise LockedError(f"{folder} is being written by {holder}; wait until it ends, or give another folder") from None
         except OSError as reason:
             raise LayerSkipError(f"cannot write to {folder}: {reason.strerror}") from reason
         try:
@@ -280,10 +252,3 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
         for path in created:
             with suppress(OSError):  # unless something was written there
                 path.rmdir()
-
-
-def _holder(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace").strip() or "another process"
-    except OSError:
-        return "another process"

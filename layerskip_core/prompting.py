@@ -3,13 +3,11 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 from .config.checks import require
 from .errors import CheckpointError, ConfigError, LayerSkipError
@@ -25,7 +23,7 @@ PLACE = "{prompt}"  # where a template that is a text takes the prompt
 Result = TypeVar("Result")
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Hashable, Protocol):
     """Text to token ids and back: a tokenizer of transformers, or LeanTokenizer."""
 
     @property
@@ -40,14 +38,8 @@ class Tokenizer(Protocol):
         """The special tokens that have a name, such as eos_token."""
 
     @property
-    def all_special_tokens(self) -> Sequence[str]: ...
-
-    @property
-    def all_special_ids(self) -> Sequence[int]: ...
-
-    @property
     def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """The tokens that were added to the model's vocabulary, by id; each says whether it is `special`."""
+        """The tokens that were added to the model's vocabulary, by id, each with `content` and `special`."""
 
     @property
     def vocab_size(self) -> int:
@@ -71,8 +63,7 @@ class Tokenizer(Protocol):
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The special tokens, which have no text in an answer, by the text that names them."""
-    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False))
-    return {str(tokenizer.convert_ids_to_tokens(token_id)): token_id for token_id in {*tokenizer.all_special_ids, *added}}
+    return {str(token.content): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 # Templates
@@ -93,11 +84,6 @@ class PromptTemplate:
         return RAW if self.text == RAW else repr(self.text)
 
 
-def is_template(text: str) -> bool:
-    """Whether a text is `chat`, `raw`, or has {prompt} in it."""
-    return text in (CHAT, RAW) or PLACE in text
-
-
 def resolve_template(
     requested: str | None, system: str | None, stored: PromptTemplate | None, tokenizer: Tokenizer
 ) -> PromptTemplate:
@@ -112,26 +98,21 @@ def resolve_template(
     Raises:
         ConfigError: a text without {prompt}, `chat` without a chat template, or a system message in another template.
     """
-    require(requested is None or is_template(requested), "template", "raw, chat or a text with {prompt} in it", requested)
-    if requested is None and stored is not None:
-        template = stored
-    else:
-        template = PromptTemplate(requested or (CHAT if has_chat_template(tokenizer) else RAW))
+    known = requested is None or requested in (CHAT, RAW) or PLACE in requested
+    require(known, "template", "raw, chat or a text with {prompt} in it", requested)
     if requested == CHAT:
         require_chat_template(tokenizer)
+    template = None if requested else stored
+    template = template or PromptTemplate(requested or (CHAT if tokenizer.chat_template else RAW))
     if system is None:
         return template
     require(template.text == CHAT, "system", "given with the chat template only", f"the template {template.name}")
     return PromptTemplate(CHAT, system)
 
 
-def has_chat_template(tokenizer: Tokenizer) -> bool:
-    return bool(tokenizer.chat_template)
-
-
 def require_chat_template(tokenizer: Tokenizer) -> None:
     """Raises ConfigError for a tokenizer without one."""
-    if not has_chat_template(tokenizer):
+    if not tokenizer.chat_template:
         raise ConfigError("a chat template was asked for, but the model's tokenizer has none")
 
 
@@ -149,10 +130,9 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
     if isinstance(template, dict):
         template = template.get("default")
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    values = {**special, "messages": messages, "tools": None, "documents": None}
     try:
-        return _compiled(template).render(
-            **special, messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt
-        )
+        return _compiled(template).render(values, add_generation_prompt=add_generation_prompt)
     except Exception as error:
         raise CheckpointError(f"the model's chat template cannot be used: {type(error).__name__}: {error}") from None
 
@@ -176,42 +156,13 @@ def _compiled(template: str) -> "jinja2.Template":
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    class Dictionary:
-        """The class `dict` without its other attributes, which lead out of the sandbox."""
-
-        def __call__(self, *values: Any, **named: Any) -> dict[Any, Any]:
-            return dict(*values, **named)
-
-        def fromkeys(self, *values: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*values)
-
-    class Namespace(jinja2.utils.Namespace):
-        """jinja2's, without names that begin with an underscore, such as __class__."""
-
-        def __init__(*args: Any, **named: Any) -> None:
-            self, *values = args
-            jinja2.utils.Namespace.__init__(self)
-            for name, value in dict(*values, **named).items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if str(name).startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a namespace holds no names that begin with _, got {name!r}")
-            super().__setitem__(name, value)
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": Dictionary(),
-        "namespace": Namespace,
-    }
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 
@@ -236,18 +187,20 @@ def encode_prompt(
     except UnicodeEncodeError as error:  # an argument can hold any bytes
         raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
     if template.text == CHAT:
-        spoken = [("system", template.system)] if template.system is not None else []
-        spoken += chain.from_iterable((("user", earlier), ("assistant", answer)) for earlier, answer in turns)
+        spoken = [] if template.system is None else [("system", template.system)]
+        for earlier, answer in turns:
+            spoken += [("user", earlier), ("assistant", answer)]
         return encode_conversation(tokenizer, [*spoken, ("user", prompt)])
-    if template.text == RAW:
-        return _without_end(tokenizer, encoded(lambda: tokenizer(prompt)["input_ids"]))
-    special = _special_text(tokenizer, prompt)
-    text = template.text.replace(PLACE, prompt)
+    text = prompt if template.text == RAW else template.text.replace(PLACE, prompt)
+    special = None if template.text == RAW else special_text(tokenizer, prompt)
     # The prompt may also complete a special token that the template begins.
-    if special is not None and (special.occurs(text) != special.occurs(template.text) or special.in_prompt(prompt)):
-        sealed = special.sealed(template.text).replace(PLACE, prompt)
-        return _without_end(tokenizer, special.encode(sealed, add_special_tokens=True).ids)
-    return _without_end(tokenizer, encoded(lambda: tokenizer(text)["input_ids"]))
+    if special is not None and special.found(text) != special.found(template.text):
+        ids = special.encode(special.sealed(template.text).replace(PLACE, prompt), add_special_tokens=True).ids
+    else:
+        ids = list(encoded(lambda: tokenizer(text)["input_ids"]))
+    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it to every text
+        ids.pop()
+    return ids
 
 
 def encode_conversation(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
@@ -256,13 +209,12 @@ def encode_conversation(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) 
     Special tokens in the turns stay text. Raises ConfigError if the tokenizer has no chat template, CheckpointError if that or
     the tokenizer fails.
     """
-    special = _special_text(tokenizer, *(text for _, text in turns))
-    messages = [{"role": role, "content": text} for role, text in turns]
-    if special is not None and any(special.in_prompt(text) for _, text in turns):
-        masked = [{"role": role, "content": special.masked(text)} for role, text in turns]
-        sealed = special.sealed(render_chat(tokenizer, masked, add_generation_prompt=True))
-        return list(special.encode(sealed, add_special_tokens=False).ids)
+    special = special_text(tokenizer, *(text for _, text in turns))
+    seal = special is not None and any(special.found(text) for _, text in turns)
+    messages = [{"role": role, "content": special.masked(text) if special and seal else text} for role, text in turns]
     text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    if special is not None and seal:
+        return list(special.encode(special.sealed(text), add_special_tokens=False).ids)
     return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
@@ -274,14 +226,6 @@ def encoded(encode: Callable[[], Result]) -> Result:
         raise
     except BaseException as error:  # a panic of the tokenizers library is not an Exception
         raise CheckpointError(f"the model's tokenizer cannot encode the prompt: {error}") from None
-
-
-def _without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """Removes the end-of-text tokens that some tokenizers append to every text."""
-    ids = list(ids)
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
 
 
 # Special tokens
@@ -300,18 +244,13 @@ class SpecialText:
     hides: bool  # whether normalisation can turn other text into a token's
     mark: str  # surrounds the number of a masked token
 
-    def occurs(self, text: str) -> int:
-        """How often special tokens occur in a text, as text."""
-        if not self._first.search(text):
-            return 0
-        return sum(text.count(token) for token in self.names)
-
-    def in_prompt(self, text: str) -> bool:
-        """Whether the tokenizer would make special tokens from a text."""
-        if self.hides:
-            ids = {self.tokenizer.token_to_id(token) for token in self.names}
-            return not ids.isdisjoint(encoded(lambda: self.tokenizer.encode(text, add_special_tokens=False)).ids)
-        return bool(self.occurs(text))
+    def found(self, text: str) -> Sequence[str | int]:
+        """The special tokens that the tokenizer would make from a text."""
+        if not self.hides:
+            return self._pattern.findall(text)
+        special = set(map(self.tokenizer.token_to_id, self.names))
+        ids = encoded(lambda: self.tokenizer.encode(text, add_special_tokens=False)).ids
+        return [token for token in ids if token in special]
 
     def masked(self, text: str) -> str:
         """A prompt with its special tokens replaced by marks, so that a chat template can be rendered around it."""
@@ -329,12 +268,6 @@ class SpecialText:
         return encoded(lambda: self._renamed.encode(sealed, add_special_tokens=add_special_tokens))
 
     @cached_property
-    def _first(self) -> re.Pattern[str]:
-        """A quick test: most prompts contain no character that a special token begins with."""
-        characters = "".join(sorted({token[0] for token in self.names}))
-        return re.compile(f"[{re.escape(characters)}]" if characters else "(?!)")
-
-    @cached_property
     def _pattern(self) -> re.Pattern[str]:
         """Prefers the longest of several tokens that begin at one place, as the tokenizers library does."""
         return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
@@ -344,44 +277,42 @@ class SpecialText:
         """A copy of the tokenizer whose special tokens have their secret names."""
         import tokenizers
 
+        def named(token: Any) -> Any:
+            return self.names.get(token, token)
+
         document = json.loads(self.tokenizer.to_str())
         document["truncation"] = document["padding"] = None
         for token in document["added_tokens"]:
-            token["content"] = self.names.get(token["content"], token["content"])
+            token["content"] = named(token["content"])
         model = document["model"]
-        vocabulary = model["vocab"]
-        if isinstance(vocabulary, dict):
-            model["vocab"] = {self.names.get(token, token): number for token, number in vocabulary.items()}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {named(token): number for token, number in model["vocab"].items()}
         else:  # a Unigram model has a list of tokens with scores
-            model["vocab"] = [[self.names.get(token, token), score] for token, score in vocabulary]
-        if model.get("unk_token") is not None:
-            model["unk_token"] = self.names.get(model["unk_token"], model["unk_token"])
+            model["vocab"] = [[named(token), score] for token, score in model["vocab"]]
+        if "unk_token" in model:
+            model["unk_token"] = named(model["unk_token"])
         return tokenizers.Tokenizer.from_str(json.dumps(document))
 
 
-_known: "WeakKeyDictionary[Any, SpecialText]" = WeakKeyDictionary()
+def special_text(tokenizer: Tokenizer, *texts: str) -> SpecialText | None:
+    """The special tokens of a tokenizer; None for one that is written in Python and does not use the tokenizers library.
+
+    Such a one cannot keep a special token as text: ConfigError if the texts have one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
+        return _special_text(tokenizer)
+    for token in special_ids(tokenizer) if texts else ():
+        if any(token in text for text in texts):
+            raise ConfigError(f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`")
+    return None
 
 
-def special_text(tokenizer: Tokenizer) -> SpecialText | None:
-    """The special tokens of a tokenizer; None for one that is written in Python and does not use the tokenizers library."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none
-    if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
-        return None
-    known = _known.get(tokenizer)
-    if known is None:
-        special = [token for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
-        secret = secrets.token_hex(8)
-        names = {token.content: f"{secret}x{number}x" for number, token in enumerate(special)}
-        hides = backend.normalizer is not None and any(token.normalized for token in special)
-        known = _known[tokenizer] = SpecialText(backend, names, hides, f"\ue000{secrets.token_hex(8)}\ue000")
-    return known
-
-
-def _special_text(tokenizer: Tokenizer, *texts: str) -> SpecialText | None:
-    """`special_text`. Where there is none, raises ConfigError for a special token in the texts: it could not stay text."""
-    special = special_text(tokenizer)
-    if special is None:
-        for token in tokenizer.all_special_tokens:
-            if any(token in text for text in texts):
-                raise ConfigError(f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`")
-    return special
+@lru_cache(maxsize=4)
+def _special_text(tokenizer: Any) -> SpecialText:
+    backend = tokenizer.backend_tokenizer
+    special = [token for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
+    secret = secrets.token_hex(8)
+    names = {token.content: f"{secret}x{number}x" for number, token in enumerate(special)}
+    hides = backend.normalizer is not None and any(token.normalized for token in special)
+    return SpecialText(backend, names, hides, f"\ue000{secrets.token_hex(8)}\ue000")

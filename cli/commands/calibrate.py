@@ -27,10 +27,10 @@ def calibrate(
     check("threads", Threads, threads)
     use_threads(threads)
     from layerskip_core.calibration.run import Progress, calibrate, output_folder
-    from layerskip_core.checkpoint.save import output_lock
+    from layerskip_core.files import hold
 
     started = time.monotonic()
-    with output_lock(output_folder(config), "layerskip calibrate"), stage_bars() as show:
+    with hold(output_folder(config), "layerskip calibrate"), stage_bars() as show:
 
         def report(progress: Progress) -> None:
             divergence = "" if progress.divergence is None else f"divergence {progress.divergence:.3f}"

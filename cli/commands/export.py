@@ -53,18 +53,18 @@ def export(
         "overwrite": overwrite, "quantize": quantize,
     }  # fmt: skip
     config = ExportConfig(**checked(ExportConfig, given))
-    from layerskip_core.checkpoint.save import output_lock
+    from layerskip_core.files import hold
 
     if config.is_packed:
         from layerskip_core.export.packed import export_packed
 
-        with output_lock(output, "layerskip export"):
+        with hold(output, "layerskip export"):
             packed = export_packed(config)
         narrate(f"wrote {model}, packed in {packed.kinds}, to {output}: {packed.nbytes / 1e6:,.1f} MB")
         return
     from layerskip_core.export.run import README, export
 
-    with output_lock(output, "layerskip export"):
+    with hold(output, "layerskip export"):
         exported = export(config)
     if not exported.trained:
         narrate(f"exit {exported.exit_layer} was not trained, so most of its drafts will be wrong")

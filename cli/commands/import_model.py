@@ -32,11 +32,13 @@ def import_model(
     require_choice(dtype, "dtype", DTYPES)
     require_given("the MODEL", model)
     require_given("output", output)
-    from layerskip_core.checkpoint.save import import_checkpoint, output_lock, refuse_overwrite
+    from layerskip_core.checkpoint.importing import import_checkpoint
+    from layerskip_core.checkpoint.save import refuse_overwrite
+    from layerskip_core.files import hold
 
-    with output_lock(output, "layerskip import"):
+    with hold(output, "layerskip import"):
         refuse_overwrite(output, overwrite)
-        written = import_checkpoint(model, output, dtype)
-    for reason in written.left_out:
+        written, left_out = import_checkpoint(model, output, dtype)
+    for reason in left_out:
         narrate(f"left out: {reason}")
-    narrate(f"wrote {model} to {output} in {str(written.dtype).removeprefix('torch.')}")
+    narrate(f"wrote {model} to {output} in {str(written).removeprefix('torch.')}")

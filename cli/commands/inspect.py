@@ -84,7 +84,7 @@ def inspect(
 
 def _page_file(output: str) -> Path:
     """Raises LayerSkipError if the folder does not exist, and for a file of a model, which must not be replaced."""
-    from layerskip_core.checkpoint.swap import model_files
+    from layerskip_core.checkpoint.save import model_files
 
     file = Path(output)
     real = file.resolve()

@@ -78,7 +78,7 @@ def sweep_exits(
 def _model_folder(model: str) -> Iterator[None]:
     """Holds the lock of the folder that --save writes to. Raises ConfigError if the model is not a folder."""
     from layerskip_core.checkpoint.info import INFO_FILE, holds_model, read_info
-    from layerskip_core.checkpoint.swap import settle
+    from layerskip_core.checkpoint.save import settle
     from layerskip_core.files import hold, require_writable
 
     if Path(model).is_dir():

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..checkpoint.beside import fingerprint, int4_content, matrix_names
 from ..checkpoint.folder import INT4_FILE
+from ..checkpoint.importing import import_checkpoint
 from ..checkpoint.loaded import Decoder
-from ..checkpoint.locate import is_adapter, own_folder
+from ..checkpoint.locate import own_folder
 from ..checkpoint.open import for_decoding, for_training
-from ..checkpoint.save import import_checkpoint, refuse_beside, refuse_overwrite, save_beside
+from ..checkpoint.save import refuse_beside, refuse_overwrite, save_beside
 from ..config.calibration import CalibrationConfig
 from ..config.checks import require
 from ..config.data import DataConfig
@@ -49,11 +50,7 @@ Report = Callable[[Progress], None]
 
 def output_folder(config: CalibrationConfig) -> str:
     """The folder that int4 weights are written to. Raises CheckpointError for a model that is not there."""
-    return config.output or _own_folder(config.model) or _COPY
-
-
-def _own_folder(model: str) -> str | None:
-    return None if is_adapter(model) else own_folder(model)
+    return config.output or own_folder(config.model) or _COPY
 
 
 def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str:
@@ -67,7 +64,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda _: None) -> str
             kernels.
         DataError: the data is not there or too small.
     """
-    folder, own = output_folder(config), _own_folder(config.model)
+    folder, own = output_folder(config), own_folder(config.model)
     copied = own is None or Path(folder).resolve() != Path(own).resolve()
     if copied:
         refuse_overwrite(folder, config.overwrite, (INT4_FILE,))

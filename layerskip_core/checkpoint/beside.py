@@ -13,7 +13,8 @@ exit, whose `agreement` is the share of first drafts that were right on held-out
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor
 from ..errors import CheckpointError, first_line
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.low_bit import GROUP_SIZE, int4_of, stored_shape
-from ..model.spec import ModelSpec, check_shape
-from ..model.weights import Take, check_finite
-from .folder import EXIT_BLOCKS_FILE, INT4_FILE, WeightFile, check_kinds
+from ..model.spec import ModelSpec, Shapes
+from ..model.weights import Take
+from .folder import EXIT_BLOCKS_FILE, FLOATS, INT4_FILE, WeightFile
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 _BLOCKS = {"format": "1"}
@@ -52,10 +53,9 @@ def fingerprint(spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> str:
 def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
     """The open file. Raises ValueError if its header does not have the entries of `form`."""
     file = WeightFile(path)
-    metadata = file.metadata()
-    if not form.items() <= metadata.items():
-        needed, found = (" and ".join(f"{name} {values.get(name, 'missing')}" for name in form) for values in (form, metadata))
-        raise ValueError(f"its header must have {needed}, found {found}")
+    for name, needed in form.items():
+        if file.metadata.get(name) != needed:
+            raise ValueError(f"its {name} must be {needed}, found {file.metadata.get(name)}")
     return file
 
 
@@ -65,25 +65,20 @@ def read_int4(folder: str | Path, spec: ModelSpec, weight_of: Callable[[str], Te
     `weight_of` gives the model's own weights, in any precision. Raises CheckpointError for a file that is damaged, or that was
     not made from these weights.
     """
-    path, names = Path(folder) / INT4_FILE, matrix_names(spec)
+    path, shapes = Path(folder) / INT4_FILE, {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     if not path.is_file():
         return None
-    try:
+    with _naming(path):
         file = _open_for(path, _INT4, spec, weight_of)
-        _check_names(file, names)
-        for name in names:
-            part, needed = file.get_slice(name), stored_shape(*spec.shapes[name])
-            if (part.get_dtype(), tuple(part.get_shape())) != ("U8", needed):
-                raise ValueError(f"{name} must be U8 {list(needed)}, found {part.get_dtype()} {part.get_shape()}")
-    except Exception as error:
-        raise _unusable(path, error) from error
+        _check_entries(file, shapes, ("U8",))
 
     def take(name: str) -> Tensor | None:
-        if name not in names:
+        if name not in shapes:
             return None
-        rows = file.read(name)
-        if not bool(int4_of(rows).scale.isfinite().all() and int4_of(rows).low.isfinite().all()):
-            raise _unusable(path, f"{name} is not finite")
+        with _naming(path):
+            rows = file.read(name)
+            if not bool(int4_of(rows).scale.isfinite().all() and int4_of(rows).low.isfinite().all()):
+                raise ValueError(f"{name} is not finite")
         return rows
 
     return take
@@ -98,42 +93,13 @@ def read_exit_blocks(folder: str | Path, spec: ModelSpec, weight_of: Callable[[s
     path = Path(folder) / EXIT_BLOCKS_FILE
     if not path.is_file():
         return NO_BLOCKS
-    try:
+    with _naming(path):
         file = _open_for(path, _BLOCKS, spec, weight_of)
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  the file is no mapping
-        blocks = blocks_named(slices, spec.layers)
-        shapes = {name: shape for block in blocks for name, shape in block.shapes(spec).items()}
-        _check_names(file, shapes)
-        for name, part in slices.items():
-            check_shape(name, shapes[name], tuple(part.get_shape()))
-        check_kinds(slices)
-    except Exception as error:
-        raise _unusable(path, error) from error
-
-    def take(name: str) -> Tensor | None:
-        if name not in shapes:
-            return None
-        weight = file.read(name)
-        try:
-            check_finite(name, weight)
-        except CheckpointError as error:
-            raise _unusable(path, error) from None
-        return weight
-
-    return ExitBlocks(blocks, take)
-
-
-def check_beside(folder: str | Path, name: str, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> None:
-    """Reads all of a folder's file INT4_FILE or EXIT_BLOCKS_FILE. Raises CheckpointError as reading it does."""
-    if name == INT4_FILE:
-        take = read_int4(folder, spec, weight_of)
-        names: Iterable[str] = matrix_names(spec)
-    else:
-        blocks = read_exit_blocks(folder, spec, weight_of)
-        take, names = blocks.take, blocks.shapes(spec)
-    for weight in names:
-        if take is not None:
-            take(weight)
+        blocks = ExitBlocks(
+            blocks_named(file.entries, spec.layers), lambda name: file.read(name) if name in file.entries else None
+        )
+        _check_entries(file, blocks.shapes(spec), FLOATS)
+    return blocks
 
 
 def int4_content(rows: Mapping[str, Tensor], made_for: str, details: Mapping[str, str]) -> bytes:
@@ -156,20 +122,27 @@ def exit_blocks_content(spec: ModelSpec, weights: Mapping[str, Tensor], made_for
 
 def _open_for(path: Path, form: Mapping[str, str], spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> WeightFile:
     file = open_formed(path, form)
-    if file.metadata().get(_FINGERPRINT) != fingerprint(spec, weight_of):
+    if file.metadata.get(_FINGERPRINT) != fingerprint(spec, weight_of):
         raise ValueError("it was made from other weights than this model's")
     return file
 
 
-def _check_names(file: WeightFile, needed: Iterable[str]) -> None:
-    for names, what in ((set(needed) - set(file.keys()), "missing"), (set(file.keys()) - set(needed), "unknown")):
-        if names:
-            raise ValueError(f"{len(names)} weights are {what}, {min(names)} the first")
+def _check_entries(file: WeightFile, shapes: Shapes, kinds: Collection[str]) -> None:
+    """Raises ValueError for a weight that is missing or unknown, or has another shape or type."""
+    for name in sorted({*shapes, *file.entries}):
+        kind, shape = file.entries.get(name, ("nothing", ()))
+        if kind not in kinds or shape != shapes.get(name):
+            needed = f"{' or '.join(kinds)} {list(shapes[name])}" if name in shapes else "left out"
+            raise ValueError(f"{name} must be {needed}, found {kind} {list(shape)}")
 
 
-def _unusable(path: Path, reason: Exception | str) -> CheckpointError:
-    text = reason if isinstance(reason, str) else first_line(reason)
-    return CheckpointError(f"{path} cannot be used: {text}; remove it, or make it again")
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Any error becomes a CheckpointError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}; remove it, or make it again") from error
 
 
 def _content(weights: Mapping[str, Tensor], made_for: str, form: Mapping[str, str]) -> bytes:

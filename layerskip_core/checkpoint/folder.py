@@ -5,20 +5,21 @@ the whole tokenizer. They return None for others, which need transformers.
 """
 
 import json
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import read_json_object
+from ..files import read_json
 from ..model import ModelSpec, missing_feature
 from ..model.architectures import is_complete
-from ..model.weights import Take
 from ..prompting import Tokenizer, special_ids
 
 CONFIG_FILE = "config.json"
@@ -27,7 +28,7 @@ TOKENIZER_FILE = "tokenizer_config.json"
 INT4_FILE = "int4.safetensors"  # beside the weights, see beside.py
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see beside.py
 PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
-_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
@@ -38,7 +39,7 @@ _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of a folder; empty if there is no such file. Raises CheckpointError for other content."""
     path = Path(folder) / name
-    return read_json_object(path, CheckpointError) if path.is_file() else {}
+    return read_json(path, CheckpointError) if path.is_file() else {}
 
 
 def lean_spec(folder: str) -> ModelSpec | None:
@@ -65,16 +66,8 @@ def generation_config(folder: str) -> SimpleNamespace:
 # Weights
 
 
-class StoredWeight(Protocol):
-    """A weight in a safetensors file; its numbers are not read."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def get_dtype(self) -> str: ...
-
-
 class WeightFile:
-    """An open safetensors file."""
+    """An open safetensors file. `entries`: the type of each weight, as safetensors names it, and its shape."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises what safetensors raises for a file that is damaged, of a wrong length, or not readable."""
@@ -86,16 +79,8 @@ class WeightFile:
         length = int.from_bytes(self._bytes.read(8), "little")
         self._header = json.loads(self._bytes.read(length))
         self._start = 8 + length
-
-    def keys(self) -> list[str]:
-        return list(self._file.keys())
-
-    def metadata(self) -> dict[str, str]:
-        return self._file.metadata() or {}
-
-    def get_slice(self, name: str) -> StoredWeight:
-        part: StoredWeight = self._file.get_slice(name)
-        return part
+        self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
+        self.entries = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in self._header.items()}
 
     def mapped(self, name: str) -> Tensor:
         """A weight that is a part of the mapped file: what is used of it is read, and stays in memory as the file does."""
@@ -114,32 +99,6 @@ class WeightFile:
                 raise OSError("the file ends too early")
             rest = rest[count:]
         return tensor
-
-
-class FileWeights:
-    """The weights in a folder's safetensors files.
-
-    Each is read when it is taken, into memory of its own: there is never a second copy of all, and nothing stays mapped.
-    """
-
-    def __init__(self, folder: str, spec: ModelSpec, device: torch.device) -> None:
-        """Raises CheckpointError for a weight that is missing, or has another shape or type than `spec` needs."""
-        self._device = device
-        self._files = open_weights(folder)
-        check_stored_weights(self._files, spec)
-
-    def stored(self, name: str) -> Tensor:
-        """A weight as it is stored. Only what is used of it is read."""
-        return self._files[name].mapped(name)
-
-    def reader(self, dtype: torch.dtype) -> Take:
-        """A function from a weight's name to the weight in `dtype`, or to None if the files have no such weight."""
-
-        def take(name: str) -> Tensor | None:
-            file = self._files.get(name)
-            return None if file is None else file.read(name).to(self._device, dtype)
-
-        return take
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -162,11 +121,7 @@ def refuse_packed(folder: str | Path) -> None:
 
 def open_weights(folder: str | Path) -> dict[str, WeightFile]:
     """The open safetensors file of each of the model's own weights in a folder, by the weight's name."""
-    files: dict[str, WeightFile] = {}
-    for path in weight_files(folder):
-        file = WeightFile(path)
-        files.update(dict.fromkeys(file.keys(), file))
-    return files
+    return {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
 
 
 def check_stored_weights(files: Mapping[str, WeightFile], spec: ModelSpec) -> None:
@@ -174,16 +129,11 @@ def check_stored_weights(files: Mapping[str, WeightFile], spec: ModelSpec) -> No
 
     Raises CheckpointError for a weight that is missing, has another shape than `spec` says, or is not floating point.
     """
-    slices = {name: files[name].get_slice(name) for name in spec.shapes if name in files}
-    spec.check_weights({name: tuple(part.get_shape()) for name, part in slices.items()})
-    check_kinds(slices)
-
-
-def check_kinds(slices: Mapping[str, StoredWeight]) -> None:
-    """Raises CheckpointError for a weight that is not floating point."""
-    for name, part in slices.items():
-        if part.get_dtype() not in _FLOATS:
-            raise CheckpointError(f"the weight {name} must be one of {', '.join(_FLOATS)}, found {part.get_dtype()}")
+    entries = {name: files[name].entries[name] for name in spec.shapes if name in files}
+    spec.check_weights({name: shape for name, (_, shape) in entries.items()})
+    for name, (kind, _) in entries.items():
+        if kind not in FLOATS:
+            raise CheckpointError(f"the weight {name} must be one of {', '.join(FLOATS)}, found {kind}")
 
 
 # Tokenizers
@@ -199,10 +149,11 @@ class LeanTokenizer:
         self.backend_tokenizer.no_padding()
         self.backend_tokenizer.no_truncation()
         settings = read_settings(folder, TOKENIZER_FILE)
-        named = {name: _content(settings.get(name)) for name in _NAMED_TOKENS}
-        self.special_tokens_map = {name: content for name, content in named.items() if content is not None}
-        self.eos_token_id = self._id("eos_token")
-        self.pad_token_id = self._id("pad_token")
+        named = {name: settings.get(name) for name in _NAMED_TOKENS}
+        named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        self.special_tokens_map = {name: content for name, content in named.items() if isinstance(content, str)}
+        ids = {name: self.backend_tokenizer.token_to_id(content) for name, content in self.special_tokens_map.items()}
+        self.eos_token_id, self.pad_token_id = ids.get("eos_token"), ids.get("pad_token")
         template = Path(folder) / "chat_template.jinja"
         self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
 
@@ -220,15 +171,6 @@ class LeanTokenizer:
         return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=False))
 
     @property
-    def all_special_tokens(self) -> list[str]:
-        return list(dict.fromkeys(self.special_tokens_map.values()))
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        ids = map(self.backend_tokenizer.token_to_id, self.all_special_tokens)
-        return [token for token in ids if token is not None]
-
-    @property
     def added_tokens_decoder(self) -> dict[int, Any]:
         return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
@@ -243,11 +185,6 @@ class LeanTokenizer:
 
     def convert_ids_to_tokens(self, ids: int) -> str:
         return str(self.backend_tokenizer.id_to_token(ids))
-
-    def _id(self, name: str) -> int | None:
-        content = self.special_tokens_map.get(name)
-        token: int | None = None if content is None else self.backend_tokenizer.token_to_id(content)
-        return token
 
 
 def lean_tokenizer(folder: str) -> LeanTokenizer | None:
@@ -276,7 +213,22 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _content(token: Any) -> str | None:
-    """The text of a token as tokenizer_config.json writes it: bare, or in an object."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
+# Output of transformers
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, log lines or warnings, in a block or in a decorated function."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -25,7 +25,6 @@ _VALUES = {
 }
 _ROPE, _RMS = {"rope.freq_base": "rope_theta"}, {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _HEAD, _WINDOW = {"attention.key_length": "head_dim"}, {"attention.sliding_window": "sliding_window"}
-_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 _VOCABULARY = "tokenizer.ggml.tokens"
 _HEAD_WEIGHT = "output.weight"
@@ -102,9 +101,6 @@ class GgufModel:
         from transformers import AutoConfig
 
         values, name = self._file.values, self._file.architecture
-        for key in _NEEDED:
-            if f"{name}.{key}" not in values:
-                raise CheckpointError(f"{self._file.path.name} has no {name}.{key}")
         keys = {f"{name}.{key}": known for key, known in (_VALUES | self._form.values).items()}
         keys |= {f"tokenizer.ggml.{key}_token_id": known for key, known in _TOKENS.items()}
         keys["general.name"] = "_model_name_or_path"
@@ -168,14 +164,8 @@ class GgufModel:
             raise CheckpointError(f"{path.name} has no tokenizer: {_VOCABULARY} is missing")
         return getattr(transformers, self._form.tokenizer).from_pretrained(path.parent, gguf_file=path.name)
 
-    def check_weights(self) -> None:
-        """Reads no weight. Raises CheckpointError for one that is missing or has another shape."""
-        tensors = self._file.tensors
-        shapes = {name: _shape(tensors[known]) for name, known in self._names().items() if known in tensors}
-        self.spec.check_weights(shapes)
-
     def model(self) -> Any:
-        """A transformers model in fp32 with the values as the file has them. `check_weights` comes first."""
+        """A transformers model in fp32 with the values as the file has them. Raises CheckpointError as `weights` does."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         kernels = attention_for(self.spec)
@@ -186,29 +176,26 @@ class GgufModel:
         return model
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights in fp32 by their names in transformers. `check_weights` comes first.
+        """All weights in fp32 by their names in transformers.
 
-        Raises CheckpointError for one that is stored in a way that the package `gguf` does not read.
+        Raises CheckpointError, before any is read, for one that is missing or has another shape; and for one that is stored in
+        a way that the package `gguf` does not read.
         """
-        from gguf import dequantize
+        from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
+        kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+        known = get_tensor_name_map(kinds[self._file.architecture], self.spec.layers)
+        names = {name: str(known.get_name(name, try_suffixes=(".weight", ".bias"))) for name in self.spec.shapes}
+        tensors = {name: self._file.tensors[known] for name, known in names.items() if known in self._file.tensors}
+        self.spec.check_weights({name: _shape(tensor) for name, tensor in tensors.items()})
         weights = {}
-        for name, known in self._names().items():
-            tensor = self._file.tensors[known]
+        for name, tensor in tensors.items():
             try:
                 values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
             except (ValueError, NotImplementedError) as error:
                 raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
             weights[name] = self._in_transformers(name, torch.from_numpy(values.reshape(_shape(tensor))))
         return weights
-
-    def _names(self) -> dict[str, str]:
-        """The names of all weights in the file, by those in transformers."""
-        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-        kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-        names = get_tensor_name_map(kinds[self._file.architecture], self.spec.layers)
-        return {name: str(names.get_name(name, try_suffixes=(".weight", ".bias"))) for name in self.spec.shapes}
 
     def _in_transformers(self, name: str, weight: Tensor) -> Tensor:
         """A weight as transformers has it; the reverse of what the export to GGUF does."""

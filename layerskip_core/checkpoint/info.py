@@ -5,35 +5,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import exp
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ..config.decoding import EXACT, STRATEGIES, DecodingOptions, DraftProfile, Drafts, Layer, Policy
+from ..config.decoding import STRATEGIES, DecodingOptions, DraftProfile, Drafts, Layer, Policy
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError
-from ..files import read_json_object
-from ..prompting import PromptTemplate, is_template
+from ..files import read_json
+from ..prompting import PromptTemplate
 
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
 EXIT_BLOCKS = "exit_blocks"  # the key that says how each exit's block was trained
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
 _PLAIN = PackingConfig()
-
-
-class _Skip(msgspec.Struct, frozen=True):
-    layers: list[Layer]
-    num_draft_tokens: Drafts
-
-
-class _Recommended(msgspec.Struct, frozen=True):
-    """What a sweep recommends; "autoregressive" means that no exit pays."""
-
-    exit_layer: Layer | None = None
-    num_draft_tokens: Drafts | None = None
-    strategy: Literal[STRATEGIES] | None = None  # type: ignore[valid-type]
-    skip: _Skip | None = None
+_TOP = ("prompt_template", "files", "system", "policies", "profile")  # the keys that are fields of CheckpointInfo too
 
 
 class _Recipe(msgspec.Struct, frozen=True):
@@ -57,18 +44,6 @@ class _Training(msgspec.Struct, frozen=True):
     exit_blocks: dict[str, _Block] = {}
 
 
-class _Document(msgspec.Struct, frozen=True):
-    """The keys of layerskip.json that are no details."""
-
-    format: int = 1
-    prompt_template: str | None = None
-    recommended: _Recommended = _Recommended()
-    files: tuple[str, ...] = ()
-    system: str | None = None
-    policies: dict[str, Policy] = {}
-    profile: DraftProfile | None = None
-
-
 @dataclass(frozen=True)
 class CheckpointInfo:
     """The content of layerskip.json.
@@ -80,11 +55,11 @@ class CheckpointInfo:
     search found for draft-and-verify, with a draft length.
     """
 
-    prompt_template: str | None = None
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
+    prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = None
+    exit_layer: Layer | None = None
+    num_draft_tokens: Drafts | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    strategy: str | None = None
+    strategy: Literal[STRATEGIES] | None = None  # type: ignore[valid-type]
     files: tuple[str, ...] = field(default=(), compare=False)
     system: str | None = None
     policies: dict[str, Policy] = field(default_factory=dict)
@@ -93,15 +68,14 @@ class CheckpointInfo:
 
     def to_json(self) -> str:
         recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
-        recommended |= {"strategy": self.strategy} if self.strategy else {}
+        if self.strategy:
+            recommended["strategy"] = self.strategy
         if self.skip is not None:
             recommended["skip"] = {"layers": self.skip["skip"], "num_draft_tokens": self.skip["num_draft_tokens"]}
         document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
-        if self.profile is not None:
-            document["profile"] = self.profile.document()
-        if self.policies:
-            document["policies"] = self.policies
-        document |= {"system": self.system} if self.system is not None else {}
+        profile = None if self.profile is None else self.profile.document()
+        optional = {"profile": profile, "policies": self.policies or None, "system": self.system}
+        document |= {key: value for key, value in optional.items() if value is not None}
         document |= self.details
         if self.files:
             document["files"] = list(self.files)
@@ -112,23 +86,12 @@ class CheckpointInfo:
         """The template that the checkpoint names."""
         return None if self.prompt_template is None else PromptTemplate(self.prompt_template, self.system)
 
-    @property
-    def exit_blocks(self) -> dict[str, Any]:
-        """How each exit's block was trained, by exit, as far as `details` tell it."""
-        blocks: dict[str, Any] = self.details.get(EXIT_BLOCKS, {})
-        return blocks
-
-    @property
-    def has_trained_exits(self) -> bool:
-        """Whether `finetune` trained this checkpoint with a loss at its exits."""
-        return self._recipe.curriculum != "none"
-
     def trained_exits(self, num_layers: int) -> tuple[int, ...]:
         """The exits before the last layer that `finetune` trained: those of the recipe, or all."""
-        if not self.has_trained_exits:
+        recipe = self._training.config.recipe or _Recipe()
+        if recipe.curriculum == "none":
             return ()
-        exits = self._recipe.exits
-        return tuple(exit_layer for exit_layer in range(1, num_layers) if not exits or exit_layer in exits)
+        return tuple(exit_layer for exit_layer in range(1, num_layers) if not recipe.exits or exit_layer in recipe.exits)
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = _PLAIN) -> DraftProfile:
         """What a sweep measured of drafts that are stored in this way, and of passes of the target.
@@ -136,12 +99,16 @@ class CheckpointInfo:
         Where it measured no such drafts, what training measured of exit blocks, else a guess by its losses: exp(-gap / 2) for a
         gap of that many nats between an exit's loss and the last layer's.
         """
-        known, blocks = self.profile, self._training.exit_blocks
-        of_blocks = {f"exit {exit_layer}": block.agreement for exit_layer, block in blocks.items()}
+        known, training = self.profile, self._training
+        of_blocks = {f"exit {exit_layer}": block.agreement for exit_layer, block in training.exit_blocks.items()}
         agreement = {name: share for name, share in of_blocks.items() if share is not None}
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
             return replace(known, acceptance=agreement | known.acceptance)
-        return DraftProfile(agreement or self._acceptance_by_losses(num_layers), () if known is None else known.passes)
+        if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
+            losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits(num_layers)}
+            # exp(-gap) is about the chance that the exit gives the token; that this is its best one is more likely.
+            agreement = {f"exit {layer}": exp(-max(loss - last, 0.0) / 2) for layer, loss in losses.items() if loss is not None}
+        return DraftProfile(agreement, () if known is None else known.passes)
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -162,27 +129,12 @@ class CheckpointInfo:
             strategy=None,
             policies={},
             profile=None if self.profile is None else self.profile.without(map(int, trained)),
-            details={**self.details, EXIT_BLOCKS: {**self.exit_blocks, **trained}},
+            details={**self.details, EXIT_BLOCKS: {**self.details.get(EXIT_BLOCKS, {}), **trained}},
         )
-
-    def _acceptance_by_losses(self, num_layers: int) -> dict[str, float]:
-        losses = self._training.final_losses
-        last = losses.get(str(num_layers))
-        known = {exit_layer: losses.get(str(exit_layer)) for exit_layer in self.trained_exits(num_layers)}
-        # exp(-gap) is about the chance that the exit gives the token; that this is its best one is more likely.
-        return {
-            f"exit {exit_layer}": exp(-max(loss - last, 0.0) / 2)
-            for exit_layer, loss in known.items()
-            if loss is not None and last is not None
-        }
 
     @property
     def _training(self) -> _Training:
         return msgspec.convert(self.details, _Training)
-
-    @property
-    def _recipe(self) -> _Recipe:
-        return self._training.config.recipe or _Recipe()
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
@@ -193,40 +145,22 @@ def read_info(path: str | Path) -> CheckpointInfo:
     file = Path(path) / INFO_FILE
     if not file.is_file():
         return CheckpointInfo()
-    document = read_json_object(file, CheckpointError)
+    details = read_json(file, CheckpointError)
+    details.pop("format", None)
     try:
-        known = msgspec.convert(document, _Document)
-        for name, policy in known.policies.items():
-            _check_policy(name, policy, document["policies"][name])
-        template = known.prompt_template
-        if template is not None and not is_template(template):
-            raise ValueError(f"prompt_template must be chat, raw or a text with {{prompt}} in it, got {template!r}")
-        msgspec.convert(document, _Training)
-        recommended, skip = known.recommended, known.recommended.skip
-        return CheckpointInfo(
-            prompt_template=template,
-            exit_layer=recommended.exit_layer,
-            num_draft_tokens=recommended.num_draft_tokens,
-            details={name: value for name, value in document.items() if name not in _Document.__struct_fields__},
-            strategy=recommended.strategy,
-            files=tuple(map(require_inside, known.files)),
-            system=known.system,
-            policies=known.policies,
-            profile=known.profile,
-            skip=None if skip is None else {"skip": skip.layers, "num_draft_tokens": skip.num_draft_tokens},
-        )
-    except ValueError as error:  # msgspec's are ValueErrors too
+        values = msgspec.convert(details.pop("recommended", {}), dict[str, Any])
+        if skip := values.get("skip"):
+            values["skip"] = {"skip": skip["layers"], "num_draft_tokens": skip["num_draft_tokens"]}
+        values |= {key: details.pop(key) for key in _TOP if key in details}
+        info = msgspec.convert({**values, "details": details}, CheckpointInfo)
+        msgspec.convert(details, _Training)
+        for name in info.files:
+            require_inside(name)
+        if any("strategy" not in policy for policy in info.policies.values()):
+            raise ValueError("a policy has no strategy")
+        return info
+    except (ValueError, TypeError, KeyError) as error:  # msgspec's are ValueErrors too
         raise CheckpointError(f"{file} is not valid: {error}") from None
-
-
-def _check_policy(name: str, policy: Policy, stored: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option that this version does not know, and for an `exact` whose output is another one."""
-    if unknown := stored.keys() - policy.keys():
-        raise ValueError(f"policies.{name} has {min(unknown)!r}, which this version does not know")
-    if "strategy" not in policy:
-        raise ValueError(f"policies.{name} has no strategy")
-    if name == EXACT and policy["strategy"] == "early-exit":
-        raise ValueError(f"policies.{EXACT} must have the output of plain decoding, got the strategy early-exit")
 
 
 def holds_model(path: str | Path) -> bool:
@@ -234,9 +168,8 @@ def holds_model(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in CONFIG_FILES)
 
 
-def require_inside(name: str) -> str:
-    """A file's name relative to its folder, with / between the parts. Raises ValueError for one that leaves the folder."""
+def require_inside(name: str) -> None:
+    """Raises ValueError for a file's name that leaves its folder. Parts of a name have / between them."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError(f"a file's name must stay in its folder, got {name!r}")
-    return name

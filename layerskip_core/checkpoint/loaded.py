@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from ..config.checks import require, require_choice
@@ -34,11 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LARGE_MODEL = 50_000_000  # parameters; from this size on bf16 is faster on a CPU that has it
-
-
-def memory_size() -> int:
-    """Bytes of this machine's memory."""
-    return int(psutil.virtual_memory().total)
 
 
 def pick_device(device: str) -> torch.device:
@@ -106,8 +100,7 @@ class Decoder:
     def prompt_start(self) -> list[int]:
         """The tokens that every prompt begins with: what `template` and the tokenizer put before it."""
         one, other = self.encode_prompt("a"), self.encode_prompt("1")
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-        return [token for token, _ in same]
+        return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of tokens, without special ones."""
@@ -148,34 +141,29 @@ class Decoder:
         Where nothing is said, the policy `exact` decodes if it is saved. Raises ConfigError for early exit at an exit that can
         only draft, for a policy that is not saved or needs copies of the weights that are not here, and as `resolve` does.
         """
-        if name := options.get("policy"):
-            policy = policy_named(self.info.policies, name)
+        name, policies = options.get("policy"), self.info.policies
+        if name is None and EXACT in policies and is_open(options) and not packing.drafts_apart:
+            name = None if self._missing(policies[EXACT]) else EXACT
+        if name is not None:
+            policy = policy_named(policies, name)
             missing = ",".join(self._missing(policy))
             require(not missing, "policy", f"given with `draft_weights` {missing}, which it drafts with", name)
-            return self._resolve_policy(name, policy, options)
-        exact = self.info.policies.get(EXACT)
-        if exact is not None and is_open(options) and not packing.drafts_apart and not self._missing(exact):
-            return self._resolve_policy(EXACT, exact, options)
-        recommended = self.recommended(packing)
+            options, packing = policy_options(policy, options), policy_packing(policy)
+        recommended, blocks = self.recommended(packing), self.backend.exit_blocks
         if options.get("exit_confidence"):
-            recommended = replace(recommended, exits=self._without_drafting_only(recommended.exits))
-        config = resolve(options, recommended, self.backend.num_layers, packing)
+            drafting_only = {exit_layer for exit_layer, block in blocks.items() if not block.stands_alone}
+            exits = tuple(exit_layer for exit_layer in recommended.exits if exit_layer not in drafting_only)
+            recommended = replace(recommended, exits=exits)
+        try:
+            config = resolve(options, recommended, self.backend.num_layers, packing)
+        except ConfigError as error:
+            if name is None:
+                raise
+            raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
         if config.strategy == "early-exit":
             for exit_layer in config.exits if config.exit_confidence else (config.exit_layer,):
-                target_block(self.backend.exit_blocks, exit_layer or self.backend.num_layers)
-        return config
-
-    def _resolve_policy(self, name: str, policy: Policy, request: DecodingOptions) -> DecodingConfig:
-        options, packing = policy_options(policy, request), policy_packing(policy)
-        try:
-            config = resolve(options, self.recommended(packing), self.backend.num_layers, packing)
-        except ConfigError as error:
-            raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
+                target_block(blocks, exit_layer or self.backend.num_layers)
         return replace(config, policy=name)
-
-    def _without_drafting_only(self, exits: tuple[int, ...]) -> tuple[int, ...]:
-        blocks = self.backend.exit_blocks
-        return tuple(exit_layer for exit_layer in exits if exit_layer not in blocks or blocks[exit_layer].stands_alone)
 
     def _missing(self, policy: Policy) -> list[Quantization]:
         """The copies that a policy drafts with and that were not made."""

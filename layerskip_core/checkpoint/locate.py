@@ -6,10 +6,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import CheckpointError, ConfigError, first_line
-from ..files import read_json_object
+from ..errors import CheckpointError, ConfigError, LockedError, first_line
+from ..files import read_json
 from .info import ADAPTER_FILE, holds_model
-from .swap import settle
+from .save import settle
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 
@@ -37,9 +37,10 @@ class Location:
     gguf_file: str | None = None
 
     @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder in the layout of transformers."""
-        return self.gguf_file is None and Path(self.path).is_dir()
+    def folder(self) -> str | None:
+        """The folder of a whole model in the layout of transformers; None for a GGUF file, a hub id and an adapter."""
+        whole = self.gguf_file is None and Path(self.path).is_dir() and not is_adapter(self.path)
+        return self.path if whole else None
 
 
 def locate(name: str) -> Location:
@@ -61,9 +62,8 @@ def locate(name: str) -> Location:
 
 
 def own_folder(name: str) -> str | None:
-    """The folder that a model is read from, where files can be added; None for an embedded model, a GGUF file and a hub id."""
-    location = locate(name)
-    return location.path if location.is_folder and name not in EMBEDDED else None
+    """The folder of a whole model, where files can be added; None for all else, and for an embedded model."""
+    return None if name in EMBEDDED else locate(name).folder
 
 
 def downloaded(name: str) -> str:
@@ -71,7 +71,7 @@ def downloaded(name: str) -> str:
     location = locate(name)
     if location.gguf_file is not None:
         raise CheckpointError(f"{name} is a GGUF file; needed a folder of safetensors: convert it with `layerskip import`")
-    if location.is_folder:
+    if Path(location.path).is_dir():
         return location.path
     from huggingface_hub import snapshot_download
 
@@ -85,15 +85,14 @@ def reading(name: str, read: Callable[[], Result]) -> Result:
     """
     try:
         return read()
-    except ConfigError:
+    except (ConfigError, LockedError):
         raise
     except BaseException as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
         if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
             raise
-        reason = first_line(error)
         known = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
         absent = "" if known else "there is no such folder, and as a hub id: "
-        raise CheckpointError(f"cannot load model {name}: {absent}{reason}") from error
+        raise CheckpointError(f"cannot load model {name}: {absent}{first_line(error)}") from error
 
 
 def is_adapter(folder: str) -> bool:
@@ -107,19 +106,15 @@ def adapters_of(name: str) -> tuple[list[str], str]:
     """
     adapters: list[str] = []
     while is_adapter(name):
-        if Path(name).resolve() in map(Path.resolve, map(Path, adapters)):
-            raise CheckpointError(f"{Path(name) / ADAPTER_FILE} names a base that needs this adapter itself: {name}")
+        file = Path(name) / ADAPTER_FILE
+        if any(Path(name).samefile(adapter) for adapter in adapters):
+            raise CheckpointError(f"{file} names a base that needs this adapter itself: {name}")
         adapters.append(name)
-        name = _base_of(Path(name) / ADAPTER_FILE)
+        config = read_json(file, CheckpointError)
+        base = config.get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise CheckpointError(f"{file}: base_model_name_or_path must be the name of a model, got {base!r}")
+        if config.get("megatron_config") is not None:  # peft would import the module that megatron_core names
+            raise CheckpointError(f"{file}: an adapter's own modules are never imported, as megatron_config asks for")
+        name = base
     return adapters, name
-
-
-def _base_of(file: Path) -> str:
-    """The base model that an adapter's configuration names."""
-    config = read_json_object(file, CheckpointError)
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise CheckpointError(f"{file}: base_model_name_or_path must be the name of a model, got {base!r}")
-    if config.get("megatron_config") is not None:  # peft would import the module that megatron_core names
-        raise CheckpointError(f"{file}: megatron_config must be left out or null: an adapter's own modules are never imported")
-    return base

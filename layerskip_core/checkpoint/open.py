@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -28,50 +29,46 @@ from ..model.low_bit import named_int4
 from ..model.native.compiled import kernel_note, requested_variant, why_no_kernels
 from ..model.transformers_backend import attention_for
 from ..model.weights import Take, taken_from
-from ..prompting import Tokenizer, resolve_template
+from ..prompting import resolve_template
 from .beside import read_exit_blocks, read_int4
 from .folder import (
     INT4_FILE,
-    FileWeights,
+    check_stored_weights,
     check_tokenizer,
     generation_config,
     is_packed,
     lean_spec,
     lean_tokenizer,
+    open_weights,
+    quiet_transformers,
     refuse_packed,
 )
 from .info import CheckpointInfo, read_info
-from .loaded import Decoder, Trainable, decoder_of, end_ids, memory_size, pick_device, pick_dtype
-from .locate import Location, adapters_of, is_adapter, locate, reading
+from .loaded import Decoder, Trainable, decoder_of, end_ids, pick_device, pick_dtype
+from .locate import Location, adapters_of, locate, reading
 from .packed_file import PackedFile
-from .swap import read_whole
-from .transformers_read import merge_adapters, open_model, quiet_transformers, read_model, read_tokenizer
+from .save import read_whole
+from .transformers_read import merge_adapters, open_model, read_model, read_tokenizer
 
 _MEMORY_SHARE = 0.8  # of the machine's memory, that a model with a copy may take
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A model to repack. `take` gives its weights in `dtype`; `weight_of` in any precision, until `take` was called."""
+class Source:
+    """A model to repack, with what lies beside the weights in their folder.
+
+    `take` gives its weights in `dtype`; `weight_of` in any precision, until `take` was called.
+    """
 
     spec: ModelSpec
     dtype: torch.dtype
     device: torch.device
     weight_of: Callable[[str], Tensor]
     take: Callable[[], Take]
-
-
-@dataclass(frozen=True)
-class Unpacked:
-    """What a backend for repacked weights is built from, with what lies beside the weights in their folder."""
-
-    spec: ModelSpec
-    dtype: torch.dtype
-    take: Take
     packing: PackingConfig
-    int4: Take | None
-    exit_blocks: ExitBlocks
+    int4: Take | None = None
+    exit_blocks: ExitBlocks = NO_BLOCKS
 
 
 def for_decoding(
@@ -98,24 +95,41 @@ def for_decoding(
         ConfigError: the device is absent, `packing` asks for something that this architecture or device cannot do, or the
             environment variable that chooses kernels has an unknown value.
     """
-    target = pick_device(device)
-    mapped_to = _CPU if device == "auto" else target  # a packed file
+    target, location = pick_device(device), locate(name)
     requested_variant()
-    return read_whole(name, lambda: _decoder(name, target, dtype, packing or PackingConfig(), policies, mapped_to))
+
+    def read() -> Decoder:
+        info, used = read_info(location.path), packing or PackingConfig()
+        if (folder := location.folder) is None:
+            return _repacked(_trainable(name, location, target, dtype), location, used)
+        if is_packed(folder):
+            mapped_to = _CPU if device == "auto" else target
+            return _mapped(name, folder, info, mapped_to, dtype, _with_policies(used, info, policies, mapped_to))
+        used = _with_policies(used, info, policies, target)
+        source = _lean_source(folder, target, dtype, used)
+        if source is None:
+            return _repacked(_trainable(name, location, target, dtype), location, used)
+        return _decoder(name, folder, info, *_backend(_with_files_beside(source, folder), folder))
+
+    return reading(name, lambda: read_whole(location.path, read))
 
 
-def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Unpacked:
+def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
     """A folder's model as `for_decoding` would pack it on the CPU, with what all of its saved policies draft with.
 
     Each weight can be taken any number of times. Raises CheckpointError and ConfigError as `for_decoding` does.
     """
-    packing = _with_policies(packing, read_info(folder), None, _CPU)
-    source = reading(folder, lambda: _lean_source(folder, _CPU, dtype))
-    if source is None:
-        trainable = for_training(folder, "cpu", dtype)
-        weights = {name: weight.detach() for name, weight in trainable.model.named_parameters()}
-        source = replace(_model_source(trainable), take=lambda: weights.get)
-    return reading(folder, lambda: _unpacked(source, folder, packing))
+
+    def read() -> Source:
+        used = _with_policies(packing, read_info(folder), None, _CPU)
+        source = _lean_source(folder, _CPU, dtype, used)
+        if source is None:
+            trainable = for_training(folder, "cpu", dtype)
+            weights = {name: weight.detach() for name, weight in trainable.model.named_parameters()}
+            source = replace(_model_source(trainable, used), take=lambda: weights.get)
+        return _with_files_beside(source, folder)
+
+    return reading(folder, read)
 
 
 def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Trainable:
@@ -123,9 +137,9 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
 
     Args and errors are those of `for_decoding`.
     """
-    target = pick_device(device)
+    target, location = pick_device(device), locate(name)
     requested_variant()
-    return read_whole(name, lambda: _trainable(name, target, dtype))
+    return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))
 
 
 @quiet_transformers()
@@ -137,53 +151,31 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
     location = locate(name)
     from transformers import AutoModelForCausalLM
 
-    files = reading(name, lambda: open_model(location))
-    config, spec = files.config, files.spec
-    if tokenizer is None:
-        tokenizer = reading(name, files.tokenizer)
-        reading(name, lambda: check_tokenizer(tokenizer, spec.vocab))
-    else:
-        config.vocab_size = len(tokenizer)
-        spec = replace(spec, vocab=len(tokenizer))
-        for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(config, special, getattr(tokenizer, special))
-    reading(name, lambda: _require_memory(spec))
-    torch.manual_seed(seed)
-    kernels = attention_for(spec)
-    model = reading(name, lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernels))
-    return Trainable(name, model, TransformersBackend(model), tokenizer, read_info(location.path))
+    def read() -> Trainable:
+        files = open_model(location)
+        config, spec, words = files.config, files.spec, tokenizer
+        if words is None:
+            words = files.tokenizer()
+            check_tokenizer(words, spec.vocab)
+        else:
+            config.vocab_size = len(words)
+            for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                setattr(config, special, getattr(words, special))
+        torch.manual_seed(seed)
+        kernels = attention_for(spec)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernels)
+        return Trainable(name, model, TransformersBackend(model), words, read_info(location.path))
+
+    return reading(name, read)
 
 
-def _trainable(name: str, device: torch.device, dtype: str) -> Trainable:
-    if not is_adapter(name):
-        if (location := locate(name)).is_folder:
-            reading(name, lambda: refuse_packed(location.path))
-        return read_model(name, device, dtype)
+def _trainable(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
     adapters, base = adapters_of(name)
-    return merge_adapters(adapters, for_training(base, str(device), dtype))
-
-
-def _decoder(
-    name: str,
-    device: torch.device,
-    dtype: str,
-    packing: PackingConfig,
-    policies: Collection[str] | None,
-    mapped_to: torch.device,
-) -> Decoder:
-    location = Location(name) if is_adapter(name) else locate(name)
-    path, folder = location.path, None
-    if location.is_folder and not is_adapter(name):
-        folder, info = path, read_info(path)
-        if is_packed(path):
-            used = _with_policies(packing, info, policies, mapped_to)
-            return reading(name, lambda: _mapped_decoder(name, path, info, mapped_to, dtype, used))
-        packing = _with_policies(packing, info, policies, device)
-        lean = reading(name, lambda: _lean_decoder(name, path, info, device, dtype, packing))
-        if lean is not None:
-            return lean
-    trainable = _trainable(name, device, dtype)
-    return reading(name, lambda: _repacked(trainable, path, folder, packing))
+    if adapters:
+        return merge_adapters(adapters, for_training(base, str(device), dtype))
+    if location.folder is not None:
+        refuse_packed(location.folder)
+    return read_model(name, location, device, dtype)
 
 
 def _with_policies(
@@ -202,107 +194,86 @@ def _with_policies(
     return replace(packing, draft_weights=copies, draft_layers=0) if whole else packing
 
 
-def _lean_source(folder: str, device: torch.device, dtype: str) -> _Source | None:
+def _lean_source(folder: str, device: torch.device, dtype: str, packing: PackingConfig) -> Source | None:
     """A folder that is read without importing transformers; None where only transformers can read it."""
     spec = lean_spec(folder)
     if spec is None:
         return None
-    weights = FileWeights(folder, spec, device)
+    files = open_weights(folder)
+    check_stored_weights(files, spec)
     precision = pick_dtype(dtype, device, spec.parameters)
-    return _Source(spec, precision, device, weights.stored, lambda: weights.reader(precision))
+
+    def take(name: str) -> Tensor | None:
+        """Reads a weight into memory of its own: there is never a second copy of all, and nothing stays mapped."""
+        return files[name].read(name).to(device, precision) if name in files else None
+
+    return Source(spec, precision, device, lambda name: files[name].mapped(name), lambda: take, packing)
 
 
-def _model_source(trainable: Trainable) -> _Source:
+def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
     """A model that transformers has read. It loses its weights to `take`."""
     model, weight = trainable.model, trainable.model.get_input_embeddings().weight
-    take = lambda: taken_from(model)  # noqa: E731
-    return _Source(trainable.backend.spec, weight.dtype, weight.device, model.get_parameter, take)
+    return Source(trainable.backend.spec, weight.dtype, weight.device, model.get_parameter, lambda: taken_from(model), packing)
 
 
-def _unpacked(source: _Source, folder: str | None, packing: PackingConfig) -> Unpacked:
-    """`folder`: that of the weights, if the model is a folder of them."""
-    spec, blocks, int4 = source.spec, NO_BLOCKS, None
-    if folder is not None:
-        blocks = read_exit_blocks(folder, spec, source.weight_of)
-    packing = _with_adaptive_copy(packing, folder, source)
-    if folder is not None and packing.has_int4:
-        int4 = read_int4(folder, spec, source.weight_of)
-    return Unpacked(spec, source.dtype, source.take(), packing, int4, blocks)
+def _with_files_beside(source: Source, folder: str | None) -> Source:
+    """With a low-bit copy for adaptive drafting, if it is fast here and fits the memory; and with the files of `folder`.
 
-
-def _with_adaptive_copy(packing: PackingConfig, folder: str | None, source: _Source) -> PackingConfig:
-    """With a low-bit copy for adaptive drafting, if it is fast here and fits the memory.
-
-    int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
+    The copy is int4 if it was calibrated, else int8: int4 weights that are only rounded are too often wrong.
     """
-    if not packing.adaptive or packing.draft_weights or packing.quantize or packing.exact:
-        return packing
-    calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
-    copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
-    fits = source.spec.parameters * (source.dtype.itemsize + 1) <= _MEMORY_SHARE * memory_size()
-    return copied if fits and can_run_native(source.spec, source.dtype, source.device, copied) else packing
+    spec, packing = source.spec, source.packing
+    if packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact):
+        calibrated = folder is not None and (Path(folder) / INT4_FILE).is_file()
+        copied = replace(packing, draft_weights=("int4" if calibrated else "int8",))
+        fits = spec.parameters * (source.dtype.itemsize + 1) <= _MEMORY_SHARE * psutil.virtual_memory().total
+        if fits and can_run_native(spec, source.dtype, source.device, copied):
+            packing = copied
+    if folder is None:
+        return replace(source, packing=packing)
+    blocks = read_exit_blocks(folder, spec, source.weight_of)
+    int4 = read_int4(folder, spec, source.weight_of) if packing.has_int4 else None
+    return replace(source, packing=packing, int4=int4, exit_blocks=blocks)
 
 
-def _backend(unpacked: Unpacked, device: torch.device, path: str) -> tuple[Backend, tuple[str, ...]]:
+def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
     """The fastest backend for repacked weights on this machine, and a note if the compiled kernels would be faster."""
-    spec, dtype, packing = unpacked.spec, unpacked.dtype, unpacked.packing
+    spec, dtype, device, packing = source.spec, source.dtype, source.device, source.packing
     note = kernel_note() if suits_kernels(spec, dtype, device, packing) else None
     kind = NativeBackend if can_run_native(spec, dtype, device, packing) else TorchBackend
-    order = _token_order(path, spec, packing)
-    backend = kind(spec, unpacked.take, packing, order, unpacked.int4, unpacked.exit_blocks)
+    backend = kind(spec, source.take(), packing, _token_order(path, spec, packing), source.int4, source.exit_blocks)
     return backend, () if note is None else (note,)
 
 
-def _lean_decoder(
-    name: str, path: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig
-) -> Decoder | None:
-    source = _lean_source(path, device, dtype)
-    if source is None:
-        return None
-    tokenizer = _tokenizer(path, source.spec)
-    backend, notes = _backend(_unpacked(source, path, packing), device, path)
-    return _with_files(name, path, info, backend, tokenizer, notes)
-
-
-def _mapped_decoder(
-    name: str, path: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig
-) -> Decoder:
+def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig) -> Decoder:
     """A model that `layerskip export --format packed` wrote, on the CPU."""
     if device.type != "cpu":
         raise ConfigError(f"`device` must be cpu for a model that was packed for the compiled kernels, got {device}")
-    file = PackedFile(path)
-    spec = lean_spec(path) or open_model(Location(path)).spec
+    file = PackedFile(folder)
+    spec = lean_spec(folder) or open_model(Location(folder)).spec
     packing = file.content.packing(packing, dtype)
     if not can_run_native(spec, file.dtype, device, packing):
         raise CheckpointError(f"it was packed for the compiled kernels, which cannot run it here: {why_no_kernels()}")
-    tokenizer, order = _tokenizer(path, spec), _token_order(path, spec, packing)
+    order = _token_order(folder, spec, packing)
     backend = NativeBackend(spec, file.norm, packing, order, None, file.exit_blocks, file.matrix, file.embedding(spec))
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
-    return _with_files(name, path, info, backend, tokenizer)
+    return _decoder(name, folder, info, backend)
 
 
-def _with_files(
-    name: str,
-    path: str,
-    info: CheckpointInfo,
-    backend: Backend,
-    tokenizer: Tokenizer,
-    notes: tuple[str, ...] = (),
-) -> Decoder:
-    """A decoder with what the files of its folder say of prompts and their ends."""
-    eos_ids = end_ids(generation_config(path), backend.spec.config, tokenizer)
+def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend, notes: tuple[str, ...] = ()) -> Decoder:
+    """With what the files of the folder say of prompts and their ends."""
+    tokenizer = lean_tokenizer(folder) or read_tokenizer(folder)
+    check_tokenizer(tokenizer, backend.spec.vocab)
+    eos_ids = end_ids(generation_config(folder), backend.spec.config, tokenizer)
     return Decoder(name, backend, tokenizer, info, eos_ids, resolve_template(None, None, info.template, tokenizer), notes)
 
 
-def _repacked(trainable: Trainable, path: str, folder: str | None, packing: PackingConfig) -> Decoder:
-    """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights.
-
-    `folder`: that of the weights, if the model is a folder of them.
-    """
-    generic, source = decoder_of(trainable), _model_source(trainable)
+def _repacked(trainable: Trainable, location: Location, packing: PackingConfig) -> Decoder:
+    """The fastest decoder for a model that transformers has read. Where it is repacked, `trainable` loses its weights."""
+    folder = location.folder
+    generic, source = decoder_of(trainable), _model_source(trainable, packing)
     missing = missing_feature(source.spec)
     if missing is None:
-        backend, notes = _backend(_unpacked(source, folder, packing), source.device, path)
+        backend, notes = _backend(_with_files_beside(source, folder), location.path)
         return replace(generic, backend=backend, notes=notes)
     if not packing.is_plain:
         got = f"{source.spec.model_type} with {missing}"
@@ -311,18 +282,5 @@ def _repacked(trainable: Trainable, path: str, folder: str | None, packing: Pack
     return replace(generic, backend=TransformersBackend(trainable.model, blocks, source.spec)) if blocks.blocks else generic
 
 
-def _tokenizer(path: str, spec: ModelSpec) -> Tokenizer:
-    tokenizer = lean_tokenizer(path) or read_tokenizer(path)
-    check_tokenizer(tokenizer, spec.vocab)
-    return tokenizer
-
-
-def _token_order(path: str, spec: ModelSpec, packing: PackingConfig) -> list[int] | None:
-    return token_order(path, spec.vocab) if packing.draft_vocab else None
-
-
-def _require_memory(spec: ModelSpec) -> None:
-    """Raises CheckpointError for a model whose weights in fp32 do not fit into this machine's memory."""
-    needed, there = 4 * spec.parameters, memory_size()
-    if needed > there:
-        raise CheckpointError(f"its {spec.parameters} weights need {needed >> 20} MB in fp32, this machine has {there >> 20}")
+def _token_order(folder: str, spec: ModelSpec, packing: PackingConfig) -> list[int] | None:
+    return token_order(folder, spec.vocab) if packing.draft_vocab else None

@@ -8,7 +8,7 @@ every tensor, which shows content that is missing, as when a copy was interrupte
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -17,11 +17,11 @@ import msgspec
 import torch
 from torch import Tensor
 
+from ..config.checks import require
 from ..config.packing import PackingConfig, Quantization
 from ..config.training import Feature
-from ..errors import CheckpointError, ConfigError, first_line
+from ..errors import CheckpointError, first_line
 from ..model.exit_blocks import ExitBlock, ExitBlocks
-from ..model.low_bit import GROUP_SIZE
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
 from ..model.spec import EMBEDDING, ModelSpec, Shapes
@@ -30,7 +30,6 @@ from .beside import open_formed
 from .folder import PACKED_FILE
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
-_FURTHER = {"kernels": "all variants", "byte_order": "little", "group_size": str(GROUP_SIZE)}  # as the layout says
 _CONTENT, _FINGERPRINT, _METADATA = "content", "fingerprint", "__metadata__"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # of types, in safetensors
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,26 +50,19 @@ class Content:
 
     def packing(self, asked: PackingConfig, dtype: str) -> PackingConfig:
         """What is asked for, of what there is. Raises ConfigError for anything that was not packed."""
-        if dtype not in ("auto", self.dtype):
-            raise ConfigError(f"`dtype` must be auto or {self.dtype} for a model that was packed in {self.dtype}, got {dtype}")
-        if asked.quantize not in (None, self.quantize):
-            needed = f"{self.quantize} or left out" if self.quantize else "left out"
-            packed = f"a model that was packed in {self.quantize or self.dtype}"
-            raise ConfigError(f"`quantize` must be {needed} for {packed}, got {asked.quantize}", "quantize")
         copies, head = asked.draft_weights, asked.draft_head or "int8"
         if asked.adaptive and not copies and self.quantize is None and not asked.exact:
             usual: Quantization = "int4" if self.calibrated else "int8"
             copies = (usual,) if usual in self.draft_weights and head == self.draft_head else ()
-        missing = [kind for kind in copies if kind not in self.draft_weights]
-        if missing:
-            there = ", ".join(self.draft_weights) or "none"
-            raise ConfigError(
-                f"`draft_weights` must be packed with the model, which has {there}; got {missing[0]}", "draft_weights"
-            )
-        if copies and head != self.draft_head:
-            raise ConfigError(
-                f"`draft_head` must be {self.draft_head}, as it was packed with the model, got {head}", "draft_head"
-            )
+        checks: list[tuple[str, str | None, Collection[str | None]]] = [
+            ("dtype", dtype, ("auto", self.dtype)),
+            ("quantize", asked.quantize, (None, self.quantize)),
+            *(("draft_weights", kind, self.draft_weights) for kind in copies),
+            *(("draft_head", head, (self.draft_head,)) for _ in copies[:1]),
+        ]
+        for field, value, packed in checks:
+            there = " or ".join(kind or "left out" for kind in packed) or "left out"
+            require(value in packed, field, f"{there}, as the model was packed", value)
         return replace(asked, quantize=self.quantize, draft_weights=copies)
 
 
@@ -82,10 +74,9 @@ class PackedFile:
         self._path = Path(folder) / PACKED_FILE
         try:
             self._file = open_formed(self._path, _FORM)
-            metadata = self._file.metadata()
-            self.content: Content = msgspec.json.decode(metadata.get(_CONTENT, "null"), type=Content)
-            self._names = set(self._file.keys())
-            if metadata.get(_FINGERPRINT) != _fingerprint({name: _sample(self._file.mapped(name)) for name in self._names}):
+            self.content: Content = msgspec.json.decode(self._file.metadata.get(_CONTENT, "null"), type=Content)
+            samples = {name: _sample(self._file.mapped(name)) for name in self._file.entries}
+            if self._file.metadata.get(_FINGERPRINT) != _fingerprint(samples):
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
         except Exception as error:
             raise self._unusable(first_line(error)) from error
@@ -96,7 +87,7 @@ class PackedFile:
 
     def norm(self, name: str) -> Tensor | None:
         """A norm's weight, by its name in a checkpoint."""
-        return self._file.read(name) if name in self._names else None
+        return self._file.read(name) if name in self._file.entries else None
 
     @property
     def exit_blocks(self) -> ExitBlocks:
@@ -113,13 +104,9 @@ class PackedFile:
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """Raises CheckpointError for a tensor that is missing, or has another type or shape than the model needs."""
-        if name not in self._names:
-            raise self._unusable(f"{name} is missing")
-        part = self._file.get_slice(name)
-        found, found_shape = part.get_dtype(), tuple(part.get_shape())
-        if (found, found_shape) != (_NAMES[dtype], shape):
-            needed = f"{_NAMES[dtype]} {list(shape)}"
-            raise self._unusable(f"{name} must be {needed}, as config.json says, found {found} {list(found_shape)}")
+        needed, found = (_NAMES[dtype], shape), self._file.entries.get(name)
+        if found != needed:
+            raise self._unusable(f"{name} must be {needed}, as config.json says, found {found}")
         return self._file.mapped(name)
 
     def _unusable(self, reason: str) -> CheckpointError:
@@ -156,7 +143,7 @@ class PackedWriter:
 
     def finish(self, content: Content) -> None:
         """Writes the header. Without it the file is none of safetensors."""
-        described = {**_FORM, **_FURTHER, _CONTENT: json.dumps(asdict(content)), _FINGERPRINT: _fingerprint(self._samples)}
+        described = {**_FORM, _CONTENT: json.dumps(asdict(content)), _FINGERPRINT: _fingerprint(self._samples)}
         header = json.dumps({_METADATA: described, **self._entries}, separators=(",", ":")).encode()
         size = self._start - 8
         assert len(header) <= size

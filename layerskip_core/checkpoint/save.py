@@ -1,66 +1,85 @@
-"""Writes models. A folder never holds half a model, and files that do not belong to a model are never lost."""
+"""Writes models. A folder never holds half a model, and files that do not belong to a model are never lost.
+
+A new model is written to a staging folder inside its folder. When everything is on disk, one rename makes the staging folder
+READY: from then on the new model is in effect, and its files are moved to their places, layerskip.json at the very end. If the
+process is killed meanwhile, the next command that reads or writes the folder moves the rest.
+
+Other programs see the old model, then for a few renames a folder without a config, which is not a model, then the new model.
+"""
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
-from ..files import hold, new_staging, read_bytes, write_file
-from .beside import check_beside
-from .folder import EXIT_BLOCKS_FILE, INT4_FILE
-from .info import EXIT_BLOCKS, INFO_FILE, CheckpointInfo, holds_model, read_info
-from .loaded import Trainable
-from .locate import adapters_of, downloaded, is_adapter, locate
-from .open import for_training
-from .swap import files_below, in_the_way, loaded_files, model_files, obstacles, replace_files, settle
-from .transformers_read import quiet_transformers, written_dtype
+from ..files import discard_folder, hold, new_staging, publish_folder, synchronise, write_file
+from ..model.drafting import ORDER_FILE
+from .folder import quiet_transformers, read_settings
+from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_model, read_info
+
+RUN_FILES = ("losses.jsonl", "losses.png", ORDER_FILE)  # finetune writes them with a model
+READY = ".layerskip-ready"
+_CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}  # a key that tells them from other files of that name
+_WAIT = 60.0  # seconds to wait for another process to finish its renames
+_MODEL = (  # the files that loaders take for part of a model
+    *(*CONFIG_FILES, "generation_config.json", INFO_FILE, ORDER_FILE, "chat_template.jinja", "chat_template.json"),
+    *("*.safetensors", "*.safetensors.index.json", "additional_chat_templates/*.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+
+Result = TypeVar("Result")
 
 
-@contextmanager
-def output_lock(output: str, command: str) -> Iterator[None]:
-    """Holds the lock of `output`. Raises ConfigError if it is not a folder, and LockedError if another process holds it."""
-    _require_folder(Path(output))
-    with hold(output, command):
-        yield
+def model_files(folder: Path) -> set[str]:
+    """Relative names of the model's files in a folder: those that layerskip.json lists, else those with the usual names.
+
+    A folder without a model has none. Raises CheckpointError if layerskip.json is not valid.
+    """
+    names = {INFO_FILE, *read_info(folder).files}
+    if len(names) == 1 and any(key in read_settings(folder, name) for name, key in _CONFIG_KEYS.items()):
+        names |= _usual(folder)
+    return {name for name in names if (folder / name).is_file()}
+
+
+def files_below(folder: Path) -> list[str]:
+    """Names of all files below a folder, relative to it, with / between the parts, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()) -> None:
-    """Raises ConfigError if `output` is not a folder, holds a model that may not be replaced, or files that are in the way.
+    """Raises ConfigError if `output` holds a model that may not be replaced, or files that are in the way.
 
     `written` are names of files that will be written with the model. An interrupted save in the folder is finished first.
     """
-    folder = Path(output)
-    _require_folder(folder)
-    settle(folder)
-    if holds_model(folder) and not overwrite:
+    settle(output)
+    if holds_model(output) and not overwrite:
         raise ConfigError(f"`output` {output} already holds a model; give `overwrite` to replace it, or another folder")
-    if found := obstacles(folder, written):
-        raise ConfigError(f"`output` {output}: {_summary(found)}; move it away, or give another folder")
+    _refuse_obstacles(Path(output), written, ConfigError, f"`output` {output}: ")
 
 
 def refuse_beside(model: str, name: str) -> None:
     """Raises ConfigError if `save_beside` would replace a file that does not belong to the model. Needs the folder's lock."""
     settle(model)
-    if found := in_the_way(Path(model), (name,)):
-        raise ConfigError(f"`model` {model}: {_summary(found)}; move it away, or give another folder by `output`")
+    _refuse_obstacles(Path(model), (name,), ConfigError, f"`model` {model}: ")
 
 
-@quiet_transformers()
 def save_checkpoint(
     model: nn.Module,
     tokenizer: Any,
     info: CheckpointInfo,
     output: str,
     dtype: torch.dtype,
-    files: Mapping[str, bytes] = MappingProxyType({}),
+    files: Mapping[str, bytes] = NO_FILES,
 ) -> None:
     """Replaces the model in `output` by a transformers checkpoint with layerskip.json, in one step.
 
@@ -72,62 +91,59 @@ def save_checkpoint(
             unchanged then.
         LockedError: another process writes to the folder.
     """
-    _replace_model(output, lambda staging: _write_all(model.to(dtype), tokenizer, info, staging, files))
+
+    def write(staging: Path) -> None:
+        write_model(model.to(dtype), staging)
+        tokenizer.save_pretrained(staging)
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+
+    with quiet_transformers():
+        save_files(write, info, output)
 
 
-def copy_checkpoint(name: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
-    """Replaces the model in `output` by the files of a folder, an embedded model or a hub id, byte for byte, with `info`.
+def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
+    """Replaces the model in `output` by the files of the folder `source`, byte for byte, with `info`.
 
     `files` are written too, by name. Raises as `save_checkpoint` does.
     """
-    source = Path(downloaded(name))
+    folder = Path(source)
 
     def write(staging: Path) -> None:
-        for file in loaded_files(source):
-            (staging / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / file, staging / file)
-        for file, content in files.items():
-            (staging / file).write_bytes(content)
+        for name in _usual(folder) | model_files(folder):
+            (staging / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, staging / name)
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
 
     save_files(write, info, output)
 
 
 def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str) -> None:
-    """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info`.
+    """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info`, which lists them.
 
     Raises as `save_checkpoint` does.
     """
-
-    def write_listed(staging: Path) -> None:
-        write(staging)
-        _write_listed(info, staging)
-
-    _replace_model(output, write_listed)
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What `import_checkpoint` wrote: the precision, and for each file beside the weights that it left out, why."""
-
-    dtype: torch.dtype
-    left_out: tuple[str, ...]
-
-
-def import_checkpoint(name: str, output: str, dtype: str, files: Mapping[str, bytes] = MappingProxyType({})) -> Imported:
-    """Writes any model that can be loaded to `output`. GGUF is dequantised, adapters are merged.
-
-    Calibrated int4 weights and exit blocks go with the weights that they were made for; `files` are written too, by name.
-    `dtype` is fp32, bf16, or auto: as `written_dtype` says. Raises CheckpointError if anything fails.
-    """
-    loaded = for_training(name, "cpu", "fp32")
-    precision = written_dtype(loaded, dtype)
-    beside, left_out = _files_beside(name, loaded)
-    details = {**loaded.info.details, "imported_from": name}
-    if EXIT_BLOCKS_FILE not in beside:
-        details.pop(EXIT_BLOCKS, None)
-    info = replace(loaded.info, details=details)
-    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**beside, **files})
-    return Imported(precision, left_out)
+    folder = Path(output)
+    with hold(folder, "saving a model"):
+        settle(folder)
+        staging = new_staging(folder)
+        try:
+            write(staging)
+            listed = tuple(dict.fromkeys((*files_below(staging), INFO_FILE)))
+            (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
+            for file in map(staging.joinpath, listed):  # safetensors 0.8 makes its file readable by the owner only
+                file.chmod((staging / INFO_FILE).stat().st_mode)
+            _refuse_obstacles(folder, listed, CheckpointError)
+            shutil.rmtree(folder / READY, ignore_errors=True)  # of a process that was killed when it had moved everything
+            publish_folder(staging, folder / READY)
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if not isinstance(error, Exception):
+                raise
+            # safetensors reports a full disk as its own error type
+            raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
+        settle(folder)
 
 
 def write_model(model: Any, folder: Path) -> None:
@@ -149,83 +165,86 @@ def save_beside(
 ) -> None:
     """Adds a file to a folder's model. layerskip.json lists it, so that it goes when the model is replaced.
 
-    `change`: what else changes there.
-
-    Raises CheckpointError if it cannot be written, and LockedError if another process writes to the folder.
+    `change`: what else changes there. Raises as `write_info` does.
     """
     with hold(folder, f"saving {name}"):
-        info = read_info(folder)
-        files = {*(info.files or model_files(Path(folder))), INFO_FILE, name}
-        info = replace(change(info), files=tuple(sorted(files)))
-        write_info(folder, info)  # first: a file that it does not list would be in the way
+        info = change(read_info(folder))
+        # First: a file that it does not list would be in the way.
+        write_info(folder, replace(info, files=tuple(sorted({*model_files(Path(folder)), INFO_FILE, name}))))
         write_file(Path(folder) / name, content, CheckpointError)
 
 
-def _files_beside(name: str, loaded: Trainable) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The files of further weights for the weights of `loaded`, by name, and why each of the others is not one of them."""
-    location = locate(adapters_of(name)[1])
-    folder = Path(location.path)
-    there = [file for file in (INT4_FILE, EXIT_BLOCKS_FILE) if location.is_folder and (folder / file).is_file()]
-    if is_adapter(name):
-        return {}, tuple(f"{folder / file} is for the weights without the adapter" for file in there)
-    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
-    kept, left_out = {}, []
-    for file in there:
+def settle(folder: str | Path) -> None:
+    """Moves the files of a complete new model into place, or waits while another process does it.
+
+    Raises LayerSkipError if that fails: the folder is not writable, or a file cannot be moved.
+    """
+    folder = Path(folder)
+    ready = folder / READY
+    if not (ready / INFO_FILE).exists():
+        return
+    with hold(folder, "ending an interrupted save", _WAIT):
+        if not (ready / INFO_FILE).exists():
+            return
         try:
-            check_beside(folder, file, spec, weight_of)
-            kept[file] = read_bytes(folder / file, str(folder / file), CheckpointError)
-        except CheckpointError as error:
-            left_out.append(str(error))
-    return kept, tuple(left_out)
+            synchronise(folder)
+            new = read_info(ready).files
+            for name in model_files(folder) - {*new, *CONFIG_FILES}:
+                (folder / name).unlink()
+                with suppress(OSError):  # a sub-folder that has other files
+                    (folder / name).parent.rmdir()
+            for name in CONFIG_FILES:  # before the weights: other programs then see no model, rather than parts of two
+                if name not in new or (ready / name).exists():
+                    (folder / name).unlink(missing_ok=True)
+            for name in sorted(new, key=lambda name: (name == INFO_FILE, name in CONFIG_FILES)):
+                if (ready / name).exists():  # it may have been moved before an interruption
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    os.replace(ready / name, folder / name)
+            synchronise(folder)
+            discard_folder(ready)
+        except OSError as reason:
+            cause = f"{reason.filename}: {reason.strerror}"
+            raise CheckpointError(f"a new model is complete in {ready}, but cannot be moved to {folder}: {cause}") from reason
 
 
-def _write_all(model: nn.Module, tokenizer: Any, info: CheckpointInfo, staging: Path, files: Mapping[str, bytes]) -> None:
-    """Writes all files of a checkpoint to an empty folder. layerskip.json lists them."""
-    write_model(model, staging)
-    tokenizer.save_pretrained(staging)
-    for name, content in files.items():
-        (staging / name).write_bytes(content)
-    _write_listed(info, staging)
+def read_whole(folder: str | Path, read: Callable[[], Result]) -> Result:
+    """Calls `read` until no file of the folder was replaced during the call, so that it never mixes two models.
 
-
-def _write_listed(info: CheckpointInfo, staging: Path) -> None:
-    """Writes layerskip.json with a list of all files."""
-    listed = tuple(dict.fromkeys((*files_below(staging), INFO_FILE)))
-    (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
-    readers = (staging / INFO_FILE).stat().st_mode
-    for file in map(staging.joinpath, listed):
-        if file.stat().st_mode != readers:  # safetensors 0.8 makes its file readable by the owner only, whatever the umask
-            file.chmod(readers)
-
-
-def _replace_model(output: str, write: Callable[[Path], None]) -> None:
-    """Replaces the model in a folder by what `write` puts into an empty one. Raises as `save_checkpoint` does."""
-    folder = Path(output)
-    with hold(folder, "saving a model"):
+    Raises what `read` raises when no file was replaced.
+    """
+    while True:
         settle(folder)
-        staging = None
+        before = _version(folder)
         try:
-            staging = new_staging(folder)
-            write(staging)
-            if found := obstacles(folder, files_below(staging)):
-                raise CheckpointError(_summary(found))
-            replace_files(folder, staging, model_files(folder))
-        except BaseException as error:
-            if staging is not None and not staging.exists():
-                raise  # the new model is already in effect
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
-            if not isinstance(error, Exception):
+            result = read()
+        except Exception:
+            if _version(folder) == before:
                 raise
-            # safetensors reports a full disk as its own error type
-            raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
+        else:
+            if _version(folder) == before:
+                return result
 
 
-def _require_folder(path: Path) -> None:
-    if os.path.lexists(path) and not path.is_dir():
-        raise ConfigError(f"`output` must be a folder, got the file {path}")
+def _version(folder: str | Path) -> list[tuple[int, ...]]:
+    """Changes as soon as a replacement begins, which makes READY, and when it has finished, because configs are replaced."""
+    version: list[tuple[int, ...]] = []
+    for name in (f"{READY}/{INFO_FILE}", *CONFIG_FILES):
+        with suppress(OSError):
+            state = os.stat(Path(folder) / name)
+            version.append((state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size))
+    return version
 
 
-def _summary(found: list[str]) -> str:
-    more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
-    return f"in the way is {found[0]}, which layerskip did not write{more}"
+def _usual(folder: Path) -> set[str]:
+    """Relative names of the files in a folder that loaders would take for part of a model."""
+    return {path.relative_to(folder).as_posix() for pattern in _MODEL for path in folder.glob(pattern)}
+
+
+def _refuse_obstacles(folder: Path, written: Collection[str], error: type[Exception], where: str = "") -> None:
+    """Raises `error` for files of others that a new model would overwrite (`written`) or loaders would take for its own."""
+    found = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
+    if found:
+        more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+        raise error(
+            f"{where}in the way is {found[0]}, which layerskip did not write{more}; move it away, or give another folder"
+        )

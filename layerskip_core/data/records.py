@@ -8,8 +8,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ..config.checks import shown
 from ..errors import DataError, first_line
-from ..files import listed, parse_json, quoted, text_lines
+from ..files import listed, parse_json, text_lines
 
 TEXT_COLUMN = "text"  # of a .txt file, whose lines are its rows
 _MAX_FIELD = 1 << 30  # characters of a CSV field
@@ -51,7 +52,7 @@ class Record(NamedTuple):
 
     def fault(self, needed: str, found: Any) -> DataError:
         """An error that names the row, what was needed and what was found."""
-        return DataError(f"{self.where}: {needed}, found {quoted(found)}")
+        return DataError(f"{self.where}: {needed}, found {shown(repr(found))}")
 
 
 def file_records(path: Path, setting: str = "data") -> Iterator[Record]:

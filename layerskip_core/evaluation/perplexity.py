@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import torch
 
+from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.loaded import Decoder
-from ..checkpoint.transformers_read import quiet_transformers
 from ..data.examples import Example
 from ..losses import summed_losses
 from ..model.backend import Backend

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..checkpoint.folder import GENERATION_FILE, PACKED_FILE, refuse_packed
+from ..checkpoint.folder import GENERATION_FILE, PACKED_FILE, quiet_transformers, refuse_packed
 from ..checkpoint.info import read_info
 from ..checkpoint.locate import Location, downloaded, is_adapter, reading
-from ..checkpoint.open import Unpacked, for_packing
+from ..checkpoint.open import Source, for_packing
 from ..checkpoint.packed_file import Content, PackedWriter, norm_names
 from ..checkpoint.save import refuse_overwrite, save_files
-from ..checkpoint.transformers_read import open_model, quiet_transformers
+from ..checkpoint.transformers_read import open_model
 from ..config.export import ExportConfig
 from ..config.packing import PackingConfig
 from ..errors import CheckpointError, ConfigError
@@ -74,7 +74,7 @@ def export_packed(config: ExportConfig) -> PackedModel:
     return PackedModel(written[0], (Path(config.output) / PACKED_FILE).stat().st_size)
 
 
-def _write_weights(source: Unpacked, path: Path) -> str:
+def _write_weights(source: Source, path: Path) -> str:
     """Packs what `source` needs to decode. Heads are packed whole: loading chooses the rows that `draft_vocab` leaves."""
     packing = replace(source.packing, draft_vocab=0)
     spec, blocks, calibrated = source.spec, source.exit_blocks, source.int4 is not None
@@ -92,11 +92,12 @@ def _write_weights(source: Unpacked, path: Path) -> str:
     most = 3 * (1 + len(packing.draft_weights)) * (len(spec.shapes) + len(block_shapes) + 1)
     with path.open("wb") as file, torch.inference_mode():
         writer = PackedWriter(file, compiled, most)
-        embedding = Weights(source.take, spec.shapes).of(EMBEDDING)
+        take = source.take()
+        embedding = Weights(take, spec.shapes).of(EMBEDDING)
         writer.add(EMBEDDING, embedding)
-        NativeBackend(spec, source.take, packing, None, source.int4, blocks, writer.matrix, embedding)
+        NativeBackend(spec, take, packing, None, source.int4, blocks, writer.matrix, embedding)
         of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
-        for weights, shapes in ((Weights(source.take, spec.shapes), spec.shapes), (of_blocks, block_shapes)):
+        for weights, shapes in ((Weights(take, spec.shapes), spec.shapes), (of_blocks, block_shapes)):
             for name in norm_names(shapes):
                 writer.add(name, weights.of(name))
         writer.finish(content)

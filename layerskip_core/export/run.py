@@ -7,12 +7,12 @@ from shlex import quote
 
 from ..checkpoint.beside import read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
+from ..checkpoint.importing import written_dtype
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import decoder_of
 from ..checkpoint.locate import EMBEDDED, is_adapter, locate, reading
 from ..checkpoint.open import for_training
 from ..checkpoint.save import refuse_overwrite, save_checkpoint
-from ..checkpoint.transformers_read import written_dtype
 from ..config.checks import require, require_exit_layer
 from ..config.export import Engine, ExportConfig
 from ..model import TransformersBackend
@@ -50,9 +50,9 @@ def export(config: ExportConfig) -> Exported:
     else:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded, blocks = for_training(config.model, "cpu", "fp32"), NO_BLOCKS
-    if not is_adapter(loaded.name) and (location := locate(loaded.name)).is_folder:  # an adapter changes the weights
+    if (folder := locate(loaded.name).folder) is not None:
         spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
-        blocks = reading(loaded.name, lambda: read_exit_blocks(location.path, spec, weight_of))
+        blocks = reading(loaded.name, lambda: read_exit_blocks(folder, spec, weight_of))
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
     recommended, layers = decoder.recommended(), loaded.backend.num_layers
     exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
@@ -83,7 +83,7 @@ def _readme(config: ExportConfig, exit_layer: int, layers: int, drafts: int, why
     location = None if config.model in EMBEDDED or is_adapter(config.model) else locate(config.model)
     beside = any((Path(config.model) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
     if location is not None and location.gguf_file is None and not beside:
-        target = model if location.is_folder else config.model  # a hub id
+        target = config.model if location.folder is None else model  # a hub id, or a folder
     else:
         parts.append("First the model itself, in a form that the engine loads:")
         parts.append(f"```sh\nlayerskip export {quote(model)} --exit {layers} --output {quote(target)}\n```")

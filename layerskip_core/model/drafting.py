@@ -164,8 +164,7 @@ def token_order(folder: str | Path, vocab_size: int) -> list[int] | None:
     path = Path(folder) / ORDER_FILE
     if not path.is_file():
         return None
-    order = read_json(path, CheckpointError)
-    ids = {id for id in order if type(id) is int and 0 <= id < vocab_size} if isinstance(order, list) else set()
-    if not isinstance(order, list) or len(ids) < len(order):
+    order: list[int] = read_json(path, CheckpointError, list[int])
+    if len(set(order)) < len(order) or not all(0 <= token < vocab_size for token in order):
         raise CheckpointError(f"{path} must be a list of distinct token ids below {vocab_size}")
     return order

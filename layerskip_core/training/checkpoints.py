@@ -18,7 +18,7 @@ import msgspec
 from torch import nn
 
 from ..checkpoint.folder import open_weights
-from ..checkpoint.swap import files_below
+from ..checkpoint.save import files_below
 from ..errors import CheckpointError, ConfigError
 from ..files import discard_folder, listed, publish_folder, remove_leftovers
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.examples import Conversation, Example, Row
 from ..errors import DataError, LayerSkipError, first_line
 from ..losses import IGNORED
-from ..prompting import RAW, PromptTemplate, encode_prompt, encoded, has_chat_template, render_chat, special_text
+from ..prompting import RAW, PromptTemplate, encode_prompt, encoded, render_chat, special_text
 
 _LONGEST_WORD = 1000  # characters
 _ENDLESS = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")
@@ -61,7 +61,7 @@ class Encoder:
         """
         prompt = encode_prompt(self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt)
         special = None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
-        if special is None or not special.in_prompt(row.completion):
+        if special is None or not special.found(row.completion):
             completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
         else:
             completion = list(special.encode(special.sealed(special.masked(row.completion)), add_special_tokens=False).ids)
@@ -70,10 +70,10 @@ class Encoder:
 
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
         """Only the assistant's turns have labels, with their end of turn."""
-        if not has_chat_template(self.tokenizer):
+        if not self.tokenizer.chat_template:
             raise DataError("`data` holds conversations (messages), but the model's tokenizer has no chat template for them")
         special = special_text(self.tokenizer)
-        if special is not None and not any(special.in_prompt(text) for message in row.messages for text in message):
+        if special is not None and not any(special.found(text) for message in row.messages for text in message):
             special = None
         messages = [{"role": role, "content": content} for role, content in row.messages]
         if special is not None:  # the text of a special token within a turn must not open another turn

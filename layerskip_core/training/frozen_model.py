@@ -3,22 +3,20 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, refuse_packed, weight_files
+from ..checkpoint.importing import stored_dtype
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.locate import downloaded, is_adapter, own_folder, reading
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_beside
-from ..checkpoint.transformers_read import stored_dtype
 from ..config.checks import require, require_exit_layer
 from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, ConfigError, DataError
@@ -27,7 +25,7 @@ from ..losses import IGNORED
 from ..model.exit_blocks import ExitBlock
 from .answers import Writing, answers_digest, digest, estimated_seconds, read_answers, write_answers
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after
-from .data import RunRows, data_rows, has_target, make_encoder, ordered_rows, read_rows, run_steps
+from .data import RunRows, has_target, make_encoder, read_rows, run_order, run_steps
 from .exit_blocks import FrozenExits, States, states_bytes, write_states
 from .layers import use_fp32_attention
 from .plan import Blocks, Plan, make_plan, timed
@@ -158,12 +156,15 @@ class FrozenModel:
         states = States(texts, exits, backend.hidden_size, self.states)
         trained = len(texts) - plan.held_out
         lengths = [len(text["input_ids"]) for text in texts[:trained]]
-        phases = [
-            ordered_rows(lengths, data_rows(config), plan.steps, config.seed, partial(states.row, exits=(exit_layer,)))
-            for exit_layer in exits
-        ]
+        order = list(run_order(lengths, config.batch_size * config.accumulation, plan.steps, config.seed))
+
+        def row(position: int) -> dict[str, Any]:
+            phase, place = divmod(position, len(order))
+            return states.row(order[place], exits[phase : phase + 1])
+
+        rows = RunRows(len(order) * len(exits), row)
         held_out = RunRows(plan.held_out, lambda row: states.row(trained + row, exits)) if plan.held_out else None
-        return ConcatDataset(phases), held_out
+        return rows, held_out
 
     def save(self, history: LossHistory, first: bool) -> tuple[CheckpointInfo, list[str]]:
         """Adds the blocks to the model's own folder, or to a copy of it. Returns its info with how each was trained."""
@@ -177,7 +178,9 @@ class FrozenModel:
         else:
             if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
                 info = replace(info, prompt_template=self.template.text, system=self.template.system)
-            copy_checkpoint(config.model, info.with_exit_blocks(trained), config.output, {EXIT_BLOCKS_FILE: content})
+            copy_checkpoint(
+                downloaded(config.model), info.with_exit_blocks(trained), config.output, {EXIT_BLOCKS_FILE: content}
+            )
         shutil.rmtree(self.states, ignore_errors=True)
         discard_after(checkpoints_folder(config.output), 0)
         return info.with_exit_blocks(trained), []

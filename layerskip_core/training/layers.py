@@ -41,11 +41,13 @@ def span_inputs(backend: TransformersBackend, hidden: Tensor, documents: Tensor 
     positions = columns - torch.where(starts, columns, 0).cummax(1).values
     inputs = backend.prepare(hidden, positions, key_mask=documents >= 0)
     same = documents[:, None, :, None] == documents[:, None, None, :]
-    masks: dict[str, Tensor | None] = {}
-    for kind, mask in inputs.mask.items():  # (B, 1, T, T), of truth values or of numbers
-        assert mask is not None
-        masks[kind] = mask.masked_fill(~same, torch.finfo(mask.dtype).min if mask.is_floating_point() else False)
-    return replace(inputs, mask=masks)
+    return replace(inputs, mask={kind: _limited(mask, same) for kind, mask in inputs.mask.items()})
+
+
+def _limited(mask: Tensor | None, same: Tensor) -> Tensor:
+    """A mask (B, 1, T, T) of truth values or of numbers, without the pairs that are not in the `same` document."""
+    assert mask is not None
+    return mask.masked_fill(~same, torch.finfo(mask.dtype).min if mask.is_floating_point() else False)
 
 
 def use_fp32_attention(model: Any) -> None:

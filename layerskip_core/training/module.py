@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.save import write_model
-from ..checkpoint.transformers_read import quiet_transformers
 from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import pick_device
-from ..checkpoint.save import output_lock
-from ..checkpoint.transformers_read import quiet_transformers
 from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingInterrupted, first_line
-from ..files import run_staging
+from ..files import hold, run_staging
 from ..interruption import Interruption
 from .checkpoints import LOSSES, ResumePoint, checkpoints_folder, discard_after, newest_first, newest_whole, require_own
 from .frozen_model import FrozenModel
@@ -60,28 +59,38 @@ class Job:
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
             LockedError: another process writes to the folder.
         """
-        plan, trained = self.plan, self.trained
-        with run_lock(plan.config.output), Interruption() as interruption, quiet_transformers():
-
-            def stage(name: str, total: int) -> Callable[[int], None]:
-                """Reports what is done of a stage before the training, and ends the run after a signal."""
-
-                def report(done: int) -> None:
-                    if interruption.signal is not None:
-                        kept = f"interrupted after {done} of {total} {name}, which are kept"
-                        raise TrainingInterrupted(kept, interruption.signal, 0)
-                    on_progress(name, done, total)
-
-                return report
-
-            history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
-            trainer = RunTrainer(trained.module, plan, *trained.rows(stage), history)
-            trainer.add_callback(RunCallback(trainer, on_step, interruption))
-            self._train(trainer, interruption)
-            info, faults = trained.save(history, trainer.is_world_process_zero())
+        with run_lock(self.plan.config.output), Interruption() as interruption:
+            info, faults = self._run(on_step, on_progress, interruption)
         for fault in faults:
             warnings.warn(fault, stacklevel=2)
         return info
+
+    @quiet_transformers()
+    def _run(
+        self,
+        on_step: Callable[[StepReport], None],
+        on_progress: Callable[[str, int, int], None],
+        interruption: Interruption,
+    ) -> tuple[CheckpointInfo, list[str]]:
+        def stage(name: str, total: int) -> Callable[[int], None]:
+            """Reports what is done of a stage before the training, and ends the run after a signal."""
+
+            def report(done: int) -> None:
+                if interruption.signal is not None:
+                    kept = f"interrupted after {done} of {total} {name}, which are kept"
+                    raise TrainingInterrupted(kept, interruption.signal, 0)
+                on_progress(name, done, total)
+
+            return report
+
+        plan, trained = self.plan, self.trained
+        layers = trained.module.backend.layers if plan.config.fsdp else ()
+        sharded = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # one by one
+        history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
+        trainer = RunTrainer(trained.module, plan, *trained.rows(stage), history, sharded)
+        trainer.add_callback(RunCallback(trainer, on_step, interruption))
+        self._train(trainer, interruption)
+        return trained.save(history, trainer.is_world_process_zero())
 
     def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
         """Trains to the end, or raises what stopped it."""
@@ -118,7 +127,7 @@ def prepare(config: FinetuneConfig) -> Job:
 
 def run_lock(output: str) -> AbstractContextManager[None]:
     """The lock of `output`, which a run holds from its plan to its end; under torchrun the first process holds it for all."""
-    return output_lock(output, "layerskip finetune") if process_index() == 0 else nullcontext()
+    return hold(output, "layerskip finetune") if process_index() == 0 else nullcontext()
 
 
 def require_device(device: torch.device) -> None:

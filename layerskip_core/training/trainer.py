@@ -41,8 +41,8 @@ _SCHEDULER = "scheduler.pt"
 class RunTrainer(Trainer):  # type: ignore[misc]
     """Gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step.
 
-    (A token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; under
-    FSDP2 a checkpoint has a file of each process.
+    (A token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; with
+    `sharded_layers` (names of classes) it trains by FSDP2, and a checkpoint has a file of each process.
     """
 
     accelerator: Any
@@ -57,17 +57,16 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         rows: Any,
         held_out: Any,
         history: LossHistory,
+        sharded_layers: tuple[str, ...] = (),
     ) -> None:
         """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
-        self.plan, self.history = plan, history
-        layers = module.backend.layers if plan.config.fsdp else ()
-        self.sharded_layers = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # each by itself
+        self.plan, self.history, self.sharded_layers = plan, history, sharded_layers
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
         self.sums: Tensor | None = None  # of loss, divergence and tokens of a step, and of its exits; on the device
         self.micro_batches = 0
         self.exit_layers: tuple[int, ...] = ()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
-        arguments = _arguments(plan)
+        arguments = _arguments(plan, bool(sharded_layers))
         super().__init__(module, arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate)
         self.remove_callback(PrinterCallback)  # it writes to stdout
 
@@ -287,7 +286,7 @@ def _trackers(report_to: str) -> list[str]:
     return [name.strip() for name in report_to.split(",") if name.strip()]
 
 
-def _arguments(plan: Plan) -> TrainingArguments:
+def _arguments(plan: Plan, sharded: bool) -> TrainingArguments:
     config = plan.config
     arguments = TrainingArguments(
         output_dir=str(checkpoints_folder(config.output)),
@@ -312,7 +311,7 @@ def _arguments(plan: Plan) -> TrainingArguments:
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if config.fsdp else None,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if sharded else None,
         logging_strategy="no",  # RunCallback logs every step
         report_to=_trackers(config.report_to),
         disable_tqdm=True,

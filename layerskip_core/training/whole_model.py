@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from ..checkpoint.beside import fingerprint
+from ..checkpoint.importing import stored_dtype
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable
 from ..checkpoint.locate import adapters_of
 from ..checkpoint.open import blank, for_training
-from ..checkpoint.save import refuse_overwrite, save_checkpoint
-from ..checkpoint.swap import RUN_FILES
-from ..checkpoint.transformers_read import stored_dtype
+from ..checkpoint.save import RUN_FILES, refuse_overwrite, save_checkpoint
 from ..config.checks import require
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
@@ -117,8 +116,7 @@ class WholeModel:
         rows, plan, held_out = self.data.rows, self.plan, None if self.held_out is None else self.held_out.rows
         if isinstance(rows, StreamedRows):
             return rows, held_out
-        lengths = [len(row["input_ids"]) for row in rows]
-        ordered = ordered_rows(lengths, data_rows(plan.config), plan.steps, plan.config.seed, rows.__getitem__)
+        ordered = ordered_rows(rows, data_rows(plan.config), plan.steps, plan.config.seed)
         if plan.replay is None:
             return ordered, held_out
         texts = plan.replay.texts(stage("replay texts", len(plan.replay.starts)))

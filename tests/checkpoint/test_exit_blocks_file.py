@@ -1,6 +1,7 @@
 """exit_blocks.safetensors beside a model: read, extended by a further exit, and refused where it does not belong to it."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,17 +61,8 @@ def test_another_exit_is_added_and_the_same_one_replaced(loaded):
     found = read(loaded)
     assert found.blocks == (ExitBlock(2), ExitBlock(3), ExitBlock(4))
     norm = loaded.model.model.norm.weight
-    assert [torch.equal(found.take(f"exits.{exit_layer}.norm.weight"), norm) for exit_layer in (2, 3, 4)] == [
-        True,
-        False,
-        False,
-    ]
-
-
-def test_the_model_beside_it_is_read_as_before(loaded):
-    save_beside(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2)))
-    for backend in (for_training(loaded.name, "cpu").backend, for_decoding(loaded.name, "cpu").backend):
-        assert backend.num_layers == 6
+    kept = [torch.equal(found.take(f"exits.{exit_layer}.norm.weight"), norm) for exit_layer in (2, 3, 4)]
+    assert kept == [True, False, False]
 
 
 def test_the_same_blocks_give_the_same_bytes(loaded):
@@ -99,13 +91,11 @@ def test_blocks_of_other_weights_are_refused(loaded, tmp_path):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda weights: weights.pop("exits.2.norm.weight"), "1 weights are missing, exits.2.norm.weight the first"),
-        (lambda weights: weights.update({"exits.2.layer.x.weight": torch.zeros(1)}), "1 weights are unknown"),
-        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(5)}), "size mismatch of exits.2.norm.weight"),
-        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(32, dtype=torch.int8)}), "floating|must be one of"),
+        (lambda weights: weights.pop("exits.2.norm.weight"), "exits.2.norm.weight must be .* found nothing"),
+        (lambda weights: weights.update({"exits.2.layer.x.weight": torch.zeros(1)}), "exits.2.layer.x.weight must be left out"),
+        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(5)}), "exits.2.norm.weight must be"),
+        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(32, dtype=torch.int8)}), "found I8"),
         (lambda weights: weights.update({"exits.6.norm.weight": torch.zeros(32)}), "no weight of a block at an exit in 1..5"),
-        (lambda weights: weights.update({"exits.02.norm.weight": torch.zeros(32)}), "no weight of a block"),
-        (lambda weights: weights.update({"lm_head.weight": torch.zeros(32)}), "no weight of a block"),
     ],
 )
 def test_damaged_files_are_refused(loaded, change, found):
@@ -119,18 +109,17 @@ def test_damaged_files_are_refused(loaded, change, found):
 
 
 def test_weights_that_are_not_finite_and_foreign_files_are_refused(loaded):
-    whole = content(loaded, ExitBlock(2), factor=float("nan"))
     path = f"{loaded.name}/{EXIT_BLOCKS_FILE}"
+    whole = content(loaded, ExitBlock(2), factor=float("nan"))
     save_beside(loaded.name, EXIT_BLOCKS_FILE, whole)
-    with pytest.raises(CheckpointError, match=r"exits\.2\.norm\.weight holds NaN"):
-        read(loaded).take("exits.2.norm.weight")
-    for cut in (b"", whole[:50], whole[:-9]):
-        with open(path, "wb") as file:
-            file.write(cut)
+    with pytest.raises(CheckpointError, match=r"exits\.2\..* holds NaN"):
+        for_decoding(loaded.name, "cpu")
+    for cut in (b"", whole[:-9]):
+        Path(path).write_bytes(cut)
         with pytest.raises(CheckpointError, match="cannot be used"):
             read(loaded)
     save_file({"exits.2.norm.weight": torch.zeros(32)}, path)
-    with pytest.raises(CheckpointError, match="its header must have format 1, found"):
+    with pytest.raises(CheckpointError, match="its format must be 1, found None"):
         read(loaded)
 
 

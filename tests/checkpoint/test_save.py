@@ -2,24 +2,21 @@
 
 import errno
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
+from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from layerskip_core.checkpoint.importing import stored_dtype
 from layerskip_core.checkpoint.info import CheckpointInfo, holds_model, read_info
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_checkpoint, write_info
-from layerskip_core.checkpoint.transformers_read import stored_dtype
-from layerskip_core.config.data import DataConfig
-from layerskip_core.data.examples import load_examples
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.training.encoding import train_tokenizer
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
 IDS = torch.tensor([[5, 9, 33, 7]])
@@ -27,7 +24,7 @@ IDS = torch.tensor([[5, 9, 33, 7]])
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(load_examples(DataConfig(limit=300)), 300)
+    return tiny_loaded().tokenizer
 
 
 def model_of(vocab_size=300, **changes):
@@ -66,7 +63,7 @@ def test_layerskip_json_is_documented_and_readable(folder):
     write_info(str(folder), CheckpointInfo("x {prompt}"))
     assert read_info(str(folder)) == CheckpointInfo("x {prompt}")
     (folder / "layerskip.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"layerskip\.json: needed a JSON object"):
+    with pytest.raises(CheckpointError, match=r"layerskip\.json: not valid"):
         read_info(str(folder))
 
 
@@ -112,31 +109,11 @@ def test_an_interrupt_while_saving_leaves_no_model(tmp_path, tokenizer, monkeypa
     assert holds_model(tmp_path) and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_an_older_model_is_replaced_completely(folder, tokenizer):
-    save_checkpoint(model_of(num_hidden_layers=2), tokenizer, CheckpointInfo(), str(folder), torch.float32)
-    loaded = for_training(str(folder))
-    assert loaded.backend.num_layers == 2 and loaded.info == CheckpointInfo()
-    assert not [file for file in folder.iterdir() if file.is_dir()]
-
-
-def test_write_info_on_a_full_disk_keeps_the_old_one(folder, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"cannot write .*layerskip\.json"):
-        write_info(str(folder), CheckpointInfo())
-    assert read_info(str(folder)) == INFO
-
-
 def test_a_model_is_not_overwritten_without_the_flag(folder, tmp_path):
     with pytest.raises(ConfigError, match=f"`output` {folder} already holds a model; give `overwrite`"):
         refuse_overwrite(str(folder), overwrite=False)
     refuse_overwrite(str(folder), overwrite=True)
     refuse_overwrite(str(tmp_path / "new"), overwrite=False)
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="`output` must be a folder, got the file"):
-        refuse_overwrite(str(tmp_path / "file"), overwrite=True)
 
 
 def test_nothing_is_written_to_the_terminal(folder, tokenizer, capfd):

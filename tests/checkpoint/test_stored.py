@@ -54,8 +54,8 @@ def test_configurations(folder, changes, message):
     refused(folder, message)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"a": '], ids=["deep", "list", "cut"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]"], ids=["deep", "list"])
 def test_damaged_files(folder, name, content):
     (folder / name).write_text(content)
     for load in (for_decoding, for_training):
@@ -69,15 +69,6 @@ def test_an_invalid_token_that_ends_answers(folder, name):
     edit(folder / name, eos_token_id="</s>")
     with pytest.raises(CheckpointError, match="eos_token_id must be a token id, a list of them, or null, got '</s>'"):
         for_decoding(str(folder), "cpu")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0"}', "[" * 100_000])
-def test_a_damaged_tokenizer_is_an_error_of_one_line(folder, content):
-    (folder / "tokenizer.json").write_text(content)
-    for load in (for_decoding, for_training):
-        with pytest.raises(CheckpointError, match=f"cannot load model {folder}: ") as error:
-            load(str(folder), "cpu")
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("model", [{"type": "Unigram", "vocab": []}, {"type": "BPE", "vocab": {}, "merges": []}], ids=str)
@@ -119,12 +110,6 @@ def test_weights(folder, name, change, message):
 def test_missing_weights_are_reported_before_memory_is_allocated(folder):
     edit(folder / "config.json", num_hidden_layers=1000)
     refused(folder, "8946 weights are missing, model.layers.10.input_layernorm.weight the first", blank=False)
-
-
-def test_a_blank_model_that_does_not_fit_into_memory_is_refused(folder):
-    edit(folder / "config.json", vocab_size=1 << 24, hidden_size=1 << 20, num_attention_heads=1 << 17)
-    with pytest.raises(CheckpointError, match=r"its \d+ weights need \d+ MB in fp32, this machine has \d+"):
-        blank_model(str(folder), 0)
 
 
 def test_the_window_of_qwen2_without_sliding_layers(tmp_path):

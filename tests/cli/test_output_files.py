@@ -9,8 +9,7 @@ from command_line import fails, run
 
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_training
-from layerskip_core.checkpoint.save import write_info
-from layerskip_core.checkpoint.swap import RUN_FILES, model_files, obstacles
+from layerskip_core.checkpoint.save import RUN_FILES, model_files, write_info
 from layerskip_core.errors import CheckpointError
 
 LISTED = {
@@ -38,10 +37,7 @@ def model(checkpoint, tmp_path):
     return folder
 
 
-FOREIGN = (
-    *("model.safetensors", "other.safetensors", "model.safetensors.index.json", "tokenizer.json", "generation_config.json"),
-    *("chat_template.jinja", "additional_chat_templates/tools.jinja", "token_order.json"),
-)
+FOREIGN = ("model.safetensors", "other.safetensors", "tokenizer.json", "additional_chat_templates/tools.jinja")
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -57,12 +53,11 @@ def test_files_of_others_are_in_the_way_before_any_work(tmp_path, name):
     assert contents(tmp_path) == {f"out/{name}": b"mine"}
 
 
-@pytest.mark.parametrize(("name", "text"), [("config.json", "{}"), ("adapter_config.json", "[1]"), ("config.json", "{")])
-def test_a_config_that_is_not_of_a_model_is_in_the_way(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    told = f"--output {tmp_path}: in the way is {name}, which layerskip did not write; move it away, or give another folder"
-    fails(told, "import", "no/model", "--output", str(tmp_path), "--overwrite")
-    assert contents(tmp_path) == {name: text.encode()}
+def test_a_config_that_is_not_of_a_model_is_in_the_way(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    told = f"--output {tmp_path}: in the way is config.json, which layerskip did not write; "
+    fails(f"{told}move it away, or give another folder", "import", "no/model", "--output", str(tmp_path), "--overwrite")
+    assert contents(tmp_path) == {"config.json": b"{}"}
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
@@ -106,33 +101,11 @@ def test_layerskip_json_lists_what_is_replaced(checkpoint, model):
     assert for_training(str(model), "cpu").backend.num_layers == 6
 
 
-def older(model, **details):
-    """As a version wrote it that listed no files."""
-    info = json.loads((model / "layerskip.json").read_text())
-    del info["files"]
-    (model / "layerskip.json").write_text(json.dumps(info | details))
-
-
-def test_the_model_of_an_older_version_is_replaced(checkpoint, model):
-    older(model, final_losses={})
-    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    (model / "model.safetensors").rename(model / shards[0])
-    (model / shards[1]).write_bytes((model / shards[0]).read_bytes())
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}))
-    for name in (*RUN_FILES, "notes.txt"):
-        (model / name).write_text("[]")
-    assert model_files(model) == LISTED - {"model.safetensors"} | {*shards, "model.safetensors.index.json", *RUN_FILES}
-    assert imported(checkpoint, model, "--overwrite").code == 0
-    assert contents(model).keys() == LISTED | {"notes.txt"}
-
-
 def test_of_a_plain_checkpoint_only_its_own_files_are_replaced(checkpoint, model):
     (model / "layerskip.json").unlink()
     (model / "losses.jsonl").write_text("mine")
-    (model / "consolidated.safetensors").write_text("mine")
-    assert model_files(model) == LISTED - {"layerskip.json"}
-    assert obstacles(model) == ["consolidated.safetensors"]
-    (model / "consolidated.safetensors").unlink()
+    (model / "model-00002-of-00002.safetensors").write_text("theirs")  # loaders read it
+    assert model_files(model) == LISTED - {"layerskip.json"} | {"model-00002-of-00002.safetensors"}
     assert imported(checkpoint, model, "--overwrite").code == 0
     assert contents(model).keys() == LISTED | {"losses.jsonl"}
 

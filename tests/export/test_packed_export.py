@@ -162,9 +162,9 @@ def packed(wide, tmp_path):
 
 def test_what_was_not_packed_is_one_error(wide, packed, tmp_path):
     generate = ("generate", "a", "--model", str(packed))
-    fails("--dtype must be auto or bf16 for a model that was packed in bf16, got fp32", *generate, "--dtype", "fp32")
-    fails("--quantize must be int4 or left out for a model that was packed in int4, got int8", *generate, "--quantize", "int8")
-    fails("--draft-weights must be packed with the model, which has none; got int8", *generate, "--draft-weights", "int8")
+    fails("--dtype must be auto or bf16, as the model was packed, got fp32", *generate, "--dtype", "fp32")
+    fails("--quantize must be left out or int4, as the model was packed, got int8", *generate, "--quantize", "int8")
+    fails("--draft-weights must be left out, as the model was packed, got int8", *generate, "--draft-weights", "int8")
     export = ("export", str(wide), "--output", str(tmp_path / "other"))
     fails("--quantize must be used with --format packed, got int4", *export, "--quantize", "int4")
     export = (*export, "--format", "packed")
@@ -200,12 +200,12 @@ def test_damaged_and_foreign_files_are_one_error(packed, wide):
 
     refused(whole[:-1], "")
     refused(b"", "")
-    refused((wide / "model.safetensors").read_bytes(), "its header must have format layerskip packed 1")
-    refused(whole.replace(b'"layout":"1"', b'"layout":"2"'), "layout 2")
+    refused((wide / "model.safetensors").read_bytes(), "its format must be layerskip packed 1")
+    refused(whole.replace(b'"layout":"1"', b'"layout":"2"'), "its layout must be 1, found 2")
     refused(whole[:half] + bytes(len(whole) - half), "its content is damaged or missing")
     config = json.loads((packed / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    refused(whole, "int4.layers.0.up.weight must be U8 [8, 2, 4, 32, 4], as config.json says, found U8 [6, 2, 4, 32, 4]")
+    refused(whole, "int4.layers.0.up.weight must be ('U8', (8, 2, 4, 32, 4)), as config.json says, found ('U8', (6, 2, 4")
 
 
 def test_an_interrupted_export_leaves_nothing(wide, tmp_path):

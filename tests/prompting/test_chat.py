@@ -7,7 +7,7 @@ from chatml import TEMPLATE, chatml_folder, full_tokenizer
 from command_line import run
 
 from layerskip_core.checkpoint.folder import lean_tokenizer
-from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.errors import CheckpointError
 from layerskip_core.prompting import render_chat
 
 TURNS = [
@@ -59,9 +59,8 @@ def test_the_text_equals_that_of_transformers(folder, full, template, prompt):
         ("{{ 1 / 0 }}", "ZeroDivisionError: "),
         ("{{ messages[9].content }}", "UndefinedError: "),
         ("{{ ''.__class__.mro() }}", "SecurityError: "),
-        ("{{ dict.mro() }}", "UndefinedError: "),
-        ("{{ namespace(__class__=1) }}", "SecurityError: "),
-        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "SecurityError: "),
+        ("{{ dict.mro() }}", "SecurityError: "),
+        ("{{ namespace.__init__.__globals__ }}", "SecurityError: "),
         ("{{ messages.append(1) }}", "SecurityError: "),
         ("{% include '/etc/passwd' %}", "TypeError: no loader"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
@@ -76,17 +75,10 @@ def test_a_template_that_fails_is_one_error(full, template, reason):
         render_chat(full, TURNS, True)
 
 
-def test_no_template(full):
-    full.chat_template = None
-    with pytest.raises(ConfigError, match="a chat template was asked for, but the model's tokenizer has none"):
-        render_chat(full, TURNS, True)
-
-
 @pytest.mark.parametrize(
     "command",
     [
         ("bench", "--samples", "1", "--template", "chat"),
-        ("sweep-exits", "--samples", "1", "--template", "chat"),
         ("finetune", "--output", "out", "--samples", "2", "--steps", "1", "--prompt-template", "chat"),
     ],
     ids=lambda command: command[0],

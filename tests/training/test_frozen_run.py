@@ -68,7 +68,7 @@ def left_by_a_run(folder):
 def train(config):
     reports, stages = [], []
     info = prepare(config).run(reports.append, lambda *stage: stages.append(stage))
-    return info.exit_blocks, reports, stages
+    return info.details["exit_blocks"], reports, stages
 
 
 def same(one, other):

@@ -12,10 +12,10 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from ...checkpoint.folder import quiet_transformers
 from ...checkpoint.gguf import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.open import for_training
-from ...checkpoint.transformers_read import quiet_transformers
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...decoding import DecodeStats, StopScanner, step_counts
