@@ -105,8 +105,7 @@ def test_another_file_of_that_name_is_not_replaced(wide):
     (wide / INT4_FILE).write_bytes(b"mine")
     before = identities(wide)
     fails(
-        f"--model {wide}: in the way is {INT4_FILE}, which layerskip did not write; move it away, or give another folder "
-        "by --output",
+        f"--model {wide}: in the way is {INT4_FILE}, which layerskip did not write; move it away, or give another folder",
         "calibrate", "--model", str(wide), *QUICK,
     )  # fmt: skip
     assert identities(wide) == before
