@@ -95,11 +95,9 @@ def save_checkpoint(
     def write(staging: Path) -> None:
         write_model(model.to(dtype), staging)
         tokenizer.save_pretrained(staging)
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
 
     with quiet_transformers():
-        save_files(write, info, output)
+        save_files(write, info, output, files)
 
 
 def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
@@ -113,32 +111,34 @@ def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mappi
         for name in _usual(folder) | model_files(folder):
             (staging / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, staging / name)
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
 
-    save_files(write, info, output)
+    save_files(write, info, output, files)
 
 
-def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str) -> None:
+def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str, files: Mapping[str, bytes] = NO_FILES) -> None:
     """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info`, which lists them.
 
-    Raises as `save_checkpoint` does.
+    `files` are written too, by name. Raises as `save_checkpoint` does.
     """
-    folder = Path(output)
+    folder, staging = Path(output), None
     with hold(folder, "saving a model"):
         settle(folder)
-        staging = new_staging(folder)
         try:
+            staging = new_staging(folder)
             write(staging)
+            for name, content in files.items():
+                (staging / name).write_bytes(content)
             listed = tuple(dict.fromkeys((*files_below(staging), INFO_FILE)))
             (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
-            for file in map(staging.joinpath, listed):  # safetensors 0.8 makes its file readable by the owner only
-                file.chmod((staging / INFO_FILE).stat().st_mode)
+            readers = (staging / INFO_FILE).stat().st_mode
+            for name in listed:  # safetensors 0.8 makes its file readable by the owner only, whatever the umask
+                (staging / name).chmod(readers)
             _refuse_obstacles(folder, listed, CheckpointError)
             shutil.rmtree(folder / READY, ignore_errors=True)  # of a process that was killed when it had moved everything
             publish_folder(staging, folder / READY)
         except BaseException as error:
-            shutil.rmtree(staging, ignore_errors=True)
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
             if not isinstance(error, Exception):
                 raise
             # safetensors reports a full disk as its own error type
