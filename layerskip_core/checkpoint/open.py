@@ -124,7 +124,7 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
         used = _with_policies(packing, read_info(folder), None, _CPU)
         source = _lean_source(folder, _CPU, dtype, used)
         if source is None:
-            trainable = for_training(folder, "cpu", dtype)
+            trainable = _trainable(folder, Location(folder), _CPU, dtype)
             weights = {name: weight.detach() for name, weight in trainable.model.named_parameters()}
             source = replace(_model_source(trainable, used), take=lambda: weights.get)
         return _with_files_beside(source, folder)
