@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import random
 import re
@@ -5,29 +6,11 @@ from collections import Counter
 
 import pytest
 
-from layerskip_core.data.examples import Example
 from layerskip_core.embedded import commands
-from layerskip_core.training.encoding import train_tokenizer
-
-# Slots that the grammar fills from closed lists, which all splits share.
-CLOSED_SLOTS = {
-    *("AMOUNT", "ATTRIBUTE_EVENT", "CATEGORY_LOCATION", "CONTACT_RELATED", "METHOD_SHARE", "METHOD_TIMER", "METHOD_TRAVEL"),
-    *("MUSIC_PROVIDER_NAME", "MUSIC_TYPE", "NAME_APP", "ORDINAL", "PERSON_REMINDED", "ROAD_CONDITION", "TAG_MESSAGE"),
-    *("TYPE_CONTENT", "TYPE_REACTION", "TYPE_RSVP", "UNIT_DISTANCE", "WEATHER_ATTRIBUTE", "WEATHER_TEMPERATURE_UNIT"),
-}
-# Calendar words stand in closed lists besides being values of open rules.
-CLOSED_CALENDAR = re.compile(
-    r"(an )?(hour|dai|week|night|month|year)ly|((every|each) )?(mon|tues|wednes|thurs|fri|satur|sun)days?"
-)
 
 
 def labels_of(rows):
     return {label for row in rows for label in re.findall(r"\[((?:IN|SL):[A-Z_]+)", row.parse)}
-
-
-def leaf_slots(row):
-    """(label, words) of every slot that holds words only."""
-    return set(re.findall(r"\[SL:([A-Z_]+) ([^\[\]]*) \]", row.parse))
 
 
 def chains(row):
@@ -112,6 +95,20 @@ def test_rows_are_a_function_of_split_and_seed():
     assert not {row.utterance for row in first} & {row.utterance for row in commands.rows("train", 50, seed=4)}
 
 
+DIGESTS = {
+    "train": "63f558289bc059b7",
+    "validation": "bbcbba6b46ea9f5f",
+    "test": "340f19203056f3d0",
+    "compositional": "4c1c1534deeef5db",
+}
+
+
+@pytest.mark.parametrize("split", commands.SPLITS)
+def test_the_rows_are_those_that_published_results_used(split):
+    lines = "\n".join(f"{row.domain}\t{row.utterance}\t{row.parse}" for row in commands.rows(split, 200))
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == DIGESTS[split]
+
+
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split must be one of"):
         next(commands.rows("dev", 1))
@@ -158,32 +155,6 @@ def test_made_up_words_are_in_training_rows_alone(train, listed):
         assert made_up(commands.rows(split, 300)) == []
 
 
-def test_made_up_values_have_several_words_where_real_ones_have(train, listed):
-    """Whoever has met only made-up words that stand alone cuts a city of two, never seen, in half."""
-    cities = {value for row in train[:5000] for label, value in leaf_slots(row) if label == "LOCATION"}
-    assert any(len(words := city.split()) == 2 and listed.isdisjoint(words) for city in cities)
-    relations = {value for row in train for label, value in leaf_slots(row) if label == "TYPE_RELATION"}
-    assert any(relation.endswith(" in law") and relation.split()[0] not in listed for relation in relations)
-
-
-def test_a_few_long_words_of_any_value_are_made_up_too(train, listed):
-    """Of dates, whose rules are not `coined`; the short words stay, which tell what kind of value it is."""
-    dates = [value.split() for row in train[:5000] for label, value in leaf_slots(row) if label.startswith("DATE_TIME")]
-    made_up = [value for value in dates if any(word not in listed and word.isalpha() for word in value)]
-    assert 0.005 < len(made_up) / len(dates) < 0.1
-    with_short = [value for value in made_up if any(word in listed and len(word) < 4 for word in value)]
-    assert len(with_short) > len(made_up) / 4
-
-
-def test_only_closed_lists_share_slot_values_between_splits(train):
-    """The same from the rows' text alone."""
-    trained = {value for row in train[:5000] for _, value in leaf_slots(row)}
-    tested = set().union(*(leaf_slots(row) for row in commands.rows("test", 1000)))
-    shared = {(label, value) for label, value in tested if label not in CLOSED_SLOTS and value in trained}
-    assert {value for _, value in shared if not CLOSED_CALENDAR.fullmatch(value)} == set()
-    assert len({value for label, value in tested if label not in CLOSED_SLOTS}) > 1000
-
-
 def test_compositional_rows_nest_as_training_never_does(train):
     """A chain of labels, or two chains in one row, that 20k training rows do not have, made of labels that they have."""
     trained = set().union(*(novelties(row) for row in train))
@@ -191,9 +162,3 @@ def test_compositional_rows_nest_as_training_never_does(train):
     assert all(novelties(row) - trained for row in rows)
     assert labels_of(rows) <= labels_of(train)
     assert not any(novelties(row) - trained for row in commands.rows("test", 300))
-
-
-def test_outputs_are_long_enough_to_speculate_on(train):
-    tokenizer = train_tokenizer([Example(row.utterance, row.parse) for row in train[:3000]], 1000)
-    lengths = [len(ids) for ids in tokenizer([row.parse for row in commands.rows("test", 500)])["input_ids"]]
-    assert sum(lengths) / len(lengths) >= 30
