@@ -134,7 +134,7 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     job = prepare(config)
     assert len(job.plan.notes) == 1
     assert job.plan.notes[0].startswith("saved settings that will be left out: policy exact, policy fast; they were chosen")
-    trained = job.run(lambda report: None).exit_blocks
+    trained = job.run(lambda report: None).details["exit_blocks"]
     decoder = for_decoding(config.output, "cpu", packing=asked, policies=None)
     decoding = decoder.resolve({}, asked)
     assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
