@@ -539,8 +539,8 @@ class Certain:
         pass
 
 
-@pytest.mark.parametrize("is_certain", [False, True])
-def test_sampled_output_of_a_real_model_follows_its_joint_distribution(is_certain):
+@pytest.mark.parametrize(("is_certain", "least"), [(False, 0.2), (True, 0.05)])
+def test_sampled_output_of_a_real_model_follows_its_joint_distribution(is_certain, least):
     """The target's probabilities depend on the whole prefix here, through the cache that rejected drafts have written."""
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
     config, prompt = DecodingConfig(temperature=4.0, top_k=2, num_draft_tokens=2, max_new_tokens=NEW), [3, 1, 4]
@@ -557,7 +557,7 @@ def test_sampled_output_of_a_real_model_follows_its_joint_distribution(is_certai
 
     with torch.no_grad():
         joint = joint_of(next_probs, NEW, VOCABULARY)
-    assert 0.05 < stats.acceptance_rate < 0.8
+    assert least < stats.acceptance_rate < 0.8
     assert p_value_of(outputs, joint) > 1e-3
 
 
