@@ -27,7 +27,7 @@ from .answers import Writing, answers_digest, digest, estimated_seconds, read_an
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after
 from .data import RunRows, has_target, make_encoder, read_rows, run_order, run_steps
 from .exit_blocks import FrozenExits, States, states_bytes, write_states
-from .layers import use_fp32_attention
+from .module import use_fp32_attention
 from .plan import Blocks, Plan, make_plan, timed
 from .progress import LossHistory
 from .sharding import world_size

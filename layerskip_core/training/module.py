@@ -1,9 +1,13 @@
-"""The training forward of a whole model under the recipe, and the LoRA adapters that can be trained in place of its weights.
+"""The training forward of a whole model under the recipe: its layers on some rows of a batch and on packed documents, the
+losses of its exits, the anchor to the original beside it, and LoRA adapters in place of its weights.
 
 Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there: layers called from outside would let the
 processes drift apart.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +16,77 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.folder import quiet_transformers
+from ..checkpoint.open import for_decoding
 from ..checkpoint.save import write_model
 from ..config.checks import require
+from ..config.packing import PackingConfig
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
 from ..losses import Teacher, summed_losses, target_rows
-from ..model import TransformersBackend
-from .anchor import Anchor
+from ..model import Backend, SpanInputs, TransformersBackend
 from .checkpoints import load_weights
-from .layers import run_layer_on, span_inputs
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
+
+_FP32_ATTENTION = "sdpa_fp32"
+_SHORT = 192  # tokens; longer rows are faster in bf16
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """`weight` times KL(original || trained model), both at full depth, is added to the loss.
+
+    The original is a copy with weights of its own, on the kernels of decoding. A model that trains LoRA adapters only needs no
+    copy: there it is the same model with these off.
+    """
+
+    weight: float
+    original: Backend
+    adapted: Any = None  # of peft, around the backend's model
+
+    def teacher(self, input_ids: Tensor, labels: Tensor, documents: Tensor | None) -> Teacher:
+        """Of the target tokens of a batch; arguments as for `RecipeModule.forward`."""
+        with self._isolated():
+            states = self._states(input_ids, documents)
+        return Teacher(target_rows(states, labels)[0], self._unembed)
+
+    def _unembed(self, hidden: Tensor) -> Tensor:
+        with self._isolated():
+            return self.original.unembed(hidden)
+
+    def _states(self, input_ids: Tensor, documents: Tensor | None) -> Tensor:
+        """The hidden states (B, T, D) after the last layer. Padding stands at the right, where no token sees it."""
+        backend = self.original
+        hidden = backend.embed(input_ids)
+        if isinstance(backend, TransformersBackend) and self.adapted is not None:
+            inputs = span_inputs(backend, hidden, documents)
+            for layer in range(backend.num_layers):
+                hidden = backend.run_layer(layer, hidden, inputs)
+            return hidden
+        if documents is None:
+            positions = torch.arange(input_ids.shape[1])[None].expand(len(input_ids), -1)
+            return backend.run_layers(hidden, 0, backend.num_layers, positions)
+        # Decoding's kernels have no masks between documents: each runs alone.
+        states = torch.zeros_like(hidden)
+        for row, numbers in enumerate(documents):
+            for number in range(int(numbers.max()) + 1):
+                own = numbers == number
+                states[row, own] = self._states(input_ids[row, own][None], None)[0]
+        return states
+
+    @contextmanager
+    def _isolated(self) -> Iterator[None]:
+        """Without gradients and adapters, and a copy in the precision of its own weights."""
+        if self.adapted is None:
+            with torch.inference_mode(), torch.autocast(self.original.device.type, enabled=False):
+                yield
+            return
+        training = self.adapted.training
+        self.adapted.eval()
+        try:
+            with torch.no_grad(), self.adapted.disable_adapter():
+                yield
+        finally:
+            self.adapted.train(training)
 
 
 class RecipeModule(nn.Module):
@@ -125,6 +190,57 @@ class RecipeModule(nn.Module):
         return states
 
 
+def run_layer_on(backend: TransformersBackend, layer: int, hidden: Tensor, inputs: SpanInputs, kept: list[int]) -> Tensor:
+    """Runs a layer on the kept rows of (B, T, D) only and scatters them back; the other rows skip it unchanged.
+
+    If no row is kept, the layer runs on one row times zero: its parameters need a gradient in every process (DDP, FSDP2).
+    """
+    if len(kept) == hidden.shape[0]:
+        return backend.run_layer(layer, hidden, inputs)
+    index = torch.tensor(kept or [0], device=hidden.device)
+    selected = hidden.index_select(0, index)
+    output = backend.run_layer(layer, selected, inputs.rows(index))
+    if not kept:
+        output = selected + 0.0 * output
+    return hidden.index_copy(0, index, output.to(hidden.dtype))
+
+
+def span_inputs(backend: TransformersBackend, hidden: Tensor, documents: Tensor | None) -> SpanInputs:
+    """The layers' inputs for whole rows (B, T, D), padded at the right.
+
+    `documents` (B, T) numbers the documents packed into a row, -1 in the padding: attention stays within a document, and the
+    positions of each start at 0.
+    """
+    if documents is None:
+        return backend.prepare(hidden, torch.arange(hidden.shape[1])[None])
+    columns = torch.arange(documents.shape[1]).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool, device="cpu")
+    starts[:, 1:] = (documents[:, 1:] != documents[:, :-1]).cpu()
+    positions = columns - torch.where(starts, columns, 0).cummax(1).values
+    inputs = backend.prepare(hidden, positions, key_mask=documents >= 0)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    masks: dict[str, Tensor | None] = {}
+    for kind, mask in inputs.mask.items():  # (B, 1, T, T), of truth values or of numbers
+        assert mask is not None
+        masks[kind] = mask.masked_fill(~same, torch.finfo(mask.dtype).min if mask.is_floating_point() else False)
+    return replace(inputs, mask=masks)
+
+
+def anchor_of(config: FinetuneConfig, model: Any, backend: TransformersBackend, device: str) -> Anchor | None:
+    """The anchor that a config asks for; None if there is none. `model` is trained, on `device`.
+
+    The copy is read from `config.model` again, because the training may have been resumed. Raises ConfigError where no kernel
+    has int8 weights, and CheckpointError as `for_decoding` does.
+    """
+    asked = config.retention
+    if not asked.anchor:
+        return None
+    if config.lora_rank:
+        return Anchor(asked.anchor, backend, model)
+    packing = PackingConfig(quantize="int8") if asked.anchor_weights == "int8" else None
+    return Anchor(asked.anchor, for_decoding(config.model, device, "bf16", packing).backend)
+
+
 def adapted_layers(config: FinetuneConfig, recipe: Recipe, num_layers: int) -> int | None:
     """How many of the first layers have adapters: those that the highest early exit runs; None for the whole model.
 
@@ -165,3 +281,31 @@ def with_lora(model: Any, config: FinetuneConfig, layers: int | None = None) -> 
         return get_peft_model(model, lora)
     except ValueError as error:
         raise ConfigError(f"`lora_targets` {config.lora_targets}: {first_line(error)}") from error
+
+
+def use_fp32_attention(model: Any) -> None:
+    """Makes a transformers model with `sdpa` attention run it in fp32 on short rows. Other attention stays unchanged.
+
+    Under bf16 autocast on the CPU torch's flash kernel is slow in bf16. Forward and backward of one layer with torch 2.13 on
+    AVX-512 BF16, one thread, in bf16 and in fp32: 32 rows of 56 tokens with 5 heads of 32: 15 and 7 ms; 16 of 128 with 9 heads
+    of 64: 44 and 34 ms; 8 of 224: 39 and 44 ms; 2 of 1,024: 98 and 139 ms.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if model.config._attn_implementation != "sdpa":
+        return
+    ALL_ATTENTION_FUNCTIONS.register(_FP32_ATTENTION, _fp32_sdpa)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_FP32_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(_FP32_ATTENTION)
+
+
+def _fp32_sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    """(B, heads, T, head dim) each; the result is (B, T, heads, head dim)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if query.shape[-2] >= _SHORT:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    with torch.autocast(query.device.type, enabled=False):
+        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+    return output.to(query.dtype), weights  # FSDP computes in bf16 without autocast

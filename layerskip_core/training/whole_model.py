@@ -22,7 +22,6 @@ from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
 from ..files import require_disk
 from ..model.drafting import ORDER_FILE
-from .anchor import anchor_of
 from .answers import plan_replay
 from .checkpoints import KEPT, ResumePoint, checkpoints_folder
 from .data import (
@@ -40,8 +39,7 @@ from .data import (
     with_replay,
 )
 from .encoding import Encoder, train_tokenizer
-from .layers import use_fp32_attention
-from .module import RecipeModule, adapted_layers, with_lora
+from .module import RecipeModule, adapted_layers, anchor_of, use_fp32_attention, with_lora
 from .plan import Plan, make_plan, timed
 from .progress import LossHistory, loss_plot
 from .recipe import learning_rate, mean_exits, resolve_recipe

@@ -14,8 +14,7 @@ from layerskip_core.config.training import RecipeSettings, RetentionSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.losses import IGNORED, target_rows
 from layerskip_core.model import TransformersBackend
-from layerskip_core.training.anchor import Anchor
-from layerskip_core.training.layers import span_inputs
+from layerskip_core.training.module import Anchor, span_inputs
 from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 

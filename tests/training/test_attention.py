@@ -9,7 +9,7 @@ from training_runs import recipe_module
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.training.data import collate
 from layerskip_core.training.encoding import packed
-from layerskip_core.training.layers import use_fp32_attention
+from layerskip_core.training.module import use_fp32_attention
 from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 

@@ -6,7 +6,7 @@ from conftest import tiny_model
 
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
-from layerskip_core.training.layers import run_layer_on
+from layerskip_core.training.module import run_layer_on
 from layerskip_core.training.recipe import depth_scale, dropout_rates, kept_rows, time_scale
 
 
