@@ -215,7 +215,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, history = self._trainer, self._trainer.history
-        losses, tokens, stops = self._reduced(state.global_step)
+        assert trainer.sums is not None
+        signalled = torch.tensor([float(self._interruption.signal is not None)], device=trainer.sums.device)
+        sums = trainer.accelerator.reduce(torch.cat((signalled, trainer.sums)), reduction="sum").tolist()
+        stops, loss, divergence, tokens, *per_exit = sums  # over all processes; a signal stops all of them
+        targets = float(trainer.targets)
+        exits = {layer: part / targets for layer, part in zip(trainer.exit_layers, per_exit, strict=True)}
+        anchored = divergence / targets if trainer.plan.config.retention.anchor else None
+        losses = StepLosses(state.global_step, loss / targets, exits, divergence=anchored)
+        trainer.sums, trainer.micro_batches = None, 0
         first = (history.steps or [losses])[0].final
         if not losses.final <= _EXPLODED * max(math.log(trainer.model.vocab_size), first):  # NaN is not either
             exploded = f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, first {first:.1f}"
@@ -250,19 +258,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             publish(written, self._checkpoints, self._trainer.plan.sealed)
         self._trainer.phase = "training"
         self._started = time.perf_counter()
-
-    def _reduced(self, step: int) -> tuple[StepLosses, float, bool]:
-        """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
-        trainer = self._trainer
-        assert trainer.sums is not None
-        signalled = torch.tensor([float(self._interruption.signal is not None)], device=trainer.sums.device)
-        sums = trainer.accelerator.reduce(torch.cat((signalled, trainer.sums)), reduction="sum").tolist()
-        stops, loss, divergence, tokens, *per_exit = sums
-        targets = float(trainer.targets)
-        exits = {layer: part / targets for layer, part in zip(trainer.exit_layers, per_exit, strict=True)}
-        anchored = divergence / targets if trainer.plan.config.retention.anchor else None
-        trainer.sums, trainer.micro_batches = None, 0
-        return StepLosses(step, loss / targets, exits, divergence=anchored), tokens, bool(stops)
 
     def _failure(self, what: str) -> TrainingError:
         saved = newest_first(self._checkpoints)
