@@ -79,8 +79,10 @@ def epochs(config: FinetuneConfig) -> float:
 def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     """(the rows to train on, those held out). Of a stream the former are only the first one, to see what its rows are.
 
-    Held out are the rows of `validation`; else of a frozen model the last twentieth of the rows, at most 64, and otherwise
-    none. Where a frozen model writes the answers itself, the rows need prompts only.
+    Held out are the rows of `validation`: other data (a named set, a file, a folder, a hub id), or else a split of `data`.
+    Without it they are the last twentieth of a frozen model's rows, at most 64.
+
+    Where a frozen model writes the answers itself, the rows need prompts only.
     """
     data, frozen = config.data, config.exit_blocks.frozen
     load: Callable[[DataConfig], Sequence[Row]] = load_rows
@@ -94,20 +96,16 @@ def read_rows(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
         rows = list(load(replace(data, limit=max(1, round(seen)) + apart)))
     else:
         rows = list(load(data))
-    if config.validation is not None:
-        return rows, list(load(validation_data(config, config.validation)))
     count = len(rows) - min(apart, len(rows) // _SHARE)
-    return rows[:count], rows[count:]
-
-
-def validation_data(config: FinetuneConfig, name: str) -> DataConfig:
-    """`validation`: other data (a named set, a file, a folder, a hub id), or else a split of `data`."""
+    if config.validation is None:
+        return rows[:count], rows[count:]
+    name = config.validation
     other = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
-    if not other and Path(config.data.name).is_file():
+    if not other and Path(data.name).is_file():
         raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
     limit = _VALIDATION_ROWS if config.validation_samples is None else config.validation_samples
-    held_out = replace(config.data, limit=limit, setting="validation")
-    return replace(held_out, name=name, split="validation") if other else replace(held_out, split=name)
+    chosen: dict[str, Any] = {"name": name, "split": "validation"} if other else {"split": name}
+    return rows, list(load(replace(data, limit=limit, setting="validation", **chosen)))
 
 
 def make_encoder(config: FinetuneConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
@@ -265,9 +263,10 @@ class RunRows(Dataset[Any]):
         return self._row(position)
 
 
-def ordered_rows(rows: Sequence[Any], rows_per_step: int, steps: int, seed: int) -> RunRows:
-    order = array("q", run_order([len(row["input_ids"]) for row in rows], rows_per_step, steps, seed))
-    return RunRows(len(order), lambda position: rows[order[position]])
+def ordered_rows(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int, row: Callable[[int], Any]) -> RunRows:
+    """Rows of those lengths, given by their index, in the order of a run."""
+    order = array("q", run_order(lengths, rows_per_step, steps, seed))
+    return RunRows(len(order), lambda position: row(order[position]))
 
 
 def with_replay(rows: RunRows, texts: Sequence[Any], replayed: int, per_step: int) -> RunRows:

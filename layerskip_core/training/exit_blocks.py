@@ -73,7 +73,6 @@ class FrozenExits(nn.Module):
         self.measured_exits = tuple(block.exit_layer for block in blocks)
         self.vocab_size = backend.vocab_size
         self.backend = backend
-        self.width = backend.hidden_size
         self._head = (model.get_output_embeddings().requires_grad_(False),)  # in a tuple it is no part of this module
         self._total_variation = loss == "tv"
 

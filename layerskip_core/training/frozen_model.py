@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from ..checkpoint.beside import exit_blocks_content, fingerprint, read_exit_blocks
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, refuse_packed, weight_files
@@ -25,7 +27,7 @@ from ..losses import IGNORED
 from ..model.exit_blocks import ExitBlock
 from .answers import Writing, answers_digest, digest, estimated_seconds, read_answers, write_answers
 from .checkpoints import ResumePoint, checkpoints_folder, discard_after
-from .data import RunRows, has_target, make_encoder, read_rows, run_order, run_steps
+from .data import RunRows, data_rows, has_target, make_encoder, ordered_rows, read_rows, run_steps
 from .exit_blocks import FrozenExits, States, states_bytes, write_states
 from .module import use_fp32_attention
 from .plan import Blocks, Plan, make_plan, timed
@@ -156,15 +158,12 @@ class FrozenModel:
         states = States(texts, exits, backend.hidden_size, self.states)
         trained = len(texts) - plan.held_out
         lengths = [len(text["input_ids"]) for text in texts[:trained]]
-        order = list(run_order(lengths, config.batch_size * config.accumulation, plan.steps, config.seed))
-
-        def row(position: int) -> dict[str, Any]:
-            phase, place = divmod(position, len(order))
-            return states.row(order[place], exits[phase : phase + 1])
-
-        rows = RunRows(len(order) * len(exits), row)
+        phases = [
+            ordered_rows(lengths, data_rows(config), plan.steps, config.seed, partial(states.row, exits=(exit_layer,)))
+            for exit_layer in exits
+        ]
         held_out = RunRows(plan.held_out, lambda row: states.row(trained + row, exits)) if plan.held_out else None
-        return rows, held_out
+        return ConcatDataset(phases), held_out
 
     def save(self, history: LossHistory, first: bool) -> tuple[CheckpointInfo, list[str]]:
         """Adds the blocks to the model's own folder, or to a copy of it. Returns its info with how each was trained."""

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from math import cos, pi
 from typing import Any
@@ -67,7 +67,7 @@ class Plan:
     left_out: int  # rows whose prompt leaves no room for a token of the completion
     parameters: int
     num_layers: int
-    sealed: Mapping[str, Any]
+    sealed: Mapping[str, Any] = field(default_factory=dict)
     trained: int = 0  # parameters
     held_out: int = 0  # rows
     phases: int = 1
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def dtype(self) -> str:
-        return dtype_name(self.autocast)
+        return "bf16 autocast" if self.autocast else "fp32"
 
     @property
     def total_steps(self) -> int:
@@ -118,13 +118,23 @@ def make_plan(
 ) -> Plan:
     """A plan with the `fields` that are given, sealed with the config as it was `resolved`.
 
-    Raises ConfigError where the checkpoint to resume from was sealed with other settings.
+    `dtype` auto is bf16 autocast wherever a model would be loaded in bf16, and also for small models on a CPU with bf16
+    instructions, where it is twice as fast. Raises ConfigError where the checkpoint to resume from was sealed with other
+    settings.
     """
-    autocast = autocasts(config, device, spec.parameters)
+    quick = config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    plan = Plan(
+        config,
+        str(device),
+        autocast=quick or pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16,
+        parameters=spec.parameters,
+        num_layers=spec.layers,
+        **fields,
+    )
     sealed = {name: value for name, value in asdict(config).items() if name not in _FREE}
     sealed |= sealed.pop("recipe") | sealed.pop("retention") | sealed.pop("exit_blocks")
-    sealed |= {name: fields[name] for name in ("lr", "max_length", "steps", "rows")}
-    sealed = json.loads(json.dumps(sealed | resolved | {"dtype": dtype_name(autocast), "processes": world_size()}))
+    sealed |= {name: getattr(plan, name) for name in ("lr", "max_length", "steps", "rows", "dtype")}
+    sealed = json.loads(json.dumps(sealed | resolved | {"processes": world_size()}))
     if resume is not None:
         for name, value in sealed.items():
             if name in resume.settings and resume.settings[name] != value:
@@ -133,9 +143,7 @@ def make_plan(
                     "resumed with the same settings on the same data"
                 )
         notes += (*(f"{fault}; it is not used" for fault in resume.damaged), f"going on from {resume.folder}")
-    return Plan(
-        config, str(device), autocast, parameters=spec.parameters, num_layers=spec.layers, sealed=sealed, notes=notes, **fields
-    )
+    return replace(plan, sealed=sealed, notes=notes)
 
 
 def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_tokens: float) -> Plan:
@@ -170,16 +178,3 @@ def timed(plan: Plan, module: nn.Module, rows: Sequence[dict[str, Any]], mean_to
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     share = plan.config.batch_size * plan.config.accumulation * mean_tokens / measured
     return replace(plan, trained=trained, step_seconds=seconds * share, memory_mb=(peak + 8 * trained) / 2**20)
-
-
-def dtype_name(autocast: bool) -> str:
-    return "bf16 autocast" if autocast else "fp32"
-
-
-def autocasts(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:
-    """Whether to train in bf16 autocast. `auto` does wherever a model would be loaded in bf16, and also for small models on a
-    CPU with bf16 instructions, where it is twice as fast.
-    """
-    if config.dtype == "auto" and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return True
-    return pick_dtype(config.dtype, device, parameters) == torch.bfloat16

@@ -59,38 +59,28 @@ class Job:
             TrainingInterrupted: by Ctrl-C or SIGTERM; the run was saved and can be resumed.
             LockedError: another process writes to the folder.
         """
-        with run_lock(self.plan.config.output), Interruption() as interruption:
-            info, faults = self._run(on_step, on_progress, interruption)
+        plan, trained = self.plan, self.trained
+        with run_lock(plan.config.output), Interruption() as interruption, quiet_transformers():
+
+            def stage(name: str, total: int) -> Callable[[int], None]:
+                """Reports what is done of a stage before the training, and ends the run after a signal."""
+
+                def report(done: int) -> None:
+                    if interruption.signal is not None:
+                        kept = f"interrupted after {done} of {total} {name}, which are kept"
+                        raise TrainingInterrupted(kept, interruption.signal, 0)
+                    on_progress(name, done, total)
+
+                return report
+
+            history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
+            trainer = RunTrainer(trained.module, plan, *trained.rows(stage), history)
+            trainer.add_callback(RunCallback(trainer, on_step, interruption))
+            self._train(trainer, interruption)
+            info, faults = trained.save(history, trainer.is_world_process_zero())
         for fault in faults:
             warnings.warn(fault, stacklevel=2)
         return info
-
-    @quiet_transformers()
-    def _run(
-        self,
-        on_step: Callable[[StepReport], None],
-        on_progress: Callable[[str, int, int], None],
-        interruption: Interruption,
-    ) -> tuple[CheckpointInfo, list[str]]:
-        def stage(name: str, total: int) -> Callable[[int], None]:
-            """Reports what is done of a stage before the training, and ends the run after a signal."""
-
-            def report(done: int) -> None:
-                if interruption.signal is not None:
-                    kept = f"interrupted after {done} of {total} {name}, which are kept"
-                    raise TrainingInterrupted(kept, interruption.signal, 0)
-                on_progress(name, done, total)
-
-            return report
-
-        plan, trained = self.plan, self.trained
-        layers = trained.module.backend.layers if plan.config.fsdp else ()
-        sharded = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # one by one
-        history = LossHistory() if self.resume is None else LossHistory.read(self.resume.folder / LOSSES)
-        trainer = RunTrainer(trained.module, plan, *trained.rows(stage), history, sharded)
-        trainer.add_callback(RunCallback(trainer, on_step, interruption))
-        self._train(trainer, interruption)
-        return trained.save(history, trainer.is_world_process_zero())
 
     def _train(self, trainer: RunTrainer, interruption: Interruption) -> None:
         """Trains to the end, or raises what stopped it."""

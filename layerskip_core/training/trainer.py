@@ -41,8 +41,8 @@ _SCHEDULER = "scheduler.pt"
 class RunTrainer(Trainer):  # type: ignore[misc]
     """Gives the module its step in the run, and divides the summed loss by the target tokens of the whole optimizer step.
 
-    (A token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; with
-    `sharded_layers` (names of classes) it trains by FSDP2, and a checkpoint has a file of each process.
+    (A token mean per micro-batch would be off by the accumulation factor.) Its checkpoints hold what the module keeps; under
+    FSDP2 a checkpoint has a file of each process.
     """
 
     accelerator: Any
@@ -57,16 +57,17 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         rows: Any,
         held_out: Any,
         history: LossHistory,
-        sharded_layers: tuple[str, ...] = (),
     ) -> None:
         """Trains for the optimizer steps of a plan over `rows`, a data set in the order of the run."""
-        self.plan, self.history, self.sharded_layers = plan, history, sharded_layers
+        self.plan, self.history = plan, history
+        layers = module.backend.layers if plan.config.fsdp else ()
+        self.sharded_layers = tuple(dict.fromkeys(type(layer).__name__ for layer in layers))  # each by itself
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
         self.sums: Tensor | None = None  # of loss, divergence and tokens of a step, and of its exits; on the device
         self.micro_batches = 0
         self.exit_layers: tuple[int, ...] = ()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
-        arguments = _arguments(plan, bool(sharded_layers))
+        arguments = _arguments(plan)
         super().__init__(module, arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate)
         self.remove_callback(PrinterCallback)  # it writes to stdout
 
@@ -215,15 +216,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, history = self._trainer, self._trainer.history
-        assert trainer.sums is not None
-        signalled = torch.tensor([float(self._interruption.signal is not None)], device=trainer.sums.device)
-        sums = trainer.accelerator.reduce(torch.cat((signalled, trainer.sums)), reduction="sum").tolist()
-        stops, loss, divergence, tokens, *per_exit = sums  # over all processes; a signal stops all of them
-        targets = float(trainer.targets)
-        exits = {layer: part / targets for layer, part in zip(trainer.exit_layers, per_exit, strict=True)}
-        anchored = divergence / targets if trainer.plan.config.retention.anchor else None
-        losses = StepLosses(state.global_step, loss / targets, exits, divergence=anchored)
-        trainer.sums, trainer.micro_batches = None, 0
+        losses, tokens, stops = self._reduced(state.global_step)
         first = (history.steps or [losses])[0].final
         if not losses.final <= _EXPLODED * max(math.log(trainer.model.vocab_size), first):  # NaN is not either
             exploded = f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, first {first:.1f}"
@@ -259,6 +252,19 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer.phase = "training"
         self._started = time.perf_counter()
 
+    def _reduced(self, step: int) -> tuple[StepLosses, float, bool]:
+        """The losses and tokens of a step over all processes, and whether a signal asks any of them to stop."""
+        trainer = self._trainer
+        assert trainer.sums is not None
+        signalled = torch.tensor([float(self._interruption.signal is not None)], device=trainer.sums.device)
+        sums = trainer.accelerator.reduce(torch.cat((signalled, trainer.sums)), reduction="sum").tolist()
+        stops, loss, divergence, tokens, *per_exit = sums
+        targets = float(trainer.targets)
+        exits = {layer: part / targets for layer, part in zip(trainer.exit_layers, per_exit, strict=True)}
+        anchored = divergence / targets if trainer.plan.config.retention.anchor else None
+        trainer.sums, trainer.micro_batches = None, 0
+        return StepLosses(step, loss / targets, exits, divergence=anchored), tokens, bool(stops)
+
     def _failure(self, what: str) -> TrainingError:
         saved = newest_first(self._checkpoints)
         if not saved:
@@ -281,7 +287,7 @@ def _trackers(report_to: str) -> list[str]:
     return [name.strip() for name in report_to.split(",") if name.strip()]
 
 
-def _arguments(plan: Plan, sharded: bool) -> TrainingArguments:
+def _arguments(plan: Plan) -> TrainingArguments:
     config = plan.config
     arguments = TrainingArguments(
         output_dir=str(checkpoints_folder(config.output)),
@@ -306,7 +312,7 @@ def _arguments(plan: Plan, sharded: bool) -> TrainingArguments:
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if sharded else None,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if config.fsdp else None,
         logging_strategy="no",  # RunCallback logs every step
         report_to=_trackers(config.report_to),
         disable_tqdm=True,

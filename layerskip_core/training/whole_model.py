@@ -114,7 +114,8 @@ class WholeModel:
         rows, plan, held_out = self.data.rows, self.plan, None if self.held_out is None else self.held_out.rows
         if isinstance(rows, StreamedRows):
             return rows, held_out
-        ordered = ordered_rows(rows, data_rows(plan.config), plan.steps, plan.config.seed)
+        lengths = [len(row["input_ids"]) for row in rows]
+        ordered = ordered_rows(lengths, data_rows(plan.config), plan.steps, plan.config.seed, rows.__getitem__)
         if plan.replay is None:
             return ordered, held_out
         texts = plan.replay.texts(stage("replay texts", len(plan.replay.starts)))

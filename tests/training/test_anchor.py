@@ -72,17 +72,6 @@ def test_loss_and_gradients_are_those_of_the_plain_divergence(monkeypatch, logit
     assert all(parameter.grad is None for parameter in original.parameters())
 
 
-def test_a_weight_of_0_is_the_step_without_an_anchor_bit_by_bit(settings):
-    ids, labels = batch()
-    results = []
-    for anchor in (None, Anchor(0.0, TransformersBackend(other_model()))):
-        trained = tiny_model(dtype=torch.float32)
-        loss = recipe_module(trained, ALL, anchor=anchor).train()(ids, labels, RunStep(0, 10))["loss"]
-        results.append((loss.detach(), gradients(trained, loss)))
-    (loss, expected), (other, found) = results
-    assert torch.equal(loss, other) and all(torch.equal(gradient, found[name]) for name, gradient in expected.items())
-
-
 def test_validation_knows_no_anchor(llama):
     ids, labels = batch()
     module = recipe_module(llama, ALL, anchor=Anchor(0.7, None)).eval()

@@ -1,4 +1,4 @@
-"""Weights of checkpoints, and the order of writing them."""
+"""Weights of checkpoints that do not fit."""
 
 import pytest
 import torch
@@ -11,29 +11,9 @@ from layerskip_core.errors import CheckpointError
 from layerskip_core.training.checkpoints import load_weights
 
 
-def changed(model):
-    """The same model with other weights."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-    return model
-
-
 def adapted():
     torch.manual_seed(1)
     return get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-
-
-@pytest.mark.parametrize(
-    "make", [tiny_model, lambda: tiny_model(tie_word_embeddings=True), adapted], ids=["all", "tied", "LoRA"]
-)
-def test_weights_are_loaded_as_they_were_written(make, tmp_path):
-    write_model(make(), tmp_path)
-    model = changed(make())
-    load_weights(model, tmp_path)
-    expected = make().state_dict()
-    loaded = {name for name, weight in model.state_dict().items() if torch.equal(weight, expected[name])}
-    assert loaded == {name for name in expected if make is not adapted or "lora_" in name}
 
 
 @pytest.mark.parametrize(("make", "file", "name"), [

@@ -91,6 +91,8 @@ def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings,
 
 def test_the_length_is_the_mean_rows_unless_it_is_asked_for(settings):
     job = prepare(settings(retention=RetentionSettings(replay=0.5)))
+    assert job.plan.replay.written == 0 and job.plan.replay.seconds > 0
+    assert not Path(job.plan.config.output).exists()  # a plan writes nothing
     assert job.plan.replay.how.tokens == round(job.trained.data.tokens / len(job.trained.data.rows)) > 2
     long = prepare(settings(retention=RetentionSettings(replay=0.5, replay_tokens=1000), max_length=256)).plan
     assert long.replay.longest == 256
@@ -106,12 +108,6 @@ def test_packed_rows_have_packed_texts(settings, tmp_path):
     reports = []
     job.run(reports.append)
     assert len(reports) == 1
-
-
-def test_more_rows_than_texts_see_them_again(settings, monkeypatch):
-    monkeypatch.setattr(answers, "MOST_REPLAYED", 3)
-    texts = [row["input_ids"] for row in rows_of(prepare(settings(retention=QUARTER, steps=5)))[3::4]]
-    assert len(set(map(tuple, texts))) == 3 and texts[3:] == texts[:2]
 
 
 def test_a_run_with_texts_is_resumed_bit_by_bit(settings, tmp_path, monkeypatch):
@@ -146,24 +142,3 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
     job.run(ignored, lambda stage, done, total: stages.append(done))
     assert stages[3:] == [6, 8]
     assert prepare(replace(config, overwrite=True)).plan.replay.written == 8
-
-
-def test_another_process_waits_for_the_texts(settings, monkeypatch):
-    """Of two processes the second writes nothing: it reads what the first has written."""
-    config = settings(retention=QUARTER, steps=4)
-    plan = prepare(config).plan
-    assert plan.replay.written == 0 and plan.replay.seconds > 0 and not Path(config.output).exists()  # a plan writes nothing
-    with monkeypatch.context() as second:
-        second.setenv("RANK", "1")
-        second.setattr(answers, "_WAIT", 0.0)
-        second.setattr(answers, "write_answers", None)
-        waited = []
-
-        def first_writes(done):
-            waited.append(done)
-            if len(waited) == 3:
-                second.undo()
-                prepare(config).plan.replay.texts(ignored)
-
-        texts = plan.replay.texts(first_writes)
-    assert waited == [0, 0, 0] and len(texts) == 4

@@ -68,36 +68,25 @@ def when_there(process, *paths):
     assert process.poll() is None, process.stderr.read()
 
 
-def test_a_run_that_is_killed_terminated_and_damaged_ends_with_the_same_weights(base, tmp_path):
-    """kill -9 in one process, SIGTERM in a second, a checkpoint cut short, and a third run to the end: bit for bit."""
+def test_a_run_that_is_killed_and_damaged_ends_with_the_same_weights(base, tmp_path):
+    """kill -9, a checkpoint cut short, and a second run to the end: bit for bit."""
     threads = torch.get_num_threads()
-    shared = ("finetune", "--model", base, "--samples", "16", "--steps", "40", "--batch-size", "4", "--max-length", "64",
+    shared = ("finetune", "--model", base, "--samples", "16", "--steps", "30", "--batch-size", "4", "--max-length", "64",
               "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--save-steps", "3")  # fmt: skip
     cut, whole = str(tmp_path / "cut"), str(tmp_path / "whole")
     process = start(*shared, "--output", cut)
-    when_there(process, checkpoint(cut, 3))
+    while process.poll() is None and not checkpoint(cut, 6).exists():
+        time.sleep(0.005)
+    assert process.poll() is None, process.stderr.read()
     process.kill()
     process.communicate()
-    first = max(steps_saved(cut))
-    assert 3 <= first < 40
-
-    process = start(*shared, "--output", cut, "--resume")
-    when_there(process, checkpoint(cut, first + 3))
-    process.terminate()
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (143, "")
-    assert f"going on from {checkpoint(cut, first)}" in err
-    message = re.search(r"interrupted after step (\d+) of 40; saved (\S+); continue with: layerskip (.*)\n", err)
-    assert message, err
-    last = int(message[1])
-    assert first + 3 <= last < 40 and message[2] == str(checkpoint(cut, last)) and max(steps_saved(cut)) == last
-    assert message[3].split() == [*shared, "--output", cut, "--resume"]
-
-    optimizer = checkpoint(cut, last) / "optimizer.pt"
-    os.truncate(optimizer, optimizer.stat().st_size // 2)
+    last = max(steps_saved(cut))
+    assert 6 <= last < 30
+    os.truncate(checkpoint(cut, last) / "optimizer.pt", 1000)
     try:
-        ended = run(*message[3].split())
+        ended = run(*shared, "--output", cut, "--resume")
         assert ended.code == 0 and f"checkpoint-{last}: optimizer.pt is damaged; it is not used" in ended.err
+        assert f"going on from {checkpoint(cut, last - 3)}" in ended.err
         assert run(*shared, "--output", whole).code == 0
     finally:
         torch.set_num_threads(threads)

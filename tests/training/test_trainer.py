@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import RECIPE, train, weights
+from training_runs import RECIPE, loss_rows, settings_on, train, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -91,8 +91,16 @@ def test_a_small_set_is_memorised(settings, tmp_path):
     assert last.exit_losses[2] < first.exit_losses[2] - 2  # a middle exit learns with it
 
 
-def test_every_report_is_complete(settings):
-    reports = train(settings(lr=2e-3, warmup=0.5))
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A run of four steps: the job, its reports, the info that it returned and its folder."""
+    folder, reports = tmp_path_factory.mktemp("trained"), []
+    job = prepare(settings_on(base, folder)(lr=2e-3, warmup=0.5))
+    return job, reports, job.run(reports.append), folder / "out"
+
+
+def test_every_report_is_complete(trained):
+    _, reports, _, _ = trained
     assert [report.step for report in reports] == [1, 2, 3, 4]
     assert {report.total_steps for report in reports} == {4}
     # Two steps of warm-up from 0, then half a cosine over the other two: what each step was taken with.
@@ -118,17 +126,9 @@ def test_the_run_is_reproducible_and_the_seed_matters(settings, tmp_path):
     assert all(torch.equal(weight, weights(tmp_path / "b")[name]) for name, weight in weights(tmp_path / "a").items())
 
 
-def test_an_output_that_holds_a_model_is_refused(settings):
-    train(settings(steps=1))
-    with pytest.raises(ConfigError, match=r"`output` .*out already holds a model; give `overwrite`"):
-        prepare(settings())
-    prepare(settings(overwrite=True))
-
-
-def test_the_result_is_a_plain_checkpoint_with_its_details(settings, base, tmp_path):
-    info = prepare(settings()).run(lambda report: None)
-    output = str(tmp_path / "out")
-    loaded = for_training(output, "cpu", "fp32")
+def test_the_result_is_a_plain_checkpoint_with_its_details(trained, base):
+    _, reports, info, output = trained
+    loaded = for_training(str(output), "cpu", "fp32")
     assert loaded.info == info and loaded.info.prompt_template == "{prompt}\n"
     details = info.details
     assert (details["base_model"], details["steps"], details["rows"]) == (base, 4, 32)
@@ -140,6 +140,10 @@ def test_the_result_is_a_plain_checkpoint_with_its_details(settings, base, tmp_p
     model = AutoModelForCausalLM.from_pretrained(output)
     assert all(torch.equal(weight, loaded.model.state_dict()[name]) for name, weight in model.state_dict().items())
     assert any(not torch.equal(weight, weights(base)[name]) for name, weight in weights(output).items())
+    assert [(row["step"], row["loss"]) for row in loss_rows(output)] == [(report.step, report.loss) for report in reports]
+    assert [sorted(row["exits"]) for row in loss_rows(output)] == [["1", "3", "4"], ["2", "4"]] * 2
+    assert (output / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert not (output / "checkpoints").exists()  # a run without --save-steps
 
 
 @pytest.mark.parametrize(("layers", "exits", "adapted"), [("all", (), 4), ("below-exit", (1, 2), 2), ("below-exit", (), 3)])
@@ -262,19 +266,9 @@ def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
         prepare(settings(report_to="nowhere", overwrite=True))
 
 
-def test_the_losses_stand_beside_the_model(settings, tmp_path):
-    reports = train(settings(steps=3))
-    rows = [json.loads(line) for line in (tmp_path / "out" / "losses.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["loss"]) for row in rows] == [(report.step, report.loss) for report in reports]
-    assert [sorted(row["exits"]) for row in rows] == [["1", "3", "4"], ["2", "4"], ["1", "3", "4"]]
-    assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "out" / "checkpoints").exists()  # a run without --save-steps
-
-
-def test_the_order_of_its_tokens_stands_beside_the_model(settings, tmp_path):
-    job = prepare(settings(steps=1))
-    job.run(lambda report: None)
-    order = token_order(tmp_path / "out", 300)  # as `--draft-vocab` reads it
+def test_the_order_of_its_tokens_stands_beside_the_model(trained):
+    job, _, _, output = trained
+    order = token_order(output, 300)  # as `--draft-vocab` reads it
     assert order is not None and sorted(order) == list(range(300))
     targets = [token for row in job.trained.data.rows for token in row["labels"].tolist()]
     assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)
@@ -298,9 +292,7 @@ def test_an_adapter_that_is_kept_trains_on(settings, tmp_path):
     assert not (Path(kept) / "model.safetensors").exists()
     names = load_file(Path(kept) / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in names} == {"q_proj", "down_proj"}
-    loaded = for_training(kept, "cpu", "fp32")
-    assert loaded.info.prompt_template == "{prompt}\n" and len(loaded.tokenizer) == 300
-    with pytest.raises(ConfigError, match="already holds a model"):
+    with pytest.raises(ConfigError, match="already holds a model; give `overwrite`"):
         prepare(settings(output=kept))
     assert train(settings(model=kept, output=str(tmp_path / "on"), steps=1))[0].step == 1
     with pytest.raises(ConfigError, match=r"`lora_targets` nothing: Target modules .*nothing.* not found"):
